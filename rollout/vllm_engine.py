@@ -1,0 +1,212 @@
+"""vLLM's AsyncLLM behind the Engine protocol: token ids in; ids, logprobs and weight versions out.
+
+Weights are replaced in flight: generation is paused with its requests kept, the tensors are loaded, generation goes on.
+Prompts carry the weight version as cache salt, so a prefix computed by one version is never read by a request that
+starts under another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from rollout.engine import Completion, EngineFailed, Sampling
+from rollout.wire.trajectory import Float32Array
+from rollout.wire.weights import SyncReport, WeightUpdate
+
+
+class VllmSettings(BaseModel):
+    """What an engine is given; everything that concerns one vLLM instance."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="compute type of the engine")
+    max_num_seqs: int = Field(256, gt=0, description="requests decoded together")
+    tensor_parallel_size: int = Field(1, gt=0, description="GPUs one engine spans")
+    memory_fraction: float = Field(0.85, gt=0, le=1, description="share of a GPU's memory the engine may take")
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of an engine on CPU, GiB")
+    threads: int = Field(1, gt=0, description="compute threads of an engine on CPU")
+    enforce_eager: bool = Field(True, description="run without graph capture: starts faster, decodes slower on GPUs")
+    seeded: bool = Field(False, description="give every request its own seed (reproducible, slower sampling)")
+
+
+def start_llm(model: str, context_tokens: int, settings: VllmSettings, on_gpu: bool, transfer: str) -> Any:
+    """Start vLLM's processes and return its AsyncLLM.
+
+    `transfer` names the weight-transfer backend: ours ("manta"), or vLLM's own "nccl" and "ipc" on GPUs.
+    """
+    if not on_gpu:
+        # Left to itself vLLM binds one core and reserves another, which starves a second engine of the machine.
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    from vllm.config.weight_transfer import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    memory: dict[str, Any] = (
+        {"gpu_memory_utilization": settings.memory_fraction}
+        if on_gpu
+        else {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30)}
+    )
+    return AsyncLLM.from_engine_args(
+        AsyncEngineArgs(
+            model=model,
+            dtype=settings.dtype,
+            max_model_len=context_tokens,
+            max_num_seqs=settings.max_num_seqs,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            enforce_eager=settings.enforce_eager,
+            enable_prefix_caching=True,
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # sampling is ours alone: no defaults out of the model's folder
+            logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
+            weight_transfer_config=WeightTransferConfig(backend=transfer),
+            worker_extension_cls="rollout.vllm_weights.WorkerExtension",
+            disable_log_stats=True,
+            **memory,
+        )
+    )
+
+
+class VllmEngine:
+    """One vLLM instance. `version` is -1 until the first sync: what the model's folder holds is nobody's version."""
+
+    def __init__(self, llm: Any, name: str, stop_token_ids: Sequence[int], weight_names: Sequence[str], seeded: bool):
+        self.version = -1
+        self.name = name
+        self._llm = llm
+        self._stop = list(stop_token_ids)
+        self._weight_names = frozenset(weight_names)
+        self._seeded = seeded
+        self._request_ids = itertools.count()
+        self._params: dict[Sampling, Any] = {}
+        self._transfer_ready = False
+
+    @classmethod
+    async def start(
+        cls,
+        name: str,
+        model: str,
+        stop_token_ids: Sequence[int],
+        context_tokens: int,
+        settings: VllmSettings,
+        *,
+        on_gpu: bool = False,
+        transfer: str = "manta",
+    ) -> VllmEngine:
+        """Start the engine's processes (about 20 s on two cores) and wait until they answer."""
+        llm = start_llm(model, context_tokens, settings, on_gpu, transfer)
+        await llm.check_health()
+        return cls(llm, name, stop_token_ids, checkpoint_names(model), settings.seeded)
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        """Sample one completion; its last token is the stop token unless the length ran out."""
+        output = await self._finished(prompt_ids, self._sampling_params(sampling))
+        completion = output.outputs[0]
+        if completion.finish_reason not in ("stop", "length") or completion.weight_versions is None:
+            raise EngineFailed(f"{self.name}: a request ended with {completion.finish_reason!r}")
+        token_ids = np.asarray(completion.token_ids, dtype=np.int32)
+        chosen = [rank[token].logprob for rank, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+        versions = np.empty(len(token_ids), dtype=np.int32)
+        for span in completion.weight_versions:
+            versions[span.start : span.end] = int(span.version)
+        return Completion(token_ids, np.asarray(chosen, dtype=np.float32), versions, completion.finish_reason)
+
+    async def score(self, token_ids: Sequence[int]) -> Float32Array:
+        """[T-1] logprob of every token after the first, at temperature 1."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        output = await self._finished(token_ids, params)
+        ranks = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
+        return np.asarray([rank[token].logprob for rank, token in ranks], dtype=np.float32)
+
+    async def sync(self, update: WeightUpdate) -> SyncReport:
+        """Replace the weights in flight and prove it: names, checksums, version, probe.
+
+        A refused version (WeightMismatch) leaves the old weights serving when it was refused before loading began, and
+        the engine paused when it was not: an engine with half a version must not sample.
+        """
+        began = time.perf_counter()
+        update.require_names(self._weight_names, self.name)
+        # Hash while generation goes on. The worker then maps the same bytes: one host, one copy in shared memory.
+        await asyncio.to_thread(update.verify)
+        stalled = await self._load(update)
+        logprobs = await self.score(update.manifest.probe.token_ids)
+        difference = update.manifest.probe.check(self.name, update.version, logprobs)
+        seconds = time.perf_counter() - began
+        return SyncReport(self.name, self.version, len(update.manifest.tensors), difference, seconds, stalled)
+
+    async def close(self) -> None:
+        """Stop vLLM's processes."""
+        await asyncio.to_thread(self._llm.shutdown)
+
+    async def _load(self, update: WeightUpdate) -> float:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+
+        if not self._transfer_ready:
+            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest())
+            self._transfer_ready = True
+        paused = time.perf_counter()
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest({"update": update.to_plain()}))
+        await self._llm.finish_weight_update(weight_version=str(update.version))
+        self.version = int(await self._llm.get_weight_version())
+        await self._llm.resume_generation()
+        return time.perf_counter() - paused
+
+    async def _finished(self, token_ids: Sequence[int], params: Any) -> Any:
+        prompt = {"prompt_token_ids": list(token_ids), "cache_salt": str(self.version)}
+        output = None
+        async for output in self._llm.generate(prompt, params, f"{self.name}-{next(self._request_ids)}"):
+            pass
+        if output is None:
+            raise EngineFailed(f"{self.name}: vLLM gave no output for a request of {len(token_ids)} tokens")
+        return output
+
+    def _sampling_params(self, sampling: Sampling) -> Any:
+        if self._seeded and sampling.seed is not None:
+            return self._new_params(sampling, sampling.seed)
+        unseeded = sampling.model_copy(update={"seed": None})
+        if unseeded not in self._params:
+            self._params[unseeded] = self._new_params(unseeded, None)
+        return self._params[unseeded]
+
+    def _new_params(self, sampling: Sampling, seed: int | None) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            seed=None if seed is None else seed % 2**63,
+            stop_token_ids=self._stop,
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+
+def checkpoint_names(model: str) -> list[str]:
+    """The tensor names of a checkpoint in Hugging Face format: a folder, or a hub id in the local cache."""
+    from huggingface_hub import snapshot_download
+    from safetensors import safe_open
+
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(model, local_files_only=True))
+    names: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="np") as tensors:
+            names.extend(tensors.keys())
+    return names

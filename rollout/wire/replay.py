@@ -1,0 +1,114 @@
+"""The replay buffer: which groups may start, which are ready, which a step takes. No clock, no disk, no payload format.
+
+There are (S+1)*P slots for P groups a step and a maximum lag of S versions. A slot is held from `reserve` until the
+engines hold the weights of the step that took its group, or until the group is dropped. A group issued at version a
+must be taken at version a+S at the latest; that is its deadline.
+
+`take` therefore prefers what is complete, oldest first, but leaves no group behind that could miss its deadline: after
+it, for every j >= 1, at most j*P waiting groups may have a deadline within the next j steps. The bound on the slots
+makes that possible at all times: at most (S+1)*P groups wait, P for each deadline. With S = 0 every group has its
+deadline at once, and a step takes exactly the P groups issued for it, in order of issue: the synchronous trainer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Payload = TypeVar("Payload")
+
+
+@dataclass(slots=True)
+class _Waiting(Generic[Payload]):
+    deadline: int
+    payload: Payload | None = None
+
+
+class ReplayBuffer(Generic[Payload]):
+    """Reserve, add, take, release. Deterministic: the outcome depends on the order of calls only."""
+
+    def __init__(self, groups_per_step: int, max_lag: int, version: int = 0) -> None:
+        if groups_per_step < 1 or max_lag < 0:
+            raise ValueError(f"groups_per_step={groups_per_step} must be >= 1 and max_lag={max_lag} >= 0")
+        self.version = version
+        self.groups_per_step = groups_per_step
+        self.max_lag = max_lag
+        self._waiting: dict[int, _Waiting[Payload]] = {}
+        self._taken: set[int] = set()
+
+    @property
+    def capacity(self) -> int:
+        return (self.max_lag + 1) * self.groups_per_step
+
+    @property
+    def outstanding(self) -> int:
+        """Slots held: groups waiting for completion or for a step, and groups taken but not released."""
+        return len(self._waiting) + len(self._taken)
+
+    @property
+    def complete(self) -> int:
+        """Groups that are ready and not yet taken."""
+        return sum(entry.payload is not None for entry in self._waiting.values())
+
+    def waiting_ids(self) -> list[int]:
+        """Groups given out and not complete."""
+        return [group_id for group_id, entry in self._waiting.items() if entry.payload is None]
+
+    def reserve(self, group_id: int, issue_version: int | None = None) -> bool:
+        """Hold a slot for a new group; False when none is free. `issue_version` is given on recovery only."""
+        if group_id in self._waiting or group_id in self._taken:
+            raise ValueError(f"group {group_id} already holds a slot")
+        if self.outstanding >= self.capacity:
+            return False
+        issued = self.version if issue_version is None else issue_version
+        self._waiting[group_id] = _Waiting(issued + self.max_lag)
+        return True
+
+    def add(self, group_id: int, payload: Payload) -> None:
+        """The group is complete."""
+        entry = self._waiting.get(group_id)
+        if entry is None or entry.payload is not None:
+            raise ValueError(f"group {group_id} is not waiting for its payload")
+        entry.payload = payload
+
+    def drop(self, group_id: int) -> None:
+        """The group will never be taken; its slot is free at once."""
+        if self._waiting.pop(group_id, None) is None:
+            raise ValueError(f"group {group_id} holds no slot that could be dropped")
+
+    def take(self) -> list[tuple[int, Payload]] | None:
+        """The next step's P groups in order of group id, or None while they are not ready."""
+        chosen = self._choose()
+        if chosen is None:
+            return None
+        batch = []
+        for group_id in sorted(chosen):
+            payload = self._waiting.pop(group_id).payload
+            assert payload is not None
+            batch.append((group_id, payload))
+        self._taken.update(chosen)
+        return batch
+
+    def release(self, version: int) -> None:
+        """Engines hold `version`: the slots of the groups it was trained on are free."""
+        self.version = version
+        self._taken.clear()
+
+    def _choose(self) -> list[int] | None:
+        if self._taken:
+            return None  # the last step has not been released
+        ready = sorted(
+            (entry.deadline, group_id) for group_id, entry in self._waiting.items() if entry.payload is not None
+        )
+        if len(ready) < self.groups_per_step:
+            return None
+        # Earliest deadlines first leaves the least behind, so if this choice is not feasible, none is.
+        chosen = [group_id for _, group_id in ready[: self.groups_per_step]]
+        return chosen if self._feasible_without(set(chosen)) else None
+
+    def _feasible_without(self, chosen: set[int]) -> bool:
+        left = sorted(entry.deadline for group_id, entry in self._waiting.items() if group_id not in chosen)
+        # The i-th most urgent group left is taken i // P + 1 steps from now at the latest.
+        return all(
+            deadline >= self.version + 1 + position // self.groups_per_step for position, deadline in enumerate(left)
+        )
