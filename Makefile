@@ -1,0 +1,69 @@
+# Everything runs from .venv, which is made once and reused until a pinned list or pyproject.toml changes.
+#   make setup | train | test | bench | lint | lock | clean        ARGS="..." goes to train, test and bench
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup train test bench lint lock lock-cpu lock-gpu clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# The wheel without CUDA. Where pip is configured to find it, that is used; elsewhere PyTorch's own index.
+TORCH := $(shell grep '^torch==' requirements/cpu.txt)
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+help:
+	@sed -n '1,2p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): requirements/cpu.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "make setup needs Python 3.11, found $$($(PYTHON) --version) as '$(PYTHON)'; say make PYTHON=..." >&2; exit 1; }
+	@echo "setting up $(VENV): $$(grep -c == requirements/cpu.txt) packages, a minute or two the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --no-deps $(TORCH) 2>/dev/null || $(PIP) install --no-deps --index-url $(TORCH_INDEX) $(TORCH)
+	@$(PIP) install --no-deps -r requirements/cpu.txt
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+	@echo "$(VENV) is ready"
+
+train: setup
+	$(BIN)/manta train frozen_lake $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -q $(ARGS)
+
+bench: setup
+	$(BIN)/python -m tests.bench $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Resolves the lists anew; needs uv (any recent one) and a network, installs nothing. uv does not read pip's
+# configuration: where the CPU wheel of torch lies elsewhere, say make lock-cpu TORCH_FROM="--find-links DIR".
+UV ?= uv
+TORCH_FROM ?= --torch-backend cpu
+LOCK := $(UV) pip compile -q --upgrade --no-header --no-annotate --python-version 3.11 \
+	--python-platform x86_64-manylinux_2_35 --extra dev pyproject.toml
+UNWANTED := torchvision torchaudio torchcodec triton
+
+lock: lock-cpu lock-gpu
+
+lock-cpu:
+	@pins=$$($(LOCK) --extra cpu $(TORCH_FROM) $(foreach name,$(UNWANTED),--no-emit-package $(name))) && \
+		{ sed -n '/^#/p' requirements/cpu.txt; echo "$$pins"; } > requirements/cpu.txt.new && \
+		mv requirements/cpu.txt.new requirements/cpu.txt
+
+lock-gpu:
+	@pins=$$($(LOCK) --extra gpu) && \
+		{ sed -n '/^#/p' requirements/gpu.txt; echo "$$pins"; } > requirements/gpu.txt.new && \
+		mv requirements/gpu.txt.new requirements/gpu.txt
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find envs rollout learner deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
