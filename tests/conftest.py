@@ -1,0 +1,10 @@
+"""What holds for every test: nothing is fetched from a network and nothing is reported to anyone."""
+
+from __future__ import annotations
+
+import os
+
+# Set before any test module imports a library that reads them, and inherited by every process a test starts.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+from math import inf, isnan, nan
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from deploy.metrics import MetricsLog, read_metrics
+
+
+def test_rows_come_back_as_written_and_are_valid_json(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    log.write(1, {"reward": 0.25, "kl": nan})
+    log.write(2, {"reward": 0.5, "kl": inf})
+    assert [row["reward"] for row in read_metrics(tmp_path)] == [0.25, 0.5]  # before it is closed
+    log.close()
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(isnan(row["kl"]) for row in rows)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    for step in range(1, 6):
+        log.write(step, {"reward": float(step)})
+    log.close()
+    resumed = MetricsLog(tmp_path, resume_after=3)
+    for step in range(4, 7):
+        resumed.write(step, {"reward": step + 0.5})
+    resumed.close()
+    assert [row["reward"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4.5, 5.5, 6.5]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("reward")] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 4.5),
+        (5, 5.5),
+        (6, 6.5),
+    ]
+
+
+def test_a_torn_last_row_is_passed_over(tmp_path: Path) -> None:
+    whole = json.dumps({"step": 1, "reward": 1.0}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 2, "rew')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    log = MetricsLog(tmp_path, resume_after=2)
+    log.write(2, {"reward": 2.0})
+    log.close()
+    assert [row["reward"] for row in read_metrics(tmp_path)] == [1.0, 2.0]
+
+
+def test_a_run_without_steps_has_no_rows(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == []
