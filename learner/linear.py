@@ -1,0 +1,69 @@
+"""Float32 linear layers on CPUs through oneDNN, which uses AVX-512 where torch's default BLAS may not.
+
+torch multiplies float32 matrices on a CPU with MKL, which keeps to AVX2 on processors of other makes. oneDNN,
+which x86 builds of torch hold too, is there more than twice as fast in a small model's shapes, and as exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+def use_onednn(module: nn.Module) -> None:
+    """Replace every plain linear layer below `module` by one that computes through oneDNN, if torch can.
+
+    Parameters stay the same objects under the same names. What is not float32 on a CPU is computed as before.
+    """
+    if not torch.backends.mkldnn.is_available() or not torch._C._dispatch_has_kernel(
+        "mkldnn::_linear_pointwise"
+    ):
+        return
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                parent.register_module(name, _OneDnnLinear(child))
+
+
+class _OneDnnLinear(nn.Module):
+    """nn.Linear with another product."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., V], the same type as nn.Linear's."""
+        if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return linear(x, self.weight, self.bias)
+        out: Tensor = _Linear.apply(x, self.weight, self.bias)
+        return out
+
+
+def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left @ right.T + bias in float32."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight_VD)
+        return _product(x, weight_VD, bias_V)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight_VD = ctx.saved_tensors
+        grad_TV, x_TD = grad.flatten(0, -2), x.flatten(0, -2)
+        x_grad = _product(grad_TV, weight_VD.T).view(x.shape) if ctx.needs_input_grad[0] else None
+        weight_grad_VD = None
+        if ctx.needs_input_grad[1]:  # the wider matrix on the right is the faster order
+            if grad_TV.shape[1] > x_TD.shape[1]:
+                weight_grad_VD = _product(x_TD.T, grad_TV.T).T
+            else:
+                weight_grad_VD = _product(grad_TV.T, x_TD.T)
+        return x_grad, weight_grad_VD, grad_TV.sum(0) if ctx.needs_input_grad[2] else None

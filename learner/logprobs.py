@@ -1,0 +1,167 @@
+"""Log-probabilities and entropies of tokens without ever holding a [T, V] matrix.
+
+The head's matrix product, the softmax and their gradients are done in chunks of the vocabulary: the forward
+pass keeps one online log-sum-exp per token (Milakov & Gimelshein 2018), the backward pass computes each chunk
+of logits again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def token_logprobs(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_T: Tensor,
+    temperature: float = 1.0,
+    vocab_chunk: int = 8192,
+) -> tuple[Tensor, Tensor]:
+    """Logprob of each target and entropy of its distribution, softmax((hidden @ weight.T + bias) / temp).
+
+    hidden_TD float [T, D]; weight_VD [V, D]; bias_V [V] or None; targets_T int64 [T]. Returns logprobs [T]
+    and entropies [T] in nats, float32 (float64 for float64 inputs), both differentiable in hidden, weight and
+    bias. bfloat16 hidden states are multiplied as bfloat16 but accumulated in float32. Beyond inputs and
+    gradients the memory is a few [T, vocab_chunk] blocks.
+    """
+    return _TokenLogprobs.apply(hidden_TD, weight_VD, bias_V, targets_T, temperature, vocab_chunk)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right accumulated and returned in `dtype`; CUDA multiplies narrower factors as they are."""
+    if left.dtype == dtype and right.dtype == dtype:
+        return left @ right
+    if left.is_cuda and left.dtype == right.dtype:
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
+
+
+def _logits(hidden_TD: Tensor, weight_CD: Tensor, bias_C: Tensor | None, temperature: float) -> Tensor:
+    """Logits [T, C] of one chunk of the vocabulary, in wide floats."""
+    logits_TC = _product(hidden_TD, weight_CD.to(hidden_TD.dtype).T, _wide(hidden_TD))
+    if bias_C is not None:
+        logits_TC += bias_C
+    return logits_TC if temperature == 1.0 else logits_TC.div_(temperature)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_T: Tensor,
+        temperature: float,
+        vocab_chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            target_T, normalizer_T, entropy_T = _online_softmax(
+                hidden_TD, weight_VD, bias_V, targets_T, temperature, vocab_chunk
+            )
+        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_T, normalizer_T, entropy_T)
+        ctx.temperature, ctx.vocab_chunk = temperature, vocab_chunk
+        ctx.set_materialize_grads(False)
+        return target_T - normalizer_T, entropy_T
+
+    @staticmethod
+    def backward(ctx: Any, logprob_grad_T: Tensor | None, entropy_grad_T: Tensor | None) -> tuple[Any, ...]:
+        hidden_TD, weight_VD, bias_V, targets_T, normalizer_T, entropy_T = ctx.saved_tensors
+        wide = _wide(hidden_TD)
+        hidden_grad_TD = torch.zeros_like(hidden_TD, dtype=wide)
+        weight_grad_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
+        bias_grad_V = torch.empty_like(bias_V) if ctx.needs_input_grad[2] else None
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            for start in range(0, weight_VD.shape[0], ctx.vocab_chunk):
+                chunk = slice(start, start + ctx.vocab_chunk)
+                bias_C = None if bias_V is None else bias_V[chunk]
+                logprobs_TC = _logits(hidden_TD, weight_VD[chunk], bias_C, ctx.temperature).sub_(
+                    normalizer_T[:, None]
+                )
+                grad_TC = _logit_grads(
+                    logprobs_TC, targets_T - start, entropy_T, logprob_grad_T, entropy_grad_T
+                )
+                if ctx.temperature != 1.0:
+                    grad_TC /= ctx.temperature
+                if bias_grad_V is not None:
+                    bias_grad_V[chunk] = grad_TC.sum(0)
+                narrow_TC = grad_TC.to(hidden_TD.dtype)
+                hidden_grad_TD += _product(narrow_TC, weight_VD[chunk].to(hidden_TD.dtype), wide)
+                if weight_grad_VD is not None:
+                    weight_grad_VD[chunk] = _product(narrow_TC.T, hidden_TD, wide)
+        return hidden_grad_TD.to(hidden_TD.dtype), weight_grad_VD, bias_grad_V, None, None, None
+
+
+def _online_softmax(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_T: Tensor,
+    temperature: float,
+    vocab_chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logit of the target, log of the softmax's denominator, and entropy: [T] each, chunk by chunk.
+
+    With z the logits and m their maximum so far, sum_T is the sum of exp(z - m) and moment_T that of
+    exp(z - m) * (z - m): the entropy is log(sum) - moment / sum.
+    """
+    wide = _wide(hidden_TD)
+    target_T, sum_T, moment_T = hidden_TD.new_zeros(3, len(targets_T), dtype=wide)
+    # Finite, so that the first chunk's rescaling multiplies zeros by zero.
+    maximum_T = torch.full_like(sum_T, torch.finfo(wide).min / 2)
+    for start in range(0, weight_VD.shape[0], vocab_chunk):
+        chunk = slice(start, start + vocab_chunk)
+        logits_TC = _logits(
+            hidden_TD, weight_VD[chunk], None if bias_V is None else bias_V[chunk], temperature
+        )
+        picked_T, inside_T = _pick(logits_TC, targets_T - start)
+        target_T = torch.where(inside_T, picked_T, target_T)
+        highest_T = torch.maximum(maximum_T, logits_TC.amax(1))
+        shift_T = maximum_T - highest_T
+        logits_TC -= highest_T[:, None]
+        weights_TC = logits_TC.exp()
+        scale_T = shift_T.exp()
+        moment_T = (moment_T + shift_T * sum_T) * scale_T
+        sum_T = sum_T * scale_T + weights_TC.sum(1)
+        moment_T = moment_T + weights_TC.mul_(logits_TC).sum(1)
+        maximum_T = highest_T
+    log_sum_T = sum_T.log()
+    return target_T, maximum_T + log_sum_T, log_sum_T - moment_T / sum_T
+
+
+def _pick(logits_TC: Tensor, local_T: Tensor) -> tuple[Tensor, Tensor]:
+    """The logit at each token's target, and whether the target lies in this chunk (else it is junk)."""
+    width = logits_TC.shape[1]
+    inside_T = (local_T >= 0) & (local_T < width)
+    return logits_TC.gather(1, local_T.clamp(0, width - 1)[:, None])[:, 0], inside_T
+
+
+def _logit_grads(
+    logprobs_TC: Tensor,
+    local_T: Tensor,
+    entropy_T: Tensor,
+    logprob_grad_T: Tensor | None,
+    entropy_grad_T: Tensor | None,
+) -> Tensor:
+    """d(loss)/d(logits) [T, C]: with p the probabilities and H the entropy,
+
+    d logprob / d z = onehot(target) - p and d H / d z = -p * (log p + H).
+    """
+    probs_TC = logprobs_TC.exp()
+    grad_TC = torch.zeros_like(probs_TC)
+    if entropy_grad_T is not None:
+        grad_TC -= probs_TC * (logprobs_TC + entropy_T[:, None]) * entropy_grad_T[:, None]
+    if logprob_grad_T is not None:
+        grad_TC -= probs_TC * logprob_grad_T[:, None]
+        width = probs_TC.shape[1]
+        inside_T = (local_T >= 0) & (local_T < width)
+        grad_TC.scatter_add_(1, local_T.clamp(0, width - 1)[:, None], (logprob_grad_T * inside_T)[:, None])
+    return grad_TC

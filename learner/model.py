@@ -1,0 +1,221 @@
+"""The policy: a Hugging Face causal model that scores packed sequences, and tiny ones to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, Field
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.core_model_loading import revert_weight_conversion
+
+from learner.attention import register
+from learner.batch import MicroBatch
+from learner.linear import use_onednn
+from learner.logprobs import token_logprobs
+from rollout.wire.trajectory import Float32Array
+
+_HEAD_TOLERANCE_NATS = 0.05  # far above rounding in bfloat16, far below a logit soft-cap or scale
+
+
+class ModelError(ValueError):
+    """A checkpoint that cannot be loaded or trained as it is."""
+
+
+class ModelSettings(BaseModel, extra="forbid", frozen=True):
+    """Which model, and how it is computed."""
+
+    path: str = Field(default="", description="folder of a Hugging Face checkpoint, or the id of one")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="precision of the matrix products; weights and optimizer state stay float32",
+    )
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the learner computes")
+    vocab_chunk: int = Field(
+        default=8192, ge=1, description="vocabulary entries whose logits are held at a time"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="recompute each layer in the backward pass: less memory, about a third more time",
+    )
+
+
+class Policy:
+    """A causal language model as the learner sees it: packed tokens in, logprobs of sampled tokens out.
+
+    Dropout is off, always: the learner's logprobs have to be those of the model that samples. ModelError, in
+    one line, for a checkpoint that is missing, broken or incomplete, or whose head is more than a linear
+    layer.
+    """
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self.settings = settings
+        self.device = torch.device(settings.device)
+        self.model = _load(settings.path)
+        nn.Module.to(self.model, self.device)  # the subclass's `to` is untyped
+        self.model.eval()
+        if settings.gradient_checkpointing:
+            self._checkpoint_gradients()
+        self._check_head()
+        if settings.device == "cpu" and settings.dtype == "float32":
+            use_onednn(self.model.base_model)
+
+    @property
+    def context(self) -> int:
+        """Longest sequence the model has positions for, tokens."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids the model knows."""
+        return int(self._head.weight.shape[0])
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Trainable parameters, tied ones once, always in the same order."""
+        return (p for p in self.model.parameters() if p.requires_grad)
+
+    def score(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Logprob of each sampled token and entropy of its distribution: float32 [N] each, with gradients."""
+        hidden_TD = self._hidden(micro.input_ids_T, micro.position_ids_T, micro.cu_seqlens_B, micro.longest)
+        hidden_ND = hidden_TD.index_select(0, micro.score_index_N)
+        return self._logprobs(hidden_ND, micro.targets_N, temperature)
+
+    @torch.no_grad()
+    def score_ids(self, token_ids: Sequence[int]) -> Float32Array:
+        """Logprob of each token after the first, at temperature 1: float32 [T - 1]. For the sync's probe."""
+        ids_T = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
+        size = len(token_ids) - 1
+        borders = torch.tensor([0, size], dtype=torch.int32, device=self.device)
+        hidden_TD = self._hidden(ids_T[:-1], torch.arange(size, device=self.device), borders, size)
+        logprobs_T, _ = self._logprobs(hidden_TD, ids_T[1:], 1.0)
+        return logprobs_T.cpu().numpy()
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under its Hugging Face checkpoint name, detached; a tied head is not repeated."""
+        own = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        yield from revert_weight_conversion(self.model, own).items()
+
+    def save(self, folder: Path) -> None:
+        """Write config and weights in Hugging Face format (safetensors)."""
+        self.model.save_pretrained(folder)
+
+    @property
+    def _head(self) -> nn.Linear:
+        return self.model.get_output_embeddings()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.settings.device, torch.bfloat16, enabled=self.settings.dtype == "bfloat16")
+
+    def _hidden(self, ids_T: Tensor, positions_T: Tensor, cu_seqlens_B: Tensor, longest: int) -> Tensor:
+        """Final hidden states [T, D] of a packed row, without the logits of the whole row."""
+        with self._autocast():
+            hidden_TD = self.model.base_model(
+                input_ids=ids_T[None],
+                position_ids=positions_T[None],
+                use_cache=False,
+                cu_seq_lens_q=cu_seqlens_B,
+                cu_seq_lens_k=cu_seqlens_B,
+                max_length_q=longest,
+                max_length_k=longest,
+            ).last_hidden_state[0]
+        # The head's product runs in the hidden state's type; a normalization leaves it wide under autocast.
+        return hidden_TD.to(torch.bfloat16) if self.settings.dtype == "bfloat16" else hidden_TD
+
+    def _logprobs(self, hidden_ND: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        head = self._head
+        return token_logprobs(
+            hidden_ND, head.weight, head.bias, targets_N, temperature, self.settings.vocab_chunk
+        )
+
+    def _checkpoint_gradients(self) -> None:
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()  # transformers checkpoints in training mode only
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Compare with the model's own logits once: some families scale or cap them after the head."""
+        count = min(9, self.context)
+        ids_T = torch.arange(count, device=self.device) % self.vocab_size
+        with self._autocast():
+            logits_TV = self.model(input_ids=ids_T[None], use_cache=False).logits[0, :-1]
+        own_T = logits_TV.float().log_softmax(-1).gather(1, ids_T[1:, None])[:, 0]
+        apart = float((own_T.cpu() - torch.from_numpy(self.score_ids(ids_T.tolist()))).abs().max())
+        if not apart < _HEAD_TOLERANCE_NATS:
+            raise ModelError(
+                f"model {self.settings.path!r}: logits differ from hidden state times head by {apart:.3g} "
+                "nats (a scaled or capped head, or weights not finite); this family cannot be trained"
+            )
+
+
+def _load(path: str) -> PreTrainedModel:
+    """The model in float32 with packed attention, or one line saying what is wrong with it."""
+    if not path:
+        raise ModelError(
+            "no model to learn: set the model's path to a checkpoint folder or a Hugging Face id"
+        )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=register(), output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"model {path!r} cannot be loaded: {reason}") from error
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        raise ModelError(f"model {path!r} lacks {len(missing)} weights, {missing[0]} among them")
+    return model
+
+
+def build_tiny(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    layers: int = 4,
+    width: int = 128,
+    heads: int = 4,
+    mlp: int = 384,
+    context: int = 512,
+    tie: bool = True,
+    seed: int = 0,
+) -> None:
+    """Write a random Qwen3 and its tokenizer into `folder`: transformers and vLLM load it by path.
+
+    width: of the residual stream; mlp: of the hidden layer; heads: of the queries, sharing half as many key
+    heads where their number is even; context: in tokens; tie: one matrix for embedding and head. The
+    vocabulary is exactly the tokenizer's, so that no sampler can choose an id without a token.
+    """
+    if width % heads:
+        raise ValueError(f"width {width} must be a multiple of heads {heads}")
+    config: Any = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
+        head_dim=width // heads,
+        max_position_embeddings=context,
+        tie_word_embeddings=tie,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,125 @@
+"""AdamW with a learning-rate schedule, a bounded gradient norm, and no step on non-finite gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor, nn
+
+
+class OptimSettings(BaseModel, extra="forbid", frozen=True):
+    """AdamW (Loshchilov & Hutter 2019) and its schedule."""
+
+    learning_rate: float = Field(default=1e-6, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.999), description="decay of the gradient's first and second moments"
+    )
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="decoupled decay of matrices; vectors are never decayed"
+    )
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="gradients of a larger 2-norm are scaled down to it"
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear rise to the peak")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="what follows the warm-up"
+    )
+    total_steps: int | None = Field(
+        default=None, gt=0, description="step at which a linear or cosine schedule reaches zero"
+    )
+
+    @model_validator(mode="after")
+    def _schedule_has_an_end(self) -> OptimSettings:
+        if (self.schedule == "constant") != (self.total_steps is None):
+            raise ValueError(
+                f"schedule {self.schedule!r}: total_steps belongs to linear and cosine, and only to them"
+            )
+        if self.total_steps is not None and self.total_steps <= self.warmup_steps:
+            raise ValueError(f"total_steps {self.total_steps} must exceed warmup_steps {self.warmup_steps}")
+        return self
+
+
+def learning_rate(settings: OptimSettings, step: int) -> float:
+    """Learning rate of the step with this index, counted from 0."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.total_steps is None:
+        return settings.learning_rate
+    done = min(1.0, (step - settings.warmup_steps) / (settings.total_steps - settings.warmup_steps))
+    falling = 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return settings.learning_rate * falling
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    grad_norm: float  # 2-norm before scaling
+    learning_rate: float
+    applied: bool  # False: the norm was not finite, and nothing was changed
+
+
+class Optimizer:
+    """AdamW over a model's trainable parameters. `steps` counts applied steps and drives the schedule."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], settings: OptimSettings) -> None:
+        self.settings = settings
+        self.steps = 0
+        self._parameters = [p for p in parameters if p.requires_grad]
+        matrices = [p for p in self._parameters if p.ndim >= 2]
+        vectors = [p for p in self._parameters if p.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self._adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True,
+        )
+
+    def zero_grad(self) -> None:
+        """Set every gradient to zeros.
+
+        Zeros, not None: a batch without any gradient must still decay the moments, so that leaving sequences
+        without advantage out of the forward pass changes nothing.
+        """
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
+
+    def step(self) -> StepReport:
+        """Scale the gradients down to max_grad_norm and apply them; skip the step if it is not finite."""
+        grads: list[Tensor] = [p.grad for p in self._parameters if p.grad is not None]
+        rate = learning_rate(self.settings, self.steps)
+        norm = float(nn.utils.get_total_norm(grads))
+        if not math.isfinite(norm):
+            return StepReport(norm, rate, applied=False)
+        if norm > self.settings.max_grad_norm:
+            torch._foreach_mul_(grads, self.settings.max_grad_norm / norm)
+        for group in self._adamw.param_groups:
+            group["lr"] = rate
+        self._adamw.step()
+        self.steps += 1
+        return StepReport(norm, rate, applied=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and step count, as torch.save takes them."""
+        return {"adamw": self._adamw.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()` of an optimizer over the same parameters, keeping own settings."""
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self._adamw.param_groups]
+        self._adamw.load_state_dict(state["adamw"])
+        for group, options in zip(self._adamw.param_groups, own, strict=True):
+            group.update(options)
+        self.steps = int(state["steps"])

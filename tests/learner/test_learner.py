@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from learner.algorithm import AlgorithmSettings
+from learner.learner import ImitationSettings, Learner, LearnerSettings, describe
+from learner.model import ModelSettings
+from learner.optim import OptimSettings
+from rollout.wire.trajectory import EndReason, Group
+
+Groups = Callable[..., Group]
+
+
+def _settings(tiny: Path, **changes: object) -> LearnerSettings:
+    fields: dict[str, object] = {
+        "model": ModelSettings(path=str(tiny)),
+        "optim": OptimSettings(learning_rate=3e-3),
+        "tokens_per_microbatch": 50,
+    }
+    return LearnerSettings.model_validate({**fields, **changes})
+
+
+def _with_versions(group: Group, version: int) -> Group:
+    episodes = []
+    for episode in group.trajectories:
+        steps = tuple(replace(s, versions=np.full_like(s.versions, version)) for s in episode.steps)
+        episodes.append(replace(episode, steps=steps))
+    return replace(group, trajectories=tuple(episodes))
+
+
+def _failed(group: Group, index: int) -> Group:
+    episodes = list(group.trajectories)
+    episodes[index] = replace(episodes[index], end_reason=EndReason.FAILED)
+    return replace(group, trajectories=tuple(episodes))
+
+
+def test_description_is_recomputed_from_trainable_episodes_alone(group_of: Groups) -> None:
+    groups = [
+        _with_versions(group_of(0, [1.0, 0.0], turns=1), 3),
+        _failed(_with_versions(group_of(1, [0.0, 0.5, 100.0], turns=3), 5), 2),
+    ]
+    described = describe(groups, version=7)
+    tokens = [t.num_sampled for g in groups for t in g.trainable]
+    assert described["reward_mean"] == pytest.approx(1.5 / 4)
+    assert described["success_mean"] == pytest.approx(2 / 4)
+    assert described["turns_mean"] == 2.0
+    assert described["episodes"] == 4.0
+    assert described["untrainable_episodes"] == 1.0
+    assert described["sampled_per_episode"] == pytest.approx(np.mean(tokens))
+    assert described["lag_max"] == 4.0
+    assert described["lag_mean"] == pytest.approx((4 * sum(tokens[:2]) + 2 * sum(tokens[2:])) / sum(tokens))
+
+
+@pytest.mark.parametrize("proximal", ["behavior", "learner"])
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_good_actions_become_likelier_and_bad_ones_less(
+    tiny: Path, group_of: Groups, proximal: str, minibatches: int
+) -> None:
+    algorithm = AlgorithmSettings(minibatches=minibatches, proximal=proximal, clip_high=5.0, clip_low=0.99)
+    learner = Learner(_settings(tiny, algorithm=algorithm))
+    group = group_of(0, [1.0, 0.0, 0.0, 1.0])
+
+    def logprob(index: int) -> float:
+        steps = group.trajectories[index].steps
+        ids = np.concatenate([np.concatenate([s.prompt_ids, s.action_ids]) for s in steps])
+        sampled = np.concatenate(
+            [np.r_[np.zeros(len(s.prompt_ids)), np.ones(len(s.action_ids))] for s in steps]
+        )
+        return float((learner.policy.score_ids(ids.tolist()) * sampled[1:]).sum())
+
+    before = [logprob(i) for i in range(4)]
+    for _ in range(4):
+        metrics = learner.step([group])
+    after = [logprob(i) for i in range(4)]
+    assert after[0] - before[0] > after[1] - before[1]
+    assert after[3] - before[3] > after[2] - before[2]
+    assert learner.version == 4
+    assert metrics["version"] == 4.0
+    assert metrics["tokens_sampled"] == sum(t.num_sampled for t in group.trajectories)
+
+
+def test_a_fixed_proximal_policy_is_the_one_before_the_first_minibatch(tiny: Path, group_of: Groups) -> None:
+    # The behavior policy is unrelated to the learner's, yet the ratio to the learner's own is exactly 1.
+    algorithm = AlgorithmSettings(proximal="learner", minibatches=2)
+    learner = Learner(_settings(tiny, algorithm=algorithm, optim=OptimSettings(learning_rate=1e-30)))
+    metrics = learner.step([group_of(0, [1.0, 0.0, 0.5, 2.0])])
+    assert metrics["clip_fraction"] == 0.0
+    assert metrics["logprob_gap"] > 0.05
+
+
+def test_steps_are_reproducible(tiny: Path, group_of: Groups) -> None:
+    def run() -> list[torch.Tensor]:
+        learner = Learner(_settings(tiny, algorithm=AlgorithmSettings(minibatches=2)))
+        list(learner.imitate([group_of(9, [1.0, 1.0])]))
+        learner.step([group_of(0, [1.0, 0.0]), group_of(1, [0.0, 1.0, 1.0])])
+        return [p.detach() for p in learner.policy.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_imitation_lowers_the_cross_entropy(tiny: Path, group_of: Groups) -> None:
+    imitation = ImitationSettings(optim=OptimSettings(learning_rate=5e-3), epochs=6, episodes_per_step=4)
+    learner = Learner(_settings(tiny, imitation=imitation))
+    groups = [group_of(g, [1.0]) for g in range(9)]  # demonstrations need no siblings
+    losses = [metrics["loss"] for metrics in learner.imitate(groups)]
+    assert len(losses) == learner.imitation_steps(9) == 18
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.3
+    assert learner.version == 0
+
+
+def test_bfloat16_with_gradient_checkpointing_learns(tiny: Path, group_of: Groups) -> None:
+    model = ModelSettings(path=str(tiny), dtype="bfloat16", gradient_checkpointing=True)
+    learner = Learner(_settings(tiny, model=model))
+    before = [p.detach().clone() for p in learner.policy.parameters()]
+    metrics = learner.step([group_of(0, [1.0, 0.0])])
+    assert np.isfinite(list(metrics.values())).all()
+    assert not all(torch.equal(a, b) for a, b in zip(before, learner.policy.parameters(), strict=True))
+
+
+def test_a_group_without_siblings_is_one_line(tiny: Path, group_of: Groups) -> None:
+    learner = Learner(_settings(tiny))
+    with pytest.raises(ValueError, match=r"^group 4 has 1 trainable episodes[^\n]*$"):
+        learner.step([_failed(group_of(4, [1.0, 0.0]), 0)])
+    assert learner.version == 0
+
+
+def test_an_entropy_bonus_refuses_skipped_sequences() -> None:
+    with pytest.raises(ValueError, match="skip_zero_advantage = false"):
+        AlgorithmSettings(entropy_bonus=0.01)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from learner.linear import use_onednn
+from learner.model import ModelError, ModelSettings, Policy, build_tiny
+
+
+def _reference(folder: Path, ids: list[int]) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        logprobs_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return logprobs_TV[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0].numpy()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_score_ids_equals_plain_transformers(tiny: Path, checkpointing: bool) -> None:
+    policy = Policy(ModelSettings(path=str(tiny), vocab_chunk=10, gradient_checkpointing=checkpointing))
+    ids = list(range(3, 40))
+    logprobs = policy.score_ids(ids)
+    assert logprobs.dtype == np.float32
+    np.testing.assert_allclose(logprobs, _reference(tiny, ids), atol=1e-5)
+
+
+def test_bfloat16_scores_stay_close_and_weights_stay_float32(tiny: Path) -> None:
+    policy = Policy(ModelSettings(path=str(tiny), dtype="bfloat16"))
+    ids = list(range(3, 40))
+    np.testing.assert_allclose(policy.score_ids(ids), _reference(tiny, ids), atol=2e-2)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_named_weights_are_the_checkpoint(tmp_path: Path, tiny: Path, tie: bool) -> None:
+    build_tiny(tmp_path, AutoTokenizer.from_pretrained(tiny), layers=1, width=16, heads=2, mlp=8, tie=tie)
+    weights = dict(Policy(ModelSettings(path=str(tmp_path))).named_weights())
+    stored = load_file(tmp_path / "model.safetensors")
+    assert ("lm_head.weight" in weights) == (not tie)
+    assert weights.keys() == stored.keys()
+    assert all(torch.equal(weights[name], stored[name]) for name in stored)
+
+
+def test_a_tiny_model_knows_exactly_its_tokenizers_ids(tiny: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    policy = Policy(ModelSettings(path=str(tiny)))
+    assert policy.vocab_size == len(tokenizer)
+    assert policy.context == 128
+
+
+def _break(folder: Path, how: str) -> None:
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:500])
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "no folder":
+        shutil.rmtree(folder)
+    else:
+        changed = json.loads(config.read_text())
+        changed |= {"other shape": {"intermediate_size": 24}, "more layers": {"num_hidden_layers": 3}}[how]
+        if how == "more layers":
+            changed["layer_types"] = ["full_attention"] * 3
+        config.write_text(json.dumps(changed))
+
+
+@pytest.mark.parametrize("how", ["truncated", "no weights", "no folder", "other shape", "more layers"])
+def test_a_broken_checkpoint_is_one_line(tmp_path: Path, tiny: Path, how: str) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny, folder)
+    _break(folder, how)
+    with pytest.raises(ModelError, match=r"broken.* (cannot be loaded|lacks)") as error:
+        Policy(ModelSettings(path=str(folder)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_head_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    config = GraniteConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        logits_scaling=0.02,
+    )
+    GraniteForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="head"):
+        Policy(ModelSettings(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("width", "out"), [(6, 4), (4, 6)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednn_layers_equal_torchs(width: int, out: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(width, out, bias=bias))
+    x = torch.randn(2, 5, width, requires_grad=True)
+    weights = list(model.parameters())
+    want = model(x)
+    want_grads = torch.autograd.grad(want.square().sum(), [x, *weights])
+    use_onednn(model)
+    got = model(x)
+    got_grads = torch.autograd.grad(got.square().sum(), [x, *weights])
+    assert next(model.parameters()) is weights[0]
+    for mine, torchs in zip([got, *got_grads], [want, *want_grads], strict=True):
+        torch.testing.assert_close(mine, torchs)
