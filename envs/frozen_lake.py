@@ -1,0 +1,174 @@
+"""FrozenLake in words, over Gymnasium's own FrozenLake: a new solvable map for every seed.
+
+Observation: the first one draws the whole map, a letter a cell, one line a row (S start, F frozen, H hole, G goal), and
+like every later one ends with where the player stands: "row,column" and what lies to the left, below, to the right and
+above ("-" is the edge): "1,0 -FHS". With view="map" every observation draws the map with the player as P instead.
+Action: left, down, right or up. Reward: 1 for reaching the goal, else 0. Horizon: `max_turns`.
+Ends: goal or hole (terminated), turns used up (truncated), an action that is none of the four (malformed).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from typing import Any, Literal
+
+import numpy as np
+from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
+
+from envs.base import Info, TextEnv
+
+ACTIONS = ("left", "down", "right", "up")  # in Gymnasium's order
+MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))
+EDGE = "-"
+HELD_OUT = 8  # one map in so many is held out
+
+INSTRUCTIONS = (
+    "Cross the frozen lake from S to G without stepping into a hole (H). Each line of the map is a row. The last line "
+    'says where you are, "row,column", and what lies to the left, below, to the right and above ("-" is the edge). '
+    "Answer with one word: left, down, right or up.\n"
+)
+
+Map = tuple[str, ...]
+Cell = tuple[int, int]
+
+
+class FrozenLake(TextEnv):
+    """The environment.
+
+    size: cells a side. frozen_probability: of a cell that is neither start nor goal. slippery: Gymnasium's slipping, one
+    third ahead and one third to each side. split: "train" and "heldout" divide the maps by their content, whatever the
+    seed, so that a held-out map is never trained on; "all" takes any. instructions: begin with the rules in English.
+    A seed fixes map and slipping; siblings that act differently slip differently.
+    """
+
+    def __init__(
+        self,
+        size: int = 4,
+        frozen_probability: float = 0.8,
+        slippery: bool = False,
+        max_turns: int = 16,
+        split: Literal["all", "train", "heldout"] = "all",
+        instructions: bool = True,
+        view: Literal["neighbours", "map"] = "neighbours",
+    ) -> None:
+        if size < 2:
+            raise ValueError(f"size={size} leaves no room for start and goal; use 2 or more")
+        if not 0 < frozen_probability <= 1:
+            raise ValueError(f"frozen_probability={frozen_probability} must lie in (0, 1]")
+        if split not in ("all", "train", "heldout") or view not in ("neighbours", "map"):
+            raise ValueError(f"split={split!r} must be all, train or heldout, and view={view!r} neighbours or map")
+        self._size = size
+        self._frozen = frozen_probability
+        self._slippery = slippery
+        self._max_turns = max_turns
+        self._split = split
+        self._opening = INSTRUCTIONS if instructions else ""
+        self._view = view
+        self._lake: FrozenLakeEnv | None = None
+        self._drawn: Map = ()
+        self._turns = 0
+
+    @property
+    def map(self) -> Map:
+        """The current map, one text a row."""
+        return self._drawn
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
+        super().reset(seed=seed)
+        drawn = self._draw()
+        if drawn != self._drawn or self._lake is None:
+            self._lake = FrozenLakeEnv(desc=list(drawn), is_slippery=self._slippery)
+            self._drawn = drawn
+        self._turns = 0
+        # The slips have a stream of their own, drawn after the map.
+        self._position, _ = self._lake.reset(seed=int(self.np_random.integers(2**31)))
+        return self._opening + self._observed(first=True), {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
+        if self._lake is None:
+            raise RuntimeError("step() was called before reset()")
+        word = action.strip().lower()
+        if word not in ACTIONS:
+            return "That is no direction.", 0.0, True, False, {"malformed": True, "success": False}
+        self._turns += 1
+        self._position, reward, terminated, _, _ = self._lake.step(ACTIONS.index(word))
+        truncated = not terminated and self._turns >= self._max_turns
+        info: Info = {"success": reward > 0} if terminated or truncated else {}
+        return self._observed(first=False), float(reward), bool(terminated), truncated, info
+
+    def _draw(self) -> Map:
+        while True:
+            frozen = self.np_random.random((self._size, self._size)) < self._frozen
+            cells = np.where(frozen, "F", "H")
+            cells[0, 0], cells[-1, -1] = "S", "G"
+            drawn = tuple("".join(row) for row in cells)
+            if (self._split == "all" or held_out(drawn) == (self._split == "heldout")) and distances(drawn)[0, 0] >= 0:
+                return drawn
+
+    def _observed(self, first: bool) -> str:
+        row, column = divmod(int(self._position), self._size)
+        if self._view == "map":
+            rows = list(self._drawn)
+            rows[row] = rows[row][:column] + "P" + rows[row][column + 1 :]
+            return "\n".join(rows)
+        around = "".join(_at(self._drawn, (row + down, column + right)) for down, right in MOVES)
+        here = f"{row},{column} {around}"
+        return "\n".join((*self._drawn, here)) if first else here
+
+
+class Player:
+    """Plays a shortest safe path, but moves at random with probability `error_rate`. One an episode."""
+
+    def __init__(self, error_rate: float, seed: int) -> None:
+        self._error_rate = error_rate
+        self._rng = np.random.default_rng(seed)
+        self._map: Map = ()
+        self._distances = np.zeros((0, 0), dtype=np.int32)
+
+    def act(self, observation: str) -> str:
+        """The next move; the first observation brings the map."""
+        lines = observation.splitlines()
+        if "P" in lines[-1] or "," not in lines[-1]:
+            raise ValueError('the player reads observations of view="neighbours" only')
+        if len(lines) > 1:
+            size = len(lines[-2])
+            self._map = tuple(lines[-1 - size : -1])
+            self._distances = distances(self._map)
+        row, column = (int(part) for part in lines[-1].split(" ")[0].split(","))
+        if self._rng.random() < self._error_rate:
+            return ACTIONS[self._rng.integers(len(ACTIONS))]
+        best = [self._after((row, column), move) for move in MOVES]
+        reachable = [(distance, index) for index, distance in enumerate(best) if distance >= 0]
+        nearest = min(distance for distance, _ in reachable)
+        return ACTIONS[self._rng.choice([index for distance, index in reachable if distance == nearest])]
+
+    def _after(self, cell: Cell, move: Cell) -> int:
+        target = (cell[0] + move[0], cell[1] + move[1])
+        return int(self._distances[target]) if _at(self._map, target) not in (EDGE, "H") else -1
+
+
+def held_out(drawn: Map) -> bool:
+    """Whether a map belongs to the held-out part: decided by its content, the same everywhere."""
+    return hashlib.sha256("\n".join(drawn).encode()).digest()[0] % HELD_OUT == 0
+
+
+def distances(drawn: Map) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """[size, size] safe moves from each cell to the goal; -1 where there is no way (and on holes)."""
+    size = len(drawn)
+    found = np.full((size, size), -1, dtype=np.int32)
+    found[-1, -1] = 0
+    queue = deque([(size - 1, size - 1)])
+    while queue:
+        row, column = queue.popleft()
+        for down, right in MOVES:
+            cell = (row + down, column + right)
+            if _at(drawn, cell) not in (EDGE, "H") and found[cell] < 0:
+                found[cell] = found[row, column] + 1
+                queue.append(cell)
+    return found
+
+
+def _at(drawn: Map, cell: Cell) -> str:
+    row, column = cell
+    return drawn[row][column] if 0 <= row < len(drawn) and 0 <= column < len(drawn) else EDGE

@@ -1,0 +1,90 @@
+"""Environments by id: ours, and any that `gymnasium.make` knows.
+
+Modules are imported when their environment is first asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import gymnasium as gym
+
+from envs.adapters import TextAdapter, UnsupportedSpace
+
+Env = gym.Env[Any, str]
+_Factory = Callable[..., Env]
+
+
+class EnvironmentUnknown(ValueError):
+    """There is no such environment, or it cannot be made as asked; the message says what there is."""
+
+
+class Player(Protocol):
+    """A scripted player: one an episode, asked once a turn."""
+
+    def act(self, observation: Any) -> str: ...
+
+
+_OURS: dict[str, str | _Factory] = {"frozen_lake": "envs.frozen_lake:FrozenLake"}
+_PLAYERS: dict[str, str] = {"frozen_lake": "envs.frozen_lake:Player"}
+
+
+def register(env_id: str, factory: _Factory) -> None:
+    """Add an environment under an id of one's own; `factory(**options)` makes a replica."""
+    _OURS[env_id] = factory
+
+
+def registered() -> list[str]:
+    """The ids that are Manta's or were registered; every `gymnasium.make` id works besides."""
+    return sorted(_OURS)
+
+
+def make(env_id: str, **options: Any) -> Env:
+    """A new replica with text on both sides. Raises EnvironmentUnknown for a wrong id, wrong options or other spaces."""
+    if env_id in _OURS:
+        return _make_ours(env_id, options)
+    try:
+        env = gym.make(env_id, **options)
+    except gym.error.UnregisteredEnv:
+        close = difflib.get_close_matches(env_id, [*_OURS, *gym.registry], n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"ours are {', '.join(registered())}"
+        raise EnvironmentUnknown(f"unknown environment {env_id!r}; {hint}") from None
+    except TypeError as error:
+        raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
+    except gym.error.Error as error:  # a deprecated version, a missing package, a malformed id
+        raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
+    try:
+        return TextAdapter(env)
+    except UnsupportedSpace as error:
+        raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
+
+
+def player(env_id: str) -> Callable[[float, int], Player]:
+    """The scripted player of an environment, made with (error rate, seed)."""
+    if env_id not in _PLAYERS:
+        have = ", ".join(sorted(_PLAYERS))
+        raise EnvironmentUnknown(f"environment {env_id} has no scripted player to imitate; those that have: {have}")
+    made: Callable[[float, int], Player] = _load(_PLAYERS[env_id])
+    return made
+
+
+def _make_ours(env_id: str, options: dict[str, Any]) -> Env:
+    entry = _OURS[env_id]
+    factory: _Factory = _load(entry) if isinstance(entry, str) else entry
+    valid = inspect.signature(factory).parameters
+    for name in options:
+        if name not in valid:
+            raise EnvironmentUnknown(f"environment {env_id} has no option {name!r}; its options: {', '.join(valid)}")
+    try:
+        return factory(**options)
+    except ValueError as error:
+        raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
+
+
+def _load(reference: str) -> Any:
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
