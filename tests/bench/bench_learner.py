@@ -1,7 +1,7 @@
 """Learner throughput: train_step against a bare torch loop over the same packed rows; prints JSON.
 
 The bare loop is what one would write by hand: plain transformers forward with packed attention, logits of the
-scored tokens, log_softmax, a clipped surrogate, AdamW. Both run on one thread, in turns, on the same episodes.
+scored tokens, log_softmax, a clipped surrogate, AdamW. Both run on one thread, in turns, on equal episodes.
 """
 
 from __future__ import annotations

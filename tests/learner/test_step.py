@@ -71,6 +71,14 @@ def test_gradients_do_not_depend_on_the_packing(
     _same(_gradients(policy, pack([sequences[i] for i in order], limit, 128)), whole)
 
 
+def test_gradients_do_not_depend_on_checkpointing(tiny: Path, sequences: list[TokenSequence]) -> None:
+    plain, saving = (
+        Policy(ModelSettings(path=str(tiny), gradient_checkpointing=saving)) for saving in (False, True)
+    )
+    batch = pack(sequences, 60, 128)
+    _same(_gradients(saving, batch), _gradients(plain, batch))
+
+
 def test_skipping_zero_advantages_leaves_the_gradients_alone(
     policy: Policy, sequences: list[TokenSequence]
 ) -> None:
