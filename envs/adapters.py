@@ -15,13 +15,15 @@ from gymnasium.utils import RecordConstructorArgs
 
 from envs.base import Info, text_space
 
+INT64_DIGITS = 18  # so many characters always fit an int64; longer ones make int() or the space raise
+
 
 class UnsupportedSpace(ValueError):
     """A space that has no text form here."""
 
 
 class TextAdapter(gym.Wrapper[str, str, Any, Any], RecordConstructorArgs):
-    """Wraps an environment; limits, seeds and rewards are the environment's own."""
+    """Wraps an environment; limits, seeds and rewards are the environment's own, and so is `success` if it has one."""
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         RecordConstructorArgs.__init__(self)  # lets Gymnasium describe and rebuild what is wrapped
@@ -38,7 +40,7 @@ class TextAdapter(gym.Wrapper[str, str, Any, Any], RecordConstructorArgs):
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
         parsed = _parsed(self.env.action_space, action)
         if parsed is None:
-            return "That is not an action.", 0.0, True, False, {"malformed": True, "success": False}
+            return "That is not an action.", 0.0, True, False, {"malformed": True}
         observation, reward, terminated, truncated, info = self.env.step(parsed)
         return _written(observation), float(reward), terminated, truncated, info
 
@@ -72,7 +74,7 @@ def _parsed(space: gym.Space[Any], action: str) -> Any:
         return action if space.contains(action) else None
     text = action.strip()
     # int() alone would take "+1", "1_0" and digits of other scripts
-    if not (text.removeprefix("-").isdigit() and text.isascii()):
+    if not (text.removeprefix("-").isdigit() and text.isascii()) or len(text) > INT64_DIGITS:
         return None
     number = int(text)
     return number if space.contains(number) else None

@@ -22,12 +22,15 @@ ACTIONS = ("left", "down", "right", "up")  # in Gymnasium's order
 MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))
 EDGE = "-"
 HELD_OUT = 8  # one map in so many is held out
+MAX_DRAWS = 10_000  # maps tried for one that fits; options that leave none must fail, not wait
 
-INSTRUCTIONS = (
-    "Cross the frozen lake from S to G without stepping into a hole (H). Each line of the map is a row. The last line "
-    'says where you are, "row,column", and what lies to the left, below, to the right and above ("-" is the edge). '
-    "Answer with one word: left, down, right or up.\n"
-)
+_GOAL = "Cross the frozen lake from S to G without stepping into a hole (H). Each line of the map is a row. "
+_ANSWER = "Answer with one word: left, down, right or up.\n"
+INSTRUCTIONS = {
+    "neighbours": f'{_GOAL}The last line says where you are, "row,column", and what lies to the left, below, to the '
+    f'right and above ("-" is the edge). {_ANSWER}',
+    "map": f"{_GOAL}You are at P. {_ANSWER}",
+}
 
 Map = tuple[str, ...]
 Cell = tuple[int, int]
@@ -36,10 +39,11 @@ Cell = tuple[int, int]
 class FrozenLake(TextEnv):
     """The environment.
 
-    size: cells a side. frozen_probability: of a cell that is neither start nor goal. slippery: Gymnasium's slipping, one
-    third ahead and one third to each side. split: "train" and "heldout" divide the maps by their content, whatever the
-    seed, so that a held-out map is never trained on; "all" takes any. instructions: begin with the rules in English.
-    A seed fixes map and slipping; siblings that act differently slip differently.
+    size: cells a side. frozen_probability: of a cell that is neither start nor goal. slippery: Gymnasium's slipping,
+    one third ahead and one third to each side. max_turns: moves before truncation. split: "train" and "heldout" divide
+    the maps by their content, whatever the seed, so that a held-out map is never trained on; "all" takes any.
+    instructions: begin with the rules in English. view: what is shown, see above. Raises ValueError for values that
+    leave nothing to play. A seed fixes map and slipping; siblings that act differently slip differently.
     """
 
     def __init__(
@@ -54,20 +58,27 @@ class FrozenLake(TextEnv):
     ) -> None:
         if size < 2:
             raise ValueError(f"size={size} leaves no room for start and goal; use 2 or more")
+        if max_turns < 1:
+            raise ValueError(f"max_turns={max_turns} leaves no turn to play; use 1 or more")
         if not 0 < frozen_probability <= 1:
             raise ValueError(f"frozen_probability={frozen_probability} must lie in (0, 1]")
-        if split not in ("all", "train", "heldout") or view not in ("neighbours", "map"):
-            raise ValueError(f"split={split!r} must be all, train or heldout, and view={view!r} neighbours or map")
+        if split not in ("all", "train", "heldout"):
+            raise ValueError(f"split={split!r} must be all, train or heldout")
+        if view not in INSTRUCTIONS:
+            raise ValueError(f"view={view!r} must be {' or '.join(INSTRUCTIONS)}")
         self._size = size
         self._frozen = frozen_probability
         self._slippery = slippery
         self._max_turns = max_turns
         self._split = split
-        self._opening = INSTRUCTIONS if instructions else ""
+        self._opening = INSTRUCTIONS[view] if instructions else ""
         self._view = view
         self._lake: FrozenLakeEnv | None = None
         self._drawn: Map = ()
         self._turns = 0
+        self._draw(
+            np.random.default_rng(0)
+        )  # options that leave no map are refused here, before a run begins
 
     @property
     def map(self) -> Map:
@@ -76,7 +87,7 @@ class FrozenLake(TextEnv):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         super().reset(seed=seed)
-        drawn = self._draw()
+        drawn = self._draw(self.np_random)
         if drawn != self._drawn or self._lake is None:
             self._lake = FrozenLakeEnv(desc=list(drawn), is_slippery=self._slippery)
             self._drawn = drawn
@@ -97,14 +108,19 @@ class FrozenLake(TextEnv):
         info: Info = {"success": reward > 0} if terminated or truncated else {}
         return self._observed(first=False), float(reward), bool(terminated), truncated, info
 
-    def _draw(self) -> Map:
-        while True:
-            frozen = self.np_random.random((self._size, self._size)) < self._frozen
+    def _draw(self, rng: np.random.Generator) -> Map:
+        for _ in range(MAX_DRAWS):
+            frozen = rng.random((self._size, self._size)) < self._frozen
             cells = np.where(frozen, "F", "H")
             cells[0, 0], cells[-1, -1] = "S", "G"
             drawn = tuple("".join(row) for row in cells)
-            if (self._split == "all" or held_out(drawn) == (self._split == "heldout")) and distances(drawn)[0, 0] >= 0:
+            in_split = self._split == "all" or held_out(drawn) == (self._split == "heldout")
+            if in_split and distances(drawn)[0, 0] >= 0:
                 return drawn
+        raise ValueError(
+            f"none of {MAX_DRAWS} maps of size={self._size} with frozen_probability={self._frozen} can be crossed and "
+            f"lies in split={self._split}; use larger or other maps"
+        )
 
     def _observed(self, first: bool) -> str:
         row, column = divmod(int(self._position), self._size)
@@ -127,21 +143,30 @@ class Player:
         self._distances = np.zeros((0, 0), dtype=np.int32)
 
     def act(self, observation: str) -> str:
-        """The next move; the first observation brings the map."""
-        lines = observation.splitlines()
-        if "P" in lines[-1] or "," not in lines[-1]:
-            raise ValueError('the player reads observations of view="neighbours" only')
-        if len(lines) > 1:
-            size = len(lines[-2])
-            self._map = tuple(lines[-1 - size : -1])
-            self._distances = distances(self._map)
-        row, column = (int(part) for part in lines[-1].split(" ")[0].split(","))
+        """The next move, from an observation of either view; the first one brings the map."""
+        row, column = self._read(observation.splitlines())
         if self._rng.random() < self._error_rate:
             return ACTIONS[self._rng.integers(len(ACTIONS))]
         best = [self._after((row, column), move) for move in MOVES]
         reachable = [(distance, index) for index, distance in enumerate(best) if distance >= 0]
         nearest = min(distance for distance, _ in reachable)
         return ACTIONS[self._rng.choice([index for distance, index in reachable if distance == nearest])]
+
+    def _read(self, lines: list[str]) -> Cell:
+        """Remember the map where there is one; where the player stands."""
+        *above, last = lines
+        if "," in last:
+            if above:
+                self._remember(above[-len(above[-1]) :])
+            row, column = last.split(" ")[0].split(",")
+            return int(row), int(column)
+        rows = lines[-len(last) :]
+        self._remember(rows)
+        return next((row, cells.index("P")) for row, cells in enumerate(rows) if "P" in cells)
+
+    def _remember(self, rows: list[str]) -> None:
+        self._map = tuple(rows)
+        self._distances = distances(self._map)
 
     def _after(self, cell: Cell, move: Cell) -> int:
         target = (cell[0] + move[0], cell[1] + move[1])

@@ -44,7 +44,10 @@ def registered() -> list[str]:
 
 
 def make(env_id: str, **options: Any) -> Env:
-    """A new replica with text on both sides. Raises EnvironmentUnknown for a wrong id, wrong options or other spaces."""
+    """A new replica with text on both sides.
+
+    Raises EnvironmentUnknown for a wrong id, wrong options or spaces that have no text form.
+    """
     if env_id in _OURS:
         return _make_ours(env_id, options)
     try:
@@ -53,9 +56,16 @@ def make(env_id: str, **options: Any) -> Env:
         close = difflib.get_close_matches(env_id, [*_OURS, *gym.registry], n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}?" if close else f"ours are {', '.join(registered())}"
         raise EnvironmentUnknown(f"unknown environment {env_id!r}; {hint}") from None
-    except TypeError as error:
-        raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
-    except gym.error.Error as error:  # a deprecated version, a missing package, a malformed id
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+    ) as error:  # an option it does not have, or a value it does not take
+        have = ", ".join(inspect.signature(_creator(env_id)).parameters)
+        raise EnvironmentUnknown(
+            f"environment {env_id} cannot take {options}: {error}; its options: {have}"
+        ) from error
+    except (gym.error.Error, ImportError) as error:  # a deprecated version, a missing package, a malformed id
         raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
     try:
         return TextAdapter(env)
@@ -67,7 +77,7 @@ def player(env_id: str) -> Callable[[float, int], Player]:
     """The scripted player of an environment, made with (error rate, seed)."""
     if env_id not in _PLAYERS:
         have = ", ".join(sorted(_PLAYERS))
-        raise EnvironmentUnknown(f"environment {env_id} has no scripted player to imitate; those that have: {have}")
+        raise EnvironmentUnknown(f"environment {env_id} has no scripted player; those that have: {have}")
     made: Callable[[float, int], Player] = _load(_PLAYERS[env_id])
     return made
 
@@ -75,14 +85,21 @@ def player(env_id: str) -> Callable[[float, int], Player]:
 def _make_ours(env_id: str, options: dict[str, Any]) -> Env:
     entry = _OURS[env_id]
     factory: _Factory = _load(entry) if isinstance(entry, str) else entry
-    valid = inspect.signature(factory).parameters
+    parameters = inspect.signature(factory).parameters
+    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    have = ", ".join(parameters)
     for name in options:
-        if name not in valid:
-            raise EnvironmentUnknown(f"environment {env_id} has no option {name!r}; its options: {', '.join(valid)}")
+        if name not in parameters and not takes_any:
+            raise EnvironmentUnknown(f"environment {env_id} has no option {name!r}; its options: {have}")
     try:
         return factory(**options)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
+
+
+def _creator(env_id: str) -> Any:
+    entry = gym.spec(env_id).entry_point
+    return _load(entry) if isinstance(entry, str) else entry
 
 
 def _load(reference: str) -> Any:

@@ -60,7 +60,9 @@ def test_replicas_share_nothing_and_leave_the_global_generators_alone(env_id: st
 
 
 @pytest.mark.parametrize("env_id", EVERY)
-@pytest.mark.parametrize("action", ["", "jump", "1.5", "left and right", "1_0"])
+@pytest.mark.parametrize(
+    "action", ["", "jump", "1.5", "left and right", "1_0", "\u0661", "9" * 30, "9" * 5000]
+)
 def test_an_action_that_cannot_be_read_ends_the_episode_and_says_so(env_id: str, action: str) -> None:
     env = registry.make(env_id)
     env.reset(seed=0)
@@ -87,7 +89,11 @@ def test_a_time_limit_truncates() -> None:
         ("CartPole-v1", {}, "Box"),
         ("frozen_lake", {"sise": 4}, "its options: size"),
         ("frozen_lake", {"size": 1}, "use 2 or more"),
-        ("FrozenLake-v1", {"sise": 4}, "sise"),
+        ("frozen_lake", {"size": "4"}, "frozen_lake"),
+        ("frozen_lake", {"max_turns": 0}, "use 1 or more"),
+        ("FrozenLake-v1", {"sise": 4}, "sise.*its options: .*is_slippery"),
+        ("FrozenLake-v1", {"map_name": "9x9"}, "9x9"),
+        ("no_such_module:Lake-v0", {}, "no_such_module"),
         ("Taxi-v3", {}, "Taxi-v4"),
     ],
 )
@@ -97,7 +103,14 @@ def test_a_wrong_environment_is_refused_in_one_line(env_id: str, options: dict[s
     assert "\n" not in str(refused.value)
 
 
-def test_an_environment_of_ones_own_is_made_by_its_id() -> None:
-    registry.register("guess", lambda: registry.make("Blackjack-v1"))
+def test_an_environment_of_ones_own_is_made_by_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_OURS", dict(registry._OURS))
+    registry.register("guess", lambda **options: registry.make("Blackjack-v1", **options))
     assert "guess" in registry.registered()
-    assert registry.make("guess").reset(seed=1)[0] == registry.make("Blackjack-v1").reset(seed=1)[0]
+    assert registry.make("guess", sab=True).reset(seed=1)[0] == registry.make("Blackjack-v1").reset(seed=1)[0]
+
+
+def test_an_environment_without_a_verdict_is_given_none() -> None:
+    env = registry.make("FrozenLake-v1")
+    env.reset(seed=0)
+    assert "success" not in env.step("jump")[4]
