@@ -18,6 +18,7 @@ help:
 	@sed -n '1,2p' Makefile
 
 setup: $(STAMP)
+	@:
 
 $(STAMP): requirements/cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \

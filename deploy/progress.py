@@ -1,10 +1,7 @@
-"""What a person sees while a run goes on: live in a terminal, one plain line now and then where output is a file.
+"""What a person sees while a run goes on: live in a terminal, one plain line now and then elsewhere.
 
-with Progress(total_steps, title, console) as progress:
-    with progress.phase("imitation", total) as phase:
-        phase.advance(n, loss=...)
-    progress.begin_steps(version)
-    progress.update(step, row)
+A run enters `Progress`, opens a `phase` for each part that is not a step, then says `begin_steps` once and `update`
+after every step.
 """
 
 from __future__ import annotations
