@@ -1,0 +1,113 @@
+"""One turn of an agent: observation to prompt, prompt to sampled tokens, tokens to action."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from envs.base import Message, Observation
+from rollout.chat import Chat, as_json
+from rollout.clock import BusyClock
+from rollout.engine import Completion, Engine, Sampling, derive_seed
+
+
+@dataclass(slots=True)
+class Conversation:
+    """What one episode has said so far; an agent is shared by many."""
+
+    seed: int  # every turn samples with a seed derived from it
+    ids: list[int] = field(default_factory=list)  # all tokens of the current segment
+    segment: int = 0
+    turn: int = 0
+    sampled: list[int] = field(default_factory=list)  # the last turn's action
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What was added to a conversation, and what it means to the environment."""
+
+    segment: int
+    observation: str  # chat messages as JSON
+    action: str
+    prompt_ids: Sequence[int]  # [P] added before sampling
+    completion: Completion
+    engine_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ContextOverflow:
+    """There was no room for another turn; nothing was sampled."""
+
+    prompt_tokens: int  # the whole prompt, history included
+    context_tokens: int
+
+
+class Actor(Protocol):
+    """Whatever plays an episode: an `Agent`, or a scripted player in its place."""
+
+    def begin(self, seed: int) -> Conversation: ...
+
+    async def turn(self, conversation: Conversation, observation: Observation) -> Turn | ContextOverflow: ...
+
+
+class Agent:
+    """Engine, chat template and sampling put together.
+
+    A turn may sample `sampling.max_tokens` tokens, fewer when the context holds fewer; with room for less than
+    `min_new_tokens` there is no turn but a ContextOverflow.
+    """
+
+    def __init__(
+        self, engine: Engine, chat: Chat, sampling: Sampling, context_tokens: int, min_new_tokens: int = 1
+    ) -> None:
+        self.engine = engine
+        self.chat = chat
+        self.engine_clock = BusyClock()
+        self._sampling = sampling
+        self._context_tokens = context_tokens
+        self._min_new_tokens = min_new_tokens
+
+    def begin(self, seed: int) -> Conversation:
+        return Conversation(seed)
+
+    async def turn(self, conversation: Conversation, observation: Observation) -> Turn | ContextOverflow:
+        """Sample one turn and add it to the conversation. Raises EngineFailed."""
+        messages = as_messages(observation)
+        first = not conversation.ids
+        added = self.chat.opening(messages) if first else self.chat.delta(messages, conversation.sampled)
+        prompt = [*conversation.ids, *added]
+        room = self._context_tokens - len(prompt)
+        if room < self._min_new_tokens:
+            return ContextOverflow(len(prompt), self._context_tokens)
+        began = time.perf_counter()
+        with self.engine_clock:
+            completion = await self.engine.generate(prompt, self._turn_sampling(conversation, room))
+        engine_seconds = time.perf_counter() - began
+        sampled = completion.token_ids.tolist()
+        # The engine may still read the prompt it was given: extend a list of our own.
+        conversation.ids = prompt + sampled
+        conversation.sampled = sampled
+        conversation.turn += 1
+        action = self.chat.text(sampled)
+        return Turn(conversation.segment, as_json(messages), action, added, completion, engine_seconds)
+
+    def _turn_sampling(self, conversation: Conversation, room: int) -> Sampling:
+        seed = derive_seed(conversation.seed, conversation.turn)
+        most = min(self._sampling.max_tokens, room)
+        return self._sampling.model_copy(update={"seed": seed, "max_tokens": most})
+
+
+def as_messages(observation: Observation) -> list[Message]:
+    """An observation as chat messages: plain text is said by the user.
+
+    TypeError for what is neither text nor a non-empty list of messages.
+    """
+    if isinstance(observation, str):
+        return [{"role": "user", "content": observation}]
+    if not isinstance(observation, list) or not all(isinstance(message, dict) for message in observation):
+        raise TypeError(f"an observation must be a str or a list of message dicts, got {type(observation)}")
+    if not observation:
+        raise TypeError("an observation must hold at least one message")
+    return observation

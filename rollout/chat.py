@@ -1,0 +1,148 @@
+"""Messages to tokens by delta: what was sampled is never decoded and encoded again.
+
+A conversation's tokens are the opening prompt, then for every turn what was sampled and the glue up to the next
+turn. The glue is found in text, once per set of new messages: the chat template renders a stand-in conversation whose
+assistant turn has a known content, and what follows that content is the glue. History therefore stays as it was
+sampled, thoughts included, also under templates that would drop them from earlier turns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+
+from jinja2 import TemplateError as JinjaError
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from envs.base import Message
+
+Ids = tuple[int, ...]
+
+# Stand-ins that no template treats specially and no template text contains.
+_ASKED: Message = {"role": "user", "content": "zq8 asked zq8"}
+_SAID: Message = {"role": "assistant", "content": "zq8 said zq8"}
+_THOUGHT: Message = {"role": "assistant", "content": "zq8 thought zq8"}
+_NEXT: Message = {"role": "user", "content": "zq8 next zq8"}
+_CACHED_PROMPTS = 8192
+
+
+class ChatError(ValueError):
+    """Messages that cannot be rendered, or a chat template that cannot be extended turn by turn."""
+
+
+class Chat:
+    """One tokenizer's chat template, applied by delta.
+
+    `end_of_turn` is the token the template puts after an assistant's content, or None where that is plain text. Raises
+    ChatError for a template that rewrites earlier turns when new ones come, or renders a turn by its place.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ChatError(
+                f"tokenizer {tokenizer.name_or_path} has no tokenizer.json; save it with a fast backend"
+            )
+        if not tokenizer.chat_template:
+            raise ChatError(f"tokenizer {tokenizer.name_or_path} has no chat template; set one and save it")
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._closing = self._after(self._render([_ASKED, _SAID], prompted=False), "an assistant's turn")
+        closing_ids = self._encode(self._closing)
+        starts_special = bool(closing_ids) and closing_ids[0] in tokenizer.added_tokens_decoder
+        self.end_of_turn: int | None = closing_ids[0] if starts_special else None
+        self._stops = {self.end_of_turn, tokenizer.eos_token_id} - {None}
+        self._opening = lru_cache(_CACHED_PROMPTS)(self._opening_ids)
+        self._glue = lru_cache(_CACHED_PROMPTS)(self._glue_ids)
+        self._check_template()
+
+    def opening(self, messages: Sequence[Message]) -> Ids:
+        """The tokens of a new conversation, up to where the assistant speaks."""
+        return self._opening(as_json(messages))
+
+    def delta(self, messages: Sequence[Message], sampled_ids: Sequence[int]) -> Ids:
+        """The tokens between what was sampled last and where the assistant speaks next.
+
+        They close the sampled turn (its end-of-turn token is left out where it was sampled), and hold `messages` and
+        the next generation prompt.
+        """
+        glue = self._glue(as_json(messages))
+        return glue[1:] if len(sampled_ids) and sampled_ids[-1] == self.end_of_turn else glue
+
+    def text(self, sampled_ids: Sequence[int]) -> str:
+        """What was sampled, for the environment and for people: decoded without the token that ended the turn.
+
+        Other special tokens stay visible: an action is what was sampled.
+        """
+        spoken = sampled_ids[:-1] if len(sampled_ids) and sampled_ids[-1] in self._stops else sampled_ids
+        return str(self._backend.decode(spoken, skip_special_tokens=False))
+
+    def encode_action(self, text: str) -> Ids:
+        """The tokens of a turn that nobody sampled (a demonstration): the text and the token that ends it."""
+        end = self._tokenizer.eos_token_id if self.end_of_turn is None else self.end_of_turn
+        if end is None:
+            raise ChatError(f"{self._name}: neither it nor the tokenizer has a token that ends a turn")
+        return (*self._encode(text), end)
+
+    def _opening_ids(self, messages_json: str) -> Ids:
+        return self._encode(self._render(json.loads(messages_json), prompted=True))
+
+    def _glue_ids(self, messages_json: str) -> Ids:
+        return self._encode(self._glue_text([_ASKED, _SAID], json.loads(messages_json)))
+
+    def _glue_text(self, history: Sequence[Message], messages: Sequence[Message]) -> str:
+        glue = self._after(self._render([*history, *messages], prompted=True), "the next turn")
+        if not glue.startswith(self._closing):
+            raise ChatError(f"{self._name}: an assistant's turn is closed differently when a message follows")
+        return glue
+
+    def _after(self, rendered: str, what: str) -> str:
+        """The text behind the stand-in assistant's content."""
+        before, found, after = rendered.partition(_SAID["content"])
+        if not found or _ASKED["content"] not in before:
+            raise ChatError(
+                f"{self._name}: rendering {what} drops or changes an earlier message, so a history cannot be extended"
+            )
+        return after
+
+    def _check_template(self) -> None:
+        """A later turn must leave earlier ones alone, and a turn's glue must not depend on its place."""
+        heads = [
+            self._render(messages, prompted=False).partition(_ASKED["content"])[0]
+            for messages in ([_ASKED, _SAID], [_ASKED, _SAID, _NEXT])
+        ]
+        if heads[0] != heads[1]:
+            raise ChatError(f"{self._name}: what stands before the first message changes with a later turn")
+        second_turn = self._glue_text([_ASKED, _SAID], [_NEXT])
+        if self._glue_text([_ASKED, _THOUGHT, _ASKED, _SAID], [_NEXT]) != second_turn:
+            raise ChatError(f"{self._name}: a turn is rendered by its place in the conversation")
+
+    @property
+    def _name(self) -> str:
+        return f"chat template of {self._tokenizer.name_or_path or 'this tokenizer'}"
+
+    def _render(self, messages: Sequence[Message], *, prompted: bool) -> str:
+        plain = [dict(message) for message in messages]
+        try:
+            text = self._tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=prompted)
+        except JinjaError as error:
+            roles = [message.get("role") for message in plain]
+            raise ChatError(f"{self._name} refuses messages of the roles {roles}: {error}") from error
+        return str(text)
+
+    def _encode(self, text: str) -> Ids:
+        # The template has written every special token itself; the backend spares what transformers wraps around it.
+        try:
+            return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # the backend has no narrower one for text its vocabulary cannot spell
+            raise ChatError(
+                f"tokenizer {self._tokenizer.name_or_path} cannot encode {text!r}: {error}"
+            ) from error
+
+
+def as_json(messages: Sequence[Message]) -> str:
+    """Messages as stored and as looked up. Raises ChatError for contents that are not JSON."""
+    try:
+        return json.dumps(messages)
+    except TypeError as error:
+        raise ChatError(f"chat messages must be JSON: {error}") from error

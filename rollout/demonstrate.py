@@ -1,0 +1,100 @@
+"""Demonstrations: a scripted player in the agent's place, its episodes in the same words as sampled ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from envs.base import Observation
+from rollout.agent import Agent, ContextOverflow, Conversation, Turn
+from rollout.chat import Chat
+from rollout.engine import Completion, Sampling
+from rollout.episode import Limits, Place
+from rollout.group import play
+from rollout.pool import EnvironmentPool
+from rollout.wire.trajectory import Float32Array, Group, Slot, Task
+from rollout.wire.weights import SyncReport, WeightUpdate
+
+
+class Player(Protocol):
+    """Knows an environment well enough to act in it."""
+
+    def act(self, observation: Observation) -> str: ...
+
+
+class DemonstrationError(RuntimeError):
+    """No demonstration could be played to its end."""
+
+
+async def demonstrate(
+    tasks: Sequence[Task],
+    player_factory: Callable[[int], Player],
+    chat: Chat,
+    context_tokens: int,
+    limits: Limits | None = None,
+    pool: EnvironmentPool | None = None,
+) -> list[Group]:
+    """Play every task once; groups of one, in order of `tasks`, with behavior logprobs and versions of 0.
+
+    player_factory is called with a task's seed. Failed episodes are among the groups (never trainable); raises
+    DemonstrationError with the last traceback when there is nothing else.
+    """
+    limits = limits or Limits(max_turns=context_tokens, seconds=60.0)
+    replicas = pool or EnvironmentPool()
+    groups = []
+    for index, task in enumerate(tasks):
+        slot = Slot(index, 0, task, version=0)
+        actor = Demonstrator(player_factory(task.seed), chat, context_tokens)
+        trajectory = await play(Place(slot, 0, seed=0, worker="demonstration"), replicas, actor, limits)
+        groups.append(Group(slot, (trajectory,)))
+    if pool is None:
+        replicas.close()
+    if groups and not any(group.trainable for group in groups):
+        raise DemonstrationError(
+            f"all {len(groups)} demonstrations failed; the last: {groups[-1].trajectories[0].error}"
+        )
+    return groups
+
+
+class Demonstrator:
+    """An `Actor` whose sampled tokens are a player's words; all else is an agent's doing."""
+
+    def __init__(self, player: Player, chat: Chat, context_tokens: int) -> None:
+        self._hand = _Hand(player, chat)
+        self._agent = Agent(self._hand, chat, Sampling(max_tokens=context_tokens), context_tokens)
+
+    def begin(self, seed: int) -> Conversation:
+        return self._agent.begin(seed)
+
+    async def turn(self, conversation: Conversation, observation: Observation) -> Turn | ContextOverflow:
+        self._hand.observation = observation
+        return await self._agent.turn(conversation, observation)
+
+
+class _Hand:
+    """An engine that writes what the player answers to `observation`, which is set before every request."""
+
+    def __init__(self, player: Player, chat: Chat) -> None:
+        self.name = "demonstration"
+        self.version = 0
+        self.observation: Observation = ""
+        self._player = player
+        self._chat = chat
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        ids = self._chat.encode_action(self._player.act(self.observation))
+        kept = np.array(ids[: sampling.max_tokens], dtype=np.int32)
+        cut = len(ids) > sampling.max_tokens
+        zeros = np.zeros(len(kept), dtype=np.int32)
+        return Completion(kept, zeros.astype(np.float32), zeros, "length" if cut else "stop")
+
+    async def score(self, token_ids: Sequence[int]) -> Float32Array:
+        raise NotImplementedError("a player has no probabilities")
+
+    async def sync(self, update: WeightUpdate) -> SyncReport:
+        raise NotImplementedError("a player has no weights")
+
+    async def close(self) -> None:
+        pass

@@ -1,0 +1,72 @@
+"""What an agent asks of whatever holds the weights: token ids in; ids, logprobs and weight versions out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rollout.wire.trajectory import Float32Array, Int32Array
+from rollout.wire.weights import SyncReport, WeightUpdate
+
+FinishReason = Literal["stop", "length"]
+
+
+class EngineFailed(RuntimeError):
+    """An engine could not answer a request. It costs the episode that asked, never the worker."""
+
+
+class Sampling(BaseModel):
+    """How one turn is sampled. Which tokens end a turn is the engine's to know, given when it is built."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float = Field(1.0, gt=0, description="divides the logits; behavior logprobs include it")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="nucleus; below 1 it changes the support: not for training"
+    )
+    max_tokens: int = Field(256, gt=0, description="most tokens sampled in one turn, the stop token included")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="of one request; None: not reproducible")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled turn. A turn that ended by itself ends with its stop token, which is trained like any other."""
+
+    token_ids: Int32Array  # [A]
+    logprobs: Float32Array  # [A] of the distribution sampled from (temperature included), nats
+    versions: Int32Array  # [A] weight version that sampled each token
+    finish_reason: FinishReason
+
+
+class Engine(Protocol):
+    """Holds one version of the weights at a time and samples from it, many requests at once."""
+
+    name: str
+    version: int
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        """Sample at least one and at most `sampling.max_tokens` tokens. Raises EngineFailed."""
+        ...
+
+    async def score(self, token_ids: Sequence[int]) -> Float32Array:
+        """[T-1] logprob of every token after the first, at temperature 1."""
+        ...
+
+    async def sync(self, update: WeightUpdate) -> SyncReport:
+        """Replace the weights and prove it; requests that are running go on under the new ones.
+
+        Raises WeightMismatch where names, checksums or the probe disagree.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed in [0, 2**63) that depends on every part and on their order, the same in every process."""
+    digest = blake2b(b"".join(part.to_bytes(8, "little", signed=True) for part in parts), digest_size=8)
+    return int.from_bytes(digest.digest(), "little") >> 1

@@ -1,0 +1,143 @@
+"""Plain transformers behind the Engine protocol: slow and easy to follow, for tests and for debugging.
+
+Requests take turns token by token in the event loop. A weight sync therefore falls between two tokens, and requests
+under way go on with the new weights and the cache of the old ones, as in vLLM's in-flight update.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rollout.engine import Completion, EngineFailed, FinishReason, Sampling, derive_seed
+from rollout.wire.trajectory import Float32Array
+from rollout.wire.weights import ByteArray, SyncReport, TensorSpec, WeightMismatch, WeightUpdate
+
+
+class HfEngine:
+    """One model on CPU. A request with a seed is reproducible: it depends on nothing but prompt, sampling and weights.
+
+    `version` is -1 until the first sync: what the model's folder holds is nobody's version.
+    """
+
+    def __init__(self, model: PreTrainedModel, stop_token_ids: Sequence[int], *, name: str = "hf") -> None:
+        self.name = name
+        self.version = -1
+        self._model = model.eval()
+        self._stop = frozenset(stop_token_ids)
+        # A tied head appears once, under the embedding's name, as in a checkpoint.
+        self._weights = dict(model.named_parameters())
+
+    @classmethod
+    def load(cls, path: str, stop_token_ids: Sequence[int], *, name: str = "hf") -> Self:
+        """Load a checkpoint folder or hub id in float32."""
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        return cls(model, stop_token_ids, name=name)
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        context = self._model.config.max_position_embeddings
+        if len(prompt_ids) + sampling.max_tokens > context:
+            raise EngineFailed(
+                f"{self.name}: {len(prompt_ids)} prompt tokens and max_tokens={sampling.max_tokens} exceed the model's "
+                f"{context} positions"
+            )
+        random = _generator(prompt_ids, sampling)
+        ids: list[int] = []
+        logprobs: list[float] = []
+        versions: list[int] = []
+        new, cache = list(prompt_ids), None
+        finish: FinishReason = "length"
+        while len(ids) < sampling.max_tokens:
+            logits_V, cache = self._forward(new, cache)
+            token, logprob = _sample(logits_V, sampling, random)
+            ids.append(token)
+            logprobs.append(logprob)
+            versions.append(self.version)
+            if token in self._stop:
+                finish = "stop"
+                break
+            new = [token]
+            await asyncio.sleep(0)  # the other requests' turn
+        return Completion(
+            np.array(ids, dtype=np.int32),
+            np.array(logprobs, dtype=np.float32),
+            np.array(versions, dtype=np.int32),
+            finish,
+        )
+
+    async def score(self, token_ids: Sequence[int]) -> Float32Array:
+        ids_T = torch.tensor(token_ids)
+        with torch.no_grad():
+            logprobs_TV = self._model(ids_T[None]).logits[0, :-1].float().log_softmax(-1)
+        chosen_T = logprobs_TV.gather(-1, ids_T[1:, None])[:, 0]
+        return np.asarray(chosen_T, dtype=np.float32)
+
+    async def sync(self, update: WeightUpdate) -> SyncReport:
+        """Copy the tensors in place, after names, shapes and checksums were found right; then check the probe."""
+        began = time.perf_counter()
+        update.require_names(self._weights, self.name)
+        self._require_shapes(update)
+        update.verify()
+        stalled = time.perf_counter()
+        with torch.no_grad():
+            for spec, array in update.tensors():
+                self._weights[spec.name].copy_(_as_tensor(spec, array))
+        self.version = update.version
+        seconds_stalled = time.perf_counter() - stalled
+        probe = update.manifest.probe
+        difference = probe.check(self.name, self.version, await self.score(probe.token_ids))
+        seconds = time.perf_counter() - began
+        return SyncReport(self.name, self.version, len(self._weights), difference, seconds, seconds_stalled)
+
+    async def close(self) -> None:
+        pass
+
+    @torch.no_grad()
+    def _forward(self, new_ids: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
+        output = self._model(torch.tensor([new_ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[0, -1].float(), output.past_key_values
+
+    def _require_shapes(self, update: WeightUpdate) -> None:
+        for spec in update.manifest.tensors:
+            held = tuple(self._weights[spec.name].shape)
+            if spec.shape != held:
+                raise WeightMismatch(
+                    f"{self.name}: version {update.version}: tensor {spec.name} has shape {spec.shape}, the model's "
+                    f"is {held}"
+                )
+
+
+def _generator(prompt_ids: Sequence[int], sampling: Sampling) -> torch.Generator:
+    random = torch.Generator()
+    if sampling.seed is None:
+        random.seed()
+    else:
+        random.manual_seed(derive_seed(sampling.seed, hash(tuple(prompt_ids))))
+    return random
+
+
+def _sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator) -> tuple[int, float]:
+    """One token and its logprob in the distribution it was drawn from."""
+    logprobs_V = (logits_V / sampling.temperature).log_softmax(-1)
+    if sampling.top_p < 1:
+        logprobs_V = _nucleus(logprobs_V, sampling.top_p)
+    token = int(torch.multinomial(logprobs_V.exp(), 1, generator=random))
+    return token, float(logprobs_V[token])
+
+
+def _nucleus(logprobs_V: Tensor, top_p: float) -> Tensor:
+    """The smallest set of most likely tokens with at least `top_p` of the mass, renormalised."""
+    ordered_V, order_V = logprobs_V.exp().sort(descending=True)
+    outside_V = ordered_V.cumsum(-1) - ordered_V >= top_p
+    return logprobs_V.index_fill(0, order_V[outside_V], -torch.inf).log_softmax(-1)
+
+
+def _as_tensor(spec: TensorSpec, array: ByteArray) -> Tensor:
+    return torch.from_numpy(np.array(array)).view(getattr(torch, spec.dtype)).view(spec.shape)
