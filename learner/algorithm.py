@@ -21,9 +21,6 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         "learner's own before its first update on the batch (the importance weight then corrects the rest)",
     )
     minibatches: int = Field(default=1, ge=1, description="optimizer steps one batch of groups is split into")
-    temperature: float = Field(
-        default=1.0, gt=0, description="the sampling temperature: logits are divided by it"
-    )
     entropy_bonus: float = Field(
         default=0.0, ge=0, description="weight of the mean token entropy added to the objective"
     )

@@ -47,13 +47,16 @@ class LearnerSettings(BaseModel, extra="forbid", frozen=True):
         default=4096, ge=1, description="tokens computed at a time; bounds memory, not the loss"
     )
     threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0 leaves torch's own choice")
-    seed: int = Field(default=0, ge=0, description="of the order in which episodes are imitated")
 
 
 class Learner:
-    """Holds the policy, its optimizer and the weight version: 0 until the first step, one more with each."""
+    """Holds the policy, its optimizer and the weight version: 0 until the first step, one more with each.
 
-    def __init__(self, settings: LearnerSettings) -> None:
+    seed: of the order in which episodes are imitated; temperature: that of the sampling, which the learner's logprobs
+    must share.
+    """
+
+    def __init__(self, settings: LearnerSettings, seed: int = 0, temperature: float = 1.0) -> None:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.settings = settings
@@ -61,7 +64,8 @@ class Learner:
         self.policy = Policy(settings.model)
         self.optimizer = Optimizer(self.policy.parameters(), settings.optim)
         self._tokenizer = checkpoint.tokenizer_files(settings.model.path)
-        self._rng = np.random.default_rng(settings.seed)
+        self._temperature = temperature
+        self._rng = np.random.default_rng(seed)
 
     def step(self, groups: Sequence[Group]) -> dict[str, float]:
         """Learn from groups of sibling episodes; the version becomes one higher.
@@ -72,9 +76,7 @@ class Learner:
         weighted = [pair for group in groups for pair in self._with_advantages(group)]
         described = describe(groups, self.version)
         steps = [
-            train_step(
-                self.policy, self.optimizer, batch, self._objective, self.settings.algorithm.temperature
-            )
+            train_step(self.policy, self.optimizer, batch, self._objective, self._temperature)
             for batch in self._with_proximal(self._minibatches(weighted))
         ]
         self.version += 1
@@ -181,14 +183,14 @@ class Learner:
 
     @torch.no_grad()
     def _own_logprobs(self, micro: MicroBatch) -> MicroBatch:
-        logprobs_N, _ = self.policy.score(micro.to(self.policy.device), self.settings.algorithm.temperature)
+        logprobs_N, _ = self.policy.score(micro.to(self.policy.device), self._temperature)
         return replace(micro, proximal_logprobs_N=logprobs_N)
 
 
 def describe(groups: Sequence[Group], version: int) -> dict[str, float]:
     """What the trained groups were, from their trainable episodes alone.
 
-    "reward_mean", "success_mean" (of those with a verdict; absent without any), "turns_mean",
+    "reward", "success" (of those with a verdict; absent without any), "turns",
     "sampled_per_episode" (tokens), "episodes", "untrainable_episodes", and "lag_mean", "lag_max": `version`,
     the learner's, minus the weight version that sampled each token.
     """
@@ -198,15 +200,15 @@ def describe(groups: Sequence[Group], version: int) -> dict[str, float]:
     lags = version - np.concatenate([step.versions for t in episodes for step in t.steps])
     verdicts = [t.success for t in episodes if t.success is not None]
     metrics = {
-        "reward_mean": float(np.mean([t.reward for t in episodes])),
-        "turns_mean": float(np.mean([len(t.steps) for t in episodes])),
+        "reward": float(np.mean([t.reward for t in episodes])),
+        "turns": float(np.mean([len(t.steps) for t in episodes])),
         "sampled_per_episode": float(np.mean([t.num_sampled for t in episodes])),
         "episodes": float(len(episodes)),
         "untrainable_episodes": float(sum(len(group.trajectories) for group in groups) - len(episodes)),
         "lag_mean": float(lags.mean()) if lags.size else 0.0,
         "lag_max": float(lags.max()) if lags.size else 0.0,
     }
-    return {**metrics, "success_mean": float(np.mean(verdicts))} if verdicts else metrics
+    return {**metrics, "success": float(np.mean(verdicts))} if verdicts else metrics
 
 
 def _merged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

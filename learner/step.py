@@ -47,7 +47,7 @@ class PolicyObjective:
             stats = {
                 "entropy": entropy_N,
                 "kl": kl_k3(logprobs_N, behavior_N),
-                "logprob_gap": (logprobs_N - behavior_N).abs(),
+                "behavior_gap": (logprobs_N - behavior_N).abs(),
                 "clip_fraction": flags["clipped"],
                 "tis_capped_fraction": flags["tis_capped"],
             }

@@ -27,8 +27,10 @@ class ExchangeActor:
     async def add(self, slot: Slot, batch: pa.RecordBatch, episodes: Sequence[EpisodeRow]) -> None:
         await self._exchange.add(slot, batch, episodes)
 
-    async def drop(self, slot: Slot, reason: DropReason, error: str = "") -> None:
-        await self._exchange.drop(slot, reason, error)
+    async def drop(
+        self, slot: Slot, reason: DropReason, error: str = "", episodes: Sequence[EpisodeRow] = ()
+    ) -> None:
+        await self._exchange.drop(slot, reason, error, episodes)
 
     async def take(self, timeout_s: float) -> list[pa.RecordBatch]:
         return await self._exchange.take(timeout_s)
@@ -41,6 +43,9 @@ class ExchangeActor:
 
     async def recover(self, version: int) -> None:
         await self._exchange.recover(version)
+
+    async def archive(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
+        await self._exchange.archive(name, batches)
 
     async def counts(self) -> dict[str, int]:
         return await self._exchange.counts()
@@ -62,8 +67,10 @@ class RemoteExchange:
     async def add(self, slot: Slot, batch: pa.RecordBatch, episodes: Sequence[EpisodeRow]) -> None:
         await self._actor.add.remote(slot, batch, list(episodes))
 
-    async def drop(self, slot: Slot, reason: DropReason, error: str = "") -> None:
-        await self._actor.drop.remote(slot, reason, error)
+    async def drop(
+        self, slot: Slot, reason: DropReason, error: str = "", episodes: Sequence[EpisodeRow] = ()
+    ) -> None:
+        await self._actor.drop.remote(slot, reason, error, list(episodes))
 
     async def take(self, timeout_s: float) -> list[pa.RecordBatch]:
         batches: list[pa.RecordBatch] = await self._actor.take.remote(timeout_s)
@@ -77,6 +84,9 @@ class RemoteExchange:
 
     async def recover(self, version: int) -> None:
         await self._actor.recover.remote(version)
+
+    async def archive(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
+        await self._actor.archive.remote(name, list(batches))
 
     async def counts(self) -> dict[str, int]:
         counts: dict[str, int] = await self._actor.counts.remote()

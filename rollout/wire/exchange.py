@@ -31,7 +31,8 @@ class Exchange:
         self._closed = False
         self._holders: dict[int, tuple[str, float]] = {}  # group id -> (worker, since when)
         self._appended: list[_Finished] = []
-        self._commit: asyncio.Task[None] | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+        self._committer: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()  # one writer at a time: an append never runs beside an fsync
 
     async def reserve(self, worker: str) -> Slot | None:
@@ -49,16 +50,14 @@ class Exchange:
         """Hand in a group; returns when it is durable and complete."""
         async with self._writing:
             location = self._store.append(slot, batch)
-            self._appended.append((slot, batch, location, episodes))
-        if self._commit is None or self._commit.done():
-            self._commit = asyncio.create_task(self._commit_appended())
-        # Whoever appended while the last commit ran is not in it: go on until this group is.
-        while any(pending[0] is slot for pending in self._appended):
-            if self._commit.done():
-                self._commit.result()
-                self._commit = asyncio.create_task(self._commit_appended())
-            await asyncio.wait([self._commit])
-        self._commit.result()
+        committed = asyncio.get_running_loop().create_future()
+        self._appended.append((slot, batch, location, episodes))
+        self._waiters.append(committed)
+        if self._committer is None or self._committer.done():
+            self._committer = asyncio.create_task(self._commit_appended())
+        await asyncio.wait({committed, self._committer}, return_when=asyncio.FIRST_COMPLETED)
+        if not committed.done():
+            self._committer.result()  # raises what went wrong with the disk or the ledger
 
     async def drop(
         self, slot: Slot, reason: DropReason, error: str = "", episodes: Sequence[EpisodeRow] = ()
@@ -104,19 +103,23 @@ class Exchange:
         """End the run: reserve answers None from now on, and what is appended is committed."""
         self._closed = True
         await self._wake()
-        if self._commit is not None:
-            await asyncio.wait([self._commit])
+        if self._committer is not None:
+            await asyncio.wait([self._committer])
         self._store.close()
 
     async def _commit_appended(self) -> None:
-        async with self._writing:
-            finished = list(self._appended)
-            await asyncio.to_thread(self._store.sync)
-            self._store.commit(finished)
-            del self._appended[: len(finished)]
-        for slot, *_ in finished:
-            self._holders.pop(slot.group_id, None)
-        await self._wake()
+        # What is appended during an fsync waits for the next one: under load, many groups share one.
+        while self._appended:
+            async with self._writing:
+                finished, waiters = self._appended, self._waiters
+                self._appended, self._waiters = [], []
+                await asyncio.to_thread(self._store.sync)
+                self._store.commit(finished)
+            for slot, *_ in finished:
+                self._holders.pop(slot.group_id, None)
+            for waiter in waiters:
+                waiter.set_result(None)
+            await self._wake()
 
     async def _wake(self) -> None:
         async with self._changed:

@@ -47,9 +47,9 @@ def test_description_is_recomputed_from_trainable_episodes_alone(group_of: Group
     ]
     described = describe(groups, version=7)
     tokens = [t.num_sampled for g in groups for t in g.trainable]
-    assert described["reward_mean"] == pytest.approx(1.5 / 4)
-    assert described["success_mean"] == pytest.approx(2 / 4)
-    assert described["turns_mean"] == 2.0
+    assert described["reward"] == pytest.approx(1.5 / 4)
+    assert described["success"] == pytest.approx(2 / 4)
+    assert described["turns"] == 2.0
     assert described["episodes"] == 4.0
     assert described["untrainable_episodes"] == 1.0
     assert described["sampled_per_episode"] == pytest.approx(np.mean(tokens))
@@ -91,7 +91,7 @@ def test_a_fixed_proximal_policy_is_the_one_before_the_first_minibatch(tiny: Pat
     learner = Learner(_settings(tiny, algorithm=algorithm, optim=OptimSettings(learning_rate=1e-30)))
     metrics = learner.step([group_of(0, [1.0, 0.0, 0.5, 2.0])])
     assert metrics["clip_fraction"] == 0.0
-    assert metrics["logprob_gap"] > 0.05
+    assert metrics["behavior_gap"] > 0.05
 
 
 def test_steps_are_reproducible(tiny: Path, group_of: Groups) -> None:

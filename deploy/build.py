@@ -1,0 +1,138 @@
+"""How the parts of a run are made from its configuration: one recipe for the local ring and for the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pyarrow as pa
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from deploy.config import RunConfig
+from envs import registry
+from learner.learner import Learner
+from learner.model import build_tiny
+from learner.tokenizer import build_tokenizer
+from rollout.agent import Agent
+from rollout.chat import Chat
+from rollout.demonstrate import demonstrate
+from rollout.engine import Engine
+from rollout.tasks import TaskStream
+from rollout.vllm_engine import VllmEngine
+from rollout.wire.exchange import Exchange
+from rollout.wire.schema import encode
+from rollout.wire.store import Store
+from rollout.wire.trajectory import Task
+from rollout.worker import RolloutWorker
+
+EngineFactory = Callable[[RunConfig, str, str], Awaitable[Engine]]  # (config, worker name, model path)
+
+
+def model_path(config: RunConfig, run_folder: Path) -> str:
+    """Where the base model lies; a tiny one is built into the run folder first."""
+    tiny = config.tiny
+    if tiny is None:
+        return config.learner.model.path
+    folder = run_folder / "base"
+    if not (folder / "config.json").is_file():
+        tokenizer = build_tokenizer(folder, tiny.words)
+        build_tiny(
+            folder,
+            tokenizer,
+            layers=tiny.layers,
+            width=tiny.width,
+            heads=tiny.heads,
+            mlp=tiny.mlp,
+            context=config.rollout.context_tokens,
+            tie=tiny.tie,
+            seed=config.seed,
+        )
+    return str(folder)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    return tokenizer
+
+
+def training_tasks(config: RunConfig) -> TaskStream:
+    """The run's stream of tasks: a pure function of (run seed, group id)."""
+    return TaskStream(config.env.id, config.env.options, config.seed)
+
+
+def evaluation_tasks(config: RunConfig) -> list[Task]:
+    """The held-out tasks: the first seeds whose first observations are all different."""
+    options = config.env.options | config.evaluation.options
+    return distinct_tasks(config.env.id, options, config.evaluation.first_seed, config.evaluation.tasks)
+
+
+def distinct_tasks(env_id: str, options: dict[str, object], first_seed: int, count: int) -> list[Task]:
+    """`count` tasks that begin with different observations, trying seeds from `first_seed` on.
+
+    Raises ValueError when 100 seeds in a row bring nothing new: the environment does not hold that many instances.
+    """
+    env = registry.make(env_id, **options)
+    seen: set[str] = set()
+    tasks: list[Task] = []
+    seed, last_new = first_seed, first_seed
+    while len(tasks) < count:
+        observation, _ = env.reset(seed=seed)
+        if str(observation) not in seen:
+            seen.add(str(observation))
+            tasks.append(Task.of(env_id, seed, options))
+            last_new = seed
+        elif seed - last_new >= 1000:
+            raise ValueError(f"{env_id} has only {len(tasks)} distinct tasks in seeds {first_seed}..{seed}, not {count}")
+        seed += 1
+    env.close()
+    return tasks
+
+
+async def vllm_engine(config: RunConfig, name: str, path: str) -> Engine:
+    """The engine of a real run."""
+    tokenizer = load_tokenizer(path)
+    return await VllmEngine.start(
+        name,
+        path,
+        [tokenizer.eos_token_id],
+        config.rollout.context_tokens,
+        config.engine,
+        on_gpu=config.rollout.gpus_per_worker > 0,
+        transfer="manta" if config.weights.transfer == "object_store" else config.weights.transfer,
+    )
+
+
+async def build_worker(
+    config: RunConfig, name: str, exchange: Exchange, path: str, engine_factory: EngineFactory
+) -> RolloutWorker:
+    """A rollout worker with its engine started."""
+    engine = await engine_factory(config, name, path)
+    chat = Chat(load_tokenizer(path))
+    agent = Agent(engine, chat, config.sampling, config.rollout.context_tokens)
+    return RolloutWorker(name, engine, agent, exchange, config.rollout, config.seed)
+
+
+def build_learner(config: RunConfig, path: str) -> Learner:
+    model = config.learner.model.model_copy(update={"path": path})
+    settings = config.learner.model_copy(update={"model": model})
+    return Learner(settings, config.seed, config.sampling.temperature)
+
+
+def build_exchange(config: RunConfig, run_folder: Path) -> Exchange:
+    """The buffer of the run, over its ledger and segments on disk."""
+    store = Store(run_folder, training_tasks(config), config.buffer, total_steps=config.steps)
+    return Exchange(store)
+
+
+async def play_demonstrations(config: RunConfig, path: str) -> list[pa.RecordBatch]:
+    """Demonstrations of the environment's scripted player, as rows."""
+    assert config.warm_start is not None
+    stream = TaskStream(config.env.id, config.env.options, config.seed + 1)
+    player = registry.player(config.env.id)
+    groups = await demonstrate(
+        [stream(index) for index in range(config.warm_start.episodes)],
+        lambda seed: player(config.warm_start.error_rate, seed),
+        Chat(load_tokenizer(path)),
+        config.rollout.context_tokens,
+    )
+    return [encode(group) for group in groups]

@@ -1,0 +1,154 @@
+"""The `manta` command."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from deploy.config import ConfigError, RunConfig, load_config
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train language-model agents by reinforcement learning: Ray, vLLM and torch, on a laptop or a cluster.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.OPTION=VALUE]...", help="Change the recipe.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A .toml file, or the name of a recipe that ships with Manta.")] = "",
+    overrides: Overrides = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    runs: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
+    local: Annotated[bool, typer.Option("--local", help="Everything in this process, without Ray.")] = False,
+) -> None:
+    """Train from a recipe, or go on with a run.
+
+    Examples:  manta train frozen_lake --   manta train frozen_lake steps=20 rollout.workers=2 --
+    manta train --resume runs/frozen_lake-20260101-120000
+    """
+    from deploy import preflight, run_folder
+
+    if resume is not None:
+        if recipe:
+            raise ConfigError("--resume goes on with a run as it was configured; leave the recipe and overrides away")
+        config, folder = run_folder.open_existing(resume), resume
+    elif recipe:
+        config = load_config(recipe, overrides or ())
+        preflight.check(config)
+        folder = _new_folder(config, runs, local)
+    else:
+        raise ConfigError("name a recipe (see deploy/recipes) or a run to --resume")
+    _drive(config, folder, resume=resume is not None, local=local)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hugging Face id.")],
+    env: Annotated[str, typer.Option(help="Environment id.")],
+    seeds: Annotated[str, typer.Option(help="Seeds A:B, B excluded.")] = "0:256",
+    option: Annotated[list[str] | None, typer.Option(help="Environment option NAME=VALUE; may be repeated.")] = None,
+    context_tokens: Annotated[int, typer.Option(help="Context length of the engine.")] = 2048,
+    max_tokens: Annotated[int, typer.Option(help="Tokens an agent may sample a turn.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="Compute type of the engine.")] = "float32",
+) -> None:
+    """Measure a checkpoint's success on an environment, one episode a seed, with its 95% interval."""
+    from deploy.evaluate import evaluate_checkpoint
+
+    result = evaluate_checkpoint(checkpoint, env, seeds, option or [], context_tokens, max_tokens, temperature, dtype)
+    console.print(str(result))
+
+
+@app.command()
+def submit(
+    recipe: Annotated[str, typer.Argument(help="A .toml file, or the name of a recipe that ships with Manta.")],
+    overrides: Overrides = None,
+    address: Annotated[str, typer.Option(help="The cluster's dashboard.")] = "http://127.0.0.1:8265",
+    runs: Annotated[Path, typer.Option(help="Where run folders are made, as the cluster sees it.")] = Path("runs"),
+    wait: Annotated[bool, typer.Option(help="Follow the job and exit as it does.")] = True,
+) -> None:
+    """Submit a training run to a Ray cluster as a job."""
+    from deploy.submit import follow, succeeded
+    from deploy.submit import submit as submit_job
+
+    client, job = submit_job(recipe, overrides or (), address, runs.resolve())
+    console.print(f"submitted {job} to {address}")
+    if wait:
+        for text in follow(client, job):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        if not succeeded(client, job):
+            raise typer.Exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, cores and memory, and what is missing."""
+    from deploy.doctor import diagnose, show
+
+    raise typer.Exit(show(diagnose(), console))
+
+
+def _new_folder(config: RunConfig, runs: Path, local: bool) -> Path:
+    from deploy import run_folder
+
+    if not local:
+        from deploy.cluster import connect, require_capacity
+
+        connect(config)
+        require_capacity(config)
+    return run_folder.create(config, runs)
+
+
+def _drive(config: RunConfig, folder: Path, resume: bool, local: bool) -> None:
+    from deploy.progress import Progress
+    from deploy.ring import Ring
+    from deploy.train import Training
+
+    ring: Ring
+    if local:
+        from deploy.local import LocalRing
+
+        ring = LocalRing(config, folder)
+    else:
+        from deploy.cluster import RayRing, connect
+
+        connect(config)
+        ring = RayRing(config, folder)
+    try:
+        with Progress(config.steps, f"{config.name}  {folder}", console) as progress:
+            summary = asyncio.run(Training(config, ring, progress).run(resume))
+    except KeyboardInterrupt:
+        errors.print(f"stopped; go on with: manta train --resume {folder}")
+        raise typer.Exit(INTERRUPTED) from None
+    console.print(f"before  {summary['success_before']}\nafter   {summary['success_after']}")
+    console.print(f"report  {folder / 'report.html'}")
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on stderr and exit code 2, anything else keeps its traceback."""
+    from envs.registry import EnvironmentUnknown
+    from learner.model import ModelError
+
+    try:
+        app()
+    except (ConfigError, EnvironmentUnknown, ModelError) as error:
+        errors.print(f"manta: {error}", style="red", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""A run's configuration: each package's own settings side by side, from a TOML recipe and `a.b=c` overrides.
+
+Nothing is configured twice and nothing is ignored: an unknown key is an error that names the nearest valid one, and so
+is a pair that contradicts itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from learner.learner import LearnerSettings
+from rollout.engine import Sampling
+from rollout.vllm_engine import VllmSettings
+from rollout.wire.store import BufferSettings
+from rollout.worker import RolloutSettings
+
+Nested = dict[str, Any]
+
+
+class ConfigError(ValueError):
+    """A recipe or an override is wrong; the message is for the person who wrote it."""
+
+
+class Settings(BaseModel):
+    """Base of the settings that belong to deployment itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TinySettings(Settings):
+    """A small random model and tokenizer, built where the run starts: nothing is downloaded."""
+
+    layers: int = Field(4, gt=0)
+    width: int = Field(128, gt=0, description="hidden size")
+    heads: int = Field(4, gt=0)
+    mlp: int = Field(384, gt=0, description="width of the feed-forward layers")
+    tie: bool = Field(True, description="share input and output embeddings")
+    words: tuple[str, ...] = Field((), description="lower-case words that are one token each")
+
+
+class EnvSettings(Settings):
+    """The environment trained on."""
+
+    id: str = Field(description="one of ours, or any gymnasium.make id with Discrete or Text spaces")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
+
+
+class EvaluationSettings(Settings):
+    """How success is measured before and after."""
+
+    tasks: int = Field(256, ge=0, description="tasks with distinct first observations; 0: do not evaluate")
+    first_seed: int = Field(0, ge=0, description="seeds are tried from here on")
+    options: dict[str, Any] = Field(default_factory=dict, description="environment options that differ from training")
+
+
+class WarmStartSettings(Settings):
+    """Imitation of a scripted player before reinforcement learning."""
+
+    episodes: int = Field(4096, gt=0, description="demonstrations played")
+    error_rate: float = Field(0.5, ge=0, le=1, description="share of the player's moves that are random")
+
+
+class CheckpointSettings(Settings):
+    """When the learner's state lands on disk."""
+
+    every_steps: int = Field(10, gt=0)
+    keep: int = Field(2, gt=0, description="checkpoints kept, the newest")
+
+
+class ClusterSettings(Settings):
+    """How Ray is reached and how long anything may take."""
+
+    address: str = Field("", description="Ray cluster to join; empty: start a local one")
+    learner_cpus: float = Field(1.0, ge=0, description="CPUs the learner claims; it claims a GPU where it trains on one")
+    dashboard_port: int = Field(0, ge=0, le=65535, description="port of a local Ray's dashboard; 0: no dashboard")
+    start_seconds: float = Field(300.0, gt=0, description="limit for starting engines and the learner")
+    step_seconds: float = Field(600.0, gt=0, description="limit for one learner step, waiting included")
+    capacity_seconds: float = Field(30.0, gt=0, description="how long to wait for missing cluster resources")
+
+
+class WeightSyncSettings(Settings):
+    """How new weights travel."""
+
+    transfer: Literal["object_store", "nccl", "ipc"] = Field("object_store", description="nccl and ipc need GPUs")
+    sync_seconds: float = Field(120.0, gt=0, description="limit for one engine to load one version")
+
+
+class RunConfig(Settings):
+    """Everything a run does. Stored with the run as config.json."""
+
+    name: str = Field("run", description="first part of the run folder's name")
+    seed: int = Field(0, ge=0)
+    steps: int = Field(gt=0, description="learner steps, each one weight version")
+    tiny: TinySettings | None = Field(None, description="build a tiny model instead of loading learner.model.path")
+    env: EnvSettings
+    sampling: Sampling = Field(default_factory=Sampling)
+    rollout: RolloutSettings = Field(default_factory=RolloutSettings)
+    engine: VllmSettings = Field(default_factory=VllmSettings)
+    buffer: BufferSettings = Field(default_factory=BufferSettings)
+    learner: LearnerSettings = Field(default_factory=LearnerSettings)
+    warm_start: WarmStartSettings | None = None
+    weights: WeightSyncSettings = Field(default_factory=WeightSyncSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if bool(self.learner.model.path) == (self.tiny is not None):
+            raise ValueError("give exactly one of learner.model.path (a checkpoint) and the section tiny (one is built)")
+        if self.rollout.group_size < 2:
+            raise ValueError(
+                "rollout.group_size=1 leaves GRPO without a baseline: an advantage is a reward compared with its "
+                "siblings'; use 2 or more"
+            )
+        if self.sampling.top_p < 1:
+            raise ValueError(
+                "sampling.top_p<1 changes what can be sampled, and the learner's logprobs would be of another "
+                "distribution; use sampling.top_p=1"
+            )
+        if self.weights.transfer != "object_store" and not self.rollout.gpus_per_worker:
+            raise ValueError(
+                f"weights.transfer={self.weights.transfer!r} needs GPUs, but rollout.gpus_per_worker=0; "
+                "use 'object_store' or give the workers a GPU"
+            )
+        if self.sampling.max_tokens >= self.rollout.context_tokens:
+            raise ValueError(
+                f"sampling.max_tokens={self.sampling.max_tokens} leaves no room for a prompt in "
+                f"rollout.context_tokens={self.rollout.context_tokens}"
+            )
+        return self
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe (a path, or the name of one that ships with Manta), apply overrides, check everything."""
+    text = recipe_text(recipe)
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {recipe}: not valid TOML: {error}") from error
+    for override in overrides:
+        _apply(tree, override)
+    return parse(tree, recipe)
+
+
+def recipe_text(recipe: str) -> str:
+    """The text of a recipe; an unknown name is an error that lists what there is."""
+    path = Path(recipe)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise ConfigError(f"recipe {recipe}: no such file")
+        return path.read_text()
+    shipped = {entry.name.removesuffix(".toml"): entry for entry in files("deploy.recipes").iterdir()}
+    names = sorted(name for name, entry in shipped.items() if entry.name.endswith(".toml"))
+    if recipe not in names:
+        raise ConfigError(f"recipe {recipe!r} is neither a .toml file nor one of: {', '.join(names)}")
+    return shipped[recipe].read_text()
+
+
+def parse(tree: Nested, source: str) -> RunConfig:
+    """Validate a nested dict; every fault becomes one line."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(fault) for fault in error.errors())) from None
+
+
+def _apply(tree: Nested, override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override {override!r} is not of the form section.option=value")
+    *sections, option = path.strip().split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {section} is an option, not a section")
+    node[option] = _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    # A TOML value where it reads as one (numbers, booleans, lists, quoted strings), else the plain text.
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(where, option_names(), n=1, cutoff=0.3)
+        return f"unknown option {where}" + (f"; did you mean {close[0]}?" if close else "")
+    if fault["type"] == "missing":
+        return f"option {where} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{where}: {message} (got {fault['input']!r})" if where and not isinstance(fault["input"], dict) else message
+
+
+def option_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every option's dotted name, sections included."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        for section in _models_in(field.annotation):
+            names.extend(option_names(section, f"{prefix}{name}."))
+    return names
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    arguments = getattr(annotation, "__args__", ())
+    return [model for argument in arguments for model in _models_in(argument)]

@@ -1,0 +1,78 @@
+"""What can be known to be wrong before anything is started or written.
+
+Each check raises one of the errors that are meant for the person at the keyboard, saying what, where and what to do.
+"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from deploy.config import ConfigError, RunConfig
+from envs import registry
+from rollout.chat import Chat
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a configuration that cannot run here."""
+    env = registry.make(config.env.id, **config.env.options)
+    observation, _ = env.reset(seed=0)
+    registry.make(config.env.id, **(config.env.options | config.evaluation.options)).close()
+    env.close()
+    if path := config.learner.model.path:
+        check_model(path)
+        check_prompt(config, path, observation)
+    if config.warm_start:
+        registry.player(config.env.id)
+    if config.cluster.dashboard_port and not config.cluster.address:
+        check_port(config.cluster.dashboard_port)
+
+
+def check_model(path: str) -> None:
+    """A local checkpoint must have a readable configuration, weights and a tokenizer."""
+    folder = Path(path)
+    if not folder.exists():
+        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise ConfigError(f"model {path}: no such folder")
+        return  # a hub id: transformers resolves it, and says so when it cannot
+    for needed, what in (("config.json", "configuration"), ("tokenizer_config.json", "tokenizer")):
+        if not (folder / needed).is_file():
+            raise ConfigError(f"model {path}: no {what} ({needed} is missing); is it a Hugging Face checkpoint?")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(f"model {path}: no weights (*.safetensors) in it")
+    for file in weights:
+        _check_safetensors(file)
+
+
+def check_prompt(config: RunConfig, path: str, observation: object) -> None:
+    """The first prompt and one turn must fit into the context."""
+    from deploy.build import load_tokenizer
+    from rollout.agent import as_messages
+
+    prompt = len(Chat(load_tokenizer(path)).opening(as_messages(observation)))
+    if prompt + 1 > config.rollout.context_tokens:
+        raise ConfigError(
+            f"the first prompt of {config.env.id} has {prompt} tokens, which does not fit into "
+            f"rollout.context_tokens={config.rollout.context_tokens}; raise it or shorten the environment's instructions"
+        )
+
+
+def check_port(port: int) -> None:
+    """The dashboard's port must be free."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(f"cluster.dashboard_port={port} is in use on this machine; choose another or 0") from error
+
+
+def _check_safetensors(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as tensors:
+            tensors.keys()
+    except SafetensorError as error:
+        raise ConfigError(f"model weights {file}: broken file ({error})") from error

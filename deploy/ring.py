@@ -1,0 +1,82 @@
+"""What the training driver asks of a ring, wherever its parts live: one process (local.py) or a Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from rollout.wire.store import EpisodeRow
+from rollout.wire.trajectory import Task
+
+Row = dict[str, float]
+T = TypeVar("T")
+
+
+async def first_failure(wanted: asyncio.Future[T], others: Iterable[asyncio.Future[Any]]) -> T:
+    """Wait for `wanted`, but not past the failure of anything it depends on: that failure is raised instead.
+
+    Others that end well (a worker that has played all the run needs) are passed over.
+    """
+    watched = {other for other in others if not (other.done() and other.exception() is None)}
+    while True:
+        done, _ = await asyncio.wait({wanted, *watched}, return_when=asyncio.FIRST_COMPLETED)
+        for other in done - {wanted}:
+            if other.exception() is not None:
+                wanted.cancel()
+                other.result()
+            watched.discard(other)
+        if wanted in done:
+            return wanted.result()
+
+
+class Ring(Protocol):
+    """The parts of one run, started and joined. No method carries trajectories: they stay where they are made."""
+
+    async def start(self, resume: bool) -> int:
+        """Start every part; returns the weight version the learner stands at (0 on a new run)."""
+        ...
+
+    async def begin_imitation(self) -> int:
+        """Have demonstrations played and handed to the learner; returns the number of imitation steps."""
+        ...
+
+    async def imitate(self, steps: int) -> list[Row]:
+        """Up to `steps` imitation steps."""
+        ...
+
+    async def publish(self) -> Row:
+        """Bring the learner's version to every engine."""
+        ...
+
+    async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
+        """Play one episode a task with the current weights; the rows are stored under `name`."""
+        ...
+
+    def begin_rollouts(self) -> None:
+        """Let the workers play groups until the exchange has given out all the run needs."""
+        ...
+
+    async def step(self) -> Row:
+        """One learner step, published and released; a worker's failure ends the wait with that worker's error."""
+        ...
+
+    async def save(self) -> None:
+        """Land a checkpoint."""
+        ...
+
+    async def counters(self) -> Row:
+        """Sums over the workers since their start: tokens_sampled, turns, engine_seconds, env_seconds, ..."""
+        ...
+
+    async def counts(self) -> dict[str, int]:
+        """The ledger: issued, in_flight, complete, taken, trained, dropped."""
+        ...
+
+    async def close(self) -> None:
+        """Stop every part that was started."""
+        ...
+
+    @property
+    def run_folder(self) -> Path: ...

@@ -1,0 +1,154 @@
+"""The driver of a run: phases in order, numbers out. It holds no payload and knows no hosting (see ring.py).
+
+    start -> warm start -> version 0 to the engines -> evaluate -> steps, checkpoints -> evaluate -> report
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deploy.build import evaluation_tasks
+from deploy.config import RunConfig
+from deploy.metrics import MetricsLog, read_metrics
+from deploy.progress import Progress
+from deploy.report import write_report
+from deploy.ring import Ring, Row
+from deploy.statistics import wilson_interval
+from rollout.wire.store import EpisodeRow
+
+IMITATION_STRIDE = 10  # imitation steps between two looks at the display
+
+
+@dataclass
+class Evaluation:
+    """Success over held-out tasks, with its 95% Wilson interval."""
+
+    successes: int
+    episodes: int
+    mean_reward: float
+
+    @classmethod
+    def of(cls, rows: Sequence[EpisodeRow]) -> Evaluation:
+        return cls(sum(bool(row.success) for row in rows), len(rows), sum(row.reward for row in rows) / len(rows))
+
+    @property
+    def success(self) -> float:
+        return self.successes / self.episodes
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_interval(self.successes, self.episodes)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"success {self.success:.3f}  (95% interval {low:.3f} to {high:.3f}, {self.episodes} held-out tasks)"
+
+
+@dataclass
+class Training:
+    """One run being driven through its phases."""
+
+    config: RunConfig
+    ring: Ring
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    async def run(self, resume: bool) -> dict[str, object]:
+        """Drive the run to its end; returns the summary, which is also stored with the report."""
+        folder = self.ring.run_folder
+        try:
+            with self._timed("start"):
+                version = await self.ring.start(resume)
+            # A run stopped before its first checkpoint has nothing to go on from: it starts over in its folder.
+            if not (resume and _has_checkpoint(folder)) and self.config.warm_start:
+                await self._warm_start()
+            with self._timed("engines"):
+                await self.ring.publish()
+            before = self._stored_evaluation(folder) or await self._evaluate("before")
+            await self._steps(version)
+            after = await self._evaluate("after")
+            summary = await self._summary(before, after)
+        finally:
+            await self.ring.close()
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+        write_report(folder)
+        return summary
+
+    async def _warm_start(self) -> None:
+        with self._timed("demonstrations"):
+            total = await self.ring.begin_imitation()
+        with self._timed("warm_start"), self.progress.phase("imitation", total) as phase:
+            while rows := await self.ring.imitate(IMITATION_STRIDE):
+                phase.advance(len(rows), loss=rows[-1]["loss"])
+
+    async def _evaluate(self, name: str) -> Evaluation | None:
+        if not self.config.evaluation.tasks:
+            return None
+        tasks = await asyncio.to_thread(evaluation_tasks, self.config)
+        with self._timed(f"evaluate_{name}"):
+            evaluation = Evaluation.of(await self.ring.evaluate(tasks, name))
+        self.progress.say(f"{name}: {evaluation}")
+        stored = {"successes": evaluation.successes, "episodes": evaluation.episodes, "mean_reward": evaluation.mean_reward}
+        (self.ring.run_folder / f"evaluation_{name}.json").write_text(json.dumps(stored))
+        return evaluation
+
+    def _stored_evaluation(self, folder: Path) -> Evaluation | None:
+        stored = folder / "evaluation_before.json"
+        return Evaluation(**json.loads(stored.read_text())) if stored.is_file() else None
+
+    async def _steps(self, version: int) -> None:
+        log = MetricsLog(self.ring.run_folder, resume_after=version)
+        self.ring.begin_rollouts()
+        before = await self.ring.counters()
+        self.progress.begin_steps(version)
+        with self._timed("training"):
+            for step in range(version + 1, self.config.steps + 1):
+                row = await self.ring.step()
+                counters = await self.ring.counters()
+                row |= _rollout_rates(before, counters, row["step_s"])
+                before = counters
+                log.write(step, row)
+                self.progress.update(step, row)
+                if step % self.config.checkpoint.every_steps == 0 or step == self.config.steps:
+                    await self.ring.save()
+        log.close()
+
+    async def _summary(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, object]:
+        rows = read_metrics(self.ring.run_folder)
+        return {
+            "success_before": before and before.success,
+            "success_before_interval": before and before.interval,
+            "success_after": after and after.success,
+            "success_after_interval": after and after.interval,
+            "steps": len(rows),
+            "seconds": {phase: round(value, 2) for phase, value in self.seconds.items()},
+            "tokens_generated": int((await self.ring.counters())["tokens_sampled"]),
+            "tokens_trained": int(sum(row["tokens_trained"] for row in rows)),
+            "ledger": await self.ring.counts(),
+            "seed": self.config.seed,
+        }
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+def _rollout_rates(before: Row, after: Row, seconds: float) -> Row:
+    sampled = after["tokens_sampled"] - before["tokens_sampled"]
+    return {"tokens_sampled": sampled, "rollout_tokens_per_s": sampled / seconds}
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    from learner.checkpoint import latest
+
+    return latest(folder) is not None
