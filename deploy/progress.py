@@ -48,7 +48,7 @@ COLUMNS = (
     ("lag\nmax", "lag_max", "{:.0f}"),
     ("stall\nms", "sync_stall_ms", "{:.0f}"),
 )
-ABSENT = "–"  # noqa: RUF001 - an environment without a verdict has no success
+ABSENT = "–"  # an environment without a verdict has no success
 
 
 class Phase:

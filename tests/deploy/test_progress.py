@@ -74,7 +74,7 @@ def test_a_step_without_a_verdict_of_the_environment_shows_no_success() -> None:
     with Progress(1, "run", Console(file=out)) as progress:
         progress.begin_steps()
         progress.update(1, row)
-    assert "success –" in out.getvalue()  # noqa: RUF001
+    assert "success –" in out.getvalue()
 
 
 def test_steps_are_not_shown_before_they_begin() -> None:

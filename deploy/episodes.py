@@ -1,0 +1,208 @@
+"""Whole episodes out of stored rows, for people to read: which ones to show, and what happened turn by turn."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from rollout.wire.segments import read_rows
+from rollout.wire.trajectory import EndReason
+
+TokenText = Callable[[int], str]  # what one token id reads as
+IntArray = NDArray[np.int64]
+
+MAX_FAILED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One sampled token."""
+
+    id: int
+    text: str
+    logprob: float  # nats, recorded while sampling
+    version: int  # the weights that sampled it
+
+    @property
+    def probability(self) -> float:
+        return math.exp(self.logprob)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn: what the environment said, what was sampled, what came back."""
+
+    number: int
+    messages: tuple[tuple[str, str], ...]  # role, text
+    tokens: tuple[Token, ...]
+    reward: float
+    finish_reason: str
+    rewritten: bool  # a segment begins here that is not the first: the agent rewrote its history
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One episode and why it is shown."""
+
+    why: str
+    env_id: str
+    seed: int
+    group_id: int
+    index: int
+    worker: str
+    end_reason: str
+    success: bool | None
+    reward: float
+    error: str | None
+    turns: tuple[Turn, ...]
+
+
+def chosen_episodes(run_folder: Path) -> list[Episode]:
+    """The episodes a report shows: one held-out task before and after training, then telling ones of training.
+
+    Of training: the first, the best, the worst, some that failed, and one of each other end. Of equals the latest is
+    shown. An episode that failed before its first turn has no rows; the ledger counts it.
+    """
+    text = token_text(run_folder)
+    evaluations = run_folder / "evaluations"
+    before, after = (Spans.of(read_rows(evaluations / name)) for name in ("before", "after"))
+    training = Spans.of(read_rows(run_folder / "groups"))
+    shown = []
+    if learned := _learned(before, after):
+        shown.append(before.episode(learned[0], "held-out task, before training", text))
+        shown.append(after.episode(learned[1], "the same task, after training", text))
+    return shown + [training.episode(place, why, text) for place, why in _telling(training)]
+
+
+def token_text(run_folder: Path) -> TokenText:
+    """How the run's own tokenizer spells single tokens; ids in brackets where the run keeps no tokenizer."""
+    kept = sorted(run_folder.rglob("tokenizer.json"))
+    if not kept:
+        return lambda token: f"[{token}]"
+    tokenizer = Tokenizer.from_file(str(kept[-1]))
+    return lambda token: str(tokenizer.decode([token], skip_special_tokens=False)) or f"[{token}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """A table of rows and where its episodes lie: rows of one stand together, and only its last has an end reason."""
+
+    rows: pa.Table
+    first: IntArray  # [episodes]
+    last: IntArray  # [episodes], included
+    rewards: NDArray[np.float64]  # [episodes] sums over the turns
+    end_reasons: tuple[str, ...]
+
+    @classmethod
+    def of(cls, rows: pa.Table) -> Spans:
+        """Find the episodes. Rows after the last end belong to a batch that was cut off, and are passed over."""
+        ended = rows["end_reason"].is_valid().to_numpy()
+        last = np.flatnonzero(ended)
+        first = np.concatenate([np.zeros(1, np.int64), last + 1])[: len(last)]
+        before = np.concatenate([np.zeros(1), np.cumsum(rows["reward"].to_numpy(), dtype=np.float64)])
+        sums = before[last + 1] - before[first]
+        return cls(rows, first, last, sums, tuple(rows["end_reason"].take(last).to_pylist()))
+
+    def __len__(self) -> int:
+        return len(self.last)
+
+    def column(self, name: str) -> list[Any]:
+        """A column that belongs to the episode: its value on the last rows."""
+        values: list[Any] = self.rows[name].take(self.last).to_pylist()
+        return values
+
+    def episode(self, place: int, why: str, text: TokenText) -> Episode:
+        """The `place`-th episode of the table."""
+        first, last = int(self.first[place]), int(self.last[place])
+        rows = self.rows.slice(first, last - first + 1).to_pylist()
+        end = rows[-1]
+        return Episode(
+            why=why,
+            env_id=end["env_id"],
+            seed=end["seed"],
+            group_id=end["group_id"],
+            index=end["episode"],
+            worker=end["worker"],
+            end_reason=end["end_reason"],
+            success=end["success"],
+            reward=float(self.rewards[place]),
+            error=end["error"],
+            turns=tuple(
+                _turn(row, previous, text) for row, previous in zip(rows, [None, *rows], strict=False)
+            ),
+        )
+
+
+def _learned(before: Spans, after: Spans) -> tuple[int, int] | None:
+    # Where the first task that was lost before and won after lies in both.
+    lost = {
+        task: place
+        for place, (task, success) in enumerate(zip(_tasks(before), before.column("success"), strict=True))
+        if success is False
+    }
+    won = zip(_tasks(after), after.column("success"), strict=True)
+    places = ((lost[task], place) for place, (task, success) in enumerate(won) if success and task in lost)
+    return next(places, None)
+
+
+def _tasks(spans: Spans) -> list[tuple[Any, ...]]:
+    return list(zip(*(spans.column(name) for name in ("env_id", "env_options", "seed")), strict=True))
+
+
+def _telling(spans: Spans) -> Iterator[tuple[int, str]]:
+    # Places in the table, and why each is shown; no place twice.
+    unfit = (EndReason.FAILED.value, EndReason.CANCELLED.value)
+    fit = [place for place, reason in enumerate(spans.end_reasons) if reason not in unfit]
+    failed = [place for place, reason in enumerate(spans.end_reasons) if reason == EndReason.FAILED.value]
+    shown: set[int] = set()
+    candidates: list[tuple[int, str]] = []
+    if fit:
+        candidates.append((fit[0], "first of training"))
+        candidates.append((max(reversed(fit), key=lambda place: spans.rewards[place]), "best of training"))
+        candidates.append((min(reversed(fit), key=lambda place: spans.rewards[place]), "worst of training"))
+    latest = {spans.end_reasons[place]: place for place in fit}
+    covered = {spans.end_reasons[place] for place, _ in candidates}
+    candidates += [
+        (place, f"ended: {reason}") for reason, place in sorted(latest.items()) if reason not in covered
+    ]
+    candidates += [(place, "failed") for place in failed[-MAX_FAILED:]]
+    for place, why in candidates:
+        if place not in shown:
+            shown.add(place)
+            yield place, why
+
+
+def _turn(row: dict[str, Any], previous: dict[str, Any] | None, text: TokenText) -> Turn:
+    sampled = zip(row["action_ids"], row["behavior_logprobs"], row["versions"], strict=True)
+    return Turn(
+        number=row["turn"],
+        messages=_messages(row["observation"]),
+        tokens=tuple(Token(token, text(token), logprob, version) for token, logprob, version in sampled),
+        reward=row["reward"],
+        finish_reason=row["finish_reason"],
+        rewritten=previous is not None and previous["segment"] != row["segment"],
+    )
+
+
+def _messages(observation: str) -> tuple[tuple[str, str], ...]:
+    # Chat messages as JSON; what is none of that is shown as it is.
+    try:
+        said = json.loads(observation)
+    except json.JSONDecodeError:
+        return (("user", observation),)
+    if not isinstance(said, list):
+        return (("user", observation),)
+    return tuple((message["role"], _content(message["content"])) for message in said)
+
+
+def _content(content: Any) -> str:
+    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, indent=1)

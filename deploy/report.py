@@ -1,0 +1,118 @@
+"""RUN/report.html: one file that shows a run, readable offline for as long as there are browsers.
+
+Everything it needs is inside: the numbers, the pictures' code (plotly.js, once), the episodes. It is written from what
+the run left in its folder alone, so it can be written again at any time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from math import exp
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from deploy.charts import drawn
+from deploy.episodes import chosen_episodes
+from deploy.metrics import Row, read_metrics
+from deploy.shares import Shares
+
+REPORT_FILE = "report.html"
+
+Summary = dict[str, Any]
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write the report of a run, finished or not, and return its path.
+
+    Read are config.json, metrics.jsonl, summary.json (absent while the run goes on), groups/ and evaluations/.
+    """
+    config = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
+    stored = run_folder / "summary.json"
+    summary: Summary = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    rows = read_metrics(run_folder)
+    page = _templates().get_template("report.html.j2")
+    text = page.render(
+        title=config["name"],
+        run=run_folder.resolve().name,
+        finished=bool(summary),
+        outcomes=outcomes(summary),
+        facts=facts(rows, summary),
+        verdict=Shares.of(rows).verdict if rows else "",
+        phases=phases(summary),
+        ledger=summary.get("ledger", {}),
+        charts=drawn(rows),
+        episodes=chosen_episodes(run_folder),
+        config=json.dumps(config, indent=2, ensure_ascii=False),
+        plotly=get_plotlyjs(),
+    )
+    path = run_folder / REPORT_FILE
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def outcomes(summary: Summary) -> list[dict[str, Any]]:
+    """Success before and after training with its interval, each where it was measured; shares 0..1."""
+    measured = [name for name in ("before", "after") if summary.get(f"success_{name}") is not None]
+    return [
+        {
+            "name": name,
+            "success": summary[f"success_{name}"],
+            "low": summary[f"success_{name}_interval"][0],
+            "high": summary[f"success_{name}_interval"][1],
+        }
+        for name in measured
+    ]
+
+
+def facts(rows: Sequence[Row], summary: Summary) -> list[tuple[str, str]]:
+    """The headline numbers: name and value."""
+    shown = [("learner steps", f"{len(rows):,}")]
+    if summary:
+        shown += [
+            ("wall clock", clock(sum(summary["seconds"].values()))),
+            ("tokens generated", f"{summary['tokens_generated']:,}"),
+            ("tokens trained", f"{summary['tokens_trained']:,}"),
+            ("seed", f"{summary['seed']}"),
+        ]
+    if rows:
+        shown.append(("largest lag", f"{max(row['lag_max'] for row in rows):.0f}"))
+    return shown
+
+
+def phases(summary: Summary) -> list[dict[str, Any]]:
+    """How the wall clock was spent: name, duration as text, share of the whole 0..1."""
+    seconds: dict[str, float] = summary.get("seconds", {})
+    total = sum(seconds.values())
+    return [
+        {"name": name.replace("_", " "), "clock": clock(spent), "share": spent / total}
+        for name, spent in seconds.items()
+        if total > 0
+    ]
+
+
+def clock(seconds: float) -> str:
+    """A duration as a person says it: 8.2 s, 3 min 05 s, 2 h 07 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _templates() -> Environment:
+    # Whatever an environment or a model wrote is text here: autoescape keeps it from being markup.
+    templates = Environment(
+        loader=PackageLoader("deploy"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # How unsure the policy was of a token, 0 (certain) .. 1: the depth of its shade.
+    templates.filters["doubt"] = lambda logprob: f"{1 - exp(min(0.0, logprob)):.3f}"
+    return templates

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from plotly.offline import get_plotlyjs
+
+from deploy.charts import drawn, moving_mean
+from deploy.report import clock, write_report
+from rollout.wire.schema import encode
+from rollout.wire.segments import SegmentWriter
+from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
+
+HOSTILE = "</script><script>alert('pwned')</script>"
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Outline(HTMLParser):
+    """What a page is made of: text, ids, addresses it refers to; fails on tags that do not match."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text.append(data)
+
+
+def row(step: int) -> dict[str, float]:
+    return {
+        "step": step,
+        "reward": step / 100,
+        "entropy": 1 / step,
+        "lag_mean": 0.5,
+        "lag_max": 1.0,
+        "wait_s": 6.0,
+        "train_s": 3.0,
+        "publish_s": 0.5,
+        "step_s": 10.0,
+    }
+
+
+def run_folder(parent: Path, finished: bool = True) -> Path:
+    run = parent / "frozen_lake-20260101"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"name": "frozen_lake", "note": HOSTILE}))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row(step)) + "\n" for step in range(1, 41)))
+    if finished:
+        (run / "summary.json").write_text(json.dumps(SUMMARY))
+    ids, logprobs = np.array([7, 8], np.int32), np.array([-0.1, -2.0], np.float32)
+    step = Step(0, 0, HOSTILE, HOSTILE, ids, ids, logprobs, np.zeros(2, np.int32), 1.0, "stop")
+    task = Task.of("lake", 5)
+    trajectory = Trajectory(0, 0, 0, task, (step,), EndReason.TERMINATED, True, worker="rollout-0")
+    writer = SegmentWriter(run / "groups", max_bytes=1 << 20)
+    writer.append(encode(Group(Slot(0, 0, task, 0), (trajectory,))))
+    writer.close()
+    return run
+
+
+SUMMARY = {
+    "success_before": 0.14,
+    "success_before_interval": [0.1, 0.19],
+    "success_after": 0.7,
+    "success_after_interval": [0.64, 0.75],
+    "seconds": {"start": 25.0, "training": 175.0},
+    "tokens_generated": 1234567,
+    "tokens_trained": 654321,
+    "seed": 3,
+    "steps": 40,
+    "ledger": {"issued": 10, "trained": 9, "dropped": 1},
+}
+
+
+def outline(page: str) -> Outline:
+    # Jinja must have kept every hostile text from being markup, so the two libraries are the only scripts.
+    parsed = Outline()
+    parsed.feed(page)
+    parsed.close()
+    assert parsed.open == []
+    return parsed
+
+
+def test_a_report_is_whole_and_needs_nothing_from_outside(tmp_path: Path) -> None:
+    page = write_report(run_folder(tmp_path)).read_text()
+    parsed = outline(page)
+    assert parsed.addresses == []
+    assert page.count(get_plotlyjs()) == 1
+    ours = page.replace(get_plotlyjs(), "")
+    assert "http" not in ours
+    assert ours.count("<script>") == 2  # plotly's own and the page's
+    charts = json.loads(re.search(r"const CHARTS = (.*);\n", page)[1])  # type: ignore[index]
+    assert [f"chart{index}" for index in range(len(charts))] == [
+        i for i in parsed.ids if i.startswith("chart")
+    ]
+
+
+def test_the_headline_says_what_the_summary_says(tmp_path: Path) -> None:
+    text = " ".join("".join(outline(write_report(run_folder(tmp_path)).read_text()).text).split())
+    for said in (
+        "14.0 %",
+        "70.0 %",
+        "10.0–19.0",
+        "3 min 20 s",
+        "1,234,567",
+        "654,321",
+        "issued 10, trained 9",
+    ):
+        assert said.replace(" %", "%") in text, said
+    assert "rollout-bound: waited for rollouts 60%" in text
+    assert "not finished" not in text
+
+
+def test_what_an_environment_says_stays_text(tmp_path: Path) -> None:
+    page = write_report(run_folder(tmp_path)).read_text()
+    assert "alert('pwned')" not in page.replace(get_plotlyjs(), "")
+    assert "".join(outline(page).text).count(HOSTILE) == 2  # once said, once in the configuration
+
+
+def test_an_unfinished_run_has_a_report_too(tmp_path: Path) -> None:
+    text = "".join(outline(write_report(run_folder(tmp_path, finished=False)).read_text()).text)
+    assert "not finished" in text
+    assert "Success on held-out tasks" not in text
+
+
+def test_a_run_without_a_step_has_a_report_too(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"name": "empty"}')
+    assert "Over the steps" not in "".join(outline(write_report(tmp_path).read_text()).text)
+
+
+def test_charts_have_gaps_for_what_is_missing_and_shares_that_fill_the_whole() -> None:
+    rows = [row(1), row(2), row(3)]
+    rows[1]["entropy"] = float("nan")
+    del rows[2]["reward"]
+    charts = {chart["title"]: chart for chart in drawn(rows)}
+    assert charts["Entropy"]["series"][0]["y"] == [1.0, None, 1 / 3]
+    assert charts["Reward and success"]["series"][0]["y"] == [0.01, 0.02, None]
+    assert len(charts["Reward and success"]["series"]) == 1  # no success was measured
+    assert "Gradient" not in charts
+    shares = charts["Where the learner's time went"]["series"]
+    assert [sum(series["y"][i] for series in shares) for i in range(3)] == pytest.approx([1, 1, 1])
+
+
+def test_the_moving_mean_looks_back_only_and_leaves_gaps_out() -> None:
+    assert moving_mean([1.0, None, 4.0, 6.0], 2) == [1.0, 1.0, 4.0, 5.0]
+    assert moving_mean([None, 2.0], 1) == [None, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(8.24, "8.2 s"), (185, "3 min 05 s"), (3599.7, "1 h 00 min"), (7620, "2 h 07 min")]
+)
+def test_durations_read_well(seconds: float, said: str) -> None:
+    assert clock(seconds) == said
