@@ -10,30 +10,38 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 
 from rollout.wire.ledger import EpisodeRow
-from rollout.wire.segments import Location
-from rollout.wire.store import Store
+from rollout.wire.store import Finished, Store
 from rollout.wire.trajectory import DropReason, Slot
 
-_Finished = tuple[Slot, pa.RecordBatch, Location, Sequence[EpisodeRow]]
+_NAMED = 4  # holders that a message names
+
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    worker: str
+    since: float  # seconds on the exchange's clock
 
 
 class Exchange:
-    """All calls come from one event loop."""
+    """All calls come from one event loop. `clock` counts seconds and tells how long a worker has held a slot."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
+        self._clock = clock
         self._changed = asyncio.Condition()
         self._closed = False
-        self._holders: dict[int, tuple[str, float]] = {}  # group id -> (worker, since when)
-        self._appended: list[_Finished] = []
-        self._waiters: list[asyncio.Future[None]] = []
-        self._committer: asyncio.Task[None] | None = None
-        self._writing = asyncio.Lock()  # one writer at a time: an append never runs beside an fsync
+        self._holders: dict[int, _Holder] = {}  # by group id
+        self._writing = (
+            asyncio.Lock()
+        )  # the segments have one user at a time: an append never runs beside an fsync
+        self._appended: list[Finished] = []  # waits for the next commit
+        self._commit: asyncio.Task[None] | None = None  # that next commit, where one is due
 
     async def reserve(self, worker: str) -> Slot | None:
         """The next group to play; waits for a free slot. None: the run needs no more groups."""
@@ -41,39 +49,46 @@ class Exchange:
             while not (self._closed or self._store.covered):
                 slot = self._store.reserve(worker)
                 if slot is not None:
-                    self._holders[slot.group_id] = (worker, time.monotonic())
+                    self._holders[slot.group_id] = _Holder(worker, self._clock())
                     return slot
                 await self._changed.wait()
         return None
 
     async def add(self, slot: Slot, batch: pa.RecordBatch, episodes: Sequence[EpisodeRow]) -> None:
-        """Hand in a group; returns when it is durable and complete."""
+        """Hand in a group; returns when it is on disk and complete.
+
+        Raises ValueError where the slot is not held any more, RuntimeError after `close`.
+        """
         async with self._writing:
+            self._require_open()
             location = self._store.append(slot, batch)
-        committed = asyncio.get_running_loop().create_future()
-        self._appended.append((slot, batch, location, episodes))
-        self._waiters.append(committed)
-        if self._committer is None or self._committer.done():
-            self._committer = asyncio.create_task(self._commit_appended())
-        await asyncio.wait({committed, self._committer}, return_when=asyncio.FIRST_COMPLETED)
-        if not committed.done():
-            self._committer.result()  # raises what went wrong with the disk or the ledger
+            self._appended.append((slot, batch, location, episodes))
+            if self._commit is None:
+                self._commit = asyncio.create_task(self._commit_appended())
+            commit = self._commit
+        # Others wait for the same commit: one of them being cancelled must not cancel it.
+        await asyncio.shield(commit)
 
     async def drop(
         self, slot: Slot, reason: DropReason, error: str = "", episodes: Sequence[EpisodeRow] = ()
     ) -> None:
-        """Give a group up; its slot is free at once."""
-        async with self._writing:
-            self._store.drop(slot, reason, error, episodes)
-        self._holders.pop(slot.group_id, None)
+        """Give a group up; its slot is free at once. Raises as `add` does."""
+        self._require_open()
+        self._store.drop(slot, reason, error, episodes)
+        self._holders.pop(slot.group_id)
         await self._wake()
 
     async def take(self, timeout_s: float) -> list[pa.RecordBatch]:
-        """The next step's groups; TimeoutError says what is missing and who holds it."""
+        """The next step's groups in order of group id.
+
+        Raises TimeoutError, which says what is missing and who holds it; TooManyFailures; RuntimeError after `close`.
+        """
         try:
             async with asyncio.timeout(timeout_s), self._changed:
+                self._require_open()
                 while (batches := self._store.take()) is None:
                     await self._changed.wait()
+                    self._require_open()
                 return batches
         except TimeoutError:
             raise TimeoutError(f"no batch within {timeout_s:g} s: {self._missing()}") from None
@@ -90,6 +105,7 @@ class Exchange:
     async def recover(self, version: int) -> None:
         """Go on from the checkpoint of `version`; before anything is reserved."""
         self._store.recover(version)
+        await self._wake()
 
     async def archive(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
         """Store rows that are not trained on."""
@@ -100,32 +116,48 @@ class Exchange:
         return self._store.counts()
 
     async def close(self) -> None:
-        """End the run: reserve answers None from now on, and what is appended is committed."""
+        """End the run: reserve answers None from now on, and what is handed in is committed."""
         self._closed = True
         await self._wake()
-        if self._committer is not None:
-            await asyncio.wait([self._committer])
-        self._store.close()
+        if self._commit is not None:
+            await asyncio.wait([self._commit])
+        async with self._writing:
+            self._store.close()
 
     async def _commit_appended(self) -> None:
-        # What is appended during an fsync waits for the next one: under load, many groups share one.
-        while self._appended:
-            async with self._writing:
-                finished, waiters = self._appended, self._waiters
-                self._appended, self._waiters = [], []
-                await asyncio.to_thread(self._store.sync)
-                self._store.commit(finished)
-            for slot, *_ in finished:
-                self._holders.pop(slot.group_id, None)
-            for waiter in waiters:
-                waiter.set_result(None)
-            await self._wake()
+        async with self._writing:
+            # Whoever appends from here on needs another commit.
+            finished, self._appended, self._commit = self._appended, [], None
+            await asyncio.to_thread(self._store.sync)
+            self._store.commit(finished)
+        for slot, *_ in finished:
+            self._holders.pop(slot.group_id)
+        await self._wake()
 
     async def _wake(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(
+                "the exchange is closed: the run has ended, and a resumed one issues its groups again"
+            )
+
     def _missing(self) -> str:
-        now = time.monotonic()
-        held = [f"{worker} holds group {group} for {now - since:.0f} s" for group, (worker, since) in self._holders.items()]
-        return f"{self._store.ready} groups are ready, {len(held)} are being played" + (f" ({'; '.join(held[:4])})" if held else "")
+        store, now = self._store, self._clock()
+        held = sorted(self._holders.items(), key=lambda item: item[1].since)
+        taken = store.outstanding - store.ready - len(held)
+        parts = [
+            f"{store.ready} groups are complete and a step needs {store.settings.groups_per_step}",
+            f"{len(held)} are in flight",
+        ]
+        if taken:
+            parts.append(f"{taken} are held by a step that was not released")
+        parts += [
+            f"{holder.worker} holds group {group} for {now - holder.since:.0f} s"
+            for group, holder in held[:_NAMED]
+        ]
+        if len(held) > _NAMED:
+            parts.append(f"{len(held) - _NAMED} more are held for less")
+        return "; ".join(parts)

@@ -3,30 +3,54 @@
 A group is issued, complete, taken, then trained; or dropped with a reason. At every moment
 issued = trained + dropped + in flight. Readers (viewers, tests, a person with sqlite3) may look on while a run writes:
 that is what the write-ahead log is for.
+
+Every call is one transaction. All of them survive the death of the process; `take` and `landed` also survive that of
+the machine before they return (one fsync, 2-10 ms on a plain disk). The others may lose their last moments with the
+machine, which costs work but no truth: a group whose "issued", "complete" or "dropped" is lost is issued again. Only a
+lost "taken" could have a group trained twice, and its fsync carries everything written before it.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rollout.wire.segments import Location
 from rollout.wire.trajectory import DropReason, EndReason, Slot, Task, Trajectory
 
+_VERSION = 1
 _TABLES = """
 CREATE TABLE IF NOT EXISTS groups (
     group_id INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, env_id TEXT NOT NULL, env_options TEXT NOT NULL,
     seed INTEGER NOT NULL, worker TEXT NOT NULL, issue_version INTEGER NOT NULL,
     state TEXT NOT NULL CHECK (state IN ('issued', 'complete', 'taken', 'trained', 'dropped')),
     reason TEXT, error TEXT, taken_version INTEGER, max_version INTEGER,
-    segment INTEGER, "offset" INTEGER, length INTEGER);
+    segment INTEGER, "offset" INTEGER, length INTEGER, episodes INTEGER, tokens INTEGER, reward_sum REAL);
 CREATE INDEX IF NOT EXISTS groups_by_state ON groups (state);
 CREATE TABLE IF NOT EXISTS episodes (
     group_id INTEGER NOT NULL, attempt INTEGER NOT NULL, episode INTEGER NOT NULL, end_reason TEXT NOT NULL,
-    reward REAL NOT NULL, success INTEGER, turns INTEGER NOT NULL, tokens INTEGER NOT NULL, max_version INTEGER NOT NULL,
-    error TEXT, PRIMARY KEY (group_id, attempt, episode));
+    reward REAL NOT NULL, success INTEGER, turns INTEGER NOT NULL, tokens INTEGER NOT NULL,
+    max_version INTEGER NOT NULL, error TEXT, PRIMARY KEY (group_id, attempt, episode));
+"""
+_ISSUE = """
+INSERT INTO groups (group_id, attempt, env_id, env_options, seed, worker, issue_version, state)
+VALUES (?, ?, ?, ?, ?, ?, ?, 'issued')
+ON CONFLICT (group_id) DO UPDATE SET
+    attempt = excluded.attempt, worker = excluded.worker, issue_version = excluded.issue_version, state = 'issued',
+    taken_version = NULL, max_version = NULL, segment = NULL, "offset" = NULL, length = NULL,
+    episodes = NULL, tokens = NULL, reward_sum = NULL
+"""
+_COMPLETE = """
+UPDATE groups SET state = 'complete', max_version = ?, segment = ?, "offset" = ?, length = ?,
+    episodes = ?, tokens = ?, reward_sum = ? WHERE group_id = ?
+"""
+_UNFINISHED = """
+SELECT group_id, attempt, env_id, seed, env_options, issue_version, max_version, segment, "offset", length
+FROM groups WHERE state IN ('issued', 'complete', 'taken') ORDER BY group_id
 """
 
 
@@ -45,7 +69,7 @@ class EpisodeRow:
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> EpisodeRow:
-        newest = max((int(step.versions.max()) for step in trajectory.steps if len(step.versions)), default=-1)
+        sampled = [step.versions for step in trajectory.steps if len(step.versions)]
         return cls(
             trajectory.index,
             trajectory.end_reason,
@@ -53,7 +77,7 @@ class EpisodeRow:
             trajectory.success,
             len(trajectory.steps),
             trajectory.num_sampled,
-            newest,
+            max((int(versions.max()) for versions in sampled), default=-1),
             trajectory.error,
         )
 
@@ -63,45 +87,40 @@ class StoredGroup:
     """A group on record that a resumed run must decide about."""
 
     slot: Slot
-    state: str
-    taken_version: int | None
     max_version: int | None
-    location: Location | None
+    location: Location | None  # None: never completed
 
 
 class Ledger:
-    """Every method is one transaction, durable when it returns."""
+    """The tables of one run. One writer; it checks nothing that its `Store` has checked."""
 
     def __init__(self, path: Path) -> None:
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, _VERSION):
+            raise ValueError(
+                f"{path}: a ledger of version {version}, but this Manta reads version {_VERSION}"
+            )
         self._db.execute("PRAGMA journal_mode=WAL")
-        # A commit survives a crash of the process at once and of the machine after the next checkpoint of the log. What
-        # matters beyond that, the payload before "complete", is synced by the segments themselves.
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.executescript(_TABLES)
+        self._db.execute(f"PRAGMA user_version={_VERSION}")
 
     def issue(self, slot: Slot, worker: str) -> None:
         """A worker may start this group (again, when the attempt is not the first)."""
         task = slot.task
         self._db.execute(
-            "INSERT INTO groups (group_id, attempt, env_id, env_options, seed, worker, issue_version, state) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, 'issued') ON CONFLICT (group_id) DO UPDATE SET attempt = excluded.attempt, "
-            "worker = excluded.worker, issue_version = excluded.issue_version, state = 'issued', taken_version = NULL, "
-            'max_version = NULL, segment = NULL, "offset" = NULL, length = NULL',
-            (slot.group_id, slot.attempt, task.env_id, task.options, task.seed, worker, slot.version),
+            _ISSUE, (slot.group_id, slot.attempt, task.env_id, task.options, task.seed, worker, slot.version)
         )
 
     def complete(self, groups: Iterable[tuple[Slot, Location, Sequence[EpisodeRow]]]) -> None:
         """The payloads of these groups are on disk."""
         with self._transaction():
-            for slot, at, episodes in groups:
-                self._record_episodes(slot, episodes)
-                newest = max((row.max_version for row in episodes), default=-1)
-                self._db.execute(
-                    "UPDATE groups SET state = 'complete', max_version = ?, segment = ?, \"offset\" = ?, length = ? "
-                    "WHERE group_id = ?",
-                    (newest, at.segment, at.offset, at.length, slot.group_id),
-                )
+            for slot, at, rows in groups:
+                self._record_episodes(slot, rows)
+                newest = max((row.max_version for row in rows), default=-1)
+                sums = (len(rows), sum(row.tokens for row in rows), sum(row.reward for row in rows))
+                self._db.execute(_COMPLETE, (newest, at.segment, at.offset, at.length, *sums, slot.group_id))
 
     def drop(self, slot: Slot, reason: DropReason, error: str, episodes: Sequence[EpisodeRow] = ()) -> None:
         """The group will never be trained."""
@@ -114,13 +133,21 @@ class Ledger:
 
     def take(self, group_ids: Iterable[int], version: int) -> None:
         """The learner, standing at `version`, has these groups in its hands."""
-        rows = [(version, group_id) for group_id in group_ids]
-        with self._transaction():
-            self._db.executemany("UPDATE groups SET state = 'taken', taken_version = ? WHERE group_id = ?", rows)
+        taken = "UPDATE groups SET state = 'taken', taken_version = ? WHERE group_id = ?"
+        with self._transaction(durable=True):
+            self._db.executemany(taken, [(version, group_id) for group_id in group_ids])
 
     def landed(self, version: int) -> None:
         """A checkpoint of `version` is on disk: what was taken before it is in it, and trained for good."""
-        self._db.execute("UPDATE groups SET state = 'trained' WHERE state = 'taken' AND taken_version < ?", (version,))
+        trained = "UPDATE groups SET state = 'trained' WHERE state = 'taken' AND taken_version < ?"
+        with self._transaction(durable=True):
+            self._db.execute(trained, (version,))
+
+    def give_back(self, group_ids: Iterable[int]) -> None:
+        """These groups are complete again: the step that took them is lost."""
+        again = "UPDATE groups SET state = 'complete', taken_version = NULL WHERE group_id = ?"
+        with self._transaction():
+            self._db.executemany(again, [(group_id,) for group_id in group_ids])
 
     def counts(self) -> dict[str, int]:
         """issued (all ever given out), in_flight, and the states complete, taken, trained, dropped."""
@@ -129,17 +156,9 @@ class Ledger:
         in_flight = int(states.get("issued", 0)) + kept["complete"] + kept["taken"]
         return {"issued": sum(states.values()), "in_flight": in_flight} | kept
 
-    def end_reasons(self) -> dict[str, int]:
-        """How many recorded episodes ended for which reason."""
-        return dict(self._db.execute("SELECT end_reason, count(*) FROM episodes GROUP BY end_reason").fetchall())
-
     def unfinished(self) -> list[StoredGroup]:
         """Groups neither trained nor dropped, in order of group id."""
-        found = self._db.execute(
-            "SELECT group_id, attempt, env_id, seed, env_options, issue_version, state, taken_version, max_version, "
-            "segment, \"offset\", length FROM groups WHERE state IN ('issued', 'complete', 'taken') ORDER BY group_id"
-        )
-        return [_stored(row) for row in found]
+        return [_stored(*row) for row in self._db.execute(_UNFINISHED)]
 
     def next_group_id(self) -> int:
         """One past the newest group ever issued: the cursor of the task stream."""
@@ -150,44 +169,49 @@ class Ledger:
         self._db.close()
 
     def _record_episodes(self, slot: Slot, episodes: Sequence[EpisodeRow]) -> None:
+        rows = [
+            (
+                row.episode,
+                row.end_reason.value,
+                row.reward,
+                row.success,
+                row.turns,
+                row.tokens,
+                row.max_version,
+                row.error,
+            )
+            for row in episodes
+        ]
         self._db.executemany(
-            "INSERT OR REPLACE INTO episodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [
-                (
-                    slot.group_id,
-                    slot.attempt,
-                    row.episode,
-                    row.end_reason.value,
-                    row.reward,
-                    row.success,
-                    row.turns,
-                    row.tokens,
-                    row.max_version,
-                    row.error,
-                )
-                for row in episodes
-            ],
+            "INSERT INTO episodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [(slot.group_id, slot.attempt, *row) for row in rows],
         )
 
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._db)
-
-
-class _Transaction:
-    """BEGIN ... COMMIT around a block, ROLLBACK when it raises."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __enter__(self) -> None:
+    @contextmanager
+    def _transaction(self, durable: bool = False) -> Iterator[None]:
+        """COMMIT at the end of the block, ROLLBACK when it raises; `durable` waits for the disk."""
+        if durable:
+            self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        finally:
+            self._db.execute("PRAGMA synchronous=NORMAL")
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._db.execute("COMMIT" if kind is None else "ROLLBACK")
 
-
-def _stored(row: tuple[object, ...]) -> StoredGroup:
-    group_id, attempt, env_id, seed, options, issue_version, state, taken, newest, segment, offset, length = row
-    slot = Slot(group_id, attempt, Task(env_id, seed, options), issue_version)  # type: ignore[arg-type]
-    location = None if segment is None else Location(segment, offset, length)  # type: ignore[arg-type]
-    return StoredGroup(slot, state, taken, newest, location)  # type: ignore[arg-type]
+def _stored(
+    group_id: int,
+    attempt: int,
+    env_id: str,
+    seed: int,
+    options: str,
+    issue_version: int,
+    newest: int | None,
+    *at: Any,
+) -> StoredGroup:
+    slot = Slot(group_id, attempt, Task(env_id, seed, options), issue_version)
+    return StoredGroup(slot, newest, None if at[0] is None else Location(*at))

@@ -55,13 +55,20 @@ class ReplayBuffer(Generic[Payload]):
         return [group_id for group_id, entry in self._waiting.items() if entry.payload is None]
 
     def reserve(self, group_id: int, issue_version: int | None = None) -> bool:
-        """Hold a slot for a new group; False when none is free. `issue_version` is given on recovery only."""
+        """Hold a slot for a new group; False when none is free.
+
+        `issue_version` is for recovery: an older group is let in only where all groups can still meet their deadlines.
+        """
         if group_id in self._waiting or group_id in self._taken:
             raise ValueError(f"group {group_id} already holds a slot")
         if self.outstanding >= self.capacity:
             return False
-        issued = self.version if issue_version is None else issue_version
-        self._waiting[group_id] = _Waiting(issued + self.max_lag)
+        deadline = (self.version if issue_version is None else issue_version) + self.max_lag
+        if issue_version is not None:
+            waiting = [entry.deadline for entry in self._waiting.values()]
+            if not self._can_be_met([*waiting, deadline], first_step=self.version):
+                return False
+        self._waiting[group_id] = _Waiting(deadline)
         return True
 
     def add(self, group_id: int, payload: Payload) -> None:
@@ -90,25 +97,30 @@ class ReplayBuffer(Generic[Payload]):
         return batch
 
     def release(self, version: int) -> None:
-        """Engines hold `version`: the slots of the groups it was trained on are free."""
+        """Engines hold `version`, the outcome of the step just taken: the slots of its groups are free."""
+        if not self._taken or version != self.version + 1:
+            raise ValueError(
+                f"release({version}) does not follow: engines held version {self.version} and "
+                f"{len(self._taken)} groups were taken for the next one"
+            )
         self.version = version
         self._taken.clear()
 
-    def _choose(self) -> list[int] | None:
+    def _choose(self) -> set[int] | None:
         if self._taken:
             return None  # the last step has not been released
-        ready = sorted(
-            (entry.deadline, group_id) for group_id, entry in self._waiting.items() if entry.payload is not None
+        complete = (
+            (group_id, entry) for group_id, entry in self._waiting.items() if entry.payload is not None
         )
+        ready = sorted((entry.deadline, group_id) for group_id, entry in complete)
         if len(ready) < self.groups_per_step:
             return None
         # Earliest deadlines first leaves the least behind, so if this choice is not feasible, none is.
-        chosen = [group_id for _, group_id in ready[: self.groups_per_step]]
-        return chosen if self._feasible_without(set(chosen)) else None
+        chosen = {group_id for _, group_id in ready[: self.groups_per_step]}
+        left = [entry.deadline for group_id, entry in self._waiting.items() if group_id not in chosen]
+        return chosen if self._can_be_met(left, first_step=self.version + 1) else None
 
-    def _feasible_without(self, chosen: set[int]) -> bool:
-        left = sorted(entry.deadline for group_id, entry in self._waiting.items() if group_id not in chosen)
-        # The i-th most urgent group left is taken i // P + 1 steps from now at the latest.
-        return all(
-            deadline >= self.version + 1 + position // self.groups_per_step for position, deadline in enumerate(left)
-        )
+    def _can_be_met(self, deadlines: list[int], first_step: int) -> bool:
+        # Steps first_step, first_step + 1, ... take P groups each, so the i-th most urgent is taken in the i // P-th.
+        steps = (first_step + position // self.groups_per_step for position in range(len(deadlines)))
+        return all(step <= deadline for step, deadline in zip(steps, sorted(deadlines), strict=True))

@@ -7,7 +7,7 @@ the episode and stand on its last row only. An episode that failed before its fi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,9 @@ def require_version(schema: pa.Schema, where: str) -> None:
     found = (schema.metadata or {}).get(b"manta.schema")
     if found != VERSION:
         named = "none" if found is None else found.decode()
-        raise SchemaError(f"{where}: rows of schema version {named}, but this Manta reads version {VERSION.decode()}")
+        raise SchemaError(
+            f"{where}: rows of schema version {named}, but this Manta reads version {VERSION.decode()}"
+        )
 
 
 def encode(group: Group) -> pa.RecordBatch:
@@ -91,10 +93,7 @@ def encode(group: Group) -> pa.RecordBatch:
         "error": [end and end.error for end in ends],
         "worker": [owner.worker for owner in owners],
     }
-    arrays = [
-        column if isinstance(column, pa.Array) else pa.array(column, type=field.type)
-        for field, column in zip(SCHEMA, columns.values(), strict=True)
-    ]
+    arrays = [_array(columns[field.name], field.type) for field in SCHEMA]
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
@@ -116,13 +115,26 @@ def decode(batch: pa.RecordBatch) -> Group:
 
 
 _LISTS = ("prompt_ids", "action_ids", "behavior_logprobs", "versions")
-_STEP_PLAIN = ("turn", "segment", "observation", "action", "reward", "finish_reason", "env_seconds", "engine_seconds")
+_STEP_PLAIN = (
+    "turn",
+    "segment",
+    "observation",
+    "action",
+    "reward",
+    "finish_reason",
+    "env_seconds",
+    "engine_seconds",
+)
 _PLAIN = (*_STEP_PLAIN, "episode", "end_reason", "success", "error", "worker")
 
 
-def _trajectory(slot: Slot, plain: dict[str, list[Any]], lists: dict[str, list[Any]], rows: list[int]) -> Trajectory:
+def _trajectory(
+    slot: Slot, plain: dict[str, list[Any]], lists: dict[str, list[Any]], rows: list[int]
+) -> Trajectory:
     steps = tuple(
-        Step(**{name: plain[name][row] for name in _STEP_PLAIN}, **{name: lists[name][row] for name in _LISTS})
+        Step(
+            **{name: plain[name][row] for name in _STEP_PLAIN}, **{name: lists[name][row] for name in _LISTS}
+        )
         for row in rows
     )
     last = rows[-1]
@@ -148,6 +160,10 @@ def _on_last_rows(group: Group) -> list[Trajectory | None]:
     return ends
 
 
+def _array(column: Any, value_type: pa.DataType) -> pa.Array:
+    return column if isinstance(column, pa.Array) else pa.array(column, type=value_type)
+
+
 def _lists(arrays: Sequence[np.ndarray[Any, Any]], value_type: pa.DataType) -> pa.ListArray:
     offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
     np.cumsum([len(array) for array in arrays], out=offsets[1:])
@@ -157,6 +173,5 @@ def _lists(arrays: Sequence[np.ndarray[Any, Any]], value_type: pa.DataType) -> p
 
 
 def _views(column: pa.ListArray) -> list[np.ndarray[Any, Any]]:
-    offsets = column.offsets.to_numpy()
     values = column.values.to_numpy(zero_copy_only=True)
-    return [values[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [values[start:end] for start, end in pairwise(column.offsets.to_pylist())]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,45 +34,52 @@ class SegmentWriter:
         self._folder = folder
         self._max_bytes = max_bytes
         self._number = max((number for number, _ in segment_files(folder)), default=-1)
-        self._sink: pa.NativeFile | None = None
-        self._file: pa.PythonFile | None = None
-        self._writer: pa.ipc.RecordBatchStreamWriter | None = None
+        self._open: _OpenSegment | None = None
 
     def append(self, batch: pa.RecordBatch) -> Location:
         """Write one batch; it is durable after the next `sync`."""
-        if self._writer is None or self._file.tell() >= self._max_bytes:
-            self._next_file()
-        offset = self._file.tell()
-        self._writer.write_batch(batch)
-        return Location(self._number, offset, self._file.tell() - offset)
+        if self._open is None or self._open.file.tell() >= self._max_bytes:
+            self.close()
+            self._open = self._next_file()
+        offset = self._open.file.tell()
+        self._open.writer.write_batch(batch)
+        return Location(self._number, offset, self._open.file.tell() - offset)
 
     def sync(self) -> None:
         """Make everything appended so far survive a crash of the machine."""
-        if self._sink is not None:
-            self._sink.flush()
-            os.fsync(self._sink.fileno())
+        if self._open is not None:
+            self._open.file.flush()
+            os.fsync(self._open.file.fileno())
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        """End the open file, synced; the next append begins another."""
+        if self._open is not None:
+            self._open.writer.close()
             self.sync()
-            self._sink.close()
-            self._writer = None
+            self._open.file.close()
+            self._open = None
 
-    def _next_file(self) -> None:
-        self.close()
+    def _next_file(self) -> _OpenSegment:
         self._number += 1
-        path = self._folder / f"segment-{self._number:06d}.arrows"
-        self._sink = path.open("xb")
-        self._file = pa.PythonFile(self._sink, mode="w")
-        self._writer = pa.ipc.new_stream(self._file, SCHEMA)
+        file = _path(self._folder, self._number).open("xb")
         self._sync_folder()
+        return _OpenSegment(file, pa.ipc.new_stream(file, SCHEMA))
 
     def _sync_folder(self) -> None:
         # The file's name must survive a crash too, not only its bytes.
         descriptor = os.open(self._folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenSegment:
+    file: BufferedWriter
+    writer: pa.ipc.RecordBatchStreamWriter
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"segment-{number:06d}.arrows"
 
 
 def segment_files(folder: Path) -> list[tuple[int, Path]]:
@@ -81,10 +89,12 @@ def segment_files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def read_batch(folder: Path, location: Location) -> pa.RecordBatch:
-    """Read back one batch by its location."""
-    with (folder / f"segment-{location.segment:06d}.arrows").open("rb") as file:
+    """Read back one batch by its location; SchemaError where the file is of another version."""
+    path = _path(folder, location.segment)
+    with path.open("rb") as file:
+        require_version(pa.ipc.read_schema(file), str(path))
         file.seek(location.offset)
-        message = pa.ipc.read_message(pa.BufferReader(file.read(location.length)))
+        message = pa.ipc.read_message(file.read(location.length))
     return pa.ipc.read_record_batch(message, SCHEMA)
 
 
@@ -105,6 +115,9 @@ def scan(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def read_rows(folder: Path) -> pa.Table:
-    """Every row stored under a folder of segments (RUN/groups, RUN/evaluations/NAME), in the order of writing."""
+    """Every row stored under a folder of segments (RUN/groups, RUN/evaluations/NAME), in the order of writing.
+
+    A group issued again after a crash has rows of each attempt; the ledger says which one counts.
+    """
     batches = [batch for _, path in segment_files(folder) for batch in scan(path)]
     return pa.Table.from_batches(batches, schema=SCHEMA)

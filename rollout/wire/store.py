@@ -1,7 +1,7 @@
-"""The store: replay buffer, ledger and segments as one thing that is durable at every step.
+"""The store: replay buffer, ledger and segments as one thing that survives a crash at any point.
 
-Order matters and is always the same: the payload is synced before the ledger says complete, and the ledger is written
-before the buffer moves on. Memory holds what is outstanding only. One writer, not thread-safe.
+Order matters and is always the same: the payload is synced before the ledger says complete, and nobody is handed a slot
+or a batch before the ledger has it. Memory holds what is outstanding only. One writer, not thread-safe.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from pathlib import Path
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from rollout.wire.ledger import EpisodeRow, Ledger
+from rollout.wire.ledger import EpisodeRow, Ledger, StoredGroup
 from rollout.wire.replay import ReplayBuffer
 from rollout.wire.segments import Location, SegmentWriter, read_batch
 from rollout.wire.trajectory import DropReason, EndReason, Slot, Task
 
-__all__ = ["BufferSettings", "EpisodeRow", "Store", "TooManyFailures"]
+__all__ = ["BufferSettings", "EpisodeRow", "Finished", "Store", "TooManyFailures"]
+
+Finished = tuple[Slot, pa.RecordBatch, Location, Sequence[EpisodeRow]]  # a group whose rows are appended
 
 _FAILURE_WINDOW = 200  # episodes over which the share of infrastructure failures is judged
 
@@ -29,10 +31,17 @@ class BufferSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     groups_per_step: int = Field(32, gt=0, description="groups of one learner step")
-    max_lag: int = Field(1, ge=0, description="weight versions a group may be behind when trained; 0: synchronous")
-    segment_mib: int = Field(64, gt=0, description="size at which a segment file of stored rows is closed, MiB")
+    max_lag: int = Field(
+        1, ge=0, description="weight versions a group may be behind when trained; 0: synchronous"
+    )
+    segment_mib: int = Field(
+        64, gt=0, description="size at which a segment file of stored rows is closed, MiB"
+    )
     max_failed_share: float = Field(
-        0.2, ge=0, le=1, description="share of the last 200 episodes that infrastructure may fail before the run stops"
+        0.2,
+        ge=0,
+        le=1,
+        description="share of the last 200 episodes that infrastructure may fail before the run stops",
     )
 
 
@@ -44,6 +53,7 @@ class Store:
     """Everything sampled and not yet trained, on disk and in memory.
 
     `total_steps` bounds what is given out: reserve() answers None for good once the groups of all steps are covered.
+    A folder that holds unfinished groups of an earlier process wants `recover` before anything else.
     """
 
     def __init__(
@@ -62,10 +72,15 @@ class Store:
         self._ledger = Ledger(folder / "ledger.sqlite")
         self._buffer: ReplayBuffer[pa.RecordBatch] = ReplayBuffer(settings.groups_per_step, settings.max_lag)
         self._next_id = self._ledger.next_group_id()
-        self._again: deque[tuple[int, int, Task]] = deque()  # (group id, attempt, task) to issue anew, in order
-        self._slots: dict[int, Slot] = {}
+        self._unrecovered = len(self._ledger.unfinished())
+        self._again: deque[tuple[int, int, Task]] = deque()  # (group id, attempt, task), in order of group id
+        self._playing: dict[int, Slot] = {}  # given out, neither handed in nor dropped
         self._recent: deque[bool] = deque(maxlen=_FAILURE_WINDOW)  # True: failed
-        self._last_error = ""
+        self._last_error = "none recorded"
+
+    @property
+    def settings(self) -> BufferSettings:
+        return self._settings
 
     @property
     def version(self) -> int:
@@ -85,12 +100,20 @@ class Store:
         """Complete groups that no step has taken."""
         return self._buffer.complete
 
-    def holders(self) -> dict[int, Slot]:
-        """The slots given out whose groups are not complete."""
-        return {group_id: self._slots[group_id] for group_id in self._buffer.waiting_ids()}
+    @property
+    def outstanding(self) -> int:
+        """Slots held: by groups being played, complete groups, and groups of a step not yet released."""
+        return self._buffer.outstanding
 
     def reserve(self, worker: str) -> Slot | None:
-        """The next group for a worker, or None while no slot is free (or, see `covered`, none will ever be)."""
+        """The next group for a worker, or None while no slot is free (or, see `covered`, none will ever be).
+
+        Groups to issue again come first, in order of group id. Raises ValueError where `recover` is due.
+        """
+        if self._unrecovered:
+            raise ValueError(
+                f"{self._folder} holds {self._unrecovered} unfinished groups of an earlier process: recover() first"
+            )
         if self.covered or self._buffer.outstanding >= self._buffer.capacity:
             return None
         if self._again:
@@ -101,19 +124,21 @@ class Store:
         slot = Slot(group_id, attempt, task, self._buffer.version)
         self._ledger.issue(slot, worker)
         self._buffer.reserve(group_id)
-        self._slots[group_id] = slot
+        self._playing[group_id] = slot
         return slot
 
     def append(self, slot: Slot, batch: pa.RecordBatch) -> Location:
-        """Write a finished group's rows; `commit` makes them count."""
+        """Write a finished group's rows; `commit` makes them count. ValueError: the slot is not held (any more)."""
         self._require_held(slot)
-        return self._segments.append(batch)
+        location = self._segments.append(batch)
+        del self._playing[slot.group_id]
+        return location
 
     def sync(self) -> None:
-        """Make all appended rows durable. Safe to call from another thread than the writer's while it does not write."""
+        """Make all appended rows durable. May run in another thread while nothing is appended."""
         self._segments.sync()
 
-    def commit(self, finished: Sequence[tuple[Slot, pa.RecordBatch, Location, Sequence[EpisodeRow]]]) -> None:
+    def commit(self, finished: Sequence[Finished]) -> None:
         """Groups whose rows are synced are complete."""
         self._ledger.complete([(slot, location, episodes) for slot, _, location, episodes in finished])
         for slot, batch, _, episodes in finished:
@@ -126,14 +151,15 @@ class Store:
         self.sync()
         self.commit([(slot, batch, location, episodes)])
 
-    def drop(self, slot: Slot, reason: DropReason, error: str = "", episodes: Sequence[EpisodeRow] = ()) -> None:
-        """Give a group up; its slot is free at once."""
+    def drop(
+        self, slot: Slot, reason: DropReason, error: str = "", episodes: Sequence[EpisodeRow] = ()
+    ) -> None:
+        """Give a group up; its slot is free at once. ValueError: the slot is not held (any more)."""
         self._require_held(slot)
         self._ledger.drop(slot, reason, error, episodes)
         self._buffer.drop(slot.group_id)
-        del self._slots[slot.group_id]
-        if error:
-            self._last_error = error.strip().splitlines()[-1]
+        del self._playing[slot.group_id]
+        self._remember_error(error)
         self._watch_failures(episodes)
 
     def take(self) -> list[pa.RecordBatch] | None:
@@ -142,9 +168,8 @@ class Store:
         taken = self._buffer.take()
         if taken is None:
             return None
+        # Should this fail, the run ends, and a resumed one finds the groups complete.
         self._ledger.take([group_id for group_id, _ in taken], self._buffer.version)
-        for group_id, _ in taken:
-            del self._slots[group_id]
         return [batch for _, batch in taken]
 
     def release(self, version: int) -> None:
@@ -156,24 +181,28 @@ class Store:
         self._ledger.landed(version)
 
     def recover(self, version: int) -> None:
-        """Go on from the checkpoint of `version`.
+        """Go on from the checkpoint of `version`; called once, before anything is reserved.
 
         Groups the checkpoint does not contain are complete again when the weights that sampled them are ones this run
         still has and they can still meet the lag bound; all others are issued anew, same group id and task, next
-        attempt, in order. Called once, before anything is reserved.
+        attempt, in order.
         """
+        if self._buffer.outstanding or self._again:
+            raise ValueError("recover() must come before anything is reserved")
         self._ledger.landed(version)  # the crash may have come between the checkpoint and its record
         self._buffer = ReplayBuffer(self._settings.groups_per_step, self._settings.max_lag, version)
+        complete = []
         for stored in self._ledger.unfinished():
             slot = stored.slot
-            if self._usable(stored.max_version, slot.version, version) and stored.location is not None:
-                self._buffer.reserve(slot.group_id, issue_version=slot.version)
-                self._slots[slot.group_id] = slot
-                batch = read_batch(self._groups, stored.location)
-                self._ledger.complete([(slot, stored.location, ())])
-                self._buffer.add(slot.group_id, batch)
+            # The buffer refuses what does not fit, which happens where a resumed run has smaller settings.
+            if self._usable(stored) and self._buffer.reserve(slot.group_id, issue_version=slot.version):
+                assert stored.location is not None
+                self._buffer.add(slot.group_id, read_batch(self._groups, stored.location))
+                complete.append(slot.group_id)
             else:
                 self._again.append((slot.group_id, slot.attempt + 1, slot.task))
+        self._ledger.give_back(complete)
+        self._unrecovered = 0
 
     def archive(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
         """Store rows that are not trained on (evaluations) under RUN/evaluations/NAME."""
@@ -190,25 +219,36 @@ class Store:
         self._segments.close()
         self._ledger.close()
 
-    def _usable(self, newest_token: int | None, issued: int, version: int) -> bool:
-        return newest_token is not None and newest_token <= version and version - self._settings.max_lag <= issued <= version
+    def _usable(self, stored: StoredGroup) -> bool:
+        if stored.location is None or stored.max_version is None:
+            return False
+        issued, version = stored.slot.version, self._buffer.version
+        return stored.max_version <= version and version - self._settings.max_lag <= issued <= version
 
     def _require_held(self, slot: Slot) -> None:
-        held = self._slots.get(slot.group_id)
+        held = self._playing.get(slot.group_id)
         if held is None or held.attempt != slot.attempt:
-            raise ValueError(f"group {slot.group_id}, attempt {slot.attempt}: this attempt holds no slot any more")
+            raise ValueError(
+                f"group {slot.group_id}, attempt {slot.attempt}, holds no slot: "
+                "it was handed in, dropped or issued again"
+            )
 
     def _watch_failures(self, episodes: Sequence[EpisodeRow]) -> None:
         for row in episodes:
             failed = row.end_reason is EndReason.FAILED
             self._recent.append(failed)
-            if failed and row.error:
-                self._last_error = row.error.strip().splitlines()[-1]
+            if failed:
+                self._remember_error(row.error or "")
+
+    def _remember_error(self, error: str) -> None:
+        if lines := error.strip().splitlines():
+            self._last_error = lines[-1]
 
     def _require_few_failures(self) -> None:
-        share = sum(self._recent) / _FAILURE_WINDOW
-        if share > self._settings.max_failed_share:
+        # A share of the whole window, so that a bad start of a few episodes does not end a run.
+        failed, allowed = sum(self._recent), self._settings.max_failed_share
+        if failed > allowed * _FAILURE_WINDOW:
             raise TooManyFailures(
-                f"{sum(self._recent)} of the last {len(self._recent)} episodes failed by infrastructure (allowed share "
-                f"{self._settings.max_failed_share:g}); the last error: {self._last_error}"
+                f"{failed} of the last {len(self._recent)} episodes failed by infrastructure, more than {allowed:.0%} "
+                f"of {_FAILURE_WINDOW} (max_failed_share); the last error: {self._last_error}"
             )
