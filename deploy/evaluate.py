@@ -1,0 +1,149 @@
+"""Measure a checkpoint on an environment, outside of any run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from deploy.build import load_tokenizer
+from deploy.config import ConfigError, toml_value
+from deploy.preflight import check_model
+from deploy.statistics import wilson_interval
+from envs import registry
+from learner.checkpoint import MODEL, latest
+from rollout.agent import Agent
+from rollout.chat import Chat
+from rollout.engine import Sampling
+from rollout.vllm_engine import VllmEngine, VllmSettings
+from rollout.wire.store import EpisodeRow
+from rollout.wire.trajectory import DropReason, EndReason, Slot, Task
+from rollout.worker import RolloutSettings, RolloutWorker
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What came out of one episode a task. Episodes lost to infrastructure are no evidence and are left out."""
+
+    successes: int
+    episodes: int
+    mean_reward: float
+    failed: int
+
+    @classmethod
+    def of(cls, rows: Sequence[EpisodeRow]) -> Self:
+        """Raises RuntimeError when every episode was lost, with the last error."""
+        sound = [row for row in rows if row.end_reason not in (EndReason.FAILED, EndReason.CANCELLED)]
+        if not sound:
+            raise RuntimeError(f"all {len(rows)} evaluation episodes failed; the last: {rows[-1].error}")
+        successes = sum(bool(row.success) for row in sound)
+        return cls(successes, len(sound), sum(row.reward for row in sound) / len(sound), len(rows) - len(sound))
+
+    @property
+    def success(self) -> float:
+        return self.successes / self.episodes
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% Wilson interval of the success."""
+        return wilson_interval(self.successes, self.episodes)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        lost = f", {self.failed} more failed" if self.failed else ""
+        return (
+            f"success {self.success:.3f} (95% interval {low:.3f} to {high:.3f}), mean reward {self.mean_reward:.3f}, "
+            f"{self.episodes} episodes{lost}"
+        )
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        return cls(**json.loads(path.read_text()))
+
+
+def evaluate_checkpoint(
+    checkpoint: str,
+    env_id: str,
+    seeds: str,
+    options: Sequence[str],
+    sampling: Sampling,
+    context_tokens: int,
+    engine: VllmSettings,
+    on_gpu: bool,
+) -> Evaluation:
+    """Play one episode a seed with the real vLLM. `checkpoint`: a Hugging Face folder or id, a checkpoint of a run, or a
+    run folder (its newest checkpoint)."""
+    path = resolve_checkpoint(checkpoint)
+    check_model(path)
+    tasks = [Task.of(env_id, seed, parse_options(options)) for seed in parse_seeds(seeds)]
+    registry.make(env_id, **parse_options(options)).close()
+    return asyncio.run(_evaluate(path, tasks, sampling, context_tokens, engine, on_gpu))
+
+
+async def _evaluate(
+    path: str, tasks: Sequence[Task], sampling: Sampling, context_tokens: int, settings: VllmSettings, on_gpu: bool
+) -> Evaluation:
+    tokenizer = load_tokenizer(path)
+    engine = await VllmEngine.start(
+        "evaluation", path, [tokenizer.eos_token_id], context_tokens, settings, on_gpu=on_gpu
+    )
+    await engine.adopt_loaded(version=0)
+    agent = Agent(engine, Chat(tokenizer), sampling, context_tokens)
+    rollout = RolloutSettings(group_size=1, concurrent_groups=settings.max_num_seqs, context_tokens=context_tokens)
+    worker = RolloutWorker("evaluation", engine, agent, _NoExchange(), rollout, run_seed=0)
+    try:
+        return Evaluation.of([EpisodeRow.of(trajectory) for trajectory in await worker.evaluate(tasks)])
+    finally:
+        worker.close()
+        await engine.close()
+
+
+class _NoExchange:
+    """An evaluation is asked for, not reserved."""
+
+    async def reserve(self, worker: str) -> Slot | None:
+        return None
+
+    async def add(self, slot: Slot, batch: object, episodes: Sequence[EpisodeRow]) -> None:
+        raise AssertionError("an evaluation adds no groups")
+
+    async def drop(
+        self, slot: Slot, reason: DropReason, error: str = "", episodes: Sequence[EpisodeRow] = ()
+    ) -> None:
+        raise AssertionError("an evaluation drops no groups")
+
+
+def resolve_checkpoint(checkpoint: str) -> str:
+    """The Hugging Face folder meant by a run folder, a checkpoint folder, or such a folder itself."""
+    folder = Path(checkpoint)
+    if (folder / "ledger.sqlite").is_file():
+        newest = latest(folder)
+        if newest is None:
+            raise ConfigError(f"run {folder} has no whole checkpoint yet")
+        return str(newest / MODEL)
+    return str(folder / MODEL) if (folder / MODEL / "config.json").is_file() else checkpoint
+
+
+def parse_seeds(text: str) -> range:
+    """`A:B`, B excluded."""
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdigit() and end.isdigit() and int(first) < int(end)):
+        raise ConfigError(f"--seeds {text!r} is not of the form A:B with A < B, for example 0:256")
+    return range(int(first), int(end))
+
+
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """`name=value` pairs, values in TOML where they read as TOML."""
+    parsed: dict[str, Any] = {}
+    for option in options:
+        name, equals, text = option.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--option {option!r} is not of the form NAME=VALUE")
+        parsed[name] = toml_value(text)
+    return parsed
