@@ -108,7 +108,7 @@ async def build_worker(
     """A rollout worker with its engine started."""
     engine = await engine_factory(config, name, path)
     chat = Chat(load_tokenizer(path))
-    agent = Agent(engine, chat, config.sampling, config.rollout.context_tokens)
+    agent = Agent(engine, chat, config.sampling, config.rollout.context_tokens, config.agent)
     return RolloutWorker(name, engine, agent, exchange, config.rollout, config.seed)
 
 
@@ -134,5 +134,6 @@ async def play_demonstrations(config: RunConfig, path: str) -> list[pa.RecordBat
         lambda seed: player(config.warm_start.error_rate, seed),
         Chat(load_tokenizer(path)),
         config.rollout.context_tokens,
+        config.agent,
     )
     return [encode(group) for group in groups]

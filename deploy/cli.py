@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,15 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+
+
+class Dtype(StrEnum):
+    """Compute types of an engine."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -54,22 +64,27 @@ def train(
     _drive(config, folder, resume=resume is not None, local=local)
 
 
-@app.command()
+@app.command("eval")
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hugging Face id.")],
     env: Annotated[str, typer.Option(help="Environment id.")],
     seeds: Annotated[str, typer.Option(help="Seeds A:B, B excluded.")] = "0:256",
     option: Annotated[list[str] | None, typer.Option(help="Environment option NAME=VALUE; may be repeated.")] = None,
-    context_tokens: Annotated[int, typer.Option(help="Context length of the engine.")] = 2048,
-    max_tokens: Annotated[int, typer.Option(help="Tokens an agent may sample a turn.")] = 256,
+    context_tokens: Annotated[int, typer.Option(help="Context length of the engine.")] = 320,
+    max_tokens: Annotated[int, typer.Option(help="Tokens an agent may sample a turn.")] = 64,
     temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
-    dtype: Annotated[str, typer.Option(help="Compute type of the engine.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="Compute type of the engine.")] = Dtype.float32,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Run the engine on a GPU.")] = False,
 ) -> None:
     """Measure a checkpoint's success on an environment, one episode a seed, with its 95% interval."""
     from deploy.evaluate import evaluate_checkpoint
+    from rollout.engine import Sampling
+    from rollout.vllm_engine import VllmSettings
 
-    result = evaluate_checkpoint(checkpoint, env, seeds, option or [], context_tokens, max_tokens, temperature, dtype)
-    console.print(str(result))
+    sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
+    engine = VllmSettings(dtype=dtype.value)
+    result = evaluate_checkpoint(checkpoint, env, seeds, option or [], sampling, context_tokens, engine, gpu)
+    console.print(str(result), highlight=False)
 
 
 @app.command()

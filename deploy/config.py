@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from learner.learner import LearnerSettings
+from rollout.agent import AgentSettings
 from rollout.engine import Sampling
 from rollout.vllm_engine import VllmSettings
 from rollout.wire.store import BufferSettings
@@ -100,6 +101,7 @@ class RunConfig(Settings):
     steps: int = Field(gt=0, description="learner steps, each one weight version")
     tiny: TinySettings | None = Field(None, description="build a tiny model instead of loading learner.model.path")
     env: EnvSettings
+    agent: AgentSettings = Field(default_factory=AgentSettings)
     sampling: Sampling = Field(default_factory=Sampling)
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     engine: VllmSettings = Field(default_factory=VllmSettings)
@@ -182,11 +184,11 @@ def _apply(tree: Nested, override: str) -> None:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {section} is an option, not a section")
-    node[option] = _value(text.strip())
+    node[option] = toml_value(text.strip())
 
 
-def _value(text: str) -> Any:
-    # A TOML value where it reads as one (numbers, booleans, lists, quoted strings), else the plain text.
+def toml_value(text: str) -> Any:
+    """A TOML value where the text reads as one (numbers, booleans, lists, quoted strings), else the text itself."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

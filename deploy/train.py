@@ -8,46 +8,20 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.build import evaluation_tasks
 from deploy.config import RunConfig
+from deploy.evaluate import Evaluation
 from deploy.metrics import MetricsLog, read_metrics
 from deploy.progress import Progress
 from deploy.report import write_report
 from deploy.ring import Ring, Row
-from deploy.statistics import wilson_interval
-from rollout.wire.store import EpisodeRow
 
 IMITATION_STRIDE = 10  # imitation steps between two looks at the display
-
-
-@dataclass
-class Evaluation:
-    """Success over held-out tasks, with its 95% Wilson interval."""
-
-    successes: int
-    episodes: int
-    mean_reward: float
-
-    @classmethod
-    def of(cls, rows: Sequence[EpisodeRow]) -> Evaluation:
-        return cls(sum(bool(row.success) for row in rows), len(rows), sum(row.reward for row in rows) / len(rows))
-
-    @property
-    def success(self) -> float:
-        return self.successes / self.episodes
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson_interval(self.successes, self.episodes)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"success {self.success:.3f}  (95% interval {low:.3f} to {high:.3f}, {self.episodes} held-out tasks)"
 
 
 @dataclass
@@ -94,13 +68,12 @@ class Training:
         with self._timed(f"evaluate_{name}"):
             evaluation = Evaluation.of(await self.ring.evaluate(tasks, name))
         self.progress.say(f"{name}: {evaluation}")
-        stored = {"successes": evaluation.successes, "episodes": evaluation.episodes, "mean_reward": evaluation.mean_reward}
-        (self.ring.run_folder / f"evaluation_{name}.json").write_text(json.dumps(stored))
+        evaluation.save(self.ring.run_folder / f"evaluation_{name}.json")
         return evaluation
 
     def _stored_evaluation(self, folder: Path) -> Evaluation | None:
         stored = folder / "evaluation_before.json"
-        return Evaluation(**json.loads(stored.read_text())) if stored.is_file() else None
+        return Evaluation.load(stored) if stored.is_file() else None
 
     async def _steps(self, version: int) -> None:
         log = MetricsLog(self.ring.run_folder, resume_after=version)

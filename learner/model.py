@@ -209,6 +209,8 @@ def build_tiny(
         num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
         head_dim=width // heads,
         max_position_embeddings=context,
+        # The usual 0.02 is for widths of a thousand; narrow models start to learn much sooner from larger weights.
+        initializer_range=0.4 / width**0.5,
         tie_word_embeddings=tie,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from envs.base import Message, Observation
 from rollout.chat import Chat, as_json
@@ -22,6 +24,12 @@ class Conversation:
     segment: int = 0
     turn: int = 0
     sampled: list[int] = field(default_factory=list)  # the last turn's action
+
+    def open_segment(self) -> None:
+        """Forget: what follows has no history. What was said stays stored as it is."""
+        self.segment += 1
+        self.ids = []
+        self.sampled = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,19 @@ class Actor(Protocol):
     async def turn(self, conversation: Conversation, observation: Observation) -> Turn | ContextOverflow: ...
 
 
+class AgentSettings(BaseModel):
+    """What an agent is composed of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    memory: Literal["full", "last"] = Field(
+        "full",
+        description="what a turn sees: the whole conversation, or the last observation alone (for environments whose "
+        "observation says everything); then every turn is a segment of its own",
+    )
+    min_new_tokens: int = Field(1, gt=0, description="with room for fewer tokens the episode ends: context overflow")
+
+
 class Agent:
     """Engine, chat template and sampling put together.
 
@@ -60,14 +81,19 @@ class Agent:
     """
 
     def __init__(
-        self, engine: Engine, chat: Chat, sampling: Sampling, context_tokens: int, min_new_tokens: int = 1
+        self,
+        engine: Engine,
+        chat: Chat,
+        sampling: Sampling,
+        context_tokens: int,
+        settings: AgentSettings | None = None,
     ) -> None:
         self.engine = engine
         self.chat = chat
         self.engine_clock = BusyClock()
         self._sampling = sampling
         self._context_tokens = context_tokens
-        self._min_new_tokens = min_new_tokens
+        self._settings = settings or AgentSettings()
 
     def begin(self, seed: int) -> Conversation:
         return Conversation(seed)
@@ -75,11 +101,13 @@ class Agent:
     async def turn(self, conversation: Conversation, observation: Observation) -> Turn | ContextOverflow:
         """Sample one turn and add it to the conversation. Raises EngineFailed."""
         messages = as_messages(observation)
+        if self._settings.memory == "last" and conversation.ids:
+            conversation.open_segment()
         first = not conversation.ids
         added = self.chat.opening(messages) if first else self.chat.delta(messages, conversation.sampled)
         prompt = [*conversation.ids, *added]
         room = self._context_tokens - len(prompt)
-        if room < self._min_new_tokens:
+        if room < self._settings.min_new_tokens:
             return ContextOverflow(len(prompt), self._context_tokens)
         began = time.perf_counter()
         with self.engine_clock:

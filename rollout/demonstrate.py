@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from envs.base import Observation
-from rollout.agent import Agent, ContextOverflow, Conversation, Turn
+from rollout.agent import Agent, AgentSettings, ContextOverflow, Conversation, Turn
 from rollout.chat import Chat
 from rollout.engine import Completion, Sampling
 from rollout.episode import Limits, Place
@@ -33,6 +33,7 @@ async def demonstrate(
     player_factory: Callable[[int], Player],
     chat: Chat,
     context_tokens: int,
+    settings: AgentSettings | None = None,
     limits: Limits | None = None,
     pool: EnvironmentPool | None = None,
 ) -> list[Group]:
@@ -46,7 +47,7 @@ async def demonstrate(
     groups = []
     for index, task in enumerate(tasks):
         slot = Slot(index, 0, task, version=0)
-        actor = Demonstrator(player_factory(task.seed), chat, context_tokens)
+        actor = Demonstrator(player_factory(task.seed), chat, context_tokens, settings)
         trajectory = await play(Place(slot, 0, seed=0, worker="demonstration"), replicas, actor, limits)
         groups.append(Group(slot, (trajectory,)))
     if pool is None:
@@ -61,9 +62,11 @@ async def demonstrate(
 class Demonstrator:
     """An `Actor` whose sampled tokens are a player's words; all else is an agent's doing."""
 
-    def __init__(self, player: Player, chat: Chat, context_tokens: int) -> None:
+    def __init__(
+        self, player: Player, chat: Chat, context_tokens: int, settings: AgentSettings | None = None
+    ) -> None:
         self._hand = _Hand(player, chat)
-        self._agent = Agent(self._hand, chat, Sampling(max_tokens=context_tokens), context_tokens)
+        self._agent = Agent(self._hand, chat, Sampling(max_tokens=context_tokens), context_tokens, settings)
 
     def begin(self, seed: int) -> Conversation:
         return self._agent.begin(seed)

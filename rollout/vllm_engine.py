@@ -145,6 +145,11 @@ class VllmEngine:
         seconds = time.perf_counter() - began
         return SyncReport(self.name, self.version, len(update.manifest.tensors), difference, seconds, stalled)
 
+    async def adopt_loaded(self, version: int) -> None:
+        """Call what the engine loaded at its start `version`: for evaluating a checkpoint, where nobody publishes."""
+        await self._llm.update_weight_version(str(version))
+        self.version = version
+
     async def close(self) -> None:
         """Stop vLLM's processes."""
         await asyncio.to_thread(self._llm.shutdown)

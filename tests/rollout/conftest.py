@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from learner.tokenizer import build_tokenizer
-from rollout.agent import Agent
+from rollout.agent import Agent, AgentSettings
 from rollout.chat import Chat
 from rollout.engine import Engine, Sampling
 
@@ -88,6 +88,8 @@ def agent_of(chat: Chat) -> Callable[..., Agent]:
     def make(
         engine: Engine, max_tokens: int = 8, context_tokens: int = 512, min_new_tokens: int = 1
     ) -> Agent:
-        return Agent(engine, chat, Sampling(max_tokens=max_tokens), context_tokens, min_new_tokens)
+        return Agent(
+            engine, chat, Sampling(max_tokens=max_tokens), context_tokens, AgentSettings(min_new_tokens=min_new_tokens)
+        )
 
     return make
