@@ -42,6 +42,7 @@ def model_path(config: RunConfig, run_folder: Path) -> str:
             layers=tiny.layers,
             width=tiny.width,
             heads=tiny.heads,
+            head_width=tiny.head_width,
             mlp=tiny.mlp,
             context=config.rollout.context_tokens,
             tie=tiny.tie,
@@ -115,7 +116,7 @@ async def build_worker(
 def build_learner(config: RunConfig, path: str) -> Learner:
     model = config.learner.model.model_copy(update={"path": path})
     settings = config.learner.model_copy(update={"model": model})
-    return Learner(settings, config.seed, config.sampling.temperature)
+    return Learner(settings, config.seed, config.sampling.temperature, config.steps)
 
 
 def build_exchange(config: RunConfig, run_folder: Path) -> Exchange:

@@ -41,6 +41,7 @@ class TinySettings(Settings):
     layers: int = Field(4, gt=0)
     width: int = Field(128, gt=0, description="hidden size")
     heads: int = Field(4, gt=0)
+    head_width: int = Field(32, gt=0, multiple_of=32, description="of each head; vLLM on CPUs wants multiples of 32")
     mlp: int = Field(384, gt=0, description="width of the feed-forward layers")
     tie: bool = Field(True, description="share input and output embeddings")
     words: tuple[str, ...] = Field((), description="lower-case words that are one token each")

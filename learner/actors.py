@@ -20,6 +20,8 @@ from rollout.wire.weights import SyncReport, WeightUpdate
 class ObjectStorePublisher:
     """Puts a version into the object store once and has every engine load it from there."""
 
+    needs_bytes = True
+
     def __init__(self, engines: dict[str, Any], sync_seconds: float) -> None:
         self._engines = engines
         self._sync_seconds = sync_seconds

@@ -53,16 +53,23 @@ class Learner:
     """Holds the policy, its optimizer and the weight version: 0 until the first step, one more with each.
 
     seed: of the order in which episodes are imitated; temperature: that of the sampling, which the learner's logprobs
-    must share.
+    must share; total_steps: learner steps of the whole run, where a falling learning rate ends.
     """
 
-    def __init__(self, settings: LearnerSettings, seed: int = 0, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        settings: LearnerSettings,
+        seed: int = 0,
+        temperature: float = 1.0,
+        total_steps: int | None = None,
+    ) -> None:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.settings = settings
         self.version = 0
         self.policy = Policy(settings.model)
-        self.optimizer = Optimizer(self.policy.parameters(), settings.optim)
+        self._optimizer_steps = total_steps and total_steps * settings.algorithm.minibatches
+        self.optimizer = Optimizer(self.policy.parameters(), settings.optim, self._optimizer_steps)
         self._tokenizer = checkpoint.tokenizer_files(settings.model.path)
         self._temperature = temperature
         self._rng = np.random.default_rng(seed)
@@ -97,7 +104,7 @@ class Learner:
         settings = self.settings.imitation
         episodes = [trajectory for group in groups for trajectory in group.trainable]
         sequences = [sequences_of(trajectory, 1.0) for trajectory in episodes]
-        optimizer = Optimizer(self.policy.parameters(), settings.optim)
+        optimizer = Optimizer(self.policy.parameters(), settings.optim, self.imitation_steps(len(episodes)))
         for epoch in range(settings.epochs):
             order = self._rng.permutation(len(episodes))
             for start in range(0, len(order), settings.episodes_per_step):
@@ -137,7 +144,7 @@ class Learner:
         contents = checkpoint.load(folder)
         del self.policy, self.optimizer  # their memory is needed for what comes
         self.policy = Policy(self.settings.model.model_copy(update={"path": str(folder / checkpoint.MODEL)}))
-        self.optimizer = Optimizer(self.policy.parameters(), self.settings.optim)
+        self.optimizer = Optimizer(self.policy.parameters(), self.settings.optim, self._optimizer_steps)
         self.optimizer.load_state_dict(contents.optimizer)
         self.version = contents.version
         self._rng.bit_generator.state = contents.generator

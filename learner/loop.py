@@ -76,8 +76,11 @@ class LearnerLoop:
 
     async def publish(self) -> Row:
         """Bring the current version to every engine; returns when all have proved that they hold it."""
-        snapshot = await asyncio.to_thread(take_snapshot, self._learner.policy, self.version, self._engine_dtype)
-        reports = await self._publisher.publish(snapshot)
+        publisher, policy = self._publisher, self._learner.policy
+        snapshot = await asyncio.to_thread(
+            take_snapshot, policy, self.version, self._engine_dtype, publisher.needs_bytes
+        )
+        reports = await publisher.publish(snapshot)
         return {
             "sync_stall_ms": 1e3 * max((report.seconds_stalled for report in reports), default=0.0),
             "probe_difference": max((report.probe_difference for report in reports), default=0.0),

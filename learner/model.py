@@ -187,6 +187,7 @@ def build_tiny(
     layers: int = 4,
     width: int = 128,
     heads: int = 4,
+    head_width: int = 32,
     mlp: int = 384,
     context: int = 512,
     tie: bool = True,
@@ -194,12 +195,11 @@ def build_tiny(
 ) -> None:
     """Write a random Qwen3 and its tokenizer into `folder`: transformers and vLLM load it by path.
 
-    width: of the residual stream; mlp: of the hidden layer; heads: of the queries, sharing half as many key
-    heads where their number is even; context: in tokens; tie: one matrix for embedding and head. The
-    vocabulary is exactly the tokenizer's, so that no sampler can choose an id without a token.
+    width: of the residual stream; head_width: of each head (vLLM's attention on CPUs wants multiples of 32);
+    mlp: of the hidden layer; heads: of the queries, sharing half as many key heads where their number is even;
+    context: in tokens; tie: one matrix for embedding and head. The vocabulary is exactly the tokenizer's, so
+    that no sampler can choose an id without a token.
     """
-    if width % heads:
-        raise ValueError(f"width {width} must be a multiple of heads {heads}")
     config: Any = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -207,7 +207,7 @@ def build_tiny(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
-        head_dim=width // heads,
+        head_dim=head_width,
         max_position_embeddings=context,
         # The usual 0.02 is for widths of a thousand; narrow models start to learn much sooner from larger weights.
         initializer_range=0.4 / width**0.5,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 
@@ -30,30 +30,28 @@ class OptimSettings(BaseModel, extra="forbid", frozen=True):
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="what follows the warm-up"
     )
-    total_steps: int | None = Field(
-        default=None, gt=0, description="step at which a linear or cosine schedule reaches zero"
+    final_share: float = Field(
+        default=0.0, ge=0, le=1, description="share of the peak that a falling schedule ends at"
     )
 
-    @model_validator(mode="after")
-    def _schedule_has_an_end(self) -> OptimSettings:
-        if (self.schedule == "constant") != (self.total_steps is None):
-            raise ValueError(
-                f"schedule {self.schedule!r}: total_steps belongs to linear and cosine, and only to them"
-            )
-        if self.total_steps is not None and self.total_steps <= self.warmup_steps:
-            raise ValueError(f"total_steps {self.total_steps} must exceed warmup_steps {self.warmup_steps}")
-        return self
 
+def learning_rate(settings: OptimSettings, step: int, total_steps: int | None = None) -> float:
+    """Learning rate of the step with this index, counted from 0; `total_steps` is where a falling schedule ends.
 
-def learning_rate(settings: OptimSettings, step: int) -> float:
-    """Learning rate of the step with this index, counted from 0."""
+    Raises ValueError for a falling schedule without an end, or with one inside the warm-up.
+    """
+    if settings.schedule != "constant" and (total_steps is None or total_steps <= settings.warmup_steps):
+        raise ValueError(
+            f"schedule {settings.schedule!r} falls from step {settings.warmup_steps} (warmup_steps) to the last one, "
+            f"{total_steps}: there must be steps between them"
+        )
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
-    if settings.total_steps is None:
+    if settings.schedule == "constant" or total_steps is None:
         return settings.learning_rate
-    done = min(1.0, (step - settings.warmup_steps) / (settings.total_steps - settings.warmup_steps))
+    done = min(1.0, (step - settings.warmup_steps) / (total_steps - settings.warmup_steps))
     falling = 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-    return settings.learning_rate * falling
+    return settings.learning_rate * (settings.final_share + (1.0 - settings.final_share) * falling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +66,12 @@ class StepReport:
 class Optimizer:
     """AdamW over a model's trainable parameters. `steps` counts applied steps and drives the schedule."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], settings: OptimSettings) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], settings: OptimSettings, total_steps: int | None = None
+    ) -> None:
+        learning_rate(settings, 0, total_steps)  # a schedule that cannot be followed fails here, not mid-run
         self.settings = settings
+        self._total_steps = total_steps
         self.steps = 0
         self._parameters = [p for p in parameters if p.requires_grad]
         matrices = [p for p in self._parameters if p.ndim >= 2]
@@ -100,7 +102,7 @@ class Optimizer:
     def step(self) -> StepReport:
         """Scale the gradients down to max_grad_norm and apply them; skip the step if it is not finite."""
         grads: list[Tensor] = [p.grad for p in self._parameters if p.grad is not None]
-        rate = learning_rate(self.settings, self.steps)
+        rate = learning_rate(self.settings, self.steps, self._total_steps)
         norm = float(nn.utils.get_total_norm(grads))
         if not math.isfinite(norm):
             return StepReport(norm, rate, applied=False)

@@ -19,7 +19,10 @@ PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One version, ready to be put somewhere: `arrays` are views of live parameters where no cast was needed."""
+    """One version, ready to be put somewhere: `arrays` are views of live parameters where no cast was needed.
+
+    For a publisher that needs no bytes, `arrays` is empty and so are the manifest's checksums.
+    """
 
     manifest: WeightManifest
     arrays: tuple[ByteArray, ...]
@@ -28,14 +31,22 @@ class Snapshot:
 class Publisher(Protocol):
     """Brings a snapshot to every engine and returns when all of them have proved that they hold it."""
 
+    needs_bytes: bool  # False: sends the live parameters itself, and copies on the host would be made for nothing
+
     async def publish(self, snapshot: Snapshot) -> Sequence[SyncReport]: ...
 
 
-def take_snapshot(policy: Policy, version: int, dtype: str) -> Snapshot:
-    """The policy's parameters as an engine of `dtype` needs them, with checksums and the learner's probe logprobs."""
+def take_snapshot(policy: Policy, version: int, dtype: str, with_bytes: bool = True) -> Snapshot:
+    """The policy's parameters as an engine of `dtype` needs them, with checksums and the learner's probe logprobs.
+
+    `with_bytes=False` leaves out bytes and checksums, and with them every copy to the host.
+    """
     target = getattr(torch, dtype)
     specs, arrays = [], []
     for name, tensor in policy.named_weights():
+        if not with_bytes:
+            specs.append(TensorSpec(name, dtype, tuple(tensor.shape), checksum=""))
+            continue
         array = _as_bytes(tensor.detach().to(target).cpu())
         specs.append(TensorSpec(name, dtype, tuple(tensor.shape), checksum(array)))
         arrays.append(array)

@@ -51,14 +51,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
 def test_schedules_rise_hold_and_fall() -> None:
     constant = OptimSettings(learning_rate=1.0, warmup_steps=4)
     assert [learning_rate(constant, s) for s in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
-    linear = OptimSettings(learning_rate=1.0, warmup_steps=2, schedule="linear", total_steps=6)
-    assert [learning_rate(linear, s) for s in (2, 3, 4, 6, 7)] == [1.0, 0.75, 0.5, 0.0, 0.0]
-    cosine = OptimSettings(learning_rate=1.0, schedule="cosine", total_steps=4)
-    assert [learning_rate(cosine, s) for s in (0, 2, 4)] == pytest.approx([1.0, 0.5, 0.0])
+    linear = OptimSettings(learning_rate=1.0, warmup_steps=2, schedule="linear")
+    assert [learning_rate(linear, s, 6) for s in (2, 3, 4, 6, 7)] == [1.0, 0.75, 0.5, 0.0, 0.0]
+    cosine = OptimSettings(learning_rate=1.0, schedule="cosine", final_share=0.2)
+    assert [learning_rate(cosine, s, 4) for s in (0, 2, 4)] == pytest.approx([1.0, 0.6, 0.2])
 
 
 def test_a_schedule_without_an_end_is_refused() -> None:
-    with pytest.raises(ValueError, match="total_steps"):
-        OptimSettings(schedule="cosine")
-    with pytest.raises(ValueError, match="exceed"):
-        OptimSettings(schedule="linear", warmup_steps=5, total_steps=5)
+    parameters = [nn.Parameter(torch.ones(1))]
+    for settings, end in ((OptimSettings(schedule="cosine"), None), (OptimSettings(schedule="linear", warmup_steps=5), 5)):
+        with pytest.raises(ValueError, match="there must be steps between"):
+            Optimizer(parameters, settings, end)
