@@ -40,13 +40,16 @@ _ISSUE = """
 INSERT INTO groups (group_id, attempt, env_id, env_options, seed, worker, issue_version, state)
 VALUES (?, ?, ?, ?, ?, ?, ?, 'issued')
 ON CONFLICT (group_id) DO UPDATE SET
-    attempt = excluded.attempt, worker = excluded.worker, issue_version = excluded.issue_version, state = 'issued',
-    taken_version = NULL, max_version = NULL, segment = NULL, "offset" = NULL, length = NULL,
-    episodes = NULL, tokens = NULL, reward_sum = NULL
+    attempt = excluded.attempt, worker = excluded.worker, issue_version = excluded.issue_version
 """
 _COMPLETE = """
 UPDATE groups SET state = 'complete', max_version = ?, segment = ?, "offset" = ?, length = ?,
     episodes = ?, tokens = ?, reward_sum = ? WHERE group_id = ?
+"""
+_COMPLETE_AGAIN = "UPDATE groups SET state = 'complete', taken_version = NULL WHERE group_id = ?"
+_LOST = """
+UPDATE groups SET state = 'issued', taken_version = NULL, max_version = NULL, segment = NULL, "offset" = NULL,
+    length = NULL, episodes = NULL, tokens = NULL, reward_sum = NULL WHERE group_id = ?
 """
 _UNFINISHED = """
 SELECT group_id, attempt, env_id, seed, env_options, issue_version, max_version, segment, "offset", length
@@ -107,7 +110,7 @@ class Ledger:
         self._db.execute(f"PRAGMA user_version={_VERSION}")
 
     def issue(self, slot: Slot, worker: str) -> None:
-        """A worker may start this group (again, when the attempt is not the first)."""
+        """A worker may start this group; for another attempt, `recover` has cleared its row."""
         task = slot.task
         self._db.execute(
             _ISSUE, (slot.group_id, slot.attempt, task.env_id, task.options, task.seed, worker, slot.version)
@@ -143,11 +146,11 @@ class Ledger:
         with self._transaction(durable=True):
             self._db.execute(trained, (version,))
 
-    def give_back(self, group_ids: Iterable[int]) -> None:
-        """These groups are complete again: the step that took them is lost."""
-        again = "UPDATE groups SET state = 'complete', taken_version = NULL WHERE group_id = ?"
+    def recover(self, complete: Iterable[int], lost: Iterable[int]) -> None:
+        """After a crash: the first are complete (again), the others wait for their next attempt."""
         with self._transaction():
-            self._db.executemany(again, [(group_id,) for group_id in group_ids])
+            self._db.executemany(_COMPLETE_AGAIN, [(group_id,) for group_id in complete])
+            self._db.executemany(_LOST, [(group_id,) for group_id in lost])
 
     def counts(self) -> dict[str, int]:
         """issued (all ever given out), in_flight, and the states complete, taken, trained, dropped."""

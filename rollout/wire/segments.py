@@ -16,6 +16,8 @@ import pyarrow as pa
 
 from rollout.wire.schema import SCHEMA, require_version
 
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
 
 @dataclass(frozen=True, slots=True)
 class Location:
@@ -34,48 +36,44 @@ class SegmentWriter:
         self._folder = folder
         self._max_bytes = max_bytes
         self._number = max((number for number, _ in segment_files(folder)), default=-1)
-        self._open: _OpenSegment | None = None
+        self._file: BufferedWriter | None = None
 
     def append(self, batch: pa.RecordBatch) -> Location:
         """Write one batch; it is durable after the next `sync`."""
-        if self._open is None or self._open.file.tell() >= self._max_bytes:
+        if self._file is None or self._file.tell() >= self._max_bytes:
             self.close()
-            self._open = self._next_file()
-        offset = self._open.file.tell()
-        self._open.writer.write_batch(batch)
-        return Location(self._number, offset, self._open.file.tell() - offset)
+            self._file = self._next_file()
+        offset = self._file.tell()
+        return Location(self._number, offset, self._file.write(batch.serialize()))
 
     def sync(self) -> None:
         """Make everything appended so far survive a crash of the machine."""
-        if self._open is not None:
-            self._open.file.flush()
-            os.fsync(self._open.file.fileno())
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """End the open file, synced; the next append begins another."""
-        if self._open is not None:
-            self._open.writer.close()
+        if self._file is not None:
+            self._file.write(_END_OF_STREAM)
             self.sync()
-            self._open.file.close()
-            self._open = None
+            self._file.close()
+            self._file = None
 
-    def _next_file(self) -> _OpenSegment:
+    def _next_file(self) -> BufferedWriter:
         self._number += 1
         file = _path(self._folder, self._number).open("xb")
         self._sync_folder()
-        return _OpenSegment(file, pa.ipc.new_stream(file, SCHEMA))
+        # A stream is the schema's message and one message a batch. Arrow's own writer holds the schema back until the
+        # first batch, which would blur where that batch begins.
+        file.write(SCHEMA.serialize())
+        return file
 
     def _sync_folder(self) -> None:
         # The file's name must survive a crash too, not only its bytes.
         descriptor = os.open(self._folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-
-
-@dataclass(frozen=True, slots=True)
-class _OpenSegment:
-    file: BufferedWriter
-    writer: pa.ipc.RecordBatchStreamWriter
 
 
 def _path(folder: Path, number: int) -> Path:

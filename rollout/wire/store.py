@@ -201,7 +201,7 @@ class Store:
                 complete.append(slot.group_id)
             else:
                 self._again.append((slot.group_id, slot.attempt + 1, slot.task))
-        self._ledger.give_back(complete)
+        self._ledger.recover(complete, [group_id for group_id, _, _ in self._again])
         self._unrecovered = 0
 
     def archive(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
