@@ -46,7 +46,12 @@ def train(
 ) -> None:
     """Train from a recipe, or go on with a run.
 
-    Examples:  manta train frozen_lake --   manta train frozen_lake steps=20 rollout.workers=2 --
+    Examples:
+
+    manta train frozen_lake
+
+    manta train my_recipe.toml steps=20 learner.optim.learning_rate=3e-4 rollout.workers=2
+
     manta train --resume runs/frozen_lake-20260101-120000
     """
     from deploy import preflight, run_folder
@@ -149,18 +154,26 @@ def _drive(config: RunConfig, folder: Path, resume: bool, local: bool) -> None:
     except KeyboardInterrupt:
         errors.print(f"stopped; go on with: manta train --resume {folder}")
         raise typer.Exit(INTERRUPTED) from None
-    console.print(f"before  {summary['success_before']}\nafter   {summary['success_after']}")
-    console.print(f"report  {folder / 'report.html'}")
+    for when in ("before", "after"):
+        if summary[f"success_{when}"] is not None:
+            low, high = summary[f"success_{when}_interval"]
+            console.print(f"success {when:6} {summary[f'success_{when}']:.3f}  (95% interval {low:.3f} to {high:.3f})")
+    console.print(f"report         {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2, anything else keeps its traceback."""
-    from envs.registry import EnvironmentUnknown
-    from learner.model import ModelError
+    import transformers
 
+    from envs.registry import EnvironmentUnknown
+    from learner.checkpoint import CheckpointError
+    from learner.model import ModelError
+    from rollout.chat import ChatError
+
+    transformers.utils.logging.disable_progress_bar()  # the run has a display of its own
     try:
         app()
-    except (ConfigError, EnvironmentUnknown, ModelError) as error:
+    except (ConfigError, EnvironmentUnknown, ModelError, CheckpointError, ChatError) as error:
         errors.print(f"manta: {error}", style="red", highlight=False, soft_wrap=True)
         sys.exit(2)
 
