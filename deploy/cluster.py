@@ -27,12 +27,15 @@ from deploy.build import (
 from deploy.config import ConfigError, RunConfig
 from deploy.ring import Row, first_failure
 from learner.actors import LearnerActor, ObjectStorePublisher
+from learner.checkpoint import latest
 from learner.learner import Learner
 from learner.publish import Publisher
 from rollout.actors import RolloutActor, demonstrate
 from rollout.wire.actors import ExchangeActor, RemoteExchange
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Task
+
+CLOSE_SECONDS = 30.0  # what engines and ledger are given to stop by themselves
 
 
 def connect(config: RunConfig) -> None:
@@ -86,19 +89,25 @@ class RayRing:
         self.run_folder = run_folder.resolve()
         self._config = config
         self._engine_factory = engine_factory
+        self._exchange: Any = None
+        self._learner: Any = None
         self._workers: dict[str, Any] = {}
         self._runs: list[asyncio.Future[None]] = []
 
     async def start(self, resume: bool) -> int:
         config = self._config
         self._path = model_path(config, self.run_folder)
-        self._exchange = _actor(ExchangeActor, "exchange").remote(partial(build_exchange, config, self.run_folder))
+        # Every loop of every worker may wait for a slot; the learner's calls must find a place beside them.
+        calls = 2 * config.rollout.workers * config.rollout.concurrent_groups + 100
+        exchange = _actor(ExchangeActor, max_concurrency=calls)
+        self._exchange = exchange.remote(partial(build_exchange, config, self.run_folder))
         for index in range(config.rollout.workers):
             name = f"rollout-{index}"
             options = {"num_cpus": config.rollout.cpus_per_worker, "num_gpus": config.rollout.gpus_per_worker}
             build = partial(_worker, config, self._path, self._engine_factory)
-            self._workers[name] = _actor(RolloutActor, name, **options).remote(name, self._exchange, build)
-        self._learner = _actor(LearnerActor, "learner", num_cpus=config.cluster.learner_cpus, num_gpus=learner_gpus(config)).remote(
+            self._workers[name] = _actor(RolloutActor, **options).remote(name, self._exchange, build)
+        learner = _actor(LearnerActor, num_cpus=config.cluster.learner_cpus, num_gpus=learner_gpus(config))
+        self._learner = learner.remote(
             partial(build_learner, config, self._path),
             self._exchange,
             partial(_publisher, config, self._workers),
@@ -107,7 +116,9 @@ class RayRing:
             config.checkpoint.keep,
         )
         self._engines_up = asyncio.gather(*(self._start_worker(name) for name in self._workers))
-        _, version = await self._within("the learner", self._learner.start.remote(self.run_folder, resume))
+        # A run stopped before its first checkpoint has none to load: it starts over in its folder.
+        load = resume and latest(self.run_folder) is not None
+        _, version = await self._within("the learner", self._learner.start.remote(self.run_folder, load))
         if resume:
             await self._exchange.recover.remote(version)
         return int(version)
@@ -151,9 +162,15 @@ class RayRing:
 
     async def close(self) -> None:
         """Let the engines stop their processes and the ledger close, then end the actors."""
-        closing = [actor.close.remote() for actor in (*self._workers.values(), self._exchange)]
-        await asyncio.wait([asyncio.ensure_future(_awaited(done)) for done in closing], timeout=30)
-        for actor in (*self._workers.values(), self._learner, self._exchange):
+        for run in self._runs:
+            run.cancel()
+        await asyncio.gather(*self._runs, return_exceptions=True)
+        # A start that failed on its way has made only some of them.
+        closable = [actor for actor in (*self._workers.values(), self._exchange) if actor is not None]
+        if closable:
+            closing = asyncio.gather(*(_awaited(actor.close.remote()) for actor in closable), return_exceptions=True)
+            await asyncio.wait([closing], timeout=CLOSE_SECONDS)
+        for actor in (*closable, *([self._learner] if self._learner is not None else [])):
             ray.kill(actor)
 
     async def _start_worker(self, name: str) -> str:
@@ -168,7 +185,7 @@ class RayRing:
             raise TimeoutError(f"{what} did not answer within {limit:g} s (cluster.start_seconds)") from None
 
 
-def _actor(cls: type, name: str, **options: Any) -> Any:
+def _actor(cls: type, **options: Any) -> Any:
     return ray.remote(cls).options(**({"num_cpus": 0} | options))
 
 

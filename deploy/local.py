@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from deploy.build import (
@@ -24,6 +25,7 @@ from deploy.build import (
 )
 from deploy.config import RunConfig
 from deploy.ring import Row, first_failure
+from learner.checkpoint import latest
 from learner.loop import LearnerLoop
 from learner.publish import Snapshot
 from rollout.engine import Engine
@@ -62,20 +64,27 @@ class LocalRing:
         self._engine_factory = engine_factory
         self._workers: list[RolloutWorker] = []
         self._runs: list[asyncio.Task[None]] = []
+        self._started = AsyncExitStack()  # what close() stops, the youngest first: start() may fail on its way
 
     async def start(self, resume: bool) -> int:
         config = self._config
         path = model_path(config, self.run_folder)
         self._exchange = build_exchange(config, self.run_folder)
+        self._started.push_async_callback(self._exchange.close)
         for index in range(config.rollout.workers):
-            name = f"rollout-{index}"
-            self._workers.append(await build_worker(config, name, self._exchange, path, self._engine_factory))
+            worker = await build_worker(config, f"rollout-{index}", self._exchange, path, self._engine_factory)
+            self._started.push_async_callback(worker.engine.close)
+            self._started.callback(worker.close)
+            self._workers.append(worker)
         engines = [worker.engine for worker in self._workers]
         in_process = self._engine_factory is not vllm_engine
         self._publisher = LocalPublisher(engines, in_process, self.run_folder.name)
+        self._started.callback(self._publisher.close)
         self._learner = build_learner(config, path)
         if resume:
-            self._learner.load(self.run_folder)
+            # A run stopped before its first checkpoint has none to load: it starts over in its folder.
+            if latest(self.run_folder) is not None:
+                self._learner.load(self.run_folder)
             await self._exchange.recover(self._learner.version)
         self._loop = LearnerLoop(
             self._learner,
@@ -124,7 +133,4 @@ class LocalRing:
         for run in self._runs:
             run.cancel()
         await asyncio.gather(*self._runs, return_exceptions=True)
-        for worker in self._workers:
-            await worker.engine.close()
-        self._publisher.close()
-        await self._exchange.close()
+        await self._started.aclose()

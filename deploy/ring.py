@@ -20,15 +20,16 @@ async def first_failure(wanted: asyncio.Future[T], others: Iterable[asyncio.Futu
     Others that end well (a worker that has played all the run needs) are passed over.
     """
     watched = {other for other in others if not (other.done() and other.exception() is None)}
-    while True:
-        done, _ = await asyncio.wait({wanted, *watched}, return_when=asyncio.FIRST_COMPLETED)
-        for other in done - {wanted}:
-            if other.exception() is not None:
-                wanted.cancel()
+    try:
+        while True:
+            done, _ = await asyncio.wait({wanted, *watched}, return_when=asyncio.FIRST_COMPLETED)
+            for other in done - {wanted}:
                 other.result()
-            watched.discard(other)
-        if wanted in done:
-            return wanted.result()
+                watched.discard(other)
+            if wanted in done:
+                return wanted.result()
+    finally:
+        wanted.cancel()  # whoever no longer waits (a failure, Ctrl-C) does not leave it running
 
 
 class Ring(Protocol):
