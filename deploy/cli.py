@@ -31,6 +31,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Memory(StrEnum):
+    """What a turn sees."""
+
+    full = "full"
+    last = "last"
+
+
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.OPTION=VALUE]...", help="Change the recipe.")]
@@ -71,25 +78,41 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a Hugging Face id.")],
+    checkpoint: Annotated[str, typer.Argument(help="A run folder, one of its checkpoints, or a Hugging Face folder or id.")],
     env: Annotated[str, typer.Option(help="Environment id.")],
     seeds: Annotated[str, typer.Option(help="Seeds A:B, B excluded.")] = "0:256",
     option: Annotated[list[str] | None, typer.Option(help="Environment option NAME=VALUE; may be repeated.")] = None,
-    context_tokens: Annotated[int, typer.Option(help="Context length of the engine.")] = 320,
-    max_tokens: Annotated[int, typer.Option(help="Tokens an agent may sample a turn.")] = 64,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
-    dtype: Annotated[Dtype, typer.Option(help="Compute type of the engine.")] = Dtype.float32,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Run the engine on a GPU.")] = False,
+    context_tokens: Annotated[int | None, typer.Option(help="Context length of the engine.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens an agent may sample a turn.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
+    memory: Annotated[Memory | None, typer.Option(help="What a turn sees of the conversation.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Compute type of the engine.")] = None,
+    gpu: Annotated[bool | None, typer.Option("--gpu/--cpu", help="Where the engine runs.")] = None,
 ) -> None:
-    """Measure a checkpoint's success on an environment, one episode a seed, with its 95% interval."""
-    from deploy.evaluate import evaluate_checkpoint
-    from rollout.engine import Sampling
-    from rollout.vllm_engine import VllmSettings
+    """Measure a checkpoint's success on an environment, one episode a seed, with its 95% interval.
 
-    sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
-    engine = VllmSettings(dtype=dtype.value)
-    result = evaluate_checkpoint(checkpoint, env, seeds, option or [], sampling, context_tokens, engine, gpu)
-    console.print(str(result), highlight=False)
+    What is not said is as in the run the checkpoint belongs to.
+
+    Example:
+
+    manta eval runs/frozen_lake-20260101-120000 --env frozen_lake --seeds 0:256
+    """
+    from deploy.evaluate import conditions_of, evaluate_checkpoint, parse_options, parse_seeds
+
+    base = conditions_of(checkpoint, env)
+    said = {"context_tokens": context_tokens, "on_gpu": gpu, "env_options": base.env_options | parse_options(option or [])}
+    parts = {
+        "sampling": (base.sampling, {"max_tokens": max_tokens, "temperature": temperature}),
+        "agent": (base.agent, {"memory": memory and memory.value}),
+        "engine": (base.engine, {"dtype": dtype and dtype.value}),
+    }
+    changed = {name: part.model_copy(update=_given(values)) for name, (part, values) in parts.items()}
+    conditions = base.model_copy(update=_given(said) | changed)
+    console.print(str(evaluate_checkpoint(checkpoint, env, parse_seeds(seeds), conditions)), highlight=False)
+
+
+def _given(values: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @app.command()

@@ -9,13 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import BaseModel, ConfigDict
+
+from deploy import run_folder
 from deploy.build import load_tokenizer
 from deploy.config import ConfigError, toml_value
 from deploy.preflight import check_model
 from deploy.statistics import wilson_interval
 from envs import registry
 from learner.checkpoint import MODEL, latest
-from rollout.agent import Agent
+from rollout.agent import Agent, AgentSettings
 from rollout.chat import Chat
 from rollout.engine import Sampling
 from rollout.vllm_engine import VllmEngine, VllmSettings
@@ -67,35 +70,57 @@ class Evaluation:
         return cls(**json.loads(path.read_text()))
 
 
-def evaluate_checkpoint(
-    checkpoint: str,
-    env_id: str,
-    seeds: str,
-    options: Sequence[str],
-    sampling: Sampling,
-    context_tokens: int,
-    engine: VllmSettings,
-    on_gpu: bool,
-) -> Evaluation:
-    """Play one episode a seed with the real vLLM. `checkpoint`: a Hugging Face folder or id, a checkpoint of a run, or a
-    run folder (its newest checkpoint)."""
+class Conditions(BaseModel):
+    """Under what an agent is evaluated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    env_options: dict[str, Any] = {}
+    agent: AgentSettings = AgentSettings()
+    sampling: Sampling = Sampling(max_tokens=64)
+    context_tokens: int = 2048
+    engine: VllmSettings = VllmSettings(dtype="float32")
+    on_gpu: bool = False
+
+
+def conditions_of(checkpoint: str, env_id: str) -> Conditions:
+    """The conditions of the run a checkpoint belongs to (its environment options only for the same environment), or the
+    defaults where it belongs to none."""
+    folder = Path(checkpoint).resolve()
+    for candidate in (folder, *folder.parents[:3]):
+        if (candidate / run_folder.CONFIG_FILE).is_file() and (candidate / "ledger.sqlite").is_file():
+            config = run_folder.open_existing(candidate)
+            options = config.env.options | config.evaluation.options if config.env.id == env_id else {}
+            return Conditions(
+                env_options=options,
+                agent=config.agent,
+                sampling=config.sampling,
+                context_tokens=config.rollout.context_tokens,
+                engine=config.engine,
+                on_gpu=config.rollout.gpus_per_worker > 0,
+            )
+    return Conditions()
+
+
+def evaluate_checkpoint(checkpoint: str, env_id: str, seeds: range, conditions: Conditions) -> Evaluation:
+    """Play one episode a seed with the real vLLM. `checkpoint`: a run folder (its newest checkpoint is meant), one of its
+    checkpoints, or any Hugging Face folder or id."""
     path = resolve_checkpoint(checkpoint)
     check_model(path)
-    tasks = [Task.of(env_id, seed, parse_options(options)) for seed in parse_seeds(seeds)]
-    registry.make(env_id, **parse_options(options)).close()
-    return asyncio.run(_evaluate(path, tasks, sampling, context_tokens, engine, on_gpu))
+    registry.make(env_id, **conditions.env_options).close()
+    tasks = [Task.of(env_id, seed, conditions.env_options) for seed in seeds]
+    return asyncio.run(_evaluate(path, tasks, conditions))
 
 
-async def _evaluate(
-    path: str, tasks: Sequence[Task], sampling: Sampling, context_tokens: int, settings: VllmSettings, on_gpu: bool
-) -> Evaluation:
+async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) -> Evaluation:
     tokenizer = load_tokenizer(path)
+    context, settings = conditions.context_tokens, conditions.engine
     engine = await VllmEngine.start(
-        "evaluation", path, [tokenizer.eos_token_id], context_tokens, settings, on_gpu=on_gpu
+        "evaluation", path, [tokenizer.eos_token_id], context, settings, on_gpu=conditions.on_gpu
     )
     await engine.adopt_loaded(version=0)
-    agent = Agent(engine, Chat(tokenizer), sampling, context_tokens)
-    rollout = RolloutSettings(group_size=1, concurrent_groups=settings.max_num_seqs, context_tokens=context_tokens)
+    agent = Agent(engine, Chat(tokenizer), conditions.sampling, context, conditions.agent)
+    rollout = RolloutSettings(group_size=1, concurrent_groups=settings.max_num_seqs, context_tokens=context)
     worker = RolloutWorker("evaluation", engine, agent, _NoExchange(), rollout, run_seed=0)
     try:
         return Evaluation.of([EpisodeRow.of(trajectory) for trajectory in await worker.evaluate(tasks)])
