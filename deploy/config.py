@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -23,6 +23,7 @@ from rollout.wire.store import BufferSettings
 from rollout.worker import RolloutSettings
 
 Nested = dict[str, Any]
+Word = Annotated[str, Field(pattern="^[a-z]+$")]
 
 
 class ConfigError(ValueError):
@@ -44,7 +45,7 @@ class TinySettings(Settings):
     head_width: int = Field(32, gt=0, multiple_of=32, description="of each head; vLLM on CPUs wants multiples of 32")
     mlp: int = Field(384, gt=0, description="width of the feed-forward layers")
     tie: bool = Field(True, description="share input and output embeddings")
-    words: tuple[str, ...] = Field((), description="lower-case words that are one token each")
+    words: tuple[Word, ...] = Field((), description="lower-case words that are one token each")
 
 
 class EnvSettings(Settings):
@@ -127,6 +128,10 @@ class RunConfig(Settings):
             raise ValueError(
                 "sampling.top_p<1 changes what can be sampled, and the learner's logprobs would be of another "
                 "distribution; use sampling.top_p=1"
+            )
+        if self.sampling.seed is not None:
+            raise ValueError(
+                "sampling.seed is one request's seed, which the run derives from its own: leave it away and set seed"
             )
         if self.weights.transfer != "object_store" and not self.rollout.gpus_per_worker:
             raise ValueError(

@@ -1,0 +1,206 @@
+"""What a recipe may say: one line for every mistake, and no option that nothing reads."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from deploy import run_folder
+from deploy.config import ConfigError, RunConfig, load_config, option_names
+from tests.deploy.small_run import configured
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = "learner.model.path=somewhere"
+
+
+def fault(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        configured(*overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("rollout.group_sise=4", "rollout.group_size"),
+        ("learner.optim.learning_rat=1e-3", "learner.optim.learning_rate"),
+        ("evaluation.task=3", "evaluation.tasks"),
+        ("roll_out.workers=2", "rollout"),
+        ("step=3", "steps"),
+        ("tiny.layer=2", "tiny.layers"),
+        ("learner.imitation.optim.warmup=5", "learner.imitation.optim.warmup_steps"),
+    ],
+)
+def test_an_unknown_name_is_told_the_nearest(override: str, nearest: str) -> None:
+    assert f"unknown option {override.partition('=')[0].partition('.')[0]}" in fault(override)
+    assert f"did you mean {nearest}?" in fault(override)
+
+
+def test_several_mistakes_are_named_at_once() -> None:
+    said = fault("rollout.group_sise=4", "steps=-1", "sampling.temperature=cold")
+    assert "rollout.group_size" in said and "steps" in said and "sampling.temperature" in said
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("steps=many", "steps: "),
+        ("steps=2.5", "steps: "),
+        ("rollout.workers=0", "rollout.workers: "),
+        ("tiny.tie=maybe", "tiny.tie: "),
+        ("tiny.words=left", "tiny.words: "),
+        ("learner.optim.betas=0.9", "learner.optim.betas: "),
+        ("engine.dtype=float64", "engine.dtype: "),
+        ("env.options=3", "env.options: "),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, named: str) -> None:
+    said = fault(override)
+    assert named in said
+    assert override.partition("=")[2] in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["rollout.group_size=1"], "rollout.group_size=1"),
+        (["sampling.top_p=0.9"], "sampling.top_p"),
+        (["sampling.seed=7"], "sampling.seed"),
+        (["weights.transfer=nccl"], "rollout.gpus_per_worker=0"),
+        (["weights.transfer=ipc"], "rollout.gpus_per_worker=0"),
+        (["sampling.max_tokens=32"], "rollout.context_tokens=32"),
+        ([CHECKPOINT], "exactly one"),
+        (["tiny.words=['Left']"], "tiny.words"),
+        (["learner.algorithm.entropy_bonus=0.1"], "skip_zero_advantage"),
+    ],
+)
+def test_contradictions_are_refused(overrides: list[str], named: str) -> None:
+    assert named in fault(*overrides)
+
+
+def test_neither_checkpoint_nor_tiny_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("steps = 1\n[env]\nid = 'frozen_lake'\n")
+    with pytest.raises(ConfigError, match="exactly one"):
+        load_config(str(recipe))
+    assert load_config(str(recipe), [CHECKPOINT]).learner.model.path == "somewhere"
+
+
+def test_overrides_read_as_numbers_booleans_lists_and_text() -> None:
+    config = configured(
+        "steps=7", "learner.optim.learning_rate=3e-4", "tiny.tie=false", "learner.optim.betas=[0.8, 0.9]",
+        "name=my run", 'env.id="CartPole-v1"', "env.options={size = 5}", "env.options.slippery=true",
+        "tiny.words=['a', 'b']",
+    )  # fmt: skip
+    assert (config.steps, config.learner.optim.learning_rate, config.tiny and config.tiny.tie) == (
+        7,
+        3e-4,
+        False,
+    )
+    assert config.learner.optim.betas == (0.8, 0.9)
+    assert (config.name, config.env.id, config.env.options) == (
+        "my run",
+        "CartPole-v1",
+        {"size": 5, "slippery": True},
+    )
+    assert config.tiny is not None and config.tiny.words == ("a", "b")
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "steps.x=3"])
+def test_an_override_that_is_none_is_quoted(override: str) -> None:
+    assert repr(override) in fault(override)
+
+
+def test_a_recipe_that_is_no_toml_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.toml"
+    broken.write_text("steps = = 3\n")
+    with pytest.raises(ConfigError, match=r"broken\.toml: not valid TOML: .*line 1"):
+        load_config(str(broken))
+    with pytest.raises(ConfigError, match=r"'frozen_lak' is neither .* frozen_lake"):
+        load_config("frozen_lak")
+
+
+@pytest.mark.parametrize(
+    "name", sorted(p.name for p in files("deploy.recipes").iterdir() if p.name.endswith(".toml"))
+)
+def test_recipes_that_ship_load(name: str) -> None:
+    assert load_config(name.removesuffix(".toml")).steps > 0
+
+
+def test_the_stored_configuration_reads_back_as_it_was(tmp_path: Path) -> None:
+    for config in (configured("name=odd [name]"), load_config("frozen_lake", ["seed=3"])):
+        folder = run_folder.create(config, tmp_path)
+        assert run_folder.open_existing(folder) == config
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+
+# Every option is read -------------------------------------------------------------------------------------------
+
+
+def options(
+    model: type[BaseModel] = RunConfig, names: tuple[str, ...] = ()
+) -> Iterator[tuple[str, str, str]]:
+    """Of every option and section: its dotted name, its own section's name, and the class it is declared in."""
+    for name, field in model.model_fields.items():
+        inner = [
+            part
+            for part in (field.annotation, *getattr(field.annotation, "__args__", ()))
+            if isinstance(part, type) and issubclass(part, BaseModel)
+        ]
+        yield ".".join((*names, name)), names[-1] if names else "config", model.__name__
+        for section in inner:
+            yield from options(section, (*names, name))
+
+
+class Reads(ast.NodeVisitor):
+    """Every attribute read outside of validators: `config.rollout.workers` is (rollout, workers)."""
+
+    def __init__(self) -> None:
+        self.found: set[tuple[str, str]] = set()
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        # That a setting is checked does not mean that it has an effect.
+        if not any("validator" in ast.unparse(decorator) for decorator in node.decorator_list):
+            self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        owner = node.value
+        whose = (
+            owner.attr
+            if isinstance(owner, ast.Attribute)
+            else owner.id
+            if isinstance(owner, ast.Name)
+            else ""
+        )
+        self.found.add((whose.lstrip("_"), node.attr))
+        self.generic_visit(node)
+
+
+def test_every_option_is_read() -> None:
+    """As section.x anywhere, or as settings.x (self.x in the class) in a file that names the settings class."""
+    read: dict[str, set[tuple[str, str]]] = {}
+    for path in sorted(
+        p for package in ("deploy", "learner", "rollout") for p in (ROOT / package).rglob("*.py")
+    ):
+        source = path.read_text()
+        visitor = Reads()
+        visitor.visit(ast.parse(source))
+        read[source] = visitor.found
+    anywhere = set().union(*read.values())
+    unread = []
+    for dotted, section, declared in options():
+        name = dotted.rpartition(".")[2]
+        near = set().union(*(found for source, found in read.items() if declared in source))
+        if (section, name) not in anywhere and not near & {("settings", name), ("self", name)}:
+            unread.append(dotted)
+    assert unread == []
+
+
+def test_the_names_that_are_offered_are_all_options() -> None:
+    assert {dotted for dotted, _, _ in options()} == set(option_names())
