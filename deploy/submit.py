@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from ray.job_submission import JobStatus, JobSubmissionClient
+from typing import TYPE_CHECKING
 
 from deploy.config import ConfigError, load_config, recipe_text
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 RECIPE_FILE = "recipe.toml"
 
@@ -23,14 +26,32 @@ def submit(recipe: str, overrides: Sequence[str], address: str, runs: Path) -> t
     """
     load_config(recipe, overrides)
     arguments = ["manta", "train", RECIPE_FILE, "--runs", str(runs), *overrides]
-    try:
-        client = JobSubmissionClient(address)
-    except ConnectionError as error:
-        raise ConfigError(f"no Ray cluster answers at {address}: is its dashboard (port 8265) reachable?") from error
+    client = _client(address)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / RECIPE_FILE).write_text(recipe_text(recipe))
-        job = client.submit_job(entrypoint=shlex.join(arguments), runtime_env={"working_dir": folder})
+        try:
+            job = client.submit_job(entrypoint=shlex.join(arguments), runtime_env={"working_dir": folder})
+        except RuntimeError as error:
+            raise ConfigError(f"the Ray cluster at {address} did not take the job: {error}") from error
     return client, job
+
+
+def _client(address: str) -> JobSubmissionClient:
+    # Ray's client shows the token it has only when told to, and reads that setting when Ray is first imported.
+    token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    if "RAY_AUTH_TOKEN" in os.environ or token_file.is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except ConnectionError as error:
+        raise ConfigError(f"no Ray cluster answers at {address}: is its dashboard (port 8265) reachable?") from error
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"the Ray cluster at {address} wants a token: put it into RAY_AUTH_TOKEN or {token_file}"
+        ) from error
 
 
 def follow(client: JobSubmissionClient, job: str, poll_seconds: float = 1.0) -> Iterator[str]:
@@ -47,4 +68,7 @@ def follow(client: JobSubmissionClient, job: str, poll_seconds: float = 1.0) -> 
 
 
 def succeeded(client: JobSubmissionClient, job: str) -> bool:
+    """Whether an ended job ended well."""
+    from ray.job_submission import JobStatus
+
     return client.get_job_status(job) == JobStatus.SUCCEEDED
