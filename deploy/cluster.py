@@ -78,8 +78,12 @@ def demand(config: RunConfig) -> dict[str, float]:
     return wanted | ({"GPU": gpus} if gpus else {})
 
 
-def learner_gpus(config: RunConfig) -> int:
-    return 1 if config.learner.model.device == "cuda" else 0
+def learner_gpus(config: RunConfig) -> float:
+    """A whole GPU; with "ipc", which hands over one GPU's own memory, what the engines leave of the one they share."""
+    if config.learner.model.device != "cuda":
+        return 0
+    shared = config.weights.transfer == "ipc"
+    return 1 - config.rollout.workers * config.rollout.gpus_per_worker if shared else 1
 
 
 class RayRing:
@@ -202,7 +206,14 @@ def _publisher(config: RunConfig, workers: dict[str, Any], learner: Learner) -> 
         return ObjectStorePublisher(workers, config.weights.sync_seconds)
     from rollout.vllm_native import NativePublisher
 
-    return NativePublisher(config.weights.transfer, learner.policy.model, workers, config.weights.sync_seconds)
+    return NativePublisher(
+        config.weights.transfer,
+        learner.policy.named_weights,
+        workers,
+        config.engine.tensor_parallel_size,
+        ray.util.get_node_ip_address(),
+        config.weights.sync_seconds,
+    )
 
 
 def _play(config: RunConfig, path: str) -> Any:

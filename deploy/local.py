@@ -41,6 +41,8 @@ SHARED_MEMORY = Path("/dev/shm")
 class LocalPublisher:
     """Gives a snapshot to engines of this process: as arrays, or through shared memory to those with own processes."""
 
+    needs_bytes = True
+
     def __init__(self, engines: Sequence[Engine], in_process: bool, run_name: str) -> None:
         self._engines = engines
         self._file = None if in_process else SHARED_MEMORY / f"manta-{run_name}.weights"

@@ -9,11 +9,12 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from rollout.vllm_engine import VllmEngine
 from rollout.wire.actors import RemoteExchange
 from rollout.wire.schema import encode
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Task
-from rollout.wire.weights import SyncReport, WeightUpdate
+from rollout.wire.weights import SyncReport, WeightManifest, WeightUpdate
 from rollout.worker import RolloutWorker, as_groups
 
 BuildWorker = Callable[[str, Any], Awaitable[RolloutWorker]]
@@ -47,6 +48,20 @@ class RolloutActor:
         """Load one version and prove it."""
         return await self._started().engine.sync(update)
 
+    # A sync in steps, for vLLM's native transfers: `NativePublisher` drives them.
+
+    async def open_transfer(self, init_info: dict[str, Any]) -> None:
+        await self._vllm().open_transfer(init_info)
+
+    async def begin_update(self, manifest: WeightManifest) -> None:
+        await self._vllm().begin_update(manifest)
+
+    async def receive(self, update_info: Any) -> None:
+        await self._vllm().receive(update_info)
+
+    async def finish_update(self, manifest: WeightManifest) -> SyncReport:
+        return await self._vllm().finish_update(manifest)
+
     async def counters(self) -> dict[str, float]:
         return self._started().counters()
 
@@ -58,6 +73,12 @@ class RolloutActor:
         if self._worker is None:
             raise RuntimeError(f"rollout worker {self._name} was used before start()")
         return self._worker
+
+    def _vllm(self) -> VllmEngine:
+        engine = self._started().engine
+        if not isinstance(engine, VllmEngine):
+            raise RuntimeError(f"rollout worker {self._name} has no vLLM engine: use weights.transfer='object_store'")
+        return engine
 
 
 @ray.remote

@@ -82,7 +82,7 @@ class HfEngine:
     async def sync(self, update: WeightUpdate) -> SyncReport:
         """Copy the tensors in place, after names, shapes and checksums were found right; then check the probe."""
         began = time.perf_counter()
-        update.require_names(self._weights, self.name)
+        update.manifest.require_names(self._weights, self.name)
         self._require_shapes(update)
         update.verify()
         stalled = time.perf_counter()

@@ -12,6 +12,7 @@ import itertools
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rollout.engine import Completion, EngineFailed, Sampling
 from rollout.wire.trajectory import Float32Array
-from rollout.wire.weights import SyncReport, WeightUpdate
+from rollout.wire.weights import SyncReport, WeightManifest, WeightUpdate
 
 
 class VllmSettings(BaseModel):
@@ -43,6 +44,9 @@ def start_llm(model: str, context_tokens: int, settings: VllmSettings, on_gpu: b
 
     `transfer` names the weight-transfer backend: ours ("manta"), or vLLM's own "nccl" and "ipc" on GPUs.
     """
+    if transfer == "ipc":
+        # IPC handles hold types and dtypes, which vLLM carries to its own worker processes only as pickles.
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if not on_gpu:
         # Left to itself vLLM binds one core and reserves another, which starves a second engine of the machine.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -89,6 +93,7 @@ class VllmEngine:
         self._request_ids = itertools.count()
         self._params: dict[Sampling, Any] = {}
         self._transfer_ready = False
+        self._paused_at = 0.0
 
     @classmethod
     async def start(
@@ -136,14 +141,50 @@ class VllmEngine:
         the engine paused when it was not: an engine with half a version must not sample.
         """
         began = time.perf_counter()
-        update.require_names(self._weight_names, self.name)
+        update.manifest.require_names(self._weight_names, self.name)
         # Hash while generation goes on. The worker then maps the same bytes: one host, one copy in shared memory.
         await asyncio.to_thread(update.verify)
-        stalled = await self._load(update)
-        logprobs = await self.score(update.manifest.probe.token_ids)
-        difference = update.manifest.probe.check(self.name, update.version, logprobs)
-        seconds = time.perf_counter() - began
-        return SyncReport(self.name, self.version, len(update.manifest.tensors), difference, seconds, stalled)
+        if not self._transfer_ready:
+            await self.open_transfer({})
+            self._transfer_ready = True
+        await self.begin_update(update.manifest)
+        await self.receive({"update": update.to_plain()})
+        report = await self.finish_update(update.manifest)
+        return replace(report, seconds=time.perf_counter() - began)
+
+    # The steps of a sync, one by one: vLLM's native transfers (vllm_native.py) drive them from the learner.
+
+    async def open_transfer(self, init_info: dict[str, Any]) -> None:
+        """Get ready to receive, once; `init_info` is the transfer backend's own."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+
+    async def begin_update(self, manifest: WeightManifest) -> None:
+        """Check the tensors' names, then pause generation with its requests kept.
+
+        WeightMismatch where the names are others; nothing was paused then.
+        """
+        manifest.require_names(self._weight_names, self.name)
+        self._paused_at = time.perf_counter()
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        await self._llm.start_weight_update()
+
+    async def receive(self, update_info: Any) -> None:
+        """Load tensors; a version may come in several parts. An error leaves the engine paused."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info))
+
+    async def finish_update(self, manifest: WeightManifest) -> SyncReport:
+        """Go on generating under the new version and prove it by the probe (WeightMismatch where it differs)."""
+        await self._llm.finish_weight_update(weight_version=str(manifest.version))
+        self.version = int(await self._llm.get_weight_version())
+        await self._llm.resume_generation()
+        stalled = time.perf_counter() - self._paused_at
+        difference = manifest.probe.check(self.name, self.version, await self.score(manifest.probe.token_ids))
+        seconds = time.perf_counter() - self._paused_at
+        return SyncReport(self.name, self.version, len(manifest.tensors), difference, seconds, stalled)
 
     async def adopt_loaded(self, version: int) -> None:
         """Call what the engine loaded at its start `version`: for evaluating a checkpoint, where nobody publishes."""
@@ -153,21 +194,6 @@ class VllmEngine:
     async def close(self) -> None:
         """Stop vLLM's processes."""
         await asyncio.to_thread(self._llm.shutdown)
-
-    async def _load(self, update: WeightUpdate) -> float:
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
-
-        if not self._transfer_ready:
-            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest())
-            self._transfer_ready = True
-        paused = time.perf_counter()
-        await self._llm.pause_generation(mode="keep", clear_cache=False)
-        await self._llm.start_weight_update()
-        await self._llm.update_weights(WeightTransferUpdateRequest({"update": update.to_plain()}))
-        await self._llm.finish_weight_update(weight_version=str(update.version))
-        self.version = int(await self._llm.get_weight_version())
-        await self._llm.resume_generation()
-        return time.perf_counter() - paused
 
     async def _finished(self, token_ids: Sequence[int], params: Any) -> Any:
         prompt = {"prompt_token_ids": list(token_ids), "cache_salt": str(self.version)}

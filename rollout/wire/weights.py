@@ -36,7 +36,7 @@ class TensorSpec:
     name: str
     dtype: str  # torch's name without the prefix, e.g. "bfloat16": numpy has no word for it
     shape: tuple[int, ...]
-    checksum: str  # blake3 of the bytes, hex
+    checksum: str  # blake3 of the bytes, hex; empty where they went from GPU to GPU and nobody saw them
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +77,15 @@ class WeightManifest:
     @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.tensors)
+
+    def require_names(self, expected: Iterable[str], engine: str) -> None:
+        """Refuse a version whose tensor names are not exactly the checkpoint's, before anything is loaded."""
+        published = {spec.name for spec in self.tensors}
+        wanted = set(expected)
+        if missing := sorted(wanted - published):
+            raise WeightMismatch(f"{engine}: version {self.version} lacks tensor {missing[0]} ({len(missing)} missing)")
+        if unknown := sorted(published - wanted):
+            raise WeightMismatch(f"{engine}: version {self.version} brings unknown tensor {unknown[0]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +148,6 @@ class WeightUpdate:
         for spec, array in self.tensors():
             if checksum(array) != spec.checksum:
                 raise WeightMismatch(f"version {self.version}: tensor {spec.name} arrived with another checksum")
-
-    def require_names(self, expected: Iterable[str], engine: str) -> None:
-        """Refuse a version whose tensor names are not exactly the checkpoint's, before anything is loaded."""
-        published = {spec.name for spec in self.manifest.tensors}
-        wanted = set(expected)
-        if missing := sorted(wanted - published):
-            raise WeightMismatch(f"{engine}: version {self.version} lacks tensor {missing[0]} ({len(missing)} missing)")
-        if unknown := sorted(published - wanted):
-            raise WeightMismatch(f"{engine}: version {self.version} brings unknown tensor {unknown[0]}")
 
 
 @dataclass(frozen=True, slots=True)
