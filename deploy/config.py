@@ -133,15 +133,37 @@ class RunConfig(Settings):
             raise ValueError(
                 "sampling.seed is one request's seed, which the run derives from its own: leave it away and set seed"
             )
-        if self.weights.transfer != "object_store" and not self.rollout.gpus_per_worker:
-            raise ValueError(
-                f"weights.transfer={self.weights.transfer!r} needs GPUs, but rollout.gpus_per_worker=0; "
-                "use 'object_store' or give the workers a GPU"
-            )
         if self.sampling.max_tokens >= self.rollout.context_tokens:
             raise ValueError(
                 f"sampling.max_tokens={self.sampling.max_tokens} leaves no room for a prompt in "
                 f"rollout.context_tokens={self.rollout.context_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _transfer_has_its_gpus(self) -> Self:
+        transfer, gpus = self.weights.transfer, self.rollout.gpus_per_worker
+        if transfer == "object_store":
+            return self
+        if not gpus:
+            raise ValueError(
+                f"weights.transfer={transfer!r} needs GPUs, but rollout.gpus_per_worker=0; "
+                "use 'object_store' or give the workers a GPU"
+            )
+        if self.learner.model.device != "cuda":
+            raise ValueError(
+                f"weights.transfer={transfer!r} sends from the learner's GPU, but learner.model.device='cpu'; "
+                "use 'object_store' or train on 'cuda'"
+            )
+        if transfer == "nccl" and gpus < self.engine.tensor_parallel_size:
+            raise ValueError(
+                f"weights.transfer='nccl' needs whole GPUs, but rollout.gpus_per_worker={gpus:g} for "
+                f"engine.tensor_parallel_size={self.engine.tensor_parallel_size}; give a worker as many as it spans"
+            )
+        if transfer == "ipc" and (self.rollout.workers * gpus >= 1 or self.engine.tensor_parallel_size > 1):
+            raise ValueError(
+                "weights.transfer='ipc' needs engines of one GPU each that share the learner's: keep rollout.workers * "
+                "rollout.gpus_per_worker below 1 and engine.tensor_parallel_size at 1, or use 'nccl'"
             )
         return self
 

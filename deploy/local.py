@@ -23,7 +23,7 @@ from deploy.build import (
     play_demonstrations,
     vllm_engine,
 )
-from deploy.config import RunConfig
+from deploy.config import ConfigError, RunConfig
 from deploy.ring import Row, first_failure
 from learner.checkpoint import latest
 from learner.loop import LearnerLoop
@@ -61,6 +61,8 @@ class LocalRing:
     """Every part of a run as plain objects of this process."""
 
     def __init__(self, config: RunConfig, run_folder: Path, engine_factory: EngineFactory = vllm_engine) -> None:
+        if config.weights.transfer != "object_store":
+            raise ConfigError(f"weights.transfer={config.weights.transfer!r} runs between actors: leave --local away")
         self.run_folder = run_folder
         self._config = config
         self._engine_factory = engine_factory

@@ -74,6 +74,15 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
         (["sampling.seed=7"], "sampling.seed"),
         (["weights.transfer=nccl"], "rollout.gpus_per_worker=0"),
         (["weights.transfer=ipc"], "rollout.gpus_per_worker=0"),
+        (["weights.transfer=nccl", "rollout.gpus_per_worker=1"], "learner.model.device='cpu'"),
+        (
+            ["weights.transfer=nccl", "rollout.gpus_per_worker=0.5", "learner.model.device=cuda"],
+            "rollout.gpus_per_worker=0.5",
+        ),
+        (
+            ["weights.transfer=ipc", "rollout.gpus_per_worker=1", "learner.model.device=cuda"],
+            "share the learner's",
+        ),
         (["sampling.max_tokens=32"], "rollout.context_tokens=32"),
         ([CHECKPOINT], "exactly one"),
         (["tiny.words=['Left']"], "tiny.words"),
