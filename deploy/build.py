@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from deploy.config import RunConfig
+from deploy.config import ConfigError, RunConfig
 from envs import registry
 from learner.learner import Learner
 from learner.model import build_tiny
@@ -70,7 +70,7 @@ def evaluation_tasks(config: RunConfig) -> list[Task]:
 def distinct_tasks(env_id: str, options: dict[str, object], first_seed: int, count: int) -> list[Task]:
     """`count` tasks that begin with different observations, trying seeds from `first_seed` on.
 
-    Raises ValueError when 100 seeds in a row bring nothing new: the environment does not hold that many instances.
+    Raises ConfigError when 1000 seeds in a row bring nothing new: the environment does not hold that many instances.
     """
     env = registry.make(env_id, **options)
     seen: set[str] = set()
@@ -83,7 +83,10 @@ def distinct_tasks(env_id: str, options: dict[str, object], first_seed: int, cou
             tasks.append(Task.of(env_id, seed, options))
             last_new = seed
         elif seed - last_new >= 1000:
-            raise ValueError(f"{env_id} has only {len(tasks)} distinct tasks in seeds {first_seed}..{seed}, not {count}")
+            raise ConfigError(
+                f"evaluation.tasks={count} is more than there is: {env_id} begins in only {len(tasks)} different ways "
+                f"with these options (seeds {first_seed} to {seed}); lower it or change evaluation.options"
+            )
         seed += 1
     env.close()
     return tasks
@@ -126,13 +129,15 @@ def build_exchange(config: RunConfig, run_folder: Path) -> Exchange:
 
 
 async def play_demonstrations(config: RunConfig, path: str) -> list[pa.RecordBatch]:
-    """Demonstrations of the environment's scripted player, as rows."""
-    assert config.warm_start is not None
+    """Demonstrations of the environment's scripted player, as rows. ValueError for a run without a warm start."""
+    warm_start = config.warm_start
+    if warm_start is None:
+        raise ValueError("this run has no section warm_start, so there is nothing to demonstrate")
     stream = TaskStream(config.env.id, config.env.options, config.seed + 1)
     player = registry.player(config.env.id)
     groups = await demonstrate(
-        [stream(index) for index in range(config.warm_start.episodes)],
-        lambda seed: player(config.warm_start.error_rate, seed),
+        [stream(index) for index in range(warm_start.episodes)],
+        lambda seed: player(warm_start.error_rate, seed),
         Chat(load_tokenizer(path)),
         config.rollout.context_tokens,
         config.agent,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from deploy.config import ConfigError, RunConfig, load_config
+from deploy.config import ConfigError, RunConfig, load_config, validated
 
 app = typer.Typer(
     add_completion=False,
@@ -20,7 +21,7 @@ app = typer.Typer(
     help="Train language-model agents by reinforcement learning: Ray, vLLM and torch, on a laptop or a cluster.",
 )
 console = Console()
-errors = Console(stderr=True)
+errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)  # one line stays one line
 
 
 class Dtype(StrEnum):
@@ -97,21 +98,19 @@ def evaluate(
 
     manta eval runs/frozen_lake-20260101-120000 --env frozen_lake --seeds 0:256
     """
-    from deploy.evaluate import conditions_of, evaluate_checkpoint, parse_options, parse_seeds
+    from deploy.evaluate import Conditions, conditions_of, evaluate_checkpoint, parse_options, parse_seeds
 
     base = conditions_of(checkpoint, env)
-    said = {"context_tokens": context_tokens, "on_gpu": gpu, "env_options": base.env_options | parse_options(option or [])}
-    parts = {
-        "sampling": (base.sampling, {"max_tokens": max_tokens, "temperature": temperature}),
-        "agent": (base.agent, {"memory": memory and memory.value}),
-        "engine": (base.engine, {"dtype": dtype and dtype.value}),
-    }
-    changed = {name: part.model_copy(update=_given(values)) for name, (part, values) in parts.items()}
-    conditions = base.model_copy(update=_given(said) | changed)
+    tree = base.model_dump() | _given(context_tokens=context_tokens, on_gpu=gpu)
+    tree["env_options"] |= parse_options(option or [])
+    tree["sampling"] |= _given(max_tokens=max_tokens, temperature=temperature)
+    tree["agent"] |= _given(memory=memory)
+    tree["engine"] |= _given(dtype=dtype)
+    conditions = validated(Conditions, tree, "manta eval")
     console.print(str(evaluate_checkpoint(checkpoint, env, parse_seeds(seeds), conditions)), highlight=False)
 
 
-def _given(values: dict[str, object]) -> dict[str, object]:
+def _given(**values: object) -> dict[str, object]:
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -123,7 +122,12 @@ def submit(
     runs: Annotated[Path, typer.Option(help="Where run folders are made, as the cluster sees it.")] = Path("runs"),
     wait: Annotated[bool, typer.Option(help="Follow the job and exit as it does.")] = True,
 ) -> None:
-    """Submit a training run to a Ray cluster as a job."""
+    """Submit a training run to a Ray cluster as a job.
+
+    Example:
+
+    manta submit frozen_lake rollout.workers=8 --address http://cluster:8265 --runs /shared/runs
+    """
     from deploy.submit import follow, succeeded
     from deploy.submit import submit as submit_job
 
@@ -139,7 +143,12 @@ def submit(
 
 @app.command()
 def doctor() -> None:
-    """Show versions, cores and memory, and what is missing."""
+    """Show versions, cores and memory, and what is missing.
+
+    Example:
+
+    manta doctor
+    """
     from deploy.doctor import diagnose, show
 
     raise typer.Exit(show(diagnose(), console))
@@ -175,13 +184,13 @@ def _drive(config: RunConfig, folder: Path, resume: bool, local: bool) -> None:
         with Progress(config.steps, f"{config.name}  {folder}", console) as progress:
             summary = asyncio.run(Training(config, ring, progress).run(resume))
     except KeyboardInterrupt:
-        errors.print(f"stopped; go on with: manta train --resume {folder}")
+        errors.print(f"stopped; go on with: manta train --resume {shlex.quote(str(folder))}{' --local' * local}")
         raise typer.Exit(INTERRUPTED) from None
     for when in ("before", "after"):
         if summary[f"success_{when}"] is not None:
             low, high = summary[f"success_{when}_interval"]
             console.print(f"success {when:6} {summary[f'success_{when}']:.3f}  (95% interval {low:.3f} to {high:.3f})")
-    console.print(f"report         {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"report         {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -197,7 +206,7 @@ def main() -> None:
     try:
         app()
     except (ConfigError, EnvironmentUnknown, ModelError, CheckpointError, ChatError) as error:
-        errors.print(f"manta: {error}", style="red", highlight=False, soft_wrap=True)
+        errors.print(f"manta: {error}", style="red")
         sys.exit(2)
 
 

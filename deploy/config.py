@@ -11,11 +11,12 @@ import tomllib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from learner.learner import LearnerSettings
+from learner.publish import PROBE_TOKENS
 from rollout.agent import AgentSettings
 from rollout.engine import Sampling
 from rollout.vllm_engine import VllmSettings
@@ -23,6 +24,7 @@ from rollout.wire.store import BufferSettings
 from rollout.worker import RolloutSettings
 
 Nested = dict[str, Any]
+Model = TypeVar("Model", bound=BaseModel)
 Word = Annotated[str, Field(pattern="^[a-z]+$")]
 
 
@@ -133,6 +135,11 @@ class RunConfig(Settings):
             raise ValueError(
                 "sampling.seed is one request's seed, which the run derives from its own: leave it away and set seed"
             )
+        if self.rollout.context_tokens <= PROBE_TOKENS:
+            raise ValueError(
+                f"rollout.context_tokens={self.rollout.context_tokens} must exceed {PROBE_TOKENS}, the length of "
+                "the probe that proves every weight sync"
+            )
         if self.sampling.max_tokens >= self.rollout.context_tokens:
             raise ValueError(
                 f"sampling.max_tokens={self.sampling.max_tokens} leaves no room for a prompt in "
@@ -195,9 +202,14 @@ def recipe_text(recipe: str) -> str:
 
 
 def parse(tree: Nested, source: str) -> RunConfig:
-    """Validate a nested dict; every fault becomes one line."""
+    """Validate a nested dict; all faults together become one line."""
+    return validated(RunConfig, tree, source)
+
+
+def validated(model: type[Model], tree: Nested, source: str) -> Model:
+    """The same for any settings."""
     try:
-        return RunConfig.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{source}: " + "; ".join(_explain(fault) for fault in error.errors())) from None
 

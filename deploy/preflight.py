@@ -7,9 +7,17 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from deploy.build import evaluation_tasks
 from deploy.config import ConfigError, RunConfig
 from envs import registry
+from envs.base import Observation
+from learner.tokenizer import build_tokenizer
+from rollout.agent import as_messages
 from rollout.chat import Chat
 
 
@@ -17,11 +25,12 @@ def check(config: RunConfig) -> None:
     """Refuse a configuration that cannot run here."""
     env = registry.make(config.env.id, **config.env.options)
     observation, _ = env.reset(seed=0)
-    registry.make(config.env.id, **(config.env.options | config.evaluation.options)).close()
     env.close()
     if path := config.learner.model.path:
         check_model(path)
-        check_prompt(config, path, observation)
+        check_context(path, config.rollout.context_tokens)
+    check_prompt(config, observation)
+    evaluation_tasks(config)
     if config.warm_start:
         registry.player(config.env.id)
     if config.cluster.dashboard_port and not config.cluster.address:
@@ -45,12 +54,19 @@ def check_model(path: str) -> None:
         _check_safetensors(file)
 
 
-def check_prompt(config: RunConfig, path: str, observation: object) -> None:
-    """The first prompt and one turn must fit into the context."""
-    from deploy.build import load_tokenizer
-    from rollout.agent import as_messages
+def check_context(path: str, context_tokens: int) -> None:
+    """The model must have a position for every token of the context."""
+    positions = _loaded(AutoConfig, path).get_text_config().max_position_embeddings
+    if positions < context_tokens:
+        raise ConfigError(
+            f"model {path} has {positions} positions, but rollout.context_tokens={context_tokens} "
+            "(manta eval: --context-tokens); lower it"
+        )
 
-    prompt = len(Chat(load_tokenizer(path)).opening(as_messages(observation)))
+
+def check_prompt(config: RunConfig, observation: Observation) -> None:
+    """The first prompt and one turn must fit into the context."""
+    prompt = len(Chat(_tokenizer(config)).opening(as_messages(observation)))
     if prompt + 1 > config.rollout.context_tokens:
         raise ConfigError(
             f"the first prompt of {config.env.id} has {prompt} tokens, which does not fit into "
@@ -66,6 +82,21 @@ def check_port(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise ConfigError(f"cluster.dashboard_port={port} is in use on this machine; choose another or 0") from error
+
+
+def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    if config.tiny is None:
+        return _loaded(AutoTokenizer, config.learner.model.path)
+    with TemporaryDirectory() as folder:
+        return build_tokenizer(Path(folder), config.tiny.words)
+
+
+def _loaded(auto: Any, path: str) -> Any:
+    try:
+        return auto.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model {path}: {reason} Is it a Hugging Face folder or id?") from error
 
 
 def _check_safetensors(file: Path) -> None:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -31,11 +32,13 @@ def create(config: RunConfig, parent: Path) -> Path:
 
 def open_existing(folder: Path) -> RunConfig:
     """The configuration of a run that was started before."""
-    import json
-
     stored = folder / CONFIG_FILE
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such run folder")
     if not stored.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}")
-    return parse(json.loads(stored.read_text()), str(stored))
+    try:
+        tree = json.loads(stored.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{stored}: broken file ({error}); a run cannot go on without its configuration") from error
+    return parse(tree, str(stored))

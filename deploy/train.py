@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from deploy.build import evaluation_tasks
 from deploy.config import RunConfig
@@ -33,7 +34,7 @@ class Training:
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
 
-    async def run(self, resume: bool) -> dict[str, object]:
+    async def run(self, resume: bool) -> dict[str, Any]:
         """Drive the run to its end; returns the summary, which is also stored with the report."""
         folder = self.ring.run_folder
         try:
@@ -92,7 +93,7 @@ class Training:
                     await self.ring.save()
         log.close()
 
-    async def _summary(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, object]:
+    async def _summary(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
         rows = read_metrics(self.ring.run_folder)
         return {
             "success_before": before and before.success,

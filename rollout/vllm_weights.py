@@ -45,7 +45,7 @@ def as_torch(spec: TensorSpec, array: ByteArray) -> torch.Tensor:
     """View the bytes as the tensor they are: no copy, to be read only."""
     with warnings.catch_warnings():  # torch has no read-only tensors and says so of every mapped buffer
         warnings.simplefilter("ignore", UserWarning)
-        flat = torch.frombuffer(memoryview(array), dtype=torch.uint8)
+        flat = torch.frombuffer(array.data, dtype=torch.uint8)
     return flat.view(getattr(torch, spec.dtype)).view(spec.shape)
 
 

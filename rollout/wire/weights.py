@@ -165,7 +165,7 @@ class SyncReport:
 def checksum(array: ByteArray) -> str:
     """blake3 of an array's bytes, hex; large arrays are hashed on all cores."""
     threads = blake3.AUTO if array.nbytes > _THREADED_BYTES else 1
-    return blake3(memoryview(array), max_threads=threads).hexdigest()
+    return blake3(array.data, max_threads=threads).hexdigest()
 
 
 def inline(arrays: Sequence[ByteArray]) -> Handle:
@@ -183,7 +183,7 @@ def write_file(path: Path, arrays: Sequence[ByteArray]) -> Handle:
     aside = path.with_suffix(".part")
     with aside.open("wb") as file:
         for array in arrays:
-            file.write(memoryview(array))
+            file.write(array.data)
     aside.rename(path)
     return Handle("rollout.wire.weights:open_file", str(path))
 
