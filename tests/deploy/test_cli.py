@@ -1,0 +1,212 @@
+"""The command line: a person's mistake is one line that says what, where and what to do, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+
+from deploy import cli, cluster
+from tests.deploy.small_run import RECIPE
+
+Manta = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def manta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Manta:
+    """Runs the command in this process; returns its exit code and what it wrote to stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["manta", *arguments])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def checkpoint(reference: Path, tmp_path: Path) -> Path:
+    """A sound Hugging Face folder, to be broken."""
+    return shutil.copytree(reference / "base", tmp_path / "model")
+
+
+def mistake(ended: tuple[int, str, str]) -> str:
+    """The one line on stderr of a command that was told something wrong."""
+    code, out, err = ended
+    assert (code, out) == (2, "")
+    assert err.startswith("manta: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.fixture
+def refused(manta: Manta, tmp_path: Path) -> Callable[..., str]:
+    """What `manta train` says to a recipe it refuses; nothing of a run may exist afterwards."""
+
+    def run(*arguments: str) -> str:
+        line = mistake(manta("train", *arguments, "--local", "--runs", str(tmp_path / "runs")))
+        assert not (tmp_path / "runs").exists()
+        return line
+
+    return run
+
+
+def of_model(path: object, *overrides: str) -> list[str]:
+    """Arguments for a recipe that trains the checkpoint at `path` instead of a tiny model."""
+    recipe = Path(RECIPE).read_text()
+    kept = re.sub(r"\[tiny\].*?\n\n", "", recipe, flags=re.DOTALL)
+    file = Path(str(path)).parent / "of_model.toml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(kept)
+    return [str(file), f"learner.model.path={path}", *overrides]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere.toml"], r"recipe nowhere\.toml: no such file"),
+        (["frozen_lak"], "'frozen_lak' is neither a .toml file nor one of: frozen_lake"),
+        ([], "name a recipe"),
+        (["frozen_lake", "steps"], "'steps' is not of the form section.option=value"),
+        ([RECIPE, "env.id=frozen_lak"], "unknown environment 'frozen_lak'; did you mean frozen_lake"),
+        ([RECIPE, "env.options.sise=3"], "has no option 'sise'; its options: size,"),
+        ([RECIPE, "evaluation.options.split=[odd]"], "split='[odd]' must be"),
+        ([RECIPE, "env.id=CartPole-v1", "env.options={}"], "CartPole-v1"),
+        (
+            [RECIPE, "rollout.group_size=1"],
+            "rollout.group_size=1 leaves GRPO without a baseline.*use 2 or more",
+        ),
+        (
+            [RECIPE, "env.options.size=6"],
+            "first prompt of frozen_lake has 43 tokens.*rollout.context_tokens=40",
+        ),
+        ([RECIPE, "evaluation.tasks=100"], "evaluation.tasks=100 is more than there is: .* only 4 different"),
+        ([RECIPE, "--resume", "somewhere"], "leave the recipe and overrides away"),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_refused(
+    refused: Callable[..., str], arguments: list[str], said: str
+) -> None:
+    assert re.search(said.replace("[odd]", r"\[odd\]"), refused(*arguments))
+
+
+def test_a_checkpoint_that_is_none_is_refused(
+    refused: Callable[..., str], tmp_path: Path, checkpoint: Path
+) -> None:
+    assert f"model {tmp_path / 'absent'}: no such folder" in refused(*of_model(tmp_path / "absent"))
+    (tmp_path / "empty").mkdir()
+    assert f"model {tmp_path / 'empty'}: no configuration" in refused(*of_model(tmp_path / "empty"))
+    (checkpoint / "tokenizer_config.json").rename(tmp_path / "aside")
+    assert "no tokenizer" in refused(*of_model(checkpoint))
+
+
+def test_a_checkpoint_cut_short_is_refused(refused: Callable[..., str], checkpoint: Path) -> None:
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert f"{weights}: broken file" in refused(*of_model(checkpoint))
+    weights.unlink()
+    assert "no weights" in refused(*of_model(checkpoint))
+
+
+def test_a_checkpoint_of_the_hub_that_is_out_of_reach_is_refused(
+    refused: Callable[..., str], tmp_path: Path
+) -> None:
+    recipe, *_ = of_model(tmp_path / "model")
+    assert "manta-of-nobody/absent" in refused(recipe, "learner.model.path=manta-of-nobody/absent")
+
+
+def test_a_checkpoint_with_fewer_positions_than_the_context_is_refused(
+    refused: Callable[..., str], checkpoint: Path
+) -> None:
+    said = refused(*of_model(checkpoint, "rollout.context_tokens=64"))
+    assert "40 positions" in said and "rollout.context_tokens=64" in said
+
+
+def test_a_prompt_longer_than_the_context_is_refused(refused: Callable[..., str], checkpoint: Path) -> None:
+    said = refused(*of_model(checkpoint, "env.options.instructions=true"))
+    assert "the first prompt of frozen_lake has" in said and "rollout.context_tokens=40" in said
+
+
+def test_a_dashboard_port_in_use_is_refused(refused: Callable[..., str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"cluster.dashboard_port={port} is in use" in refused(RECIPE, f"cluster.dashboard_port={port}")
+
+
+def test_a_cluster_that_is_too_small_is_refused(
+    manta: Manta, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cluster, "connect", lambda config: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    said = mistake(manta("train", RECIPE, "rollout.workers=64", "--runs", str(tmp_path / "runs")))
+    assert "63 CPU missing (the run asks for 65 CPU)" in said and "lower rollout.workers" in said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_too_small_is_refused(manta: Manta, tmp_path: Path) -> None:
+    try:
+        said = mistake(manta("train", RECIPE, "rollout.workers=4096", "--runs", str(tmp_path / "runs")))
+    finally:
+        ray.shutdown()
+    assert "the cluster is too small" in said and "asks for 4097 CPU" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_is_no_run_cannot_be_resumed(manta: Manta, tmp_path: Path) -> None:
+    assert f"{tmp_path / 'absent'}: no such run folder" in mistake(
+        manta("train", "--resume", str(tmp_path / "absent"))
+    )
+    assert f"{tmp_path} is not a run folder" in mistake(manta("train", "--resume", str(tmp_path)))
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json" in mistake(manta("train", "--resume", str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["absent/model/folder"], "model absent/model/folder: no such folder"),
+        (["{base}", "--seeds", "5:5"], "--seeds '5:5' is not of the form A:B"),
+        (["{base}", "--option", "size"], "--option 'size' is not of the form NAME=VALUE"),
+        (["{base}", "--option", "sise=3"], "has no option 'sise'"),
+        (["{base}", "--temperature", "-1"], "temperature"),
+        (["{base}", "--max-tokens", "0"], "max_tokens"),
+    ],
+)
+def test_an_evaluation_that_cannot_run_is_refused(
+    manta: Manta, reference: Path, arguments: list[str], said: str
+) -> None:
+    filled = [argument.format(base=reference / "base") for argument in arguments]
+    assert said in mistake(manta("eval", *filled, "--env", "frozen_lake"))
+
+
+def test_a_job_is_checked_before_it_is_submitted(manta: Manta) -> None:
+    assert "did you mean rollout.workers?" in mistake(manta("submit", RECIPE, "rollout.worker=2"))
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "submit", "doctor"])
+def test_help_says_how_a_command_is_used(manta: Manta, command: str) -> None:
+    code, out, _ = manta(command, "--help")
+    assert code == 0
+    assert "Example" in out and f"manta {command}" in out.split("Example")[1]
+
+
+def test_help_lists_the_commands(manta: Manta) -> None:
+    code, out, _ = manta("--help")
+    assert code == 0
+    assert all(command in out for command in ("train", "eval", "submit", "doctor"))
+
+
+def test_the_doctor_finds_this_machine_fit(manta: Manta) -> None:
+    code, out, _ = manta("doctor")
+    assert code == 0 and "vllm" in out
