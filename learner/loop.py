@@ -27,6 +27,7 @@ class Source(Protocol):
     async def take(self, timeout_s: float) -> list[pa.RecordBatch]: ...
     async def release(self, version: int) -> None: ...
     async def landed(self, version: int) -> None: ...
+    async def counts(self) -> dict[str, int]: ...
 
 
 class LearnerLoop:
@@ -98,5 +99,7 @@ class LearnerLoop:
 
     async def save(self, run_folder: Path) -> None:
         """Write a checkpoint; once it has landed, the groups it contains are trained for good."""
-        await asyncio.to_thread(self._learner.save, run_folder, None, self._keep)
+        # "issued" is where the task stream stands: group ids are its positions.
+        cursor = await self._source.counts()
+        await asyncio.to_thread(self._learner.save, run_folder, cursor, self._keep)
         await self._source.landed(self.version)
