@@ -144,6 +144,14 @@ def test_a_right_arrow_is_let_pass(path: str, source: str) -> None:
     assert faults(path, source) == []
 
 
+@pytest.mark.parametrize("path", ["deploy/train.py", "deploy/ring.py", "deploy/cluster.py"])
+def test_the_driver_cannot_even_name_a_payload(path: str) -> None:
+    package = str(Path(path).parent)
+    named = {name.partition(":")[0] for name in imports((ROOT / path).read_text(), package)}
+    payload = ("pyarrow", "rollout.wire.schema", "rollout.wire.segments", "learner.batch")
+    assert not [name for name in named if name.startswith(payload)]
+
+
 @pytest.mark.parametrize("path", files(*PACKAGES, "tests"))
 def test_a_file_is_one_idea(path: str) -> None:
     lines = len((ROOT / path).read_text().splitlines())
