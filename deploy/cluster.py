@@ -7,6 +7,7 @@ from the learner to the engines, through Ray's object store.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -31,7 +32,7 @@ from learner.checkpoint import latest
 from learner.learner import Learner
 from learner.publish import Publisher
 from rollout.actors import RolloutActor, demonstrate
-from rollout.wire.actors import ExchangeActor, RemoteExchange
+from rollout.wire.actors import ExchangeActor
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Task
 
@@ -96,6 +97,7 @@ class RayRing:
         self._exchange: Any = None
         self._learner: Any = None
         self._workers: dict[str, Any] = {}
+        self._starts: list[asyncio.Future[str]] = []
         self._runs: list[asyncio.Future[None]] = []
 
     async def start(self, resume: bool) -> int:
@@ -119,12 +121,12 @@ class RayRing:
             config.cluster.step_seconds,
             config.checkpoint.keep,
         )
-        self._engines_up = asyncio.gather(*(self._start_worker(name) for name in self._workers))
+        self._starts = [asyncio.ensure_future(self._start_worker(name)) for name in self._workers]
         # A run stopped before its first checkpoint has none to load: it starts over in its folder.
         load = resume and latest(self.run_folder) is not None
         _, version = await self._within("the learner", self._learner.start.remote(self.run_folder, load))
         if resume:
-            await self._exchange.recover.remote(version)
+            await self._within("the exchange", self._exchange.recover.remote(version))
         return int(version)
 
     async def begin_imitation(self) -> int:
@@ -138,37 +140,43 @@ class RayRing:
 
     async def publish(self) -> Row:
         # Engines start beside the warm start; this is the first moment that needs them.
-        await self._engines_up
+        await asyncio.gather(*self._starts)
         row: Row = await self._within("the weight sync", self._learner.publish.remote())
         return row
 
     async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
         workers = list(self._workers.values())
         shares = [list(tasks[index :: len(workers)]) for index in range(len(workers))]
-        played = await asyncio.gather(*(w.evaluate.remote(s, name) for w, s in zip(workers, shares, strict=True)))
+        playing = asyncio.gather(*(w.evaluate.remote(s, name) for w, s in zip(workers, shares, strict=True)))
+        played = await self._within(f"evaluation {name!r}", playing, self._config.evaluation.seconds)
         return [row for share in played for row in share]
 
     def begin_rollouts(self) -> None:
         self._runs = [asyncio.ensure_future(_awaited(worker.run.remote())) for worker in self._workers.values()]
 
     async def step(self) -> Row:
-        return await first_failure(asyncio.ensure_future(_awaited(self._learner.step.remote())), self._runs)
+        # The learner itself waits step_seconds for its groups and says what is missing; this limit is for the learner.
+        limit = 2 * self._config.cluster.step_seconds
+        step = asyncio.ensure_future(self._within("the learner's step", self._learner.step.remote(), limit))
+        return await first_failure(step, self._runs)
 
     async def save(self) -> None:
         await self._within("the checkpoint", self._learner.save.remote(self.run_folder))
 
     async def counters(self) -> Row:
-        rows = await asyncio.gather(*(worker.counters.remote() for worker in self._workers.values()))
+        counting = asyncio.gather(*(worker.counters.remote() for worker in self._workers.values()))
+        rows = await self._within("a rollout worker's counters", counting)
         return {key: sum(row[key] for row in rows) for key in rows[0]}
 
     async def counts(self) -> dict[str, int]:
-        return await RemoteExchange(self._exchange).counts()
+        counts: dict[str, int] = await self._within("the exchange", self._exchange.counts.remote())
+        return counts
 
     async def close(self) -> None:
         """Let the engines stop their processes and the ledger close, then end the actors."""
-        for run in self._runs:
-            run.cancel()
-        await asyncio.gather(*self._runs, return_exceptions=True)
+        for waiting in (*self._starts, *self._runs):
+            waiting.cancel()
+        await asyncio.gather(*self._starts, *self._runs, return_exceptions=True)
         # A start that failed on its way has made only some of them.
         closable = [actor for actor in (*self._workers.values(), self._exchange) if actor is not None]
         if closable:
@@ -181,12 +189,14 @@ class RayRing:
         host: str = await self._within(f"rollout worker {name}", self._workers[name].start.remote())
         return host
 
-    async def _within(self, what: str, pending: Any) -> Any:
-        limit = self._config.cluster.start_seconds
-        try:
-            return await asyncio.wait_for(_awaited(pending), limit)
-        except TimeoutError:
-            raise TimeoutError(f"{what} did not answer within {limit:g} s (cluster.start_seconds)") from None
+    async def _within(self, what: str, pending: Any, limit: float | None = None) -> Any:
+        limit = limit or self._config.cluster.start_seconds
+        answer: asyncio.Future[Any] = asyncio.ensure_future(_awaited(pending))
+        done, _ = await asyncio.wait({answer}, timeout=limit)
+        if not done:
+            answer.cancel()
+            raise TimeoutError(f"{what} did not answer within {limit:g} s")
+        return answer.result()  # a TimeoutError of its own says more than ours would
 
 
 def _actor(cls: type, **options: Any) -> Any:
@@ -221,8 +231,6 @@ def _play(config: RunConfig, path: str) -> Any:
 
 
 def _inside_a_job() -> bool:
-    import os
-
     return "RAY_ADDRESS" in os.environ
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from learner.learner import LearnerSettings
+from learner.optim import learning_rate
 from learner.publish import PROBE_TOKENS
 from rollout.agent import AgentSettings
 from rollout.engine import Sampling
@@ -61,6 +62,7 @@ class EvaluationSettings(Settings):
     """How success is measured before and after."""
 
     tasks: int = Field(256, ge=0, description="tasks with distinct first observations; 0: do not evaluate")
+    seconds: float = Field(1800.0, gt=0, description="limit for one evaluation")
     first_seed: int = Field(0, ge=0, description="seeds are tried from here on")
     options: dict[str, Any] = Field(default_factory=dict, description="environment options that differ from training")
 
@@ -86,7 +88,9 @@ class ClusterSettings(Settings):
     learner_cpus: float = Field(1.0, ge=0, description="CPUs the learner claims; it claims a GPU where it trains on one")
     dashboard_port: int = Field(0, ge=0, le=65535, description="port of a local Ray's dashboard; 0: no dashboard")
     start_seconds: float = Field(300.0, gt=0, description="limit for starting engines and the learner")
-    step_seconds: float = Field(600.0, gt=0, description="limit for one learner step, waiting included")
+    step_seconds: float = Field(
+        600.0, gt=0, description="limit for a step's groups to come together, and as long again for the step itself"
+    )
     capacity_seconds: float = Field(30.0, gt=0, description="how long to wait for missing cluster resources")
 
 
@@ -145,6 +149,20 @@ class RunConfig(Settings):
                 f"sampling.max_tokens={self.sampling.max_tokens} leaves no room for a prompt in "
                 f"rollout.context_tokens={self.rollout.context_tokens}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_fit_the_run(self) -> Self:
+        learner = self.learner
+        schedules = [("learner.optim", learner.optim, self.steps * learner.algorithm.minibatches)]
+        if self.warm_start:
+            steps = learner.imitation.steps(self.warm_start.episodes)
+            schedules.append(("learner.imitation.optim", learner.imitation.optim, steps))
+        for name, optim, steps in schedules:
+            try:
+                learning_rate(optim, 0, steps)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}; lower {name}.warmup_steps or train longer") from error
         return self
 
     @model_validator(mode="after")
