@@ -31,6 +31,10 @@ class ImitationSettings(BaseModel, extra="forbid", frozen=True):
     epochs: int = Field(default=1, ge=1, description="passes over the episodes")
     episodes_per_step: int = Field(default=32, ge=1, description="episodes in one optimizer step")
 
+    def steps(self, episodes: int) -> int:
+        """How many optimizer steps that many episodes make."""
+        return self.epochs * -(-episodes // self.episodes_per_step)
+
 
 class LearnerSettings(BaseModel, extra="forbid", frozen=True):
     """Everything about learning."""
@@ -115,8 +119,7 @@ class Learner:
 
     def imitation_steps(self, episodes: int) -> int:
         """How many optimizer steps `imitate` makes of that many trainable episodes."""
-        settings = self.settings.imitation
-        return settings.epochs * -(-episodes // settings.episodes_per_step)
+        return self.settings.imitation.steps(episodes)
 
     def save(self, run: Path, cursor: Mapping[str, Any] | None = None, keep: int = 2) -> Path:
         """Write a checkpoint of this version into the run, keep the last `keep`, and return its folder.

@@ -88,6 +88,14 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
         ([CHECKPOINT], "exactly one"),
         (["tiny.words=['Left']"], "tiny.words"),
         (["learner.algorithm.entropy_bonus=0.1"], "skip_zero_advantage"),
+        (
+            ["learner.optim.schedule=linear", "learner.optim.warmup_steps=4"],
+            "learner.optim.warmup_steps or train longer",
+        ),
+        (
+            ["learner.imitation.optim.schedule=cosine", "learner.imitation.optim.warmup_steps=48"],
+            "lower learner.imitation.optim.warmup_steps or",
+        ),
     ],
 )
 def test_contradictions_are_refused(overrides: list[str], named: str) -> None:
