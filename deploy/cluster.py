@@ -174,9 +174,10 @@ class RayRing:
 
     async def close(self) -> None:
         """Let the engines stop their processes and the ledger close, then end the actors."""
-        for waiting in (*self._starts, *self._runs):
+        pending: list[asyncio.Future[Any]] = [*self._starts, *self._runs]
+        for waiting in pending:
             waiting.cancel()
-        await asyncio.gather(*self._starts, *self._runs, return_exceptions=True)
+        await asyncio.gather(*pending, return_exceptions=True)
         # A start that failed on its way has made only some of them.
         closable = [actor for actor in (*self._workers.values(), self._exchange) if actor is not None]
         if closable:
