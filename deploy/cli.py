@@ -41,12 +41,16 @@ class Memory(StrEnum):
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.OPTION=VALUE]...", help="Change the recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.OPTION=VALUE]...", help="Change the recipe.")
+]
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A .toml file, or the name of a recipe that ships with Manta.")] = "",
+    recipe: Annotated[
+        str, typer.Argument(help="A .toml file, or the name of a recipe that ships with Manta.")
+    ] = "",
     overrides: Overrides = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     runs: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
@@ -55,7 +59,6 @@ def train(
     """Train from a recipe, or go on with a run.
 
     Examples:
-
     manta train frozen_lake
 
     manta train my_recipe.toml steps=20 learner.optim.learning_rate=3e-4 rollout.workers=2
@@ -66,7 +69,9 @@ def train(
 
     if resume is not None:
         if recipe:
-            raise ConfigError("--resume goes on with a run as it was configured; leave the recipe and overrides away")
+            raise ConfigError(
+                "--resume goes on with a run as it was configured; leave the recipe and overrides away"
+            )
         config, folder = run_folder.open_existing(resume), resume
     elif recipe:
         config = load_config(recipe, overrides or ())
@@ -79,10 +84,14 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A run folder, one of its checkpoints, or a Hugging Face folder or id.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A run folder, one of its checkpoints, or a Hugging Face folder or id.")
+    ],
     env: Annotated[str, typer.Option(help="Environment id.")],
     seeds: Annotated[str, typer.Option(help="Seeds A:B, B excluded.")] = "0:256",
-    option: Annotated[list[str] | None, typer.Option(help="Environment option NAME=VALUE; may be repeated.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Environment option NAME=VALUE; may be repeated.")
+    ] = None,
     context_tokens: Annotated[int | None, typer.Option(help="Context length of the engine.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens an agent may sample a turn.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
@@ -95,7 +104,6 @@ def evaluate(
     What is not said is as in the run the checkpoint belongs to.
 
     Example:
-
     manta eval runs/frozen_lake-20260101-120000 --env frozen_lake --seeds 0:256
     """
     from deploy.evaluate import Conditions, conditions_of, evaluate_checkpoint, parse_options, parse_seeds
@@ -116,16 +124,19 @@ def _given(**values: object) -> dict[str, object]:
 
 @app.command()
 def submit(
-    recipe: Annotated[str, typer.Argument(help="A .toml file, or the name of a recipe that ships with Manta.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A .toml file, or the name of a recipe that ships with Manta.")
+    ],
     overrides: Overrides = None,
     address: Annotated[str, typer.Option(help="The cluster's dashboard.")] = "http://127.0.0.1:8265",
-    runs: Annotated[Path, typer.Option(help="Where run folders are made, as the cluster sees it.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option(help="Where run folders are made, as the cluster sees it.")] = Path(
+        "runs"
+    ),
     wait: Annotated[bool, typer.Option(help="Follow the job and exit as it does.")] = True,
 ) -> None:
     """Submit a training run to a Ray cluster as a job.
 
     Example:
-
     manta submit frozen_lake rollout.workers=8 --address http://cluster:8265 --runs /shared/runs
     """
     from deploy.submit import follow, succeeded
@@ -146,7 +157,6 @@ def doctor() -> None:
     """Show versions, cores and memory, and what is missing.
 
     Example:
-
     manta doctor
     """
     from deploy.doctor import diagnose, show
@@ -184,12 +194,16 @@ def _drive(config: RunConfig, folder: Path, resume: bool, local: bool) -> None:
         with Progress(config.steps, f"{config.name}  {folder}", console) as progress:
             summary = asyncio.run(Training(config, ring, progress).run(resume))
     except KeyboardInterrupt:
-        errors.print(f"stopped; go on with: manta train --resume {shlex.quote(str(folder))}{' --local' * local}")
+        errors.print(
+            f"stopped; go on with: manta train --resume {shlex.quote(str(folder))}{' --local' * local}"
+        )
         raise typer.Exit(INTERRUPTED) from None
     for when in ("before", "after"):
         if summary[f"success_{when}"] is not None:
             low, high = summary[f"success_{when}_interval"]
-            console.print(f"success {when:6} {summary[f'success_{when}']:.3f}  (95% interval {low:.3f} to {high:.3f})")
+            console.print(
+                f"success {when:6} {summary[f'success_{when}']:.3f}  (95% interval {low:.3f} to {high:.3f})"
+            )
     console.print(f"report         {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -58,7 +58,11 @@ def require_capacity(config: RunConfig) -> None:
     deadline = time.monotonic() + config.cluster.capacity_seconds
     while True:
         held = ray.cluster_resources()
-        missing = {name: amount - held.get(name, 0.0) for name, amount in wanted.items() if amount > held.get(name, 0.0)}
+        missing = {
+            name: amount - held.get(name, 0.0)
+            for name, amount in wanted.items()
+            if amount > held.get(name, 0.0)
+        }
         if not missing:
             return
         if time.monotonic() > deadline or _fixed_size():
@@ -90,7 +94,9 @@ def learner_gpus(config: RunConfig) -> float:
 class RayRing:
     """Every part of a run as an actor; the methods are those of `deploy.ring.Ring`."""
 
-    def __init__(self, config: RunConfig, run_folder: Path, engine_factory: EngineFactory = vllm_engine) -> None:
+    def __init__(
+        self, config: RunConfig, run_folder: Path, engine_factory: EngineFactory = vllm_engine
+    ) -> None:
         self.run_folder = run_folder.resolve()
         self._config = config
         self._engine_factory = engine_factory
@@ -152,7 +158,9 @@ class RayRing:
         return [row for share in played for row in share]
 
     def begin_rollouts(self) -> None:
-        self._runs = [asyncio.ensure_future(_awaited(worker.run.remote())) for worker in self._workers.values()]
+        self._runs = [
+            asyncio.ensure_future(_awaited(worker.run.remote())) for worker in self._workers.values()
+        ]
 
     async def step(self) -> Row:
         # The learner itself waits step_seconds for its groups and says what is missing; this limit is for the learner.
@@ -181,7 +189,9 @@ class RayRing:
         # A start that failed on its way has made only some of them.
         closable = [actor for actor in (*self._workers.values(), self._exchange) if actor is not None]
         if closable:
-            closing = asyncio.gather(*(_awaited(actor.close.remote()) for actor in closable), return_exceptions=True)
+            closing = asyncio.gather(
+                *(_awaited(actor.close.remote()) for actor in closable), return_exceptions=True
+            )
             await asyncio.wait([closing], timeout=CLOSE_SECONDS)
         for actor in (*closable, *([self._learner] if self._learner is not None else [])):
             ray.kill(actor)
@@ -193,11 +203,13 @@ class RayRing:
     async def _within(self, what: str, pending: Any, limit: float | None = None) -> Any:
         limit = limit or self._config.cluster.start_seconds
         answer: asyncio.Future[Any] = asyncio.ensure_future(_awaited(pending))
-        done, _ = await asyncio.wait({answer}, timeout=limit)
-        if not done:
-            answer.cancel()
-            raise TimeoutError(f"{what} did not answer within {limit:g} s")
-        return answer.result()  # a TimeoutError of its own says more than ours would
+        try:
+            done, _ = await asyncio.wait({answer}, timeout=limit)
+            if not done:
+                raise TimeoutError(f"{what} did not answer within {limit:g} s")
+            return answer.result()  # a TimeoutError of its own says more than ours would
+        finally:
+            answer.cancel()  # whoever no longer waits (Ctrl-C) does not leave it running
 
 
 def _actor(cls: type, **options: Any) -> Any:
@@ -208,7 +220,9 @@ async def _awaited(reference: Any) -> Any:
     return await reference
 
 
-async def _worker(config: RunConfig, path: str, engine_factory: EngineFactory, name: str, exchange: Any) -> Any:
+async def _worker(
+    config: RunConfig, path: str, engine_factory: EngineFactory, name: str, exchange: Any
+) -> Any:
     return await build_worker(config, name, exchange, path, engine_factory)
 
 

@@ -45,7 +45,9 @@ class TinySettings(Settings):
     layers: int = Field(4, gt=0)
     width: int = Field(128, gt=0, description="hidden size")
     heads: int = Field(4, gt=0)
-    head_width: int = Field(32, gt=0, multiple_of=32, description="of each head; vLLM on CPUs wants multiples of 32")
+    head_width: int = Field(
+        32, gt=0, multiple_of=32, description="of each head; vLLM on CPUs wants multiples of 32"
+    )
     mlp: int = Field(384, gt=0, description="width of the feed-forward layers")
     tie: bool = Field(True, description="share input and output embeddings")
     words: tuple[Word, ...] = Field((), description="lower-case words that are one token each")
@@ -64,7 +66,9 @@ class EvaluationSettings(Settings):
     tasks: int = Field(256, ge=0, description="tasks with distinct first observations; 0: do not evaluate")
     seconds: float = Field(1800.0, gt=0, description="limit for one evaluation")
     first_seed: int = Field(0, ge=0, description="seeds are tried from here on")
-    options: dict[str, Any] = Field(default_factory=dict, description="environment options that differ from training")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="environment options that differ from training"
+    )
 
 
 class WarmStartSettings(Settings):
@@ -85,11 +89,17 @@ class ClusterSettings(Settings):
     """How Ray is reached and how long anything may take."""
 
     address: str = Field("", description="Ray cluster to join; empty: start a local one")
-    learner_cpus: float = Field(1.0, ge=0, description="CPUs the learner claims; it claims a GPU where it trains on one")
-    dashboard_port: int = Field(0, ge=0, le=65535, description="port of a local Ray's dashboard; 0: no dashboard")
+    learner_cpus: float = Field(
+        1.0, ge=0, description="CPUs the learner claims; it claims a GPU where it trains on one"
+    )
+    dashboard_port: int = Field(
+        0, ge=0, le=65535, description="port of a local Ray's dashboard; 0: no dashboard"
+    )
     start_seconds: float = Field(300.0, gt=0, description="limit for starting engines and the learner")
     step_seconds: float = Field(
-        600.0, gt=0, description="limit for a step's groups to come together, and as long again for the step itself"
+        600.0,
+        gt=0,
+        description="limit for a step's groups to come together, and as long again for the step itself",
     )
     capacity_seconds: float = Field(30.0, gt=0, description="how long to wait for missing cluster resources")
 
@@ -97,7 +107,9 @@ class ClusterSettings(Settings):
 class WeightSyncSettings(Settings):
     """How new weights travel."""
 
-    transfer: Literal["object_store", "nccl", "ipc"] = Field("object_store", description="nccl and ipc need GPUs")
+    transfer: Literal["object_store", "nccl", "ipc"] = Field(
+        "object_store", description="nccl and ipc need GPUs"
+    )
     sync_seconds: float = Field(120.0, gt=0, description="limit for one engine to load one version")
 
 
@@ -107,7 +119,9 @@ class RunConfig(Settings):
     name: str = Field("run", description="first part of the run folder's name")
     seed: int = Field(0, ge=0)
     steps: int = Field(gt=0, description="learner steps, each one weight version")
-    tiny: TinySettings | None = Field(None, description="build a tiny model instead of loading learner.model.path")
+    tiny: TinySettings | None = Field(
+        None, description="build a tiny model instead of loading learner.model.path"
+    )
     env: EnvSettings
     agent: AgentSettings = Field(default_factory=AgentSettings)
     sampling: Sampling = Field(default_factory=Sampling)
@@ -124,7 +138,9 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if bool(self.learner.model.path) == (self.tiny is not None):
-            raise ValueError("give exactly one of learner.model.path (a checkpoint) and the section tiny (one is built)")
+            raise ValueError(
+                "give exactly one of learner.model.path (a checkpoint) and the section tiny (one is built)"
+            )
         if self.rollout.group_size < 2:
             raise ValueError(
                 "rollout.group_size=1 leaves GRPO without a baseline: an advantage is a reward compared with its "
@@ -261,7 +277,11 @@ def _explain(fault: Any) -> str:
     if fault["type"] == "missing":
         return f"option {where} is missing"
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{where}: {message} (got {fault['input']!r})" if where and not isinstance(fault["input"], dict) else message
+    return (
+        f"{where}: {message} (got {fault['input']!r})"
+        if where and not isinstance(fault["input"], dict)
+        else message
+    )
 
 
 def option_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

@@ -43,7 +43,9 @@ class Evaluation:
         if not sound:
             raise RuntimeError(f"all {len(rows)} evaluation episodes failed; the last: {rows[-1].error}")
         successes = sum(bool(row.success) for row in sound)
-        return cls(successes, len(sound), sum(row.reward for row in sound) / len(sound), len(rows) - len(sound))
+        return cls(
+            successes, len(sound), sum(row.reward for row in sound) / len(sound), len(rows) - len(sound)
+        )
 
     @property
     def success(self) -> float:
@@ -85,7 +87,8 @@ class Conditions(BaseModel):
 
 def conditions_of(checkpoint: str, env_id: str) -> Conditions:
     """The conditions of the run a checkpoint belongs to (its environment options only for the same environment), or the
-    defaults where it belongs to none."""
+    defaults where it belongs to none.
+    """
     folder = Path(checkpoint).resolve()
     for candidate in (folder, *folder.parents[:3]):
         if (candidate / run_folder.CONFIG_FILE).is_file() and (candidate / "ledger.sqlite").is_file():
@@ -103,8 +106,9 @@ def conditions_of(checkpoint: str, env_id: str) -> Conditions:
 
 
 def evaluate_checkpoint(checkpoint: str, env_id: str, seeds: range, conditions: Conditions) -> Evaluation:
-    """Play one episode a seed with the real vLLM. `checkpoint`: a run folder (its newest checkpoint is meant), one of its
-    checkpoints, or any Hugging Face folder or id."""
+    """Play one episode a seed with the real vLLM. `checkpoint`: a run folder (its newest checkpoint), one of its
+    checkpoints, or any Hugging Face folder or id.
+    """
     path = resolve_checkpoint(checkpoint)
     check_model(path)
     check_context(path, conditions.context_tokens)

@@ -60,15 +60,21 @@ class LocalPublisher:
 class LocalRing:
     """Every part of a run as plain objects of this process."""
 
-    def __init__(self, config: RunConfig, run_folder: Path, engine_factory: EngineFactory = vllm_engine) -> None:
+    def __init__(
+        self, config: RunConfig, run_folder: Path, engine_factory: EngineFactory = vllm_engine
+    ) -> None:
         if config.weights.transfer != "object_store":
-            raise ConfigError(f"weights.transfer={config.weights.transfer!r} runs between actors: leave --local away")
+            raise ConfigError(
+                f"weights.transfer={config.weights.transfer!r} runs between actors: leave --local away"
+            )
         self.run_folder = run_folder
         self._config = config
         self._engine_factory = engine_factory
         self._workers: list[RolloutWorker] = []
         self._runs: list[asyncio.Task[None]] = []
-        self._started = AsyncExitStack()  # what close() stops, the youngest first: start() may fail on its way
+        self._started = (
+            AsyncExitStack()
+        )  # what close() stops, the youngest first: start() may fail on its way
 
     async def start(self, resume: bool) -> int:
         config = self._config
@@ -76,7 +82,9 @@ class LocalRing:
         self._exchange = build_exchange(config, self.run_folder)
         self._started.push_async_callback(self._exchange.close)
         for index in range(config.rollout.workers):
-            worker = await build_worker(config, f"rollout-{index}", self._exchange, path, self._engine_factory)
+            worker = await build_worker(
+                config, f"rollout-{index}", self._exchange, path, self._engine_factory
+            )
             self._started.push_async_callback(worker.engine.close)
             self._started.callback(worker.close)
             self._workers.append(worker)

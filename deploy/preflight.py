@@ -46,7 +46,9 @@ def check_model(path: str) -> None:
         return  # a hub id: transformers resolves it, and says so when it cannot
     for needed, what in (("config.json", "configuration"), ("tokenizer_config.json", "tokenizer")):
         if not (folder / needed).is_file():
-            raise ConfigError(f"model {path}: no {what} ({needed} is missing); is it a Hugging Face checkpoint?")
+            raise ConfigError(
+                f"model {path}: no {what} ({needed} is missing); is it a Hugging Face checkpoint?"
+            )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ConfigError(f"model {path}: no weights (*.safetensors) in it")
@@ -70,7 +72,7 @@ def check_prompt(config: RunConfig, observation: Observation) -> None:
     if prompt + 1 > config.rollout.context_tokens:
         raise ConfigError(
             f"the first prompt of {config.env.id} has {prompt} tokens, which does not fit into "
-            f"rollout.context_tokens={config.rollout.context_tokens}; raise it or shorten the environment's instructions"
+            f"rollout.context_tokens={config.rollout.context_tokens}; raise it or shorten the environment's text"
         )
 
 
@@ -81,7 +83,9 @@ def check_port(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise ConfigError(f"cluster.dashboard_port={port} is in use on this machine; choose another or 0") from error
+            raise ConfigError(
+                f"cluster.dashboard_port={port} is in use on this machine; choose another or 0"
+            ) from error
 
 
 def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:

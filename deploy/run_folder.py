@@ -1,9 +1,9 @@
 """A run's folder: where everything a run leaves lies, and how a stopped run is found again.
 
-    RUN/config.json       the resolved configuration         RUN/ledger.sqlite   every group and episode, with its fate
-    RUN/base/             the tiny base model, if one was built  RUN/groups/     stored rows, Arrow IPC streams
-    RUN/checkpoints/      the learner's states               RUN/evaluations/    rows of the evaluations
-    RUN/metrics.jsonl     one row a step                     RUN/summary.json, RUN/report.html   at the end
+RUN/config.json       the resolved configuration         RUN/ledger.sqlite   every group and episode, with its fate
+RUN/base/             the tiny base model, if one was built  RUN/groups/     stored rows, Arrow IPC streams
+RUN/checkpoints/      the learner's states               RUN/evaluations/    rows of the evaluations
+RUN/metrics.jsonl     one row a step                     RUN/summary.json, RUN/report.html   at the end
 """
 
 from __future__ import annotations
@@ -40,5 +40,7 @@ def open_existing(folder: Path) -> RunConfig:
     try:
         tree = json.loads(stored.read_text())
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{stored}: broken file ({error}); a run cannot go on without its configuration") from error
+        raise ConfigError(
+            f"{stored}: broken file ({error}); a run cannot go on without its configuration"
+        ) from error
     return parse(tree, str(stored))

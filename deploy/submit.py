@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 RECIPE_FILE = "recipe.toml"
 
 
-def submit(recipe: str, overrides: Sequence[str], address: str, runs: Path) -> tuple[JobSubmissionClient, str]:
+def submit(
+    recipe: str, overrides: Sequence[str], address: str, runs: Path
+) -> tuple[JobSubmissionClient, str]:
     """Check the recipe here, then submit `manta train` of it; returns the client and the job's id.
 
     Only the recipe's text travels: Manta itself is part of the cluster's image, as vLLM is. `runs` is a path of the
@@ -47,7 +49,9 @@ def _client(address: str) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(address)
     except ConnectionError as error:
-        raise ConfigError(f"no Ray cluster answers at {address}: is its dashboard (port 8265) reachable?") from error
+        raise ConfigError(
+            f"no Ray cluster answers at {address}: is its dashboard (port 8265) reachable?"
+        ) from error
     except AuthenticationError as error:
         raise ConfigError(
             f"the Ray cluster at {address} wants a token: put it into RAY_AUTH_TOKEN or {token_file}"

@@ -1,6 +1,6 @@
 """The driver of a run: phases in order, numbers out. It holds no payload and knows no hosting (see ring.py).
 
-    start -> warm start -> version 0 to the engines -> evaluate -> steps, checkpoints -> evaluate -> report
+start -> warm start -> version 0 to the engines -> evaluate -> steps, checkpoints -> evaluate -> report
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ class ObjectStorePublisher:
     async def publish(self, snapshot: Snapshot) -> Sequence[SyncReport]:
         handle, _keep_alive = await asyncio.to_thread(put_object, snapshot.arrays)
         update = WeightUpdate(snapshot.manifest, handle)
-        return await asyncio.gather(*(self._sync(name, engine, update) for name, engine in self._engines.items()))
+        return await asyncio.gather(
+            *(self._sync(name, engine, update) for name, engine in self._engines.items())
+        )
 
     async def _sync(self, name: str, engine: Any, update: WeightUpdate) -> SyncReport:
         try:
@@ -56,7 +58,9 @@ class LearnerActor:
         self._learner = build()
         source = RemoteExchange(exchange)
         publisher = make_publisher(self._learner)
-        self._loop = LearnerLoop(self._learner, source, publisher, engine_dtype, take_seconds, keep_checkpoints)
+        self._loop = LearnerLoop(
+            self._learner, source, publisher, engine_dtype, take_seconds, keep_checkpoints
+        )
 
     async def start(self, run_folder: Path, resume: bool) -> tuple[str, int]:
         """Load the newest checkpoint when resuming; returns the host and the version the learner stands at."""

@@ -65,15 +65,19 @@ class LearnerLoop:
         await self._source.release(self.version)
         ended = time.perf_counter()
         train_s = trained - taken
-        return row | published | {
-            "step": self.version,
-            "version": self.version,
-            "wait_s": taken - began,
-            "train_s": train_s,
-            "publish_s": ended - trained,
-            "step_s": ended - began,
-            "learner_tokens_per_s": row["tokens_trained"] / train_s,
-        }
+        return (
+            row
+            | published
+            | {
+                "step": self.version,
+                "version": self.version,
+                "wait_s": taken - began,
+                "train_s": train_s,
+                "publish_s": ended - trained,
+                "step_s": ended - began,
+                "learner_tokens_per_s": row["tokens_trained"] / train_s,
+            }
+        )
 
     async def publish(self) -> Row:
         """Bring the current version to every engine; returns when all have proved that they hold it."""

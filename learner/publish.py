@@ -31,7 +31,9 @@ class Snapshot:
 class Publisher(Protocol):
     """Brings a snapshot to every engine and returns when all of them have proved that they hold it."""
 
-    needs_bytes: bool  # False: sends the live parameters itself, and copies on the host would be made for nothing
+    needs_bytes: (
+        bool  # False: sends the live parameters itself, and copies on the host would be made for nothing
+    )
 
     async def publish(self, snapshot: Snapshot) -> Sequence[SyncReport]: ...
 

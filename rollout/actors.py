@@ -77,7 +77,9 @@ class RolloutActor:
     def _vllm(self) -> VllmEngine:
         engine = self._started().engine
         if not isinstance(engine, VllmEngine):
-            raise RuntimeError(f"rollout worker {self._name} has no vLLM engine: use weights.transfer='object_store'")
+            raise RuntimeError(
+                f"rollout worker {self._name} has no vLLM engine: use weights.transfer='object_store'"
+            )
         return engine
 
 

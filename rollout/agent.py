@@ -70,7 +70,9 @@ class AgentSettings(BaseModel):
         description="what a turn sees: the whole conversation, or the last observation alone (for environments whose "
         "observation says everything); then every turn is a segment of its own",
     )
-    min_new_tokens: int = Field(1, gt=0, description="with room for fewer tokens the episode ends: context overflow")
+    min_new_tokens: int = Field(
+        1, gt=0, description="with room for fewer tokens the episode ends: context overflow"
+    )
 
 
 class Agent:

@@ -29,13 +29,19 @@ class VllmSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="compute type of the engine")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="compute type of the engine"
+    )
     max_num_seqs: int = Field(256, gt=0, description="requests decoded together")
     tensor_parallel_size: int = Field(1, gt=0, description="GPUs one engine spans")
-    memory_fraction: float = Field(0.85, gt=0, le=1, description="share of a GPU's memory the engine may take")
+    memory_fraction: float = Field(
+        0.85, gt=0, le=1, description="share of a GPU's memory the engine may take"
+    )
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of an engine on CPU, GiB")
     threads: int = Field(1, gt=0, description="compute threads of an engine on CPU")
-    enforce_eager: bool = Field(True, description="run without graph capture: starts faster, decodes slower on GPUs")
+    enforce_eager: bool = Field(
+        True, description="run without graph capture: starts faster, decodes slower on GPUs"
+    )
     seeded: bool = Field(False, description="give every request its own seed (reproducible, slower sampling)")
 
 
@@ -83,7 +89,9 @@ def start_llm(model: str, context_tokens: int, settings: VllmSettings, on_gpu: b
 class VllmEngine:
     """One vLLM instance. `version` is -1 until the first sync: what the model's folder holds is nobody's version."""
 
-    def __init__(self, llm: Any, name: str, stop_token_ids: Sequence[int], weight_names: Sequence[str], seeded: bool):
+    def __init__(
+        self, llm: Any, name: str, stop_token_ids: Sequence[int], weight_names: Sequence[str], seeded: bool
+    ):
         self.version = -1
         self.name = name
         self._llm = llm
@@ -119,7 +127,9 @@ class VllmEngine:
         if completion.finish_reason not in ("stop", "length") or completion.weight_versions is None:
             raise EngineFailed(f"{self.name}: a request ended with {completion.finish_reason!r}")
         token_ids = np.asarray(completion.token_ids, dtype=np.int32)
-        chosen = [rank[token].logprob for rank, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+        chosen = [
+            rank[token].logprob for rank, token in zip(completion.logprobs, completion.token_ids, strict=True)
+        ]
         versions = np.empty(len(token_ids), dtype=np.int32)
         for span in completion.weight_versions:
             versions[span.start : span.end] = int(span.version)
@@ -197,12 +207,12 @@ class VllmEngine:
 
     async def _finished(self, token_ids: Sequence[int], params: Any) -> Any:
         prompt = {"prompt_token_ids": list(token_ids), "cache_salt": str(self.version)}
-        output = None
-        async for output in self._llm.generate(prompt, params, f"{self.name}-{next(self._request_ids)}"):
-            pass
-        if output is None:
+        outputs = [
+            out async for out in self._llm.generate(prompt, params, f"{self.name}-{next(self._request_ids)}")
+        ]
+        if not outputs:
             raise EngineFailed(f"{self.name}: vLLM gave no output for a request of {len(token_ids)} tokens")
-        return output
+        return outputs[-1]
 
     def _sampling_params(self, sampling: Sampling) -> Any:
         if self._seeded and sampling.seed is not None:

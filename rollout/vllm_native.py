@@ -94,7 +94,9 @@ class EngineCalls:
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         def join(position: int, worker: Any) -> Any:
             own = dict(init_info)
-            if "rank_offset" in own:  # each engine counts its ranks from 0; together they follow the learner's 0
+            if (
+                "rank_offset" in own
+            ):  # each engine counts its ranks from 0; together they follow the learner's 0
                 own["rank_offset"] += position * self._gpus_per_engine
             return worker.open_transfer.remote(own)
 
@@ -111,7 +113,9 @@ class EngineCalls:
         self.round.reports = self._all("prove", lambda _, worker: worker.finish_update.remote(manifest))
 
     def _all(self, doing: str, call: Callable[[int, Any], Any]) -> list[Any]:
-        return asyncio.run_coroutine_threadsafe(self._answers(self.round, doing, call), self.round.loop).result()
+        return asyncio.run_coroutine_threadsafe(
+            self._answers(self.round, doing, call), self.round.loop
+        ).result()
 
     async def _answers(self, current: Round, doing: str, call: Callable[[int, Any], Any]) -> list[Any]:
         if current.over.is_set():

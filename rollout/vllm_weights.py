@@ -50,7 +50,7 @@ def as_torch(spec: TensorSpec, array: ByteArray) -> torch.Tensor:
 
 
 class HandleTransfer(WeightTransferEngine[_Init, _Update]):
-    """Loads each version from its handle through vLLM's layerwise reload, which redoes what loading did to the layout."""
+    """Loads a version from its handle by vLLM's layerwise reload, which redoes what loading did to the layout."""
 
     init_info_cls = _Init
     update_info_cls = _Update

@@ -54,14 +54,16 @@ class Probe:
     logprobs: tuple[float, ...]
     tolerance: float
 
-    def check(self, engine: str, version: int, logprobs: Sequence[float] | NDArray[np.floating[Any]]) -> float:
+    def check(
+        self, engine: str, version: int, logprobs: Sequence[float] | NDArray[np.floating[Any]]
+    ) -> float:
         """Return the mean absolute difference to the learner's logprobs, or raise `WeightMismatch` beyond tolerance."""
         difference = float(np.abs(np.asarray(logprobs) - np.asarray(self.logprobs)).mean())
         # written so that NaN fails too
         if not difference <= self.tolerance:
             raise WeightMismatch(
                 f"{engine}: after the sync to version {version} the probe's logprobs differ from the learner's by "
-                f"{difference:.3g} nats on average (allowed {self.tolerance:.3g}); the engine computes with other weights"
+                f"{difference:.3g} nats on average (allowed {self.tolerance:.3g}); it computes with other weights"
             )
         return difference
 
@@ -83,7 +85,9 @@ class WeightManifest:
         published = {spec.name for spec in self.tensors}
         wanted = set(expected)
         if missing := sorted(wanted - published):
-            raise WeightMismatch(f"{engine}: version {self.version} lacks tensor {missing[0]} ({len(missing)} missing)")
+            raise WeightMismatch(
+                f"{engine}: version {self.version} lacks tensor {missing[0]} ({len(missing)} missing)"
+            )
         if unknown := sorted(published - wanted):
             raise WeightMismatch(f"{engine}: version {self.version} brings unknown tensor {unknown[0]}")
 
@@ -123,7 +127,9 @@ class WeightUpdate:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> WeightUpdate:
         manifest, probe = plain["manifest"], plain["manifest"]["probe"]
-        specs = tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"]), t["checksum"]) for t in manifest["tensors"])
+        specs = tuple(
+            TensorSpec(t["name"], t["dtype"], tuple(t["shape"]), t["checksum"]) for t in manifest["tensors"]
+        )
         checked = Probe(tuple(probe["token_ids"]), tuple(probe["logprobs"]), probe["tolerance"])
         return cls(WeightManifest(manifest["version"], specs, checked), Handle(**plain["handle"]))
 
@@ -136,7 +142,9 @@ class WeightUpdate:
         arrays = self.handle.open([spec.nbytes for spec in specs])
         for position, spec in enumerate(specs):
             if position >= len(arrays):
-                raise WeightMismatch(f"version {self.version}: tensor {spec.name} is missing from the payload")
+                raise WeightMismatch(
+                    f"version {self.version}: tensor {spec.name} is missing from the payload"
+                )
             if arrays[position].nbytes != spec.nbytes:
                 raise WeightMismatch(
                     f"version {self.version}: tensor {spec.name} has {arrays[position].nbytes} bytes, not {spec.nbytes}"
@@ -147,7 +155,9 @@ class WeightUpdate:
         """Compare every tensor's bytes with its checksum; WeightMismatch names the first that differs."""
         for spec, array in self.tensors():
             if checksum(array) != spec.checksum:
-                raise WeightMismatch(f"version {self.version}: tensor {spec.name} arrived with another checksum")
+                raise WeightMismatch(
+                    f"version {self.version}: tensor {spec.name} arrived with another checksum"
+                )
 
 
 @dataclass(frozen=True, slots=True)

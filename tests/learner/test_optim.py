@@ -59,6 +59,9 @@ def test_schedules_rise_hold_and_fall() -> None:
 
 def test_a_schedule_without_an_end_is_refused() -> None:
     parameters = [nn.Parameter(torch.ones(1))]
-    for settings, end in ((OptimSettings(schedule="cosine"), None), (OptimSettings(schedule="linear", warmup_steps=5), 5)):
+    for settings, end in (
+        (OptimSettings(schedule="cosine"), None),
+        (OptimSettings(schedule="linear", warmup_steps=5), 5),
+    ):
         with pytest.raises(ValueError, match="there must be steps between"):
             Optimizer(parameters, settings, end)

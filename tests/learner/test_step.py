@@ -52,9 +52,7 @@ def test_gradients_are_those_of_a_dense_padded_loss(policy: Policy, sequences: l
     total = sum(s.num_sampled for s in sequences)
     for s in sequences:
         ids_T = torch.from_numpy(s.token_ids_T).long()
-        logprobs_TV = (
-            policy.model(ids_T[None], use_cache=False).logits[0] / TEMPERATURE
-        ).log_softmax(-1)
+        logprobs_TV = (policy.model(ids_T[None], use_cache=False).logits[0] / TEMPERATURE).log_softmax(-1)
         logprobs_T = logprobs_TV[:-1].gather(1, ids_T[1:, None])[:, 0]
         behavior_T, advantages_T = (torch.from_numpy(a[1:]) for a in (s.behavior_logprobs_T, s.advantages_T))
         loss_T, _ = policy_loss(logprobs_T, behavior_T, behavior_T, advantages_T, 0.2, 0.28, 2.0)

@@ -89,7 +89,11 @@ def agent_of(chat: Chat) -> Callable[..., Agent]:
         engine: Engine, max_tokens: int = 8, context_tokens: int = 512, min_new_tokens: int = 1
     ) -> Agent:
         return Agent(
-            engine, chat, Sampling(max_tokens=max_tokens), context_tokens, AgentSettings(min_new_tokens=min_new_tokens)
+            engine,
+            chat,
+            Sampling(max_tokens=max_tokens),
+            context_tokens,
+            AgentSettings(min_new_tokens=min_new_tokens),
         )
 
     return make

@@ -28,7 +28,9 @@ class Rig:
 
     def __init__(self, folder: Path, tie: bool) -> None:
         tokenizer = build_tokenizer(folder / "model", ("left", "down", "right", "up"))
-        build_tiny(folder / "model", tokenizer, layers=2, width=64, heads=2, mlp=128, context=CONTEXT, tie=tie)
+        build_tiny(
+            folder / "model", tokenizer, layers=2, width=64, heads=2, mlp=128, context=CONTEXT, tie=tie
+        )
         self.folder = folder
         self.policy = Policy(ModelSettings(path=str(folder / "model")))
         self.stop = tokenizer.eos_token_id
@@ -52,7 +54,9 @@ class Rig:
         return WeightUpdate(snapshot.manifest, write_file(file, snapshot.arrays))
 
     def sync(self, version: int) -> float:
-        return self.loop.run_until_complete(self.engine.sync(self.update(self.snapshot(version)))).probe_difference
+        return self.loop.run_until_complete(
+            self.engine.sync(self.update(self.snapshot(version)))
+        ).probe_difference
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -79,7 +83,9 @@ def test_after_a_sync_the_engine_scores_as_the_learner_and_says_so(rig: Rig) -> 
 def test_sampled_logprobs_are_the_learners(rig: Rig) -> None:
     rig.sync(2)
     prompt = np.random.default_rng(2).integers(0, rig.policy.vocab_size, 20).tolist()
-    completion = rig.loop.run_until_complete(rig.engine.generate(prompt, Sampling(temperature=1.0, max_tokens=30)))
+    completion = rig.loop.run_until_complete(
+        rig.engine.generate(prompt, Sampling(temperature=1.0, max_tokens=30))
+    )
     ids = prompt + completion.token_ids.tolist()
     assert completion.finish_reason == ("stop" if ids[-1] == rig.stop else "length")
     assert (completion.versions == 2).all()

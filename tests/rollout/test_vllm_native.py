@@ -202,10 +202,15 @@ def make_rig(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> Callable[.
         llms, actors = {}, {}
         for name in ("rollout-0", "rollout-1"):
             llms[name] = FakeLlm(folders[1], wire)
-            names = [*checkpoint_names(str(folders[1])), *([extra_name] if name == "rollout-1" and extra_name else [])]
+            names = [
+                *checkpoint_names(str(folders[1])),
+                *([extra_name] if name == "rollout-1" and extra_name else []),
+            ]
             actors[name] = await _actor(name, VllmEngine(llms[name], name, [0], names, seeded=False))
         policy = Policy(ModelSettings(path=str(folders[0])))
-        publisher = NativePublisher(transfer, policy.named_weights, actors, 2, "learner-host", sync_seconds=100.0)
+        publisher = NativePublisher(
+            transfer, policy.named_weights, actors, 2, "learner-host", sync_seconds=100.0
+        )
         return Rig(policy, publisher, llms, wire)
 
     return make
@@ -230,7 +235,9 @@ def test_every_engine_ends_with_the_learners_weights_version_and_proof(
         for version in (0, 1):
             rig.perturb()
             reports = await rig.publish(version)
-            assert [(report.engine, report.version) for report in reports] == [(name, version) for name in rig.llms]
+            assert [(report.engine, report.version) for report in reports] == [
+                (name, version) for name in rig.llms
+            ]
             assert all(report.probe_difference < 1e-5 for report in reports)
             assert all(report.tensors == len(list(rig.policy.named_weights())) for report in reports)
         sync = [*SYNC[:2], *["update"] * parts, *SYNC[3:]]
