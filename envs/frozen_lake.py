@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from copy import copy
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -89,7 +91,8 @@ class FrozenLake(TextEnv):
         super().reset(seed=seed)
         drawn = self._draw(self.np_random)
         if drawn != self._drawn or self._lake is None:
-            self._lake = FrozenLakeEnv(desc=list(drawn), is_slippery=self._slippery)
+            # A copy has its own player and its own slips, and shares the table of moves, which nobody changes.
+            self._lake = copy(_fresh_lake(drawn, self._slippery))
             self._drawn = drawn
         self._turns = 0
         # The slips have a stream of their own, drawn after the map.
@@ -171,6 +174,12 @@ class Player:
     def _after(self, cell: Cell, move: Cell) -> int:
         target = (cell[0] + move[0], cell[1] + move[1])
         return int(self._distances[target]) if _at(self._map, target) not in (EDGE, "H") else -1
+
+
+@lru_cache(maxsize=1024)
+def _fresh_lake(drawn: Map, slippery: bool) -> FrozenLakeEnv:
+    """Gymnasium's environment of a map. To make one costs more than to play it, and siblings play the same map."""
+    return FrozenLakeEnv(desc=list(drawn), is_slippery=slippery)
 
 
 def held_out(drawn: Map) -> bool:

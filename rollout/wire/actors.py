@@ -104,6 +104,9 @@ def put_object(arrays: Sequence[ByteArray]) -> tuple[Handle, ray.ObjectRef]:
     reference = ray.put(list(arrays))
     cluster = ray.get_runtime_context().gcs_address
     packed = base64.b64encode(ray.cloudpickle.dumps(reference)).decode()
+    # Ray keeps for ever what is pickled outside of its own calls, which would be every version of a run. The caller's
+    # reference is the one that counts, so what Ray has just added is taken back.
+    ray._private.worker.global_worker.core_worker.remove_object_ref_reference(reference)
     return Handle("rollout.wire.actors:open_object", f"{cluster} {packed}"), reference
 
 
