@@ -115,4 +115,4 @@ def main() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(), indent=1))
+    print(json.dumps(main()))

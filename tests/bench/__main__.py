@@ -1,0 +1,152 @@
+"""All benchmarks, or those named: each in a process of its own, one after the other, and one table at the end.
+
+    python -m tests.bench [NAME ...] [--out FILE]
+
+What is compared is compared within one run, in turns, after a warm-up. The exit status is 1 when a bound was not met, 2
+when a benchmark did not run to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+BENCHMARKS = ("rollout", "learner", "overlap", "overlap_real", "sync", "transfer", "buffer")
+LIMIT_S = 300
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What one figure of a benchmark must keep."""
+
+    benchmark: str
+    figure: str
+    means: str
+    side: Literal["at least", "at most"]
+    value: float
+
+    def met(self, measured: float) -> bool:
+        return measured >= self.value if self.side == "at least" else measured <= self.value
+
+
+BOUNDS = (
+    Bound("rollout", "ratio", "tokens/s of a rollout worker, of those of bare vLLM", "at least", 0.85),
+    Bound("learner", "ratio", "tokens/s of the learner, of those of a bare loop", "at least", 0.90),
+    Bound("overlap", "ratio", "a step with both at work, of the longer part alone", "at most", 1.25),
+    Bound("sync", "stall_ms", "generation stands still for new weights, ms", "at most", 100),
+    Bound("transfer", "ratio", "weight bytes/s by object store, of a plain copy's", "at least", 0.5),
+    Bound("buffer", "memory_coded_gb_per_s", "rows in, through the buffer and out, GB/s", "at least", 1.0),
+    Bound("buffer", "resident_growth_mb", "memory grown over 100,000 groups, MB", "at most", 8),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one benchmark printed, and under which load of the machine (mean runnable processes of a minute)."""
+
+    benchmark: str
+    seconds: float
+    load_before: float
+    load_after: float
+    figures: dict[str, float]
+    error: str = ""
+
+
+def run(name: str) -> Outcome:
+    """One benchmark in a process of its own; its last line on standard output is JSON."""
+    command = [sys.executable, "-m", f"tests.bench.bench_{name}"]
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    began, load = time.perf_counter(), os.getloadavg()[0]
+    figures: dict[str, float] = {}
+    error = ""
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=True
+        )
+        figures = json.loads(done.stdout.strip().splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        error = f"took longer than {LIMIT_S} s"
+    except subprocess.CalledProcessError as failure:
+        error = failure.stderr.strip()[-2000:] or f"exit status {failure.returncode}"
+    return Outcome(name, round(time.perf_counter() - began, 1), load, os.getloadavg()[0], figures, error)
+
+
+def table(outcomes: Sequence[Outcome]) -> Table:
+    """One row a bound; a benchmark without bounds has one row of all its figures."""
+    shown = Table("benchmark", "what", "figure", "bound", "met", title="Manta's benchmarks")
+    for outcome in outcomes:
+        bounds = [bound for bound in BOUNDS if bound.benchmark == outcome.benchmark]
+        if outcome.error:
+            shown.add_row(outcome.benchmark, outcome.error.splitlines()[-1], "-", "-", "[red]did not run[/]")
+        elif not bounds:
+            listed = ", ".join(f"{figure} {value:g}" for figure, value in outcome.figures.items())
+            shown.add_row(outcome.benchmark, listed, "-", "-", "-")
+        for bound in [] if outcome.error else bounds:
+            measured = outcome.figures[bound.figure]
+            met = "[green]yes[/]" if bound.met(measured) else "[red]no[/]"
+            shown.add_row(
+                outcome.benchmark, bound.means, f"{measured:g}", f"{bound.side} {bound.value:g}", met
+            )
+    return shown
+
+
+def status(outcomes: Sequence[Outcome]) -> int:
+    """0: all ran and met their bounds."""
+    if any(outcome.error for outcome in outcomes):
+        return 2
+    figures = {outcome.benchmark: outcome.figures for outcome in outcomes}
+    bounds = [bound for bound in BOUNDS if bound.benchmark in figures]
+    return 0 if all(bound.met(figures[bound.benchmark][bound.figure]) for bound in bounds) else 1
+
+
+def report(outcomes: Sequence[Outcome]) -> dict[str, object]:
+    """Everything measured, for --out."""
+    bounds = [
+        asdict(bound)
+        | {"measured": outcome.figures[bound.figure], "met": bound.met(outcome.figures[bound.figure])}
+        for outcome in outcomes
+        for bound in BOUNDS
+        if bound.benchmark == outcome.benchmark and not outcome.error
+    ]
+    return {
+        "cores": os.cpu_count(),
+        "bounds": bounds,
+        "benchmarks": [asdict(outcome) for outcome in outcomes],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(BENCHMARKS)}; none: all")
+    parser.add_argument("--out", type=Path, help="write everything measured to this file, as JSON")
+    asked = parser.parse_args()
+    if unknown := sorted(set(asked.names) - set(BENCHMARKS)):
+        parser.error(f"no benchmark {unknown[0]!r}; there are: {', '.join(BENCHMARKS)}")
+    outcomes: list[Outcome] = []
+    for name in asked.names or BENCHMARKS:
+        outcomes.append(run(name))
+        last = outcomes[-1]
+        print(
+            f"{name}: {last.seconds:g} s {last.error or json.dumps(last.figures)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if asked.out:
+            asked.out.write_text(json.dumps(report(outcomes), indent=1))
+    Console(width=None if sys.stdout.isatty() else 130).print(table(outcomes))
+    return status(outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

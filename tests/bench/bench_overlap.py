@@ -1,0 +1,204 @@
+"""Do rollout and learning overlap? Wall time of a step with both at work against the longer of the two alone.
+
+The actors are those of a run (exchange, learner, rollout worker, under Ray), and so are store, rows, object store and
+publishing. What they do is replaced by waiting: every request to the engine and every learner step sleeps for a fixed
+time, so that what is measured is the orchestration and not two parts fighting for the same cores. Every round plays the
+same number of groups three ways: rollout alone (a buffer with room for all of them), learner alone (that full buffer),
+and both at once one version apart, from which the first and last steps are left out. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from deploy.build import EngineFactory, build_worker, load_tokenizer, model_path
+from deploy.config import RunConfig
+from learner.actors import LearnerActor, ObjectStorePublisher
+from learner.learner import Learner
+from learner.model import ModelSettings, Policy
+from rollout.actors import RolloutActor
+from rollout.engine import Engine
+from rollout.scripted_engine import ScriptedEngine
+from rollout.tasks import TaskStream
+from rollout.wire.actors import ExchangeActor
+from rollout.wire.exchange import Exchange
+from rollout.wire.store import Store
+from rollout.wire.trajectory import Group
+from tests.bench.player import recipe
+
+ROUNDS, STEPS, EDGE = 5, 8, 2  # EDGE: steps at either end of an overlapped phase that are not steady
+GROUPS_PER_STEP, GROUP_SIZE, TURNS = 8, 4, 6
+LATENCY_S, STEP_S = 0.05, 0.3
+
+
+class RoundsExchange(ExchangeActor):
+    """An exchange that is made anew for every phase, so that the other actors can stay."""
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        self._folder, self._config, self._phases = folder, config, 0
+        super().__init__(partial(self._fresh, 1, 0))
+
+    async def renew(self, version: int, steps: int, max_lag: int) -> None:
+        """Begin a phase of that many steps, going on from `version`."""
+        await self._exchange.close()
+        self._exchange = self._fresh(version + steps, max_lag)
+        await self._exchange.recover(version)
+
+    def _fresh(self, total_steps: int, max_lag: int) -> Exchange:
+        self._phases += 1
+        config, folder = self._config, self._folder / f"phase-{self._phases}"
+        tasks = TaskStream(config.env.id, config.env.options, self._phases)
+        buffer = config.buffer.model_copy(update={"max_lag": max_lag})
+        return Exchange(Store(folder, tasks, buffer, total_steps))
+
+
+class SleepingLearner:
+    """A learner whose step is a wait. Its policy is real, for there must be something to publish."""
+
+    def __init__(self, path: str) -> None:
+        self.version = 0
+        self.policy = Policy(ModelSettings(path=path))
+
+    def step(self, groups: list[Group]) -> dict[str, float]:
+        time.sleep(STEP_S)
+        self.version += 1
+        return {"tokens_trained": sum(t.num_sampled for group in groups for t in group.trajectories)}
+
+
+async def sleeping_engine(config: RunConfig, name: str, path: str) -> Engine:
+    """Walks into the wall, a move a request, so that every episode has all its turns."""
+    del config
+    latency = partial(asyncio.sleep, LATENCY_S)
+    return ScriptedEngine(load_tokenizer(path), _left, latency=latency, name=name, record=False)
+
+
+def _left(prompt: str, rng: random.Random) -> str:
+    del prompt, rng
+    return "left"
+
+
+async def _build_worker(
+    config: RunConfig, path: str, factory: EngineFactory, name: str, exchange: Any
+) -> Any:
+    return await build_worker(config, name, exchange, path, factory)
+
+
+class Rig:
+    """The three actors of a run, and its phases."""
+
+    def __init__(
+        self, config: RunConfig, folder: Path, path: str, factory: EngineFactory, learner: Callable[[], Any]
+    ) -> None:
+        self._version = 0
+        self._per_step = config.buffer.groups_per_step
+        self._exchange = _actor(RoundsExchange).remote(folder, config)
+        build = partial(_build_worker, config, path, factory)
+        self._worker = _actor(RolloutActor).remote("rollout-0", self._exchange, build)
+        publisher = partial(_publisher, {"rollout-0": self._worker})
+        dtype = config.engine.dtype
+        self._learner = _actor(LearnerActor).remote(learner, self._exchange, publisher, dtype, 120.0, 1)
+
+    async def start(self) -> None:
+        await self._worker.start.remote()
+        await self._learner.publish.remote()
+
+    async def round(self) -> dict[str, float]:
+        """Seconds a step of each part alone, and of both together: steady, and over the whole phase."""
+        rollout, learner = await self._alone()
+        ends = await self._together()
+        steady = (ends[-1 - EDGE] - ends[EDGE]) / (len(ends) - 1 - 2 * EDGE)
+        return {"rollout": rollout, "learner": learner, "both": steady, "both_whole": ends[-1] / STEPS}
+
+    async def close(self) -> None:
+        await self._worker.close.remote()
+        await self._exchange.close.remote()
+
+    async def _alone(self) -> tuple[float, float]:
+        # With a lag of STEPS there is a slot for every group: the worker plays them all without a learner, and the
+        # learner then finds them all there.
+        await self._exchange.renew.remote(self._version, STEPS, STEPS)
+        rollout = await _timed(self._worker.run.remote())
+        learner = await _timed(self._learn(STEPS))
+        return rollout / STEPS, learner / STEPS
+
+    async def _together(self) -> list[float]:
+        """When each step ended, in seconds since the phase began; the first entry is its beginning."""
+        await self._exchange.renew.remote(self._version, STEPS, 1)
+        began = time.perf_counter()
+        playing = self._worker.run.remote()
+        ends = [0.0]
+        for _ in range(STEPS):
+            await self._learn(1)
+            ends.append(time.perf_counter() - began)
+        await playing
+        return ends
+
+    async def _learn(self, steps: int) -> None:
+        for _ in range(steps):
+            await self._learner.step.remote()
+            self._version += 1
+
+
+def _actor(cls: type) -> Any:
+    return ray.remote(cls).options(num_cpus=0)
+
+
+def _publisher(engines: dict[str, Any], learner: Learner) -> ObjectStorePublisher:
+    del learner
+    return ObjectStorePublisher(engines, 60.0)
+
+
+async def _timed(work: Awaitable[Any]) -> float:
+    began = time.perf_counter()
+    await work
+    return time.perf_counter() - began
+
+
+async def measure(rig: Rig, rounds: int) -> list[dict[str, float]]:
+    await rig.start()
+    await rig.round()  # warm-up
+    try:
+        return [await rig.round() for _ in range(rounds)]
+    finally:
+        await rig.close()
+
+
+def summary(rounds: list[dict[str, float]]) -> dict[str, float]:
+    def ratio(part: str) -> float:
+        return statistics.median(one[part] / max(one["rollout"], one["learner"]) for one in rounds)
+
+    parts = {f"{part}_s": round(statistics.median(one[part] for one in rounds), 3) for part in rounds[0]}
+    return {"ratio": round(ratio("both"), 3), "ratio_with_ends": round(ratio("both_whole"), 3)} | parts
+
+
+def main() -> dict[str, float]:
+    """Median of the rounds' ratios (target: at most 1.25), and the seconds a step it is made of."""
+    config = recipe(
+        f"buffer.groups_per_step={GROUPS_PER_STEP}",
+        f"rollout.concurrent_groups={GROUPS_PER_STEP}",
+        f"rollout.group_size={GROUP_SIZE}",
+        f"rollout.max_turns={TURNS}",
+    )
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            path = model_path(config, Path(name))
+            rig = Rig(config, Path(name), path, sleeping_engine, partial(SleepingLearner, path))
+            return summary(asyncio.run(measure(rig, ROUNDS)))
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))

@@ -1,0 +1,192 @@
+"""Rollout throughput: tokens per second through a whole worker against the same requests on a bare AsyncLLM.
+
+The worker plays FrozenLake as the main recipe does, through environments, chat, groups, Arrow rows and a store on disk.
+Every round's requests are then replayed on the very engine: the turns of an episode one after the other, the siblings
+of a group at once, as many groups at once, each request for the number of tokens it had. They go in as one would write
+them by hand, and once more in the form in which Manta hands them over, which spares vLLM a thread. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from deploy.build import load_tokenizer
+from deploy.config import RunConfig
+from rollout.agent import Agent
+from rollout.chat import Chat
+from rollout.pool import EnvironmentPool
+from rollout.tasks import TaskStream
+from rollout.vllm_engine import VllmEngine
+from rollout.wire.exchange import Exchange
+from rollout.wire.schema import decode
+from rollout.wire.store import BufferSettings, Store
+from rollout.wire.trajectory import Trajectory
+from rollout.worker import RolloutWorker
+from tests.bench.player import playing_model, recipe
+
+STEPS, GROUPS_PER_STEP, ROUNDS, WARM_UP = 6, 16, 7, 2
+# A prompt as vLLM's documentation gives it, and as its renderer leaves it, which is what Manta hands over.
+PLAIN: Mapping[str, str] = {}
+RENDERED: Mapping[str, str] = {"type": "token"}
+
+Request = tuple[list[int], int]  # prompt ids, tokens sampled
+
+
+@dataclass(frozen=True)
+class Played:
+    """One round of the worker: what it took and what it asked for, as group > episode > request."""
+
+    seconds: float
+    requests: list[list[list[Request]]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(count for group in self.requests for episode in group for _, count in episode)
+
+    @property
+    def turns(self) -> int:
+        return sum(len(episode) for group in self.requests for episode in group)
+
+
+class Rig:
+    """One engine, reached through a worker or directly."""
+
+    def __init__(self, config: RunConfig, folder: Path, path: str) -> None:
+        self._config = config
+        self._folder = folder
+        self._path = path
+        tokenizer = load_tokenizer(path)
+        self._chat = Chat(tokenizer)
+        self._stop = tokenizer.eos_token_id
+        self._pool = EnvironmentPool()
+        self._request_ids = itertools.count()
+        counts = range(1, config.sampling.max_tokens + 1)
+        self._params = {count: _exactly(count, config.sampling.temperature) for count in counts}
+
+    async def start(self) -> None:
+        config = self._config
+        self._engine = await VllmEngine.start(
+            "rollout-0", self._path, [self._stop], config.rollout.context_tokens, config.engine
+        )
+        self._llm = self._engine._llm  # the bare engine: no part of what Manta offers
+        await self._engine.adopt_loaded(0)
+
+    async def play(self, seed: int) -> Played:
+        """A run of STEPS steps' groups that nobody learns from; slots are never short."""
+        config = self._config
+        tasks = TaskStream(config.env.id, config.env.options, seed)
+        buffer = BufferSettings(groups_per_step=GROUPS_PER_STEP, max_lag=STEPS)
+        exchange = Exchange(Store(self._folder / f"run-{seed}", tasks, buffer, total_steps=STEPS))
+        agent = Agent(self._engine, self._chat, config.sampling, config.rollout.context_tokens, config.agent)
+        worker = RolloutWorker("rollout-0", self._engine, agent, exchange, config.rollout, seed, self._pool)
+        began = time.perf_counter()
+        _, batches = await asyncio.gather(worker.run(), _take_all(exchange))
+        seconds = time.perf_counter() - began
+        await exchange.close()
+        groups = [decode(batch) for batch in batches]
+        return Played(seconds, [[_requests(episode) for episode in group.trajectories] for group in groups])
+
+    async def replay(self, played: Played, salt: str, form: Mapping[str, str] = PLAIN) -> float:
+        """Seconds for the same requests without us. `salt` keeps earlier rounds' prefixes out of the cache."""
+        waiting = iter(played.requests)
+        prompt = {"cache_salt": salt, **form}
+
+        async def lane() -> None:
+            for group in waiting:
+                await asyncio.gather(*(self._episode(requests, prompt) for requests in group))
+
+        began = time.perf_counter()
+        await asyncio.gather(*(lane() for _ in range(self._config.rollout.concurrent_groups)))
+        return time.perf_counter() - began
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+    async def _episode(self, requests: Sequence[Request], rest: Mapping[str, str]) -> None:
+        for prompt_ids, count in requests:
+            prompt = {"prompt_token_ids": prompt_ids, **rest}
+            async for _ in self._llm.generate(prompt, self._params[count], f"bare-{next(self._request_ids)}"):
+                pass
+
+
+def _exactly(count: int, temperature: float) -> Any:
+    return SamplingParams(
+        temperature=temperature,
+        max_tokens=count,
+        ignore_eos=True,
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+async def _take_all(exchange: Exchange) -> list[pa.RecordBatch]:
+    batches: list[pa.RecordBatch] = []
+    for version in range(1, STEPS + 1):
+        batches += await exchange.take(120)
+        await exchange.release(version)
+    return batches
+
+
+def _requests(episode: Trajectory) -> list[Request]:
+    requests: list[Request] = []
+    segment, history = -1, list[int]()
+    for step in episode.steps:
+        if step.segment != segment:
+            segment, history = step.segment, []
+        prompt = history + step.prompt_ids.tolist()
+        requests.append((prompt, len(step.action_ids)))
+        history = prompt + step.action_ids.tolist()
+    return requests
+
+
+async def _measure(config: RunConfig, folder: Path, path: str) -> list[dict[str, float]]:
+    # The engine's front end belongs to the event loop it is started on.
+    rig = Rig(config, folder, path)
+    await rig.start()
+    rounds = []
+    try:
+        for seed in range(WARM_UP + ROUNDS):
+            played = await rig.play(seed)
+            bare = await rig.replay(played, f"bare-{seed}")
+            rendered = await rig.replay(played, f"rendered-{seed}", RENDERED)
+            rounds.append(
+                {
+                    "worker_tokens_per_s": played.tokens / played.seconds,
+                    "bare_tokens_per_s": played.tokens / bare,
+                    "worker_turns_per_s": played.turns / played.seconds,
+                    "ratio": bare / played.seconds,
+                    "ratio_to_rendered": rendered / played.seconds,
+                }
+            )
+    finally:
+        await rig.close()
+    return rounds[WARM_UP:]
+
+
+def main() -> dict[str, float]:
+    """Medians of the rounds; `ratio` is the worker's tokens per second by the bare engine's (target: at least 0.85)."""
+    config = recipe()
+    with tempfile.TemporaryDirectory() as name:
+        path = playing_model(config, Path(name))
+        rounds = asyncio.run(_measure(config, Path(name), path))
+    ratios = sorted(one["ratio"] for one in rounds)
+    medians = {figure: round(statistics.median(one[figure] for one in rounds), 3) for figure in rounds[0]}
+    return medians | {"ratio_lowest": round(ratios[0], 3), "ratio_highest": round(ratios[-1], 3)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))

@@ -1,0 +1,83 @@
+"""How long generation stands still for a new weight version: the real vLLM, busy with requests; prints JSON.
+
+Every sync brings other weights through shared memory, and is proved as in a run: names, checksums, version, probe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+from deploy.build import build_learner, load_tokenizer, model_path
+from deploy.config import RunConfig
+from deploy.local import SHARED_MEMORY
+from learner.model import Policy
+from learner.publish import take_snapshot
+from rollout.engine import Sampling
+from rollout.vllm_engine import VllmEngine
+from rollout.wire.weights import SyncReport, WeightUpdate, write_file
+from tests.bench.player import recipe
+
+SYNCS, WARM_UP, REQUESTS = 24, 3, 32
+
+
+async def _keep_asking(engine: VllmEngine, prompt_ids: list[int], sampling: Sampling) -> None:
+    while True:
+        await engine.generate(prompt_ids, sampling)
+
+
+def _perturb(policy: Policy) -> None:
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+
+
+async def _sync(engine: VllmEngine, policy: Policy, version: int, file: Path) -> SyncReport:
+    _perturb(policy)
+    snapshot = take_snapshot(policy, version, "float32")
+    return await engine.sync(WeightUpdate(snapshot.manifest, write_file(file, snapshot.arrays)))
+
+
+async def _measure(config: RunConfig, path: str, file: Path) -> list[SyncReport]:
+    policy = build_learner(config, path).policy
+    stop = load_tokenizer(path).eos_token_id
+    engine = await VllmEngine.start("rollout-0", path, [stop], config.rollout.context_tokens, config.engine)
+    asking: list[asyncio.Task[None]] = []
+    try:
+        await _sync(engine, policy, 0, file)
+        sampling = Sampling(max_tokens=config.sampling.max_tokens)
+        asking = [asyncio.create_task(_keep_asking(engine, [1, 2 + n], sampling)) for n in range(REQUESTS)]
+        reports = [await _sync(engine, policy, version, file) for version in range(1, WARM_UP + SYNCS + 1)]
+        for task in asking:
+            if task.done():
+                task.result()
+        return reports[WARM_UP:]
+    finally:
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        await engine.close()
+
+
+def main() -> dict[str, float]:
+    """Median stall of a sync of the recipe's tiny model, in ms (target: at most 100)."""
+    config = recipe()
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory(dir=SHARED_MEMORY) as shared:
+        path = model_path(config, Path(name))
+        reports = asyncio.run(_measure(config, path, Path(shared) / "weights"))
+    stalls = [1e3 * report.seconds_stalled for report in reports]
+    return {
+        "stall_ms": round(statistics.median(stalls), 1),
+        "stall_ms_longest": round(max(stalls), 1),
+        "sync_ms": round(statistics.median(1e3 * report.seconds for report in reports), 1),
+        "syncs": len(stalls),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))
