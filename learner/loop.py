@@ -15,7 +15,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from learner.learner import Learner
-from learner.publish import Publisher, take_snapshot
+from learner.publish import Publisher, Staging, take_snapshot
 from rollout.wire.schema import decode
 
 Row = dict[str, float]
@@ -48,6 +48,7 @@ class LearnerLoop:
         self._engine_dtype = engine_dtype
         self._take_seconds = take_seconds
         self._keep = keep_checkpoints
+        self._staging = Staging()
         self._imitation: Iterator[Row] = iter(())
 
     @property
@@ -82,8 +83,9 @@ class LearnerLoop:
     async def publish(self) -> Row:
         """Bring the current version to every engine; returns when all have proved that they hold it."""
         publisher, policy = self._publisher, self._learner.policy
+        # All engines hold the last version, so nobody reads the staging buffer any more.
         snapshot = await asyncio.to_thread(
-            take_snapshot, policy, self.version, self._engine_dtype, publisher.needs_bytes
+            take_snapshot, policy, self.version, self._engine_dtype, publisher.needs_bytes, self._staging
         )
         reports = await publisher.publish(snapshot)
         return {

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from learner.model import Policy
-from rollout.wire.weights import ByteArray, Probe, SyncReport, TensorSpec, WeightManifest, checksum
+from rollout.wire.weights import ByteArray, Probe, SyncReport, TensorSpec, WeightManifest, checksum, parts
 
 PROBE_TOKENS = 32
 # Mean |dlogprob| a sound sync may show, nats: float32 engines are measured at 1e-6, bfloat16 ones at 1e-3 to 6e-3.
@@ -19,7 +19,7 @@ PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One version, ready to be put somewhere: `arrays` are views of live parameters where no cast was needed.
+    """One version, ready to be put somewhere: `arrays` are the consecutive parts of one buffer.
 
     For a publisher that needs no bytes, `arrays` is empty and so are the manifest's checksums.
     """
@@ -38,26 +38,43 @@ class Publisher(Protocol):
     async def publish(self, snapshot: Snapshot) -> Sequence[SyncReport]: ...
 
 
-def take_snapshot(policy: Policy, version: int, dtype: str, with_bytes: bool = True) -> Snapshot:
+class Staging:
+    """The host buffer that versions are written to, one after the other.
+
+    It is made once, since touching a gigabyte of new memory takes longer than casting the weights into it; and all
+    tensors lie back to back, since one run of bytes is put into an object store faster than hundreds.
+    """
+
+    def __init__(self) -> None:
+        self._whole: ByteArray = np.empty(0, dtype=np.uint8)
+
+    def write(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[ByteArray]:
+        """Cast and copy the tensors; the parts returned are overwritten by the next call."""
+        sizes = [tensor.numel() * dtype.itemsize for tensor in tensors]
+        if sum(sizes) != self._whole.nbytes:
+            self._whole = np.empty(sum(sizes), dtype=np.uint8)
+        arrays = parts(self._whole, sizes)
+        for tensor, array in zip(tensors, arrays, strict=True):
+            torch.from_numpy(array).view(dtype).view(tensor.shape).copy_(tensor)
+        return arrays
+
+
+def take_snapshot(
+    policy: Policy, version: int, dtype: str, with_bytes: bool = True, staging: Staging | None = None
+) -> Snapshot:
     """The policy's parameters as an engine of `dtype` needs them, with checksums and the learner's probe logprobs.
 
-    `with_bytes=False` leaves out bytes and checksums, and with them every copy to the host.
+    `with_bytes=False` leaves out bytes and checksums, and with them every copy to the host. `staging` is reused: the
+    next snapshot overwrites this one. Without it the snapshot has a buffer of its own.
     """
-    target = getattr(torch, dtype)
-    specs, arrays = [], []
-    for name, tensor in policy.named_weights():
-        if not with_bytes:
-            specs.append(TensorSpec(name, dtype, tuple(tensor.shape), checksum=""))
-            continue
-        array = _as_bytes(tensor.detach().to(target).cpu())
-        specs.append(TensorSpec(name, dtype, tuple(tensor.shape), checksum(array)))
-        arrays.append(array)
+    names, tensors = zip(*((name, tensor.detach()) for name, tensor in policy.named_weights()), strict=True)
+    arrays = (staging or Staging()).write(tensors, getattr(torch, dtype)) if with_bytes else []
+    sums = [checksum(array) for array in arrays] if with_bytes else [""] * len(names)
+    specs = [
+        TensorSpec(name, dtype, tuple(tensor.shape), sum_)
+        for name, tensor, sum_ in zip(names, tensors, sums, strict=True)
+    ]
     return Snapshot(WeightManifest(version, tuple(specs), _probe(policy, dtype)), tuple(arrays))
-
-
-def _as_bytes(tensor: torch.Tensor) -> ByteArray:
-    array: ByteArray = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return array
 
 
 def _probe(policy: Policy, dtype: str) -> Probe:

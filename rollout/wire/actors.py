@@ -12,7 +12,7 @@ import ray
 from rollout.wire.exchange import Exchange
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import DropReason, Slot
-from rollout.wire.weights import ByteArray, Handle
+from rollout.wire.weights import ByteArray, Handle, joined, parts
 
 
 class ExchangeActor:
@@ -97,11 +97,11 @@ class RemoteExchange:
 
 
 def put_object(arrays: Sequence[ByteArray]) -> tuple[Handle, ray.ObjectRef]:
-    """Put the arrays into the object store: one copy for every engine of a host.
+    """Put the arrays into the object store as one run of bytes: one copy for every engine of a host.
 
     The caller keeps the reference until every engine has acknowledged; the handle alone does not keep the object alive.
     """
-    reference = ray.put(list(arrays))
+    reference = ray.put(joined(arrays))
     cluster = ray.get_runtime_context().gcs_address
     packed = base64.b64encode(ray.cloudpickle.dumps(reference)).decode()
     # Ray keeps for ever what is pickled outside of its own calls, which would be every version of a run. The caller's
@@ -115,9 +115,7 @@ def open_object(address: str, sizes: Sequence[int]) -> list[ByteArray]:
 
     vLLM's worker process is no Ray process: the first call there joins the cluster (about 0.1 s, once).
     """
-    del sizes
     cluster, _, packed = address.partition(" ")
     if not ray.is_initialized():
         ray.init(address=cluster, log_to_driver=False, logging_level="ERROR")
-    arrays: list[ByteArray] = ray.get(ray.cloudpickle.loads(base64.b64decode(packed)), timeout=60)
-    return arrays
+    return parts(ray.get(ray.cloudpickle.loads(base64.b64decode(packed)), timeout=60), sizes)

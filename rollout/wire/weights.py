@@ -200,6 +200,21 @@ def write_file(path: Path, arrays: Sequence[ByteArray]) -> Handle:
 
 def open_file(address: str, sizes: Sequence[int]) -> list[ByteArray]:
     """Map the file; a short file gives short arrays, which `WeightUpdate.tensors` reports by name."""
-    mapped = np.memmap(address, dtype=np.uint8, mode="r")
+    return parts(np.memmap(address, dtype=np.uint8, mode="r"), sizes)
+
+
+def parts(whole: ByteArray, sizes: Sequence[int]) -> list[ByteArray]:
+    """Views of consecutive parts of a buffer; where it is too short, so are they."""
     ends = np.cumsum(sizes)
-    return [mapped[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    return [whole[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def joined(arrays: Sequence[ByteArray]) -> ByteArray:
+    """The bytes of all arrays back to back: no copy where they are the consecutive parts of one buffer."""
+    whole = arrays[0].base
+    if isinstance(whole, np.ndarray) and whole.dtype == np.uint8:
+        ends = np.cumsum([array.nbytes for array in arrays])
+        begins = whole.ctypes.data + np.concatenate([[0], ends])
+        if [array.ctypes.data for array in arrays] == begins[:-1].tolist() and ends[-1] == whole.nbytes:
+            return whole
+    return np.concatenate(arrays)

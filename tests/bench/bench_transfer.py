@@ -1,7 +1,7 @@
 """Weight bytes through Ray's object store against a plain memory copy of the same bytes; prints JSON.
 
-One actor holds a model of about 1 GB in bfloat16 and puts it into the store; another opens the handle and copies every
-tensor into one it has, as an engine does. The yardstick is torch's copy of the same tensors between two ordinary
+One actor holds a snapshot of about 1 GB in bfloat16 and puts it into the store; another opens the handle and copies
+every tensor into one it has, as an engine does. The yardstick is torch's copy of the same tensors between two ordinary
 buffers in that second actor, on as many threads. Both in turns, warm. Checksums are timed beside it, on their own.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 import ray
 import torch
 
+from learner.publish import Staging
 from rollout.wire.actors import put_object
 from rollout.wire.weights import ByteArray, Handle, checksum
 
@@ -42,26 +43,24 @@ def _bytes(tensor: torch.Tensor) -> ByteArray:
 
 
 class Holder:
-    """The learner's place: it has the weights and puts them where engines find them."""
+    """The learner's place: it has a snapshot's buffer and brings it to where the engine finds it."""
 
-    def __init__(self) -> None:
-        torch.set_num_threads(THREADS)
-        self._tensors = _tensors()
-        self._version = 0
+    def __init__(self, receiver: Any) -> None:
+        self._receiver = receiver
+        self._arrays = Staging().write(_tensors(), torch.bfloat16)
 
-    def put(self) -> tuple[Handle, float]:
-        """A new version in the store; returns its handle and the seconds it took."""
-        self._version += 1
-        for tensor in self._tensors:
-            tensor.view(-1)[0] = self._version
-        arrays = [_bytes(tensor) for tensor in self._tensors]
+    def stamp(self, version: int) -> None:
+        """Mark every tensor, so that a stale one is seen."""
+        for array in self._arrays:
+            array[:2] = torch.tensor([version], dtype=torch.bfloat16).view(torch.uint8).numpy()
+
+    def sync(self) -> dict[str, float]:
+        """Put the bytes, have them received, and drop them; seconds of the parts and of the whole."""
         began = time.perf_counter()
-        handle, self._kept = put_object(arrays)
-        return handle, time.perf_counter() - began
-
-    def drop(self) -> None:
-        """Every engine has acknowledged."""
-        del self._kept
+        handle, _keep_alive = put_object(self._arrays)
+        put = time.perf_counter() - began
+        received: float = ray.get(self._receiver.receive.remote(handle))
+        return {"put": put, "receive": received, "sync": time.perf_counter() - began}
 
 
 class Receiver:
@@ -107,15 +106,12 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 def _one_round(holder: Any, receiver: Any, version: int) -> dict[str, float]:
     plain = ray.get(receiver.copy_plainly.remote())
-    began = time.perf_counter()
-    handle, put = ray.get(holder.put.remote())
-    received = ray.get(receiver.receive.remote(handle))
-    whole = time.perf_counter() - began
+    ray.get(holder.stamp.remote(version))
+    seconds = ray.get(holder.sync.remote())
     held = ray.get(receiver.held.remote())
     if held != {float(version)}:
         raise RuntimeError(f"sync {version}: the receiver holds versions {held}")
-    ray.get(holder.drop.remote())
-    return {"plain": plain, "put": put, "receive": received, "sync": whole}
+    return {"plain": plain} | seconds
 
 
 def main() -> dict[str, float]:
@@ -123,7 +119,8 @@ def main() -> dict[str, float]:
     ray.init(address="local", num_cpus=2, object_store_memory=STORE_BYTES, include_dashboard=False,
              log_to_driver=False, logging_level="ERROR")  # fmt: skip
     try:
-        holder, receiver = ray.remote(Holder).remote(), ray.remote(Receiver).remote()
+        receiver = ray.remote(Receiver).remote()
+        holder = ray.remote(Holder).remote(receiver)
         rounds = [_one_round(holder, receiver, version) for version in range(1, WARM_UP + ROUNDS + 1)]
         hashing = [ray.get(receiver.hash.remote()) for _ in range(3)]
     finally:
