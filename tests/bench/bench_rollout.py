@@ -82,11 +82,11 @@ class Rig:
             "rollout-0", self._path, [self._stop], config.rollout.context_tokens, config.engine
         )
         self._llm = self._engine._llm  # the bare engine: no part of what Manta offers
-        await self._engine.adopt_loaded(0)
 
     async def play(self, seed: int) -> Played:
         """A run of STEPS steps' groups that nobody learns from; slots are never short."""
         config = self._config
+        await self._engine.adopt_loaded(seed)  # another version: earlier rounds' prefixes are of no use to this one
         tasks = TaskStream(config.env.id, config.env.options, seed)
         buffer = BufferSettings(groups_per_step=GROUPS_PER_STEP, max_lag=STEPS)
         exchange = Exchange(Store(self._folder / f"run-{seed}", tasks, buffer, total_steps=STEPS))
