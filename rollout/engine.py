@@ -19,6 +19,10 @@ class EngineFailed(RuntimeError):
     """An engine could not answer a request. It costs the episode that asked, never the worker."""
 
 
+class EngineDied(RuntimeError):
+    """The engine itself is gone, and whoever uses it ends. It costs no episode: its groups are handed on."""
+
+
 class Sampling(BaseModel):
     """How one turn is sampled. Which tokens end a turn is the engine's to know, given when it is built."""
 
@@ -49,7 +53,7 @@ class Engine(Protocol):
     version: int
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        """Sample at least one and at most `sampling.max_tokens` tokens. Raises EngineFailed."""
+        """Sample at least one and at most `sampling.max_tokens` tokens. Raises EngineFailed and EngineDied."""
         ...
 
     async def score(self, token_ids: Sequence[int]) -> Float32Array:
@@ -59,7 +63,14 @@ class Engine(Protocol):
     async def sync(self, update: WeightUpdate) -> SyncReport:
         """Replace the weights and prove it; requests that are running go on under the new ones.
 
-        Raises WeightMismatch where names, checksums or the probe disagree.
+        Raises WeightMismatch where names, checksums or the probe disagree, and EngineDied.
+        """
+        ...
+
+    async def ping(self) -> None:
+        """Return when the process that holds the weights has answered.
+
+        Raises EngineDied where it is gone. One that hangs never answers: the limit is the caller's.
         """
         ...
 

@@ -96,6 +96,9 @@ class HfEngine:
         seconds = time.perf_counter() - began
         return SyncReport(self.name, self.version, len(self._weights), difference, seconds, seconds_stalled)
 
+    async def ping(self) -> None:
+        pass  # it lives in the caller's process
+
     async def close(self) -> None:
         pass
 

@@ -11,7 +11,7 @@ from random import Random
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from rollout.engine import Completion, EngineFailed, Sampling, derive_seed
+from rollout.engine import Completion, EngineDied, EngineFailed, Sampling, derive_seed
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import SyncReport, WeightUpdate
 
@@ -86,6 +86,10 @@ class ScriptedEngine:
         return SyncReport(
             self.name, self.version, len(update.manifest.tensors), 0.0, time.perf_counter() - began, 0.0
         )
+
+    async def ping(self) -> None:
+        if self._closed:
+            raise EngineDied(f"{self.name}: asked after close()")
 
     async def close(self) -> None:
         self._closed = True
