@@ -1,84 +1,84 @@
-"""The learner as a Ray actor, and weights published through Ray's object store."""
+"""The learner as a Ray actor; its versions lie in Ray's object store."""
 
 from __future__ import annotations
 
-import asyncio
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import ray
 
 from learner.learner import Learner
 from learner.loop import LearnerLoop, Row
 from learner.publish import Publisher, Snapshot
 from rollout.wire.actors import RemoteExchange, put_object
-from rollout.wire.weights import SyncReport, WeightUpdate
-
-
-class ObjectStorePublisher:
-    """Puts a version into the object store once and has every engine load it from there."""
-
-    needs_bytes = True
-
-    def __init__(self, engines: dict[str, Any], sync_seconds: float) -> None:
-        self._engines = engines
-        self._sync_seconds = sync_seconds
-
-    async def publish(self, snapshot: Snapshot) -> Sequence[SyncReport]:
-        handle, _keep_alive = await asyncio.to_thread(put_object, snapshot.arrays)
-        update = WeightUpdate(snapshot.manifest, handle)
-        return await asyncio.gather(
-            *(self._sync(name, engine, update) for name, engine in self._engines.items())
-        )
-
-    async def _sync(self, name: str, engine: Any, update: WeightUpdate) -> SyncReport:
-        try:
-            report: SyncReport = await asyncio.wait_for(engine.sync.remote(update), self._sync_seconds)
-        except TimeoutError:
-            raise TimeoutError(
-                f"rollout worker {name} did not load weight version {update.version} within {self._sync_seconds:g} s"
-            ) from None
-        return report
+from rollout.wire.weights import Handle, WeightUpdate
+from rollout.wire.whereabouts import Whereabouts, here
 
 
 class LearnerActor:
-    """`build()` makes the learner where the actor runs; `make_publisher(learner, engines)` how its weights travel."""
+    """`build()` makes the learner where the actor runs.
+
+    `make_native(learner)` gives it vLLM's own transfer, for a run whose weights travel that way.
+    """
 
     def __init__(
         self,
         build: Callable[[], Learner],
         exchange: Any,
-        make_publisher: Callable[[Learner], Publisher],
         engine_dtype: str,
         take_seconds: float,
         keep_checkpoints: int,
+        make_native: Callable[[Learner], Publisher] | None = None,
     ) -> None:
         self._learner = build()
-        source = RemoteExchange(exchange)
-        publisher = make_publisher(self._learner)
         self._loop = LearnerLoop(
-            self._learner, source, publisher, engine_dtype, take_seconds, keep_checkpoints
+            self._learner,
+            RemoteExchange(exchange),
+            _place,
+            engine_dtype,
+            take_seconds,
+            keep_checkpoints,
+            make_native(self._learner) if make_native else None,
         )
 
-    async def start(self, run_folder: Path, resume: bool) -> tuple[str, int]:
-        """Load the newest checkpoint when resuming; returns the host and the version the learner stands at."""
+    async def start(self, run_folder: Path, resume: bool) -> tuple[Whereabouts, int]:
+        """Load the newest checkpoint when resuming; returns where this actor runs and its version."""
         if resume:
             self._learner.load(run_folder)
-        return socket.gethostname(), self._learner.version
+        return here(ray.get_runtime_context().get_node_id()), self._learner.version
 
     async def begin_imitation(self, batches: list[pa.RecordBatch]) -> int:
         return self._loop.begin_imitation(batches)
 
     async def imitate(self, steps: int) -> list[Row]:
-        return await asyncio.to_thread(self._loop.imitate, steps)
+        return await self._loop.imitate(steps)
 
-    async def publish(self) -> Row:
-        return await self._loop.publish()
+    async def train(self, step: int) -> Row:
+        return await self._loop.train(step)
 
-    async def step(self) -> Row:
-        return await self._loop.step()
+    async def offer(self) -> WeightUpdate:
+        return await self._loop.offer()
+
+    async def withdraw(self) -> None:
+        await self._loop.withdraw()
+
+    async def publish_native(self) -> Row:
+        return await self._loop.publish_native()
 
     async def save(self, run_folder: Path) -> None:
         await self._loop.save(run_folder)
+
+    async def ping(self) -> None:
+        """Answers while the event loop does; a step runs in a thread beside it."""
+
+    async def stacks(self) -> str:
+        """What every thread and task of this process is doing."""
+        from rollout.wire.stacks import stacks
+
+        return stacks()
+
+
+def _place(snapshot: Snapshot) -> tuple[Handle, Any]:
+    return put_object(snapshot.arrays)

@@ -1,97 +1,126 @@
-"""The learner's side of the ring: take, train, publish, release. Synchronous training is lag 0 of the same loop.
+"""The learner's side of the ring, one verb at a time; whoever supervises the run says when.
 
-`step` waits for the source (which waits for the rollout workers), then for every engine to hold the new version. What
-unblocks the workers is `release`, which comes last: only then may groups start that the new version will sample.
+    train     take a step's groups and learn from them: the version is one higher
+    offer     put the version where engines can load it       engines load and prove it
+    withdraw  let go of what was put                          exchange.release: new groups may start
+    save      land a checkpoint
+
+A verb whose answer was lost may be said again: `train` names its step, `offer` gives the same version again at any time
+(an engine that joins late), `save` lands the same version.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
 from learner.learner import Learner
-from learner.publish import Publisher, Staging, take_snapshot
+from learner.publish import Publisher, Snapshot, Staging, take_snapshot
 from rollout.wire.schema import decode
+from rollout.wire.weights import Handle, SyncReport, WeightUpdate
 
 Row = dict[str, float]
+# Puts a version where engines can load it; what it gives beside the handle is kept until the version is withdrawn.
+Place = Callable[[Snapshot], tuple[Handle, Any]]
+T = TypeVar("T")
 
 
 class Source(Protocol):
     """Where groups come from; the exchange, near or far."""
 
-    async def take(self, timeout_s: float) -> list[pa.RecordBatch]: ...
-    async def release(self, version: int) -> None: ...
+    async def take(self, version: int, timeout_s: float) -> list[pa.RecordBatch]: ...
     async def landed(self, version: int) -> None: ...
     async def counts(self) -> dict[str, int]: ...
 
 
 class LearnerLoop:
-    """Joins a `Learner` to a source of groups and a publisher of weights."""
+    """Joins a `Learner` to a source of groups and a place for weights. All calls come from one event loop.
+
+    `native` is for vLLM's own transfers, which send the live parameters and need no place.
+    """
 
     def __init__(
         self,
         learner: Learner,
         source: Source,
-        publisher: Publisher,
+        place: Place,
         engine_dtype: str,
         take_seconds: float,
         keep_checkpoints: int = 2,
+        native: Publisher | None = None,
     ) -> None:
         self._learner = learner
         self._source = source
-        self._publisher = publisher
+        self._place = place
         self._engine_dtype = engine_dtype
         self._take_seconds = take_seconds
         self._keep = keep_checkpoints
-        self._staging = Staging()
+        self._native = native
         self._imitation: Iterator[Row] = iter(())
+        self._last: Row | None = None  # of the step that made the present version
+        self._torn = False  # a step began and did not end: the parameters are no version's
+        # Three things have one user at a time: the next step, the staging buffer, and the parameters (their lock is
+        # taken last, and only while they are read or written).
+        self._training, self._offering, self._weights = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
+        self._staging = Staging()
+        self._snapshot: Snapshot | None = None  # what the staging buffer holds
+        self._placed: tuple[WeightUpdate, Any] | None = None  # of that snapshot
 
     @property
     def version(self) -> int:
         return self._learner.version
 
-    async def step(self) -> Row:
-        """One learner step and one weight version; returns the step's metrics."""
-        began = time.perf_counter()
-        batches = await self._source.take(self._take_seconds)
-        taken = time.perf_counter()
-        row = await asyncio.to_thread(self._learner.step, [decode(batch) for batch in batches])
-        trained = time.perf_counter()
-        published = await self.publish()
-        await self._source.release(self.version)
-        ended = time.perf_counter()
-        train_s = trained - taken
-        return (
-            row
-            | published
-            | {
-                "step": self.version,
-                "version": self.version,
-                "wait_s": taken - began,
-                "train_s": train_s,
-                "publish_s": ended - trained,
-                "step_s": ended - began,
-                "learner_tokens_per_s": row["tokens_trained"] / train_s,
-            }
-        )
+    async def train(self, step: int) -> Row:
+        """Learner step number `step`: the version becomes `step`. Returns its metrics; asked again, the same ones.
 
-    async def publish(self) -> Row:
-        """Bring the current version to every engine; returns when all have proved that they hold it."""
-        publisher, policy = self._publisher, self._learner.policy
-        # All engines hold the last version, so nobody reads the staging buffer any more.
-        snapshot = await asyncio.to_thread(
-            take_snapshot, policy, self.version, self._engine_dtype, publisher.needs_bytes, self._staging
-        )
-        reports = await publisher.publish(snapshot)
-        return {
-            "sync_stall_ms": 1e3 * max((report.seconds_stalled for report in reports), default=0.0),
-            "probe_difference": max((report.probe_difference for report in reports), default=0.0),
-        }
+        Raises ValueError where the learner stands elsewhere, and what the source's take raises.
+        """
+        async with self._training:
+            if self.version == step and self._last is not None:
+                return self._last
+            if self.version + 1 != step:
+                raise ValueError(f"step {step} was asked of a learner that stands at version {self.version}")
+            began = time.perf_counter()
+            batches = await self._source.take(self.version, self._take_seconds)
+            waited_s = time.perf_counter() - began
+            async with self._weights:
+                return await _to_its_end(self._step, batches, waited_s)
+
+    async def offer(self) -> WeightUpdate:
+        """The present version, put where engines can load it until `withdraw`.
+
+        While the next step is trained, a version that was offered before is offered again out of the staging buffer;
+        one that was not waits for the step's end. The buffer is written again by the first offer of the next version.
+        """
+        async with self._offering:
+            if self._snapshot is None or self._snapshot.manifest.version != self.version:
+                self._placed = None
+                self._snapshot = await self._take_snapshot(self._staging)
+            if self._placed is None:
+                snapshot = self._snapshot
+                handle, alive = await _to_its_end(self._place, snapshot)
+                self._placed = WeightUpdate(snapshot.manifest, handle), alive
+            return self._placed[0]
+
+    async def withdraw(self) -> None:
+        """Every engine holds what was offered: let go of it. The staging buffer keeps its bytes."""
+        async with self._offering:
+            self._placed = None
+
+    async def publish_native(self) -> Row:
+        """Send the present version by vLLM's own transfer; returns when all engines have proved that they hold it."""
+        if self._native is None:
+            raise RuntimeError(
+                "this learner was given no native transfer: weights.transfer is 'object_store'"
+            )
+        async with self._offering:
+            snapshot = await self._take_snapshot(None)
+            return sync_metrics(await self._native.publish(snapshot))
 
     def begin_imitation(self, batches: Sequence[pa.RecordBatch]) -> int:
         """Hand over demonstrations; returns how many imitation steps they make."""
@@ -99,13 +128,73 @@ class LearnerLoop:
         self._imitation = self._learner.imitate(groups)
         return self._learner.imitation_steps(len(groups))
 
-    def imitate(self, steps: int) -> list[Row]:
-        """Up to `steps` imitation steps; fewer when the demonstrations are used up."""
-        return [row for _, row in zip(range(steps), self._imitation, strict=False)]
+    async def imitate(self, steps: int) -> list[Row]:
+        """Up to `steps` imitation steps; fewer when the demonstrations are used up. They come before any offer."""
+        if self._snapshot is not None:
+            raise RuntimeError(
+                f"version {self.version} was offered already: it can not learn by imitation any more"
+            )
+        async with self._weights:
+            return await _to_its_end(self._imitated, steps)
 
     async def save(self, run_folder: Path) -> None:
-        """Write a checkpoint; once it has landed, the groups it contains are trained for good."""
+        """Write a checkpoint; once it has landed, the groups it contains are trained for good. Raises DiskFull."""
         # "issued" is where the task stream stands: group ids are its positions.
         cursor = await self._source.counts()
-        await asyncio.to_thread(self._learner.save, run_folder, cursor, self._keep)
-        await self._source.landed(self.version)
+        async with self._weights:
+            self._require_whole()
+            version = self.version
+            await _to_its_end(self._learner.save, run_folder, cursor, self._keep)
+        await self._source.landed(version)
+
+    def _step(self, batches: list[pa.RecordBatch], waited_s: float) -> Row:
+        self._require_whole()
+        began = time.perf_counter()
+        groups = [decode(batch) for batch in batches]
+        self._torn = True
+        row = self._learner.step(groups)
+        self._torn = False
+        train_s = time.perf_counter() - began
+        self._last = row | {
+            "step": self.version,
+            "wait_s": waited_s,
+            "train_s": train_s,
+            "learner_tokens_per_s": row["tokens_trained"] / train_s,
+        }
+        return self._last
+
+    def _require_whole(self) -> None:
+        if self._torn:
+            raise RuntimeError(
+                f"the learner's step after version {self.version} failed on its way: start it again from a checkpoint"
+            )
+
+    def _imitated(self, steps: int) -> list[Row]:
+        return [row for _, row in zip(range(steps), self._imitation, strict=False)]
+
+    async def _take_snapshot(self, staging: Staging | None) -> Snapshot:
+        """Without a staging buffer the snapshot has no bytes."""
+        async with self._weights:
+            self._require_whole()
+            policy, with_bytes = self._learner.policy, staging is not None
+            return await _to_its_end(
+                take_snapshot, policy, self.version, self._engine_dtype, with_bytes, staging
+            )
+
+
+def sync_metrics(reports: Sequence[SyncReport]) -> Row:
+    """What the engines' acknowledgements of one version say together."""
+    return {
+        "sync_stall_ms": 1e3 * max((report.seconds_stalled for report in reports), default=0.0),
+        "probe_difference": max((report.probe_difference for report in reports), default=0.0),
+    }
+
+
+async def _to_its_end(function: Callable[..., T], *args: Any) -> T:
+    """Run in a thread. A thread can not be stopped: whoever is cancelled waits for it before its locks are free."""
+    working = asyncio.ensure_future(asyncio.to_thread(function, *args))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait([working])
+        raise

@@ -21,7 +21,7 @@ PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
 class Snapshot:
     """One version, ready to be put somewhere: `arrays` are the consecutive parts of one buffer.
 
-    For a publisher that needs no bytes, `arrays` is empty and so are the manifest's checksums.
+    For a `Publisher`, which needs no bytes, `arrays` is empty and so are the manifest's checksums.
     """
 
     manifest: WeightManifest
@@ -29,11 +29,10 @@ class Snapshot:
 
 
 class Publisher(Protocol):
-    """Brings a snapshot to every engine and returns when all of them have proved that they hold it."""
+    """Sends the live parameters to every engine itself and returns when all of them have proved that they hold them.
 
-    needs_bytes: (
-        bool  # False: sends the live parameters itself, and copies on the host would be made for nothing
-    )
+    The snapshot it is given has no bytes: copies on the host would be made for nothing.
+    """
 
     async def publish(self, snapshot: Snapshot) -> Sequence[SyncReport]: ...
 

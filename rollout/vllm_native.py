@@ -141,8 +141,6 @@ class NativePublisher:
     engines stay paused and the transfer's thread may hang in a collective: the run is over, its actors are to be ended.
     """
 
-    needs_bytes = False
-
     def __init__(
         self,
         transfer: Literal["nccl", "ipc"],
