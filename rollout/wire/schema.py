@@ -2,6 +2,9 @@
 
 The columns are facts. Rows of an episode stand together in turn order; `end_reason`, `success` and `error` belong to
 the episode and stand on its last row only. An episode that failed before its first step has no row; the ledger has it.
+
+The journal's rows are the same with one column more. They are single finished turns of unfinished groups, of any mix of
+groups and episodes.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
+from rollout.wire.trajectory import EndReason, EpisodeSoFar, Group, Slot, Step, Task, Trajectory, TurnEnd
 
 VERSION = b"1"
 
@@ -45,6 +48,8 @@ SCHEMA = pa.schema(
     ],
     metadata={b"manta.schema": VERSION},
 )
+# `snapshot` is the environment's state after the turn, where the environment offers one.
+JOURNAL_SCHEMA = SCHEMA.append(pa.field("snapshot", pa.binary()))
 
 
 class SchemaError(ValueError):
@@ -72,29 +77,68 @@ def encode(group: Group) -> pa.RecordBatch:
         "group_id": np.full(count, slot.group_id),
         "attempt": np.full(count, slot.attempt, dtype=np.int32),
         "episode": np.asarray([owner.index for owner in owners], dtype=np.int32),
-        "turn": np.asarray([step.turn for step in steps], dtype=np.int32),
-        "segment": np.asarray([step.segment for step in steps], dtype=np.int32),
         "env_id": [task.env_id] * count,
         "env_options": [task.options] * count,
         "seed": np.full(count, task.seed),
         "issue_version": np.full(count, slot.version, dtype=np.int32),
-        "observation": [step.observation for step in steps],
-        "action": [step.action for step in steps],
-        "prompt_ids": _lists([step.prompt_ids for step in steps], pa.int32()),
-        "action_ids": _lists([step.action_ids for step in steps], pa.int32()),
-        "behavior_logprobs": _lists([step.behavior_logprobs for step in steps], pa.float32()),
-        "versions": _lists([step.versions for step in steps], pa.int32()),
-        "reward": np.asarray([step.reward for step in steps], dtype=np.float32),
-        "finish_reason": [step.finish_reason for step in steps],
-        "env_seconds": np.asarray([step.env_seconds for step in steps], dtype=np.float32),
-        "engine_seconds": np.asarray([step.engine_seconds for step in steps], dtype=np.float32),
         "end_reason": [end and end.end_reason.value for end in ends],
         "success": [end and end.success for end in ends],
         "error": [end and end.error for end in ends],
         "worker": [owner.worker for owner in owners],
     }
-    arrays = [_array(columns[field.name], field.type) for field in SCHEMA]
-    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+    return _batch(columns | _step_columns(steps), SCHEMA)
+
+
+def encode_turns(
+    turns: Sequence[tuple[Slot, int, Step, TurnEnd | None, bytes | None]], worker: str
+) -> pa.RecordBatch:
+    """One row of JOURNAL_SCHEMA a turn: (slot, episode, step, the end if this was the last turn, snapshot after it)."""
+    slots = [slot for slot, *_ in turns]
+    ends = [end for *_, end, _ in turns]
+    columns: dict[str, Any] = {
+        "group_id": [slot.group_id for slot in slots],
+        "attempt": [slot.attempt for slot in slots],
+        "episode": [episode for _, episode, *_ in turns],
+        "env_id": [slot.task.env_id for slot in slots],
+        "env_options": [slot.task.options for slot in slots],
+        "seed": [slot.task.seed for slot in slots],
+        "issue_version": [slot.version for slot in slots],
+        "end_reason": [end and end.end_reason.value for end in ends],
+        "success": [end and end.success for end in ends],
+        "error": pa.nulls(len(turns), pa.string()),
+        "worker": [worker] * len(turns),
+        "snapshot": [snapshot for *_, snapshot in turns],
+    }
+    return _batch(columns | _step_columns([step for _, _, step, *_ in turns]), JOURNAL_SCHEMA)
+
+
+def restore_turns(rows: pa.RecordBatch) -> dict[int, EpisodeSoFar]:
+    """The episodes of one group as far as these rows tell, by episode index; token arrays are read-only views.
+
+    A gap ends an episode's prefix. Where attempts overlap, the later one has played the episode again from there.
+    Raises SchemaError for rows of another version.
+    """
+    require_version(rows.schema, "record batch")
+    plain = {name: rows.column(name).to_pylist() for name in (*_PLAIN, "attempt", "snapshot")}
+    lists = {name: _views(rows.column(name)) for name in _LISTS}
+    kept: dict[int, list[int]] = {}  # by episode: its rows, one a turn
+    by_turn = sorted(range(rows.num_rows), key=lambda row: (plain["attempt"][row], plain["turn"][row]))
+    for row in by_turn:
+        episode = kept.setdefault(plain["episode"][row], [])
+        newest = plain["attempt"][episode[-1]] if episode else -1
+        turn = plain["turn"][row]
+        if goes_on(len(episode), newest, plain["attempt"][row], turn):
+            episode[turn:] = [row]
+    return {index: _so_far(plain, lists, episode) for index, episode in sorted(kept.items()) if episode}
+
+
+def goes_on(turns: int, newest: int, attempt: int, turn: int) -> bool:
+    """Whether a row is the next of an episode of which `turns` are known, the last of them by attempt `newest`.
+
+    The same attempt goes on at the end. A later one goes on anywhere in what it was given, and what stood there before
+    is void. Anything else is a repetition, or stands behind a gap.
+    """
+    return turn <= turns and (attempt > newest or (attempt == newest and turn == turns))
 
 
 def decode(batch: pa.RecordBatch) -> Group:
@@ -131,24 +175,55 @@ _PLAIN = (*_STEP_PLAIN, "episode", "end_reason", "success", "error", "worker")
 def _trajectory(
     slot: Slot, plain: dict[str, list[Any]], lists: dict[str, list[Any]], rows: list[int]
 ) -> Trajectory:
-    steps = tuple(
-        Step(
-            **{name: plain[name][row] for name in _STEP_PLAIN}, **{name: lists[name][row] for name in _LISTS}
-        )
-        for row in rows
-    )
     last = rows[-1]
     return Trajectory(
         group_id=slot.group_id,
         attempt=slot.attempt,
         index=plain["episode"][last],
         task=slot.task,
-        steps=steps,
+        steps=_steps(plain, lists, rows),
         end_reason=EndReason(plain["end_reason"][last]),
         success=plain["success"][last],
         error=plain["error"][last],
         worker=plain["worker"][last],
     )
+
+
+def _so_far(plain: dict[str, list[Any]], lists: dict[str, list[Any]], rows: list[int]) -> EpisodeSoFar:
+    reason, success = plain["end_reason"][rows[-1]], plain["success"][rows[-1]]
+    end = None if reason is None else TurnEnd(EndReason(reason), success)
+    return EpisodeSoFar(_steps(plain, lists, rows), end, plain["snapshot"][rows[-1]])
+
+
+def _steps(plain: dict[str, list[Any]], lists: dict[str, list[Any]], rows: list[int]) -> tuple[Step, ...]:
+    return tuple(
+        Step(
+            **{name: plain[name][row] for name in _STEP_PLAIN}, **{name: lists[name][row] for name in _LISTS}
+        )
+        for row in rows
+    )
+
+
+def _step_columns(steps: Sequence[Step]) -> dict[str, Any]:
+    return {
+        "turn": np.asarray([step.turn for step in steps], dtype=np.int32),
+        "segment": np.asarray([step.segment for step in steps], dtype=np.int32),
+        "observation": [step.observation for step in steps],
+        "action": [step.action for step in steps],
+        "prompt_ids": _lists([step.prompt_ids for step in steps], pa.int32()),
+        "action_ids": _lists([step.action_ids for step in steps], pa.int32()),
+        "behavior_logprobs": _lists([step.behavior_logprobs for step in steps], pa.float32()),
+        "versions": _lists([step.versions for step in steps], pa.int32()),
+        "reward": np.asarray([step.reward for step in steps], dtype=np.float32),
+        "finish_reason": [step.finish_reason for step in steps],
+        "env_seconds": np.asarray([step.env_seconds for step in steps], dtype=np.float32),
+        "engine_seconds": np.asarray([step.engine_seconds for step in steps], dtype=np.float32),
+    }
+
+
+def _batch(columns: dict[str, Any], schema: pa.Schema) -> pa.RecordBatch:
+    arrays = [_array(columns[field.name], field.type) for field in schema]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def _on_last_rows(group: Group) -> list[Trajectory | None]:

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 Int32Array = NDArray[np.int32]
@@ -35,7 +36,6 @@ class DropReason(StrEnum):
 
     FAILED = "failed"  # fewer than two episodes survived infrastructure failures
     CANCELLED = "cancelled"  # given up when the run ended
-    STALE = "stale"  # sampled by weights that a resumed run no longer has
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +63,26 @@ class Task:
 class Slot:
     """Leave to sample one group: held from `reserve` until its batch is released (or the group is dropped).
 
-    group_id is the group's place in the order of issue and never changes; a group that is issued again after a
-    crash gets a higher attempt.
+    group_id is the group's place in the order of issue and never changes; a group that is given to another worker, or
+    issued again after a crash, gets a higher attempt.
     """
 
     group_id: int
     attempt: int
     task: Task
-    version: int  # weight version the learner had published when the slot was given out
+    version: int  # weight version the learner had published when the slot was first given out
+
+
+class StaleSlot(ValueError):
+    """The slot is not held by this attempt (any more): the group was handed on, rolled back, or ended otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What `reserve` gives a worker: a slot, and what earlier attempts have played of it."""
+
+    slot: Slot
+    turns: pa.RecordBatch | None  # rows of JOURNAL_SCHEMA; None where nothing was played
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +104,23 @@ class Step:
     finish_reason: str  # "stop" or "length", as the engine says
     env_seconds: float = 0.0
     engine_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TurnEnd:
+    """How an episode ended, known with its last turn."""
+
+    end_reason: EndReason
+    success: bool | None  # the environment's own verdict, where it has one
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeSoFar:
+    """The durable turns of an episode: a prefix without gaps, from which it can go on."""
+
+    steps: tuple[Step, ...]
+    end: TurnEnd | None  # None: unfinished
+    snapshot: bytes | None  # the environment's state after the last of `steps`, where it offers one
 
 
 @dataclass(frozen=True, slots=True)
