@@ -3,33 +3,41 @@
     RUN/checkpoints/version-00000012/
         model/        Hugging Face format: config, safetensors, tokenizer; vLLM serves it as it is
         optimizer.pt  moments, step count, torch's RNG state
-        state.json    version, task cursor, the learner's own RNG, and the size of every other file
+        state.json    version, task cursor, the learner's own RNG, size and blake3 of every other file, and its own seal
 
 A checkpoint is written beside its final place, synced to disk, and renamed: a folder under its final name was
-complete. Nothing is ever unpickled: weights are safetensors, and optimizer.pt is read with weights_only.
+complete. What is read is compared with its checksum first; a checkpoint that has changed since is set aside as
+.broken-version-N and the one before is used. Nothing is ever unpickled: weights are safetensors, and optimizer.pt is
+read with weights_only.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 ROOT, MODEL, OPTIMIZER, STATE = "checkpoints", "model", "optimizer.pt", "state.json"
+_READ_BYTES = 16 << 20  # at a time while hashing; blake3 spreads that over all cores
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NAME = re.compile(r"version-(\d{8,})")
 _TOKENIZER_FILES = [
     "tokenizer*",
@@ -43,6 +51,10 @@ _TOKENIZER_FILES = [
 
 class CheckpointError(ValueError):
     """A checkpoint that is broken, or not one."""
+
+
+class DiskFull(RuntimeError):
+    """There is no room for a checkpoint. Nothing of it was left behind and the earlier ones are as they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,34 +86,35 @@ def tokenizer_files(path: str) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(found)}
 
 
-def save(run: Path, contents: Contents, write_model: Callable[[Path], None], keep: int) -> Path:
+def save(
+    run: Path, contents: Contents, write_model: Callable[[Path], None], model_bytes: int, keep: int
+) -> Path:
     """Write a checkpoint of a run, make it durable, remove all but the last `keep`, return its folder.
 
-    write_model is called with the empty model folder.
+    write_model is called with the empty model folder and writes about `model_bytes` into it. Raises DiskFull.
     """
     root = run / ROOT
-    root.mkdir(parents=True, exist_ok=True)
     folder = root / f"version-{contents.version:08d}"
     partial = root / f".partial-{folder.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / MODEL).mkdir(parents=True)
-    write_model(partial / MODEL)
-    torch.save({"optimizer": contents.optimizer, "torch_rng": contents.torch_rng}, partial / OPTIMIZER)
-    sizes = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
-    state = {
-        "version": contents.version,
-        "cursor": contents.cursor,
-        "generator": contents.generator,
-        "sizes": sizes,
-    }
-    (partial / STATE).write_text(json.dumps(state, indent=1))
-    for path in [*partial.rglob("*"), partial]:
-        _sync(path)
-    _remove(folder)  # the same version again, after going back to an earlier one
+    with _room_for(partial, model_bytes + _tensor_bytes(contents.optimizer)):
+        for left in [
+            *root.glob(".partial-*"),
+            *root.glob(".removed-*"),
+        ]:  # by a process that ended on its way
+            shutil.rmtree(left)
+        (partial / MODEL).mkdir(parents=True)
+        write_model(partial / MODEL)
+        with (partial / OPTIMIZER).open("wb") as file:
+            torch.save({"optimizer": contents.optimizer, "torch_rng": contents.torch_rng}, file)
+        (partial / STATE).write_text(json.dumps(_sealed(contents, partial), indent=1))
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+    replaced = _put_away(folder)  # the same version again, after going back to an earlier one
     partial.rename(folder)
     _sync(root)
+    shutil.rmtree(replaced, ignore_errors=True)
     for old in _complete(root)[:-keep]:
-        _remove(old)
+        shutil.rmtree(_put_away(old))
     return folder
 
 
@@ -124,30 +137,112 @@ def load(folder: Path) -> Contents:
 
 
 def latest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None. A broken one is named in a warning and passed over."""
+    """The newest whole checkpoint of a run, or None. A broken one is named in a warning and set aside."""
     for folder in reversed(_complete(run / ROOT)):
         try:
             _verified(folder)
         except CheckpointError as error:
-            logger.warning("%s; an earlier one is used", error)
+            logger.warning("%s; it is set aside and an earlier one is used", error)
+            _set_aside(folder)
         else:
             return folder
     return None
 
 
+def _sealed(contents: Contents, folder: Path) -> dict[str, Any]:
+    """What state.json says of a folder that is otherwise written."""
+    files = {
+        str(file.relative_to(folder)): {"size": file.stat().st_size, "blake3": _checksum(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    state = {
+        "version": contents.version,
+        "cursor": contents.cursor,
+        "generator": contents.generator,
+        "files": files,
+    }
+    return {**state, "seal": _seal(state)}
+
+
+def _seal(state: Mapping[str, Any]) -> str:
+    """blake3 of everything state.json says, the seal itself left out."""
+    rest = {name: value for name, value in state.items() if name != "seal"}
+    return blake3(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _verified(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint all of whose files are there in full."""
+    """state.json of a checkpoint whose every file is what was written: sizes are compared first, then checksums."""
+
+    def broken(what: str) -> CheckpointError:
+        return CheckpointError(f"checkpoint {folder} is broken: {what}")
+
     try:
         state: dict[str, Any] = json.loads((folder / STATE).read_text())
-        sizes = state["sizes"].items()
+        seal, files = state["seal"], state["files"]
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"checkpoint {folder} is broken: {STATE} is missing or unreadable") from error
-    for name, size in sizes:
+        raise broken(f"{STATE} is missing or unreadable") from error
+    if seal != _seal(state):
+        raise broken(f"{STATE} has changed since it was written")
+    for name, written in files.items():
         file = folder / name
         found = file.stat().st_size if file.is_file() else 0
-        if found != size:
-            raise CheckpointError(f"checkpoint {folder} is broken: {name} has {found} of {size} bytes")
+        if found != written["size"]:
+            raise broken(f"{name} has {found} of {written['size']} bytes")
+    for name, written in files.items():
+        try:
+            checksum = _checksum(folder / name)
+        except OSError as error:
+            raise broken(f"{name} can not be read ({error.strerror})") from error
+        if checksum != written["blake3"]:
+            raise broken(f"{name} has changed since it was written")
     return state
+
+
+def _checksum(file: Path) -> str:
+    # Read, not mapped: a disk that fails under a mapping ends the process instead of raising.
+    hasher = blake3(max_threads=blake3.AUTO)
+    buffer = memoryview(bytearray(min(_READ_BYTES, max(1, file.stat().st_size))))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            hasher.update(buffer[:count])
+    return hasher.hexdigest()
+
+
+def _tensor_bytes(tree: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(tree, Tensor):
+        return tree.nbytes
+    if isinstance(tree, Mapping):
+        return sum(map(_tensor_bytes, tree.values()))
+    return sum(map(_tensor_bytes, tree)) if isinstance(tree, list | tuple) else 0
+
+
+@contextmanager
+def _room_for(partial: Path, wanted_bytes: int) -> Iterator[None]:
+    """Turn a full disk into DiskFull, with what was half written removed."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_full(error):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(partial.parent).free
+        raise DiskFull(
+            f"no room for a checkpoint in {partial.parent}: {free / 1e9:.3g} GB are free (a quota may allow less), "
+            f"about {wanted_bytes / 1e9:.3g} GB are wanted"
+        ) from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether an error comes from a full disk: torch hides that one behind its own, safetensors in its text."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if isinstance(error, SafetensorError) and any(f"(os error {code})" in str(error) for code in _FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _complete(root: Path) -> list[Path]:
@@ -156,13 +251,22 @@ def _complete(root: Path) -> list[Path]:
     return sorted((path for path, match in versions.items() if match), key=lambda path: int(path.name[8:]))
 
 
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint so that a crash on the way leaves no half of one under its final name."""
+def _put_away(folder: Path) -> Path:
+    """Give a checkpoint a name that is none, so that a crash while it is removed leaves no half of one."""
+    going = folder.with_name(f".removed-{folder.name}")
+    shutil.rmtree(going, ignore_errors=True)
     if folder.exists():
-        going = folder.with_name(f".removed-{folder.name}")
-        shutil.rmtree(going, ignore_errors=True)
         folder.rename(going)
-        shutil.rmtree(going)
+    return going
+
+
+def _set_aside(folder: Path) -> None:
+    aside = folder.with_name(f".broken-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        folder.rename(aside)
+    except OSError as error:  # somebody else's folder, or a read-only one: passing over it is enough
+        logger.warning("%s stays where it is: %s", folder, error.strerror)
 
 
 def _sync(path: Path) -> None:

@@ -124,7 +124,7 @@ class Learner:
     def save(self, run: Path, cursor: Mapping[str, Any] | None = None, keep: int = 2) -> Path:
         """Write a checkpoint of this version into the run, keep the last `keep`, and return its folder.
 
-        cursor: where the task stream stands, JSON; `load` gives it back.
+        cursor: where the task stream stands, JSON; `load` gives it back. Raises DiskFull.
         """
         contents = checkpoint.Contents(
             version=self.version,
@@ -133,7 +133,8 @@ class Learner:
             optimizer=self.optimizer.state_dict(),
             torch_rng=torch.get_rng_state(),
         )
-        return checkpoint.save(run, contents, self.write_model, keep)
+        model_bytes = sum(parameter.nbytes for parameter in self.policy.parameters())
+        return checkpoint.save(run, contents, self.write_model, model_bytes, keep)
 
     def load(self, run: Path) -> dict[str, Any]:
         """Continue from the newest whole checkpoint of a run, bit for bit; returns its cursor.

@@ -63,6 +63,9 @@ class LearnerLoop:
         self._native = native
         self._imitation: Iterator[Row] = iter(())
         self._last: Row | None = None  # of the step that made the present version
+        self._saved: tuple[Path, int] | None = (
+            None  # the last checkpoint: one that has landed is not written twice
+        )
         self._torn = False  # a step began and did not end: the parameters are no version's
         # Three things have one user at a time: the next step, the staging buffer, and the parameters (their lock is
         # taken last, and only while they are read or written).
@@ -135,6 +138,7 @@ class LearnerLoop:
                 f"version {self.version} was offered already: it can not learn by imitation any more"
             )
         async with self._weights:
+            self._saved = None
             return await _to_its_end(self._imitated, steps)
 
     async def save(self, run_folder: Path) -> None:
@@ -144,7 +148,9 @@ class LearnerLoop:
         async with self._weights:
             self._require_whole()
             version = self.version
-            await _to_its_end(self._learner.save, run_folder, cursor, self._keep)
+            if self._saved != (run_folder, version):
+                await _to_its_end(self._learner.save, run_folder, cursor, self._keep)
+                self._saved = run_folder, version
         await self._source.landed(version)
 
     def _step(self, batches: list[pa.RecordBatch], waited_s: float) -> Row:

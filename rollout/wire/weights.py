@@ -1,7 +1,7 @@
 """Weight versions on the wire: what the learner publishes and how an engine knows that it holds it.
 
 A version is published as a manifest (name, dtype, shape and checksum of every tensor, and a probe) and a handle that
-says where the bytes lie. Whoever hosts the ring decides where: a file in shared memory, Ray's object store, or plain
+says where the bytes lie. Whoever hosts the ring decides where: a file in memory, Ray's object store, or plain
 arrays in one process. Opening a handle gives one read-only uint8 array a tensor, in the manifest's order, without a
 copy.
 """
@@ -9,10 +9,11 @@ copy.
 from __future__ import annotations
 
 import importlib
+import os
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -188,14 +189,29 @@ def open_inline(address: Any, sizes: Sequence[int]) -> list[ByteArray]:
     return list(address)
 
 
-def write_file(path: Path, arrays: Sequence[ByteArray]) -> Handle:
-    """Write the arrays back to back into `path` (best in shared memory) and return a handle any local process opens."""
-    aside = path.with_suffix(".part")
-    with aside.open("wb") as file:
+class MemoryFile:
+    """A file without a name, in memory: it is gone with the last process that holds or maps it, however that ends."""
+
+    def __init__(self, name: str) -> None:
+        self._descriptor = os.memfd_create(name)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    @property
+    def path(self) -> str:
+        """Where processes of this user on this machine open it, while this object lives."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+
+def write_memory(arrays: Sequence[ByteArray]) -> tuple[Handle, MemoryFile]:
+    """Write the arrays back to back into memory that any process of this user on this machine can map.
+
+    The caller keeps the file until every engine has acknowledged; what is mapped by then stays so.
+    """
+    file = MemoryFile("manta-weights")
+    with open(file.path, "wb") as writing:
         for array in arrays:
-            file.write(array.data)
-    aside.rename(path)
-    return Handle("rollout.wire.weights:open_file", str(path))
+            writing.write(array.data)
+    return Handle("rollout.wire.weights:open_file", file.path), file
 
 
 def open_file(address: str, sizes: Sequence[int]) -> list[ByteArray]:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from learner.checkpoint import CheckpointError, latest, load
+from learner.checkpoint import CheckpointError, DiskFull, latest, load
 from learner.learner import Learner, LearnerSettings
 from learner.model import ModelSettings
 from learner.optim import OptimSettings
@@ -75,8 +79,37 @@ def test_only_the_last_ones_are_kept(tmp_path: Path, tiny: Path) -> None:
     assert kept == ["version-00000002", "version-00000010"]
 
 
-def test_unfinished_ones_are_ignored_and_broken_ones_named(
-    tmp_path: Path, tiny: Path, caplog: pytest.LogCaptureFixture
+def _flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda folder: (folder / "optimizer.pt").write_bytes(b"short"), r"optimizer.pt has 5 of \d+ bytes"),
+        (lambda folder: (folder / "model" / "config.json").unlink(), "model/config.json has 0 of"),
+        (
+            lambda folder: _flip(folder / "model" / "model.safetensors", -100),
+            "model/model.safetensors has changed",
+        ),
+        (lambda folder: _flip(folder / "optimizer.pt", 4000), "optimizer.pt has changed"),
+        (
+            lambda folder: (folder / "state.json").write_text(
+                (folder / "state.json").read_text().replace('"version": 1', '"version": 7')
+            ),
+            "state.json has changed",
+        ),
+        (lambda folder: (folder / "state.json").write_text("{"), "state.json is missing or unreadable"),
+    ],
+)
+def test_a_broken_one_is_named_and_set_aside_and_the_one_before_is_used(
+    tmp_path: Path,
+    tiny: Path,
+    caplog: pytest.LogCaptureFixture,
+    spoil: Callable[[Path], object],
+    what: str,
 ) -> None:
     assert latest(tmp_path) is None
     learner = _learner(tiny)
@@ -84,21 +117,89 @@ def test_unfinished_ones_are_ignored_and_broken_ones_named(
     learner.version = 1
     bad = learner.save(tmp_path)
     (tmp_path / "checkpoints" / ".partial-version-00000002").mkdir()
-    (bad / "optimizer.pt").write_bytes(b"short")
-    assert latest(tmp_path) == good
+    assert latest(tmp_path) == bad
+    spoil(bad)
+    with pytest.raises(CheckpointError, match=rf"^checkpoint .* is broken: {what}[^\n]*$"):
+        load(bad)
+    resumed = _learner(tiny)
+    resumed.version = 5
+    resumed.load(tmp_path)
+    assert resumed.version == 0
     (warning,) = [r.getMessage() for r in caplog.records if r.name == "learner.checkpoint"]
     assert str(bad) in warning
-    assert "optimizer.pt has 5 of" in warning
-    with pytest.raises(CheckpointError, match=r"^checkpoint .* is broken: [^\n]*$"):
-        load(bad)
+    assert not bad.exists()
+    assert bad.with_name(f".broken-{bad.name}").is_dir()
+    assert latest(tmp_path) == good
 
 
 def test_an_optimizer_file_that_does_not_load_is_one_line(tmp_path: Path, tiny: Path) -> None:
-    folder = _learner(tiny).save(tmp_path)
-    file = folder / "optimizer.pt"
-    file.write_bytes(b"\0" * file.stat().st_size)
+    def save_nothing(obj: object, file: IO[bytes]) -> None:
+        file.write(b"not what torch writes")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("learner.checkpoint.torch.save", save_nothing)
+        folder = _learner(tiny).save(tmp_path)
     with pytest.raises(CheckpointError, match=r"^checkpoint .* is broken: optimizer.pt: [^\n]*$"):
         load(folder)
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path: Path, tiny: Path) -> None:
+    root = tmp_path / "checkpoints"
+    for name in (".partial-version-00000004", ".removed-version-00000002"):
+        (root / name / "model").mkdir(parents=True)
+    _learner(tiny).save(tmp_path)
+    assert [path.name for path in root.iterdir()] == ["version-00000000"]
+
+
+class _FullDisk:
+    """A file on a disk that has no room for more."""
+
+    def write(self, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def flush(self) -> None: ...
+
+
+def _by_the_system(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+def _by_torch(folder: Path) -> None:
+    torch.save({"weight": torch.zeros(1 << 16)}, _FullDisk())  # raises an error of its own over the system's
+
+
+def _by_safetensors(folder: Path) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("write_model", [_by_the_system, _by_torch, _by_safetensors])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(
+    tmp_path: Path, tiny: Path, write_model: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = _learner(tiny)
+    good = learner.save(tmp_path)
+    learner.version = 1
+    monkeypatch.setattr(learner, "write_model", write_model)
+    with pytest.raises(
+        DiskFull, match=r"^no room for a checkpoint in .* GB are free .* GB are wanted$"
+    ) as full:
+        learner.save(tmp_path)
+    assert str(good.parent) in str(full.value)
+    assert list(good.parent.iterdir()) == [good]
+    assert latest(tmp_path) == good
+
+
+def test_another_failure_is_not_taken_for_a_full_disk(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "no")
+
+    learner = _learner(tiny)
+    monkeypatch.setattr(learner, "write_model", denied)
+    with pytest.raises(PermissionError):
+        learner.save(tmp_path)
 
 
 def test_a_run_without_checkpoints_is_one_line(tmp_path: Path, tiny: Path) -> None:
