@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from deploy.config import ConfigError, RunConfig, load_config, validated
+from deploy.config import ConfigError, load_config, validated
 
 app = typer.Typer(
     add_completion=False,
@@ -39,8 +37,6 @@ class Memory(StrEnum):
     last = "last"
 
 
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
-
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.OPTION=VALUE]...", help="Change the recipe.")
 ]
@@ -53,6 +49,10 @@ def train(
     ] = "",
     overrides: Overrides = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder itself: made where it is not there, gone on with where it is."),
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
     local: Annotated[bool, typer.Option("--local", help="Everything in this process, without Ray.")] = False,
 ) -> None:
@@ -65,21 +65,23 @@ def train(
 
     manta train --resume runs/frozen_lake-20260101-120000
     """
-    from deploy import preflight, run_folder
+    from deploy import drive, preflight, run_folder
 
     if resume is not None:
         if recipe:
             raise ConfigError(
                 "--resume goes on with a run as it was configured; leave the recipe and overrides away"
             )
-        config, folder = run_folder.open_existing(resume), resume
-    elif recipe:
+        drive.drive(run_folder.open_existing(resume), resume, console, resume=True, local=local)
+    elif not recipe:
+        raise ConfigError("name a recipe (see deploy/recipes) or a run to --resume")
+    elif run is not None and run_folder.exists(run):
+        drive.drive(run_folder.open_existing(run), run, console, resume=True, local=local)
+    else:
         config = load_config(recipe, overrides or ())
         preflight.check(config)
-        folder = _new_folder(config, runs, local)
-    else:
-        raise ConfigError("name a recipe (see deploy/recipes) or a run to --resume")
-    _drive(config, folder, resume=resume is not None, local=local)
+        folder = run or run_folder.choose(config, runs)
+        drive.drive(config, folder, console, resume=False, local=local)
 
 
 @app.command("eval")
@@ -153,6 +155,29 @@ def submit(
 
 
 @app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(help="The folder of a run that is going on.")],
+    workers: Annotated[int, typer.Option(min=1, help="Rollout workers wanted from now on.")],
+) -> None:
+    """Change the number of rollout workers of a running job; nothing is restarted and nothing is lost.
+
+    Example:
+    manta scale runs/frozen_lake-20260101-120000 --workers 4
+    """
+    from deploy import run_folder
+    from deploy.control import ask_workers
+
+    config = run_folder.open_existing(run)
+    if config.weights.transfer != "object_store":
+        raise ConfigError(
+            f"weights.transfer={config.weights.transfer!r} joins engines and learner for good: "
+            "stop the run and resume it with another rollout.workers"
+        )
+    ask_workers(run, workers)
+    console.print(f"asked for {workers} rollout workers; who serves: {run / 'roster.json'}", highlight=False)
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, cores and memory, and what is missing.
 
@@ -164,53 +189,11 @@ def doctor() -> None:
     raise typer.Exit(show(diagnose(), console))
 
 
-def _new_folder(config: RunConfig, runs: Path, local: bool) -> Path:
-    from deploy import run_folder
-
-    if not local:
-        from deploy.cluster import connect, require_capacity
-
-        connect(config)
-        require_capacity(config)
-    return run_folder.create(config, runs)
-
-
-def _drive(config: RunConfig, folder: Path, resume: bool, local: bool) -> None:
-    from deploy.progress import Progress
-    from deploy.ring import Ring
-    from deploy.train import Training
-
-    ring: Ring
-    if local:
-        from deploy.local import LocalRing
-
-        ring = LocalRing(config, folder)
-    else:
-        from deploy.cluster import RayRing, connect
-
-        connect(config)
-        ring = RayRing(config, folder)
-    try:
-        with Progress(config.steps, f"{config.name}  {folder}", console) as progress:
-            summary = asyncio.run(Training(config, ring, progress).run(resume))
-    except KeyboardInterrupt:
-        errors.print(
-            f"stopped; go on with: manta train --resume {shlex.quote(str(folder))}{' --local' * local}"
-        )
-        raise typer.Exit(INTERRUPTED) from None
-    for when in ("before", "after"):
-        if summary[f"success_{when}"] is not None:
-            low, high = summary[f"success_{when}_interval"]
-            console.print(
-                f"success {when:6} {summary[f'success_{when}']:.3f}  (95% interval {low:.3f} to {high:.3f})"
-            )
-    console.print(f"report         {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
-
-
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2, anything else keeps its traceback."""
     import transformers
 
+    from deploy.supervise import PartFailed
     from envs.registry import EnvironmentUnknown
     from learner.checkpoint import CheckpointError
     from learner.model import ModelError
@@ -222,6 +205,11 @@ def main() -> None:
     except (ConfigError, EnvironmentUnknown, ModelError, CheckpointError, ChatError) as error:
         errors.print(f"manta: {error}", style="red")
         sys.exit(2)
+    except (
+        PartFailed
+    ) as error:  # the supervisor's verdict: it names part, host, log file and the part's own error
+        errors.print(f"manta: {error}", style="red")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

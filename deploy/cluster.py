@@ -1,21 +1,27 @@
-"""The ring as Ray actors: one exchange, one learner, N rollout workers, on this machine or on a cluster.
+"""The ring as Ray actors: one exchange, one learner, a fleet of rollout workers, on this machine or on a cluster.
 
 The driver holds handles and small rows only. Groups go from a worker to the exchange and on to the learner, and weights
 from the learner to the engines, through Ray's object store.
+
+What dies or freezes is replaced: rollout workers by the fleet; the exchange by Ray itself (max_restarts), which then
+repeats the calls that were under way (max_task_retries), since the exchange finds on disk what it was; the learner by
+`recover`, from its newest checkpoint. Heartbeats find what is frozen, and `ray.kill` ends a stopped process too.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import RayActorError
 
+from deploy.actor_member import ActorMember, actor, awaited
 from deploy.build import (
     EngineFactory,
     build_exchange,
@@ -25,115 +31,117 @@ from deploy.build import (
     play_demonstrations,
     vllm_engine,
 )
-from deploy.config import ConfigError, RunConfig
-from deploy.ring import Row, first_failure
-from learner.actors import LearnerActor, ObjectStorePublisher
+from deploy.config import RunConfig
+from deploy.connect import learner_gpus
+from deploy.fleet import Fleet
+from deploy.ring import LearnerLost, Row, first_failure
+from deploy.supervise import Budget, PartFailed, PartLost, brief, place, within
+from learner.actors import LearnerActor
 from learner.checkpoint import latest
 from learner.learner import Learner
+from learner.loop import sync_metrics
 from learner.publish import Publisher
 from rollout.actors import RolloutActor, demonstrate
 from rollout.wire.actors import ExchangeActor
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Task
+from rollout.wire.weights import Handle, Probe, WeightManifest, WeightUpdate
+from rollout.wire.whereabouts import Whereabouts
 
-CLOSE_SECONDS = 30.0  # what engines and ledger are given to stop by themselves
-
-
-def connect(config: RunConfig) -> None:
-    """Join the cluster named by the configuration or by the job that runs us, or start a local Ray."""
-    if ray.is_initialized():
-        return
-    address = config.cluster.address
-    if address or _inside_a_job():
-        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
-    else:
-        port = config.cluster.dashboard_port
-        dashboard = {"include_dashboard": bool(port)} | ({"dashboard_port": port} if port else {})
-        ray.init(address="local", log_to_driver=False, logging_level="ERROR", **dashboard)
-
-
-def require_capacity(config: RunConfig) -> None:
-    """Refuse a request that the cluster cannot hold, saying what is missing."""
-    wanted = demand(config)
-    deadline = time.monotonic() + config.cluster.capacity_seconds
-    while True:
-        held = ray.cluster_resources()
-        missing = {
-            name: amount - held.get(name, 0.0)
-            for name, amount in wanted.items()
-            if amount > held.get(name, 0.0)
-        }
-        if not missing:
-            return
-        if time.monotonic() > deadline or _fixed_size():
-            lacking = ", ".join(f"{amount:g} {name}" for name, amount in missing.items())
-            asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
-            raise ConfigError(
-                f"the cluster is too small: {lacking} missing (the run asks for {asked}); "
-                "lower rollout.workers or rollout.cpus_per_worker, or add nodes"
-            )
-        time.sleep(0.5)
-
-
-def demand(config: RunConfig) -> dict[str, float]:
-    """The resources all actors of a run need together, in Ray's names."""
-    workers, rollout = config.rollout.workers, config.rollout
-    wanted = {"CPU": workers * rollout.cpus_per_worker + config.cluster.learner_cpus}
-    gpus = workers * rollout.gpus_per_worker + learner_gpus(config)
-    return wanted | ({"GPU": gpus} if gpus else {})
-
-
-def learner_gpus(config: RunConfig) -> float:
-    """A whole GPU; with "ipc", which hands over one GPU's own memory, what the engines leave of the one they share."""
-    if config.learner.model.device != "cuda":
-        return 0
-    shared = config.weights.transfer == "ipc"
-    return 1 - config.rollout.workers * config.rollout.gpus_per_worker if shared else 1
+CLOSE_SECONDS = 30.0  # what the ledger is given to close
+T = TypeVar("T")
 
 
 class RayRing:
     """Every part of a run as an actor; the methods are those of `deploy.ring.Ring`."""
 
     def __init__(
-        self, config: RunConfig, run_folder: Path, engine_factory: EngineFactory = vllm_engine
+        self,
+        config: RunConfig,
+        run_folder: Path,
+        engine_factory: EngineFactory = vllm_engine,
+        say: Callable[[str], None] = print,
     ) -> None:
         self.run_folder = run_folder.resolve()
         self._config = config
         self._engine_factory = engine_factory
+        self._say = say
+        self._native = (
+            config.weights.transfer != "object_store"
+        )  # then the workers are those of the start, for good
         self._exchange: Any = None
         self._learner: Any = None
-        self._workers: dict[str, Any] = {}
-        self._starts: list[asyncio.Future[str]] = []
-        self._runs: list[asyncio.Future[None]] = []
+        self._where: dict[str, Whereabouts] = {}  # of exchange and learner
+        self._handles: dict[str, Any] = {}  # of rollout actors, by name
+        self._published = asyncio.Event()  # there is a version that engines may be given
+        self._learning = asyncio.Event()  # the learner is up
+        self._borrowers = 0
+        self._hearts: list[asyncio.Task[None]] = []
+
+    # Start --------------------------------------------------------------------------------------------------------
 
     async def start(self, resume: bool) -> int:
-        config = self._config
+        config, supervision = self._config, self._config.supervision
         self._path = model_path(config, self.run_folder)
-        # Every loop of every worker may wait for a slot; the learner's calls must find a place beside them.
-        calls = 2 * config.rollout.workers * config.rollout.concurrent_groups + 100
-        exchange = _actor(ExchangeActor, max_concurrency=calls)
+        self._budget = Budget(supervision)
+        self._exchange_lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._learner_lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        restarts = {"max_restarts": supervision.max_restarts, "max_task_retries": -1}
+        # Every loop of every worker may wait for a slot; others' calls must find a place beside them.
+        exchange = actor(ExchangeActor, max_concurrency=100_000, **restarts)
         self._exchange = exchange.remote(partial(build_exchange, config, self.run_folder))
-        for index in range(config.rollout.workers):
-            name = f"rollout-{index}"
-            options = {"num_cpus": config.rollout.cpus_per_worker, "num_gpus": config.rollout.gpus_per_worker}
-            build = partial(_worker, config, self._path, self._engine_factory)
-            self._workers[name] = _actor(RolloutActor, **options).remote(name, self._exchange, build)
-        learner = _actor(LearnerActor, num_cpus=config.cluster.learner_cpus, num_gpus=learner_gpus(config))
-        self._learner = learner.remote(
+        self._where["exchange"] = await self._within("the exchange", self._exchange.whereabouts.remote())
+        self._fleet = Fleet(
+            self._launch,
+            self._lend,
+            self._hand_on,
+            supervision,
+            config.cluster.start_seconds,
+            config.weights.sync_seconds,
+            self._say,
+            self._budget,
+        )
+        self._fleet.scale(config.rollout.workers)
+        # A run stopped before its first checkpoint has none to load: it starts over in its folder.
+        version = await self._start_learner(load=resume and latest(self.run_folder) is not None)
+        if resume:
+            await self._within("the exchange", self._exchange.rollback.remote(version))
+        self._hearts = [
+            asyncio.create_task(self._watch_exchange()),
+            asyncio.create_task(self._watch_learner()),
+        ]
+        return version
+
+    async def _start_learner(self, load: bool) -> int:
+        config = self._config
+        options = {"num_cpus": config.cluster.learner_cpus, "num_gpus": learner_gpus(config)}
+        engines = [f"rollout-{seat}" for seat in range(config.rollout.workers)] if self._native else []
+        native = partial(_native, config, {name: self._handle(name) for name in engines})
+        self._learner = actor(LearnerActor, **options).remote(
             partial(build_learner, config, self._path),
             self._exchange,
-            partial(_publisher, config, self._workers),
             config.engine.dtype,
             config.cluster.step_seconds,
             config.checkpoint.keep,
+            native if self._native else None,
         )
-        self._starts = [asyncio.ensure_future(self._start_worker(name)) for name in self._workers]
-        # A run stopped before its first checkpoint has none to load: it starts over in its folder.
-        load = resume and latest(self.run_folder) is not None
-        _, version = await self._within("the learner", self._learner.start.remote(self.run_folder, load))
-        if resume:
-            await self._within("the exchange", self._exchange.recover.remote(version))
+        start = self._learner.start.remote(self.run_folder, load)
+        self._where["learner"], version = await self._within("the learner", start)
+        self._learning.set()
         return int(version)
+
+    def _handle(self, name: str) -> Any:
+        if name not in self._handles:
+            config = self._config
+            options = {"num_cpus": config.rollout.cpus_per_worker, "num_gpus": config.rollout.gpus_per_worker}
+            build = partial(_worker, config, self._path, self._engine_factory)
+            self._handles[name] = actor(RolloutActor, **options).remote(name, self._exchange, build)
+        return self._handles[name]
+
+    def _launch(self, name: str) -> ActorMember:
+        return ActorMember(name, self._handle(name), native=self._native)
+
+    # The driver's verbs -------------------------------------------------------------------------------------------
 
     async def begin_imitation(self) -> int:
         play = partial(_play, self._config, self._path)
@@ -145,79 +153,223 @@ class RayRing:
         return rows
 
     async def publish(self) -> Row:
-        # Engines start beside the warm start; this is the first moment that needs them.
-        await asyncio.gather(*self._starts)
-        row: Row = await self._within("the weight sync", self._learner.publish.remote())
-        return row
+        """Every serving member holds the learner's version, or is lost; the first time every wanted member serves."""
+        if self._native:
+            await self._fleet.ready()
+            row: Row = await self._of_learner(
+                "the weight sync", lambda: self._learner.publish_native.remote()
+            )
+            return row
+        async with self._borrowed() as update:
+            reports = await self._fleet.publish(update)
+        if not self._published.is_set():
+            self._published.set()
+            await self._fleet.ready()
+        return sync_metrics(reports)
 
     async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
-        workers = list(self._workers.values())
-        shares = [list(tasks[index :: len(workers)]) for index in range(len(workers))]
-        playing = asyncio.gather(*(w.evaluate.remote(s, name) for w, s in zip(workers, shares, strict=True)))
-        played = await self._within(f"evaluation {name!r}", playing, self._config.evaluation.seconds)
-        return [row for share in played for row in share]
+        return await within(
+            self._config.evaluation.seconds, self._fleet.evaluate(tasks, name), f"evaluation {name!r}"
+        )
 
     def begin_rollouts(self) -> None:
-        self._runs = [
-            asyncio.ensure_future(_awaited(worker.run.remote())) for worker in self._workers.values()
-        ]
+        self._fleet.play()
 
-    async def step(self) -> Row:
-        # The learner itself waits step_seconds for its groups and says what is missing; this limit is for the learner.
+    async def step(self, number: int) -> Row:
+        began = time.perf_counter()
+        # The learner waits step_seconds for its groups and says what is missing; twice that is for the learner itself.
         limit = 2 * self._config.cluster.step_seconds
-        step = asyncio.ensure_future(self._within("the learner's step", self._learner.step.remote(), limit))
-        return await first_failure(step, self._runs)
+        row: Row = await self._of_learner(
+            "the learner's step", lambda: self._learner.train.remote(number), limit
+        )
+        trained = time.perf_counter()
+        row |= await self._watched(self.publish())
+        await self._watched(self._within("the exchange", self._exchange.release.remote(number)))
+        ended = time.perf_counter()
+        return row | {
+            "version": number,
+            "workers": float(len(self._fleet.serving)),
+            "publish_s": ended - trained,
+            "step_s": ended - began,
+        }
+
+    async def recover(self, loss: LearnerLost) -> int:
+        self._budget.spend("learner", self._where.get("learner"), loss)
+        self._say(f"{loss}; it starts again from its newest checkpoint")
+        self._learning.clear()
+        await self._fleet.pause()
+        ray.kill(self._learner)
+        version = await self._start_learner(load=True)
+        self._learner_lost = asyncio.get_running_loop().create_future()
+        self._hearts.append(asyncio.create_task(self._watch_learner()))
+        await self._within("the exchange", self._exchange.rollback.remote(version))
+        await self.publish()
+        return version
 
     async def save(self) -> None:
-        await self._within("the checkpoint", self._learner.save.remote(self.run_folder))
+        await self._of_learner("the checkpoint", lambda: self._learner.save.remote(self.run_folder))
 
     async def counters(self) -> Row:
-        counting = asyncio.gather(*(worker.counters.remote() for worker in self._workers.values()))
-        rows = await self._within("a rollout worker's counters", counting)
-        return {key: sum(row[key] for row in rows) for key in rows[0]}
+        return await self._fleet.counters()
 
     async def counts(self) -> dict[str, int]:
         counts: dict[str, int] = await self._within("the exchange", self._exchange.counts.remote())
         return counts
 
+    # What supervision asks ----------------------------------------------------------------------------------------
+
+    @property
+    def playing(self) -> bool:
+        """Whether groups are being played: from the first rollouts to the last step."""
+        return self._fleet.playing
+
+    def scale(self, workers: int) -> None:
+        """Have so many rollout workers from now on."""
+        self._fleet.scale(workers)
+
+    async def state(self) -> dict[str, Any]:
+        """The exchange's own words about where the run stands."""
+        state: dict[str, Any] = await self._within("the exchange", self._exchange.state.remote(), 60.0)
+        return state
+
+    def roster(self) -> list[dict[str, Any]]:
+        """Every part of the run: its name, state, host, pid and log."""
+        fixed = [
+            {"part": part, "state": "up", "host": w.host, "pid": w.pid, "node": w.node, "log": w.log}
+            for part, w in self._where.items()
+        ]
+        return fixed + self._fleet.roster()
+
+    async def stacks(self) -> dict[str, str]:
+        """What every part is doing; those that do not say are named so."""
+        told = await self._fleet.stacks()
+        for part, handle in (("exchange", self._exchange), ("learner", self._learner)):
+            try:
+                told[part] = await within(5.0, awaited(handle.stacks.remote()), part)
+            except (PartLost, RayActorError) as error:
+                told[part] = brief(error)
+        return told
+
     async def close(self) -> None:
         """Let the engines stop their processes and the ledger close, then end the actors."""
-        pending: list[asyncio.Future[Any]] = [*self._starts, *self._runs]
-        for waiting in pending:
-            waiting.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        # A start that failed on its way has made only some of them.
-        closable = [actor for actor in (*self._workers.values(), self._exchange) if actor is not None]
-        if closable:
-            closing = asyncio.gather(
-                *(_awaited(actor.close.remote()) for actor in closable), return_exceptions=True
-            )
-            await asyncio.wait([closing], timeout=CLOSE_SECONDS)
-        for actor in (*closable, *([self._learner] if self._learner is not None else [])):
-            ray.kill(actor)
+        for heart in self._hearts:
+            heart.cancel()
+        await asyncio.gather(*self._hearts, return_exceptions=True)
+        if hasattr(self, "_fleet"):
+            await self._fleet.close()
+        if self._exchange is not None:
+            closing = asyncio.ensure_future(awaited(self._exchange.close.remote()))
+            await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
+            if closing.done() and (error := closing.exception()):
+                self._say(f"the exchange at its end: {brief(error)}")
+        for handle in (self._exchange, self._learner):
+            if handle is not None:
+                ray.kill(handle)
 
-    async def _start_worker(self, name: str) -> str:
-        host: str = await self._within(f"rollout worker {name}", self._workers[name].start.remote())
-        return host
+    # Weights ------------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _lend(self) -> AsyncIterator[WeightUpdate]:
+        """The published version, for a member that joins; before the first there is nothing to join with."""
+        if self._native:
+            yield _NOTHING
+            return
+        await self._published.wait()
+        async with self._borrowed() as update:
+            yield update
+
+    @asynccontextmanager
+    async def _borrowed(self) -> AsyncIterator[WeightUpdate]:
+        self._borrowers += 1
+        try:
+            yield await self._offer()
+        finally:
+            self._borrowers -= 1
+            if not self._borrowers:
+                self._learner.withdraw.remote()  # whether it hears this is of no account
+
+    async def _offer(self) -> WeightUpdate:
+        limit = self._config.cluster.start_seconds
+        deadline = time.monotonic() + limit
+        while True:
+            try:
+                await within(limit, self._learning.wait(), "the learner (restart)")
+                update: WeightUpdate = await self._within(
+                    "the learner's weights", self._learner.offer.remote()
+                )
+                return update
+            except RayActorError as error:
+                if time.monotonic() > deadline:
+                    raise PartLost(
+                        f"the learner offered no weights within {limit:g} s: {brief(error)}"
+                    ) from error
+                await asyncio.sleep(0.5)
+
+    # Heartbeats ---------------------------------------------------------------------------------------------------
+
+    async def _watch_learner(self) -> None:
+        settings, lost, learner = self._config.supervision, self._learner_lost, self._learner
+        while True:
+            await asyncio.sleep(settings.heartbeat_seconds)
+            try:
+                await within(
+                    settings.frozen_seconds, awaited(learner.ping.remote()), "the learner (heartbeat)"
+                )
+            except (RayActorError, PartLost) as error:
+                if not lost.done():
+                    lost.set_exception(LearnerLost(self._lost("the learner", "learner", error)))
+                return
+
+    async def _watch_exchange(self) -> None:
+        settings = self._config.supervision
+        while True:
+            await asyncio.sleep(settings.heartbeat_seconds)
+            try:
+                there = awaited(self._exchange.whereabouts.remote())
+                where = await within(settings.frozen_seconds, there, "the exchange (heartbeat)")
+            except PartLost as error:
+                self._say(f"{brief(error)}; it is killed and started again from disk")
+                ray.kill(self._exchange, no_restart=False)
+            except RayActorError as error:
+                failure = PartFailed(
+                    f"the exchange was lost more than supervision.max_restarts={settings.max_restarts} times; "
+                    f"{place(self._where['exchange'])}; the last error: {brief(error)}"
+                )
+                if not self._exchange_lost.done():
+                    self._exchange_lost.set_exception(failure)
+                return
+            else:
+                if where.pid != self._where["exchange"].pid:
+                    self._say("the exchange was lost; it went on from disk")
+                    self._where["exchange"] = where
+
+    def _lost(self, what: str, part: str, error: BaseException) -> str:
+        return f"{what} is lost ({place(self._where.get(part))}): {brief(error)}"
+
+    # Waiting ------------------------------------------------------------------------------------------------------
+
+    async def _hand_on(self, worker: str) -> int:
+        self._handles.pop(worker, None)
+        groups: int = await self._within("the exchange", self._exchange.hand_on.remote(worker))
+        return groups
+
+    async def _of_learner(self, what: str, call: Callable[[], Any], limit: float | None = None) -> Any:
+        """An answer of the learner. LearnerLost where it died, froze, or cannot be reached."""
+        try:
+            return await self._watched(self._within(what, call(), limit))
+        except RayActorError as error:
+            raise LearnerLost(self._lost("the learner", "learner", error)) from error
+
+    async def _watched(self, pending: Awaitable[T]) -> T:
+        answer = asyncio.ensure_future(pending)
+        return await first_failure(answer, [self._fleet.failed, self._exchange_lost, self._learner_lost])
 
     async def _within(self, what: str, pending: Any, limit: float | None = None) -> Any:
-        limit = limit or self._config.cluster.start_seconds
-        answer: asyncio.Future[Any] = asyncio.ensure_future(_awaited(pending))
-        try:
-            done, _ = await asyncio.wait({answer}, timeout=limit)
-            if not done:
-                raise TimeoutError(f"{what} did not answer within {limit:g} s")
-            return answer.result()  # a TimeoutError of its own says more than ours would
-        finally:
-            answer.cancel()  # whoever no longer waits (Ctrl-C) does not leave it running
+        return await within(limit or self._config.cluster.start_seconds, awaited(pending), what)
 
 
-def _actor(cls: type, **options: Any) -> Any:
-    return ray.remote(cls).options(**({"num_cpus": 0} | options))
-
-
-async def _awaited(reference: Any) -> Any:
-    return await reference
+# What a member is lent where vLLM's own transfer brings the weights.
+_NOTHING = WeightUpdate(WeightManifest(-1, (), Probe((), (), 0.0)), Handle("", ""))
 
 
 async def _worker(
@@ -226,11 +378,10 @@ async def _worker(
     return await build_worker(config, name, exchange, path, engine_factory)
 
 
-def _publisher(config: RunConfig, workers: dict[str, Any], learner: Learner) -> Publisher:
-    if config.weights.transfer == "object_store":
-        return ObjectStorePublisher(workers, config.weights.sync_seconds)
+def _native(config: RunConfig, workers: dict[str, Any], learner: Learner) -> Publisher:
     from rollout.vllm_native import NativePublisher
 
+    assert config.weights.transfer != "object_store"
     return NativePublisher(
         config.weights.transfer,
         learner.policy.named_weights,
@@ -243,12 +394,3 @@ def _publisher(config: RunConfig, workers: dict[str, Any], learner: Learner) -> 
 
 def _play(config: RunConfig, path: str) -> Any:
     return asyncio.run(play_demonstrations(config, path))
-
-
-def _inside_a_job() -> bool:
-    return "RAY_ADDRESS" in os.environ
-
-
-def _fixed_size() -> bool:
-    # A local Ray never grows; an autoscaled cluster may, so it is given time.
-    return not _inside_a_job()

@@ -7,6 +7,7 @@ is a pair that contradicts itself.
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Sequence
 from importlib.resources import files
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deploy.supervise import SupervisionSettings
 from learner.learner import LearnerSettings
 from learner.optim import learning_rate
 from learner.publish import PROBE_TOKENS
@@ -103,6 +105,11 @@ class ClusterSettings(Settings):
     )
     capacity_seconds: float = Field(30.0, gt=0, description="how long to wait for missing cluster resources")
 
+    @property
+    def joins(self) -> bool:
+        """Whether a cluster that is there is joined, named here or by the Ray job that runs us."""
+        return bool(self.address) or "RAY_ADDRESS" in os.environ
+
 
 class WeightSyncSettings(Settings):
     """How new weights travel."""
@@ -134,6 +141,7 @@ class RunConfig(Settings):
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
+    supervision: SupervisionSettings = Field(default_factory=SupervisionSettings)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,18 +1,20 @@
 """The whole ring in one process, without Ray: read this first, and debug here, where breakpoint() works.
 
     exchange.reserve -> worker plays a group -> exchange.add
-    exchange.take    -> learner.step -> publish to the engines -> exchange.release -> (reserve goes on)
+    exchange.take    -> learner.train -> offer -> engines sync -> exchange.release -> (reserve goes on)
 
 The same objects run in Ray actors in a cluster (cluster.py). The workers are asyncio tasks; the learner's step runs
-in a thread so that they go on meanwhile.
+in a thread so that they go on meanwhile. Nobody supervises here: the first failure ends the run, with its traceback.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 from deploy.build import (
     EngineFactory,
@@ -24,37 +26,23 @@ from deploy.build import (
     vllm_engine,
 )
 from deploy.config import ConfigError, RunConfig
-from deploy.ring import Row, first_failure
+from deploy.ring import LearnerLost, Row, first_failure
 from learner.checkpoint import latest
-from learner.loop import LearnerLoop
+from learner.loop import LearnerLoop, sync_metrics
 from learner.publish import Snapshot
-from rollout.engine import Engine
 from rollout.wire.schema import encode
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Task
-from rollout.wire.weights import SyncReport, WeightUpdate, inline, write_file
+from rollout.wire.weights import Handle, inline, write_memory
 from rollout.worker import RolloutWorker, as_groups
 
-SHARED_MEMORY = Path("/dev/shm")
+
+def _place_inline(snapshot: Snapshot) -> tuple[Handle, Any]:
+    return inline(snapshot.arrays), None
 
 
-class LocalPublisher:
-    """Gives a snapshot to engines of this process: as arrays, or through shared memory to those with own processes."""
-
-    needs_bytes = True
-
-    def __init__(self, engines: Sequence[Engine], in_process: bool, run_name: str) -> None:
-        self._engines = engines
-        self._file = None if in_process else SHARED_MEMORY / f"manta-{run_name}.weights"
-
-    async def publish(self, snapshot: Snapshot) -> Sequence[SyncReport]:
-        handle = write_file(self._file, snapshot.arrays) if self._file else inline(snapshot.arrays)
-        update = WeightUpdate(snapshot.manifest, handle)
-        return await asyncio.gather(*(engine.sync(update) for engine in self._engines))
-
-    def close(self) -> None:
-        if self._file:
-            self._file.unlink(missing_ok=True)
+def _place_in_memory(snapshot: Snapshot) -> tuple[Handle, Any]:
+    return write_memory(snapshot.arrays)
 
 
 class LocalRing:
@@ -88,35 +76,30 @@ class LocalRing:
             self._started.push_async_callback(worker.engine.close)
             self._started.callback(worker.close)
             self._workers.append(worker)
-        engines = [worker.engine for worker in self._workers]
-        in_process = self._engine_factory is not vllm_engine
-        self._publisher = LocalPublisher(engines, in_process, self.run_folder.name)
-        self._started.callback(self._publisher.close)
-        self._learner = build_learner(config, path)
+        learner = build_learner(config, path)
+        # A run stopped before its first checkpoint has none to load: it starts over in its folder.
+        if resume and latest(self.run_folder) is not None:
+            learner.load(self.run_folder)
         if resume:
-            # A run stopped before its first checkpoint has none to load: it starts over in its folder.
-            if latest(self.run_folder) is not None:
-                self._learner.load(self.run_folder)
-            await self._exchange.recover(self._learner.version)
-        self._loop = LearnerLoop(
-            self._learner,
-            self._exchange,
-            self._publisher,
-            config.engine.dtype,
-            config.cluster.step_seconds,
-            config.checkpoint.keep,
-        )
+            await self._exchange.rollback(learner.version)
+        # vLLM's engines have processes of their own and map the weights; others read them where they lie.
+        place = _place_in_memory if self._engine_factory is vllm_engine else _place_inline
+        seconds, keep = config.cluster.step_seconds, config.checkpoint.keep
+        self._learner = LearnerLoop(learner, self._exchange, place, config.engine.dtype, seconds, keep)
         return self._learner.version
 
     async def begin_imitation(self) -> int:
         path = model_path(self._config, self.run_folder)
-        return self._loop.begin_imitation(await play_demonstrations(self._config, path))
+        return self._learner.begin_imitation(await play_demonstrations(self._config, path))
 
     async def imitate(self, steps: int) -> list[Row]:
-        return await asyncio.to_thread(self._loop.imitate, steps)
+        return await self._learner.imitate(steps)
 
     async def publish(self) -> Row:
-        return await self._loop.publish()
+        update = await self._learner.offer()
+        reports = await asyncio.gather(*(worker.engine.sync(update) for worker in self._workers))
+        await self._learner.withdraw()
+        return sync_metrics(reports)
 
     async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
         shares = [tasks[index :: len(self._workers)] for index in range(len(self._workers))]
@@ -128,11 +111,23 @@ class LocalRing:
     def begin_rollouts(self) -> None:
         self._runs = [asyncio.create_task(worker.run(), name=worker.name) for worker in self._workers]
 
-    async def step(self) -> Row:
-        return await first_failure(asyncio.create_task(self._loop.step()), self._runs)
+    async def step(self, number: int) -> Row:
+        return await first_failure(asyncio.create_task(self._step(number)), self._runs)
+
+    async def _step(self, number: int) -> Row:
+        began = time.perf_counter()
+        row = await self._learner.train(number)
+        trained = time.perf_counter()
+        row |= await self.publish()
+        await self._exchange.release(number)
+        ended = time.perf_counter()
+        return row | {"version": number, "publish_s": ended - trained, "step_s": ended - began}
+
+    async def recover(self, loss: LearnerLost) -> int:
+        raise loss  # one process: what loses the learner loses everything
 
     async def save(self) -> None:
-        await self._loop.save(self.run_folder)
+        await self._learner.save(self.run_folder)
 
     async def counters(self) -> Row:
         rows = [worker.counters() for worker in self._workers]

@@ -14,6 +14,10 @@ Row = dict[str, float]
 T = TypeVar("T")
 
 
+class LearnerLost(RuntimeError):
+    """The learner died or froze. What it had learned since its last checkpoint is to be learned again."""
+
+
 async def first_failure(wanted: asyncio.Future[T], others: Iterable[asyncio.Future[Any]]) -> T:
     """Wait for `wanted`, but not past the failure of anything it depends on: that failure is raised instead.
 
@@ -59,12 +63,20 @@ class Ring(Protocol):
         """Let the workers play groups until the exchange has given out all the run needs."""
         ...
 
-    async def step(self) -> Row:
-        """One learner step, published and released; a worker's failure ends the wait with that worker's error."""
+    async def step(self, number: int) -> Row:
+        """Learner step `number`, published and released. Raises LearnerLost, and what stops the run."""
+        ...
+
+    async def recover(self, loss: LearnerLost) -> int:
+        """Start the learner again from its newest checkpoint and bring everything else back to it.
+
+        Returns the version it stands at; rollouts are to be begun again. Raises what stops the run where the learner
+        was lost too often.
+        """
         ...
 
     async def save(self) -> None:
-        """Land a checkpoint."""
+        """Land a checkpoint. Raises LearnerLost and DiskFull."""
         ...
 
     async def counters(self) -> Row:

@@ -4,6 +4,8 @@ RUN/config.json       the resolved configuration         RUN/ledger.sqlite   eve
 RUN/base/             the tiny base model, if one was built  RUN/groups/     stored rows, Arrow IPC streams
 RUN/checkpoints/      the learner's states               RUN/evaluations/    rows of the evaluations
 RUN/metrics.jsonl     one row a step                     RUN/summary.json, RUN/report.html   at the end
+RUN/turns/            turns of unfinished groups         RUN/logs/       of a local Ray, once the run has ended
+RUN/driver.lock, roster.json, wanted.json                who drives the run, its parts, what was asked of it
 """
 
 from __future__ import annotations
@@ -17,17 +19,29 @@ from deploy.config import ConfigError, RunConfig, parse
 CONFIG_FILE = "config.json"
 
 
-def create(config: RunConfig, parent: Path) -> Path:
-    """Make a new, private run folder (mode 700) and store the configuration in it."""
+def choose(config: RunConfig, parent: Path) -> Path:
+    """A path for a new run that is not taken yet."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = parent / f"{config.name}-{stamp}"
     suffix = 1
     while folder.exists():
         suffix += 1
         folder = parent / f"{config.name}-{stamp}-{suffix}"
-    folder.mkdir(parents=True, mode=0o700)
-    (folder / CONFIG_FILE).write_text(config.model_dump_json(indent=2))
     return folder
+
+
+def create(config: RunConfig, folder: Path) -> None:
+    """Make a private run folder (mode 700) and store the configuration in it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    aside = folder / f".{CONFIG_FILE}.part"
+    aside.write_text(config.model_dump_json(indent=2))
+    aside.rename(folder / CONFIG_FILE)
+
+
+def exists(folder: Path) -> bool:
+    """Whether a run was started here; a folder without a configuration was given up before it began."""
+    return (folder / CONFIG_FILE).is_file()
 
 
 def open_existing(folder: Path) -> RunConfig:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deploy import run_folder
 from deploy.config import ConfigError, load_config, recipe_text
 
 if TYPE_CHECKING:
@@ -24,10 +25,11 @@ def submit(
     """Check the recipe here, then submit `manta train` of it; returns the client and the job's id.
 
     Only the recipe's text travels: Manta itself is part of the cluster's image, as vLLM is. `runs` is a path of the
-    cluster (shared storage).
+    cluster (shared storage). The run's folder is named here, so that a job that is started again finds its run.
     """
-    load_config(recipe, overrides)
-    arguments = ["manta", "train", RECIPE_FILE, "--runs", str(runs), *overrides]
+    config = load_config(recipe, overrides)
+    run = run_folder.choose(config, runs)
+    arguments = ["manta", "train", RECIPE_FILE, "--run", str(run), *overrides]
     client = _client(address)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / RECIPE_FILE).write_text(recipe_text(recipe))

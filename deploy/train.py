@@ -20,9 +20,11 @@ from deploy.evaluate import Evaluation
 from deploy.metrics import MetricsLog, read_metrics
 from deploy.progress import Progress
 from deploy.report import write_report
-from deploy.ring import Ring, Row
+from deploy.ring import LearnerLost, Ring, Row
+from learner.checkpoint import DiskFull
 
 IMITATION_STRIDE = 10  # imitation steps between two looks at the display
+DISK_SECONDS = 5.0  # from one attempt to land a checkpoint on a full disk to the next
 
 
 @dataclass
@@ -41,8 +43,10 @@ class Training:
             with self._timed("start"):
                 version = await self.ring.start(resume)
             # A run stopped before its first checkpoint has nothing to go on from: it starts over in its folder.
-            if not (resume and _has_checkpoint(folder)) and self.config.warm_start:
-                await self._warm_start()
+            if not (resume and _has_checkpoint(folder)):
+                if self.config.warm_start:
+                    await self._warm_start()
+                await self._save()
             with self._timed("engines"):
                 await self.ring.publish()
             before = self._stored_evaluation(folder) or await self._evaluate("before")
@@ -77,21 +81,45 @@ class Training:
         return Evaluation.load(stored) if stored.is_file() else None
 
     async def _steps(self, version: int) -> None:
-        log = MetricsLog(self.ring.run_folder, resume_after=version)
-        self.ring.begin_rollouts()
-        before = await self.ring.counters()
         self.progress.begin_steps(version)
         with self._timed("training"):
+            while version < self.config.steps:
+                try:
+                    await self._steps_from(version)
+                except LearnerLost as loss:
+                    version = await self.ring.recover(loss)
+                else:
+                    version = self.config.steps
+
+    async def _steps_from(self, version: int) -> None:
+        """All steps after `version`; what was logged of them before is cut off."""
+        log = MetricsLog(self.ring.run_folder, resume_after=version)
+        try:
+            self.ring.begin_rollouts()
+            before = await self.ring.counters()
             for step in range(version + 1, self.config.steps + 1):
-                row = await self.ring.step()
+                row = await self.ring.step(step)
                 counters = await self.ring.counters()
                 row |= _rollout_rates(before, counters, row["step_s"])
                 before = counters
                 log.write(step, row)
                 self.progress.update(step, row)
                 if step % self.config.checkpoint.every_steps == 0 or step == self.config.steps:
-                    await self.ring.save()
-        log.close()
+                    await self._save()
+        finally:
+            log.close()
+
+    async def _save(self) -> None:
+        """Land a checkpoint; a full disk holds the run up until there is room."""
+        told = ""
+        while True:
+            try:
+                return await self.ring.save()
+            except DiskFull as error:
+                if str(error) != told:
+                    told = str(error)
+                    self.progress.say(f"PAUSED: {told}")
+                await asyncio.sleep(DISK_SECONDS)
 
     async def _summary(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
         rows = read_metrics(self.ring.run_folder)

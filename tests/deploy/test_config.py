@@ -153,7 +153,8 @@ def test_recipes_that_ship_load(name: str) -> None:
 
 def test_the_stored_configuration_reads_back_as_it_was(tmp_path: Path) -> None:
     for config in (configured("name=odd [name]"), load_config("frozen_lake", ["seed=3"])):
-        folder = run_folder.create(config, tmp_path)
+        folder = run_folder.choose(config, tmp_path)
+        run_folder.create(config, folder)
         assert run_folder.open_existing(folder) == config
         assert folder.stat().st_mode & 0o777 == 0o700
 

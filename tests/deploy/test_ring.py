@@ -41,7 +41,8 @@ def test_what_is_compared_bit_for_bit_has_learned(reference: Path, tmp_path: Pat
 def test_actors_change_nothing_about_a_synchronous_run(reference: Path, tmp_path: Path) -> None:
     import ray
 
-    from deploy.cluster import RayRing, connect
+    from deploy.cluster import RayRing
+    from deploy.connect import connect
 
     # More loops than a Ray actor answers calls at once: those that wait for a slot must not keep others out.
     config = configured("rollout.concurrent_groups=1100")

@@ -1,0 +1,74 @@
+"""A rollout actor as a member of the fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from deploy.member import Row
+from rollout.wire.store import EpisodeRow
+from rollout.wire.trajectory import Task
+from rollout.wire.weights import SyncReport, WeightUpdate
+from rollout.wire.whereabouts import Whereabouts
+
+
+def actor(cls: type, **options: Any) -> Any:
+    """The class as an actor that claims nothing but what is asked for."""
+    return ray.remote(cls).options(**({"num_cpus": 0} | options))
+
+
+async def awaited(reference: Any) -> Any:
+    """A reference as a coroutine, which is what asyncio's functions want."""
+    return await reference
+
+
+class ActorMember:
+    """`deploy.member.Member` over a handle. With `native` weights the learner reaches the engines itself."""
+
+    def __init__(self, name: str, handle: Any, native: bool = False) -> None:
+        self.name = name
+        self._handle = handle
+        self._native = native
+
+    async def start(self) -> Whereabouts:
+        where: Whereabouts = await self._handle.start.remote()
+        return where
+
+    async def sync(self, update: WeightUpdate) -> SyncReport:
+        if self._native:
+            return SyncReport(self.name, update.version, 0, 0.0, 0.0, 0.0)
+        report: SyncReport = await self._handle.sync.remote(update)
+        return report
+
+    async def run(self) -> None:
+        await self._handle.run.remote()
+
+    async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
+        rows: list[EpisodeRow] = await self._handle.evaluate.remote(tasks, name)
+        return rows
+
+    async def ping(self) -> None:
+        await self._handle.ping.remote()
+
+    async def stop(self) -> None:
+        await self._handle.stop.remote()
+
+    async def drain(self) -> None:
+        await self._handle.drain.remote()
+
+    async def counters(self) -> Row:
+        row: Row = await self._handle.counters.remote()
+        return row
+
+    async def stacks(self) -> str:
+        text: str = await self._handle.stacks.remote()
+        return text
+
+    async def close(self) -> None:
+        await self._handle.close.remote()
+
+    async def kill(self) -> None:
+        # The handle is no more once its actor has ended; killing a stopped process takes the raylet some seconds.
+        ray.kill(self._handle)

@@ -1,0 +1,76 @@
+"""Reaching a Ray cluster, or starting a local one, and asking whether it can hold a run."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import ray
+
+from deploy.config import ConfigError, RunConfig
+from deploy.janitor import TAG, LocalRay
+
+
+def connect(config: RunConfig, local: LocalRay | None = None) -> None:
+    """Join the cluster named by the configuration or by the job that runs us, or start a local Ray.
+
+    `local` is what `prepare_local_ray` gave, for a local Ray that keeps to itself; without it Ray's defaults hold.
+    """
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if config.cluster.joins:
+        if run := os.environ.get(TAG):
+            options["runtime_env"] = {"env_vars": {TAG: run}}
+        ray.init(address=config.cluster.address or "auto", **options)
+    else:
+        port = config.cluster.dashboard_port
+        options |= {"include_dashboard": bool(port)} | ({"dashboard_port": port} if port else {})
+        if local is not None:
+            options["_temp_dir"] = str(local.temporary)
+        ray.init(address="local", **options)
+
+
+def require_capacity(config: RunConfig) -> None:
+    """Refuse a request that the cluster cannot hold, saying what is missing."""
+    wanted = demand(config)
+    deadline = time.monotonic() + config.cluster.capacity_seconds
+    while True:
+        held = ray.cluster_resources()
+        missing = {
+            name: amount - held.get(name, 0.0)
+            for name, amount in wanted.items()
+            if amount > held.get(name, 0.0)
+        }
+        if not missing:
+            return
+        if time.monotonic() > deadline or _fixed_size(config):
+            lacking = ", ".join(f"{amount:g} {name}" for name, amount in missing.items())
+            asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+            raise ConfigError(
+                f"the cluster is too small: {lacking} missing (the run asks for {asked}); "
+                "lower rollout.workers or rollout.cpus_per_worker, or add nodes"
+            )
+        time.sleep(0.5)
+
+
+def demand(config: RunConfig) -> dict[str, float]:
+    """The resources all actors of a run need together, in Ray's names."""
+    workers, rollout = config.rollout.workers, config.rollout
+    wanted = {"CPU": workers * rollout.cpus_per_worker + config.cluster.learner_cpus}
+    gpus = workers * rollout.gpus_per_worker + learner_gpus(config)
+    return wanted | ({"GPU": gpus} if gpus else {})
+
+
+def learner_gpus(config: RunConfig) -> float:
+    """A whole GPU; with "ipc", which hands over one GPU's own memory, what the engines leave of the one they share."""
+    if config.learner.model.device != "cuda":
+        return 0
+    shared = config.weights.transfer == "ipc"
+    return 1 - config.rollout.workers * config.rollout.gpus_per_worker if shared else 1
+
+
+def _fixed_size(config: RunConfig) -> bool:
+    # A local Ray never grows; an autoscaled cluster may, so it is given time.
+    return not config.cluster.joins

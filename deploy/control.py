@@ -1,0 +1,86 @@
+"""How a running job is spoken to: small files in its run folder, which every node sees and no port is needed for.
+
+RUN/driver.lock    held by the driver while it lives; names its host and pid
+RUN/wanted.json    what `manta scale` asks for
+RUN/roster.json    every part of the run: name, state, host, pid, log
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deploy.config import ConfigError
+
+LOCK, WANTED, ROSTER = "driver.lock", "wanted.json", "roster.json"
+
+
+@contextmanager
+def driving(folder: Path) -> Iterator[None]:
+    """Be the one driver of a run; ConfigError where another is. The system lets go of it however we end."""
+    with (folder / LOCK).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ConfigError(
+                f"{folder} is being driven already ({lock.read().strip()}): stop that one first"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        (folder / WANTED).unlink(missing_ok=True)  # what was asked of an earlier driver
+        yield
+
+
+def is_driven(folder: Path) -> bool:
+    """Whether a driver holds the run right now."""
+    try:
+        with (folder / LOCK).open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def ask_workers(folder: Path, workers: int) -> None:
+    """Ask the driver of a run for so many rollout workers."""
+    if not is_driven(folder):
+        raise ConfigError(f"{folder}: no driver is running it, so there is nothing to scale")
+    _replace(folder / WANTED, {"workers": workers})
+
+
+def wanted_workers(folder: Path) -> int | None:
+    """What was asked for last, or None."""
+    asked = _read(folder / WANTED)
+    return None if asked is None else int(asked["workers"])
+
+
+def write_roster(folder: Path, roster: list[dict[str, Any]]) -> None:
+    _replace(folder / ROSTER, roster)
+
+
+def read_roster(folder: Path) -> list[dict[str, Any]]:
+    """Empty before the run's parts have started."""
+    return _read(folder / ROSTER) or []
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _replace(path: Path, content: Any) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content, indent=1))
+    aside.replace(path)

@@ -1,0 +1,130 @@
+"""What a run puts on the host it is started from, and how it is gone afterwards, however the run ends.
+
+Every process of a run carries MANTA_RUN=<id> in its environment. A janitor, a small process of its own, waits for the
+driver's end: whatever still carries the id after a grace is killed, Ray's logs are moved into the run folder and the
+temporary folder is removed. It touches nothing that does not carry the id. It needs no manual step, not even after
+kill -9 of the driver.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+TAG = "MANTA_RUN"
+GRACE_SECONDS = 15.0  # what Ray and vLLM are given to end by themselves once the driver is gone
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRay:
+    """Where a local Ray keeps its sockets and logs while it runs."""
+
+    temporary: Path
+
+
+def tag_run() -> str:
+    """Mark this process, and with it every process it starts, as belonging to one run; returns the id."""
+    return os.environ.setdefault(TAG, secrets.token_hex(8))
+
+
+def prepare_local_ray() -> LocalRay:
+    """Set what a local Ray reads from the environment; to be called before ray is imported.
+
+    It listens on the loopback interface alone, asks for a token that lives in these processes' environment only, and
+    ends the process group of a worker that died.
+    """
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # what makes Ray's own address 127.0.0.1
+    os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    return LocalRay(Path(tempfile.mkdtemp(prefix="manta-")))
+
+
+def start_janitor(run: str, folder: Path, local: LocalRay | None) -> subprocess.Popen[bytes]:
+    """Start the janitor of this process: it acts when this process has ended."""
+    command = [sys.executable, "-m", "deploy.janitor", run, str(os.getpid()), str(folder.resolve())]
+    command += [str(local.temporary)] if local else []
+    environment = {name: value for name, value in os.environ.items() if name != TAG}
+    # A session of its own: Ctrl-C in the terminal and the end of a Ray job's process group must not reach it.
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def processes_of(run: str) -> Iterator[int]:
+    """The processes on this host that carry a run's id."""
+    wanted = f"{TAG}={run}".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                found = wanted in (entry / "environ").read_bytes().split(b"\0")
+            except OSError:  # gone meanwhile, or somebody else's
+                continue
+            if found:
+                yield int(entry.name)
+
+
+def clean_up(run: str, folder: Path, temporary: Path | None, grace: float = GRACE_SECONDS) -> None:
+    """End what is left of a run and take its temporary files away; its logs go to RUN/logs."""
+    deadline = time.monotonic() + grace
+    while any(processes_of(run)) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    while left := list(processes_of(run)):
+        for process in left:
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(_POLL_SECONDS)
+    if temporary is not None:
+        if folder.is_dir():
+            keep_logs(temporary, folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def keep_logs(temporary: Path, folder: Path) -> None:
+    """Move a local Ray's logs into the run folder."""
+    for session in temporary.glob("session_2*"):
+        if (session / "logs").is_dir():
+            target = folder / "logs" / session.name
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(session / "logs", target)
+
+
+def with_kept_logs(text: str, temporary: Path, folder: Path) -> str:
+    """A message that names a local Ray's logs, naming them where they will be found after the run."""
+    return re.sub(rf"{re.escape(str(temporary))}/(session_[^/]+)/logs/", rf"{folder}/logs/\1/", text)
+
+
+def main(arguments: list[str]) -> None:
+    """RUN DRIVER_PID FOLDER [TEMPORARY]: wait for the driver's end, then clean up."""
+    run, driver, folder = arguments[0], int(arguments[1]), Path(arguments[2])
+    try:
+        waiting = os.pidfd_open(driver)
+    except ProcessLookupError:
+        pass
+    else:
+        select.select([waiting], [], [])  # until the driver has ended, which is what this process is for
+    clean_up(run, folder, Path(arguments[3]) if len(arguments) > 3 else None)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
