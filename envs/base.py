@@ -8,11 +8,14 @@ Keys of `info` that mean something to Manta:
 
     success    bool, on the last step: the environment's own verdict, where it has one
     malformed  bool: the action could not be read (whether that ends the episode is the environment's choice)
+
+An episode goes on after its worker is lost. An environment whose seed fixes all it does needs nothing for that: its
+actions are played again. One that is slow or does not repeat itself may offer `Snapshots`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import gymnasium as gym
 from gymnasium import spaces
@@ -36,3 +39,16 @@ class TextEnv(gym.Env[str, str]):
 
     observation_space = text_space()
     action_space = text_space(256)
+
+
+@runtime_checkable
+class Snapshots(Protocol):
+    """What an environment may offer: its whole state as bytes that another replica can go on from.
+
+    `snapshot` is asked for after every step that did not end the episode. `restore` is called on a replica that was
+    just reset with the same seed; what was said so far is not said again.
+    """
+
+    def snapshot(self) -> bytes: ...
+
+    def restore(self, snapshot: bytes) -> None: ...

@@ -2,37 +2,72 @@
 
 from __future__ import annotations
 
-import socket
+import asyncio
+import logging
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
 import ray
+import ray._private.worker
 
 from rollout.vllm_engine import VllmEngine
 from rollout.wire.actors import RemoteExchange
 from rollout.wire.schema import encode
+from rollout.wire.stacks import stacks
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightManifest, WeightUpdate
+from rollout.wire.whereabouts import Whereabouts, here
 from rollout.worker import RolloutWorker, as_groups
 
 BuildWorker = Callable[[str, Any], Awaitable[RolloutWorker]]
 
+LEAVE_SECONDS = 60.0  # from SIGTERM to the end of the process, whatever the exchange and the engine do
+
+log = logging.getLogger(__name__)
+
 
 class RolloutActor:
-    """`build(name, exchange)` makes the worker; nothing of it exists before `start`."""
+    """`build(name, exchange)` makes the worker; nothing of it exists before `start`.
+
+    SIGTERM to the actor's process makes it leave: turns that are being sampled end, what is finished is durable, its
+    groups wait for other workers, and the process ends.
+    """
 
     def __init__(self, name: str, exchange: Any, build: BuildWorker) -> None:
         self._name = name
         self._exchange = RemoteExchange(exchange)
         self._build = build
         self._worker: RolloutWorker | None = None
+        self._leaving: asyncio.Task[None] | None = None
+        # An asyncio actor is made on its event loop.
+        loop = asyncio.get_running_loop()
+        _on_sigterm(lambda: loop.call_soon_threadsafe(self._begin_to_leave))
 
-    async def start(self) -> str:
-        """Start the engine; returns the host it runs on."""
+    async def start(self) -> Whereabouts:
+        """Start the engine; returns where this actor runs."""
         self._worker = await self._build(self._name, self._exchange)
-        return socket.gethostname()
+        return here(ray.get_runtime_context().get_node_id())
+
+    async def ping(self) -> dict[str, float]:
+        """The worker's heartbeat: this event loop has answered, and so has the engine. Raises EngineDied."""
+        worker = self._started()
+        await worker.engine.ping()
+        return worker.heartbeat()
+
+    async def stacks(self) -> str:
+        """What every thread and task of this process is doing."""
+        return stacks()
+
+    async def drain(self) -> None:
+        """Reserve nothing more, let running turns end, and return when all turns are durable; `run` ends then."""
+        await self._started().drain()
+
+    async def stop(self) -> None:
+        """`drain` without waiting for running turns; `run` may be called again."""
+        await self._started().stop()
 
     async def run(self) -> None:
         """Play groups until the exchange says that the run is over."""
@@ -67,7 +102,24 @@ class RolloutActor:
 
     async def close(self) -> None:
         if self._worker is not None:
+            await self._worker.close()
             await self._worker.engine.close()
+
+    def _begin_to_leave(self) -> None:
+        if self._leaving is None:
+            self._leaving = asyncio.create_task(self._leave(), name=f"{self._name} leaves")
+
+    async def _leave(self) -> None:
+        try:
+            async with asyncio.timeout(LEAVE_SECONDS):
+                if self._worker is not None:
+                    await self._worker.drain()
+                    await self._exchange.hand_on(self._name)
+                await self.close()
+        except Exception:  # the process ends in any case; why it did not leave in order is for its log
+            log.exception("rollout worker %s left without handing on all it had", self._name)
+        finally:
+            os._exit(0)
 
     def _started(self) -> RolloutWorker:
         if self._worker is None:
@@ -81,6 +133,19 @@ class RolloutActor:
                 f"rollout worker {self._name} has no vLLM engine: use weights.transfer='object_store'"
             )
         return engine
+
+
+def _on_sigterm(ask: Callable[[], object]) -> None:
+    """Have `ask` called in the main thread when this process gets SIGTERM.
+
+    Ray 2.60 keeps the main thread, where alone a handler can be set, and has set one that raises SystemExit through the
+    name replaced here; an asyncio actor with a call under way never ends by that.
+    """
+
+    def asked(message: str, exit_code: int = 1) -> None:
+        ask()
+
+    ray._private.worker.raise_sys_exit_with_custom_error_message = asked
 
 
 @ray.remote

@@ -13,6 +13,7 @@ from envs.base import Message, Observation
 from rollout.chat import Chat, as_json
 from rollout.clock import BusyClock
 from rollout.engine import Completion, Engine, Sampling, derive_seed
+from rollout.wire.trajectory import Step
 
 
 @dataclass(slots=True)
@@ -57,6 +58,8 @@ class Actor(Protocol):
 
     def begin(self, seed: int) -> Conversation: ...
 
+    def recall(self, conversation: Conversation, step: Step) -> None: ...
+
     async def turn(self, conversation: Conversation, observation: Observation) -> Turn | ContextOverflow: ...
 
 
@@ -99,6 +102,15 @@ class Agent:
 
     def begin(self, seed: int) -> Conversation:
         return Conversation(seed)
+
+    def recall(self, conversation: Conversation, step: Step) -> None:
+        """Put a conversation where it stood after `step`, having recalled all before it. Nothing is encoded again."""
+        if step.segment != conversation.segment:
+            conversation.open_segment()
+            conversation.segment = step.segment
+        conversation.sampled = step.action_ids.tolist()
+        conversation.ids += step.prompt_ids.tolist() + conversation.sampled
+        conversation.turn = step.turn + 1
 
     async def turn(self, conversation: Conversation, observation: Observation) -> Turn | ContextOverflow:
         """Sample one turn and add it to the conversation. Raises EngineFailed."""

@@ -14,7 +14,7 @@ from rollout.engine import Completion, Sampling
 from rollout.episode import Limits, Place
 from rollout.group import play
 from rollout.pool import EnvironmentPool
-from rollout.wire.trajectory import Float32Array, Group, Slot, Task
+from rollout.wire.trajectory import Float32Array, Group, Slot, Step, Task
 from rollout.wire.weights import SyncReport, WeightUpdate
 
 
@@ -51,7 +51,7 @@ async def demonstrate(
         trajectory = await play(Place(slot, 0, seed=0, worker="demonstration"), replicas, actor, limits)
         groups.append(Group(slot, (trajectory,)))
     if pool is None:
-        replicas.close()
+        await replicas.close()
     if groups and not any(group.trainable for group in groups):
         raise DemonstrationError(
             f"all {len(groups)} demonstrations failed; the last: {groups[-1].trajectories[0].error}"
@@ -70,6 +70,9 @@ class Demonstrator:
 
     def begin(self, seed: int) -> Conversation:
         return self._agent.begin(seed)
+
+    def recall(self, conversation: Conversation, step: Step) -> None:
+        self._agent.recall(conversation, step)
 
     async def turn(self, conversation: Conversation, observation: Observation) -> Turn | ContextOverflow:
         self._hand.observation = observation
@@ -98,6 +101,9 @@ class _Hand:
 
     async def sync(self, update: WeightUpdate) -> SyncReport:
         raise NotImplementedError("a player has no weights")
+
+    async def ping(self) -> None:
+        pass
 
     async def close(self) -> None:
         pass

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from envs.base import Observation
-from rollout.agent import Actor, ContextOverflow, Turn, as_messages
+from envs.host import EnvironmentFailed, Replica
+from rollout.agent import Actor, ContextOverflow, Conversation, Turn, as_messages
 from rollout.chat import ChatError
 from rollout.engine import EngineFailed
-from rollout.pool import Env, EnvironmentFailed, asking
-from rollout.wire.trajectory import EndReason, Slot, Step, Task, Trajectory
+from rollout.pool import asking
+from rollout.resume import Restart, Standing, bring_back, seal
+from rollout.wire.trajectory import EndReason, EpisodeSoFar, Slot, Step, Task, Trajectory, TurnEnd
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +47,61 @@ class EpisodeLimitExceeded(RuntimeError):
     """A limit of the runner was hit that says nothing about the agent: the episode is no evidence."""
 
 
-async def run_episode(env: Env, agent: Actor, place: Place, limits: Limits) -> Trajectory:
-    """Play `place.task` once; the task's seed fixes the instance.
+class Watch(Protocol):
+    """Whoever is told how an episode goes, and may ask it to stop."""
+
+    @property
+    def halted(self) -> bool:
+        """Whether the episode is to end before its next turn; it is then CANCELLED, and may go on elsewhere."""
+        ...
+
+    def turn_ended(self, place: Place, step: Step, end: TurnEnd | None, snapshot: bytes | None) -> None:
+        """A turn was sampled and acted on. end: where it was the episode's last."""
+        ...
+
+    def resumed(self, steps: Sequence[Step]) -> None:
+        """An episode goes on after `steps`, sampled by an earlier attempt; or they were all of it."""
+        ...
+
+    def restarted(self, why: Restart) -> None:
+        """An episode starts again although turns of it are durable."""
+        ...
+
+
+class Unwatched:
+    """A `Watch` that looks away."""
+
+    halted = False
+
+    def turn_ended(self, place: Place, step: Step, end: TurnEnd | None, snapshot: bytes | None) -> None:
+        pass
+
+    def resumed(self, steps: Sequence[Step]) -> None:
+        pass
+
+    def restarted(self, why: Restart) -> None:
+        pass
+
+
+async def run_episode(
+    replica: Replica,
+    agent: Actor,
+    place: Place,
+    limits: Limits,
+    watch: Watch | None = None,
+    so_far: EpisodeSoFar | None = None,
+) -> Trajectory:
+    """Play `place.task` once; the task's seed fixes the instance. so_far: an unfinished episode to go on with.
 
     Never raises for what an environment, an engine or a limit does: that is a FAILED trajectory with the traceback and
-    the steps so far. Anything else (a bug of ours, cancellation) propagates.
+    the steps so far. CannotGoOn where `so_far` leads nowhere. Anything else (a bug of ours, an engine that died,
+    cancellation) propagates.
     """
-    episode = _Episode(env, agent, place)
+    episode = _Episode(replica, agent, place, watch or Unwatched())
     try:
         try:
             async with asyncio.timeout(limits.seconds) as clock:
-                end_reason = await episode.play(limits.max_turns)
+                end_reason = await episode.play(limits.max_turns, so_far)
         except TimeoutError:
             if not clock.expired():
                 raise
@@ -72,60 +119,85 @@ def failed(place: Place, error: Exception, steps: tuple[Step, ...] = ()) -> Traj
     return _trajectory(place, steps, EndReason.FAILED, error="".join(traceback.format_exception(error)))
 
 
+def finished(place: Place, steps: tuple[Step, ...], end: TurnEnd) -> Trajectory:
+    """The record of an episode that an earlier attempt played to its end."""
+    return _trajectory(place, steps, end.end_reason, success=end.success)
+
+
 class _Episode:
     """The state of an episode while it runs: steps are kept here so that a failure does not lose them."""
 
-    def __init__(self, env: Env, agent: Actor, place: Place) -> None:
+    def __init__(self, replica: Replica, agent: Actor, place: Place, watch: Watch) -> None:
         self.steps: list[Step] = []
         self.success: bool | None = None
-        self._env = env
+        self._replica = replica
         self._agent = agent
-        self._task = place.task
-        self._seed = place.seed
+        self._place = place
+        self._watch = watch
+        self._reset_seconds = 0.0
 
-    async def play(self, max_turns: int) -> EndReason:
-        conversation = self._agent.begin(self._seed)
-        observation, reset_seconds = self._reset()
-        for number in range(max_turns):
+    async def play(self, max_turns: int, so_far: EpisodeSoFar | None) -> EndReason:
+        conversation = self._agent.begin(self._place.seed)
+        observation = await (self._go_on(conversation, so_far) if so_far and so_far.steps else self._reset())
+        for number in range(len(self.steps), max_turns):
+            if self._watch.halted:
+                return EndReason.CANCELLED
             turn = await self._agent.turn(conversation, observation)
             if isinstance(turn, ContextOverflow):
                 return self._overflow(turn)
-            observation, end_reason = self._act(number, turn, reset_seconds if number == 0 else 0.0)
+            observation, end_reason = await self._act(number, turn, last=number + 1 == max_turns)
             if end_reason is not None:
                 return end_reason
         return EndReason.TRUNCATED
 
-    def _reset(self) -> tuple[Observation, float]:
+    async def _reset(self) -> Observation:
         began = time.perf_counter()
-        with asking(self._task, "reset"):
-            observation, _ = self._env.reset(seed=self._task.seed)
+        with asking(self._place.task, "reset"):
+            observation = await self._replica.reset(self._place.task.seed)
             as_messages(observation)
-        return observation, time.perf_counter() - began
+        self._reset_seconds = time.perf_counter() - began
+        return observation
 
-    def _act(self, number: int, turn: Turn, reset_seconds: float) -> tuple[Observation, EndReason | None]:
-        """One environment step, recorded. `reset_seconds` counts as the first step's environment time."""
-        began = time.perf_counter() - reset_seconds
+    async def _go_on(self, conversation: Conversation, so_far: EpisodeSoFar) -> Observation:
+        standing = await bring_back(self._replica, self._place.task, so_far)
+        for step in so_far.steps:
+            self._agent.recall(conversation, step)
+        self.steps = list(so_far.steps)
+        self.success = standing.success
+        self._watch.resumed(so_far.steps)
+        return standing.observation
+
+    async def _act(self, number: int, turn: Turn, last: bool) -> tuple[Observation, EndReason | None]:
+        """One environment step, recorded. The reset counts as the first step's environment time."""
+        task = self._place.task
+        began = time.perf_counter() - (self._reset_seconds if number == 0 else 0.0)
         try:
-            with asking(self._task, f"step {number}"):
-                observation, reward, terminated, truncated, info = self._env.step(turn.action)
+            with asking(task, f"step {number}"):
+                observation, reward, terminated, truncated, info = await self._replica.step(turn.action)
                 reward = float(reward)
                 as_messages(observation)
+                end_reason = _end_reason(terminated, truncated, info)
+                snapshot = None if last or end_reason else self._replica.snapshot()
         except EnvironmentFailed:
             # The action that broke the environment is what a person will look for; it has earned nothing.
             self.steps.append(_step(number, turn, 0.0, time.perf_counter() - began))
             raise
-        self.steps.append(_step(number, turn, reward, time.perf_counter() - began))
-        self._judge(info)
-        return observation, _end_reason(terminated, truncated, info)
-
-    def _judge(self, info: dict[str, Any]) -> None:
+        step = _step(number, turn, reward, time.perf_counter() - began)
+        self.steps.append(step)
         if info.get("success") is not None:
             self.success = bool(info["success"])
+        if last and end_reason is None:
+            end_reason = EndReason.TRUNCATED
+        sealed = None if snapshot is None else seal(Standing(observation, self.success), snapshot)
+        end = None if end_reason is None else TurnEnd(end_reason, self.success)
+        self._watch.turn_ended(self._place, step, end, sealed)
+        return observation, end_reason
 
     def _overflow(self, overflow: ContextOverflow) -> EndReason:
         if not self.steps:
+            task = self._place.task
             raise EpisodeLimitExceeded(
-                f"{self._task.env_id} (seed {self._task.seed}): the first prompt has {overflow.prompt_tokens} tokens "
+                f"{task.env_id} (seed {task.seed}): the first prompt has {overflow.prompt_tokens} tokens "
                 f"and leaves no room to answer in context_tokens={overflow.context_tokens}"
             )
         return EndReason.CONTEXT_OVERFLOW

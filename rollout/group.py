@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+import logging
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
+from envs.host import EnvironmentFailed
 from rollout.agent import Actor
 from rollout.engine import derive_seed
-from rollout.episode import Limits, Place, failed, run_episode
-from rollout.pool import EnvironmentFailed, EnvironmentPool
-from rollout.wire.trajectory import EndReason, Group, Slot, Trajectory
+from rollout.episode import Limits, Place, Unwatched, Watch, failed, finished, run_episode
+from rollout.pool import EnvironmentPool
+from rollout.resume import CannotGoOn, Restart
+from rollout.wire.trajectory import EndReason, EpisodeSoFar, Group, Slot, Trajectory
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 async def run_group(
@@ -23,30 +28,69 @@ async def run_group(
     limits: Limits,
     run_seed: int,
     worker: str = "",
+    watch: Watch | None = None,
+    so_far: Mapping[int, EpisodeSoFar] | None = None,
 ) -> Group:
-    """Play `size` siblings: the same instance of the task, different sampling.
+    """Play `size` siblings: the same instance of the task, different sampling. so_far: by index, what is durable.
 
     A sibling's sampling depends on (run seed, group id, index) alone. The attempt is left out: with a deterministic
-    engine a group that is issued again repeats itself, however its episodes are scheduled.
+    engine a group that is issued again repeats itself, however its episodes are scheduled. Where `watch` halts it,
+    siblings may be CANCELLED: such a group is no group yet.
     """
+    watch, so_far = watch or Unwatched(), so_far or {}
     places = [
         Place(slot, index, derive_seed(run_seed, slot.group_id, index), worker) for index in range(size)
     ]
-    return Group(slot, tuple(await concurrently(play(place, pool, agent, limits) for place in places)))
+    playing = (play(place, pool, agent, limits, watch, so_far.get(place.index)) for place in places)
+    return Group(slot, tuple(await concurrently(playing)))
 
 
-async def play(place: Place, pool: EnvironmentPool, agent: Actor, limits: Limits) -> Trajectory:
-    """One episode on a replica of the pool. A replica is reused only after an episode that did not fail."""
+async def play(
+    place: Place,
+    pool: EnvironmentPool,
+    agent: Actor,
+    limits: Limits,
+    watch: Watch | None = None,
+    so_far: EpisodeSoFar | None = None,
+) -> Trajectory:
+    """One episode on a replica of the pool, from where it stands: a finished one is taken as it is."""
+    watch = watch or Unwatched()
+    if so_far is not None and so_far.end is not None:
+        watch.resumed(so_far.steps)
+        return finished(place, so_far.steps, so_far.end)
     try:
-        env = pool.take(place.task)
+        return await _on_a_replica(place, pool, agent, limits, watch, so_far)
+    except CannotGoOn as reason:
+        watch.restarted(reason.why)
+        log.info("group %d, episode %d starts again: %s", place.slot.group_id, place.index, reason)
+    return await _on_a_replica(place, pool, agent, limits, watch, None)
+
+
+async def _on_a_replica(
+    place: Place,
+    pool: EnvironmentPool,
+    agent: Actor,
+    limits: Limits,
+    watch: Watch,
+    so_far: EpisodeSoFar | None,
+) -> Trajectory:
+    """A replica is reused only after an episode that did not fail."""
+    try:
+        replica = await pool.take(place.task)
     except EnvironmentFailed as error:
         return failed(place, error)
     reusable = False
     try:
-        trajectory = await run_episode(env, agent, place, limits)
+        trajectory = await run_episode(replica, agent, place, limits, watch, so_far)
         reusable = trajectory.end_reason is not EndReason.FAILED
+    except CannotGoOn as reason:
+        reusable = reason.why is Restart.NONDETERMINISTIC
+        raise
     finally:
-        (pool.give_back if reusable else pool.discard)(place.task, env)
+        if reusable:
+            pool.give_back(place.task, replica)
+        else:
+            await pool.discard(place.task, replica)
     return trajectory
 
 

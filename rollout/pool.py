@@ -6,21 +6,14 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import gymnasium as gym
 
 from envs import registry
+from envs.host import Env, EnvironmentFailed, Inline, Replica
 from rollout.wire.trajectory import Task
 
-Env = gym.Env[Any, str]  # text or chat messages in, text out: see envs.base
 MakeEnv = Callable[..., Env]  # (env_id, **options)
 
 log = logging.getLogger(__name__)
-
-
-class EnvironmentFailed(RuntimeError):
-    """An environment raised; its own exception is the cause. It costs one episode and that replica."""
 
 
 @contextmanager
@@ -40,31 +33,31 @@ class EnvironmentPool:
 
     def __init__(self, make: MakeEnv = registry.make) -> None:
         self._make = make
-        self._idle: dict[tuple[str, str], list[Env]] = defaultdict(list)
+        self._idle: dict[tuple[str, str], list[Replica]] = defaultdict(list)
 
-    def take(self, task: Task) -> Env:
+    async def take(self, task: Task) -> Replica:
         """A replica for this task, to be reset by whoever takes it. Raises EnvironmentFailed when none can be made."""
         idle = self._idle[task.env_id, task.options]
         if idle:
             return idle.pop()
         with asking(task, "make"):
-            return self._make(task.env_id, **task.kwargs)
+            return Inline(self._make(task.env_id, **task.kwargs))
 
-    def give_back(self, task: Task, env: Env) -> None:
-        """For the next episode to reuse; only after an episode that ended as an environment ends it."""
-        self._idle[task.env_id, task.options].append(env)
+    def give_back(self, task: Task, replica: Replica) -> None:
+        """For the next episode to reuse; only after an episode that left it in a known state."""
+        self._idle[task.env_id, task.options].append(replica)
 
-    def discard(self, task: Task, env: Env) -> None:
+    async def discard(self, task: Task, replica: Replica) -> None:
         """Throw away a replica in an unknown state; that it cannot even be closed is logged, not raised."""
         try:
             with asking(task, "close"):
-                env.close()
+                await replica.close()
         except EnvironmentFailed as error:
             log.warning("%s", error)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close every idle replica."""
-        for (env_id, options), replicas in self._idle.items():
-            for env in replicas:
-                self.discard(Task(env_id, 0, options), env)
-        self._idle.clear()
+        idle, self._idle = self._idle, defaultdict(list)
+        for (env_id, options), replicas in idle.items():
+            for replica in replicas:
+                await self.discard(Task(env_id, 0, options), replica)

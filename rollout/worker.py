@@ -1,10 +1,11 @@
 """The rollout worker: plays the groups the exchange gives out, on one engine.
 
-    while slot := await exchange.reserve():
+    while assignment := await exchange.reserve():
         await exchange.add(slot, encode(await run_group(slot, ...)))
 
-`concurrent_groups` such loops run at once. Each waits for the exchange (a free slot: freed when the learner's new
-weights have reached every engine) and for the engine, and for nothing else.
+`concurrent_groups` such loops (lanes) run at once. Each waits for the exchange (a free slot: freed when the learner's
+new weights have reached every engine) and for the engine, and for nothing else. Beside them a recorder makes finished
+turns durable, so that a group goes on elsewhere when this worker is lost.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import pyarrow as pa
@@ -23,9 +23,20 @@ from rollout.engine import Engine, derive_seed
 from rollout.episode import Limits, Place
 from rollout.group import concurrently, play, run_group
 from rollout.pool import EnvironmentPool
-from rollout.wire.schema import encode
+from rollout.recorder import Recorder
+from rollout.tally import Recorded, Tally
+from rollout.wire.schema import encode, restore_turns
 from rollout.wire.store import EpisodeRow
-from rollout.wire.trajectory import DropReason, EndReason, Group, Slot, Task, Trajectory
+from rollout.wire.trajectory import (
+    Assignment,
+    DropReason,
+    EndReason,
+    Group,
+    Slot,
+    StaleSlot,
+    Task,
+    Trajectory,
+)
 
 _EVALUATION = 1  # a third part of the seed: evaluation episodes never share a training episode's sampling
 
@@ -59,32 +70,15 @@ class RolloutSettings(BaseModel):
 class GroupExchange(Protocol):
     """What a worker needs of the exchange, local or remote."""
 
-    async def reserve(self, worker: str) -> Slot | None: ...
+    async def reserve(self, worker: str, lane: int) -> Assignment | None: ...
+
+    async def record_turns(self, batch: pa.RecordBatch) -> None: ...
 
     async def add(self, slot: Slot, batch: pa.RecordBatch, episodes: Sequence[EpisodeRow]) -> None: ...
 
     async def drop(
         self, slot: Slot, reason: DropReason, error: str = "", episodes: Sequence[EpisodeRow] = ()
     ) -> None: ...
-
-
-@dataclass(slots=True)
-class _Tally:
-    """Sums over the episodes that ended, training and evaluation alike."""
-
-    tokens_sampled: int = 0
-    tokens_prompt: int = 0  # added by environment and template; a prefix is counted once
-    turns: int = 0
-    env_seconds: float = 0.0
-    ended: Counter[EndReason] = field(default_factory=Counter)
-
-    def count(self, trajectory: Trajectory) -> None:
-        self.ended[trajectory.end_reason] += 1
-        self.turns += len(trajectory.steps)
-        for step in trajectory.steps:
-            self.tokens_sampled += len(step.action_ids)
-            self.tokens_prompt += len(step.prompt_ids)
-            self.env_seconds += step.env_seconds
 
 
 class RolloutWorker:
@@ -107,12 +101,66 @@ class RolloutWorker:
         self._settings = settings
         self._run_seed = run_seed
         self._pool = EnvironmentPool() if pool is None else pool
-        self._tally = _Tally()
-        self._groups: Counter[str] = Counter(played=0, dropped=0)
+        self._tally = Tally()
+        self._recorder = Recorder(exchange, name)
+        self._watch = Recorded(self._tally, self._recorder)
+        self._groups: Counter[str] = Counter()
+        self._asking: set[asyncio.Future[Assignment | None]] = set()  # lanes that wait for a slot
+        self._running: tuple[asyncio.Task[list[None]], asyncio.Task[None]] | None = None  # lanes, recorder
+        self._idle = asyncio.Event()  # run() is not under way
 
     async def run(self) -> None:
-        """Play groups until the exchange says that the run is over; cancelled, it leaves its slots to the ledger."""
-        await concurrently(self._play_groups() for _ in range(self._settings.concurrent_groups))
+        """Play groups until the exchange says that the run is over, or until `drain` or `stop`.
+
+        Raises what ends a lane or the recorder (EngineDied, an exchange that is gone, a bug of ours) as it is. Turns
+        that are finished by then are handed on first, unless the exchange itself is what failed. Cancelled, it leaves
+        its slots to the ledger.
+        """
+        if self._running is not None:
+            raise RuntimeError(f"{self.name} is running already")
+        self._watch.halted = False
+        lanes = asyncio.create_task(
+            concurrently(self._play_groups(lane) for lane in range(self._settings.concurrent_groups))
+        )
+        recording = asyncio.create_task(self._recorder.run())
+        self._running = lanes, recording
+        self._idle.clear()
+        try:
+            # The recorder ends first by an error alone.
+            await asyncio.wait({lanes, recording}, return_when=asyncio.FIRST_COMPLETED)
+            if not recording.done():
+                self._recorder.finish()
+            await recording
+        finally:
+            lanes.cancel()
+            recording.cancel()
+            await asyncio.wait({lanes, recording})
+            self._running = None
+            self._idle.set()
+        if not lanes.cancelled():  # as `stop` does, which is no error
+            lanes.result()
+
+    async def drain(self, seconds: float = 30.0) -> None:
+        """Leave: reserve nothing more, let turns that are being sampled end, and return when all turns are durable.
+
+        Turns that take longer than `seconds` are given up and will be sampled again. The groups stay held. Raises what
+        the exchange raises.
+        """
+        self._halt()
+        if self._running is not None:
+            await asyncio.wait({self._running[0]}, timeout=seconds)
+        await self.stop()
+
+    async def stop(self) -> None:
+        """`drain` without waiting for turns that are being sampled; after it `run` may be called again."""
+        self._halt()
+        if self._running is None:
+            return
+        lanes, recording = self._running
+        lanes.cancel()
+        await self._idle.wait()
+        if not recording.cancelled():
+            recording.result()
 
     async def evaluate(self, tasks: Sequence[Task]) -> list[Trajectory]:
         """One episode a task, as many at once as training plays, in the order of `tasks`.
@@ -133,35 +181,69 @@ class RolloutWorker:
     def counters(self) -> dict[str, float]:
         """Sums since the worker was made.
 
-        engine_seconds is wall time with at least one request in the engine; env_seconds is time inside environments.
+        engine_seconds is wall time with at least one request in the engine. The rest is told by `Tally`.
         """
-        tally = self._tally
         return {
-            "tokens_sampled": tally.tokens_sampled,
-            "tokens_prompt": tally.tokens_prompt,
-            "turns": tally.turns,
-            "episodes": tally.ended.total(),
+            **self._tally.row(),
             "groups": self._groups["played"],
             "groups_dropped": self._groups["dropped"],
+            "groups_superseded": self._groups["superseded"],
             "engine_seconds": self._agent.engine_clock.seconds,
-            "env_seconds": tally.env_seconds,
-        } | {f"episodes_{reason}": tally.ended[reason] for reason in EndReason}
+        }
 
-    def close(self) -> None:
+    def heartbeat(self) -> dict[str, float]:
+        """Seconds since a turn last ended, and by how much the event loop was late since the last heartbeat."""
+        return {
+            "last_turn_seconds": self._tally.seconds_since_turn(),
+            "loop_lag": self._recorder.loop_lag(),
+        }
+
+    async def close(self) -> None:
         """Close the idle environment replicas; the engine is closed by whoever started it."""
-        self._pool.close()
+        await self._pool.close()
 
-    async def _play_groups(self) -> None:
+    def _halt(self) -> None:
+        self._watch.halted = True
+        for asking in self._asking:
+            asking.cancel()
+
+    async def _reserve(self, lane: int) -> Assignment | None:
+        asking = asyncio.ensure_future(self._exchange.reserve(self.name, lane))
+        self._asking.add(asking)
+        try:
+            return await asking
+        except asyncio.CancelledError:
+            if self._watch.halted:
+                return None
+            raise
+        finally:
+            self._asking.discard(asking)
+
+    async def _play_groups(self, lane: int) -> None:
         settings = self._settings
-        while slot := await self._exchange.reserve(self.name):
+        while not self._watch.halted and (assignment := await self._reserve(lane)):
             group = await run_group(
-                slot, self._pool, self._agent, settings.group_size, settings.limits, self._run_seed, self.name
+                assignment.slot,
+                self._pool,
+                self._agent,
+                settings.group_size,
+                settings.limits,
+                self._run_seed,
+                self.name,
+                self._watch,
+                {} if assignment.turns is None else restore_turns(assignment.turns),
             )
-            await self._hand_over(group)
+            if any(trajectory.end_reason is EndReason.CANCELLED for trajectory in group.trajectories):
+                return  # halted: whoever gets the group next goes on with its turns
+            try:
+                await self._hand_over(group)
+            except StaleSlot:
+                self._groups["superseded"] += 1  # another worker plays it, and hands it in
 
     async def _hand_over(self, group: Group) -> None:
         for trajectory in group.trajectories:
-            self._tally.count(trajectory)
+            self._tally.ended(trajectory)
+        self._recorder.forget(group.slot)
         rows = [EpisodeRow.of(trajectory) for trajectory in group.trajectories]
         if len(group.trainable) >= self._settings.needed:
             await self._exchange.add(group.slot, encode(group), rows)
@@ -173,8 +255,8 @@ class RolloutWorker:
 
     async def _evaluate_one(self, place: Place, gate: asyncio.Semaphore) -> Trajectory:
         async with gate:
-            trajectory = await play(place, self._pool, self._agent, self._settings.limits)
-        self._tally.count(trajectory)
+            trajectory = await play(place, self._pool, self._agent, self._settings.limits, self._tally)
+        self._tally.ended(trajectory)
         return trajectory
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from envs.host import Inline
 from rollout.agent import Agent
 from rollout.engine import EngineFailed
 from rollout.episode import Limits, Place, run_episode
@@ -28,7 +29,7 @@ def engine(tokenizer: PreTrainedTokenizerFast) -> ScriptedEngine:
 
 
 def played(env: Any, agent: Agent, limits: Limits = LIMITS) -> Trajectory:
-    return asyncio.run(run_episode(env, agent, PLACE, limits))
+    return asyncio.run(run_episode(Inline(env), agent, PLACE, limits))
 
 
 def test_the_record_is_what_environment_and_engine_said(
@@ -179,7 +180,7 @@ def test_cancellation_is_not_an_end_reason(orders: Any, agent_of: AgentOf, engin
             await asyncio.Event().wait()
 
         engine._latency = forever
-        episode = asyncio.create_task(run_episode(orders.make("count"), agent_of(engine), PLACE, LIMITS))
+        episode = asyncio.create_task(run_episode(Inline(orders.make("count")), agent_of(engine), PLACE, LIMITS))
         await asked.wait()
         episode.cancel()
         await episode

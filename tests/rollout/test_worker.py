@@ -9,7 +9,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -19,32 +18,13 @@ from rollout.scripted_engine import ScriptedEngine
 from rollout.tasks import TaskStream
 from rollout.wire.exchange import Exchange
 from rollout.wire.schema import decode
-from rollout.wire.store import BufferSettings, EpisodeRow, Store
+from rollout.wire.store import BufferSettings, Store
 from rollout.wire.trajectory import DropReason, EndReason, Group, Slot, Task, Trajectory
 from rollout.worker import RolloutSettings, RolloutWorker, as_groups
+from tests.rollout.fake_exchange import FakeExchange
 
 AgentOf = Callable[..., Agent]
 SETTINGS = RolloutSettings(group_size=3, concurrent_groups=4, max_turns=10, episode_seconds=30.0)
-
-
-class FixedSlots:
-    """An exchange with a list of groups to play."""
-
-    def __init__(self, slots: Sequence[Slot]) -> None:
-        self.slots = list(slots)
-        self.groups: dict[int, Group] = {}
-        self.dropped: dict[int, tuple[DropReason, str, Sequence[EpisodeRow]]] = {}
-
-    async def reserve(self, worker: str) -> Slot | None:
-        return self.slots.pop(0) if self.slots else None
-
-    async def add(self, slot: Slot, batch: pa.RecordBatch, episodes: Sequence[EpisodeRow]) -> None:
-        self.groups[slot.group_id] = decode(batch)
-
-    async def drop(
-        self, slot: Slot, reason: DropReason, error: str = "", episodes: Sequence[EpisodeRow] = ()
-    ) -> None:
-        self.dropped[slot.group_id] = (reason, error, episodes)
 
 
 def slots(count: int, attempt: int = 0) -> list[Slot]:
@@ -87,7 +67,7 @@ class Rig:
     def groups(
         self, given: Sequence[Slot], concurrent: int, hurry: Random | None = None
     ) -> dict[int, list[Any]]:
-        exchange = FixedSlots(given)
+        exchange = FakeExchange(given)
         settings = SETTINGS.model_copy(update={"concurrent_groups": concurrent})
         asyncio.run(self.worker(exchange, settings, hurry).run())
         return {group_id: facts(group) for group_id, group in exchange.groups.items()}
@@ -124,7 +104,7 @@ def test_a_group_survives_with_two_siblings_and_is_dropped_with_one(rig: Rig) ->
         return RuntimeError("lost the map") if seen[seed] <= failing[seed] else None
 
     rig.orders.reset_error = reset_error
-    exchange = FixedSlots(slots(3))
+    exchange = FakeExchange(slots(3))
     worker = rig.worker(exchange)
     asyncio.run(worker.run())
     assert set(exchange.groups) == {0}
@@ -144,7 +124,7 @@ def test_a_group_survives_with_two_siblings_and_is_dropped_with_one(rig: Rig) ->
 def test_a_replica_is_reused_until_its_episode_fails(rig: Rig) -> None:
     rig.orders.step_error = lambda seed, turn: RuntimeError("broken") if seed == 101 else None
     settings = SETTINGS.model_copy(update={"group_size": 1, "concurrent_groups": 1})
-    asyncio.run(rig.worker(FixedSlots(slots(4)), settings).run())
+    asyncio.run(rig.worker(FakeExchange(slots(4)), settings).run())
     assert [env.resets for env in rig.orders.made] == [[100, 101], [102, 103]]
     assert [env.closed for env in rig.orders.made] == [True, False]
 
@@ -153,7 +133,7 @@ def test_an_environment_that_cannot_be_made_costs_its_episodes(rig: Rig) -> None
     def make(env_id: str, **options: Any) -> Any:
         raise ImportError("no module named tiles")
 
-    exchange = FixedSlots(slots(1))
+    exchange = FakeExchange(slots(1))
     worker = rig.worker(exchange)
     worker._pool = EnvironmentPool(make)
     asyncio.run(worker.run())
@@ -161,7 +141,7 @@ def test_an_environment_that_cannot_be_made_costs_its_episodes(rig: Rig) -> None
 
 
 def test_a_mistake_of_ours_ends_the_worker_with_that_very_error(rig: Rig) -> None:
-    worker = rig.worker(FixedSlots(slots(6)))
+    worker = rig.worker(FakeExchange(slots(6)))
 
     async def misspelt() -> None:
         raise NameError("modle")
@@ -176,7 +156,7 @@ def test_evaluation_keeps_order_repeats_itself_and_bounds_what_runs_at_once(rig:
     settings = SETTINGS.model_copy(update={"group_size": 2, "concurrent_groups": 1})
 
     def evaluate(hurry: Random | None) -> list[Trajectory]:
-        return asyncio.run(rig.worker(FixedSlots([]), settings, hurry).evaluate(tasks))
+        return asyncio.run(rig.worker(FakeExchange([]), settings, hurry).evaluate(tasks))
 
     first, again = evaluate(None), evaluate(Random(0))
     assert [trajectory.task.seed for trajectory in first] == [3, 1, 2, 3, 9]
@@ -201,7 +181,7 @@ def test_with_the_real_exchange_every_issued_group_is_accounted_for(rig: Rig, tm
         exchange = Exchange(Store(tmp_path, TaskStream("count"), buffer, total_steps=5))
         worker = asyncio.create_task(rig.worker(exchange, hurry=Random(1)).run())
         for version in range(1, 6):
-            for group in map(decode, await exchange.take(timeout_s=20.0)):
+            for group in map(decode, await exchange.take(version - 1, timeout_s=20.0)):
                 assert len(group.trainable) >= 2
             await exchange.release(version)
             await exchange.landed(version)

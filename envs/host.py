@@ -1,0 +1,101 @@
+"""Where a replica of an environment lives; whoever plays on it awaits its answers wherever that is."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Protocol
+
+import gymnasium as gym
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
+
+from envs.adapters import TextAdapter
+from envs.base import Info, Observation, Snapshots
+
+Env = gym.Env[Any, str]  # text or chat messages in, text out: see envs.base
+Outcome = tuple[Observation, float, bool, bool, Info]  # as gymnasium.Env.step returns it
+
+_STATELESS = (TextAdapter, OrderEnforcing, PassiveEnvChecker)  # once reset
+
+
+class EnvironmentFailed(RuntimeError):
+    """An environment raised, died or gave no answer. It costs one episode and that replica."""
+
+
+class Replica(Protocol):
+    """One environment, used by one episode at a time. Raises whatever the environment raises."""
+
+    nondeterministic: bool  # the same seed and actions may lead elsewhere, as the environment says of itself
+
+    async def reset(self, seed: int) -> Observation: ...
+
+    async def step(self, action: str) -> Outcome: ...
+
+    def snapshot(self) -> bytes | None:
+        """The state after the last step, which did not end the episode; None where the environment offers none."""
+        ...
+
+    async def restore(self, snapshot: bytes) -> None:
+        """Go on from a snapshot of another replica; after a reset with the same seed."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Inline:
+    """A replica in this process: nothing between, and nothing that could stop it."""
+
+    def __init__(self, env: Env) -> None:
+        spec = env.unwrapped.spec
+        self.nondeterministic = spec is not None and spec.nondeterministic
+        self._env = env
+        self._state = reach(env)
+
+    async def reset(self, seed: int) -> Observation:
+        observation: Observation = self._env.reset(seed=seed)[0]
+        return observation
+
+    async def step(self, action: str) -> Outcome:
+        return self._env.step(action)  # type: ignore[return-value]
+
+    def snapshot(self) -> bytes | None:
+        return None if self._state is None else self._state.snapshot()
+
+    async def restore(self, snapshot: bytes) -> None:
+        if self._state is None:
+            raise RuntimeError("the environment offers no snapshots, so it can not go on from one")
+        self._state.restore(snapshot)
+
+    async def close(self) -> None:
+        self._env.close()
+
+
+def reach(env: Env) -> Snapshots | None:
+    """What an environment offers of `Snapshots`, through Gymnasium's usual wrappers; None where it offers none.
+
+    A wrapper of another kind may hold a state of its own: it must offer `Snapshots` itself.
+    """
+    limits = []
+    while not isinstance(env, Snapshots):
+        if isinstance(env, TimeLimit):
+            limits.append(env)
+        elif not isinstance(env, _STATELESS):
+            return None
+        env = env.env
+    return _Counted(env, tuple(limits)) if limits else env
+
+
+class _Counted:
+    """An environment's snapshots, with the turns that the time limits around it have counted."""
+
+    def __init__(self, inner: Snapshots, limits: tuple[TimeLimit[Any, Any], ...]) -> None:
+        self._inner = inner
+        self._limits = limits
+        self._counts = struct.Struct(f"<{len(limits)}q")
+
+    def snapshot(self) -> bytes:
+        return self._counts.pack(*(limit._elapsed_steps for limit in self._limits)) + self._inner.snapshot()
+
+    def restore(self, snapshot: bytes) -> None:
+        self._inner.restore(snapshot[self._counts.size :])
+        for limit, count in zip(self._limits, self._counts.unpack_from(snapshot), strict=True):
+            limit._elapsed_steps = count
