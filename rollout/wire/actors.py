@@ -10,19 +10,27 @@ import pyarrow as pa
 import ray
 
 from rollout.wire.exchange import Exchange
+from rollout.wire.stacks import stacks
 from rollout.wire.store import EpisodeRow
-from rollout.wire.trajectory import DropReason, Slot
+from rollout.wire.trajectory import Assignment, DropReason, Slot
 from rollout.wire.weights import ByteArray, Handle, joined, parts
 
 
 class ExchangeActor:
-    """Hosts one `Exchange`. Every method waits inside the exchange, so the actor serves all workers at once."""
+    """Hosts one `Exchange`. Every method waits inside the exchange, so the actor serves all workers at once.
+
+    Every method may be called again when its answer is lost: whoever makes the actor lets Ray restart it and repeat the
+    calls that were under way.
+    """
 
     def __init__(self, build: Callable[[], Exchange]) -> None:
         self._exchange = build()
 
-    async def reserve(self, worker: str) -> Slot | None:
-        return await self._exchange.reserve(worker)
+    async def reserve(self, worker: str, lane: int) -> Assignment | None:
+        return await self._exchange.reserve(worker, lane)
+
+    async def record_turns(self, batch: pa.RecordBatch) -> None:
+        await self._exchange.record_turns(batch)
 
     async def add(self, slot: Slot, batch: pa.RecordBatch, episodes: Sequence[EpisodeRow]) -> None:
         await self._exchange.add(slot, batch, episodes)
@@ -32,8 +40,11 @@ class ExchangeActor:
     ) -> None:
         await self._exchange.drop(slot, reason, error, episodes)
 
-    async def take(self, timeout_s: float) -> list[pa.RecordBatch]:
-        return await self._exchange.take(timeout_s)
+    async def hand_on(self, worker: str) -> int:
+        return await self._exchange.hand_on(worker)
+
+    async def take(self, version: int, timeout_s: float) -> list[pa.RecordBatch]:
+        return await self._exchange.take(version, timeout_s)
 
     async def release(self, version: int) -> None:
         await self._exchange.release(version)
@@ -41,8 +52,8 @@ class ExchangeActor:
     async def landed(self, version: int) -> None:
         await self._exchange.landed(version)
 
-    async def recover(self, version: int) -> None:
-        await self._exchange.recover(version)
+    async def rollback(self, version: int) -> None:
+        await self._exchange.rollback(version)
 
     async def archive(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
         await self._exchange.archive(name, batches)
@@ -50,19 +61,35 @@ class ExchangeActor:
     async def counts(self) -> dict[str, int]:
         return await self._exchange.counts()
 
+    async def state(self) -> dict[str, Any]:
+        return await self._exchange.state()
+
+    async def ping(self) -> None:
+        """Returns when the actor's event loop has come round to it."""
+
+    async def stacks(self) -> str:
+        """What every thread and task of the actor is doing."""
+        return stacks()
+
     async def close(self) -> None:
         await self._exchange.close()
 
 
 class RemoteExchange:
-    """The exchange's interface over a handle of its actor; payloads travel through the object store."""
+    """The exchange's interface over a handle of its actor; payloads travel through the object store.
+
+    A call outlives the exchange's process: with the actor's `max_task_retries` Ray repeats it to the next one.
+    """
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    async def reserve(self, worker: str) -> Slot | None:
-        slot: Slot | None = await self._actor.reserve.remote(worker)
-        return slot
+    async def reserve(self, worker: str, lane: int) -> Assignment | None:
+        assignment: Assignment | None = await self._actor.reserve.remote(worker, lane)
+        return assignment
+
+    async def record_turns(self, batch: pa.RecordBatch) -> None:
+        await self._actor.record_turns.remote(batch)
 
     async def add(self, slot: Slot, batch: pa.RecordBatch, episodes: Sequence[EpisodeRow]) -> None:
         await self._actor.add.remote(slot, batch, list(episodes))
@@ -72,8 +99,11 @@ class RemoteExchange:
     ) -> None:
         await self._actor.drop.remote(slot, reason, error, list(episodes))
 
-    async def take(self, timeout_s: float) -> list[pa.RecordBatch]:
-        batches: list[pa.RecordBatch] = await self._actor.take.remote(timeout_s)
+    async def hand_on(self, worker: str) -> int:
+        return int(await self._actor.hand_on.remote(worker))
+
+    async def take(self, version: int, timeout_s: float) -> list[pa.RecordBatch]:
+        batches: list[pa.RecordBatch] = await self._actor.take.remote(version, timeout_s)
         return batches
 
     async def release(self, version: int) -> None:
@@ -82,8 +112,8 @@ class RemoteExchange:
     async def landed(self, version: int) -> None:
         await self._actor.landed.remote(version)
 
-    async def recover(self, version: int) -> None:
-        await self._actor.recover.remote(version)
+    async def rollback(self, version: int) -> None:
+        await self._actor.rollback.remote(version)
 
     async def archive(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
         await self._actor.archive.remote(name, list(batches))
@@ -91,6 +121,10 @@ class RemoteExchange:
     async def counts(self) -> dict[str, int]:
         counts: dict[str, int] = await self._actor.counts.remote()
         return counts
+
+    async def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = await self._actor.state.remote()
+        return state
 
     async def close(self) -> None:
         await self._actor.close.remote()

@@ -1,142 +1,306 @@
 """The exchange: where rollout workers and the learner meet. The asyncio front of a `Store`.
 
-    worker:  reserve (waits for a free slot) -> plays -> add (returns when the group is durable)
+    worker:  reserve (waits for a free slot) -> plays, record_turns -> add (returns when the group is durable)
     learner: take (waits for P ready groups) -> trains, publishes -> release (wakes reserve)
 
-Groups that finish together share one fsync. Every wait has a limit or ends with `close`.
+Every call may be repeated: by a caller whose answer was lost, or after this process was killed and another one has
+opened the same folder. Turns and groups that arrive together share one sync. Every wait has a limit or ends with
+`close`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import sqlite3
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from rollout.wire.ledger import EpisodeRow
 from rollout.wire.store import Finished, Store
-from rollout.wire.trajectory import DropReason, Slot
+from rollout.wire.trajectory import Assignment, DropReason, Slot, StaleSlot
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+RETRY_SECONDS = 1.0  # between two looks at a disk without room
 _NAMED = 4  # holders that a message names
 
 
-@dataclass(frozen=True, slots=True)
-class _Holder:
-    worker: str
-    since: float  # seconds on the exchange's clock
+@dataclass(slots=True)
+class _Gathered:
+    """What waits for the next sync, and the task that does it."""
+
+    turns: list[pa.RecordBatch] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
+    commit: asyncio.Task[list[StaleSlot | None]] | None = None
+
+
+class _Signal:
+    """Wakes everyone who waits. Take `now` before looking at what may change, so that no change is missed."""
+
+    def __init__(self) -> None:
+        self.now = asyncio.Event()
+
+    def wake(self) -> None:
+        self.now.set()
+        self.now = asyncio.Event()
 
 
 class Exchange:
-    """All calls come from one event loop. `clock` counts seconds and tells how long a worker has held a slot."""
+    """All calls come from one event loop, and all work on the store is done by one thread, one call after another.
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+    `clock` counts seconds; it tells how long a worker has held a slot.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Callable[[], float] = time.monotonic,
+        retry_seconds: float = RETRY_SECONDS,
+    ) -> None:
         self._store = store
         self._clock = clock
-        self._changed = asyncio.Condition()
+        self._retry_seconds = retry_seconds
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._closed = False
-        self._holders: dict[int, _Holder] = {}  # by group id
-        self._writing = (
-            asyncio.Lock()
-        )  # the segments have one user at a time: an append never runs beside an fsync
-        self._appended: list[Finished] = []  # waits for the next commit
-        self._commit: asyncio.Task[None] | None = None  # that next commit, where one is due
+        self._opened = clock()
+        self._since: dict[int, tuple[int, float]] = {}  # by group id: its attempt, and when it was given out
+        self._asking: dict[tuple[str, int], object] = {}  # the newest `reserve` of each loop
+        self._slots = _Signal()  # a slot may be free
+        self._ready = _Signal()  # a step may be ready
+        self._gathered: _Gathered | None = None
+        self._committing = asyncio.Lock()  # while one sync runs, the next one gathers
+        self._paused: str | None = None
+        self._paused_at = 0.0
+        self._paused_seconds = 0.0  # of pauses that are over
+        self._room = asyncio.Event()
+        self._probing: asyncio.Task[None] | None = None
 
-    async def reserve(self, worker: str) -> Slot | None:
-        """The next group to play; waits for a free slot. None: the run needs no more groups."""
-        async with self._changed:
-            while not (self._closed or self._store.covered):
-                slot = self._store.reserve(worker)
-                if slot is not None:
-                    self._holders[slot.group_id] = _Holder(worker, self._clock())
-                    return slot
-                await self._changed.wait()
+    async def reserve(self, worker: str, lane: int) -> Assignment | None:
+        """The next group to play; waits for a free slot. None: the run needs no more groups, or not from this caller.
+
+        lane: which of the worker's loops asks. One that holds a group and asks again gets the same assignment.
+        """
+        ticket = self._asking[worker, lane] = object()
+        # A call that nobody waits for any more must not be given a group: a newer one, or hand_on, has ended it.
+        while not self._closed and self._asking.get((worker, lane)) is ticket:
+            changed = self._slots.now
+            assignment, covered = await self._run(partial(self._reserve, worker, lane))
+            if assignment is not None:
+                self._note(assignment.slot)
+                return assignment
+            if covered:
+                return None
+            await changed.wait()
         return None
 
-    async def add(self, slot: Slot, batch: pa.RecordBatch, episodes: Sequence[EpisodeRow]) -> None:
-        """Hand in a group; returns when it is on disk and complete.
+    async def record_turns(self, batch: pa.RecordBatch) -> None:
+        """Keep finished turns of unfinished groups; returns when they are durable.
 
-        Raises ValueError where the slot is not held any more, RuntimeError after `close`.
+        Rows of groups and attempts that are not held are ignored.
         """
-        async with self._writing:
-            self._require_open()
-            location = self._store.append(slot, batch)
-            self._appended.append((slot, batch, location, episodes))
-            if self._commit is None:
-                self._commit = asyncio.create_task(self._commit_appended())
-            commit = self._commit
-        # Others wait for the same commit: one of them being cancelled must not cancel it.
-        await asyncio.shield(commit)
+        await self._hand_in(lambda gathered: gathered.turns.append(batch))
+
+    async def add(self, slot: Slot, batch: pa.RecordBatch, episodes: Sequence[EpisodeRow]) -> None:
+        """Hand in a group; returns when it is on disk and complete. Raises StaleSlot, RuntimeError after `close`."""
+        answers, place = await self._hand_in(
+            lambda gathered: gathered.finished.append((slot, batch, episodes))
+        )
+        if (stale := answers[place - 1]) is not None:
+            raise stale
 
     async def drop(
         self, slot: Slot, reason: DropReason, error: str = "", episodes: Sequence[EpisodeRow] = ()
     ) -> None:
         """Give a group up; its slot is free at once. Raises as `add` does."""
         self._require_open()
-        self._store.drop(slot, reason, error, episodes)
-        self._holders.pop(slot.group_id)
-        await self._wake()
+        await self._run(partial(self._store.drop, slot, reason, error, episodes))
+        self._since.pop(slot.group_id, None)
+        self._wake()
 
-    async def take(self, timeout_s: float) -> list[pa.RecordBatch]:
-        """The next step's groups in order of group id.
+    async def hand_on(self, worker: str) -> int:
+        """What this worker holds waits for others; returns how many groups. Its waiting calls are answered None."""
+        self._require_open()
+        for asking in [asking for asking in self._asking if asking[0] == worker]:
+            del self._asking[asking]
+        count = await self._run(partial(self._store.hand_on, worker))
+        self._wake()
+        return count
 
-        Raises TimeoutError, which says what is missing and who holds it; TooManyFailures; RuntimeError after `close`.
+    async def take(self, version: int, timeout_s: float) -> list[pa.RecordBatch]:
+        """The groups of the step after `version`, in order of group id; the same step asked again gets the same.
+
+        Raises TimeoutError, which says what is missing and who holds it (while the disk has no room, the time stands
+        still); TooManyFailures; ValueError for a version that does not follow; RuntimeError after `close`.
         """
-        try:
-            async with asyncio.timeout(timeout_s), self._changed:
-                self._require_open()
-                while (batches := self._store.take()) is None:
-                    await self._changed.wait()
-                    self._require_open()
+        clock = asyncio.get_running_loop().time
+        limit = clock() + timeout_s - self._pauses()
+        while True:
+            self._require_open()
+            changed = self._ready.now
+            batches, for_workers = await self._run(partial(self._take, version))
+            if for_workers:
+                self._slots.wake()
+            if batches is not None:
                 return batches
-        except TimeoutError:
-            raise TimeoutError(f"no batch within {timeout_s:g} s: {self._missing()}") from None
+            left = limit + self._pauses() - clock()
+            if left <= 0:
+                raise TimeoutError(f"no batch within {timeout_s:g} s: {await self._run(self._missing)}")
+            try:
+                async with asyncio.timeout(left):
+                    await changed.wait()
+            except TimeoutError:
+                continue  # or the disk had no room meanwhile
 
     async def release(self, version: int) -> None:
         """Engines hold `version`; the slots of the last step are free."""
-        self._store.release(version)
-        await self._wake()
+        self._require_open()
+        await self._run(partial(self._store.release, version))
+        self._wake()
 
     async def landed(self, version: int) -> None:
         """A checkpoint of `version` is on disk."""
-        self._store.landed(version)
+        self._require_open()
+        await self._run(partial(self._store.landed, version))
 
-    async def recover(self, version: int) -> None:
-        """Go on from the checkpoint of `version`; before anything is reserved."""
-        self._store.recover(version)
-        await self._wake()
+    async def rollback(self, version: int) -> None:
+        """The learner goes on from the checkpoint of `version`, and everything else with it."""
+        self._require_open()
+        await self._run(partial(self._store.rollback, version))
+        self._since.clear()
+        self._wake()
 
     async def archive(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
         """Store rows that are not trained on."""
-        self._store.archive(name, batches)
+        self._require_open()
+        await self._run(partial(self._store.archive, name, batches))
 
     async def counts(self) -> dict[str, int]:
         """The ledger's balance."""
-        return self._store.counts()
+        self._require_open()
+        return await self._run(self._store.counts)
+
+    async def state(self) -> dict[str, Any]:
+        """For displays and watchdogs, in the order of the keys.
+
+        Weight version of the engines; complete groups; groups being played; groups due to be given out once more; why
+        the run is paused (None: it is not); what a step waits for.
+        """
+        return await self._run(self._facts)
 
     async def close(self) -> None:
         """End the run: reserve answers None from now on, and what is handed in is committed."""
+        if self._closed:
+            return
         self._closed = True
-        await self._wake()
-        if self._commit is not None:
-            await asyncio.wait([self._commit])
-        async with self._writing:
-            self._store.close()
+        self._wake()
+        self._room.set()
+        if self._probing is not None:
+            self._probing.cancel()
+        while (gathered := self._gathered) is not None and gathered.commit is not None:
+            await asyncio.wait([gathered.commit])
+        async with self._committing:
+            loop = asyncio.get_running_loop()
+            try:
+                await loop.run_in_executor(self._thread, self._store.close)
+            except OSError as error:
+                if self._store.room.lack(error) is None:
+                    raise
+                # All that counts is on disk: only the mark that ends the last segment is not.
+        self._thread.shutdown(wait=False)
 
-    async def _commit_appended(self) -> None:
-        async with self._writing:
-            # Whoever appends from here on needs another commit.
-            finished, self._appended, self._commit = self._appended, [], None
-            await asyncio.to_thread(self._store.sync)
-            self._store.commit(finished)
-        for slot, *_ in finished:
-            self._holders.pop(slot.group_id)
-        await self._wake()
+    # One call after another -------------------------------------------------------------------------------------------
 
-    async def _wake(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    async def _run(self, call: Callable[[], T]) -> T:
+        """Do this in the store's thread; where the disk has no room, wait for it and do it again."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return await loop.run_in_executor(self._thread, call)
+            except (OSError, sqlite3.Error) as error:
+                lack = self._store.room.lack(error)
+                if lack is None:
+                    raise
+            await self._wait_for_room(lack)
+
+    async def _wait_for_room(self, lack: str) -> None:
+        self._require_open()
+        if self._probing is None:
+            log.warning("the run waits: %s", lack)
+            self._paused, self._paused_at = lack, asyncio.get_running_loop().time()
+            self._room = asyncio.Event()
+            self._probing = asyncio.create_task(self._probe(), name="exchange waits for room")
+        await self._room.wait()
+        self._require_open()
+
+    async def _probe(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._paused is not None:
+            await asyncio.sleep(self._retry_seconds)
+            try:
+                await loop.run_in_executor(self._thread, self._store.room.require)
+            except OSError as error:
+                self._paused = self._store.room.lack(error) or str(error)
+            else:
+                self._paused_seconds += loop.time() - self._paused_at
+                self._paused = None
+        self._probing = None
+        log.warning("the run goes on: there is room again")
+        self._room.set()
+
+    def _pauses(self) -> float:
+        """Seconds for which the disk had no room, until now."""
+        now = asyncio.get_running_loop().time()
+        return self._paused_seconds + (now - self._paused_at if self._paused is not None else 0.0)
+
+    def _reserve(self, worker: str, lane: int) -> tuple[Assignment | None, bool]:
+        return self._store.reserve(worker, lane), self._store.covered
+
+    def _take(self, version: int) -> tuple[list[pa.RecordBatch] | None, bool]:
+        """The step's groups, and whether that is news for those who wait in `reserve`."""
+        batches = self._store.take(version)
+        return batches, self._store.covered or self._store.unassigned > 0
+
+    def _note(self, slot: Slot) -> None:
+        known = self._since.get(slot.group_id)
+        if known is None or known[0] != slot.attempt:
+            self._since[slot.group_id] = (slot.attempt, self._clock())
+
+    async def _hand_in(self, put: Callable[[_Gathered], None]) -> tuple[list[StaleSlot | None], int]:
+        """Join the next sync. Returns its answers, and how many groups stood there with the caller's."""
+        self._require_open()
+        gathered = self._gathered
+        if gathered is None:
+            gathered = self._gathered = _Gathered()
+            gathered.commit = asyncio.create_task(self._commit(), name="exchange commits")
+        put(gathered)
+        place = len(gathered.finished)
+        assert gathered.commit is not None
+        # Others wait for the same commit: one of them being cancelled must not cancel it.
+        return await asyncio.shield(gathered.commit), place
+
+    async def _commit(self) -> list[StaleSlot | None]:
+        async with self._committing:
+            gathered, self._gathered = self._gathered, None
+            assert gathered is not None
+            answers = await self._run(partial(self._store.hand_in, gathered.turns, gathered.finished))
+        for slot, *_ in gathered.finished:
+            self._since.pop(slot.group_id, None)
+        if gathered.finished:
+            self._ready.wake()
+        return answers
+
+    def _wake(self) -> None:
+        self._slots.wake()
+        self._ready.wake()
 
     def _require_open(self) -> None:
         if self._closed:
@@ -144,19 +308,33 @@ class Exchange:
                 "the exchange is closed: the run has ended, and a resumed one issues its groups again"
             )
 
+    def _facts(self) -> dict[str, Any]:
+        store = self._store
+        return {
+            "version": store.version,
+            "ready": store.ready,
+            "held": len(store.holders),
+            "waiting": store.unassigned,
+            "paused": self._paused,
+            "missing": self._missing(),
+        }
+
     def _missing(self) -> str:
         store, now = self._store, self._clock()
-        held = sorted(self._holders.items(), key=lambda item: item[1].since)
-        taken = store.outstanding - store.ready - len(held)
+        held = sorted(
+            (self._since.get(group_id, (0, self._opened))[1], group_id, worker)
+            for group_id, worker in store.holders
+        )
         parts = [
             f"{store.ready} groups are complete and a step needs {store.settings.groups_per_step}",
             f"{len(held)} are in flight",
         ]
-        if taken:
-            parts.append(f"{taken} are held by a step that was not released")
+        if store.unassigned:
+            parts.append(f"{store.unassigned} wait for a worker")
+        if store.in_step:
+            parts.append(f"{store.in_step} are held by a step that was not released")
         parts += [
-            f"{holder.worker} holds group {group} for {now - holder.since:.0f} s"
-            for group, holder in held[:_NAMED]
+            f"{worker} holds group {group} for {now - since:.0f} s" for since, group, worker in held[:_NAMED]
         ]
         if len(held) > _NAMED:
             parts.append(f"{len(held) - _NAMED} more are held for less")

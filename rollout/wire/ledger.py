@@ -1,13 +1,17 @@
 """The ledger: one row per group and per episode, with its fate, in SQLite.
 
-A group is issued, complete, taken, then trained; or dropped with a reason. At every moment
-issued = trained + dropped + in flight. Readers (viewers, tests, a person with sqlite3) may look on while a run writes:
-that is what the write-ahead log is for.
+    issued    a worker plays it           complete   its rows are on disk
+    waiting   its worker is gone: it      taken      the learner has it
+              keeps its slot and turns    trained    a checkpoint holds it
+    again     it has lost its slot, and   dropped    it will never be trained, for a reason
+              is issued anew
 
-Every call is one transaction. All of them survive the death of the process; `take` and `landed` also survive that of
-the machine before they return (one fsync, 2-10 ms on a plain disk). The others may lose their last moments with the
-machine, which costs work but no truth: a group whose "issued", "complete" or "dropped" is lost is issued again. Only a
-lost "taken" could have a group trained twice, and its fsync carries everything written before it.
+The first five are in flight: at every moment issued = trained + dropped + in flight. Readers (viewers, tests, a person
+with sqlite3) may look on while a run writes: that is what the write-ahead log is for.
+
+Every call is one transaction. All of them survive the death of the process, and that of the machine too (one fsync,
+2-10 ms on a plain disk), save `issue`: it may be lost with the machine, and then the group is issued once more. `sync`
+makes it durable before anything else on disk may refer to it.
 """
 
 from __future__ import annotations
@@ -22,39 +26,49 @@ from typing import Any
 from rollout.wire.segments import Location
 from rollout.wire.trajectory import DropReason, EndReason, Slot, Task, Trajectory
 
-_VERSION = 1
-_TABLES = """
+_VERSION = 2
+_STATES = ("issued", "waiting", "again", "complete", "taken", "trained", "dropped")
+_TABLES = f"""
 CREATE TABLE IF NOT EXISTS groups (
     group_id INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, env_id TEXT NOT NULL, env_options TEXT NOT NULL,
-    seed INTEGER NOT NULL, worker TEXT NOT NULL, issue_version INTEGER NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('issued', 'complete', 'taken', 'trained', 'dropped')),
+    seed INTEGER NOT NULL, worker TEXT NOT NULL, lane INTEGER NOT NULL, issue_version INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (state IN {_STATES}),
     reason TEXT, error TEXT, taken_version INTEGER, max_version INTEGER,
-    segment INTEGER, "offset" INTEGER, length INTEGER, episodes INTEGER, tokens INTEGER, reward_sum REAL);
+    segment INTEGER, "offset" INTEGER, length INTEGER, checksum TEXT,
+    episodes INTEGER, tokens INTEGER, reward_sum REAL);
 CREATE INDEX IF NOT EXISTS groups_by_state ON groups (state);
 CREATE TABLE IF NOT EXISTS episodes (
     group_id INTEGER NOT NULL, attempt INTEGER NOT NULL, episode INTEGER NOT NULL, end_reason TEXT NOT NULL,
     reward REAL NOT NULL, success INTEGER, turns INTEGER NOT NULL, tokens INTEGER NOT NULL,
     max_version INTEGER NOT NULL, error TEXT, PRIMARY KEY (group_id, attempt, episode));
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+INSERT OR IGNORE INTO meta VALUES ('buffer_version', 0), ('journal_from', 0);
 """
 _ISSUE = """
-INSERT INTO groups (group_id, attempt, env_id, env_options, seed, worker, issue_version, state)
-VALUES (?, ?, ?, ?, ?, ?, ?, 'issued')
-ON CONFLICT (group_id) DO UPDATE SET
-    attempt = excluded.attempt, worker = excluded.worker, issue_version = excluded.issue_version
+INSERT INTO groups (group_id, attempt, env_id, env_options, seed, worker, lane, issue_version, state)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'issued')
+ON CONFLICT (group_id) DO UPDATE SET attempt = excluded.attempt, worker = excluded.worker, lane = excluded.lane,
+    issue_version = excluded.issue_version, state = 'issued'
 """
 _COMPLETE = """
-UPDATE groups SET state = 'complete', max_version = ?, segment = ?, "offset" = ?, length = ?,
+UPDATE groups SET state = 'complete', max_version = ?, segment = ?, "offset" = ?, length = ?, checksum = ?,
     episodes = ?, tokens = ?, reward_sum = ? WHERE group_id = ?
 """
 _COMPLETE_AGAIN = "UPDATE groups SET state = 'complete', taken_version = NULL WHERE group_id = ?"
-_LOST = """
-UPDATE groups SET state = 'issued', taken_version = NULL, max_version = NULL, segment = NULL, "offset" = NULL,
-    length = NULL, episodes = NULL, tokens = NULL, reward_sum = NULL WHERE group_id = ?
+_WAITING = "UPDATE groups SET state = 'waiting' WHERE group_id = ?"
+_AGAIN = """
+UPDATE groups SET state = 'again', taken_version = NULL, max_version = NULL, segment = NULL, "offset" = NULL,
+    length = NULL, checksum = NULL, episodes = NULL, tokens = NULL, reward_sum = NULL WHERE group_id = ?
 """
-_UNFINISHED = """
-SELECT group_id, attempt, env_id, seed, env_options, issue_version, max_version, segment, "offset", length
-FROM groups WHERE state IN ('issued', 'complete', 'taken') ORDER BY group_id
+_TAKEN = "UPDATE groups SET state = 'taken', taken_version = ? WHERE group_id = ?"
+_TRAINED = "UPDATE groups SET state = 'trained' WHERE state = 'taken' AND taken_version < ?"
+_SINCE = """
+SELECT group_id, attempt, env_id, seed, env_options, issue_version, state, worker, lane, taken_version, max_version,
+    segment, "offset", length, checksum
+FROM groups WHERE state IN ('issued', 'waiting', 'again', 'complete')
+    OR (state IN ('taken', 'trained') AND taken_version >= ?) ORDER BY group_id
 """
+_RECENT = "SELECT end_reason, error FROM episodes ORDER BY rowid DESC LIMIT ?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,34 +101,60 @@ class EpisodeRow:
 
 @dataclass(frozen=True, slots=True)
 class StoredGroup:
-    """A group on record that a resumed run must decide about."""
+    """A group on record whose fate may still change."""
 
     slot: Slot
-    max_version: int | None
-    location: Location | None  # None: never completed
+    state: str
+    worker: str  # who holds it, or held it last
+    lane: int
+    taken_version: int | None
+    max_version: int | None  # newest weights that sampled a token of it
+    location: Location | None  # None: not complete
 
 
 class Ledger:
     """The tables of one run. One writer; it checks nothing that its `Store` has checked."""
 
     def __init__(self, path: Path) -> None:
+        # The store that owns this is used by one thread at a time, but not always by the one that made it.
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version not in (0, _VERSION):
+            self._db.close()
             raise ValueError(
                 f"{path}: a ledger of version {version}, but this Manta reads version {_VERSION}"
             )
         self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.execute("PRAGMA synchronous=FULL")
         self._db.executescript(_TABLES)
         self._db.execute(f"PRAGMA user_version={_VERSION}")
+        self._unsynced = True  # whether a transaction may still be lost with the machine
 
-    def issue(self, slot: Slot, worker: str) -> None:
-        """A worker may start this group; for another attempt, `recover` has cleared its row."""
+    @property
+    def buffer_version(self) -> int:
+        """The weight version that engines hold, as far as `release` and `rollback` said."""
+        return self._meta("buffer_version")
+
+    @property
+    def journal_from(self) -> int:
+        """The first journal file that counts."""
+        return self._meta("journal_from")
+
+    def issue(self, slot: Slot, worker: str, lane: int) -> None:
+        """A worker may start this group, or its next attempt. Not durable before the next other call."""
         task = slot.task
-        self._db.execute(
-            _ISSUE, (slot.group_id, slot.attempt, task.env_id, task.options, task.seed, worker, slot.version)
-        )
+        identity = (slot.group_id, slot.attempt, task.env_id, task.options, task.seed)
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        try:
+            self._db.execute(_ISSUE, (*identity, worker, lane, slot.version))
+        finally:
+            self._db.execute("PRAGMA synchronous=FULL")
+        self._unsynced = True
+
+    def sync(self) -> None:
+        """Make every `issue` so far survive a crash of the machine."""
+        if self._unsynced:
+            self._set("buffer_version", self.buffer_version)
 
     def complete(self, groups: Iterable[tuple[Slot, Location, Sequence[EpisodeRow]]]) -> None:
         """The payloads of these groups are on disk."""
@@ -122,8 +162,9 @@ class Ledger:
             for slot, at, rows in groups:
                 self._record_episodes(slot, rows)
                 newest = max((row.max_version for row in rows), default=-1)
+                place = (at.segment, at.offset, at.length, at.checksum)
                 sums = (len(rows), sum(row.tokens for row in rows), sum(row.reward for row in rows))
-                self._db.execute(_COMPLETE, (newest, at.segment, at.offset, at.length, *sums, slot.group_id))
+                self._db.execute(_COMPLETE, (newest, *place, *sums, slot.group_id))
 
     def drop(self, slot: Slot, reason: DropReason, error: str, episodes: Sequence[EpisodeRow] = ()) -> None:
         """The group will never be trained."""
@@ -134,34 +175,77 @@ class Ledger:
                 (reason.value, error, slot.group_id),
             )
 
+    def hand_on(self, group_ids: Iterable[int]) -> None:
+        """These groups wait for another worker."""
+        self._each(_WAITING, group_ids)
+
     def take(self, group_ids: Iterable[int], version: int) -> None:
         """The learner, standing at `version`, has these groups in its hands."""
-        taken = "UPDATE groups SET state = 'taken', taken_version = ? WHERE group_id = ?"
-        with self._transaction(durable=True):
-            self._db.executemany(taken, [(version, group_id) for group_id in group_ids])
+        with self._transaction():
+            self._db.executemany(_TAKEN, [(version, group_id) for group_id in group_ids])
+
+    def give_back(self, group_ids: Iterable[int]) -> None:
+        """The learner never got them: complete again."""
+        self._each(_COMPLETE_AGAIN, group_ids)
+
+    def release(self, version: int) -> None:
+        """Engines hold `version`."""
+        self._set("buffer_version", version)
 
     def landed(self, version: int) -> None:
         """A checkpoint of `version` is on disk: what was taken before it is in it, and trained for good."""
-        trained = "UPDATE groups SET state = 'trained' WHERE state = 'taken' AND taken_version < ?"
-        with self._transaction(durable=True):
-            self._db.execute(trained, (version,))
-
-    def recover(self, complete: Iterable[int], lost: Iterable[int]) -> None:
-        """After a crash: the first are complete (again), the others wait for their next attempt."""
         with self._transaction():
-            self._db.executemany(_COMPLETE_AGAIN, [(group_id,) for group_id in complete])
-            self._db.executemany(_LOST, [(group_id,) for group_id in lost])
+            self._db.execute(_TRAINED, (version,))
+
+    def lose(self, group_ids: Iterable[int], journal_from: int) -> None:
+        """The rows of these groups are gone: they are issued again."""
+        with self._transaction():
+            self._db.executemany(_AGAIN, [(group_id,) for group_id in group_ids])
+            self._set_meta("journal_from", journal_from)
+
+    def rollback(
+        self,
+        version: int,
+        complete: Iterable[int],
+        waiting: Iterable[int],
+        again: Iterable[int],
+        journal_from: int,
+    ) -> None:
+        """The learner goes on from the checkpoint of `version`; what of its groups becomes of it."""
+        with self._transaction():
+            self._db.execute(_TRAINED, (version,))
+            for statement, group_ids in ((_COMPLETE_AGAIN, complete), (_WAITING, waiting), (_AGAIN, again)):
+                self._db.executemany(statement, [(group_id,) for group_id in group_ids])
+            self._set_meta("buffer_version", version)
+            self._set_meta("journal_from", journal_from)
+
+    def since(self, version: int) -> list[StoredGroup]:
+        """Groups that no checkpoint of `version` or before holds, in order of group id; dropped ones are not."""
+        return [_stored(*row) for row in self._db.execute(_SINCE, (version,))]
+
+    def fate(self, group_id: int) -> tuple[int, str] | None:
+        """Newest attempt and state of a group."""
+        found = self._db.execute(
+            "SELECT attempt, state FROM groups WHERE group_id = ?", (group_id,)
+        ).fetchone()
+        return None if found is None else (int(found[0]), str(found[1]))
+
+    def recent_episodes(self, count: int) -> list[tuple[EndReason, str | None]]:
+        """End reason and error of the last `count` episodes, oldest first."""
+        found = self._db.execute(_RECENT, (count,)).fetchall()
+        return [(EndReason(reason), error) for reason, error in reversed(found)]
+
+    def segments_in_use(self) -> set[int]:
+        """Segments with rows that may still be read for training."""
+        query = "SELECT DISTINCT segment FROM groups WHERE state IN ('complete', 'taken')"
+        return {int(segment) for (segment,) in self._db.execute(query)}
 
     def counts(self) -> dict[str, int]:
         """issued (all ever given out), in_flight, and the states complete, taken, trained, dropped."""
         states = dict(self._db.execute("SELECT state, count(*) FROM groups GROUP BY state").fetchall())
         kept = {state: int(states.get(state, 0)) for state in ("complete", "taken", "trained", "dropped")}
-        in_flight = int(states.get("issued", 0)) + kept["complete"] + kept["taken"]
-        return {"issued": sum(states.values()), "in_flight": in_flight} | kept
-
-    def unfinished(self) -> list[StoredGroup]:
-        """Groups neither trained nor dropped, in order of group id."""
-        return [_stored(*row) for row in self._db.execute(_UNFINISHED)]
+        issued = sum(states.values())
+        return {"issued": issued, "in_flight": issued - kept["trained"] - kept["dropped"]} | kept
 
     def next_group_id(self) -> int:
         """One past the newest group ever issued: the cursor of the task stream."""
@@ -170,6 +254,21 @@ class Ledger:
 
     def close(self) -> None:
         self._db.close()
+
+    def _meta(self, name: str) -> int:
+        (value,) = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return int(value)
+
+    def _set(self, name: str, value: int) -> None:
+        with self._transaction():
+            self._set_meta(name, value)
+
+    def _set_meta(self, name: str, value: int) -> None:
+        self._db.execute("UPDATE meta SET value = ? WHERE name = ?", (value, name))
+
+    def _each(self, statement: str, group_ids: Iterable[int]) -> None:
+        with self._transaction():
+            self._db.executemany(statement, [(group_id,) for group_id in group_ids])
 
     def _record_episodes(self, slot: Slot, episodes: Sequence[EpisodeRow]) -> None:
         rows = [
@@ -191,30 +290,23 @@ class Ledger:
         )
 
     @contextmanager
-    def _transaction(self, durable: bool = False) -> Iterator[None]:
-        """COMMIT at the end of the block, ROLLBACK when it raises; `durable` waits for the disk."""
-        if durable:
-            self._db.execute("PRAGMA synchronous=FULL")
+    def _transaction(self) -> Iterator[None]:
+        """COMMIT at the end of the block, which waits for the disk; ROLLBACK when it raises."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
             self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # a full disk has rolled back already
+                self._db.execute("ROLLBACK")
             raise
-        finally:
-            self._db.execute("PRAGMA synchronous=NORMAL")
+        self._unsynced = False
 
 
 def _stored(
-    group_id: int,
-    attempt: int,
-    env_id: str,
-    seed: int,
-    options: str,
-    issue_version: int,
-    newest: int | None,
-    *at: Any,
+    group_id: int, attempt: int, env_id: str, seed: int, options: str, issue_version: int, *rest: Any
 ) -> StoredGroup:
     slot = Slot(group_id, attempt, Task(env_id, seed, options), issue_version)
-    return StoredGroup(slot, newest, None if at[0] is None else Location(*at))
+    state, worker, lane, taken_version, max_version, *at = rest
+    location = None if at[0] is None else Location(*at)
+    return StoredGroup(slot, state, worker, lane, taken_version, max_version, location)

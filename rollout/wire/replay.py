@@ -34,7 +34,7 @@ class ReplayBuffer(Generic[Payload]):
         self.groups_per_step = groups_per_step
         self.max_lag = max_lag
         self._waiting: dict[int, _Waiting[Payload]] = {}
-        self._taken: set[int] = set()
+        self._taken: dict[int, _Waiting[Payload]] = {}
 
     @property
     def capacity(self) -> int:
@@ -50,17 +50,24 @@ class ReplayBuffer(Generic[Payload]):
         """Groups that are ready and not yet taken."""
         return sum(entry.payload is not None for entry in self._waiting.values())
 
-    def waiting_ids(self) -> list[int]:
-        """Groups given out and not complete."""
-        return [group_id for group_id, entry in self._waiting.items() if entry.payload is None]
+    @property
+    def completed(self) -> dict[int, Payload]:
+        """The groups that are ready and not yet taken."""
+        return {
+            group_id: entry.payload for group_id, entry in self._waiting.items() if entry.payload is not None
+        }
+
+    @property
+    def taken(self) -> list[tuple[int, Payload]]:
+        """The groups of the step not yet released, in order of group id."""
+        return [(group_id, _payload(entry)) for group_id, entry in sorted(self._taken.items())]
 
     def reserve(self, group_id: int, issue_version: int | None = None) -> bool:
         """Hold a slot for a new group; False when none is free.
 
-        `issue_version` is for recovery: an older group is let in only where all groups can still meet their deadlines.
+        `issue_version` is for a rollback: an older group is let in only where all can still meet their deadlines.
         """
-        if group_id in self._waiting or group_id in self._taken:
-            raise ValueError(f"group {group_id} already holds a slot")
+        self._require_new(group_id)
         if self.outstanding >= self.capacity:
             return False
         deadline = (self.version if issue_version is None else issue_version) + self.max_lag
@@ -70,6 +77,13 @@ class ReplayBuffer(Generic[Payload]):
                 return False
         self._waiting[group_id] = _Waiting(deadline)
         return True
+
+    def restore(
+        self, group_id: int, issue_version: int, payload: Payload | None, taken: bool = False
+    ) -> None:
+        """Hold a slot that an earlier process gave out, or a taken group's: nothing is asked, it was right then."""
+        self._require_new(group_id)
+        (self._taken if taken else self._waiting)[group_id] = _Waiting(issue_version + self.max_lag, payload)
 
     def add(self, group_id: int, payload: Payload) -> None:
         """The group is complete."""
@@ -83,18 +97,31 @@ class ReplayBuffer(Generic[Payload]):
         if self._waiting.pop(group_id, None) is None:
             raise ValueError(f"group {group_id} holds no slot that could be dropped")
 
-    def take(self) -> list[tuple[int, Payload]] | None:
+    def choose(self) -> list[tuple[int, Payload]] | None:
         """The next step's P groups in order of group id, or None while they are not ready."""
-        chosen = self._choose()
-        if chosen is None:
+        if self._taken:
+            return None  # the last step has not been released
+        ready = sorted((self._waiting[group_id].deadline, group_id) for group_id in self.completed)
+        if len(ready) < self.groups_per_step:
             return None
-        batch = []
-        for group_id in sorted(chosen):
-            payload = self._waiting.pop(group_id).payload
-            assert payload is not None
-            batch.append((group_id, payload))
-        self._taken.update(chosen)
-        return batch
+        # Earliest deadlines first leaves the least behind, so if this choice is not feasible, none is.
+        chosen = {group_id for _, group_id in ready[: self.groups_per_step]}
+        left = [entry.deadline for group_id, entry in self._waiting.items() if group_id not in chosen]
+        if not self._can_be_met(left, first_step=self.version + 1):
+            return None
+        return [(group_id, _payload(self._waiting[group_id])) for group_id in sorted(chosen)]
+
+    def take(self) -> list[tuple[int, Payload]] | None:
+        """What `choose` says, which the step now has."""
+        chosen = self.choose()
+        for group_id, _ in chosen or ():
+            self._taken[group_id] = self._waiting.pop(group_id)
+        return chosen
+
+    def give_back(self) -> None:
+        """The step never got its groups: they are ready again."""
+        self._waiting.update(self._taken)
+        self._taken.clear()
 
     def release(self, version: int) -> None:
         """Engines hold `version`, the outcome of the step just taken: the slots of its groups are free."""
@@ -106,21 +133,16 @@ class ReplayBuffer(Generic[Payload]):
         self.version = version
         self._taken.clear()
 
-    def _choose(self) -> set[int] | None:
-        if self._taken:
-            return None  # the last step has not been released
-        complete = (
-            (group_id, entry) for group_id, entry in self._waiting.items() if entry.payload is not None
-        )
-        ready = sorted((entry.deadline, group_id) for group_id, entry in complete)
-        if len(ready) < self.groups_per_step:
-            return None
-        # Earliest deadlines first leaves the least behind, so if this choice is not feasible, none is.
-        chosen = {group_id for _, group_id in ready[: self.groups_per_step]}
-        left = [entry.deadline for group_id, entry in self._waiting.items() if group_id not in chosen]
-        return chosen if self._can_be_met(left, first_step=self.version + 1) else None
+    def _require_new(self, group_id: int) -> None:
+        if group_id in self._waiting or group_id in self._taken:
+            raise ValueError(f"group {group_id} already holds a slot")
 
     def _can_be_met(self, deadlines: list[int], first_step: int) -> bool:
         # Steps first_step, first_step + 1, ... take P groups each, so the i-th most urgent is taken in the i // P-th.
         steps = (first_step + position // self.groups_per_step for position in range(len(deadlines)))
         return all(step <= deadline for step, deadline in zip(steps, sorted(deadlines), strict=True))
+
+
+def _payload(entry: _Waiting[Payload]) -> Payload:
+    assert entry.payload is not None
+    return entry.payload

@@ -1,99 +1,131 @@
 """Segments: append-only files of record batches, plain Arrow IPC streams that any Arrow reader opens.
 
-One writer appends and syncs. Offsets of single batches are remembered by whoever needs to read one again. A file is
-never reopened for writing: a restarted writer begins the next segment, so a torn tail stays a tail.
+Offsets and checksums of single batches are remembered by whoever needs to read one again.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BufferedWriter
 from pathlib import Path
 
 import pyarrow as pa
+from blake3 import blake3
 
+from rollout.wire.appending import Mark, NumberedFiles, numbered
 from rollout.wire.schema import SCHEMA, require_version
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+_CHECKSUM_BYTES = 16
+_STEM, _SUFFIX = "segment", "arrows"
+# A stream is the schema's message and one message a batch. Arrow's own writer holds the schema back until the first
+# batch, which would blur where that batch begins.
+_HEADER = SCHEMA.serialize().to_pybytes()
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where one record batch lies: segment number, and the byte range of its IPC message."""
+    """Where one record batch lies: segment number, the byte range of its IPC message, and blake3 of it in hex."""
 
     segment: int
     offset: int
     length: int
+    checksum: str
+
+
+class CorruptSegment(RuntimeError):
+    """A batch is not what was written; the message names the file."""
+
+    def __init__(self, path: Path, location: Location, why: str) -> None:
+        super().__init__(f"{path}: {why} (batch at byte {location.offset})")
+        self.segment = location.segment
 
 
 class SegmentWriter:
     """Appends batches to `folder/segment-NNNNNN.arrows`; a file is closed when it reaches `max_bytes`."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        self._max_bytes = max_bytes
-        self._number = max((number for number, _ in segment_files(folder)), default=-1)
-        self._file: BufferedWriter | None = None
+        self._files = NumberedFiles(folder, _STEM, _SUFFIX, max_bytes, header=_HEADER, trailer=_END_OF_STREAM)
+
+    @property
+    def open_segment(self) -> int | None:
+        """The segment that the next batch may go to."""
+        return self._files.open_number
 
     def append(self, batch: pa.RecordBatch) -> Location:
-        """Write one batch; it is durable after the next `sync`."""
-        if self._file is None or self._file.tell() >= self._max_bytes:
-            self.close()
-            self._file = self._next_file()
-        offset = self._file.tell()
-        return Location(self._number, offset, self._file.write(batch.serialize()))
+        """Write one batch; it is durable after the next `sync`. An OSError leaves nothing of it behind."""
+        message = batch.serialize()
+        segment, offset = self._files.append(message)
+        return Location(segment, offset, message.size, _checksum(message))
 
     def sync(self) -> None:
         """Make everything appended so far survive a crash of the machine."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        self._files.sync()
+
+    def mark(self) -> Mark:
+        return self._files.mark()
+
+    def rewind(self, mark: Mark) -> None:
+        """Take back what was appended since `mark`."""
+        self._files.rewind(mark)
+
+    def set_aside(self, segment: int) -> Path:
+        """Keep a corrupt file for people, under a name that no reader takes for a segment."""
+        return self._files.set_aside(segment)
 
     def close(self) -> None:
         """End the open file, synced; the next append begins another."""
-        if self._file is not None:
-            self._file.write(_END_OF_STREAM)
-            self.sync()
-            self._file.close()
-            self._file = None
-
-    def _next_file(self) -> BufferedWriter:
-        self._number += 1
-        file = _path(self._folder, self._number).open("xb")
-        self._sync_folder()
-        # A stream is the schema's message and one message a batch. Arrow's own writer holds the schema back until the
-        # first batch, which would blur where that batch begins.
-        file.write(SCHEMA.serialize())
-        return file
-
-    def _sync_folder(self) -> None:
-        # The file's name must survive a crash too, not only its bytes.
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        self._files.close()
 
 
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"segment-{number:06d}.arrows"
+def segment_path(folder: Path, number: int) -> Path:
+    return folder / f"{_STEM}-{number:06d}.{_SUFFIX}"
 
 
 def segment_files(folder: Path) -> list[tuple[int, Path]]:
     """The segments of a folder with their numbers, in order."""
-    found = [(int(path.stem.removeprefix("segment-")), path) for path in folder.glob("segment-*.arrows")]
-    return sorted(found)
+    return numbered(folder, _STEM, _SUFFIX)
 
 
 def read_batch(folder: Path, location: Location) -> pa.RecordBatch:
-    """Read back one batch by its location; SchemaError where the file is of another version."""
-    path = _path(folder, location.segment)
-    with path.open("rb") as file:
-        require_version(pa.ipc.read_schema(file), str(path))
-        file.seek(location.offset)
-        message = pa.ipc.read_message(file.read(location.length))
-    return pa.ipc.read_record_batch(message, SCHEMA)
+    """Read back one batch by its location, checked.
+
+    Raises CorruptSegment where it is not what was written, SchemaError where the file is of another version.
+    """
+    path = segment_path(folder, location.segment)
+    try:
+        with path.open("rb") as file:
+            header = file.read(len(_HEADER))
+            file.seek(location.offset)
+            message = file.read(location.length)
+    except FileNotFoundError:
+        raise CorruptSegment(path, location, "the file is gone") from None
+    if header != _HEADER:
+        _check_header(header, path, location)
+    if _checksum(message) != location.checksum:
+        raise CorruptSegment(path, location, "the checksum does not match")
+    return pa.ipc.read_record_batch(pa.ipc.read_message(message), SCHEMA)
+
+
+def write_once(folder: Path, batches: Sequence[pa.RecordBatch]) -> None:
+    """Write these batches as one whole segment of their own, or leave it be where the folder has that very segment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    there = segment_files(folder)
+    partial = folder / f"{_STEM}.partial"
+    try:
+        with partial.open("wb") as file:
+            file.write(_HEADER)
+            for batch in batches:
+                file.write(batch.serialize())
+            file.write(_END_OF_STREAM)
+            file.flush()
+            os.fsync(file.fileno())
+        if not any(_same_bytes(partial, path) for _, path in there):
+            number = there[-1][0] + 1 if there else 0
+            partial.rename(segment_path(folder, number))
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def scan(path: Path) -> Iterator[pa.RecordBatch]:
@@ -119,3 +151,23 @@ def read_rows(folder: Path) -> pa.Table:
     """
     batches = [batch for _, path in segment_files(folder) for batch in scan(path)]
     return pa.Table.from_batches(batches, schema=SCHEMA)
+
+
+def _checksum(message: pa.Buffer | bytes) -> str:
+    return blake3(message).hexdigest(length=_CHECKSUM_BYTES)
+
+
+def _check_header(header: bytes, path: Path, location: Location) -> None:
+    try:
+        schema = pa.ipc.read_schema(pa.py_buffer(header))
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptSegment(path, location, f"its schema cannot be read: {error}") from None
+    require_version(schema, str(path))
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return one.stat().st_size == other.stat().st_size and _file_checksum(one) == _file_checksum(other)
+
+
+def _file_checksum(path: Path) -> str:
+    return blake3().update_mmap(path).hexdigest(length=_CHECKSUM_BYTES)

@@ -1,59 +1,59 @@
-"""The store: replay buffer, ledger and segments as one thing that survives a crash at any point.
+"""The store: ledger, journal and segments on disk ARE the buffer; what is in memory is a cache of them.
 
-Order matters and is always the same: the payload is synced before the ledger says complete, and nobody is handed a slot
-or a batch before the ledger has it. Memory holds what is outstanding only. One writer, not thread-safe.
+A process may be killed at any instant. Another one that opens the same folder stands where the last call that returned
+had left it, and a call that did not return may be repeated. Order matters and is always the same: rows are synced
+before the ledger refers to them, memory follows the ledger, and nobody is handed a slot or a batch before the ledger
+has it. So a call that fails has changed nothing. One user at a time.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+import logging
+import sqlite3
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
 
+from rollout.wire.failures import WINDOW, FailureWindow, TooManyFailures
+from rollout.wire.holders import Held, Holders
+from rollout.wire.journal import Journal, rows_of
 from rollout.wire.ledger import EpisodeRow, Ledger, StoredGroup
 from rollout.wire.replay import ReplayBuffer
-from rollout.wire.segments import Location, SegmentWriter, read_batch
-from rollout.wire.trajectory import DropReason, EndReason, Slot, Task
+from rollout.wire.room import Room, free_bytes
+from rollout.wire.segments import (
+    CorruptSegment,
+    Location,
+    SegmentWriter,
+    read_batch,
+    segment_files,
+    segment_path,
+    write_once,
+)
+from rollout.wire.settings import BufferSettings
+from rollout.wire.trajectory import Assignment, DropReason, Slot, StaleSlot, Task
 
 __all__ = ["BufferSettings", "EpisodeRow", "Finished", "Store", "TooManyFailures"]
 
-Finished = tuple[Slot, pa.RecordBatch, Location, Sequence[EpisodeRow]]  # a group whose rows are appended
+log = logging.getLogger(__name__)
 
-_FAILURE_WINDOW = 200  # episodes over which the share of infrastructure failures is judged
-
-
-class BufferSettings(BaseModel):
-    """How many groups a step takes and how old they may be."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    groups_per_step: int = Field(32, gt=0, description="groups of one learner step")
-    max_lag: int = Field(
-        1, ge=0, description="weight versions a group may be behind when trained; 0: synchronous"
-    )
-    segment_mib: int = Field(
-        64, gt=0, description="size at which a segment file of stored rows is closed, MiB"
-    )
-    max_failed_share: float = Field(
-        0.2,
-        ge=0,
-        le=1,
-        description="share of the last 200 episodes that infrastructure may fail before the run stops",
-    )
+Finished = tuple[Slot, pa.RecordBatch, Sequence[EpisodeRow]]  # a group as it is handed in
 
 
-class TooManyFailures(RuntimeError):
-    """Environments or engines fail so often that training on the rest would be training on a biased rest."""
+@dataclass(slots=True)
+class _Complete:
+    """A complete group: where its rows lie, and the rows themselves as long as they are at hand."""
+
+    slot: Slot
+    location: Location
+    batch: pa.RecordBatch | None
 
 
 class Store:
-    """Everything sampled and not yet trained, on disk and in memory.
+    """Everything sampled and not yet trained.
 
-    `total_steps` bounds what is given out: reserve() answers None for good once the groups of all steps are covered.
-    A folder that holds unfinished groups of an earlier process wants `recover` before anything else.
+    `total_steps` bounds what is given out. `probe` says how many bytes are free on the disk of a folder.
     """
 
     def __init__(
@@ -62,25 +62,27 @@ class Store:
         task_of: Callable[[int], Task],
         settings: BufferSettings,
         total_steps: int | None = None,
+        probe: Callable[[Path], int] = free_bytes,
     ) -> None:
         self._folder = folder
         self._task_of = task_of
-        self._settings = settings
+        self.settings = settings
         self._total = None if total_steps is None else total_steps * settings.groups_per_step
+        self.room = Room(folder, settings.min_free_mib, probe)
         self._groups = folder / "groups"
         self._segments = SegmentWriter(self._groups, settings.segment_mib * 2**20)
         self._ledger = Ledger(folder / "ledger.sqlite")
-        self._buffer: ReplayBuffer[pa.RecordBatch] = ReplayBuffer(settings.groups_per_step, settings.max_lag)
         self._next_id = self._ledger.next_group_id()
-        self._unrecovered = len(self._ledger.unfinished())
-        self._again: deque[tuple[int, int, Task]] = deque()  # (group id, attempt, task), in order of group id
-        self._playing: dict[int, Slot] = {}  # given out, neither handed in nor dropped
-        self._recent: deque[bool] = deque(maxlen=_FAILURE_WINDOW)  # True: failed
-        self._last_error = "none recorded"
-
-    @property
-    def settings(self) -> BufferSettings:
-        return self._settings
+        self._buffer = self._empty_buffer(self._ledger.buffer_version)
+        self._holders = Holders()
+        self._load()
+        self._failures = FailureWindow(settings.max_failed_share)
+        self._failures.watch(self._ledger.recent_episodes(WINDOW))
+        self._journal = Journal(folder / "turns", self._ledger.journal_from, self._holders.attempts)
+        if self._journal.damaged:
+            rewritten = self._journal.rewrite(self._holders.attempts)
+            self._ledger.lose([], rewritten.first)
+            self._journal.adopt(rewritten)
 
     @property
     def version(self) -> int:
@@ -88,167 +90,311 @@ class Store:
         return self._buffer.version
 
     @property
-    def covered(self) -> bool:
-        """Whether every step of the run has its groups: nothing more will be given out unless one is dropped."""
-        if self._total is None or self._again:
-            return False
-        consumed = self._buffer.version * self._settings.groups_per_step
-        return consumed + self._buffer.outstanding >= self._total
-
-    @property
     def ready(self) -> int:
         """Complete groups that no step has taken."""
         return self._buffer.complete
 
     @property
-    def outstanding(self) -> int:
-        """Slots held: by groups being played, complete groups, and groups of a step not yet released."""
-        return self._buffer.outstanding
+    def in_step(self) -> int:
+        """Groups of a step that is not released yet."""
+        return len(self._buffer.taken)
 
-    def reserve(self, worker: str) -> Slot | None:
-        """The next group for a worker, or None while no slot is free (or, see `covered`, none will ever be).
+    @property
+    def holders(self) -> list[tuple[int, str]]:
+        """The groups being played, each with its worker."""
+        return [(group_id, held.worker) for group_id, held in self._holders.playing.items()]
 
-        Groups to issue again come first, in order of group id. Raises ValueError where `recover` is due.
+    @property
+    def unassigned(self) -> int:
+        """Groups that were given out before and are due to be given out once more."""
+        return len(self._holders.waiting) + len(self._holders.again)
+
+    @property
+    def covered(self) -> bool:
+        """Whether the last step of the run has its groups: nothing will be given out any more."""
+        if self._total is None:
+            return False
+        return self.version * self.settings.groups_per_step + self.in_step >= self._total
+
+    def reserve(self, worker: str, lane: int) -> Assignment | None:
+        """The next group for one of a worker's loops, or None while no slot is free. Raises NoRoom.
+
+        Groups whose worker is gone come first, then those to issue anew, each in order of group id. A loop that still
+        holds a group gets that one: its last answer was lost.
         """
-        if self._unrecovered:
-            raise ValueError(
-                f"{self._folder} holds {self._unrecovered} unfinished groups of an earlier process: recover() first"
-            )
-        if self.covered or self._buffer.outstanding >= self._buffer.capacity:
+        self.room.require()
+        slot = self._next_slot(worker, lane)
+        if slot is None:
             return None
-        if self._again:
-            group_id, attempt, task = self._again.popleft()
-        else:
-            group_id, attempt, task = self._next_id, 0, self._task_of(self._next_id)
-            self._next_id += 1
-        slot = Slot(group_id, attempt, task, self._buffer.version)
-        self._ledger.issue(slot, worker)
-        self._buffer.reserve(group_id)
-        self._playing[group_id] = slot
-        return slot
+        if not self._holders.holds(slot):
+            self._ledger.issue(slot, worker, lane)
+            if not self._holders.keeps_place(slot.group_id):
+                self._buffer.reserve(slot.group_id)
+            self._holders.hold(Held(slot, worker, lane))
+            self._next_id = max(self._next_id, slot.group_id + 1)
+        return Assignment(slot, self._journal.turns(slot.group_id))
 
-    def append(self, slot: Slot, batch: pa.RecordBatch) -> Location:
-        """Write a finished group's rows; `commit` makes them count. ValueError: the slot is not held (any more)."""
-        self._require_held(slot)
-        location = self._segments.append(batch)
-        del self._playing[slot.group_id]
-        return location
+    def hand_in(
+        self, turns: Sequence[pa.RecordBatch], finished: Sequence[Finished]
+    ) -> list[StaleSlot | None]:
+        """Store turns and finished groups, durably, with one sync of each file; what is repeated is stored once.
 
-    def sync(self) -> None:
-        """Make all appended rows durable. May run in another thread while nothing is appended."""
-        self._segments.sync()
-
-    def commit(self, finished: Sequence[Finished]) -> None:
-        """Groups whose rows are synced are complete."""
-        self._ledger.complete([(slot, location, episodes) for slot, _, location, episodes in finished])
-        for slot, batch, _, episodes in finished:
-            self._buffer.add(slot.group_id, batch)
-            self._watch_failures(episodes)
-
-    def add(self, slot: Slot, batch: pa.RecordBatch, episodes: Sequence[EpisodeRow]) -> None:
-        """append, sync and commit of one group."""
-        location = self.append(slot, batch)
-        self.sync()
-        self.commit([(slot, batch, location, episodes)])
+        Rows of groups and attempts that are not held are left out. Returns, for each finished group, what is wrong
+        with it. Raises NoRoom, OSError or sqlite3.Error, having changed nothing.
+        """
+        self.room.require()
+        new, answers = self._sort_out(finished)
+        playing = self._holders.playing.items()
+        attempts = {group_id: held.slot.attempt for group_id, held in playing if group_id not in new}
+        rows = [held for batch in turns if (held := rows_of(batch, attempts)) is not None]
+        before = self._segments.open_segment
+        places = self._write(rows, new)
+        for group_id, (slot, batch, episodes) in new.items():
+            self._buffer.add(group_id, _Complete(slot, places[group_id], batch))
+            self._failures.watch((row.end_reason, row.error) for row in episodes)
+        self._let_go(new)
+        if self._segments.open_segment != before:
+            self._trim()
+        return answers
 
     def drop(
         self, slot: Slot, reason: DropReason, error: str = "", episodes: Sequence[EpisodeRow] = ()
     ) -> None:
-        """Give a group up; its slot is free at once. ValueError: the slot is not held (any more)."""
-        self._require_held(slot)
+        """Give a group up; its slot is free at once. Raises StaleSlot."""
+        if not self._holders.holds(slot):
+            if self._ledger.fate(slot.group_id) == (slot.attempt, "dropped"):
+                return
+            raise _stale(slot)
         self._ledger.drop(slot, reason, error, episodes)
         self._buffer.drop(slot.group_id)
-        del self._playing[slot.group_id]
-        self._remember_error(error)
-        self._watch_failures(episodes)
+        self._failures.watch(((row.end_reason, row.error) for row in episodes), error)
+        self._let_go([slot.group_id])
 
-    def take(self) -> list[pa.RecordBatch] | None:
-        """The next step's groups in order of group id, or None while they are not ready."""
-        self._require_few_failures()
-        taken = self._buffer.take()
-        if taken is None:
-            return None
-        # Should this fail, the run ends, and a resumed one finds the groups complete.
-        self._ledger.take([group_id for group_id, _ in taken], self._buffer.version)
-        return [batch for _, batch in taken]
+    def hand_on(self, worker: str) -> int:
+        """What this worker holds waits for others, slots, deadlines and turns kept; returns how many groups."""
+        given_up = self._holders.of(worker)
+        if given_up:
+            self._ledger.hand_on(given_up)
+            self._holders.hand_on(given_up)
+        return len(given_up)
+
+    def take(self, version: int) -> list[pa.RecordBatch] | None:
+        """The groups of the step that leads from `version` to the next, in order of group id; None while not ready.
+
+        The same step asked again gets the same groups. Raises TooManyFailures.
+        """
+        asked_again = bool(self._buffer.taken) and version == self.version
+        if version != self.version and not (self._buffer.taken and version == self.version + 1):
+            raise ValueError(
+                f"take({version}) does not follow: engines hold version {self.version}; rollback() goes back"
+            )
+        if asked_again and (batches := self._read(self._buffer.taken)) is not None:
+            return batches
+        self._failures.require_few()
+        while (chosen := self._buffer.choose()) is not None:
+            if (batches := self._read(chosen)) is not None:
+                self._ledger.take([group_id for group_id, _ in chosen], version)
+                self._buffer.take()
+                for _, group in chosen:
+                    group.batch = None  # should the learner ask again, it is read again
+                return batches
+        return None
 
     def release(self, version: int) -> None:
         """Engines hold `version`: the slots of the groups it was trained on are free."""
+        if version == self.version:
+            return
+        if version == self.version + 1 and self._buffer.taken:
+            self._ledger.release(version)
         self._buffer.release(version)
 
     def landed(self, version: int) -> None:
         """A checkpoint of `version` is on disk."""
         self._ledger.landed(version)
+        self._trim()
 
-    def recover(self, version: int) -> None:
-        """Go on from the checkpoint of `version`; called once, before anything is reserved.
+    def rollback(self, version: int) -> None:
+        """The learner goes on from the checkpoint of `version`.
 
-        Groups the checkpoint does not contain are complete again when the weights that sampled them are ones this run
-        still has and they can still meet the lag bound; all others are issued anew, same group id and task, next
-        attempt, in order.
+        Of the groups it does not hold, the complete ones stay complete when `version` or older weights sampled them and
+        they can still meet the lag bound. Those being played wait for a worker, with the turns such weights sampled,
+        under the same condition. All others are issued anew: same group id and task, next attempt.
         """
-        if self._buffer.outstanding or self._again:
-            raise ValueError("recover() must come before anything is reserved")
-        self._ledger.landed(version)  # the crash may have come between the checkpoint and its record
-        self._buffer = ReplayBuffer(self._settings.groups_per_step, self._settings.max_lag, version)
-        complete = []
-        for stored in self._ledger.unfinished():
+        buffer = self._empty_buffer(version)
+        fates: dict[str, dict[int, Slot]] = {"complete": {}, "waiting": {}, "again": {}}
+        # Complete groups first: their tokens are all there. (Not all fit where a resumed run has smaller settings.)
+        for stored in sorted(self._ledger.since(version), key=lambda stored: stored.location is None):
             slot = stored.slot
-            # The buffer refuses what does not fit, which happens where a resumed run has smaller settings.
-            if self._usable(stored) and self._buffer.reserve(slot.group_id, issue_version=slot.version):
+            state = self._fate(stored, version)
+            if state != "again" and not buffer.reserve(slot.group_id, issue_version=slot.version):
+                state = "again"
+            if state == "complete":
                 assert stored.location is not None
-                self._buffer.add(slot.group_id, read_batch(self._groups, stored.location))
-                complete.append(slot.group_id)
-            else:
-                self._again.append((slot.group_id, slot.attempt + 1, slot.task))
-        self._ledger.recover(complete, [group_id for group_id, _, _ in self._again])
-        self._unrecovered = 0
+                buffer.add(slot.group_id, _Complete(slot, stored.location, None))
+            fates[state][slot.group_id] = slot
+        rewritten = self._journal.rewrite(fates["waiting"], up_to=version)
+        self._ledger.rollback(version, fates["complete"], fates["waiting"], fates["again"], rewritten.first)
+        self._journal.adopt(rewritten)
+        self._buffer = buffer
+        self._holders = Holders()
+        self._holders.waiting, self._holders.again = fates["waiting"], fates["again"]
 
     def archive(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
-        """Store rows that are not trained on (evaluations) under RUN/evaluations/NAME."""
-        writer = SegmentWriter(self._folder / "evaluations" / name, self._settings.segment_mib * 2**20)
-        for batch in batches:
-            writer.append(batch)
-        writer.close()
+        """Store rows that are not trained on (evaluations) under RUN/evaluations/NAME; repeated, nothing more."""
+        self.room.require()
+        write_once(self._folder / "evaluations" / name, batches)
 
     def counts(self) -> dict[str, int]:
         """The ledger's balance: issued = trained + dropped + in_flight."""
         return self._ledger.counts()
 
     def close(self) -> None:
-        self._segments.close()
-        self._ledger.close()
+        try:
+            self._segments.close()
+            self._journal.close()
+        finally:
+            self._ledger.close()
 
-    def _usable(self, stored: StoredGroup) -> bool:
-        if stored.location is None or stored.max_version is None:
-            return False
-        issued, version = stored.slot.version, self._buffer.version
-        return stored.max_version <= version and version - self._settings.max_lag <= issued <= version
+    # Opening ---------------------------------------------------------------------------------------------------------
 
-    def _require_held(self, slot: Slot) -> None:
-        held = self._playing.get(slot.group_id)
-        if held is None or held.attempt != slot.attempt:
-            raise ValueError(
-                f"group {slot.group_id}, attempt {slot.attempt}, holds no slot: "
-                "it was handed in, dropped or issued again"
-            )
+    def _load(self) -> None:
+        restore = self._buffer.restore
+        for stored in self._ledger.since(self.version):
+            slot, group_id = stored.slot, stored.slot.group_id
+            match stored.state:
+                case "issued":
+                    restore(group_id, slot.version, None)
+                    self._holders.hold(Held(slot, stored.worker, stored.lane))
+                case "waiting":
+                    restore(group_id, slot.version, None)
+                    self._holders.waiting[group_id] = slot
+                case "again":
+                    self._holders.again[group_id] = slot
+                case state:
+                    assert stored.location is not None
+                    group = _Complete(slot, stored.location, None)
+                    # Trained before it is released: its checkpoint landed while engines were still loading.
+                    restore(group_id, slot.version, group, taken=state != "complete")
 
-    def _watch_failures(self, episodes: Sequence[EpisodeRow]) -> None:
-        for row in episodes:
-            failed = row.end_reason is EndReason.FAILED
-            self._recent.append(failed)
-            if failed:
-                self._remember_error(row.error or "")
+    def _empty_buffer(self, version: int) -> ReplayBuffer[_Complete]:
+        return ReplayBuffer(self.settings.groups_per_step, self.settings.max_lag, version)
 
-    def _remember_error(self, error: str) -> None:
-        if lines := error.strip().splitlines():
-            self._last_error = lines[-1]
+    def _fate(self, stored: StoredGroup, version: int) -> str:
+        on_time = version - self.settings.max_lag <= stored.slot.version <= version
+        if not on_time or stored.state == "again":
+            return "again"
+        if stored.location is None:
+            return "waiting"
+        known = stored.max_version is not None and stored.max_version <= version
+        there = segment_path(self._groups, stored.location.segment).exists()
+        return "complete" if known and there else "again"
 
-    def _require_few_failures(self) -> None:
-        # A share of the whole window, so that a bad start of a few episodes does not end a run.
-        failed, allowed = sum(self._recent), self._settings.max_failed_share
-        if failed > allowed * _FAILURE_WINDOW:
-            raise TooManyFailures(
-                f"{failed} of the last {len(self._recent)} episodes failed by infrastructure, more than {allowed:.0%} "
-                f"of {_FAILURE_WINDOW} (max_failed_share); the last error: {self._last_error}"
-            )
+    # Giving out ------------------------------------------------------------------------------------------------------
+
+    def _next_slot(self, worker: str, lane: int) -> Slot | None:
+        holders = self._holders
+        if (slot := holders.held_by(worker, lane)) is not None:
+            # It has recorded turns, so it had the answer: this is another process of that name, and the old one must
+            # not be heard any more.
+            played = self._journal.has_turns_of(slot.group_id, slot.attempt)
+            return replace(slot, attempt=slot.attempt + 1) if played else slot
+        if (slot := holders.next_waiting()) is not None:
+            return slot
+        if self._buffer.outstanding >= self._buffer.capacity:
+            return None
+        if (slot := holders.next_again(self.version)) is not None:
+            return slot
+        begun = self.version * self.settings.groups_per_step + self._buffer.outstanding
+        if self._total is not None and begun >= self._total:
+            return None
+        return Slot(self._next_id, 0, self._task_of(self._next_id), self.version)
+
+    def _let_go(self, group_ids: Collection[int]) -> None:
+        self._holders.let_go(group_ids)
+        self._journal.finish(group_ids)
+
+    # Rows ------------------------------------------------------------------------------------------------------------
+
+    def _sort_out(self, finished: Sequence[Finished]) -> tuple[dict[int, Finished], list[StaleSlot | None]]:
+        new: dict[int, Finished] = {}
+        answers: list[StaleSlot | None] = []
+        for group in finished:
+            slot = group[0]
+            if self._holders.holds(slot):
+                new.setdefault(slot.group_id, group)
+                answers.append(None)
+            else:
+                fate = self._ledger.fate(slot.group_id)
+                there = fate in [(slot.attempt, state) for state in ("complete", "taken", "trained")]
+                answers.append(None if there else _stale(slot))
+        return new, answers
+
+    def _write(self, rows: Sequence[pa.RecordBatch], groups: dict[int, Finished]) -> dict[int, Location]:
+        if rows:
+            self._ledger.sync()  # no turn on disk without its group
+        marks = self._segments.mark(), self._journal.mark()
+        try:
+            places = {group_id: self._segments.append(batch) for group_id, (_, batch, _) in groups.items()}
+            written = self._journal.append(rows)
+            if places:
+                self._segments.sync()
+            if written:
+                self._journal.sync()
+            if places:
+                self._ledger.complete(
+                    [(slot, places[group_id], episodes) for group_id, (slot, _, episodes) in groups.items()]
+                )
+        except (OSError, sqlite3.Error):
+            self._segments.rewind(marks[0])
+            self._journal.rewind(marks[1])
+            raise
+        self._journal.keep(written)
+        return places
+
+    def _read(self, groups: Sequence[tuple[int, _Complete]]) -> list[pa.RecordBatch] | None:
+        """The rows of these groups; None where some are lost, which are issued again."""
+        try:
+            return [
+                read_batch(self._groups, group.location) if group.batch is None else group.batch
+                for _, group in groups
+            ]
+        except CorruptSegment as error:
+            self._set_aside(error)
+            return None
+
+    def _set_aside(self, error: CorruptSegment) -> None:
+        # A step that asked for its groups again has none of them, or it would not ask.
+        untaken = [group_id for group_id, _ in self._buffer.taken]
+        self._ledger.give_back(untaken)
+        self._buffer.give_back()
+        lost = {
+            group_id: group.slot
+            for group_id, group in self._buffer.completed.items()
+            if group.location.segment == error.segment
+        }
+        aside = self._segments.set_aside(error.segment)
+        log.warning("%s; set aside as %s, groups issued again: %s", error, aside.name, sorted(lost))
+        rewritten = self._journal.rewrite(self._holders.attempts)  # without turns that these groups once had
+        self._ledger.lose(lost, rewritten.first)
+        self._journal.adopt(rewritten)
+        for group_id in lost:
+            self._buffer.drop(group_id)
+        self._holders.again |= lost
+
+    def _trim(self) -> None:
+        if self.settings.disk_gib is None:
+            return
+        sizes = {number: path.stat().st_size for number, path in segment_files(self._groups)}
+        excess = sum(sizes.values()) - self.settings.disk_gib * 2**30
+        needed = self._ledger.segments_in_use() | {self._segments.open_segment}
+        for number, size in sizes.items():
+            if excess > 0 and number not in needed:
+                segment_path(self._groups, number).unlink()
+                excess -= size
+
+
+def _stale(slot: Slot) -> StaleSlot:
+    return StaleSlot(
+        f"group {slot.group_id}, attempt {slot.attempt}, holds no slot: "
+        "it was handed in, dropped, handed on or issued again"
+    )

@@ -1,0 +1,46 @@
+"""How many episodes infrastructure fails, and when that is too many."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from rollout.wire.trajectory import EndReason
+
+WINDOW = 200  # episodes over which the share of infrastructure failures is judged
+
+
+class TooManyFailures(RuntimeError):
+    """Environments or engines fail so often that training on the rest would be training on a biased rest."""
+
+
+class FailureWindow:
+    """The last episodes' end reasons and the last error."""
+
+    def __init__(self, allowed_share: float) -> None:
+        self._allowed = allowed_share
+        self._recent: deque[bool] = deque(maxlen=WINDOW)  # True: failed
+        self._last_error = "none recorded"
+
+    def watch(self, episodes: Iterable[tuple[EndReason, str | None]], error: str = "") -> None:
+        """Count these episodes; `error` is that of the whole group."""
+        self._remember(error)
+        for end_reason, episode_error in episodes:
+            failed = end_reason is EndReason.FAILED
+            self._recent.append(failed)
+            if failed:
+                self._remember(episode_error or "")
+
+    def require_few(self) -> None:
+        """Raises TooManyFailures."""
+        # A share of the whole window, so that a bad start of a few episodes does not end a run.
+        failed = sum(self._recent)
+        if failed > self._allowed * WINDOW:
+            raise TooManyFailures(
+                f"{failed} of the last {len(self._recent)} episodes failed by infrastructure, more than "
+                f"{self._allowed:.0%} of {WINDOW} (max_failed_share); the last error: {self._last_error}"
+            )
+
+    def _remember(self, error: str) -> None:
+        if lines := error.strip().splitlines():
+            self._last_error = lines[-1]

@@ -1,0 +1,89 @@
+"""Who holds which group: those being played, those whose worker is gone, those to be issued anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from rollout.wire.trajectory import Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A group that one loop of a worker plays."""
+
+    slot: Slot
+    worker: str
+    lane: int
+
+
+class Holders:
+    """Every group that was given out and is neither complete nor dropped is in exactly one of the three.
+
+    Those of `waiting` keep their place in the buffer, those of `again` have lost it; their slots are as they were held
+    last, and the next holder is the next attempt.
+    """
+
+    def __init__(self) -> None:
+        self.playing: dict[int, Held] = {}
+        self.waiting: dict[int, Slot] = {}
+        self.again: dict[int, Slot] = {}
+        self._lanes: dict[tuple[str, int], int] = {}  # the group of each loop that holds one
+
+    def held_by(self, worker: str, lane: int) -> Slot | None:
+        """What this loop plays."""
+        group_id = self._lanes.get((worker, lane))
+        return None if group_id is None else self.playing[group_id].slot
+
+    def holds(self, slot: Slot) -> bool:
+        """Whether this very attempt is being played."""
+        held = self.playing.get(slot.group_id)
+        return held is not None and held.slot.attempt == slot.attempt
+
+    def keeps_place(self, group_id: int) -> bool:
+        """Whether this group has a place in the buffer."""
+        return group_id in self.playing or group_id in self.waiting
+
+    def next_waiting(self) -> Slot | None:
+        """The first group whose worker is gone, as its next attempt: issue version and so deadline are kept."""
+        if not self.waiting:
+            return None
+        slot = self.waiting[min(self.waiting)]
+        return replace(slot, attempt=slot.attempt + 1)
+
+    def next_again(self, version: int) -> Slot | None:
+        """The first group to issue anew, at this version."""
+        if not self.again:
+            return None
+        slot = self.again[min(self.again)]
+        return replace(slot, attempt=slot.attempt + 1, version=version)
+
+    def hold(self, held: Held) -> None:
+        group_id = held.slot.group_id
+        self.waiting.pop(group_id, None)
+        self.again.pop(group_id, None)
+        self.playing[group_id] = held
+        self._lanes[held.worker, held.lane] = group_id
+
+    def let_go(self, group_ids: Iterable[int]) -> None:
+        """These are played no more."""
+        for group_id in group_ids:
+            held = self.playing.pop(group_id)
+            del self._lanes[held.worker, held.lane]
+
+    def of(self, worker: str) -> list[int]:
+        """What this worker plays."""
+        return [group_id for group_id, held in self.playing.items() if held.worker == worker]
+
+    def hand_on(self, group_ids: Iterable[int]) -> None:
+        """These wait for another worker."""
+        for group_id in group_ids:
+            slot = self.playing[group_id].slot
+            self.let_go([group_id])
+            self.waiting[group_id] = slot
+
+    @property
+    def attempts(self) -> dict[int, int]:
+        """The groups that keep their place and their turns, with the newest attempt of each."""
+        playing = {group_id: held.slot.attempt for group_id, held in self.playing.items()}
+        return playing | {group_id: slot.attempt for group_id, slot in self.waiting.items()}
