@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import struct
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import gymnasium as gym
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
+from pydantic import BaseModel, ConfigDict, Field
 
 from envs.adapters import TextAdapter
 from envs.base import Info, Observation, Snapshots
@@ -15,6 +16,21 @@ Env = gym.Env[Any, str]  # text or chat messages in, text out: see envs.base
 Outcome = tuple[Observation, float, bool, bool, Info]  # as gymnasium.Env.step returns it
 
 _STATELESS = (TextAdapter, OrderEnforcing, PassiveEnvChecker)  # once reset
+
+
+class HostSettings(BaseModel):
+    """Where replicas live. A process costs memory and about a tenth of a millisecond a step; it can be killed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    where: Literal["inline", "process"] = Field(
+        "inline",
+        description="inline: in the rollout worker, where nothing can stop a step; process: each replica in a process "
+        "of its own, killed when it does not answer in time",
+    )
+    start_seconds: float = Field(60.0, gt=0, description="wall clock for a replica's process to start")
+    reset_seconds: float = Field(60.0, gt=0, description="wall clock for a replica's process to reset")
+    step_seconds: float = Field(60.0, gt=0, description="wall clock for a replica's process to take a step")
 
 
 class EnvironmentFailed(RuntimeError):

@@ -9,6 +9,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import gymnasium as gym
@@ -73,6 +74,14 @@ def make(env_id: str, **options: Any) -> Env:
         raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
 
 
+def recipe(env_id: str, **options: Any) -> Callable[[], Env]:
+    """`make` for another process to call, as far as pickle can carry what was registered here."""
+    entry = _OURS.get(env_id)
+    if entry is None or isinstance(entry, str):
+        return partial(make, env_id, **options)
+    return partial(_made_elsewhere, env_id, entry, options)
+
+
 def player(env_id: str) -> Callable[[float, int], Player]:
     """The scripted player of an environment, made with (error rate, seed)."""
     if env_id not in _PLAYERS:
@@ -80,6 +89,11 @@ def player(env_id: str) -> Callable[[float, int], Player]:
         raise EnvironmentUnknown(f"environment {env_id} has no scripted player; those that have: {have}")
     made: Callable[[float, int], Player] = _load(_PLAYERS[env_id])
     return made
+
+
+def _made_elsewhere(env_id: str, factory: _Factory, options: dict[str, Any]) -> Env:
+    register(env_id, factory)
+    return make(env_id, **options)
 
 
 def _make_ours(env_id: str, options: dict[str, Any]) -> Env:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from envs import registry
-from envs.host import Env, EnvironmentFailed, Inline, Replica
+from envs.host import Env, EnvironmentFailed, HostSettings, Inline, Replica
+from envs.hosted import Hosted
 from rollout.wire.trajectory import Task
 
 MakeEnv = Callable[..., Env]  # (env_id, **options)
@@ -25,14 +29,21 @@ def asking(task: Task, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise EnvironmentFailed(f"{task.env_id} (seed {task.seed}) failed in {what}: {error!r}") from error
+        said = str(error) if isinstance(error, EnvironmentFailed) else repr(error)
+        raise EnvironmentFailed(f"{task.env_id} (seed {task.seed}) failed in {what}: {said}") from error
 
 
 class EnvironmentPool:
-    """Idle replicas by (environment, options); as many exist as were ever used at the same time."""
+    """Idle replicas by (environment, options); as many exist as were ever used at the same time.
 
-    def __init__(self, make: MakeEnv = registry.make) -> None:
+    With host.where="process", what `make` is given and is itself must be picklable.
+    """
+
+    def __init__(self, make: MakeEnv = registry.make, host: HostSettings | None = None) -> None:
         self._make = make
+        self._host = host or HostSettings()
+        # Interpreters that start compete for the processors: more at once would only use up each other's limit.
+        self._starting = asyncio.Semaphore(os.cpu_count() or 1)
         self._idle: dict[tuple[str, str], list[Replica]] = defaultdict(list)
 
     async def take(self, task: Task) -> Replica:
@@ -41,7 +52,11 @@ class EnvironmentPool:
         if idle:
             return idle.pop()
         with asking(task, "make"):
-            return Inline(self._make(task.env_id, **task.kwargs))
+            if self._host.where == "inline":
+                return Inline(self._make(task.env_id, **task.kwargs))
+            recipe = registry.recipe if self._make is registry.make else partial(partial, self._make)
+            async with self._starting:
+                return await Hosted.start(recipe(task.env_id, **task.kwargs), self._host)
 
     def give_back(self, task: Task, replica: Replica) -> None:
         """For the next episode to reuse; only after an episode that left it in a known state."""
@@ -58,6 +73,10 @@ class EnvironmentPool:
     async def close(self) -> None:
         """Close every idle replica."""
         idle, self._idle = self._idle, defaultdict(list)
-        for (env_id, options), replicas in idle.items():
-            for replica in replicas:
-                await self.discard(Task(env_id, 0, options), replica)
+        await asyncio.gather(
+            *(
+                self.discard(Task(env_id, 0, options), replica)
+                for (env_id, options), replicas in idle.items()
+                for replica in replicas
+            )
+        )

@@ -180,7 +180,9 @@ def test_cancellation_is_not_an_end_reason(orders: Any, agent_of: AgentOf, engin
             await asyncio.Event().wait()
 
         engine._latency = forever
-        episode = asyncio.create_task(run_episode(Inline(orders.make("count")), agent_of(engine), PLACE, LIMITS))
+        episode = asyncio.create_task(
+            run_episode(Inline(orders.make("count")), agent_of(engine), PLACE, LIMITS)
+        )
         await asked.wait()
         episode.cancel()
         await episode

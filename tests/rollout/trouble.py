@@ -1,0 +1,58 @@
+"""An environment to which things happen; a module of its own, so that its process starts quickly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import gymnasium as gym
+
+from envs.base import text_space
+
+
+class Trouble(gym.Env[str, str]):
+    """Ends after three turns, unless something happens at the second."""
+
+    observation_space = text_space()
+    action_space = text_space()
+
+    def __init__(self, what: str = "none") -> None:
+        self.what = what
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        self.turn = 0
+        return "begin", {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self.turn += 1
+        if self.turn == 2:
+            self._happen()
+        return str(self.turn), 0.5, self.turn == 3, False, {}
+
+    def _happen(self) -> None:
+        match self.what:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "exit":
+                sys.exit(3)
+            case "raise":
+                raise ZeroDivisionError("no such tile")
+            case "sleep":
+                time.sleep(3600)
+            case "freeze":
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    def snapshot(self) -> bytes:
+        return b"turn %d" % self.turn
+
+    def restore(self, snapshot: bytes) -> None:
+        self.turn = int(snapshot.split()[1])
+
+
+def make(env_id: str, **options: Any) -> Trouble:
+    return Trouble(**options)
