@@ -81,8 +81,7 @@ class Exchange:
         self._paused: str | None = None
         self._paused_at = 0.0
         self._paused_seconds = 0.0  # of pauses that are over
-        self._room = asyncio.Event()
-        self._probing: asyncio.Task[None] | None = None
+        self._lacking = 0  # calls that found no room and try again
 
     async def reserve(self, worker: str, lane: int) -> Assignment | None:
         """The next group to play; waits for a free slot. None: the run needs no more groups, or not from this caller.
@@ -92,6 +91,9 @@ class Exchange:
         ticket = self._asking[worker, lane] = object()
         # A call that nobody waits for any more must not be given a group: a newer one, or hand_on, has ended it.
         while not self._closed and self._asking.get((worker, lane)) is ticket:
+            if self._paused is not None:
+                await asyncio.sleep(self._retry_seconds)
+                continue
             changed = self._slots.now
             assignment, covered = await self._run(partial(self._reserve, worker, lane))
             if assignment is not None:
@@ -202,9 +204,6 @@ class Exchange:
             return
         self._closed = True
         self._wake()
-        self._room.set()
-        if self._probing is not None:
-            self._probing.cancel()
         while (gathered := self._gathered) is not None and gathered.commit is not None:
             await asyncio.wait([gathered.commit])
         async with self._committing:
@@ -220,41 +219,39 @@ class Exchange:
     # One call after another -------------------------------------------------------------------------------------------
 
     async def _run(self, call: Callable[[], T]) -> T:
-        """Do this in the store's thread; where the disk has no room, wait for it and do it again."""
+        """Do this in the store's thread; where the disk has no room, pause the run and do it again until it has."""
         loop = asyncio.get_running_loop()
-        while True:
-            try:
-                return await loop.run_in_executor(self._thread, call)
-            except (OSError, sqlite3.Error) as error:
-                lack = self._store.room.lack(error)
-                if lack is None:
-                    raise
-            await self._wait_for_room(lack)
+        lacks = False
+        try:
+            while True:
+                try:
+                    return await loop.run_in_executor(self._thread, call)
+                except (OSError, sqlite3.Error) as error:
+                    lack = self._store.room.lack(error)
+                    if lack is None:
+                        raise
+                if not lacks:
+                    lacks = True
+                    self._pause(lack)
+                self._require_open()
+                await asyncio.sleep(self._retry_seconds)
+        finally:
+            if lacks:
+                self._go_on()
 
-    async def _wait_for_room(self, lack: str) -> None:
-        self._require_open()
-        if self._probing is None:
+    def _pause(self, lack: str) -> None:
+        if self._paused is None:
             log.warning("the run waits: %s", lack)
-            self._paused, self._paused_at = lack, asyncio.get_running_loop().time()
-            self._room = asyncio.Event()
-            self._probing = asyncio.create_task(self._probe(), name="exchange waits for room")
-        await self._room.wait()
-        self._require_open()
+            self._paused_at = asyncio.get_running_loop().time()
+        self._paused = lack
+        self._lacking += 1
 
-    async def _probe(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._paused is not None:
-            await asyncio.sleep(self._retry_seconds)
-            try:
-                await loop.run_in_executor(self._thread, self._store.room.require)
-            except OSError as error:
-                self._paused = self._store.room.lack(error) or str(error)
-            else:
-                self._paused_seconds += loop.time() - self._paused_at
-                self._paused = None
-        self._probing = None
-        log.warning("the run goes on: there is room again")
-        self._room.set()
+    def _go_on(self) -> None:
+        self._lacking -= 1
+        if not self._lacking:
+            log.warning("the run goes on: there is room again")
+            self._paused_seconds += asyncio.get_running_loop().time() - self._paused_at
+            self._paused = None
 
     def _pauses(self) -> float:
         """Seconds for which the disk had no room, until now."""

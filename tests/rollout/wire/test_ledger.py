@@ -13,7 +13,7 @@ from rollout.wire.ledger import EpisodeRow, Ledger, StoredGroup
 from rollout.wire.segments import Location
 from rollout.wire.trajectory import DropReason, EndReason, Group, Slot, Task
 
-PLACE = Location(3, 400, 50)
+PLACE = Location(3, 400, 50, "a" * 32)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_an_outsider_reads_every_fate_while_the_run_writes(
 ) -> None:
     slots = [Slot(index, 0, Task.of("count", 9, {"size": 4}), 2) for index in range(4)]
     for slot in slots:
-        ledger.issue(slot, "rollout-1")
+        ledger.issue(slot, "rollout-1", lane=4)
     group = group_of(slots[0], versions=5, end_reasons=(EndReason.TERMINATED, EndReason.FAILED))
     episodes = [EpisodeRow.of(trajectory) for trajectory in group.trajectories]
     ledger.complete([(slots[0], PLACE, episodes), (slots[1], PLACE, episodes)])
@@ -63,16 +63,19 @@ def test_an_outsider_reads_every_fate_while_the_run_writes(
         "trained": 0,
         "dropped": 1,
     }
-    assert ledger.unfinished() == [
-        StoredGroup(slots[0], 5, PLACE),
-        StoredGroup(slots[1], 5, PLACE),
-        StoredGroup(slots[3], None, None),
+    assert ledger.since(3) == [
+        StoredGroup(slots[0], "taken", "rollout-1", 4, 3, 5, PLACE),
+        StoredGroup(slots[1], "complete", "rollout-1", 4, None, 5, PLACE),
+        StoredGroup(slots[3], "issued", "rollout-1", 4, None, None, None),
     ]
+    assert [stored.slot.group_id for stored in ledger.since(4)] == [1, 3], (
+        "a checkpoint of version 4 has group 0"
+    )
 
 
 def test_a_checkpoint_trains_what_was_taken_before_it(tmp_path: Path, ledger: Ledger) -> None:
     for version in range(3):
-        ledger.issue(Slot(version, 0, Task.of("count", 0), version), "w")
+        ledger.issue(Slot(version, 0, Task.of("count", 0), version), "w", 0)
         ledger.take([version], version)
     ledger.landed(2)
     assert rows(tmp_path, "SELECT state FROM groups ORDER BY group_id") == [
@@ -86,13 +89,13 @@ def test_issuing_again_begins_with_a_clean_row_and_keeps_the_old_episodes(
     tmp_path: Path, ledger: Ledger, group_of: Callable[..., Group]
 ) -> None:
     slot = Slot(0, 0, Task.of("count", 9), 2)
-    ledger.issue(slot, "w0")
+    ledger.issue(slot, "w0", 0)
     ledger.complete([(slot, PLACE, [EpisodeRow.of(t) for t in group_of(slot).trajectories])])
     ledger.take([0], 2)
-    ledger.recover([], [0])
-    assert ledger.counts()["in_flight"] == 1
-    ledger.issue(Slot(0, 1, slot.task, 4), "w1")
-    assert ledger.unfinished() == [StoredGroup(Slot(0, 1, slot.task, 4), None, None)]
+    ledger.lose([0], journal_from=7)
+    assert (ledger.counts()["in_flight"], ledger.journal_from) == (1, 7)
+    ledger.issue(Slot(0, 1, slot.task, 4), "w1", 0)
+    assert ledger.since(0) == [StoredGroup(Slot(0, 1, slot.task, 4), "issued", "w1", 0, None, None, None)]
     assert rows(tmp_path, "SELECT worker, taken_version, tokens FROM groups") == [("w1", None, None)]
     assert rows(tmp_path, "SELECT DISTINCT attempt FROM episodes") == [(0,)]
 
@@ -100,17 +103,20 @@ def test_issuing_again_begins_with_a_clean_row_and_keeps_the_old_episodes(
 def test_a_failing_call_leaves_nothing_behind(ledger: Ledger, group_of: Callable[..., Group]) -> None:
     slots = [Slot(index, 0, Task.of("count", 9), 0) for index in range(2)]
     for slot in slots:
-        ledger.issue(slot, "w")
+        ledger.issue(slot, "w", 0)
     episode = EpisodeRow.of(group_of(slots[0]).trajectories[0])
     with pytest.raises(sqlite3.IntegrityError):
         ledger.complete([(slots[0], PLACE, [episode]), (slots[1], PLACE, [episode, episode])])
-    assert [stored.location for stored in ledger.unfinished()] == [None, None]
+    assert [stored.location for stored in ledger.since(0)] == [None, None]
     ledger.complete([(slots[0], PLACE, [episode])])
 
 
-def test_a_ledger_of_another_version_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 7])
+def test_a_ledger_of_another_version_is_refused(version: int, tmp_path: Path) -> None:
     db = sqlite3.connect(tmp_path / "ledger.sqlite")
-    db.execute("PRAGMA user_version=7")
+    db.execute(f"PRAGMA user_version={version}")
     db.close()
-    with pytest.raises(ValueError, match=r"ledger\.sqlite: a ledger of version 7"):
+    with pytest.raises(
+        ValueError, match=r"ledger\.sqlite: a ledger of version \d, but this Manta reads version 2"
+    ):
         Ledger(tmp_path / "ledger.sqlite")

@@ -171,7 +171,7 @@ def test_a_group_that_came_late_does_not_make_two_others_late() -> None:
     assert [group_id for group_id, _ in buffer.take() or []] == [0, 3]
 
 
-def test_recovery_lets_in_what_can_still_be_on_time() -> None:
+def test_a_rollback_lets_in_what_can_still_be_on_time() -> None:
     buffer: ReplayBuffer[str] = ReplayBuffer(groups_per_step=2, max_lag=1, version=5)
     # Due at version 5: two fit into this step, a third does not.
     assert [buffer.reserve(group_id, issue_version=4) for group_id in range(3)] == [True, True, False]

@@ -11,7 +11,15 @@ import pyarrow as pa
 import pytest
 
 from rollout.wire.schema import SchemaError, decode, encode
-from rollout.wire.segments import SegmentWriter, read_batch, read_rows, scan, segment_files
+from rollout.wire.segments import (
+    CorruptSegment,
+    SegmentWriter,
+    read_batch,
+    read_rows,
+    scan,
+    segment_files,
+    write_once,
+)
 from rollout.wire.trajectory import Group, Slot, Task
 
 GroupOf = Callable[..., Group]
@@ -107,3 +115,31 @@ def test_a_file_of_another_version_is_refused_by_name(tmp_path: Path, batches: l
     for read in (lambda: read_rows(tmp_path), lambda: read_batch(tmp_path, place)):
         with pytest.raises(SchemaError, match=r"segment-000000\.arrows: rows of schema version 0"):
             read()
+
+
+def test_a_batch_that_is_not_what_was_written_is_named(tmp_path: Path, batches: list[pa.RecordBatch]) -> None:
+    writer = SegmentWriter(tmp_path, max_bytes=2**20)
+    place = [writer.append(batch) for batch in batches][3]
+    writer.close()
+    path = tmp_path / "segment-000000.arrows"
+    whole = path.read_bytes()
+    for at in (place.offset, place.offset + place.length // 2, place.offset + place.length - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(CorruptSegment, match=r"segment-000000\.arrows: the checksum does not match"):
+            read_batch(tmp_path, place)
+    for damaged in (whole[: place.offset + 5], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptSegment, match=r"segment-000000\.arrows"):
+            read_batch(tmp_path, place)
+    path.write_bytes(whole)
+    assert read_batch(tmp_path, place) == batches[3]
+    path.unlink()
+    with pytest.raises(CorruptSegment, match="is gone"):
+        read_batch(tmp_path, place)
+
+
+def test_rows_that_are_stored_once_are_stored_once(tmp_path: Path, batches: list[pa.RecordBatch]) -> None:
+    for share in (batches[:2], batches[2:4], batches[:2], batches[2:4], []):
+        write_once(tmp_path, share)
+    assert read_rows(tmp_path) == pa.Table.from_batches(batches[:4])
+    assert not list(tmp_path.glob("*.partial"))
