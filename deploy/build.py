@@ -17,6 +17,7 @@ from rollout.agent import Agent
 from rollout.chat import Chat
 from rollout.demonstrate import demonstrate
 from rollout.engine import Engine
+from rollout.pool import EnvironmentPool
 from rollout.tasks import TaskStream
 from rollout.vllm_engine import VllmEngine
 from rollout.wire.exchange import Exchange
@@ -113,7 +114,8 @@ async def build_worker(
     engine = await engine_factory(config, name, path)
     chat = Chat(load_tokenizer(path))
     agent = Agent(engine, chat, config.sampling, config.rollout.context_tokens, config.agent)
-    return RolloutWorker(name, engine, agent, exchange, config.rollout, config.seed)
+    pool = EnvironmentPool(host=config.env.host)
+    return RolloutWorker(name, engine, agent, exchange, config.rollout, config.seed, pool)
 
 
 def build_learner(config: RunConfig, path: str) -> Learner:

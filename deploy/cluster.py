@@ -90,7 +90,7 @@ class RayRing:
         # Every loop of every worker may wait for a slot; others' calls must find a place beside them.
         exchange = actor(ExchangeActor, max_concurrency=100_000, **restarts)
         self._exchange = exchange.remote(partial(build_exchange, config, self.run_folder))
-        self._where["exchange"] = await self._within("the exchange", self._exchange.whereabouts.remote())
+        self._where["exchange"] = await self._within("the exchange", self._exchange.ping.remote())
         self._fleet = Fleet(
             self._launch,
             self._lend,
@@ -325,7 +325,7 @@ class RayRing:
         while True:
             await asyncio.sleep(settings.heartbeat_seconds)
             try:
-                there = awaited(self._exchange.whereabouts.remote())
+                there = awaited(self._exchange.ping.remote())
                 where = await within(settings.frozen_seconds, there, "the exchange (heartbeat)")
             except PartLost as error:
                 self._say(f"{brief(error)}; it is killed and started again from disk")

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deploy.supervise import SupervisionSettings
+from envs.host import HostSettings
 from learner.learner import LearnerSettings
 from learner.optim import learning_rate
 from learner.publish import PROBE_TOKENS
@@ -60,6 +61,7 @@ class EnvSettings(Settings):
 
     id: str = Field(description="one of ours, or any gymnasium.make id with Discrete or Text spaces")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
+    host: HostSettings = Field(default_factory=HostSettings, description="where its replicas live")
 
 
 class EvaluationSettings(Settings):

@@ -23,7 +23,7 @@ from rollout.chat import Chat
 from rollout.engine import Sampling
 from rollout.vllm_engine import VllmEngine, VllmSettings
 from rollout.wire.store import EpisodeRow
-from rollout.wire.trajectory import DropReason, EndReason, Slot, Task
+from rollout.wire.trajectory import Assignment, DropReason, EndReason, Slot, Task
 from rollout.worker import RolloutSettings, RolloutWorker
 
 
@@ -130,15 +130,18 @@ async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) ->
     try:
         return Evaluation.of([EpisodeRow.of(trajectory) for trajectory in await worker.evaluate(tasks)])
     finally:
-        worker.close()
+        await worker.close()
         await engine.close()
 
 
 class _NoExchange:
     """An evaluation is asked for, not reserved."""
 
-    async def reserve(self, worker: str) -> Slot | None:
+    async def reserve(self, worker: str, lane: int) -> Assignment | None:
         return None
+
+    async def record_turns(self, batch: object) -> None:
+        raise AssertionError("an evaluation records no turns")
 
     async def add(self, slot: Slot, batch: object, episodes: Sequence[EpisodeRow]) -> None:
         raise AssertionError("an evaluation adds no groups")

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from deploy.member import Member, Row
+from deploy.spread import spread
 from deploy.supervise import Budget, PartFailed, PartLost, SupervisionSettings, brief, within
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Task
@@ -28,8 +29,6 @@ from rollout.wire.weights import SyncReport, WeightMismatch, WeightUpdate
 from rollout.wire.whereabouts import Whereabouts
 
 T = TypeVar("T")
-
-_EVALUATION_SHARE = 64  # tasks a member is given at a time, so that the loss of one costs little
 
 
 @dataclass
@@ -157,35 +156,7 @@ class Fleet:
 
     async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
         """One episode a task with the current weights; what a lost member was playing is played by another."""
-        shares = deque(
-            (start, tasks[start : start + _EVALUATION_SHARE])
-            for start in range(0, len(tasks), _EVALUATION_SHARE)
-        )
-        played: dict[int, list[EpisodeRow]] = {}
-        busy: dict[str, asyncio.Task[None]] = {}
-
-        async def play(seated: _Seated, start: int, share: Sequence[Task]) -> None:
-            try:
-                played[start] = await seated.member.evaluate(share, name)
-            except Exception as error:
-                shares.append((start, share))
-                seated.lose(error)
-
-        total = len(shares)
-        try:
-            while len(played) < total:
-                for seated in self._seated.values():
-                    key = seated.member.name
-                    if shares and seated.state == "serving" and (key not in busy or busy[key].done()):
-                        busy[key] = asyncio.create_task(play(seated, *shares.popleft()))
-                waiting = {task for task in busy.values() if not task.done()} | {self.failed}
-                await asyncio.wait(waiting, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
-                if self.failed.done():
-                    self.failed.result()
-        finally:
-            for task in busy.values():
-                task.cancel()
-        return [row for start in sorted(played) for row in played[start]]
+        return await spread(tasks, name, lambda: self.serving, self._lose, self.failed)
 
     async def counters(self) -> Row:
         """Sums over all members, those that are gone included (as last heard)."""
@@ -369,6 +340,11 @@ class Fleet:
             await ending
         except Exception as error:
             self._say(f"{member.name} at its end: {brief(error)}")
+
+    def _lose(self, member: Member, error: BaseException) -> None:
+        for seated in self._seated.values():
+            if seated.member is member:
+                seated.lose(error)
 
     def _stop_run(self, error: BaseException) -> None:
         if not self.failed.done():

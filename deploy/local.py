@@ -74,7 +74,7 @@ class LocalRing:
                 config, f"rollout-{index}", self._exchange, path, self._engine_factory
             )
             self._started.push_async_callback(worker.engine.close)
-            self._started.callback(worker.close)
+            self._started.push_async_callback(worker.close)
             self._workers.append(worker)
         learner = build_learner(config, path)
         # A run stopped before its first checkpoint has none to load: it starts over in its folder.

@@ -15,6 +15,8 @@ from rollout.wire.whereabouts import Whereabouts
 
 T = TypeVar("T")
 
+_OVERRUN_SECONDS = 2.0
+
 
 class SupervisionSettings(BaseModel):
     """When a part counts as lost, and how often it may be."""
@@ -85,12 +87,19 @@ def brief(error: BaseException) -> str:
 
 
 async def within(seconds: float, pending: Awaitable[T], what: str) -> T:
-    """Wait for an answer, but not longer: PartLost names who owed it."""
+    """Wait for an answer, but not longer: PartLost names who owed it.
+
+    A wait that overran its limit by far says that this very process was stopped meanwhile (Ctrl-Z, a frozen machine):
+    then the other one is given its time again.
+    """
     answer = asyncio.ensure_future(pending)
     try:
-        done, _ = await asyncio.wait({answer}, timeout=seconds)
-        if not done:
-            raise PartLost(f"{what} did not answer within {seconds:g} s")
-        return answer.result()
+        while True:
+            began = time.monotonic()
+            done, _ = await asyncio.wait({answer}, timeout=seconds)
+            if done:
+                return answer.result()
+            if time.monotonic() - began < seconds + _OVERRUN_SECONDS:
+                raise PartLost(f"{what} did not answer within {seconds:g} s")
     finally:
         answer.cancel()

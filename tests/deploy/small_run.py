@@ -87,12 +87,12 @@ class Stopped(Exception):
 def _stop(ring: Any, after: int) -> None:
     step, done = ring.step, 0
 
-    async def step_or_stop() -> Row:
+    async def step_or_stop(number: int) -> Row:
         nonlocal done
         if done == after:
             raise Stopped
         done += 1
-        row: Row = await step()
+        row: Row = await step(number)
         return row
 
     ring.step = step_or_stop

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from deploy import cli, cluster
+from deploy import cli, connect
 from tests.deploy.small_run import RECIPE
 
 Manta = Callable[..., tuple[int, str, str]]
@@ -145,7 +145,7 @@ def test_a_dashboard_port_in_use_is_refused(refused: Callable[..., str]) -> None
 def test_a_cluster_that_is_too_small_is_refused(
     manta: Manta, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cluster, "connect", lambda config: None)
+    monkeypatch.setattr(connect, "connect", lambda config, local: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     said = mistake(manta("train", RECIPE, "rollout.workers=64", "--runs", str(tmp_path / "runs")))
     assert "63 CPU missing (the run asks for 65 CPU)" in said and "lower rollout.workers" in said
@@ -194,7 +194,7 @@ def test_a_job_is_checked_before_it_is_submitted(manta: Manta) -> None:
     assert "did you mean rollout.workers?" in mistake(manta("submit", RECIPE, "rollout.worker=2"))
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "submit", "doctor"])
+@pytest.mark.parametrize("command", ["train", "eval", "submit", "scale", "doctor"])
 def test_help_says_how_a_command_is_used(manta: Manta, command: str) -> None:
     code, out, _ = manta(command, "--help")
     assert code == 0
@@ -204,7 +204,7 @@ def test_help_says_how_a_command_is_used(manta: Manta, command: str) -> None:
 def test_help_lists_the_commands(manta: Manta) -> None:
     code, out, _ = manta("--help")
     assert code == 0
-    assert all(command in out for command in ("train", "eval", "submit", "doctor"))
+    assert all(command in out for command in ("train", "eval", "submit", "scale", "doctor"))
 
 
 def test_the_doctor_finds_this_machine_fit(manta: Manta) -> None:

@@ -205,7 +205,7 @@ def test_every_option_is_read() -> None:
     """As section.x anywhere, or as settings.x (self.x in the class) in a file that names the settings class."""
     read: dict[str, set[tuple[str, str]]] = {}
     for path in sorted(
-        p for package in ("deploy", "learner", "rollout") for p in (ROOT / package).rglob("*.py")
+        p for package in ("deploy", "envs", "learner", "rollout") for p in (ROOT / package).rglob("*.py")
     ):
         source = path.read_text()
         visitor = Reads()

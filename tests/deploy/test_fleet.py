@@ -17,7 +17,7 @@ from rollout.wire.weights import Handle, Probe, SyncReport, WeightManifest, Weig
 from rollout.wire.whereabouts import Whereabouts
 
 QUICK = SupervisionSettings(
-    heartbeat_seconds=0.01, frozen_seconds=0.1, max_restarts=2, restart_window_seconds=1000, drain_seconds=1
+    heartbeat_seconds=0.01, frozen_seconds=1.0, max_restarts=2, restart_window_seconds=1000, drain_seconds=1
 )
 
 

@@ -1,0 +1,67 @@
+"""Faults, really injected, and what they cost. Bounded: about half an hour for everything.
+
+    python -m tests.faults [matrix] [resumes] [--rounds N] [--kills N] [--out FILE]
+
+matrix    every part x signal x moment on several raylets, --rounds times each
+resumes   --kills times kill -9 of the whole job at lag 0, each followed by a resume
+
+The exit status is 1 when anything was lost, trained twice, or not recovered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tests.faults import matrix, resumes
+
+NAMES = ("resumes", "matrix")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(NAMES)}; none: both")
+    parser.add_argument("--rounds", type=int, default=4, help="injections of each kind")
+    parser.add_argument("--kills", type=int, default=20, help="kills of the whole job")
+    parser.add_argument("--only", default="", help="kinds whose name contains this")
+    parser.add_argument("--folder", type=Path, help="keep the runs here")
+    parser.add_argument("--out", type=Path, help="write everything to this file, as JSON")
+    asked = parser.parse_args()
+    if unknown := sorted(set(asked.names) - set(NAMES)):
+        parser.error(f"no faults named {unknown[0]!r}; there are: {', '.join(NAMES)}")
+    report: dict[str, Any] = {}
+    sound = True
+    with tempfile.TemporaryDirectory(prefix="manta-faults-") as temporary:
+        folder = asked.folder or Path(temporary)
+        if "resumes" in (asked.names or NAMES):
+            result = resumes.run(folder / "resumes", asked.kills, say=say)
+            report["resumes"] = asdict(result)
+            print(result)
+            sound &= result.sound
+        if "matrix" in (asked.names or NAMES):
+            kinds = [kind for kind in matrix.KINDS if asked.only in kind.name] * asked.rounds
+            outcomes, books, status = matrix.run(folder / "matrix", kinds, say)
+            rows = [
+                {"kind": o.kind.name, "seconds": o.seconds, "tokens_again": o.tokens_again, "error": o.error}
+                for o in outcomes
+            ]
+            report["matrix"] = {"outcomes": rows, "accounts": asdict(books), "status": status}
+            print("\n".join(matrix.table(outcomes)))
+            print(books, f"exit status of the run: {status}")
+            sound &= not status and not any(outcome.error for outcome in outcomes) and books.sound
+    if asked.out:
+        asked.out.write_text(json.dumps(report, indent=1))
+    return 0 if sound else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""The `manta` command with scripted engines (or logged real ones) and with what an injector of faults reads.
+
+    python -m tests.faults.job train RECIPE --run FOLDER ...
+
+FOLDER/moments/NAME    there while an engine takes a version ("sync") or a checkpoint is being written ("checkpoint")
+FOLDER/consumed.jsonl  the group ids of every learner step, as the learner had them in its hands
+FOLDER/sampled/NAME    a line for every completion: time, the seed of the turn, its tokens. A turn has one seed for
+                       ever, so a seed that stands there twice was sampled again
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import deploy.build
+from deploy.build import load_tokenizer, vllm_engine
+from deploy.config import RunConfig
+from learner.learner import Learner
+from rollout.engine import Completion, Engine, Sampling
+from rollout.scripted_engine import ScriptedEngine
+from rollout.wire.trajectory import Float32Array
+from rollout.wire.weights import SyncReport, WeightUpdate
+
+LATENCY = "MANTA_FAULTS_LATENCY_S"  # of one scripted completion
+REAL = "MANTA_FAULTS_REAL"  # set: vLLM
+
+
+class Logged:
+    """An engine whose completions and syncs leave a trace."""
+
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        (folder / "sampled").mkdir(exist_ok=True)
+        self._folder = folder
+        self._file = (folder / "sampled" / f"{engine.name}-{os.getpid()}").open("a")
+        self._engine = engine
+
+    @property
+    def name(self) -> str:
+        return self._engine.name
+
+    @property
+    def version(self) -> int:
+        return self._engine.version
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        completion = await self._engine.generate(prompt_ids, sampling)
+        self._file.write(f"{time.time():.3f} {sampling.seed} {len(completion.token_ids)}\n")
+        self._file.flush()
+        return completion
+
+    async def score(self, token_ids: Sequence[int]) -> Float32Array:
+        return await self._engine.score(token_ids)
+
+    async def sync(self, update: WeightUpdate) -> SyncReport:
+        with moment(self._folder, "sync"):
+            await asyncio.sleep(0.1)
+            return await self._engine.sync(update)
+
+    async def ping(self) -> None:
+        await self._engine.ping()
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
+@contextmanager
+def moment(folder: Path, name: str) -> Iterator[None]:
+    marker = folder / "moments" / name
+    marker.parent.mkdir(exist_ok=True)
+    marker.touch()
+    try:
+        yield
+    finally:
+        marker.unlink(missing_ok=True)
+
+
+async def engine(config: RunConfig, name: str, path: str) -> Engine:
+    folder = Path(path).parent
+    if REAL in os.environ:
+        return Logged(await vllm_engine(config, name, path), folder)
+    seconds = float(os.environ.get(LATENCY, "0.01"))
+
+    def move(prompt: str, rng: Random) -> str:
+        return rng.choice(("left", "down", "down", "right", "right", "up"))
+
+    async def latency() -> None:
+        await asyncio.sleep(seconds)
+
+    scripted = ScriptedEngine(load_tokenizer(path), move, latency=latency, name=name, record=False)
+    return Logged(scripted, folder)
+
+
+_build_learner = deploy.build.build_learner
+
+
+def learner(config: RunConfig, path: str) -> Learner:
+    """The learner of a run, with its steps written down and its checkpoints slow enough to be hit."""
+    made, folder = _build_learner(config, path), Path(path).parent
+    step, write_model = made.step, made.write_model
+
+    def logged_step(groups: Sequence[Any]) -> dict[str, float]:
+        line = {"version": made.version, "groups": [group.slot.group_id for group in groups]}
+        row = step(groups)
+        with (folder / "consumed.jsonl").open("a") as file:
+            file.write(json.dumps(line | {"pid": os.getpid(), "time": time.time()}) + "\n")
+        return row
+
+    def slow_write(target: Path) -> None:
+        with moment(folder, "checkpoint"):
+            write_model(target)
+            time.sleep(0.2)
+
+    made.step, made.write_model = logged_step, slow_write  # type: ignore[method-assign]
+    return made
+
+
+def main() -> None:
+    local = "--local" in sys.argv
+    ring: Any
+    if local:
+        import deploy.local as hosting
+
+        ring = hosting.LocalRing
+    else:
+        import deploy.cluster as hosting  # type: ignore[no-redef]
+
+        ring = hosting.RayRing  # type: ignore[attr-defined]
+    hosting.build_learner = learner
+    named: Callable[..., Any] = partial(ring, engine_factory=engine)
+    setattr(hosting, ring.__name__, named)
+    from deploy import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    # Under its importable name, so that what actors are sent is found in their processes.
+    from tests.faults import job
+
+    job.main()
