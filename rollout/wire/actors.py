@@ -14,6 +14,7 @@ from rollout.wire.stacks import stacks
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Assignment, DropReason, Slot
 from rollout.wire.weights import ByteArray, Handle, joined, parts
+from rollout.wire.whereabouts import Whereabouts, here
 
 
 class ExchangeActor:
@@ -64,8 +65,9 @@ class ExchangeActor:
     async def state(self) -> dict[str, Any]:
         return await self._exchange.state()
 
-    async def ping(self) -> None:
-        """Returns when the actor's event loop has come round to it."""
+    async def ping(self) -> Whereabouts:
+        """Where this actor runs, said when its event loop has come round to it."""
+        return here(ray.get_runtime_context().get_node_id())
 
     async def stacks(self) -> str:
         """What every thread and task of the actor is doing."""
