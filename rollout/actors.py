@@ -66,7 +66,7 @@ class RolloutActor:
         await self._started().drain()
 
     async def stop(self) -> None:
-        """`drain` without waiting for running turns; `run` may be called again."""
+        """`drain` without waiting for running turns; `run` may be called again when nothing is held any more."""
         await self._started().stop()
 
     async def run(self) -> None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from rollout.wire.schema import encode_turns
 from rollout.wire.trajectory import Slot, Step, TurnEnd
 
-TICK_SECONDS = 0.4  # a turn goes to the exchange within half a second of its end
+TICK_SECONDS = 0.45  # a turn goes to the exchange within half a second of its end
 
 _Row = tuple[Slot, int, Step, TurnEnd | None, bytes | None]
 
@@ -46,7 +46,7 @@ class Recorder:
         rows.append((slot, episode, step, end, snapshot))
 
     def forget(self, slot: Slot) -> None:
-        """The group is being handed in: its rows say all that its turns would."""
+        """The group is handed in, and its rows say all that its turns would; or it is not this worker's any more."""
         self._pending.pop((slot.group_id, slot.attempt), None)
 
     async def run(self) -> None:

@@ -152,7 +152,10 @@ class RolloutWorker:
         await self.stop()
 
     async def stop(self) -> None:
-        """`drain` without waiting for turns that are being sampled; after it `run` may be called again."""
+        """`drain` without waiting for turns that are being sampled.
+
+        `run` may be called again once the exchange has let go of what this worker holds (`rollback`, `hand_on`).
+        """
         self._halt()
         if self._running is None:
             return
@@ -239,11 +242,12 @@ class RolloutWorker:
                 await self._hand_over(group)
             except StaleSlot:
                 self._groups["superseded"] += 1  # another worker plays it, and hands it in
+            # Not before: where the call is cut short, its turns must still be recorded.
+            self._recorder.forget(assignment.slot)
 
     async def _hand_over(self, group: Group) -> None:
         for trajectory in group.trajectories:
             self._tally.ended(trajectory)
-        self._recorder.forget(group.slot)
         rows = [EpisodeRow.of(trajectory) for trajectory in group.trajectories]
         if len(group.trainable) >= self._settings.needed:
             await self._exchange.add(group.slot, encode(group), rows)

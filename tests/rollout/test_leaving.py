@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +16,10 @@ from rollout.agent import Agent
 from rollout.engine import EngineDied
 from rollout.pool import EnvironmentPool
 from rollout.scripted_engine import ScriptedEngine
+from rollout.tasks import TaskStream
+from rollout.wire.exchange import Exchange
+from rollout.wire.schema import decode
+from rollout.wire.store import BufferSettings, Store
 from rollout.wire.trajectory import Group, Slot, StaleSlot, Task
 from rollout.worker import RolloutSettings, RolloutWorker
 from tests.rollout.fake_exchange import FakeExchange
@@ -230,3 +235,43 @@ def test_an_exchange_that_takes_no_turns_ends_the_worker(rig: Rig, monkeypatch: 
 
     with pytest.raises(ConnectionError, match="the exchange is gone"):
         asyncio.run(run())
+
+
+@pytest.mark.parametrize("requests", [3, 25])
+def test_with_the_real_exchange_a_lost_workers_groups_are_what_they_would_have_been(
+    rig: Rig, tmp_path: Path, requests: int
+) -> None:
+    def opened(name: str) -> Exchange:
+        buffer = BufferSettings(groups_per_step=2, max_lag=1)
+        return Exchange(Store(tmp_path / name, TaskStream("count"), buffer, total_steps=2))
+
+    async def taken(exchange: Exchange) -> dict[int, Any]:
+        groups: dict[int, Group] = {}
+        for version in (0, 1):
+            batches = await exchange.take(version, timeout_s=20.0)
+            groups |= {group.slot.group_id: group for group in map(decode, batches)}
+            await exchange.release(version + 1)
+        return facts(groups)
+
+    async def undisturbed() -> dict[int, Any]:
+        exchange = opened("undisturbed")
+        _, groups = await asyncio.gather(rig.worker(exchange).run(), taken(exchange))
+        await exchange.close()
+        return groups
+
+    async def disturbed() -> dict[int, Any]:
+        exchange, gate = opened("disturbed"), Gate(requests)
+        first, second = rig.worker(exchange, gate, "first"), rig.worker(exchange, name="second")
+        leaving = asyncio.create_task(first.run())
+        await gate.shut.wait()
+        await first.stop()
+        await leaving
+        assert await exchange.hand_on("first") > 0
+        _, groups = await asyncio.gather(second.run(), taken(exchange))
+        counters = first.counters(), second.counters()
+        assert counters[1]["turns_reused"] > 0
+        assert sum(each["turns"] for each in counters) == GROUPS * 3 * TURNS, "nothing was sampled twice"
+        await exchange.close()
+        return groups
+
+    assert asyncio.run(disturbed()) == asyncio.run(undisturbed())
