@@ -242,6 +242,86 @@ def test_evaluations_are_kept_apart(open_store: Open, group_of: GroupOf, tmp_pat
     assert read_rows(tmp_path / "evaluations" / "before").column("group_id").to_pylist() == [77, 77]
 
 
+# Going back ---------------------------------------------------------------------------------------------------------
+
+
+def test_after_a_crash_groups_go_on_or_are_issued_again_in_order(open_store: Open, group_of: GroupOf) -> None:
+    store = open_store(groups_per_step=2, max_lag=1)
+    slots = [reserve(store) for _ in range(4)]
+    for slot in slots[:3]:
+        hand_in(store, group_of(slot))
+    assert group_ids(store.take(0)) == [0, 1]
+    store.landed(1)  # the checkpoint of version 1 holds groups 0 and 1
+    store.release(1)
+    four, five = reserve(store), reserve(store)
+    store.hand_in([turns(four, turn, version=version) for turn, version in enumerate([1, 1, 2])], [])
+    hand_in(store, group_of(slots[3], versions=1))
+    assert group_ids(store.take(1)) == [2, 3]
+    store.release(2)
+    hand_in(store, group_of(five, versions=2))  # went on while version 2 arrived
+    six, seven = reserve(store), reserve(store)
+    # The learner is back at version 1: nothing that version 2 touched exists any more.
+    for _ in range(2):  # the answer was lost
+        store = open_store(groups_per_step=2, max_lag=1)
+        store.rollback(1)
+        assert store.counts() == {
+            "issued": 8,
+            "in_flight": 6,
+            "complete": 2,
+            "taken": 0,
+            "trained": 2,
+            "dropped": 0,
+        }
+    # Group 4 kept its slot and the turns of version 1. Group 5 is issued anew as soon as a slot is free.
+    taken_over = assignment(store)
+    assert taken_over.slot == Slot(4, 1, four.task, 1)
+    assert taken_over.turns is not None and taken_over.turns.num_rows == 2
+    assert assignment(store) == Assignment(Slot(5, 1, five.task, 1), None)
+    assert store.reserve("other", 0) is None
+    assert group_ids(store.take(1)) == [2, 3]
+    store.release(2)
+    assert [reserve(store), reserve(store)] == [Slot(6, 1, six.task, 2), Slot(7, 1, seven.task, 2)]
+    store.close()
+
+
+def test_a_checkpoint_that_turns_out_unreadable_takes_its_groups_back(
+    open_store: Open, group_of: GroupOf
+) -> None:
+    store = open_store(groups_per_step=1, max_lag=2)
+    slots = [reserve(store) for _ in range(3)]
+    hand_in(store, group_of(slots[0]))
+    assert group_ids(store.take(0)) == [0]
+    store.release(1)
+    hand_in(store, group_of(slots[1], versions=1))
+    store.landed(1)
+    store.rollback(1)
+    assert (store.ready, store.counts()["trained"]) == (1, 1)
+    store.rollback(0)
+    assert (store.ready, store.counts()["trained"]) == (1, 0)
+    assert group_ids(store.take(0)) == [0]
+    store.release(1)
+    assert [(slot.group_id, slot.attempt) for slot in (reserve(store), reserve(store))] == [(2, 1), (1, 1)]
+    store.close()
+
+
+def test_a_run_resumed_with_smaller_settings_does_not_stall(open_store: Open, group_of: GroupOf) -> None:
+    store = open_store(groups_per_step=4, max_lag=1)
+    for _ in range(7):
+        hand_in(store, group_of(reserve(store)))
+    reserve(store)
+    store.close()
+    resumed = open_store(groups_per_step=2, max_lag=1)
+    resumed.rollback(0)
+    taken = []
+    for version in range(1, 5):
+        while given := resumed.reserve("w", 0):
+            hand_in(resumed, group_of(given.slot))
+        taken += group_ids(resumed.take(version - 1))
+        resumed.release(version)
+    assert sorted(taken) == list(range(8))
+    resumed.close()
+
+
 # A worker that is gone, an answer that is lost ----------------------------------------------------------------------
 
 
