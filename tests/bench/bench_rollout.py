@@ -136,7 +136,7 @@ def _exactly(count: int, temperature: float) -> Any:
 async def _take_all(exchange: Exchange) -> list[pa.RecordBatch]:
     batches: list[pa.RecordBatch] = []
     for version in range(1, STEPS + 1):
-        batches += await exchange.take(120)
+        batches += await exchange.take(version - 1, 120)
         await exchange.release(version)
     return batches
 
