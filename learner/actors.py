@@ -13,6 +13,7 @@ from learner.learner import Learner
 from learner.loop import LearnerLoop, Row
 from learner.publish import Publisher, Snapshot
 from rollout.wire.actors import RemoteExchange, put_object
+from rollout.wire.stacks import stacks
 from rollout.wire.weights import Handle, WeightUpdate
 from rollout.wire.whereabouts import Whereabouts, here
 
@@ -75,8 +76,6 @@ class LearnerActor:
 
     async def stacks(self) -> str:
         """What every thread and task of this process is doing."""
-        from rollout.wire.stacks import stacks
-
         return stacks()
 
 

@@ -85,7 +85,7 @@ class LearnerLoop:
         """
         async with self._training:
             if self.version == step and self._last is not None:
-                return self._last
+                return dict(self._last)
             if self.version + 1 != step:
                 raise ValueError(f"step {step} was asked of a learner that stands at version {self.version}")
             began = time.perf_counter()
@@ -167,7 +167,7 @@ class LearnerLoop:
             "train_s": train_s,
             "learner_tokens_per_s": row["tokens_trained"] / train_s,
         }
-        return self._last
+        return dict(self._last)
 
     def _require_whole(self) -> None:
         if self._torn:

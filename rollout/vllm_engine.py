@@ -2,7 +2,7 @@
 
 Weights are replaced in flight: generation is paused with its requests kept, the tensors are loaded, generation goes on.
 Prompts carry the weight version as cache salt, so a prefix computed by one version is never read by a request that
-starts under another.
+starts under another. Every wait for vLLM ends when its engine core does (vllm_process.py).
 """
 
 from __future__ import annotations
@@ -12,17 +12,22 @@ import gc
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from rollout.engine import Completion, EngineFailed, Sampling
+from rollout.engine import Completion, EngineDied, EngineFailed, Sampling
 from rollout.wire.trajectory import Float32Array
-from rollout.wire.weights import SyncReport, WeightManifest, WeightUpdate
+from rollout.wire.weights import SyncReport, WeightManifest, WeightMismatch, WeightUpdate
+
+if TYPE_CHECKING:
+    from rollout.vllm_process import CoreProcess
+
+T = TypeVar("T")
 
 
 class VllmSettings(BaseModel):
@@ -62,40 +67,49 @@ def start_llm(model: str, context_tokens: int, settings: VllmSettings, on_gpu: b
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from rollout.vllm_process import ending_with_us
+
     memory: dict[str, Any] = (
         {"gpu_memory_utilization": settings.memory_fraction}
         if on_gpu
         else {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30)}
     )
-    return AsyncLLM.from_engine_args(
-        AsyncEngineArgs(
-            model=model,
-            dtype=settings.dtype,
-            max_model_len=context_tokens,
-            max_num_seqs=settings.max_num_seqs,
-            tensor_parallel_size=settings.tensor_parallel_size,
-            enforce_eager=settings.enforce_eager,
-            enable_prefix_caching=True,
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # sampling is ours alone: no defaults out of the model's folder
-            logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
-            weight_transfer_config=WeightTransferConfig(backend=transfer),
-            worker_extension_cls="rollout.vllm_weights.WorkerExtension",
-            disable_log_stats=True,
-            **memory,
-        )
+    arguments = AsyncEngineArgs(
+        model=model,
+        dtype=settings.dtype,
+        max_model_len=context_tokens,
+        max_num_seqs=settings.max_num_seqs,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        enforce_eager=settings.enforce_eager,
+        enable_prefix_caching=True,
+        skip_tokenizer_init=True,
+        generation_config="vllm",  # sampling is ours alone: no defaults out of the model's folder
+        logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
+        weight_transfer_config=WeightTransferConfig(backend=transfer),
+        worker_extension_cls="rollout.vllm_weights.WorkerExtension",
+        disable_log_stats=True,
+        **memory,
     )
+    with ending_with_us():
+        return AsyncLLM.from_engine_args(arguments)
 
 
 class VllmEngine:
     """One vLLM instance. `version` is -1 until the first sync: what the model's folder holds is nobody's version."""
 
     def __init__(
-        self, llm: Any, name: str, stop_token_ids: Sequence[int], weight_names: Sequence[str], seeded: bool
+        self,
+        llm: Any,
+        core: CoreProcess,
+        name: str,
+        stop_token_ids: Sequence[int],
+        weight_names: Sequence[str],
+        seeded: bool,
     ):
         self.version = -1
         self.name = name
         self._llm = llm
+        self._core = core
         self._stop = list(stop_token_ids)
         self._weight_names = frozenset(weight_names)
         self._seeded = seeded
@@ -116,13 +130,22 @@ class VllmEngine:
         on_gpu: bool = False,
         transfer: str = "manta",
     ) -> VllmEngine:
-        """Start the engine's processes (about 20 s on two cores) and wait until they answer."""
+        """Start the engine's processes (about 20 s on two cores) and wait until they answer.
+
+        They end with this process, and with the thread that runs the event loop.
+        """
+        from rollout.vllm_process import CoreProcess, take_names_away
+
         llm = start_llm(model, context_tokens, settings, on_gpu, transfer)
-        await llm.check_health()
+        (process,) = llm.engine_core.resources.engine_manager.processes
+        core = CoreProcess(name, process)
+        take_names_away(core.pid)
         # What start-up has left in memory is there to stay: the collector need not walk it again while episodes run.
         gc.collect()
         gc.freeze()
-        return cls(llm, name, stop_token_ids, checkpoint_names(model), settings.seeded)
+        engine = cls(llm, core, name, stop_token_ids, checkpoint_names(model), settings.seeded)
+        await engine.ping()
+        return engine
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         """Sample one completion; its last token is the stop token unless the length ran out."""
@@ -149,11 +172,13 @@ class VllmEngine:
         return np.asarray([rank[token].logprob for rank, token in ranks], dtype=np.float32)
 
     async def sync(self, update: WeightUpdate) -> SyncReport:
-        """Replace the weights in flight and prove it: names, checksums, version, probe.
+        """Replace the weights in flight and prove it: names, checksums, version, probe. Raises EngineDied.
 
         A refused version (WeightMismatch) leaves the old weights serving when it was refused before loading began, and
         the engine paused when it was not: an engine with half a version must not sample.
         """
+        from rollout.vllm_process import CallFailed
+
         began = time.perf_counter()
         update.manifest.require_names(self._weight_names, self.name)
         # Hash while generation goes on. The worker then maps the same bytes: one host, one copy in shared memory.
@@ -162,7 +187,10 @@ class VllmEngine:
             await self.open_transfer({})
             self._transfer_ready = True
         await self.begin_update(update.manifest)
-        await self.receive({"update": update.to_plain()})
+        try:
+            await self.receive({"update": update.to_plain()})
+        except CallFailed as error:
+            raise WeightMismatch(f"{error}; version {update.version} was not loaded") from error
         report = await self.finish_update(update.manifest)
         return replace(report, seconds=time.perf_counter() - began)
 
@@ -172,7 +200,7 @@ class VllmEngine:
         """Get ready to receive, once; `init_info` is the transfer backend's own."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+        await self._asked(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info)))
 
     async def begin_update(self, manifest: WeightManifest) -> None:
         """Check the tensors' names, then pause generation with its requests kept.
@@ -181,20 +209,20 @@ class VllmEngine:
         """
         manifest.require_names(self._weight_names, self.name)
         self._paused_at = time.perf_counter()
-        await self._llm.pause_generation(mode="keep", clear_cache=False)
-        await self._llm.start_weight_update()
+        await self._asked(self._llm.pause_generation(mode="keep", clear_cache=False))
+        await self._asked(self._llm.start_weight_update())
 
     async def receive(self, update_info: Any) -> None:
         """Load tensors; a version may come in several parts. An error leaves the engine paused."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info))
+        await self._asked(self._llm.update_weights(WeightTransferUpdateRequest(update_info)))
 
     async def finish_update(self, manifest: WeightManifest) -> SyncReport:
         """Go on generating under the new version and prove it by the probe (WeightMismatch where it differs)."""
-        await self._llm.finish_weight_update(weight_version=str(manifest.version))
-        self.version = int(await self._llm.get_weight_version())
-        await self._llm.resume_generation()
+        await self._asked(self._llm.finish_weight_update(weight_version=str(manifest.version)))
+        self.version = int(await self._asked(self._llm.get_weight_version()))
+        await self._asked(self._llm.resume_generation())
         stalled = time.perf_counter() - self._paused_at
         difference = manifest.probe.check(self.name, self.version, await self.score(manifest.probe.token_ids))
         seconds = time.perf_counter() - self._paused_at
@@ -202,20 +230,57 @@ class VllmEngine:
 
     async def adopt_loaded(self, version: int) -> None:
         """Call what the engine loaded at its start `version`: for evaluating a checkpoint, where nobody publishes."""
-        await self._llm.update_weight_version(str(version))
+        await self._asked(self._llm.update_weight_version(str(version)))
         self.version = version
 
+    async def ping(self) -> None:
+        """A round trip to vLLM's core and on to its workers, which answer between two steps."""
+        from rollout.vllm_process import CallFailed
+
+        try:
+            await self._core.answer(self._llm.collective_rpc("answer"))
+        except CallFailed as error:
+            raise EngineDied(f"{self.name}: vLLM's workers do not answer its engine core: {error}") from error
+
     async def close(self) -> None:
-        """Stop vLLM's processes."""
-        await asyncio.to_thread(self._llm.shutdown)
+        """End vLLM's processes at once; requests under way fail with EngineDied."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self._core.close()
+        # vLLM would take the end of its core for an accident and print it.
+        if self._llm.output_handler is not None:
+            self._llm.output_handler.cancel()
+            self._llm.output_processor.propagate_error(EngineDeadError())
+        # Nothing of theirs is worth a wait. (A worker on CPU never stops by itself: vLLM would wait 5 s and kill it.)
+        await asyncio.to_thread(self._llm.shutdown, 0.0)
+        # vLLM does it again when it is collected, which may be by an interpreter that is half gone.
+        self._llm.shutdown = lambda timeout=None: None
+
+    async def _asked(self, call: Coroutine[Any, Any, T]) -> T:
+        from rollout.vllm_process import CallFailed
+
+        try:
+            return await self._core.answer(call)
+        except CallFailed:
+            # vLLM says much the same of a call that failed and of a worker that died under it.
+            await self.ping()
+            raise
 
     async def _finished(self, token_ids: Sequence[int], params: Any) -> Any:
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
         # "token" is what vLLM's renderer makes of a prompt. It says that there is nothing to tokenize, and so spares
         # every request the way through a thread.
         prompt = {"type": "token", "prompt_token_ids": list(token_ids), "cache_salt": str(self.version)}
-        outputs = [
-            out async for out in self._llm.generate(prompt, params, f"{self.name}-{next(self._request_ids)}")
-        ]
+        request = f"{self.name}-{next(self._request_ids)}"
+        try:
+            outputs = [out async for out in self._llm.generate(prompt, params, request)]
+        except EngineDeadError as error:
+            raise self._core.death() from error
+        except EngineGenerateError as error:
+            if self._llm.errored:
+                raise self._core.death() from error
+            raise EngineFailed(f"{self.name}: vLLM failed on a request: {error.__cause__!r}") from error
         if not outputs:
             raise EngineFailed(f"{self.name}: vLLM gave no output for a request of {len(token_ids)} tokens")
         return outputs[-1]

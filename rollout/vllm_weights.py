@@ -30,6 +30,9 @@ BACKEND = "manta"
 class WorkerExtension:
     """Mixed into vLLM's worker: importing it registers the backend in the worker's own process."""
 
+    def answer(self) -> None:
+        """What a ping asks for."""
+
 
 @dataclass
 class _Init(WeightTransferInitInfo):

@@ -16,7 +16,7 @@ from learner.publish import Snapshot, take_snapshot
 from learner.tokenizer import build_tokenizer
 from rollout.engine import Sampling
 from rollout.vllm_engine import VllmEngine, VllmSettings
-from rollout.wire.weights import WeightMismatch, WeightUpdate, write_file
+from rollout.wire.weights import WeightMismatch, WeightUpdate, write_memory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -31,7 +31,6 @@ class Rig:
         build_tiny(
             folder / "model", tokenizer, layers=2, width=64, heads=2, mlp=128, context=CONTEXT, tie=tie
         )
-        self.folder = folder
         self.policy = Policy(ModelSettings(path=str(folder / "model")))
         self.stop = tokenizer.eos_token_id
         self.loop = asyncio.new_event_loop()
@@ -50,8 +49,8 @@ class Rig:
         return take_snapshot(self.policy, version, "float32")
 
     def update(self, snapshot: Snapshot) -> WeightUpdate:
-        file = self.folder / f"weights-{snapshot.manifest.version}"
-        return WeightUpdate(snapshot.manifest, write_file(file, snapshot.arrays))
+        handle, self.alive = write_memory(snapshot.arrays)
+        return WeightUpdate(snapshot.manifest, handle)
 
     def sync(self, version: int) -> float:
         return self.loop.run_until_complete(

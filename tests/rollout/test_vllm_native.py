@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from math import prod
@@ -89,6 +89,13 @@ class IpcTrainer:
         self.client.finish_weight_update()
 
 
+class FakeCore:
+    """A core that never dies."""
+
+    async def answer(self, call: Coroutine[Any, Any, Any]) -> Any:
+        return await call
+
+
 class FakeLlm:
     """AsyncLLM as far as a sync reaches into it; `orders[call]` runs in place of, or before, what a call does."""
 
@@ -163,7 +170,7 @@ class Rig:
     wire: Wire
 
     async def publish(self, version: int, dtype: str = "float32") -> list[SyncReport]:
-        snapshot = take_snapshot(self.policy, version, dtype, self.publisher.needs_bytes)
+        snapshot = take_snapshot(self.policy, version, dtype, with_bytes=False)
         return list(await self.publisher.publish(snapshot))
 
     async def refuse(self, error: type[Exception], match: str) -> None:
@@ -206,7 +213,9 @@ def make_rig(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> Callable[.
                 *checkpoint_names(str(folders[1])),
                 *([extra_name] if name == "rollout-1" and extra_name else []),
             ]
-            actors[name] = await _actor(name, VllmEngine(llms[name], name, [0], names, seeded=False))
+            actors[name] = await _actor(
+                name, VllmEngine(llms[name], FakeCore(), name, [0], names, seeded=False)
+            )
         policy = Policy(ModelSettings(path=str(folders[0])))
         publisher = NativePublisher(
             transfer, policy.named_weights, actors, 2, "learner-host", sync_seconds=100.0

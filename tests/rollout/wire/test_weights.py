@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rollout.wire.weights import write_memory
+
+READ = """
+import sys
+from rollout.wire.weights import open_file
+print([array.tolist() for array in open_file(sys.argv[1], [3, 0, 2])])
+"""
+
+
+def test_another_process_maps_weights_in_memory_and_nothing_is_left_when_they_are_let_go() -> None:
+    arrays = [np.array(values, dtype=np.uint8) for values in ([1, 2, 3], [], [9, 8])]
+    handle, file = write_memory(arrays)
+    read = [sys.executable, "-c", READ, handle.address]
+    root = Path(__file__).parents[3]
+    done = subprocess.run(read, cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[[1, 2, 3], [], [9, 8]]"
+    mapped = handle.open([3, 0, 2])
+    path = Path(handle.address)
+    assert path.exists()
+    del file
+    assert not path.exists()
+    assert [array.tolist() for array in mapped] == [[1, 2, 3], [], [9, 8]], "what is mapped stays"
+    with pytest.raises(FileNotFoundError):
+        handle.open([3, 0, 2])
