@@ -31,6 +31,7 @@ from deploy.build import (
     play_demonstrations,
     vllm_engine,
 )
+from deploy.caretaker import Caretaker
 from deploy.config import RunConfig
 from deploy.connect import learner_gpus
 from deploy.fleet import Fleet
@@ -106,9 +107,10 @@ class RayRing:
         version = await self._start_learner(load=resume and latest(self.run_folder) is not None)
         if resume:
             await self._within("the exchange", self._exchange.rollback.remote(version))
+        caretaker = Caretaker(self, self.run_folder, supervision, self._say)
         self._hearts = [
-            asyncio.create_task(self._watch_exchange()),
-            asyncio.create_task(self._watch_learner()),
+            asyncio.create_task(watching)
+            for watching in (self._watch_exchange(), self._watch_learner(), caretaker.run())
         ]
         return version
 
@@ -322,26 +324,30 @@ class RayRing:
 
     async def _watch_exchange(self) -> None:
         settings = self._config.supervision
+        ping = self._exchange.ping.options(
+            max_task_retries=0
+        )  # fails at once while Ray starts the actor again
         while True:
             await asyncio.sleep(settings.heartbeat_seconds)
             try:
-                there = awaited(self._exchange.ping.remote())
-                where = await within(settings.frozen_seconds, there, "the exchange (heartbeat)")
-            except PartLost as error:
-                self._say(f"{brief(error)}; it is killed and started again from disk")
-                ray.kill(self._exchange, no_restart=False)
-            except RayActorError as error:
-                failure = PartFailed(
-                    f"the exchange was lost more than supervision.max_restarts={settings.max_restarts} times; "
-                    f"{place(self._where['exchange'])}; the last error: {brief(error)}"
-                )
-                if not self._exchange_lost.done():
-                    self._exchange_lost.set_exception(failure)
-                return
-            else:
-                if where.pid != self._where["exchange"].pid:
-                    self._say("the exchange was lost; it went on from disk")
-                    self._where["exchange"] = where
+                await within(settings.frozen_seconds, awaited(ping.remote()), "the exchange (heartbeat)")
+            except (PartLost, RayActorError) as error:
+                if isinstance(error, PartLost):
+                    ray.kill(self._exchange, no_restart=False)
+                if not await self._exchange_is_back(error):
+                    return
+
+    async def _exchange_is_back(self, loss: Exception) -> bool:
+        """Wait for Ray to have started it again; beyond its restarts, or when it does not come up, the run stops."""
+        self._say(f"the exchange is lost ({brief(loss)}); it is started again from disk")
+        try:
+            self._where["exchange"] = await self._within("the exchange", self._exchange.ping.remote())
+        except (PartLost, RayActorError) as error:
+            most, where = self._config.supervision.max_restarts, place(self._where["exchange"])
+            failure = f"the exchange was lost and could not be started again (supervision.max_restarts={most}); {where}; "
+            self._exchange_lost.set_exception(PartFailed(f"{failure}the last error: {brief(error)}"))
+            return False
+        return True
 
     def _lost(self, what: str, part: str, error: BaseException) -> str:
         return f"{what} is lost ({place(self._where.get(part))}): {brief(error)}"
@@ -361,8 +367,9 @@ class RayRing:
             raise LearnerLost(self._lost("the learner", "learner", error)) from error
 
     async def _watched(self, pending: Awaitable[T]) -> T:
-        answer = asyncio.ensure_future(pending)
-        return await first_failure(answer, [self._fleet.failed, self._exchange_lost, self._learner_lost])
+        # The hearts too: one that stops beating is a fault of ours, and must not go unseen.
+        parts = [self._fleet.failed, self._exchange_lost, self._learner_lost, *self._hearts]
+        return await first_failure(asyncio.ensure_future(pending), parts)
 
     async def _within(self, what: str, pending: Any, limit: float | None = None) -> Any:
         return await within(limit or self._config.cluster.start_seconds, awaited(pending), what)

@@ -46,6 +46,7 @@ class _Seated:
     def lose(self, error: BaseException) -> None:
         if not self.failed.done():
             self.failed.set_exception(error)
+            self.failed.exception()  # it may be that nobody is waiting for it
 
 
 class Fleet:
@@ -223,8 +224,9 @@ class Fleet:
                 await self._or_lost(seated, self._work(seat, seated))
             finally:
                 heart.cancel()
-        finally:
-            seated.failed.cancel()
+        except Exception as error:
+            seated.lose(error)  # whoever else waits for this member (a sync) is told as well
+            raise
 
     async def _work(self, seat: int, seated: _Seated) -> None:
         await self._admit(seated)
@@ -357,7 +359,7 @@ class Fleet:
         try:
             awaited: set[asyncio.Future[Any]] = {answer, seated.failed}
             await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-            if seated.failed.done():
+            if not answer.done():
                 seated.failed.result()
             return answer.result()
         finally:

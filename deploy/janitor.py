@@ -45,11 +45,14 @@ def prepare_local_ray() -> LocalRay:
     It listens on the loopback interface alone, asks for a token that lives in these processes' environment only, and
     ends the process group of a worker that died.
     """
+    temporary = Path(tempfile.mkdtemp(prefix="manta-"))
+    if "ray" in sys.modules:  # it has read its settings already, and must not be given half of them
+        return LocalRay(temporary)
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # what makes Ray's own address 127.0.0.1
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    return LocalRay(Path(tempfile.mkdtemp(prefix="manta-")))
+    return LocalRay(temporary)
 
 
 def start_janitor(run: str, folder: Path, local: LocalRay | None) -> subprocess.Popen[bytes]:

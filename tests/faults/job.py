@@ -11,11 +11,11 @@ FOLDER/sampled/NAME    a line for every completion: time, the seed of the turn, 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -125,21 +125,19 @@ def learner(config: RunConfig, path: str) -> Learner:
 
 
 def main() -> None:
-    local = "--local" in sys.argv
-    ring: Any
-    if local:
-        import deploy.local as hosting
+    """The command; engine and learner are replaced at the last moment, since Ray must not be imported before."""
+    from deploy import cli, drive
 
-        ring = hosting.LocalRing
-    else:
-        import deploy.cluster as hosting  # type: ignore[no-redef]
+    train = drive._train
 
-        ring = hosting.RayRing  # type: ignore[attr-defined]
-    hosting.build_learner = learner
-    named: Callable[..., Any] = partial(ring, engine_factory=engine)
-    setattr(hosting, ring.__name__, named)
-    from deploy import cli
+    def trained(config: RunConfig, folder: Path, console: Any, resume: bool, local: bool) -> dict[str, Any]:
+        hosting = importlib.import_module("deploy.local" if local else "deploy.cluster")
+        ring = "LocalRing" if local else "RayRing"
+        hosting.build_learner = learner
+        setattr(hosting, ring, partial(getattr(hosting, ring), engine_factory=engine))
+        return train(config, folder, console, resume, local)
 
+    drive._train = trained
     cli.main()
 
 

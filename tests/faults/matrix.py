@@ -123,7 +123,9 @@ class Raylets:
                 self._nodes.append(self._add())
 
     def close(self) -> None:
-        self._cluster.shutdown()
+        for node in self._nodes:
+            self._cluster.remove_node(node, allow_graceful=False)
+        self._cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
 
 
 class Injector:
