@@ -15,12 +15,11 @@ import torch
 
 from deploy.build import build_learner, load_tokenizer, model_path
 from deploy.config import RunConfig
-from deploy.local import SHARED_MEMORY
 from learner.model import Policy
 from learner.publish import take_snapshot
 from rollout.engine import Sampling
 from rollout.vllm_engine import VllmEngine
-from rollout.wire.weights import SyncReport, WeightUpdate, write_file
+from rollout.wire.weights import SyncReport, WeightUpdate, write_memory
 from tests.bench.player import recipe
 
 SYNCS, WARM_UP, REQUESTS = 24, 3, 32
@@ -37,22 +36,23 @@ def _perturb(policy: Policy) -> None:
             parameter.add_(torch.randn_like(parameter), alpha=1e-3)
 
 
-async def _sync(engine: VllmEngine, policy: Policy, version: int, file: Path) -> SyncReport:
+async def _sync(engine: VllmEngine, policy: Policy, version: int) -> SyncReport:
     _perturb(policy)
     snapshot = take_snapshot(policy, version, "float32")
-    return await engine.sync(WeightUpdate(snapshot.manifest, write_file(file, snapshot.arrays)))
+    handle, _alive = write_memory(snapshot.arrays)
+    return await engine.sync(WeightUpdate(snapshot.manifest, handle))
 
 
-async def _measure(config: RunConfig, path: str, file: Path) -> list[SyncReport]:
+async def _measure(config: RunConfig, path: str) -> list[SyncReport]:
     policy = build_learner(config, path).policy
     stop = load_tokenizer(path).eos_token_id
     engine = await VllmEngine.start("rollout-0", path, [stop], config.rollout.context_tokens, config.engine)
     asking: list[asyncio.Task[None]] = []
     try:
-        await _sync(engine, policy, 0, file)
+        await _sync(engine, policy, 0)
         sampling = Sampling(max_tokens=config.sampling.max_tokens)
         asking = [asyncio.create_task(_keep_asking(engine, [1, 2 + n], sampling)) for n in range(REQUESTS)]
-        reports = [await _sync(engine, policy, version, file) for version in range(1, WARM_UP + SYNCS + 1)]
+        reports = [await _sync(engine, policy, version) for version in range(1, WARM_UP + SYNCS + 1)]
         for task in asking:
             if task.done():
                 task.result()
@@ -67,9 +67,9 @@ async def _measure(config: RunConfig, path: str, file: Path) -> list[SyncReport]
 def main() -> dict[str, float]:
     """Median stall of a sync of the recipe's tiny model, in ms (target: at most 100)."""
     config = recipe()
-    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory(dir=SHARED_MEMORY) as shared:
+    with tempfile.TemporaryDirectory() as name:
         path = model_path(config, Path(name))
-        reports = asyncio.run(_measure(config, path, Path(shared) / "weights"))
+        reports = asyncio.run(_measure(config, path))
     stalls = [1e3 * report.seconds_stalled for report in reports]
     return {
         "stall_ms": round(statistics.median(stalls), 1),
