@@ -119,16 +119,15 @@ def plain_file(folder: Path, groups: list[Group]) -> Callable[[], None]:
 def store_step(store: Store, ready: list[tuple[pa.RecordBatch, list[EpisodeRow]]], per_sync: int) -> None:
     """Hand in and take the groups of one step."""
     finished: list[Finished] = []
-    for batch, rows in ready:
-        slot = store.reserve("bench")
-        assert slot is not None
-        finished.append((slot, batch, store.append(slot, batch), rows))
+    for lane, (batch, rows) in enumerate(ready):
+        given = store.reserve("bench", lane)
+        assert given is not None
+        finished.append((given.slot, batch, rows))
         if len(finished) == per_sync:
-            store.sync()
-            store.commit(finished)
+            assert store.hand_in([], finished) == [None] * per_sync
             finished = []
     assert not finished
-    assert store.take() is not None
+    assert store.take(store.version) is not None
 
 
 def resident_growth_mb(folder: Path) -> float:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from rollout.wire import appending
+from rollout.wire.journal import Journal
 from rollout.wire.room import NoRoom, free_bytes
 from rollout.wire.schema import decode, encode, encode_turns, restore_turns
 from rollout.wire.segments import read_rows, segment_files
@@ -282,6 +283,21 @@ def test_after_a_crash_groups_go_on_or_are_issued_again_in_order(open_store: Ope
     store.release(2)
     assert [reserve(store), reserve(store)] == [Slot(6, 1, six.task, 2), Slot(7, 1, seven.task, 2)]
     store.close()
+
+
+def test_turns_of_lost_weights_stay_lost_when_the_process_dies_right_after_going_back(
+    open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store()
+    slot = reserve(store)
+    store.hand_in([turns(slot, turn, version=turn) for turn in range(3)], [])
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "adopt", lambda *_: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            store.rollback(1)
+    given = assignment(open_store())
+    assert given.slot.attempt == 1 and given.turns is not None
+    assert given.turns.column("turn").to_pylist() == [0, 1]
 
 
 def test_a_checkpoint_that_turns_out_unreadable_takes_its_groups_back(

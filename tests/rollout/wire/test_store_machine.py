@@ -191,7 +191,7 @@ class StoreMachine(RuleBasedStateMachine):
             size, durable = path.stat().st_size, self.disk.durable.get(path.name, 0)
             os.truncate(path, data.draw(st.integers(min(durable, size), size)))
         size = self.log.stat().st_size
-        if self.issues and size > self.log_size:
+        if size > self.log_size:
             os.truncate(self.log, data.draw(st.integers(self.log_size, size)))
         killed.close()
         shutil.rmtree(dead)
@@ -249,22 +249,24 @@ class StoreMachine(RuleBasedStateMachine):
 
         given = self.call(data, reserve)
         if given is not None:
-            so_far = {} if given.turns is None else restore_turns(given.turns)
-            found = {
-                index: [s.action_ids.tolist() for s in episode.steps] for index, episode in so_far.items()
-            }
-            fate = self.fates[given.slot.group_id]
-            assert found == fate.tokens
-            for index, episode in so_far.items():
-                assert episode.snapshot == b"%d after %d" % (index, len(episode.steps))
-                versions = [int(s.versions[0]) for s in episode.steps]
-                assert versions == [version for _, version in fate.turns[index]]
-                assert all(given.slot.version <= version <= self.store.version for version in versions)
+            self.compare_turns(given.slot.group_id, given.turns)
 
-    def some_turns(self, data: st.DataObject) -> tuple[list[pa.RecordBatch], list[tuple[int, int, int]]]:
+    def compare_turns(self, group_id: int, rows: pa.RecordBatch | None) -> None:
+        fate, so_far = self.fates[group_id], {} if rows is None else restore_turns(rows)
+        found = {index: [s.action_ids.tolist() for s in episode.steps] for index, episode in so_far.items()}
+        assert found == fate.tokens
+        for index, episode in so_far.items():
+            assert episode.snapshot == b"%d after %d" % (index, len(episode.steps))
+            versions = [int(s.versions[0]) for s in episode.steps]
+            assert versions == [version for _, version in fate.turns[index]]
+            assert all(fate.slot.version <= version <= self.store.version for version in versions)
+
+    def some_turns(self, data: st.DataObject) -> tuple[list[pa.RecordBatch], list[tuple[int, int, int, int]]]:
         """Turns of groups that are held, of ones that are not, and repetitions; and what the model makes of them."""
         rows, meant = [], []
-        for group_id in data.draw(st.lists(st.sampled_from(sorted(self.fates)), max_size=3, unique=True)):
+        held_ones = self.ids("issued")
+        likely = held_ones if held_ones and data.draw(st.integers(0, 3)) else sorted(self.fates)
+        for group_id in data.draw(st.lists(st.sampled_from(likely), min_size=1, max_size=3, unique=True)):
             fate = self.fates[group_id]
             held = fate.state == "issued"
             slot = fate.slot if held or not fate.slot.attempt else replace(fate.slot, attempt=0)
@@ -273,7 +275,7 @@ class StoreMachine(RuleBasedStateMachine):
             # An episode goes on, or an attempt that has not played of it begins it anew.
             anew = all(attempt < slot.attempt for attempt, _ in turns) and data.draw(st.booleans())
             turn = 0 if anew else len(turns)
-            version = data.draw(st.integers(min(slot.version, self.store.version), self.store.version))
+            version = data.draw(st.sampled_from([self.store.version, min(slot.version, self.store.version)]))
             if held:
                 meant.append((group_id, episode, turn, version))
             row = (
@@ -284,17 +286,32 @@ class StoreMachine(RuleBasedStateMachine):
                 b"%d after %d" % (episode, turn + 1),
             )
             rows += [row] * data.draw(st.integers(1, 2))
+            if turn and data.draw(st.booleans()):
+                # A repetition of what is known already.
+                attempt, version = turns[0]
+                of = replace(slot, attempt=attempt)
+                rows.append((of, episode, step(of, episode, 0, version), None, b"%d after 1" % episode))
         return ([encode_turns(rows, "w")] if rows else []), meant
 
     @precondition(lambda self: self.fates)
     @rule(data=st.data())
     def hand_in(self, data: st.DataObject) -> None:
         turns, meant = self.some_turns(data)
-        finished, results = [], {}
         candidates = self.ids("issued")
-        for group_id in data.draw(
+        several = (
             st.lists(st.sampled_from(candidates), max_size=2, unique=True) if candidates else st.just([])
-        ):
+        )
+        self.finish(data, turns, meant, data.draw(several))
+
+    def finish(
+        self,
+        data: st.DataObject,
+        turns: list[pa.RecordBatch],
+        meant: list[tuple[int, int, int, int]],
+        group_ids: list[int],
+    ) -> None:
+        finished, results = [], {}
+        for group_id in group_ids:
             slot = self.fates[group_id].slot
             versions = st.integers(slot.version, self.store.version)
             results[group_id] = sampled_by = data.draw(st.tuples(versions, versions))
@@ -308,10 +325,33 @@ class StoreMachine(RuleBasedStateMachine):
             if answer is None:
                 assert still is not None
                 still.state, still.sampled_by, still.turns = "complete", max(results[slot.group_id]), {}
+                self.issues.clear()
         for group_id, episode, turn, version in meant:
             fate = self.fates.get(group_id)
             if fate is not None and fate.state == "issued":
                 fate.turns.setdefault(episode, [])[turn:] = [(fate.slot.attempt, version)]
+                self.issues.clear()  # a turn that is durable belongs to a group that is
+
+    @rule(data=st.data(), slow=st.integers(0, 2))
+    def a_step_of_work(self, data: st.DataObject, slow: int) -> None:
+        """What chance alone would hardly bring about: everyone plays, some finish, the learner goes one step on."""
+        for worker in WORKERS:
+            for lane in range(3):
+                self.reserve(data, worker, lane)
+        for group_id in self.ids("issued")[slow:]:
+            if group_id in self.ids("issued"):
+                self.finish(data, [], [], [group_id])
+        self.take(data)
+        if self.in_step:
+            self.release(data)
+        if self.ids("issued"):
+            self.hand_in(data)
+
+    @precondition(lambda self: self.settings.max_lag > 0)
+    @rule(data=st.data())
+    def a_learner_lost_between_turns(self, data: st.DataObject) -> None:
+        self.a_step_of_work(data, slow=1)
+        self.rollback(data)
 
     @precondition(lambda self: self.ids("issued"))
     @rule(data=st.data())
@@ -390,6 +430,7 @@ class StoreMachine(RuleBasedStateMachine):
         for group_id in self.ids("taken"):
             self.fates[group_id].state = "trained"
 
+    @precondition(lambda self: self.version > 0)
     @rule(data=st.data())
     def rollback(self, data: st.DataObject) -> None:
         version = data.draw(st.sampled_from(self.landed_versions[-2:]))
@@ -412,6 +453,7 @@ class StoreMachine(RuleBasedStateMachine):
             if fate.state == "again":
                 fate.turns = {}
 
+    @precondition(lambda self: self.lives < self.version + 3)
     @rule(data=st.data())
     def killed(self, data: st.DataObject) -> None:
         self.die(data)
@@ -438,6 +480,12 @@ class StoreMachine(RuleBasedStateMachine):
             len(self.ids("complete")),
             len(self.ids("waiting", "again")),
         )
+
+    @invariant()
+    def the_journal_agrees(self) -> None:
+        if hasattr(self, "store"):
+            for group_id in self.ids("issued", "waiting"):
+                self.compare_turns(group_id, self.store._journal.turns(group_id))
 
     @invariant()
     def every_group_is_in_the_weights_once_or_waits(self) -> None:
