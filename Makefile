@@ -1,9 +1,9 @@
 # Everything runs from .venv, which is made once and reused until a pinned list or pyproject.toml changes.
-#   make setup | train | test | bench | lint | lock | clean        ARGS="..." goes to train, test and bench
+#   make setup | train | test | bench | faults | lint | lock | clean     ARGS="..." goes to train, test, bench, faults
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench lint lock lock-cpu lock-gpu clean
+.PHONY: help setup train test bench faults lint lock lock-cpu lock-gpu clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -39,6 +39,9 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m tests.bench $(ARGS)
+
+faults: setup
+	$(BIN)/python -m tests.faults $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from rollout.wire.exchange import Exchange
 from rollout.wire.schema import encode
 from rollout.wire.store import Store
 from rollout.wire.trajectory import Task
-from rollout.worker import RolloutWorker
+from rollout.worker import GroupExchange, RolloutWorker
 
 EngineFactory = Callable[[RunConfig, str, str], Awaitable[Engine]]  # (config, worker name, model path)
 
@@ -108,7 +108,7 @@ async def vllm_engine(config: RunConfig, name: str, path: str) -> Engine:
 
 
 async def build_worker(
-    config: RunConfig, name: str, exchange: Exchange, path: str, engine_factory: EngineFactory
+    config: RunConfig, path: str, engine_factory: EngineFactory, name: str, exchange: GroupExchange
 ) -> RolloutWorker:
     """A rollout worker with its engine started."""
     engine = await engine_factory(config, name, path)

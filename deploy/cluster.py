@@ -49,8 +49,9 @@ from rollout.wire.trajectory import Task
 from rollout.wire.weights import Handle, Probe, WeightManifest, WeightUpdate
 from rollout.wire.whereabouts import Whereabouts
 
-CLOSE_SECONDS = 30.0  # what the ledger is given to close
 T = TypeVar("T")
+
+CLOSE_SECONDS = 30.0  # what the ledger is given to close
 
 
 class RayRing:
@@ -136,7 +137,7 @@ class RayRing:
         if name not in self._handles:
             config = self._config
             options = {"num_cpus": config.rollout.cpus_per_worker, "num_gpus": config.rollout.gpus_per_worker}
-            build = partial(_worker, config, self._path, self._engine_factory)
+            build = partial(build_worker, config, self._path, self._engine_factory)
             self._handles[name] = actor(RolloutActor, **options).remote(name, self._exchange, build)
         return self._handles[name]
 
@@ -217,8 +218,6 @@ class RayRing:
     async def counts(self) -> dict[str, int]:
         counts: dict[str, int] = await self._within("the exchange", self._exchange.counts.remote())
         return counts
-
-    # What supervision asks ----------------------------------------------------------------------------------------
 
     @property
     def playing(self) -> bool:
@@ -319,7 +318,7 @@ class RayRing:
                 )
             except (RayActorError, PartLost) as error:
                 if not lost.done():
-                    lost.set_exception(LearnerLost(self._lost("the learner", "learner", error)))
+                    lost.set_exception(LearnerLost(self._learner_loss(error)))
                 return
 
     async def _watch_exchange(self) -> None:
@@ -344,15 +343,15 @@ class RayRing:
             self._where["exchange"] = await self._within("the exchange", self._exchange.ping.remote())
         except (PartLost, RayActorError) as error:
             most, where = self._config.supervision.max_restarts, place(self._where["exchange"])
-            failure = f"the exchange was lost and could not be started again (supervision.max_restarts={most}); {where}; "
+            failure = f"the exchange could not be started again (supervision.max_restarts={most}); {where}; "
             self._exchange_lost.set_exception(PartFailed(f"{failure}the last error: {brief(error)}"))
             return False
         return True
 
-    def _lost(self, what: str, part: str, error: BaseException) -> str:
-        return f"{what} is lost ({place(self._where.get(part))}): {brief(error)}"
-
     # Waiting ------------------------------------------------------------------------------------------------------
+
+    def _learner_loss(self, error: BaseException) -> str:
+        return f"the learner is lost ({place(self._where.get('learner'))}): {brief(error)}"
 
     async def _hand_on(self, worker: str) -> int:
         self._handles.pop(worker, None)
@@ -364,7 +363,7 @@ class RayRing:
         try:
             return await self._watched(self._within(what, call(), limit))
         except RayActorError as error:
-            raise LearnerLost(self._lost("the learner", "learner", error)) from error
+            raise LearnerLost(self._learner_loss(error)) from error
 
     async def _watched(self, pending: Awaitable[T]) -> T:
         # The hearts too: one that stops beating is a fault of ours, and must not go unseen.
@@ -377,12 +376,6 @@ class RayRing:
 
 # What a member is lent where vLLM's own transfer brings the weights.
 _NOTHING = WeightUpdate(WeightManifest(-1, (), Probe((), (), 0.0)), Handle("", ""))
-
-
-async def _worker(
-    config: RunConfig, path: str, engine_factory: EngineFactory, name: str, exchange: Any
-) -> Any:
-    return await build_worker(config, name, exchange, path, engine_factory)
 
 
 def _native(config: RunConfig, workers: dict[str, Any], learner: Learner) -> Publisher:

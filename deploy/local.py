@@ -70,9 +70,8 @@ class LocalRing:
         self._exchange = build_exchange(config, self.run_folder)
         self._started.push_async_callback(self._exchange.close)
         for index in range(config.rollout.workers):
-            worker = await build_worker(
-                config, f"rollout-{index}", self._exchange, path, self._engine_factory
-            )
+            name = f"rollout-{index}"
+            worker = await build_worker(config, path, self._engine_factory, name, self._exchange)
             self._started.push_async_callback(worker.engine.close)
             self._started.push_async_callback(worker.close)
             self._workers.append(worker)

@@ -1,9 +1,10 @@
 """Faults, really injected, and what they cost. Bounded: about half an hour for everything.
 
-    python -m tests.faults [matrix] [resumes] [--rounds N] [--kills N] [--out FILE]
+    python -m tests.faults [resumes] [elastic] [matrix] [--rounds N] [--kills N] [--out FILE]
 
 matrix    every part x signal x moment on several raylets, --rounds times each
 resumes   --kills times kill -9 of the whole job at lag 0, each followed by a resume
+elastic   2 -> 4 -> 1 workers by `manta scale` while the run goes on
 
 The exit status is 1 when anything was lost, trained twice, or not recovered.
 """
@@ -18,9 +19,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.faults import matrix, resumes
+from tests.faults import elastic, matrix, resumes
 
-NAMES = ("resumes", "matrix")
+NAMES = ("resumes", "elastic", "matrix")
 
 
 def say(text: str) -> None:
@@ -29,7 +30,7 @@ def say(text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(NAMES)}; none: both")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(NAMES)}; none: all")
     parser.add_argument("--rounds", type=int, default=4, help="injections of each kind")
     parser.add_argument("--kills", type=int, default=20, help="kills of the whole job")
     parser.add_argument("--only", default="", help="kinds whose name contains this")
@@ -47,6 +48,11 @@ def main() -> int:
             report["resumes"] = asdict(result)
             print(result)
             sound &= result.sound
+        if "elastic" in (asked.names or NAMES):
+            grown = elastic.run(folder / "elastic", say=say)
+            report["elastic"] = asdict(grown)
+            print(grown)
+            sound &= grown.sound
         if "matrix" in (asked.names or NAMES):
             kinds = [kind for kind in matrix.KINDS if asked.only in kind.name] * asked.rounds
             outcomes, books, status = matrix.run(folder / "matrix", kinds, say)

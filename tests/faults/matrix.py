@@ -280,14 +280,14 @@ def run(
                 say(driver.tail())
                 break
         driver.stop()
-        status = _finish(driver)
+        status = finish(driver)
     finally:
         driver.stop()
         raylets.close()
     return outcomes, accounts(driver, GROUPS_PER_STEP), status
 
 
-def _finish(driver: Driver) -> int:
+def finish(driver: Driver) -> int:
     """Let the stopped run go on to an end that is near, so that nothing is left in flight."""
     stored = driver.folder / "config.json"
     config = json.loads(stored.read_text())

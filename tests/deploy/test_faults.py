@@ -1,0 +1,81 @@
+"""Faults that are really injected, in short; `make faults` is the long form."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from deploy.janitor import GRACE_SECONDS, TAG
+from tests.faults import matrix, resumes
+from tests.faults.matrix import KILL, STOP, Kind
+from tests.faults.run import Driver, until
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_whole_job_killed_again_and_again_ends_where_the_uninterrupted_one_does(tmp_path: Path) -> None:
+    result = resumes.run(tmp_path, kills=3, extra=["--local"])
+    assert result.kills == 3
+    assert result.sound, result
+
+
+def test_parts_that_die_or_freeze_lose_nothing(tmp_path: Path) -> None:
+    kinds = [
+        Kind("rollout", STOP, "sync"),
+        Kind("exchange", KILL, "random"),
+        Kind("learner", KILL, "checkpoint"),
+        Kind("environment", KILL, "random"),
+        Kind("driver", KILL, "random"),
+    ]
+    outcomes, books, status = matrix.run(tmp_path / "run", kinds)
+    assert [outcome.error for outcome in outcomes] == [""] * len(kinds)
+    assert books.sound, books
+    assert status == 0
+
+
+def _tagged(folder: Path) -> list[int]:
+    """Processes of the run in `folder`, by the id that its janitor was told."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                environment = (entry / "environ").read_bytes()
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if str(folder).encode() in command or f"{TAG}_TEST={folder}".encode() in environment:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize("how", ["killed", "beyond its budget"])
+def test_whatever_ends_a_run_nothing_of_it_is_left(how: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    driver = Driver(
+        folder,
+        ["steps=100000", "evaluation.tasks=0", "warm_start.episodes=8", "supervision.max_restarts=0"],
+        {f"{TAG}_TEST": str(folder), "TMPDIR": str(tmp_path)},
+    )
+    driver.start()
+    until(lambda: len(driver.consumed()) >= 2 and driver.roster(), 120, "the second step")
+    if how == "killed":
+        driver.signal(signal.SIGKILL)
+        assert driver.wait(30) == -signal.SIGKILL
+    else:
+        (worker,) = [part for part in driver.roster() if part["part"] == "rollout-0"]
+        os.kill(worker["pid"], signal.SIGKILL)
+        assert driver.wait(120) == 1
+        last = driver.tail(1)
+        assert (
+            last.startswith("manta: rollout-0 was lost 1 times")
+            and "host " in last
+            and "ActorDiedError" in last
+        )
+    until(lambda: not _tagged(folder), GRACE_SECONDS + 45, "the end of every process of the run")
+    assert not list(tmp_path.glob("manta-*"))
+    if how != "killed":
+        log = last.split(" log ")[1].split(";")[0]
+        assert Path(log).is_file() and Path(log).is_relative_to(folder / "logs")
