@@ -12,12 +12,10 @@ import sqlite3
 import tempfile
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 from unittest.mock import patch
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import settings
@@ -26,94 +24,20 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from rollout.wire.schema import decode, encode, encode_turns, restore_turns
 from rollout.wire.store import BufferSettings, EpisodeRow, Store
-from rollout.wire.trajectory import (
-    Assignment,
-    DropReason,
-    EndReason,
-    Group,
-    Slot,
-    StaleSlot,
-    Step,
-    Task,
-    Trajectory,
+from rollout.wire.trajectory import Assignment, DropReason, StaleSlot
+from tests.rollout.wire.store_model import (
+    GROUPS_PER_STEP,
+    WORKERS,
+    Died,
+    Disk,
+    Fate,
+    T,
+    ids,
+    next_slot,
+    played,
+    step,
+    task_of,
 )
-
-T = TypeVar("T")
-
-GROUPS_PER_STEP = 2
-IN_FLIGHT = ("issued", "waiting", "again", "complete", "taken")
-WORKERS = ("a", "b")
-
-
-def task_of(group_id: int) -> Task:
-    return Task.of("count", 1000 + group_id)
-
-
-def step(slot: Slot, episode: int, turn: int, version: int) -> Step:
-    """A turn whose tokens say whose they are."""
-    tokens = np.array([slot.group_id, slot.attempt, episode, turn], dtype=np.int32)
-    by = np.full(4, version, dtype=np.int32)
-    return Step(turn, 0, "?", "!", tokens, tokens, np.full(4, -1, np.float32), by, 1.0, "stop")
-
-
-def played(slot: Slot, versions: tuple[int, int]) -> Group:
-    """Two siblings of one step, sampled by these two versions."""
-    return Group(
-        slot,
-        tuple(
-            Trajectory(
-                slot.group_id,
-                slot.attempt,
-                index,
-                slot.task,
-                (step(slot, index, 0, version),),
-                EndReason.TERMINATED,
-            )
-            for index, version in enumerate(versions)
-        ),
-    )
-
-
-class Died(BaseException):
-    """The process was killed here."""
-
-
-class Disk:
-    """Stands in for fsync: knows what is durable of each file, and can kill whoever waits for it."""
-
-    def __init__(self) -> None:
-        self.durable: dict[str, int] = {}
-        self.kill_in: int | None = None  # syncs until the process dies
-
-    def fsync(self, descriptor: int) -> None:
-        if self.kill_in is not None:
-            self.kill_in -= 1
-            if self.kill_in < 0:
-                self.kill_in = None
-                raise Died
-        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
-        self.durable[name] = os.fstat(descriptor).st_size
-
-
-@dataclass
-class Fate:
-    """What the model knows of one group."""
-
-    slot: Slot
-    holder: tuple[str, int] | None
-    state: str = "issued"
-    sampled_by: int = -1
-    taken_at: int = -1
-    turns: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # by episode: attempt and version
-
-    @property
-    def tokens(self) -> dict[int, list[list[int]]]:
-        """What an assignment holds of it."""
-        return {
-            episode: [[self.slot.group_id, attempt, episode, turn] for turn, (attempt, _) in enumerate(turns)]
-            for episode, turns in self.turns.items()
-            if turns
-        }
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -142,35 +66,21 @@ class StoreMachine(RuleBasedStateMachine):
     # The model --------------------------------------------------------------------------------------------------------
 
     def ids(self, *states: str) -> list[int]:
-        return sorted(group_id for group_id, fate in self.fates.items() if fate.state in states)
+        return ids(self.fates, *states)
 
     @property
     def in_step(self) -> bool:
         return self.version > self.store.version
 
     @property
+    def free(self) -> bool:
+        """Whether a slot is free."""
+        held = len(self.ids("issued", "waiting", "complete")) + GROUPS_PER_STEP * self.in_step
+        return held < (self.settings.max_lag + 1) * GROUPS_PER_STEP
+
+    @property
     def run_folder(self) -> Path:
         return self.folder / str(self.lives)
-
-    def expected(self, worker: str, lane: int) -> Slot | None:
-        """What `reserve` must give."""
-        for group_id in self.ids("issued"):
-            fate = self.fates[group_id]
-            if fate.holder == (worker, lane):
-                heard = any(
-                    attempt == fate.slot.attempt for turns in fate.turns.values() for attempt, _ in turns
-                )
-                return replace(fate.slot, attempt=fate.slot.attempt + heard)
-        if waiting := self.ids("waiting"):
-            slot = self.fates[waiting[0]].slot
-            return replace(slot, attempt=slot.attempt + 1)
-        held = len(self.ids("issued", "waiting", "complete")) + GROUPS_PER_STEP * self.in_step
-        if held == (self.settings.max_lag + 1) * GROUPS_PER_STEP:
-            return None
-        if again := self.ids("again"):
-            slot = self.fates[again[0]].slot
-            return replace(slot, attempt=slot.attempt + 1, version=self.store.version)
-        return Slot(len(self.fates), 0, task_of(len(self.fates)), self.store.version)
 
     def note_what_is_durable(self) -> None:
         if not self.store._ledger._unsynced:
@@ -187,12 +97,7 @@ class StoreMachine(RuleBasedStateMachine):
         killed, dead = self.store, self.run_folder
         self.lives += 1
         shutil.copytree(dead, self.run_folder)
-        for path in [*(self.run_folder / "turns").iterdir(), *(self.run_folder / "groups").iterdir()]:
-            size, durable = path.stat().st_size, self.disk.durable.get(path.name, 0)
-            os.truncate(path, data.draw(st.integers(min(durable, size), size)))
-        size = self.log.stat().st_size
-        if size > self.log_size:
-            os.truncate(self.log, data.draw(st.integers(self.log_size, size)))
+        self.disk.lose(data, self.run_folder, self.log_size)
         killed.close()
         shutil.rmtree(dead)
         self.store = Store(self.run_folder, task_of, self.settings)
@@ -236,7 +141,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data(), worker=st.sampled_from(WORKERS), lane=st.integers(0, 2))
     def reserve(self, data: st.DataObject, worker: str, lane: int) -> None:
         def reserve() -> Assignment | None:
-            expected = self.expected(worker, lane)
+            expected = next_slot(self.fates, worker, lane, self.store.version, self.free)
             given = self.store.reserve(worker, lane)
             assert (given and given.slot) == expected
             if given is not None:
@@ -439,19 +344,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.landed_versions = [landed for landed in self.landed_versions if landed <= version]
         del self.history[version:]
         for fate in self.fates.values():
-            on_time = version - self.settings.max_lag <= fate.slot.version <= version
-            if fate.state == "complete" or fate.taken_at >= version:
-                fate.state = "complete" if on_time and fate.sampled_by <= version else "again"
-                fate.taken_at = -1
-            elif fate.state == "taken":
-                fate.state = "trained"
-            elif fate.state in ("issued", "waiting"):
-                fate.state = "waiting" if on_time else "again"
-                for turns in fate.turns.values():
-                    late = [turn for turn, (_, by) in enumerate(turns) if by > version]
-                    del turns[min(late, default=len(turns)) :]
-            if fate.state == "again":
-                fate.turns = {}
+            fate.go_back(version, self.settings.max_lag)
 
     @precondition(lambda self: self.lives < self.version + 3)
     @rule(data=st.data())
@@ -475,7 +368,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert (taken_version is not None) == (state in ("taken", "trained"))
         counts = self.store.counts()
         assert counts["issued"] == counts["trained"] + counts["dropped"] + counts["in_flight"] == len(rows)
-        assert counts["in_flight"] == len(self.ids(*IN_FLIGHT))
+        assert counts["in_flight"] == len(self.ids("issued", "waiting", "again", "complete", "taken"))
         assert (self.store.ready, self.store.unassigned) == (
             len(self.ids("complete")),
             len(self.ids("waiting", "again")),
