@@ -25,6 +25,7 @@ from pathlib import Path
 TAG = "MANTA_RUN"
 GRACE_SECONDS = 15.0  # what Ray and vLLM are given to end by themselves once the driver is gone
 _POLL_SECONDS = 0.5
+_LONGEST_TEMPORARY = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,9 @@ def prepare_local_ray() -> LocalRay:
     It listens on the loopback interface alone, asks for a token that lives in these processes' environment only, and
     ends the process group of a worker that died.
     """
-    temporary = Path(tempfile.mkdtemp(prefix="manta-"))
+    # Ray's sockets lie some 60 bytes below, and a socket's path has room for 107.
+    short = len(tempfile.gettempdir()) <= _LONGEST_TEMPORARY
+    temporary = Path(tempfile.mkdtemp(prefix="manta-", dir=None if short else "/tmp"))
     if "ray" in sys.modules:  # it has read its settings already, and must not be given half of them
         return LocalRay(temporary)
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # what makes Ray's own address 127.0.0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -53,14 +54,19 @@ def _tagged(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("how", ["killed", "beyond its budget"])
 def test_whatever_ends_a_run_nothing_of_it_is_left(how: str, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+    folder, temporary = tmp_path / "run", Path(tempfile.mkdtemp(prefix="mt-", dir="/tmp"))
     driver = Driver(
         folder,
         ["steps=100000", "evaluation.tasks=0", "warm_start.episodes=8", "supervision.max_restarts=0"],
-        {f"{TAG}_TEST": str(folder), "TMPDIR": str(tmp_path)},
+        {f"{TAG}_TEST": str(folder), "TMPDIR": str(temporary)},
     )
     driver.start()
-    until(lambda: len(driver.consumed()) >= 2 and driver.roster(), 120, "the second step")
+    until(
+        lambda: (len(driver.consumed()) >= 2 and driver.roster()) or not driver.alive(),
+        120,
+        "the second step",
+    )
+    assert driver.alive(), driver.tail()
     if how == "killed":
         driver.signal(signal.SIGKILL)
         assert driver.wait(30) == -signal.SIGKILL
@@ -75,7 +81,8 @@ def test_whatever_ends_a_run_nothing_of_it_is_left(how: str, tmp_path: Path) -> 
             and "ActorDiedError" in last
         )
     until(lambda: not _tagged(folder), GRACE_SECONDS + 45, "the end of every process of the run")
-    assert not list(tmp_path.glob("manta-*"))
+    assert not list(temporary.iterdir())
+    temporary.rmdir()
     if how != "killed":
         log = last.split(" log ")[1].split(";")[0]
         assert Path(log).is_file() and Path(log).is_relative_to(folder / "logs")
