@@ -23,7 +23,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-BENCHMARKS = ("rollout", "learner", "overlap", "sync", "transfer", "buffer")
+BENCHMARKS = ("rollout", "learner", "overlap", "sync", "transfer", "buffer", "durability", "scale")
 ON_REQUEST = ("overlap_real",)  # has no bound
 LIMIT_S = 600  # several times what any takes on two free cores
 
@@ -49,6 +49,8 @@ BOUNDS = (
     Bound("sync", "stall_ms", "generation stands still for new weights, ms", "at most", 100),
     Bound("transfer", "ratio", "weight bytes/s by object store, of a plain copy's", "at least", 0.5),
     Bound("buffer", "memory_coded_gb_per_s", "rows in, through the buffer and out, GB/s", "at least", 1.0),
+    Bound("durability", "ratio", "tokens/s of a worker, of those without durability", "at least", 0.97),
+    Bound("scale", "linear", "turns/s of eight workers, of eight times one", "at least", 0.85),
     Bound("buffer", "resident_growth_mb", "memory grown over 100,000 groups, MB", "at most", 8),
 )
 

@@ -24,8 +24,7 @@ import ray
 
 from deploy.build import EngineFactory, build_worker, load_tokenizer, model_path
 from deploy.config import RunConfig
-from learner.actors import LearnerActor, ObjectStorePublisher
-from learner.learner import Learner
+from learner.actors import LearnerActor
 from learner.model import ModelSettings, Policy
 from rollout.actors import RolloutActor
 from rollout.engine import Engine
@@ -53,7 +52,7 @@ class RoundsExchange(ExchangeActor):
         """Begin a phase of that many steps, going on from `version`."""
         await self._exchange.close()
         self._exchange = self._fresh(version + steps, max_lag)
-        await self._exchange.recover(version)
+        await self._exchange.rollback(version)
 
     def _fresh(self, total_steps: int, max_lag: int) -> Exchange:
         self._phases += 1
@@ -76,22 +75,16 @@ class SleepingLearner:
         return {"tokens_trained": sum(t.num_sampled for group in groups for t in group.trajectories)}
 
 
-async def sleeping_engine(config: RunConfig, name: str, path: str) -> Engine:
-    """Walks into the wall, a move a request, so that every episode has all its turns."""
+async def scripted_engine(seconds: float, config: RunConfig, name: str, path: str) -> Engine:
+    """Walks into the wall, a move a request, so that every episode has all its turns; a move takes so long."""
     del config
-    latency = partial(asyncio.sleep, LATENCY_S)
+    latency = partial(asyncio.sleep, seconds)
     return ScriptedEngine(load_tokenizer(path), _left, latency=latency, name=name, record=False)
 
 
 def _left(prompt: str, rng: random.Random) -> str:
     del prompt, rng
     return "left"
-
-
-async def _build_worker(
-    config: RunConfig, path: str, factory: EngineFactory, name: str, exchange: Any
-) -> Any:
-    return await build_worker(config, name, exchange, path, factory)
 
 
 class Rig:
@@ -103,15 +96,14 @@ class Rig:
         self._version = 0
         self._per_step = config.buffer.groups_per_step
         self._exchange = _actor(RoundsExchange).remote(folder, config)
-        build = partial(_build_worker, config, path, factory)
+        build = partial(build_worker, config, path, factory)
         self._worker = _actor(RolloutActor).remote("rollout-0", self._exchange, build)
-        publisher = partial(_publisher, {"rollout-0": self._worker})
-        dtype = config.engine.dtype
-        self._learner = _actor(LearnerActor).remote(learner, self._exchange, publisher, dtype, 120.0, 1)
+        self._groups = config.buffer.groups_per_step * STEPS
+        self._learner = _actor(LearnerActor).remote(learner, self._exchange, config.engine.dtype, 120.0, 1)
 
     async def start(self) -> None:
         await self._worker.start.remote()
-        await self._learner.publish.remote()
+        await self._publish()
 
     async def round(self) -> dict[str, float]:
         """Seconds a step of each part alone, and of both together: steady, and over the whole phase."""
@@ -128,9 +120,15 @@ class Rig:
         # With a lag of STEPS there is a slot for every group: the worker plays them all without a learner, and the
         # learner then finds them all there.
         await self._exchange.renew.remote(self._version, STEPS, STEPS)
-        rollout = await _timed(self._worker.run.remote())
+        playing = self._worker.run.remote()
+        rollout = await _timed(self._all_complete())
         learner = await _timed(self._learn(STEPS))
+        await playing
         return rollout / STEPS, learner / STEPS
+
+    async def _all_complete(self) -> None:
+        while (await self._exchange.state.remote())["ready"] < self._groups:
+            await asyncio.sleep(0.005)
 
     async def _together(self) -> list[float]:
         """When each step ended, in seconds since the phase began; the first entry is its beginning."""
@@ -146,17 +144,18 @@ class Rig:
 
     async def _learn(self, steps: int) -> None:
         for _ in range(steps):
-            await self._learner.step.remote()
             self._version += 1
+            await self._learner.train.remote(self._version)
+            await self._publish()
+            await self._exchange.release.remote(self._version)
+
+    async def _publish(self) -> None:
+        await self._worker.sync.remote(await self._learner.offer.remote())
+        await self._learner.withdraw.remote()
 
 
 def _actor(cls: type) -> Any:
     return ray.remote(cls).options(num_cpus=0)
-
-
-def _publisher(engines: dict[str, Any], learner: Learner) -> ObjectStorePublisher:
-    del learner
-    return ObjectStorePublisher(engines, 60.0)
 
 
 async def _timed(work: Awaitable[Any]) -> float:
@@ -194,7 +193,9 @@ def main() -> dict[str, float]:
     try:
         with tempfile.TemporaryDirectory() as name:
             path = model_path(config, Path(name))
-            rig = Rig(config, Path(name), path, sleeping_engine, partial(SleepingLearner, path))
+            rig = Rig(
+                config, Path(name), path, partial(scripted_engine, LATENCY_S), partial(SleepingLearner, path)
+            )
             return summary(asyncio.run(measure(rig, ROUNDS)))
     finally:
         ray.shutdown()

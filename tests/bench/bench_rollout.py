@@ -86,7 +86,9 @@ class Rig:
     async def play(self, seed: int) -> Played:
         """A run of STEPS steps' groups that nobody learns from; slots are never short."""
         config = self._config
-        await self._engine.adopt_loaded(seed)  # another version: earlier rounds' prefixes are of no use to this one
+        await self._engine.adopt_loaded(
+            seed
+        )  # another version: earlier rounds' prefixes are of no use to this one
         tasks = TaskStream(config.env.id, config.env.options, seed)
         buffer = BufferSettings(groups_per_step=GROUPS_PER_STEP, max_lag=STEPS)
         exchange = Exchange(Store(self._folder / f"run-{seed}", tasks, buffer, total_steps=STEPS))

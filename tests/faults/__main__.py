@@ -1,9 +1,10 @@
 """Faults, really injected, and what they cost. Bounded: about half an hour for everything.
 
-    python -m tests.faults [resumes] [elastic] [matrix] [--rounds N] [--kills N] [--out FILE]
+    python -m tests.faults [resumes] [real] [elastic] [matrix] [--rounds N] [--kills N] [--out FILE]
 
 matrix    every part x signal x moment on several raylets, --rounds times each
 resumes   --kills times kill -9 of the whole job at lag 0, each followed by a resume
+real      a worker, an engine and then everything killed, with the real vLLM
 elastic   2 -> 4 -> 1 workers by `manta scale` while the run goes on
 
 The exit status is 1 when anything was lost, trained twice, or not recovered.
@@ -19,9 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.faults import elastic, matrix, resumes
+from tests.faults import elastic, matrix, real, resumes
 
-NAMES = ("resumes", "elastic", "matrix")
+NAMES = ("resumes", "real", "elastic", "matrix")
 
 
 def say(text: str) -> None:
@@ -48,6 +49,11 @@ def main() -> int:
             report["resumes"] = asdict(result)
             print(result)
             sound &= result.sound
+        if "real" in (asked.names or NAMES):
+            vllm = real.run(folder / "real", say=say)
+            report["real"] = asdict(vllm)
+            print(vllm)
+            sound &= vllm.sound
         if "elastic" in (asked.names or NAMES):
             grown = elastic.run(folder / "elastic", say=say)
             report["elastic"] = asdict(grown)

@@ -165,7 +165,7 @@ class Injector:
             child
             for part in self._rollouts()
             for child in children(part["pid"])
-            if "spawn_main" in command_of(child)
+            if "envs.hosted" in command_of(child)
         ]
         if not replicas:
             raise LookupError("no environment process was found")

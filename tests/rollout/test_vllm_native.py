@@ -27,7 +27,6 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from learner.model import ModelSettings, Policy, build_tiny
 from learner.publish import take_snapshot
 from learner.tokenizer import build_tokenizer
-from rollout.actors import RolloutActor
 from rollout.hf_engine import HfEngine
 from rollout.vllm_engine import VllmEngine, checkpoint_names
 from rollout.vllm_native import LiveSource, NativePublisher, TransferFailed
@@ -225,13 +224,9 @@ def make_rig(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> Callable[.
     return make
 
 
-async def _actor(name: str, engine: VllmEngine) -> Any:
-    async def build(*_: Any) -> Any:
-        return SimpleNamespace(engine=engine)
-
-    actor = RolloutActor(name, None, build)
-    await actor.start()
-    methods = (actor.open_transfer, actor.begin_update, actor.receive, actor.finish_update)
+def _actor(engine: VllmEngine) -> Any:
+    """A handle of the engine's actor, as far as a transfer uses it."""
+    methods = (engine.open_transfer, engine.begin_update, engine.receive, engine.finish_update)
     return SimpleNamespace(**{method.__name__: Remote(method) for method in methods})
 
 
