@@ -212,9 +212,7 @@ def make_rig(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> Callable[.
                 *checkpoint_names(str(folders[1])),
                 *([extra_name] if name == "rollout-1" and extra_name else []),
             ]
-            actors[name] = await _actor(
-                name, VllmEngine(llms[name], FakeCore(), name, [0], names, seeded=False)
-            )
+            actors[name] = _actor(VllmEngine(llms[name], FakeCore(), name, [0], names, seeded=False))
         policy = Policy(ModelSettings(path=str(folders[0])))
         publisher = NativePublisher(
             transfer, policy.named_weights, actors, 2, "learner-host", sync_seconds=100.0
