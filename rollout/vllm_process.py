@@ -49,7 +49,8 @@ def ending_with_us() -> Iterator[None]:
     # The children must be new processes: forked ones would not share the resource tracker that `take_names_away` asks.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     EngineCoreProc.run_engine_core = partial(_engine_core, os.getpid())
-    with TemporaryDirectory(prefix="manta-", ignore_cleanup_errors=True) as sockets:
+    # One that is killed before its engine runs leaves this folder behind; the name says whose it was.
+    with TemporaryDirectory(prefix=f"manta-vllm-{os.getpid()}-", ignore_cleanup_errors=True) as sockets:
         os.environ["VLLM_RPC_BASE_PATH"] = sockets
         try:
             yield  # every socket is connected in the end, and nobody looks for it by its name again
