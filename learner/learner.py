@@ -30,6 +30,9 @@ class ImitationSettings(BaseModel, extra="forbid", frozen=True):
     optim: OptimSettings = Field(default=OptimSettings(learning_rate=1e-5), description="its own optimizer")
     epochs: int = Field(default=1, ge=1, description="passes over the episodes")
     episodes_per_step: int = Field(default=32, ge=1, description="episodes in one optimizer step")
+    threads: int = Field(
+        default=0, ge=0, description="CPU threads of torch meanwhile; nothing is sampled then. 0: as always"
+    )
 
     def steps(self, episodes: int) -> int:
         """How many optimizer steps that many episodes make."""
@@ -67,9 +70,8 @@ class Learner:
         temperature: float = 1.0,
         total_steps: int | None = None,
     ) -> None:
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         self.settings = settings
+        _use_threads(settings.threads)
         self.version = 0
         self.policy = Policy(settings.model)
         self._optimizer_steps = total_steps and total_steps * settings.algorithm.minibatches
@@ -84,6 +86,7 @@ class Learner:
         Returns train_step's metrics (means over minibatches; counts are sums) and those of `describe`.
         ValueError for a group with fewer than two trainable episodes: it has no baseline.
         """
+        _use_threads(self.settings.threads)
         weighted = [pair for group in groups for pair in self._with_advantages(group)]
         described = describe(groups, self.version)
         steps = [
@@ -112,6 +115,7 @@ class Learner:
         for epoch in range(settings.epochs):
             order = self._rng.permutation(len(episodes))
             for start in range(0, len(order), settings.episodes_per_step):
+                _use_threads(settings.threads or self.settings.threads)
                 chosen = order[start : start + settings.episodes_per_step]
                 batch = self._pack([sequence for place in chosen for sequence in sequences[place]])
                 metrics = train_step(self.policy, optimizer, batch, cross_entropy_objective, temperature=1.0)
@@ -196,6 +200,12 @@ class Learner:
     def _own_logprobs(self, micro: MicroBatch) -> MicroBatch:
         logprobs_N, _ = self.policy.score(micro.to(self.policy.device), self._temperature)
         return replace(micro, proximal_logprobs_N=logprobs_N)
+
+
+def _use_threads(count: int) -> None:
+    # Of the calling thread: OpenMP keeps the number for each, and steps run in whatever thread is free.
+    if count:
+        torch.set_num_threads(count)
 
 
 def describe(groups: Sequence[Group], version: int) -> dict[str, float]:
