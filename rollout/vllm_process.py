@@ -25,6 +25,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from tqdm import tqdm
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+from vllm.platforms import current_platform
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.multiproc_executor import WorkerProc
@@ -33,6 +35,7 @@ from rollout.engine import EngineDied
 
 T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.0002  # for what is all but there
 _run_engine_core, _run_worker = EngineCoreProc.run_engine_core, WorkerProc.worker_main
 
 
@@ -63,6 +66,7 @@ def _engine_core(parent: int, *args: Any, **kwargs: Any) -> None:
     """The engine core's main function, in its own process."""
     _end_with(parent)
     _leave_nothing_named()
+    _wait_asleep()
     WorkerProc.worker_main = partial(_worker, os.getpid())
     _run_engine_core(*args, **kwargs)
 
@@ -71,6 +75,7 @@ def _worker(parent: int, *args: Any, **kwargs: Any) -> None:
     """A worker's main function, in its own process."""
     _end_with(parent)
     _leave_nothing_named()
+    _wait_asleep()
     _run_worker(*args, **kwargs)
 
 
@@ -93,6 +98,22 @@ def _leave_nothing_named() -> None:
             unlink(self)
 
     SharedMemory.unlink = tolerant  # type: ignore[method-assign]
+
+
+def _wait_asleep() -> None:
+    """Have vLLM's processes wait for one another asleep, on CPUs.
+
+    They poll for a second after every message, which costs nothing where a GPU computes and the cores are idle. Where
+    the cores are what computes, it takes them from everything else: the learner, the environments, each other.
+    """
+    if current_platform.is_cpu():
+        wait = SpinCondition.wait
+
+        def asleep(self: SpinCondition, timeout_ms: int | None = None) -> None:
+            self.busy_loop_s = min(self.busy_loop_s, _POLL_SECONDS)
+            wait(self, timeout_ms)
+
+        SpinCondition.wait = asleep
 
 
 def take_names_away(core: int) -> None:

@@ -31,14 +31,15 @@ from rollout.scripted_engine import ScriptedEngine
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import SyncReport, WeightUpdate
 
-LATENCY = "MANTA_FAULTS_LATENCY_S"  # of one scripted completion
+LATENCY = "MANTA_FAULTS_LATENCY_S"  # of one scripted completion; added to one of vLLM's
 REAL = "MANTA_FAULTS_REAL"  # set: vLLM
 
 
 class Logged:
     """An engine whose completions and syncs leave a trace."""
 
-    def __init__(self, engine: Engine, folder: Path) -> None:
+    def __init__(self, engine: Engine, folder: Path, extra_seconds: float = 0.0) -> None:
+        self._extra = extra_seconds
         (folder / "sampled").mkdir(exist_ok=True)
         self._folder = folder
         self._file = (folder / "sampled" / f"{engine.name}-{os.getpid()}").open("a")
@@ -54,6 +55,7 @@ class Logged:
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         completion = await self._engine.generate(prompt_ids, sampling)
+        await asyncio.sleep(self._extra)
         self._file.write(f"{time.time():.3f} {sampling.seed} {len(completion.token_ids)}\n")
         self._file.flush()
         return completion
@@ -87,7 +89,7 @@ def moment(folder: Path, name: str) -> Iterator[None]:
 async def engine(config: RunConfig, name: str, path: str) -> Engine:
     folder = Path(path).parent
     if REAL in os.environ:
-        return Logged(await vllm_engine(config, name, path), folder)
+        return Logged(await vllm_engine(config, name, path), folder, float(os.environ.get(LATENCY, "0")))
     seconds = float(os.environ.get(LATENCY, "0.01"))
 
     def move(prompt: str, rng: Random) -> str:

@@ -18,11 +18,13 @@ from typing import Any
 
 from rollout.wire.journal import read_journal
 from rollout.wire.segments import read_rows
+from tests.faults.job import LATENCY, REAL
 from tests.faults.matrix import finish
 from tests.faults.run import Accounts, Driver, accounts, children, command_of, until
 
 GROUPS_PER_STEP = 4
 SECONDS = 240.0
+TURN_SECONDS = 0.6  # a turn of a tiny model takes a hundredth of that; of one worth training, more
 OVERRIDES = (
     "steps=1000000",
     "evaluation.tasks=0",
@@ -62,19 +64,23 @@ class Result:
 
 def run(folder: Path, say: Callable[[str], None] = print) -> Result:
     """Kill the worker, kill and freeze its engine, then kill everything and resume."""
-    driver = Driver(folder, list(OVERRIDES), {"MANTA_FAULTS_REAL": "1", "VLLM_LOGGING_LEVEL": "ERROR"})
+    driver = Driver(
+        folder, list(OVERRIDES), {REAL: "1", LATENCY: str(TURN_SECONDS), "VLLM_LOGGING_LEVEL": "ERROR"}
+    )
     again: dict[str, int] = {}
     seconds: dict[str, float] = {}
     try:
         driver.start()
         faults = {
             "worker SIGKILL": (lambda: _worker(driver), signal.SIGKILL),
+            "worker SIGKILL again": (lambda: _worker(driver), signal.SIGKILL),
             "engine SIGKILL": (lambda: _engine(driver), signal.SIGKILL),
             "engine SIGSTOP": (lambda: _engine(driver), signal.SIGSTOP),
         }
         for name, (victim, number) in faults.items():
             _steps(driver, 2)
             before, old = Counter(seed for _, seed, _ in driver.sampled()), _worker(driver)
+            time.sleep(1.5 * TURN_SECONDS)  # in the midst of the episodes that the step has made room for
             os.kill(victim(), number)
             began = time.monotonic()
             until(lambda: _worker(driver) not in (old, 0), SECONDS, f"another worker after {name}")  # noqa: B023
