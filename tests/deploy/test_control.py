@@ -1,0 +1,122 @@
+"""How a running job is spoken to, and what looks after it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.caretaker import Caretaker
+from deploy.config import ConfigError
+from deploy.control import ask_workers, driving, is_driven, read_roster, wanted_workers
+from deploy.supervise import PartLost, SupervisionSettings, within
+
+
+def test_a_run_has_one_driver_and_is_free_again_when_it_ends(tmp_path: Path) -> None:
+    with driving(tmp_path):
+        assert is_driven(tmp_path)
+        with pytest.raises(ConfigError, match=r"is being driven already \(pid \d+ on "), driving(tmp_path):
+            pass
+    assert not is_driven(tmp_path)
+    with driving(tmp_path):
+        pass
+
+
+def test_only_a_run_that_is_driven_can_be_scaled(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no driver is running it"):
+        ask_workers(tmp_path, 4)
+    with driving(tmp_path):
+        assert wanted_workers(tmp_path) is None
+        ask_workers(tmp_path, 4)
+        assert wanted_workers(tmp_path) == 4
+    with driving(tmp_path):
+        assert wanted_workers(tmp_path) is None  # that was asked of the driver before
+
+
+class FakeRing:
+    """What a caretaker sees, settable."""
+
+    def __init__(self) -> None:
+        self.playing = True
+        self.workers = 1
+        self.exchange: dict[str, Any] = {"version": 3, "ready": 1, "paused": None, "missing": "1 of 2 groups"}
+        self.turns = 0.0
+
+    def scale(self, workers: int) -> None:
+        self.workers = workers
+
+    def roster(self) -> list[dict[str, Any]]:
+        return [{"part": f"rollout-{seat}", "state": "serving"} for seat in range(self.workers)]
+
+    async def state(self) -> dict[str, Any]:
+        return dict(self.exchange)
+
+    async def counters(self) -> dict[str, float]:
+        return {"turns": self.turns}
+
+    async def stacks(self) -> dict[str, str]:
+        return {"learner": "waits in take", "rollout-0": "did not answer within 5 s"}
+
+
+def cared_for(folder: Path, ring: FakeRing, script: Callable[[list[str]], Any]) -> list[str]:
+    """Run a caretaker while the script (a generator of conditions) waits for one thing after the other."""
+    said: list[str] = []
+    settings = SupervisionSettings(heartbeat_seconds=0.01, no_progress_seconds=0.2)
+
+    async def scene() -> None:
+        caring = asyncio.create_task(Caretaker(ring, folder, settings, said.append).run())
+        async with asyncio.timeout(10):
+            for holds in script(said):
+                while not holds():
+                    assert not caring.done(), caring.exception()
+                    await asyncio.sleep(0.01)
+        caring.cancel()
+
+    asyncio.run(scene())
+    return said
+
+
+def test_the_wanted_number_of_workers_is_followed_and_the_roster_kept(tmp_path: Path) -> None:
+    ring = FakeRing()
+
+    def script(said: list[str]) -> Any:
+        yield lambda: len(read_roster(tmp_path)) == 1
+        ask_workers(tmp_path, 3)
+        yield lambda: len(read_roster(tmp_path)) == 3
+
+    with driving(tmp_path):
+        assert "3 rollout workers are wanted from now on" in cared_for(tmp_path, ring, script)
+
+
+def test_missing_progress_is_noticed_and_all_stacks_are_kept(tmp_path: Path) -> None:
+    def script(said: list[str]) -> Any:
+        yield lambda: list(tmp_path.glob("stacks-*.txt"))
+
+    (line, *_) = cared_for(tmp_path, FakeRing(), script)
+    assert line.startswith("no turn and no step for 0.2 s: 1 of 2 groups; all stacks are in ")
+    (dump,) = tmp_path.glob("stacks-*.txt")
+    assert "waits in take" in dump.read_text() and "did not answer" in dump.read_text()
+
+
+def test_a_pause_is_said_once_and_is_no_missing_progress(tmp_path: Path) -> None:
+    ring = FakeRing()
+
+    def script(said: list[str]) -> Any:
+        ring.exchange["paused"] = "the disk of RUN has 3 MiB free"
+        yield lambda: said
+        waited = asyncio.get_running_loop().time() + 0.5
+        yield lambda: asyncio.get_running_loop().time() > waited
+        ring.exchange["paused"] = None
+        yield lambda: len(said) == 2
+
+    said = cared_for(tmp_path, ring, script)
+    assert said == ["PAUSED: the disk of RUN has 3 MiB free", "goes on: there is room again"]
+    assert not list(tmp_path.glob("stacks-*.txt"))
+
+
+def test_an_answer_that_does_not_come_names_who_owed_it() -> None:
+    with pytest.raises(PartLost, match=r"the learner \(heartbeat\) did not answer within 0.01 s"):
+        asyncio.run(within(0.01, asyncio.sleep(5), "the learner (heartbeat)"))
