@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shlex
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -23,7 +21,13 @@ from deploy.ring import Ring
 from deploy.supervise import PartFailed
 from deploy.train import Training
 
+T = TypeVar("T")
+
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+class Stopped(Exception):
+    """SIGTERM came."""
 
 
 def drive(config: RunConfig, folder: Path, console: Console, *, resume: bool, local: bool) -> None:
@@ -37,10 +41,10 @@ def drive(config: RunConfig, folder: Path, console: Console, *, resume: bool, lo
         require_capacity(config)
     if not resume:
         run_folder.create(config, folder)
-    with driving(folder), _interruptible():
+    with driving(folder):
         try:
             summary = _train(config, folder, console, resume, local)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped):
             again = f"manta train --resume {shlex.quote(str(folder))}{' --local' * local}"
             Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
                 f"stopped; go on with: {again}"
@@ -62,17 +66,27 @@ def _train(config: RunConfig, folder: Path, console: Console, resume: bool, loca
             from deploy.cluster import RayRing
 
             ring = RayRing(config, folder, say=progress.say)
-        return asyncio.run(Training(config, ring, progress).run(resume))
+        return asyncio.run(_interruptible(Training(config, ring, progress).run(resume)))
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
+async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
     """SIGTERM, which `ray job stop` and a preempted machine send, ends a run as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    task = asyncio.current_task()
+    assert task is not None
+    # Not by way of SIGINT: a process in the background may have been told to ignore that one.
+    told = asyncio.Event()
+
+    def stop() -> None:
+        told.set()
+        task.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return await work
+    except asyncio.CancelledError:
+        if told.is_set():
+            raise Stopped from None
+        raise
 
 
 def _kept(text: str, own_ray: LocalRay | None, folder: Path) -> str:

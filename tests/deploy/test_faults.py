@@ -52,7 +52,7 @@ def _tagged(folder: Path) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("how", ["killed", "beyond its budget"])
+@pytest.mark.parametrize("how", ["killed", "stopped", "beyond its budget"])
 def test_whatever_ends_a_run_nothing_of_it_is_left(how: str, tmp_path: Path) -> None:
     folder, temporary = tmp_path / "run", Path(tempfile.mkdtemp(prefix="mt-", dir="/tmp"))
     driver = Driver(
@@ -70,6 +70,10 @@ def test_whatever_ends_a_run_nothing_of_it_is_left(how: str, tmp_path: Path) -> 
     if how == "killed":
         driver.signal(signal.SIGKILL)
         assert driver.wait(30) == -signal.SIGKILL
+    elif how == "stopped":
+        driver.signal(signal.SIGTERM)
+        assert driver.wait(60) == 130
+        assert driver.tail(1) == f"stopped; go on with: manta train --resume {folder}"
     else:
         (worker,) = [part for part in driver.roster() if part["part"] == "rollout-0"]
         os.kill(worker["pid"], signal.SIGKILL)
@@ -83,6 +87,6 @@ def test_whatever_ends_a_run_nothing_of_it_is_left(how: str, tmp_path: Path) -> 
     until(lambda: not _tagged(folder), GRACE_SECONDS + 45, "the end of every process of the run")
     assert not list(temporary.iterdir())
     temporary.rmdir()
-    if how != "killed":
+    if how == "beyond its budget":
         log = last.split(" log ")[1].split(";")[0]
         assert Path(log).is_file() and Path(log).is_relative_to(folder / "logs")

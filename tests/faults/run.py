@@ -74,7 +74,7 @@ class Driver:
     def stop(self) -> None:
         """As a person stops it; by force where that does not end it."""
         if self.alive():
-            self.signal(signal.SIGINT)
+            self.signal(signal.SIGTERM)
             try:
                 self.wait(90)
             except subprocess.TimeoutExpired:
