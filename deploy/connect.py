@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from deploy.config import ConfigError, RunConfig
-from deploy.janitor import TAG, LocalRay
+from deploy.janitor import TAG
 
 
-def connect(config: RunConfig, local: LocalRay | None = None) -> None:
+def connect(config: RunConfig, temporary: Path | None = None) -> None:
     """Join the cluster named by the configuration or by the job that runs us, or start a local Ray.
 
-    `local` is what `prepare_local_ray` gave, for a local Ray that keeps to itself; without it Ray's defaults hold.
+    A local Ray keeps its sockets and logs in `temporary`, where one is given.
     """
     if ray.is_initialized():
         return
@@ -27,8 +28,8 @@ def connect(config: RunConfig, local: LocalRay | None = None) -> None:
     else:
         port = config.cluster.dashboard_port
         options |= {"include_dashboard": bool(port)} | ({"dashboard_port": port} if port else {})
-        if local is not None:
-            options["_temp_dir"] = str(local.temporary)
+        if temporary is not None:
+            options["_temp_dir"] = str(temporary)
         ray.init(address="local", **options)
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from deploy import run_folder
 from deploy.config import RunConfig
 from deploy.control import driving
-from deploy.janitor import LocalRay, prepare_local_ray, start_janitor, tag_run, with_kept_logs
+from deploy.janitor import prepare_local_ray, private_temporary, start_janitor, tag_run, with_kept_logs
 from deploy.progress import Progress
 from deploy.ring import Ring
 from deploy.supervise import PartFailed
@@ -32,12 +32,15 @@ class Stopped(Exception):
 
 def drive(config: RunConfig, folder: Path, console: Console, *, resume: bool, local: bool) -> None:
     """Run to the end and print the outcome. typer.Exit(130) after Ctrl-C or SIGTERM; PartFailed as it is."""
-    own_ray = None if local or config.cluster.joins else prepare_local_ray()
-    start_janitor(tag_run(), folder, own_ray)
+    alone = local or not config.cluster.joins  # nothing of the run is on another machine
+    temporary = private_temporary() if alone else None
+    start_janitor(tag_run(), folder, temporary)
     if not local:
+        if alone:
+            prepare_local_ray()
         from deploy.connect import connect, require_capacity
 
-        connect(config, own_ray)
+        connect(config, temporary)
         require_capacity(config)
     if not resume:
         run_folder.create(config, folder)
@@ -51,7 +54,7 @@ def drive(config: RunConfig, folder: Path, console: Console, *, resume: bool, lo
             )
             raise typer.Exit(INTERRUPTED) from None
         except PartFailed as failure:
-            raise PartFailed(_kept(str(failure), own_ray, folder)) from failure.__cause__
+            raise PartFailed(_kept(str(failure), temporary, folder)) from failure.__cause__
     _print(summary, folder, console)
 
 
@@ -89,8 +92,8 @@ async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
         raise
 
 
-def _kept(text: str, own_ray: LocalRay | None, folder: Path) -> str:
-    return text if own_ray is None else with_kept_logs(text, own_ray.temporary, folder)
+def _kept(text: str, temporary: Path | None, folder: Path) -> str:
+    return text if temporary is None else with_kept_logs(text, temporary, folder)
 
 
 def _print(summary: dict[str, Any], folder: Path, console: Console) -> None:

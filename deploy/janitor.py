@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 TAG = "MANTA_RUN"
@@ -28,40 +27,38 @@ _POLL_SECONDS = 0.5
 _LONGEST_TEMPORARY = 24
 
 
-@dataclass(frozen=True, slots=True)
-class LocalRay:
-    """Where a local Ray keeps its sockets and logs while it runs."""
-
-    temporary: Path
-
-
 def tag_run() -> str:
     """Mark this process, and with it every process it starts, as belonging to one run; returns the id."""
     return os.environ.setdefault(TAG, secrets.token_hex(8))
 
 
-def prepare_local_ray() -> LocalRay:
+def private_temporary() -> Path:
+    """Make a folder for all temporary files of this process and those it starts; the janitor removes it."""
+    # Ray's sockets lie some 60 bytes below, and a socket's path has room for 107.
+    short = len(tempfile.gettempdir()) <= _LONGEST_TEMPORARY
+    temporary = Path(tempfile.mkdtemp(prefix="manta-", dir=None if short else "/tmp"))
+    os.environ["TMPDIR"] = str(temporary)
+    return temporary
+
+
+def prepare_local_ray() -> None:
     """Set what a local Ray reads from the environment; to be called before ray is imported.
 
     It listens on the loopback interface alone, asks for a token that lives in these processes' environment only, and
     ends the process group of a worker that died.
     """
-    # Ray's sockets lie some 60 bytes below, and a socket's path has room for 107.
-    short = len(tempfile.gettempdir()) <= _LONGEST_TEMPORARY
-    temporary = Path(tempfile.mkdtemp(prefix="manta-", dir=None if short else "/tmp"))
     if "ray" in sys.modules:  # it has read its settings already, and must not be given half of them
-        return LocalRay(temporary)
+        return
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # what makes Ray's own address 127.0.0.1
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    return LocalRay(temporary)
 
 
-def start_janitor(run: str, folder: Path, local: LocalRay | None) -> subprocess.Popen[bytes]:
+def start_janitor(run: str, folder: Path, temporary: Path | None) -> subprocess.Popen[bytes]:
     """Start the janitor of this process: it acts when this process has ended."""
     command = [sys.executable, "-m", "deploy.janitor", run, str(os.getpid()), str(folder.resolve())]
-    command += [str(local.temporary)] if local else []
+    command += [str(temporary)] if temporary else []
     environment = {name: value for name, value in os.environ.items() if name != TAG}
     # A session of its own: Ctrl-C in the terminal and the end of a Ray job's process group must not reach it.
     return subprocess.Popen(

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from deploy import cli, connect
+from deploy import cli, connect, drive
+from deploy.janitor import TAG
 from tests.deploy.small_run import RECIPE
 
 Manta = Callable[..., tuple[int, str, str]]
@@ -21,6 +22,10 @@ Manta = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def manta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Manta:
     """Runs the command in this process; returns its exit code and what it wrote to stdout and stderr."""
+    # This process is no driver: nobody is to clean up after it, and its environment stays as it is.
+    monkeypatch.setattr(drive, "start_janitor", lambda *arguments: None)
+    monkeypatch.setattr(drive, "private_temporary", lambda: None)
+    monkeypatch.setenv(TAG, "tests")
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["manta", *arguments])
