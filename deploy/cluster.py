@@ -107,7 +107,7 @@ class RayRing:
         # A run stopped before its first checkpoint has none to load: it starts over in its folder.
         version = await self._start_learner(load=resume and latest(self.run_folder) is not None)
         if resume:
-            await self._within("the exchange", self._exchange.rollback.remote(version))
+            await self._within("the exchange", self._exchange.rollback.remote(version, new_driver=True))
         caretaker = Caretaker(self, self.run_folder, supervision, self._say)
         self._hearts = [
             asyncio.create_task(watching)

@@ -80,7 +80,7 @@ class LocalRing:
         if resume and latest(self.run_folder) is not None:
             learner.load(self.run_folder)
         if resume:
-            await self._exchange.rollback(learner.version)
+            await self._exchange.rollback(learner.version, new_driver=True)
         # vLLM's engines have processes of their own and map the weights; others read them where they lie.
         place = _place_in_memory if self._engine_factory is vllm_engine else _place_inline
         seconds, keep = config.cluster.step_seconds, config.checkpoint.keep

@@ -99,6 +99,7 @@ class Training:
             before = await self.ring.counters()
             for step in range(version + 1, self.config.steps + 1):
                 row = await self.ring.step(step)
+                self._require_fresh(row)
                 counters = await self.ring.counters()
                 row |= _rollout_rates(before, counters, row["step_s"])
                 before = counters
@@ -108,6 +109,14 @@ class Training:
                     await self._save()
         finally:
             log.close()
+
+    def _require_fresh(self, row: Row) -> None:
+        # The slots keep this bound; should they ever fail to, nobody is to find it out from a chart.
+        if row["lag_max"] > self.config.buffer.max_lag:
+            raise RuntimeError(
+                f"step {row['step']:.0f} trained a token {row['lag_max']:.0f} versions old, but "
+                f"buffer.max_lag={self.config.buffer.max_lag}: an engine samples with weights nobody replaces"
+            )
 
     async def _save(self) -> None:
         """Land a checkpoint; a full disk holds the run up until there is room."""

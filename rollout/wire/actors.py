@@ -53,8 +53,8 @@ class ExchangeActor:
     async def landed(self, version: int) -> None:
         await self._exchange.landed(version)
 
-    async def rollback(self, version: int) -> None:
-        await self._exchange.rollback(version)
+    async def rollback(self, version: int, new_driver: bool = False) -> None:
+        await self._exchange.rollback(version, new_driver)
 
     async def archive(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
         await self._exchange.archive(name, batches)

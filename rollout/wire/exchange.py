@@ -95,11 +95,11 @@ class Exchange:
                 await asyncio.sleep(self._retry_seconds)
                 continue
             changed = self._slots.now
-            assignment, covered = await self._run(partial(self._reserve, worker, lane))
+            assignment, over = await self._run(partial(self._reserve, worker, lane))
             if assignment is not None:
                 self._note(assignment.slot)
                 return assignment
-            if covered:
+            if over:
                 return None
             await changed.wait()
         return None
@@ -173,10 +173,13 @@ class Exchange:
         self._require_open()
         await self._run(partial(self._store.landed, version))
 
-    async def rollback(self, version: int) -> None:
-        """The learner goes on from the checkpoint of `version`, and everything else with it."""
+    async def rollback(self, version: int, new_driver: bool = False) -> None:
+        """The learner goes on from the checkpoint of `version`, and everything else with it.
+
+        A new driver gives its workers the names of those before, who can not reach this process.
+        """
         self._require_open()
-        await self._run(partial(self._store.rollback, version))
+        await self._run(partial(self._store.rollback, version, new_driver))
         self._since.clear()
         self._wake()
 
@@ -259,7 +262,7 @@ class Exchange:
         return self._paused_seconds + (now - self._paused_at if self._paused is not None else 0.0)
 
     def _reserve(self, worker: str, lane: int) -> tuple[Assignment | None, bool]:
-        return self._store.reserve(worker, lane), self._store.covered
+        return self._store.reserve(worker, lane), self._store.covered or self._store.is_gone(worker)
 
     def _take(self, version: int) -> tuple[list[pa.RecordBatch] | None, bool]:
         """The step's groups, and whether that is news for those who wait in `reserve`."""

@@ -24,7 +24,8 @@ class Holders:
     last, and the next holder is the next attempt.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gone: set[str]) -> None:
+        self.gone = gone  # workers that were given up: whatever they still ask, they are given nothing
         self.playing: dict[int, Held] = {}
         self.waiting: dict[int, Slot] = {}
         self.again: dict[int, Slot] = {}

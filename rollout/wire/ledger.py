@@ -41,6 +41,7 @@ CREATE TABLE IF NOT EXISTS episodes (
     group_id INTEGER NOT NULL, attempt INTEGER NOT NULL, episode INTEGER NOT NULL, end_reason TEXT NOT NULL,
     reward REAL NOT NULL, success INTEGER, turns INTEGER NOT NULL, tokens INTEGER NOT NULL,
     max_version INTEGER NOT NULL, error TEXT, PRIMARY KEY (group_id, attempt, episode));
+CREATE TABLE IF NOT EXISTS gone (worker TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 INSERT OR IGNORE INTO meta VALUES ('buffer_version', 0), ('journal_from', 0);
 """
@@ -175,9 +176,15 @@ class Ledger:
                 (reason.value, error, slot.group_id),
             )
 
-    def hand_on(self, group_ids: Iterable[int]) -> None:
-        """These groups wait for another worker."""
-        self._each(_WAITING, group_ids)
+    def hand_on(self, worker: str, group_ids: Iterable[int]) -> None:
+        """A worker is gone for good, and these groups of its wait for another one."""
+        with self._transaction():
+            self._db.execute("INSERT OR IGNORE INTO gone VALUES (?)", (worker,))
+            self._db.executemany(_WAITING, [(group_id,) for group_id in group_ids])
+
+    def gone(self) -> set[str]:
+        """Workers that were given up since the driver began."""
+        return {worker for (worker,) in self._db.execute("SELECT worker FROM gone")}
 
     def take(self, group_ids: Iterable[int], version: int) -> None:
         """The learner, standing at `version`, has these groups in its hands."""
@@ -210,9 +217,12 @@ class Ledger:
         waiting: Iterable[int],
         again: Iterable[int],
         journal_from: int,
+        new_driver: bool,
     ) -> None:
         """The learner goes on from the checkpoint of `version`; what of its groups becomes of it."""
         with self._transaction():
+            if new_driver:
+                self._db.execute("DELETE FROM gone")
             self._db.execute(_TRAINED, (version,))
             for statement, group_ids in ((_COMPLETE_AGAIN, complete), (_WAITING, waiting), (_AGAIN, again)):
                 self._db.executemany(statement, [(group_id,) for group_id in group_ids])

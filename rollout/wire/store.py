@@ -74,7 +74,7 @@ class Store:
         self._ledger = Ledger(folder / "ledger.sqlite")
         self._next_id = self._ledger.next_group_id()
         self._buffer = self._empty_buffer(self._ledger.buffer_version)
-        self._holders = Holders()
+        self._holders = Holders(self._ledger.gone())
         self._load()
         self._failures = FailureWindow(settings.max_failed_share)
         self._failures.watch(self._ledger.recent_episodes(WINDOW))
@@ -116,6 +116,10 @@ class Store:
             return False
         return self.version * self.settings.groups_per_step + self.in_step >= self._total
 
+    def is_gone(self, worker: str) -> bool:
+        """Whether this worker was given up: it may live on somewhere, with weights that nobody replaces."""
+        return worker in self._holders.gone
+
     def reserve(self, worker: str, lane: int) -> Assignment | None:
         """The next group for one of a worker's loops, or None while no slot is free. Raises NoRoom.
 
@@ -123,7 +127,7 @@ class Store:
         holds a group gets that one: its last answer was lost.
         """
         self.room.require()
-        slot = self._next_slot(worker, lane)
+        slot = None if worker in self._holders.gone else self._next_slot(worker, lane)
         if slot is None:
             return None
         if not self._holders.holds(slot):
@@ -173,9 +177,9 @@ class Store:
     def hand_on(self, worker: str) -> int:
         """What this worker holds waits for others, slots, deadlines and turns kept; returns how many groups."""
         given_up = self._holders.of(worker)
-        if given_up:
-            self._ledger.hand_on(given_up)
-            self._holders.hand_on(given_up)
+        self._ledger.hand_on(worker, given_up)
+        self._holders.gone.add(worker)
+        self._holders.hand_on(given_up)
         return len(given_up)
 
     def take(self, version: int) -> list[pa.RecordBatch] | None:
@@ -213,8 +217,8 @@ class Store:
         self._ledger.landed(version)
         self._trim()
 
-    def rollback(self, version: int) -> None:
-        """The learner goes on from the checkpoint of `version`.
+    def rollback(self, version: int, new_driver: bool = False) -> None:
+        """The learner goes on from the checkpoint of `version`; with a new driver names of workers begin anew.
 
         Of the groups it does not hold, the complete ones stay complete when `version` or older weights sampled them and
         they can still meet the lag bound. Those being played wait for a worker, with the turns such weights sampled,
@@ -233,10 +237,11 @@ class Store:
                 buffer.add(slot.group_id, _Complete(slot, stored.location, None))
             fates[state][slot.group_id] = slot
         rewritten = self._journal.rewrite(fates["waiting"], up_to=version)
-        self._ledger.rollback(version, fates["complete"], fates["waiting"], fates["again"], rewritten.first)
+        lists = (fates["complete"], fates["waiting"], fates["again"])
+        self._ledger.rollback(version, *lists, rewritten.first, new_driver)
         self._journal.adopt(rewritten)
         self._buffer = buffer
-        self._holders = Holders()
+        self._holders = Holders(self._ledger.gone())
         self._holders.waiting, self._holders.again = fates["waiting"], fates["again"]
 
     def archive(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
@@ -341,9 +346,7 @@ class Store:
             if written:
                 self._journal.sync()
             if places:
-                self._ledger.complete(
-                    [(slot, places[group_id], episodes) for group_id, (slot, _, episodes) in groups.items()]
-                )
+                self._ledger.complete([(slot, places[at], rows) for at, (slot, _, rows) in groups.items()])
         except (OSError, sqlite3.Error):
             self._segments.rewind(marks[0])
             self._journal.rewind(marks[1])
@@ -367,11 +370,8 @@ class Store:
         untaken = [group_id for group_id, _ in self._buffer.taken]
         self._ledger.give_back(untaken)
         self._buffer.give_back()
-        lost = {
-            group_id: group.slot
-            for group_id, group in self._buffer.completed.items()
-            if group.location.segment == error.segment
-        }
+        complete = self._buffer.completed.items()
+        lost = {at: group.slot for at, group in complete if group.location.segment == error.segment}
         aside = self._segments.set_aside(error.segment)
         log.warning("%s; set aside as %s, groups issued again: %s", error, aside.name, sorted(lost))
         rewritten = self._journal.rewrite(self._holders.attempts)  # without turns that these groups once had

@@ -108,12 +108,19 @@ class Raylets:
     def _add(self) -> Any:
         return self._cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
 
-    def raylet(self, node: str) -> int:
-        """The pid of a worker node's raylet."""
-        for candidate in self._nodes:
-            if candidate.node_id == node:
-                return int(candidate.all_processes["raylet"][0].process.pid)
-        raise KeyError(node)
+    def has(self, node: str) -> bool:
+        """Whether this is one of the worker nodes."""
+        return node in [candidate.node_id for candidate in self._nodes]
+
+    def hit(self, node: str, number: signal.Signals) -> None:
+        """Send a worker node's raylet a signal."""
+        (found,) = [candidate for candidate in self._nodes if candidate.node_id == node]
+        raylet = found.all_processes["raylet"][0].process
+        raylet.send_signal(number)
+        if number == KILL:
+            raylet.wait(
+                10
+            )  # its workers look whether it is there, and a process that nobody waited for still is
 
     def replace(self, node: str) -> None:
         """Take a dead or frozen node away for good and start another."""
@@ -199,9 +206,9 @@ class Injector:
         return lambda: self._steady() and not pids & {part["pid"] for part in driver.roster()}
 
     def _hit_node(self, number: signal.Signals) -> Callable[[], bool]:
-        part = self._random.choice([p for p in self._rollouts() if self._on_worker_node(p)])
+        part = self._random.choice([p for p in self._rollouts() if self._raylets.has(p["node"])])
         node = part["node"]
-        os.kill(self._raylets.raylet(node), number)
+        self._raylets.hit(node, number)
 
         def gone() -> bool:
             return len(self._rollouts()) == 2 and node not in [p["node"] for p in self._rollouts()]
@@ -213,13 +220,6 @@ class Injector:
             return False
 
         return again
-
-    def _on_worker_node(self, part: dict[str, Any]) -> bool:
-        try:
-            self._raylets.raylet(part["node"])
-        except KeyError:
-            return False
-        return True
 
     def _rollouts(self) -> list[dict[str, Any]]:
         return [

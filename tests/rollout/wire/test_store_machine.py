@@ -52,6 +52,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = Store(self.folder / "0", task_of, self.settings)
         self.fates: dict[int, Fate] = {}
         self.issues: list[tuple[int, Fate | None]] = []  # not yet durable; the group, and what it was before
+        self.given_up = dict.fromkeys(WORKERS, 0)  # how often each was given up; the next has another name
         self.version = 0  # of the learner
         self.landed_versions = [0]
         self.history: list[list[int]] = []  # groups of each step that led to the learner's present weights
@@ -141,19 +142,19 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data(), worker=st.sampled_from(WORKERS), lane=st.integers(0, 2))
     def reserve(self, data: st.DataObject, worker: str, lane: int) -> None:
         def reserve() -> Assignment | None:
-            expected = next_slot(self.fates, worker, lane, self.store.version, self.free)
-            given = self.store.reserve(worker, lane)
+            name = worker + self.given_up[worker] * "+"
+            expected = next_slot(self.fates, name, lane, self.store.version, self.free)
+            given = self.store.reserve(name, lane)
             assert (given and given.slot) == expected
             if given is not None:
                 group_id, before = given.slot.group_id, deepcopy(self.fates.get(given.slot.group_id))
                 if before is None or (before.slot, before.state) != (given.slot, "issued"):
                     self.issues.append((group_id, before))
                     turns = {} if before is None or before.state == "again" else before.turns
-                    self.fates[group_id] = Fate(given.slot, (worker, lane), turns=turns)
+                    self.fates[group_id] = Fate(given.slot, (name, lane), turns=turns)
             return given
 
-        given = self.call(data, reserve)
-        if given is not None:
+        if (given := self.call(data, reserve)) is not None:
             self.compare_turns(given.slot.group_id, given.turns)
 
     def compare_turns(self, group_id: int, rows: pa.RecordBatch | None) -> None:
@@ -267,11 +268,17 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), worker=st.sampled_from(WORKERS))
     def hand_on(self, data: st.DataObject, worker: str) -> None:
-        self.call(data, lambda: self.store.hand_on(worker))
+        name = worker + self.given_up[worker] * "+"
+        self.call(data, lambda: self.store.hand_on(name))
+        self.given_up[worker] += 1
         for group_id in self.ids("issued"):
-            fate = self.fates[group_id]
-            if fate.holder is not None and fate.holder[0] == worker:
-                fate.state = "waiting"
+            if (holder := self.fates[group_id].holder) and holder[0] == name:
+                self.fates[group_id].state = "waiting"
+
+    @rule(data=st.data(), worker=st.sampled_from(WORKERS), lane=st.integers(0, 2))
+    def one_that_is_gone_is_given_nothing(self, data: st.DataObject, worker: str, lane: int) -> None:
+        for life in range(self.given_up[worker]):
+            assert self.call(data, lambda: self.store.reserve(worker + life * "+", lane)) is None  # noqa: B023
 
     @precondition(lambda self: self.fates)
     @rule(data=st.data())

@@ -98,9 +98,10 @@ def test_a_group_goes_on_with_another_worker_from_its_durable_turns(
     store.hand_in([turns(taken_over.slot, 2), turns(taken_over.slot, 0, episode=1)], [])
     store.hand_on("w")
     reopened = open_store()
-    found = assignment(reopened).turns
-    assert found is not None
-    episodes = restore_turns(found)
+    assert reopened.reserve("gone", 0) is None and reopened.reserve("w", 5) is None
+    found = reopened.reserve("another", 0)
+    assert found is not None and found.turns is not None
+    episodes = restore_turns(found.turns)
     assert {index: [step.action_ids.tolist()[1] for step in e.steps] for index, e in episodes.items()} == {
         0: [0, 0, 1],
         1: [1],
