@@ -67,8 +67,6 @@ def start_llm(model: str, context_tokens: int, settings: VllmSettings, on_gpu: b
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from rollout.vllm_process import ending_with_us
-
     memory: dict[str, Any] = (
         {"gpu_memory_utilization": settings.memory_fraction}
         if on_gpu
@@ -90,8 +88,7 @@ def start_llm(model: str, context_tokens: int, settings: VllmSettings, on_gpu: b
         disable_log_stats=True,
         **memory,
     )
-    with ending_with_us():
-        return AsyncLLM.from_engine_args(arguments)
+    return AsyncLLM.from_engine_args(arguments)
 
 
 class VllmEngine:
@@ -134,17 +131,18 @@ class VllmEngine:
 
         They end with this process, and with the thread that runs the event loop.
         """
-        from rollout.vllm_process import CoreProcess, take_names_away
+        from rollout.vllm_process import CoreProcess, ending_with_us, take_names_away
 
-        llm = start_llm(model, context_tokens, settings, on_gpu, transfer)
+        with ending_with_us():
+            llm = start_llm(model, context_tokens, settings, on_gpu, transfer)
         (process,) = llm.engine_core.resources.engine_manager.processes
         core = CoreProcess(name, process)
+        engine = cls(llm, core, name, stop_token_ids, checkpoint_names(model), settings.seeded)
+        await engine.ping()
         take_names_away(core.pid)
         # What start-up has left in memory is there to stay: the collector need not walk it again while episodes run.
         gc.collect()
         gc.freeze()
-        engine = cls(llm, core, name, stop_token_ids, checkpoint_names(model), settings.seeded)
-        await engine.ping()
         return engine
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:

@@ -3,8 +3,9 @@
     our process  -- starts -->  engine core  -- starts -->  a worker for every GPU (one on CPU)
 
 However our process ends, the kernel kills the core, and with the core its workers: no signal of ours is needed, and a
-core that is stopped or hangs is killed all the same. What vLLM shares between them, memory and sockets, loses its
-names as soon as the engine runs, so that nothing is left in /dev/shm or /tmp whoever is killed when.
+core that is stopped or hangs is killed all the same. The memory that vLLM shares between them loses its names as soon
+as the engine runs, so that nothing is left in /dev/shm whoever is killed when. Its sockets lie in the folder for
+temporary files, and keep their names: they connect when they get round to it, which nobody is told.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -52,14 +52,10 @@ def ending_with_us() -> Iterator[None]:
     # The children must be new processes: forked ones would not share the resource tracker that `take_names_away` asks.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     EngineCoreProc.run_engine_core = partial(_engine_core, os.getpid())
-    # One that is killed before its engine runs leaves this folder behind; the name says whose it was.
-    with TemporaryDirectory(prefix=f"manta-vllm-{os.getpid()}-", ignore_cleanup_errors=True) as sockets:
-        os.environ["VLLM_RPC_BASE_PATH"] = sockets
-        try:
-            yield  # every socket is connected in the end, and nobody looks for it by its name again
-        finally:
-            del os.environ["VLLM_RPC_BASE_PATH"]
-            EngineCoreProc.run_engine_core = staticmethod(_run_engine_core)
+    try:
+        yield
+    finally:
+        EngineCoreProc.run_engine_core = staticmethod(_run_engine_core)
 
 
 def _engine_core(parent: int, *args: Any, **kwargs: Any) -> None:
