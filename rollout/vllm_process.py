@@ -36,6 +36,7 @@ from rollout.engine import EngineDied
 T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.0002  # for what is all but there
+_NAP_MS = 2
 _run_engine_core, _run_worker = EngineCoreProc.run_engine_core, WorkerProc.worker_main
 
 
@@ -107,7 +108,8 @@ def _wait_asleep() -> None:
 
         def asleep(self: SpinCondition, timeout_ms: int | None = None) -> None:
             self.busy_loop_s = min(self.busy_loop_s, _POLL_SECONDS)
-            wait(self, timeout_ms)
+            # Short naps: now and then the call that is to wake it does not come (seen: it slept for ten seconds).
+            wait(self, _NAP_MS if timeout_ms is None else min(timeout_ms, _NAP_MS))
 
         SpinCondition.wait = asleep
 
