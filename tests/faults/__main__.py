@@ -1,4 +1,4 @@
-"""Faults, really injected, and what they cost. Bounded: about half an hour for everything.
+"""Faults, really injected, and what they cost. Bounded: about three quarters of an hour for everything.
 
     python -m tests.faults [resumes] [real] [elastic] [matrix] [--rounds N] [--kills N] [--out FILE]
 
