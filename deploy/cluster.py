@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -235,10 +236,7 @@ class RayRing:
 
     def roster(self) -> list[dict[str, Any]]:
         """Every part of the run: its name, state, host, pid and log."""
-        fixed = [
-            {"part": part, "state": "up", "host": w.host, "pid": w.pid, "node": w.node, "log": w.log}
-            for part, w in self._where.items()
-        ]
+        fixed = [{"part": part, "state": "up"} | asdict(where) for part, where in self._where.items()]
         return fixed + self._fleet.roster()
 
     async def stacks(self) -> dict[str, str]:

@@ -17,7 +17,7 @@ import itertools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from deploy.member import Member, Row
@@ -116,11 +116,7 @@ class Fleet:
         """Who sits where, for people and tools."""
         return [
             {"part": s.member.name, "state": s.state, "version": s.version}
-            | (
-                {}
-                if s.where is None
-                else {"host": s.where.host, "pid": s.where.pid, "node": s.where.node, "log": s.where.log}
-            )
+            | ({} if s.where is None else asdict(s.where))
             for _, s in sorted(self._seated.items())
         ]
 
@@ -161,13 +157,16 @@ class Fleet:
 
     async def counters(self) -> Row:
         """Sums over all members, those that are gone included (as last heard)."""
-        total: Counter[str] = Counter(self._retired)
-        for seated in [s for s in self._seated.values() if s.state == "serving"]:
+
+        async def ask(seated: _Seated) -> None:
             try:
                 told = within(self._settings.frozen_seconds, seated.member.counters(), seated.member.name)
                 seated.counters = await told
             except Exception as error:
                 seated.lose(error)
+
+        await asyncio.gather(*(ask(s) for s in self._seated.values() if s.state == "serving"))
+        total: Counter[str] = Counter(self._retired)
         for seated in self._seated.values():
             total.update(seated.counters)
         return dict(total)
@@ -182,7 +181,8 @@ class Fleet:
                 return brief(error)
 
         members = [seated.member for seated in self._seated.values()]
-        return {member.name: await ask(member) for member in members}
+        told = await asyncio.gather(*(ask(member) for member in members))
+        return {member.name: text for member, text in zip(members, told, strict=True)}
 
     async def close(self) -> None:
         """End every member in order, those that do not answer by force."""
