@@ -37,8 +37,7 @@ def run(folder: Path, sizes: Sequence[int] = (4, 1), say: Callable[[str], None] 
         return len(states) if set(states) == {"serving"} else -1
 
     def steps(count: int) -> None:
-        have = len(driver.consumed())
-        until(lambda: len(driver.consumed()) >= have + count, RECOVERY_SECONDS, f"{count} steps")
+        until(driver.steps_from_now(count), RECOVERY_SECONDS, f"{count} steps")
 
     try:
         driver.start()

@@ -234,10 +234,7 @@ class Injector:
 
     def _steps(self, count: int) -> None:
         """Wait for so many more learner steps."""
-        have = len(self._driver.consumed())
-        until(
-            lambda: len(self._driver.consumed()) >= have + count, RECOVERY_SECONDS, f"{count} learner steps"
-        )
+        until(self._driver.steps_from_now(count), RECOVERY_SECONDS, f"{count} learner steps")
 
     def _await(self, moment: str) -> None:
         if moment == "random":

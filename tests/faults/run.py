@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,11 @@ class Driver:
         if not path.is_file():
             return []
         return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+    def steps_from_now(self, count: int) -> Callable[[], bool]:
+        """Whether so many more learner steps were made since this call."""
+        wanted = len(self.consumed()) + count
+        return lambda: len(self.consumed()) >= wanted
 
     def sampled(self) -> list[tuple[float, int, int]]:
         """(time, seed, tokens) of every completion, in order of time."""
