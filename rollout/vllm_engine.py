@@ -274,10 +274,10 @@ class VllmEngine:
         try:
             outputs = [out async for out in self._llm.generate(prompt, params, request)]
         except EngineDeadError as error:
-            raise self._core.death() from error
+            raise await self._core.death() from error
         except EngineGenerateError as error:
             if self._llm.errored:
-                raise self._core.death() from error
+                raise await self._core.death() from error
             raise EngineFailed(f"{self.name}: vLLM failed on a request: {error.__cause__!r}") from error
         if not outputs:
             raise EngineFailed(f"{self.name}: vLLM gave no output for a request of {len(token_ids)} tokens")

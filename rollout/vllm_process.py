@@ -36,6 +36,7 @@ from rollout.engine import EngineDied
 T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.0002  # for what is all but there
+_END_SECONDS = 2  # from vLLM's word that its core is dead to the core's end
 _NAP_MS = 2
 _run_engine_core, _run_worker = EngineCoreProc.run_engine_core, WorkerProc.worker_main
 
@@ -160,24 +161,31 @@ class CoreProcess:
             both: set[asyncio.Future[Any]] = {asking, self._ended}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not asking.done():
-                raise self.death()
+                raise await self.death()
             error = asking.exception()
             if error is None:
                 return asking.result()
             if isinstance(error, EngineDeadError) or self._ended.done():
-                raise self.death() from error
+                raise await self.death() from error
             if type(error) is Exception:  # all that is left of an error in vLLM's processes: its text
                 raise CallFailed(f"{self._engine}: {str(error).strip().splitlines()[-1]}") from error
             raise error
         finally:
             asking.cancel()
 
-    def death(self) -> EngineDied:
-        """The error that says which process is gone, and how it ended where it has."""
-        code = self._process.exitcode
-        how = "gave up (its log says why)" if code is None else f"ended with exit code {code}"
-        if code is not None and code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
+    async def death(self) -> EngineDied:
+        """The error that says which process is gone, and how it ended where it has.
+
+        Whoever says first that the core is dead may be ahead of its end, and a thread of vLLM's that is just reaping
+        it makes the exit code unknown for an instant: so there is a moment's wait.
+        """
+        how = "gave up (its log says why)"
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_END_SECONDS):
+                while (code := self._process.exitcode) is None:
+                    await asyncio.sleep(_POLL_SECONDS)
+                signalled = signal.Signals(-code).name if code < 0 else None
+                how = f"was killed by {signalled}" if signalled else f"ended with exit code {code}"
         return EngineDied(f"{self._engine}: vLLM's engine core (pid {self.pid}) {how}")
 
     def close(self) -> None:
