@@ -1,11 +1,12 @@
 """Faults, really injected, and what they cost. Bounded: about three quarters of an hour for everything.
 
-    python -m tests.faults [resumes] [real] [elastic] [matrix] [--rounds N] [--kills N] [--out FILE]
+    python -m tests.faults [resumes] [real] [elastic] [matrix] [soak] [--rounds N] [--kills N] [--out FILE]
 
 matrix    every part x signal x moment on several raylets, --rounds times each
 resumes   --kills times kill -9 of the whole job at lag 0, each followed by a resume
 real      a worker, an engine and then everything killed, with the real vLLM
 elastic   2 -> 4 -> 1 workers by `manta scale` while the run goes on
+soak      --minutes at full rate: what each part holds in memory and open files; only when it is named
 
 The exit status is 1 when anything was lost, trained twice, or not recovered.
 """
@@ -20,9 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.faults import elastic, matrix, real, resumes
+from tests.faults import elastic, matrix, real, resumes, soak
 
 NAMES = ("resumes", "real", "elastic", "matrix")
+LONG = ("soak",)
 
 
 def say(text: str) -> None:
@@ -31,15 +33,18 @@ def say(text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(NAMES)}; none: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of: {', '.join(NAMES + LONG)}; none: all but the last"
+    )
     parser.add_argument("--rounds", type=int, default=4, help="injections of each kind")
     parser.add_argument("--kills", type=int, default=20, help="kills of the whole job")
+    parser.add_argument("--minutes", type=float, default=120, help="of the soak")
     parser.add_argument("--only", default="", help="kinds whose name contains this")
     parser.add_argument("--folder", type=Path, help="keep the runs here")
     parser.add_argument("--out", type=Path, help="write everything to this file, as JSON")
     asked = parser.parse_args()
-    if unknown := sorted(set(asked.names) - set(NAMES)):
-        parser.error(f"no faults named {unknown[0]!r}; there are: {', '.join(NAMES)}")
+    if unknown := sorted(set(asked.names) - set(NAMES + LONG)):
+        parser.error(f"no faults named {unknown[0]!r}; there are: {', '.join(NAMES + LONG)}")
     report: dict[str, Any] = {}
     sound = True
     with tempfile.TemporaryDirectory(prefix="manta-faults-") as temporary:
@@ -70,6 +75,11 @@ def main() -> int:
             print("\n".join(matrix.table(outcomes)))
             print(books, f"exit status of the run: {status}")
             sound &= not status and not any(outcome.error for outcome in outcomes) and books.sound
+        if "soak" in asked.names:
+            soaked = soak.run(folder / "soak", asked.minutes, say=say)
+            report["soak"] = asdict(soaked)
+            print(soaked)
+            sound &= soaked.sound
     if asked.out:
         asked.out.write_text(json.dumps(report, indent=1))
     return 0 if sound else 1
