@@ -193,6 +193,7 @@ def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2, anything else keeps its traceback."""
     import transformers
 
+    from deploy.guards import GuardTripped
     from deploy.supervise import PartFailed
     from envs.registry import EnvironmentUnknown
     from learner.checkpoint import CheckpointError
@@ -205,9 +206,8 @@ def main() -> None:
     except (ConfigError, EnvironmentUnknown, ModelError, CheckpointError, ChatError) as error:
         errors.print(f"manta: {error}", style="red")
         sys.exit(2)
-    except (
-        PartFailed
-    ) as error:  # the supervisor's verdict: it names part, host, log file and the part's own error
+    # PartFailed is the supervisor's verdict: it names part, host, log file and the part's own error.
+    except (PartFailed, GuardTripped) as error:
         errors.print(f"manta: {error}", style="red")
         sys.exit(1)
 

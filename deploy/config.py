@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deploy.guards import DEFAULTS, Guard
 from deploy.supervise import SupervisionSettings
 from envs.host import HostSettings
 from learner.learner import LearnerSettings
@@ -144,6 +145,7 @@ class RunConfig(Settings):
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
     supervision: SupervisionSettings = Field(default_factory=SupervisionSettings)
+    guards: tuple[Guard, ...] = Field(DEFAULTS, description="bounds of metrics that warn or end the run")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -151,10 +153,16 @@ class RunConfig(Settings):
             raise ValueError(
                 "give exactly one of learner.model.path (a checkpoint) and the section tiny (one is built)"
             )
-        if self.rollout.group_size < 2:
+        credit = self.learner.algorithm.credit
+        if self.rollout.group_size < 2 and credit.siblings:
             raise ValueError(
-                "rollout.group_size=1 leaves GRPO without a baseline: an advantage is a reward compared with its "
-                "siblings'; use 2 or more"
+                f"rollout.group_size=1 leaves learner.algorithm.credit.kind={credit.kind!r} without a baseline: an "
+                "advantage is a reward compared with its siblings'; use 2 or more, or reinforce_pp, returns or gae"
+            )
+        if self.rollout.max_turns == 1 and credit.turns:
+            raise ValueError(
+                f"learner.algorithm.credit.kind={credit.kind!r} compares turns, but rollout.max_turns=1; "
+                "allow more turns, or use kind = 'group'"
             )
         if self.sampling.top_p < 1:
             raise ValueError(
@@ -180,7 +188,9 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _schedules_fit_the_run(self) -> Self:
         learner = self.learner
-        schedules = [("learner.optim", learner.optim, self.steps * learner.algorithm.minibatches)]
+        schedules = [("learner.optim", learner.optim, self.steps * learner.algorithm.updates)]
+        if critic := learner.algorithm.critic:
+            schedules.append(("learner.algorithm.critic.optim", critic.optim, schedules[0][2]))
         if self.warm_start:
             steps = learner.imitation.steps(self.warm_start.episodes)
             schedules.append(("learner.imitation.optim", learner.imitation.optim, steps))
@@ -220,15 +230,41 @@ class RunConfig(Settings):
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe (a path, or the name of one that ships with Manta), apply overrides, check everything."""
-    text = recipe_text(recipe)
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"recipe {recipe}: not valid TOML: {error}") from error
+    """Read a recipe (a path, or the name of one that ships with Manta), apply overrides, check everything.
+
+    A recipe that `extends` one that ships with Manta says only what differs.
+    """
+    tree = _read(recipe)
     for override in overrides:
         _apply(tree, override)
     return parse(tree, recipe)
+
+
+def _read(recipe: str) -> Nested:
+    """A recipe over what it extends."""
+    try:
+        tree = tomllib.loads(recipe_text(recipe))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {recipe}: not valid TOML: {error}") from error
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str) or base.endswith(".toml"):
+        raise ConfigError(f"recipe {recipe}: extends names a recipe that ships with Manta, not {base!r}")
+    return _merged(_read(base), tree)
+
+
+def _merged(base: Nested, changes: Nested) -> Nested:
+    """Options of sections that both have stand side by side; a section with another `kind` is another section."""
+    merged = dict(base)
+    for name, value in changes.items():
+        old = base.get(name)
+        if isinstance(old, dict) and isinstance(value, dict):
+            same_kind = value.get("kind", old.get("kind")) == old.get("kind")
+            merged[name] = _merged(old, value) if same_kind else value
+        else:
+            merged[name] = value
+    return merged
 
 
 def recipe_text(recipe: str) -> str:
@@ -299,13 +335,14 @@ def option_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[s
     names: list[str] = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
-        for section in _models_in(field.annotation):
+        for section in models_in(field.annotation):
             names.extend(option_names(section, f"{prefix}{name}."))
     return names
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The settings classes of an annotation, those of unions and sequences too."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     arguments = getattr(annotation, "__args__", ())
-    return [model for argument in arguments for model in _models_in(argument)]
+    return [model for argument in arguments for model in models_in(argument)]

@@ -17,6 +17,7 @@ from typing import Any
 from deploy.build import evaluation_tasks
 from deploy.config import RunConfig
 from deploy.evaluate import Evaluation
+from deploy.guards import Watch
 from deploy.metrics import MetricsLog, read_metrics
 from deploy.progress import Progress
 from deploy.report import write_report
@@ -94,6 +95,7 @@ class Training:
     async def _steps_from(self, version: int) -> None:
         """All steps after `version`; what was logged of them before is cut off."""
         log = MetricsLog(self.ring.run_folder, resume_after=version)
+        guards = Watch(self.config.guards, self.progress.say)
         try:
             self.ring.begin_rollouts()
             before = await self.ring.counters()
@@ -105,6 +107,7 @@ class Training:
                 before = counters
                 log.write(step, row)
                 self.progress.update(step, row)
+                guards.look(step, row)
                 if step % self.config.checkpoint.every_steps == 0 or step == self.config.steps:
                     await self._save()
         finally:

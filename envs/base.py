@@ -8,6 +8,7 @@ Keys of `info` that mean something to Manta:
 
     success    bool, on the last step: the environment's own verdict, where it has one
     malformed  bool: the action could not be read (whether that ends the episode is the environment's choice)
+    rewards    dict, name -> number: what the step's reward is made of, for methods that weigh the parts
 
 An episode goes on after its worker is lost. An environment whose seed fixes all it does needs nothing for that: its
 actions are played again. One that is slow or does not repeat itself may offer `Snapshots`.
@@ -15,6 +16,7 @@ actions are played again. One that is slow or does not repeat itself may offer `
 
 from __future__ import annotations
 
+import json
 from typing import Any, Protocol, runtime_checkable
 
 import gymnasium as gym
@@ -25,6 +27,12 @@ Observation = str | list[Message]
 Info = dict[str, Any]
 
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n\t"
+
+
+def named_rewards(info: Info) -> str | None:
+    """The parts of a step's reward as JSON; None where the environment names none. TypeError, ValueError for junk."""
+    named = info.get("rewards")
+    return None if named is None else json.dumps({str(key): float(value) for key, value in named.items()})
 
 
 def text_space(max_length: int = 4096) -> spaces.Text:

@@ -27,13 +27,13 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from envs.base import Observation
+from envs.base import Observation, named_rewards
 from envs.host import Env, EnvironmentFailed, HostSettings, Inline, Outcome
 
 _CLOSE_SECONDS = 2.0  # what an environment is given to close
 _LENGTHS = struct.Struct("<II")  # of the JSON and of the bytes behind it
 _PR_SET_PDEATHSIG = 1
-_INFO = ("success", "malformed")
+_INFO = ("success", "malformed")  # verdicts
 
 Message = tuple[dict[str, Any], bytes]
 
@@ -216,12 +216,15 @@ async def _answer(replica: Inline, request: dict[str, Any], blob: bytes) -> Mess
             assert what == "step"
             observation, reward, terminated, truncated, info = await replica.step(request["action"])
             snapshot = None if terminated or truncated else replica.snapshot()
+            told = {key: bool(info[key]) for key in _INFO if info.get(key) is not None}
+            if (named := named_rewards(info)) is not None:
+                told["rewards"] = json.loads(named)
             answer = {
                 "observation": observation,
                 "reward": float(reward),
                 "terminated": bool(terminated),
                 "truncated": bool(truncated),
-                "info": {key: bool(info[key]) for key in _INFO if info.get(key) is not None},
+                "info": told,
                 "snapshot": snapshot is not None,
             }
             return answer, snapshot or b""

@@ -1,41 +1,128 @@
-"""What the learner optimizes, as settings."""
+"""What the learner optimizes, as a composition: credit, loss, aggregation, corrections, regularizers.
+
+    rewards -> credit -> advantages                     who deserves what                   credit.py
+    logprobs -> loss [N] x corrections [N]              how far a token is moved            losses.py, corrections.py
+            + kl + entropy [N]                          what else is wanted of it           regularizers.py
+            x weights [N] -> one number                 what a token counts                 aggregation.py
+
+Every part is a section of a recipe, chosen by its `kind`; nothing below knows an algorithm's name.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from learner.aggregation import Aggregation
+from learner.corrections import AnyCorrection
+from learner.credit import AnyCredit, GroupCredit
+from learner.losses import AnyLoss, ClippedLoss
+from learner.optim import OptimSettings
+from learner.regularizers import KlSettings, OverlongSettings
+
+
+class CriticSettings(BaseModel, extra="forbid", frozen=True):
+    """A second model of the policy's kind that says what a state is worth."""
+
+    optim: OptimSettings = Field(default=OptimSettings(learning_rate=1e-5), description="its own optimizer")
+    value_clip: float | None = Field(
+        default=0.2, gt=0, description="how far a value may move from what it was, per batch; none: freely"
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="first learner steps in which only the critic learns"
+    )
+
 
 class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
-    """Group-relative policy optimization: PPO's clipped surrogate with a truncated importance weight."""
+    """A policy-gradient method, part by part. As it stands: GRPO with separate clips, as in DAPO."""
 
-    clip_low: float = Field(default=0.2, gt=0, lt=1, description="the ratio is clipped below at 1 - clip_low")
-    clip_high: float = Field(default=0.28, gt=0, description="the ratio is clipped above at 1 + clip_high")
-    tis_cap: float = Field(
-        default=2.0, gt=0, description="upper bound of the importance weight proximal / behavior"
+    credit: AnyCredit = Field(default=GroupCredit(), description="from rewards to advantages")
+    loss: AnyLoss = Field(default=ClippedLoss(), description="from advantages to a loss per token")
+    aggregation: Aggregation = Field(
+        default="token",
+        description="what is averaged: all tokens, the means of the episodes, or episodes over a constant length",
+    )
+    aggregation_length: int | None = Field(
+        default=None, gt=0, description="tokens that aggregation='constant' divides by"
     )
     proximal: Literal["behavior", "learner"] = Field(
         default="behavior",
-        description="what the clipped ratio is taken against: the logprobs recorded while sampling, or the "
-        "learner's own before its first update on the batch (the importance weight then corrects the rest)",
+        description="what the loss's ratio is taken against: the logprobs recorded while sampling, or the "
+        "learner's own before its first update on the batch (corrections then weigh the rest)",
     )
-    minibatches: int = Field(default=1, ge=1, description="optimizer steps one batch of groups is split into")
+    corrections: tuple[AnyCorrection, ...] = Field(
+        default=(), description="weights and masks for tokens that another policy sampled; they multiply"
+    )
+    kl: KlSettings | None = Field(default=None, description="divergence from version 0")
     entropy_bonus: float = Field(
         default=0.0, ge=0, description="weight of the mean token entropy added to the objective"
     )
-    advantage_eps: float = Field(
-        default=1e-6, ge=0, description="added to a group's reward standard deviation"
+    overlong: OverlongSettings | None = Field(default=None, description="punishment of long episodes")
+    critic: CriticSettings | None = Field(default=None, description="a model of what states are worth")
+    minibatches: int = Field(
+        default=1, ge=1, description="optimizer steps one pass over a batch is split into"
     )
+    epochs: int = Field(default=1, ge=1, description="passes over a batch: how often a sample is used")
     skip_zero_advantage: bool = Field(
         default=True,
         description="leave sequences without any advantage out of the forward pass; they still count",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_kinds(cls, sections: Any) -> Any:
+        """A section that names no kind is about the usual one."""
+        if not isinstance(sections, dict):
+            return sections
+        usual = {"credit": {"kind": "group"}, "loss": {"kind": "ppo"}}
+        said = {
+            name: kind | sections[name]
+            for name, kind in usual.items()
+            if isinstance(sections.get(name), dict)
+        }
+        return sections | said
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of one learner step."""
+        return self.minibatches * self.epochs
+
     @model_validator(mode="after")
-    def _bonus_reaches_every_token(self) -> AlgorithmSettings:
-        if self.entropy_bonus > 0 and self.skip_zero_advantage:
+    def _parts_fit(self) -> AlgorithmSettings:
+        every_token = {"entropy_bonus": self.entropy_bonus > 0, "kl": self.kl and self.kl.where == "loss"}
+        for name, acts in every_token.items():
+            if acts and self.skip_zero_advantage:
+                raise ValueError(
+                    f"{name} acts on every sampled token: set skip_zero_advantage = false with it"
+                )
+        if self.aggregation == "constant" and self.aggregation_length is None:
+            raise ValueError("aggregation='constant' divides by aggregation_length; say how many tokens")
+        idle = [part.kind for part in self.corrections if part.needs_ratio]
+        if idle and self.proximal == "behavior":
             raise ValueError(
-                "entropy_bonus acts on every sampled token: set skip_zero_advantage = false with it"
+                f"corrections of kind {', '.join(map(repr, idle))} weigh proximal against behaviour logprobs, which "
+                "are the same with proximal='behavior'; set proximal = 'learner'"
+            )
+        if self.aggregation != "constant" and self.aggregation_length is not None:
+            raise ValueError(
+                f"aggregation={self.aggregation!r} divides by no aggregation_length; leave it away, or use 'constant'"
+            )
+        penalties = [name for name, part in (("overlong", self.overlong), ("kl", self.kl)) if part]
+        if self.kl and self.kl.where == "loss":
+            penalties.remove("kl")
+        if penalties and not self.credit.shaped:
+            raise ValueError(
+                f"credit.kind={self.credit.kind!r} reads named rewards alone, which {' and '.join(penalties)} would "
+                "not reach; leave that away, or use another estimator"
+            )
+        if self.credit.critic and self.critic is None:
+            raise ValueError(
+                f"credit.kind={self.credit.kind!r} needs a critic: add the section critic, or use an estimator without "
+                "one (group, rloo, maxrl, reinforce_pp, returns, gigpo, gdpo)"
+            )
+        if self.critic is not None and not self.credit.critic:
+            raise ValueError(
+                f"credit.kind={self.credit.kind!r} asks no critic: leave the section critic away, or use kind = 'gae'"
             )
         return self

@@ -7,16 +7,16 @@ a sequence is a target but never an input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from learner.advantages import broadcast
 from rollout.wire.trajectory import Float32Array, Int32Array, Step, Trajectory
 
 NOT_SAMPLED = -1  # in versions_T: no weights sampled this token
@@ -31,6 +31,9 @@ class TokenSequence:
     behavior_logprobs_T: Float32Array  # nats, 0 where not sampled
     advantages_T: Float32Array  # 0 where not sampled
     versions_T: Int32Array  # NOT_SAMPLED where not sampled
+    weight: float = 1.0  # of each sampled token in the loss
+    # What else is known of sampled tokens, under the names of MicroBatch's optional tensors without their _N.
+    columns: Mapping[str, Float32Array] = field(default_factory=dict)
 
     @property
     def num_sampled(self) -> int:
@@ -56,26 +59,26 @@ class MicroBatch:
     behavior_logprobs_N: Tensor  # float32
     advantages_N: Tensor  # float32
     versions_N: Tensor  # int64
+    weights_N: Tensor  # float32, of each token in the loss
     proximal_logprobs_N: Tensor | None = None  # float32; None: whatever the algorithm takes without one
+    reference_logprobs_N: Tensor | None = None  # float32; the reference policy's
+    values_N: Tensor | None = None  # float32; the critic's before the first update on the batch
+    value_targets_N: Tensor | None = None  # float32
+
+    @property
+    def sequence_N(self) -> Tensor:
+        """Which sequence each scored token belongs to: int64, 0..B-1."""
+        return self.sequence_ids_T[self.score_index_N]
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same row on another device."""
         if device.type == self.input_ids_T.device.type:
             return self
-        proximal_N = self.proximal_logprobs_N
-        return MicroBatch(
-            input_ids_T=self.input_ids_T.to(device),
-            position_ids_T=self.position_ids_T.to(device),
-            sequence_ids_T=self.sequence_ids_T.to(device),
-            cu_seqlens_B=self.cu_seqlens_B.to(device),
-            longest=self.longest,
-            score_index_N=self.score_index_N.to(device),
-            targets_N=self.targets_N.to(device),
-            behavior_logprobs_N=self.behavior_logprobs_N.to(device),
-            advantages_N=self.advantages_N.to(device),
-            versions_N=self.versions_N.to(device),
-            proximal_logprobs_N=None if proximal_N is None else proximal_N.to(device),
-        )
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in found.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,27 +86,44 @@ class Batch:
     """Everything one optimizer step sees."""
 
     micro_batches: tuple[MicroBatch, ...]
-    sampled_tokens: int  # over ALL sequences, skipped ones too: the denominator of the loss
+    sampled_tokens: int  # over ALL sequences, skipped ones too
     sequences: int
     skipped_sequences: int  # left out of the forward pass: no advantage anywhere
 
 
-def sequences_of(trajectory: Trajectory, advantage: float) -> list[TokenSequence]:
-    """The segments of a trajectory that hold a sampled token, each with the trajectory's advantage.
+def sequences_of(
+    trajectory: Trajectory,
+    advantages_N: Float32Array,
+    weight: float = 1.0,
+    columns: Mapping[str, Float32Array] | None = None,
+) -> list[TokenSequence]:
+    """The segments of a trajectory that hold a sampled token, with what is known of each of its N sampled tokens.
 
-    ValueError for a segment that opens with a sampled token: nothing predicts it.
+    advantages_N and columns: float32 [N] in the order of the tokens. ValueError for a segment that opens
+    with a sampled token: nothing predicts it.
     """
     segments = [list(steps) for _, steps in groupby(trajectory.steps, key=lambda step: step.segment)]
-    found = [_sequence(steps, advantage) for steps in segments if any(len(step.action_ids) for step in steps)]
-    if any(sequence.sampled_T[0] for sequence in found):
-        where = f"group {trajectory.group_id}, episode {trajectory.index}"
-        raise ValueError(
-            f"{where}: a segment opens with a sampled token; a prompt of at least one token must precede"
-        )
+    found = []
+    start = 0
+    for steps in segments:
+        here = slice(start, start + sum(len(step.action_ids) for step in steps))
+        start = here.stop
+        if here.start == here.stop:
+            continue
+        known = {name: column_N[here] for name, column_N in (columns or {}).items()}
+        sequence = _sequence(steps, advantages_N[here], weight, known)
+        if sequence.sampled_T[0]:
+            where = f"group {trajectory.group_id}, episode {trajectory.index}"
+            raise ValueError(
+                f"{where}: a segment opens with a sampled token; a prompt of at least one token must precede"
+            )
+        found.append(sequence)
     return found
 
 
-def _sequence(steps: Sequence[Step], advantage: float) -> TokenSequence:
+def _sequence(
+    steps: Sequence[Step], advantages_N: Float32Array, weight: float, columns: Mapping[str, Float32Array]
+) -> TokenSequence:
     ids, sampled, logprobs, versions = [], [], [], []
     for step in steps:
         prompt, action = len(step.prompt_ids), len(step.action_ids)
@@ -116,9 +136,37 @@ def _sequence(steps: Sequence[Step], advantage: float) -> TokenSequence:
         token_ids_T=np.concatenate(ids),
         sampled_T=sampled_T,
         behavior_logprobs_T=np.concatenate(logprobs),
-        advantages_T=broadcast(advantage, sampled_T),
+        advantages_T=_spread(advantages_N, sampled_T),
         versions_T=np.concatenate(versions),
+        weight=weight,
+        columns={name: _spread(column_N, sampled_T) for name, column_N in columns.items()},
     )
+
+
+def _spread(values_N: Float32Array, sampled_T: NDArray[np.bool_]) -> Float32Array:
+    """Values of sampled tokens at their places, zeros at every other: [N] -> [T]."""
+    out_T = np.zeros(len(sampled_T), np.float32)
+    out_T[sampled_T] = values_N
+    return out_T
+
+
+def arrange(sizes: Sequence[int], tokens_per_row: int) -> list[list[int]]:
+    """Which items share a row of at most so many tokens (a longer one gets its own): item numbers, row by row.
+
+    First-fit-decreasing (Johnson 1973). Inside a row items stand in order of falling size, which packed attention
+    relies on for speed.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda item: sizes[item], reverse=True):
+        row = next((i for i, free in enumerate(room) if free >= sizes[item]), None)
+        if row is None:
+            rows.append([item])
+            room.append(tokens_per_row - sizes[item])
+        else:
+            rows[row].append(item)
+            room[row] -= sizes[item]
+    return rows
 
 
 def pack(
@@ -127,12 +175,10 @@ def pack(
     context: int,
     skip_zero_advantage: bool = False,
 ) -> Batch:
-    """Pack sequences into rows of at most tokens_per_microbatch input tokens (a longer one gets its own row).
+    """Pack sequences into rows of at most tokens_per_microbatch input tokens.
 
-    First-fit-decreasing (Johnson 1973); inside a row sequences stand in order of falling length, which packed
-    attention relies on for speed. A sequence whose advantages are all zero has no gradient under the policy
-    loss: with skip_zero_advantage it is not computed, but still counted in `sampled_tokens`. ValueError for a
-    sequence longer than the model's context.
+    A sequence whose advantages are all zero has no gradient under the policy loss: with skip_zero_advantage it is not
+    computed, but still counted in `sampled_tokens`. ValueError for a sequence longer than the model's context.
     """
     longest = max((len(s.token_ids_T) for s in sequences), default=0)
     if longest > context:
@@ -140,26 +186,17 @@ def pack(
             f"a sequence of {longest} tokens exceeds the model's context of {context}; shorten episodes"
         )
     kept = [s for s in sequences if not skip_zero_advantage or s.advantages_T.any()]
-    rows: list[list[TokenSequence]] = []
-    room: list[int] = []
-    for sequence in sorted(kept, key=lambda s: s.num_inputs, reverse=True):
-        size = sequence.num_inputs
-        row = next((i for i, free in enumerate(room) if free >= size), None)
-        if row is None:
-            rows.append([sequence])
-            room.append(tokens_per_microbatch - size)
-        else:
-            rows[row].append(sequence)
-            room[row] -= size
+    rows = arrange([s.num_inputs for s in kept], tokens_per_microbatch)
     return Batch(
-        micro_batches=tuple(_row(row) for row in rows),
+        micro_batches=tuple(row_of([kept[item] for item in row]) for row in rows),
         sampled_tokens=sum(s.num_sampled for s in sequences),
         sequences=len(sequences),
         skipped_sequences=len(sequences) - len(kept),
     )
 
 
-def _row(sequences: Sequence[TokenSequence]) -> MicroBatch:
+def row_of(sequences: Sequence[TokenSequence]) -> MicroBatch:
+    """These sequences end to end; all of them know the same columns."""
     lengths_B = np.array([s.num_inputs for s in sequences])
     cu_seqlens_B = np.concatenate([[0], lengths_B.cumsum()])
     sampled_T = np.concatenate([s.sampled_T[1:] for s in sequences])
@@ -178,6 +215,11 @@ def _row(sequences: Sequence[TokenSequence]) -> MicroBatch:
         behavior_logprobs_N=_float32(scored([s.behavior_logprobs_T for s in sequences])),
         advantages_N=_float32(scored([s.advantages_T for s in sequences])),
         versions_N=_int64(scored([s.versions_T for s in sequences])),
+        weights_N=_float32(np.repeat([s.weight for s in sequences], [s.num_sampled for s in sequences])),
+        **{
+            f"{name}_N": _float32(scored([s.columns[name] for s in sequences]))
+            for name in sequences[0].columns
+        },
     )
 
 

@@ -2,7 +2,8 @@
 
     RUN/checkpoints/version-00000012/
         model/        Hugging Face format: config, safetensors, tokenizer; vLLM serves it as it is
-        optimizer.pt  moments, step count, torch's RNG state
+        critic/       where there is one: its trunk in the same format, its head
+        optimizer.pt  moments and step counts, torch's RNG state
         state.json    version, task cursor, the learner's own RNG, size and blake3 of every other file, and its own seal
 
 A checkpoint is written beside its final place, synced to disk, and renamed: a folder under its final name was
@@ -35,7 +36,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-ROOT, MODEL, OPTIMIZER, STATE = "checkpoints", "model", "optimizer.pt", "state.json"
+ROOT, MODEL, CRITIC, OPTIMIZER, STATE = "checkpoints", "model", "critic", "optimizer.pt", "state.json"
 _READ_BYTES = 16 << 20  # at a time while hashing; blake3 spreads that over all cores
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NAME = re.compile(r"version-(\d{8,})")
@@ -64,7 +65,7 @@ class Contents:
     version: int
     cursor: dict[str, Any]  # where the task stream stands; JSON
     generator: Mapping[str, Any]  # state of the learner's numpy bit generator
-    optimizer: dict[str, Any]
+    optimizers: dict[str, Any]  # state of each, by the name of what it moves
     torch_rng: Tensor
 
 
@@ -87,25 +88,27 @@ def tokenizer_files(path: str) -> dict[str, bytes]:
 
 
 def save(
-    run: Path, contents: Contents, write_model: Callable[[Path], None], model_bytes: int, keep: int
+    run: Path, contents: Contents, parts: Mapping[str, Callable[[Path], None]], part_bytes: int, keep: int
 ) -> Path:
     """Write a checkpoint of a run, make it durable, remove all but the last `keep`, return its folder.
 
-    write_model is called with the empty model folder and writes about `model_bytes` into it. Raises DiskFull.
+    parts: each is called with an empty folder of its name and writes itself into it, about `part_bytes` together.
+    Raises DiskFull.
     """
     root = run / ROOT
     folder = root / f"version-{contents.version:08d}"
     partial = root / f".partial-{folder.name}"
-    with _room_for(partial, model_bytes + _tensor_bytes(contents.optimizer)):
+    with _room_for(partial, part_bytes + _tensor_bytes(contents.optimizers)):
         for left in [
             *root.glob(".partial-*"),
             *root.glob(".removed-*"),
         ]:  # by a process that ended on its way
             shutil.rmtree(left)
-        (partial / MODEL).mkdir(parents=True)
-        write_model(partial / MODEL)
+        for name, write in parts.items():
+            (partial / name).mkdir(parents=True)
+            write(partial / name)
         with (partial / OPTIMIZER).open("wb") as file:
-            torch.save({"optimizer": contents.optimizer, "torch_rng": contents.torch_rng}, file)
+            torch.save({"optimizers": contents.optimizers, "torch_rng": contents.torch_rng}, file)
         (partial / STATE).write_text(json.dumps(_sealed(contents, partial), indent=1))
         for path in [*partial.rglob("*"), partial]:
             _sync(path)
@@ -127,7 +130,7 @@ def load(folder: Path) -> Contents:
             version=int(state["version"]),
             cursor=dict(state["cursor"]),
             generator=state["generator"],
-            optimizer=tensors["optimizer"],
+            optimizers=tensors["optimizers"],
             torch_rng=tensors["torch_rng"],
         )
     except (RuntimeError, pickle.UnpicklingError, KeyError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,29 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import BaseModel, Field
+from torch import Tensor
 
 from learner import checkpoint
-from learner.advantages import group_normalized
+from learner.aggregation import Aggregation, token_weights
 from learner.algorithm import AlgorithmSettings
-from learner.batch import Batch, MicroBatch, TokenSequence, pack, sequences_of
+from learner.batch import Batch, MicroBatch, TokenSequence, pack
+from learner.credit import GaeCredit, Values
+from learner.critic import Critic
+from learner.describe import describe
 from learner.model import ModelSettings, Policy
 from learner.optim import Optimizer, OptimSettings
-from learner.step import PolicyObjective, cross_entropy_objective, train_step
-from rollout.wire.trajectory import Group, Trajectory
+from learner.prepare import Example, TokenFunction, and_after, of_tokens
+from learner.reference import Reference
+from learner.regularizers import divergence
+from learner.step import PolicyObjective, cross_entropy_objective, sizes, train_step
+from rollout.wire.trajectory import Group
 
-# Summed over minibatches, not averaged.
-_COUNTS = ("tokens_trained", "tokens_scored", "tokens_sampled", "skipped_step")
+# Summed over optimizer steps, not averaged.
+_COUNTS = ("tokens_trained", "tokens_scored", "tokens_sampled", "skipped_step", "value_skipped_step")
+
+
+class NonFinite(RuntimeError):
+    """Loss or gradient of a batch was not finite; nothing was changed."""
 
 
 class ImitationSettings(BaseModel, extra="forbid", frozen=True):
@@ -59,8 +70,8 @@ class LearnerSettings(BaseModel, extra="forbid", frozen=True):
 class Learner:
     """Holds the policy, its optimizer and the weight version: 0 until the first step, one more with each.
 
-    seed: of the order in which episodes are imitated; temperature: that of the sampling, which the learner's logprobs
-    must share; total_steps: learner steps of the whole run, where a falling learning rate ends.
+    seed: of the order in which episodes are imitated and used again; temperature: that of the sampling, which the
+    learner's logprobs must share; total_steps: learner steps of the whole run, where a falling learning rate ends.
     """
 
     def __init__(
@@ -74,31 +85,46 @@ class Learner:
         _use_threads(settings.threads)
         self.version = 0
         self.policy = Policy(settings.model)
-        self._optimizer_steps = total_steps and total_steps * settings.algorithm.minibatches
+        self._optimizer_steps = total_steps and total_steps * settings.algorithm.updates
         self.optimizer = Optimizer(self.policy.parameters(), settings.optim, self._optimizer_steps)
         self._tokenizer = checkpoint.tokenizer_files(settings.model.path)
         self._temperature = temperature
         self._rng = np.random.default_rng(seed)
+        self._critic: Critic | None = None  # made by the first step, which finds the policy as it begins
+        self._reference = Reference(settings.model) if settings.algorithm.kl else None
 
     def step(self, groups: Sequence[Group]) -> dict[str, float]:
         """Learn from groups of sibling episodes; the version becomes one higher.
 
-        Returns train_step's metrics (means over minibatches; counts are sums) and those of `describe`.
-        ValueError for a group with fewer than two trainable episodes: it has no baseline.
+        Returns train_step's metrics and the critic's (means over optimizer steps; counts are sums) and those of
+        `describe`. ValueError where a group has too few trainable episodes for the estimator. NonFinite where the first
+        optimizer step of the batch could not be made; a later one is left out and counted in "skipped_step".
         """
         _use_threads(self.settings.threads)
-        weighted = [pair for group in groups for pair in self._with_advantages(group)]
+        algorithm = self.settings.algorithm
+        self._begin()
         described = describe(groups, self.version)
-        steps = [
-            train_step(self.policy, self.optimizer, batch, self._objective, self._temperature)
-            for batch in self._with_proximal(self._minibatches(weighted))
-        ]
+        examples = self._credited(groups)
+        if algorithm.proximal == "learner" and algorithm.updates > 1:
+            self._fix_proximal(examples)
+        objective = PolicyObjective(algorithm, self.version)
+        learns = algorithm.critic is None or self.version >= algorithm.critic.warmup_steps
+        rows: list[dict[str, float]] = []
+        for batch, whole in self._batches(examples):
+            row = sizes(whole)
+            if learns:
+                row = train_step(self.policy, self.optimizer, batch, objective, self._temperature)
+                if row["skipped_step"] and not rows:
+                    raise NonFinite(f"loss {row['loss']:g}, gradient norm {row['grad_norm']:g}")
+            if self._critic is not None:
+                row |= self._critic.step(whole)
+            rows.append(row)
         self.version += 1
-        zero = sum(advantage == 0.0 for _, advantage in weighted) / max(len(weighted), 1)
         return {
-            **_merged(steps),
+            **_merged(rows),
             **described,
-            "zero_advantage_fraction": zero,
+            "zero_advantage_fraction": _share(not example.advantages_N.any() for example in examples),
+            "cut_short": _share(not e.episode.ended and e.episode.values is None for e in examples),
             "version": float(self.version),
         }
 
@@ -110,14 +136,14 @@ class Learner:
         """
         settings = self.settings.imitation
         episodes = [trajectory for group in groups for trajectory in group.trainable]
-        sequences = [sequences_of(trajectory, 1.0) for trajectory in episodes]
+        examples = [Example.of(trajectory) for trajectory in episodes]
         optimizer = Optimizer(self.policy.parameters(), settings.optim, self.imitation_steps(len(episodes)))
         for epoch in range(settings.epochs):
             order = self._rng.permutation(len(episodes))
             for start in range(0, len(order), settings.episodes_per_step):
                 _use_threads(settings.threads or self.settings.threads)
                 chosen = order[start : start + settings.episodes_per_step]
-                batch = self._pack([sequence for place in chosen for sequence in sequences[place]])
+                batch = self._pack(self._weighed([examples[place] for place in chosen], "token"))
                 metrics = train_step(self.policy, optimizer, batch, cross_entropy_objective, temperature=1.0)
                 yield {**metrics, "epoch": float(epoch)}
 
@@ -130,15 +156,23 @@ class Learner:
 
         cursor: where the task stream stands, JSON; `load` gives it back. Raises DiskFull.
         """
+        optimizers = {"policy": self.optimizer.state_dict()}
+        parts = {checkpoint.MODEL: self.write_model}
+        size = sum(parameter.nbytes for parameter in self.policy.parameters())
+        if self._critic is not None:
+            optimizers["critic"] = self._critic.optimizer.state_dict()
+            parts[checkpoint.CRITIC] = self._critic.save
+            size += self._critic.nbytes
         contents = checkpoint.Contents(
             version=self.version,
             cursor=dict(cursor or {}),
             generator=self._rng.bit_generator.state,
-            optimizer=self.optimizer.state_dict(),
+            optimizers=optimizers,
             torch_rng=torch.get_rng_state(),
         )
-        model_bytes = sum(parameter.nbytes for parameter in self.policy.parameters())
-        return checkpoint.save(run, contents, self.write_model, model_bytes, keep)
+        if self._reference is not None and self.version == 0:
+            self._reference.keep(run, self.policy)
+        return checkpoint.save(run, contents, parts, size, keep)
 
     def load(self, run: Path) -> dict[str, Any]:
         """Continue from the newest whole checkpoint of a run, bit for bit; returns its cursor.
@@ -153,7 +187,15 @@ class Learner:
         del self.policy, self.optimizer  # their memory is needed for what comes
         self.policy = Policy(self.settings.model.model_copy(update={"path": str(folder / checkpoint.MODEL)}))
         self.optimizer = Optimizer(self.policy.parameters(), self.settings.optim, self._optimizer_steps)
-        self.optimizer.load_state_dict(contents.optimizer)
+        self.optimizer.load_state_dict(contents.optimizers["policy"])
+        if self._reference is not None:
+            self._reference.find(run)
+        critic = self.settings.algorithm.critic
+        if critic is not None and "critic" in contents.optimizers:
+            self._critic = Critic.load(
+                folder / checkpoint.CRITIC, critic, self.settings.model, self._optimizer_steps
+            )
+            self._critic.optimizer.load_state_dict(contents.optimizers["critic"])
         self.version = contents.version
         self._rng.bit_generator.state = contents.generator
         torch.set_rng_state(contents.torch_rng)
@@ -165,71 +207,104 @@ class Learner:
         for name, content in self._tokenizer.items():
             (folder / name).write_bytes(content)
 
-    @property
-    def _objective(self) -> PolicyObjective:
-        return PolicyObjective(self.settings.algorithm)
+    def _begin(self) -> None:
+        """What the first step finds: the critic and the reference begin where the policy does."""
+        critic = self.settings.algorithm.critic
+        if critic is not None and self._critic is None:
+            self._critic = Critic.beside(self.policy, critic, self._optimizer_steps)
+        if self._reference is not None and self.version == 0:
+            self._reference.copy(self.policy)
 
-    def _with_advantages(self, group: Group) -> list[tuple[Trajectory, float]]:
-        episodes = group.trainable
-        if len(episodes) < 2:
-            where = f"group {group.slot.group_id}"
-            raise ValueError(f"{where} has {len(episodes)} trainable episodes; its baseline needs at least 2")
-        advantages_G = group_normalized([t.reward for t in episodes], self.settings.algorithm.advantage_eps)
-        return list(zip(episodes, advantages_G.tolist(), strict=True))
+    def _credited(self, groups: Sequence[Group]) -> list[Example]:
+        """The trainable episodes with all that is known of their tokens before the first update."""
+        algorithm, credit = self.settings.algorithm, self.settings.algorithm.credit
+        by_group = [[Example.of(t, algorithm.overlong) for t in group.trainable] for group in groups]
+        if credit.siblings:
+            for group, siblings in zip(groups, by_group, strict=True):
+                if len(siblings) < 2:
+                    raise ValueError(
+                        f"group {group.slot.group_id} has {len(siblings)} trainable episodes; "
+                        f"credit.kind={credit.kind!r} compares at least 2"
+                    )
+        examples = [example for siblings in by_group for example in siblings]
+        self._refer(examples)
+        if self._critic is not None:
+            values = and_after(examples, self._critic.look, self.settings.tokens_per_microbatch)
+            for example, (before_N, after) in zip(examples, values, strict=True):
+                example.episode = replace(example.episode, values=Values(before_N, after))
+        credited = credit([[example.episode for example in siblings] for siblings in by_group])
+        for example, advantages_N in zip(examples, (a for group in credited for a in group), strict=True):
+            example.advantages_N = advantages_N
+            if isinstance(credit, GaeCredit) and example.episode.values is not None:
+                targets_N = credit.estimate(example.episode)[1]
+                example.columns |= {"values": example.episode.values.before_N, "value_targets": targets_N}
+        return examples
+
+    def _refer(self, examples: Sequence[Example]) -> None:
+        """The reference policy's logprobs, and what it takes from rewards."""
+        kl = self.settings.algorithm.kl
+        if kl is None or self._reference is None:
+            return
+        logprobs = of_tokens(
+            examples, self._scorer(self._reference.policy), self.settings.tokens_per_microbatch
+        )
+        for example, reference_N in zip(examples, logprobs, strict=True):
+            example.columns["reference_logprobs"] = reference_N
+            if kl.where == "reward":
+                behavior_N = np.concatenate([s.behavior_logprobs for s in example.trajectory.steps])
+                apart_N = divergence(
+                    torch.from_numpy(behavior_N), torch.from_numpy(reference_N), kl.estimator
+                )
+                costs_N = (-kl.coefficient * apart_N).numpy()
+                example.episode = replace(example.episode, token_rewards_N=costs_N)
+
+    def _fix_proximal(self, examples: Sequence[Example]) -> None:
+        """The learner's own logprobs before the first of several optimizer steps. What will be skipped needs none."""
+        skip = self.settings.algorithm.skip_zero_advantage
+        needed = [example for example in examples if example.advantages_N.any() or not skip]
+        found = of_tokens(needed, self._scorer(self.policy), self.settings.tokens_per_microbatch)
+        for example in examples:
+            example.columns["proximal_logprobs"] = np.zeros(example.trajectory.num_sampled, np.float32)
+        for example, logprobs_N in zip(needed, found, strict=True):
+            example.columns["proximal_logprobs"] = logprobs_N
+
+    def _scorer(self, policy: Policy) -> TokenFunction:
+        @torch.no_grad()
+        def logprobs(micro: MicroBatch) -> Tensor:
+            return policy.score(micro.to(policy.device), self._temperature)[0]
+
+        return logprobs
+
+    def _batches(self, examples: Sequence[Example]) -> Iterator[tuple[Batch, Batch]]:
+        """Whole episodes in nearly equal parts, one for each optimizer step: what the policy sees, and the critic.
+
+        In order the first time; later passes shuffle.
+        """
+        algorithm = self.settings.algorithm
+        order = np.arange(len(examples))
+        for epoch in range(algorithm.epochs):
+            if epoch:
+                order = self._rng.permutation(len(examples))
+            for part in np.array_split(order, min(algorithm.minibatches, len(examples)) or 1):
+                chosen = [examples[place] for place in part]
+                sequences = self._weighed(chosen, algorithm.aggregation)
+                batch = self._pack(sequences, algorithm.skip_zero_advantage)
+                yield batch, self._pack(sequences) if self._critic is not None else batch
+
+    def _weighed(self, examples: Sequence[Example], how: Aggregation) -> list[TokenSequence]:
+        length = self.settings.algorithm.aggregation_length
+        weights = token_weights([example.trajectory.num_sampled for example in examples], how, length)
+        pairs = zip(examples, weights, strict=True)
+        return [sequence for example, weight in pairs for sequence in example.sequences(weight)]
 
     def _pack(self, sequences: list[TokenSequence], skip_zero_advantage: bool = False) -> Batch:
         return pack(sequences, self.settings.tokens_per_microbatch, self.policy.context, skip_zero_advantage)
-
-    def _minibatches(self, weighted: list[tuple[Trajectory, float]]) -> list[Batch]:
-        """Whole episodes, in order, in as many nearly equal parts as there are optimizer steps."""
-        algorithm = self.settings.algorithm
-        parts = np.array_split(np.arange(len(weighted)), min(algorithm.minibatches, len(weighted)) or 1)
-        return [
-            self._pack([s for i in part for s in sequences_of(*weighted[i])], algorithm.skip_zero_advantage)
-            for part in parts
-        ]
-
-    def _with_proximal(self, batches: list[Batch]) -> list[Batch]:
-        """Fix the learner's own logprobs before the first of several optimizer steps, if it asks for them."""
-        algorithm = self.settings.algorithm
-        if algorithm.proximal == "behavior" or len(batches) == 1:
-            return batches
-        return [replace(b, micro_batches=tuple(map(self._own_logprobs, b.micro_batches))) for b in batches]
-
-    @torch.no_grad()
-    def _own_logprobs(self, micro: MicroBatch) -> MicroBatch:
-        logprobs_N, _ = self.policy.score(micro.to(self.policy.device), self._temperature)
-        return replace(micro, proximal_logprobs_N=logprobs_N)
 
 
 def _use_threads(count: int) -> None:
     # Of the calling thread: OpenMP keeps the number for each, and steps run in whatever thread is free.
     if count:
         torch.set_num_threads(count)
-
-
-def describe(groups: Sequence[Group], version: int) -> dict[str, float]:
-    """What the trained groups were, from their trainable episodes alone.
-
-    "reward", "success" (of those with a verdict; absent without any), "turns",
-    "sampled_per_episode" (tokens), "episodes", "untrainable_episodes", and "lag_mean", "lag_max": `version`,
-    the learner's, minus the weight version that sampled each token.
-    """
-    episodes = [trajectory for group in groups for trajectory in group.trainable]
-    if not episodes:
-        raise ValueError("a step needs at least one group of trainable episodes, got none")
-    lags = version - np.concatenate([step.versions for t in episodes for step in t.steps])
-    verdicts = [t.success for t in episodes if t.success is not None]
-    metrics = {
-        "reward": float(np.mean([t.reward for t in episodes])),
-        "turns": float(np.mean([len(t.steps) for t in episodes])),
-        "sampled_per_episode": float(np.mean([t.num_sampled for t in episodes])),
-        "episodes": float(len(episodes)),
-        "untrainable_episodes": float(sum(len(group.trajectories) for group in groups) - len(episodes)),
-        "lag_mean": float(lags.mean()) if lags.size else 0.0,
-        "lag_max": float(lags.max()) if lags.size else 0.0,
-    }
-    return {**metrics, "success": float(np.mean(verdicts))} if verdicts else metrics
 
 
 def _merged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -240,3 +315,7 @@ def _merged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
         values = [step[name] for step in steps if name in step]
         merged[name] = float(np.sum(values) if name in _COUNTS else np.mean(values))
     return merged
+
+
+def _share(true: Iterable[bool]) -> float:
+    return float(np.mean(list(true) or [False]))

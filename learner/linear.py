@@ -6,18 +6,28 @@ which x86 builds of torch hold too, is there more than twice as fast in a small 
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+# oneDNN's own, and that of what torch puts between; each holds on to what the other lets go. Read at their first use.
+_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+_KERNELS = 64
+
 
 def use_onednn(module: nn.Module) -> None:
     """Replace every plain linear layer below `module` by one that computes through oneDNN, if torch can.
 
     Parameters stay the same objects under the same names. What is not float32 on a CPU is computed as before.
+
+    oneDNN compiles a kernel for every shape, half a megabyte each, and keeps a thousand of them for every thread:
+    packed rows are of ever new lengths, and a learner would grow by a gigabyte. It can use those of one row again.
     """
+    for cache in _KERNEL_CACHES:
+        os.environ.setdefault(cache, str(_KERNELS))
     if not torch.backends.mkldnn.is_available() or not torch._C._dispatch_has_kernel(
         "mkldnn::_linear_pointwise"
     ):

@@ -12,6 +12,7 @@ A verb whose answer was lost may be said again: `train` names its step, `offer` 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,12 +20,16 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from learner.learner import Learner
+from learner.learner import Learner, NonFinite
 from learner.publish import Publisher, Snapshot, Staging, take_snapshot
 from rollout.wire.schema import decode
+from rollout.wire.trajectory import DropReason
 from rollout.wire.weights import Handle, SyncReport, WeightUpdate
 
+logger = logging.getLogger(__name__)
+
 Row = dict[str, float]
+MOST_NONFINITE = 3  # batches in a row that a step may set aside
 # Puts a version where engines can load it; what it gives beside the handle is kept until the version is withdrawn.
 Place = Callable[[Snapshot], tuple[Handle, Any]]
 T = TypeVar("T")
@@ -34,6 +39,7 @@ class Source(Protocol):
     """Where groups come from; the exchange, near or far."""
 
     async def take(self, version: int, timeout_s: float) -> list[pa.RecordBatch]: ...
+    async def discard(self, version: int, reason: DropReason) -> None: ...
     async def landed(self, version: int) -> None: ...
     async def counts(self) -> dict[str, int]: ...
 
@@ -81,18 +87,29 @@ class LearnerLoop:
     async def train(self, step: int) -> Row:
         """Learner step number `step`: the version becomes `step`. Returns its metrics; asked again, the same ones.
 
-        Raises ValueError where the learner stands elsewhere, and what the source's take raises.
+        A batch whose loss or gradient is not finite is dropped, and the step takes another one. Raises ValueError where
+        the learner stands elsewhere, NonFinite when that does not help, and what the source's take raises.
         """
         async with self._training:
             if self.version == step and self._last is not None:
                 return dict(self._last)
             if self.version + 1 != step:
                 raise ValueError(f"step {step} was asked of a learner that stands at version {self.version}")
-            began = time.perf_counter()
-            batches = await self._source.take(self.version, self._take_seconds)
-            waited_s = time.perf_counter() - began
-            async with self._weights:
-                return await _to_its_end(self._step, batches, waited_s)
+            waited = {"wait_s": 0.0, "nonfinite_batches": 0.0}
+            while waited["nonfinite_batches"] <= MOST_NONFINITE:
+                began = time.perf_counter()
+                batches = await self._source.take(self.version, self._take_seconds)
+                waited["wait_s"] += time.perf_counter() - began
+                try:
+                    async with self._weights:
+                        return await _to_its_end(self._step, batches, waited)
+                except NonFinite as error:
+                    logger.warning("step %d: %s; its groups are set aside and others taken", step, error)
+                    await self._source.discard(self.version, DropReason.NONFINITE)
+                    waited["nonfinite_batches"] += 1
+            raise NonFinite(
+                f"step {step}: loss or gradient was not finite on {MOST_NONFINITE + 1} batches in a row"
+            )
 
     async def offer(self) -> WeightUpdate:
         """The present version, put where engines can load it until `withdraw`.
@@ -153,20 +170,27 @@ class LearnerLoop:
                 self._saved = run_folder, version
         await self._source.landed(version)
 
-    def _step(self, batches: list[pa.RecordBatch], waited_s: float) -> Row:
+    def _step(self, batches: list[pa.RecordBatch], waited: Row) -> Row:
         self._require_whole()
         began = time.perf_counter()
         groups = [decode(batch) for batch in batches]
         self._torn = True
-        row = self._learner.step(groups)
+        try:
+            row = self._learner.step(groups)
+        except NonFinite:
+            self._torn = False  # it has changed nothing
+            raise
         self._torn = False
         train_s = time.perf_counter() - began
-        self._last = row | {
-            "step": self.version,
-            "wait_s": waited_s,
-            "train_s": train_s,
-            "learner_tokens_per_s": row["tokens_trained"] / train_s,
-        }
+        self._last = (
+            row
+            | waited
+            | {
+                "step": self.version,
+                "train_s": train_s,
+                "learner_tokens_per_s": row["tokens_trained"] / train_s,
+            }
+        )
         return dict(self._last)
 
     def _require_whole(self) -> None:

@@ -1,58 +1,235 @@
-"""Per-token losses and what is logged beside them: pure functions on torch tensors.
+"""Policy losses per token and what is logged beside them: pure functions on torch tensors.
 
-All inputs are [T] over sampled tokens, logprobs in nats. Losses come back per token and unreduced: the caller
-divides their sum by the token count of the WHOLE batch, so that any split into micro-batches has the same
-gradient.
+All inputs are [N] over sampled tokens, logprobs in nats; `proximal` is the policy that the ratio is taken against and
+carries no gradient. Losses come back per token and unreduced (aggregation.py says what each token weighs), so that any
+split into micro-batches has the same gradient. A loss is a section of the recipe (`learner.algorithm.loss`, its `kind`
+says which) and calls its function with its numbers.
 """
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
+LOG_LARGEST = 20.0  # a ratio of half a billion says all there is to say
 
-def policy_loss(
-    logprobs_T: Tensor,
-    proximal_logprobs_T: Tensor,
-    behavior_logprobs_T: Tensor,
-    advantages_T: Tensor,
+Loss = tuple[Tensor, dict[str, Tensor]]  # [N] with gradient; statistics without
+
+
+def clipped(
+    logprobs_N: Tensor,
+    proximal_N: Tensor,
+    advantages_N: Tensor,
     clip_low: float,
     clip_high: float,
-    tis_cap: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped surrogate with asymmetric clips, weighted by a truncated importance weight.
+    dual_clip: float | None = None,
+) -> Loss:
+    """PPO's clipped surrogate -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = pi / pi_proximal.
 
-    loss = -w * min(r * A, clip(r, 1 - clip_low, 1 + clip_high) * A), where r = pi / pi_proximal carries the
-    gradient (Schulman et al. 2017; separate clips: Yu et al. 2025, DAPO) and w = min(pi_proximal /
-    pi_behavior, tis_cap) does not (Espeholt et al. 2018, IMPALA; a proximal policy apart from the behavior
-    one: Hilton et al. 2022).
+    Schulman et al. 2017, equation 7; separate bounds: Yu et al. 2025 (DAPO), equation 8. dual_clip bounds what a
+    negative advantage can cost at -dual_clip A: Ye et al. 2020 (arXiv 1912.09729), equation 5.
 
-    Returns the loss [T] and float indicators [T]: "clipped" where the clip stopped the gradient, "tis_capped"
-    where the importance weight hit its cap.
+    Statistics: "clip_fraction", where a clip stopped the gradient.
     """
-    ratio_T = torch.exp(logprobs_T - proximal_logprobs_T.detach())
-    free_T = ratio_T * advantages_T
-    bounded_T = ratio_T.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages_T
+    return _clipped(ratio(logprobs_N, proximal_N), advantages_N, clip_low, clip_high, dual_clip)
+
+
+def policy_gradient(logprobs_N: Tensor, advantages_N: Tensor) -> Loss:
+    """-A log pi, Williams 1992 (REINFORCE); off policy with an importance weight beside it."""
+    return -advantages_N * logprobs_N, {}
+
+
+def sequence_clipped(
+    logprobs_N: Tensor,
+    proximal_N: Tensor,
+    advantages_N: Tensor,
+    sequence_N: Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> Loss:
+    """GSPO: one ratio for a sequence, s = exp(mean of log r over its tokens), clipped as PPO's.
+
+    Zheng et al. 2025 (arXiv 2507.18071), section 4.3 (GSPO-token): its value is the sequence's ratio everywhere and
+    its gradient that of the token's own logprob, so that advantages may differ from turn to turn. Equal advantages
+    make it equation 5. sequence_N: int64, which sequence a token belongs to.
+    """
+    mean_N = sequence_mean(logprobs_N - proximal_N, sequence_N).detach()
+    own_N = logprobs_N - logprobs_N.detach()  # zero, with a gradient
+    return _clipped(ratio(mean_N + own_N, torch.zeros_like(mean_N)), advantages_N, clip_low, clip_high, None)
+
+
+def cispo(
+    logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, clip_low: float, clip_high: float
+) -> Loss:
+    """CISPO: -sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi: the weight is clipped, no token loses its gradient.
+
+    Chen et al. 2025 (MiniMax-M1, arXiv 2506.13585), equations 4 and 5. Statistics: "clip_fraction", where the weight
+    was clipped.
+    """
     with torch.no_grad():
-        importance_T = torch.exp(proximal_logprobs_T - behavior_logprobs_T)
-        weight_T = importance_T.clamp(max=tis_cap)
-        stats = {
-            "clipped": (bounded_T < free_T).to(torch.float32),
-            "tis_capped": (importance_T > tis_cap).to(torch.float32),
-        }
-    return -weight_T * torch.minimum(free_T, bounded_T), stats
+        ratio_N = ratio(logprobs_N, proximal_N)
+        weight_N = ratio_N.clamp(1.0 - clip_low, 1.0 + clip_high)
+        stats = {"clip_fraction": (weight_N != ratio_N).float()}
+    return -weight_N * advantages_N * logprobs_N, stats
 
 
-def cross_entropy_loss(logprobs_T: Tensor) -> Tensor:
-    """Negative log-likelihood of each token, [T]."""
-    return -logprobs_T
+def soft_gated(
+    logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, positive: float, negative: float
+) -> Loss:
+    """SAPO: -A (4 / tau) sigmoid(tau (r - 1)): the gradient fades with the distance instead of being cut off.
 
-
-def kl_k3(logprobs_T: Tensor, behavior_logprobs_T: Tensor) -> Tensor:
-    """Per-token estimate [T] of KL(behavior || policy) on tokens the behavior policy sampled; never negative.
-
-    The third estimator of Schulman 2020, "Approximating KL Divergence": (r - 1) - log r with r = pi /
-    pi_behavior.
+    tau is `positive` for positive advantages and `negative` for the others. Gao et al. 2025 (arXiv 2511.20347),
+    equations 5 and 6.
     """
-    log_ratio_T = logprobs_T - behavior_logprobs_T
-    return torch.expm1(log_ratio_T) - log_ratio_T
+    ratio_N = ratio(logprobs_N, proximal_N)
+    tau_N = torch.where(advantages_N > 0, positive, negative)
+    return -advantages_N * (4.0 / tau_N) * torch.sigmoid(tau_N * (ratio_N - 1.0)), {}
+
+
+def divergence_masked(
+    logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, divergence: str, threshold: float
+) -> Loss:
+    """DPPO: -r A, but no gradient where the token's distribution is too far from the proximal one and would go on.
+
+    Both distributions are seen as "this token or another", with p and q the token's probabilities: the total
+    variation is |p - q|, the divergence ("kl") q log(q / p) + (1 - q) log((1 - q) / (1 - p)). A token is masked
+    where that exceeds the threshold and A pushes r further from 1. Qi et al. 2026 (arXiv 2602.04879), section 4.
+
+    Statistics: "clip_fraction", the tokens masked.
+    """
+    ratio_N = ratio(logprobs_N, proximal_N)
+    with torch.no_grad():
+        p_N, q_N = logprobs_N.exp(), proximal_N.exp()
+        if divergence == "tv":
+            apart_N = (p_N - q_N).abs()
+        else:
+            tiny = torch.finfo(p_N.dtype).tiny
+            others_N = torch.special.xlogy(1 - q_N, (1 - q_N).clamp_min(tiny) / (1 - p_N).clamp_min(tiny))
+            apart_N = q_N * (proximal_N - logprobs_N) + others_N
+        further_N = torch.where(advantages_N > 0, ratio_N > 1, (advantages_N < 0) & (ratio_N < 1))
+        masked_N = (apart_N > threshold) & further_N
+        stats = {"clip_fraction": masked_N.float()}
+    return torch.where(masked_N, 0.0, -ratio_N * advantages_N), stats
+
+
+def ratio(logprobs_N: Tensor, proximal_N: Tensor) -> Tensor:
+    """pi / pi_proximal, kept finite: where it would overflow it is constant, and its gradient zero rather than none."""
+    return (logprobs_N - proximal_N).clamp(-LOG_LARGEST, LOG_LARGEST).exp()
+
+
+def cross_entropy(logprobs_N: Tensor) -> Tensor:
+    """Negative log-likelihood of each token, [N]."""
+    return -logprobs_N
+
+
+def sequence_mean(values_N: Tensor, sequence_N: Tensor) -> Tensor:
+    """The mean of a token's sequence, at each of its tokens: float [N]."""
+    return sequence_sum(values_N, sequence_N) / sequence_sum(torch.ones_like(values_N), sequence_N)
+
+
+def sequence_sum(values_N: Tensor, sequence_N: Tensor) -> Tensor:
+    """The sum over a token's sequence, at each of its tokens: float [N]."""
+    count = int(sequence_N.max()) + 1 if len(sequence_N) else 0
+    return values_N.new_zeros(count).index_add(0, sequence_N, values_N)[sequence_N]
+
+
+def _clipped(ratio_N: Tensor, advantages_N: Tensor, low: float, high: float, dual_clip: float | None) -> Loss:
+    free_N = ratio_N * advantages_N
+    bounded_N = ratio_N.clamp(1.0 - low, 1.0 + high) * advantages_N
+    surrogate_N = torch.minimum(free_N, bounded_N)
+    stopped_N = bounded_N < free_N
+    if dual_clip is not None:
+        floor_N = torch.where(advantages_N < 0, dual_clip * advantages_N, -torch.inf)
+        stopped_N = stopped_N | (floor_N > surrogate_N)
+        surrogate_N = torch.maximum(surrogate_N, floor_N)
+    return -surrogate_N, {"clip_fraction": stopped_N.detach().float()}
+
+
+class _PolicyLoss(BaseModel, extra="forbid", frozen=True):
+    pass
+
+
+class ClippedLoss(_PolicyLoss):
+    """PPO's and GRPO's clipped surrogate."""
+
+    kind: Literal["ppo"] = "ppo"
+    clip_low: float = Field(default=0.2, gt=0, lt=1, description="the ratio is clipped below at 1 - clip_low")
+    clip_high: float = Field(default=0.28, gt=0, description="the ratio is clipped above at 1 + clip_high")
+    dual_clip: float | None = Field(
+        default=None, gt=1, description="bound of the ratio under negative advantages"
+    )
+
+    def __call__(self, logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, _: Tensor) -> Loss:
+        return clipped(logprobs_N, proximal_N, advantages_N, self.clip_low, self.clip_high, self.dual_clip)
+
+
+class PolicyGradientLoss(_PolicyLoss):
+    """The plain policy gradient."""
+
+    kind: Literal["reinforce"] = "reinforce"
+
+    def __call__(self, logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, _: Tensor) -> Loss:
+        return policy_gradient(logprobs_N, advantages_N)
+
+
+class SequenceClippedLoss(_PolicyLoss):
+    """GSPO: a sequence has one ratio."""
+
+    kind: Literal["gspo"] = "gspo"
+    clip_low: float = Field(
+        default=3e-4, gt=0, lt=1, description="the ratio is clipped below at 1 - clip_low"
+    )
+    clip_high: float = Field(default=4e-4, gt=0, description="the ratio is clipped above at 1 + clip_high")
+
+    def __call__(
+        self, logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, sequence_N: Tensor
+    ) -> Loss:
+        return sequence_clipped(
+            logprobs_N, proximal_N, advantages_N, sequence_N, self.clip_low, self.clip_high
+        )
+
+
+class CispoLoss(_PolicyLoss):
+    """CISPO: a policy gradient with clipped importance weights."""
+
+    kind: Literal["cispo"] = "cispo"
+    clip_low: float = Field(
+        default=1.0, gt=0, le=1, description="weights are clipped below at 1 - clip_low; 1: not at all"
+    )
+    clip_high: float = Field(default=0.28, gt=0, description="weights are clipped above at 1 + clip_high")
+
+    def __call__(self, logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, _: Tensor) -> Loss:
+        return cispo(logprobs_N, proximal_N, advantages_N, self.clip_low, self.clip_high)
+
+
+class SoftGatedLoss(_PolicyLoss):
+    """SAPO: a soft gate in place of the clip."""
+
+    kind: Literal["sapo"] = "sapo"
+    positive: float = Field(default=1.0, gt=0, description="temperature of the gate for positive advantages")
+    negative: float = Field(default=1.05, gt=0, description="and for negative ones, which disturb more")
+
+    def __call__(self, logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, _: Tensor) -> Loss:
+        return soft_gated(logprobs_N, proximal_N, advantages_N, self.positive, self.negative)
+
+
+class DivergenceLoss(_PolicyLoss):
+    """DPPO: a trust region of the probabilities in place of the ratio's."""
+
+    kind: Literal["dppo"] = "dppo"
+    divergence: Literal["tv", "kl"] = Field(
+        default="tv", description="total variation, or Kullback and Leibler's"
+    )
+    threshold: float = Field(default=0.15, gt=0, description="from where on a token has no gradient")
+
+    def __call__(self, logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, _: Tensor) -> Loss:
+        return divergence_masked(logprobs_N, proximal_N, advantages_N, self.divergence, self.threshold)
+
+
+AnyLoss = Annotated[
+    ClippedLoss | PolicyGradientLoss | SequenceClippedLoss | CispoLoss | SoftGatedLoss | DivergenceLoss,
+    Field(discriminator="kind"),
+]

@@ -84,10 +84,18 @@ class Policy:
         """Trainable parameters, tied ones once, always in the same order."""
         return (p for p in self.model.parameters() if p.requires_grad)
 
+    @property
+    def width(self) -> int:
+        """Of the hidden states."""
+        return int(self._head.weight.shape[1])
+
+    def hidden(self, micro: MicroBatch) -> Tensor:
+        """Final hidden states of a packed row, [T, D] with gradients."""
+        return self._hidden(micro.input_ids_T, micro.position_ids_T, micro.cu_seqlens_B, micro.longest)
+
     def score(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Logprob of each sampled token and entropy of its distribution: float32 [N] each, with gradients."""
-        hidden_TD = self._hidden(micro.input_ids_T, micro.position_ids_T, micro.cu_seqlens_B, micro.longest)
-        hidden_ND = hidden_TD.index_select(0, micro.score_index_N)
+        hidden_ND = self.hidden(micro).index_select(0, micro.score_index_N)
         return self._logprobs(hidden_ND, micro.targets_N, temperature)
 
     @torch.no_grad()

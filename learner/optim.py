@@ -99,12 +99,15 @@ class Optimizer:
                 parameter.grad = torch.zeros_like(parameter)
         torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
 
-    def step(self) -> StepReport:
-        """Scale the gradients down to max_grad_norm and apply them; skip the step if it is not finite."""
+    def step(self, finite: bool = True) -> StepReport:
+        """Scale the gradients down to max_grad_norm and apply them.
+
+        The step is skipped where the norm is not finite, or the caller's loss was not.
+        """
         grads: list[Tensor] = [p.grad for p in self._parameters if p.grad is not None]
         rate = learning_rate(self.settings, self.steps, self._total_steps)
         norm = float(nn.utils.get_total_norm(grads))
-        if not math.isfinite(norm):
+        if not (finite and math.isfinite(norm)):
             return StepReport(norm, rate, applied=False)
         if norm > self.settings.max_grad_norm:
             torch._foreach_mul_(grads, self.settings.max_grad_norm / norm)

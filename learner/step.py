@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,55 +11,80 @@ from torch import Tensor
 
 from learner.algorithm import AlgorithmSettings
 from learner.batch import Batch, MicroBatch
-from learner.losses import cross_entropy_loss, kl_k3, policy_loss
+from learner.corrections import effective_sample_share, ratios
+from learner.losses import cross_entropy
 from learner.model import Policy
 from learner.optim import Optimizer
+from learner.regularizers import divergence
 
-# (micro-batch, logprobs [N], entropies [N]) -> (loss [N] with gradient, per-token statistics [N] without)
+# (micro-batch, logprobs [N], entropies [N]) -> (loss [N] with gradient, statistics without: float [M], to be averaged)
 Objective = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyObjective:
-    """The clipped policy-gradient surrogate of learner/losses.py, with an entropy bonus if one is set."""
+    """The loss of learner/algorithm.py for a learner that stands at `version`."""
 
     settings: AlgorithmSettings
+    version: int = 0
 
     def __call__(
         self, micro: MicroBatch, logprobs_N: Tensor, entropy_N: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        settings = self.settings
-        behavior_N = micro.behavior_logprobs_N
+        settings, sequence_N = self.settings, micro.sequence_N
+        behavior_N, reference_N = micro.behavior_logprobs_N, micro.reference_logprobs_N
         proximal_N = micro.proximal_logprobs_N
         if proximal_N is None:  # the learner's own before this step are what it computes in this step
             proximal_N = behavior_N if settings.proximal == "behavior" else logprobs_N.detach()
-        loss_N, flags = policy_loss(
-            logprobs_N,
-            proximal_N,
-            behavior_N,
-            micro.advantages_N,
-            settings.clip_low,
-            settings.clip_high,
-            settings.tis_cap,
-        )
+        loss_N, stats = settings.loss(logprobs_N, proximal_N, micro.advantages_N, sequence_N)
+        with torch.no_grad():
+            lag_N = self.version - micro.versions_N
+            weight_N = torch.ones_like(loss_N)
+            for correction in settings.corrections:
+                weight_N = weight_N * correction(proximal_N - behavior_N, sequence_N, lag_N)
+            stats |= self._statistics(logprobs_N.detach(), entropy_N, behavior_N, lag_N)
+            if settings.corrections:
+                stats |= {"correction": weight_N, "masked_fraction": (weight_N == 0).float()}
+        loss_N = torch.where(weight_N == 0, 0.0, weight_N * loss_N)
+        if settings.kl is not None and reference_N is not None:
+            kl_N = divergence(logprobs_N, reference_N, settings.kl.estimator)
+            stats["reference_kl"] = kl_N.detach()
+            if settings.kl.where == "loss":
+                loss_N = loss_N + settings.kl.coefficient * kl_N
         if settings.entropy_bonus > 0:
             loss_N = loss_N - settings.entropy_bonus * entropy_N
-        with torch.no_grad():
-            stats = {
-                "entropy": entropy_N,
-                "kl": kl_k3(logprobs_N, behavior_N),
-                "behavior_gap": (logprobs_N - behavior_N).abs(),
-                "clip_fraction": flags["clipped"],
-                "tis_capped_fraction": flags["tis_capped"],
-            }
         return loss_N, stats
+
+    def _statistics(
+        self, logprobs_N: Tensor, entropy_N: Tensor, behavior_N: Tensor, lag_N: Tensor
+    ) -> dict[str, Tensor]:
+        """Of all scored tokens, and of those of each lag: how far the learner is from what sampled them."""
+        gap_N = (logprobs_N - behavior_N).abs()
+        ratio_N = ratios(logprobs_N - behavior_N)
+        stats = {
+            "entropy": entropy_N.detach(),
+            "kl": divergence(behavior_N, logprobs_N, "k3"),
+            "behavior_gap": gap_N,
+            "effective_samples": _repeated(effective_sample_share(ratio_N), ratio_N),
+        }
+        for lag in lag_N.unique().tolist():
+            here_N = lag_N == lag
+            ratio_L = ratio_N[here_N]
+            stats[f"behavior_gap_lag_{lag}"] = gap_N[here_N]
+            stats[f"effective_samples_lag_{lag}"] = _repeated(effective_sample_share(ratio_L), ratio_L)
+        return stats
+
+
+def _repeated(value: Tensor, like: Tensor) -> Tensor:
+    """A micro-batch's number, weighed with its tokens when micro-batches are averaged."""
+    return value.expand(len(like))
 
 
 def cross_entropy_objective(
     micro: MicroBatch, logprobs_N: Tensor, entropy_N: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Imitation: the negative log-likelihood of the recorded actions."""
-    return cross_entropy_loss(logprobs_N), {"entropy": entropy_N}
+    return cross_entropy(logprobs_N), {"entropy": entropy_N.detach()}
 
 
 def train_step(
@@ -66,33 +92,57 @@ def train_step(
 ) -> dict[str, float]:
     """Forward and backward over every micro-batch, then one clipped optimizer step.
 
-    The loss is the objective's sum over all sampled tokens divided by their number in the WHOLE batch,
-    skipped sequences included. Metrics: "loss"; the objective's statistics as means over the scored tokens;
-    "grad_norm", "learning_rate", "skipped_step" (1.0: the norm was not finite, nothing was changed);
-    "tokens_trained" (inputs computed), "tokens_scored" and "tokens_sampled" (the denominator).
+    The loss is the sum over all sampled tokens of the objective's times the token's weight, which was set for the
+    WHOLE batch, skipped sequences included. Metrics: "loss"; the objective's statistics as means over what they
+    hold; "grad_norm", "learning_rate", "skipped_step" (1.0: loss or norm was not finite, nothing was changed); those
+    of `sizes`.
     """
     optimizer.zero_grad()
-    sums: dict[str, Tensor] = {}
-    tokens = scored = 0
+    total = torch.zeros((), device=policy.device)
+    means = Means(policy.device)
     for micro in batch.micro_batches:
         on_device = micro.to(policy.device)
         logprobs_N, entropy_N = policy.score(on_device, temperature)
         loss_N, stats = objective(on_device, logprobs_N, entropy_N)
-        loss = loss_N.sum() / batch.sampled_tokens
+        loss = (loss_N * on_device.weights_N).sum()
         loss.backward()
-        for name, value_N in {"loss": loss, **stats}.items():
-            sums[name] = sums.get(name, torch.zeros((), device=policy.device)) + value_N.detach().sum()
-        tokens += len(micro.input_ids_T)
-        scored += len(micro.targets_N)
-    report = optimizer.step()
-    total_loss = float(sums.pop("loss", torch.zeros(())))
+        total = total + loss.detach()
+        means.add(stats)
+    loss_sum = float(total)
+    report = optimizer.step(finite=math.isfinite(loss_sum))
     return {
-        "loss": total_loss,
-        **{name: float(value) / scored for name, value in sums.items()},
+        "loss": loss_sum,
+        **means.values(),
         "grad_norm": report.grad_norm,
         "learning_rate": report.learning_rate,
         "skipped_step": 0.0 if report.applied else 1.0,
-        "tokens_trained": float(tokens),
-        "tokens_scored": float(scored),
+        **sizes(batch),
+    }
+
+
+def sizes(batch: Batch) -> dict[str, float]:
+    """Counts: "tokens_trained" (inputs computed), "tokens_scored", "tokens_sampled" (also of skipped sequences)."""
+    return {
+        "tokens_trained": float(sum(len(micro.input_ids_T) for micro in batch.micro_batches)),
+        "tokens_scored": float(sum(len(micro.targets_N) for micro in batch.micro_batches)),
         "tokens_sampled": float(batch.sampled_tokens),
     }
+
+
+class Means:
+    """Means of statistics that arrive in parts; nothing is moved off the device before `values`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, stats: dict[str, Tensor]) -> None:
+        """Take in one part of each."""
+        for name, value_M in stats.items():
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=self._device)) + value_M.sum()
+            self._counts[name] = self._counts.get(name, 0) + value_M.numel()
+
+    def values(self) -> dict[str, float]:
+        """The means."""
+        return {name: float(value) / max(self._counts[name], 1) for name, value in self._sums.items()}

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from envs.base import Observation
+from envs.base import Observation, named_rewards
 from envs.host import EnvironmentFailed, Replica
 from rollout.agent import Actor, ContextOverflow, Conversation, Turn, as_messages
 from rollout.chat import ChatError
@@ -176,13 +176,14 @@ class _Episode:
                 observation, reward, terminated, truncated, info = await self._replica.step(turn.action)
                 reward = float(reward)
                 as_messages(observation)
+                named = named_rewards(info)
                 end_reason = _end_reason(terminated, truncated, info)
                 snapshot = None if last or end_reason else self._replica.snapshot()
         except EnvironmentFailed:
             # The action that broke the environment is what a person will look for; it has earned nothing.
             self.steps.append(_step(number, turn, 0.0, time.perf_counter() - began))
             raise
-        step = _step(number, turn, reward, time.perf_counter() - began)
+        step = _step(number, turn, reward, time.perf_counter() - began, named)
         self.steps.append(step)
         if info.get("success") is not None:
             self.success = bool(info["success"])
@@ -211,7 +212,7 @@ def _end_reason(terminated: bool, truncated: bool, info: dict[str, Any]) -> EndR
     return EndReason.TRUNCATED if truncated else None
 
 
-def _step(number: int, turn: Turn, reward: float, env_seconds: float) -> Step:
+def _step(number: int, turn: Turn, reward: float, env_seconds: float, named: str | None = None) -> Step:
     return Step(
         turn=number,
         segment=turn.segment,
@@ -225,6 +226,7 @@ def _step(number: int, turn: Turn, reward: float, env_seconds: float) -> Step:
         finish_reason=turn.completion.finish_reason,
         env_seconds=env_seconds,
         engine_seconds=turn.engine_seconds,
+        named_rewards=named,
     )
 
 

@@ -53,6 +53,10 @@ class RolloutSettings(BaseModel):
     )
     group_size: int = Field(8, gt=0, description="sibling episodes of one task")
     concurrent_groups: int = Field(32, gt=0, description="groups one worker plays at the same time")
+    drop_uniform: bool = Field(
+        False,
+        description="dynamic sampling: give up a group whose episodes all earned the same, and play another one",
+    )
     context_tokens: int = Field(1024, gt=1, description="longest conversation, prompt and answers, in tokens")
     max_turns: int = Field(100, gt=0, description="turns after which an episode is truncated")
     episode_seconds: float = Field(600.0, gt=0, description="wall clock after which an episode has failed")
@@ -190,6 +194,7 @@ class RolloutWorker:
             **self._tally.row(),
             "groups": self._groups["played"],
             "groups_dropped": self._groups["dropped"],
+            "groups_uniform": self._groups["uniform"],
             "groups_superseded": self._groups["superseded"],
             "engine_seconds": self._agent.engine_clock.seconds,
         }
@@ -249,13 +254,16 @@ class RolloutWorker:
         for trajectory in group.trajectories:
             self._tally.ended(trajectory)
         rows = [EpisodeRow.of(trajectory) for trajectory in group.trajectories]
-        if len(group.trainable) >= self._settings.needed:
-            await self._exchange.add(group.slot, encode(group), rows)
-            self._groups["played"] += 1
-        else:
+        if len(group.trainable) < self._settings.needed:
             errors = [trajectory.error for trajectory in group.trajectories if trajectory.error]
             await self._exchange.drop(group.slot, DropReason.FAILED, errors[0] if errors else "", rows)
             self._groups["dropped"] += 1
+        elif self._settings.drop_uniform and len({t.reward for t in group.trainable}) == 1:
+            await self._exchange.drop(group.slot, DropReason.UNIFORM, "", rows)
+            self._groups["uniform"] += 1
+        else:
+            await self._exchange.add(group.slot, encode(group), rows)
+            self._groups["played"] += 1
 
     async def _evaluate_one(self, place: Place, gate: asyncio.Semaphore) -> Trajectory:
         async with gate:

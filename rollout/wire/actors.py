@@ -47,6 +47,9 @@ class ExchangeActor:
     async def take(self, version: int, timeout_s: float) -> list[pa.RecordBatch]:
         return await self._exchange.take(version, timeout_s)
 
+    async def discard(self, version: int, reason: DropReason) -> None:
+        await self._exchange.discard(version, reason)
+
     async def release(self, version: int) -> None:
         await self._exchange.release(version)
 
@@ -107,6 +110,9 @@ class RemoteExchange:
     async def take(self, version: int, timeout_s: float) -> list[pa.RecordBatch]:
         batches: list[pa.RecordBatch] = await self._actor.take.remote(version, timeout_s)
         return batches
+
+    async def discard(self, version: int, reason: DropReason) -> None:
+        await self._actor.discard.remote(version, reason)
 
     async def release(self, version: int) -> None:
         await self._actor.release.remote(version)

@@ -162,6 +162,12 @@ class Exchange:
             except TimeoutError:
                 continue  # or the disk had no room meanwhile
 
+    async def discard(self, version: int, reason: DropReason) -> None:
+        """The step after `version` can not be made of the groups it took: drop them, and let it take others."""
+        self._require_open()
+        await self._run(partial(self._store.discard, version, reason))
+        self._wake()
+
     async def release(self, version: int) -> None:
         """Engines hold `version`; the slots of the last step are free."""
         self._require_open()

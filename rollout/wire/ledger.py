@@ -63,6 +63,9 @@ UPDATE groups SET state = 'again', taken_version = NULL, max_version = NULL, seg
 """
 _TAKEN = "UPDATE groups SET state = 'taken', taken_version = ? WHERE group_id = ?"
 _TRAINED = "UPDATE groups SET state = 'trained' WHERE state = 'taken' AND taken_version < ?"
+_DISCARDED = """
+UPDATE groups SET state = 'dropped', reason = ?, taken_version = NULL WHERE state = 'taken' AND group_id = ?
+"""
 _SINCE = """
 SELECT group_id, attempt, env_id, seed, env_options, issue_version, state, worker, lane, taken_version, max_version,
     segment, "offset", length, checksum
@@ -194,6 +197,11 @@ class Ledger:
     def give_back(self, group_ids: Iterable[int]) -> None:
         """The learner never got them: complete again."""
         self._each(_COMPLETE_AGAIN, group_ids)
+
+    def discard(self, group_ids: Iterable[int], reason: DropReason) -> None:
+        """The learner took them and can make no step of them."""
+        with self._transaction():
+            self._db.executemany(_DISCARDED, [(reason.value, group_id) for group_id in group_ids])
 
     def release(self, version: int) -> None:
         """Engines hold `version`."""

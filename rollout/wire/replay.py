@@ -123,6 +123,10 @@ class ReplayBuffer(Generic[Payload]):
         self._waiting.update(self._taken)
         self._taken.clear()
 
+    def discard(self) -> None:
+        """No step will be made of what was taken: its slots are free, and the same step takes other groups."""
+        self._taken.clear()
+
     def release(self, version: int) -> None:
         """Engines hold `version`, the outcome of the step just taken: the slots of its groups are free."""
         if not self._taken or version != self.version + 1:

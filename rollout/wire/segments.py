@@ -6,7 +6,7 @@ Offsets and checksums of single batches are remembered by whoever needs to read 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +86,16 @@ def segment_path(folder: Path, number: int) -> Path:
 def segment_files(folder: Path) -> list[tuple[int, Path]]:
     """The segments of a folder with their numbers, in order."""
     return numbered(folder, _STEM, _SUFFIX)
+
+
+def remove_oldest(folder: Path, limit_bytes: float, needed: Collection[int | None]) -> None:
+    """Remove segments, the oldest first, until a folder holds no more than this; those needed stay."""
+    sizes = {number: path.stat().st_size for number, path in segment_files(folder)}
+    excess = sum(sizes.values()) - limit_bytes
+    for number, size in sizes.items():
+        if excess > 0 and number not in needed:
+            segment_path(folder, number).unlink()
+            excess -= size
 
 
 def read_batch(folder: Path, location: Location) -> pa.RecordBatch:

@@ -27,7 +27,7 @@ from rollout.wire.segments import (
     Location,
     SegmentWriter,
     read_batch,
-    segment_files,
+    remove_oldest,
     segment_path,
     write_once,
 )
@@ -168,7 +168,7 @@ class Store:
         if not self._holders.holds(slot):
             if self._ledger.fate(slot.group_id) == (slot.attempt, "dropped"):
                 return
-            raise _stale(slot)
+            raise StaleSlot.of(slot)
         self._ledger.drop(slot, reason, error, episodes)
         self._buffer.drop(slot.group_id)
         self._failures.watch(((row.end_reason, row.error) for row in episodes), error)
@@ -203,6 +203,17 @@ class Store:
                     group.batch = None  # should the learner ask again, it is read again
                 return batches
         return None
+
+    def discard(self, version: int, reason: DropReason) -> None:
+        """The step after `version` can not be made of what it took: the groups are dropped, and it takes others.
+
+        Their rows are set aside under RUN/discarded, whatever becomes of their segments.
+        """
+        taken = self._buffer.taken if version == self.version else []
+        if batches := self._read(taken):
+            write_once(self._folder / "discarded" / f"version-{version:08d}", batches)
+            self._ledger.discard([group_id for group_id, _ in taken], reason)
+            self._buffer.discard()
 
     def release(self, version: int) -> None:
         """Engines hold `version`: the slots of the groups it was trained on are free."""
@@ -331,7 +342,7 @@ class Store:
             else:
                 fate = self._ledger.fate(slot.group_id)
                 there = fate in [(slot.attempt, state) for state in ("complete", "taken", "trained")]
-                answers.append(None if there else _stale(slot))
+                answers.append(None if there else StaleSlot.of(slot))
         return new, answers
 
     def _write(self, rows: Sequence[pa.RecordBatch], groups: dict[int, Finished]) -> dict[int, Location]:
@@ -384,17 +395,5 @@ class Store:
     def _trim(self) -> None:
         if self.settings.disk_gib is None:
             return
-        sizes = {number: path.stat().st_size for number, path in segment_files(self._groups)}
-        excess = sum(sizes.values()) - self.settings.disk_gib * 2**30
         needed = self._ledger.segments_in_use() | {self._segments.open_segment}
-        for number, size in sizes.items():
-            if excess > 0 and number not in needed:
-                segment_path(self._groups, number).unlink()
-                excess -= size
-
-
-def _stale(slot: Slot) -> StaleSlot:
-    return StaleSlot(
-        f"group {slot.group_id}, attempt {slot.attempt}, holds no slot: "
-        "it was handed in, dropped, handed on or issued again"
-    )
+        remove_oldest(self._groups, self.settings.disk_gib * 2**30, needed)

@@ -34,7 +34,9 @@ class EndReason(StrEnum):
 class DropReason(StrEnum):
     """Why a group will never be trained."""
 
+    NONFINITE = "nonfinite"  # the learner's loss or gradient was not finite on its batch
     FAILED = "failed"  # fewer than two episodes survived infrastructure failures
+    UNIFORM = "uniform"  # all episodes earned the same: they have no advantage over one another (Yu et al. 2025, DAPO)
     CANCELLED = "cancelled"  # given up when the run ended
 
 
@@ -76,6 +78,14 @@ class Slot:
 class StaleSlot(ValueError):
     """The slot is not held by this attempt (any more): the group was handed on, rolled back, or ended otherwise."""
 
+    @classmethod
+    def of(cls, slot: Slot) -> StaleSlot:
+        """Names the slot."""
+        return cls(
+            f"group {slot.group_id}, attempt {slot.attempt}, holds no slot: "
+            "it was handed in, dropped, handed on or issued again"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
@@ -104,6 +114,7 @@ class Step:
     finish_reason: str  # "stop" or "length", as the engine says
     env_seconds: float = 0.0
     engine_seconds: float = 0.0
+    named_rewards: str | None = None  # JSON, name -> number: what the environment says its reward is made of
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +152,15 @@ class Trajectory:
     def reward(self) -> float:
         """Sum of the step rewards."""
         return float(sum(step.reward for step in self.steps))
+
+    @property
+    def named_rewards(self) -> dict[str, float]:
+        """Sums of the steps' named rewards; empty where the environment names none."""
+        sums: dict[str, float] = {}
+        for step in self.steps:
+            for name, value in json.loads(step.named_rewards or "{}").items():
+                sums[name] = sums.get(name, 0.0) + value
+        return sums
 
     @property
     def trainable(self) -> bool:

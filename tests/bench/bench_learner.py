@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,9 @@ def main() -> dict[str, float]:
         folder = Path(name)
         tokenizer = build_tokenizer(folder, ["left", "right", "up", "down"])
         build_tiny(folder, tokenizer, layers=4, width=128, heads=4, mlp=384, context=CONTEXT)
-        batch = pack(_sequences(len(tokenizer)), 4096, CONTEXT)
+        sequences = _sequences(len(tokenizer))
+        weight = 1 / sum(sequence.num_sampled for sequence in sequences)
+        batch = pack([replace(sequence, weight=weight) for sequence in sequences], 4096, CONTEXT)
         steps = {"learner": _ours(folder, batch), "bare": _bare_loop(folder, batch)}
         for step in steps.values():
             step()

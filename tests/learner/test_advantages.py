@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.advantages import broadcast, group_normalized
+from learner.advantages import group_normalized
 
 
 def test_group_normalized_equals_a_hand_computed_case() -> None:
@@ -31,9 +31,3 @@ def test_advantages_ignore_a_shift_of_all_rewards(rewards: list[int], shift: int
 def test_rewards_without_a_baseline_are_refused(rewards: list[float]) -> None:
     with pytest.raises(ValueError, match=r"at least 2|finite"):
         group_normalized(rewards)
-
-
-def test_broadcast_reaches_sampled_tokens_only() -> None:
-    got = broadcast(-0.5, np.array([False, True, True, False]))
-    assert got.dtype == np.float32
-    assert got.tolist() == [0.0, -0.5, -0.5, 0.0]

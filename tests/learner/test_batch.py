@@ -39,13 +39,18 @@ def test_a_row_equals_the_hand_packed_one() -> None:
     assert row.targets_N.tolist() == [21, 23, 12]
     assert row.behavior_logprobs_N.tolist() == [-1.0, -3.0, -2.0]
     assert row.versions_N.tolist() == [20, 20, 10]
+    assert row.sequence_N.tolist() == [0, 0, 1]
     assert batch.sampled_tokens == 3
 
 
 def test_segments_of_an_episode_become_sequences(group_of: Callable[..., Group]) -> None:
     episode = group_of(0, [1.0, 0.0], turns=3).trajectories[0]
     steps = tuple(replace(step, segment=0 if step.turn < 2 else 1) for step in episode.steps)
-    first, second = sequences_of(replace(episode, steps=steps), 0.5)
+    count = episode.num_sampled
+    columns = {"values": np.arange(count, dtype=np.float32)}
+    first, second = sequences_of(
+        replace(episode, steps=steps), np.full(count, 0.5, np.float32), 0.25, columns
+    )
     ids = [np.concatenate([s.prompt_ids, s.action_ids]) for s in steps]
     np.testing.assert_array_equal(first.token_ids_T, np.concatenate(ids[:2]))
     np.testing.assert_array_equal(second.token_ids_T, ids[2])
@@ -56,6 +61,9 @@ def test_segments_of_an_episode_become_sequences(group_of: Callable[..., Group])
     assert set(first.advantages_T[first.sampled_T]) == {0.5}
     assert not first.advantages_T[~first.sampled_T].any()
     assert (first.versions_T[~first.sampled_T] == NOT_SAMPLED).all()
+    both = [s.columns["values"][s.sampled_T] for s in (first, second)]
+    np.testing.assert_array_equal(np.concatenate(both), columns["values"])
+    assert (first.weight, second.weight) == (0.25, 0.25)
 
 
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=30), st.integers(10, 80))
@@ -91,4 +99,4 @@ def test_a_segment_without_a_prompt_is_refused(group_of: Callable[..., Group]) -
     episode = group_of(0, [1.0, 0.0], turns=1).trajectories[0]
     bare = replace(episode, steps=(replace(episode.steps[0], prompt_ids=np.zeros(0, np.int32)),))
     with pytest.raises(ValueError, match="opens with a sampled token"):
-        sequences_of(bare, 1.0)
+        sequences_of(bare, np.ones(bare.num_sampled, np.float32))

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from learner.algorithm import AlgorithmSettings
-from learner.learner import ImitationSettings, Learner, LearnerSettings, describe
+from learner.describe import describe
+from learner.learner import ImitationSettings, Learner, LearnerSettings
+from learner.losses import ClippedLoss
 from learner.model import ModelSettings
 from learner.optim import OptimSettings
 from rollout.wire.trajectory import EndReason, Group
@@ -62,7 +64,8 @@ def test_description_is_recomputed_from_trainable_episodes_alone(group_of: Group
 def test_good_actions_become_likelier_and_bad_ones_less(
     tiny: Path, group_of: Groups, proximal: str, minibatches: int
 ) -> None:
-    algorithm = AlgorithmSettings(minibatches=minibatches, proximal=proximal, clip_high=5.0, clip_low=0.99)
+    loss = ClippedLoss(clip_high=5.0, clip_low=0.99)
+    algorithm = AlgorithmSettings(minibatches=minibatches, proximal=proximal, loss=loss)
     learner = Learner(_settings(tiny, algorithm=algorithm))
     group = group_of(0, [1.0, 0.0, 0.0, 1.0])
 

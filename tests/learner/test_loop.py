@@ -3,20 +3,22 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
-from learner.learner import Learner, LearnerSettings
+from learner.learner import Learner, LearnerSettings, NonFinite
 from learner.loop import LearnerLoop, Row
 from learner.model import ModelSettings
 from learner.optim import OptimSettings
 from learner.publish import Snapshot
 from rollout.wire.schema import encode
-from rollout.wire.trajectory import Group
+from rollout.wire.trajectory import DropReason, Group, Step
 from rollout.wire.weights import Handle, WeightUpdate, write_memory
 
 Groups = Callable[..., Group]
@@ -29,16 +31,30 @@ class Exchange:
         self.group_of = group_of
         self.taken: list[int] = []
         self.landed_versions: list[int] = []
+        self.discarded: list[int] = []
+        self.broken = 0  # so many batches whose logprobs are not numbers come first
+
+    async def discard(self, version: int, reason: DropReason) -> None:
+        self.discarded.append(version)
 
     async def take(self, version: int, timeout_s: float) -> list[pa.RecordBatch]:
         self.taken.append(version)
-        return [encode(self.group_of(version, [1.0, 0.0, 0.5]))]
+        group = self.group_of(version, [1.0, 0.0, 0.5])
+        return [encode(_broken(group) if len(self.taken) <= self.broken else group)]
 
     async def landed(self, version: int) -> None:
         self.landed_versions.append(version)
 
     async def counts(self) -> dict[str, int]:
         return {"issued": len(self.taken)}
+
+
+def _broken(group: Group) -> Group:
+    def without_numbers(step: Step) -> Step:
+        return replace(step, behavior_logprobs=np.full_like(step.behavior_logprobs, np.nan))
+
+    episodes = [replace(t, steps=tuple(map(without_numbers, t.steps))) for t in group.trajectories]
+    return replace(group, trajectories=tuple(episodes))
 
 
 class Shelf:
@@ -83,6 +99,31 @@ def test_a_step_asked_again_is_answered_again_and_trained_once(setup: Setup) -> 
     assert (first["step"], second["step"]) == (1, 2)
     assert setup.exchange.taken == [0, 1]
     assert setup.loop.version == 2
+
+
+def test_a_batch_that_is_not_finite_is_set_aside_and_the_step_takes_another(setup: Setup) -> None:
+    before = [parameter.detach().clone() for parameter in setup.learner.policy.parameters()]
+    setup.exchange.broken = 2
+    row = asyncio.run(setup.loop.train(1))
+    assert setup.exchange.taken == [0, 0, 0]
+    assert setup.exchange.discarded == [0, 0]
+    assert row["nonfinite_batches"] == 2
+    assert setup.loop.version == 1
+    unspoilt = Learner(setup.learner.settings)
+    unspoilt.step([setup.exchange.group_of(0, [1.0, 0.0, 0.5])])
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(unspoilt.policy.parameters(), setup.learner.policy.parameters(), strict=True)
+    )
+    assert not all(torch.equal(a, b) for a, b in zip(before, setup.learner.policy.parameters(), strict=True))
+
+
+def test_batches_that_are_never_finite_end_the_run_at_a_whole_version(setup: Setup) -> None:
+    setup.exchange.broken = 100
+    with pytest.raises(NonFinite, match="step 1: loss or gradient was not finite on 4 batches in a row"):
+        asyncio.run(setup.loop.train(1))
+    assert setup.loop.version == 0
+    asyncio.run(setup.loop.offer())  # no half-made step: the parameters are version 0's
 
 
 @pytest.mark.parametrize("step", [0, 2])

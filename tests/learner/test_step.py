@@ -11,7 +11,7 @@ from torch import Tensor
 
 from learner.algorithm import AlgorithmSettings
 from learner.batch import Batch, TokenSequence, pack, sequences_of
-from learner.losses import policy_loss
+from learner.losses import clipped
 from learner.model import ModelSettings, Policy
 from learner.optim import Optimizer, OptimSettings
 from learner.step import PolicyObjective, cross_entropy_objective, train_step
@@ -30,7 +30,12 @@ def policy(tiny: Path) -> Policy:
 def sequences(group_of: Callable[..., Group]) -> list[TokenSequence]:
     advantages = [1.0, -0.5, 0.0, 0.7, 0.0, -1.2]
     episodes = group_of(0, advantages, turns=3).trajectories
-    return [s for episode, a in zip(episodes, advantages, strict=True) for s in sequences_of(episode, a)]
+    weight = 1 / sum(episode.num_sampled for episode in episodes)
+    return [
+        s
+        for episode, advantage in zip(episodes, advantages, strict=True)
+        for s in sequences_of(episode, np.full(episode.num_sampled, advantage, np.float32), weight)
+    ]
 
 
 def _gradients(policy: Policy, batch: Batch) -> list[Tensor]:
@@ -55,7 +60,7 @@ def test_gradients_are_those_of_a_dense_padded_loss(policy: Policy, sequences: l
         logprobs_TV = (policy.model(ids_T[None], use_cache=False).logits[0] / TEMPERATURE).log_softmax(-1)
         logprobs_T = logprobs_TV[:-1].gather(1, ids_T[1:, None])[:, 0]
         behavior_T, advantages_T = (torch.from_numpy(a[1:]) for a in (s.behavior_logprobs_T, s.advantages_T))
-        loss_T, _ = policy_loss(logprobs_T, behavior_T, behavior_T, advantages_T, 0.2, 0.28, 2.0)
+        loss_T, _ = clipped(logprobs_T, behavior_T, advantages_T, 0.2, 0.28)
         ((loss_T * torch.from_numpy(s.sampled_T[1:])).sum() / total).backward()
     _same(got, [p.grad for p in policy.parameters() if p.grad is not None])
 

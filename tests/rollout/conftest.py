@@ -23,6 +23,7 @@ class Orders:
 
     length: int = 3  # turns until it terminates
     reset_error: Callable[[int], Exception | None] = lambda seed: None
+    reward: Callable[[int, int], float | None] = lambda seed, turn: None  # in place of the usual one
     step_error: Callable[[int, int], Exception | None] = lambda seed, turn: None
     info: dict[str, Any] = field(default_factory=dict)  # of the last step
     truncates: bool = False
@@ -55,11 +56,13 @@ class CountEnv(gym.Env[str, str]):
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if error := self.orders.step_error(self.resets[-1], self.turn):
             raise error
+        ordered = self.orders.reward(self.resets[-1], self.turn)
         self.turn += 1
         ended = self.turn >= self.orders.length
         said = f"turn {self.turn} heard {action}"
         terminated, truncated = ended and not self.orders.truncates, ended and self.orders.truncates
-        return said, float(action == "right"), terminated, truncated, self.orders.info if ended else {}
+        reward = float(action == "right") if ordered is None else ordered
+        return said, reward, terminated, truncated, self.orders.info if ended else {}
 
     def close(self) -> None:
         self.closed = True

@@ -121,6 +121,22 @@ def test_a_group_survives_with_two_siblings_and_is_dropped_with_one(rig: Rig) ->
     assert counters["episodes_failed"] == 6
 
 
+def test_a_group_whose_episodes_all_earned_the_same_is_given_up_where_that_is_asked(rig: Rig) -> None:
+    rig.orders.reward = lambda seed, turn: 1.0 if seed == 100 else None
+    for asked, kept in ((False, {0, 1, 2}), (True, {1, 2})):
+        exchange = FakeExchange(slots(3))
+        worker = rig.worker(exchange, SETTINGS.model_copy(update={"drop_uniform": asked}))
+        asyncio.run(worker.run())
+        uniform = {
+            i for i, group in exchange.groups.items() if len({t.reward for t in group.trajectories}) == 1
+        }
+        assert (set(exchange.groups) == kept, bool(uniform)) == (True, not asked)
+        assert {reason for reason, _, _ in exchange.dropped.values()} == (
+            {DropReason.UNIFORM} if asked else set()
+        )
+        assert worker.counters()["groups_uniform"] == len(exchange.dropped)
+
+
 def test_a_replica_is_reused_until_its_episode_fails(rig: Rig) -> None:
     rig.orders.step_error = lambda seed, turn: RuntimeError("broken") if seed == 101 else None
     settings = SETTINGS.model_copy(update={"group_size": 1, "concurrent_groups": 1})

@@ -135,3 +135,12 @@ def next_slot(fates: dict[int, Fate], worker: str, lane: int, version: int, free
         slot = fates[again[0]].slot
         return replace(slot, attempt=slot.attempt + 1, version=version)
     return Slot(len(fates), 0, task_of(len(fates)), version)
+
+
+def stale_slot(data: st.DataObject, fate: Fate) -> Slot:
+    """A slot of this group that nobody holds."""
+    if fate.state == "issued":
+        return replace(fate.slot, attempt=fate.slot.attempt + data.draw(st.sampled_from([-1, 1])))
+    if fate.state in ("waiting", "again"):
+        return fate.slot
+    return replace(fate.slot, attempt=fate.slot.attempt - 1)

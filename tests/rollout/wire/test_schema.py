@@ -123,11 +123,11 @@ def test_what_belongs_to_the_episode_stands_on_its_last_row_only(group_of: Calla
     assert batch.column("error").to_pylist() == [None, None, "lost", None]
 
 
-@pytest.mark.parametrize("metadata", [None, {b"manta.schema": b"2"}])
+@pytest.mark.parametrize("metadata", [None, {b"manta.schema": b"1"}])
 def test_rows_of_another_version_are_refused_in_one_line(
     group_of: Callable[..., Group], metadata: dict[bytes, bytes] | None
 ) -> None:
     batch = encode(group_of(Slot(4, 0, Task.of("count", 1), 0))).replace_schema_metadata(metadata)
-    with pytest.raises(SchemaError, match="reads version 1") as raised:
+    with pytest.raises(SchemaError, match="reads version 2") as raised:
         decode(batch)
     assert "\n" not in str(raised.value)

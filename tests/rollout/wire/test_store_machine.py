@@ -35,6 +35,7 @@ from tests.rollout.wire.store_model import (
     ids,
     next_slot,
     played,
+    stale_slot,
     step,
     task_of,
 )
@@ -184,13 +185,8 @@ class StoreMachine(RuleBasedStateMachine):
             version = data.draw(st.sampled_from([self.store.version, min(slot.version, self.store.version)]))
             if held:
                 meant.append((group_id, episode, turn, version))
-            row = (
-                slot,
-                episode,
-                step(slot, episode, turn, version),
-                None,
-                b"%d after %d" % (episode, turn + 1),
-            )
+            state = b"%d after %d" % (episode, turn + 1)
+            row = (slot, episode, step(slot, episode, turn, version), None, state)
             rows += [row] * data.draw(st.integers(1, 2))
             if turn and data.draw(st.booleans()):
                 # A repetition of what is known already.
@@ -283,13 +279,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.fates)
     @rule(data=st.data())
     def a_stale_slot_is_refused(self, data: st.DataObject) -> None:
-        fate = self.fates[data.draw(st.sampled_from(sorted(self.fates)))]
-        if fate.state == "issued":
-            slot = replace(fate.slot, attempt=fate.slot.attempt + data.draw(st.sampled_from([-1, 1])))
-        elif fate.state in ("waiting", "again"):
-            slot = fate.slot
-        else:
-            slot = replace(fate.slot, attempt=fate.slot.attempt - 1)
+        slot = stale_slot(data, self.fates[data.draw(st.sampled_from(sorted(self.fates)))])
         (stale,) = self.store.hand_in([], [(slot, encode(played(slot, (0, 0))), [])])
         assert isinstance(stale, StaleSlot)
         with pytest.raises(StaleSlot, match=f"group {slot.group_id}, attempt {slot.attempt}, holds no slot"):
@@ -334,6 +324,15 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         self.call(data, lambda: self.store.release(self.version))
+
+    @precondition(lambda self: self.in_step and self.fates[self.history[-1][0]].state == "taken")
+    @rule(data=st.data())
+    def discard(self, data: st.DataObject) -> None:
+        """The learner could make no step of what it took."""
+        self.call(data, lambda: self.store.discard(self.version - 1, DropReason.NONFINITE))
+        for group_id in self.history.pop():
+            self.fates[group_id].state, self.fates[group_id].taken_at = "dropped", -1
+        self.version -= 1
 
     @rule(data=st.data())
     def save(self, data: st.DataObject) -> None:

@@ -1,0 +1,113 @@
+"""A critic: a second model of the policy's kind, and one number for every token.
+
+    V_n = head(hidden state before the n-th sampled token)
+
+It begins as a copy of the policy, so that it can read what the policy can, with a head of zeros.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from learner.algorithm import CriticSettings
+from learner.batch import Batch, MicroBatch
+from learner.model import ModelSettings, Policy
+from learner.optim import Optimizer
+from learner.step import Means
+
+_TRUNK, _HEAD = "trunk", "head.safetensors"
+
+
+def value_loss(values_N: Tensor, old_N: Tensor, targets_N: Tensor, clip: float | None) -> Tensor:
+    """(V - target)^2 / 2, or with a clip the larger of that and the same of V kept within `clip` of its old value.
+
+    float [N]. Schulman et al. 2016; the clip is that of the reference code of PPO (Engstrom et al. 2020, section 3).
+    """
+    loss_N = (values_N - targets_N).square()
+    if clip is not None:
+        near_N = old_N + (values_N - old_N).clamp(-clip, clip)
+        loss_N = torch.maximum(loss_N, (near_N - targets_N).square())
+    return loss_N / 2
+
+
+class Critic:
+    """Model, head and optimizer. `model.path` is where its weights come from; `total_steps` are its optimizer's."""
+
+    def __init__(
+        self, settings: CriticSettings, model: ModelSettings, total_steps: int | None = None
+    ) -> None:
+        self.settings = settings
+        self._trunk = Policy(model)
+        self._head = nn.Linear(self._trunk.width, 1, device=self._trunk.device)
+        nn.init.zeros_(self._head.weight)
+        nn.init.zeros_(self._head.bias)
+        learning = [*self._trunk.model.base_model.parameters(), *self._head.parameters()]
+        self.optimizer = Optimizer(learning, settings.optim, total_steps)
+
+    @classmethod
+    def beside(cls, policy: Policy, settings: CriticSettings, total_steps: int | None = None) -> Critic:
+        """A new one that begins where the policy stands."""
+        critic = cls(settings, policy.settings, total_steps)
+        critic._trunk.model.load_state_dict(policy.model.state_dict())
+        return critic
+
+    @classmethod
+    def load(
+        cls, folder: Path, settings: CriticSettings, model: ModelSettings, total_steps: int | None
+    ) -> Critic:
+        """What `save` wrote; the optimizer's state is not in it."""
+        critic = cls(settings, model.model_copy(update={"path": str(folder / _TRUNK)}), total_steps)
+        critic._head.load_state_dict(load_file(folder / _HEAD))
+        return critic
+
+    def save(self, folder: Path) -> None:
+        """Write trunk (Hugging Face format) and head."""
+        self._trunk.save(folder / _TRUNK)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self._head.state_dict().items()}, folder / _HEAD
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Of its weights."""
+        return sum(parameter.nbytes for parameter in (*self._trunk.parameters(), *self._head.parameters()))
+
+    def values(self, micro: MicroBatch) -> Tensor:
+        """What the state before each scored token is worth: float32 [N], with gradients."""
+        hidden_ND = self._trunk.hidden(micro).index_select(0, micro.score_index_N)
+        values_N: Tensor = self._head(hidden_ND.float())[:, 0]
+        return values_N
+
+    @torch.no_grad()
+    def look(self, micro: MicroBatch) -> Tensor:
+        """The same of a row from anywhere, without gradients."""
+        return self.values(micro.to(self._trunk.device))
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step towards the targets. Metrics: "value_loss", "value", "value_error" (mean |V - target|)."""
+        self.optimizer.zero_grad()
+        means = Means(self._trunk.device)
+        for micro in batch.micro_batches:
+            on_device = micro.to(self._trunk.device)
+            old_N, targets_N = on_device.values_N, on_device.value_targets_N
+            assert old_N is not None and targets_N is not None
+            values_N = self.values(on_device)
+            loss_N = value_loss(values_N, old_N, targets_N, self.settings.value_clip)
+            (loss_N * on_device.weights_N).sum().backward()
+            with torch.no_grad():
+                error_N = (values_N - targets_N).abs()
+                means.add({"value_loss": loss_N.detach(), "value": values_N.detach(), "value_error": error_N})
+        report = self.optimizer.step()
+        return means.values() | {
+            "value_grad_norm": report.grad_norm,
+            "value_skipped_step": 0.0 if report.applied else 1.0,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """The optimizer's, as torch.save takes it."""
+        return self.optimizer.state_dict()

@@ -1,0 +1,99 @@
+"""From trajectories to the sequences of one learner step: what is known of each sampled token, column by column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from torch import Tensor
+
+from learner.advantages import overlong_penalty
+from learner.batch import MicroBatch, TokenSequence, arrange, row_of, sequences_of
+from learner.credit import Episode
+from learner.regularizers import OverlongSettings
+from rollout.wire.trajectory import Float32Array, Trajectory
+
+# [N] of a row's scored tokens, for each of them
+TokenFunction = Callable[[MicroBatch], Tensor]
+
+
+@dataclass(slots=True)
+class Example:
+    """One trainable episode on its way to a loss. N: its sampled tokens, in order."""
+
+    trajectory: Trajectory
+    episode: Episode
+    advantages_N: Float32Array
+    columns: dict[str, Float32Array] = field(default_factory=dict)  # [N] each: see TokenSequence.columns
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, overlong: OverlongSettings | None = None) -> Example:
+        """Its facts, with the reward shaped; nothing is known of advantages yet."""
+        episode = Episode.of(trajectory)
+        if overlong is not None:
+            cost = overlong.weight * overlong_penalty(
+                trajectory.num_sampled, overlong.tokens, overlong.margin
+            )
+            rewards_K = episode.rewards_K.copy()
+            rewards_K[-1] += cost
+            episode = replace(episode, rewards_K=rewards_K)
+        return cls(trajectory, episode, np.zeros(trajectory.num_sampled, np.float32))
+
+    def sequences(self, weight: float = 1.0) -> list[TokenSequence]:
+        """Its segments; `weight` is that of each sampled token in the loss."""
+        return sequences_of(self.trajectory, self.advantages_N, weight, self.columns)
+
+
+def of_tokens(examples: Sequence[Example], compute: TokenFunction, tokens_per_row: int) -> list[Float32Array]:
+    """`compute` of every sampled token: float32 [N] for each example."""
+    by_example = [example.sequences() for example in examples]
+    found = _of_sequences([s for sequences in by_example for s in sequences], compute, tokens_per_row)
+    remaining = iter(found)
+    return [_joined([next(remaining) for _ in sequences]) for sequences in by_example]
+
+
+def and_after(
+    examples: Sequence[Example], compute: TokenFunction, tokens_per_row: int
+) -> list[tuple[Float32Array, float]]:
+    """`compute` before every sampled token, and after the last one: (float32 [N], number) for each example.
+
+    A token that nobody reads stands after each sequence, so that what follows its last one is a place like the others.
+    """
+    by_example = [[_followed(s) for s in example.sequences()] for example in examples]
+    found = _of_sequences([s for sequences in by_example for s in sequences], compute, tokens_per_row)
+    remaining = iter(found)
+    values = []
+    for sequences in by_example:
+        parts = [next(remaining) for _ in sequences]
+        values.append((_joined([part[:-1] for part in parts]), float(parts[-1][-1]) if parts else 0.0))
+    return values
+
+
+def _followed(sequence: TokenSequence) -> TokenSequence:
+    return replace(
+        sequence,
+        token_ids_T=np.append(sequence.token_ids_T, np.int32(0)),
+        sampled_T=np.append(sequence.sampled_T, True),
+        behavior_logprobs_T=np.append(sequence.behavior_logprobs_T, np.float32(0)),
+        advantages_T=np.append(sequence.advantages_T, np.float32(0)),
+        versions_T=np.append(sequence.versions_T, np.int32(0)),
+        columns={},
+    )
+
+
+def _of_sequences(
+    sequences: Sequence[TokenSequence], compute: TokenFunction, tokens_per_row: int
+) -> list[Float32Array]:
+    found: list[Float32Array] = [np.zeros(0, np.float32)] * len(sequences)
+    for row in arrange([sequence.num_inputs for sequence in sequences], tokens_per_row):
+        chosen = [sequences[place] for place in row]
+        computed_N = compute(row_of(chosen)).detach().float().cpu().numpy()
+        borders = np.cumsum([sequence.num_sampled for sequence in chosen])[:-1]
+        for place, part in zip(row, np.split(computed_N, borders), strict=True):
+            found[place] = part
+    return found
+
+
+def _joined(parts: Sequence[Float32Array]) -> Float32Array:
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)

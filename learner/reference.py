@@ -1,0 +1,54 @@
+"""The policy that reinforcement learning began with, kept to measure how far the learner has gone from it.
+
+RUN/reference/    its weights in Hugging Face format, written once, with the checkpoint of version 0
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from learner.checkpoint import CheckpointError
+from learner.model import ModelSettings, Policy
+
+_FOLDER = "reference"
+
+
+class Reference:
+    """Frozen weights; nothing is loaded before they are asked for."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self._settings = settings
+        self._path: Path | None = None
+        self._policy: Policy | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """The frozen model. CheckpointError where a run was taken up whose reference is gone."""
+        if self._policy is None:
+            if self._path is None or not self._path.is_dir():
+                raise CheckpointError(
+                    f"the reference policy is missing: {self._path} was written with version 0 and is needed for kl"
+                )
+            self._policy = Policy(self._settings.model_copy(update={"path": str(self._path)}))
+            self._policy.model.requires_grad_(False)
+        return self._policy
+
+    def copy(self, policy: Policy) -> None:
+        """Take the weights of a policy that stands at version 0."""
+        if self._policy is None:
+            self._policy = Policy(self._settings)
+            self._policy.model.load_state_dict(policy.model.state_dict())
+            self._policy.model.requires_grad_(False)
+
+    def keep(self, run: Path, policy: Policy) -> None:
+        """Write the weights of version 0 into the run, whole or not at all."""
+        partial = run / f".partial-{_FOLDER}"
+        shutil.rmtree(partial, ignore_errors=True)
+        policy.save(partial)
+        shutil.rmtree(run / _FOLDER, ignore_errors=True)
+        partial.rename(run / _FOLDER)
+
+    def find(self, run: Path) -> None:
+        """The run is taken up: its reference is the one it was begun with."""
+        self._path, self._policy = run / _FOLDER, None

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from learner.advantages import overlong_penalty
+from learner.credit import AnyCredit, Episode, GaeCredit, Values
+from learner.prepare import Example
+from learner.regularizers import OverlongSettings
+from rollout.wire.trajectory import EndReason
+from tests import reference
+from tests.learner.episodes import any_groups, paid, random_groups, trajectory
+
+# Powers of two and quarters keep every sum exact, so that what is equal on paper is equal in floats.
+SECTIONS: list[dict[str, Any]] = [
+    {"kind": "group", "divide": True, "eps": 1e-6},
+    {"kind": "group", "divide": False, "eps": 1e-6},
+    {"kind": "rloo"},
+    {"kind": "maxrl", "eps": 1e-6},
+    {"kind": "returns", "gamma": 0.5, "baseline": "none"},
+    {"kind": "returns", "gamma": 0.75, "baseline": "group"},
+    {"kind": "gigpo", "gamma": 0.75, "weight": 0.5, "divide": True, "eps": 1e-6},
+    {"kind": "gigpo", "gamma": 0.5, "weight": 1.0, "divide": False, "eps": 1e-6},
+    {"kind": "returns", "gamma": 0.75, "baseline": "batch"},
+    {"kind": "reinforce_pp", "gamma": 1.0, "group_baseline": False},
+    {"kind": "reinforce_pp", "gamma": 0.5, "group_baseline": True},
+    {"kind": "gdpo", "weights": {"goal": 1.0, "form": 0.5}, "eps": 1e-6},
+    {"kind": "gae", "gamma": 0.75, "lam": 0.5, "normalize": False},
+    {"kind": "gae", "gamma": 1.0, "lam": 1.0, "normalize": True},
+]
+WITHIN_GROUPS = SECTIONS[:8]
+quickly = settings(max_examples=25, deadline=None)
+
+
+def _name(section: object) -> str | None:
+    return "-".join(map(str, section.values())) if isinstance(section, dict) else None
+
+
+def _seen(story: reference.Episode, critic: bool = False) -> Episode:
+    """What an estimator sees of an episode."""
+    extra_N = np.array(story.extra, np.float32) if story.extra else None
+    values = Values(np.array(story.values, np.float32), story.after) if critic else None
+    return replace(Episode.of(trajectory(story)), token_rewards_N=extra_N, values=values)
+
+
+def _credit(section: dict[str, Any], stories: list[list[reference.Episode]]) -> list[list[np.ndarray]]:
+    estimator = TypeAdapter(AnyCredit).validate_python(section)
+    return estimator([[_seen(story, estimator.critic) for story in group] for group in stories])
+
+
+def _told(rewards: list[list[float]], **known: Any) -> reference.Episode:
+    """One sampled token for each number, one list of numbers for each turn; a turn is paid the sum of its list."""
+    tokens: list[reference.Token] = []
+    for turn, numbers in enumerate(rewards):
+        tokens += [reference.Token(7, False, turn, 0), *(reference.Token(8, True, turn, 0) for _ in numbers)]
+    states = tuple(f"state {turn}" for turn in range(len(rewards)))
+    return reference.Episode(
+        tuple(tokens), tuple(map(sum, rewards)), **{"states": states, "named": {}, **known}
+    )
+
+
+# (section, rewards of four siblings of one token, advantages): by hand. Mean 1, variance (1 + 1 + 1 + 9) / 4 = 3.
+SIBLINGS = [
+    ({"kind": "group", "eps": 0.5}, [0, 0, 0, 4], np.array([-1, -1, -1, 3]) / (3**0.5 + 0.5)),
+    ({"kind": "group", "divide": False}, [0, 0, 0, 4], [-1, -1, -1, 3]),
+    ({"kind": "rloo"}, [0, 0, 0, 4], [-4 / 3, -4 / 3, -4 / 3, 4]),
+    ({"kind": "maxrl", "eps": 0.0}, [0, 0, 0, 4], [-1, -1, -1, 3]),
+    ({"kind": "maxrl", "eps": 0.0}, [0, 1, 1, 0], [-1, 1, 1, -1]),
+    ({"kind": "maxrl"}, [0, 0, 0, 0], [0, 0, 0, 0]),
+    ({"kind": "maxrl"}, [-4, 0, 0, 1], [0, 0, 0, 0]),
+    ({"kind": "reinforce_pp"}, [0, 0, 0, 4], np.array([-1, -1, -1, 3]) / 3**0.5),
+    ({"kind": "returns", "baseline": "none"}, [0, 0, 0, 4], [0, 0, 0, 4]),
+    ({"kind": "returns", "baseline": "group"}, [0, 0, 0, 4], np.array([-1, -1, -1, 3]) / 3**0.5),
+    # All began in the same state: the comparison of turns is that of episodes once more.
+    ({"kind": "gigpo", "divide": False, "weight": 0.5}, [0, 0, 0, 4], [-1.5, -1.5, -1.5, 4.5]),
+]
+
+
+@pytest.mark.parametrize(("section", "rewards", "expected"), SIBLINGS, ids=_name)
+def test_siblings_of_one_token_equal_the_hand_computed_table(
+    section: dict[str, Any], rewards: list[float], expected: list[float]
+) -> None:
+    (found,) = _credit(section, [[_told([[reward]]) for reward in rewards]])
+    assert all(array.dtype == np.float32 for array in found)
+    np.testing.assert_allclose(np.concatenate(found), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_returns_of_turns_equal_the_hand_computed_ones() -> None:
+    story = _told([[1, 0], [2], [0, 4, 0]])
+    section = {"kind": "returns", "gamma": 0.5, "baseline": "none"}
+    assert _credit(section, [[story]])[0][0].tolist() == [3, 3, 4, 4, 4, 4]
+
+
+def test_turns_of_one_state_are_compared_as_by_hand() -> None:
+    # Returns at gamma 1/2: [1, 2] and [3, 2]. Means: state a 2 (1 and 3), state b 2 (one turn), state c 2 (one turn).
+    one = _told([[0], [2]], states=("a", "b"))
+    other = _told([[2], [2]], states=("a", "c"))
+    section = {"kind": "gigpo", "gamma": 0.5, "weight": 10.0, "divide": False}
+    (found,) = _credit(section, [[one, other]])
+    # Episodes: rewards 2 and 4, mean 3.
+    assert [array.tolist() for array in found] == [[-1 - 10, -1], [1 + 10, 1]]
+
+
+@pytest.mark.parametrize(
+    ("ended", "advantages", "targets"), [(True, [0.5, 2.0], [1.5, 4.0]), (False, [1.5, 6.0], [2.5, 8.0])]
+)
+def test_gae_equals_the_hand_computed_case(
+    ended: bool, advantages: list[float], targets: list[float]
+) -> None:
+    # gamma = lambda = 1/2, V = [1, 2] and then 8. Deltas: 0 + 1 - 1, then 4 - 2 where it ended and 4 + 4 - 2 where not.
+    story = _told([[0], [4]], values=(1.0, 2.0), after=8.0, ended=ended)
+    found = GaeCredit(gamma=0.5, lam=0.5).estimate(_seen(story, critic=True))
+    assert [array.tolist() for array in found] == [advantages, targets]
+
+
+def test_named_rewards_are_normalized_apart() -> None:
+    # Apart both rewards give -1 and 1; weighted 3 to 1 the four episodes stand at -2, 2, -4, 4, whatever the scales.
+    named = [({"a": 0, "b": 1000}, {"a": 1, "b": 0}), ({"a": 0, "b": 0}, {"a": 1, "b": 1000})]
+    stories = [[_told([[0.0]], named=rewards) for rewards in pair] for pair in named]
+    found = _credit({"kind": "gdpo", "weights": {"a": 3, "b": 1}, "eps": 0}, stories)
+    np.testing.assert_allclose(
+        np.concatenate([*found[0], *found[1]]), np.array([-2, 2, -4, 4]) / 10**0.5, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=_name)
+@given(stories=any_groups(), costly=st.booleans())
+@quickly
+def test_advantages_are_those_of_the_papers_formulas(
+    section: dict[str, Any], stories: list[list[reference.Episode]], costly: bool
+) -> None:
+    if costly:
+        stories = [[paid(story) for story in group] for group in stories]
+    for found, expected in zip(_credit(section, stories), reference.credit(section, stories), strict=True):
+        for got, numbers in zip(found, expected, strict=True):
+            np.testing.assert_allclose(got, numbers, rtol=1e-4, atol=1e-5)
+
+
+@given(stories=any_groups())
+@quickly
+def test_the_critics_targets_are_advantages_plus_values(stories: list[list[reference.Episode]]) -> None:
+    for story in stories[0]:
+        _, targets_N = GaeCredit(gamma=0.75, lam=0.5, normalize=True).estimate(_seen(story, critic=True))
+        np.testing.assert_allclose(targets_N, reference.gae_of(story, 0.75, 0.5)[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("section", WITHIN_GROUPS, ids=_name)
+@given(stories=any_groups(), order=st.randoms(use_true_random=False))
+@quickly
+def test_a_group_knows_nothing_of_the_others(
+    section: dict[str, Any], stories: list[list[reference.Episode]], order: Any
+) -> None:
+    alone = [_credit(section, [group])[0] for group in stories]
+    places = list(range(len(stories)))
+    order.shuffle(places)
+    together = _credit(section, [stories[place] for place in places])
+    for place, group in zip(places, together, strict=True):
+        for got, own in zip(group, alone[place], strict=True):
+            np.testing.assert_array_equal(got, own)
+
+
+@pytest.mark.parametrize("section", SECTIONS[8:], ids=_name)
+def test_over_the_batch_the_order_of_groups_moves_nothing(section: dict[str, Any]) -> None:
+    stories = random_groups(3, groups=4)
+    ahead, back = _credit(section, stories), _credit(section, stories[::-1])[::-1]
+    for pair in zip(ahead, back, strict=True):
+        for one, other in zip(*pair, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("reason", "ended"),
+    [
+        (EndReason.TERMINATED, True),
+        (EndReason.MALFORMED, True),
+        (EndReason.TRUNCATED, False),
+        (EndReason.CONTEXT_OVERFLOW, False),
+    ],
+)
+def test_only_a_final_state_ends_an_episode(reason: EndReason, ended: bool) -> None:
+    assert Episode.of(replace(trajectory(_told([[1.0]])), end_reason=reason)).ended == ended
+
+
+@pytest.mark.parametrize(
+    ("length", "penalty"), [(0, 0), (80, 0), (85, -0.25), (90, -0.5), (100, -1), (500, -1)]
+)
+def test_length_is_punished_as_in_the_paper(length: int, penalty: float) -> None:
+    assert overlong_penalty(length, 100, 20) == pytest.approx(penalty)
+    assert reference.overlong(length, 100, 20) == pytest.approx(penalty)
+
+
+def test_the_punishment_of_length_is_paid_in_the_last_turn() -> None:
+    story = _told([[1.0, 0.0], [0.5, 0.0, 0.0]])
+    example = Example.of(trajectory(story), OverlongSettings(tokens=6, margin=4, weight=2.0))
+    assert example.episode.rewards_K.tolist() == [1.0, 0.5 + 2.0 * reference.overlong(5, 6, 4)]
+
+
+def test_what_an_estimator_lacks_is_said_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^credit.weights names the reward 'goal'[^\n]*has form[^\n]*$"):
+        _credit({"kind": "gdpo", "weights": {"goal": 1}}, [[_told([[1]], named={"form": 1.0})] * 2])
+    with pytest.raises(ValueError, match=r"^credit.kind='gae' needs the critic's values[^\n]*$"):
+        GaeCredit()([[_seen(_told([[1.0]]))]])
