@@ -12,6 +12,7 @@ from deploy.config import ConfigError, RunConfig
 from envs import registry
 from learner.learner import Learner
 from learner.model import build_tiny
+from learner.ranks import ALONE, Ranks
 from learner.tokenizer import build_tokenizer
 from rollout.agent import Agent
 from rollout.chat import Chat
@@ -118,10 +119,10 @@ async def build_worker(
     return RolloutWorker(name, engine, agent, exchange, config.rollout, config.seed, pool)
 
 
-def build_learner(config: RunConfig, path: str) -> Learner:
+def build_learner(config: RunConfig, path: str, ranks: Ranks = ALONE) -> Learner:
     model = config.learner.model.model_copy(update={"path": path})
     settings = config.learner.model_copy(update={"model": model})
-    return Learner(settings, config.seed, config.sampling.temperature, config.steps)
+    return Learner(settings, config.seed, config.sampling.temperature, config.steps, ranks)
 
 
 def build_exchange(config: RunConfig, run_folder: Path) -> Exchange:

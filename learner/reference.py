@@ -10,6 +10,7 @@ from pathlib import Path
 
 from learner.checkpoint import CheckpointError
 from learner.model import ModelSettings, Policy
+from learner.ranks import ALONE, Ranks
 
 _FOLDER = "reference"
 
@@ -17,8 +18,9 @@ _FOLDER = "reference"
 class Reference:
     """Frozen weights; nothing is loaded before they are asked for."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, ranks: Ranks = ALONE) -> None:
         self._settings = settings
+        self._ranks = ranks
         self._path: Path | None = None
         self._policy: Policy | None = None
 
@@ -30,22 +32,26 @@ class Reference:
                 raise CheckpointError(
                     f"the reference policy is missing: {self._path} was written with version 0 and is needed for kl"
                 )
-            self._policy = Policy(self._settings.model_copy(update={"path": str(self._path)}))
+            stored = self._settings.model_copy(update={"path": str(self._path)})
+            self._policy = Policy(stored, self._ranks)
             self._policy.model.requires_grad_(False)
         return self._policy
 
     def copy(self, policy: Policy) -> None:
         """Take the weights of a policy that stands at version 0."""
         if self._policy is None:
-            self._policy = Policy(self._settings)
+            self._policy = Policy(self._settings, self._ranks)
             self._policy.model.load_state_dict(policy.model.state_dict())
             self._policy.model.requires_grad_(False)
 
     def keep(self, run: Path, policy: Policy) -> None:
-        """Write the weights of version 0 into the run, whole or not at all."""
+        """Write the weights of version 0 into the run, whole or not at all; rank 0 does, all have to be asked."""
+        weights = policy.whole_state()
+        if self._ranks.rank:
+            return
         partial = run / f".partial-{_FOLDER}"
         shutil.rmtree(partial, ignore_errors=True)
-        policy.save(partial)
+        policy.save(partial, weights)
         shutil.rmtree(run / _FOLDER, ignore_errors=True)
         partial.rename(run / _FOLDER)
 
