@@ -66,7 +66,7 @@ def demand(config: RunConfig) -> dict[str, float]:
 
 
 def learner_gpus(config: RunConfig) -> float:
-    """Of a rank: a whole GPU; with "ipc", which hands over the GPU's own memory, what engines leave of the one shared."""
+    """A rank's GPU: whole; with "ipc", which hands over a GPU's own memory, what engines leave of the one shared."""
     if config.learner.model.device != "cuda":
         return 0
     shared = config.weights.transfer == "ipc"

@@ -371,10 +371,7 @@ class Store:
     def _read(self, groups: Sequence[tuple[int, _Complete]]) -> list[pa.RecordBatch] | None:
         """The rows of these groups; None where some are lost, which are issued again."""
         try:
-            return [
-                read_batch(self._groups, group.location) if group.batch is None else group.batch
-                for _, group in groups
-            ]
+            return [group.batch or read_batch(self._groups, group.location) for _, group in groups]
         except CorruptSegment as error:
             self._set_aside(error)
             return None
