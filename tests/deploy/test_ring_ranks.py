@@ -65,7 +65,8 @@ def _assert_trained(folder: Path) -> None:
         episodes = {(r["group_id"], r["episode"]) for r in taken}
         # What both ranks trained, said by one of them.
         assert row["episodes"] == len(episodes) == 3 * RANKS.rollout.group_size
-        assert row["tokens_sampled"] >= sum(len(r["action_ids"]) for r in taken)
+        sampled = sum(len(r["action_ids"]) for r in taken)
+        assert row["sampled_per_episode"] == pytest.approx(sampled / len(episodes))
         assert row["reward"] == pytest.approx(sum(r["reward"] for r in taken) / len(episodes))
         assert np.isfinite(row["grad_norm"])
     assert any(row["grad_norm"] > 0 for row in rows)
