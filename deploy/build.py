@@ -119,9 +119,12 @@ async def build_worker(
 
 
 def build_learner(config: RunConfig, path: str) -> Learner:
+    """The learner of a run, with the largest row it can meet computed once. ModelError where that does not fit."""
     model = config.learner.model.model_copy(update={"path": path})
     settings = config.learner.model_copy(update={"model": model})
-    return Learner(settings, config.seed, config.sampling.temperature, config.steps)
+    learner = Learner(settings, config.seed, config.sampling.temperature, config.steps)
+    learner.rehearse(config.rollout.context_tokens)
+    return learner
 
 
 def build_exchange(config: RunConfig, run_folder: Path) -> Exchange:

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from deploy import replay
 from deploy.build import evaluation_tasks
 from deploy.config import ConfigError, RunConfig
 from envs import registry
@@ -30,7 +31,10 @@ def check(config: RunConfig) -> None:
         check_model(path)
         check_context(path, config.rollout.context_tokens)
     check_prompt(config, observation)
-    evaluation_tasks(config)
+    if config.replay is None:
+        evaluation_tasks(config)
+    else:
+        replay.check(config)
     if config.warm_start:
         registry.player(config.env.id)
     if config.cluster.dashboard_port and not config.cluster.address:

@@ -15,11 +15,11 @@ from torch import Tensor
 from learner import checkpoint
 from learner.aggregation import Aggregation, token_weights
 from learner.algorithm import AlgorithmSettings
-from learner.batch import Batch, MicroBatch, TokenSequence, pack
+from learner.batch import Batch, MicroBatch, TokenSequence, longest_row, pack
 from learner.credit import GaeCredit, Values
 from learner.critic import Critic
 from learner.describe import describe
-from learner.model import ModelSettings, Policy
+from learner.model import ModelError, ModelSettings, Policy
 from learner.optim import Optimizer, OptimSettings
 from learner.prepare import Example, TokenFunction, and_after, of_tokens
 from learner.reference import Reference
@@ -127,6 +127,28 @@ class Learner:
             "cut_short": _share(not e.episode.ended and e.episode.values is None for e in examples),
             "version": float(self.version),
         }
+
+    def rehearse(self, longest: int) -> None:
+        """Compute the largest row there can be, forward and backward, and throw it away: what does not fit fails now.
+
+        longest: tokens of the longest sequence. Weights and generators stay as they are. ModelError says what to lower.
+        """
+        size = self.settings.tokens_per_microbatch
+        row = longest_row(min(longest, self.policy.context), size)
+        try:
+            # Moments come with the first step: their memory must be there beside a row's.
+            moments = [torch.empty_like(p) for p in self.policy.parameters() for _ in range(2)]
+            self.optimizer.zero_grad()
+            logprobs_N, entropy_N = self.policy.score(row.to(self.policy.device), self._temperature)
+            (logprobs_N.sum() + entropy_N.sum()).backward()
+            self.optimizer.zero_grad()
+            del moments
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"a row of {len(row.input_ids_T)} tokens does not fit into the learner's memory "
+                f"({str(error).splitlines()[0]}); lower learner.tokens_per_microbatch={size} or "
+                f"rollout.context_tokens={longest}, or set learner.model.gradient_checkpointing = true"
+            ) from error
 
     def imitate(self, groups: Sequence[Group]) -> Iterator[dict[str, float]]:
         """Raise the likelihood of the groups' recorded actions: one optimizer step per item yielded.

@@ -25,6 +25,7 @@ from learner.linear import use_onednn
 from learner.logprobs import token_logprobs
 from rollout.wire.trajectory import Float32Array
 
+_LEAST_CHUNK = 8  # vocabulary entries at a time, however small the block
 _HEAD_TOLERANCE_NATS = 0.05  # far above rounding in bfloat16, far below a logit soft-cap or scale
 
 
@@ -41,8 +42,8 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
         description="precision of the matrix products; weights and optimizer state stay float32",
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the learner computes")
-    vocab_chunk: int = Field(
-        default=8192, ge=1, description="vocabulary entries whose logits are held at a time"
+    logit_block: int = Field(
+        default=2**25, ge=1, description="logits held at a time, whatever vocabulary and length; bounds memory"
     )
     gradient_checkpointing: bool = Field(
         default=False,
@@ -141,9 +142,8 @@ class Policy:
 
     def _logprobs(self, hidden_ND: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         head = self._head
-        return token_logprobs(
-            hidden_ND, head.weight, head.bias, targets_N, temperature, self.settings.vocab_chunk
-        )
+        chunk = max(self.settings.logit_block // max(len(hidden_ND), 1), _LEAST_CHUNK)
+        return token_logprobs(hidden_ND, head.weight, head.bias, targets_N, temperature, chunk)
 
     def _checkpoint_gradients(self) -> None:
         self.model.gradient_checkpointing_enable({"use_reentrant": False})

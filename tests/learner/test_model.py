@@ -25,7 +25,7 @@ def _reference(folder: Path, ids: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_score_ids_equals_plain_transformers(tiny: Path, checkpointing: bool) -> None:
-    policy = Policy(ModelSettings(path=str(tiny), vocab_chunk=10, gradient_checkpointing=checkpointing))
+    policy = Policy(ModelSettings(path=str(tiny), logit_block=300, gradient_checkpointing=checkpointing))
     ids = list(range(3, 40))
     logprobs = policy.score_ids(ids)
     assert logprobs.dtype == np.float32
