@@ -36,13 +36,11 @@ def value_loss(values_N: Tensor, old_N: Tensor, targets_N: Tensor, clip: float |
 
 
 class Critic:
-    """Model, head and optimizer. `model.path` is where its weights come from; `total_steps` are its optimizer's."""
+    """Model, head and optimizer. The trunk becomes its own; `total_steps` are its optimizer's."""
 
-    def __init__(
-        self, settings: CriticSettings, model: ModelSettings, total_steps: int | None = None
-    ) -> None:
+    def __init__(self, settings: CriticSettings, trunk: Policy, total_steps: int | None = None) -> None:
         self.settings = settings
-        self._trunk = Policy(model)
+        self._trunk = trunk
         self._head = nn.Linear(self._trunk.width, 1, device=self._trunk.device)
         nn.init.zeros_(self._head.weight)
         nn.init.zeros_(self._head.bias)
@@ -52,16 +50,16 @@ class Critic:
     @classmethod
     def beside(cls, policy: Policy, settings: CriticSettings, total_steps: int | None = None) -> Critic:
         """A new one that begins where the policy stands."""
-        critic = cls(settings, policy.settings, total_steps)
-        critic._trunk.model.load_state_dict(policy.model.state_dict())
-        return critic
+        trunk = Policy(policy.settings)
+        trunk.model.load_state_dict(policy.model.state_dict())
+        return cls(settings, trunk, total_steps)
 
     @classmethod
     def load(
         cls, folder: Path, settings: CriticSettings, model: ModelSettings, total_steps: int | None
     ) -> Critic:
         """What `save` wrote; the optimizer's state is not in it."""
-        critic = cls(settings, model.model_copy(update={"path": str(folder / _TRUNK)}), total_steps)
+        critic = cls(settings, Policy.restored(model, folder / _TRUNK), total_steps)
         critic._head.load_state_dict(load_file(folder / _HEAD))
         return critic
 

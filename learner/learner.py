@@ -180,7 +180,7 @@ class Learner:
         """
         optimizers = {"policy": self.optimizer.state_dict()}
         parts = {checkpoint.MODEL: self.write_model}
-        size = sum(parameter.nbytes for parameter in self.policy.parameters())
+        size = sum(parameter.nbytes for parameter in self.policy.model.parameters())
         if self._critic is not None:
             optimizers["critic"] = self._critic.optimizer.state_dict()
             parts[checkpoint.CRITIC] = self._critic.save
@@ -207,7 +207,7 @@ class Learner:
             raise checkpoint.CheckpointError(f"run {run} has no whole checkpoint")
         contents = checkpoint.load(folder)
         del self.policy, self.optimizer  # their memory is needed for what comes
-        self.policy = Policy(self.settings.model.model_copy(update={"path": str(folder / checkpoint.MODEL)}))
+        self.policy = Policy.restored(self.settings.model, folder / checkpoint.MODEL)
         self.optimizer = Optimizer(self.policy.parameters(), self.settings.optim, self._optimizer_steps)
         self.optimizer.load_state_dict(contents.optimizers["policy"])
         if self._reference is not None:
@@ -267,9 +267,8 @@ class Learner:
         kl = self.settings.algorithm.kl
         if kl is None or self._reference is None:
             return
-        logprobs = of_tokens(
-            examples, self._scorer(self._reference.policy), self.settings.tokens_per_microbatch
-        )
+        with self._reference.beside(self.policy) as reference:
+            logprobs = of_tokens(examples, self._scorer(reference), self.settings.tokens_per_microbatch)
         for example, reference_N in zip(examples, logprobs, strict=True):
             example.columns["reference_logprobs"] = reference_N
             if kl.where == "reward":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +23,12 @@ from learner.attention import register
 from learner.batch import MicroBatch
 from learner.linear import use_onednn
 from learner.logprobs import token_logprobs
+from learner.lora import Adapter, LoraSettings
+from rollout.wire.adapter import AdapterSpec
 from rollout.wire.trajectory import Float32Array
 
 _LEAST_CHUNK = 8  # vocabulary entries at a time, however small the block
+_ADAPTER = "adapter"  # folder of the adapter's own tensors, inside that of the merged model
 _HEAD_TOLERANCE_NATS = 0.05  # far above rounding in bfloat16, far below a logit soft-cap or scale
 
 
@@ -43,11 +46,16 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the learner computes")
     logit_block: int = Field(
-        default=2**25, ge=1, description="logits held at a time, whatever vocabulary and length; bounds memory"
+        default=2**25,
+        ge=1,
+        description="logits held at a time, whatever vocabulary and length; bounds memory",
     )
     gradient_checkpointing: bool = Field(
         default=False,
         description="recompute each layer in the backward pass: less memory, about a third more time",
+    )
+    lora: LoraSettings | None = Field(
+        default=None, description="train a low-rank adapter; without this section every weight is trained"
     )
 
 
@@ -65,11 +73,28 @@ class Policy:
         self.model = _load(settings.path)
         nn.Module.to(self.model, self.device)  # the subclass's `to` is untyped
         self.model.eval()
+        self.adapter = self._adapt(settings.lora) if settings.lora else None
         if settings.gradient_checkpointing:
             self._checkpoint_gradients()
         self._check_head()
         if settings.device == "cpu" and settings.dtype == "float32":
             use_onednn(self.model.base_model)
+
+    @classmethod
+    def restored(cls, settings: ModelSettings, folder: Path) -> Policy:
+        """The policy that `save` wrote into `folder`, bit for bit.
+
+        An adapter is put on the base again, which is loaded from where it first came from: `settings.path`.
+        """
+        if settings.lora is None:
+            return cls(settings.model_copy(update={"path": str(folder)}))
+        policy = cls(settings)
+        assert policy.adapter is not None
+        try:
+            policy.adapter.load(folder / _ADAPTER)
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+        return policy
 
     @property
     def context(self) -> int:
@@ -110,13 +135,24 @@ class Policy:
         return logprobs_T.cpu().numpy()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its Hugging Face checkpoint name, detached; a tied head is not repeated."""
-        own = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        """Every weight under its Hugging Face checkpoint name, detached; a tied head is not repeated.
+
+        With an adapter they are the merged ones, all of them in memory at once beside the base.
+        """
+        own = {name: parameter.detach() for name, parameter in self._merged(self.model.named_parameters())}
         yield from revert_weight_conversion(self.model, own).items()
 
+    def published(self) -> tuple[AdapterSpec | None, Iterator[tuple[str, Tensor]]]:
+        """What engines are sent: every weight, or an adapter alone and what it belongs to."""
+        if self.adapter is not None and self.adapter.settings.sync == "adapter":
+            return self.adapter.spec, self.adapter.tensors()
+        return None, self.named_weights()
+
     def save(self, folder: Path) -> None:
-        """Write config and weights in Hugging Face format (safetensors)."""
-        self.model.save_pretrained(folder)
+        """Write config and weights in Hugging Face format; with an adapter the merged ones, and the adapter beside them."""
+        self.model.save_pretrained(folder, state_dict=dict(self._merged(self.model.state_dict().items())))
+        if self.adapter is not None:
+            self.adapter.save(folder / _ADAPTER)
 
     @property
     def _head(self) -> nn.Linear:
@@ -144,6 +180,15 @@ class Policy:
         head = self._head
         chunk = max(self.settings.logit_block // max(len(hidden_ND), 1), _LEAST_CHUNK)
         return token_logprobs(hidden_ND, head.weight, head.bias, targets_N, temperature, chunk)
+
+    def _adapt(self, settings: LoraSettings) -> Adapter:
+        try:
+            return Adapter(self.model, settings)
+        except ValueError as error:
+            raise ModelError(f"model {self.settings.path!r}: {error}") from error
+
+    def _merged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        return tensors if self.adapter is None else self.adapter.merged(tensors)
 
     def _checkpoint_gradients(self) -> None:
         self.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -61,19 +61,20 @@ class Staging:
 def take_snapshot(
     policy: Policy, version: int, dtype: str, with_bytes: bool = True, staging: Staging | None = None
 ) -> Snapshot:
-    """The policy's parameters as an engine of `dtype` needs them, with checksums and the learner's probe logprobs.
+    """What the policy publishes as an engine of `dtype` needs it, with checksums and the learner's probe logprobs.
 
     `with_bytes=False` leaves out bytes and checksums, and with them every copy to the host. `staging` is reused: the
     next snapshot overwrites this one. Without it the snapshot has a buffer of its own.
     """
-    names, tensors = zip(*((name, tensor.detach()) for name, tensor in policy.named_weights()), strict=True)
+    adapter, named = policy.published()
+    names, tensors = zip(*((name, tensor.detach()) for name, tensor in named), strict=True)
     arrays = (staging or Staging()).write(tensors, getattr(torch, dtype)) if with_bytes else []
     sums = [checksum(array) for array in arrays] if with_bytes else [""] * len(names)
     specs = [
         TensorSpec(name, dtype, tuple(tensor.shape), sum_)
         for name, tensor, sum_ in zip(names, tensors, sums, strict=True)
     ]
-    return Snapshot(WeightManifest(version, tuple(specs), _probe(policy, dtype)), tuple(arrays))
+    return Snapshot(WeightManifest(version, tuple(specs), _probe(policy, dtype), adapter), tuple(arrays))
 
 
 def _probe(policy: Policy, dtype: str) -> Probe:
