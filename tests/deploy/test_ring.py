@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from deploy import run_folder
 from deploy.metrics import read_metrics
 from rollout.wire.segments import read_rows
 from tests.deploy.small_run import (
+    Stopped,
     assert_balanced,
     configured,
     largest_lag,
@@ -29,6 +31,22 @@ from tests.deploy.small_run import (
 def test_a_synchronous_run_repeats_itself_bit_for_bit(reference: Path, tmp_path: Path) -> None:
     train(configured(), tmp_path / "again")
     assert same_bits(reference, tmp_path / "again")
+
+
+@pytest.mark.parametrize("sync", ["merged", "adapter"])
+def test_a_run_that_trains_an_adapter_goes_on_after_a_stop_as_if_there_had_been_none(
+    sync: str, tmp_path: Path
+) -> None:
+    config = configured(f"learner.model.lora.sync={sync}", "learner.model.lora.targets=['q_proj', 'o_proj']")
+    train(config, tmp_path / "straight")
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "stopped", stop_after=3)
+    train(config, tmp_path / "stopped", resume=True)
+    assert same_bits(tmp_path / "straight", tmp_path / "stopped")
+    assert all(row["grad_norm"] > 0 for row in read_metrics(tmp_path / "straight"))
+    base, now = load_file(tmp_path / "straight/base/model.safetensors"), parameters(tmp_path / "straight")
+    changed = {name for name in base if not np.array_equal(base[name].view(np.uint32), now[name])}
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "o_proj"}
 
 
 def test_what_is_compared_bit_for_bit_has_learned(reference: Path, tmp_path: Path) -> None:
