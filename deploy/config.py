@@ -130,7 +130,8 @@ class RunConfig(Settings):
     seed: int = Field(0, ge=0)
     steps: int = Field(gt=0, description="learner steps, each one weight version")
     replay: str | None = Field(
-        None, description="folder of a finished run whose trajectories are learned from; nothing is played then"
+        None,
+        description="folder of a finished run whose trajectories are learned from; nothing is played then",
     )
     tiny: TinySettings | None = Field(
         None, description="build a tiny model instead of loading learner.model.path"

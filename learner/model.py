@@ -43,7 +43,9 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the learner computes")
     logit_block: int = Field(
-        default=2**25, ge=1, description="logits held at a time, whatever vocabulary and length; bounds memory"
+        default=2**25,
+        ge=1,
+        description="logits held at a time, whatever vocabulary and length; bounds memory",
     )
     gradient_checkpointing: bool = Field(
         default=False,
