@@ -187,7 +187,9 @@ def scale(
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not be there yet.")],
-    version: Annotated[int | None, typer.Option(help="Weight version of a checkpoint; none: the newest.")] = None,
+    version: Annotated[
+        int | None, typer.Option(help="Weight version of a checkpoint; none: the newest.")
+    ] = None,
 ) -> None:
     """Write a checkpoint's model in Hugging Face format: what transformers, vLLM and `manta eval` load.
 

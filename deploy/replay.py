@@ -87,7 +87,9 @@ def _history(config: RunConfig) -> History:
     except HistoryError as error:
         raise ConfigError(f"replay: {error}") from None
     if history.steps < config.steps:
-        raise ConfigError(f"replay: {config.replay} made {history.steps} steps; say steps={history.steps} or fewer")
+        raise ConfigError(
+            f"replay: {config.replay} made {history.steps} steps; say steps={history.steps} or fewer"
+        )
     return history
 
 
@@ -104,8 +106,8 @@ def require_same_tokens(model: str, past: Path) -> None:
     mine, theirs = (load_tokenizer(str(path)).get_vocab() for path in (model, newest / "model"))
     if mine != theirs:
         raise ConfigError(
-            f"replay: the tokenizer of {model} is not that of {past} ({len(mine)} and {len(theirs)} tokens, or other ids): "
-            "its token ids would mean something else"
+            f"replay: the tokenizer of {model} is not that of {past} ({len(mine)} and {len(theirs)} tokens, or other "
+            "ids): its token ids would mean something else"
         )
 
 

@@ -50,7 +50,9 @@ class History:
 
     async def discard(self, version: int, reason: DropReason) -> None:
         """There are no other groups."""
-        raise HistoryError(f"step {version + 1} can not be learned ({reason}), and the past holds no other groups")
+        raise HistoryError(
+            f"step {version + 1} can not be learned ({reason}), and the past holds no other groups"
+        )
 
     async def landed(self, version: int) -> None:
         """A checkpoint is on disk: nothing to note."""
@@ -58,4 +60,11 @@ class History:
     async def counts(self) -> dict[str, int]:
         """As a ledger's: everything was trained long ago."""
         trained = sum(map(len, self._steps))
-        return {"issued": trained, "in_flight": 0, "complete": 0, "taken": 0, "trained": trained, "dropped": 0}
+        return {
+            "issued": trained,
+            "in_flight": 0,
+            "complete": 0,
+            "taken": 0,
+            "trained": trained,
+            "dropped": 0,
+        }

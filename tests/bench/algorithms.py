@@ -2,8 +2,8 @@
 
     python -m tests.bench.algorithms [RECIPE ...] [--seeds 3] [--steps 40] [--folder DIR]
 
-A seed's warm start (imitation) is made once; every recipe then goes on from it, with the real vLLM and Ray, and is evaluated
-on 256 held-out maps. What is there already is not run again. Prints Markdown.
+A seed's warm start (imitation) is made once; every recipe then goes on from it, with the real vLLM and Ray, and is
+evaluated on 256 held-out maps. What is there already is not run again. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -71,11 +71,15 @@ def main() -> None:
             summary = json.loads((run / "summary.json").read_text())
             successes.append(summary["success_after"])
             before.append(summary["success_before"])
-            print(f"{recipe} seed {seed}: {before[-1]:.3f} -> {successes[-1]:.3f}", file=sys.stderr, flush=True)
+            print(
+                f"{recipe} seed {seed}: {before[-1]:.3f} -> {successes[-1]:.3f}", file=sys.stderr, flush=True
+            )
     print(f"| recipe | success after {asked.steps} steps, seed by seed | mean |\n|---|---|---|")
     print(f"| before | | {statistics.mean(before):.3f} |")
     for recipe, successes in found.items():
-        print(f"| `{recipe}` | {', '.join(f'{s:.3f}' for s in successes)} | {statistics.mean(successes):.3f} |")
+        print(
+            f"| `{recipe}` | {', '.join(f'{s:.3f}' for s in successes)} | {statistics.mean(successes):.3f} |"
+        )
 
 
 if __name__ == "__main__":

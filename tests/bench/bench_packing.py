@@ -1,9 +1,9 @@
 """The learner on episodes of very unequal lengths, against a padded loop; and what a step costs beside its mathematics.
 
-Lengths are log-normal, as those of answers are. The padded loop is what one would write by hand: batches of neighbouring
-episodes, padded to their longest, with an attention mask. Both run on one thread, in turns, over the same episodes, and
-tokens are the episodes' own. `overhead` is what `Learner.step` spends outside of forward, backward and optimizer:
-credit, packing, statistics. Prints JSON.
+Lengths are log-normal, as those of answers are. The padded loop is what one would write by hand: batches of
+neighbouring episodes, padded to their longest, with an attention mask. Both run on one thread, in turns, over the same
+episodes; tokens are the episodes' own. `overhead` is what `Learner.step` spends outside of forward, backward and
+optimizer: credit, packing, statistics. Prints JSON.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def episodes(vocabulary: int) -> list[Group]:
         )
         return Trajectory(group, 0, index, task, (step,), EndReason.TERMINATED)
 
-    return [Group(Slot(g, 0, task, 0), tuple(episode(g, i) for i in range(GROUP_SIZE))) for g in range(GROUPS)]
+    return [
+        Group(Slot(g, 0, task, 0), tuple(episode(g, i) for i in range(GROUP_SIZE))) for g in range(GROUPS)
+    ]
 
 
 def padded_loop(folder: Path, groups: list[Group]) -> Callable[[], None]:

@@ -4,8 +4,8 @@
 
 A dense Qwen3-shaped model of about 1.7 billion parameters with random weights; rows of 16,384 packed tokens whose
 sequences have log-normal lengths, three quarters of them sampled; bfloat16 products over float32 weights, activation
-checkpointing where it is needed. Needs torch and transformers, neither Ray nor vLLM. `--tiny` is a rehearsal of the same
-on a CPU. Prints JSON.
+checkpointing where it is needed. Needs torch and transformers, neither Ray nor vLLM. `--tiny` is a rehearsal on a CPU.
+Prints JSON.
 
 FLOPs of a token: 6 x the parameters outside of the embedding (head included once), plus 6 x layers x heads x head width
 x the mean number of tokens attended to; what is computed again in the backward pass counts nothing. 989 TFLOP/s is the
@@ -108,7 +108,9 @@ def ours(folder: Path, device: str, batch: Batch, checkpointing: bool) -> Callab
 
 def plain(folder: Path, device: str, made: list[TokenSequence], row: int) -> Callable[[], None]:
     """transformers as it comes: bfloat16 weights, sdpa, checkpointing, padded batches of about a row's tokens."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").to(
+        device
+    )
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device == "cuda")
@@ -129,16 +131,22 @@ def plain(folder: Path, device: str, made: list[TokenSequence], row: int) -> Cal
             longest = max(len(s.token_ids_T) for s in some)
 
             def padded(arrays: list[Any], longest: int = longest) -> torch.Tensor:
-                return torch.tensor(np.stack([np.pad(a, (0, longest - len(a))) for a in arrays]), device=device)
+                return torch.tensor(
+                    np.stack([np.pad(a, (0, longest - len(a))) for a in arrays]), device=device
+                )
 
             ids = padded([s.token_ids_T for s in some]).long()
             mask = padded([np.ones(len(s.token_ids_T), np.int64) for s in some])
             sampled = padded([s.sampled_T.astype(np.float32) for s in some])[:, 1:]
             advantages = padded([s.advantages_T for s in some])[:, 1:]
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-            logprobs = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
-            ).neg().view_as(sampled)
+            logprobs = (
+                torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+                )
+                .neg()
+                .view_as(sampled)
+            )
             ratio = (logprobs + 12.0).exp()
             surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
             (-(surrogate * sampled).sum() / total).backward()

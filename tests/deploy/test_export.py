@@ -24,7 +24,9 @@ def test_an_export_is_a_model_that_transformers_loads(reference: Path, tmp_path:
     assert abs(dense - learner).max() < 1e-5
 
 
-def test_an_export_overwrites_nothing_and_names_the_versions_there_are(reference: Path, tmp_path: Path) -> None:
+def test_an_export_overwrites_nothing_and_names_the_versions_there_are(
+    reference: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="is there already"):
         export_model(reference, tmp_path)
     with pytest.raises(ConfigError, match=r"no checkpoint of version 1; versions kept: 2, 4"):
