@@ -18,6 +18,7 @@ from learner.model import ModelSettings
 from learner.optim import OptimSettings
 from learner.publish import Snapshot
 from rollout.wire.schema import encode
+from rollout.wire.share import Share
 from rollout.wire.trajectory import DropReason, Group, Step
 from rollout.wire.weights import Handle, WeightUpdate, write_memory
 
@@ -37,7 +38,7 @@ class Exchange:
     async def discard(self, version: int, reason: DropReason) -> None:
         self.discarded.append(version)
 
-    async def take(self, version: int, timeout_s: float) -> list[pa.RecordBatch]:
+    async def take(self, version: int, timeout_s: float, share: Share) -> list[pa.RecordBatch]:
         self.taken.append(version)
         group = self.group_of(version, [1.0, 0.0, 0.5])
         return [encode(_broken(group) if len(self.taken) <= self.broken else group)]
@@ -230,7 +231,7 @@ def test_version_0_lands_after_imitation_and_a_save_may_be_asked_again(
     setup: Setup, tmp_path: Path, tiny: Path, group_of: Groups
 ) -> None:
     async def run() -> None:
-        steps = setup.loop.begin_imitation([encode(group_of(0, [1.0, 1.0]))])
+        steps = await setup.loop.begin_imitation([encode(group_of(0, [1.0, 1.0]))])
         assert len(await setup.loop.imitate(steps + 1)) == steps
         await setup.loop.save(tmp_path)
         await setup.loop.save(tmp_path)
