@@ -52,7 +52,7 @@ class Ranks:
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
             ranks = cls(rank, size, init_device_mesh(device, (size,)))
             ranks.gather("here")
-        except dist.DistError as error:
+        except RuntimeError as error:  # torch's own errors are such, and gloo's nothing more
             raise RankLost(
                 f"rank {rank} of the learner did not meet the other {size - 1} at {address} within {seconds:g} s: "
                 f"{str(error).splitlines()[0]}"
@@ -102,7 +102,8 @@ def touching(ranks: Ranks, function: Callable[..., T], *args: Any) -> T:
     try:
         return function(*args)
     except RuntimeError as error:
-        if ranks.size == 1 or not (type(error) is RuntimeError or isinstance(error, dist.DistError)):
+        ours = type(error) is RuntimeError or isinstance(error, dist.DistError)
+        if ranks.size == 1 or not ours:
             raise
         raise RankLost(
             f"rank {ranks.rank} of the learner lost touch with the others: {str(error).splitlines()[0]}"

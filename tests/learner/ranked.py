@@ -101,6 +101,14 @@ def stepped(ranks: Ranks, tiny: Path, cases: list[Any]) -> list[Found]:
     return found
 
 
+def narrow(ranks: Ranks, tiny: Path) -> tuple[float, float, set[str]]:
+    """Loss and gradient norm of a step whose products are bfloat16, and the types of what is kept."""
+    made = built(ranks, tiny, {}, dtype="bfloat16", gradient_checkpointing=True)
+    metrics = made.step(own(ranks, groups_of(0)))
+    kept = [*made.policy.parameters(), *(p.grad for p in made.policy.parameters() if p.grad is not None)]
+    return metrics["loss"], metrics["grad_norm"], {str(tensor.dtype) for tensor in kept}
+
+
 def saved(ranks: Ranks, tiny: Path, recipe: dict[str, Any], run: Path) -> Found:
     """A learner that made two steps and a checkpoint."""
     made = built(ranks, tiny, recipe)

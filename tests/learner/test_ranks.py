@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 from learner.checkpoint import latest
+from learner.model import build_tiny
 from learner.ranks import RankLost, Ranks
-from tests.learner.ranked import Found, refused, resumed, saved, stepped
+from learner.tokenizer import build_tokenizer
+from tests.learner.ranked import Found, narrow, refused, resumed, saved, stepped
 from tests.learner.together import together
 
 GAE: dict[str, Any] = {"kind": "gae", "gamma": 0.9, "lam": 0.8}
 CRITIC: dict[str, Any] = {"credit": GAE, "critic": {"optim": {"learning_rate": 0.03}}}
-# (recipe, learner steps, settings of the model)
+# (recipe, learner steps, settings of the model); UNTIED stands for a model whose head is a matrix of its own
+UNTIED = "untied"
 CASES: list[Any] = [
     ({"credit": {"kind": "group"}}, 1, {}),
     (
@@ -34,7 +37,7 @@ CASES: list[Any] = [
     ),
     ({"credit": {"kind": "returns", "baseline": "batch"}, "aggregation": "sequence"}, 1, {}),
     ({"credit": {"kind": "gdpo", "weights": {"goal": 1.0, "form": 0.5}}, "loss": {"kind": "gspo"}}, 1, {}),
-    (CRITIC | {"aggregation": "sequence"}, 2, {}),
+    (CRITIC | {"aggregation": "sequence"}, 2, {"path": UNTIED}),
 ]
 
 
@@ -44,15 +47,29 @@ def _same(one: list[Any], other: list[Any], atol: float = 0.0) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny: Path) -> list[Found]:
+def cases(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """The cases, with a folder for the model that is no fixture of others."""
+    folder = tmp_path_factory.mktemp(UNTIED)
+    shape = {"layers": 1, "width": 32, "heads": 2, "mlp": 48, "context": 128}
+    build_tiny(folder, build_tokenizer(folder), **shape, tie=False, seed=2)
+    return [
+        (recipe, steps, model | ({"path": str(folder)} if model.get("path") == UNTIED else {}))
+        for recipe, steps, model in CASES
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path, cases: list[Any]) -> list[Found]:
     """What one rank makes of every case."""
-    (found,) = together(1, stepped, tiny, CASES)
+    (found,) = together(1, stepped, tiny, cases)
     return found
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_step_of_several_ranks_is_that_of_one(size: int, tiny: Path, alone: list[Found]) -> None:
-    by_rank = together(size, stepped, tiny, CASES)
+def test_a_step_of_several_ranks_is_that_of_one(
+    size: int, tiny: Path, cases: list[Any], alone: list[Found]
+) -> None:
+    by_rank = together(size, stepped, tiny, cases)
     fewer = False
     for case, expected in enumerate(alone):
         found = [of_rank[case] for of_rank in by_rank]
@@ -86,6 +103,14 @@ def test_a_checkpoint_is_continued_by_any_number_of_ranks(
     newest = latest(tmp_path)
     assert newest is not None
     assert {path.name for path in newest.iterdir()} == {"model", "critic", "optimizer.pt", "state.json"}
+
+
+def test_shards_gathered_in_bfloat16_compute_what_autocast_does_and_stay_float32(tiny: Path) -> None:
+    (expected,) = together(1, narrow, tiny)
+    found, same = together(2, narrow, tiny)
+    assert found == same
+    assert found[2] == expected[2] == {"torch.float32"}
+    assert found[:2] == pytest.approx(expected[:2], rel=0.05, abs=0.02)
 
 
 def test_a_batch_that_is_not_finite_on_one_rank_is_refused_by_all(tiny: Path) -> None:
