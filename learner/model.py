@@ -149,7 +149,7 @@ class Policy:
         return None, self.named_weights()
 
     def save(self, folder: Path) -> None:
-        """Write config and weights in Hugging Face format; with an adapter the merged ones, and the adapter beside them."""
+        """Write config and weights in Hugging Face format; with an adapter the merged ones, and itself in a folder."""
         self.model.save_pretrained(folder, state_dict=dict(self._merged(self.model.state_dict().items())))
         if self.adapter is not None:
             self.adapter.save(folder / _ADAPTER)

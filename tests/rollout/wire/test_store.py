@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from itertools import count
-from itertools import count
 from collections.abc import Callable
 from pathlib import Path
 
