@@ -228,6 +228,7 @@ class VllmEngine:
             await self._pause()
             await self._loaded(update, self._asked(self._llm.add_lora(loading)))
         self._adapter = vllm_adapter.PRESENT
+        await self._asked(self._llm.update_weight_version(str(update.version)))
         return await self._serve(update.manifest)
 
     async def _loaded(self, update: WeightUpdate, loading: Coroutine[Any, Any, Any]) -> None:
@@ -263,7 +264,7 @@ class VllmEngine:
 
     async def finish_update(self, manifest: WeightManifest) -> SyncReport:
         """Go on generating under the new version and prove it by the probe (WeightMismatch where it differs)."""
-        await self._asked(self._llm.finish_weight_update())
+        await self._asked(self._llm.finish_weight_update(weight_version=str(manifest.version)))
         return await self._serve(manifest)
 
     async def _pause(self) -> None:
@@ -271,7 +272,6 @@ class VllmEngine:
         await self._asked(self._llm.pause_generation(mode="keep", clear_cache=False))
 
     async def _serve(self, manifest: WeightManifest) -> SyncReport:
-        await self._asked(self._llm.update_weight_version(str(manifest.version)))
         self.version = int(await self._asked(self._llm.get_weight_version()))
         await self._asked(self._llm.resume_generation())
         stalled = time.perf_counter() - self._paused_at
