@@ -109,6 +109,18 @@ def narrow(ranks: Ranks, tiny: Path) -> tuple[float, float, set[str]]:
     return metrics["loss"], metrics["grad_norm"], {str(tensor.dtype) for tensor in kept}
 
 
+def divided(ranks: Ranks, tiny: Path) -> tuple[int, Found]:
+    """Episodes of this rank, and what a step of many parts and passes left."""
+    made = built(ranks, tiny, {"minibatches": 5, "epochs": 2})
+    share = own(ranks, groups_of(0, count=3))
+    metrics = made.step(share)
+    state = {"parameters": plain(made.policy.parameters()), "generator": made._rng.bit_generator.state}
+    return sum(len(each.trainable) for each in share), state | {
+        "metrics": metrics,
+        "steps": made.optimizer.steps,
+    }
+
+
 def saved(ranks: Ranks, tiny: Path, recipe: dict[str, Any], run: Path) -> Found:
     """A learner that made two steps and a checkpoint."""
     made = built(ranks, tiny, recipe)
