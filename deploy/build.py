@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from deploy.config import ConfigError, RunConfig
 from envs import registry
 from learner.learner import Learner
+from learner.lora import planned
 from learner.model import build_tiny
 from learner.ranks import ALONE, Ranks
 from learner.tokenizer import build_tokenizer
@@ -21,6 +22,7 @@ from rollout.engine import Engine
 from rollout.pool import EnvironmentPool
 from rollout.tasks import TaskStream
 from rollout.vllm_engine import VllmEngine
+from rollout.wire.adapter import AdapterSpec
 from rollout.wire.exchange import Exchange
 from rollout.wire.schema import encode
 from rollout.wire.store import Store
@@ -94,6 +96,12 @@ def distinct_tasks(env_id: str, options: dict[str, object], first_seed: int, cou
     return tasks
 
 
+def sent_adapter(config: RunConfig, path: str) -> AdapterSpec | None:
+    """The adapter that engines are sent in place of whole weights, where the run says so."""
+    lora = config.learner.model.lora
+    return planned(path, lora) if lora and lora.sync == "adapter" else None
+
+
 async def vllm_engine(config: RunConfig, name: str, path: str) -> Engine:
     """The engine of a real run."""
     tokenizer = load_tokenizer(path)
@@ -105,6 +113,7 @@ async def vllm_engine(config: RunConfig, name: str, path: str) -> Engine:
         config.engine,
         on_gpu=config.rollout.gpus_per_worker > 0,
         transfer="manta" if config.weights.transfer == "object_store" else config.weights.transfer,
+        adapter=sent_adapter(config, path),
     )
 
 
@@ -120,9 +129,12 @@ async def build_worker(
 
 
 def build_learner(config: RunConfig, path: str, ranks: Ranks = ALONE) -> Learner:
+    """The learner of a run, with the largest row it can meet computed once. ModelError where that does not fit."""
     model = config.learner.model.model_copy(update={"path": path})
     settings = config.learner.model_copy(update={"model": model})
-    return Learner(settings, config.seed, config.sampling.temperature, config.steps, ranks)
+    learner = Learner(settings, config.seed, config.sampling.temperature, config.steps, ranks)
+    learner.rehearse(config.rollout.context_tokens)
+    return learner
 
 
 def build_exchange(config: RunConfig, run_folder: Path) -> Exchange:

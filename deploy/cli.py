@@ -54,6 +54,9 @@ def train(
         typer.Option(help="The run's folder itself: made where it is not there, gone on with where it is."),
     ] = None,
     runs: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
+    replay: Annotated[
+        Path | None, typer.Option(help="Learn from what this finished run has played, instead of playing.")
+    ] = None,
     local: Annotated[bool, typer.Option("--local", help="Everything in this process, without Ray.")] = False,
 ) -> None:
     """Train from a recipe, or go on with a run.
@@ -64,6 +67,8 @@ def train(
     manta train my_recipe.toml steps=20 learner.optim.learning_rate=3e-4 rollout.workers=2
 
     manta train --resume runs/frozen_lake-20260101-120000
+
+    manta train rloo --replay runs/frozen_lake-20260101-120000
     """
     from deploy import drive, preflight, run_folder
 
@@ -78,7 +83,8 @@ def train(
     elif run is not None and run_folder.exists(run):
         drive.drive(run_folder.open_existing(run), run, console, resume=True, local=local)
     else:
-        config = load_config(recipe, overrides or ())
+        past = [] if replay is None else [f"replay={str(replay.resolve())!r}"]
+        config = load_config(recipe, [*(overrides or ()), *past])
         preflight.check(config)
         folder = run or run_folder.choose(config, runs)
         drive.drive(config, folder, console, resume=False, local=local)
@@ -175,6 +181,24 @@ def scale(
         )
     ask_workers(run, workers)
     console.print(f"asked for {workers} rollout workers; who serves: {run / 'roster.json'}", highlight=False)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write; it must not be there yet.")],
+    version: Annotated[
+        int | None, typer.Option(help="Weight version of a checkpoint; none: the newest.")
+    ] = None,
+) -> None:
+    """Write a checkpoint's model in Hugging Face format: what transformers, vLLM and `manta eval` load.
+
+    Example:
+    manta export runs/frozen_lake-20260101-120000 my_model
+    """
+    from deploy.export import export_model
+
+    console.print(f"wrote version {export_model(run, target, version)} to {target}", highlight=False)
 
 
 @app.command()

@@ -131,6 +131,10 @@ class RunConfig(Settings):
     name: str = Field("run", description="first part of the run folder's name")
     seed: int = Field(0, ge=0)
     steps: int = Field(gt=0, description="learner steps, each one weight version")
+    replay: str | None = Field(
+        None,
+        description="folder of a finished run whose trajectories are learned from; nothing is played then",
+    )
     tiny: TinySettings | None = Field(
         None, description="build a tiny model instead of loading learner.model.path"
     )
@@ -181,6 +185,10 @@ class RunConfig(Settings):
                 f"learner.ranks={ranks} share the groups of a step, but buffer.groups_per_step={groups}: a group is "
                 "not divided; have at least as many groups as ranks"
             )
+        if ranks > 1 and self.learner.model.lora is not None:
+            raise ValueError(
+                f"learner.model.lora trains an adapter in one process, but learner.ranks={ranks}; use learner.ranks=1"
+            )
         if ranks > 1 and self.weights.transfer != "object_store":
             raise ValueError(
                 f"weights.transfer={self.weights.transfer!r} sends from one process, but learner.ranks={ranks}; "
@@ -212,6 +220,23 @@ class RunConfig(Settings):
                 learning_rate(optim, 0, steps)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}; lower {name}.warmup_steps or train longer") from error
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_can_travel(self) -> Self:
+        lora = self.learner.model.lora
+        if lora is None or lora.sync == "merged":
+            return self
+        if self.weights.transfer != "object_store":
+            raise ValueError(
+                f"learner.model.lora.sync='adapter' does not travel by weights.transfer={self.weights.transfer!r}, "
+                "which sends whole weights; use 'object_store', or sync='merged'"
+            )
+        if self.rollout.gpus_per_worker and self.engine.dtype == "float32":
+            raise ValueError(
+                "learner.model.lora.sync='adapter' needs engine.dtype='bfloat16' or 'float16' on GPUs, where vLLM "
+                "multiplies adapters in half precision only; set it, or use sync='merged'"
+            )
         return self
 
     @model_validator(mode="after")

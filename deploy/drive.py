@@ -32,6 +32,7 @@ class Stopped(Exception):
 
 def drive(config: RunConfig, folder: Path, console: Console, *, resume: bool, local: bool) -> None:
     """Run to the end and print the outcome. typer.Exit(130) after Ctrl-C or SIGTERM; PartFailed as it is."""
+    local = local or config.replay is not None
     alone = local or not config.cluster.joins  # nothing of the run is on another machine
     temporary = private_temporary() if alone else None
     start_janitor(tag_run(), folder, temporary)
@@ -61,7 +62,11 @@ def drive(config: RunConfig, folder: Path, console: Console, *, resume: bool, lo
 def _train(config: RunConfig, folder: Path, console: Console, resume: bool, local: bool) -> dict[str, Any]:
     with Progress(config.steps, f"{config.name}  {folder}", console) as progress:
         ring: Ring
-        if local:
+        if config.replay is not None:
+            from deploy.replay import ReplayRing
+
+            ring = ReplayRing(config, folder)
+        elif local:
             from deploy.local import LocalRing
 
             ring = LocalRing(config, folder)

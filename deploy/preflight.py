@@ -12,10 +12,13 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from deploy import replay
 from deploy.build import evaluation_tasks
 from deploy.config import ConfigError, RunConfig
 from envs import registry
 from envs.base import Observation
+from learner.lora import planned
+from learner.model import build_tiny
 from learner.tokenizer import build_tokenizer
 from rollout.agent import as_messages
 from rollout.chat import Chat
@@ -30,7 +33,11 @@ def check(config: RunConfig) -> None:
         check_model(path)
         check_context(path, config.rollout.context_tokens)
     check_prompt(config, observation)
-    evaluation_tasks(config)
+    check_lora(config)
+    if config.replay is None:
+        evaluation_tasks(config)
+    else:
+        replay.check(config)
     if config.warm_start:
         registry.player(config.env.id)
     if config.cluster.dashboard_port and not config.cluster.address:
@@ -74,6 +81,22 @@ def check_prompt(config: RunConfig, observation: Observation) -> None:
             f"the first prompt of {config.env.id} has {prompt} tokens, which does not fit into "
             f"rollout.context_tokens={config.rollout.context_tokens}; raise it or shorten the environment's text"
         )
+
+
+def check_lora(config: RunConfig) -> None:
+    """The model must have the layers that are to be adapted."""
+    lora = config.learner.model.lora
+    if lora is None:
+        return
+    with TemporaryDirectory() as folder:
+        path = config.learner.model.path
+        if config.tiny:  # its layers have the same names however many and wide they are
+            path = folder
+            build_tiny(Path(path), _tokenizer(config), layers=1, width=32, heads=1, mlp=32)
+        try:
+            planned(path, lora)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def check_port(port: int) -> None:

@@ -68,7 +68,7 @@ class Training:
                 phase.advance(len(rows), loss=rows[-1]["loss"])
 
     async def _evaluate(self, name: str) -> Evaluation | None:
-        if not self.config.evaluation.tasks:
+        if not self.config.evaluation.tasks or self.config.replay:
             return None
         tasks = await asyncio.to_thread(evaluation_tasks, self.config)
         with self._timed(f"evaluate_{name}"):

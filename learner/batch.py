@@ -224,6 +224,15 @@ def row_of(sequences: Sequence[TokenSequence]) -> MicroBatch:
     )
 
 
+def longest_row(longest: int, tokens_per_microbatch: int) -> MicroBatch:
+    """The row that takes most memory: filled with sequences of `longest` tokens, all but the first of each sampled."""
+    sampled_T = np.arange(longest) > 0
+    zeros_T = np.zeros(longest, np.float32)
+    ids_T = np.zeros(longest, np.int32)
+    sequence = TokenSequence(ids_T, sampled_T, zeros_T, zeros_T, ids_T)
+    return row_of([sequence] * max(1, tokens_per_microbatch // sequence.num_inputs))
+
+
 def idle_row() -> MicroBatch:
     """A row of one token of which nothing is scored: it moves no parameter, and a rank computes it with the others."""
     one, none_N, empty_N = (

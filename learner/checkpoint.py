@@ -157,6 +157,17 @@ def latest(run: Path) -> Path | None:
     return None
 
 
+def versions(run: Path) -> list[int]:
+    """The weight versions a run keeps checkpoints of, oldest first; whether they are whole is not looked at."""
+    return [int(folder.name[8:]) for folder in _complete(run / ROOT)]
+
+
+def of_version(run: Path, version: int) -> Path | None:
+    """The checkpoint of one version, whole or not; None where a run keeps none."""
+    folder = run / ROOT / f"version-{version:08d}"
+    return folder if folder.is_dir() else None
+
+
 def _sealed(contents: Contents, folder: Path) -> dict[str, Any]:
     """What state.json says of a folder that is otherwise written."""
     files = {

@@ -39,20 +39,15 @@ def value_loss(values_N: Tensor, old_N: Tensor, targets_N: Tensor, clip: float |
 
 
 class Critic:
-    """Model, head and optimizer. `model.path` is where its weights come from; `total_steps` are its optimizer's."""
+    """Model, head and optimizer. The trunk becomes its own; `total_steps` are its optimizer's."""
 
-    def __init__(
-        self,
-        settings: CriticSettings,
-        model: ModelSettings,
-        total_steps: int | None = None,
-        ranks: Ranks = ALONE,
-    ) -> None:
+    def __init__(self, settings: CriticSettings, trunk: Policy, total_steps: int | None = None) -> None:
         self.settings = settings
-        self._trunk = Policy(model, ranks)
+        self._trunk = trunk
         self._head = nn.Linear(self._trunk.width, 1, device=self._trunk.device)
         nn.init.zeros_(self._head.weight)
         nn.init.zeros_(self._head.bias)
+        ranks = trunk.ranks
         self._sharded_head = None if ranks.size == 1 else shard(self._head, ranks)
         learning = [*self._trunk.model.base_model.parameters(), *self._head.parameters()]
         self.optimizer = Optimizer(learning, settings.optim, total_steps)
@@ -60,9 +55,9 @@ class Critic:
     @classmethod
     def beside(cls, policy: Policy, settings: CriticSettings, total_steps: int | None = None) -> Critic:
         """A new one that begins where the policy stands."""
-        critic = cls(settings, policy.settings, total_steps, policy.ranks)
-        critic._trunk.model.load_state_dict(policy.model.state_dict())
-        return critic
+        trunk = Policy(policy.settings, policy.ranks)
+        trunk.model.load_state_dict(policy.model.state_dict())
+        return cls(settings, trunk, total_steps)
 
     @classmethod
     def load(
@@ -74,7 +69,7 @@ class Critic:
         ranks: Ranks = ALONE,
     ) -> Critic:
         """What `writer` wrote; the optimizer's state is not in it."""
-        critic = cls(settings, model.model_copy(update={"path": str(folder / _TRUNK)}), total_steps, ranks)
+        critic = cls(settings, Policy.restored(model, folder / _TRUNK, ranks), total_steps)
         own, stored = critic._head.state_dict(), load_file(folder / _HEAD)
         critic._head.load_state_dict({name: laid_out(stored[name], like) for name, like in own.items()})
         return critic

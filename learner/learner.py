@@ -16,11 +16,11 @@ from torch import Tensor
 from learner import checkpoint
 from learner.aggregation import Aggregation, token_weights
 from learner.algorithm import AlgorithmSettings
-from learner.batch import Batch, MicroBatch, TokenSequence, pack
+from learner.batch import Batch, MicroBatch, TokenSequence, longest_row, pack
 from learner.credit import GaeCredit, Values
 from learner.critic import Critic
 from learner.describe import describe
-from learner.model import ModelSettings, Policy
+from learner.model import ModelError, ModelSettings, Policy
 from learner.optim import Optimizer, OptimSettings
 from learner.prepare import Example, and_after, of_tokens
 from learner.ranks import ALONE, Ranks
@@ -140,6 +140,28 @@ class Learner:
             "version": float(self.version),
         }
 
+    def rehearse(self, longest: int) -> None:
+        """Compute the largest row there can be, forward and backward, and throw it away: what does not fit fails now.
+
+        longest: tokens of the longest sequence. Weights and generators stay as they are. ModelError says what to lower.
+        """
+        size = self.settings.tokens_per_microbatch
+        row = longest_row(min(longest, self.policy.context), size)
+        try:
+            # Moments come with the first step: their memory must be there beside a row's.
+            moments = [torch.empty_like(p) for p in self.policy.parameters() for _ in range(2)]
+            self.optimizer.zero_grad()
+            logprobs_N, entropy_N = self.policy.score(row.to(self.policy.device), self._temperature)
+            (logprobs_N.sum() + entropy_N.sum()).backward()
+            self.optimizer.zero_grad()
+            del moments
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"a row of {len(row.input_ids_T)} tokens does not fit into the learner's memory "
+                f"({str(error).splitlines()[0]}); lower learner.tokens_per_microbatch={size} or "
+                f"rollout.context_tokens={longest}, or set learner.model.gradient_checkpointing = true"
+            ) from error
+
     def imitate(self, groups: Sequence[Group]) -> Iterator[dict[str, float]]:
         """Raise the likelihood of the groups' recorded actions: one optimizer step per item yielded.
 
@@ -179,7 +201,7 @@ class Learner:
             if weights is None
             else partial(self.write_model, weights=weights)
         }
-        size = sum(parameter.nbytes for parameter in self.policy.parameters())
+        size = sum(parameter.nbytes for parameter in self.policy.model.parameters())
         if self._critic is not None:
             optimizers["critic"] = self._critic.optimizer.state_dict()
             parts[checkpoint.CRITIC] = self._critic.writer()
@@ -211,8 +233,7 @@ class Learner:
         folder = Path(newest)
         contents = checkpoint.load(folder)
         del self.policy, self.optimizer  # their memory is needed for what comes
-        stored = self.settings.model.model_copy(update={"path": str(folder / checkpoint.MODEL)})
-        self.policy = Policy(stored, self.ranks)
+        self.policy = Policy.restored(self.settings.model, folder / checkpoint.MODEL, self.ranks)
         self.optimizer = Optimizer(self.policy.parameters(), self.settings.optim, self._optimizer_steps)
         self.optimizer.load_state_dict(contents.optimizers["policy"])
         if self._reference is not None:
@@ -276,7 +297,8 @@ class Learner:
         kl = self.settings.algorithm.kl
         if kl is None or self._reference is None:
             return
-        logprobs = self._of_tokens(examples, self._reference.policy)
+        with self._reference.beside(self.policy) as reference:
+            logprobs = self._of_tokens(examples, reference)
         for example, reference_N in zip(examples, logprobs, strict=True):
             example.columns["reference_logprobs"] = reference_N
             if kl.where == "reward":

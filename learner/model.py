@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,12 +23,16 @@ from learner.attention import register
 from learner.batch import MicroBatch
 from learner.linear import use_onednn
 from learner.logprobs import token_logprobs
+from learner.lora import Adapter, LoraSettings
 from learner.ranks import ALONE, Ranks
 from learner.shards import gathered_state, shard
+from rollout.wire.adapter import AdapterSpec
 from rollout.wire.trajectory import Float32Array
 
 T = TypeVar("T")
 
+_LEAST_CHUNK = 8  # vocabulary entries at a time, however small the block
+_ADAPTER = "adapter"  # folder of the adapter's own tensors, inside that of the merged model
 _HEAD_TOLERANCE_NATS = 0.05  # far above rounding in bfloat16, far below a logit soft-cap or scale
 
 
@@ -45,12 +49,17 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
         description="precision of the matrix products; weights and optimizer state stay float32",
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the learner computes")
-    vocab_chunk: int = Field(
-        default=8192, ge=1, description="vocabulary entries whose logits are held at a time"
+    logit_block: int = Field(
+        default=2**25,
+        ge=1,
+        description="logits held at a time, whatever vocabulary and length; bounds memory",
     )
     gradient_checkpointing: bool = Field(
         default=False,
         description="recompute each layer in the backward pass: less memory, about a third more time",
+    )
+    lora: LoraSettings | None = Field(
+        default=None, description="train a low-rank adapter; without this section every weight is trained"
     )
 
 
@@ -70,6 +79,7 @@ class Policy:
         self.device = torch.device(settings.device)
         self.model = _load(settings.path)
         self.model.eval()
+        self.adapter = self._adapt(settings.lora) if settings.lora else None
         if settings.gradient_checkpointing:
             self._checkpoint_gradients()
         if settings.device == "cpu" and settings.dtype == "float32":
@@ -78,6 +88,22 @@ class Policy:
         if self.sharded is None:  # shards are moved one by one: no device has to hold all of them
             nn.Module.to(self.model, self.device)  # the subclass's `to` is untyped
         self._check_head()
+
+    @classmethod
+    def restored(cls, settings: ModelSettings, folder: Path, ranks: Ranks = ALONE) -> Policy:
+        """The policy that `save` wrote into `folder`, bit for bit.
+
+        An adapter is put on the base again, which is loaded from where it first came from: `settings.path`.
+        """
+        if settings.lora is None:
+            return cls(settings.model_copy(update={"path": str(folder)}), ranks)
+        policy = cls(settings, ranks)
+        assert policy.adapter is not None
+        try:
+            policy.adapter.load(folder / _ADAPTER)
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+        return policy
 
     @property
     def context(self) -> int:
@@ -123,17 +149,28 @@ class Policy:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face checkpoint name, detached; a tied head is not repeated.
 
-        On several ranks each lies over all of them: `learner.shards.gathered` makes it whole.
+        With an adapter they are the merged ones, all of them in memory at once beside the base. On several ranks each
+        lies over all of them: `learner.shards.gathered` makes it whole.
         """
-        own = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        own = {name: parameter.detach() for name, parameter in self._merged(self.model.named_parameters())}
         yield from revert_weight_conversion(self.model, own).items()
 
+    def published(self) -> tuple[AdapterSpec | None, Iterator[tuple[str, Tensor]]]:
+        """What engines are sent: every weight, or an adapter alone and what it belongs to."""
+        if self.adapter is not None and self.adapter.settings.sync == "adapter":
+            return self.adapter.spec, self.adapter.tensors()
+        return None, self.named_weights()
+
     def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Write config and weights in Hugging Face format (safetensors).
+        """Write config and weights in Hugging Face format; with an adapter the merged ones, and it beside them.
 
         weights: `whole_state`, which all ranks have to be asked for before rank 0 writes.
         """
+        if weights is None:
+            weights = dict(self._merged(self.model.state_dict().items()))
         self.model.save_pretrained(folder, state_dict=weights)
+        if self.adapter is not None:
+            self.adapter.save(folder / _ADAPTER)
 
     def whole_state(self) -> dict[str, Tensor] | None:
         """Parameters that lie over several ranks, gathered in rank 0's host memory; None where they do not."""
@@ -177,9 +214,17 @@ class Policy:
 
     def _logprobs(self, hidden_ND: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         head = self._head
-        return token_logprobs(
-            hidden_ND, head.weight, head.bias, targets_N, temperature, self.settings.vocab_chunk
-        )
+        chunk = max(self.settings.logit_block // max(len(hidden_ND), 1), _LEAST_CHUNK)
+        return token_logprobs(hidden_ND, head.weight, head.bias, targets_N, temperature, chunk)
+
+    def _adapt(self, settings: LoraSettings) -> Adapter:
+        try:
+            return Adapter(self.model, settings)
+        except ValueError as error:
+            raise ModelError(f"model {self.settings.path!r}: {error}") from error
+
+    def _merged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        return tensors if self.adapter is None else self.adapter.merged(tensors)
 
     def _checkpoint_gradients(self) -> None:
         self.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -62,13 +62,14 @@ class Staging:
 def take_snapshot(
     policy: Policy, version: int, dtype: str, with_bytes: bool = True, staging: Staging | None = None
 ) -> Snapshot:
-    """The policy's parameters as an engine of `dtype` needs them, with checksums and the learner's probe logprobs.
+    """What the policy publishes as an engine of `dtype` needs it, with checksums and the learner's probe logprobs.
 
     `with_bytes=False` leaves out bytes and checksums, and with them every copy to the host. `staging` is reused: the
     next snapshot overwrites this one. Without it the snapshot has a buffer of its own. Every rank has to take it; the
     bytes are rank 0's alone.
     """
-    names, tensors = zip(*((name, tensor.detach()) for name, tensor in policy.named_weights()), strict=True)
+    adapter, named = policy.published()
+    names, tensors = zip(*((name, tensor.detach()) for name, tensor in named), strict=True)
     if policy.ranks.rank and with_bytes:
         with_bytes = False
         for tensor in tensors:
@@ -79,7 +80,7 @@ def take_snapshot(
         TensorSpec(name, dtype, tuple(tensor.shape), sum_)
         for name, tensor, sum_ in zip(names, tensors, sums, strict=True)
     ]
-    return Snapshot(WeightManifest(version, tuple(specs), _probe(policy, dtype)), tuple(arrays))
+    return Snapshot(WeightManifest(version, tuple(specs), _probe(policy, dtype), adapter), tuple(arrays))
 
 
 def _probe(policy: Policy, dtype: str) -> Probe:

@@ -1,12 +1,18 @@
 """The policy that reinforcement learning began with, kept to measure how far the learner has gone from it.
 
 RUN/reference/    its weights in Hugging Face format, written once, with the checkpoint of version 0
+
+Of a policy that trains an adapter only the adapter is kept: the base is the learner's own, and does not change.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from torch import Tensor
 
 from learner.checkpoint import CheckpointError
 from learner.model import ModelSettings, Policy
@@ -23,23 +29,30 @@ class Reference:
         self._ranks = ranks
         self._path: Path | None = None
         self._policy: Policy | None = None
+        self._adapter: dict[str, Tensor] | None = None
 
-    @property
-    def policy(self) -> Policy:
-        """The frozen model. CheckpointError where a run was taken up whose reference is gone."""
-        if self._policy is None:
-            if self._path is None or not self._path.is_dir():
-                raise CheckpointError(
-                    f"the reference policy is missing: {self._path} was written with version 0 and is needed for kl"
-                )
-            stored = self._settings.model_copy(update={"path": str(self._path)})
-            self._policy = Policy(stored, self._ranks)
-            self._policy.model.requires_grad_(False)
-        return self._policy
+    @contextmanager
+    def beside(self, policy: Policy) -> Iterator[Policy]:
+        """The frozen model, while this lasts; a learner that trains an adapter lends its own model for that time.
+
+        CheckpointError where a run was taken up whose reference is gone.
+        """
+        if policy.adapter is None:
+            yield self._whole()
+            return
+        if self._adapter is None:
+            try:
+                self._adapter = policy.adapter.read(self._found())
+            except ValueError as error:
+                raise CheckpointError(f"the reference policy is broken: {error}") from error
+        with policy.adapter.holding(self._adapter):
+            yield policy
 
     def copy(self, policy: Policy) -> None:
         """Take the weights of a policy that stands at version 0."""
-        if self._policy is None:
+        if policy.adapter is not None:
+            self._adapter = policy.adapter.copy()
+        elif self._policy is None:
             self._policy = Policy(self._settings, self._ranks)
             self._policy.model.load_state_dict(policy.model.state_dict())
             self._policy.model.requires_grad_(False)
@@ -51,10 +64,27 @@ class Reference:
             return
         partial = run / f".partial-{_FOLDER}"
         shutil.rmtree(partial, ignore_errors=True)
-        policy.save(partial, weights)
+        if policy.adapter is None:
+            policy.save(partial, weights)
+        else:
+            policy.adapter.save(partial)
         shutil.rmtree(run / _FOLDER, ignore_errors=True)
         partial.rename(run / _FOLDER)
 
     def find(self, run: Path) -> None:
         """The run is taken up: its reference is the one it was begun with."""
-        self._path, self._policy = run / _FOLDER, None
+        self._path, self._policy, self._adapter = run / _FOLDER, None, None
+
+    def _whole(self) -> Policy:
+        if self._policy is None:
+            stored = self._settings.model_copy(update={"path": str(self._found())})
+            self._policy = Policy(stored, self._ranks)
+            self._policy.model.requires_grad_(False)
+        return self._policy
+
+    def _found(self) -> Path:
+        if self._path is None or not self._path.is_dir():
+            raise CheckpointError(
+                f"the reference policy is missing: {self._path} was written with version 0 and is needed for kl"
+            )
+        return self._path

@@ -18,7 +18,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rollout.engine import Completion, EngineFailed, FinishReason, Sampling, derive_seed
 from rollout.wire.trajectory import Float32Array
-from rollout.wire.weights import ByteArray, SyncReport, TensorSpec, WeightMismatch, WeightUpdate
+from rollout.wire.weights import (
+    ByteArray,
+    SyncReport,
+    TensorSpec,
+    WeightManifest,
+    WeightMismatch,
+    WeightUpdate,
+)
 
 
 class HfEngine:
@@ -34,6 +41,9 @@ class HfEngine:
         self._stop = frozenset(stop_token_ids)
         # A tied head appears once, under the embedding's name, as in a checkpoint.
         self._weights = dict(model.named_parameters())
+        self._base: dict[
+            str, Tensor
+        ] = {}  # the matrices that an adapter changes, as they were before it came
 
     @classmethod
     def load(cls, path: str, stop_token_ids: Sequence[int], *, name: str = "hf") -> Self:
@@ -82,19 +92,18 @@ class HfEngine:
     async def sync(self, update: WeightUpdate) -> SyncReport:
         """Copy the tensors in place, after names, shapes and checksums were found right; then check the probe."""
         began = time.perf_counter()
-        update.manifest.require_names(self._weights, self.name)
-        self._require_shapes(update)
+        shapes = self._wanted(update.manifest)
+        update.manifest.require_names(shapes, self.name)
+        self._require_shapes(update.manifest, shapes)
         update.verify()
         stalled = time.perf_counter()
-        with torch.no_grad():
-            for spec, array in update.tensors():
-                self._weights[spec.name].copy_(_as_tensor(spec, array))
+        self._load(update)
         self.version = update.version
         seconds_stalled = time.perf_counter() - stalled
         probe = update.manifest.probe
         difference = probe.check(self.name, self.version, await self.score(probe.token_ids))
         seconds = time.perf_counter() - began
-        return SyncReport(self.name, self.version, len(self._weights), difference, seconds, seconds_stalled)
+        return SyncReport(self.name, self.version, len(shapes), difference, seconds, seconds_stalled)
 
     async def ping(self) -> None:
         pass  # it lives in the caller's process
@@ -107,14 +116,43 @@ class HfEngine:
         output = self._model(torch.tensor([new_ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
         return output.logits[0, -1].float(), output.past_key_values
 
-    def _require_shapes(self, update: WeightUpdate) -> None:
-        for spec in update.manifest.tensors:
-            held = tuple(self._weights[spec.name].shape)
-            if spec.shape != held:
+    def _wanted(self, manifest: WeightManifest) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that make up a version of its kind."""
+        adapter = manifest.adapter
+        if adapter is None:
+            return {name: tuple(weight.shape) for name, weight in self._weights.items()}
+        if missing := adapter.missing_from(self._weights):
+            raise WeightMismatch(
+                f"{self.name}: version {manifest.version} adapts {missing[0]}, which this model has not"
+            )
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer in adapter.layers:
+            out, width = self._weights[f"{layer}.weight"].shape
+            a_name, b_name = adapter.tensor_names(layer)
+            shapes |= {a_name: (adapter.rank, width), b_name: (out, adapter.rank)}
+        return shapes
+
+    def _require_shapes(self, manifest: WeightManifest, wanted: dict[str, tuple[int, ...]]) -> None:
+        for spec in manifest.tensors:
+            if spec.shape != wanted[spec.name]:
                 raise WeightMismatch(
-                    f"{self.name}: version {update.version}: tensor {spec.name} has shape {spec.shape}, the model's "
-                    f"is {held}"
+                    f"{self.name}: version {manifest.version}: tensor {spec.name} has shape {spec.shape}, the model's "
+                    f"is {wanted[spec.name]}"
                 )
+
+    @torch.no_grad()
+    def _load(self, update: WeightUpdate) -> None:
+        tensors = {spec.name: _as_tensor(spec, array) for spec, array in update.tensors()}
+        adapter = update.manifest.adapter
+        if adapter is None:
+            for name, tensor in tensors.items():
+                self._weights[name].copy_(tensor)
+            return
+        for layer in adapter.layers:
+            weight_VD = self._weights[f"{layer}.weight"]
+            base_VD = self._base.setdefault(layer, weight_VD.clone())
+            a_RD, b_VR = (tensors[name].to(weight_VD.dtype) for name in adapter.tensor_names(layer))
+            weight_VD.copy_(torch.addmm(base_VD, b_VR, a_RD, alpha=adapter.scale))
 
 
 def _generator(prompt_ids: Sequence[int], sampling: Sampling) -> torch.Generator:

@@ -1,6 +1,7 @@
 """vLLM's AsyncLLM behind the Engine protocol: token ids in; ids, logprobs and weight versions out.
 
 Weights are replaced in flight: generation is paused with its requests kept, the tensors are loaded, generation goes on.
+An engine that was started for an adapter (vllm_adapter.py) keeps its checkpoint's weights and replaces that alone.
 Prompts carry the weight version as cache salt, so a prefix computed by one version is never read by a request that
 starts under another. Every wait for vLLM ends when its engine core does (vllm_process.py).
 """
@@ -15,12 +16,14 @@ import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from rollout.engine import Completion, EngineDied, EngineFailed, Sampling
+from rollout.wire.adapter import AdapterSpec
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import SyncReport, WeightManifest, WeightMismatch, WeightUpdate
 
@@ -51,7 +54,14 @@ class VllmSettings(BaseModel):
     seeded: bool = Field(False, description="give every request its own seed (reproducible, slower sampling)")
 
 
-def start_llm(model: str, context_tokens: int, settings: VllmSettings, on_gpu: bool, transfer: str) -> Any:
+def start_llm(
+    model: str,
+    context_tokens: int,
+    settings: VllmSettings,
+    on_gpu: bool,
+    transfer: str,
+    adapter: AdapterSpec | None = None,
+) -> Any:
     """Start vLLM's processes and return its AsyncLLM.
 
     `transfer` names the weight-transfer backend: ours ("manta"), or vLLM's own "nccl" and "ipc" on GPUs.
@@ -87,8 +97,17 @@ def start_llm(model: str, context_tokens: int, settings: VllmSettings, on_gpu: b
         worker_extension_cls="rollout.vllm_weights.WorkerExtension",
         disable_log_stats=True,
         **memory,
+        **_adapter_arguments(adapter),
     )
     return AsyncLLM.from_engine_args(arguments)
+
+
+def _adapter_arguments(adapter: AdapterSpec | None) -> dict[str, Any]:
+    if adapter is None:
+        return {}
+    from rollout import vllm_adapter
+
+    return vllm_adapter.arguments(adapter)
 
 
 class VllmEngine:
@@ -110,6 +129,7 @@ class VllmEngine:
         self._stop = list(stop_token_ids)
         self._weight_names = frozenset(weight_names)
         self._seeded = seeded
+        self._adapter: Any = None  # what requests ask vLLM for, once an adapter was loaded
         self._request_ids = itertools.count()
         self._params: dict[tuple[float, float, int], Any] = {}  # of requests without a seed of their own
         self._transfer_ready = False
@@ -126,18 +146,27 @@ class VllmEngine:
         *,
         on_gpu: bool = False,
         transfer: str = "manta",
+        adapter: AdapterSpec | None = None,
     ) -> VllmEngine:
         """Start the engine's processes (about 20 s on two cores) and wait until they answer.
 
-        They end with this process, and with the thread that runs the event loop.
+        They end with this process, and with the thread that runs the event loop. `adapter`: versions are such adapters
+        for what `model` holds; ValueError where it has no such layers.
         """
         from rollout.vllm_process import CoreProcess, ending_with_us, take_names_away
 
+        names = checkpoint_names(model)
+        if adapter and (missing := adapter.missing_from(names)):
+            raise ValueError(
+                f"{name}: model {model} has no tensor {missing[0]}.weight, which the adapter changes; "
+                "use learner.model.lora.sync='merged'"
+            )
         with ending_with_us():
-            llm = start_llm(model, context_tokens, settings, on_gpu, transfer)
+            llm = start_llm(model, context_tokens, settings, on_gpu, transfer, adapter)
         (process,) = llm.engine_core.resources.engine_manager.processes
         core = CoreProcess(name, process)
-        engine = cls(llm, core, name, stop_token_ids, checkpoint_names(model), settings.seeded)
+        names = adapter.names if adapter else names
+        engine = cls(llm, core, name, stop_token_ids, names, settings.seeded)
         await engine.ping()
         take_names_away(core.pid)
         # What start-up has left in memory is there to stay: the collector need not walk it again while episodes run.
@@ -175,22 +204,40 @@ class VllmEngine:
         A refused version (WeightMismatch) leaves the old weights serving when it was refused before loading began, and
         the engine paused when it was not: an engine with half a version must not sample.
         """
-        from rollout.vllm_process import CallFailed
-
         began = time.perf_counter()
         update.manifest.require_names(self._weight_names, self.name)
         # Hash while generation goes on. The worker then maps the same bytes: one host, one copy in shared memory.
         await asyncio.to_thread(update.verify)
+        sync = self._sync_adapter if update.manifest.adapter else self._sync_weights
+        report = await sync(update)
+        return replace(report, seconds=time.perf_counter() - began)
+
+    async def _sync_weights(self, update: WeightUpdate) -> SyncReport:
         if not self._transfer_ready:
             await self.open_transfer({})
             self._transfer_ready = True
         await self.begin_update(update.manifest)
+        await self._loaded(update, self.receive({"update": update.to_plain()}))
+        return await self.finish_update(update.manifest)
+
+    async def _sync_adapter(self, update: WeightUpdate) -> SyncReport:
+        from rollout import vllm_adapter
+
+        with TemporaryDirectory(prefix="manta-adapter-") as folder:
+            loading = await asyncio.to_thread(vllm_adapter.write, update, Path(folder))
+            await self._pause()
+            await self._loaded(update, self._asked(self._llm.add_lora(loading)))
+        self._adapter = vllm_adapter.PRESENT
+        await self._asked(self._llm.update_weight_version(str(update.version)))
+        return await self._serve(update.manifest)
+
+    async def _loaded(self, update: WeightUpdate, loading: Coroutine[Any, Any, Any]) -> None:
+        from rollout.vllm_process import CallFailed
+
         try:
-            await self.receive({"update": update.to_plain()})
+            await loading
         except CallFailed as error:
             raise WeightMismatch(f"{error}; version {update.version} was not loaded") from error
-        report = await self.finish_update(update.manifest)
-        return replace(report, seconds=time.perf_counter() - began)
 
     # The steps of a sync, one by one: vLLM's native transfers (vllm_native.py) drive them from the learner.
 
@@ -206,8 +253,7 @@ class VllmEngine:
         WeightMismatch where the names are others; nothing was paused then.
         """
         manifest.require_names(self._weight_names, self.name)
-        self._paused_at = time.perf_counter()
-        await self._asked(self._llm.pause_generation(mode="keep", clear_cache=False))
+        await self._pause()
         await self._asked(self._llm.start_weight_update())
 
     async def receive(self, update_info: Any) -> None:
@@ -219,6 +265,13 @@ class VllmEngine:
     async def finish_update(self, manifest: WeightManifest) -> SyncReport:
         """Go on generating under the new version and prove it by the probe (WeightMismatch where it differs)."""
         await self._asked(self._llm.finish_weight_update(weight_version=str(manifest.version)))
+        return await self._serve(manifest)
+
+    async def _pause(self) -> None:
+        self._paused_at = time.perf_counter()
+        await self._asked(self._llm.pause_generation(mode="keep", clear_cache=False))
+
+    async def _serve(self, manifest: WeightManifest) -> SyncReport:
         self.version = int(await self._asked(self._llm.get_weight_version()))
         await self._asked(self._llm.resume_generation())
         stalled = time.perf_counter() - self._paused_at
@@ -272,7 +325,8 @@ class VllmEngine:
         prompt = {"type": "token", "prompt_token_ids": list(token_ids), "cache_salt": str(self.version)}
         request = f"{self.name}-{next(self._request_ids)}"
         try:
-            outputs = [out async for out in self._llm.generate(prompt, params, request)]
+            generating = self._llm.generate(prompt, params, request, lora_request=self._adapter)
+            outputs = [out async for out in generating]
         except EngineDeadError as error:
             raise await self._core.death() from error
         except EngineGenerateError as error:

@@ -245,8 +245,12 @@ def _array(column: Any, value_type: pa.DataType) -> pa.Array:
 def _lists(arrays: Sequence[np.ndarray[Any, Any]], value_type: pa.DataType) -> pa.ListArray:
     offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
     np.cumsum([len(array) for array in arrays], out=offsets[1:])
-    flat = np.concatenate(arrays) if arrays else np.empty(0)
-    values = pa.array(flat.astype(value_type.to_pandas_dtype(), copy=False), type=value_type)
+    # Into Arrow's own memory, which is used again: fresh pages would cost as much as what is written to them.
+    dtype, count = np.dtype(value_type.to_pandas_dtype()), int(offsets[-1])
+    memory = pa.allocate_buffer(count * dtype.itemsize)
+    if count:
+        np.concatenate(arrays, out=np.frombuffer(memory, dtype), casting="same_kind")
+    values = pa.Array.from_buffers(value_type, count, [None, memory])
     return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), values)
 
 

@@ -1,9 +1,9 @@
 """Weight versions on the wire: what the learner publishes and how an engine knows that it holds it.
 
 A version is published as a manifest (name, dtype, shape and checksum of every tensor, and a probe) and a handle that
-says where the bytes lie. Whoever hosts the ring decides where: a file in memory, Ray's object store, or plain
-arrays in one process. Opening a handle gives one read-only uint8 array a tensor, in the manifest's order, without a
-copy.
+says where the bytes lie. It is all of a model's tensors, or a low-rank adapter on weights that engines hold. Whoever
+hosts the ring decides where the bytes lie: a file in memory, Ray's object store, or plain arrays in one process.
+Opening a handle gives one read-only uint8 array a tensor, in the manifest's order, without a copy.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
+
+from rollout.wire.adapter import AdapterSpec
 
 ByteArray = NDArray[np.uint8]
 
@@ -76,6 +78,7 @@ class WeightManifest:
     version: int
     tensors: tuple[TensorSpec, ...]
     probe: Probe
+    adapter: AdapterSpec | None = None  # what the tensors are, where they are not the whole model
 
     @property
     def nbytes(self) -> int:
@@ -132,7 +135,9 @@ class WeightUpdate:
             TensorSpec(t["name"], t["dtype"], tuple(t["shape"]), t["checksum"]) for t in manifest["tensors"]
         )
         checked = Probe(tuple(probe["token_ids"]), tuple(probe["logprobs"]), probe["tolerance"])
-        return cls(WeightManifest(manifest["version"], specs, checked), Handle(**plain["handle"]))
+        low_rank = manifest["adapter"]
+        adapter = low_rank and AdapterSpec(low_rank["rank"], low_rank["alpha"], tuple(low_rank["layers"]))
+        return cls(WeightManifest(manifest["version"], specs, checked, adapter), Handle(**plain["handle"]))
 
     def tensors(self) -> Iterator[tuple[TensorSpec, ByteArray]]:
         """The tensors' specs and bytes (read-only, zero-copy), in the manifest's order.

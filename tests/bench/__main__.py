@@ -23,7 +23,18 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-BENCHMARKS = ("rollout", "learner", "overlap", "sync", "transfer", "buffer", "durability", "scale")
+BENCHMARKS = (
+    "rollout",
+    "learner",
+    "packing",
+    "logprobs",
+    "overlap",
+    "sync",
+    "transfer",
+    "buffer",
+    "durability",
+    "scale",
+)
 ON_REQUEST = ("overlap_real",)  # has no bound
 LIMIT_S = 600  # several times what any takes on two free cores
 
@@ -45,10 +56,19 @@ class Bound:
 BOUNDS = (
     Bound("rollout", "ratio", "tokens/s of a rollout worker, of those of bare vLLM", "at least", 0.85),
     Bound("learner", "ratio", "tokens/s of the learner, of those of a bare loop", "at least", 0.90),
+    Bound("packing", "ratio", "learner's tokens/s on unequal lengths, of a padded loop's", "at least", 1.5),
+    Bound(
+        "packing", "overhead", "a step outside forward, backward and optimizer, of it all", "at most", 0.05
+    ),
+    Bound("logprobs", "growth", "peak memory with 32 times as many logits, of before", "at most", 1.5),
+    Bound("logprobs", "largest_difference", "from logprobs and gradients over all logits", "at most", 1e-5),
     Bound("overlap", "ratio", "a step with both at work, of the longer part alone", "at most", 1.25),
     Bound("sync", "stall_ms", "generation stands still for new weights, ms", "at most", 100),
     Bound("transfer", "ratio", "weight bytes/s by object store, of a plain copy's", "at least", 0.5),
-    Bound("buffer", "memory_coded_gb_per_s", "rows in, through the buffer and out, GB/s", "at least", 1.0),
+    Bound("buffer", "memory_gb_per_s", "groups through add and take, GB/s", "at least", 1.0),
+    Bound(
+        "buffer", "disk_ratio", "the same with ledger and segments, of a plain file's rate", "at least", 0.7
+    ),
     Bound("durability", "ratio", "tokens/s of a worker, of those without durability", "at least", 0.97),
     Bound("scale", "linear", "turns/s of eight workers, of eight times one", "at least", 0.85),
     Bound("buffer", "resident_growth_mb", "memory grown over 100,000 groups, MB", "at most", 8),

@@ -94,6 +94,10 @@ def of_model(path: object, *overrides: str) -> list[str]:
             [RECIPE, "env.options.size=6"],
             "first prompt of frozen_lake has 43 tokens.*rollout.context_tokens=40",
         ),
+        (
+            [RECIPE, "learner.model.lora.targets=['qproj']"],
+            "'qproj' is no linear layer .* there are .*, q_proj,",
+        ),
         ([RECIPE, "evaluation.tasks=100"], "evaluation.tasks=100 is more than there is: .* only 4 different"),
         ([RECIPE, "--resume", "somewhere"], "leave the recipe and overrides away"),
     ],

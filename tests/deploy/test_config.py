@@ -84,6 +84,16 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
             ["weights.transfer=ipc", "rollout.gpus_per_worker=1", "learner.model.device=cuda"],
             "share the learner's",
         ),
+        (["learner.model.lora.rank=0"], "learner.model.lora.rank: Input should be greater than 0 (got 0)"),
+        (["learner.model.lora.targets=[]"], "learner.model.lora.targets"),
+        (
+            ["learner.model.lora.sync=adapter", "weights.transfer=nccl", "rollout.gpus_per_worker=1"],
+            "learner.model.lora.sync='adapter' does not travel by weights.transfer='nccl'",
+        ),
+        (
+            ["learner.model.lora.sync=adapter", "rollout.gpus_per_worker=1"],
+            "needs engine.dtype='bfloat16' or 'float16' on GPUs",
+        ),
         (["sampling.max_tokens=40"], "rollout.context_tokens=40"),
         (["rollout.context_tokens=32"], "rollout.context_tokens=32 must exceed"),
         ([CHECKPOINT], "exactly one"),

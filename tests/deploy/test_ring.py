@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from deploy import run_folder
+from deploy.config import parse
 from deploy.metrics import read_metrics
 from rollout.wire.segments import read_rows
 from tests.deploy.small_run import (
+    Stopped,
     assert_balanced,
     configured,
     largest_lag,
@@ -29,6 +32,25 @@ from tests.deploy.small_run import (
 def test_a_synchronous_run_repeats_itself_bit_for_bit(reference: Path, tmp_path: Path) -> None:
     train(configured(), tmp_path / "again")
     assert same_bits(reference, tmp_path / "again")
+
+
+@pytest.mark.parametrize("sync", ["merged", "adapter"])
+def test_a_run_that_trains_an_adapter_goes_on_after_a_stop_as_if_there_had_been_none(
+    sync: str, reference: Path, tmp_path: Path
+) -> None:
+    model = reference / "checkpoints" / "version-00000004" / "model"
+    tree = configured(f"learner.model.lora.sync={sync}").model_dump()
+    tree["tiny"], tree["learner"]["model"]["path"] = None, str(model)
+    config = parse(tree, "the test")
+    train(config, tmp_path / "straight")
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "stopped", stop_after=3)
+    train(config, tmp_path / "stopped", resume=True)
+    assert same_bits(tmp_path / "straight", tmp_path / "stopped")
+    assert any(row["grad_norm"] > 0 for row in read_metrics(tmp_path / "straight"))
+    base, now = load_file(model / "model.safetensors"), parameters(tmp_path / "straight")
+    changed = {name for name in base if not np.array_equal(base[name].view(np.uint32), now[name])}
+    assert changed == {name for name in base if name.endswith("_proj.weight")}
 
 
 def test_what_is_compared_bit_for_bit_has_learned(reference: Path, tmp_path: Path) -> None:

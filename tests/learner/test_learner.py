@@ -12,7 +12,7 @@ from learner.algorithm import AlgorithmSettings
 from learner.describe import describe
 from learner.learner import ImitationSettings, Learner, LearnerSettings
 from learner.losses import ClippedLoss
-from learner.model import ModelSettings
+from learner.model import ModelError, ModelSettings
 from learner.optim import OptimSettings
 from rollout.wire.trajectory import EndReason, Group
 
@@ -105,6 +105,30 @@ def test_steps_are_reproducible(tiny: Path, group_of: Groups) -> None:
         return [p.detach() for p in learner.policy.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_a_rehearsal_changes_nothing(tiny: Path, group_of: Groups) -> None:
+    def run(rehearsed: bool) -> list[torch.Tensor]:
+        learner = Learner(_settings(tiny))
+        if rehearsed:
+            learner.rehearse(longest=100)
+        learner.step([group_of(0, [1.0, 0.0])])
+        return [p.detach() for p in learner.policy.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(False), run(True), strict=True))
+
+
+def test_a_row_that_does_not_fit_is_one_line_that_says_what_to_lower(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = Learner(_settings(tiny))
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 3.00 GiB\nmore")
+
+    monkeypatch.setattr(learner.policy, "score", full)
+    with pytest.raises(ModelError, match=r"^a row of [^\n]*3\.00 GiB[^\n]*tokens_per_microbatch=50[^\n]*$"):
+        learner.rehearse(longest=100)
 
 
 def test_imitation_lowers_the_cross_entropy(tiny: Path, group_of: Groups) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from learner import linear
 from learner.linear import use_onednn
 from learner.model import ModelError, ModelSettings, Policy, build_tiny
 
@@ -25,7 +26,7 @@ def _reference(folder: Path, ids: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_score_ids_equals_plain_transformers(tiny: Path, checkpointing: bool) -> None:
-    policy = Policy(ModelSettings(path=str(tiny), vocab_chunk=10, gradient_checkpointing=checkpointing))
+    policy = Policy(ModelSettings(path=str(tiny), logit_block=300, gradient_checkpointing=checkpointing))
     ids = list(range(3, 40))
     logprobs = policy.score_ids(ids)
     assert logprobs.dtype == np.float32
@@ -101,7 +102,10 @@ def test_a_head_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("width", "out"), [(6, 4), (4, 6)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_onednn_layers_equal_torchs(width: int, out: int, bias: bool) -> None:
+def test_onednn_layers_equal_torchs(
+    width: int, out: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_mkl_knows_this_processor", lambda: False)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(width, out, bias=bias))
     x = torch.randn(2, 5, width, requires_grad=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from learner.lora import LoraSettings
 from learner.model import ModelSettings, Policy, build_tiny
 from learner.publish import take_snapshot
 from rollout.engine import Completion, EngineFailed, Sampling
@@ -86,6 +87,28 @@ def test_after_a_sync_the_engine_is_the_learner(rig: Rig) -> None:
     assert (report.version, rig.engine.version) == (3, 3)
     assert report.probe_difference < 1e-5
     np.testing.assert_allclose(asyncio.run(rig.engine.score(PROMPT)), rig.policy.score_ids(PROMPT), atol=1e-5)
+
+
+def test_an_adapter_alone_makes_the_engine_the_learner_version_after_version(rig: Rig) -> None:
+    lora = LoraSettings(rank=2, targets=("k_proj", "down_proj"), sync="adapter")
+    rig.policy = Policy(rig.policy.settings.model_copy(update={"lora": lora}))
+    for version in range(3):
+        report = asyncio.run(rig.engine.sync(rig.published(version)))
+        assert (report.version, report.tensors) == (version, 4)
+        np.testing.assert_allclose(
+            asyncio.run(rig.engine.score(PROMPT)), rig.policy.score_ids(PROMPT), atol=1e-5
+        )
+        rig.perturb()
+    update = rig.published(3)
+    fewer = replace(update.manifest, tensors=update.manifest.tensors[1:])
+    with pytest.raises(WeightMismatch, match=update.manifest.tensors[0].name):
+        asyncio.run(rig.engine.sync(WeightUpdate(fewer, update.handle)))
+    elsewhere = replace(
+        update.manifest, adapter=replace(update.manifest.adapter, layers=("model.layers.7.mlp.up_proj",))
+    )
+    with pytest.raises(WeightMismatch, match=r"layers\.7"):
+        asyncio.run(rig.engine.sync(WeightUpdate(elsewhere, update.handle)))
+    assert rig.engine.version == 2
 
 
 def test_a_sync_between_two_tokens_shows_in_the_versions(rig: Rig) -> None:

@@ -141,7 +141,9 @@ class FakeLlm:
     async def resume_generation(self) -> None:
         await self._call("resume")
 
-    async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
+    async def generate(
+        self, prompt: Any, params: Any, request_id: str, lora_request: Any
+    ) -> AsyncIterator[Any]:
         await self._call("generate")
         ids = prompt["prompt_token_ids"]
         scores = zip(ids[1:], await self._scorer.score(ids), strict=True)

@@ -1,0 +1,119 @@
+"""A learner alone: it learns from the trajectories of a finished run, step by step as that run did, by any algorithm.
+
+Nothing is sampled, and no engine, no environment and no Ray is there. What was recorded stays off-policy by as much as
+the two learners differ: `effective_samples` says how much, and corrections weigh it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy.build import build_learner, load_tokenizer, model_path, play_demonstrations
+from deploy.config import ConfigError, RunConfig
+from deploy.ring import LearnerLost, Row
+from learner.checkpoint import latest
+from learner.loop import LearnerLoop
+from learner.publish import Snapshot
+from rollout.wire.history import History, HistoryError
+from rollout.wire.store import EpisodeRow
+from rollout.wire.trajectory import Task
+from rollout.wire.weights import Handle
+
+
+class ReplayRing:
+    """The ring without its first half; the methods are those of `deploy.ring.Ring`."""
+
+    def __init__(self, config: RunConfig, run_folder: Path) -> None:
+        assert config.replay is not None
+        self.run_folder = run_folder
+        self._config = config
+        self._past = Path(config.replay)
+
+    async def start(self, resume: bool) -> int:
+        config, path = self._config, model_path(self._config, self.run_folder)
+        self._history = _history(config)
+        require_same_tokens(path, self._past)
+        learner = build_learner(config, path)
+        if resume and latest(self.run_folder) is not None:
+            learner.load(self.run_folder)
+        seconds, keep = config.cluster.step_seconds, config.checkpoint.keep
+        self._learner = LearnerLoop(learner, self._history, _nowhere, config.engine.dtype, seconds, keep)
+        return self._learner.version
+
+    async def begin_imitation(self) -> int:
+        path = model_path(self._config, self.run_folder)
+        return await self._learner.begin_imitation(await play_demonstrations(self._config, path))
+
+    async def imitate(self, steps: int) -> list[Row]:
+        return await self._learner.imitate(steps)
+
+    async def publish(self) -> Row:
+        return {}
+
+    async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
+        return []
+
+    def begin_rollouts(self) -> None:
+        pass
+
+    async def step(self, number: int) -> Row:
+        began = time.perf_counter()
+        row = await self._learner.train(number)
+        return row | {"version": number, "publish_s": 0.0, "step_s": time.perf_counter() - began}
+
+    async def recover(self, loss: LearnerLost) -> int:
+        raise loss
+
+    async def save(self) -> None:
+        await self._learner.save(self.run_folder)
+
+    async def counters(self) -> Row:
+        return {"tokens_sampled": 0.0}
+
+    async def counts(self) -> dict[str, int]:
+        return await self._history.counts()
+
+    async def close(self) -> None:
+        pass
+
+
+def _history(config: RunConfig) -> History:
+    assert config.replay is not None
+    try:
+        history = History(Path(config.replay))
+    except HistoryError as error:
+        raise ConfigError(f"replay: {error}") from None
+    if history.steps < config.steps:
+        raise ConfigError(
+            f"replay: {config.replay} made {history.steps} steps; say steps={history.steps} or fewer"
+        )
+    return history
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a past that is no run's or too short, and more than one rank: a replay is one process."""
+    if config.learner.ranks > 1:
+        raise ConfigError(
+            f"replay: a learner alone is one process, but learner.ranks={config.learner.ranks}; use 1"
+        )
+    _history(config)
+
+
+def require_same_tokens(model: str, past: Path) -> None:
+    """The token ids on record must mean to this model what they meant to the one that sampled them."""
+    newest = latest(past)
+    if newest is None:
+        raise ConfigError(f"replay: {past} has no checkpoint, so nobody knows what its tokens mean")
+    mine, theirs = (load_tokenizer(str(path)).get_vocab() for path in (model, newest / "model"))
+    if mine != theirs:
+        raise ConfigError(
+            f"replay: the tokenizer of {model} is not that of {past} ({len(mine)} and {len(theirs)} tokens, or other "
+            "ids): its token ids would mean something else"
+        )
+
+
+def _nowhere(snapshot: Snapshot) -> tuple[Handle, Any]:
+    raise RuntimeError("a replay has no engines to offer weights to")

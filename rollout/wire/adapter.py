@@ -1,0 +1,54 @@
+"""A low-rank adapter on the wire: which matrices it changes, and what its tensors and files are called.
+
+    W + alpha / rank * B A        A [rank, D], B [V, rank]
+
+Names and files are PEFT's, which vLLM reads too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """The matrices W that an adapter changes, by the names of their layers in the checkpoint (without ".weight")."""
+
+    rank: int
+    alpha: int
+    layers: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied with."""
+        return self.alpha / self.rank
+
+    @staticmethod
+    def tensor_names(layer: str) -> tuple[str, str]:
+        """Of a layer's A and B."""
+        return f"base_model.model.{layer}.lora_A.weight", f"base_model.model.{layer}.lora_B.weight"
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors, layer by layer."""
+        return [name for layer in self.layers for name in self.tensor_names(layer)]
+
+    def missing_from(self, checkpoint_names: Iterable[str]) -> list[str]:
+        """Layers whose matrix a checkpoint with these tensor names does not have."""
+        held = set(checkpoint_names)
+        return [layer for layer in self.layers if f"{layer}.weight" not in held]
+
+    def config(self) -> dict[str, Any]:
+        """The content of adapter_config.json."""
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "target_modules": list(self.layers),
+            "bias": "none",
+        }

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deploy.config import ConfigError
+from deploy.export import export_model
+from learner.checkpoint import latest
+from learner.model import ModelSettings, Policy
+
+
+def test_an_export_is_a_model_that_transformers_loads(reference: Path, tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    assert export_model(reference, target) == 4
+    ids = AutoTokenizer.from_pretrained(target)("left right", return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)(ids).logits[0, :-1]
+    dense = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].numpy()
+    newest = latest(reference)
+    learner = Policy(ModelSettings(path=f"{newest}/model")).score_ids(ids[0].tolist())
+    assert abs(dense - learner).max() < 1e-5
+
+
+def test_an_export_overwrites_nothing_and_names_the_versions_there_are(
+    reference: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="is there already"):
+        export_model(reference, tmp_path)
+    with pytest.raises(ConfigError, match=r"no checkpoint of version 1; versions kept: 2, 4"):
+        export_model(reference, tmp_path / "model", version=1)
+    with pytest.raises(ConfigError, match="not a run folder"):
+        export_model(tmp_path, tmp_path / "model")
