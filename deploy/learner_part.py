@@ -124,6 +124,8 @@ class LearnerPart:
             return [options] * size
         if self._room is None:
             self._room = ray.util.placement_group([bundle] * size, strategy="PACK")
-            await within(limit, awaited(self._room.ready()), f"the placement group of the learner's {size} ranks")
+            await within(
+                limit, awaited(self._room.ready()), f"the placement group of the learner's {size} ranks"
+            )
         places = [PlacementGroupSchedulingStrategy(self._room, rank) for rank in range(size)]
         return [options | {"scheduling_strategy": where} for where in places]

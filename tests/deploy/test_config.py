@@ -113,6 +113,12 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
             ["learner.imitation.optim.schedule=cosine", "learner.imitation.optim.warmup_steps=48"],
             "lower learner.imitation.optim.warmup_steps or",
         ),
+        (["learner.ranks=33"], "have at least as many groups as ranks"),
+        (["learner.ranks=2", "learner.model.lora.rank=4"], "use learner.ranks=1"),
+        (
+            ["learner.ranks=2", "weights.transfer=nccl", "rollout.gpus_per_worker=1"],
+            "'nccl' sends from one process",
+        ),
     ],
 )
 def test_contradictions_are_refused(overrides: list[str], named: str) -> None:
