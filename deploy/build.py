@@ -13,6 +13,7 @@ from envs import registry
 from learner.learner import Learner
 from learner.lora import planned
 from learner.model import build_tiny
+from learner.ranks import ALONE, Ranks
 from learner.tokenizer import build_tokenizer
 from rollout.agent import Agent
 from rollout.chat import Chat
@@ -127,11 +128,11 @@ async def build_worker(
     return RolloutWorker(name, engine, agent, exchange, config.rollout, config.seed, pool)
 
 
-def build_learner(config: RunConfig, path: str) -> Learner:
+def build_learner(config: RunConfig, path: str, ranks: Ranks = ALONE) -> Learner:
     """The learner of a run, with the largest row it can meet computed once. ModelError where that does not fit."""
     model = config.learner.model.model_copy(update={"path": path})
     settings = config.learner.model_copy(update={"model": model})
-    learner = Learner(settings, config.seed, config.sampling.temperature, config.steps)
+    learner = Learner(settings, config.seed, config.sampling.temperature, config.steps, ranks)
     learner.rehearse(config.rollout.context_tokens)
     return learner
 

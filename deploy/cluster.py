@@ -34,17 +34,18 @@ from deploy.build import (
 )
 from deploy.caretaker import Caretaker
 from deploy.config import RunConfig
-from deploy.connect import learner_gpus
 from deploy.fleet import Fleet
+from deploy.learner_part import LearnerPart
 from deploy.ring import LearnerLost, Row, first_failure
 from deploy.supervise import Budget, PartFailed, PartLost, brief, place, within
-from learner.actors import LearnerActor
 from learner.checkpoint import latest
 from learner.learner import Learner
 from learner.loop import sync_metrics
 from learner.publish import Publisher
+from learner.ranks import RankLost
 from rollout.actors import RolloutActor, demonstrate
 from rollout.wire.actors import ExchangeActor
+from rollout.wire.share import StepTorn
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import Handle, Probe, WeightManifest, WeightUpdate
@@ -73,8 +74,8 @@ class RayRing:
             config.weights.transfer != "object_store"
         )  # then the workers are those of the start, for good
         self._exchange: Any = None
-        self._learner: Any = None
-        self._where: dict[str, Whereabouts] = {}  # of exchange and learner
+        self._learner: LearnerPart | None = None
+        self._where: dict[str, Whereabouts] = {}  # of the exchange
         self._handles: dict[str, Any] = {}  # of rollout actors, by name
         self._published = asyncio.Event()  # there is a version that engines may be given
         self._learning = asyncio.Event()  # the learner is up
@@ -118,21 +119,19 @@ class RayRing:
 
     async def _start_learner(self, load: bool) -> int:
         config = self._config
-        options = {"num_cpus": config.cluster.learner_cpus, "num_gpus": learner_gpus(config)}
-        engines = [f"rollout-{seat}" for seat in range(config.rollout.workers)] if self._native else []
-        native = partial(_native, config, {name: self._handle(name) for name in engines})
-        self._learner = actor(LearnerActor, **options).remote(
-            partial(build_learner, config, self._path),
-            self._exchange,
-            config.engine.dtype,
-            config.cluster.step_seconds,
-            config.checkpoint.keep,
-            native if self._native else None,
-        )
-        start = self._learner.start.remote(self.run_folder, load)
-        self._where["learner"], version = await self._within("the learner", start)
+        if self._learner is None:
+            engines = [f"rollout-{seat}" for seat in range(config.rollout.workers)] if self._native else []
+            native = partial(_native, config, {name: self._handle(name) for name in engines})
+            build = partial(build_learner, config, self._path)
+            self._learner = LearnerPart(config, build, self._exchange, native if self._native else None)
+        version = await self._learner.start(self.run_folder, load)
         self._learning.set()
-        return int(version)
+        return version
+
+    @property
+    def _lead(self) -> Any:
+        assert self._learner is not None
+        return self._learner.lead
 
     def _handle(self, name: str) -> Any:
         if name not in self._handles:
@@ -150,19 +149,17 @@ class RayRing:
     async def begin_imitation(self) -> int:
         play = partial(_play, self._config, self._path)
         rows = demonstrate.options(num_cpus=0).remote(play)
-        return int(await self._within("the demonstrations", self._learner.begin_imitation.remote(rows)))
+        return int(await self._within("the demonstrations", self._lead.begin_imitation.remote(rows)))
 
     async def imitate(self, steps: int) -> list[Row]:
-        rows: list[Row] = await self._within("imitation", self._learner.imitate.remote(steps))
+        rows: list[Row] = await self._within("imitation", self._lead.imitate.remote(steps))
         return rows
 
     async def publish(self) -> Row:
         """Every serving member holds the learner's version, or is lost; the first time every wanted member serves."""
         if self._native:
             await self._fleet.ready()
-            row: Row = await self._of_learner(
-                "the weight sync", lambda: self._learner.publish_native.remote()
-            )
+            row: Row = await self._of_learner("the weight sync", lambda: self._lead.publish_native.remote())
             return row
         async with self._borrowed() as update:
             reports = await self._fleet.publish(update)
@@ -184,7 +181,7 @@ class RayRing:
         # The learner waits step_seconds for its groups and says what is missing; twice that is for the learner itself.
         limit = 2 * self._config.cluster.step_seconds
         row: Row = await self._of_learner(
-            "the learner's step", lambda: self._learner.train.remote(number), limit
+            "the learner's step", lambda: self._lead.train.remote(number), limit
         )
         trained = time.perf_counter()
         row |= await self._watched(self.publish())
@@ -198,11 +195,12 @@ class RayRing:
         }
 
     async def recover(self, loss: LearnerLost) -> int:
-        self._budget.spend("learner", self._where.get("learner"), loss)
+        assert self._learner is not None
+        self._budget.spend("learner", self._learner.where.get("learner"), loss)
         self._say(f"{loss}; it starts again from its newest checkpoint")
         self._learning.clear()
         await self._fleet.pause()
-        ray.kill(self._learner)
+        self._learner.kill()
         version = await self._start_learner(load=True)
         self._learner_lost = asyncio.get_running_loop().create_future()
         self._hearts.append(asyncio.create_task(self._watch_learner()))
@@ -211,7 +209,7 @@ class RayRing:
         return version
 
     async def save(self) -> None:
-        await self._of_learner("the checkpoint", lambda: self._learner.save.remote(self.run_folder))
+        await self._of_learner("the checkpoint", lambda: self._lead.save.remote(self.run_folder))
 
     async def counters(self) -> Row:
         return await self._fleet.counters()
@@ -236,17 +234,21 @@ class RayRing:
 
     def roster(self) -> list[dict[str, Any]]:
         """Every part of the run: its name, state, host, pid and log."""
-        fixed = [{"part": part, "state": "up"} | asdict(where) for part, where in self._where.items()]
+        where = self._where | (self._learner.where if self._learner is not None else {})
+        fixed = [{"part": part, "state": "up"} | asdict(place) for part, place in where.items()]
         return fixed + self._fleet.roster()
 
     async def stacks(self) -> dict[str, str]:
         """What every part is doing; those that do not say are named so."""
         told = await self._fleet.stacks()
-        for part, handle in (("exchange", self._exchange), ("learner", self._learner)):
+        for name, handle in {
+            "exchange": self._exchange,
+            **(self._learner.handles if self._learner else {}),
+        }.items():
             try:
-                told[part] = await within(5.0, awaited(handle.stacks.remote()), part)
+                told[name] = await within(5.0, awaited(handle.stacks.remote()), name)
             except (PartLost, RayActorError) as error:
-                told[part] = brief(error)
+                told[name] = brief(error)
         return told
 
     async def close(self) -> None:
@@ -261,9 +263,9 @@ class RayRing:
             await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
             if closing.done() and (error := closing.exception()):
                 self._say(f"the exchange at its end: {brief(error)}")
-        for handle in (self._exchange, self._learner):
-            if handle is not None:
-                ray.kill(handle)
+            ray.kill(self._exchange)
+        if self._learner is not None:
+            self._learner.close()
 
     # Weights ------------------------------------------------------------------------------------------------------
 
@@ -285,7 +287,7 @@ class RayRing:
         finally:
             self._borrowers -= 1
             if not self._borrowers:
-                self._learner.withdraw.remote()  # whether it hears this is of no account
+                self._lead.withdraw.remote()  # whether it hears this is of no account
 
     async def _offer(self) -> WeightUpdate:
         limit = self._config.cluster.start_seconds
@@ -293,11 +295,12 @@ class RayRing:
         while True:
             try:
                 await within(limit, self._learning.wait(), "the learner (restart)")
-                update: WeightUpdate = await self._within(
-                    "the learner's weights", self._learner.offer.remote()
-                )
+                update: WeightUpdate = await self._within("the learner's weights", self._lead.offer.remote())
                 return update
-            except RayActorError as error:
+            except (RayActorError, RankLost) as error:
+                # Of ranks that lost touch with one another every process may live: no heartbeat would say so.
+                if isinstance(error, RankLost) and self._learner and not self._learner_lost.done():
+                    self._learner_lost.set_exception(LearnerLost(self._learner.obituary(error)))
                 if time.monotonic() > deadline:
                     raise PartLost(
                         f"the learner offered no weights within {limit:g} s: {brief(error)}"
@@ -307,17 +310,11 @@ class RayRing:
     # Heartbeats ---------------------------------------------------------------------------------------------------
 
     async def _watch_learner(self) -> None:
-        settings, lost, learner = self._config.supervision, self._learner_lost, self._learner
-        while True:
-            await asyncio.sleep(settings.heartbeat_seconds)
-            try:
-                await within(
-                    settings.frozen_seconds, awaited(learner.ping.remote()), "the learner (heartbeat)"
-                )
-            except (RayActorError, PartLost) as error:
-                if not lost.done():
-                    lost.set_exception(LearnerLost(self._learner_loss(error)))
-                return
+        assert self._learner is not None
+        lost = self._learner_lost
+        how = await self._learner.lost(self._config.supervision)
+        if not lost.done():
+            lost.set_exception(LearnerLost(how))
 
     async def _watch_exchange(self) -> None:
         settings = self._config.supervision
@@ -348,9 +345,6 @@ class RayRing:
 
     # Waiting ------------------------------------------------------------------------------------------------------
 
-    def _learner_loss(self, error: BaseException) -> str:
-        return f"the learner is lost ({place(self._where.get('learner'))}): {brief(error)}"
-
     async def _hand_on(self, worker: str) -> int:
         self._handles.pop(worker, None)
         groups: int = await self._within("the exchange", self._exchange.hand_on.remote(worker))
@@ -360,8 +354,9 @@ class RayRing:
         """An answer of the learner. LearnerLost where it died, froze, or cannot be reached."""
         try:
             return await self._watched(self._within(what, call(), limit))
-        except RayActorError as error:
-            raise LearnerLost(self._learner_loss(error)) from error
+        except (RayActorError, RankLost, StepTorn) as error:
+            assert self._learner is not None
+            raise LearnerLost(self._learner.obituary(error)) from error
 
     async def _watched(self, pending: Awaitable[T]) -> T:
         # The hearts too: one that stops beating is a fault of ours, and must not go unseen.

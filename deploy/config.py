@@ -95,7 +95,9 @@ class ClusterSettings(Settings):
 
     address: str = Field("", description="Ray cluster to join; empty: start a local one")
     learner_cpus: float = Field(
-        1.0, ge=0, description="CPUs the learner claims; it claims a GPU where it trains on one"
+        1.0,
+        ge=0,
+        description="CPUs that each rank of the learner claims; it claims a GPU where it trains on one",
     )
     dashboard_port: int = Field(
         0, ge=0, le=65535, description="port of a local Ray's dashboard; 0: no dashboard"
@@ -176,6 +178,21 @@ class RunConfig(Settings):
         if self.sampling.seed is not None:
             raise ValueError(
                 "sampling.seed is one request's seed, which the run derives from its own: leave it away and set seed"
+            )
+        ranks, groups = self.learner.ranks, self.buffer.groups_per_step
+        if ranks > groups:
+            raise ValueError(
+                f"learner.ranks={ranks} share the groups of a step, but buffer.groups_per_step={groups}: a group is "
+                "not divided; have at least as many groups as ranks"
+            )
+        if ranks > 1 and self.learner.model.lora is not None:
+            raise ValueError(
+                f"learner.model.lora trains an adapter in one process, but learner.ranks={ranks}; use learner.ranks=1"
+            )
+        if ranks > 1 and self.weights.transfer != "object_store":
+            raise ValueError(
+                f"weights.transfer={self.weights.transfer!r} sends from one process, but learner.ranks={ranks}; "
+                "use 'object_store', or learner.ranks=1"
             )
         if self.rollout.context_tokens <= PROBE_TOKENS:
             raise ValueError(

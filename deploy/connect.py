@@ -59,13 +59,14 @@ def require_capacity(config: RunConfig) -> None:
 def demand(config: RunConfig) -> dict[str, float]:
     """The resources all actors of a run need together, in Ray's names."""
     workers, rollout = config.rollout.workers, config.rollout
-    wanted = {"CPU": workers * rollout.cpus_per_worker + config.cluster.learner_cpus}
-    gpus = workers * rollout.gpus_per_worker + learner_gpus(config)
+    ranks = config.learner.ranks
+    wanted = {"CPU": workers * rollout.cpus_per_worker + ranks * config.cluster.learner_cpus}
+    gpus = workers * rollout.gpus_per_worker + ranks * learner_gpus(config)
     return wanted | ({"GPU": gpus} if gpus else {})
 
 
 def learner_gpus(config: RunConfig) -> float:
-    """A whole GPU; with "ipc", which hands over one GPU's own memory, what the engines leave of the one they share."""
+    """A rank's GPU: whole; with "ipc", which hands over a GPU's own memory, what engines leave of the one shared."""
     if config.learner.model.device != "cuda":
         return 0
     shared = config.weights.transfer == "ipc"

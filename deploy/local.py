@@ -55,6 +55,10 @@ class LocalRing:
             raise ConfigError(
                 f"weights.transfer={config.weights.transfer!r} runs between actors: leave --local away"
             )
+        if config.learner.ranks > 1:
+            raise ConfigError(
+                f"learner.ranks={config.learner.ranks} are processes of their own: leave --local away, or use 1"
+            )
         self.run_folder = run_folder
         self._config = config
         self._engine_factory = engine_factory
@@ -89,7 +93,7 @@ class LocalRing:
 
     async def begin_imitation(self) -> int:
         path = model_path(self._config, self.run_folder)
-        return self._learner.begin_imitation(await play_demonstrations(self._config, path))
+        return await self._learner.begin_imitation(await play_demonstrations(self._config, path))
 
     async def imitate(self, steps: int) -> list[Row]:
         return await self._learner.imitate(steps)

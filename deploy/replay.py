@@ -45,7 +45,7 @@ class ReplayRing:
 
     async def begin_imitation(self) -> int:
         path = model_path(self._config, self.run_folder)
-        return self._learner.begin_imitation(await play_demonstrations(self._config, path))
+        return await self._learner.begin_imitation(await play_demonstrations(self._config, path))
 
     async def imitate(self, steps: int) -> list[Row]:
         return await self._learner.imitate(steps)
@@ -94,7 +94,11 @@ def _history(config: RunConfig) -> History:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse a past that is no run's, or too short."""
+    """Refuse a past that is no run's or too short, and more than one rank: a replay is one process."""
+    if config.learner.ranks > 1:
+        raise ConfigError(
+            f"replay: a learner alone is one process, but learner.ranks={config.learner.ranks}; use 1"
+        )
     _history(config)
 
 

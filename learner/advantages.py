@@ -11,6 +11,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from learner.ranks import ALONE, Ranks
 from rollout.wire.trajectory import Float32Array
 
 Float64Array = NDArray[np.float64]
@@ -65,17 +66,18 @@ def decoupled(rewards_GR: ArrayLike, weights_R: ArrayLike, eps: float = 1e-6) ->
     return np.sum(parts, axis=0).astype(np.float32)
 
 
-def globally_normalized(values: Sequence[Float32Array], eps: float = 1e-8) -> list[Float32Array]:
-    """(x - mean) / (std + eps) over all entries of all arrays: the batch's own baseline. Equal entries: zeros.
+def globally_normalized(
+    values: Sequence[Float32Array], eps: float = 1e-8, ranks: Ranks = ALONE
+) -> list[Float32Array]:
+    """(x - mean) / (std + eps) over all entries of all arrays of all ranks: the batch's own baseline.
 
-    Hu et al. 2025 (REINFORCE++, arXiv 2501.03262), section 3.2.
+    Equal entries: zeros. Hu et al. 2025 (REINFORCE++, arXiv 2501.03262), section 3.2.
     """
-    if not values:
-        return []
-    whole_M = np.concatenate([np.asarray(array, np.float64) for array in values])
-    normal_M = _divided(whole_M - whole_M.mean(), whole_M.std(), eps, whole_M) if whole_M.size else whole_M
+    own_M = np.concatenate([np.zeros(0), *(np.asarray(array, np.float64) for array in values)])
+    mean, std, lowest, highest = _moments(own_M, ranks)
+    normal_M = np.zeros(own_M.size) if lowest == highest else (own_M - mean) / (std + eps)
     borders = np.cumsum([len(array) for array in values])[:-1]
-    return [part.astype(np.float32) for part in np.split(normal_M, borders)]
+    return [part.astype(np.float32) for part in np.split(normal_M, borders)] if values else []
 
 
 def returns(rewards: ArrayLike, gamma: float = 1.0, bootstrap: float = 0.0) -> Float32Array:
@@ -137,6 +139,21 @@ def anchored(
 def overlong_penalty(length: int, limit: int, margin: int) -> float:
     """Soft punishment of length, 0 down to -1 within the last `margin` tokens. Yu et al. 2025 (DAPO), equation 13."""
     return -min(1.0, max(0.0, (length - (limit - margin)) / margin))
+
+
+def _moments(own_M: Float64Array, ranks: Ranks) -> tuple[float, float, float, float]:
+    """Mean, standard deviation, least and greatest of what all ranks hold together; zeros of nothing."""
+    if ranks.size == 1 and own_M.size:
+        return float(own_M.mean()), float(own_M.std()), float(own_M.min()), float(own_M.max())
+    own = [own_M.size, float(own_M.sum()), float(own_M.min()), float(own_M.max())] if own_M.size else []
+    held = [said for said in ranks.gather(own) if said]
+    if not held:
+        return 0.0, 0.0, 0.0, 0.0
+    counts, sums, lows, highs = zip(*held, strict=True)
+    mean = sum(sums) / sum(counts)
+    # Around the mean, not around zero, where the difference of two large numbers would be what is left.
+    squares = ranks.sums({"squares": float(((own_M - mean) ** 2).sum())})["squares"]
+    return mean, (squares / sum(counts)) ** 0.5, min(lows), max(highs)
 
 
 def _group(rewards_G: ArrayLike) -> Float64Array:

@@ -7,9 +7,9 @@ a sequence is a target but never an input.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import groupby
+from itertools import chain, groupby, repeat
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from learner.ranks import Ranks
 from rollout.wire.trajectory import Float32Array, Int32Array, Step, Trajectory
 
 NOT_SAMPLED = -1  # in versions_T: no weights sampled this token
@@ -230,6 +231,40 @@ def longest_row(longest: int, tokens_per_microbatch: int) -> MicroBatch:
     ids_T = np.zeros(longest, np.int32)
     sequence = TokenSequence(ids_T, sampled_T, zeros_T, zeros_T, ids_T)
     return row_of([sequence] * max(1, tokens_per_microbatch // sequence.num_inputs))
+
+
+def idle_row() -> MicroBatch:
+    """A row of one token of which nothing is scored: it moves no parameter, and a rank computes it with the others."""
+    one, none_N, empty_N = (
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(0),
+    )
+    return MicroBatch(
+        input_ids_T=one,
+        position_ids_T=one,
+        sequence_ids_T=one,
+        cu_seqlens_B=torch.tensor([0, 1], dtype=torch.int32),
+        longest=1,
+        score_index_N=none_N,
+        targets_N=none_N,
+        behavior_logprobs_N=empty_N,
+        advantages_N=empty_N,
+        versions_N=none_N,
+        weights_N=empty_N,
+        proximal_logprobs_N=empty_N,
+        reference_logprobs_N=empty_N,
+        values_N=empty_N,
+        value_targets_N=empty_N,
+    )
+
+
+def level(rows: Sequence[MicroBatch], ranks: Ranks) -> Iterator[MicroBatch]:
+    """These rows, and then idle ones until every rank has computed as many: what computes a row computes on all."""
+    lacking = ranks.most(len(rows)) - len(
+        rows
+    )  # asked before the first row: ranks do the same in the same order
+    return chain(rows, repeat(idle_row(), lacking))
 
 
 def _int64(array: NDArray[np.generic]) -> Tensor:

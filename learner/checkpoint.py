@@ -87,6 +87,11 @@ def tokenizer_files(path: str) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(found)}
 
 
+def folder_of(run: Path, version: int) -> Path:
+    """Where the checkpoint of this version of a run lies, or will."""
+    return run / ROOT / f"version-{version:08d}"
+
+
 def save(
     run: Path, contents: Contents, parts: Mapping[str, Callable[[Path], None]], part_bytes: int, keep: int
 ) -> Path:
@@ -95,8 +100,8 @@ def save(
     parts: each is called with an empty folder of its name and writes itself into it, about `part_bytes` together.
     Raises DiskFull.
     """
-    root = run / ROOT
-    folder = root / f"version-{contents.version:08d}"
+    folder = folder_of(run, contents.version)
+    root = folder.parent
     partial = root / f".partial-{folder.name}"
     with _room_for(partial, part_bytes + _tensor_bytes(contents.optimizers)):
         for left in [

@@ -1,9 +1,10 @@
 """Who deserves what: the advantage of every sampled token, from the rewards of a step's groups.
 
 An estimator is a section of the recipe (`learner.algorithm.credit`, its `kind` says which) and a function of groups of
-episodes; the formulas are in advantages.py. Only sampled tokens count: what observations add between turns moves no
-advantage. A truncated episode is worth what the critic says its last state is; without a critic what came after is
-taken for nothing, and the metric `cut_short` says how many episodes that touched.
+episodes: a rank's own, and what is normalized over the batch is over that of all ranks. The formulas are in
+advantages.py. Only sampled tokens count: what observations add between turns moves no advantage. A truncated episode is
+worth what the critic says its last state is; without a critic what came after is taken for nothing, and the metric
+`cut_short` says how many episodes that touched.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import BaseModel, Field
 
 from learner import advantages
 from learner.advantages import Float64Array
+from learner.ranks import ALONE, Ranks
 from rollout.wire.trajectory import EndReason, Float32Array, Trajectory
 
 
@@ -110,7 +112,7 @@ class GroupCredit(_Estimator):
     divide: bool = Field(default=True, description="by the group's standard deviation")
     eps: float = Field(default=1e-6, ge=0, description="added to the standard deviation")
 
-    def __call__(self, groups: Groups) -> Credit:
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
         def compare(rewards_G: ArrayLike) -> Float32Array:
             if self.divide:
                 return advantages.group_normalized(rewards_G, self.eps)
@@ -125,7 +127,7 @@ class LeaveOneOutCredit(_Estimator):
     siblings: ClassVar[bool] = True
     kind: Literal["rloo"] = "rloo"
 
-    def __call__(self, groups: Groups) -> Credit:
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
         return [_compared(group, advantages.leave_one_out) for group in groups]
 
 
@@ -136,7 +138,7 @@ class MaximumLikelihoodCredit(_Estimator):
     kind: Literal["maxrl"] = "maxrl"
     eps: float = Field(default=1e-6, ge=0, description="added to the mean")
 
-    def __call__(self, groups: Groups) -> Credit:
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
         return [_compared(group, lambda r: advantages.mean_normalized(r, self.eps)) for group in groups]
 
 
@@ -149,14 +151,14 @@ class ReinforceCredit(_Estimator):
         default=False, description="take the mean of the siblings' rewards away first"
     )
 
-    def __call__(self, groups: Groups) -> Credit:
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
         flat = []
         for group in groups:
             mean = np.mean([episode.reward for episode in group]) if self.group_baseline else 0.0
             flat += [
                 advantages.returns(e.rewards_N, self.gamma, e.bootstrap) - np.float32(mean) for e in group
             ]
-        return _regrouped(advantages.globally_normalized(flat), groups)
+        return _regrouped(advantages.globally_normalized(flat, ranks=ranks), groups)
 
 
 class ReturnsCredit(_Estimator):
@@ -169,13 +171,13 @@ class ReturnsCredit(_Estimator):
         description="what returns are normalized over: the turns of the group, those of the batch, or nothing",
     )
 
-    def __call__(self, groups: Groups) -> Credit:
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
         turns = [[episode.turn_returns(self.gamma) for episode in group] for group in groups]
         if self.baseline == "group":
             turns = [advantages.globally_normalized(of_group) for of_group in turns]
         elif self.baseline == "batch":
             flat = [values_K for of_group in turns for values_K in of_group]
-            turns = _regrouped(advantages.globally_normalized(flat), groups)
+            turns = _regrouped(advantages.globally_normalized(flat, ranks=ranks), groups)
         return [
             [episode.over_tokens(values_K) for episode, values_K in zip(group, of_group, strict=True)]
             for group, of_group in zip(groups, turns, strict=True)
@@ -193,7 +195,7 @@ class AnchoredCredit(_Estimator):
     divide: bool = Field(default=True, description="by the standard deviations")
     eps: float = Field(default=1e-6, ge=0, description="added to the standard deviations")
 
-    def __call__(self, groups: Groups) -> Credit:
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
         whole = GroupCredit(divide=self.divide, eps=self.eps)(groups)
         credit: Credit = []
         for group, wholes in zip(groups, whole, strict=True):
@@ -218,12 +220,12 @@ class DecoupledCredit(_Estimator):
     weights: dict[str, float] = Field(min_length=1, description="named reward -> weight")
     eps: float = Field(default=1e-6, ge=0, description="added to the standard deviations")
 
-    def __call__(self, groups: Groups) -> Credit:
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
         flat: list[Float32Array] = []
         for group in groups:
             rewards_GR = [[self._named(episode, name) for name in self.weights] for episode in group]
             flat.append(advantages.decoupled(rewards_GR, list(self.weights.values()), self.eps))
-        normal = advantages.globally_normalized(flat, self.eps)
+        normal = advantages.globally_normalized(flat, self.eps, ranks)
         return [
             [episode.over_tokens(value) for episode, value in zip(group, values, strict=True)]
             for group, values in zip(groups, normal, strict=True)
@@ -249,9 +251,10 @@ class GaeCredit(_Estimator):
     lam: float = Field(default=0.95, ge=0, le=1, description="how far rewards are trusted rather than values")
     normalize: bool = Field(default=True, description="over the batch")
 
-    def __call__(self, groups: Groups) -> Credit:
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
         flat = [self.estimate(episode)[0] for group in groups for episode in group]
-        return _regrouped(advantages.globally_normalized(flat) if self.normalize else flat, groups)
+        normal = advantages.globally_normalized(flat, ranks=ranks) if self.normalize else flat
+        return _regrouped(normal, groups)
 
     def estimate(self, episode: Episode) -> tuple[Float32Array, Float32Array]:
         """Advantages before any normalization, and the critic's targets: float32 [N] each."""

@@ -7,6 +7,7 @@ It begins as a copy of the policy, so that it can read what the policy can, with
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from learner.algorithm import CriticSettings
-from learner.batch import Batch, MicroBatch
+from learner.batch import Batch, MicroBatch, level
 from learner.model import ModelSettings, Policy
 from learner.optim import Optimizer
+from learner.ranks import ALONE, Ranks
+from learner.shards import gathered_state, laid_out, shard
 from learner.step import Means
 
 _TRUNK, _HEAD = "trunk", "head.safetensors"
@@ -44,31 +47,44 @@ class Critic:
         self._head = nn.Linear(self._trunk.width, 1, device=self._trunk.device)
         nn.init.zeros_(self._head.weight)
         nn.init.zeros_(self._head.bias)
+        ranks = trunk.ranks
+        self._sharded_head = None if ranks.size == 1 else shard(self._head, ranks)
         learning = [*self._trunk.model.base_model.parameters(), *self._head.parameters()]
         self.optimizer = Optimizer(learning, settings.optim, total_steps)
 
     @classmethod
     def beside(cls, policy: Policy, settings: CriticSettings, total_steps: int | None = None) -> Critic:
         """A new one that begins where the policy stands."""
-        trunk = Policy(policy.settings)
+        trunk = Policy(policy.settings, policy.ranks)
         trunk.model.load_state_dict(policy.model.state_dict())
         return cls(settings, trunk, total_steps)
 
     @classmethod
     def load(
-        cls, folder: Path, settings: CriticSettings, model: ModelSettings, total_steps: int | None
+        cls,
+        folder: Path,
+        settings: CriticSettings,
+        model: ModelSettings,
+        total_steps: int | None,
+        ranks: Ranks = ALONE,
     ) -> Critic:
-        """What `save` wrote; the optimizer's state is not in it."""
-        critic = cls(settings, Policy.restored(model, folder / _TRUNK), total_steps)
-        critic._head.load_state_dict(load_file(folder / _HEAD))
+        """What `writer` wrote; the optimizer's state is not in it."""
+        critic = cls(settings, Policy.restored(model, folder / _TRUNK, ranks), total_steps)
+        own, stored = critic._head.state_dict(), load_file(folder / _HEAD)
+        critic._head.load_state_dict({name: laid_out(stored[name], like) for name, like in own.items()})
         return critic
 
-    def save(self, folder: Path) -> None:
-        """Write trunk (Hugging Face format) and head."""
-        self._trunk.save(folder / _TRUNK)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self._head.state_dict().items()}, folder / _HEAD
-        )
+    def writer(self) -> Callable[[Path], None]:
+        """What writes trunk (Hugging Face format) and head as they are now; on several ranks rank 0's alone does."""
+        ranks = self._trunk.ranks
+        trunk = self._trunk.whole_state()
+        head = gathered_state(self._head, ranks)
+
+        def write(folder: Path) -> None:
+            self._trunk.save(folder / _TRUNK, trunk)
+            save_file({name: tensor.contiguous() for name, tensor in head.items()}, folder / _HEAD)
+
+        return write
 
     @property
     def nbytes(self) -> int:
@@ -77,9 +93,13 @@ class Critic:
 
     def values(self, micro: MicroBatch) -> Tensor:
         """What the state before each scored token is worth: float32 [N], with gradients."""
-        hidden_ND = self._trunk.hidden(micro).index_select(0, micro.score_index_N)
-        values_N: Tensor = self._head(hidden_ND.float())[:, 0]
-        return values_N
+        wide_ND = self._trunk.hidden(micro).to(self._head.weight.dtype)
+        values_N1: Tensor = (
+            self._head(wide_ND)
+            if self._sharded_head is None
+            else self._sharded_head.use(lambda: self._head(wide_ND))
+        )
+        return values_N1[:, 0]
 
     @torch.no_grad()
     def look(self, micro: MicroBatch) -> Tensor:
@@ -90,7 +110,7 @@ class Critic:
         """One optimizer step towards the targets. Metrics: "value_loss", "value", "value_error" (mean |V - target|)."""
         self.optimizer.zero_grad()
         means = Means(self._trunk.device)
-        for micro in batch.micro_batches:
+        for micro in level(batch.micro_batches, self._trunk.ranks):
             on_device = micro.to(self._trunk.device)
             old_N, targets_N = on_device.values_N, on_device.value_targets_N
             assert old_N is not None and targets_N is not None
@@ -101,7 +121,7 @@ class Critic:
                 error_N = (values_N - targets_N).abs()
                 means.add({"value_loss": loss_N.detach(), "value": values_N.detach(), "value_error": error_N})
         report = self.optimizer.step()
-        return means.values() | {
+        return means.values(self._trunk.ranks) | {
             "value_grad_norm": report.grad_norm,
             "value_skipped_step": 0.0 if report.applied else 1.0,
         }

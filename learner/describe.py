@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from learner.ranks import ALONE, Ranks
 from rollout.wire.trajectory import Group, Trajectory
 
 _RUN = 4  # tokens
 
 
-def describe(groups: Sequence[Group], version: int) -> dict[str, float]:
-    """What the trained groups were, from their trainable episodes alone.
+def describe(groups: Sequence[Group], version: int, ranks: Ranks = ALONE) -> dict[str, float]:
+    """What the trained groups of all ranks were, from their trainable episodes alone.
 
     "reward", "success" (of those with a verdict; absent without any), "turns",
     "sampled_per_episode" (tokens), "episodes", "untrainable_episodes", and "lag_mean", "lag_max": `version`,
@@ -20,21 +21,38 @@ def describe(groups: Sequence[Group], version: int) -> dict[str, float]:
     four tokens in an answer that stood in it before.
     """
     episodes = [trajectory for group in groups for trajectory in group.trainable]
-    if not episodes:
+    played = sum(len(group.trajectories) for group in groups)
+    said = ranks.gather([played, [_facts(trajectory, version) for trajectory in episodes]])
+    facts = [each for _, of_rank in said for each in of_rank]
+    if not facts:
         raise ValueError("a step needs at least one group of trainable episodes, got none")
-    lags = version - np.concatenate([step.versions for t in episodes for step in t.steps])
-    verdicts = [t.success for t in episodes if t.success is not None]
+    rewards, turns, sampled, repetition, success, lags, oldest = zip(*facts, strict=True)
+    verdicts = [verdict for verdict in success if verdict is not None]
     metrics = {
-        "reward": float(np.mean([t.reward for t in episodes])),
-        "turns": float(np.mean([len(t.steps) for t in episodes])),
-        "sampled_per_episode": float(np.mean([t.num_sampled for t in episodes])),
-        "episodes": float(len(episodes)),
-        "untrainable_episodes": float(sum(len(group.trajectories) for group in groups) - len(episodes)),
-        "repetition": float(np.mean([_repetition(t) for t in episodes])),
-        "lag_mean": float(lags.mean()) if lags.size else 0.0,
-        "lag_max": float(lags.max()) if lags.size else 0.0,
+        "reward": float(np.mean(rewards)),
+        "turns": float(np.mean(turns)),
+        "sampled_per_episode": float(np.mean(sampled)),
+        "episodes": float(len(facts)),
+        "untrainable_episodes": float(sum(count for count, _ in said) - len(facts)),
+        "repetition": float(np.mean(repetition)),
+        "lag_mean": sum(lags) / max(sum(sampled), 1),
+        "lag_max": float(max(oldest)),
     }
     return {**metrics, "success": float(np.mean(verdicts))} if verdicts else metrics
+
+
+def _facts(trajectory: Trajectory, version: int) -> list[float | bool | None]:
+    """Reward, turns, tokens sampled, repetition, verdict; sum and maximum of the lags of its tokens."""
+    lags = version - np.concatenate([step.versions for step in trajectory.steps])
+    return [
+        trajectory.reward,
+        len(trajectory.steps),
+        trajectory.num_sampled,
+        _repetition(trajectory),
+        trajectory.success,
+        int(lags.sum()),
+        int(lags.max()) if lags.size else 0,
+    ]
 
 
 def _repetition(trajectory: Trajectory) -> float:

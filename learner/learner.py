@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from learner.critic import Critic
 from learner.describe import describe
 from learner.model import ModelError, ModelSettings, Policy
 from learner.optim import Optimizer, OptimSettings
-from learner.prepare import Example, TokenFunction, and_after, of_tokens
+from learner.prepare import Example, and_after, of_tokens
+from learner.ranks import ALONE, Ranks
 from learner.reference import Reference
 from learner.regularizers import divergence
+from learner.shards import gathered_tree
 from learner.step import PolicyObjective, cross_entropy_objective, sizes, train_step
-from rollout.wire.trajectory import Group
+from rollout.wire.share import deal
+from rollout.wire.trajectory import Float32Array, Group
 
 # Summed over optimizer steps, not averaged.
 _COUNTS = ("tokens_trained", "tokens_scored", "tokens_sampled", "skipped_step", "value_skipped_step")
@@ -65,6 +69,9 @@ class LearnerSettings(BaseModel, extra="forbid", frozen=True):
         default=4096, ge=1, description="tokens computed at a time; bounds memory, not the loss"
     )
     threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0 leaves torch's own choice")
+    ranks: int = Field(
+        default=1, ge=1, description="processes that learn together, each with a part of every parameter"
+    )
 
 
 class Learner:
@@ -72,6 +79,9 @@ class Learner:
 
     seed: of the order in which episodes are imitated and used again; temperature: that of the sampling, which the
     learner's logprobs must share; total_steps: learner steps of the whole run, where a falling learning rate ends.
+
+    ranks: this process among those that learn together. Each is told the same things in the same order, with groups of
+    its own share; what is raised, decided and returned is the same on all, and rank 0 writes.
     """
 
     def __init__(
@@ -80,18 +90,20 @@ class Learner:
         seed: int = 0,
         temperature: float = 1.0,
         total_steps: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.settings = settings
+        self.ranks = ranks
         _use_threads(settings.threads)
         self.version = 0
-        self.policy = Policy(settings.model)
+        self.policy = Policy(settings.model, ranks)
         self._optimizer_steps = total_steps and total_steps * settings.algorithm.updates
         self.optimizer = Optimizer(self.policy.parameters(), settings.optim, self._optimizer_steps)
         self._tokenizer = checkpoint.tokenizer_files(settings.model.path)
         self._temperature = temperature
         self._rng = np.random.default_rng(seed)
         self._critic: Critic | None = None  # made by the first step, which finds the policy as it begins
-        self._reference = Reference(settings.model) if settings.algorithm.kl else None
+        self._reference = Reference(settings.model, ranks) if settings.algorithm.kl else None
 
     def step(self, groups: Sequence[Group]) -> dict[str, float]:
         """Learn from groups of sibling episodes; the version becomes one higher.
@@ -103,7 +115,7 @@ class Learner:
         _use_threads(self.settings.threads)
         algorithm = self.settings.algorithm
         self._begin()
-        described = describe(groups, self.version)
+        described = describe(groups, self.version, self.ranks)
         examples = self._credited(groups)
         if algorithm.proximal == "learner" and algorithm.updates > 1:
             self._fix_proximal(examples)
@@ -111,7 +123,7 @@ class Learner:
         learns = algorithm.critic is None or self.version >= algorithm.critic.warmup_steps
         rows: list[dict[str, float]] = []
         for batch, whole in self._batches(examples):
-            row = sizes(whole)
+            row = sizes(whole, self.ranks)
             if learns:
                 row = train_step(self.policy, self.optimizer, batch, objective, self._temperature)
                 if row["skipped_step"] and not rows:
@@ -123,8 +135,8 @@ class Learner:
         return {
             **_merged(rows),
             **described,
-            "zero_advantage_fraction": _share(not example.advantages_N.any() for example in examples),
-            "cut_short": _share(not e.episode.ended and e.episode.values is None for e in examples),
+            "zero_advantage_fraction": self._share(not example.advantages_N.any() for example in examples),
+            "cut_short": self._share(not e.episode.ended and e.episode.values is None for e in examples),
             "version": float(self.version),
         }
 
@@ -153,7 +165,8 @@ class Learner:
     def imitate(self, groups: Sequence[Group]) -> Iterator[dict[str, float]]:
         """Raise the likelihood of the groups' recorded actions: one optimizer step per item yielded.
 
-        Every trainable episode is one example, in a new order each epoch. It has its own optimizer, and the
+        Every trainable episode is one example, in a new order each epoch; ranks are all given all of them, and each
+        learns from its part of a step's. It has its own optimizer, and the
         weight version stays: this is what comes before version 0 is published.
         """
         settings = self.settings.imitation
@@ -164,8 +177,10 @@ class Learner:
             order = self._rng.permutation(len(episodes))
             for start in range(0, len(order), settings.episodes_per_step):
                 _use_threads(settings.threads or self.settings.threads)
-                chosen = order[start : start + settings.episodes_per_step]
-                batch = self._pack(self._weighed([examples[place] for place in chosen], "token"))
+                chosen = [examples[place] for place in order[start : start + settings.episodes_per_step]]
+                dealt = deal([example.trajectory.num_sampled for example in chosen], self.ranks.size)
+                own = [chosen[place] for place in dealt[self.ranks.rank]]
+                batch = self._pack(self._weighed(own, "token"))
                 metrics = train_step(self.policy, optimizer, batch, cross_entropy_objective, temperature=1.0)
                 yield {**metrics, "epoch": float(epoch)}
 
@@ -176,24 +191,32 @@ class Learner:
     def save(self, run: Path, cursor: Mapping[str, Any] | None = None, keep: int = 2) -> Path:
         """Write a checkpoint of this version into the run, keep the last `keep`, and return its folder.
 
-        cursor: where the task stream stands, JSON; `load` gives it back. Raises DiskFull.
+        cursor: where the task stream stands, JSON; `load` gives it back. Raises DiskFull. Of several ranks, rank 0
+        gathers everything in its memory and writes; the others are done when it has it.
         """
         optimizers = {"policy": self.optimizer.state_dict()}
-        parts = {checkpoint.MODEL: self.write_model}
+        weights = self.policy.whole_state()
+        parts: dict[str, Callable[[Path], None]] = {
+            checkpoint.MODEL: self.write_model
+            if weights is None
+            else partial(self.write_model, weights=weights)
+        }
         size = sum(parameter.nbytes for parameter in self.policy.model.parameters())
         if self._critic is not None:
             optimizers["critic"] = self._critic.optimizer.state_dict()
-            parts[checkpoint.CRITIC] = self._critic.save
+            parts[checkpoint.CRITIC] = self._critic.writer()
             size += self._critic.nbytes
         contents = checkpoint.Contents(
             version=self.version,
             cursor=dict(cursor or {}),
             generator=self._rng.bit_generator.state,
-            optimizers=optimizers,
+            optimizers=gathered_tree(optimizers, self.ranks),
             torch_rng=torch.get_rng_state(),
         )
         if self._reference is not None and self.version == 0:
             self._reference.keep(run, self.policy)
+        if self.ranks.rank:
+            return checkpoint.folder_of(run, self.version)
         return checkpoint.save(run, contents, parts, size, keep)
 
     def load(self, run: Path) -> dict[str, Any]:
@@ -202,12 +225,15 @@ class Learner:
         CheckpointError or ModelError, in one line, if there is none or it is broken; this learner is then of
         no more use.
         """
-        folder = checkpoint.latest(run)
-        if folder is None:
+        # Rank 0 says which: a broken one is set aside while it looks.
+        found = checkpoint.latest(run) if not self.ranks.rank else None
+        (newest, *_) = self.ranks.gather(found and str(found))
+        if newest is None:
             raise checkpoint.CheckpointError(f"run {run} has no whole checkpoint")
+        folder = Path(newest)
         contents = checkpoint.load(folder)
         del self.policy, self.optimizer  # their memory is needed for what comes
-        self.policy = Policy.restored(self.settings.model, folder / checkpoint.MODEL)
+        self.policy = Policy.restored(self.settings.model, folder / checkpoint.MODEL, self.ranks)
         self.optimizer = Optimizer(self.policy.parameters(), self.settings.optim, self._optimizer_steps)
         self.optimizer.load_state_dict(contents.optimizers["policy"])
         if self._reference is not None:
@@ -215,7 +241,7 @@ class Learner:
         critic = self.settings.algorithm.critic
         if critic is not None and "critic" in contents.optimizers:
             self._critic = Critic.load(
-                folder / checkpoint.CRITIC, critic, self.settings.model, self._optimizer_steps
+                folder / checkpoint.CRITIC, critic, self.settings.model, self._optimizer_steps, self.ranks
             )
             self._critic.optimizer.load_state_dict(contents.optimizers["critic"])
         self.version = contents.version
@@ -223,9 +249,12 @@ class Learner:
         torch.set_rng_state(contents.torch_rng)
         return contents.cursor
 
-    def write_model(self, folder: Path) -> None:
-        """Write weights, config and tokenizer in Hugging Face format: what vLLM starts from."""
-        self.policy.save(folder)
+    def write_model(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write weights, config and tokenizer in Hugging Face format: what vLLM starts from.
+
+        weights: the policy's `whole_state`.
+        """
+        self.policy.save(folder, weights)
         for name, content in self._tokenizer.items():
             (folder / name).write_bytes(content)
 
@@ -251,10 +280,11 @@ class Learner:
         examples = [example for siblings in by_group for example in siblings]
         self._refer(examples)
         if self._critic is not None:
-            values = and_after(examples, self._critic.look, self.settings.tokens_per_microbatch)
+            limit = self.settings.tokens_per_microbatch
+            values = and_after(examples, self._critic.look, limit, self.ranks)
             for example, (before_N, after) in zip(examples, values, strict=True):
                 example.episode = replace(example.episode, values=Values(before_N, after))
-        credited = credit([[example.episode for example in siblings] for siblings in by_group])
+        credited = credit([[example.episode for example in siblings] for siblings in by_group], self.ranks)
         for example, advantages_N in zip(examples, (a for group in credited for a in group), strict=True):
             example.advantages_N = advantages_N
             if isinstance(credit, GaeCredit) and example.episode.values is not None:
@@ -268,7 +298,7 @@ class Learner:
         if kl is None or self._reference is None:
             return
         with self._reference.beside(self.policy) as reference:
-            logprobs = of_tokens(examples, self._scorer(reference), self.settings.tokens_per_microbatch)
+            logprobs = self._of_tokens(examples, reference)
         for example, reference_N in zip(examples, logprobs, strict=True):
             example.columns["reference_logprobs"] = reference_N
             if kl.where == "reward":
@@ -283,30 +313,35 @@ class Learner:
         """The learner's own logprobs before the first of several optimizer steps. What will be skipped needs none."""
         skip = self.settings.algorithm.skip_zero_advantage
         needed = [example for example in examples if example.advantages_N.any() or not skip]
-        found = of_tokens(needed, self._scorer(self.policy), self.settings.tokens_per_microbatch)
+        found = self._of_tokens(needed, self.policy)
         for example in examples:
             example.columns["proximal_logprobs"] = np.zeros(example.trajectory.num_sampled, np.float32)
         for example, logprobs_N in zip(needed, found, strict=True):
             example.columns["proximal_logprobs"] = logprobs_N
 
-    def _scorer(self, policy: Policy) -> TokenFunction:
+    def _of_tokens(self, examples: Sequence[Example], policy: Policy) -> list[Float32Array]:
+        """A policy's logprobs of every sampled token."""
+
         @torch.no_grad()
         def logprobs(micro: MicroBatch) -> Tensor:
             return policy.score(micro.to(policy.device), self._temperature)[0]
 
-        return logprobs
+        return of_tokens(examples, logprobs, self.settings.tokens_per_microbatch, self.ranks)
 
     def _batches(self, examples: Sequence[Example]) -> Iterator[tuple[Batch, Batch]]:
         """Whole episodes in nearly equal parts, one for each optimizer step: what the policy sees, and the critic.
 
-        In order the first time; later passes shuffle.
+        In order the first time; later passes shuffle. Every rank divides its own, into as many parts, and draws as much
+        from its generator, as the one with most: all stay alike.
         """
         algorithm = self.settings.algorithm
+        most = self.ranks.most(len(examples))
         order = np.arange(len(examples))
         for epoch in range(algorithm.epochs):
             if epoch:
-                order = self._rng.permutation(len(examples))
-            for part in np.array_split(order, min(algorithm.minibatches, len(examples)) or 1):
+                order = self._rng.permutation(most)
+                order = order[order < len(examples)]
+            for part in np.array_split(order, min(algorithm.minibatches, most) or 1):
                 chosen = [examples[place] for place in part]
                 sequences = self._weighed(chosen, algorithm.aggregation)
                 batch = self._pack(sequences, algorithm.skip_zero_advantage)
@@ -314,12 +349,19 @@ class Learner:
 
     def _weighed(self, examples: Sequence[Example], how: Aggregation) -> list[TokenSequence]:
         length = self.settings.algorithm.aggregation_length
-        weights = token_weights([example.trajectory.num_sampled for example in examples], how, length)
+        sampled_E = [example.trajectory.num_sampled for example in examples]
+        weights = token_weights(sampled_E, how, length, self.ranks)
         pairs = zip(examples, weights, strict=True)
         return [sequence for example, weight in pairs for sequence in example.sequences(weight)]
 
     def _pack(self, sequences: list[TokenSequence], skip_zero_advantage: bool = False) -> Batch:
         return pack(sequences, self.settings.tokens_per_microbatch, self.policy.context, skip_zero_advantage)
+
+    def _share(self, true: Iterable[bool]) -> float:
+        """Of the episodes of all ranks."""
+        counted = [bool(one) for one in true]
+        sums = self.ranks.sums({"true": sum(counted), "all": len(counted)})
+        return sums["true"] / max(sums["all"], 1)
 
 
 def _use_threads(count: int) -> None:
@@ -336,7 +378,3 @@ def _merged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
         values = [step[name] for step in steps if name in step]
         merged[name] = float(np.sum(values) if name in _COUNTS else np.mean(values))
     return merged
-
-
-def _share(true: Iterable[bool]) -> float:
-    return float(np.mean(list(true) or [False]))

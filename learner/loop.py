@@ -5,6 +5,9 @@
     withdraw  let go of what was put                          exchange.release: new groups may start
     save      land a checkpoint
 
+Of several ranks this is rank 0's: it alone is asked, and tells the others (follower.py) what to do with it, one thing
+at a time. So all do the same in the same order.
+
 A verb whose answer was lost may be said again: `train` names its step, `offer` gives the same version again at any time
 (an engine that joins late), `save` lands the same version.
 """
@@ -14,7 +17,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -22,7 +26,9 @@ import pyarrow as pa
 
 from learner.learner import Learner, NonFinite
 from learner.publish import Publisher, Snapshot, Staging, take_snapshot
+from learner.ranks import RankLost, touching
 from rollout.wire.schema import decode
+from rollout.wire.share import Share
 from rollout.wire.trajectory import DropReason
 from rollout.wire.weights import Handle, SyncReport, WeightUpdate
 
@@ -30,15 +36,18 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, float]
 MOST_NONFINITE = 3  # batches in a row that a step may set aside
+_LAST_WORDS_SECONDS = 10.0  # from a rank's failure until that is told
 # Puts a version where engines can load it; what it gives beside the handle is kept until the version is withdrawn.
 Place = Callable[[Snapshot], tuple[Handle, Any]]
+# Tells all other ranks one of `Follower`'s verbs and its words; gives what will be their answers, from rank 1 on.
+Tell = Callable[..., Sequence[Awaitable[Any]]]
 T = TypeVar("T")
 
 
 class Source(Protocol):
     """Where groups come from; the exchange, near or far."""
 
-    async def take(self, version: int, timeout_s: float) -> list[pa.RecordBatch]: ...
+    async def take(self, version: int, timeout_s: float, share: Share) -> list[pa.RecordBatch]: ...
     async def discard(self, version: int, reason: DropReason) -> None: ...
     async def landed(self, version: int) -> None: ...
     async def counts(self) -> dict[str, int]: ...
@@ -47,7 +56,7 @@ class Source(Protocol):
 class LearnerLoop:
     """Joins a `Learner` to a source of groups and a place for weights. All calls come from one event loop.
 
-    `native` is for vLLM's own transfers, which send the live parameters and need no place.
+    `native` is for vLLM's own transfers, which send the live parameters and need no place. `tell` reaches other ranks.
     """
 
     def __init__(
@@ -59,6 +68,7 @@ class LearnerLoop:
         take_seconds: float,
         keep_checkpoints: int = 2,
         native: Publisher | None = None,
+        tell: Tell = lambda *verb: (),
     ) -> None:
         self._learner = learner
         self._source = source
@@ -67,6 +77,7 @@ class LearnerLoop:
         self._take_seconds = take_seconds
         self._keep = keep_checkpoints
         self._native = native
+        self._tell = tell
         self._imitation: Iterator[Row] = iter(())
         self._last: Row | None = None  # of the step that made the present version
         self._saved: tuple[Path, int] | None = (
@@ -98,11 +109,13 @@ class LearnerLoop:
             waited = {"wait_s": 0.0, "nonfinite_batches": 0.0}
             while waited["nonfinite_batches"] <= MOST_NONFINITE:
                 began = time.perf_counter()
-                batches = await self._source.take(self.version, self._take_seconds)
+                # It waits for the step's groups to come together; the others' shares are there when it has its own.
+                batches = await self._source.take(self.version, self._take_seconds, self._learner.ranks.share)
+                await asyncio.gather(*self._tell("take", self.version))
                 waited["wait_s"] += time.perf_counter() - began
                 try:
                     async with self._weights:
-                        return await _to_its_end(self._step, batches, waited)
+                        return await self._together(("step", step), self._step, batches, waited)
                 except NonFinite as error:
                     logger.warning("step %d: %s; its groups are set aside and others taken", step, error)
                     await self._source.discard(self.version, DropReason.NONFINITE)
@@ -123,7 +136,7 @@ class LearnerLoop:
                 self._snapshot = await self._take_snapshot(self._staging)
             if self._placed is None:
                 snapshot = self._snapshot
-                handle, alive = await _to_its_end(self._place, snapshot)
+                handle, alive = await to_its_end(self._place, snapshot)
                 self._placed = WeightUpdate(snapshot.manifest, handle), alive
             return self._placed[0]
 
@@ -142,8 +155,9 @@ class LearnerLoop:
             snapshot = await self._take_snapshot(None)
             return sync_metrics(await self._native.publish(snapshot))
 
-    def begin_imitation(self, batches: Sequence[pa.RecordBatch]) -> int:
+    async def begin_imitation(self, batches: Sequence[pa.RecordBatch]) -> int:
         """Hand over demonstrations; returns how many imitation steps they make."""
+        await asyncio.gather(*self._tell("begin_imitation", batches))
         groups = [decode(batch) for batch in batches]
         self._imitation = self._learner.imitate(groups)
         return self._learner.imitation_steps(len(groups))
@@ -156,7 +170,7 @@ class LearnerLoop:
             )
         async with self._weights:
             self._saved = None
-            return await _to_its_end(self._imitated, steps)
+            return await self._together(("imitate", steps), self._imitated, steps)
 
     async def save(self, run_folder: Path) -> None:
         """Write a checkpoint; once it has landed, the groups it contains are trained for good. Raises DiskFull."""
@@ -166,7 +180,8 @@ class LearnerLoop:
             self._require_whole()
             version = self.version
             if self._saved != (run_folder, version):
-                await _to_its_end(self._learner.save, run_folder, cursor, self._keep)
+                saving = partial(self._learner.save, run_folder, cursor, self._keep)
+                await self._together(("save", run_folder), saving)
                 self._saved = run_folder, version
         await self._source.landed(version)
 
@@ -207,9 +222,30 @@ class LearnerLoop:
         async with self._weights:
             self._require_whole()
             policy, with_bytes = self._learner.policy, staging is not None
-            return await _to_its_end(
-                take_snapshot, policy, self.version, self._engine_dtype, with_bytes, staging
+            return await self._together(
+                ("snapshot",), take_snapshot, policy, self.version, self._engine_dtype, with_bytes, staging
             )
+
+    async def _together(self, words: tuple[Any, ...], function: Callable[..., T], *args: Any) -> T:
+        """Tell the other ranks these words while this one calls the function; returns when all have ended.
+
+        A rank that fails leaves others waiting for it, this one perhaps: they are given a moment to say what they know.
+        """
+        own = asyncio.ensure_future(to_its_end(touching, self._learner.ranks, function, *args))
+        everyone = [own, *(asyncio.ensure_future(answer) for answer in self._tell(*words))]
+        try:
+            await asyncio.wait(everyone, return_when=asyncio.FIRST_EXCEPTION)
+            await asyncio.wait(everyone, timeout=_LAST_WORDS_SECONDS)
+        except asyncio.CancelledError:
+            await asyncio.wait(everyone)
+            raise
+        self._torn = self._torn or not own.done()
+        failed = [error for ended in everyone if ended.done() and (error := ended.exception())]
+        if lost := [str(error) for error in failed if isinstance(error, RankLost)]:
+            raise RankLost("; ".join(lost))
+        if failed:
+            raise failed[0]
+        return own.result()
 
 
 def sync_metrics(reports: Sequence[SyncReport]) -> Row:
@@ -220,7 +256,7 @@ def sync_metrics(reports: Sequence[SyncReport]) -> Row:
     }
 
 
-async def _to_its_end(function: Callable[..., T], *args: Any) -> T:
+async def to_its_end(function: Callable[..., T], *args: Any) -> T:
     """Run in a thread. A thread can not be stopped: whoever is cancelled waits for it before its locks are free."""
     working = asyncio.ensure_future(asyncio.to_thread(function, *args))
     try:

@@ -32,7 +32,7 @@ class LoraSettings(BaseModel, extra="forbid", frozen=True):
     rank: int = Field(
         default=8, gt=0, le=512, description="of the product B A that is learned beside a matrix"
     )
-    alpha: float = Field(default=16.0, gt=0, description="the product is multiplied with alpha / rank")
+    alpha: int = Field(default=16, gt=0, description="the product is multiplied with alpha / rank")
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear",
         min_length=1,

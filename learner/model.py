@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, Field
@@ -24,8 +24,12 @@ from learner.batch import MicroBatch
 from learner.linear import use_onednn
 from learner.logprobs import token_logprobs
 from learner.lora import Adapter, LoraSettings
+from learner.ranks import ALONE, Ranks
+from learner.shards import gathered_state, shard
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.trajectory import Float32Array
+
+T = TypeVar("T")
 
 _LEAST_CHUNK = 8  # vocabulary entries at a time, however small the block
 _ADAPTER = "adapter"  # folder of the adapter's own tensors, inside that of the merged model
@@ -65,30 +69,35 @@ class Policy:
     Dropout is off, always: the learner's logprobs have to be those of the model that samples. ModelError, in
     one line, for a checkpoint that is missing, broken or incomplete, or whose head is more than a linear
     layer.
+
+    On several ranks the parameters lie over all of them, and whatever computes is said by all ranks together.
     """
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, ranks: Ranks = ALONE) -> None:
         self.settings = settings
+        self.ranks = ranks
         self.device = torch.device(settings.device)
         self.model = _load(settings.path)
-        nn.Module.to(self.model, self.device)  # the subclass's `to` is untyped
         self.model.eval()
         self.adapter = self._adapt(settings.lora) if settings.lora else None
         if settings.gradient_checkpointing:
             self._checkpoint_gradients()
-        self._check_head()
         if settings.device == "cpu" and settings.dtype == "float32":
             use_onednn(self.model.base_model)
+        self.sharded = None if ranks.size == 1 else shard(self.model, ranks, self._gathered_dtype)
+        if self.sharded is None:  # shards are moved one by one: no device has to hold all of them
+            nn.Module.to(self.model, self.device)  # the subclass's `to` is untyped
+        self._check_head()
 
     @classmethod
-    def restored(cls, settings: ModelSettings, folder: Path) -> Policy:
+    def restored(cls, settings: ModelSettings, folder: Path, ranks: Ranks = ALONE) -> Policy:
         """The policy that `save` wrote into `folder`, bit for bit.
 
         An adapter is put on the base again, which is loaded from where it first came from: `settings.path`.
         """
         if settings.lora is None:
-            return cls(settings.model_copy(update={"path": str(folder)}))
-        policy = cls(settings)
+            return cls(settings.model_copy(update={"path": str(folder)}), ranks)
+        policy = cls(settings, ranks)
         assert policy.adapter is not None
         try:
             policy.adapter.load(folder / _ADAPTER)
@@ -116,13 +125,12 @@ class Policy:
         return int(self._head.weight.shape[1])
 
     def hidden(self, micro: MicroBatch) -> Tensor:
-        """Final hidden states of a packed row, [T, D] with gradients."""
-        return self._hidden(micro.input_ids_T, micro.position_ids_T, micro.cu_seqlens_B, micro.longest)
+        """Final hidden states before each scored token of a packed row, [N, D] with gradients."""
+        return self._whole(lambda: self._scored(micro))
 
     def score(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Logprob of each sampled token and entropy of its distribution: float32 [N] each, with gradients."""
-        hidden_ND = self.hidden(micro).index_select(0, micro.score_index_N)
-        return self._logprobs(hidden_ND, micro.targets_N, temperature)
+        return self._whole(lambda: self._logprobs(self._scored(micro), micro.targets_N, temperature))
 
     @torch.no_grad()
     def score_ids(self, token_ids: Sequence[int]) -> Float32Array:
@@ -130,14 +138,19 @@ class Policy:
         ids_T = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
         size = len(token_ids) - 1
         borders = torch.tensor([0, size], dtype=torch.int32, device=self.device)
-        hidden_TD = self._hidden(ids_T[:-1], torch.arange(size, device=self.device), borders, size)
-        logprobs_T, _ = self._logprobs(hidden_TD, ids_T[1:], 1.0)
+        places_T = torch.arange(size, device=self.device)
+
+        def score() -> tuple[Tensor, Tensor]:
+            return self._logprobs(self._hidden(ids_T[:-1], places_T, borders, size), ids_T[1:], 1.0)
+
+        logprobs_T, _ = self._whole(score)
         return logprobs_T.cpu().numpy()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face checkpoint name, detached; a tied head is not repeated.
 
-        With an adapter they are the merged ones, all of them in memory at once beside the base.
+        With an adapter they are the merged ones, all of them in memory at once beside the base. On several ranks each
+        lies over all of them: `learner.shards.gathered` makes it whole.
         """
         own = {name: parameter.detach() for name, parameter in self._merged(self.model.named_parameters())}
         yield from revert_weight_conversion(self.model, own).items()
@@ -148,18 +161,37 @@ class Policy:
             return self.adapter.spec, self.adapter.tensors()
         return None, self.named_weights()
 
-    def save(self, folder: Path) -> None:
-        """Write config and weights in Hugging Face format; with an adapter the merged ones, and itself in a folder."""
-        self.model.save_pretrained(folder, state_dict=dict(self._merged(self.model.state_dict().items())))
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write config and weights in Hugging Face format; with an adapter the merged ones, and it beside them.
+
+        weights: `whole_state`, which all ranks have to be asked for before rank 0 writes.
+        """
+        if weights is None:
+            weights = dict(self._merged(self.model.state_dict().items()))
+        self.model.save_pretrained(folder, state_dict=weights)
         if self.adapter is not None:
             self.adapter.save(folder / _ADAPTER)
+
+    def whole_state(self) -> dict[str, Tensor] | None:
+        """Parameters that lie over several ranks, gathered in rank 0's host memory; None where they do not."""
+        return None if self.sharded is None else gathered_state(self.model, self.ranks)
 
     @property
     def _head(self) -> nn.Linear:
         return self.model.get_output_embeddings()
 
+    def _whole(self, compute: Callable[[], T]) -> T:
+        """Do this where every parameter can be used."""
+        return compute() if self.sharded is None else self.sharded.use(compute)
+
+    @property
+    def _gathered_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.settings.dtype == "bfloat16" else None
+
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.settings.device, torch.bfloat16, enabled=self.settings.dtype == "bfloat16")
+        # Shards are gathered as bfloat16 already.
+        enabled = self.settings.dtype == "bfloat16" and self.ranks.size == 1
+        return torch.autocast(self.settings.device, torch.bfloat16, enabled=enabled)
 
     def _hidden(self, ids_T: Tensor, positions_T: Tensor, cu_seqlens_B: Tensor, longest: int) -> Tensor:
         """Final hidden states [T, D] of a packed row, without the logits of the whole row."""
@@ -175,6 +207,10 @@ class Policy:
             ).last_hidden_state[0]
         # The head's product runs in the hidden state's type; a normalization leaves it wide under autocast.
         return hidden_TD.to(torch.bfloat16) if self.settings.dtype == "bfloat16" else hidden_TD
+
+    def _scored(self, micro: MicroBatch) -> Tensor:
+        hidden_TD = self._hidden(micro.input_ids_T, micro.position_ids_T, micro.cu_seqlens_B, micro.longest)
+        return hidden_TD.index_select(0, micro.score_index_N)
 
     def _logprobs(self, hidden_ND: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         head = self._head
@@ -202,8 +238,13 @@ class Policy:
         """Compare with the model's own logits once: some families scale or cap them after the head."""
         count = min(9, self.context)
         ids_T = torch.arange(count, device=self.device) % self.vocab_size
-        with self._autocast():
-            logits_TV = self.model(input_ids=ids_T[None], use_cache=False).logits[0, :-1]
+
+        def logits() -> Tensor:
+            with self._autocast():
+                found: Tensor = self.model(input_ids=ids_T[None], use_cache=False).logits
+            return found
+
+        logits_TV = self._whole(logits)[0, :-1]
         own_T = logits_TV.float().log_softmax(-1).gather(1, ids_T[1:, None])[:, 0]
         apart = float((own_T.cpu() - torch.from_numpy(self.score_ids(ids_T.tolist()))).abs().max())
         if not apart < _HEAD_TOLERANCE_NATS:

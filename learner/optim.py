@@ -11,6 +11,8 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
+from learner.shards import gathered, laid_out
+
 
 class OptimSettings(BaseModel, extra="forbid", frozen=True):
     """AdamW (Loshchilov & Hutter 2019) and its schedule."""
@@ -106,7 +108,7 @@ class Optimizer:
         """
         grads: list[Tensor] = [p.grad for p in self._parameters if p.grad is not None]
         rate = learning_rate(self.settings, self.steps, self._total_steps)
-        norm = float(nn.utils.get_total_norm(grads))
+        norm = float(gathered(nn.utils.get_total_norm(grads)))  # of all ranks
         if not (finite and math.isfinite(norm)):
             return StepReport(norm, rate, applied=False)
         if norm > self.settings.max_grad_norm:
@@ -118,13 +120,24 @@ class Optimizer:
         return StepReport(norm, rate, applied=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and step count, as torch.save takes them."""
+        """Moments and step count, as torch.save takes them.
+
+        Moments of parameters that lie over several ranks lie there too: see `learner.shards.gathered_tree`.
+        """
         return {"adamw": self._adamw.state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()` of an optimizer over the same parameters, keeping own settings."""
+        """Continue from whole tensors of an optimizer over the same parameters, keeping own settings."""
         own = [{k: v for k, v in group.items() if k != "params"} for group in self._adamw.param_groups]
-        self._adamw.load_state_dict(state["adamw"])
+        parameters = [p for group in self._adamw.param_groups for p in group["params"]]
+        moments = {
+            place: {
+                name: laid_out(tensor, parameters[place]) if tensor.ndim else tensor
+                for name, tensor in entry.items()
+            }
+            for place, entry in state["adamw"]["state"].items()
+        }
+        self._adamw.load_state_dict(state["adamw"] | {"state": moments})
         for group, options in zip(self._adamw.param_groups, own, strict=True):
             group.update(options)
         self.steps = int(state["steps"])

@@ -9,8 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from learner.advantages import overlong_penalty
-from learner.batch import MicroBatch, TokenSequence, arrange, row_of, sequences_of
+from learner.batch import MicroBatch, TokenSequence, arrange, idle_row, row_of, sequences_of
 from learner.credit import Episode
+from learner.ranks import ALONE, Ranks
 from learner.regularizers import OverlongSettings
 from rollout.wire.trajectory import Float32Array, Trajectory
 
@@ -45,23 +46,28 @@ class Example:
         return sequences_of(self.trajectory, self.advantages_N, weight, self.columns)
 
 
-def of_tokens(examples: Sequence[Example], compute: TokenFunction, tokens_per_row: int) -> list[Float32Array]:
-    """`compute` of every sampled token: float32 [N] for each example."""
+def of_tokens(
+    examples: Sequence[Example], compute: TokenFunction, tokens_per_row: int, ranks: Ranks = ALONE
+) -> list[Float32Array]:
+    """`compute` of every sampled token: float32 [N] for each example.
+
+    Where a row is computed by all ranks together, those with fewer rows compute idle ones.
+    """
     by_example = [example.sequences() for example in examples]
-    found = _of_sequences([s for sequences in by_example for s in sequences], compute, tokens_per_row)
+    found = _of_sequences([s for sequences in by_example for s in sequences], compute, tokens_per_row, ranks)
     remaining = iter(found)
     return [_joined([next(remaining) for _ in sequences]) for sequences in by_example]
 
 
 def and_after(
-    examples: Sequence[Example], compute: TokenFunction, tokens_per_row: int
+    examples: Sequence[Example], compute: TokenFunction, tokens_per_row: int, ranks: Ranks = ALONE
 ) -> list[tuple[Float32Array, float]]:
     """`compute` before every sampled token, and after the last one: (float32 [N], number) for each example.
 
     A token that nobody reads stands after each sequence, so that what follows its last one is a place like the others.
     """
     by_example = [[_followed(s) for s in example.sequences()] for example in examples]
-    found = _of_sequences([s for sequences in by_example for s in sequences], compute, tokens_per_row)
+    found = _of_sequences([s for sequences in by_example for s in sequences], compute, tokens_per_row, ranks)
     remaining = iter(found)
     values = []
     for sequences in by_example:
@@ -83,15 +89,19 @@ def _followed(sequence: TokenSequence) -> TokenSequence:
 
 
 def _of_sequences(
-    sequences: Sequence[TokenSequence], compute: TokenFunction, tokens_per_row: int
+    sequences: Sequence[TokenSequence], compute: TokenFunction, tokens_per_row: int, ranks: Ranks
 ) -> list[Float32Array]:
     found: list[Float32Array] = [np.zeros(0, np.float32)] * len(sequences)
-    for row in arrange([sequence.num_inputs for sequence in sequences], tokens_per_row):
+    rows = arrange([sequence.num_inputs for sequence in sequences], tokens_per_row)
+    lacking = ranks.most(len(rows)) - len(rows)
+    for row in rows:
         chosen = [sequences[place] for place in row]
         computed_N = compute(row_of(chosen)).detach().float().cpu().numpy()
         borders = np.cumsum([sequence.num_sampled for sequence in chosen])[:-1]
         for place, part in zip(row, np.split(computed_N, borders), strict=True):
             found[place] = part
+    for _ in range(lacking):
+        compute(idle_row())
     return found
 
 

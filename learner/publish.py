@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from learner.model import Policy
+from learner.shards import gathered
 from rollout.wire.weights import ByteArray, Probe, SyncReport, TensorSpec, WeightManifest, checksum, parts
 
 PROBE_TOKENS = 32
@@ -48,13 +49,13 @@ class Staging:
         self._whole: ByteArray = np.empty(0, dtype=np.uint8)
 
     def write(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[ByteArray]:
-        """Cast and copy the tensors; the parts returned are overwritten by the next call."""
+        """Cast and copy the tensors, each gathered by itself; the parts returned are overwritten by the next call."""
         sizes = [tensor.numel() * dtype.itemsize for tensor in tensors]
         if sum(sizes) != self._whole.nbytes:
             self._whole = np.empty(sum(sizes), dtype=np.uint8)
         arrays = parts(self._whole, sizes)
         for tensor, array in zip(tensors, arrays, strict=True):
-            torch.from_numpy(array).view(dtype).view(tensor.shape).copy_(tensor)
+            torch.from_numpy(array).view(dtype).view(tensor.shape).copy_(gathered(tensor))
         return arrays
 
 
@@ -64,10 +65,15 @@ def take_snapshot(
     """What the policy publishes as an engine of `dtype` needs it, with checksums and the learner's probe logprobs.
 
     `with_bytes=False` leaves out bytes and checksums, and with them every copy to the host. `staging` is reused: the
-    next snapshot overwrites this one. Without it the snapshot has a buffer of its own.
+    next snapshot overwrites this one. Without it the snapshot has a buffer of its own. Every rank has to take it; the
+    bytes are rank 0's alone.
     """
     adapter, named = policy.published()
     names, tensors = zip(*((name, tensor.detach()) for name, tensor in named), strict=True)
+    if policy.ranks.rank and with_bytes:
+        with_bytes = False
+        for tensor in tensors:
+            gathered(tensor)
     arrays = (staging or Staging()).write(tensors, getattr(torch, dtype)) if with_bytes else []
     sums = [checksum(array) for array in arrays] if with_bytes else [""] * len(names)
     specs = [

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from learner.checkpoint import CheckpointError
 from learner.model import ModelSettings, Policy
+from learner.ranks import ALONE, Ranks
 
 _FOLDER = "reference"
 
@@ -23,8 +24,9 @@ _FOLDER = "reference"
 class Reference:
     """Frozen weights; nothing is loaded before they are asked for."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, ranks: Ranks = ALONE) -> None:
         self._settings = settings
+        self._ranks = ranks
         self._path: Path | None = None
         self._policy: Policy | None = None
         self._adapter: dict[str, Tensor] | None = None
@@ -51,15 +53,21 @@ class Reference:
         if policy.adapter is not None:
             self._adapter = policy.adapter.copy()
         elif self._policy is None:
-            self._policy = Policy(self._settings)
+            self._policy = Policy(self._settings, self._ranks)
             self._policy.model.load_state_dict(policy.model.state_dict())
             self._policy.model.requires_grad_(False)
 
     def keep(self, run: Path, policy: Policy) -> None:
-        """Write the weights of version 0 into the run, whole or not at all."""
+        """Write the weights of version 0 into the run, whole or not at all; rank 0 does, all have to be asked."""
+        weights = policy.whole_state()
+        if self._ranks.rank:
+            return
         partial = run / f".partial-{_FOLDER}"
         shutil.rmtree(partial, ignore_errors=True)
-        (policy.adapter or policy).save(partial)
+        if policy.adapter is None:
+            policy.save(partial, weights)
+        else:
+            policy.adapter.save(partial)
         shutil.rmtree(run / _FOLDER, ignore_errors=True)
         partial.rename(run / _FOLDER)
 
@@ -69,7 +77,8 @@ class Reference:
 
     def _whole(self) -> Policy:
         if self._policy is None:
-            self._policy = Policy(self._settings.model_copy(update={"path": str(self._found())}))
+            stored = self._settings.model_copy(update={"path": str(self._found())})
+            self._policy = Policy(stored, self._ranks)
             self._policy.model.requires_grad_(False)
         return self._policy
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from learner.algorithm import AlgorithmSettings
-from learner.batch import Batch, MicroBatch
+from learner.batch import Batch, MicroBatch, level
 from learner.corrections import effective_sample_share, ratios
 from learner.losses import cross_entropy
 from learner.model import Policy
 from learner.optim import Optimizer
+from learner.ranks import ALONE, Ranks
 from learner.regularizers import divergence
 
 # (micro-batch, logprobs [N], entropies [N]) -> (loss [N] with gradient, statistics without: float [M], to be averaged)
@@ -93,14 +94,15 @@ def train_step(
     """Forward and backward over every micro-batch, then one clipped optimizer step.
 
     The loss is the sum over all sampled tokens of the objective's times the token's weight, which was set for the
-    WHOLE batch, skipped sequences included. Metrics: "loss"; the objective's statistics as means over what they
-    hold; "grad_norm", "learning_rate", "skipped_step" (1.0: loss or norm was not finite, nothing was changed); those
-    of `sizes`.
+    WHOLE batch, skipped sequences and other ranks' included. Metrics, over all ranks: "loss"; the objective's
+    statistics as means over what they hold; "grad_norm", "learning_rate", "skipped_step" (1.0: loss or norm was not
+    finite, nothing was changed); those of `sizes`.
     """
+    ranks = policy.ranks
     optimizer.zero_grad()
     total = torch.zeros((), device=policy.device)
     means = Means(policy.device)
-    for micro in batch.micro_batches:
+    for micro in level(batch.micro_batches, ranks):
         on_device = micro.to(policy.device)
         logprobs_N, entropy_N = policy.score(on_device, temperature)
         loss_N, stats = objective(on_device, logprobs_N, entropy_N)
@@ -108,25 +110,26 @@ def train_step(
         loss.backward()
         total = total + loss.detach()
         means.add(stats)
-    loss_sum = float(total)
+    loss_sum = ranks.sums({"loss": float(total)})["loss"]
     report = optimizer.step(finite=math.isfinite(loss_sum))
     return {
         "loss": loss_sum,
-        **means.values(),
+        **means.values(ranks),
         "grad_norm": report.grad_norm,
         "learning_rate": report.learning_rate,
         "skipped_step": 0.0 if report.applied else 1.0,
-        **sizes(batch),
+        **sizes(batch, ranks),
     }
 
 
-def sizes(batch: Batch) -> dict[str, float]:
-    """Counts: "tokens_trained" (inputs computed), "tokens_scored", "tokens_sampled" (also of skipped sequences)."""
-    return {
+def sizes(batch: Batch, ranks: Ranks = ALONE) -> dict[str, float]:
+    """Counts over all ranks: "tokens_trained" (inputs computed), "tokens_scored", "tokens_sampled" (all there are)."""
+    own = {
         "tokens_trained": float(sum(len(micro.input_ids_T) for micro in batch.micro_batches)),
         "tokens_scored": float(sum(len(micro.targets_N) for micro in batch.micro_batches)),
         "tokens_sampled": float(batch.sampled_tokens),
     }
+    return ranks.sums(own)
 
 
 class Means:
@@ -143,6 +146,8 @@ class Means:
             self._sums[name] = self._sums.get(name, torch.zeros((), device=self._device)) + value_M.sum()
             self._counts[name] = self._counts.get(name, 0) + value_M.numel()
 
-    def values(self) -> dict[str, float]:
-        """The means."""
-        return {name: float(value) / max(self._counts[name], 1) for name, value in self._sums.items()}
+    def values(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """The means over all ranks."""
+        sums = ranks.sums({name: float(value) for name, value in self._sums.items()})
+        counts = ranks.sums(self._counts)
+        return {name: value / max(counts[name], 1) for name, value in sums.items()}

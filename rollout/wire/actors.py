@@ -10,6 +10,7 @@ import pyarrow as pa
 import ray
 
 from rollout.wire.exchange import Exchange
+from rollout.wire.share import WHOLE, Share
 from rollout.wire.stacks import stacks
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Assignment, DropReason, Slot
@@ -44,8 +45,8 @@ class ExchangeActor:
     async def hand_on(self, worker: str) -> int:
         return await self._exchange.hand_on(worker)
 
-    async def take(self, version: int, timeout_s: float) -> list[pa.RecordBatch]:
-        return await self._exchange.take(version, timeout_s)
+    async def take(self, version: int, timeout_s: float, share: Share = WHOLE) -> list[pa.RecordBatch]:
+        return await self._exchange.take(version, timeout_s, share)
 
     async def discard(self, version: int, reason: DropReason) -> None:
         await self._exchange.discard(version, reason)
@@ -107,8 +108,8 @@ class RemoteExchange:
     async def hand_on(self, worker: str) -> int:
         return int(await self._actor.hand_on.remote(worker))
 
-    async def take(self, version: int, timeout_s: float) -> list[pa.RecordBatch]:
-        batches: list[pa.RecordBatch] = await self._actor.take.remote(version, timeout_s)
+    async def take(self, version: int, timeout_s: float, share: Share = WHOLE) -> list[pa.RecordBatch]:
+        batches: list[pa.RecordBatch] = await self._actor.take.remote(version, timeout_s, share)
         return batches
 
     async def discard(self, version: int, reason: DropReason) -> None:

@@ -19,7 +19,7 @@ class AdapterSpec:
     """The matrices W that an adapter changes, by the names of their layers in the checkpoint (without ".weight")."""
 
     rank: int
-    alpha: float
+    alpha: int
     layers: tuple[str, ...]
 
     @property

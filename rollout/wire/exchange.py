@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from rollout.wire.ledger import EpisodeRow
+from rollout.wire.share import WHOLE, Share
 from rollout.wire.store import Finished, Store
 from rollout.wire.trajectory import Assignment, DropReason, Slot, StaleSlot
 
@@ -137,18 +138,19 @@ class Exchange:
         self._wake()
         return count
 
-    async def take(self, version: int, timeout_s: float) -> list[pa.RecordBatch]:
+    async def take(self, version: int, timeout_s: float, share: Share = WHOLE) -> list[pa.RecordBatch]:
         """The groups of the step after `version`, in order of group id; the same step asked again gets the same.
 
-        Raises TimeoutError, which says what is missing and who holds it (while the disk has no room, the time stands
-        still); TooManyFailures; ValueError for a version that does not follow; RuntimeError after `close`.
+        A rank of several gets its share, always the same one. Raises TimeoutError, which says what is missing and who
+        holds it (while the disk has no room, the time stands still); TooManyFailures; StepTorn; ValueError for a
+        version that does not follow; RuntimeError after `close`.
         """
         clock = asyncio.get_running_loop().time
         limit = clock() + timeout_s - self._pauses()
         while True:
             self._require_open()
             changed = self._ready.now
-            batches, for_workers = await self._run(partial(self._take, version))
+            batches, for_workers = await self._run(partial(self._take, version, share))
             if for_workers:
                 self._slots.wake()
             if batches is not None:
@@ -270,9 +272,9 @@ class Exchange:
     def _reserve(self, worker: str, lane: int) -> tuple[Assignment | None, bool]:
         return self._store.reserve(worker, lane), self._store.covered or self._store.is_gone(worker)
 
-    def _take(self, version: int) -> tuple[list[pa.RecordBatch] | None, bool]:
+    def _take(self, version: int, share: Share) -> tuple[list[pa.RecordBatch] | None, bool]:
         """The step's groups, and whether that is news for those who wait in `reserve`."""
-        batches = self._store.take(version)
+        batches = self._store.take(version, share)
         return batches, self._store.covered or self._store.unassigned > 0
 
     def _note(self, slot: Slot) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from rollout.wire.segments import Location, read_batch
+from rollout.wire.share import WHOLE, Share
 from rollout.wire.trajectory import DropReason
 
 _STEPS = """
@@ -42,11 +43,11 @@ class History:
         """Learner steps the run has made."""
         return len(self._steps)
 
-    async def take(self, version: int, timeout_s: float) -> list[pa.RecordBatch]:
+    async def take(self, version: int, timeout_s: float, share: Share = WHOLE) -> list[pa.RecordBatch]:
         """The groups of the step after `version`. Raises CorruptSegment, HistoryError past the last step."""
         if version >= self.steps:
             raise HistoryError(f"step {version + 1} was asked of a run that made {self.steps}")
-        return [read_batch(self._groups, location) for location in self._steps[version]]
+        return share.of([read_batch(self._groups, location) for location in self._steps[version]])
 
     async def discard(self, version: int, reason: DropReason) -> None:
         """There are no other groups."""

@@ -32,6 +32,7 @@ from rollout.wire.segments import (
     write_once,
 )
 from rollout.wire.settings import BufferSettings
+from rollout.wire.share import WHOLE, Share, StepTorn
 from rollout.wire.trajectory import Assignment, DropReason, Slot, StaleSlot, Task
 
 __all__ = ["BufferSettings", "EpisodeRow", "Finished", "Store", "TooManyFailures"]
@@ -182,26 +183,28 @@ class Store:
         self._holders.hand_on(given_up)
         return len(given_up)
 
-    def take(self, version: int) -> list[pa.RecordBatch] | None:
+    def take(self, version: int, share: Share = WHOLE) -> list[pa.RecordBatch] | None:
         """The groups of the step that leads from `version` to the next, in order of group id; None while not ready.
 
-        The same step asked again gets the same groups. Raises TooManyFailures.
+        The same step asked again gets the same groups, a rank the same share. Raises TooManyFailures and StepTorn.
         """
         asked_again = bool(self._buffer.taken) and version == self.version
         if version != self.version and not (self._buffer.taken and version == self.version + 1):
-            raise ValueError(
-                f"take({version}) does not follow: engines hold version {self.version}; rollback() goes back"
-            )
+            raise ValueError(f"take({version}) does not follow version {self.version}; rollback() goes back")
         if asked_again and (batches := self._read(self._buffer.taken)) is not None:
-            return batches
+            return share.of(batches)
+        if asked_again and share != WHOLE:
+            raise StepTorn(
+                f"rows of the step after version {version} are lost; its other ranks may have theirs"
+            )
         self._failures.require_few()
         while (chosen := self._buffer.choose()) is not None:
             if (batches := self._read(chosen)) is not None:
                 self._ledger.take([group_id for group_id, _ in chosen], version)
                 self._buffer.take()
-                for _, group in chosen:
+                for _, group in chosen if share == WHOLE else ():
                     group.batch = None  # should the learner ask again, it is read again
-                return batches
+                return share.of(batches)
         return None
 
     def discard(self, version: int, reason: DropReason) -> None:
@@ -368,10 +371,7 @@ class Store:
     def _read(self, groups: Sequence[tuple[int, _Complete]]) -> list[pa.RecordBatch] | None:
         """The rows of these groups; None where some are lost, which are issued again."""
         try:
-            return [
-                read_batch(self._groups, group.location) if group.batch is None else group.batch
-                for _, group in groups
-            ]
+            return [group.batch or read_batch(self._groups, group.location) for _, group in groups]
         except CorruptSegment as error:
             self._set_aside(error)
             return None

@@ -2,8 +2,8 @@
 
 A version is published as a manifest (name, dtype, shape and checksum of every tensor, and a probe) and a handle that
 says where the bytes lie. It is all of a model's tensors, or a low-rank adapter on weights that engines hold. Whoever
-hosts the ring decides where they lie: a file in memory, Ray's object store, or plain arrays in one process. Opening a
-handle gives one read-only uint8 array a tensor, in the manifest's order, without a copy.
+hosts the ring decides where the bytes lie: a file in memory, Ray's object store, or plain arrays in one process.
+Opening a handle gives one read-only uint8 array a tensor, in the manifest's order, without a copy.
 """
 
 from __future__ import annotations

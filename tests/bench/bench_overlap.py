@@ -26,6 +26,7 @@ from deploy.build import EngineFactory, build_worker, load_tokenizer, model_path
 from deploy.config import RunConfig
 from learner.actors import LearnerActor
 from learner.model import ModelSettings, Policy
+from learner.ranks import Ranks
 from rollout.actors import RolloutActor
 from rollout.engine import Engine
 from rollout.scripted_engine import ScriptedEngine
@@ -65,8 +66,9 @@ class RoundsExchange(ExchangeActor):
 class SleepingLearner:
     """A learner whose step is a wait. Its policy is real, for there must be something to publish."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, ranks: Ranks) -> None:
         self.version = 0
+        self.ranks = ranks
         self.policy = Policy(ModelSettings(path=path))
 
     def step(self, groups: list[Group]) -> dict[str, float]:
@@ -91,8 +93,14 @@ class Rig:
     """The three actors of a run, and its phases."""
 
     def __init__(
-        self, config: RunConfig, folder: Path, path: str, factory: EngineFactory, learner: Callable[[], Any]
+        self,
+        config: RunConfig,
+        folder: Path,
+        path: str,
+        factory: EngineFactory,
+        learner: Callable[[Ranks], Any],
     ) -> None:
+        self._folder = folder
         self._version = 0
         self._per_step = config.buffer.groups_per_step
         self._exchange = _actor(RoundsExchange).remote(folder, config)
@@ -103,6 +111,7 @@ class Rig:
 
     async def start(self) -> None:
         await self._worker.start.remote()
+        await self._learner.start.remote(self._folder, False, Ranks)
         await self._publish()
 
     async def round(self) -> dict[str, float]:

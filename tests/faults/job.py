@@ -3,7 +3,7 @@
     python -m tests.faults.job train RECIPE --run FOLDER ...
 
 FOLDER/moments/NAME    there while an engine takes a version ("sync") or a checkpoint is being written ("checkpoint")
-FOLDER/consumed.jsonl  the group ids of every learner step, as the learner had them in its hands
+FOLDER/consumed.jsonl  the group ids of every learner step, as each rank of the learner had them in its hands
 FOLDER/sampled/NAME    a line for every completion: time, the seed of the turn, its tokens. A turn has one seed for
                        ever, so a seed that stands there twice was sampled again
 """
@@ -26,6 +26,7 @@ import deploy.build
 from deploy.build import load_tokenizer, vllm_engine
 from deploy.config import RunConfig
 from learner.learner import Learner
+from learner.ranks import ALONE, Ranks
 from rollout.engine import Completion, Engine, Sampling
 from rollout.scripted_engine import ScriptedEngine
 from rollout.wire.trajectory import Float32Array
@@ -105,21 +106,22 @@ async def engine(config: RunConfig, name: str, path: str) -> Engine:
 _build_learner = deploy.build.build_learner
 
 
-def learner(config: RunConfig, path: str) -> Learner:
+def learner(config: RunConfig, path: str, ranks: Ranks = ALONE) -> Learner:
     """The learner of a run, with its steps written down and its checkpoints slow enough to be hit."""
-    made, folder = _build_learner(config, path), Path(path).parent
+    made, folder = _build_learner(config, path, ranks), Path(path).parent
     step, write_model = made.step, made.write_model
 
     def logged_step(groups: Sequence[Any]) -> dict[str, float]:
         line = {"version": made.version, "groups": [group.slot.group_id for group in groups]}
         row = step(groups)
         with (folder / "consumed.jsonl").open("a") as file:
-            file.write(json.dumps(line | {"pid": os.getpid(), "time": time.time()}) + "\n")
+            told = {"rank": ranks.rank, "pid": os.getpid(), "time": time.time()}
+            file.write(json.dumps(line | told) + "\n")
         return row
 
-    def slow_write(target: Path) -> None:
+    def slow_write(target: Path, **weights: Any) -> None:
         with moment(folder, "checkpoint"):
-            write_model(target)
+            write_model(target, **weights)
             time.sleep(0.2)
 
     made.step, made.write_model = logged_step, slow_write  # type: ignore[method-assign]

@@ -50,7 +50,7 @@ OVERRIDES = (
 class Kind:
     """What is hit, with what, when."""
 
-    part: str
+    part: str  # "follower": another rank of a learner of several
     signal: signal.Signals
     moment: str  # "random", "sync", "checkpoint"
 
@@ -187,6 +187,9 @@ class Injector:
 
     def _hit_learner(self, number: signal.Signals) -> Callable[[], bool]:
         return self._hit_fixed("learner", number)
+
+    def _hit_follower(self, number: signal.Signals) -> Callable[[], bool]:
+        return self._hit_fixed("learner-1", number)
 
     def _hit_fixed(self, name: str, number: signal.Signals) -> Callable[[], bool]:
         pid = self._part(name)["pid"]

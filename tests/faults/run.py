@@ -90,7 +90,7 @@ class Driver:
         return parts
 
     def consumed(self) -> list[dict[str, Any]]:
-        """Every learner step ever made, those of lost learners too."""
+        """Every learner step ever made, those of lost learners too; a line for each rank."""
         path = self.folder / "consumed.jsonl"
         if not path.is_file():
             return []
@@ -98,8 +98,12 @@ class Driver:
 
     def steps_from_now(self, count: int) -> Callable[[], bool]:
         """Whether so many more learner steps were made since this call."""
-        wanted = len(self.consumed()) + count
-        return lambda: len(self.consumed()) >= wanted
+
+        def made() -> int:
+            return sum(row["rank"] == 0 for row in self.consumed())
+
+        wanted = made() + count
+        return lambda: made() >= wanted
 
     def sampled(self) -> list[tuple[float, int, int]]:
         """(time, seed, tokens) of every completion, in order of time."""
@@ -188,8 +192,10 @@ def accounts(driver: Driver, groups_per_step: int) -> Accounts:
     )
     landed = max(per_step, default=-1)
     # A step that a restarted learner made again stands in the log again: the last one is the one that counts.
-    line: dict[int, list[int]] = {row["version"]: row["groups"] for row in driver.consumed()}
-    surviving = Counter(group for version, groups in line.items() if version <= landed for group in groups)
+    line = {(row["version"], row["rank"]): row["groups"] for row in driver.consumed()}
+    surviving = Counter(
+        group for (version, _), groups in line.items() if version <= landed for group in groups
+    )
     in_ledger = {group for (group,) in driver.query("SELECT group_id FROM groups WHERE state = 'trained'")}
     return Accounts(
         issued=issued,

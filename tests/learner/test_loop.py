@@ -17,7 +17,9 @@ from learner.loop import LearnerLoop, Row
 from learner.model import ModelSettings
 from learner.optim import OptimSettings
 from learner.publish import Snapshot
+from learner.ranks import RankLost
 from rollout.wire.schema import encode
+from rollout.wire.share import Share
 from rollout.wire.trajectory import DropReason, Group, Step
 from rollout.wire.weights import Handle, WeightUpdate, write_memory
 
@@ -37,7 +39,7 @@ class Exchange:
     async def discard(self, version: int, reason: DropReason) -> None:
         self.discarded.append(version)
 
-    async def take(self, version: int, timeout_s: float) -> list[pa.RecordBatch]:
+    async def take(self, version: int, timeout_s: float, share: Share) -> list[pa.RecordBatch]:
         self.taken.append(version)
         group = self.group_of(version, [1.0, 0.0, 0.5])
         return [encode(_broken(group) if len(self.taken) <= self.broken else group)]
@@ -75,7 +77,19 @@ class Setup:
         )
         self.exchange = Exchange(group_of)
         self.shelf = Shelf()
-        self.loop = LearnerLoop(self.learner, self.exchange, self.shelf, "float32", take_seconds=5.0)
+        self.told: list[tuple[Any, ...]] = []  # the other ranks, of which there is one: it only listens
+        self.gone_at: str | None = None  # the verb it does not live to end
+        self.loop = LearnerLoop(
+            self.learner, self.exchange, self.shelf, "float32", take_seconds=5.0, tell=self._tell
+        )
+
+    def _tell(self, *words: Any) -> list[Any]:
+        self.told.append(words)
+        return [self._listen(words[0])]
+
+    async def _listen(self, verb: str) -> None:
+        if verb == self.gone_at:
+            raise RankLost("rank 1 is gone")
 
     def holds(self, update: WeightUpdate) -> bool:
         """Whether what lies at the handle is what the learner's policy holds."""
@@ -230,7 +244,7 @@ def test_version_0_lands_after_imitation_and_a_save_may_be_asked_again(
     setup: Setup, tmp_path: Path, tiny: Path, group_of: Groups
 ) -> None:
     async def run() -> None:
-        steps = setup.loop.begin_imitation([encode(group_of(0, [1.0, 1.0]))])
+        steps = await setup.loop.begin_imitation([encode(group_of(0, [1.0, 1.0]))])
         assert len(await setup.loop.imitate(steps + 1)) == steps
         await setup.loop.save(tmp_path)
         await setup.loop.save(tmp_path)
@@ -245,3 +259,40 @@ def test_version_0_lands_after_imitation_and_a_save_may_be_asked_again(
     resumed.learner.load(tmp_path)
     assert resumed.loop.version == 0
     assert resumed.holds(asyncio.run(setup.loop.offer()))
+
+
+def test_other_ranks_are_told_in_order_what_is_done_and_nothing_of_what_is_said_again(
+    setup: Setup, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        for _ in range(2):
+            await setup.loop.train(1)
+            await setup.loop.offer()
+            await setup.loop.save(tmp_path)
+        await setup.loop.withdraw()
+        await setup.loop.offer()
+
+    asyncio.run(run())
+    assert setup.told == [("take", 0), ("step", 1), ("snapshot",), ("save", tmp_path)]
+
+
+def test_a_rank_that_is_gone_ends_the_wait_for_it_and_half_a_step_goes_nowhere(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def waiting(groups: Any) -> dict[str, float]:
+        assert go_on.wait(30)  # in a collective, for the one that is gone
+        raise RuntimeError("connection reset by peer")
+
+    async def run() -> None:
+        with pytest.raises(RankLost, match="rank 1 is gone"):
+            await setup.loop.train(1)
+        with pytest.raises(RuntimeError, match="failed on its way"):
+            await setup.loop.offer()
+        go_on.set()
+
+    monkeypatch.setattr("learner.loop._LAST_WORDS_SECONDS", 0.1)
+    monkeypatch.setattr(setup.learner, "step", waiting)
+    setup.gone_at = "step"
+    asyncio.run(run())

@@ -34,7 +34,7 @@ def through_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _settings(tiny: Path, **model: Any) -> LearnerSettings:
-    model = {"path": str(tiny), "lora": {"rank": 4, "alpha": 8.0}} | model
+    model = {"path": str(tiny), "lora": {"rank": 4, "alpha": 8}} | model
     return LearnerSettings.model_validate(
         {"model": model, "optim": {"learning_rate": 3e-2, "warmup_steps": 2}, "tokens_per_microbatch": 40}
     )
@@ -114,7 +114,7 @@ def test_merged_weights_are_base_plus_product_and_score_the_same(tiny: Path, tmp
 
 
 def test_the_adapter_alone_is_what_peft_reads(tiny: Path, tmp_path: Path) -> None:
-    policy = _policy(tiny, lora={"rank": 3, "alpha": 5.0, "targets": ["v_proj", "up_proj"]})
+    policy = _policy(tiny, lora={"rank": 3, "alpha": 5, "targets": ["v_proj", "up_proj"]})
     policy.save(tmp_path)
     theirs = PeftModel.from_pretrained(_plain(tiny), str(tmp_path / "adapter"))
     np.testing.assert_allclose(policy.score_ids(IDS), _logprobs(theirs), atol=1e-5)

@@ -1,0 +1,182 @@
+"""What a rank is asked to do in the tests of several: plain functions that its process can import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import learner.model
+from learner.batch import arrange
+from learner.learner import Learner, LearnerSettings, NonFinite
+from learner.prepare import Example
+from learner.publish import take_snapshot
+from learner.ranks import Ranks
+from learner.shards import gathered, gathered_tree
+from rollout.wire.schema import decode, encode
+from rollout.wire.trajectory import Group
+from tests.learner.episodes import group, random_groups
+
+LIMIT = 12  # tokens of a row: every rank has several
+Found = dict[str, Any]
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Every model and head made meanwhile computes in float64."""
+    load = learner.model._load
+    learner.model._load = lambda path: load(path).double()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        learner.model._load = load
+
+
+def built(ranks: Ranks, tiny: Path, recipe: dict[str, Any], **model: Any) -> Learner:
+    settings = {
+        "model": {"path": str(tiny), **model},
+        "optim": {"learning_rate": 1e-2, "max_grad_norm": 0.3, "weight_decay": 0.1},
+        "algorithm": recipe,
+        "imitation": {"episodes_per_step": 4, "epochs": 2, "optim": {"learning_rate": 1e-2}},
+        "tokens_per_microbatch": LIMIT,
+    }
+    return Learner(LearnerSettings.model_validate(settings), temperature=0.8, total_steps=8, ranks=ranks)
+
+
+def groups_of(seed: int, count: int = 5) -> list[Group]:
+    """Groups of unequal length."""
+    return [group(story, place) for place, story in enumerate(random_groups(seed, groups=count))]
+
+
+def own(ranks: Ranks, groups: list[Group]) -> list[Group]:
+    """The share of a step that the exchange would give this rank."""
+    return [decode(batch) for batch in ranks.share.of([encode(each) for each in groups])]
+
+
+def rows(groups: list[Group]) -> int:
+    """Micro-batches that a rank makes of its share."""
+    sequences = [s for each in groups for t in each.trainable for s in Example.of(t).sequences()]
+    return len(arrange([sequence.num_inputs for sequence in sequences], LIMIT))
+
+
+def plain(tensors: Any) -> list[Any]:
+    """Whole tensors as arrays, which travel between processes by themselves."""
+    return [gathered(tensor.detach()).numpy().copy() for tensor in tensors]
+
+
+def stepped(ranks: Ranks, tiny: Path, cases: list[Any]) -> list[Found]:
+    """For each (recipe, steps, model settings): imitation, so many learner steps, and what the last one left."""
+    found = []
+    for recipe, steps, model in cases:
+        with float64():
+            made = built(ranks, tiny, recipe, **model)
+            made._begin()
+        imitated = list(made.imitate(groups_of(100, count=3)))
+        for step in range(steps):
+            share = own(ranks, groups_of(step))
+            metrics = made.step(share)
+        critic = (
+            []
+            if made._critic is None
+            else [*made._critic._trunk.parameters(), *made._critic._head.parameters()]
+        )
+        found.append(
+            {
+                "imitated": imitated,
+                # What a micro-batch says of itself depends on what is in it.
+                "metrics": {name: value for name, value in metrics.items() if "effective" not in name},
+                "gradients": plain(p.grad for p in made.policy.parameters() if p.grad is not None),
+                "parameters": plain(made.policy.parameters()),
+                "critic": plain(critic),
+                "rows": rows(share),
+            }
+        )
+    return found
+
+
+def narrow(ranks: Ranks, tiny: Path) -> tuple[float, float, set[str]]:
+    """Loss and gradient norm of a step whose products are bfloat16, and the types of what is kept."""
+    made = built(ranks, tiny, {}, dtype="bfloat16", gradient_checkpointing=True)
+    metrics = made.step(own(ranks, groups_of(0)))
+    kept = [*made.policy.parameters(), *(p.grad for p in made.policy.parameters() if p.grad is not None)]
+    return metrics["loss"], metrics["grad_norm"], {str(tensor.dtype) for tensor in kept}
+
+
+def divided(ranks: Ranks, tiny: Path) -> tuple[int, Found]:
+    """Episodes of this rank, and what a step of many parts and passes left."""
+    made = built(ranks, tiny, {"minibatches": 5, "epochs": 2})
+    share = own(ranks, groups_of(0, count=3))
+    metrics = made.step(share)
+    state = {"parameters": plain(made.policy.parameters()), "generator": made._rng.bit_generator.state}
+    return sum(len(each.trainable) for each in share), state | {
+        "metrics": metrics,
+        "steps": made.optimizer.steps,
+    }
+
+
+def saved(ranks: Ranks, tiny: Path, recipe: dict[str, Any], run: Path) -> Found:
+    """A learner that made two steps and a checkpoint."""
+    made = built(ranks, tiny, recipe)
+    for step in range(2):
+        made.step(own(ranks, groups_of(step)))
+        made.save(run, {"step": step}, keep=1)
+    return _state(made)
+
+
+def resumed(ranks: Ranks, tiny: Path, recipe: dict[str, Any], run: Path) -> Found:
+    """A learner that went on from a checkpoint: what it held then, what it published, and its next step."""
+    made = built(ranks, tiny, recipe)
+    cursor = made.load(run)
+    state = _state(made)
+    snapshot = take_snapshot(made.policy, made.version, "bfloat16")
+    metrics = made.step(own(ranks, groups_of(7)))
+    return state | {
+        "cursor": cursor,
+        "manifest": snapshot.manifest.tensors,
+        "probe": snapshot.manifest.probe.logprobs,
+        "bytes": sum(array.nbytes for array in snapshot.arrays),
+        "metrics": {name: value for name, value in metrics.items() if "effective" not in name},
+    }
+
+
+def refused(ranks: Ranks, tiny: Path) -> tuple[str, bool]:
+    """What a learner says to a batch of which one episode holds no numbers, and whether it is what it was."""
+    made = built(ranks, tiny, {})
+    before = plain(made.policy.parameters())
+    groups = groups_of(0)
+    first, *others = groups[0].trajectories
+    steps = tuple(
+        replace(s, behavior_logprobs=np.full_like(s.behavior_logprobs, np.nan)) for s in first.steps
+    )
+    groups[0] = replace(groups[0], trajectories=(replace(first, steps=steps), *others))
+    try:
+        made.step(own(ranks, groups))
+    except NonFinite as error:
+        after = plain(made.policy.parameters())
+        return str(error), all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    return "", False
+
+
+def _state(made: Learner) -> Found:
+    """Parameters of policy and critic, and the optimizers' state; whole where rank 0 says it."""
+    assert made._critic is not None
+    parameters = [
+        *made.policy.parameters(),
+        *made._critic._trunk.parameters(),
+        *made._critic._head.parameters(),
+    ]
+    optimizers = [made.optimizer.state_dict(), made._critic.optimizer.state_dict()]
+    moments = [
+        np.array(tensor)  # the next step moves what it was
+        for optimizer in gathered_tree(optimizers, made.ranks)
+        for entry in optimizer["adamw"]["state"].values()
+        for tensor in entry.values()
+    ]
+    return {"parameters": plain(parameters), "moments": moments, "steps": made.optimizer.steps}

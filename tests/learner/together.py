@@ -1,0 +1,59 @@
+"""Several learner processes on this machine: every rank calls the same function, and says what it gave."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from learner.ranks import ALONE, Ranks, Rendezvous
+
+SECONDS = 60.0
+Work = Callable[..., Any]
+
+
+def together(size: int, work: Work, *args: Any) -> list[Any]:
+    """What `work(ranks, *args)` gives on each rank, in order; the first failure is raised with its traceback."""
+    context = multiprocessing.get_context("forkserver")  # which has imported everything once
+    context.set_forkserver_preload(["learner.learner", "rollout.wire.schema"])
+    rendezvous = Rendezvous("127.0.0.1", size, SECONDS)
+    pipes = [context.Pipe(duplex=False) for _ in range(size)]
+    processes = [
+        context.Process(target=_rank, args=(rank, size, rendezvous.address, said, work, args), daemon=True)
+        for rank, (_, said) in enumerate(pipes)
+    ]
+    try:
+        for process, (_, said) in zip(processes, pipes, strict=True):
+            process.start()
+            said.close()
+        return _answers([heard for heard, _ in pipes])
+    finally:
+        for process in processes:
+            process.kill()
+            process.join(SECONDS)
+
+
+def _answers(pipes: list[Connection]) -> list[Any]:
+    found: dict[Connection, Any] = {}
+    while len(found) < len(pipes):
+        ready = wait([pipe for pipe in pipes if pipe not in found], SECONDS)
+        assert ready, f"{len(pipes) - len(found)} of {len(pipes)} ranks said nothing for {SECONDS:g} s"
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            good, found[pipe] = pipe.recv()
+            assert good, found[pipe]
+    return [found[pipe] for pipe in pipes]
+
+
+def _rank(rank: int, size: int, address: str, said: Connection, work: Work, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        ranks = ALONE if size == 1 else Ranks.join(rank, size, address, "cpu", SECONDS)
+        answer = True, work(ranks, *args)
+    except BaseException:  # whatever it is, it is told
+        answer = False, traceback.format_exc()
+    said.send(answer)
