@@ -40,8 +40,8 @@ class LoraSettings(BaseModel, extra="forbid", frozen=True):
     )
     sync: Literal["merged", "adapter"] = Field(
         default="merged",
-        description="what engines are sent: whole weights with the product added, or the adapter alone, which is little "
-        "to send and more to compute for every token",
+        description="what engines get: whole weights with the product added, or the adapter alone: little to send, "
+        "more to compute for every token",
     )
 
 
