@@ -40,7 +40,8 @@ class LoraSettings(BaseModel, extra="forbid", frozen=True):
     )
     sync: Literal["merged", "adapter"] = Field(
         default="merged",
-        description="what engines are sent: whole matrices with the product added, or the adapter alone",
+        description="what engines get: whole weights with the product added, or the adapter alone: little to send, "
+        "more to compute for every token",
     )
 
 
