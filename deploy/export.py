@@ -15,14 +15,13 @@ def export_model(run: Path, target: Path, version: int | None = None) -> int:
     run_folder.open_existing(run)
     if target.exists():
         raise ConfigError(f"{target} is there already; name a folder that is not")
-    folder = checkpoint.latest(run) if version is None else checkpoint.of_version(run, version)
+    folder = checkpoint.latest(run) if version is None else checkpoint.whole(run, version)
     if folder is None:
         kept = ", ".join(map(str, checkpoint.versions(run))) or "none"
         asked = "no whole checkpoint" if version is None else f"no checkpoint of version {version}"
         raise ConfigError(f"{run} has {asked}; versions kept: {kept}")
-    contents = checkpoint.load(folder)
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(folder / checkpoint.MODEL, partial)
     partial.rename(target)
-    return contents.version
+    return checkpoint.version_of(folder)

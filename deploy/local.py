@@ -28,7 +28,7 @@ from deploy.build import (
 from deploy.config import ConfigError, RunConfig
 from deploy.ring import LearnerLost, Row, first_failure
 from learner.checkpoint import latest
-from learner.loop import LearnerLoop, sync_metrics
+from learner.loop import LearnerLoop, Place, Source, sync_metrics
 from learner.publish import Snapshot
 from rollout.wire.schema import encode
 from rollout.wire.store import EpisodeRow
@@ -43,6 +43,23 @@ def _place_inline(snapshot: Snapshot) -> tuple[Handle, Any]:
 
 def _place_in_memory(snapshot: Snapshot) -> tuple[Handle, Any]:
     return write_memory(snapshot.arrays)
+
+
+def start_learner(
+    config: RunConfig, run_folder: Path, source: Source, place: Place, resume: bool
+) -> LearnerLoop:
+    """The learner in this process, from the run's newest checkpoint where it goes on with one."""
+    learner = build_learner(config, model_path(config, run_folder))
+    # A run stopped before its first checkpoint has none to load: it starts over in its folder.
+    if resume and latest(run_folder) is not None:
+        learner.load(run_folder)
+    seconds, keep = config.cluster.step_seconds, config.checkpoint.keep
+    return LearnerLoop(learner, source, place, config.engine.dtype, seconds, keep)
+
+
+async def demonstrate_to(learner: LearnerLoop, config: RunConfig, run_folder: Path) -> int:
+    """Have demonstrations played here and handed to the learner; returns the number of imitation steps."""
+    return await learner.begin_imitation(await play_demonstrations(config, model_path(config, run_folder)))
 
 
 class LocalRing:
@@ -79,21 +96,15 @@ class LocalRing:
             self._started.push_async_callback(worker.engine.close)
             self._started.push_async_callback(worker.close)
             self._workers.append(worker)
-        learner = build_learner(config, path)
-        # A run stopped before its first checkpoint has none to load: it starts over in its folder.
-        if resume and latest(self.run_folder) is not None:
-            learner.load(self.run_folder)
-        if resume:
-            await self._exchange.rollback(learner.version, new_driver=True)
         # vLLM's engines have processes of their own and map the weights; others read them where they lie.
         place = _place_in_memory if self._engine_factory is vllm_engine else _place_inline
-        seconds, keep = config.cluster.step_seconds, config.checkpoint.keep
-        self._learner = LearnerLoop(learner, self._exchange, place, config.engine.dtype, seconds, keep)
+        self._learner = start_learner(config, self.run_folder, self._exchange, place, resume)
+        if resume:
+            await self._exchange.rollback(self._learner.version, new_driver=True)
         return self._learner.version
 
     async def begin_imitation(self) -> int:
-        path = model_path(self._config, self.run_folder)
-        return await self._learner.begin_imitation(await play_demonstrations(self._config, path))
+        return await demonstrate_to(self._learner, self._config, self.run_folder)
 
     async def imitate(self, steps: int) -> list[Row]:
         return await self._learner.imitate(steps)

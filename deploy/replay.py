@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.build import build_learner, load_tokenizer, model_path, play_demonstrations
+from deploy.build import load_tokenizer, model_path
 from deploy.config import ConfigError, RunConfig
+from deploy.local import demonstrate_to, start_learner
 from deploy.ring import LearnerLost, Row
 from learner.checkpoint import latest
-from learner.loop import LearnerLoop
 from learner.publish import Snapshot
 from rollout.wire.history import History, HistoryError
 from rollout.wire.store import EpisodeRow
@@ -33,19 +33,13 @@ class ReplayRing:
         self._past = Path(config.replay)
 
     async def start(self, resume: bool) -> int:
-        config, path = self._config, model_path(self._config, self.run_folder)
-        self._history = _history(config)
-        require_same_tokens(path, self._past)
-        learner = build_learner(config, path)
-        if resume and latest(self.run_folder) is not None:
-            learner.load(self.run_folder)
-        seconds, keep = config.cluster.step_seconds, config.checkpoint.keep
-        self._learner = LearnerLoop(learner, self._history, _nowhere, config.engine.dtype, seconds, keep)
+        self._history = _history(self._config)
+        require_same_tokens(model_path(self._config, self.run_folder), self._past)
+        self._learner = start_learner(self._config, self.run_folder, self._history, _nowhere, resume)
         return self._learner.version
 
     async def begin_imitation(self) -> int:
-        path = model_path(self._config, self.run_folder)
-        return await self._learner.begin_imitation(await play_demonstrations(self._config, path))
+        return await demonstrate_to(self._learner, self._config, self.run_folder)
 
     async def imitate(self, steps: int) -> list[Row]:
         return await self._learner.imitate(steps)

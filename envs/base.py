@@ -16,7 +16,6 @@ actions are played again. One that is slow or does not repeat itself may offer `
 
 from __future__ import annotations
 
-import json
 from typing import Any, Protocol, runtime_checkable
 
 import gymnasium as gym
@@ -29,10 +28,10 @@ Info = dict[str, Any]
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n\t"
 
 
-def named_rewards(info: Info) -> str | None:
-    """The parts of a step's reward as JSON; None where the environment names none. TypeError, ValueError for junk."""
+def named_rewards(info: Info) -> dict[str, float] | None:
+    """The parts of a step's reward; None where the environment names none. TypeError, ValueError for junk."""
     named = info.get("rewards")
-    return None if named is None else json.dumps({str(key): float(value) for key, value in named.items()})
+    return None if named is None else {str(key): float(value) for key, value in named.items()}
 
 
 def text_space(max_length: int = 4096) -> spaces.Text:

@@ -216,9 +216,9 @@ async def _answer(replica: Inline, request: dict[str, Any], blob: bytes) -> Mess
             assert what == "step"
             observation, reward, terminated, truncated, info = await replica.step(request["action"])
             snapshot = None if terminated or truncated else replica.snapshot()
-            told = {key: bool(info[key]) for key in _INFO if info.get(key) is not None}
+            told: dict[str, Any] = {key: bool(info[key]) for key in _INFO if info.get(key) is not None}
             if (named := named_rewards(info)) is not None:
-                told["rewards"] = json.loads(named)
+                told["rewards"] = named
             answer = {
                 "observation": observation,
                 "reward": float(reward),

@@ -261,9 +261,8 @@ def idle_row() -> MicroBatch:
 
 def level(rows: Sequence[MicroBatch], ranks: Ranks) -> Iterator[MicroBatch]:
     """These rows, and then idle ones until every rank has computed as many: what computes a row computes on all."""
-    lacking = ranks.most(len(rows)) - len(
-        rows
-    )  # asked before the first row: ranks do the same in the same order
+    # Asked before the first row: ranks do the same in the same order.
+    lacking = ranks.most(len(rows)) - len(rows)
     return chain(rows, repeat(idle_row(), lacking))
 
 

@@ -159,13 +159,21 @@ def latest(run: Path) -> Path | None:
 
 def versions(run: Path) -> list[int]:
     """The weight versions a run keeps checkpoints of, oldest first; whether they are whole is not looked at."""
-    return [int(folder.name[8:]) for folder in _complete(run / ROOT)]
+    return [version_of(folder) for folder in _complete(run / ROOT)]
 
 
-def of_version(run: Path, version: int) -> Path | None:
-    """The checkpoint of one version, whole or not; None where a run keeps none."""
-    folder = run / ROOT / f"version-{version:08d}"
-    return folder if folder.is_dir() else None
+def version_of(folder: Path) -> int:
+    """The weight version of a checkpoint, which its name says."""
+    return int(folder.name.removeprefix("version-"))
+
+
+def whole(run: Path, version: int) -> Path | None:
+    """The checkpoint of one version, or None where a run keeps none. CheckpointError if broken."""
+    folder = folder_of(run, version)
+    if not folder.is_dir():
+        return None
+    _verified(folder)
+    return folder
 
 
 def _sealed(contents: Contents, folder: Path) -> dict[str, Any]:
@@ -267,7 +275,7 @@ def _is_full(error: BaseException | None) -> bool:
 def _complete(root: Path) -> list[Path]:
     """Folders under their final name, oldest first."""
     versions = {path: _NAME.fullmatch(path.name) for path in root.glob("version-*")}
-    return sorted((path for path, match in versions.items() if match), key=lambda path: int(path.name[8:]))
+    return sorted((path for path, match in versions.items() if match), key=version_of)
 
 
 def _put_away(folder: Path) -> Path:

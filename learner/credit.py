@@ -96,9 +96,8 @@ Credit = list[list[Float32Array]]  # for each episode, [N]
 
 
 class _Estimator(BaseModel, extra="forbid", frozen=True):
-    siblings: ClassVar[bool] = (
-        False  # compares episodes of one task: a group of one has nothing to compare with
-    )
+    # Compares episodes of one task: a group of one has nothing to compare with.
+    siblings: ClassVar[bool] = False
     turns: ClassVar[bool] = False  # compares turns: nothing is gained on episodes of one
     critic: ClassVar[bool] = False  # asks a critic
     shaped: ClassVar[bool] = True  # reads the episode's reward, to which penalties are added
@@ -252,9 +251,14 @@ class GaeCredit(_Estimator):
     normalize: bool = Field(default=True, description="over the batch")
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
-        flat = [self.estimate(episode)[0] for group in groups for episode in group]
+        return self.with_targets(groups, ranks)[0]
+
+    def with_targets(self, groups: Groups, ranks: Ranks = ALONE) -> tuple[Credit, Credit]:
+        """Advantages, and what the critic should have said: both come of one estimate."""
+        estimates = [self.estimate(episode) for group in groups for episode in group]
+        flat = [advantages_N for advantages_N, _ in estimates]
         normal = advantages.globally_normalized(flat, ranks=ranks) if self.normalize else flat
-        return _regrouped(normal, groups)
+        return _regrouped(normal, groups), _regrouped([targets_N for _, targets_N in estimates], groups)
 
     def estimate(self, episode: Episode) -> tuple[Float32Array, Float32Array]:
         """Advantages before any normalization, and the critic's targets: float32 [N] each."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,9 +54,7 @@ class Critic:
     @classmethod
     def beside(cls, policy: Policy, settings: CriticSettings, total_steps: int | None = None) -> Critic:
         """A new one that begins where the policy stands."""
-        trunk = Policy(policy.settings, policy.ranks)
-        trunk.model.load_state_dict(policy.model.state_dict())
-        return cls(settings, trunk, total_steps)
+        return cls(settings, policy.twin(), total_steps)
 
     @classmethod
     def load(
@@ -125,7 +122,3 @@ class Critic:
             "value_grad_norm": report.grad_norm,
             "value_skipped_step": 0.0 if report.applied else 1.0,
         }
-
-    def state(self) -> dict[str, Any]:
-        """The optimizer's, as torch.save takes it."""
-        return self.optimizer.state_dict()

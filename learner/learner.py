@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,8 @@ class Learner:
         """Raise the likelihood of the groups' recorded actions: one optimizer step per item yielded.
 
         Every trainable episode is one example, in a new order each epoch; ranks are all given all of them, and each
-        learns from its part of a step's. It has its own optimizer, and the
-        weight version stays: this is what comes before version 0 is published.
+        learns from its part of a step's. It has its own optimizer, and the weight version stays: this is what comes
+        before version 0 is published.
         """
         settings = self.settings.imitation
         episodes = [trajectory for group in groups for trajectory in group.trainable]
@@ -284,12 +285,16 @@ class Learner:
             values = and_after(examples, self._critic.look, limit, self.ranks)
             for example, (before_N, after) in zip(examples, values, strict=True):
                 example.episode = replace(example.episode, values=Values(before_N, after))
-        credited = credit([[example.episode for example in siblings] for siblings in by_group], self.ranks)
-        for example, advantages_N in zip(examples, (a for group in credited for a in group), strict=True):
-            example.advantages_N = advantages_N
-            if isinstance(credit, GaeCredit) and example.episode.values is not None:
-                targets_N = credit.estimate(example.episode)[1]
+        episodes = [[example.episode for example in siblings] for siblings in by_group]
+        if isinstance(credit, GaeCredit):
+            credited, targets = credit.with_targets(episodes, self.ranks)
+            for example, targets_N in zip(examples, chain.from_iterable(targets), strict=True):
+                assert example.episode.values is not None
                 example.columns |= {"values": example.episode.values.before_N, "value_targets": targets_N}
+        else:
+            credited = credit(episodes, self.ranks)
+        for example, advantages_N in zip(examples, chain.from_iterable(credited), strict=True):
+            example.advantages_N = advantages_N
         return examples
 
     def _refer(self, examples: Sequence[Example]) -> None:

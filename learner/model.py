@@ -105,6 +105,12 @@ class Policy:
             raise ModelError(str(error)) from error
         return policy
 
+    def twin(self) -> Policy:
+        """Another policy that holds the same."""
+        other = Policy(self.settings, self.ranks)
+        other.model.load_state_dict(self.model.state_dict())
+        return other
+
     @property
     def context(self) -> int:
         """Longest sequence the model has positions for, tokens."""

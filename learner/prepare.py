@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from learner.advantages import overlong_penalty
-from learner.batch import MicroBatch, TokenSequence, arrange, idle_row, row_of, sequences_of
+from learner.batch import MicroBatch, TokenSequence, arrange, level, row_of, sequences_of
 from learner.credit import Episode
 from learner.ranks import ALONE, Ranks
 from learner.regularizers import OverlongSettings
@@ -93,15 +93,12 @@ def _of_sequences(
 ) -> list[Float32Array]:
     found: list[Float32Array] = [np.zeros(0, np.float32)] * len(sequences)
     rows = arrange([sequence.num_inputs for sequence in sequences], tokens_per_row)
-    lacking = ranks.most(len(rows)) - len(rows)
-    for row in rows:
-        chosen = [sequences[place] for place in row]
-        computed_N = compute(row_of(chosen)).detach().float().cpu().numpy()
-        borders = np.cumsum([sequence.num_sampled for sequence in chosen])[:-1]
+    micro_batches = level([row_of([sequences[place] for place in row]) for row in rows], ranks)
+    computed = [compute(micro).detach().float().cpu().numpy() for micro in micro_batches]
+    for row, computed_N in zip(rows, computed, strict=False):  # what idle rows gave is nobody's
+        borders = np.cumsum([sequences[place].num_sampled for place in row])[:-1]
         for place, part in zip(row, np.split(computed_N, borders), strict=True):
             found[place] = part
-    for _ in range(lacking):
-        compute(idle_row())
     return found
 
 

@@ -53,8 +53,7 @@ class Reference:
         if policy.adapter is not None:
             self._adapter = policy.adapter.copy()
         elif self._policy is None:
-            self._policy = Policy(self._settings, self._ranks)
-            self._policy.model.load_state_dict(policy.model.state_dict())
+            self._policy = policy.twin()
             self._policy.model.requires_grad_(False)
 
     def keep(self, run: Path, policy: Policy) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import traceback
 from collections.abc import Sequence
@@ -212,7 +213,9 @@ def _end_reason(terminated: bool, truncated: bool, info: dict[str, Any]) -> EndR
     return EndReason.TRUNCATED if truncated else None
 
 
-def _step(number: int, turn: Turn, reward: float, env_seconds: float, named: str | None = None) -> Step:
+def _step(
+    number: int, turn: Turn, reward: float, env_seconds: float, named: dict[str, float] | None = None
+) -> Step:
     return Step(
         turn=number,
         segment=turn.segment,
@@ -226,7 +229,7 @@ def _step(number: int, turn: Turn, reward: float, env_seconds: float, named: str
         finish_reason=turn.completion.finish_reason,
         env_seconds=env_seconds,
         engine_seconds=turn.engine_seconds,
-        named_rewards=named,
+        named_rewards=None if named is None else json.dumps(named),
     )
 
 

@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM
 from learner.algorithm import AlgorithmSettings
 from learner.attention import register
 from learner.batch import NOT_SAMPLED, Batch, TokenSequence, pack
-from learner.model import ModelSettings, Policy, build_tiny
+from learner.model import ModelSettings, Policy
 from learner.optim import Optimizer, OptimSettings
 from learner.step import PolicyObjective, train_step
-from learner.tokenizer import build_tokenizer
+from tests.bench.player import untaught_model
 
 SEQUENCES, ROUNDS, CONTEXT = 128, 7, 256
 
@@ -96,9 +96,7 @@ def main() -> dict[str, float]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer = build_tokenizer(folder, ["left", "right", "up", "down"])
-        build_tiny(folder, tokenizer, layers=4, width=128, heads=4, mlp=384, context=CONTEXT)
-        sequences = _sequences(len(tokenizer))
+        sequences = _sequences(untaught_model(folder, CONTEXT))
         weight = 1 / sum(sequence.num_sampled for sequence in sequences)
         batch = pack([replace(sequence, weight=weight) for sequence in sequences], 4096, CONTEXT)
         steps = {"learner": _ours(folder, batch), "bare": _bare_loop(folder, batch)}

@@ -21,10 +21,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from learner.learner import Learner, LearnerSettings
-from learner.model import ModelSettings, build_tiny
+from learner.model import ModelSettings
 from learner.optim import OptimSettings
-from learner.tokenizer import build_tokenizer
 from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
+from tests.bench.player import untaught_model
 
 GROUPS, GROUP_SIZE, CONTEXT, PADDED_BATCH, ROUNDS = 8, 8, 512, 8, 5
 PROMPT = 16
@@ -104,9 +104,7 @@ def main() -> dict[str, float]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer = build_tokenizer(folder, ["left", "right", "up", "down"])
-        build_tiny(folder, tokenizer, layers=4, width=128, heads=4, mlp=384, context=CONTEXT)
-        groups = episodes(len(tokenizer))
+        groups = episodes(untaught_model(folder, CONTEXT))
         learner = Learner(
             LearnerSettings(
                 model=ModelSettings(path=name), optim=OPTIM, tokens_per_microbatch=2048, threads=1

@@ -1,4 +1,6 @@
-"""A tiny model that can play: the recipe's, after a short imitation. One that says anything ends its episodes soon."""
+"""Tiny models: one that can play, the recipe's after a short imitation (one that says anything ends its episodes soon),
+and one that nobody taught.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,18 @@ from pathlib import Path
 
 from deploy.build import build_learner, model_path, play_demonstrations
 from deploy.config import RunConfig, load_config
+from learner.model import build_tiny
+from learner.tokenizer import build_tokenizer
 from rollout.wire.schema import decode
 
 DEMONSTRATIONS = 512
+
+
+def untaught_model(folder: Path, context: int) -> int:
+    """Build what the learner's benchmarks compute with; returns its vocabulary's size."""
+    tokenizer = build_tokenizer(folder, ["left", "right", "up", "down"])
+    build_tiny(folder, tokenizer, layers=4, width=128, heads=4, mlp=384, context=context)
+    return len(tokenizer)
 
 
 def recipe(*overrides: str) -> RunConfig:

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from deploy import run_folder
 from deploy.config import ConfigError, RunConfig
 from deploy.metrics import read_metrics
-from deploy.progress import Progress
 from deploy.replay import ReplayRing, check
-from deploy.train import Training
-from tests.deploy.small_run import configured, same_bits
+from tests.deploy.small_run import configured, same_bits, train
 
 
 def replayed(past: Path, folder: Path, *overrides: str) -> RunConfig:
     config = configured(f"replay={str(past)!r}", *overrides)
-    run_folder.create(config, folder)
-    with Progress(config.steps, "replay", Console(file=io.StringIO())) as progress:
-        asyncio.run(Training(config, ReplayRing(config, folder), progress).run(resume=False))
+    train(config, folder, ring_type=lambda config, folder, _: ReplayRing(config, folder))
     return config
 
 

@@ -137,11 +137,7 @@ def _engine(driver: Driver) -> int:
 
 
 def _steps(driver: Driver, count: int) -> None:
-    have = len(driver.consumed())
-    until(
-        lambda: len(driver.consumed()) >= have + count or not driver.alive(),
-        SECONDS,
-        f"{count} learner steps",
-    )
+    made = driver.steps_from_now(count)
+    until(lambda: made() or not driver.alive(), SECONDS, f"{count} learner steps")
     if not driver.alive():
         raise RuntimeError(driver.tail())

@@ -85,8 +85,8 @@ def _wait_for(driver: Driver, moment: str, chance: random.Random) -> None:
     if moment == "early":  # before the run has come to its first step since the start
         time.sleep(chance.uniform(0.5, 12))
         return
-    before = len(driver.consumed())
-    until(lambda: len(driver.consumed()) > before or not driver.alive(), START_SECONDS, "a step")
+    made = driver.steps_from_now(1)
+    until(lambda: made() or not driver.alive(), START_SECONDS, "a step")
     if moment == "random":
         time.sleep(chance.uniform(0, 0.5))
     else:
