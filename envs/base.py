@@ -4,6 +4,11 @@ An observation is text, or chat messages; an action is the text the agent wrote.
 reached a final state, `truncated` that a limit cut the episode: they are never the same thing. An environment draws
 from its own generator (`self.np_random`) only, so replicas are independent and a seed fixes the instance.
 
+A message is a dict with `role` and `content`, as chat templates take them, and may say two things more:
+
+    tools   list of JSON schemas, on the first message: what can be called, for the template's own tool section
+    forget  true, on the first message: the conversation begins anew with these messages, as a segment of its own
+
 Keys of `info` that mean something to Manta:
 
     success    bool, on the last step: the environment's own verdict, where it has one
@@ -16,15 +21,18 @@ actions are played again. One that is slow or does not repeat itself may offer `
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+import hashlib
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import gymnasium as gym
 from gymnasium import spaces
 
-Message = dict[str, str]  # role, content
+Message = dict[str, Any]
 Observation = str | list[Message]
 Info = dict[str, Any]
+Split = Literal["all", "train", "heldout"]
 
+HELD_OUT = 8  # one instance in so many is held out
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n\t"
 
 
@@ -32,6 +40,11 @@ def named_rewards(info: Info) -> dict[str, float] | None:
     """The parts of a step's reward; None where the environment names none. TypeError, ValueError for junk."""
     named = info.get("rewards")
     return None if named is None else {str(key): float(value) for key, value in named.items()}
+
+
+def held_out(content: str) -> bool:
+    """Whether an instance belongs to the held-out part: decided by its content, the same everywhere."""
+    return hashlib.sha256(content.encode()).digest()[0] % HELD_OUT == 0
 
 
 def text_space(max_length: int = 4096) -> spaces.Text:

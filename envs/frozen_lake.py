@@ -9,7 +9,6 @@ Ends: goal or hole (terminated), turns used up (truncated), an action that is no
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from copy import copy
 from functools import lru_cache
@@ -18,12 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 
-from envs.base import Info, TextEnv
+from envs.base import Info, Split, TextEnv, held_out
 
 ACTIONS = ("left", "down", "right", "up")  # in Gymnasium's order
 MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))
 EDGE = "-"
-HELD_OUT = 8  # one map in so many is held out
 MAX_DRAWS = 10_000  # maps tried for one that fits; options that leave none must fail, not wait
 
 _GOAL = "Cross the frozen lake from S to G without stepping into a hole (H). Each line of the map is a row. "
@@ -54,7 +52,7 @@ class FrozenLake(TextEnv):
         frozen_probability: float = 0.8,
         slippery: bool = False,
         max_turns: int = 16,
-        split: Literal["all", "train", "heldout"] = "all",
+        split: Split = "all",
         instructions: bool = True,
         view: Literal["neighbours", "map"] = "neighbours",
     ) -> None:
@@ -117,7 +115,7 @@ class FrozenLake(TextEnv):
             cells = np.where(frozen, "F", "H")
             cells[0, 0], cells[-1, -1] = "S", "G"
             drawn = tuple("".join(row) for row in cells)
-            in_split = self._split == "all" or held_out(drawn) == (self._split == "heldout")
+            in_split = self._split == "all" or held_out("\n".join(drawn)) == (self._split == "heldout")
             if in_split and distances(drawn)[0, 0] >= 0:
                 return drawn
         raise ValueError(
@@ -180,11 +178,6 @@ class Player:
 def _fresh_lake(drawn: Map, slippery: bool) -> FrozenLakeEnv:
     """Gymnasium's environment of a map. To make one costs more than to play it, and siblings play the same map."""
     return FrozenLakeEnv(desc=list(drawn), is_slippery=slippery)
-
-
-def held_out(drawn: Map) -> bool:
-    """Whether a map belongs to the held-out part: decided by its content, the same everywhere."""
-    return hashlib.sha256("\n".join(drawn).encode()).digest()[0] % HELD_OUT == 0
 
 
 def distances(drawn: Map) -> np.ndarray[Any, np.dtype[np.int32]]:

@@ -17,9 +17,13 @@ PAD, USER, ASSISTANT, END, SYSTEM = "<|pad|>", "<|user|>", "<|assistant|>", "<|e
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 
 # <|role|>content, and an assistant's finished turn ends with <|end|>. A rendered history is a prefix of the
-# next one.
+# next one. A tool speaks as the user does; tools are named with their arguments' names, a line each, since schemas would
+# fill a small context.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+    "{% if tools %}<|system|>{% for tool in tools %}"
+    "{{ tool.function.name }}({{ tool.function.parameters.properties | join(', ') }})\n{% endfor %}{% endif %}"
+    "{% for message in messages %}"
+    "<|{{ 'user' if message.role == 'tool' else message.role }}|>{{ message.content }}"
     "{% if message.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )

@@ -115,7 +115,7 @@ class Agent:
     async def turn(self, conversation: Conversation, observation: Observation) -> Turn | ContextOverflow:
         """Sample one turn and add it to the conversation. Raises EngineFailed."""
         messages = as_messages(observation)
-        if self._settings.memory == "last" and conversation.ids:
+        if conversation.ids and (self._settings.memory == "last" or messages[0].get("forget")):
             conversation.open_segment()
         first = not conversation.ids
         added = self.chat.opening(messages) if first else self.chat.delta(messages, conversation.sampled)

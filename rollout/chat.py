@@ -25,6 +25,7 @@ _SAID: Message = {"role": "assistant", "content": "zq8 said zq8"}
 _THOUGHT: Message = {"role": "assistant", "content": "zq8 thought zq8"}
 _NEXT: Message = {"role": "user", "content": "zq8 next zq8"}
 _CACHED_PROMPTS = 8192
+_DIRECTIONS = ("tools", "forget")  # said to the agent and the template, not to the model: see envs.base
 
 
 class ChatError(ValueError):
@@ -57,7 +58,7 @@ class Chat:
         self._check_template()
 
     def opening(self, messages: Sequence[Message]) -> Ids:
-        """The tokens of a new conversation, up to where the assistant speaks."""
+        """The tokens of a new conversation, up to where the assistant speaks; with the first message's `tools`."""
         return self._opening(as_json(messages))
 
     def delta(self, messages: Sequence[Message], sampled_ids: Sequence[int]) -> Ids:
@@ -122,9 +123,12 @@ class Chat:
         return f"chat template of {self._tokenizer.name_or_path or 'this tokenizer'}"
 
     def _render(self, messages: Sequence[Message], *, prompted: bool) -> str:
-        plain = [dict(message) for message in messages]
+        plain = [{key: value for key, value in each.items() if key not in _DIRECTIONS} for each in messages]
+        tools = messages[0].get("tools")
         try:
-            text = self._tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=prompted)
+            text = self._tokenizer.apply_chat_template(
+                plain, tools=tools, tokenize=False, add_generation_prompt=prompted
+            )
         except JinjaError as error:
             roles = [message.get("role") for message in plain]
             raise ChatError(f"{self._name} refuses messages of the roles {roles}: {error}") from error

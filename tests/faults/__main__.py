@@ -4,7 +4,7 @@
 
 matrix    every part x signal x moment on several raylets, --rounds times each
 resumes   --kills times kill -9 of the whole job at lag 0, each followed by a resume
-real      a worker, an engine and then everything killed, with the real vLLM
+real      the worker killed, its engine killed and frozen, everything killed, with the real vLLM
 elastic   2 -> 4 -> 1 workers by `manta scale` while the run goes on
 soak      --minutes at full rate: what each part holds in memory and open files; only when it is named
 
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"of: {', '.join(NAMES + LONG)}; none: all but the last"
     )
-    parser.add_argument("--rounds", type=int, default=4, help="injections of each kind")
+    parser.add_argument("--rounds", type=int, default=3, help="injections of each kind")
     parser.add_argument("--kills", type=int, default=20, help="kills of the whole job")
     parser.add_argument("--minutes", type=float, default=120, help="of the soak")
     parser.add_argument("--only", default="", help="kinds whose name contains this")

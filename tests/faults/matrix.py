@@ -1,12 +1,14 @@
 """Every part, killed and frozen, at random moments, during a weight sync and during a checkpoint, on several raylets.
 
 One run of small scripted episodes goes on for ever on a cluster of raylets of this machine; one injection follows the
-other, each when the run has recovered from the last. What the run lost, repeated or sampled again is read from its
-ledger, from the learner's own log of the groups it consumed, and from the engines' log of the turns they sampled.
+other, each when the run has recovered from the last. The learner has two ranks: "learner" is rank 0, "rank" the other.
+What the run lost, repeated or sampled again is read from its ledger, from the learner's own log of the groups it
+consumed, and from the engines' log of the turns they sampled. The engine of the real vLLM is hit in real.py.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -39,6 +41,7 @@ OVERRIDES = (
     "env.options.size=4",
     "env.options.max_turns=12",
     "buffer.max_failed_share=1",
+    "learner.ranks=2",
     "cluster.learner_cpus=0",
     "supervision.heartbeat_seconds=0.5",
     f"supervision.frozen_seconds={FROZEN_SECONDS}",
@@ -48,29 +51,20 @@ OVERRIDES = (
 
 @dataclass(frozen=True)
 class Kind:
-    """What is hit, with what, when."""
+    """What is hit, with what, when: one of PARTS, one of MOMENTS."""
 
     part: str
     signal: signal.Signals
-    moment: str  # "random", "sync", "checkpoint"
+    moment: str
 
     @property
     def name(self) -> str:
         return f"{self.part} {self.signal.name} {self.moment}"
 
 
-KINDS = tuple(
-    [
-        Kind(part, number, moment)
-        for part in ("rollout", "exchange", "learner")
-        for number in (KILL, STOP)
-        for moment in ("random", "sync", "checkpoint")
-    ]
-    + [Kind("environment", number, "random") for number in (KILL, STOP)]
-    + [Kind("driver", KILL, moment) for moment in ("random", "sync", "checkpoint")]
-    + [Kind("driver", STOP, "random")]
-    + [Kind("node", number, "random") for number in (KILL, STOP)]
-)
+PARTS = ("rollout", "environment", "exchange", "learner", "rank", "driver", "node")
+MOMENTS = ("random", "sync", "checkpoint")
+KINDS = tuple(Kind(*each) for each in itertools.product(PARTS, (KILL, STOP), MOMENTS))
 
 
 @dataclass(frozen=True)
@@ -187,6 +181,9 @@ class Injector:
 
     def _hit_learner(self, number: signal.Signals) -> Callable[[], bool]:
         return self._hit_fixed("learner", number)
+
+    def _hit_rank(self, number: signal.Signals) -> Callable[[], bool]:
+        return self._hit_fixed("learner-1", number)
 
     def _hit_fixed(self, name: str, number: signal.Signals) -> Callable[[], bool]:
         pid = self._part(name)["pid"]

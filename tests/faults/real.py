@@ -1,8 +1,9 @@
-"""Faults with the real vLLM: what a killed worker samples again, and whether a stored turn ever changes.
+"""Faults with the real vLLM: what a lost worker or engine samples again, and whether a stored turn ever changes.
 
-Episodes of up to eight turns on a local Ray. A turn has one seed for ever, so a seed that was sampled twice is a turn
-that was sampled again. Then everything is killed and resumed, and every turn that was durable before is looked for in
-what is stored afterwards.
+Episodes of up to eight turns on a local Ray; the engine's own process is killed and frozen while turns run, during a
+weight sync and during a checkpoint. A turn has one seed for ever, so a seed that was sampled twice is a turn that was
+sampled again. Then everything is killed and resumed, and every turn that was durable before is looked for in what is
+stored afterwards.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tests.faults.run import Accounts, Driver, accounts, children, command_of, u
 GROUPS_PER_STEP = 4
 SECONDS = 240.0
 TURN_SECONDS = 0.6  # a turn of a tiny model takes a hundredth of that; of one worth training, more
+MOMENTS = ("turns", "sync", "checkpoint")
 OVERRIDES = (
     "steps=1000000",
     "evaluation.tasks=0",
@@ -42,6 +44,10 @@ OVERRIDES = (
     "supervision.max_restarts=100",
 )
 RUNNING = 4 * 4  # episodes at a time
+FAULTS = (
+    ("worker", signal.SIGKILL, "turns"),
+    *(("engine", number, moment) for moment in MOMENTS for number in (signal.SIGKILL, signal.SIGSTOP)),
+)
 
 
 @dataclass(frozen=True)
@@ -71,17 +77,12 @@ def run(folder: Path, say: Callable[[str], None] = print) -> Result:
     seconds: dict[str, float] = {}
     try:
         driver.start()
-        faults = {
-            "worker SIGKILL": (lambda: _worker(driver), signal.SIGKILL),
-            "worker SIGKILL again": (lambda: _worker(driver), signal.SIGKILL),
-            "engine SIGKILL": (lambda: _engine(driver), signal.SIGKILL),
-            "engine SIGSTOP": (lambda: _engine(driver), signal.SIGSTOP),
-        }
-        for name, (victim, number) in faults.items():
+        for victim, number, moment in FAULTS:
+            name = f"{victim} {number.name} {moment}"
             _steps(driver, 2)
             before, old = Counter(seed for _, seed, _ in driver.sampled()), _worker(driver)
-            time.sleep(1.5 * TURN_SECONDS)  # in the midst of the episodes that the step has made room for
-            os.kill(victim(), number)
+            _await(driver, moment)
+            os.kill(VICTIMS[victim](driver), number)
             began = time.monotonic()
             until(lambda: _worker(driver) not in (old, 0), SECONDS, f"another worker after {name}")  # noqa: B023
             _steps(driver, 2)
@@ -134,6 +135,16 @@ def _worker(driver: Driver) -> int:
 
 def _engine(driver: Driver) -> int:
     return next(pid for pid in children(_worker(driver)) if "EngineCore" in command_of(pid))
+
+
+VICTIMS = {"worker": _worker, "engine": _engine}
+
+
+def _await(driver: Driver, moment: str) -> None:
+    if moment == "turns":
+        time.sleep(1.5 * TURN_SECONDS)  # in the midst of the episodes that the last step has made room for
+    else:
+        until(lambda: driver.at(moment), SECONDS, f"the moment {moment!r}", poll=0.002)
 
 
 def _steps(driver: Driver, count: int) -> None:
