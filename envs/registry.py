@@ -30,8 +30,14 @@ class Player(Protocol):
     def act(self, observation: Any) -> str: ...
 
 
-_OURS: dict[str, str | _Factory] = {"frozen_lake": "envs.frozen_lake:FrozenLake"}
-_PLAYERS: dict[str, str] = {"frozen_lake": "envs.frozen_lake:Player"}
+_OURS: dict[str, str | _Factory] = {
+    "frozen_lake": "envs.frozen_lake:FrozenLake",
+    "programming": "envs.programming:Programming",
+}
+_PLAYERS: dict[str, str] = {
+    "frozen_lake": "envs.frozen_lake:Player",
+    "programming": "envs.programming:Player",
+}
 
 
 def register(env_id: str, factory: _Factory) -> None:
