@@ -383,7 +383,7 @@ def _change(home: Home, device: Device) -> Wish:
     return Wish(CHANGES[home.devices[device]], kind, room)
 
 
-def _spot(rng: np.random.Generator, rooms: Sequence[str]) -> Spot:
+def _spot(rng: np.random.Generator, rooms: list[str]) -> Spot:
     room = rooms[rng.integers(len(rooms))]
     return room, PLACES[room][rng.integers(len(PLACES[room]))]
 
