@@ -32,10 +32,14 @@ class Player(Protocol):
 
 _OURS: dict[str, str | _Factory] = {
     "frozen_lake": "envs.frozen_lake:FrozenLake",
+    "household": "envs.household:Household",
+    "memory_corridor": "envs.memory_corridor:MemoryCorridor",
     "programming": "envs.programming:Programming",
 }
 _PLAYERS: dict[str, str] = {
     "frozen_lake": "envs.frozen_lake:Player",
+    "household": "envs.household:Player",
+    "memory_corridor": "envs.memory_corridor:Player",
     "programming": "envs.programming:Player",
 }
 

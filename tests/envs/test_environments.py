@@ -11,12 +11,19 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from envs import registry
+from envs import registry, sandbox
 from envs.registry import EnvironmentUnknown
 
 ADAPTED = ["FrozenLake-v1", "CliffWalking-v1", "Taxi-v4", "Blackjack-v1"]
-EVERY = [*registry.registered(), *ADAPTED]
-ACTIONS = {"frozen_lake": ("left", "down", "right", "up"), "Blackjack-v1": ("0", "1")}
+NOT_HERE = {"programming"} if sandbox.refusal() is not None else set()  # it needs a sandbox, and there is none
+EVERY = [*(each for each in registry.registered() if each not in NOT_HERE), *ADAPTED]
+ACTIONS = {
+    "frozen_lake": ("left", "down", "right", "up"),
+    "household": ("go hall", "go kitchen", "turn on light", "turn off light", "open window", "take cup"),
+    "memory_corridor": ("walk", "walk", "walk", "red", "two"),
+    "programming": ("def plus(x): return x + 7", "def total(numbers): return sum(numbers)"),
+    "Blackjack-v1": ("0", "1"),
+}
 
 
 def play(env: Any, env_id: str, seed: int, turns: int = 30) -> list[Any]:
