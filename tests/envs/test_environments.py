@@ -15,7 +15,9 @@ from envs import registry, sandbox
 from envs.registry import EnvironmentUnknown
 
 ADAPTED = ["FrozenLake-v1", "CliffWalking-v1", "Taxi-v4", "Blackjack-v1"]
-NOT_HERE = {"programming"} if sandbox.refusal() is not None else set()  # it needs a sandbox, and there is none
+NOT_HERE = (
+    {"programming"} if sandbox.refusal() is not None else set()
+)  # it needs a sandbox, and there is none
 EVERY = [*(each for each in registry.registered() if each not in NOT_HERE), *ADAPTED]
 ACTIONS = {
     "frozen_lake": ("left", "down", "right", "up"),
