@@ -92,7 +92,7 @@ def _compiled(solution: str, name: str) -> Callable[..., Any]:
 def draw_task(kinds: Sequence[Kind], split: Split, rng: Rng) -> Task:
     """A task of one of these kinds; the sentence decides which split it belongs to."""
     for _ in range(MAX_DRAWS):
-        kind = kinds[rng.integers(len(kinds))]
+        kind = kinds[int(rng.integers(len(kinds)))]
         task = kind.filled({name: pick(list(choices))(rng) for name, choices in kind.chosen.items()})
         if split == "all" or held_out(f"{task.name}: {task.says}") == (split == "heldout"):
             return task
@@ -139,7 +139,7 @@ def quoted(texts: Sequence[str]) -> Choices:
 
 
 def pick(values: Sequence[Any]) -> Callable[[Rng], Any]:
-    return lambda rng: values[rng.integers(len(values))]
+    return lambda rng: values[int(rng.integers(len(values)))]
 
 
 def whole(first: int, last: int) -> Callable[[Rng], int]:
