@@ -34,10 +34,10 @@ def check(config: RunConfig) -> None:
         check_context(path, config.rollout.context_tokens)
     if observation is not None:
         check_prompt(config, observation)
-    elif config.agent.memory == "last":
+    elif config.agent.memory != "full" or config.agent.parts:
         raise ConfigError(
-            "agent.memory='last' leaves a foreign agent's conversation away, of which only what is new is said to the "
-            "policy; use 'full'"
+            "agent.memory and agent.parts stand between an environment and the policy; a foreign agent brings its own: "
+            "use memory = 'full' and no parts"
         )
     check_lora(config)
     if config.replay is None:

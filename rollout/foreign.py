@@ -217,14 +217,16 @@ class History:
     def observe(self, asked: Asked) -> list[Message]:
         """What is new to the policy, or everything, to begin anew with."""
         known = len(self.messages)
-        goes_on = asked.tools == self._tools and asked.messages[:known] == self.messages
-        first, self.messages, self._tools = not known, asked.messages, asked.tools
-        if goes_on and 0 < known < len(asked.messages):
-            return asked.messages[known:]
-        directions: Message = ({"tools": asked.tools} if asked.tools else {}) | (
-            {} if first else {"forget": True}
-        )
-        return [asked.messages[0] | directions, *asked.messages[1:]]
+        same = asked.tools == self._tools and asked.messages[:known] == self.messages
+        goes_on = same and 0 < known < len(asked.messages)
+        directions: Message = {} if asked.max_tokens is None else {"max_tokens": asked.max_tokens}
+        if not goes_on:
+            directions |= ({"tools": asked.tools} if asked.tools else {}) | (
+                {"forget": True} if known else {}
+            )
+        self.messages, self._tools = asked.messages, asked.tools
+        first, *others = asked.messages[known:] if goes_on else asked.messages
+        return [first | directions, *others]
 
     def answered(self, message: Message) -> None:
         self.messages = [*self.messages, plain(message)]

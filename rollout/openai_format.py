@@ -1,7 +1,8 @@
 """OpenAI's chat completions as data: a request is read, an answer is written. Who answers is not known here.
 
-A policy's own sampling settings hold, so whatever a request says about sampling is let pass and not heeded; what would
-change the form of the answer (several choices, logprobs, audio, the older `functions`) is refused.
+A policy's own sampling settings hold: of what a request says about sampling, only a lower limit of tokens is heeded,
+and the rest is let pass. What would change the form of the answer (several choices, logprobs, audio, the older
+`functions`) is refused.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Any
 
 from envs.base import Message
 from envs.calls import Call, parse_calls
+from rollout.parts.thinking import CLOSE
 
 # What a request may say about sampling; none of it is heeded.
 SAMPLING = (
-    "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "stop", "frequency_penalty",
-    "presence_penalty", "logit_bias", "reasoning_effort", "verbosity", "parallel_tool_calls", "prediction",
+    "temperature", "top_p", "seed", "stop", "frequency_penalty", "presence_penalty", "logit_bias", "reasoning_effort",
+    "verbosity", "parallel_tool_calls", "prediction",
 )  # fmt: skip
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")  # of a message; all else is a client's own
 _TEXT_ALONE = "the policy writes text; leave audio and modalities away"
@@ -53,6 +55,7 @@ class Asked:
     messages: list[Message]  # as `plain` leaves them
     tools: list[dict[str, Any]]
     may_call: bool  # whether calls are read out of the answer
+    max_tokens: int | None  # in the answer
     model: str
     stream: bool
     stream_usage: bool
@@ -88,6 +91,9 @@ def read(body: Any) -> Asked:
         raise _bad(
             "tools must be a list of {type: function, function: {name, ...}}; other types are not offered"
         )
+    limits = [body[name] for name in ("max_completion_tokens", "max_tokens") if body.get(name) is not None]
+    if not all(isinstance(limit, int) and limit > 0 for limit in limits):
+        raise _bad("max_tokens and max_completion_tokens must be positive whole numbers")
     choice, form, streamed = (body.get(name) for name in ("tool_choice", "response_format", "stream_options"))
     ignored = [name for name in SAMPLING if body.get(name) is not None]
     ignored += ["tool_choice"] if choice not in (None, "auto", "none") else []
@@ -96,6 +102,7 @@ def read(body: Any) -> Asked:
         messages=[plain(message) for message in messages],
         tools=tools,
         may_call=bool(tools) and choice != "none",
+        max_tokens=min(limits, default=None),
         model=str(body.get("model", "")),
         stream=bool(body.get("stream")),
         stream_usage=isinstance(streamed, dict) and bool(streamed.get("include_usage")),
@@ -126,13 +133,14 @@ def answer(
     """What the policy said, as OpenAI's answer to a request. cut: it ended at the limit of tokens, not by itself.
 
     Calls become `tool_calls` where the request offers tools and every call can be read; else the text stays whole, and
-    the agent sees what was said.
+    the agent sees what was said. What is thought about calls is none.
     """
-    rest, calls = parse_calls(said) if asked.may_call else (said, [])
+    thought, closed, spoken = said.rpartition(CLOSE)
+    rest, calls = parse_calls(spoken) if asked.may_call else ("", [])
     readable = [call for call in calls if isinstance(call, Call)]
     message: Message = {"role": "assistant", "content": said}
     if readable and len(readable) == len(calls):
-        message["content"] = rest or None
+        message["content"] = thought + closed + rest or None
         message["tool_calls"] = [
             {
                 "id": f"call_{turn}_{place}",

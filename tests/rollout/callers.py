@@ -72,8 +72,9 @@ def tools(base_url: str, api_key: str, task: Task) -> float:
     offered = [{"type": "function", "function": {"name": "left", "parameters": schema}}]
     messages: list[Any] = [user("turn")]
     told = heard[task["seed"]] = []
-    for _ in range(task.get("turns", 2)):
-        choice = ask(openai, messages, tools=offered).choices[0]
+    for turn in range(task["turns"]):
+        limit = {"max_tokens": task["limits"][turn]} if "limits" in task else {}
+        choice = ask(openai, messages, tools=offered, **limit).choices[0]
         told.append(choice)
         messages.append(choice.message)
         for call in choice.message.tool_calls or ():

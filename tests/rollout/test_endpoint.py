@@ -130,11 +130,11 @@ def test_what_is_stored_is_what_the_program_asked_and_what_was_sampled(
 def test_calls_are_read_where_they_can_be_and_go_back_by_delta(scripted: Scripted) -> None:
     good = '<tool_call>{"name": "left", "arguments": {"turn": 7}}</tool_call>'
     bad = "right <tool_call>left</tool_call>"
-    _, agent = scripted(f"turn {good}{good}", bad, "right")
+    _, agent = scripted(f"{good}</think>turn {good}{good}", bad, "right")
     (trajectory,) = played(agent, task_of("tools", turns=3))
     first, second, third = callers.heard[1]
     assert first.finish_reason == "tool_calls"
-    assert first.message.content.strip() == "turn"
+    assert first.message.content == f"{good}</think>turn"
     calls = first.message.tool_calls
     assert [(call.function.name, json.loads(call.function.arguments)) for call in calls] == [
         ("left", {"turn": 7})
@@ -165,9 +165,12 @@ def test_a_stream_says_what_was_sampled(scripted: Scripted) -> None:
 
 
 def test_a_turn_cut_short_says_so(scripted: Scripted) -> None:
-    _, agent = scripted("right right right", max_tokens=2)
-    played(agent, task_of("tools", turns=1))
-    assert callers.heard[1][0].finish_reason == "length"
+    _, agent = scripted("right right right", "right right right", max_tokens=3)
+    (trajectory,) = played(agent, task_of("tools", turns=2, limits=[4, 2]))
+    assert [choice.finish_reason for choice in callers.heard[1]] == ["length", "length"]
+    assert [len(step.action_ids) for step in trajectory.steps] == [3, 2], (
+        "a request may lower the recipe's limit"
+    )
 
 
 def test_requests_at_once_are_answered_in_order_each_with_its_own(scripted: Scripted) -> None:
@@ -226,7 +229,7 @@ def test_what_is_not_offered_is_refused_in_the_clients_own_errors(
     ]  # fmt: skip
     assert errors[0].code == "invalid_api_key"
     assert model == "policy"
-    assert "max_tokens, temperature: the run's own sampling holds" in caplog.text
+    assert "temperature: the run's own sampling holds" in caplog.text
 
 
 def test_a_client_that_lost_patience_gets_the_answer_that_was_sampled(scripted: Scripted) -> None:

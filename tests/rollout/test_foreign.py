@@ -120,8 +120,9 @@ def test_the_guides_recipe_is_one(tmp_path: Path) -> None:
     assert ProgramOptions.read(config.env.options).command == ("python", "guess.py")
     tasks = distinct_tasks(config.env.id, config.env.options, first_seed=5, count=3)
     assert [task.seed for task in tasks] == [5, 6, 7]
-    with pytest.raises(ConfigError, match=r"agent.memory='last'"):
-        check(parse(env | {"steps": 1, "tiny": {}, "agent": {"memory": "last"}}, "the guide"))
+    for agent in ({"memory": "last"}, {"parts": [{"kind": "plan"}]}):
+        with pytest.raises(ConfigError, match="a foreign agent brings its own"):
+            check(parse(env | {"steps": 1, "tiny": {}, "agent": agent}, "the guide"))
 
 
 @pytest.mark.parametrize(
