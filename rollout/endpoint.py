@@ -116,8 +116,9 @@ class Endpoint:
         self._note(asked.ignored)
         call = session.ask(asked)
         hung_up = asyncio.ensure_future(_hung_up(request))
+        either: tuple[asyncio.Future[Any], ...] = (call.answer, hung_up)
         try:
-            await asyncio.wait({call.answer, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             hung_up.cancel()
         if hung_up.done():
