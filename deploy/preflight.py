@@ -5,6 +5,7 @@ Each check raises one of the errors that are meant for the person at the keyboar
 
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,17 +23,22 @@ from learner.model import build_tiny
 from learner.tokenizer import build_tokenizer
 from rollout.agent import as_messages
 from rollout.chat import Chat
+from rollout.foreign import PROGRAM, ProgramOptions
 
 
 def check(config: RunConfig) -> None:
     """Refuse a configuration that cannot run here."""
-    env = registry.make(config.env.id, **config.env.options)
-    observation, _ = env.reset(seed=0)
-    env.close()
+    observation = first_observation(config.env.id, config.env.options)
     if path := config.learner.model.path:
         check_model(path)
         check_context(path, config.rollout.context_tokens)
-    check_prompt(config, observation)
+    if observation is not None:
+        check_prompt(config, observation)
+    elif config.agent.memory != "full" or config.agent.parts:
+        raise ConfigError(
+            "agent.memory and agent.parts stand between an environment and the policy; a foreign agent brings its own: "
+            "use memory = 'full' and no parts"
+        )
     check_lora(config)
     if config.replay is None:
         evaluation_tasks(config)
@@ -42,6 +48,24 @@ def check(config: RunConfig) -> None:
         registry.player(config.env.id)
     if config.cluster.dashboard_port and not config.cluster.address:
         check_port(config.cluster.dashboard_port)
+
+
+def first_observation(env_id: str, options: dict[str, Any]) -> Observation | None:
+    """How an environment begins; None for a foreign agent, which is not started here. Raises EnvironmentUnknown."""
+    if env_id == PROGRAM:
+        check_program(options)
+        return None
+    env = registry.make(env_id, **options)
+    observation, _ = env.reset(seed=0)
+    env.close()
+    return observation
+
+
+def check_program(options: dict[str, Any]) -> None:
+    """A foreign agent's options must fit, and its command must be there."""
+    command = ProgramOptions.read(options).command
+    if command and shutil.which(command[0]) is None:
+        raise ConfigError(f"env.options.command: there is no program {command[0]!r} here")
 
 
 def check_model(path: str) -> None:

@@ -83,12 +83,15 @@ class Training:
 
     async def _steps(self, version: int) -> None:
         self.progress.begin_steps(version)
+        lost: LearnerLost | None = None
         with self._timed("training"):
             while version < self.config.steps:
                 try:
+                    if lost is not None:
+                        version, lost = await self.ring.recover(lost), None
                     await self._steps_from(version)
                 except LearnerLost as loss:
-                    version = await self.ring.recover(loss)
+                    lost = loss  # which may be lost again before it is back
                 else:
                     version = self.config.steps
 
