@@ -62,6 +62,15 @@ class Source(Protocol):
     @property
     def tools(self) -> Sequence[Tool]: ...
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether its tools answer the same calls, in the same order after a reset, in the same way."""
+        ...
+
+    def renew(self) -> None:
+        """Make ready for an episode: start again what has ended. Raises where that is impossible."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -98,6 +107,11 @@ class Toolbox:
         self._seconds = call_seconds
         self._left_behind: dict[str, threading.Thread] = {}
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether every source is; functions are taken to be."""
+        return all(source.repeatable for source in self._sources)
+
     def schemas(self) -> list[Schema]:
         """All tools in the form chat templates take; the caller's own copy."""
         copied: list[Schema] = json.loads(json.dumps([tool.schema for tool in self._tools.values()]))
@@ -124,6 +138,11 @@ class Toolbox:
             return Answer(shown, answer.reason)
         said = f"{shown}... ({len(answer.text)} characters, cut to {self._max_chars})"
         return Answer(said, Reason.CUT if answer.reason is Reason.OK else answer.reason)
+
+    def renew(self) -> None:
+        """Make ready for an episode."""
+        for source in self._sources:
+            source.renew()
 
     def close(self) -> None:
         """Close what the tools belong to."""
@@ -191,7 +210,7 @@ class ToolEnv(gym.Wrapper[Observation, str, Observation, str]):
     truncates the episode. verdict: the environment says whether an episode succeeded, so one truncated here did not.
 
     What a ToolEnv holds is how many calls were made, and what its tools hold: it offers no snapshots. An episode goes
-    on after a loss by playing its actions again, where environment and tools repeat themselves.
+    on after a loss by playing its actions again, which makes its calls again, unless a source is not `repeatable`.
     """
 
     def __init__(
@@ -222,6 +241,7 @@ class ToolEnv(gym.Wrapper[Observation, str, Observation, str]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, Info]:
+        self._toolbox.renew()
         observation, info = self.env.reset(seed=seed, options=options)
         self._asked = 0
         schemas = self._toolbox.schemas()
@@ -247,13 +267,22 @@ class ToolEnv(gym.Wrapper[Observation, str, Observation, str]):
         if not ours:
             return observation, float(reward), terminated, truncated, info
         info |= {"tools": dict(reasons + Counter(info.get("tools", {})))}
-        return [*said, *_messages(observation)], float(reward), terminated, truncated, info
+        # Theirs come first: their first message may direct the agent (see envs.base).
+        return [*_messages(observation), *said], float(reward), terminated, truncated, info
 
     def close(self) -> None:
         try:
             self._toolbox.close()
         finally:
             super().close()
+
+    @property
+    def nondeterministic(self) -> bool:
+        """Whether the same calls may be answered otherwise, here or by what is wrapped; see envs.host."""
+        inside = self.env.has_wrapper_attr("nondeterministic") and self.env.get_wrapper_attr(
+            "nondeterministic"
+        )
+        return bool(inside) or not self._toolbox.repeatable
 
     def _is_theirs(self, call: Call) -> bool:
         return call.name in self._theirs and not self._toolbox.has(call)
