@@ -30,8 +30,11 @@ class Player(Protocol):
     def act(self, observation: Any) -> str: ...
 
 
-_OURS: dict[str, str | _Factory] = {"frozen_lake": "envs.frozen_lake:FrozenLake"}
-_PLAYERS: dict[str, str] = {"frozen_lake": "envs.frozen_lake:Player"}
+_OURS: dict[str, str | _Factory] = {
+    "assistant": "envs.assistant:assistant",
+    "frozen_lake": "envs.frozen_lake:FrozenLake",
+}
+_PLAYERS: dict[str, str] = {"assistant": "envs.assistant:Player", "frozen_lake": "envs.frozen_lake:Player"}
 
 
 def register(env_id: str, factory: _Factory) -> None:
