@@ -6,6 +6,7 @@ Each check raises one of the errors that are meant for the person at the keyboar
 from __future__ import annotations
 
 import socket
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,18 +18,19 @@ from deploy.build import evaluation_tasks
 from deploy.config import ConfigError, RunConfig
 from envs import registry
 from envs.base import Observation
+from envs.tool import ToolRefused
 from learner.lora import planned
 from learner.model import build_tiny
 from learner.tokenizer import build_tokenizer
 from rollout.agent import as_messages
 from rollout.chat import Chat
+from rollout.parts.settings import dressed
+from rollout.parts.tools import ToolsSettings
 
 
 def check(config: RunConfig) -> None:
     """Refuse a configuration that cannot run here."""
-    env = registry.make(config.env.id, **config.env.options)
-    observation, _ = env.reset(seed=0)
-    env.close()
+    observation = first_observation(config)
     if path := config.learner.model.path:
         check_model(path)
         check_context(path, config.rollout.context_tokens)
@@ -42,6 +44,18 @@ def check(config: RunConfig) -> None:
         registry.player(config.env.id)
     if config.cluster.dashboard_port and not config.cluster.address:
         check_port(config.cluster.dashboard_port)
+
+
+def first_observation(config: RunConfig) -> Observation:
+    """What the environment says first, with the agent's tools: they must be there, and their schemas take tokens."""
+    tools = [part for part in config.agent.parts if isinstance(part, ToolsSettings)]
+    try:
+        env = dressed(partial(registry.make, config.env.id, **config.env.options), tools)
+    except ToolRefused as error:
+        raise ConfigError(f"agent.parts: {error}") from error
+    observation: Observation = env.reset(seed=0)[0]
+    env.close()
+    return observation
 
 
 def check_model(path: str) -> None:

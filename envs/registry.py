@@ -33,8 +33,15 @@ class Player(Protocol):
 _OURS: dict[str, str | _Factory] = {
     "assistant": "envs.assistant:assistant",
     "frozen_lake": "envs.frozen_lake:FrozenLake",
+    "household": "envs.household:Household",
+    "memory_corridor": "envs.memory_corridor:MemoryCorridor",
 }
-_PLAYERS: dict[str, str] = {"assistant": "envs.assistant:Player", "frozen_lake": "envs.frozen_lake:Player"}
+_PLAYERS: dict[str, str] = {
+    "assistant": "envs.assistant:Player",
+    "frozen_lake": "envs.frozen_lake:Player",
+    "household": "envs.household:Player",
+    "memory_corridor": "envs.memory_corridor:Player",
+}
 
 
 def register(env_id: str, factory: _Factory) -> None:
