@@ -170,7 +170,7 @@ def _drawn(calls: int, rng: _Rng) -> tuple[str, Answer]:
 
 
 def _one_of(among: Sequence[str], rng: _Rng) -> str:
-    return among[rng.integers(len(among))]
+    return among[int(rng.integers(len(among)))]
 
 
 def _place(calls: int, rng: _Rng) -> tuple[str, str]:

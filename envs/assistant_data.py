@@ -141,7 +141,8 @@ def search(words: str) -> str:
     return DOCUMENTS[scores.index(best)] if best > 0 else "nothing found"
 
 
-TOOLS = tuple(map(Tool.of, (weather, calculate, convert, search)))
+_FUNCTIONS: tuple[Callable[..., str], ...] = (weather, calculate, convert, search)
+TOOLS = tuple(map(Tool.of, _FUNCTIONS))
 
 _SAID = [frozenset(re.findall("[a-z]+", document)) for document in DOCUMENTS]
 # How rare a word is (inverse document frequency): one that stands in every document says nothing.

@@ -24,7 +24,6 @@ import json
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from json.decoder import scanstring
 from typing import Any, Literal, NoReturn
 
 Style = Literal["hermes", "plain"]
@@ -94,7 +93,8 @@ _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_refused)
 
 
 def _parse_hermes(text: str) -> tuple[str, list[Call | BadCall]]:
-    outside, calls = [], []
+    outside: list[str] = []
+    calls: list[Call | BadCall] = []
     place = 0
     while (begin := text.find(OPEN, place)) >= 0:
         outside.append(text[place:begin])
@@ -135,7 +135,8 @@ _WORDS = {"true": True, "false": False, "null": None}
 
 
 def _parse_plain(text: str) -> tuple[str, list[Call | BadCall]]:
-    outside, calls = [], []
+    outside: list[str] = []
+    calls: list[Call | BadCall] = []
     for line in text.split("\n"):
         said = line.strip()
         beginning = _BEGINNING.match(said)
@@ -164,7 +165,7 @@ def _values(inside: str) -> list[Any]:
         while inside[place : place + 1].isspace():
             place += 1
         if inside.startswith('"', place):
-            value, place = scanstring(inside, place + 1, True)
+            value, place = _DECODER.raw_decode(inside, place)
             end = inside.find(",", place)
             end = len(inside) if end < 0 else end
             if inside[place:end].strip():

@@ -34,6 +34,9 @@ T = TypeVar("T")
 CLOSE_SECONDS = 10.0  # the client itself kills a server that does not end by itself, within about seven
 MOST_PAGES = 100  # of a list of tools that never ends
 
+# Beside what the client lets a server inherit: by these a run's processes and their files are found when it is over.
+_INHERITED = ("MANTA_RUN", "TMPDIR")
+
 # Before it becomes the server, the process asks the kernel to be killed with the thread that started it (1, 9 stand for
 # PR_SET_PDEATHSIG, SIGKILL): nothing else would end a server that does not mind its input being closed.
 _BECOME = (
@@ -69,8 +72,9 @@ class McpServer:
         if shutil.which(command) is None:
             raise ToolRefused(f"MCP server {name!r} can not be started: there is no command {command!r}")
         become = ["-c", _BECOME, str(os.getpid()), command, *args]
+        inherited = {each: os.environ[each] for each in _INHERITED if each in os.environ}
         parameters = StdioServerParameters(
-            command=sys.executable, args=become, env=environment, cwd=os.getcwd()
+            command=sys.executable, args=become, env=inherited | (environment or {}), cwd=os.getcwd()
         )
         self._connect = partial(_Connection, name, parameters, start_seconds)
         self._connection = self._connect()
@@ -158,7 +162,8 @@ class _Connection:
         return asyncio.run_coroutine_threadsafe(doing, self._loop)
 
     def _wait_for_tools(self, seconds: float) -> list[McpTool]:
-        wait([self._started, self._life], seconds, FIRST_COMPLETED)
+        either: list[Future[Any]] = [self._started, self._life]
+        wait(either, seconds, FIRST_COMPLETED)
         if self._started.done():
             return self._started.result()
         if self._life.done():

@@ -88,7 +88,8 @@ def _arguments_type(name: str, function: Callable[..., Any]) -> Any:
             raise TypeError(f"parameter {parameter.name} has no type; annotate it")
         hint = hints[parameter.name]
         fields[parameter.name] = hint if parameter.default is parameter.empty else NotRequired[hint]
-    arguments: Any = TypedDict(name, fields)  # type: ignore[operator]
+    typed_dict: Any = TypedDict  # mypy knows those alone that are written out
+    arguments = typed_dict(name, fields)
     arguments.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
     return arguments
 

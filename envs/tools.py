@@ -80,8 +80,8 @@ class Toolbox:
     max_result_chars: of an answer; what is longer is cut, and says so. call_seconds: wall clock for a call; None has no
     limit and costs nothing. With a limit a call runs in a thread of its own, and one that takes longer is left behind:
     nothing can stop a Python function, so it goes on beside the episode, with whatever it holds or changes, until it
-    returns or the process ends. Until then the same tool is not called again. Tools that need more than that belong
-    into an environment with a process of its own, or behind a server.
+    returns or the process ends. Until then the same tool is not called again. Tools that need more than that belong in
+    an environment with a process of its own, or behind a server.
     """
 
     def __init__(
@@ -125,8 +125,8 @@ class Toolbox:
         """A call of the plain form with its arguments under their names instead of their places."""
         if isinstance(call, BadCall) or call.name not in self._tools:
             return call
-        names = dict(enumerate(self._tools[call.name].parameters.get("properties", ()), start=1))
-        places = {str(place): name for place, name in names.items()}
+        properties = self._tools[call.name].parameters.get("properties", ())
+        places = {str(place): name for place, name in enumerate(properties, start=1)}
         return Call(call.name, {places.get(key, key): value for key, value in call.arguments.items()})
 
     def answer(self, call: Call | BadCall) -> Answer:
