@@ -112,7 +112,7 @@ def evaluate_checkpoint(checkpoint: str, env_id: str, seeds: range, conditions: 
     path = resolve_checkpoint(checkpoint)
     check_model(path)
     check_context(path, conditions.context_tokens)
-    first_observation(env_id, conditions.env_options)  # refuses what cannot be made
+    first_observation(env_id, conditions.env_options, conditions.agent.parts)  # refuses what cannot be made
     tasks = [Task.of(env_id, seed, conditions.env_options) for seed in seeds]
     return asyncio.run(_evaluate(path, tasks, conditions))
 

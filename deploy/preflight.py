@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import shutil
 import socket
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,17 +20,20 @@ from deploy.build import evaluation_tasks
 from deploy.config import ConfigError, RunConfig
 from envs import registry
 from envs.base import Observation
+from envs.tool import ToolRefused
 from learner.lora import planned
 from learner.model import build_tiny
 from learner.tokenizer import build_tokenizer
 from rollout.agent import as_messages
 from rollout.chat import Chat
 from rollout.foreign import PROGRAM, ProgramOptions
+from rollout.parts.settings import PartSettings, dressed
+from rollout.parts.tools import ToolsSettings
 
 
 def check(config: RunConfig) -> None:
     """Refuse a configuration that cannot run here."""
-    observation = first_observation(config.env.id, config.env.options)
+    observation = first_observation(config.env.id, config.env.options, config.agent.parts)
     if path := config.learner.model.path:
         check_model(path)
         check_context(path, config.rollout.context_tokens)
@@ -50,13 +55,22 @@ def check(config: RunConfig) -> None:
         check_port(config.cluster.dashboard_port)
 
 
-def first_observation(env_id: str, options: dict[str, Any]) -> Observation | None:
-    """How an environment begins; None for a foreign agent, which is not started here. Raises EnvironmentUnknown."""
+def first_observation(
+    env_id: str, options: dict[str, Any], parts: Sequence[PartSettings] = ()
+) -> Observation | None:
+    """What an environment says first, with the agent's tools: they must be there, and their schemas take tokens.
+
+    None for a foreign agent, which is not started here. Raises EnvironmentUnknown.
+    """
     if env_id == PROGRAM:
         check_program(options)
         return None
-    env = registry.make(env_id, **options)
-    observation, _ = env.reset(seed=0)
+    tools = [part for part in parts if isinstance(part, ToolsSettings)]
+    try:
+        env = dressed(partial(registry.make, env_id, **options), tools)
+    except ToolRefused as error:
+        raise ConfigError(f"agent.parts: {error}") from error
+    observation: Observation = env.reset(seed=0)[0]
     env.close()
     return observation
 

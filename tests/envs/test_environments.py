@@ -73,6 +73,8 @@ def test_replicas_share_nothing_and_leave_the_global_generators_alone(env_id: st
     "action", ["", "jump", "1.5", "left and right", "1_0", "\u0661", "9" * 30, "9" * 5000]
 )
 def test_an_action_that_cannot_be_read_ends_the_episode_and_says_so(env_id: str, action: str) -> None:
+    if (env_id, action) == ("assistant", "1.5"):
+        pytest.skip("a number is an answer there")
     env = registry.make(env_id)
     env.reset(seed=0)
     _, reward, terminated, truncated, info = env.step(action)
@@ -81,8 +83,8 @@ def test_an_action_that_cannot_be_read_ends_the_episode_and_says_so(env_id: str,
 
 @pytest.mark.parametrize("env_id", EVERY)
 def test_a_replica_can_be_made_in_another_process(env_id: str) -> None:
-    make = pickle.loads(pickle.dumps(partial(registry.make, env_id)))
-    assert isinstance(make().reset(seed=0)[0], str)
+    env = pickle.loads(pickle.dumps(partial(registry.make, env_id)))()
+    assert env.reset(seed=0)[0] in env.observation_space
 
 
 def test_a_time_limit_truncates() -> None:
