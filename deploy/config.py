@@ -60,7 +60,7 @@ class TinySettings(Settings):
 class EnvSettings(Settings):
     """The environment trained on."""
 
-    id: str = Field(description="one of ours, or any gymnasium.make id with Discrete or Text spaces")
+    id: str = Field(description="one of ours, or any gymnasium.make id (see manta envs)")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
     host: HostSettings = Field(default_factory=HostSettings, description="where its replicas live")
 
