@@ -281,8 +281,8 @@ class _InWords(gym.Wrapper[str, str, Any, str]):
         return self._words(observation), info
 
     def step(self, action: str) -> tuple[str, Any, bool, bool, dict[str, Any]]:
-        observation, *rest = self.env.step(action)
-        return self._words(observation), *rest
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return self._words(observation), reward, terminated, truncated, info
 
     def _words(self, observation: Any) -> str:
         if isinstance(observation, str):
@@ -388,5 +388,5 @@ def _told_there(subject: Subject, record: Record, elsewhere: Record | Trouble | 
 
 def _generators() -> dict[str, Any]:
     """The states of the global generators."""
-    _, keys, position, *_ = np.random.get_state()
-    return {"random": random.getstate(), "numpy.random": (keys.tobytes(), position)}
+    state = np.random.get_state(legacy=False)["state"]
+    return {"random": random.getstate(), "numpy.random": (state["key"].tobytes(), state["pos"])}

@@ -71,7 +71,8 @@ def said(record: Record, seconds: float) -> Iterator[Finding]:
 
 def answered(turn: Turn, where: str, seconds: float) -> Iterator[Finding]:
     """Findings of one step's answer."""
-    observation, reward, terminated, truncated, info = turn.told
+    told: tuple[Any, ...] = turn.told  # of whatever types
+    observation, reward, terminated, truncated, info = told
     if turn.seconds > seconds:
         yield Finding("time", f"it took {turn.seconds:.1f} s", where)
     if fault := _misspoken(observation):

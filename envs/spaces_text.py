@@ -224,7 +224,7 @@ class _Reader:
             return tuple(items)
         if not all(inner.contains(item) for item in items):
             raise _NotAnAction
-        empty = create_empty_array(inner, len(items))
+        empty: Any = create_empty_array(inner, len(items))
         return concatenate(inner, items, empty) if items else empty
 
     def _until(self, closing: str, read: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
@@ -233,14 +233,13 @@ class _Reader:
 
     def _list(self, brackets: str, items: Iterable[Callable[[], Any]]) -> list[Any]:
         """What `items` read one after another, between brackets and with commas in between."""
-        opening, closing = brackets
-        self._take(opening)
+        self._take(brackets[0])
         values: list[Any] = []
         for item in items:
             if values:
                 self._take(",")
             values.append(item())
-        self._take(closing)
+        self._take(brackets[1])
         return values
 
     def _entry(self, key: str, space: gym.Space[Any]) -> tuple[str, Any]:
