@@ -26,6 +26,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 
 from envs import registry
@@ -261,7 +262,8 @@ def _gymnasium(subject: Subject) -> list[Finding]:
         warnings.simplefilter("always")
         try:
             with asking(where):
-                check_env(_InWords(subject.recipe()), skip_render_check=True, skip_close_check=True)
+                words = _InWords(subject.recipe(), subject.nondeterministic)
+                check_env(words, skip_render_check=True, skip_close_check=True)
         except Trouble as trouble:
             texts.append(str(trouble.error))
     for warning in caught:
@@ -272,7 +274,11 @@ def _gymnasium(subject: Subject) -> list[Finding]:
 
 
 class _InWords(gym.Wrapper[str, str, Any, str]):
-    """Messages as JSON, since Gymnasium's checker knows no space of messages."""
+    """Messages as JSON, since Gymnasium's checker knows no space of messages; what it goes by is the spec."""
+
+    def __init__(self, env: Env, nondeterministic: bool) -> None:
+        super().__init__(env)
+        self._cached_spec = EnvSpec("Examined-v0", nondeterministic=nondeterministic)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

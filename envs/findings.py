@@ -31,7 +31,7 @@ ADVICE = {
     "closing": "let close() be called twice",
     "generators": "draw from self.np_random only",
     "seeding": "call super().reset(seed=seed), draw from self.np_random only, and keep nothing from episode to episode",
-    "repetition": "draw from self.np_random only, or register it with nondeterministic=True",
+    "repetition": "draw from self.np_random only, or say nondeterministic = True in the class",
     "isolation": "keep all state in self: nothing in the class, the module or a default argument",
     "reuse": "have reset() put back all that an episode changes",
     "snapshots": "put all that the next steps depend on into the snapshot, the generator included",

@@ -59,12 +59,23 @@ class Sound(TextEnv):
         self.at, self.turns, self.target, self.np_random.bit_generator.state = json.loads(snapshot)
 
 
+class SaysMessages(Sound):
+    """Sound as well."""
+
+    def say(self) -> Any:
+        return [{"role": "user", "content": super().say(), "tools": []}]
+
+
 class Noisy(Sound):
     """Its wind follows no seed."""
 
     def step(self, action: str) -> Step:
         self.np_random = np.random.default_rng()
         return super().step(action)
+
+
+class SaysItIsNoisy(Noisy):
+    nondeterministic = True
 
 
 gym.register("ManyWinds-v0", entry_point=Noisy, nondeterministic=True)

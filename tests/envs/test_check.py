@@ -84,4 +84,6 @@ def test_every_kind_of_finding_has_its_environment() -> None:
 
 def test_a_sound_environment_passes_and_one_that_says_it_does_not_repeat_itself_does() -> None:
     assert check_recipe(bad.Sound) == []
+    assert check_recipe(bad.SaysMessages) == []
+    assert check_recipe(bad.SaysItIsNoisy, apart=False) == []
     assert check("tests.envs.bad:ManyWinds-v0") == []
