@@ -40,6 +40,9 @@ class Memory(StrEnum):
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.OPTION=VALUE]...", help="Change the recipe.")
 ]
+EnvOptions = Annotated[
+    list[str] | None, typer.Option("--option", help="Environment option NAME=VALUE; may be repeated.")
+]
 
 
 @app.command()
@@ -97,9 +100,7 @@ def evaluate(
     ],
     env: Annotated[str, typer.Option(help="Environment id.")],
     seeds: Annotated[str, typer.Option(help="Seeds A:B, B excluded.")] = "0:256",
-    option: Annotated[
-        list[str] | None, typer.Option(help="Environment option NAME=VALUE; may be repeated.")
-    ] = None,
+    option: EnvOptions = None,
     context_tokens: Annotated[int | None, typer.Option(help="Context length of the engine.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens an agent may sample a turn.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
@@ -199,6 +200,74 @@ def export(
     from deploy.export import export_model
 
     console.print(f"wrote version {export_model(run, target, version)} to {target}", highlight=False)
+
+
+@app.command()
+def envs() -> None:
+    """List the environments there are: ours, optional suites with their extras, and Gymnasium's.
+
+    Example:
+    manta envs
+    """
+    from deploy.envs_command import show_environments
+
+    show_environments(console)
+
+
+@app.command("check-env")
+def check_env(
+    env: Annotated[str, typer.Argument(metavar="ID", help="Environment id.")],
+    option: EnvOptions = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Limit for a reset or a step.")] = 10.0,
+    turns: Annotated[int, typer.Option(min=1, help="Turns played an episode.")] = 30,
+) -> None:
+    """Examine an environment: seeds, isolation, limits, answers, snapshots; exit status 1 where something is wrong.
+
+    Example:
+    manta check-env Taxi-v4
+
+    manta check-env frozen_lake --option size=8 --option slippery=true
+    """
+    from deploy.envs_command import check_environment
+    from deploy.evaluate import parse_options
+
+    raise typer.Exit(check_environment(env, parse_options(option or []), seconds, turns, console))
+
+
+@app.command()
+def demos(
+    env: Annotated[str, typer.Argument(help="Environment id; it must have a scripted player.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Episodes, each of a seed of its own.")] = 10_000,
+    error_rate: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the player's turns that are random.")
+    ] = 0.0,
+    option: EnvOptions = None,
+    first_seed: Annotated[int, typer.Option(min=0, help="Seeds go from here on.")] = 0,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hugging Face folder or id whose tokenizer spells the ids; none: a tiny one is built."
+        ),
+    ] = None,
+    memory: Annotated[Memory, typer.Option(help="What a turn sees of the conversation.")] = Memory.full,
+    context_tokens: Annotated[
+        int, typer.Option(min=1, help="An episode that does not fit ends there.")
+    ] = 32768,
+) -> None:
+    """Write a scripted player's episodes as rows of the trajectory schema.
+
+    Example:
+    manta demos frozen_lake -n 10000 --out demonstrations --error-rate 0.2 --option size=6
+    """
+    from deploy.demos import Demonstrations, write_demonstrations
+    from deploy.evaluate import parse_options
+
+    asked = Demonstrations(
+        env, parse_options(option or []), n, first_seed, error_rate, model, memory.value, context_tokens
+    )
+    outcome = write_demonstrations(asked, out, console)
+    console.print(f"{outcome}\nwrote {out}", highlight=False)
 
 
 @app.command()

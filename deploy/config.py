@@ -61,7 +61,7 @@ class EnvSettings(Settings):
     """The environment trained on."""
 
     id: str = Field(
-        description='one of ours, "program" (a foreign agent), or any gymnasium.make id with Discrete or Text spaces'
+        description='one of ours, "program" (a foreign agent), or any gymnasium.make id (see manta envs)'
     )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
     host: HostSettings = Field(default_factory=HostSettings, description="where its replicas live")

@@ -103,7 +103,7 @@ def check_model(path: str) -> None:
 
 def check_context(path: str, context_tokens: int) -> None:
     """The model must have a position for every token of the context."""
-    positions = _loaded(AutoConfig, path).get_text_config().max_position_embeddings
+    positions = loaded(AutoConfig, path).get_text_config().max_position_embeddings
     if positions < context_tokens:
         raise ConfigError(
             f"model {path} has {positions} positions, but rollout.context_tokens={context_tokens} "
@@ -151,12 +151,13 @@ def check_port(port: int) -> None:
 
 def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     if config.tiny is None:
-        return _loaded(AutoTokenizer, config.learner.model.path)
+        return loaded(AutoTokenizer, config.learner.model.path)
     with TemporaryDirectory() as folder:
         return build_tokenizer(Path(folder), config.tiny.words)
 
 
-def _loaded(auto: Any, path: str) -> Any:
+def loaded(auto: Any, path: str) -> Any:
+    """What a transformers Auto class finds at `path`. ConfigError where it finds nothing it can read."""
     try:
         return auto.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -80,9 +80,13 @@ class TalkSpace(spaces.Space[Observation]):
 
 
 class TextEnv(gym.Env[str, str]):
-    """Base of environments that are text from the start: text in, text out."""
+    """Base of environments that are text from the start: text in, text out.
+
+    reward_range: the least and the most that the rewards of an episode come to; a class with another says so.
+    """
 
     metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own convention
+    reward_range: tuple[float, float] = (0.0, 1.0)
 
     observation_space = text_space()
     action_space = text_space(256)

@@ -46,6 +46,10 @@ class EnvironmentFailed(RuntimeError):
     """An environment raised, died or gave no answer. It costs one episode and that replica."""
 
 
+class EnvironmentStuck(EnvironmentFailed):
+    """It gave no answer in time."""
+
+
 class Replica(Protocol):
     """One environment, used by one episode at a time. Raises whatever the environment raises."""
 

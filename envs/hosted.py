@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 from envs.base import Observation, named_rewards
-from envs.host import Env, EnvironmentFailed, HostSettings, Inline, Outcome
+from envs.host import Env, EnvironmentFailed, EnvironmentStuck, HostSettings, Inline, Outcome
 
 _CLOSE_SECONDS = 2.0  # what an environment is given to close
 _LENGTHS = struct.Struct("<II")  # of the JSON and of the bytes behind it
@@ -125,7 +125,7 @@ class Hosted:
             if not clock.expired():
                 raise
             self._kill()
-            raise EnvironmentFailed(
+            raise EnvironmentStuck(
                 f"its process {self.pid} did not answer within {seconds:g} s (env.host.{_limit(what)}) and was killed"
             ) from None
         except (ConnectionError, EOFError):

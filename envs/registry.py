@@ -1,20 +1,24 @@
-"""Environments by id: ours, and any that `gymnasium.make` knows.
+"""Environments by id: ours, those of optional suites, and any that `gymnasium.make` knows.
 
-Modules are imported when their environment is first asked for.
+Modules are imported when their environment is first asked for. What has no text on both sides is adapted to it.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import gymnasium as gym
+from gymnasium import spaces
 
-from envs.adapters import TextAdapter, UnsupportedSpace
+from envs.adapters import TextAdapter
 
 Env = gym.Env[Any, str]
 _Factory = Callable[..., Env]
@@ -30,6 +34,32 @@ class Player(Protocol):
     def act(self, observation: Any) -> str: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """Environments of another package, an optional extra of ours."""
+
+    prefix: str  # of their ids
+    extra: str  # pip install 'manta[EXTRA]'
+    module: str  # to be imported; it makes the ids known, to `gymnasium.register` or to `register` here
+    about: str
+
+    @property
+    def installed(self) -> bool:
+        """Whether its package is there; nothing is imported to know it."""
+        return importlib.util.find_spec(self.module.partition(".")[0]) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What there is to know of an environment of ours without making it."""
+
+    env_id: str
+    about: str  # the first line of its docstring
+    levels: str  # what the docstring says of them; empty where there are none
+    has_player: bool
+
+
+SUITES: tuple[Suite, ...] = ()
 _OURS: dict[str, str | _Factory] = {
     "assistant": "envs.assistant:assistant",
     "frozen_lake": "envs.frozen_lake:FrozenLake",
@@ -59,12 +89,20 @@ def registered() -> list[str]:
 def make(env_id: str, **options: Any) -> Env:
     """A new replica with text on both sides.
 
-    Raises EnvironmentUnknown for a wrong id, wrong options or spaces that have no text form.
+    Environments of Gymnasium take one option more: text_digits, the significant digits of a Box's numbers. Raises
+    EnvironmentUnknown for a wrong id, wrong options or spaces that have no text form.
     """
+    _import_suite(env_id)
     if env_id in _OURS:
-        return _make_ours(env_id, options)
+        env = _make_ours(env_id, options)
+        return env if isinstance(env.action_space, spaces.Text) else _adapted(env_id, env, {})
+    adapting = {"digits": options.pop("text_digits")} if "text_digits" in options else {}
+    return _adapted(env_id, _make_gymnasium(env_id, options), adapting)
+
+
+def _make_gymnasium(env_id: str, options: dict[str, Any]) -> gym.Env[Any, Any]:
     try:
-        env = gym.make(env_id, **options)
+        return gym.make(env_id, **options)
     except gym.error.UnregisteredEnv:
         close = difflib.get_close_matches(env_id, [*_OURS, *gym.registry], n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}?" if close else f"ours are {', '.join(registered())}"
@@ -80,9 +118,13 @@ def make(env_id: str, **options: Any) -> Env:
         ) from error
     except (gym.error.Error, ImportError) as error:  # a deprecated version, a missing package, a malformed id
         raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
+
+
+def _adapted(env_id: str, env: gym.Env[Any, Any], adapting: dict[str, Any]) -> Env:
     try:
-        return TextAdapter(env)
-    except UnsupportedSpace as error:
+        return TextAdapter(env, **adapting)
+    except ValueError as error:  # UnsupportedSpace among them
+        env.close()
         raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
 
 
@@ -94,6 +136,11 @@ def recipe(env_id: str, **options: Any) -> Callable[[], Env]:
     return partial(_made_elsewhere, env_id, entry, options)
 
 
+def has_player(env_id: str) -> bool:
+    """Whether a scripted player of this environment exists."""
+    return env_id in _PLAYERS
+
+
 def player(env_id: str) -> Callable[[float, int], Player]:
     """The scripted player of an environment, made with (error rate, seed)."""
     if env_id not in _PLAYERS:
@@ -103,6 +150,34 @@ def player(env_id: str) -> Callable[[float, int], Player]:
     return made
 
 
+def describe(env_id: str) -> Description:
+    """What an environment of ours says of itself. EnvironmentUnknown where a package it needs is missing."""
+    entry = _OURS[env_id]
+    try:
+        told = importlib.import_module(entry.partition(":")[0]) if isinstance(entry, str) else entry
+    except ImportError as error:
+        raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
+    text = inspect.getdoc(told) or ""
+    levels = re.search(r"^Levels: (.+?)(?=\n\w+:|\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    return Description(
+        env_id,
+        text.partition("\n")[0],
+        " ".join(levels[1].split()) if levels else "",
+        env_id in _PLAYERS,
+    )
+
+
+def _import_suite(env_id: str) -> None:
+    for suite in SUITES:
+        if env_id.startswith(suite.prefix):
+            if not suite.installed:
+                raise EnvironmentUnknown(
+                    f"environment {env_id} belongs to {suite.about}, which is not installed here: "
+                    f"pip install 'manta[{suite.extra}]'"
+                )
+            importlib.import_module(suite.module)
+
+
 def _made_elsewhere(env_id: str, factory: _Factory, options: dict[str, Any]) -> Env:
     register(env_id, factory)
     return make(env_id, **options)
@@ -110,7 +185,10 @@ def _made_elsewhere(env_id: str, factory: _Factory, options: dict[str, Any]) -> 
 
 def _make_ours(env_id: str, options: dict[str, Any]) -> Env:
     entry = _OURS[env_id]
-    factory: _Factory = _load(entry) if isinstance(entry, str) else entry
+    try:
+        factory: _Factory = _load(entry) if isinstance(entry, str) else entry
+    except ImportError as error:
+        raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
     parameters = inspect.signature(factory).parameters
     takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     have = ", ".join(parameters)

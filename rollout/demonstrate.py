@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -42,21 +42,36 @@ async def demonstrate(
     player_factory is called with a task's seed. Failed episodes are among the groups (never trainable); raises
     DemonstrationError with the last traceback when there is nothing else.
     """
-    limits = limits or Limits(max_turns=context_tokens, seconds=60.0)
-    replicas = pool or EnvironmentPool()
-    groups = []
-    for index, task in enumerate(tasks):
-        slot = Slot(index, 0, task, version=0)
-        actor = Demonstrator(player_factory(task.seed), chat, context_tokens, settings)
-        trajectory = await play(Place(slot, 0, seed=0, worker="demonstration"), replicas, actor, limits)
-        groups.append(Group(slot, (trajectory,)))
-    if pool is None:
-        await replicas.close()
+    played = demonstrations(tasks, player_factory, chat, context_tokens, settings, limits, pool)
+    groups = [group async for group in played]
     if groups and not any(group.trainable for group in groups):
         raise DemonstrationError(
             f"all {len(groups)} demonstrations failed; the last: {groups[-1].trajectories[0].error}"
         )
     return groups
+
+
+async def demonstrations(
+    tasks: Sequence[Task],
+    player_factory: Callable[[int], Player],
+    chat: Chat,
+    context_tokens: int,
+    settings: AgentSettings | None = None,
+    limits: Limits | None = None,
+    pool: EnvironmentPool | None = None,
+) -> AsyncIterator[Group]:
+    """The groups of `demonstrate` one by one, for more than fit into memory."""
+    limits = limits or Limits(max_turns=context_tokens, seconds=60.0)
+    replicas = pool or EnvironmentPool()
+    try:
+        for index, task in enumerate(tasks):
+            slot = Slot(index, 0, task, version=0)
+            actor = Demonstrator(player_factory(task.seed), chat, context_tokens, settings)
+            place = Place(slot, 0, seed=0, worker="demonstration")
+            yield Group(slot, (await play(place, replicas, actor, limits),))
+    finally:
+        if pool is None:
+            await replicas.close()
 
 
 class Demonstrator:

@@ -14,7 +14,9 @@ import ray
 
 from deploy import cli, connect, drive
 from deploy.janitor import TAG
+from envs import registry
 from tests.deploy.small_run import RECIPE
+from tests.envs import bad
 
 Manta = Callable[..., tuple[int, str, str]]
 
@@ -85,7 +87,7 @@ def of_model(path: object, *overrides: str) -> list[str]:
         ([RECIPE, "env.id=frozen_lak"], "unknown environment 'frozen_lak'; did you mean frozen_lake"),
         ([RECIPE, "env.options.sise=3"], "has no option 'sise'; its options: size,"),
         ([RECIPE, "evaluation.options.split=[odd]"], "split='[odd]' must be"),
-        ([RECIPE, "env.id=CartPole-v1", "env.options={}"], "CartPole-v1"),
+        ([RECIPE, "env.id=CartPole-v1", "env.options={}"], "first prompt of CartPole-v1 has .* tokens"),
         (
             [RECIPE, "rollout.group_size=1"],
             "rollout.group_size=1 leaves .* without a baseline.*use 2 or more",
@@ -203,11 +205,41 @@ def test_an_evaluation_that_cannot_run_is_refused(
     assert said in mistake(manta("eval", *filled, "--env", "frozen_lake"))
 
 
+def test_the_environments_there_are_are_listed(manta: Manta) -> None:
+    code, out, _ = manta("envs")
+    assert code == 0
+    assert re.search(r"frozen_lake +FrozenLake in words.* yes", out)
+    told = " ".join(out.split())
+    assert all(env_id in told for env_id in ("CartPole-v1", "Taxi-v4", "Blackjack-v1", "Pendulum-v1"))
+    assert "Taxi-v3" not in told and "CartPole-v0" not in told
+
+
+def test_a_sound_environment_is_told_so_and_one_that_is_not_row_by_row(
+    manta: Manta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = manta("check-env", "frozen_lake", "--option", "size=3", "--turns", "5")
+    assert (code, out.strip()) == (0, "frozen_lake: nothing found")
+    monkeypatch.setattr(registry, "_OURS", dict(registry._OURS))
+    registry.register("loud", bad.DrawsGlobally)
+    code, out, _ = manta("check-env", "loud")
+    assert code == 1
+    assert "generators" in out and "self.np_random" in out and "loud: 1 found" in out
+    assert "has no option 'sise'" in mistake(manta("check-env", "frozen_lake", "--option", "sise=3"))
+
+
+def test_demonstrations_are_written_and_told(manta: Manta, tmp_path: Path) -> None:
+    code, out, _ = manta("demos", "frozen_lake", "-n", "4", "--out", str(tmp_path / "demos"))
+    assert code == 0
+    assert "success 1.000" in out and "4 episodes" in out and f"wrote {tmp_path / 'demos'}" in out
+
+
 def test_a_job_is_checked_before_it_is_submitted(manta: Manta) -> None:
     assert "did you mean rollout.workers?" in mistake(manta("submit", RECIPE, "rollout.worker=2"))
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "submit", "scale", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "submit", "scale", "envs", "check-env", "demos", "doctor"]
+)
 def test_help_says_how_a_command_is_used(manta: Manta, command: str) -> None:
     code, out, _ = manta(command, "--help")
     assert code == 0
@@ -217,7 +249,7 @@ def test_help_says_how_a_command_is_used(manta: Manta, command: str) -> None:
 def test_help_lists_the_commands(manta: Manta) -> None:
     code, out, _ = manta("--help")
     assert code == 0
-    assert all(command in out for command in ("train", "eval", "submit", "scale", "doctor"))
+    assert all(command in out for command in ("train", "eval", "submit", "envs", "check-env", "demos"))
 
 
 def test_the_doctor_finds_this_machine_fit(manta: Manta) -> None:

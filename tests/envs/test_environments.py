@@ -1,71 +1,30 @@
-"""What every environment promises, ours and adapted ones alike."""
+"""Environments by id. What each of them promises is examined by `envs.check`, see test_check.py."""
 
 from __future__ import annotations
 
-import pickle
-import random
-from functools import partial
 from typing import Any
 
-import numpy as np
+import gymnasium as gym
 import pytest
-from gymnasium.utils.env_checker import check_env
+from gymnasium import spaces
+from gymnasium.wrappers import FrameStackObservation, TimeLimit
 
 from envs import registry, sandbox
-from envs.registry import EnvironmentUnknown
+from envs.adapters import TextAdapter
+from envs.registry import EnvironmentUnknown, Suite
 
-ADAPTED = ["FrozenLake-v1", "CliffWalking-v1", "Taxi-v4", "Blackjack-v1"]
-NOT_HERE = (
-    {"programming"} if sandbox.refusal() is not None else set()
-)  # it needs a sandbox, and there is none
+ADAPTED = ["FrozenLake-v1", "CliffWalking-v1", "Taxi-v4", "Blackjack-v1", "CartPole-v1", "Pendulum-v1"]
+# programming needs a sandbox, which not every machine has
+NOT_HERE = {"programming"} if sandbox.refusal() is not None else set()
 EVERY = [*(each for each in registry.registered() if each not in NOT_HERE), *ADAPTED]
-ACTIONS = {
-    "frozen_lake": ("left", "down", "right", "up"),
-    "household": ("go hall", "go kitchen", "turn on light", "turn off light", "open window", "take cup"),
-    "memory_corridor": ("walk", "walk", "walk", "red", "two"),
-    "programming": ("def plus(x): return x + 7", "def total(numbers): return sum(numbers)"),
-    "Blackjack-v1": ("0", "1"),
-}
 
 
-def play(env: Any, env_id: str, seed: int, turns: int = 30) -> list[Any]:
-    """A random player's whole record; the player's choices depend on the seed alone."""
-    choices = random.Random(seed)
-    record: list[Any] = [env.reset(seed=seed)[0]]
-    for _ in range(turns):
-        step = env.step(choices.choice(ACTIONS.get(env_id, ("0", "1", "2", "3"))))
-        record.append(step[:4])
-        assert not (step[2] and step[3]), "terminated is not truncated"
-        assert -100 <= step[1] <= 100
-        if step[2] or step[3]:
-            break
-    return record
+class Picture(gym.Env[Any, Any]):
+    observation_space = spaces.Box(0, 255, (5, 5, 3))
+    action_space = spaces.Discrete(2)
 
 
-@pytest.mark.parametrize("env_id", EVERY)
-@pytest.mark.filterwarnings("ignore")
-def test_gymnasiums_own_checker_is_content(env_id: str) -> None:
-    check_env(registry.make(env_id), skip_render_check=True)
-
-
-@pytest.mark.parametrize("env_id", EVERY)
-def test_a_seed_fixes_the_instance_in_every_replica(env_id: str) -> None:
-    first, second = registry.make(env_id), registry.make(env_id)
-    for seed in (0, 1, 2**31 - 1):
-        assert play(first, env_id, seed) == play(second, env_id, seed)
-
-
-@pytest.mark.parametrize("env_id", EVERY)
-def test_replicas_share_nothing_and_leave_the_global_generators_alone(env_id: str) -> None:
-    alone, disturbed, other = (registry.make(env_id) for _ in range(3))
-    expected = play(alone, env_id, 7)
-    random.seed(0)
-    np.random.seed(0)
-    before = (random.getstate(), np.random.get_state()[1].tolist())
-    disturbed.reset(seed=7)
-    play(other, env_id, 8)
-    assert play(disturbed, env_id, 7) == expected
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+gym.register("Picture-v0", entry_point=Picture)
 
 
 @pytest.mark.parametrize("env_id", EVERY)
@@ -81,10 +40,69 @@ def test_an_action_that_cannot_be_read_ends_the_episode_and_says_so(env_id: str,
     assert (reward, terminated, truncated, info["malformed"]) == (0.0, True, False, True)
 
 
-@pytest.mark.parametrize("env_id", EVERY)
-def test_a_replica_can_be_made_in_another_process(env_id: str) -> None:
-    env = pickle.loads(pickle.dumps(partial(registry.make, env_id)))()
-    assert env.reset(seed=0)[0] in env.observation_space
+def test_an_adapted_environment_says_what_it_says_to_others() -> None:
+    plain, text = (
+        gym.make("CartPole-v1", max_episode_steps=9),
+        registry.make("CartPole-v1", max_episode_steps=9),
+    )
+    state, _ = plain.reset(seed=3)
+    opening, observation = text.reset(seed=3)[0].splitlines()
+    assert opening == "Answer with one whole number from 0 to 1 and nothing else."
+    truncated = False
+    for action in (0, 1, 1, 0, 1, 0, 0, 1, 1):
+        assert observation == "[" + ", ".join(f"{number:.4g}" for number in state) + "]"
+        state, reward, terminated, truncated, _ = plain.step(action)
+        observation, *rest, _ = text.step(f" {action}\n")
+        assert rest == [reward, terminated, truncated]
+    assert truncated
+
+
+def test_numbers_are_written_with_as_many_digits_as_asked_for() -> None:
+    long, short = (
+        registry.make("Pendulum-v1", text_digits=digits).reset(seed=0)[0].splitlines()[1] for digits in (9, 2)
+    )
+    assert [f"{float(number):.2g}" for number in long[1:-1].split(", ")] == short[1:-1].split(", ")
+
+
+def test_a_wrapped_environment_of_ones_own_is_adapted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_OURS", dict(registry._OURS))
+    registry.register("pairs", lambda: FrameStackObservation(TimeLimit(gym.make("CartPole-v1"), 2), 2))
+    env = registry.make("pairs")
+    assert isinstance(env, TextAdapter)
+    assert env.reset(seed=0)[0].splitlines()[1].startswith("[[")
+    assert [env.step("0")[3] for _ in range(2)] == [False, True]
+
+
+def test_a_suite_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = Suite("Nowhere-", "nowhere", "package_of_nobody.envs", "Environments of Nobody")
+    present = Suite("Here-", "here", "tests.envs.suite_of_here", "a suite")
+    monkeypatch.setattr(registry, "_OURS", dict(registry._OURS))
+    monkeypatch.setattr(registry, "SUITES", (absent, present))
+    with pytest.raises(EnvironmentUnknown, match=r"Environments of Nobody.*pip install 'manta\[nowhere\]'"):
+        registry.make("Nowhere-Easy-v0")
+    with pytest.raises(EnvironmentUnknown, match="did you mean Here-Lake"):
+        registry.make("Here-Laka")
+    assert "Answer with" in registry.make("Here-Lake").reset(seed=0)[0]
+
+
+def test_what_an_environment_says_of_itself() -> None:
+    told = registry.describe("frozen_lake")
+    assert told.about.startswith("FrozenLake in words") and told.has_player and told.levels == ""
+
+
+def test_levels_are_read_from_the_docstring(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stairs() -> Any:
+        """Climb stairs.
+
+        Action: up.
+        Levels: 1 one step,
+        2 two.
+        Ends: at the top.
+        """
+
+    monkeypatch.setattr(registry, "_OURS", {"stairs": stairs})
+    told = registry.describe("stairs")
+    assert (told.about, told.levels, told.has_player) == ("Climb stairs.", "1 one step, 2 two.", False)
 
 
 def test_a_time_limit_truncates() -> None:
@@ -97,7 +115,9 @@ def test_a_time_limit_truncates() -> None:
     ("env_id", "options", "says"),
     [
         ("frozen_lak", {}, "did you mean frozen_lake"),
-        ("CartPole-v1", {}, "Box"),
+        ("CartPole-v1", {"text_digits": 0}, "text_digits=0 must be a whole number from 1 to 17"),
+        ("tests.envs.test_environments:Picture-v0", {}, "observations of 75 numbers have no text form: 64"),
+        ("frozen_lake", {"text_digits": 3}, "its options: size"),
         ("frozen_lake", {"sise": 4}, "its options: size"),
         ("frozen_lake", {"size": 1}, "use 2 or more"),
         ("frozen_lake", {"size": "4"}, "frozen_lake"),

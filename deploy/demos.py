@@ -1,0 +1,105 @@
+"""Demonstrations as a folder: a scripted player's episodes in the trajectory schema, and the tokenizer of their ids.
+
+FOLDER/segment-NNNNNN.arrows   rows, one a turn, a record batch an episode: rollout.wire.segments.read_rows(FOLDER)
+FOLDER/tokenizer/              what the ids mean, where it was built here
+FOLDER/demonstrations.json     how they were played, and what came of it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from deploy.config import ConfigError
+from deploy.evaluate import Evaluation
+from deploy.preflight import loaded
+from deploy.progress import Progress
+from envs import registry
+from learner.tokenizer import build_tokenizer
+from rollout.agent import AgentSettings
+from rollout.chat import Chat
+from rollout.demonstrate import demonstrations
+from rollout.wire.schema import encode
+from rollout.wire.segments import SegmentWriter
+from rollout.wire.store import EpisodeRow
+from rollout.wire.trajectory import Group, Task
+
+SEGMENT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstrations:
+    """What is to be played, and how its ids are spelled."""
+
+    env_id: str
+    options: dict[str, Any]
+    episodes: int
+    first_seed: int = 0  # an episode a seed, from here on
+    error_rate: float = 0.0
+    model: str | None = (
+        None  # Hugging Face folder or id of the tokenizer; None: a tiny one is built, a token a character
+    )
+    memory: str = "full"  # what a turn sees: see AgentSettings
+    context_tokens: int = 32768  # an episode that does not fit ends there
+
+
+def write_demonstrations(asked: Demonstrations, folder: Path, console: Console) -> Evaluation:
+    """Play them and write `folder`, whole or not at all. ConfigError, EnvironmentUnknown where that cannot be done."""
+    player = registry.player(asked.env_id)
+    registry.make(asked.env_id, **asked.options).close()
+    if folder.exists():
+        raise ConfigError(f"{folder} is there already; name a folder that is not")
+    partial_folder = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    try:
+        chat = Chat(_tokenizer(asked, partial_folder))
+        tasks = [
+            Task.of(asked.env_id, asked.first_seed + index, asked.options) for index in range(asked.episodes)
+        ]
+        played = demonstrations(
+            tasks,
+            partial(player, asked.error_rate),
+            chat,
+            asked.context_tokens,
+            AgentSettings.model_validate({"memory": asked.memory}),
+        )
+        with Progress(0, f"{asked.episodes} demonstrations of {asked.env_id}", console) as progress:
+            evaluation = asyncio.run(_written(played, partial_folder, asked.episodes, progress))
+        facts = asdict(asked) | {"outcome": asdict(evaluation)}
+        (partial_folder / "demonstrations.json").write_text(json.dumps(facts, indent=2))
+        partial_folder.rename(folder)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+    return evaluation
+
+
+async def _written(played: AsyncIterator[Group], folder: Path, total: int, progress: Progress) -> Evaluation:
+    rows: list[EpisodeRow] = []
+    successes = 0
+    writer = SegmentWriter(folder, SEGMENT_BYTES)
+    with progress.phase("demonstrations", total) as phase:
+        async for group in played:
+            batch = encode(group)
+            if batch.num_rows:  # an episode that failed in its reset has none
+                writer.append(batch)
+            rows += [EpisodeRow.of(trajectory) for trajectory in group.trajectories]
+            successes += bool(rows[-1].success)
+            phase.advance(success=successes / len(rows))
+    writer.close()
+    return Evaluation.of(rows)
+
+
+def _tokenizer(asked: Demonstrations, folder: Path) -> PreTrainedTokenizerBase:
+    if asked.model is None:
+        return build_tokenizer(folder / "tokenizer")
+    tokenizer: PreTrainedTokenizerBase = loaded(AutoTokenizer, asked.model)
+    return tokenizer

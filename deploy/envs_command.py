@@ -1,0 +1,100 @@
+"""What `manta envs` and `manta check-env` show: the environments there are, and what is wrong with one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from envs import registry
+from envs.check import check
+from envs.findings import Finding
+from envs.registry import EnvironmentUnknown
+
+
+def show_environments(console: Console) -> None:
+    """Ours, the suites with their extras, and how many of Gymnasium's have text forms here."""
+    ours = _table("environment", "about", "levels", "player")
+    for env_id in registry.registered():
+        try:
+            told = registry.describe(env_id)
+        except EnvironmentUnknown as error:  # a package of its is missing
+            ours.add_row(env_id, f"[yellow]{escape(str(error))}[/]", "", "")
+        else:
+            ours.add_row(env_id, escape(told.about), escape(told.levels), "yes" if told.has_player else "")
+    console.print(ours)
+    if registry.SUITES:
+        suites = _table("suite", "ids", "here")
+        for suite in registry.SUITES:
+            found = "yes" if suite.installed else f"pip install 'manta\\[{suite.extra}]'"
+            suites.add_row(escape(suite.about), f"{suite.prefix}...", found)
+        console.print(suites)
+    known, fit = newest_of_gymnasium(), gymnasium_ids()
+    console.print(
+        f"Any gymnasium.make id works that has a text form; here {len(fit)} of {len(known)} do "
+        f"(others need packages of their own, or show pictures): {', '.join(fit)}",
+        highlight=False,
+    )
+
+
+def newest_of_gymnasium() -> list[str]:
+    """The ids that Gymnasium knows, of each the newest version."""
+    newest: dict[tuple[str | None, str], EnvSpec] = {}
+    for spec in gym.registry.values():
+        key = (spec.namespace, spec.name)
+        if key not in newest or (spec.version or 0) > (newest[key].version or 0):
+            newest[key] = spec
+    return sorted(spec.id for spec in newest.values())
+
+
+def gymnasium_ids() -> list[str]:
+    """Those of them that can be made here and have a text form."""
+    fit = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for env_id in newest_of_gymnasium():
+            try:
+                registry.make(env_id).close()
+            except EnvironmentUnknown:
+                continue
+            fit.append(env_id)
+    return fit
+
+
+def check_environment(
+    env_id: str, options: dict[str, Any], seconds: float, turns: int, console: Console
+) -> int:
+    """Examine an environment and show what is wrong; the exit status is 1 where something is, else 0."""
+    registry.make(env_id, **options).close()  # a wrong id or option is the person's mistake, no finding
+    with console.status(f"{env_id} is examined"):
+        findings = check(env_id, options, seconds=seconds, turns=turns)
+    show_findings(env_id, findings, console)
+    return int(bool(findings))
+
+
+def show_findings(env_id: str, findings: Sequence[Finding], console: Console) -> None:
+    """A row a finding, or one line where there is none."""
+    if not findings:
+        console.print(f"{env_id}: nothing found", style="green", highlight=False)
+        return
+    table = _table("found", "what", "where", "what to do")
+    for finding in findings:
+        table.add_row(
+            f"[red]{finding.kind}[/]", escape(finding.what), escape(finding.where), escape(finding.advice)
+        )
+    console.print(table)
+    console.print(f"{env_id}: {len(findings)} found", style="red", highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

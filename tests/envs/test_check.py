@@ -1,0 +1,89 @@
+"""Everything there is passes the checks; each thing that can be wrong is found, alone, and said in words of its own."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from envs import registry
+from envs.check import check, check_recipe
+from envs.findings import ADVICE, Finding
+from tests.envs import bad
+
+ADAPTED = ["FrozenLake-v1", "CliffWalking-v1", "Taxi-v4", "Blackjack-v1", "CartPole-v1"]
+
+# Environment, the kind of its finding, what is said of it; those of the second table need a process of their own.
+INLINE = [
+    (bad.Raises, "raises", r"KeyError\('the second turn'\) \(step 2, seed 0, action"),
+    (bad.SaysNumbers, "observation", "ndarray .* is no text and no list of messages"),
+    (bad.SaysNothing, "observation", "list .* is no text"),
+    (bad.FourAnswers, "raises", "not .observation, reward, terminated, truncated, info"),
+    (bad.PaysNothingKnown, "reward", "nan is no finite number"),
+    (bad.PaysTooMuch, "reward", r"earned [\d.]+, outside of \[0, 1\]"),
+    (bad.EndsTwice, "ends", "it says terminated and truncated"),
+    (bad.EndsInNumbers, "ends", "terminated=0, truncated=False are no bools"),
+    (bad.ToldTooSoon, "info", "success before the end"),
+    (bad.NamesNoNumbers, "info", "not names and numbers: could not convert"),
+    (bad.OneListForAll, "sharing", "changed by a later step"),
+    (bad.RaisesOnJunk, "unreadable", "it raised ValueError.*action ''"),
+    (bad.PaysForJunk, "unreadable", "it paid 1"),
+    (bad.OutsideOfItsSpace, "gymnasium", "not within the observation space"),
+    (bad.ClosesOnce, "closing", "closed already"),
+    (bad.DrawsGlobally, "generators", "generator of random was used"),
+    (bad.DrawsFromNumpy, "generators", "generator of numpy.random was used"),
+    (bad.NoSeed, "seeding", "begin differently with one seed .reset, seed 0"),
+    (bad.Noisy, "repetition", "led elsewhere in another replica .step"),
+    (bad.OneHeightForAll, "isolation", "while another replica plays"),
+    (bad.KeepsItsTurns, "reuse", "after an episode that was given up"),
+    (bad.BrokenBehindTheEnd, "reuse", "with a step behind its end"),
+    (bad.ForgetsItsTurns, "snapshots", "from its snapshot after step 1"),
+]
+APART = [
+    (bad.Sleeps, "time", r"no answer within 0.5 s \(in a process of its own, seed 0"),
+    (bad.Hangs, "time", r"no answer within 0.5 s \(in a process of its own, seed 0, action ''"),
+    (bad.Dies, "death", "died with exit code 3"),
+    (bad.CannotBeMade, "raises", r"no such file: words.txt.*making it"),
+    (bad.KnowsItsProcess, "elsewhere", "in another process it says something else .reset, seed 0"),
+]
+ECHOES = {"gymnasium"}  # its checker resets with one seed, too
+
+
+def only(findings: list[Finding], kind: str) -> str:
+    """The one finding, as it is told."""
+    told = {finding.kind: str(finding) for finding in findings}
+    assert kind in told and set(told) <= {kind} | ECHOES, told
+    assert "\n" not in told[kind] and ADVICE[kind] in told[kind]
+    return told[kind]
+
+
+@pytest.mark.parametrize("env_id", [*registry.registered(), *ADAPTED])
+def test_everything_there_is_passes(env_id: str) -> None:
+    assert check(env_id) == []
+
+
+@pytest.mark.parametrize(("env", "kind", "says"), INLINE)
+def test_what_is_wrong_is_found_and_named(env: type[bad.Sound], kind: str, says: str) -> None:
+    assert re.search(says, only(check_recipe(env, apart=False), kind))
+
+
+@pytest.mark.parametrize(("env", "kind", "says"), APART)
+def test_what_only_a_process_of_its_own_can_show_is_found(env: type[bad.Sound], kind: str, says: str) -> None:
+    seconds = 0.5 if kind == "time" else 30.0
+    assert re.search(says, only(check_recipe(env, seconds=seconds), kind))
+
+
+def test_what_cannot_travel_is_said_and_examined_here() -> None:
+    findings = check_recipe(lambda: bad.DrawsGlobally())
+    assert [finding.kind for finding in findings] == ["pickling", "generators"]
+
+
+def test_every_kind_of_finding_has_its_environment() -> None:
+    assert {kind for _, kind, _ in [*INLINE, *APART]} | {"pickling"} == set(ADVICE)
+
+
+def test_a_sound_environment_passes_and_one_that_says_it_does_not_repeat_itself_does() -> None:
+    assert check_recipe(bad.Sound) == []
+    assert check_recipe(bad.SaysMessages) == []
+    assert check_recipe(bad.SaysItIsNoisy, apart=False) == []
+    assert check("tests.envs.bad:ManyWinds-v0") == []
