@@ -143,7 +143,8 @@ def build_learner(config: RunConfig, path: str, ranks: Ranks = ALONE) -> Learner
 
 def build_exchange(config: RunConfig, run_folder: Path) -> Exchange:
     """The buffer of the run, over its ledger and segments on disk."""
-    store = Store(run_folder, training_tasks(config), config.buffer, total_steps=config.steps)
+    tasks = training_tasks(config)
+    store = Store(run_folder, tasks, config.buffer, total_steps=config.steps, seed=config.seed)
     return Exchange(store)
 
 

@@ -167,6 +167,12 @@ class RunConfig(Settings):
                 f"rollout.group_size=1 leaves learner.algorithm.credit.kind={credit.kind!r} without a baseline: an "
                 "advantage is a reward compared with its siblings'; use 2 or more, or reinforce_pp, returns or gae"
             )
+        reuse = self.buffer.reuse
+        if reuse.groups and reuse.sampler.kind == "prioritized" and self.rollout.group_size < 2:
+            raise ValueError(
+                "buffer.reuse.sampler.kind='prioritized' prefers groups whose rewards differ, but "
+                "rollout.group_size=1: use 2 or more, or 'uniform'"
+            )
         if self.rollout.max_turns == 1 and credit.turns:
             raise ValueError(
                 f"learner.algorithm.credit.kind={credit.kind!r} compares turns, but rollout.max_turns=1; "

@@ -113,6 +113,21 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
             ["learner.imitation.optim.schedule=cosine", "learner.imitation.optim.warmup_steps=48"],
             "lower learner.imitation.optim.warmup_steps or",
         ),
+        (
+            ["buffer.reuse.groups=1", "buffer.reuse.limit=0"],
+            "buffer.reuse.limit: Input should be greater than",
+        ),
+        (["buffer.reuse.groups=1", "buffer.max_lag=4"], "buffer.reuse.max_lag=4 leaves nothing to reuse"),
+        (["buffer.reuse.groups=3"], "buffer.reuse.groups=3 can never be found"),
+        (["buffer.reuse.sampler.kind=lifo"], "'fifo', 'uniform', 'prioritized'"),
+        (
+            [
+                "buffer.reuse={groups=1, sampler={kind='prioritized'}}",
+                "rollout.group_size=1",
+                "learner.algorithm.credit.kind=reinforce_pp",
+            ],
+            "prefers groups whose rewards differ",
+        ),
         (["learner.ranks=33"], "have at least as many groups as ranks"),
         (["learner.ranks=2", "learner.model.lora.rank=4"], "use learner.ranks=1"),
         (

@@ -18,7 +18,7 @@ from learner.prepare import Example
 from learner.publish import take_snapshot
 from learner.ranks import Ranks
 from learner.shards import gathered, gathered_tree
-from rollout.wire.schema import decode, encode
+from rollout.wire.schema import as_reused, decode, encode
 from rollout.wire.trajectory import Group
 from tests.learner.episodes import group, random_groups
 
@@ -56,8 +56,9 @@ def groups_of(seed: int, count: int = 5) -> list[Group]:
 
 
 def own(ranks: Ranks, groups: list[Group]) -> list[Group]:
-    """The share of a step that the exchange would give this rank."""
-    return [decode(batch) for batch in ranks.share.of([encode(each) for each in groups])]
+    """The share of a step that the exchange would give this rank; the step has its last group once more."""
+    *fresh, last = [encode(each) for each in groups]
+    return [decode(batch) for batch in ranks.share.of([*fresh, as_reused(last, 2)])]
 
 
 def rows(groups: list[Group]) -> int:
