@@ -124,7 +124,7 @@ async def build_worker(
     engine = await engine_factory(config, name, path)
     chat = Chat(load_tokenizer(path))
     agent = Agent(engine, chat, config.sampling, config.rollout.context_tokens, config.agent)
-    pool = EnvironmentPool(host=config.env.host)
+    pool = EnvironmentPool(host=config.env.host, parts=config.agent.parts)
     return RolloutWorker(name, engine, agent, exchange, config.rollout, config.seed, pool)
 
 

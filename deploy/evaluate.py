@@ -21,6 +21,7 @@ from learner.checkpoint import MODEL, latest
 from rollout.agent import Agent, AgentSettings
 from rollout.chat import Chat
 from rollout.engine import Sampling
+from rollout.pool import EnvironmentPool
 from rollout.vllm_engine import VllmEngine, VllmSettings
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Assignment, DropReason, EndReason, Slot, Task
@@ -126,7 +127,8 @@ async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) ->
     await engine.adopt_loaded(version=0)
     agent = Agent(engine, Chat(tokenizer), conditions.sampling, context, conditions.agent)
     rollout = RolloutSettings(group_size=1, concurrent_groups=settings.max_num_seqs, context_tokens=context)
-    worker = RolloutWorker("evaluation", engine, agent, _NoExchange(), rollout, run_seed=0)
+    pool = EnvironmentPool(parts=conditions.agent.parts)
+    worker = RolloutWorker("evaluation", engine, agent, _NoExchange(), rollout, run_seed=0, pool=pool)
     try:
         return Evaluation.of([EpisodeRow.of(trajectory) for trajectory in await worker.evaluate(tasks)])
     finally:

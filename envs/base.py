@@ -4,10 +4,13 @@ An observation is text, or chat messages; an action is the text the agent wrote.
 reached a final state, `truncated` that a limit cut the episode: they are never the same thing. An environment draws
 from its own generator (`self.np_random`) only, so replicas are independent and a seed fixes the instance.
 
-A message is a dict with `role` and `content`, as chat templates take them, and may say two things more:
+A message is a dict with `role` and `content`, as chat templates take them. The first one of an observation may direct
+the agent besides (DIRECTIONS, which the model never sees):
 
-    tools   list of JSON schemas, on the first message: what can be called, for the template's own tool section
-    forget  true, on the first message: the conversation begins anew with these messages, as a segment of its own
+    tools       list of JSON schemas: what can be called, for the chat template's own tool section
+    forget      true: the conversation begins anew with these messages, as a segment of its own
+    go_on       true: the content is put behind what the agent wrote last, whose turn goes on from there
+    max_tokens  the next turn may sample so many tokens at most, where the recipe allows more
 
 Keys of `info` that mean something to Manta:
 
@@ -32,6 +35,7 @@ Observation = str | list[Message]
 Info = dict[str, Any]
 Split = Literal["all", "train", "heldout"]
 
+DIRECTIONS = ("tools", "forget", "go_on", "max_tokens")
 HELD_OUT = 8  # one instance in so many is held out
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n\t"
 

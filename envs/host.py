@@ -62,7 +62,8 @@ class Inline:
 
     def __init__(self, env: Env) -> None:
         spec = env.unwrapped.spec
-        self.nondeterministic = spec is not None and spec.nondeterministic
+        said = env.has_wrapper_attr("nondeterministic") and env.get_wrapper_attr("nondeterministic")
+        self.nondeterministic = bool(said) or (spec is not None and spec.nondeterministic)
         self._env = env
         self._state = reach(env)
 

@@ -30,8 +30,16 @@ class Player(Protocol):
     def act(self, observation: Any) -> str: ...
 
 
-_OURS: dict[str, str | _Factory] = {"frozen_lake": "envs.frozen_lake:FrozenLake"}
-_PLAYERS: dict[str, str] = {"frozen_lake": "envs.frozen_lake:Player"}
+_OURS: dict[str, str | _Factory] = {
+    "frozen_lake": "envs.frozen_lake:FrozenLake",
+    "household": "envs.household:Household",
+    "memory_corridor": "envs.memory_corridor:MemoryCorridor",
+}
+_PLAYERS: dict[str, str] = {
+    "frozen_lake": "envs.frozen_lake:Player",
+    "household": "envs.household:Player",
+    "memory_corridor": "envs.memory_corridor:Player",
+}
 
 
 def register(env_id: str, factory: _Factory) -> None:

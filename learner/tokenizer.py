@@ -17,8 +17,8 @@ PAD, USER, ASSISTANT, END, SYSTEM = "<|pad|>", "<|user|>", "<|assistant|>", "<|e
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 
 # <|role|>content, and an assistant's finished turn ends with <|end|>. A rendered history is a prefix of the
-# next one. A tool speaks as the user does; tools are named with their arguments' names, a line each, since schemas would
-# fill a small context.
+# next one. A tool speaks as the user does. Tools are named with their arguments, a line each: schemas would fill a
+# small context.
 CHAT_TEMPLATE = (
     "{% if tools %}<|system|>{% for tool in tools %}"
     "{{ tool.function.name }}({{ tool.function.parameters.properties | join(', ') }})\n{% endfor %}{% endif %}"

@@ -13,6 +13,7 @@ from envs.base import Message, Observation
 from rollout.chat import Chat, as_json
 from rollout.clock import BusyClock
 from rollout.engine import Completion, Engine, Sampling, derive_seed
+from rollout.parts.settings import PartSettings
 from rollout.wire.trajectory import Step
 
 
@@ -73,6 +74,9 @@ class AgentSettings(BaseModel):
         description="what a turn sees: the whole conversation, or the last observation alone (for environments whose "
         "observation says everything); then every turn is a segment of its own",
     )
+    parts: tuple[PartSettings, ...] = Field(
+        (), description="what stands between the environment and the policy, from the environment outwards"
+    )
     min_new_tokens: int = Field(
         1, gt=0, description="with room for fewer tokens the episode ends: context overflow"
     )
@@ -115,17 +119,16 @@ class Agent:
     async def turn(self, conversation: Conversation, observation: Observation) -> Turn | ContextOverflow:
         """Sample one turn and add it to the conversation. Raises EngineFailed."""
         messages = as_messages(observation)
-        if conversation.ids and (self._settings.memory == "last" or messages[0].get("forget")):
+        if conversation.ids and self._forgets(messages[0]):
             conversation.open_segment()
-        first = not conversation.ids
-        added = self.chat.opening(messages) if first else self.chat.delta(messages, conversation.sampled)
+        added = self._added(conversation, messages)
         prompt = [*conversation.ids, *added]
         room = self._context_tokens - len(prompt)
         if room < self._settings.min_new_tokens:
             return ContextOverflow(len(prompt), self._context_tokens)
         began = time.perf_counter()
         with self.engine_clock:
-            completion = await self.engine.generate(prompt, self._turn_sampling(conversation, room))
+            completion = await self.engine.generate(prompt, self._turn_sampling(conversation, messages, room))
         engine_seconds = time.perf_counter() - began
         sampled = completion.token_ids.tolist()
         # The engine may still read the prompt it was given: extend a list of our own.
@@ -135,9 +138,19 @@ class Agent:
         action = self.chat.text(sampled)
         return Turn(conversation.segment, as_json(messages), action, added, completion, engine_seconds)
 
-    def _turn_sampling(self, conversation: Conversation, room: int) -> Sampling:
+    def _forgets(self, first: Message) -> bool:
+        return bool(first.get("forget")) or (self._settings.memory == "last" and not first.get("go_on"))
+
+    def _added(self, conversation: Conversation, messages: Sequence[Message]) -> Sequence[int]:
+        if not conversation.ids:
+            return self.chat.opening(messages)
+        if messages[0].get("go_on"):
+            return self.chat.going_on(messages[0], conversation.sampled)
+        return self.chat.delta(messages, conversation.sampled)
+
+    def _turn_sampling(self, conversation: Conversation, messages: Sequence[Message], room: int) -> Sampling:
         seed = derive_seed(conversation.seed, conversation.turn)
-        most = min(self._sampling.max_tokens, room)
+        most = min(self._sampling.max_tokens, messages[0].get("max_tokens", room), room)
         return self._sampling.model_copy(update={"seed": seed, "max_tokens": most})
 
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from envs.base import Message
+from envs.base import DIRECTIONS, Message
 
 Ids = tuple[int, ...]
 
@@ -25,7 +25,6 @@ _SAID: Message = {"role": "assistant", "content": "zq8 said zq8"}
 _THOUGHT: Message = {"role": "assistant", "content": "zq8 thought zq8"}
 _NEXT: Message = {"role": "user", "content": "zq8 next zq8"}
 _CACHED_PROMPTS = 8192
-_DIRECTIONS = ("tools", "forget")  # said to the agent and the template, not to the model: see envs.base
 
 
 class ChatError(ValueError):
@@ -69,6 +68,15 @@ class Chat:
         """
         glue = self._glue(as_json(messages))
         return glue[1:] if len(sampled_ids) and sampled_ids[-1] == self.end_of_turn else glue
+
+    def going_on(self, message: Message, sampled_ids: Sequence[int]) -> Ids:
+        """The tokens of `message`, put behind what was sampled: the assistant's turn goes on.
+
+        A turn that was ended already can not: the message is then the user's.
+        """
+        if len(sampled_ids) and sampled_ids[-1] in self._stops:
+            return self.delta([{"role": "user", "content": message["content"]}], sampled_ids)
+        return self._encode(message["content"])
 
     def text(self, sampled_ids: Sequence[int]) -> str:
         """What was sampled, for the environment and for people: decoded without the token that ended the turn.
@@ -123,7 +131,7 @@ class Chat:
         return f"chat template of {self._tokenizer.name_or_path or 'this tokenizer'}"
 
     def _render(self, messages: Sequence[Message], *, prompted: bool) -> str:
-        plain = [{key: value for key, value in each.items() if key not in _DIRECTIONS} for each in messages]
+        plain = [{key: value for key, value in each.items() if key not in DIRECTIONS} for each in messages]
         tools = messages[0].get("tools")
         try:
             text = self._tokenizer.apply_chat_template(

@@ -6,13 +6,14 @@ import asyncio
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 from envs import registry
 from envs.host import Env, EnvironmentFailed, HostSettings, Inline, Replica
 from envs.hosted import Hosted
+from rollout.parts.settings import PartSettings, dressed
 from rollout.wire.trajectory import Task
 
 MakeEnv = Callable[..., Env]  # (env_id, **options)
@@ -36,11 +37,18 @@ def asking(task: Task, what: str) -> Iterator[None]:
 class EnvironmentPool:
     """Idle replicas by (environment, options); as many exist as were ever used at the same time.
 
-    With host.where="process", what `make` is given and is itself must be picklable.
+    Each is dressed in the agent's parts. With host.where="process", what `make` is given and is itself must be
+    picklable.
     """
 
-    def __init__(self, make: MakeEnv = registry.make, host: HostSettings | None = None) -> None:
+    def __init__(
+        self,
+        make: MakeEnv = registry.make,
+        host: HostSettings | None = None,
+        parts: Sequence[PartSettings] = (),
+    ) -> None:
         self._make = make
+        self._parts = tuple(parts)
         self._host = host or HostSettings()
         # Interpreters that start compete for the processors: more at once would only use up each other's limit.
         self._starting = asyncio.Semaphore(os.cpu_count() or 1)
@@ -53,10 +61,11 @@ class EnvironmentPool:
             return idle.pop()
         with asking(task, "make"):
             if self._host.where == "inline":
-                return Inline(self._make(task.env_id, **task.kwargs))
+                return Inline(dressed(partial(self._make, task.env_id, **task.kwargs), self._parts))
             recipe = registry.recipe if self._make is registry.make else partial(partial, self._make)
+            made = partial(dressed, recipe(task.env_id, **task.kwargs), self._parts)
             async with self._starting:
-                return await Hosted.start(recipe(task.env_id, **task.kwargs), self._host)
+                return await Hosted.start(made, self._host)
 
     def give_back(self, task: Task, replica: Replica) -> None:
         """For the next episode to reuse; only after an episode that left it in a known state."""

@@ -16,7 +16,12 @@ from envs.registry import EnvironmentUnknown
 
 ADAPTED = ["FrozenLake-v1", "CliffWalking-v1", "Taxi-v4", "Blackjack-v1"]
 EVERY = [*registry.registered(), *ADAPTED]
-ACTIONS = {"frozen_lake": ("left", "down", "right", "up"), "Blackjack-v1": ("0", "1")}
+ACTIONS = {
+    "frozen_lake": ("left", "down", "right", "up"),
+    "household": ("go hall", "go kitchen", "turn on light", "turn off light", "open window", "take cup"),
+    "memory_corridor": ("walk", "walk", "walk", "red", "two"),
+    "Blackjack-v1": ("0", "1"),
+}
 
 
 def play(env: Any, env_id: str, seed: int, turns: int = 30) -> list[Any]:

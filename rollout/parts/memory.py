@@ -1,0 +1,115 @@
+"""Memory within an episode, for conversations that outgrow their context: a window, or a summary of one's own.
+
+window    of the conversation the last `keep` turns stay; the task (the first observation) always does
+summary   the policy is asked to say what matters so far, a turn that is stored and trained like any other; its own
+          words then stand for all that went before
+
+Both begin the conversation anew, as a segment of its own, when `every` turns have come together: a stored segment is
+never edited, and in between the conversation grows by what is said, so that its tokens are sampled and trained once.
+Summaries by the policy itself, learnt with the task: Zhou et al. 2025, MEM1, section 3.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from envs.base import Info, Message, Observation
+from rollout.parts.part import Env, Outcome, Part, anew, answered, followed, messages_of, preceded
+
+
+class WindowSettings(BaseModel):
+    """What was said longest ago is forgotten."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["window"] = "window"
+    every: int = Field(8, gt=0, description="turns that come together before the conversation begins anew")
+    keep: int = Field(4, ge=0, description="of them the last so many stay")
+
+    @model_validator(mode="after")
+    def _forgets_something(self) -> WindowSettings:
+        if self.keep >= self.every:
+            raise ValueError(f"keep={self.keep} of every={self.every} turns forgets nothing; keep fewer")
+        return self
+
+    def dress(self, env: Env) -> Env:
+        """The environment as the policy has it."""
+        return Window(env, settings=self)
+
+
+class SummarySettings(BaseModel):
+    """The policy's own words stand for what was said."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["summary"] = "summary"
+    every: int = Field(8, gt=0, description="turns that come together before a summary is asked for")
+    ask: str = Field("Write down what matters of all this.", description="how it is asked for")
+    max_chars: int = Field(600, gt=0, description="a longer summary is cut")
+
+    def dress(self, env: Env) -> Env:
+        """The environment as the policy has it."""
+        return Summary(env, settings=self)
+
+
+class Window(Part):
+    """An environment whose policy remembers the task and the last turns."""
+
+    def __init__(self, env: Env, settings: WindowSettings) -> None:
+        super().__init__(env, settings=settings)
+        self._settings = settings
+        self._task: list[Message] = []
+        self._turns: list[list[Message]] = []  # what was done, and what came of it
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, Info]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._task, self._turns = messages_of(observation), []
+        return observation, info
+
+    def step(self, action: str) -> Outcome:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._turns.append([{"role": "assistant", "content": action}, *messages_of(observation)])
+        if len(self._turns) >= self._settings.every:
+            self._turns = self._turns[len(self._turns) - self._settings.keep :]
+            latest = [message for turn in self._turns for message in turn] or messages_of(observation)
+            observation = anew([*self._task, *latest])
+        return observation, float(reward), terminated, truncated, info
+
+
+class Summary(Part):
+    """An environment whose policy remembers the task, its last summary, and what came since."""
+
+    def __init__(self, env: Env, settings: SummarySettings) -> None:
+        super().__init__(env, settings=settings)
+        self._settings = settings
+        self._task: list[Message] = []
+        self._turns = 0
+        self._waiting: list[Message] | None = None  # the observation that a summary is to come before
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, Info]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._task, self._turns, self._waiting = messages_of(observation), 0, None
+        return observation, info
+
+    def step(self, action: str) -> Outcome:
+        if self._waiting is not None:
+            return self._summarized(action)
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._turns += 1
+        if self._turns >= self._settings.every and not (terminated or truncated):
+            self._waiting = messages_of(observation)
+            observation = followed(observation, self._settings.ask)
+        return observation, float(reward), terminated, truncated, info
+
+    def _summarized(self, text: str) -> Outcome:
+        assert self._waiting is not None
+        said = f"So far: {text.strip()[: self._settings.max_chars]}"
+        observation = anew([*self._task, *preceded(said, self._waiting)])
+        self._turns, self._waiting = 0, None
+        return answered(observation)

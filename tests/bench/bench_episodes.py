@@ -1,0 +1,196 @@
+"""A thousand episodes on one worker: what a turn and an episode cost, what a stuck replica costs the others, what a
+process around an environment adds to a step.
+
+The engine answers after a fixed time and uses next to no processor, so that all the worker's process uses is ours: the
+environments, the conversations, the turns made durable, the rows. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from deploy.build import load_tokenizer
+from envs.base import TextEnv
+from envs.host import HostSettings
+from learner.tokenizer import build_tokenizer
+from rollout.agent import Agent
+from rollout.chat import Chat
+from rollout.engine import Completion, Sampling
+from rollout.pool import EnvironmentPool
+from rollout.tasks import TaskStream
+from rollout.wire.exchange import Exchange
+from rollout.wire.store import BufferSettings, Store
+from rollout.wire.trajectory import Float32Array, Task
+from rollout.wire.weights import SyncReport, WeightUpdate
+from rollout.worker import RolloutSettings, RolloutWorker
+
+GROUPS, GROUP_SIZE, LATENCY_S = 125, 8, 2.0
+TURNS = 24
+WARM_UP_S, SECONDS = 10.0, 20.0
+OPTIONS = {"size": 6, "frozen_probability": 1.0, "max_turns": TURNS, "instructions": False, "view": "map"}
+FEW_GROUPS, FEW_LATENCY_S, FEW_SECONDS, ROUNDS = 3, 0.02, 4.0, 3
+STEPS = 2_000
+
+
+class Waiting:
+    """An engine that answers with one of four moves after a fixed time."""
+
+    def __init__(self, chat: Chat, latency: float) -> None:
+        self.name, self.version, self.turns = "waiting", 0, 0
+        self._latency = latency
+        self._random = Random(0)
+        self._answers = [self._answer(chat, word) for word in ("left", "down", "right", "up")]
+
+    def _answer(self, chat: Chat, word: str) -> Completion:
+        ids = np.array(chat.encode_action(word), np.int32)
+        return Completion(ids, np.full(len(ids), -1, np.float32), np.zeros(len(ids), np.int32), "stop")
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        await asyncio.sleep(self._latency)
+        self.turns += 1
+        return self._random.choice(self._answers)
+
+    async def score(self, token_ids: Sequence[int]) -> Float32Array:
+        raise NotImplementedError
+
+    async def sync(self, update: WeightUpdate) -> SyncReport:
+        raise NotImplementedError
+
+    async def ping(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class Sticky(TextEnv):
+    """Turns without end; the replicas of some seeds sleep for ever at their second turn."""
+
+    def __init__(self, stuck: bool = False) -> None:
+        self._stuck, self._turn = stuck, 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Any]:
+        self._turn = 0
+        return "begin", {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self._turn += 1
+        while self._stuck and self._turn == 2:
+            time.sleep(3600)
+        return "go on", 0.0, self._turn == TURNS, False, {}
+
+
+def _worker(
+    folder: Path, chat: Chat, engine: Waiting, tasks: Any, groups: int, pool: EnvironmentPool
+) -> tuple[RolloutWorker, Exchange]:
+    buffer = BufferSettings(groups_per_step=groups, max_lag=10_000)
+    exchange = Exchange(Store(folder, tasks, buffer))
+    settings = RolloutSettings(group_size=GROUP_SIZE, concurrent_groups=groups, context_tokens=4096)
+    agent = Agent(engine, chat, Sampling(max_tokens=4), settings.context_tokens)
+    return RolloutWorker("rollout-0", engine, agent, exchange, settings, 0, pool), exchange
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def _thousand(folder: Path, chat: Chat) -> dict[str, float]:
+    engine = Waiting(chat, LATENCY_S)
+    tasks = TaskStream("frozen_lake", OPTIONS)
+    worker, exchange = _worker(folder, chat, engine, tasks, GROUPS, EnvironmentPool())
+    before = _resident()
+    running = asyncio.create_task(worker.run())
+    await asyncio.sleep(WARM_UP_S)
+    turns, used, began = engine.turns, time.process_time(), time.perf_counter()
+    await asyncio.sleep(SECONDS)
+    turns, used, seconds = engine.turns - turns, time.process_time() - used, time.perf_counter() - began
+    grown = _resident() - before
+    await worker.stop()
+    await running
+    await exchange.close()
+    return {
+        "turn_ms": 1000 * used / turns,
+        "episode_kb": grown / (GROUPS * GROUP_SIZE) / 1000,
+        "turns_per_s": turns / seconds,
+        "turns_per_s_without_us": GROUPS * GROUP_SIZE / LATENCY_S,
+    }
+
+
+async def _few(folder: Path, chat: Chat, stuck: bool) -> float:
+    """Turns a second of all but the first group, one of whose replicas' seeds may be stuck."""
+    engine = Waiting(chat, FEW_LATENCY_S)
+
+    def tasks(group_id: int) -> Task:
+        return Task.of("sticky", group_id, {"stuck": stuck and group_id == 0})
+
+    pool = EnvironmentPool(_sticky, HostSettings(where="process", step_seconds=3600))
+    worker, exchange = _worker(folder, chat, engine, tasks, FEW_GROUPS, pool)
+    running = asyncio.create_task(worker.run())
+    while engine.turns < 4 * FEW_GROUPS * GROUP_SIZE:  # every process has started
+        await asyncio.sleep(0.1)
+    turns, began = engine.turns, time.perf_counter()
+    await asyncio.sleep(FEW_SECONDS)
+    rate = (engine.turns - turns) / (time.perf_counter() - began)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await pool.close()
+    await exchange.close()
+    return rate / (FEW_GROUPS - stuck)
+
+
+def _sticky(env_id: str, **options: Any) -> Sticky:
+    return Sticky(**options)
+
+
+async def _step_ms(where: str) -> float:
+    """Median milliseconds of one step of the lake."""
+    pool = EnvironmentPool(host=HostSettings(where=where))
+    task = Task.of("frozen_lake", 0, OPTIONS | {"max_turns": STEPS + 1})
+    replica = await pool.take(task)
+    await replica.reset(0)
+    seconds = []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        await replica.step("left")
+        seconds.append(time.perf_counter() - began)
+    await pool.discard(task, replica)
+    return 1000 * statistics.median(seconds)
+
+
+async def _measure(folder: Path) -> dict[str, float]:
+    build_tokenizer(folder / "tokenizer", ("left", "down", "right", "up"))
+    chat = Chat(load_tokenizer(str(folder / "tokenizer")))
+    figures = await _thousand(folder / "thousand", chat)
+    rates = []
+    for number in range(ROUNDS):
+        order = (True, False) if number % 2 else (False, True)
+        both = {stuck: await _few(folder / f"few-{number}-{stuck}", chat, stuck) for stuck in order}
+        rates.append(both[True] / both[False])
+    inline, hosted = await _step_ms("inline"), await _step_ms("process")
+    return figures | {
+        "beside_stuck": statistics.median(rates),
+        "beside_stuck_lowest": min(rates),
+        "inline_step_ms": inline,
+        "process_adds_ms": hosted - inline,
+    }
+
+
+def main() -> dict[str, float]:
+    """What a turn takes of a core, what an episode holds, what the stuck and the hosted cost."""
+    with tempfile.TemporaryDirectory() as name:
+        return {what: round(value, 4) for what, value in asyncio.run(_measure(Path(name))).items()}
+
+
+if __name__ == "__main__":
+    from tests.bench import bench_episodes  # by its importable name, which processes of replicas need
+
+    print(json.dumps(bench_episodes.main()))
