@@ -83,11 +83,7 @@ def stepped(ranks: Ranks, tiny: Path, cases: list[Any]) -> list[Found]:
         for step in range(steps):
             share = own(ranks, groups_of(step))
             metrics = made.step(share)
-        critic = (
-            []
-            if made._critic is None
-            else [*made._critic._trunk.parameters(), *made._critic._head.parameters()]
-        )
+        critic = [] if made._critic is None else made._critic.optimizer._parameters
         found.append(
             {
                 "imitated": imitated,
@@ -168,11 +164,7 @@ def refused(ranks: Ranks, tiny: Path) -> tuple[str, bool]:
 def _state(made: Learner) -> Found:
     """Parameters of policy and critic, and the optimizers' state; whole where rank 0 says it."""
     assert made._critic is not None
-    parameters = [
-        *made.policy.parameters(),
-        *made._critic._trunk.parameters(),
-        *made._critic._head.parameters(),
-    ]
+    parameters = [*made.policy.parameters(), *made._critic.optimizer._parameters]
     optimizers = [made.optimizer.state_dict(), made._critic.optimizer.state_dict()]
     moments = [
         np.array(tensor)  # the next step moves what it was
