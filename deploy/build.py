@@ -40,7 +40,7 @@ def model_path(config: RunConfig, run_folder: Path) -> str:
         return config.learner.model.path
     folder = run_folder / "base"
     if not (folder / "config.json").is_file():
-        tokenizer = build_tokenizer(folder, tiny.words)
+        tokenizer = tiny_tokenizer(config, folder)
         build_tiny(
             folder,
             tokenizer,
@@ -54,6 +54,13 @@ def model_path(config: RunConfig, run_folder: Path) -> str:
             seed=config.seed,
         )
     return str(folder)
+
+
+def tiny_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
+    """Build the tokenizer of a tiny model into `folder`."""
+    assert config.tiny is not None
+    words = config.tiny.words
+    return build_tokenizer(folder, registry.words(config.env.id) if words == "environment" else words)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -294,6 +295,8 @@ def main() -> None:
     from rollout.chat import ChatError
 
     transformers.utils.logging.disable_progress_bar()  # the run has a display of its own
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # "module:Class" may name a file beside the user; Ray's workers take it over
     try:
         app()
     except (ConfigError, EnvironmentUnknown, ModelError, CheckpointError, ChatError) as error:

@@ -16,17 +16,17 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from deploy import replay
-from deploy.build import evaluation_tasks
+from deploy.build import evaluation_tasks, tiny_tokenizer
 from deploy.config import ConfigError, RunConfig
 from envs import registry
 from envs.base import Observation
 from envs.tool import ToolRefused
 from learner.lora import planned
 from learner.model import build_tiny
-from learner.tokenizer import build_tokenizer
 from rollout.agent import as_messages
 from rollout.chat import Chat
 from rollout.foreign import PROGRAM, ProgramOptions
+from rollout.parts.memory import NotebookSettings
 from rollout.parts.settings import PartSettings, dressed
 from rollout.parts.tools import ToolsSettings
 
@@ -65,7 +65,7 @@ def first_observation(
     if env_id == PROGRAM:
         check_program(options)
         return None
-    tools = [part for part in parts if isinstance(part, ToolsSettings)]
+    tools = [part for part in parts if isinstance(part, ToolsSettings | NotebookSettings)]
     try:
         env = dressed(partial(registry.make, env_id, **options), tools)
     except ToolRefused as error:
@@ -153,7 +153,7 @@ def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     if config.tiny is None:
         return loaded(AutoTokenizer, config.learner.model.path)
     with TemporaryDirectory() as folder:
-        return build_tokenizer(Path(folder), config.tiny.words)
+        return tiny_tokenizer(config, Path(folder))
 
 
 def loaded(auto: Any, path: str) -> Any:

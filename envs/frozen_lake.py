@@ -19,7 +19,7 @@ from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 
 from envs.base import Info, Split, TextEnv, held_out
 
-ACTIONS = ("left", "down", "right", "up")  # in Gymnasium's order
+ACTIONS = WORDS = ("left", "down", "right", "up")  # in Gymnasium's order
 MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))
 EDGE = "-"
 MAX_DRAWS = 10_000  # maps tried for one that fits; options that leave none must fail, not wait

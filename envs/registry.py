@@ -1,6 +1,7 @@
-"""Environments by id: ours, those of optional suites, and any that `gymnasium.make` knows.
+"""Environments by id: ours, those of optional suites, anybody's as "module:Class", and any that `gymnasium.make` knows.
 
-Modules are imported when their environment is first asked for. What has no text on both sides is adapted to it.
+Modules are imported when their environment is first asked for. What has no text on both sides is adapted to it. Anybody's
+module may hold a `Player` and WORDS, as ours do.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def make(env_id: str, **options: Any) -> Env:
     EnvironmentUnknown for a wrong id, wrong options or spaces that have no text form.
     """
     _import_suite(env_id)
-    if env_id in _OURS:
-        env = _make_ours(env_id, options)
+    if (entry := _entry(env_id)) is not None:
+        env = _make_ours(env_id, entry, options)
         return env if isinstance(env.action_space, spaces.Text) else _adapted(env_id, env, {})
     adapting = {"digits": options.pop("text_digits")} if "text_digits" in options else {}
     return _adapted(env_id, _make_gymnasium(env_id, options), adapting)
@@ -143,11 +144,24 @@ def has_player(env_id: str) -> bool:
 
 def player(env_id: str) -> Callable[[float, int], Player]:
     """The scripted player of an environment, made with (error rate, seed)."""
-    if env_id not in _PLAYERS:
+    module = env_id.partition(":")[0]
+    if env_id not in _PLAYERS and not (
+        module != env_id and hasattr(importlib.import_module(module), "Player")
+    ):
         have = ", ".join(sorted(_PLAYERS))
         raise EnvironmentUnknown(f"environment {env_id} has no scripted player; those that have: {have}")
-    made: Callable[[float, int], Player] = _load(_PLAYERS[env_id])
+    made: Callable[[float, int], Player] = _load(_PLAYERS.get(env_id, f"{module}:Player"))
     return made
+
+
+def words(env_id: str) -> tuple[str, ...]:
+    """Every lower-case word that is said in an environment, for tokenizers of whole words: its module's WORDS."""
+    entry = _entry(env_id)
+    module = entry.partition(":")[0] if isinstance(entry, str) else ""
+    said = getattr(importlib.import_module(module), "WORDS", None) if module else None
+    if said is None:
+        raise EnvironmentUnknown(f"environment {env_id} does not say its WORDS; list them in tiny.words")
+    return tuple(said)
 
 
 def describe(env_id: str) -> Description:
@@ -183,8 +197,23 @@ def _made_elsewhere(env_id: str, factory: _Factory, options: dict[str, Any]) -> 
     return make(env_id, **options)
 
 
-def _make_ours(env_id: str, options: dict[str, Any]) -> Env:
-    entry = _OURS[env_id]
+def _entry(env_id: str) -> str | _Factory | None:
+    """What makes an environment that is ours, registered, or named by its class; None for Gymnasium's."""
+    module, _, name = env_id.partition(":")
+    if env_id in _OURS or not name:
+        return _OURS.get(env_id)
+    try:
+        found = hasattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not module.startswith(error.name):
+            raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
+        raise EnvironmentUnknown(
+            f"environment {env_id}: there is no module {module} to import here"
+        ) from None
+    return env_id if found else None
+
+
+def _make_ours(env_id: str, entry: str | _Factory, options: dict[str, Any]) -> Env:
     try:
         factory: _Factory = _load(entry) if isinstance(entry, str) else entry
     except ImportError as error:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import os
 
+from hypothesis import settings
+
 # Set before any test module imports a library that reads them, and inherited by every process a test starts.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
+
+# How long an example takes says something about the machine, not about what is tested.
+settings.register_profile("manta", deadline=None)
+settings.load_profile("manta")

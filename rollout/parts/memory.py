@@ -1,11 +1,13 @@
-"""Memory within an episode, for conversations that outgrow their context: a window, or a summary of one's own.
+"""Memory within an episode: a notebook; and for conversations that outgrow their context a window, or a summary.
 
+notebook  tools with which the policy writes down what it wants to read again: `write`, `read` and `notes`
 window    of the conversation the last `keep` turns stay; the task (the first observation) always does
 summary   the policy is asked to say what matters so far, a turn that is stored and trained like any other; its own
           words then stand for all that went before
 
-Both begin the conversation anew, as a segment of its own, when `every` turns have come together: a stored segment is
-never edited, and in between the conversation grows by what is said, so that its tokens are sampled and trained once.
+The last two begin the conversation anew, as a segment of its own, when `every` turns have come together: a stored
+segment is never edited, and in between the conversation grows by what is said, so that its tokens are sampled and
+trained once.
 Summaries by the policy itself, learnt with the task: Zhou et al. 2025, MEM1, section 3.
 """
 
@@ -16,7 +18,27 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from envs.base import Info, Message, Observation
+from envs.calls import Style
+from envs.tool import Tool
+from envs.tools import Toolbox, ToolEnv
 from rollout.parts.part import Env, Outcome, Part, anew, answered, followed, messages_of, preceded
+
+
+class NotebookSettings(BaseModel):
+    """What the policy writes down stays, whatever the conversation forgets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["notebook"] = "notebook"
+    entries: int = Field(32, gt=0, description="notes kept; one more is refused")
+    max_chars: int = Field(200, gt=0, description="a longer note is cut")
+    style: Style = Field("hermes", description="how its tools are called, as in the part `tools`")
+    max_calls: int = Field(64, gt=0, description="calls an episode")
+
+    def dress(self, env: Env) -> Env:
+        """The environment as the policy has it."""
+        toolbox = Toolbox(sources=[Notebook(self.entries, self.max_chars)], call_seconds=None)
+        return ToolEnv(env, toolbox, style=self.style, max_calls=self.max_calls)
 
 
 class WindowSettings(BaseModel):
@@ -52,6 +74,39 @@ class SummarySettings(BaseModel):
     def dress(self, env: Env) -> Env:
         """The environment as the policy has it."""
         return Summary(env, settings=self)
+
+
+class Notebook:
+    """Notes of one episode by their keys, as a source of tools (`envs.tools.Source`)."""
+
+    repeatable = True
+
+    def __init__(self, entries: int, max_chars: int) -> None:
+        self._entries, self._max_chars = entries, max_chars
+        self._notes: dict[str, str] = {}
+        self.tools = [Tool.of(each) for each in (self.write, self.read, self.notes)]
+
+    def write(self, key: str, text: str) -> str:
+        """Note something down under a key; an earlier note of that key is replaced."""
+        if key not in self._notes and len(self._notes) >= self._entries:
+            return f"the notebook is full: {', '.join(self._notes)}"
+        self._notes[key] = text[: self._max_chars]
+        return "noted"
+
+    def read(self, key: str) -> str:
+        """What stands under a key."""
+        return self._notes.get(key, f"nothing stands under {key}")
+
+    def notes(self) -> str:
+        """The keys there are."""
+        return ", ".join(self._notes) or "no notes"
+
+    def renew(self) -> None:
+        """An episode begins with an empty notebook."""
+        self._notes.clear()
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class Window(Part):

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from rollout.parts.library import LibrarySettings
-from rollout.parts.memory import SummarySettings, WindowSettings
+from rollout.parts.memory import NotebookSettings, SummarySettings, WindowSettings
 from rollout.parts.part import Env
 from rollout.parts.planning import PlanSettings
 from rollout.parts.reflection import ReflectSettings
@@ -18,6 +18,7 @@ from rollout.parts.tools import ToolsSettings
 PartSettings = Annotated[
     ThinkSettings
     | PlanSettings
+    | NotebookSettings
     | WindowSettings
     | SummarySettings
     | ReflectSettings

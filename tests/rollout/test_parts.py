@@ -18,13 +18,14 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerFast
 
 from envs.base import TextEnv
+from envs.calls import Call, write_call
 from envs.host import HostSettings, Inline
 from rollout.agent import Agent, AgentSettings
 from rollout.chat import Chat
 from rollout.engine import Sampling
 from rollout.episode import Limits, Place, run_episode
 from rollout.parts.library import LibrarySettings, Store
-from rollout.parts.memory import SummarySettings, WindowSettings
+from rollout.parts.memory import Notebook, NotebookSettings, SummarySettings, WindowSettings
 from rollout.parts.planning import PlanSettings
 from rollout.parts.reflection import ReflectSettings
 from rollout.parts.settings import PartSettings, dressed
@@ -102,6 +103,16 @@ def summarizer(prompt: str, rng: Random) -> str:
     if prompt.endswith("Write down what matters of all this.<|assistant|>"):
         codes = codes_in(prompt)
         return "code " + " ".join(codes[-1]) if codes else "nothing"
+    return move(prompt, rng)
+
+
+def noter(prompt: str, rng: Random) -> str:
+    """Writes a code down when it is said, and reads it again when it is in sight no more."""
+    said = codes_in(prompt.rsplit("<|user|>", 1)[-1])
+    if said and "move" in prompt.rsplit("<|user|>", 1)[-1]:
+        return write_call(Call("write", {"key": "k", "text": f"code {' '.join(said[0])}"}))
+    if "move" in prompt and not codes_in(prompt):
+        return write_call(Call("read", {"key": "k"}))
     return move(prompt, rng)
 
 
@@ -214,6 +225,26 @@ def test_a_summary_keeps_what_a_window_forgets(successes: Callable[..., int]) ->
     assert successes(summarizer, None, late, context_tokens=220) < 4
 
 
+def test_a_notebook_keeps_what_a_window_forgets(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> None:
+    window = WindowSettings(every=6, keep=2)
+
+    def play(parts: list[PartSettings]) -> int:
+        made = partial(dressed, partial(Code, wait=9, says=1), parts)
+        return sum(bool(played(chat, tokenizer, noter, made(), seed).success) for seed in range(8))
+
+    assert play([NotebookSettings(), window]) == 8
+    assert play([window]) == 0
+
+
+def test_a_notebook_is_bounded_and_begins_empty() -> None:
+    notebook = Notebook(entries=2, max_chars=3)
+    assert [notebook.write(key, "12345") for key in "aab"] == ["noted"] * 3
+    assert notebook.write("c", "1") == "the notebook is full: a, b"
+    assert (notebook.read("a"), notebook.read("c")) == ("123", "nothing stands under c")
+    notebook.renew()
+    assert notebook.notes() == "no notes"
+
+
 def test_a_summary_is_a_turn_that_is_trained_and_begins_a_segment(
     chat: Chat, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -295,6 +326,7 @@ EVERY_PART = (
     SummarySettings(every=2),
     WindowSettings(every=3, keep=1),
     ReflectSettings(),
+    NotebookSettings(),
 )
 
 
