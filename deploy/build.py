@@ -19,6 +19,7 @@ from rollout.agent import Agent
 from rollout.chat import Chat
 from rollout.demonstrate import demonstrate
 from rollout.engine import Engine
+from rollout.foreign import PROGRAM
 from rollout.pool import EnvironmentPool
 from rollout.tasks import TaskStream
 from rollout.vllm_engine import VllmEngine
@@ -75,7 +76,10 @@ def distinct_tasks(env_id: str, options: dict[str, object], first_seed: int, cou
     """`count` tasks that begin with different observations, trying seeds from `first_seed` on.
 
     Raises ConfigError when 1000 seeds in a row bring nothing new: the environment does not hold that many instances.
+    A foreign agent is not started for it: its tasks are the first seeds.
     """
+    if env_id == PROGRAM:
+        return [Task.of(env_id, seed, options) for seed in range(first_seed, first_seed + count)]
     env = registry.make(env_id, **options)
     seen: set[str] = set()
     tasks: list[Task] = []
@@ -139,7 +143,8 @@ def build_learner(config: RunConfig, path: str, ranks: Ranks = ALONE) -> Learner
 
 def build_exchange(config: RunConfig, run_folder: Path) -> Exchange:
     """The buffer of the run, over its ledger and segments on disk."""
-    store = Store(run_folder, training_tasks(config), config.buffer, total_steps=config.steps)
+    tasks = training_tasks(config)
+    store = Store(run_folder, tasks, config.buffer, total_steps=config.steps, seed=config.seed)
     return Exchange(store)
 
 

@@ -42,7 +42,10 @@ CHARTS = (
         ".4f",
     ),
     Chart(
-        "Lag", "weight versions between sampling and training", {"lag_mean": "mean", "lag_max": "max"}, ".2f"
+        "Lag",
+        "weight versions between sampling and training",
+        {"lag_mean": "mean", "lag_max": "max", "reused_lag_mean": "mean of reused groups"},
+        ".2f",
     ),
     Chart("Gradient", "norm before clipping", {"grad_norm": "norm"}, ".3f"),
     Chart("Clipped tokens", "share whose probability ratio was clipped", {"clip_fraction": "clipped"}, ".2%"),

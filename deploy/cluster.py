@@ -195,18 +195,27 @@ class RayRing:
         }
 
     async def recover(self, loss: LearnerLost) -> int:
-        assert self._learner is not None
-        self._budget.spend("learner", self._learner.where.get("learner"), loss)
-        self._say(f"{loss}; it starts again from its newest checkpoint")
         self._learning.clear()
         await self._fleet.pause()
-        self._learner.kill()
-        version = await self._start_learner(load=True)
+        version = await self._restarted(loss)
         self._learner_lost = asyncio.get_running_loop().create_future()
         self._hearts.append(asyncio.create_task(self._watch_learner()))
         await self._within("the exchange", self._exchange.rollback.remote(version))
-        await self.publish()
+        await self._watched(self.publish())
         return version
+
+    async def _restarted(self, loss: LearnerLost) -> int:
+        """Start the learner again, as often as its budget allows: a node that is being lost may be given its actors."""
+        part = self._learner
+        assert part is not None
+        while True:
+            self._budget.spend("learner", part.where.get("learner"), loss)
+            self._say(f"{loss}; it starts again from its newest checkpoint")
+            part.kill()
+            try:
+                return await self._start_learner(load=True)
+            except (RayActorError, PartLost, RankLost) as error:
+                loss = LearnerLost(part.obituary(error))
 
     async def save(self) -> None:
         await self._of_learner("the checkpoint", lambda: self._lead.save.remote(self.run_folder))

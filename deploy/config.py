@@ -6,7 +6,6 @@ is a pair that contradicts itself.
 
 from __future__ import annotations
 
-import difflib
 import os
 import tomllib
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deploy.guards import DEFAULTS, Guard
+from deploy.refusals import explain
 from deploy.supervise import SupervisionSettings
 from envs.host import HostSettings
 from learner.learner import LearnerSettings
@@ -60,7 +60,9 @@ class TinySettings(Settings):
 class EnvSettings(Settings):
     """The environment trained on."""
 
-    id: str = Field(description="one of ours, or any gymnasium.make id (see manta envs)")
+    id: str = Field(
+        description='one of ours, "program" (a foreign agent), or any gymnasium.make id (see manta envs)'
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
     host: HostSettings = Field(default_factory=HostSettings, description="where its replicas live")
 
@@ -164,6 +166,12 @@ class RunConfig(Settings):
             raise ValueError(
                 f"rollout.group_size=1 leaves learner.algorithm.credit.kind={credit.kind!r} without a baseline: an "
                 "advantage is a reward compared with its siblings'; use 2 or more, or reinforce_pp, returns or gae"
+            )
+        reuse = self.buffer.reuse
+        if reuse.groups and reuse.sampler.kind == "prioritized" and self.rollout.group_size < 2:
+            raise ValueError(
+                "buffer.reuse.sampler.kind='prioritized' prefers groups whose rewards differ, but "
+                "rollout.group_size=1: use 2 or more, or 'uniform'"
             )
         if self.rollout.max_turns == 1 and credit.turns:
             raise ValueError(
@@ -329,7 +337,8 @@ def validated(model: type[Model], tree: Nested, source: str) -> Model:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(fault) for fault in error.errors())) from None
+        faults = [explain(fault, model) for fault in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(faults)) from None
 
 
 def _apply(tree: Nested, override: str) -> None:
@@ -351,36 +360,3 @@ def toml_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _explain(fault: Any) -> str:
-    where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(where, option_names(), n=1, cutoff=0.3)
-        return f"unknown option {where}" + (f"; did you mean {close[0]}?" if close else "")
-    if fault["type"] == "missing":
-        return f"option {where} is missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    return (
-        f"{where}: {message} (got {fault['input']!r})"
-        if where and not isinstance(fault["input"], dict)
-        else message
-    )
-
-
-def option_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Every option's dotted name, sections included."""
-    names: list[str] = []
-    for name, field in model.model_fields.items():
-        names.append(prefix + name)
-        for section in models_in(field.annotation):
-            names.extend(option_names(section, f"{prefix}{name}."))
-    return names
-
-
-def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The settings classes of an annotation, those of unions and sequences too."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    arguments = getattr(annotation, "__args__", ())
-    return [model for argument in arguments for model in models_in(argument)]

@@ -5,7 +5,10 @@ Each check raises one of the errors that are meant for the person at the keyboar
 
 from __future__ import annotations
 
+import shutil
 import socket
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,22 +20,30 @@ from deploy.build import evaluation_tasks
 from deploy.config import ConfigError, RunConfig
 from envs import registry
 from envs.base import Observation
+from envs.tool import ToolRefused
 from learner.lora import planned
 from learner.model import build_tiny
 from learner.tokenizer import build_tokenizer
 from rollout.agent import as_messages
 from rollout.chat import Chat
+from rollout.foreign import PROGRAM, ProgramOptions
+from rollout.parts.settings import PartSettings, dressed
+from rollout.parts.tools import ToolsSettings
 
 
 def check(config: RunConfig) -> None:
     """Refuse a configuration that cannot run here."""
-    env = registry.make(config.env.id, **config.env.options)
-    observation, _ = env.reset(seed=0)
-    env.close()
+    observation = first_observation(config.env.id, config.env.options, config.agent.parts)
     if path := config.learner.model.path:
         check_model(path)
         check_context(path, config.rollout.context_tokens)
-    check_prompt(config, observation)
+    if observation is not None:
+        check_prompt(config, observation)
+    elif config.agent.memory != "full" or config.agent.parts:
+        raise ConfigError(
+            "agent.memory and agent.parts stand between an environment and the policy; a foreign agent brings its own: "
+            "use memory = 'full' and no parts"
+        )
     check_lora(config)
     if config.replay is None:
         evaluation_tasks(config)
@@ -42,6 +53,33 @@ def check(config: RunConfig) -> None:
         registry.player(config.env.id)
     if config.cluster.dashboard_port and not config.cluster.address:
         check_port(config.cluster.dashboard_port)
+
+
+def first_observation(
+    env_id: str, options: dict[str, Any], parts: Sequence[PartSettings] = ()
+) -> Observation | None:
+    """What an environment says first, with the agent's tools: they must be there, and their schemas take tokens.
+
+    None for a foreign agent, which is not started here. Raises EnvironmentUnknown.
+    """
+    if env_id == PROGRAM:
+        check_program(options)
+        return None
+    tools = [part for part in parts if isinstance(part, ToolsSettings)]
+    try:
+        env = dressed(partial(registry.make, env_id, **options), tools)
+    except ToolRefused as error:
+        raise ConfigError(f"agent.parts: {error}") from error
+    observation: Observation = env.reset(seed=0)[0]
+    env.close()
+    return observation
+
+
+def check_program(options: dict[str, Any]) -> None:
+    """A foreign agent's options must fit, and its command must be there."""
+    command = ProgramOptions.read(options).command
+    if command and shutil.which(command[0]) is None:
+        raise ConfigError(f"env.options.command: there is no program {command[0]!r} here")
 
 
 def check_model(path: str) -> None:

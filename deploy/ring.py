@@ -70,8 +70,8 @@ class Ring(Protocol):
     async def recover(self, loss: LearnerLost) -> int:
         """Start the learner again from its newest checkpoint and bring everything else back to it.
 
-        Returns the version it stands at; rollouts are to be begun again. Raises what stops the run where the learner
-        was lost too often.
+        Returns the version it stands at; rollouts are to be begun again. Raises LearnerLost where it is lost meanwhile,
+        and what stops the run where it was lost too often.
         """
         ...
 

@@ -83,12 +83,15 @@ class Training:
 
     async def _steps(self, version: int) -> None:
         self.progress.begin_steps(version)
+        lost: LearnerLost | None = None
         with self._timed("training"):
             while version < self.config.steps:
                 try:
+                    if lost is not None:
+                        version, lost = await self.ring.recover(lost), None
                     await self._steps_from(version)
                 except LearnerLost as loss:
-                    version = await self.ring.recover(loss)
+                    lost = loss  # which may be lost again before it is back
                 else:
                     version = self.config.steps
 
@@ -115,10 +118,16 @@ class Training:
 
     def _require_fresh(self, row: Row) -> None:
         # The slots keep this bound; should they ever fail to, nobody is to find it out from a chart.
-        if row["lag_max"] > self.config.buffer.max_lag:
+        buffer = self.config.buffer
+        if row["lag_max"] > buffer.max_lag:
             raise RuntimeError(
                 f"step {row['step']:.0f} trained a token {row['lag_max']:.0f} versions old, but "
-                f"buffer.max_lag={self.config.buffer.max_lag}: an engine samples with weights nobody replaces"
+                f"buffer.max_lag={buffer.max_lag}: an engine samples with weights nobody replaces"
+            )
+        if buffer.reuse.groups and row.get("reused_lag_max", 0.0) > buffer.reuse.max_lag:
+            raise RuntimeError(
+                f"step {row['step']:.0f} reused a token {row['reused_lag_max']:.0f} versions old, but "
+                f"buffer.reuse.max_lag={buffer.reuse.max_lag}: it was sampled by weights older than its group"
             )
 
     async def _save(self) -> None:

@@ -56,6 +56,29 @@ def text_space(max_length: int = 4096) -> spaces.Text:
     return spaces.Text(min_length=0, max_length=max_length, charset=PRINTABLE)
 
 
+class TalkSpace(spaces.Space[Observation]):
+    """Whatever an environment may say: text, or chat messages whose roles and contents are text."""
+
+    def contains(self, x: Any) -> bool:
+        messages = [{"role": "user", "content": x}] if isinstance(x, str) else x
+        return (
+            isinstance(messages, list)
+            and bool(messages)
+            and all(
+                isinstance(each, dict)
+                and isinstance(each.get("role"), str)
+                and isinstance(each.get("content"), str)
+                for each in messages
+            )
+        )
+
+    def sample(self, mask: None = None, probability: None = None) -> str:
+        return str(text_space(16).sample())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TalkSpace)
+
+
 class TextEnv(gym.Env[str, str]):
     """Base of environments that are text from the start: text in, text out.
 

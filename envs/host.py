@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import gymnasium as gym
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
@@ -29,8 +30,16 @@ class HostSettings(BaseModel):
         "of its own, killed when it does not answer in time",
     )
     start_seconds: float = Field(60.0, gt=0, description="wall clock for a replica's process to start")
-    reset_seconds: float = Field(60.0, gt=0, description="wall clock for a replica's process to reset")
-    step_seconds: float = Field(60.0, gt=0, description="wall clock for a replica's process to take a step")
+    reset_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="wall clock for a replica's process to reset; for a foreign agent to ask for its first completion",
+    )
+    step_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="wall clock for a replica's process to take a step; for a foreign agent to ask again or to end",
+    )
 
 
 class EnvironmentFailed(RuntimeError):
@@ -45,6 +54,7 @@ class Replica(Protocol):
     """One environment, used by one episode at a time. Raises whatever the environment raises."""
 
     nondeterministic: bool  # the same seed and actions may lead elsewhere, as the environment says of itself
+    reusable: bool  # whether another episode may follow on it
 
     async def reset(self, seed: int) -> Observation: ...
 
@@ -61,8 +71,26 @@ class Replica(Protocol):
     async def close(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """How a turn came about."""
+
+    prompt_tokens: int  # everything the policy had before it
+    completion_tokens: int
+    cut: bool  # it ended at the limit of tokens, not by itself
+
+
+@runtime_checkable
+class Told(Protocol):
+    """What a replica may offer: to hear how a turn came about, before the step that brings what was said."""
+
+    def sampled(self, sampled: Sampled) -> None: ...
+
+
 class Inline:
     """A replica in this process: nothing between, and nothing that could stop it."""
+
+    reusable = True
 
     def __init__(self, env: Env) -> None:
         spec = env.unwrapped.spec

@@ -48,6 +48,8 @@ class RemoteTraceback(Exception):
 class Hosted:
     """A `Replica`, one request at a time. Raises EnvironmentFailed where the process died or gave no answer."""
 
+    reusable = True
+
     def __init__(
         self, process: subprocess.Popen[bytes], channel: socket.socket, settings: HostSettings
     ) -> None:

@@ -61,14 +61,18 @@ class Description:
 
 SUITES: tuple[Suite, ...] = ()
 _OURS: dict[str, str | _Factory] = {
+    "assistant": "envs.assistant:assistant",
     "frozen_lake": "envs.frozen_lake:FrozenLake",
     "household": "envs.household:Household",
     "memory_corridor": "envs.memory_corridor:MemoryCorridor",
+    "programming": "envs.programming:Programming",
 }
 _PLAYERS: dict[str, str] = {
+    "assistant": "envs.assistant:Player",
     "frozen_lake": "envs.frozen_lake:Player",
     "household": "envs.household:Player",
     "memory_corridor": "envs.memory_corridor:Player",
+    "programming": "envs.programming:Player",
 }
 
 

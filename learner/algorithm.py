@@ -10,7 +10,7 @@ Every part is a section of a recipe, chosen by its `kind`; nothing below knows a
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -22,16 +22,39 @@ from learner.optim import OptimSettings
 from learner.regularizers import KlSettings, OverlongSettings
 
 
-class CriticSettings(BaseModel, extra="forbid", frozen=True):
-    """A second model of the policy's kind that says what a state is worth."""
-
-    optim: OptimSettings = Field(default=OptimSettings(learning_rate=1e-5), description="its own optimizer")
+class _CriticSettings(BaseModel, extra="forbid", frozen=True):
     value_clip: float | None = Field(
         default=0.2, gt=0, description="how far a value may move from what it was, per batch; none: freely"
     )
     warmup_steps: int = Field(
-        default=0, ge=0, description="first learner steps in which only the critic learns"
+        default=0, ge=0, description="first learner steps in which only the critic learns; the policy stays"
     )
+
+
+class OwnCriticSettings(_CriticSettings):
+    """A second model of the policy's kind that says what a state is worth."""
+
+    kind: Literal["own"] = "own"
+    optim: OptimSettings = Field(default=OptimSettings(learning_rate=1e-5), description="its own optimizer")
+
+
+class SharedCriticSettings(_CriticSettings):
+    """A head on the policy's last hidden states that says what a state is worth, trained in the policy's own pass."""
+
+    kind: Literal["shared"] = "shared"
+    optim: OptimSettings = Field(
+        default=OptimSettings(learning_rate=1e-3), description="the head's own optimizer"
+    )
+    value_coefficient: float = Field(
+        default=0.5, gt=0, description="weight of the value loss beside the policy's"
+    )
+    detach: bool = Field(
+        default=False,
+        description="keep the value loss's gradient from the policy's own weights: only the head learns from it",
+    )
+
+
+AnyCritic = Annotated[OwnCriticSettings | SharedCriticSettings, Field(discriminator="kind")]
 
 
 class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
@@ -59,7 +82,7 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         default=0.0, ge=0, description="weight of the mean token entropy added to the objective"
     )
     overlong: OverlongSettings | None = Field(default=None, description="punishment of long episodes")
-    critic: CriticSettings | None = Field(default=None, description="a model of what states are worth")
+    critic: AnyCritic | None = Field(default=None, description="what says what states are worth")
     minibatches: int = Field(
         default=1, ge=1, description="optimizer steps one pass over a batch is split into"
     )
@@ -75,7 +98,7 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         """A section that names no kind is about the usual one."""
         if not isinstance(sections, dict):
             return sections
-        usual = {"credit": {"kind": "group"}, "loss": {"kind": "ppo"}}
+        usual = {"credit": {"kind": "group"}, "loss": {"kind": "ppo"}, "critic": {"kind": "own"}}
         said = {
             name: kind | sections[name]
             for name, kind in usual.items()
@@ -90,7 +113,11 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> AlgorithmSettings:
-        every_token = {"entropy_bonus": self.entropy_bonus > 0, "kl": self.kl and self.kl.where == "loss"}
+        every_token = {
+            "entropy_bonus": self.entropy_bonus > 0,
+            "kl": self.kl and self.kl.where == "loss",
+            "critic.kind='shared'": isinstance(self.critic, SharedCriticSettings),
+        }
         for name, acts in every_token.items():
             if acts and self.skip_zero_advantage:
                 raise ValueError(

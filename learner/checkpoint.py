@@ -2,7 +2,7 @@
 
     RUN/checkpoints/version-00000012/
         model/        Hugging Face format: config, safetensors, tokenizer; vLLM serves it as it is
-        critic/       where there is one: its trunk in the same format, its head
+        critic/       where there is one: its head; its trunk in the same format, unless that is the policy's
         optimizer.pt  moments and step counts, torch's RNG state
         state.json    version, task cursor, the learner's own RNG, size and blake3 of every other file, and its own seal
 

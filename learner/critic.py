@@ -1,28 +1,34 @@
-"""A critic: a second model of the policy's kind, and one number for every token.
+"""Critics: one number for every token, what the state before it is worth.
 
     V_n = head(hidden state before the n-th sampled token)
 
-It begins as a copy of the policy, so that it can read what the policy can, with a head of zeros.
+The hidden states are those of a second model of the policy's kind (`OwnCritic`), or the policy's own (`SharedCritic`):
+then one forward and one backward pass serve policy and values. A head begins as zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from learner.algorithm import CriticSettings
-from learner.batch import Batch, MicroBatch, level
-from learner.model import ModelSettings, Policy
+from learner.algorithm import AnyCritic, OwnCriticSettings, SharedCriticSettings
+from learner.batch import Batch, MicroBatch
+from learner.credit import Values
+from learner.model import Policy
 from learner.optim import Optimizer
-from learner.ranks import ALONE, Ranks
+from learner.prepare import Example, and_after
 from learner.shards import gathered_state, laid_out, shard
-from learner.step import Means
+from learner.step import Auxiliary, accumulate
 
 _TRUNK, _HEAD = "trunk", "head.safetensors"
+Row = dict[str, float]
 
 
 def value_loss(values_N: Tensor, old_N: Tensor, targets_N: Tensor, clip: float | None) -> Tensor:
@@ -37,88 +43,238 @@ def value_loss(values_N: Tensor, old_N: Tensor, targets_N: Tensor, clip: float |
     return loss_N / 2
 
 
-class Critic:
-    """Model, head and optimizer. The trunk becomes its own; `total_steps` are its optimizer's."""
+class ValueHead:
+    """A linear layer from hidden states to values, in float32; on several ranks it lies over all of them."""
 
-    def __init__(self, settings: CriticSettings, trunk: Policy, total_steps: int | None = None) -> None:
-        self.settings = settings
-        self._trunk = trunk
-        self._head = nn.Linear(self._trunk.width, 1, device=self._trunk.device)
-        nn.init.zeros_(self._head.weight)
-        nn.init.zeros_(self._head.bias)
-        ranks = trunk.ranks
-        self._sharded_head = None if ranks.size == 1 else shard(self._head, ranks)
-        learning = [*self._trunk.model.base_model.parameters(), *self._head.parameters()]
-        self.optimizer = Optimizer(learning, settings.optim, total_steps)
+    def __init__(self, trunk: Policy) -> None:
+        self.ranks = trunk.ranks
+        self.linear = nn.Linear(trunk.width, 1, device=trunk.device)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self._sharded = None if self.ranks.size == 1 else shard(self.linear, self.ranks)
 
-    @classmethod
-    def beside(cls, policy: Policy, settings: CriticSettings, total_steps: int | None = None) -> Critic:
-        """A new one that begins where the policy stands."""
-        return cls(settings, policy.twin(), total_steps)
-
-    @classmethod
-    def load(
-        cls,
-        folder: Path,
-        settings: CriticSettings,
-        model: ModelSettings,
-        total_steps: int | None,
-        ranks: Ranks = ALONE,
-    ) -> Critic:
-        """What `writer` wrote; the optimizer's state is not in it."""
-        critic = cls(settings, Policy.restored(model, folder / _TRUNK, ranks), total_steps)
-        own, stored = critic._head.state_dict(), load_file(folder / _HEAD)
-        critic._head.load_state_dict({name: laid_out(stored[name], like) for name, like in own.items()})
-        return critic
-
-    def writer(self) -> Callable[[Path], None]:
-        """What writes trunk (Hugging Face format) and head as they are now; on several ranks rank 0's alone does."""
-        ranks = self._trunk.ranks
-        trunk = self._trunk.whole_state()
-        head = gathered_state(self._head, ranks)
-
-        def write(folder: Path) -> None:
-            self._trunk.save(folder / _TRUNK, trunk)
-            save_file({name: tensor.contiguous() for name, tensor in head.items()}, folder / _HEAD)
-
-        return write
-
-    @property
-    def nbytes(self) -> int:
-        """Of its weights."""
-        return sum(parameter.nbytes for parameter in (*self._trunk.parameters(), *self._head.parameters()))
-
-    def values(self, micro: MicroBatch) -> Tensor:
-        """What the state before each scored token is worth: float32 [N], with gradients."""
-        wide_ND = self._trunk.hidden(micro).to(self._head.weight.dtype)
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        """Values, float32 [N]."""
+        wide_ND = hidden_ND.to(self.linear.weight.dtype)
         values_N1: Tensor = (
-            self._head(wide_ND)
-            if self._sharded_head is None
-            else self._sharded_head.use(lambda: self._head(wide_ND))
+            self.linear(wide_ND) if self._sharded is None else self._sharded.use(lambda: self.linear(wide_ND))
         )
         return values_N1[:, 0]
 
-    @torch.no_grad()
-    def look(self, micro: MicroBatch) -> Tensor:
-        """The same of a row from anywhere, without gradients."""
-        return self.values(micro.to(self._trunk.device))
+    @property
+    def nbytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.linear.parameters())
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step towards the targets. Metrics: "value_loss", "value", "value_error" (mean |V - target|)."""
+    def writer(self) -> Callable[[Path], None]:
+        """What writes it, as it is now, into a folder."""
+        state = gathered_state(self.linear, self.ranks)
+        return lambda folder: save_file({name: x.contiguous() for name, x in state.items()}, folder / _HEAD)
+
+    def load(self, folder: Path) -> None:
+        """Take over what was written there."""
+        own, stored = self.linear.state_dict(), load_file(folder / _HEAD)
+        self.linear.load_state_dict({name: laid_out(stored[name], like) for name, like in own.items()})
+
+
+class PolicyStep(Protocol):
+    """`train_step` of a learner's policy, which a critic may give something to learn besides."""
+
+    def __call__(self, batch: Batch, *, auxiliary: Auxiliary | None = None) -> Row: ...
+
+
+class Critic(Protocol):
+    """What a learner asks of a critic, whichever it is. `optimizer`: of all that the policy's own does not move."""
+
+    head: ValueHead
+    optimizer: Optimizer
+
+    @property
+    def warmup_steps(self) -> int:
+        """First learner steps in which only the critic learns."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of what `writer` writes."""
+
+    def look(self, examples: Sequence[Example], tokens_per_row: int, temperature: float | None) -> None:
+        """Give each episode its values.
+
+        With a temperature somebody wants the policy's logprobs at it too: where they come of the same pass, they become
+        the column "proximal_logprobs".
+        """
+
+    def step(self, batch: Batch) -> Row:
+        """One optimizer step towards the targets; the policy stays as it is.
+
+        Metrics: "value_loss", "value", "value_error" (mean |V - target|), "value_grad_norm", "value_skipped_step".
+        """
+
+    def step_with(self, policy_step: PolicyStep, batch: Batch, whole: Batch) -> Row:
+        """The same and a step of the policy, with the metrics of both; if that can not be made, neither is.
+
+        batch: what the policy needs to see; whole: what a critic does, the sequences without advantage too.
+        """
+
+    def writer(self) -> Callable[[Path], None]:
+        """What writes all that is not the policy's, as it is now; on several ranks rank 0's alone does."""
+
+
+def critic_of(
+    settings: AnyCritic, policy: Policy, total_steps: int | None = None, stored: Path | None = None
+) -> Critic:
+    """The critic of a recipe, beginning where the policy stands, or with what a writer left in the folder `stored`.
+
+    total_steps: of its optimizer, whose state is not in the folder.
+    """
+    critic: Critic
+    if isinstance(settings, SharedCriticSettings):
+        critic = SharedCritic(settings, policy, total_steps)
+    elif stored is None:
+        critic = OwnCritic(settings, policy.twin(), total_steps)
+    else:
+        trunk = Policy.restored(policy.settings, stored / _TRUNK, policy.ranks)
+        critic = OwnCritic(settings, trunk, total_steps)
+    if stored is not None:
+        critic.head.load(stored)
+    return critic
+
+
+class OwnCritic:
+    """A second model and a head on it. The trunk becomes its own; `total_steps` are its optimizer's."""
+
+    def __init__(self, settings: OwnCriticSettings, trunk: Policy, total_steps: int | None = None) -> None:
+        self.settings = settings
+        self.trunk = trunk
+        self.head = ValueHead(trunk)
+        learning = [*trunk.model.base_model.parameters(), *self.head.linear.parameters()]
+        self.optimizer = Optimizer(learning, settings.optim, total_steps)
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.settings.warmup_steps
+
+    @property
+    def nbytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.trunk.parameters()) + self.head.nbytes
+
+    def look(self, examples: Sequence[Example], tokens_per_row: int, temperature: float | None) -> None:
+        """One pass of its own model; it says nothing of the policy's logprobs."""
+
+        @torch.no_grad()
+        def seen(micro: MicroBatch) -> Tensor:
+            return self._values(micro.to(self.trunk.device))[:, None]
+
+        found = and_after(examples, seen, tokens_per_row, self.trunk.ranks)
+        for example, (before_N1, after_1) in zip(examples, found, strict=True):
+            example.episode = replace(example.episode, values=Values(before_N1[:, 0], float(after_1[0])))
+
+    def step(self, batch: Batch) -> Row:
         self.optimizer.zero_grad()
-        means = Means(self._trunk.device)
-        for micro in level(batch.micro_batches, self._trunk.ranks):
-            on_device = micro.to(self._trunk.device)
-            old_N, targets_N = on_device.values_N, on_device.value_targets_N
-            assert old_N is not None and targets_N is not None
-            values_N = self.values(on_device)
-            loss_N = value_loss(values_N, old_N, targets_N, self.settings.value_clip)
-            (loss_N * on_device.weights_N).sum().backward()
+        loss, means = accumulate(self.trunk, batch, self._loss)
+        return means | _moved(self.optimizer, math.isfinite(loss))
+
+    def step_with(self, policy_step: PolicyStep, batch: Batch, whole: Batch) -> Row:
+        row = policy_step(batch)
+        return row if row["skipped_step"] else row | self.step(whole)
+
+    def writer(self) -> Callable[[Path], None]:
+        weights, write_head = self.trunk.whole_state(), self.head.writer()
+
+        def write(folder: Path) -> None:
+            self.trunk.save(folder / _TRUNK, weights)
+            write_head(folder)
+
+        return write
+
+    def _values(self, micro: MicroBatch) -> Tensor:
+        return self.head(self.trunk.hidden(micro))
+
+    def _loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        return _towards_targets(self._values(micro), micro, self.settings.value_clip)
+
+
+class SharedCritic:
+    """A head on the policy's own hidden states: loss = the policy's + value_coefficient * value loss.
+
+    What the value loss says of the trunk, unless `detach` keeps it away, is the policy's optimizer's to apply, within
+    its bound of the gradient's norm; the head has its own optimizer, of `total_steps`.
+    """
+
+    def __init__(
+        self, settings: SharedCriticSettings, policy: Policy, total_steps: int | None = None
+    ) -> None:
+        self.settings = settings
+        self.head = ValueHead(policy)
+        self.optimizer = Optimizer(self.head.linear.parameters(), settings.optim, total_steps)
+        self._policy = policy
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.settings.warmup_steps
+
+    @property
+    def nbytes(self) -> int:
+        return self.head.nbytes
+
+    def look(self, examples: Sequence[Example], tokens_per_row: int, temperature: float | None) -> None:
+        """One pass of the policy; logprobs, where they are wanted, come of the same one."""
+        policy = self._policy
+
+        @torch.no_grad()
+        def seen(micro: MicroBatch) -> Tensor:
+            on_device = micro.to(policy.device)
+            if temperature is None:
+                return self.head(policy.hidden(on_device))[:, None]
+            logprobs_N, _, hidden_ND = policy.read(on_device, temperature)
+            return torch.stack([self.head(hidden_ND), logprobs_N], dim=1)
+
+        found = and_after(
+            examples, seen, tokens_per_row, policy.ranks, columns=1 if temperature is None else 2
+        )
+        for example, (before_NC, after_C) in zip(examples, found, strict=True):
+            example.episode = replace(example.episode, values=Values(before_NC[:, 0], float(after_C[0])))
+            if temperature is not None:
+                example.columns["proximal_logprobs"] = before_NC[:, 1]
+
+    def step(self, batch: Batch) -> Row:
+        def loss_of(micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.no_grad():
-                error_N = (values_N - targets_N).abs()
-                means.add({"value_loss": loss_N.detach(), "value": values_N.detach(), "value_error": error_N})
-        report = self.optimizer.step()
-        return means.values(self._trunk.ranks) | {
-            "value_grad_norm": report.grad_norm,
-            "value_skipped_step": 0.0 if report.applied else 1.0,
-        }
+                hidden_ND = self._policy.hidden(micro)
+            return self._loss(micro, hidden_ND)
+
+        self.optimizer.zero_grad()
+        loss, means = accumulate(self._policy, batch, loss_of)
+        return means | _moved(self.optimizer, math.isfinite(loss))
+
+    def step_with(self, policy_step: PolicyStep, batch: Batch, whole: Batch) -> Row:
+        self.optimizer.zero_grad()
+        row = policy_step(whole, auxiliary=self._loss)
+        return row | _moved(self.optimizer, finite=not row["skipped_step"])
+
+    def writer(self) -> Callable[[Path], None]:
+        return self.head.writer()
+
+    def _loss(self, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        values_N = self.head(hidden_ND.detach() if self.settings.detach else hidden_ND)
+        loss_N, stats = _towards_targets(values_N, micro, self.settings.value_clip)
+        return self.settings.value_coefficient * loss_N, stats
+
+
+def _towards_targets(
+    values_N: Tensor, micro: MicroBatch, clip: float | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Value loss [N] of a row, and its statistics."""
+    old_N, targets_N = micro.values_N, micro.value_targets_N
+    assert old_N is not None and targets_N is not None
+    loss_N = value_loss(values_N, old_N, targets_N, clip)
+    error_N = (values_N.detach() - targets_N).abs()
+    return loss_N, {"value_loss": loss_N.detach(), "value": values_N.detach(), "value_error": error_N}
+
+
+def _moved(optimizer: Optimizer, finite: bool) -> Row:
+    """Apply the gradients that lie there."""
+    report = optimizer.step(finite)
+    return {
+        "value_grad_norm": report.grad_norm,
+        "value_skipped_step": 0.0 if report.applied else 1.0,
+    }

@@ -18,12 +18,12 @@ from learner import checkpoint
 from learner.aggregation import Aggregation, token_weights
 from learner.algorithm import AlgorithmSettings
 from learner.batch import Batch, MicroBatch, TokenSequence, longest_row, pack
-from learner.credit import GaeCredit, Values
-from learner.critic import Critic
+from learner.credit import GaeCredit
+from learner.critic import Critic, critic_of
 from learner.describe import describe
 from learner.model import ModelError, ModelSettings, Policy
 from learner.optim import Optimizer, OptimSettings
-from learner.prepare import Example, and_after, of_tokens
+from learner.prepare import Example, of_tokens
 from learner.ranks import ALONE, Ranks
 from learner.reference import Reference
 from learner.regularizers import divergence
@@ -118,19 +118,22 @@ class Learner:
         self._begin()
         described = describe(groups, self.version, self.ranks)
         examples = self._credited(groups)
-        if algorithm.proximal == "learner" and algorithm.updates > 1:
+        if self._fixes_proximal:
             self._fix_proximal(examples)
         objective = PolicyObjective(algorithm, self.version)
-        learns = algorithm.critic is None or self.version >= algorithm.critic.warmup_steps
+        teach = partial(
+            train_step, self.policy, self.optimizer, objective=objective, temperature=self._temperature
+        )
         rows: list[dict[str, float]] = []
         for batch, whole in self._batches(examples):
-            row = sizes(whole, self.ranks)
-            if learns:
-                row = train_step(self.policy, self.optimizer, batch, objective, self._temperature)
-                if row["skipped_step"] and not rows:
-                    raise NonFinite(f"loss {row['loss']:g}, gradient norm {row['grad_norm']:g}")
-            if self._critic is not None:
-                row |= self._critic.step(whole)
+            if self._critic is None:
+                row = teach(batch)
+            elif self.version < self._critic.warmup_steps:
+                row = {"skipped_step": 0.0} | sizes(whole, self.ranks) | self._critic.step(whole)
+            else:
+                row = self._critic.step_with(teach, batch, whole)
+            if row["skipped_step"] and not rows:
+                raise NonFinite(f"loss {row['loss']:g}, gradient norm {row['grad_norm']:g}")
             rows.append(row)
         self.version += 1
         return {
@@ -233,6 +236,7 @@ class Learner:
             raise checkpoint.CheckpointError(f"run {run} has no whole checkpoint")
         folder = Path(newest)
         contents = checkpoint.load(folder)
+        self._critic = None
         del self.policy, self.optimizer  # their memory is needed for what comes
         self.policy = Policy.restored(self.settings.model, folder / checkpoint.MODEL, self.ranks)
         self.optimizer = Optimizer(self.policy.parameters(), self.settings.optim, self._optimizer_steps)
@@ -241,9 +245,7 @@ class Learner:
             self._reference.find(run)
         critic = self.settings.algorithm.critic
         if critic is not None and "critic" in contents.optimizers:
-            self._critic = Critic.load(
-                folder / checkpoint.CRITIC, critic, self.settings.model, self._optimizer_steps, self.ranks
-            )
+            self._critic = critic_of(critic, self.policy, self._optimizer_steps, folder / checkpoint.CRITIC)
             self._critic.optimizer.load_state_dict(contents.optimizers["critic"])
         self.version = contents.version
         self._rng.bit_generator.state = contents.generator
@@ -263,7 +265,7 @@ class Learner:
         """What the first step finds: the critic and the reference begin where the policy does."""
         critic = self.settings.algorithm.critic
         if critic is not None and self._critic is None:
-            self._critic = Critic.beside(self.policy, critic, self._optimizer_steps)
+            self._critic = critic_of(critic, self.policy, self._optimizer_steps)
         if self._reference is not None and self.version == 0:
             self._reference.copy(self.policy)
 
@@ -281,10 +283,8 @@ class Learner:
         examples = [example for siblings in by_group for example in siblings]
         self._refer(examples)
         if self._critic is not None:
-            limit = self.settings.tokens_per_microbatch
-            values = and_after(examples, self._critic.look, limit, self.ranks)
-            for example, (before_N, after) in zip(examples, values, strict=True):
-                example.episode = replace(example.episode, values=Values(before_N, after))
+            wanted = self._temperature if self._fixes_proximal else None
+            self._critic.look(examples, self.settings.tokens_per_microbatch, wanted)
         episodes = [[example.episode for example in siblings] for siblings in by_group]
         if isinstance(credit, GaeCredit):
             credited, targets = credit.with_targets(episodes, self.ranks)
@@ -314,8 +314,15 @@ class Learner:
                 costs_N = (-kl.coefficient * apart_N).numpy()
                 example.episode = replace(example.episode, token_rewards_N=costs_N)
 
+    @property
+    def _fixes_proximal(self) -> bool:
+        """Whether the learner's own logprobs before the first of several optimizer steps are needed."""
+        return self.settings.algorithm.proximal == "learner" and self.settings.algorithm.updates > 1
+
     def _fix_proximal(self, examples: Sequence[Example]) -> None:
-        """The learner's own logprobs before the first of several optimizer steps. What will be skipped needs none."""
+        """Those logprobs, unless they came with values. What will be skipped needs none."""
+        if not self.ranks.most(sum("proximal_logprobs" not in example.columns for example in examples)):
+            return
         skip = self.settings.algorithm.skip_zero_advantage
         needed = [example for example in examples if example.advantages_N.any() or not skip]
         found = self._of_tokens(needed, self.policy)
@@ -350,7 +357,8 @@ class Learner:
                 chosen = [examples[place] for place in part]
                 sequences = self._weighed(chosen, algorithm.aggregation)
                 batch = self._pack(sequences, algorithm.skip_zero_advantage)
-                yield batch, self._pack(sequences) if self._critic is not None else batch
+                alike = self._critic is None or not batch.skipped_sequences
+                yield batch, batch if alike else self._pack(sequences)
 
     def _weighed(self, examples: Sequence[Example], how: Aggregation) -> list[TokenSequence]:
         length = self.settings.algorithm.aggregation_length

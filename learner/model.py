@@ -136,7 +136,17 @@ class Policy:
 
     def score(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Logprob of each sampled token and entropy of its distribution: float32 [N] each, with gradients."""
-        return self._whole(lambda: self._logprobs(self._scored(micro), micro.targets_N, temperature))
+        logprobs_N, entropy_N, _ = self.read(micro, temperature)
+        return logprobs_N, entropy_N
+
+    def read(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What `score` gives and, of the same pass, what `hidden` gives."""
+
+        def once() -> tuple[Tensor, Tensor, Tensor]:
+            hidden_ND = self._scored(micro)
+            return *self._logprobs(hidden_ND, micro.targets_N, temperature), hidden_ND
+
+        return self._whole(once)
 
     @torch.no_grad()
     def score_ids(self, token_ids: Sequence[int]) -> Float32Array:

@@ -15,7 +15,7 @@ from learner.ranks import ALONE, Ranks
 from learner.regularizers import OverlongSettings
 from rollout.wire.trajectory import Float32Array, Trajectory
 
-# [N] of a row's scored tokens, for each of them
+# Of a row's scored tokens: [N], or [N, C] for several numbers of each
 TokenFunction = Callable[[MicroBatch], Tensor]
 
 
@@ -60,19 +60,27 @@ def of_tokens(
 
 
 def and_after(
-    examples: Sequence[Example], compute: TokenFunction, tokens_per_row: int, ranks: Ranks = ALONE
-) -> list[tuple[Float32Array, float]]:
-    """`compute` before every sampled token, and after the last one: (float32 [N], number) for each example.
+    examples: Sequence[Example],
+    compute: TokenFunction,
+    tokens_per_row: int,
+    ranks: Ranks = ALONE,
+    columns: int = 1,
+) -> list[tuple[Float32Array, Float32Array]]:
+    """`compute` before every sampled token, and after the last one: float32 ([N, C], [C]) for each example.
+
+    columns: C, how many numbers of each token `compute` gives.
 
     A token that nobody reads stands after each sequence, so that what follows its last one is a place like the others.
     """
     by_example = [[_followed(s) for s in example.sequences()] for example in examples]
     found = _of_sequences([s for sequences in by_example for s in sequences], compute, tokens_per_row, ranks)
     remaining = iter(found)
+    none_0C = np.zeros((0, columns), np.float32)
     values = []
     for sequences in by_example:
         parts = [next(remaining) for _ in sequences]
-        values.append((_joined([part[:-1] for part in parts]), float(parts[-1][-1]) if parts else 0.0))
+        before_NC = np.concatenate([none_0C, *(part[:-1] for part in parts)])
+        values.append((before_NC, parts[-1][-1] if parts else np.zeros(columns, np.float32)))
     return values
 
 

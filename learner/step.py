@@ -20,6 +20,8 @@ from learner.regularizers import divergence
 
 # (micro-batch, logprobs [N], entropies [N]) -> (loss [N] with gradient, statistics without: float [M], to be averaged)
 Objective = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+# The same of (micro-batch, hidden states before its scored tokens [N, D]): a loss beside the objective's
+Auxiliary = Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,37 +91,60 @@ def cross_entropy_objective(
 
 
 def train_step(
-    policy: Policy, optimizer: Optimizer, batch: Batch, objective: Objective, temperature: float
+    policy: Policy,
+    optimizer: Optimizer,
+    batch: Batch,
+    objective: Objective,
+    temperature: float,
+    auxiliary: Auxiliary | None = None,
 ) -> dict[str, float]:
     """Forward and backward over every micro-batch, then one clipped optimizer step.
 
-    The loss is the sum over all sampled tokens of the objective's times the token's weight, which was set for the
-    WHOLE batch, skipped sequences and other ranks' included. Metrics, over all ranks: "loss"; the objective's
-    statistics as means over what they hold; "grad_norm", "learning_rate", "skipped_step" (1.0: loss or norm was not
-    finite, nothing was changed); those of `sizes`.
+    The loss is that of `accumulate`; `auxiliary` adds to the objective's, token by token, and optimizers of what else
+    it teaches are its owner's. Metrics, over all ranks: "loss"; the statistics as means over what they hold;
+    "grad_norm", "learning_rate", "skipped_step" (1.0: loss or norm was not finite, nothing was changed); those of
+    `sizes`.
     """
-    ranks = policy.ranks
+
+    def loss_of(micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs_N, entropy_N, hidden_ND = policy.read(micro, temperature)
+        loss_N, stats = objective(micro, logprobs_N, entropy_N)
+        if auxiliary is None:
+            return loss_N, stats
+        beside_N, more = auxiliary(micro, hidden_ND)
+        return loss_N + beside_N, stats | more
+
     optimizer.zero_grad()
+    loss, means = accumulate(policy, batch, loss_of)
+    report = optimizer.step(finite=math.isfinite(loss))
+    return {
+        "loss": loss,
+        **means,
+        "grad_norm": report.grad_norm,
+        "learning_rate": report.learning_rate,
+        "skipped_step": 0.0 if report.applied else 1.0,
+        **sizes(batch, policy.ranks),
+    }
+
+
+def accumulate(
+    policy: Policy, batch: Batch, loss_of: Callable[[MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+) -> tuple[float, dict[str, float]]:
+    """Forward and backward over every micro-batch: the loss, and its statistics as means, over all ranks.
+
+    The loss is the sum over all sampled tokens of `loss_of` (of a row on the policy's device: loss [N], statistics)
+    times the token's weight, which was set for the WHOLE batch, skipped sequences and other ranks' included.
+    """
     total = torch.zeros((), device=policy.device)
     means = Means(policy.device)
-    for micro in level(batch.micro_batches, ranks):
+    for micro in level(batch.micro_batches, policy.ranks):
         on_device = micro.to(policy.device)
-        logprobs_N, entropy_N = policy.score(on_device, temperature)
-        loss_N, stats = objective(on_device, logprobs_N, entropy_N)
+        loss_N, stats = loss_of(on_device)
         loss = (loss_N * on_device.weights_N).sum()
         loss.backward()
         total = total + loss.detach()
         means.add(stats)
-    loss_sum = ranks.sums({"loss": float(total)})["loss"]
-    report = optimizer.step(finite=math.isfinite(loss_sum))
-    return {
-        "loss": loss_sum,
-        **means.values(ranks),
-        "grad_norm": report.grad_norm,
-        "learning_rate": report.learning_rate,
-        "skipped_step": 0.0 if report.applied else 1.0,
-        **sizes(batch, ranks),
-    }
+    return policy.ranks.sums({"loss": float(total)})["loss"], means.values(policy.ranks)
 
 
 def sizes(batch: Batch, ranks: Ranks = ALONE) -> dict[str, float]:

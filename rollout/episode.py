@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from envs.base import Observation, named_rewards
-from envs.host import EnvironmentFailed, Replica
+from envs.host import EnvironmentFailed, Replica, Sampled, Told
 from rollout.agent import Actor, ContextOverflow, Conversation, Turn, as_messages
 from rollout.chat import ChatError
 from rollout.engine import EngineFailed
@@ -146,6 +146,10 @@ class _Episode:
             turn = await self._agent.turn(conversation, observation)
             if isinstance(turn, ContextOverflow):
                 return self._overflow(turn)
+            if isinstance(self._replica, Told):
+                said = len(turn.completion.token_ids)
+                cut = turn.completion.finish_reason == "length"
+                self._replica.sampled(Sampled(len(conversation.ids) - said, said, cut))
             observation, end_reason = await self._act(number, turn, last=number + 1 == max_turns)
             if end_reason is not None:
                 return end_reason

@@ -74,7 +74,7 @@ async def _on_a_replica(
     watch: Watch,
     so_far: EpisodeSoFar | None,
 ) -> Trajectory:
-    """A replica is reused only after an episode that did not fail."""
+    """A replica is reused only after an episode that did not fail, and where it can be."""
     try:
         replica = await pool.take(place.task)
     except EnvironmentFailed as error:
@@ -87,7 +87,7 @@ async def _on_a_replica(
         reusable = reason.why is Restart.NONDETERMINISTIC
         raise
     finally:
-        if reusable:
+        if reusable and replica.reusable:
             pool.give_back(place.task, replica)
         else:
             await pool.discard(place.task, replica)

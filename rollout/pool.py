@@ -13,6 +13,7 @@ from functools import partial
 from envs import registry
 from envs.host import Env, EnvironmentFailed, HostSettings, Inline, Replica
 from envs.hosted import Hosted
+from rollout.foreign import PROGRAM, ForeignAgents
 from rollout.parts.settings import PartSettings, dressed
 from rollout.wire.trajectory import Task
 
@@ -53,6 +54,7 @@ class EnvironmentPool:
         # Interpreters that start compete for the processors: more at once would only use up each other's limit.
         self._starting = asyncio.Semaphore(os.cpu_count() or 1)
         self._idle: dict[tuple[str, str], list[Replica]] = defaultdict(list)
+        self._foreign = ForeignAgents(self._host)
 
     async def take(self, task: Task) -> Replica:
         """A replica for this task, to be reset by whoever takes it. Raises EnvironmentFailed when none can be made."""
@@ -60,6 +62,8 @@ class EnvironmentPool:
         if idle:
             return idle.pop()
         with asking(task, "make"):
+            if task.env_id == PROGRAM:
+                return self._foreign.replica(task.kwargs)
             if self._host.where == "inline":
                 return Inline(dressed(partial(self._make, task.env_id, **task.kwargs), self._parts))
             recipe = registry.recipe if self._make is registry.make else partial(partial, self._make)
@@ -80,7 +84,7 @@ class EnvironmentPool:
             log.warning("%s", error)
 
     async def close(self) -> None:
-        """Close every idle replica."""
+        """Close every idle replica, and the endpoint where there is one."""
         idle, self._idle = self._idle, defaultdict(list)
         await asyncio.gather(
             *(
@@ -89,3 +93,4 @@ class EnvironmentPool:
                 for replica in replicas
             )
         )
+        await self._foreign.close()

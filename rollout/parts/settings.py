@@ -13,9 +13,16 @@ from rollout.parts.part import Env
 from rollout.parts.planning import PlanSettings
 from rollout.parts.reflection import ReflectSettings
 from rollout.parts.thinking import ThinkSettings
+from rollout.parts.tools import ToolsSettings
 
 PartSettings = Annotated[
-    ThinkSettings | PlanSettings | WindowSettings | SummarySettings | ReflectSettings | LibrarySettings,
+    ThinkSettings
+    | PlanSettings
+    | WindowSettings
+    | SummarySettings
+    | ReflectSettings
+    | LibrarySettings
+    | ToolsSettings,
     Field(discriminator="kind"),
 ]
 

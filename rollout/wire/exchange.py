@@ -141,9 +141,10 @@ class Exchange:
     async def take(self, version: int, timeout_s: float, share: Share = WHOLE) -> list[pa.RecordBatch]:
         """The groups of the step after `version`, in order of group id; the same step asked again gets the same.
 
-        A rank of several gets its share, always the same one. Raises TimeoutError, which says what is missing and who
-        holds it (while the disk has no room, the time stands still); TooManyFailures; StepTorn; ValueError for a
-        version that does not follow; RuntimeError after `close`.
+        Behind them come those it reuses; decode tells them apart. A rank of several gets its share, always the same
+        one. Raises TimeoutError, which says what is missing and who holds it (while the disk has no room, the time
+        stands still); TooManyFailures; StepTorn; ValueError for a version that does not follow; RuntimeError after
+        `close`.
         """
         clock = asyncio.get_running_loop().time
         limit = clock() + timeout_s - self._pauses()

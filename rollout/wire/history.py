@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from rollout.wire.payload import Reused
+from rollout.wire.reuse import OF_STEPS
 from rollout.wire.segments import Location, read_batch
 from rollout.wire.share import WHOLE, Share
 from rollout.wire.trajectory import DropReason
@@ -31,12 +33,18 @@ class History:
             raise HistoryError(f"{run}: no ledger.sqlite, so this is no run folder")
         with closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as db:
             rows = db.execute(_STEPS).fetchall()
+            known = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'reuses'").fetchone()
+            again = db.execute(OF_STEPS).fetchall() if known else []
         self._groups = run / "groups"
         self._steps: list[list[Location]] = []
         for version, *place in rows:
             if version == len(self._steps):
                 self._steps.append([])
             self._steps[-1].append(Location(*place))
+        self._reused: list[list[Reused]] = [[] for _ in self._steps]
+        for version, group_id, *place, nth in again:
+            if version < len(self._steps):
+                self._reused[version].append(Reused(group_id, nth, Location(*place)))
 
     @property
     def steps(self) -> int:
@@ -47,7 +55,8 @@ class History:
         """The groups of the step after `version`. Raises CorruptSegment, HistoryError past the last step."""
         if version >= self.steps:
             raise HistoryError(f"step {version + 1} was asked of a run that made {self.steps}")
-        return share.of([read_batch(self._groups, location) for location in self._steps[version]])
+        fresh = [read_batch(self._groups, location) for location in self._steps[version]]
+        return share.of(fresh + [reused.read(self._groups) for reused in self._reused[version]])
 
     async def discard(self, version: int, reason: DropReason) -> None:
         """There are no other groups."""

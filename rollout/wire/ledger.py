@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rollout.wire.reuse import TABLES as _REUSES
+from rollout.wire.reuse import ReuseLog
 from rollout.wire.segments import Location
 from rollout.wire.trajectory import DropReason, EndReason, Slot, Task, Trajectory
 
@@ -44,6 +46,7 @@ CREATE TABLE IF NOT EXISTS episodes (
 CREATE TABLE IF NOT EXISTS gone (worker TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 INSERT OR IGNORE INTO meta VALUES ('buffer_version', 0), ('journal_from', 0);
+{_REUSES}
 """
 _ISSUE = """
 INSERT INTO groups (group_id, attempt, env_id, env_options, seed, worker, lane, issue_version, state)
@@ -122,6 +125,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         # The store that owns this is used by one thread at a time, but not always by the one that made it.
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._reuses = ReuseLog(self._db)
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version not in (0, _VERSION):
             self._db.close()
@@ -133,6 +137,11 @@ class Ledger:
         self._db.executescript(_TABLES)
         self._db.execute(f"PRAGMA user_version={_VERSION}")
         self._unsynced = True  # whether a transaction may still be lost with the machine
+
+    @property
+    def db(self) -> sqlite3.Connection:
+        """For `Reuse`, which reads what it chooses from."""
+        return self._db
 
     @property
     def buffer_version(self) -> int:
@@ -189,19 +198,23 @@ class Ledger:
         """Workers that were given up since the driver began."""
         return {worker for (worker,) in self._db.execute("SELECT worker FROM gone")}
 
-    def take(self, group_ids: Iterable[int], version: int) -> None:
-        """The learner, standing at `version`, has these groups in its hands."""
+    def take(self, group_ids: Iterable[int], version: int, reused: Iterable[int] = ()) -> None:
+        """The learner, standing at `version`, has these groups in its hands, and those of earlier steps once more."""
         with self._transaction():
             self._db.executemany(_TAKEN, [(version, group_id) for group_id in group_ids])
+            self._reuses.take(reused, version)
 
-    def give_back(self, group_ids: Iterable[int]) -> None:
-        """The learner never got them: complete again."""
-        self._each(_COMPLETE_AGAIN, group_ids)
+    def give_back(self, group_ids: Iterable[int], version: int) -> None:
+        """The learner at `version` never got them: complete again."""
+        with self._transaction():
+            self._db.executemany(_COMPLETE_AGAIN, [(group_id,) for group_id in group_ids])
+            self._reuses.undo(version)
 
-    def discard(self, group_ids: Iterable[int], reason: DropReason) -> None:
-        """The learner took them and can make no step of them."""
+    def discard(self, group_ids: Iterable[int], reason: DropReason, version: int) -> None:
+        """The learner at `version` took them and can make no step of them."""
         with self._transaction():
             self._db.executemany(_DISCARDED, [(reason.value, group_id) for group_id in group_ids])
+            self._reuses.discard(version)
 
     def release(self, version: int) -> None:
         """Engines hold `version`."""
@@ -234,6 +247,7 @@ class Ledger:
             self._db.execute(_TRAINED, (version,))
             for statement, group_ids in ((_COMPLETE_AGAIN, complete), (_WAITING, waiting), (_AGAIN, again)):
                 self._db.executemany(statement, [(group_id,) for group_id in group_ids])
+            self._reuses.undo(version)
             self._set_meta("buffer_version", version)
             self._set_meta("journal_from", journal_from)
 
@@ -283,10 +297,6 @@ class Ledger:
 
     def _set_meta(self, name: str, value: int) -> None:
         self._db.execute("UPDATE meta SET value = ? WHERE name = ?", (value, name))
-
-    def _each(self, statement: str, group_ids: Iterable[int]) -> None:
-        with self._transaction():
-            self._db.executemany(statement, [(group_id,) for group_id in group_ids])
 
     def _record_episodes(self, slot: Slot, episodes: Sequence[EpisodeRow]) -> None:
         rows = [

@@ -19,6 +19,7 @@ import pyarrow as pa
 from rollout.wire.trajectory import EndReason, EpisodeSoFar, Group, Slot, Step, Task, Trajectory, TurnEnd
 
 VERSION = b"2"
+_REUSE = b"manta.reuse"  # metadata of a batch that a step has once more
 
 SCHEMA = pa.schema(
     [
@@ -156,7 +157,13 @@ def decode(batch: pa.RecordBatch) -> Group:
     plain = {name: batch.column(name).to_pylist() for name in _PLAIN}
     lists = {name: _views(batch.column(name)) for name in _LISTS}
     by_episode = groupby(range(batch.num_rows), key=plain["episode"].__getitem__)
-    return Group(slot, tuple(_trajectory(slot, plain, lists, list(rows)) for _, rows in by_episode))
+    trajectories = tuple(_trajectory(slot, plain, lists, list(rows)) for _, rows in by_episode)
+    return Group(slot, trajectories, int(batch.schema.metadata.get(_REUSE, 0)))
+
+
+def as_reused(batch: pa.RecordBatch, reuse: int) -> pa.RecordBatch:
+    """The same rows, of which `decode` says that this is the group's reuse number `reuse`, from 1 on."""
+    return batch.replace_schema_metadata({**batch.schema.metadata, _REUSE: b"%d" % reuse})
 
 
 _LISTS = ("prompt_ids", "action_ids", "behavior_logprobs", "versions")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,13 +20,14 @@ from rollout.wire.failures import WINDOW, FailureWindow, TooManyFailures
 from rollout.wire.holders import Held, Holders
 from rollout.wire.journal import Journal, rows_of
 from rollout.wire.ledger import EpisodeRow, Ledger, StoredGroup
+from rollout.wire.payload import Complete, Reused
 from rollout.wire.replay import ReplayBuffer
+from rollout.wire.reuse import Reuse
 from rollout.wire.room import Room, free_bytes
 from rollout.wire.segments import (
     CorruptSegment,
     Location,
     SegmentWriter,
-    read_batch,
     remove_oldest,
     segment_path,
     write_once,
@@ -42,19 +43,11 @@ log = logging.getLogger(__name__)
 Finished = tuple[Slot, pa.RecordBatch, Sequence[EpisodeRow]]  # a group as it is handed in
 
 
-@dataclass(slots=True)
-class _Complete:
-    """A complete group: where its rows lie, and the rows themselves as long as they are at hand."""
-
-    slot: Slot
-    location: Location
-    batch: pa.RecordBatch | None
-
-
 class Store:
     """Everything sampled and not yet trained.
 
-    `total_steps` bounds what is given out. `probe` says how many bytes are free on the disk of a folder.
+    `total_steps` bounds what is given out. `probe` says how many bytes are free on the disk of a folder. `seed` is the
+    run's: of what is reused.
     """
 
     def __init__(
@@ -64,6 +57,7 @@ class Store:
         settings: BufferSettings,
         total_steps: int | None = None,
         probe: Callable[[Path], int] = free_bytes,
+        seed: int = 0,
     ) -> None:
         self._folder = folder
         self._task_of = task_of
@@ -73,6 +67,7 @@ class Store:
         self._groups = folder / "groups"
         self._segments = SegmentWriter(self._groups, settings.segment_mib * 2**20)
         self._ledger = Ledger(folder / "ledger.sqlite")
+        self._reuse = Reuse(settings.reuse, seed, self._ledger.db, self._groups)
         self._next_id = self._ledger.next_group_id()
         self._buffer = self._empty_buffer(self._ledger.buffer_version)
         self._holders = Holders(self._ledger.gone())
@@ -155,7 +150,7 @@ class Store:
         before = self._segments.open_segment
         places = self._write(rows, new)
         for group_id, (slot, batch, episodes) in new.items():
-            self._buffer.add(group_id, _Complete(slot, places[group_id], batch))
+            self._buffer.add(group_id, Complete(slot, places[group_id], batch))
             self._failures.watch((row.end_reason, row.error) for row in episodes)
         self._let_go(new)
         if self._segments.open_segment != before:
@@ -186,12 +181,13 @@ class Store:
     def take(self, version: int, share: Share = WHOLE) -> list[pa.RecordBatch] | None:
         """The groups of the step that leads from `version` to the next, in order of group id; None while not ready.
 
-        The same step asked again gets the same groups, a rank the same share. Raises TooManyFailures and StepTorn.
+        Behind them come those it reuses. The same step asked again gets the same groups, a rank the same share. Raises
+        TooManyFailures and StepTorn.
         """
         asked_again = bool(self._buffer.taken) and version == self.version
         if version != self.version and not (self._buffer.taken and version == self.version + 1):
             raise ValueError(f"take({version}) does not follow version {self.version}; rollback() goes back")
-        if asked_again and (batches := self._read(self._buffer.taken)) is not None:
+        if asked_again and (batches := self._read(self._buffer.taken, self._reuse.of(version))) is not None:
             return share.of(batches)
         if asked_again and share != WHOLE:
             raise StepTorn(
@@ -199,8 +195,10 @@ class Store:
             )
         self._failures.require_few()
         while (chosen := self._buffer.choose()) is not None:
-            if (batches := self._read(chosen)) is not None:
-                self._ledger.take([group_id for group_id, _ in chosen], version)
+            reused = self._reuse.choose(version)
+            if (batches := self._read(chosen, reused)) is not None:
+                again = [each.group_id for each in reused]
+                self._ledger.take([group_id for group_id, _ in chosen], version, again)
                 self._buffer.take()
                 for _, group in chosen if share == WHOLE else ():
                     group.batch = None  # should the learner ask again, it is read again
@@ -213,9 +211,9 @@ class Store:
         Their rows are set aside under RUN/discarded, whatever becomes of their segments.
         """
         taken = self._buffer.taken if version == self.version else []
-        if batches := self._read(taken):
+        if taken and (batches := self._read(taken, self._reuse.of(version))):
             write_once(self._folder / "discarded" / f"version-{version:08d}", batches)
-            self._ledger.discard([group_id for group_id, _ in taken], reason)
+            self._ledger.discard([group_id for group_id, _ in taken], reason, version)
             self._buffer.discard()
 
     def release(self, version: int) -> None:
@@ -248,7 +246,7 @@ class Store:
                 state = "again"
             if state == "complete":
                 assert stored.location is not None
-                buffer.add(slot.group_id, _Complete(slot, stored.location, None))
+                buffer.add(slot.group_id, Complete(slot, stored.location, None))
             fates[state][slot.group_id] = slot
         rewritten = self._journal.rewrite(fates["waiting"], up_to=version)
         lists = (fates["complete"], fates["waiting"], fates["again"])
@@ -291,11 +289,11 @@ class Store:
                     self._holders.again[group_id] = slot
                 case state:
                     assert stored.location is not None
-                    group = _Complete(slot, stored.location, None)
+                    group = Complete(slot, stored.location, None)
                     # Trained before it is released: its checkpoint landed while engines were still loading.
                     restore(group_id, slot.version, group, taken=state != "complete")
 
-    def _empty_buffer(self, version: int) -> ReplayBuffer[_Complete]:
+    def _empty_buffer(self, version: int) -> ReplayBuffer[Complete]:
         return ReplayBuffer(self.settings.groups_per_step, self.settings.max_lag, version)
 
     def _fate(self, stored: StoredGroup, version: int) -> str:
@@ -368,10 +366,12 @@ class Store:
         self._journal.keep(written)
         return places
 
-    def _read(self, groups: Sequence[tuple[int, _Complete]]) -> list[pa.RecordBatch] | None:
-        """The rows of these groups; None where some are lost, which are issued again."""
+    def _read(
+        self, groups: Sequence[tuple[int, Complete]], reused: Sequence[Reused]
+    ) -> list[pa.RecordBatch] | None:
+        """The rows of these groups; None where some are lost: fresh ones are issued again, others are no more."""
         try:
-            return [group.batch or read_batch(self._groups, group.location) for _, group in groups]
+            return [group.read(self._groups) for group in (*(fresh for _, fresh in groups), *reused)]
         except CorruptSegment as error:
             self._set_aside(error)
             return None
@@ -379,7 +379,7 @@ class Store:
     def _set_aside(self, error: CorruptSegment) -> None:
         # A step that asked for its groups again has none of them, or it would not ask.
         untaken = [group_id for group_id, _ in self._buffer.taken]
-        self._ledger.give_back(untaken)
+        self._ledger.give_back(untaken, self.version)
         self._buffer.give_back()
         complete = self._buffer.completed.items()
         lost = {at: group.slot for at, group in complete if group.location.segment == error.segment}
@@ -393,7 +393,6 @@ class Store:
         self._holders.again |= lost
 
     def _trim(self) -> None:
-        if self.settings.disk_gib is None:
-            return
-        needed = self._ledger.segments_in_use() | {self._segments.open_segment}
-        remove_oldest(self._groups, self.settings.disk_gib * 2**30, needed)
+        if (limit := self.settings.disk_gib) is not None:
+            needed = self._ledger.segments_in_use() | self._reuse.segments_in_use(self.version)
+            remove_oldest(self._groups, limit * 2**30, needed | {self._segments.open_segment})

@@ -179,6 +179,7 @@ class Group:
 
     slot: Slot
     trajectories: tuple[Trajectory, ...]
+    reuse: int = 0  # which reuse of it this is; 0: fresh
 
     @property
     def trainable(self) -> tuple[Trajectory, ...]:

@@ -19,7 +19,7 @@ from deploy import run_folder
 from deploy.config import RunConfig, load_config, parse
 from deploy.export import export_model
 
-RECIPES = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "dppo", "ppo")
+RECIPES = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "dppo", "ppo", "ppo_shared")
 LIMIT_S = 3600
 
 

@@ -100,6 +100,10 @@ def of_model(path: object, *overrides: str) -> list[str]:
             [RECIPE, "learner.model.lora.targets=['qproj']"],
             "'qproj' is no linear layer .* there are .*, q_proj,",
         ),
+        (
+            [RECIPE, "agent.parts=[{kind='tools',functions=['envs.frozen_lake:nothing']}]"],
+            "agent.parts: tool 'envs.frozen_lake:nothing' is not to be found",
+        ),
         ([RECIPE, "evaluation.tasks=100"], "evaluation.tasks=100 is more than there is: .* only 4 different"),
         ([RECIPE, "--resume", "somewhere"], "leave the recipe and overrides away"),
     ],

@@ -11,7 +11,8 @@ import pytest
 from pydantic import BaseModel
 
 from deploy import run_folder
-from deploy.config import ConfigError, RunConfig, load_config, models_in, option_names
+from deploy.config import ConfigError, RunConfig, load_config
+from deploy.refusals import models_in, option_names
 from learner.losses import DivergenceLoss
 from tests.deploy.small_run import configured
 
@@ -102,6 +103,15 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
         (["learner.algorithm.credit.kind=grpo"], "'group', 'rloo'"),
         (["learner.algorithm.loss.kind=ppo2"], "'ppo', 'reinforce'"),
         (["learner.algorithm.credit.kind=gae"], "needs a critic"),
+        (
+            ["learner.algorithm.credit.kind=gae", "learner.algorithm.critic.detach=true"],
+            "learner.algorithm.critic.detach does not belong to kind='own'; it does to 'shared'",
+        ),
+        (
+            ["learner.algorithm.corrections=[{kind='lag', max_lag=1, cap=2.0}]"],
+            "learner.algorithm.corrections.cap does not belong to kind='lag'; it does to 'tis'",
+        ),
+        (["learner.algorithm.credit.kind=gae", "learner.algorithm.critic.kind=both"], "'own', 'shared'"),
         (["rollout.max_turns=1", "learner.algorithm.credit.kind=gigpo"], "compares turns"),
         (["guards=[{metric='entrophy', below=0.1}]"], "did you mean 'entropy'"),
         (["guards=[{metric='entropy'}]"], "no bound"),
@@ -112,6 +122,21 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
         (
             ["learner.imitation.optim.schedule=cosine", "learner.imitation.optim.warmup_steps=48"],
             "lower learner.imitation.optim.warmup_steps or",
+        ),
+        (
+            ["buffer.reuse.groups=1", "buffer.reuse.limit=0"],
+            "buffer.reuse.limit: Input should be greater than",
+        ),
+        (["buffer.reuse.groups=1", "buffer.max_lag=4"], "buffer.reuse.max_lag=4 leaves nothing to reuse"),
+        (["buffer.reuse.groups=3"], "buffer.reuse.groups=3 can never be found"),
+        (["buffer.reuse.sampler.kind=lifo"], "'fifo', 'uniform', 'prioritized'"),
+        (
+            [
+                "buffer.reuse={groups=1, sampler={kind='prioritized'}}",
+                "rollout.group_size=1",
+                "learner.algorithm.credit.kind=reinforce_pp",
+            ],
+            "prefers groups whose rewards differ",
         ),
         (["learner.ranks=33"], "have at least as many groups as ranks"),
         (["learner.ranks=2", "learner.model.lora.rank=4"], "use learner.ranks=1"),
@@ -266,4 +291,4 @@ def test_every_option_is_read() -> None:
 
 
 def test_the_names_that_are_offered_are_all_options() -> None:
-    assert {dotted for dotted, _, _ in options()} == set(option_names())
+    assert {dotted for dotted, _, _ in options()} == set(option_names(RunConfig))

@@ -9,12 +9,14 @@ import pytest
 from gymnasium import spaces
 from gymnasium.wrappers import FrameStackObservation, TimeLimit
 
-from envs import registry
+from envs import registry, sandbox
 from envs.adapters import TextAdapter
 from envs.registry import EnvironmentUnknown, Suite
 
 ADAPTED = ["FrozenLake-v1", "CliffWalking-v1", "Taxi-v4", "Blackjack-v1", "CartPole-v1", "Pendulum-v1"]
-EVERY = [*registry.registered(), *ADAPTED]
+# programming needs a sandbox, which not every machine has
+NOT_HERE = {"programming"} if sandbox.refusal() is not None else set()
+EVERY = [*(each for each in registry.registered() if each not in NOT_HERE), *ADAPTED]
 
 
 class Picture(gym.Env[Any, Any]):
@@ -30,6 +32,8 @@ gym.register("Picture-v0", entry_point=Picture)
     "action", ["", "jump", "1.5", "left and right", "1_0", "\u0661", "9" * 30, "9" * 5000]
 )
 def test_an_action_that_cannot_be_read_ends_the_episode_and_says_so(env_id: str, action: str) -> None:
+    if (env_id, action) == ("assistant", "1.5"):
+        pytest.skip("a number is an answer there")
     env = registry.make(env_id)
     env.reset(seed=0)
     _, reward, terminated, truncated, info = env.step(action)

@@ -18,7 +18,7 @@ from learner.prepare import Example
 from learner.publish import take_snapshot
 from learner.ranks import Ranks
 from learner.shards import gathered, gathered_tree
-from rollout.wire.schema import decode, encode
+from rollout.wire.schema import as_reused, decode, encode
 from rollout.wire.trajectory import Group
 from tests.learner.episodes import group, random_groups
 
@@ -56,8 +56,9 @@ def groups_of(seed: int, count: int = 5) -> list[Group]:
 
 
 def own(ranks: Ranks, groups: list[Group]) -> list[Group]:
-    """The share of a step that the exchange would give this rank."""
-    return [decode(batch) for batch in ranks.share.of([encode(each) for each in groups])]
+    """The share of a step that the exchange would give this rank; the step has its last group once more."""
+    *fresh, last = [encode(each) for each in groups]
+    return [decode(batch) for batch in ranks.share.of([*fresh, as_reused(last, 2)])]
 
 
 def rows(groups: list[Group]) -> int:
@@ -82,11 +83,7 @@ def stepped(ranks: Ranks, tiny: Path, cases: list[Any]) -> list[Found]:
         for step in range(steps):
             share = own(ranks, groups_of(step))
             metrics = made.step(share)
-        critic = (
-            []
-            if made._critic is None
-            else [*made._critic._trunk.parameters(), *made._critic._head.parameters()]
-        )
+        critic = [] if made._critic is None else made._critic.optimizer._parameters
         found.append(
             {
                 "imitated": imitated,
@@ -167,11 +164,7 @@ def refused(ranks: Ranks, tiny: Path) -> tuple[str, bool]:
 def _state(made: Learner) -> Found:
     """Parameters of policy and critic, and the optimizers' state; whole where rank 0 says it."""
     assert made._critic is not None
-    parameters = [
-        *made.policy.parameters(),
-        *made._critic._trunk.parameters(),
-        *made._critic._head.parameters(),
-    ]
+    parameters = [*made.policy.parameters(), *made._critic.optimizer._parameters]
     optimizers = [made.optimizer.state_dict(), made._critic.optimizer.state_dict()]
     moments = [
         np.array(tensor)  # the next step moves what it was

@@ -22,6 +22,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"credit": {"kind": "gae"}}, "'gae'", "add the section critic"),
     ({"critic": {}}, "'group'", "leave the section critic away"),
+    ({"credit": {"kind": "gae"}, "critic": {"kind": "shared"}}, "'shared'", "skip_zero_advantage = false"),
 ]
 ACCEPTED: list[dict[str, Any]] = [
     {},
@@ -31,6 +32,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"corrections": [{"kind": "tis"}, {"kind": "lag", "max_lag": 2}], "proximal": "learner"},
     {"corrections": [{"kind": "lag", "max_lag": 2}]},
     {"credit": {"kind": "gae"}, "critic": {}},
+    {"credit": {"kind": "gae"}, "critic": {"kind": "shared"}, **EVERY_TOKEN},
 ]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from learner.critic import Critic
+from learner.critic import Critic, OwnCritic
 from learner.learner import Learner, LearnerSettings
 from tests import reference
 from tests.learner.dense import Dense, Recipe, gradients, load, segments, valued, with_values, with_weights
@@ -133,9 +133,10 @@ def plain(tiny: Path) -> PreTrainedModel:
 
 def _critic(plain: PreTrainedModel, critic: Critic) -> tuple[PreTrainedModel, nn.Linear]:
     """The critic's trunk and head as transformers and torch have them."""
-    head = nn.Linear(critic._head.in_features, 1).double()
-    head.load_state_dict(critic._head.state_dict())
-    return with_weights(plain, critic._trunk.model.state_dict()), head
+    assert isinstance(critic, OwnCritic)
+    head = nn.Linear(critic.head.linear.in_features, 1).double()
+    head.load_state_dict(critic.head.linear.state_dict())
+    return with_weights(plain, critic.trunk.model.state_dict()), head
 
 
 def _dense(plain: PreTrainedModel, learner: Learner, recipe: Recipe) -> Dense:
@@ -207,7 +208,7 @@ def test_the_critics_gradient_is_the_formulas_over_each_segment_alone(
     recipe = {"credit": GAE, "critic": CRITIC, "loss": LOSSES[0], **aggregation}
     learner = _learner(tiny, recipe, tokens_per_microbatch=30)
     own = learner._critic
-    assert own is not None
+    assert isinstance(own, OwnCritic)
     trunk, head = _critic(plain, own)
     stories, moving = random_groups(9), []
     for story in [story for siblings in stories for story in siblings]:
@@ -218,5 +219,5 @@ def test_the_critics_gradient_is_the_formulas_over_each_segment_alone(
         moving.append([(x.item() - target) * x for x, target in zip(values, targets, strict=True)])
     reference.aggregate(moving, aggregation["aggregation"], aggregation.get("aggregation_length")).backward()
     _step(learner, stories)
-    found = gradients(own._trunk.model.base_model, own._head)
+    found = gradients(own.trunk.model.base_model, own.head.linear)
     _same([gradient.double() for gradient in found], gradients(trunk.base_model, head), atol=1e-5)

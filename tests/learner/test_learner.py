@@ -57,6 +57,17 @@ def test_description_is_recomputed_from_trainable_episodes_alone(group_of: Group
     assert described["sampled_per_episode"] == pytest.approx(np.mean(tokens))
     assert described["lag_max"] == 4.0
     assert described["lag_mean"] == pytest.approx((4 * sum(tokens[:2]) + 2 * sum(tokens[2:])) / sum(tokens))
+    # Reused groups say how old they are, and nothing else.
+    reused = [
+        replace(_with_versions(group_of(2, [9.0, 9.0]), 1), reuse=1),
+        replace(_failed(_with_versions(group_of(3, [9.0, 9.0, 9.0]), 4), 0), reuse=3),
+    ]
+    of_each = [sum(t.num_sampled for t in group.trainable) for group in reused]
+    assert describe([*groups, *reused], version=7) == described | {
+        "groups_reused": 2.0,
+        "reused_lag_max": 6.0,
+        "reused_lag_mean": pytest.approx((6 * of_each[0] + 3 * of_each[1]) / sum(of_each)),
+    }
 
 
 @pytest.mark.parametrize("proximal", ["behavior", "learner"])

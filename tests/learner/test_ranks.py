@@ -18,6 +18,13 @@ from tests.learner.together import together
 
 GAE: dict[str, Any] = {"kind": "gae", "gamma": 0.9, "lam": 0.8}
 CRITIC: dict[str, Any] = {"credit": GAE, "critic": {"optim": {"learning_rate": 0.03}}}
+SHARED: dict[str, Any] = {
+    "credit": GAE,
+    "critic": {"kind": "shared", "warmup_steps": 1, "optim": {"learning_rate": 0.03}},
+    "proximal": "learner",
+    "epochs": 2,
+    "skip_zero_advantage": False,
+}
 # (recipe, learner steps, settings of the model); UNTIED stands for a model whose head is a matrix of its own
 UNTIED = "untied"
 CASES: list[Any] = [
@@ -38,6 +45,7 @@ CASES: list[Any] = [
     ({"credit": {"kind": "returns", "baseline": "batch"}, "aggregation": "sequence"}, 1, {}),
     ({"credit": {"kind": "gdpo", "weights": {"goal": 1.0, "form": 0.5}}, "loss": {"kind": "gspo"}}, 1, {}),
     (CRITIC | {"aggregation": "sequence"}, 2, {"path": UNTIED}),
+    (SHARED, 3, {}),
 ]
 
 
@@ -82,13 +90,13 @@ def test_a_step_of_several_ranks_is_that_of_one(
     assert fewer, "no rank ever had fewer rows than another"
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after", "recipe"), [(2, 1, CRITIC), (1, 2, CRITIC), (2, 1, SHARED)])
 def test_a_checkpoint_is_continued_by_any_number_of_ranks(
-    before: int, after: int, tiny: Path, tmp_path: Path
+    before: int, after: int, recipe: dict[str, Any], tiny: Path, tmp_path: Path
 ) -> None:
-    wrote, *_ = together(before, saved, tiny, CRITIC, tmp_path)
-    same, *_ = together(before, resumed, tiny, CRITIC, tmp_path)
-    other, *rest = together(after, resumed, tiny, CRITIC, tmp_path)
+    wrote, *_ = together(before, saved, tiny, recipe, tmp_path)
+    same, *_ = together(before, resumed, tiny, recipe, tmp_path)
+    other, *rest = together(after, resumed, tiny, recipe, tmp_path)
     assert same["cursor"] == other["cursor"] == {"step": 1}
     assert same["steps"] == other["steps"] == wrote["steps"] == 2
     for what in ("parameters", "moments"):

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import pyarrow as pa
 from hypothesis import strategies as st
 
+from rollout.wire.schema import encode_turns
 from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
 
 T = TypeVar("T")
@@ -135,6 +137,39 @@ def next_slot(fates: dict[int, Fate], worker: str, lane: int, version: int, free
         slot = fates[again[0]].slot
         return replace(slot, attempt=slot.attempt + 1, version=version)
     return Slot(len(fates), 0, task_of(len(fates)), version)
+
+
+def some_turns(
+    data: st.DataObject, fates: dict[int, Fate], now: int
+) -> tuple[list[pa.RecordBatch], list[tuple[int, int, int, int]]]:
+    """Turns of groups that are held, of ones that are not, and repetitions; and what the model makes of them.
+
+    now: the version that engines hold.
+    """
+    rows, meant = [], []
+    held_ones = ids(fates, "issued")
+    likely = held_ones if held_ones and data.draw(st.integers(0, 3)) else sorted(fates)
+    for group_id in data.draw(st.lists(st.sampled_from(likely), min_size=1, max_size=3, unique=True)):
+        fate = fates[group_id]
+        held = fate.state == "issued"
+        slot = fate.slot if held or not fate.slot.attempt else replace(fate.slot, attempt=0)
+        episode = data.draw(st.integers(0, 1))
+        turns = fate.turns.get(episode, [])
+        # An episode goes on, or an attempt that has not played of it begins it anew.
+        anew = all(attempt < slot.attempt for attempt, _ in turns) and data.draw(st.booleans())
+        turn = 0 if anew else len(turns)
+        version = data.draw(st.sampled_from([now, min(slot.version, now)]))
+        if held:
+            meant.append((group_id, episode, turn, version))
+        state = b"%d after %d" % (episode, turn + 1)
+        row = (slot, episode, step(slot, episode, turn, version), None, state)
+        rows += [row] * data.draw(st.integers(1, 2))
+        if turn and data.draw(st.booleans()):
+            # A repetition of what is known already.
+            attempt, version = turns[0]
+            of = replace(slot, attempt=attempt)
+            rows.append((of, episode, step(of, episode, 0, version), None, b"%d after 1" % episode))
+    return ([encode_turns(rows, "w")] if rows else []), meant
 
 
 def stale_slot(data: st.DataObject, fate: Fate) -> Slot:

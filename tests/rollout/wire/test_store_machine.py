@@ -12,7 +12,6 @@ import sqlite3
 import tempfile
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -22,9 +21,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from rollout.wire.schema import decode, encode, encode_turns, restore_turns
+from rollout.wire.samplers import AnySampler
+from rollout.wire.schema import decode, encode, restore_turns
+from rollout.wire.settings import ReuseSettings
 from rollout.wire.store import BufferSettings, EpisodeRow, Store
 from rollout.wire.trajectory import Assignment, DropReason, StaleSlot
+from tests.rollout.wire.reuse_model import SAMPLERS, ReuseModel
 from tests.rollout.wire.store_model import (
     GROUPS_PER_STEP,
     WORKERS,
@@ -35,22 +37,32 @@ from tests.rollout.wire.store_model import (
     ids,
     next_slot,
     played,
+    some_turns,
     stale_slot,
-    step,
     task_of,
 )
 
 
 class StoreMachine(RuleBasedStateMachine):
-    @initialize(max_lag=st.integers(0, 2))
-    def open(self, max_lag: int) -> None:
+    @initialize(
+        max_lag=st.integers(0, 2),
+        reused=st.integers(0, 2),
+        limit=st.integers(1, 2),
+        longer=st.integers(1, 3),
+        sampler=st.sampled_from(SAMPLERS),
+    )
+    def open(self, max_lag: int, reused: int, limit: int, longer: int, sampler: AnySampler) -> None:
         self.folder = Path(tempfile.mkdtemp())
         self.disk = Disk()
         self.patch = patch.object(os, "fsync", self.disk.fsync)
         self.patch.start()
-        self.settings = BufferSettings(groups_per_step=GROUPS_PER_STEP, max_lag=max_lag, max_failed_share=1.0)
+        reuse = ReuseSettings(groups=reused, limit=limit, max_lag=max_lag + longer, sampler=sampler)
+        self.reuse = ReuseModel(reuse)
+        self.settings = BufferSettings(
+            groups_per_step=GROUPS_PER_STEP, max_lag=max_lag, max_failed_share=1.0, reuse=reuse
+        )
         self.lives = 0
-        self.store = Store(self.folder / "0", task_of, self.settings)
+        self.store = self.opened()
         self.fates: dict[int, Fate] = {}
         self.issues: list[tuple[int, Fate | None]] = []  # not yet durable; the group, and what it was before
         self.given_up = dict.fromkeys(WORKERS, 0)  # how often each was given up; the next has another name
@@ -84,6 +96,9 @@ class StoreMachine(RuleBasedStateMachine):
     def run_folder(self) -> Path:
         return self.folder / str(self.lives)
 
+    def opened(self) -> Store:
+        return Store(self.run_folder, task_of, self.settings, seed=7)
+
     def note_what_is_durable(self) -> None:
         if not self.store._ledger._unsynced:
             self.issues.clear()
@@ -102,7 +117,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.disk.lose(data, self.run_folder, self.log_size)
         killed.close()
         shutil.rmtree(dead)
-        self.store = Store(self.run_folder, task_of, self.settings)
+        self.store = self.opened()
         with sqlite3.connect(self.run_folder / "ledger.sqlite") as db:
             known = dict(db.execute("SELECT group_id, attempt FROM groups").fetchall())
         db.close()
@@ -168,37 +183,10 @@ class StoreMachine(RuleBasedStateMachine):
             assert versions == [version for _, version in fate.turns[index]]
             assert all(fate.slot.version <= version <= self.store.version for version in versions)
 
-    def some_turns(self, data: st.DataObject) -> tuple[list[pa.RecordBatch], list[tuple[int, int, int, int]]]:
-        """Turns of groups that are held, of ones that are not, and repetitions; and what the model makes of them."""
-        rows, meant = [], []
-        held_ones = self.ids("issued")
-        likely = held_ones if held_ones and data.draw(st.integers(0, 3)) else sorted(self.fates)
-        for group_id in data.draw(st.lists(st.sampled_from(likely), min_size=1, max_size=3, unique=True)):
-            fate = self.fates[group_id]
-            held = fate.state == "issued"
-            slot = fate.slot if held or not fate.slot.attempt else replace(fate.slot, attempt=0)
-            episode = data.draw(st.integers(0, 1))
-            turns = fate.turns.get(episode, [])
-            # An episode goes on, or an attempt that has not played of it begins it anew.
-            anew = all(attempt < slot.attempt for attempt, _ in turns) and data.draw(st.booleans())
-            turn = 0 if anew else len(turns)
-            version = data.draw(st.sampled_from([self.store.version, min(slot.version, self.store.version)]))
-            if held:
-                meant.append((group_id, episode, turn, version))
-            state = b"%d after %d" % (episode, turn + 1)
-            row = (slot, episode, step(slot, episode, turn, version), None, state)
-            rows += [row] * data.draw(st.integers(1, 2))
-            if turn and data.draw(st.booleans()):
-                # A repetition of what is known already.
-                attempt, version = turns[0]
-                of = replace(slot, attempt=attempt)
-                rows.append((of, episode, step(of, episode, 0, version), None, b"%d after 1" % episode))
-        return ([encode_turns(rows, "w")] if rows else []), meant
-
     @precondition(lambda self: self.fates)
     @rule(data=st.data())
     def hand_in(self, data: st.DataObject) -> None:
-        turns, meant = self.some_turns(data)
+        turns, meant = some_turns(data, self.fates, self.store.version)
         candidates = self.ids("issued")
         several = (
             st.lists(st.sampled_from(candidates), max_size=2, unique=True) if candidates else st.just([])
@@ -294,13 +282,15 @@ class StoreMachine(RuleBasedStateMachine):
             everything = len(self.ids("complete")) >= GROUPS_PER_STEP and not self.ids("issued", "waiting")
             assert self.in_step or not everything
             return
-        groups = [decode(batch) for batch in batches]
+        given = [decode(batch) for batch in batches]
+        groups = given[:GROUPS_PER_STEP]
+        self.reuse.take(self.fates, self.version, given[GROUPS_PER_STEP:])
         ids = [group.slot.group_id for group in groups]
         assert ids == sorted(ids)
         assert len(ids) == GROUPS_PER_STEP
         for group in groups:
             fate = self.fates[group.slot.group_id]
-            assert (group.slot, fate.state) == (fate.slot, "complete")
+            assert (group.slot, fate.state, group.reuse) == (fate.slot, "complete", 0)
             mine = [fate.slot.group_id, fate.slot.attempt]
             assert [t.steps[0].action_ids.tolist() for t in group.trajectories] == [
                 [*mine, 0, 0],
@@ -318,7 +308,8 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def the_step_asked_again_gets_the_same(self, data: st.DataObject) -> None:
         batches = self.call(data, lambda: self.store.take(self.version - 1))
-        assert [decode(batch).slot.group_id for batch in batches or []] == self.history[-1]
+        reused = self.reuse.used.get(self.version - 1, [])
+        assert [decode(batch).slot.group_id for batch in batches or []] == self.history[-1] + reused
 
     @precondition(lambda self: self.in_step)
     @rule(data=st.data())
@@ -332,6 +323,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.call(data, lambda: self.store.discard(self.version - 1, DropReason.NONFINITE))
         for group_id in self.history.pop():
             self.fates[group_id].state, self.fates[group_id].taken_at = "dropped", -1
+        self.reuse.discard(self.version - 1)
         self.version -= 1
 
     @rule(data=st.data())
@@ -349,6 +341,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.version = version
         self.landed_versions = [landed for landed in self.landed_versions if landed <= version]
         del self.history[version:]
+        self.reuse.go_back(version)
         for fate in self.fates.values():
             fate.go_back(version, self.settings.max_lag)
 
@@ -366,7 +359,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.note_what_is_durable()
         with sqlite3.connect(self.run_folder / "ledger.sqlite") as db:
             rows = db.execute("SELECT group_id, attempt, state, taken_version FROM groups").fetchall()
+            reuses = db.execute("SELECT group_id, version, discarded FROM reuses").fetchall()
         db.close()
+        assert set(reuses) == self.reuse.rows
         assert [row[0] for row in rows] == list(range(len(self.fates)))
         for group_id, attempt, state, taken_version in rows:
             fate = self.fates[group_id]

@@ -1,0 +1,196 @@
+"""The tools of an MCP server (Model Context Protocol), which runs as a process of its own and is spoken to over stdio.
+
+    any thread        start, call, close: they wait, with a limit
+    a thread          its event loop, the client, and the life of the connection from start to close
+    a process         the server; the kernel kills it when that thread ends, however it ends
+
+One server belongs to one replica of an environment. What it holds is its own: a reset does not reset it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
+from typing import Any, TypeVar
+
+from mcp import Client, MCPError, StdioServerParameters, stdio_client
+from mcp import Tool as McpTool
+from mcp_types import CONNECTION_CLOSED, INVALID_PARAMS, CallToolResult, TextContent
+
+from envs.tool import Tool, ToolGone, ToolRefused, WrongArguments, line
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CLOSE_SECONDS = 10.0  # the client itself kills a server that does not end by itself, within about seven
+MOST_PAGES = 100  # of a list of tools that never ends
+
+# Beside what the client lets a server inherit: by these a run's processes and their files are found when it is over.
+_INHERITED = ("MANTA_RUN", "TMPDIR")
+
+# Before it becomes the server, the process asks the kernel to be killed with the thread that started it (1, 9 stand for
+# PR_SET_PDEATHSIG, SIGKILL): nothing else would end a server that does not mind its input being closed.
+_BECOME = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
+    "os.getppid() == int(sys.argv[1]) or os._exit(1); os.execvp(sys.argv[2], sys.argv[2:])"
+)
+
+
+class McpServer:
+    """A server that was started with `command` and `args`, and its tools.
+
+    start_seconds: wall clock to start and to name its tools. call_seconds: for one call; the server is told that a call
+    which took longer is no longer wanted. fresh: start the server anew for every episode. repeatable: see
+    `envs.tools.Source`. environment: variables beside the few that a server inherits (HOME, PATH and the like). Raises
+    ToolRefused when it does not start.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        args: Sequence[str] = (),
+        *,
+        environment: dict[str, str] | None = None,
+        start_seconds: float = 30.0,
+        call_seconds: float = 30.0,
+        fresh: bool = False,
+        repeatable: bool = False,
+    ) -> None:
+        self.repeatable = repeatable
+        self._fresh = fresh
+        self._call_seconds = call_seconds
+        name = " ".join([command, *args])
+        if shutil.which(command) is None:
+            raise ToolRefused(f"MCP server {name!r} can not be started: there is no command {command!r}")
+        become = ["-c", _BECOME, str(os.getpid()), command, *args]
+        inherited = {each: os.environ[each] for each in _INHERITED if each in os.environ}
+        parameters = StdioServerParameters(
+            command=sys.executable, args=become, env=inherited | (environment or {}), cwd=os.getcwd()
+        )
+        self._connect = partial(_Connection, name, parameters, start_seconds)
+        self._connection = self._connect()
+        self._called = False
+        self.tools = [
+            Tool(each.name, each.description or "", each.input_schema, partial(self.call, each.name))
+            for each in self._connection.tools
+        ]
+
+    def renew(self) -> None:
+        """Start a server that has ended anew, and with `fresh` any that was called."""
+        if self._connection.gone or (self._fresh and self._called):
+            self._connection.close()
+            self._connection = self._connect()
+            self._called = False
+
+    def call(self, name: str, arguments: dict[str, Any]) -> str:
+        """What a tool says. Raises ToolGone, TimeoutError, WrongArguments; RuntimeError where the tool failed."""
+        self._called = True
+        result = self._connection.call(name, arguments, self._call_seconds)
+        if result.is_error:
+            raise RuntimeError(_text(result))
+        return _text(result)
+
+    def close(self) -> None:
+        """End the server."""
+        self._connection.close()
+
+
+class _Connection:
+    """One process of a server, and the thread that speaks with it."""
+
+    def __init__(self, name: str, parameters: StdioServerParameters, start_seconds: float) -> None:
+        self.gone = False
+        self._name = name
+        self._parameters = parameters
+        self._client: Client | None = None
+        self._started: Future[list[McpTool]] = Future()
+        self._closing = asyncio.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"mcp {name}", daemon=True)
+        self._thread.start()
+        self._life = self._begin(self._live())
+        self.tools = self._wait_for_tools(start_seconds)
+
+    def call(self, name: str, arguments: dict[str, Any], seconds: float) -> CallToolResult:
+        if self.gone or self._client is None:
+            raise ToolGone("its server has ended")
+        asked = self._begin(self._client.call_tool(name, arguments))
+        try:
+            return asked.result(seconds)
+        except TimeoutError:
+            asked.cancel()
+            raise TimeoutError(f"its server was given {seconds:g} s") from None
+        except MCPError as error:
+            if error.code == CONNECTION_CLOSED:
+                self.gone = True
+                raise ToolGone("its server has ended") from error
+            if error.code == INVALID_PARAMS:
+                raise WrongArguments(error.message) from error
+            raise
+
+    def close(self) -> None:
+        """End the server and the thread; what does not end in time is logged and left to the kernel."""
+        self.gone = True
+        if not self._thread.is_alive():
+            return
+        self._loop.call_soon_threadsafe(self._closing.set)
+        wait([self._life], CLOSE_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive() or not self._life.done():
+            log.warning("MCP server %s did not end within %g s", self._name, CLOSE_SECONDS)
+        else:
+            self._loop.close()
+
+    async def _live(self) -> None:
+        # Entered and left by one task, as the client demands; calls are other tasks of the same loop.
+        transport = stdio_client(self._parameters, errlog=sys.__stderr__ or sys.stderr)
+        async with Client(transport) as self._client:
+            self._started.set_result(await _listed(self._client))
+            await self._closing.wait()
+
+    def _begin(self, doing: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(doing, self._loop)
+
+    def _wait_for_tools(self, seconds: float) -> list[McpTool]:
+        either: list[Future[Any]] = [self._started, self._life]
+        wait(either, seconds, FIRST_COMPLETED)
+        if self._started.done():
+            return self._started.result()
+        if self._life.done():
+            why = f"{line(repr(self._life.exception()))}; what it wrote to stderr may say more"
+        else:
+            why = f"it named no tools within {seconds:g} s"
+            self._life.cancel()
+        self.close()
+        raise ToolRefused(f"MCP server {self._name!r} did not start: {why}")
+
+
+async def _listed(client: Client) -> list[McpTool]:
+    tools: list[McpTool] = []
+    cursor: str | None = None
+    for _ in range(MOST_PAGES):
+        page = await client.list_tools(cursor=cursor)
+        tools += page.tools
+        cursor = page.next_cursor
+        if cursor is None:
+            return tools
+    raise RuntimeError(f"its list of tools has more than {MOST_PAGES} pages")
+
+
+def _text(result: CallToolResult) -> str:
+    """The text of a result; other kinds of content are named."""
+    if not result.content and result.structured_content is not None:
+        return json.dumps(result.structured_content, ensure_ascii=False)
+    return "\n".join(
+        block.text if isinstance(block, TextContent) else f"[{block.type}]" for block in result.content
+    )

@@ -1,0 +1,242 @@
+"""A foreign agent as an environment: its requests are observations, the policy's completions are actions.
+
+    reset    the program is started for one episode; the first request it makes is the observation
+    step     that request is answered; the next one is the observation, or the program's verdict ends the episode
+
+A request whose messages are those of the last one, the policy's answer as it was given, and new ones, is observed as
+the new ones: the conversation goes on by delta, and what was sampled stays as it was sampled. Any other request is
+observed whole, and begins a segment of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from envs.base import Info, Message, Observation
+from envs.host import EnvironmentFailed, HostSettings, Outcome, Sampled
+from envs.registry import EnvironmentUnknown
+from rollout.openai_format import Asked, answer, plain
+from rollout.program import Called, Program, Running, as_command, environment, load
+from rollout.session import Call, Left, Session, Verdict
+
+if TYPE_CHECKING:
+    from rollout.endpoint import Endpoint
+
+PROGRAM = "program"  # the environment's id
+_LEAVE_SECONDS = 2.0  # for a program to end by itself after its verdict
+
+
+class ProgramOptions(BaseModel):
+    """The options of the environment "program"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    command: tuple[str, ...] = Field(
+        (), description="the program and its arguments, started anew for each episode"
+    )
+    function: str = Field(
+        "", description='in place of a command: "module:function", called with (base_url, api_key, task)'
+    )
+    reward: str = Field(
+        "",
+        description='"module:function", called with (task, messages, output) after the program ended well, for what '
+        "the episode came to; without one the program says it",
+    )
+    task: dict[str, Any] = Field(
+        default_factory=dict, description="what is given to the program beside the seed"
+    )
+
+    @classmethod
+    def read(cls, options: dict[str, Any]) -> ProgramOptions:
+        """Raises EnvironmentUnknown, one line, where they do not fit or name functions that are not there."""
+        try:
+            read = cls.model_validate(options)
+            for reference in filter(None, (read.function, read.reward)):
+                load(reference)
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+            have = ", ".join(cls.model_fields)
+            raise EnvironmentUnknown(f"environment {PROGRAM}: {faults}; its options: {have}") from None
+        except ValueError as error:
+            raise EnvironmentUnknown(f"environment {PROGRAM}: {error}") from error
+        if bool(read.command) == bool(read.function):
+            raise EnvironmentUnknown(f"environment {PROGRAM}: give either command or function in its options")
+        if "seed" in read.task:
+            raise EnvironmentUnknown(f"environment {PROGRAM}: task.seed is each episode's own; leave it away")
+        return read
+
+
+class ForeignAgents:
+    """Makes the replicas of a worker's foreign agents, which share one endpoint; it is served from the first one on."""
+
+    def __init__(self, host: HostSettings) -> None:
+        self._host = host
+        self._endpoint: Endpoint | None = None
+        # Programs that start compete for the processors, and a stuck one must leave room for others.
+        self._starting = asyncio.Semaphore(2 * (os.cpu_count() or 1) + 2)
+
+    def replica(self, options: dict[str, Any]) -> ForeignAgent:
+        """A replica whose program is not started yet. Raises EnvironmentUnknown."""
+        read = ProgramOptions.read(options)
+        if self._endpoint is None:
+            from rollout.endpoint import Endpoint  # a web server, which most runs do without
+
+            self._endpoint = Endpoint()
+        return ForeignAgent(self._endpoint, read, self._host, self._starting)
+
+    async def close(self) -> None:
+        """End the endpoint; replicas are closed by whoever has them."""
+        endpoint, self._endpoint = self._endpoint, None
+        if endpoint is not None:
+            await endpoint.close()
+
+
+class ForeignAgent:
+    """A `Replica`, for one episode."""
+
+    nondeterministic = True
+    reusable = False
+
+    def __init__(
+        self, endpoint: Endpoint, options: ProgramOptions, host: HostSettings, starting: asyncio.Semaphore
+    ) -> None:
+        self._endpoint = endpoint
+        self._options = options
+        self._host = host
+        self._starting = starting
+        self._history = History()
+        self._task: dict[str, Any] = {}
+        self._session: Session | None = None
+        self._running: Running | None = None
+        self._call: Call | None = None  # what `step` answers
+        self._sampled = Sampled(0, 0, cut=False)
+        self._turn = 0
+
+    async def reset(self, seed: int) -> Observation:
+        """The first request. Raises EnvironmentFailed where none comes."""
+        if self._task:
+            raise RuntimeError("a foreign agent was reset twice; a replica is for one episode")
+        self._task = self._options.task | {"seed": seed}
+        self._session = self._endpoint.open()
+        async with self._starting:
+            self._running = await self._start(self._session)
+            heard = await self._hear("ask for a completion", self._host.reset_seconds, "reset_seconds")
+        if isinstance(heard, Verdict):
+            raise EnvironmentFailed("its program came to an end without asking for a completion")
+        self._call = heard
+        return self._history.observe(heard.asked)
+
+    def sampled(self, sampled: Sampled) -> None:
+        self._sampled = sampled
+
+    async def step(self, action: str) -> Outcome:
+        """Answer the request, and hear what the program does with it."""
+        if self._call is None:
+            raise RuntimeError("step() was called where no request waits for an answer")
+        call, said = self._call, self._sampled
+        answered = answer(
+            call.asked, action, self._turn, said.cut, said.prompt_tokens, said.completion_tokens
+        )
+        self._turn += 1
+        self._history.answered(answered.message)
+        self._call = None
+        call.reply(answered)
+        heard = await self._hear("ask again or end", self._host.step_seconds, "step_seconds")
+        if isinstance(heard, Call):
+            self._call = heard
+            return self._history.observe(heard.asked), 0.0, False, False, {}
+        await self.close(_LEAVE_SECONDS)
+        return _outcome(heard)
+
+    def snapshot(self) -> bytes | None:
+        return None
+
+    async def restore(self, snapshot: bytes) -> None:
+        raise RuntimeError("a foreign agent offers no snapshots")
+
+    async def close(self, grace: float = 0.0) -> None:
+        """See the program ended, after `grace` seconds, and its key refused."""
+        session, self._session = self._session, None
+        running, self._running = self._running, None
+        try:
+            if running is not None:
+                await running.end(grace)
+        finally:
+            if session is not None:
+                self._endpoint.end(session)
+
+    async def _start(self, session: Session) -> Running:
+        url, options, task = self._endpoint.base_url, self._options, self._task
+        if options.function and self._host.where == "inline":
+            return Called(load(options.function), url, session.key, task, session.leave)
+        command, more = as_command(options.function) if options.function else (options.command, {})
+        return await Program.start(command, environment(url, session.key, task) | more, session.leave)
+
+    async def _hear(self, what: str, seconds: float, limit: str) -> Call | Verdict:
+        assert self._session is not None
+        assert self._running is not None
+        try:
+            async with asyncio.timeout(seconds) as clock:
+                heard = await self._session.next()
+                return await self._judged(heard) if isinstance(heard, Left) else heard
+        except TimeoutError:
+            if not clock.expired():
+                raise
+            said = self._running.said()
+            await self.close()
+            raise EnvironmentFailed(
+                f"its program did not {what} within {seconds:g} s (env.host.{limit}) and was ended{said}"
+            ) from None
+
+    async def _judged(self, left: Left) -> Verdict:
+        if left.failure is not None:
+            raise EnvironmentFailed(left.failure) from left.error
+        value = left.result
+        if self._options.reward:
+            judge = load(self._options.reward)
+            value = await asyncio.to_thread(judge, self._task, self._history.messages, left.output)
+        if value is None:
+            raise EnvironmentFailed(
+                'its program ended without a reward: post one, have its last line be {"reward": ...}, return one from '
+                "its function, or name a function in env.options.reward"
+            )
+        return Verdict.read(value)
+
+
+class History:
+    """The conversation as the program last had it, the policy's answer included."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self._tools: list[dict[str, Any]] = []
+
+    def observe(self, asked: Asked) -> list[Message]:
+        """What is new to the policy, or everything, to begin anew with."""
+        known = len(self.messages)
+        same = asked.tools == self._tools and asked.messages[:known] == self.messages
+        goes_on = same and 0 < known < len(asked.messages)
+        directions: Message = {} if asked.max_tokens is None else {"max_tokens": asked.max_tokens}
+        if not goes_on:
+            directions |= ({"tools": asked.tools} if asked.tools else {}) | (
+                {"forget": True} if known else {}
+            )
+        self.messages, self._tools = asked.messages, asked.tools
+        first, *others = asked.messages[known:] if goes_on else asked.messages
+        return [first | directions, *others]
+
+    def answered(self, message: Message) -> None:
+        self.messages = [*self.messages, plain(message)]
+
+
+def _outcome(verdict: Verdict) -> Outcome:
+    info: Info = {"malformed": True} if verdict.end == "malformed" else {}
+    if verdict.success is not None:
+        info["success"] = verdict.success
+    if verdict.rewards is not None:
+        info["rewards"] = dict(verdict.rewards)
+    truncated = verdict.end == "truncated"
+    return "", verdict.reward, not truncated, truncated, info

@@ -1,0 +1,269 @@
+"""A foreign agent at work: a program in a process of its own, or a function of this one.
+
+Either finds the policy at OPENAI_BASE_URL with OPENAI_API_KEY, and its task as JSON in MANTA_TASK; a function is called
+with the three. A program lives in a session of its own, is killed with its process group, and by the kernel when the
+thread that started it ends. A function runs in a thread, or on the event loop where it is async; a thread cannot be
+killed, but its next request is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol
+
+from rollout.session import Left, Verdict
+
+Function = Callable[..., Any]  # (base_url, api_key, task)
+OnLeft = Callable[[Left], None]
+
+_KEPT_BYTES = 1 << 16  # of what a program prints, the end
+_SHOWN_CHARACTERS = 2000  # of that, in an error
+_DRAIN_SECONDS = 1.0  # for output to arrive that was printed before the end
+_CLOSE_SECONDS = 2.0  # for a killed program to be gone
+# It has no imports of its own to wait for; what it becomes is killed with us (1 is PR_SET_PDEATHSIG, 9 SIGKILL).
+_LAUNCHER = (
+    "import ctypes, os, sys\n"
+    "ctypes.CDLL(None).prctl(1, 9)\n"
+    "if os.getppid() != int(sys.argv[1]): os._exit(1)\n"
+    "try: os.execvp(sys.argv[2], sys.argv[2:])\n"
+    "except OSError as error: sys.exit(f'{sys.argv[2]}: {error.strerror}')\n"
+)
+
+
+class Running(Protocol):
+    """A foreign agent that was started; it says by itself how it left, once, unless `end` comes first."""
+
+    def said(self) -> str:
+        """The end of what it printed, for an error's text; empty where nothing is known."""
+        ...
+
+    async def end(self, grace: float = 0.0) -> None:
+        """See it ended; it has `grace` seconds to end by itself."""
+        ...
+
+
+def load(reference: str) -> Function:
+    """The function meant by "module:function". ValueError, one line, where there is none."""
+    module, colon, name = reference.partition(":")
+    if not (module and colon and name):
+        raise ValueError(f"{reference!r} is not of the form module:function")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(f"{reference!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{reference!r}: module {module} has no function {name!r}")
+    function: Function = found
+    return function
+
+
+def environment(base_url: str, api_key: str, task: dict[str, Any]) -> dict[str, str]:
+    """The environment of a program: ours, and where it finds the policy and its task."""
+    direct = [part for name in ("no_proxy", "NO_PROXY") if (part := os.environ.get(name))]
+    without_proxy = ",".join([*direct[:1], "127.0.0.1"])
+    return os.environ | {
+        "OPENAI_BASE_URL": base_url,
+        "OPENAI_API_KEY": api_key,
+        "MANTA_TASK": json.dumps(task),
+        "no_proxy": without_proxy,
+        "NO_PROXY": without_proxy,
+    }
+
+
+def as_command(reference: str) -> tuple[list[str], dict[str, str]]:
+    """A function as a program: the command, and what its environment needs besides."""
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    return [sys.executable, "-m", "rollout.program", reference], {"PYTHONPATH": paths}
+
+
+class Program:
+    """A `Running` process."""
+
+    def __init__(self, process: subprocess.Popen[bytes], on_left: OnLeft) -> None:
+        self._process = process
+        self._on_left = on_left
+        self._out, self._err = _Tail(), _Tail()
+        self._life: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(cls, command: Sequence[str], environ: dict[str, str], on_left: OnLeft) -> Program:
+        """Start a command. OSError where the system refuses; a command that does not exist leaves with status 1."""
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environ,
+            start_new_session=True,
+        )
+        program = cls(process, on_left)
+        program._life = asyncio.create_task(program._live(), name=f"program {process.pid}")
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_read_pipe(lambda: program._out, process.stdout)
+            await loop.connect_read_pipe(lambda: program._err, process.stderr)
+        except BaseException:
+            program._kill()
+            raise
+        return program
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def said(self) -> str:
+        said = (self._err.text.strip() or self._out.text.strip())[-_SHOWN_CHARACTERS:]
+        return f"; it said last:\n{said}" if said else ""
+
+    async def end(self, grace: float = 0.0) -> None:
+        assert self._life is not None
+        if grace:
+            await asyncio.wait({self._life}, timeout=grace)
+        if not self._life.done():
+            self._kill()
+            await asyncio.wait({self._life}, timeout=_CLOSE_SECONDS)
+
+    async def _live(self) -> None:
+        exited = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        descriptor = os.pidfd_open(self.pid)
+        loop.add_reader(descriptor, exited.set)
+        try:
+            await exited.wait()  # `end` ends it
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+        # Until it is waited for, its group has its id and no other process can get it.
+        self._kill()
+        code = self._process.wait()
+        await asyncio.wait({self._out.closed, self._err.closed}, timeout=_DRAIN_SECONDS)
+        self._out.close()
+        self._err.close()
+        self._on_left(self._told(code))
+
+    def _told(self, code: int) -> Left:
+        output = self._out.text
+        if code == 0:
+            return Left(None, output, _last_line(output))
+        how = f"exit code {code}" if code > 0 else f"signal {-code} ({signal.strsignal(-code)})"
+        return Left(f"its program ended with {how}{self.said()}", output)
+
+    def _kill(self) -> None:
+        if self._process.returncode is None:
+            # What has taken another user's id is not ours to kill.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+
+class Called:
+    """A `Running` function of this process."""
+
+    def __init__(
+        self, function: Function, base_url: str, api_key: str, task: dict[str, Any], on_left: OnLeft
+    ) -> None:
+        self._on_left = on_left
+        self._task: asyncio.Task[Any] | None = None
+        if inspect.iscoroutinefunction(function):
+            self._task = asyncio.create_task(self._await(function(base_url, api_key, task)))
+            return
+        loop = asyncio.get_running_loop()
+
+        def run() -> None:
+            left = _outcome(lambda: function(base_url, api_key, task))
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile, and nobody asks any more
+                loop.call_soon_threadsafe(on_left, left)
+
+        # A daemon: one that never returns must not keep the worker from ending.
+        threading.Thread(target=run, name=f"foreign agent {task}"[:64], daemon=True).start()
+
+    def said(self) -> str:
+        return ""
+
+    async def end(self, grace: float = 0.0) -> None:
+        if self._task is None:
+            return
+        if grace:
+            await asyncio.wait({self._task}, timeout=grace)
+        self._task.cancel()
+        await asyncio.wait({self._task}, timeout=_CLOSE_SECONDS)
+
+    async def _await(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        try:
+            left = Left(None, "", await coroutine)
+        except Exception as error:  # the function is anybody's code; its error is its episode's
+            left = _raised(error)
+        self._on_left(left)
+
+
+class _Tail(asyncio.Protocol):
+    """The end of what comes through a pipe."""
+
+    def __init__(self) -> None:
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._kept = b""
+        self._transport: asyncio.BaseTransport | None = None
+
+    @property
+    def text(self) -> str:
+        return self._kept.decode(errors="replace")
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._kept = (self._kept + data)[-_KEPT_BYTES:]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def close(self) -> None:
+        """Read no more, even where something that outlived the program holds the other end."""
+        if self._transport is not None:
+            self._transport.close()
+
+
+def _outcome(call: Callable[[], Any]) -> Left:
+    try:
+        return Left(None, "", call())
+    except (Exception, SystemExit) as error:  # as above, and a thread would swallow it
+        return _raised(error)
+
+
+def _raised(error: BaseException) -> Left:
+    return Left(f"its function raised {error!r}", "", error=error)
+
+
+def _last_line(output: str) -> Any:
+    """The last line where it is a JSON object: a bare number could be anything that a program happens to print."""
+    said = next((line for line in reversed(output.split("\n")) if line.strip()), "")
+    try:
+        result = json.loads(said)
+    except ValueError:
+        return None
+    return result if isinstance(result, dict) else None
+
+
+def main(reference: str) -> None:
+    """Call a function as a program would be started; what it returns is the last line."""
+    task = json.loads(os.environ["MANTA_TASK"])
+    function = load(reference)
+    result = function(os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"], task)
+    if inspect.iscoroutine(result):
+        result = asyncio.run(result)
+    if result is not None:
+        print("\n" + Verdict.read(result).model_dump_json())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
