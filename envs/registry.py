@@ -1,7 +1,7 @@
 """Environments by id: ours, those of optional suites, anybody's as "module:Class", and any that `gymnasium.make` knows.
 
-Modules are imported when their environment is first asked for. What has no text on both sides is adapted to it. Anybody's
-module may hold a `Player` and WORDS, as ours do.
+Modules are imported when their environment is first asked for. What has no text on both sides is adapted to it. A
+module of anybody's may hold a `Player` and its WORDS, as ours do.
 """
 
 from __future__ import annotations

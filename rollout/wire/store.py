@@ -371,7 +371,8 @@ class Store:
     ) -> list[pa.RecordBatch] | None:
         """The rows of these groups; None where some are lost: fresh ones are issued again, others are no more."""
         try:
-            return [group.read(self._groups) for group in (*(fresh for _, fresh in groups), *reused)]
+            files = self._groups
+            return [*(fresh.read(files) for _, fresh in groups), *(group.read(files) for group in reused)]
         except CorruptSegment as error:
             self._set_aside(error)
             return None

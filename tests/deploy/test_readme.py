@@ -19,7 +19,9 @@ README = Path(__file__).parents[2] / "README.md"
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The README's environment, as a module of its own in a folder that is being looked in."""
-    (source,) = re.findall(r"```python\n(from envs.base import TextEnv\n.*?)```", README.read_text(), re.DOTALL)
+    (source,) = re.findall(
+        r"```python\n(from envs.base import TextEnv\n.*?)```", README.read_text(), re.DOTALL
+    )
     assert len(source.strip().splitlines()) <= 20
     (tmp_path / "higher.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
@@ -32,7 +34,9 @@ def test_the_readmes_environment_is_sound(module: str) -> None:
 
 @pytest.mark.slow
 def test_the_readmes_environment_trains(module: str, tmp_path: Path) -> None:
-    config = load_config("scratch", [f"env.id={module}:Higher", "evaluation.tasks=0", "buffer.max_lag=0"])
+    config = load_config(
+        "scratch", [f"env.id={module}:Higher", "steps=40", "evaluation.tasks=0", "buffer.max_lag=0"]
+    )
     train(config, tmp_path / "run")
     rewards = [row["reward"] for row in read_metrics(tmp_path / "run")]
     assert sum(rewards[:5]) / 5 < 0.1
