@@ -1,4 +1,4 @@
-"""Faults, really injected, and what they cost. Bounded: about three quarters of an hour for everything.
+"""Faults, really injected, and what they cost. Bounded: about an hour and a half for everything.
 
     python -m tests.faults [resumes] [real] [elastic] [matrix] [soak] [--rounds N] [--kills N] [--out FILE]
 
