@@ -7,7 +7,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout.wire.samplers import SMALLEST, AnySampler, Candidate, Fifo, Prioritized, Uniform, spread
@@ -19,6 +19,9 @@ CANDIDATES = st.lists(
     max_size=6,
     unique_by=lambda candidate: candidate.group_id,
 )
+
+
+quickly = settings(max_examples=60, deadline=None)
 
 
 def candidates(*rewards: tuple[float, ...]) -> list[Candidate]:
@@ -36,11 +39,13 @@ def mean_distance(rewards: tuple[float, ...]) -> float:
     return math.fsum(abs(reward - mean) for reward in rewards) / len(rewards)
 
 
+@quickly
 @given(REWARDS)
 def test_spread_is_the_mean_absolute_advantage(rewards: tuple[float, ...]) -> None:
     assert spread(rewards) == pytest.approx(mean_distance(rewards), abs=1e-9)
 
 
+@quickly
 @given(CANDIDATES, st.sampled_from([Fifo(), Uniform(), Prioritized()]), st.integers(0, 2**32))
 def test_every_candidate_has_one_place_and_the_same_draws_give_the_same_places(
     found: list[Candidate], sampler: AnySampler, seed: int
@@ -51,6 +56,7 @@ def test_every_candidate_has_one_place_and_the_same_draws_give_the_same_places(
     assert sampler(found, uniform_C) == ordered
 
 
+@quickly
 @given(CANDIDATES, st.integers(0, 2**32))
 def test_orders_are_those_of_plain_loops(found: list[Candidate], seed: int) -> None:
     uniform_C = np.random.default_rng(seed).random(len(found))
