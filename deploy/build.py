@@ -59,8 +59,8 @@ def model_path(config: RunConfig, run_folder: Path) -> str:
 def tiny_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
     """Build the tokenizer of a tiny model into `folder`."""
     assert config.tiny is not None
-    words = config.tiny.words
-    return build_tokenizer(folder, registry.words(config.env.id) if words == "environment" else words)
+    said = registry.words(config.env.id) if config.tiny.environment_words else ()
+    return build_tokenizer(folder, [*config.tiny.words, *said])
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

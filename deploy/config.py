@@ -54,9 +54,8 @@ class TinySettings(Settings):
     )
     mlp: int = Field(384, gt=0, description="width of the feed-forward layers")
     tie: bool = Field(True, description="share input and output embeddings")
-    words: tuple[Word, ...] | Literal["environment"] = Field(
-        (), description='lower-case words that are one token each; "environment": those it says itself'
-    )
+    words: tuple[Word, ...] = Field((), description="lower-case words that are one token each")
+    environment_words: bool = Field(False, description="besides them all that the environment says")
 
 
 class EnvSettings(Settings):
