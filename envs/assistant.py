@@ -38,7 +38,7 @@ from envs.assistant_data import (
     evaluated,
     measured,
 )
-from envs.base import Info, Observation, Split, TextEnv, held_out
+from envs.base import Info, Observation, Split, TextEnv, check_options, in_split
 from envs.calls import Call, Style, write_call
 from envs.tools import Toolbox, ToolEnv
 
@@ -107,10 +107,7 @@ class Assistant(TextEnv):
     """The question and the answer; see `assistant` for the whole."""
 
     def __init__(self, level: int, split: Split, opening: str) -> None:
-        if level not in range(1, LEVELS + 1):
-            raise ValueError(f"level={level} must be 1 to {LEVELS}")
-        if split not in ("all", "train", "heldout"):
-            raise ValueError(f"split={split!r} must be all, train or heldout")
+        check_options(level, range(1, LEVELS + 1), split, max_turns=None)
         self._level = level
         self._split = split
         self._opening = opening
@@ -121,8 +118,7 @@ class Assistant(TextEnv):
         for _ in range(MAX_DRAWS):
             asked, self._answer = _drawn(self._level, self.np_random)
             question = f"what is {asked}?"
-            in_split = self._split == "all" or held_out(question) == (self._split == "heldout")
-            if in_split and not stands_in(self._answer, question):
+            if in_split(question, self._split) and not stands_in(self._answer, question):
                 return self._opening + question, {}
         raise RuntimeError(f"none of {MAX_DRAWS} questions fits level={self._level}, split={self._split}")
 

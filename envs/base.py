@@ -25,7 +25,9 @@ actions are played again. One that is slow or does not repeat itself may offer `
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal, Protocol, runtime_checkable
+import re
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 import gymnasium as gym
 from gymnasium import spaces
@@ -34,9 +36,11 @@ Message = dict[str, Any]
 Observation = str | list[Message]
 Info = dict[str, Any]
 Split = Literal["all", "train", "heldout"]
+Instance = TypeVar("Instance")
 
 DIRECTIONS = ("tools", "forget", "go_on", "max_tokens")
 HELD_OUT = 8  # one instance in so many is held out
+MAX_DRAWS = 10_000  # instances tried for one that fits; options that leave none must fail, not wait
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n\t"
 
 
@@ -49,6 +53,42 @@ def named_rewards(info: Info) -> dict[str, float] | None:
 def held_out(content: str) -> bool:
     """Whether an instance belongs to the held-out part: decided by its content, the same everywhere."""
     return hashlib.sha256(content.encode()).digest()[0] % HELD_OUT == 0
+
+
+def in_split(content: str, split: Split) -> bool:
+    """Whether an instance with this content belongs to the split; "all" holds both parts."""
+    return split == "all" or held_out(content) == (split == "heldout")
+
+
+def drawn(
+    attempt: Callable[[], Instance | None], content: Callable[[Instance], str], split: Split
+) -> Instance:
+    """The first attempt that gives an instance (None: it came to nothing) of the split; ValueError after MAX_DRAWS."""
+    for _ in range(MAX_DRAWS):
+        instance = attempt()
+        if instance is not None and in_split(content(instance), split):
+            return instance
+    raise ValueError(f"none of {MAX_DRAWS} instances drawn fits and lies in split={split}; use other options")
+
+
+def check_options(level: int, levels: Collection[int], split: str, max_turns: int | None) -> None:
+    """Refuse wrong values of the options that every environment with levels has: a ValueError says what is right."""
+    if level not in levels:
+        raise ValueError(f"level={level!r} must be {', '.join(map(str, levels))}")
+    if split not in get_args(Split):
+        raise ValueError(f"split={split!r} must be all, train or heldout")
+    if max_turns is not None and max_turns < 1:
+        raise ValueError(f"max_turns={max_turns} leaves no turn to play; use 1 or more")
+
+
+def lower_case_words(texts: Iterable[str]) -> tuple[str, ...]:
+    """The words of two lower-case letters and more that stand in these texts, each once, in order of the alphabet.
+
+    For an environment's WORDS: what observations without the rules, and a player's actions, are made of, so that a
+    small tokenizer can have a token for each. A lone letter is a character like any other.
+    """
+    found = (re.findall("(?<![A-Za-z])[a-z]{2,}(?![A-Za-z])", text) for text in texts)
+    return tuple(sorted({word for words in found for word in words}))
 
 
 def text_space(max_length: int = 4096) -> spaces.Text:

@@ -17,12 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 
-from envs.base import Info, Split, TextEnv, held_out
+from envs.base import MAX_DRAWS, Info, Split, TextEnv, in_split
 
 ACTIONS = WORDS = ("left", "down", "right", "up")  # in Gymnasium's order
 MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))
 EDGE = "-"
-MAX_DRAWS = 10_000  # maps tried for one that fits; options that leave none must fail, not wait
 
 _GOAL = "Cross the frozen lake from S to G without stepping into a hole (H). Each line of the map is a row. "
 _ANSWER = "Answer with one word: left, down, right or up.\n"
@@ -115,8 +114,7 @@ class FrozenLake(TextEnv):
             cells = np.where(frozen, "F", "H")
             cells[0, 0], cells[-1, -1] = "S", "G"
             drawn = tuple("".join(row) for row in cells)
-            in_split = self._split == "all" or held_out("\n".join(drawn)) == (self._split == "heldout")
-            if in_split and distances(drawn)[0, 0] >= 0:
+            if in_split("\n".join(drawn), self._split) and distances(drawn)[0, 0] >= 0:
                 return drawn
         raise ValueError(
             f"none of {MAX_DRAWS} maps of size={self._size} with frozen_probability={self._frozen} can be crossed and "

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from envs.base import Info, Split, TextEnv, held_out
+from envs.base import Info, Split, TextEnv, check_options, in_split
 
 HALL = "hall"  # every other room opens off the hall, and off nothing else
 FITTINGS = {  # besides a light; a room has two of these
@@ -211,12 +211,7 @@ class Household(TextEnv):
         split: Split = "all",
         instructions: bool = True,
     ) -> None:
-        if level not in (1, 2, 3, 4):
-            raise ValueError(f"level={level!r} must be 1, 2, 3 or 4")
-        if max_turns < 1:
-            raise ValueError(f"max_turns={max_turns} leaves no turn to play; use 1 or more")
-        if split not in ("all", "train", "heldout"):
-            raise ValueError(f"split={split!r} must be all, train or heldout")
+        check_options(level, (1, 2, 3, 4), split, max_turns)
         self._level = level
         self._remind = remind
         self._max_turns = max_turns
@@ -232,7 +227,7 @@ class Household(TextEnv):
             self._home = draw_home(self.np_random)
             self._wishes = draw_wishes(self.np_random, self._home, self._level)
             opening = self._observed(self._home, task=True)
-            if self._split == "all" or held_out(opening) == (self._split == "heldout"):
+            if in_split(opening, self._split):
                 break
         self._turns = 0
         return self._opening + opening, {}

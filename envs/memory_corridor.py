@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import Info, Split, TextEnv, held_out
+from envs.base import Info, Split, TextEnv, check_options, in_split
 
 LEVELS = {1: (3, 1), 2: (6, 2), 3: (12, 3), 4: (24, 4)}  # steps to the door, facts
 NAMES = ("ann", "bob", "eve", "tom")
@@ -55,15 +55,12 @@ class MemoryCorridor(TextEnv):
     def __init__(
         self, level: int = 1, max_turns: int = 32, split: Split = "all", instructions: bool = True
     ) -> None:
-        if level not in LEVELS:
-            raise ValueError(f"level={level!r} must be {', '.join(map(str, LEVELS))}")
+        check_options(level, LEVELS, split, max_turns)
         self._steps, self._told = LEVELS[level]
         if max_turns <= self._steps:
             raise ValueError(
                 f"max_turns={max_turns} ends before level {level} can be answered; use {self._steps + 1} or more"
             )
-        if split not in ("all", "train", "heldout"):
-            raise ValueError(f"split={split!r} must be all, train or heldout")
         self._max_turns = max_turns
         self._split = split
         self._opening = INSTRUCTIONS if instructions else ""
@@ -81,7 +78,7 @@ class MemoryCorridor(TextEnv):
         self._asked = NAMES[names[rng.integers(self._told)]]
         while True:  # one corridor in eight is held out, so either part is soon drawn
             self._passed = _draw_passed(rng, self._steps - 1)
-            if self._split == "all" or held_out("\n".join(self._passed)) == (self._split == "heldout"):
+            if in_split("\n".join(self._passed), self._split):
                 break
         self._place = self._turns = 0
         return self._opening + self._observed(), {}

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from envs import sandbox
-from envs.base import Info, Split, TextEnv, text_space
+from envs.base import Info, Split, TextEnv, check_options, text_space
 from envs.programming_compositions import COMPOSITIONS
 from envs.programming_functions import FUNCTIONS
 from envs.programming_tasks import Arguments, Task, draw_inputs, draw_task
@@ -97,10 +97,7 @@ class Programming(TextEnv):
         cpu_seconds: int = 2,
         allow_unsafe: bool = False,
     ) -> None:
-        if not 1 <= level <= LEVELS:
-            raise ValueError(f"level={level} must be a number from 1 to {LEVELS}")
-        if split not in ("all", "train", "heldout"):
-            raise ValueError(f"split={split!r} must be all, train or heldout")
+        check_options(level, range(1, LEVELS + 1), split, max_turns=None)
         for name, value, least in (
             ("max_turns", max_turns, 1),
             ("examples", examples, 1),

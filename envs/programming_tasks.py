@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import Split, held_out
+from envs.base import Split, in_split
 
 MAX_DRAWS = 10_000  # of a task that lies in the split; of inputs that tell right from wrong
 
@@ -94,7 +94,7 @@ def draw_task(kinds: Sequence[Kind], split: Split, rng: Rng) -> Task:
     for _ in range(MAX_DRAWS):
         kind = kinds[int(rng.integers(len(kinds)))]
         task = kind.filled({name: pick(list(choices))(rng) for name, choices in kind.chosen.items()})
-        if split == "all" or held_out(f"{task.name}: {task.says}") == (split == "heldout"):
+        if in_split(f"{task.name}: {task.says}", split):
             return task
     raise ValueError(f"none of {MAX_DRAWS} tasks lies in split={split}")
 

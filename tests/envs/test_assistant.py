@@ -293,7 +293,7 @@ def test_a_search_finds_what_it_is_about() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"level": 5}, "1 to 4"),
+        ({"level": 5}, "must be 1, 2, 3, 4"),
         ({"split": "test"}, "all, train or heldout"),
         ({"style": "xml"}, "hermes or plain"),
         ({"max_calls": -1}, "0 or more"),
