@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any, Protocol
 
 import gymnasium as gym
@@ -62,18 +63,26 @@ class Description:
 
 SUITES: tuple[Suite, ...] = ()
 _OURS: dict[str, str | _Factory] = {
+    "arithmetic": "envs.arithmetic:Arithmetic",
     "assistant": "envs.assistant:assistant",
+    "chess": "envs.chess_game:ChessGame",
     "frozen_lake": "envs.frozen_lake:FrozenLake",
     "household": "envs.household:Household",
     "memory_corridor": "envs.memory_corridor:MemoryCorridor",
     "programming": "envs.programming:Programming",
+    "sokoban": "envs.sokoban:Sokoban",
+    "twenty_questions": "envs.twenty_questions:TwentyQuestions",
 }
 _PLAYERS: dict[str, str] = {
+    "arithmetic": "envs.arithmetic:Player",
     "assistant": "envs.assistant:Player",
+    "chess": "envs.chess_game:Player",
     "frozen_lake": "envs.frozen_lake:Player",
     "household": "envs.household:Player",
     "memory_corridor": "envs.memory_corridor:Player",
     "programming": "envs.programming:Player",
+    "sokoban": "envs.sokoban:Player",
+    "twenty_questions": "envs.twenty_questions:Player",
 }
 
 
@@ -150,7 +159,7 @@ def player(env_id: str) -> Callable[[float, int], Player]:
     ):
         have = ", ".join(sorted(_PLAYERS))
         raise EnvironmentUnknown(f"environment {env_id} has no scripted player; those that have: {have}")
-    made: Callable[[float, int], Player] = _load(_PLAYERS.get(env_id, f"{module}:Player"))
+    made: Callable[[float, int], Player] = _load(env_id, _PLAYERS.get(env_id, f"{module}:Player"))
     return made
 
 
@@ -158,7 +167,7 @@ def words(env_id: str) -> tuple[str, ...]:
     """Every lower-case word that is said in an environment, for tokenizers of whole words: its module's WORDS."""
     entry = _entry(env_id)
     module = entry.partition(":")[0] if isinstance(entry, str) else ""
-    said = getattr(importlib.import_module(module), "WORDS", None) if module else None
+    said = getattr(_module(env_id, module), "WORDS", None) if module else None
     if said is None:
         raise EnvironmentUnknown(f"environment {env_id} does not say its WORDS; list them in tiny.words")
     return tuple(said)
@@ -167,10 +176,7 @@ def words(env_id: str) -> tuple[str, ...]:
 def describe(env_id: str) -> Description:
     """What an environment of ours says of itself. EnvironmentUnknown where a package it needs is missing."""
     entry = _OURS[env_id]
-    try:
-        told = importlib.import_module(entry.partition(":")[0]) if isinstance(entry, str) else entry
-    except ImportError as error:
-        raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
+    told = _module(env_id, entry.partition(":")[0]) if isinstance(entry, str) else entry
     text = inspect.getdoc(told) or ""
     levels = re.search(r"^Levels: (.+?)(?=\n\w+:|\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
     return Description(
@@ -214,10 +220,7 @@ def _entry(env_id: str) -> str | _Factory | None:
 
 
 def _make_ours(env_id: str, entry: str | _Factory, options: dict[str, Any]) -> Env:
-    try:
-        factory: _Factory = _load(entry) if isinstance(entry, str) else entry
-    except ImportError as error:
-        raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
+    factory: _Factory = _load(env_id, entry) if isinstance(entry, str) else entry
     parameters = inspect.signature(factory).parameters
     takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     have = ", ".join(parameters)
@@ -232,9 +235,17 @@ def _make_ours(env_id: str, entry: str | _Factory, options: dict[str, Any]) -> E
 
 def _creator(env_id: str) -> Any:
     entry = gym.spec(env_id).entry_point
-    return _load(entry) if isinstance(entry, str) else entry
+    return _load(env_id, entry) if isinstance(entry, str) else entry
 
 
-def _load(reference: str) -> Any:
+def _load(env_id: str, reference: str) -> Any:
     module, _, name = reference.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return getattr(_module(env_id, module), name)
+
+
+def _module(env_id: str, name: str) -> ModuleType:
+    """A module of an environment; EnvironmentUnknown where a package it needs is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise EnvironmentUnknown(f"environment {env_id}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import gymnasium as gym
@@ -9,14 +10,13 @@ import pytest
 from gymnasium import spaces
 from gymnasium.wrappers import FrameStackObservation, TimeLimit
 
-from envs import registry, sandbox
+from envs import registry
 from envs.adapters import TextAdapter
 from envs.registry import EnvironmentUnknown, Suite
+from tests.envs.playing import here
 
 ADAPTED = ["FrozenLake-v1", "CliffWalking-v1", "Taxi-v4", "Blackjack-v1", "CartPole-v1", "Pendulum-v1"]
-# programming needs a sandbox, which not every machine has
-NOT_HERE = {"programming"} if sandbox.refusal() is not None else set()
-EVERY = [*(each for each in registry.registered() if each not in NOT_HERE), *ADAPTED]
+EVERY = [*here(), *ADAPTED]
 
 
 class Picture(gym.Env[Any, Any]):
@@ -132,6 +132,15 @@ def test_a_wrong_environment_is_refused_in_one_line(env_id: str, options: dict[s
     with pytest.raises(EnvironmentUnknown, match=says) as refused:
         registry.make(env_id, **options)
     assert "\n" not in str(refused.value)
+
+
+def test_an_environment_whose_package_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "chess", None)
+    monkeypatch.delitem(sys.modules, "envs.chess_game", raising=False)
+    for asked in (registry.make, registry.words, registry.player, registry.describe):
+        with pytest.raises(EnvironmentUnknown, match=r"pip install 'manta\[chess\]'") as refused:
+            asked("chess")
+        assert "\n" not in str(refused.value)
 
 
 def test_an_environment_of_ones_own_is_made_by_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
