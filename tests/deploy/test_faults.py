@@ -28,10 +28,9 @@ def test_parts_that_die_or_freeze_lose_nothing(tmp_path: Path) -> None:
         Kind("rollout", STOP, "sync"),
         Kind("exchange", KILL, "random"),
         Kind("learner", KILL, "checkpoint"),
-        Kind("environment", KILL, "random"),
-        Kind("driver", KILL, "random"),
     ]
-    outcomes, books, status = matrix.run(tmp_path / "run", kinds)
+    # One rank: a lost one of several is test_ring_ranks's matter, and starting them is most of the time.
+    outcomes, books, status = matrix.run(tmp_path / "run", kinds, overrides=["learner.ranks=1"])
     assert [outcome.error for outcome in outcomes] == [""] * len(kinds)
     assert books.sound, books
     assert status == 0

@@ -89,7 +89,8 @@ def test_a_run_stopped_with_groups_in_flight_accounts_for_each(seed: int, tmp_pa
 
 # The command itself, with the tiny model in vLLM's place; `hold` keeps it from getting past its first step.
 SCRIPT = """
-import asyncio, functools, sys
+import asyncio, functools, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would hand on that it is ignored
 import deploy.local
 from deploy import cli
 from tests.deploy.small_run import hf_engine

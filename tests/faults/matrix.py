@@ -258,11 +258,15 @@ def _state(pid: int) -> str:
 
 
 def run(
-    folder: Path, kinds: Sequence[Kind], say: Callable[[str], None] = print, seed: int = 0
+    folder: Path,
+    kinds: Sequence[Kind],
+    say: Callable[[str], None] = print,
+    seed: int = 0,
+    overrides: Sequence[str] = (),
 ) -> tuple[list[Outcome], Accounts, int]:
     """Inject every kind in turn; returns the outcomes, the accounts at the end, and the driver's last exit status."""
     raylets = Raylets(workers=3)
-    driver = Driver(folder, [*OVERRIDES, f"cluster.address={raylets.address}"])
+    driver = Driver(folder, [*OVERRIDES, *overrides, f"cluster.address={raylets.address}"])
     outcomes = []
     try:
         driver.start()
