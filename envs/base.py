@@ -44,6 +44,13 @@ MAX_DRAWS = 10_000  # instances tried for one that fits; options that leave none
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n\t"
 
 
+def messages_of(observation: Observation) -> list[Message]:
+    """An observation as messages of one's own; plain text is said by the user."""
+    if isinstance(observation, str):
+        return [{"role": "user", "content": observation}]
+    return [dict(message) for message in observation]
+
+
 def named_rewards(info: Info) -> dict[str, float] | None:
     """The parts of a step's reward; None where the environment names none. TypeError, ValueError for junk."""
     named = info.get("rewards")

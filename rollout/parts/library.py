@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from envs.base import Info, Observation
-from rollout.parts.part import Env, Outcome, Part, followed, messages_of, preceded
+from envs.base import Info, Observation, messages_of
+from rollout.parts.part import Env, Outcome, Part, followed, preceded
 
 WAIT_SECONDS = 30.0  # for the store, which others write too
 WORDS = 64  # of an observation that are searched for

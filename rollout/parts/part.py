@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.utils import RecordConstructorArgs
 
-from envs.base import DIRECTIONS, Info, Message, Observation
+from envs.base import DIRECTIONS, Info, Message, Observation, messages_of
 
 Env = gym.Env[Any, str]
 Outcome = tuple[Observation, float, bool, bool, Info]
@@ -23,13 +23,6 @@ class Part(gym.Wrapper[Any, str, Any, str], RecordConstructorArgs):
     def __init__(self, env: Env, **options: Any) -> None:
         RecordConstructorArgs.__init__(self, **options)  # lets Gymnasium describe and rebuild what is wrapped
         super().__init__(env)
-
-
-def messages_of(observation: Observation) -> list[Message]:
-    """An observation as messages of one's own; plain text is said by the user."""
-    if isinstance(observation, str):
-        return [{"role": "user", "content": observation}]
-    return [dict(message) for message in observation]
 
 
 def preceded(text: str, observation: Observation) -> list[Message]:
