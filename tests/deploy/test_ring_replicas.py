@@ -12,7 +12,7 @@ from deploy.config import ConfigError
 from deploy.connect import demand
 from deploy.local import LocalRing
 from deploy.preflight import check
-from tests.deploy.small_run import assert_balanced, configured, same_bits, train
+from tests.deploy.small_run import assert_balanced, configured, same_bits, train, trained_rows
 
 FEW = (
     "steps=2",
@@ -25,7 +25,7 @@ ON_RAY = (
     *FEW,
     "env.host.where=ray",
     "env.host.cpus_per_replica=0.25",
-    "env.host.resources={cpu_node=0.1}",
+    "env.host.resources={cpu_node=0.5}",
     "rollout.cpus_per_worker=0.5",
     "cluster.learner_cpus=0.5",
 )
@@ -33,7 +33,7 @@ ON_RAY = (
 
 def test_a_run_claims_a_replica_for_every_episode_that_is_played_at_once() -> None:
     config = configured(*ON_RAY, "rollout.workers=3", "rollout.group_size=4", "rollout.concurrent_groups=5")
-    assert demand(config) == {"CPU": 3 * 0.5 + 0.5 + 3 * 4 * 5 * 0.25, "cpu_node": 6.0}
+    assert demand(config) == {"CPU": 3 * 0.5 + 0.5 + 3 * 4 * 5 * 0.25, "cpu_node": 30.0}
     inline = configured(*FEW, "rollout.cpus_per_worker=0.5", "cluster.learner_cpus=0.5")
     assert demand(inline) == {"CPU": 1.0}
 
@@ -74,7 +74,7 @@ def cluster() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=2,
-        resources={"cpu_node": 0.2},
+        resources={"cpu_node": 1},
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
@@ -91,7 +91,7 @@ def test_a_cluster_too_small_for_the_replicas_is_refused(cluster: None) -> None:
     with pytest.raises(ConfigError) as refused:
         require_capacity(configured(*ON_RAY, "rollout.group_size=12"))
     said = str(refused.value)
-    assert "too small: 2 CPU, 1 cpu_node missing (the run asks for 4 CPU, 1.2 cpu_node)" in said
+    assert "too small: 2 CPU, 5 cpu_node missing (the run asks for 4 CPU, 6 cpu_node)" in said
     assert "what each of 12 replicas claims (env.host.cpus_per_replica, resources)" in said
     assert "\n" not in said
 
@@ -107,8 +107,14 @@ def test_where_replicas_live_changes_nothing_about_a_run(cluster: None, tmp_path
     train(config, tmp_path / "ray", ring_type=RayRing)
     assert_balanced(tmp_path / "ray", config)
     deadline = time.monotonic() + 60
-    while ray.available_resources().get("cpu_node") != 0.2:
+    while ray.available_resources().get("cpu_node") != 1.0:
         assert time.monotonic() < deadline, "a replica of the run is still there"
         time.sleep(0.1)
     train(configured(*FEW), tmp_path / "inline")
+    assert _played(tmp_path / "ray") == _played(tmp_path / "inline")
     assert same_bits(tmp_path / "ray", tmp_path / "inline")
+
+
+def _played(folder: Path) -> list[list[object]]:
+    facts = ("group_id", "episode", "turn", "observation", "action", "reward", "end_reason", "success")
+    return sorted([row[fact] for fact in facts] for row in trained_rows(folder))

@@ -224,23 +224,11 @@ def test_a_replica_dies_with_its_parent_however_that_dies() -> None:
     wait_for_the_end_of(int(parent.stdout))
 
 
-class Owner:
-    """A worker that waits for replicas which never answer."""
-
-    async def begin(self, host: HostSettings) -> tuple[int, int]:
-        """Pids of this process and of its replica's actor."""
-        task = Task.of("trouble", 1, {"what": "sleep"})
-        self.replica = await pool_of(host).take(task)
-        await self.replica.reset(1)
-        await self.replica.step("a")
-        self.waiting = asyncio.ensure_future(self.replica.step("sleep for ever"))
-        await asyncio.sleep(0)
-        return os.getpid(), pid_of(self.replica)
-
-
 @pytest.mark.slow
 def test_a_replicas_actor_and_process_end_with_their_worker_however_that_dies(cluster: Any) -> None:
     import ray
+
+    from tests.rollout.replica_owner import Owner
 
     owner = ray.remote(Owner).options(num_cpus=0).remote()
     worker, actor = ray.get(owner.begin.remote(RAY.model_copy(update={"step_seconds": 3600.0})), timeout=120)
