@@ -65,6 +65,13 @@ class Description:
 SUITES: tuple[Suite, ...] = (
     Suite("MiniGrid-", "minigrid", "minigrid", "envs.minigrid_words:minigrid", "MiniGrid"),
     Suite("BabyAI-", "minigrid", "minigrid", "envs.minigrid_words:minigrid", "BabyAI"),
+    Suite(
+        "reasoning_gym/",
+        "reasoning",
+        "reasoning_gym",
+        "envs.reasoning_questions:reasoning_gym",
+        "reasoning-gym, a dataset by its name",
+    ),
 )
 _OURS: dict[str, str | _Factory] = {
     "arithmetic": "envs.arithmetic:Arithmetic",
