@@ -20,6 +20,7 @@ from rollout.chat import Chat
 from rollout.demonstrate import demonstrate
 from rollout.engine import Engine
 from rollout.foreign import PROGRAM
+from rollout.perception import Perception
 from rollout.pool import EnvironmentPool
 from rollout.tasks import TaskStream
 from rollout.vllm_engine import VllmEngine
@@ -66,6 +67,11 @@ def tiny_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     return tokenizer
+
+
+def load_chat(path: str) -> Chat:
+    """How messages become tokens of a model, pictures included where it sees."""
+    return Chat(load_tokenizer(path), Perception.load(path))
 
 
 def training_tasks(config: RunConfig) -> TaskStream:
@@ -125,6 +131,7 @@ async def vllm_engine(config: RunConfig, name: str, path: str) -> Engine:
         on_gpu=config.rollout.gpus_per_worker > 0,
         transfer="manta" if config.weights.transfer == "object_store" else config.weights.transfer,
         adapter=sent_adapter(config, path),
+        perception=Perception.load(path),
     )
 
 
@@ -133,7 +140,7 @@ async def build_worker(
 ) -> RolloutWorker:
     """A rollout worker with its engine started."""
     engine = await engine_factory(config, name, path)
-    chat = Chat(load_tokenizer(path))
+    chat = load_chat(path)
     agent = Agent(engine, chat, config.sampling, config.rollout.context_tokens, config.agent)
     pool = EnvironmentPool(host=config.env.host, parts=config.agent.parts)
     return RolloutWorker(name, engine, agent, exchange, config.rollout, config.seed, pool)
@@ -165,7 +172,7 @@ async def play_demonstrations(config: RunConfig, path: str) -> list[pa.RecordBat
     groups = await demonstrate(
         [stream(index) for index in range(warm_start.episodes)],
         lambda seed: player(warm_start.error_rate, seed),
-        Chat(load_tokenizer(path)),
+        load_chat(path),
         config.rollout.context_tokens,
         config.agent,
     )

@@ -1,0 +1,92 @@
+"""A tiny model that sees, made from nothing: LLaVA (Liu et al. 2023), a vision tower, a projection, a language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AddedToken,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from learner.model import tiny_config
+from learner.tokenizer import CHAT_TEMPLATE
+
+IMAGE = "<image>"
+_CONTENT = (
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}"
+)
+
+
+def build_tiny_vision(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    pixels: int = 16,
+    patch: int = 8,
+    layers: int = 2,
+    width: int = 64,
+    heads: int = 2,
+    head_width: int = 32,
+    mlp: int = 128,
+    context: int = 512,
+    tie: bool = True,
+    seed: int = 0,
+) -> LlavaProcessor:
+    """Write a random LLaVA and its processor into `folder`; transformers and vLLM load it by path.
+
+    Pictures are made `pixels` wide and high; one is (pixels / patch)^2 tokens. The vision tower has one layer that is
+    used and one that is not (LLaVA reads the last but one). Everything else is as in `build_tiny`; the tokenizer gets
+    one token more, the placeholder, and a template that knows parts.
+    """
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ message.content }}", _CONTENT)
+    scale = 0.4 / width**0.5
+    vision = CLIPVisionConfig(
+        hidden_size=heads * head_width,
+        intermediate_size=mlp,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        image_size=pixels,
+        patch_size=patch,
+        projection_dim=width,
+        initializer_range=scale,
+    )
+    text = tiny_config(tokenizer, layers, width, heads, head_width, mlp, context, tie)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=(pixels // patch) ** 2,
+        tie_word_embeddings=tie,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(
+            size={"height": pixels, "width": pixels},
+            do_center_crop=False,
+            crop_size={"height": pixels, "width": pixels},
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        ),
+        tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )
+    processor.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return processor
