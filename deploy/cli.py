@@ -296,9 +296,8 @@ def main() -> None:
 
     transformers.utils.logging.disable_progress_bar()  # the run has a display of its own
     if os.getcwd() not in sys.path:
-        sys.path.insert(
-            0, os.getcwd()
-        )  # "module:Class" may name a file beside the user; Ray's workers take it over
+        # "module:Class" may name a file beside the user; Ray's workers take it over.
+        sys.path.insert(0, os.getcwd())
     try:
         app()
     except (ConfigError, EnvironmentUnknown, ModelError, CheckpointError, ChatError) as error:

@@ -14,7 +14,6 @@ answer in time is killed with all it has started. It is killed by the kernel whe
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import os
 import pickle
@@ -28,11 +27,11 @@ from collections.abc import Callable
 from typing import Any
 
 from envs.base import Observation, named_rewards
+from envs.child import end_with, import_path
 from envs.host import Env, EnvironmentFailed, EnvironmentStuck, HostSettings, Inline, Outcome
 
 _CLOSE_SECONDS = 2.0  # what an environment is given to close
 _LENGTHS = struct.Struct("<II")  # of the JSON and of the bytes behind it
-_PR_SET_PDEATHSIG = 1
 _INFO = ("success", "malformed")  # verdicts
 
 Message = tuple[dict[str, Any], bytes]
@@ -77,7 +76,7 @@ class Hosted:
                 ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+                env=os.environ | {"PYTHONPATH": import_path()},
                 start_new_session=True,
             )
         replica = cls(process, ours, settings)
@@ -180,7 +179,7 @@ def _framed(head: dict[str, Any], blob: bytes) -> bytes:
 
 def serve(descriptor: int, parent: int) -> None:
     """The life of a replica's process, which begins here and ends with its parent or its parent's word."""
-    _die_with(parent)
+    end_with(parent)
     os.set_inheritable(descriptor, False)  # what the environment starts must not hold the connection open
     asyncio.run(_serve(socket.socket(fileno=descriptor)))
 
@@ -230,9 +229,3 @@ async def _answer(replica: Inline, request: dict[str, Any], blob: bytes) -> Mess
                 "snapshot": snapshot is not None,
             }
             return answer, snapshot or b""
-
-
-def _die_with(parent: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before the kernel was told
-        os._exit(1)

@@ -25,6 +25,7 @@ from mcp import Client, MCPError, StdioServerParameters, stdio_client
 from mcp import Tool as McpTool
 from mcp_types import CONNECTION_CLOSED, INVALID_PARAMS, CallToolResult, TextContent
 
+from envs.child import leashed
 from envs.tool import Tool, ToolGone, ToolRefused, WrongArguments, line
 
 log = logging.getLogger(__name__)
@@ -36,13 +37,6 @@ MOST_PAGES = 100  # of a list of tools that never ends
 
 # Beside what the client lets a server inherit: by these a run's processes and their files are found when it is over.
 _INHERITED = ("MANTA_RUN", "TMPDIR")
-
-# Before it becomes the server, the process asks the kernel to be killed with the thread that started it (1, 9 stand for
-# PR_SET_PDEATHSIG, SIGKILL): nothing else would end a server that does not mind its input being closed.
-_BECOME = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
-    "os.getppid() == int(sys.argv[1]) or os._exit(1); os.execvp(sys.argv[2], sys.argv[2:])"
-)
 
 
 class McpServer:
@@ -71,10 +65,11 @@ class McpServer:
         name = " ".join([command, *args])
         if shutil.which(command) is None:
             raise ToolRefused(f"MCP server {name!r} can not be started: there is no command {command!r}")
-        become = ["-c", _BECOME, str(os.getpid()), command, *args]
+        # Nothing else would end a server that does not mind its input being closed.
+        program, *arguments = leashed([command, *args])
         inherited = {each: os.environ[each] for each in _INHERITED if each in os.environ}
         parameters = StdioServerParameters(
-            command=sys.executable, args=become, env=inherited | (environment or {}), cwd=os.getcwd()
+            command=program, args=arguments, env=inherited | (environment or {}), cwd=os.getcwd()
         )
         self._connect = partial(_Connection, name, parameters, start_seconds)
         self._connection = self._connect()

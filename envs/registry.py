@@ -154,9 +154,7 @@ def has_player(env_id: str) -> bool:
 def player(env_id: str) -> Callable[[float, int], Player]:
     """The scripted player of an environment, made with (error rate, seed)."""
     module = env_id.partition(":")[0]
-    if env_id not in _PLAYERS and not (
-        module != env_id and hasattr(importlib.import_module(module), "Player")
-    ):
+    if env_id not in _PLAYERS and not (module != env_id and hasattr(_module(env_id, module), "Player")):
         have = ", ".join(sorted(_PLAYERS))
         raise EnvironmentUnknown(f"environment {env_id} has no scripted player; those that have: {have}")
     made: Callable[[float, int], Player] = _load(env_id, _PLAYERS.get(env_id, f"{module}:Player"))

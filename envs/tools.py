@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import gymnasium as gym
 
-from envs.base import Info, Message, Observation, TalkSpace, text_space
+from envs.base import Info, Message, Observation, TalkSpace, messages_of, text_space
 from envs.calls import BadCall, Call, Fault, Style, parse_calls, write_call
 from envs.tool import Schema, Tool, ToolGone, ToolRefused, WrongArguments, echo, line
 
@@ -247,7 +247,7 @@ class ToolEnv(gym.Wrapper[Observation, str, Observation, str]):
         schemas = self._toolbox.schemas()
         if self._style == "plain":
             schemas = [schema | {"style": "plain"} for schema in schemas]
-        first, *others = _messages(observation)
+        first, *others = messages_of(observation)
         announced = first.get("tools", [])
         self._theirs = frozenset(schema["function"]["name"] for schema in announced)
         return [first | {"tools": [*announced, *schemas]}, *others], info
@@ -268,7 +268,7 @@ class ToolEnv(gym.Wrapper[Observation, str, Observation, str]):
             return observation, float(reward), terminated, truncated, info
         info |= {"tools": dict(reasons + Counter(info.get("tools", {})))}
         # Theirs come first: their first message may direct the agent (see envs.base).
-        return [*_messages(observation), *said], float(reward), terminated, truncated, info
+        return [*messages_of(observation), *said], float(reward), terminated, truncated, info
 
     def close(self) -> None:
         try:
@@ -305,7 +305,3 @@ class ToolEnv(gym.Wrapper[Observation, str, Observation, str]):
         if self._asked > self._max_calls:
             return Answer(f"All {self._max_calls} calls are made: answer without tools.", Reason.SPENT)
         return self._toolbox.answer(call)
-
-
-def _messages(observation: Observation) -> list[Message]:
-    return [{"role": "user", "content": observation}] if isinstance(observation, str) else observation

@@ -18,9 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from envs.base import Info, Message, Observation
 from envs.host import EnvironmentFailed, HostSettings, Outcome, Sampled
+from envs.reference import load_function
 from envs.registry import EnvironmentUnknown
 from rollout.openai_format import Asked, answer, plain
-from rollout.program import Called, Program, Running, as_command, environment, load
+from rollout.program import Called, Program, Running, as_command, environment
 from rollout.session import Call, Left, Session, Verdict
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class ProgramOptions(BaseModel):
         try:
             read = cls.model_validate(options)
             for reference in filter(None, (read.function, read.reward)):
-                load(reference)
+                load_function(reference)
         except ValidationError as error:
             faults = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
             have = ", ".join(cls.model_fields)
@@ -172,7 +173,7 @@ class ForeignAgent:
     async def _start(self, session: Session) -> Running:
         url, options, task = self._endpoint.base_url, self._options, self._task
         if options.function and self._host.where == "inline":
-            return Called(load(options.function), url, session.key, task, session.leave)
+            return Called(load_function(options.function), url, session.key, task, session.leave)
         command, more = as_command(options.function) if options.function else (options.command, {})
         return await Program.start(command, environment(url, session.key, task) | more, session.leave)
 
@@ -197,7 +198,7 @@ class ForeignAgent:
             raise EnvironmentFailed(left.failure) from left.error
         value = left.result
         if self._options.reward:
-            judge = load(self._options.reward)
+            judge = load_function(self._options.reward)
             value = await asyncio.to_thread(judge, self._task, self._history.messages, left.output)
         if value is None:
             raise EnvironmentFailed(

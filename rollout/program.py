@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import inspect
 import json
 import os
@@ -21,6 +20,8 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
+from envs.child import leashed, import_path
+from envs.reference import load_function
 from rollout.session import Left, Verdict
 
 Function = Callable[..., Any]  # (base_url, api_key, task)
@@ -30,14 +31,6 @@ _KEPT_BYTES = 1 << 16  # of what a program prints, the end
 _SHOWN_CHARACTERS = 2000  # of that, in an error
 _DRAIN_SECONDS = 1.0  # for output to arrive that was printed before the end
 _CLOSE_SECONDS = 2.0  # for a killed program to be gone
-# It has no imports of its own to wait for; what it becomes is killed with us (1 is PR_SET_PDEATHSIG, 9 SIGKILL).
-_LAUNCHER = (
-    "import ctypes, os, sys\n"
-    "ctypes.CDLL(None).prctl(1, 9)\n"
-    "if os.getppid() != int(sys.argv[1]): os._exit(1)\n"
-    "try: os.execvp(sys.argv[2], sys.argv[2:])\n"
-    "except OSError as error: sys.exit(f'{sys.argv[2]}: {error.strerror}')\n"
-)
 
 
 class Running(Protocol):
@@ -50,21 +43,6 @@ class Running(Protocol):
     async def end(self, grace: float = 0.0) -> None:
         """See it ended; it has `grace` seconds to end by itself."""
         ...
-
-
-def load(reference: str) -> Function:
-    """The function meant by "module:function". ValueError, one line, where there is none."""
-    module, colon, name = reference.partition(":")
-    if not (module and colon and name):
-        raise ValueError(f"{reference!r} is not of the form module:function")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise ValueError(f"{reference!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise ValueError(f"{reference!r}: module {module} has no function {name!r}")
-    function: Function = found
-    return function
 
 
 def environment(base_url: str, api_key: str, task: dict[str, Any]) -> dict[str, str]:
@@ -82,8 +60,7 @@ def environment(base_url: str, api_key: str, task: dict[str, Any]) -> dict[str, 
 
 def as_command(reference: str) -> tuple[list[str], dict[str, str]]:
     """A function as a program: the command, and what its environment needs besides."""
-    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    return [sys.executable, "-m", "rollout.program", reference], {"PYTHONPATH": paths}
+    return [sys.executable, "-m", "rollout.program", reference], {"PYTHONPATH": import_path()}
 
 
 class Program:
@@ -99,7 +76,7 @@ class Program:
     async def start(cls, command: Sequence[str], environ: dict[str, str], on_left: OnLeft) -> Program:
         """Start a command. OSError where the system refuses; a command that does not exist leaves with status 1."""
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command],
+            leashed(command),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -257,7 +234,7 @@ def _last_line(output: str) -> Any:
 def main(reference: str) -> None:
     """Call a function as a program would be started; what it returns is the last line."""
     task = json.loads(os.environ["MANTA_TASK"])
-    function = load(reference)
+    function = load_function(reference)
     result = function(os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"], task)
     if inspect.iscoroutine(result):
         result = asyncio.run(result)

@@ -330,11 +330,7 @@ class VllmEngine:
     async def _finished(self, token_ids: Sequence[int], params: Any, images: Sequence[str] = ()) -> Any:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        # "token" is what vLLM's renderer makes of a prompt. It says that there is nothing to tokenize, and so spares
-        # every request the way through a thread.
-        prompt = {"type": "token", "prompt_token_ids": list(token_ids), "cache_salt": str(self.version)}
-        if images:
-            prompt |= self._perceived(token_ids, images)
+        prompt = self._perceived(token_ids, images) if images else self._prompt(token_ids)
         request = f"{self.name}-{next(self._request_ids)}"
         try:
             generating = self._llm.generate(prompt, params, request, lora_request=self._adapter)
@@ -355,11 +351,17 @@ class VllmEngine:
         return outputs[-1]
 
     def _perceived(self, token_ids: Sequence[int], images: Sequence[str]) -> dict[str, Any]:
-        """What a prompt with pictures says otherwise: vLLM puts as many placeholders as it finds features."""
+        """A prompt with pictures: vLLM puts as many placeholders into it as it finds features."""
         if self._perception is None:
             raise EngineFailed(f"{self.name}: asked about a picture, but the model reads text alone")
+        pictures = {"image": self._perception.opened(images)}
         ids = self._perception.collapsed(token_ids, images)
-        return {"prompt_token_ids": ids, "multi_modal_data": {"image": self._perception.opened(images)}}
+        return {"prompt_token_ids": ids, "multi_modal_data": pictures, "cache_salt": str(self.version)}
+
+    def _prompt(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        # "token" is what vLLM's renderer makes of a prompt. It says that there is nothing to tokenize, and so spares
+        # every request the way through a thread.
+        return {"type": "token", "prompt_token_ids": list(token_ids), "cache_salt": str(self.version)}
 
     def _sampling_params(self, sampling: Sampling) -> Any:
         if self._seeded and sampling.seed is not None:

@@ -11,7 +11,6 @@ temporary files, and keep their names: they connect when they get round to it, w
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import signal
 import threading
@@ -31,10 +30,10 @@ from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.multiproc_executor import WorkerProc
 
+from envs.child import end_with
 from rollout.engine import EngineDied
 
 T = TypeVar("T")
-_PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.0002  # for what is all but there
 _END_SECONDS = 2  # from vLLM's word that its core is dead to the core's end
 _NAP_MS = 2
@@ -62,7 +61,7 @@ def ending_with_us() -> Iterator[None]:
 
 def _engine_core(parent: int, *args: Any, **kwargs: Any) -> None:
     """The engine core's main function, in its own process."""
-    _end_with(parent)
+    end_with(parent)
     _leave_nothing_named()
     _wait_asleep()
     WorkerProc.worker_main = partial(_worker, os.getpid())
@@ -71,19 +70,10 @@ def _engine_core(parent: int, *args: Any, **kwargs: Any) -> None:
 
 def _worker(parent: int, *args: Any, **kwargs: Any) -> None:
     """A worker's main function, in its own process."""
-    _end_with(parent)
+    end_with(parent)
     _leave_nothing_named()
     _wait_asleep()
     _run_worker(*args, **kwargs)
-
-
-def _end_with(parent: int) -> None:
-    """Have the kernel kill this process when the thread of `parent` that started it is gone."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:  # it went before we could ask
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _leave_nothing_named() -> None:

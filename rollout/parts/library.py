@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from envs.base import Info, Observation
-from rollout.parts.part import Env, Outcome, Part, followed, messages_of, preceded
+from envs.base import Info, Observation, messages_of
+from rollout.parts.part import Env, Outcome, Part, followed, preceded
 
 WAIT_SECONDS = 30.0  # for the store, which others write too
 WORDS = 64  # of an observation that are searched for
@@ -60,7 +60,7 @@ class Library(Part):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, Info]:
         observation, info = self.env.reset(seed=seed, options=options)
-        self._about, self._held = " ".join(m["content"] for m in messages_of(observation)), None
+        self._about, self._held = _said(observation), None
         lessons = self._store.similar(self._about, self._settings.found)
         if lessons:
             observation = preceded("\n".join(f"Remember: {lesson}" for lesson in lessons), observation)
@@ -114,3 +114,10 @@ class Store:
 
     def _open(self) -> sqlite3.Connection:
         return sqlite3.connect(self._path, timeout=WAIT_SECONDS)
+
+
+def _said(observation: Observation) -> str:
+    """All its text."""
+    contents = [message["content"] for message in messages_of(observation)]
+    parts = [[{"text": each}] if isinstance(each, str) else each for each in contents]
+    return " ".join(part["text"] for each in parts for part in each if "text" in part)

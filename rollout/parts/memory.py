@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from envs.base import Info, Message, Observation
+from envs.base import Info, Message, Observation, messages_of
 from envs.calls import Style
 from envs.tool import Tool
 from envs.tools import Toolbox, ToolEnv
-from rollout.parts.part import Env, Outcome, Part, anew, answered, followed, messages_of, preceded
+from rollout.parts.part import Env, Outcome, Part, anew, answered, followed, preceded
 
 
 class NotebookSettings(BaseModel):

@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.utils import RecordConstructorArgs
 
-from envs.base import DIRECTIONS, Info, Message, Observation
+from envs.base import DIRECTIONS, Info, Message, Observation, messages_of
 
 Env = gym.Env[Any, str]
 Content = str | list[dict[str, Any]]
@@ -24,13 +24,6 @@ class Part(gym.Wrapper[Any, str, Any, str], RecordConstructorArgs):
     def __init__(self, env: Env, **options: Any) -> None:
         RecordConstructorArgs.__init__(self, **options)  # lets Gymnasium describe and rebuild what is wrapped
         super().__init__(env)
-
-
-def messages_of(observation: Observation) -> list[Message]:
-    """An observation as messages of one's own; plain text is said by the user."""
-    if isinstance(observation, str):
-        return [{"role": "user", "content": observation}]
-    return [dict(message) for message in observation]
 
 
 def joined(first: Content, second: Content) -> Content:

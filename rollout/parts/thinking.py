@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from envs.base import Info, Message, Observation
-from rollout.parts.part import Env, Outcome, Part, anew, answered, messages_of
+from envs.base import Info, Message, Observation, messages_of
+from rollout.parts.part import Env, Outcome, Part, anew, answered
 
 CLOSE = "</think>"
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from envs.calls import Style
+from envs.reference import load_function
 from envs.tool import ToolRefused
 from envs.tools import Source, Toolbox, ToolEnv
 from rollout.parts.part import Env
@@ -93,7 +94,7 @@ class ToolsSettings(BaseModel):
                 sources.append(server.start())
                 started.callback(sources[-1].close)
             toolbox = Toolbox(
-                [_function(each) for each in self.functions],
+                [_tool(each) for each in self.functions],
                 sources,
                 max_result_chars=self.max_result_chars,
                 call_seconds=self.call_seconds,
@@ -103,9 +104,8 @@ class ToolsSettings(BaseModel):
         return dressed
 
 
-def _function(reference: str) -> Any:
-    module, _, name = reference.partition(":")
+def _tool(reference: str) -> Callable[..., Any]:
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ToolRefused(f"tool {reference!r} is not to be found: {error}") from error
+        return load_function(reference)
+    except ValueError as error:
+        raise ToolRefused(f"tool {error}") from error

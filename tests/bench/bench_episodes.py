@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -19,6 +18,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import psutil
 
 from deploy.build import load_tokenizer
 from envs.base import TextEnv
@@ -101,21 +101,17 @@ def _worker(
     return RolloutWorker("rollout-0", engine, agent, exchange, settings, 0, pool), exchange
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 async def _thousand(folder: Path, chat: Chat) -> dict[str, float]:
     engine = Waiting(chat, LATENCY_S)
     tasks = TaskStream("frozen_lake", OPTIONS)
     worker, exchange = _worker(folder, chat, engine, tasks, GROUPS, EnvironmentPool())
-    before = _resident()
+    before = psutil.Process().memory_info().rss
     running = asyncio.create_task(worker.run())
     await asyncio.sleep(WARM_UP_S)
     turns, used, began = engine.turns, time.process_time(), time.perf_counter()
     await asyncio.sleep(SECONDS)
     turns, used, seconds = engine.turns - turns, time.process_time() - used, time.perf_counter() - began
-    grown = _resident() - before
+    grown = psutil.Process().memory_info().rss - before
     await worker.stop()
     await running
     await exchange.close()

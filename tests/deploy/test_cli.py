@@ -102,7 +102,7 @@ def of_model(path: object, *overrides: str) -> list[str]:
         ),
         (
             [RECIPE, "agent.parts=[{kind='tools',functions=['envs.frozen_lake:nothing']}]"],
-            "agent.parts: tool 'envs.frozen_lake:nothing' is not to be found",
+            "agent.parts: tool 'envs.frozen_lake:nothing': module envs.frozen_lake has no function 'nothing'",
         ),
         ([RECIPE, "evaluation.tasks=100"], "evaluation.tasks=100 is more than there is: .* only 4 different"),
         ([RECIPE, "--resume", "somewhere"], "leave the recipe and overrides away"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.arithmetic import LEVELS, PROBLEMS, WORDS, Arithmetic, Player, _patterns, said, solved
@@ -150,7 +150,6 @@ def test_one_number_in_its_form_is_an_answer_and_nothing_else(
     assert (terminated, truncated, info.get("malformed", False)) == (True, False, number is None)
 
 
-@settings(deadline=None)
 @given(st.text(), st.sampled_from(STYLES))
 def test_no_text_is_paid_that_does_not_hold_the_number(text: str, style: str) -> None:
     if "19" not in text:

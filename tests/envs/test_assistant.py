@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.assistant import NAMES, WORDS, Player, agree, assistant, read, stands_in
@@ -208,7 +208,6 @@ EXPRESSIONS = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(EXPRESSIONS)
 def test_a_calculation_is_exact(expression: str) -> None:
     exact = re.sub(r"([0-9]+)", r"Fraction(\1)", expression)
@@ -221,7 +220,6 @@ def test_a_calculation_is_exact(expression: str) -> None:
         assert evaluated(expression) == expected
 
 
-@settings(deadline=None)
 @given(st.text() | st.text("0123456789+-*/(). eE_", max_size=120))
 def test_a_calculator_takes_anything_and_says_value_or_error(text: str) -> None:
     with suppress(ValueError, ZeroDivisionError):

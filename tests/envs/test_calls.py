@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.calls import CLOSE, OPEN, BadCall, Call, Fault, Style, parse_calls, write_call
@@ -121,7 +121,6 @@ def test_other_plain_lines_are_text(line: str) -> None:
     assert parse_calls(line, "plain") == (line, [])
 
 
-@settings(deadline=None)
 @given(st.text(min_size=1), st.dictionaries(st.text(), documents, max_size=4), texts)
 def test_what_is_written_in_hermes_form_is_read_back(
     name: str, arguments: dict[str, Any], after: str
@@ -131,7 +130,6 @@ def test_what_is_written_in_hermes_form_is_read_back(
     assert parse_calls(write_call(call) + after)[1][0] == call
 
 
-@settings(deadline=None)
 @given(names, st.lists(scalars, max_size=4))
 def test_what_is_written_in_plain_form_is_read_back(name: str, values: list[Any]) -> None:
     call = Call(name, {str(place): value for place, value in enumerate(values, start=1)})
@@ -139,7 +137,6 @@ def test_what_is_written_in_plain_form_is_read_back(name: str, values: list[Any]
     assert (text, repr(read)) == ("so\nthen", repr([call])), "types and signs of zero included"
 
 
-@settings(deadline=None)
 @given(texts, st.sampled_from(STYLES))
 def test_nothing_raises_and_a_bad_call_is_a_piece_of_the_text(text: str, style: Style) -> None:
     outside, calls = parse_calls(text, style)

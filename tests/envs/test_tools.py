@@ -359,7 +359,7 @@ pieces = st.sampled_from(
 TOOLS = box()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.lists(pieces | st.text(max_size=8), max_size=6).map("".join), max_size=6))
 @pytest.mark.parametrize("style", ["hermes", "plain"])
 def test_nothing_a_policy_writes_makes_it_raise(style: Style, turns: list[str]) -> None:

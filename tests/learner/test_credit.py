@@ -35,7 +35,7 @@ SECTIONS: list[dict[str, Any]] = [
     {"kind": "gae", "gamma": 1.0, "lam": 1.0, "normalize": True},
 ]
 WITHIN_GROUPS = SECTIONS[:8]
-quickly = settings(max_examples=25, deadline=None)
+quickly = settings(max_examples=25)
 
 
 def _name(section: object) -> str | None:

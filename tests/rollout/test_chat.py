@@ -104,7 +104,7 @@ def stored_ids(turns: Sequence[Turn]) -> list[int]:
     return [token for turn in turns for token in (*turn.prompt_ids, *turn.completion.token_ids.tolist())]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.sampled_from(sorted(TEMPLATES)),
     st.lists(

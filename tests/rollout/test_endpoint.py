@@ -97,7 +97,7 @@ def flat(messages: Sequence[Any]) -> list[tuple[str, str]]:
     return told
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(plans=st.lists(st.lists(st.sampled_from(MOVES), min_size=1, max_size=7), min_size=6, max_size=6))
 def test_what_is_stored_is_what_the_program_asked_and_what_was_sampled(
     scripted: Scripted, chat: Chat, plans: list[list[str]]

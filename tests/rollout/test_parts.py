@@ -17,7 +17,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerFast
 
-from envs.base import TextEnv
+from envs.base import TextEnv, messages_of
 from envs.calls import Call, write_call
 from envs.host import HostSettings, Inline
 from rollout.agent import Agent, AgentSettings
@@ -144,10 +144,6 @@ def played(
     trajectory = asyncio.run(run_episode(Inline(env), agent, place(seed), Limits(40, 30.0)))
     _assert_exact(trajectory, engine)
     return trajectory
-
-
-def _messages(observation: Any) -> list[dict[str, Any]]:
-    return observation if isinstance(observation, list) else [{"role": "user", "content": observation}]
 
 
 def _assert_exact(trajectory: Trajectory, engine: ScriptedEngine) -> None:
@@ -342,7 +338,7 @@ def test_an_episode_goes_on_through_its_part(
     for count in range(1, len(trajectory.steps)):
         so_far = EpisodeSoFar(trajectory.steps[:count], end=None, snapshot=None)
         standing = asyncio.run(bring_back(Inline(make()), trajectory.task, so_far))
-        assert json.loads(trajectory.steps[count].observation) == _messages(standing.observation)
+        assert json.loads(trajectory.steps[count].observation) == messages_of(standing.observation)
 
 
 def test_parts_go_with_an_environment_into_its_process() -> None:

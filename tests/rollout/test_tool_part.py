@@ -123,7 +123,7 @@ def test_tools_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("part", "says"),
     [
-        (ToolsSettings(functions=("envs.assistant_data:serch",)), "serch' is not to be found"),
+        (ToolsSettings(functions=("envs.assistant_data:serch",)), "has no function 'serch'"),
         (ToolsSettings(functions=("no_such_module:search",)), "no_such_module"),
         (ToolsSettings(servers=(ServerSettings(command="no-such-command"),)), "no command"),
     ],

@@ -88,7 +88,7 @@ class Driven:
         assert sorted(everywhere) == list(range(self.next_id))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(SIZES, st.data())
 def test_any_order_of_calls_keeps_every_promise(sizes: tuple[int, int], data: st.DataObject) -> None:
     driven = Driven(*sizes)
@@ -122,7 +122,7 @@ def test_any_order_of_calls_keeps_every_promise(sizes: tuple[int, int], data: st
     event(f"trained {len(driven.trained) // 10 * 10}+")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 5), st.randoms(use_true_random=False))
 def test_without_lag_a_step_is_the_groups_issued_for_it(groups_per_step: int, order: object) -> None:
     buffer: ReplayBuffer[int] = ReplayBuffer(groups_per_step, max_lag=0)

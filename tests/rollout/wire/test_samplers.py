@@ -21,7 +21,7 @@ CANDIDATES = st.lists(
 )
 
 
-quickly = settings(max_examples=60, deadline=None)
+quickly = settings(max_examples=60)
 
 
 def candidates(*rewards: tuple[float, ...]) -> list[Candidate]:

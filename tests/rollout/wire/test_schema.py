@@ -77,7 +77,7 @@ def plain(value: object) -> object:
     return value
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(groups(), st.booleans())
 def test_a_group_comes_back_as_it_was(group: Group, through_a_pickle: bool) -> None:
     with_rows = Group(group.slot, tuple(t for t in group.trajectories if t.steps))
