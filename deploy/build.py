@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from learner.learner import Learner
 from learner.lora import planned
 from learner.model import build_tiny
 from learner.ranks import ALONE, Ranks
+from learner.tiny_vision import build_tiny_vision
 from learner.tokenizer import build_tokenizer
 from rollout.agent import Agent
 from rollout.chat import Chat
@@ -42,18 +44,9 @@ def model_path(config: RunConfig, run_folder: Path) -> str:
     folder = run_folder / "base"
     if not (folder / "config.json").is_file():
         tokenizer = tiny_tokenizer(config, folder)
-        build_tiny(
-            folder,
-            tokenizer,
-            layers=tiny.layers,
-            width=tiny.width,
-            heads=tiny.heads,
-            head_width=tiny.head_width,
-            mlp=tiny.mlp,
-            context=config.rollout.context_tokens,
-            tie=tiny.tie,
-            seed=config.seed,
-        )
+        sizes = tiny.model_dump(include={"layers", "width", "heads", "head_width", "mlp", "tie"})
+        build = partial(build_tiny_vision, pixels=tiny.pixels) if tiny.pixels else build_tiny
+        build(folder, tokenizer, context=config.rollout.context_tokens, seed=config.seed, **sizes)
     return str(folder)
 
 

@@ -18,8 +18,8 @@ from deploy.preflight import check_context, check_model, first_observation
 from deploy.statistics import wilson_interval
 from learner.checkpoint import MODEL, latest
 from rollout.agent import Agent, AgentSettings
-from rollout.perception import Perception
 from rollout.engine import Sampling
+from rollout.perception import Perception
 from rollout.pool import EnvironmentPool
 from rollout.vllm_engine import VllmEngine, VllmSettings
 from rollout.wire.store import EpisodeRow

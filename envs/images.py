@@ -48,7 +48,9 @@ def pixels_of(part: dict[str, Any]) -> Pixels:
 
 def is_picture(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
     """Whether an array like this is a picture: grey or red, green and blue."""
-    return dtype == np.uint8 and 0 not in shape and (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3)))
+    return (
+        dtype == np.uint8 and 0 not in shape and (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3)))
+    )
 
 
 def are_pictures(space: Any) -> bool:

@@ -243,7 +243,9 @@ class Policy:
         if self.sight is not None:
             return self.sight.inputs(micro)
         if seen := next(filter(None, micro.seen_B), None):
-            raise ModelError(f"model {self.settings.path!r} reads text alone, but {seen.where} shows pictures")
+            raise ModelError(
+                f"model {self.settings.path!r} reads text alone, but {seen.where} shows pictures"
+            )
         return {}
 
     def _sampled_bias(self) -> Tensor | None:
@@ -269,8 +271,8 @@ class Policy:
                 f"model {self.settings.path!r} sees and is of the family {kind}; only of {', '.join(FAMILIES)} is it "
                 "known that pictures in a packed row are computed as they are alone"
             )
-        if self.ranks.size > 1:
-            raise ModelError(f"model {self.settings.path!r} sees: learner.ranks must be 1")
+        if self.ranks.size > 1 or self.settings.lora:
+            raise ModelError(f"model {self.settings.path!r} sees: it takes learner.ranks=1 and no lora")
         return Sight(self.model, self.settings.path)
 
     def _adapt(self, settings: LoraSettings) -> Adapter:

@@ -1,4 +1,4 @@
-"""A tiny model that sees, made from nothing: LLaVA (Liu et al. 2023), a vision tower, a projection, a language model."""
+"""A tiny model that sees, made from nothing: LLaVA (Liu et al. 2023), vision tower, projection, language model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,30 @@ from learner.model import tiny_config
 from learner.tokenizer import CHAT_TEMPLATE
 
 IMAGE = "<image>"
+PATCH = 8  # pixels, wide and high, that are one token
 _CONTENT = (
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
     "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}"
 )
+
+
+def tiny_processor(
+    tokenizer: PreTrainedTokenizerBase, pixels: int = 16, patch: int = PATCH
+) -> LlavaProcessor:
+    """The processor of that model; the tokenizer gets the placeholder, and a template that knows parts."""
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ message.content }}", _CONTENT)
+    square = {"height": pixels, "width": pixels}
+    return LlavaProcessor(
+        CLIPImageProcessorPil(
+            size=square, do_center_crop=False, crop_size=square, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ),
+        tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )
 
 
 def build_tiny_vision(
@@ -30,7 +50,7 @@ def build_tiny_vision(
     tokenizer: PreTrainedTokenizerBase,
     *,
     pixels: int = 16,
-    patch: int = 8,
+    patch: int = PATCH,
     layers: int = 2,
     width: int = 64,
     heads: int = 2,
@@ -39,15 +59,13 @@ def build_tiny_vision(
     context: int = 512,
     tie: bool = True,
     seed: int = 0,
-) -> LlavaProcessor:
+) -> None:
     """Write a random LLaVA and its processor into `folder`; transformers and vLLM load it by path.
 
     Pictures are made `pixels` wide and high; one is (pixels / patch)^2 tokens. The vision tower has one layer that is
-    used and one that is not (LLaVA reads the last but one). Everything else is as in `build_tiny`; the tokenizer gets
-    one token more, the placeholder, and a template that knows parts.
+    used and one that is not (LLaVA reads the last but one). Everything else is as in `build_tiny`.
     """
-    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ message.content }}", _CONTENT)
+    processor = tiny_processor(tokenizer, pixels, patch)
     scale = 0.4 / width**0.5
     vision = CLIPVisionConfig(
         hidden_size=heads * head_width,
@@ -73,20 +91,5 @@ def build_tiny_vision(
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
     model.save_pretrained(folder)
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(
-            size={"height": pixels, "width": pixels},
-            do_center_crop=False,
-            crop_size={"height": pixels, "width": pixels},
-            image_mean=[0.5] * 3,
-            image_std=[0.5] * 3,
-        ),
-        tokenizer,
-        patch_size=patch,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=tokenizer.chat_template,
-    )
     processor.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return processor

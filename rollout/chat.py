@@ -123,7 +123,9 @@ class Chat:
         images = self.images(messages)
         if self._perception is None:
             if images:
-                raise ChatError(f"{self._name}: an observation shows a picture, but this model reads text alone")
+                raise ChatError(
+                    f"{self._name}: an observation shows a picture, but this model reads text alone"
+                )
             return self._encode(text)
         ids = self._encode(self._perception.spelled(text, images))
         self._perception.check(ids, images)
@@ -189,7 +191,8 @@ def _bare(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     return [
-        {"type": "image"} if isinstance(part, dict) and part.get("type") == "image" else part for part in value
+        {"type": "image"} if isinstance(part, dict) and part.get("type") == "image" else part
+        for part in value
     ]
 
 

@@ -46,7 +46,10 @@ class Perception:
     @classmethod
     def load(cls, path: str) -> Perception | None:
         """The processor in a checkpoint folder or of a hub id; None for a model that reads text alone."""
-        from transformers import AutoConfig, AutoProcessor  # with all that they import, for models that see alone
+        from transformers import (
+            AutoConfig,
+            AutoProcessor,
+        )  # with all that they import, for models that see alone
 
         if getattr(AutoConfig.from_pretrained(path), "vision_config", None) is None:
             return None

@@ -34,8 +34,8 @@ class Request:
 class ScriptedEngine:
     """Answers are a pure function of (prompt ids, sampling seed, version), whatever the order of the requests.
 
-    Pictures count as part of the prompt. Logprobs are made up, between -1 and 0, under the same rule. `requests` keeps every request in the order of
-    completion, unless `record` is off. `latency` is awaited before each answer.
+    Pictures count as part of the prompt. Logprobs are made up, between -1 and 0, under the same rule. `requests` keeps
+    every request in the order of completion, unless `record` is off. `latency` is awaited before each answer.
     """
 
     def __init__(

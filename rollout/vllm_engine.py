@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from rollout import vllm_images
 from rollout.engine import Completion, EngineDied, EngineFailed, Sampling
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.trajectory import Float32Array
@@ -330,7 +331,12 @@ class VllmEngine:
     async def _finished(self, token_ids: Sequence[int], params: Any, images: Sequence[str] = ()) -> Any:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        prompt = self._perceived(token_ids, images) if images else self._prompt(token_ids)
+        # "token" is what vLLM's renderer makes of a prompt. It says that there is nothing to tokenize, and so spares
+        # every request the way through a thread.
+        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(token_ids)}
+        if images:
+            prompt = vllm_images.prompt(self._perception, token_ids, images)
+        prompt["cache_salt"] = str(self.version)
         request = f"{self.name}-{next(self._request_ids)}"
         try:
             generating = self._llm.generate(prompt, params, request, lora_request=self._adapter)
@@ -343,25 +349,9 @@ class VllmEngine:
             raise EngineFailed(f"{self.name}: vLLM failed on a request: {error.__cause__!r}") from error
         if not outputs:
             raise EngineFailed(f"{self.name}: vLLM gave no output for a request of {len(token_ids)} tokens")
-        if images and list(outputs[-1].prompt_token_ids) != list(token_ids):
-            raise EngineFailed(
-                f"{self.name}: vLLM's processor makes {len(outputs[-1].prompt_token_ids)} prompt tokens of "
-                f"{len(images)} pictures where the model's own makes {len(token_ids)}"
-            )
+        if images:
+            vllm_images.require_same(token_ids, outputs[-1].prompt_token_ids, images)
         return outputs[-1]
-
-    def _perceived(self, token_ids: Sequence[int], images: Sequence[str]) -> dict[str, Any]:
-        """A prompt with pictures: vLLM puts as many placeholders into it as it finds features."""
-        if self._perception is None:
-            raise EngineFailed(f"{self.name}: asked about a picture, but the model reads text alone")
-        pictures = {"image": self._perception.opened(images)}
-        ids = self._perception.collapsed(token_ids, images)
-        return {"prompt_token_ids": ids, "multi_modal_data": pictures, "cache_salt": str(self.version)}
-
-    def _prompt(self, token_ids: Sequence[int]) -> dict[str, Any]:
-        # "token" is what vLLM's renderer makes of a prompt. It says that there is nothing to tokenize, and so spares
-        # every request the way through a thread.
-        return {"type": "token", "prompt_token_ids": list(token_ids), "cache_salt": str(self.version)}
 
     def _sampling_params(self, sampling: Sampling) -> Any:
         if self._seeded and sampling.seed is not None:
@@ -382,7 +372,7 @@ class VllmEngine:
             seed=None if seed is None else seed % 2**63,
             stop_token_ids=self._stop,
             logprobs=0,
-            logit_bias=None if self._perception is None else {self._perception.placeholder_id: -100.0},
+            logit_bias=vllm_images.never_sampled(self._perception),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # vLLM's deep copy for every request is not needed: nobody changes these

@@ -1,6 +1,6 @@
-"""The pictures in an observation: parts of messages, each a PNG as a data URL. Facts, stored with the turn that saw them.
+"""The pictures in an observation: parts of messages, each a data URL. Facts, stored with the turn that saw them.
 
-    {"role": "user", "content": [{"type": "text", "text": "..."}, {"type": "image", "image": "data:image/png;base64,..."}]}
+{"role": "user", "content": [{"type": "text", "text": "..."}, {"type": "image", "image": "data:image/png;..."}]}
 """
 
 from __future__ import annotations
