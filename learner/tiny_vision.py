@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AddedToken,
     CLIPVisionConfig,
@@ -91,5 +92,9 @@ def build_tiny_vision(
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
     model.save_pretrained(folder)
+    # LLaVA's own checkpoints, and vLLM, put the tower one level deeper than transformers writes it.
+    file, tower = folder / "model.safetensors", "vision_tower."
+    named = {name.replace(tower, f"{tower}vision_model."): x for name, x in load_file(file).items()}
+    save_file(named, file, metadata={"format": "pt"})
     processor.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

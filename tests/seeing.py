@@ -48,11 +48,11 @@ _QWEN: dict[str, Any] = {
 FAMILIES = ("llava", *_QWEN)
 
 
-def build(family: str, folder: Path) -> None:
+def build(family: str, folder: Path, head_width: int = 16) -> None:
     """Write a model of two layers and its image processor; LLaVA's with its whole processor and tokenizer."""
     if family == "llava":
         tokenizer = build_tokenizer(folder, ["which", "colour", "before", "red", "green", "blue", "yellow"])
-        build_tiny_vision(folder, tokenizer, width=32, head_width=16, mlp=48, context=CONTEXT)
+        build_tiny_vision(folder, tokenizer, width=32, head_width=head_width, mlp=48, context=CONTEXT)
         return
     config_type, model_type, vision = _QWEN[family]
     text = {

@@ -19,7 +19,7 @@ def test_a_policy_learns_to_look(tmp_path: Path) -> None:
     config = load_config(RECIPE, ())
     summary = train(config, tmp_path / "run")
     assert_balanced(tmp_path / "run", config)
-    assert summary["success_after"] > max(0.7, summary["success_before"] + 0.2), summary
+    assert summary["success_before"] + 0.15 < summary["success_after"] > 0.8, summary
     assert all(row["behavior_gap"] < 1e-4 for row in read_metrics(tmp_path / "run"))
     assert all(len(images_in(row["observation"])) == 1 for row in trained_rows(tmp_path / "run"))
     assert "[picture, " in (tmp_path / "run" / "report.html").read_text()
