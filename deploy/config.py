@@ -163,7 +163,7 @@ class RunConfig(Settings):
     def _consistent(self) -> Self:
         if bool(self.learner.model.path) == (self.tiny is not None):
             raise ValueError(
-                "give exactly one of learner.model.path (a checkpoint) and the section tiny (one is built)"
+                "give exactly one of learner.model.path (a checkpoint) and the section tiny (one is built; tiny= leaves it out)"
             )
         credit = self.learner.algorithm.credit
         if self.rollout.group_size < 2 and credit.siblings:
@@ -282,7 +282,8 @@ class RunConfig(Settings):
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe (a path, or the name of one that ships with Manta), apply overrides, check everything.
 
-    A recipe that `extends` one that ships with Manta says only what differs.
+    A recipe that `extends` one that ships with Manta says only what differs. An override "section=" with nothing behind
+    it leaves the section out.
     """
     tree = _read(recipe)
     for override in overrides:
@@ -355,7 +356,10 @@ def _apply(tree: Nested, override: str) -> None:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {section} is an option, not a section")
-    node[option] = toml_value(text.strip())
+    if not text.strip() and isinstance(node.get(option), dict):
+        del node[option]
+    else:
+        node[option] = toml_value(text.strip())
 
 
 def toml_value(text: str) -> Any:

@@ -9,47 +9,13 @@ evaluated on 256 held-out maps. What is there already is not run again. Prints M
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-from deploy import run_folder
-from deploy.config import RunConfig, load_config, parse
-from deploy.export import export_model
+from tests.bench.runs import from_model, imitated, run_to_end
 
 RECIPES = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "dppo", "ppo", "ppo_shared")
-LIMIT_S = 3600
-
-
-def _run(config: RunConfig, folder: Path) -> None:
-    """Run it to its end, or go on with it, unless it has ended."""
-    if (folder / "summary.json").is_file():
-        return
-    if not run_folder.exists(folder):
-        run_folder.create(config, folder)
-    command = [sys.executable, "-m", "deploy.cli", "train", "--resume", str(folder)]
-    with folder.with_suffix(".log").open("ab") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT_S)
-
-
-def warm_start(folder: Path, seed: int) -> Path:
-    """The imitated model of a seed: version 0 of a run of one step."""
-    warm = folder / f"warm-{seed}"
-    if not warm.is_dir():
-        run = folder / f"imitation-{seed}"
-        _run(load_config("frozen_lake", [f"seed={seed}", "steps=1", "learner.optim.warmup_steps=0"]), run)
-        export_model(run, warm, version=0)
-    return warm
-
-
-def config_of(recipe: str, seed: int, steps: int, warm: Path) -> RunConfig:
-    """The recipe from the warm start on."""
-    tree = load_config(recipe, [f"seed={seed}", f"steps={steps}"]).model_dump(mode="json")
-    tree |= {"tiny": None, "warm_start": None}
-    tree["learner"]["model"]["path"] = str(warm)
-    return parse(tree, recipe)
 
 
 def main() -> None:
@@ -64,11 +30,10 @@ def main() -> None:
     found: dict[str, list[float]] = {recipe: [] for recipe in asked.recipes or RECIPES}
     before = []
     for seed in range(asked.seeds):
-        warm = warm_start(folder, seed)
+        warm = imitated("frozen_lake", seed, folder)
         for recipe, successes in found.items():
-            run = folder / f"{recipe}-{seed}"
-            _run(config_of(recipe, seed, asked.steps, warm), run)
-            summary = json.loads((run / "summary.json").read_text())
+            config = from_model(recipe, warm, [f"seed={seed}", f"steps={asked.steps}"])
+            summary = run_to_end(config, folder / f"{recipe}-{seed}")
             successes.append(summary["success_after"])
             before.append(summary["success_before"])
             print(

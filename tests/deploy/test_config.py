@@ -219,6 +219,14 @@ def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path: Path) ->
         load_config(str(recipe))
 
 
+def test_an_override_with_nothing_behind_it_leaves_a_section_out() -> None:
+    config = load_config("household", ["tiny=", "warm_start=", "learner.model.path=/a/model", "env.options.level=3"])
+    assert config.tiny is None and config.warm_start is None
+    assert config.learner.model.path == "/a/model"
+    assert config.env.options["level"] == 3
+    assert load_config("household", ["cluster.address="]).cluster.address == ""
+
+
 def test_the_stored_configuration_reads_back_as_it_was(tmp_path: Path) -> None:
     for config in (configured("name=odd [name]"), load_config("frozen_lake", ["seed=3"])):
         folder = run_folder.choose(config, tmp_path)

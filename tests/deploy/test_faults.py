@@ -60,29 +60,32 @@ def test_whatever_ends_a_run_nothing_of_it_is_left(how: str, tmp_path: Path) -> 
         {f"{TAG}_TEST": str(folder), "TMPDIR": str(temporary)},
     )
     driver.start()
-    until(
-        lambda: (len(driver.consumed()) >= 2 and driver.roster()) or not driver.alive(),
-        120,
-        "the second step",
-    )
-    assert driver.alive(), driver.tail()
-    if how == "killed":
-        driver.signal(signal.SIGKILL)
-        assert driver.wait(30) == -signal.SIGKILL
-    elif how == "stopped":
-        driver.signal(signal.SIGTERM)
-        assert driver.wait(60) == 130
-        assert driver.tail(1) == f"stopped; go on with: manta train --resume {folder}"
-    else:
-        (worker,) = [part for part in driver.roster() if part["part"] == "rollout-0"]
-        os.kill(worker["pid"], signal.SIGKILL)
-        assert driver.wait(120) == 1
-        last = driver.tail(1)
-        assert (
-            last.startswith("manta: rollout-0 was lost 1 times")
-            and "host " in last
-            and "ActorDiedError" in last
+    try:
+        until(
+            lambda: (len(driver.consumed()) >= 2 and driver.roster()) or not driver.alive(),
+            120,
+            "the second step",
         )
+        assert driver.alive(), driver.tail()
+        if how == "killed":
+            driver.signal(signal.SIGKILL)
+            assert driver.wait(30) == -signal.SIGKILL
+        elif how == "stopped":
+            driver.signal(signal.SIGTERM)
+            assert driver.wait(60) == 130
+            assert driver.tail(1) == f"stopped; go on with: manta train --resume {folder}"
+        else:
+            (worker,) = [part for part in driver.roster() if part["part"] == "rollout-0"]
+            os.kill(worker["pid"], signal.SIGKILL)
+            assert driver.wait(120) == 1
+            last = driver.tail(1)
+            assert (
+                last.startswith("manta: rollout-0 was lost 1 times")
+                and "host " in last
+                and "ActorDiedError" in last
+            )
+    finally:
+        driver.stop()
     until(lambda: not _tagged(folder), GRACE_SECONDS + 45, "the end of every process of the run")
     assert not list(temporary.iterdir())
     temporary.rmdir()

@@ -1,0 +1,147 @@
+"""What is learnt beside the main job, with the real vLLM: the tables and the picture of docs/environments.md.
+
+    python -m tests.bench.environments [household] [assistant] [foreign] [transfer] [--seeds 3] [--folder DIR]
+
+household, assistant   their recipes as they are: success on held-out tasks before and after, and the minutes it took
+foreign                twenty questions asked by an agent that knows only the `openai` client, through the endpoint
+transfer               commands of level 3, by a policy that has learned level 2 and by one that has only been imitating
+
+What is there already is not run again. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from deploy.config import load_config
+from deploy.export import export_model
+from deploy.metrics import read_metrics
+from tests.bench.runs import from_model, imitated, run_to_end
+
+NAMES = ("household", "assistant", "foreign", "transfer")
+COMPOSED = ("env.options.level=3", "env.options.max_turns=16")
+COMPOSED_STEPS = 40
+ENOUGH = 0.8  # success in training that a policy has to reach
+SMOOTHED = 3  # steps whose mean is a point of the curve
+
+Curve = tuple[np.ndarray, np.ndarray]  # episodes played so far, success
+
+
+def learnt(recipe: str, seed: int, folder: Path) -> tuple[float, float, float]:
+    """Success before and after, and minutes, of a recipe as it is; its first model is kept beside its last."""
+    config = load_config(recipe, [f"seed={seed}", "checkpoint.keep=100"])
+    return _figures(run_to_end(config, folder / f"{recipe}-{seed}"))
+
+
+def asked_through_the_endpoint(seed: int, folder: Path) -> tuple[float, float, float]:
+    """The same of a foreign agent, whose model has imitated the questions of a scripted player."""
+    model = imitated("twenty_questions", seed, folder)
+    agent = "function='tests.bench.questioner:play'"
+    overrides = [
+        "env.id=program",
+        f"env.options={{{agent},task={{level=1,split='train'}}}}",
+        f"evaluation.options={{{agent},task={{level=1,split='heldout'}}}}",
+        f"seed={seed}",
+    ]
+    config = from_model("twenty_questions", model, overrides)
+    return _figures(run_to_end(config, folder / f"foreign-{seed}"))
+
+
+def _figures(summary: dict[str, object]) -> tuple[float, float, float]:
+    seconds = summary["seconds"]
+    assert isinstance(seconds, dict)
+    before, after = summary["success_before"], summary["success_after"]
+    assert isinstance(before, float) and isinstance(after, float)
+    return before, after, sum(seconds.values()) / 60
+
+
+def moved_and_afresh(seed: int, folder: Path) -> tuple[Curve, Curve]:
+    """How level 3 is learnt after level 2, and without it, both from one warm start on commands of level 2."""
+    learnt("household", seed, folder)
+    curves = []
+    for name, version in (("moved", None), ("afresh", 0)):
+        model = folder / f"household-{name}-{seed}"
+        if not model.is_dir():
+            export_model(folder / f"household-{seed}", model, version=version)
+        config = from_model("household", model, [f"seed={seed}", f"steps={COMPOSED_STEPS}", *COMPOSED])
+        run = folder / f"composed-{name}-{seed}"
+        run_to_end(config, run)
+        curves.append(curve(run))
+    return curves[0], curves[1]
+
+
+def curve(run: Path) -> Curve:
+    """Success in training, each point the mean of SMOOTHED steps, over the episodes played by then."""
+    rows = read_metrics(run)
+    success = np.convolve([row["success"] for row in rows], np.ones(SMOOTHED) / SMOOTHED, "valid")
+    episodes = np.cumsum([row["episodes"] for row in rows])
+    return episodes[SMOOTHED - 1 :], success
+
+
+def episodes_until(played: Curve, enough: float = ENOUGH) -> float:
+    """Episodes that were played when success was enough; infinite where it never was."""
+    episodes, success = played
+    there = np.flatnonzero(success >= enough)
+    return float(episodes[there[0]]) if len(there) else float("inf")
+
+
+def draw(pairs: Sequence[tuple[Curve, Curve]], file: Path) -> None:
+    """One thin line a run, the mean of the seeds thick."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, color, curves in (
+        ("moved on from simple commands", "tab:blue", [pair[0] for pair in pairs]),
+        ("started afresh", "tab:orange", [pair[1] for pair in pairs]),
+    ):
+        for episodes, success in curves:
+            axes.plot(episodes, success, color=color, alpha=0.35, linewidth=0.8)
+        steps = min(len(success) for _, success in curves)
+        mean = np.mean([success[:steps] for _, success in curves], axis=0)
+        axes.plot(curves[0][0][:steps], mean, color=color, linewidth=2.2, label=name)
+    axes.axhline(ENOUGH, color="grey", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="episodes of level 3", ylabel="success in training", ylim=(0, 1))
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.environments", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(NAMES)}; none: all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("runs/environments"))
+    parser.add_argument("--figure", type=Path, default=Path("docs/transfer.svg"))
+    asked = parser.parse_args()
+    if unknown := sorted(set(asked.names) - set(NAMES)):
+        parser.error(f"nothing is named {unknown[0]!r}; there are: {', '.join(NAMES)}")
+    folder = asked.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    names, seeds = asked.names or NAMES, range(asked.seeds)
+    table = []
+    for name in (each for each in names if each != "transfer"):
+        for seed in seeds:
+            foreign = name == "foreign"
+            before, after, minutes = (
+                asked_through_the_endpoint(seed, folder) if foreign else learnt(name, seed, folder)
+            )
+            table.append(f"| {name} | {seed} | {before:.3f} | {after:.3f} | {minutes:.1f} |")
+            print(table[-1], file=sys.stderr, flush=True)
+    if table:
+        print("| | seed | before | after | minutes |\n|---|---|---|---|---|", *table, sep="\n")
+    if "transfer" in names:
+        pairs = [moved_and_afresh(seed, folder) for seed in seeds]
+        print(f"\n| seed | episodes of level 3 until {ENOUGH:.0%}: moved on | afresh |\n|---|---|---|")
+        for seed, (moved, afresh) in zip(seeds, pairs, strict=True):
+            print(f"| {seed} | {episodes_until(moved):,.0f} | {episodes_until(afresh):,.0f} |")
+        draw(pairs, asked.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Whole runs that a table is made of: each runs to its end once, in its own folder, and is gone on with if cut off."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy import run_folder
+from deploy.config import RunConfig, load_config
+from deploy.export import export_model
+
+LIMIT_S = 3600
+
+
+def run_to_end(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Run it to its end, or go on with it, unless it has ended; its summary."""
+    if not (folder / "summary.json").is_file():
+        if not run_folder.exists(folder):
+            run_folder.create(config, folder)
+        command = [sys.executable, "-m", "deploy.cli", "train", "--resume", str(folder)]
+        with folder.with_suffix(".log").open("ab") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT_S)
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+def imitated(recipe: str, seed: int, folder: Path) -> Path:
+    """The model that a recipe's warm start makes: version 0 of a run of one step."""
+    model = folder / f"{recipe}-imitated-{seed}"
+    if not model.is_dir():
+        run = folder / f"{recipe}-imitation-{seed}"
+        run_to_end(load_config(recipe, [f"seed={seed}", "steps=1", "learner.optim.warmup_steps=0"]), run)
+        export_model(run, model, version=0)
+    return model
+
+
+def from_model(recipe: str, model: Path, overrides: Sequence[str]) -> RunConfig:
+    """A recipe without a warm start of its own: it goes on from a model."""
+    return load_config(recipe, ["tiny=", "warm_start=", f"learner.model.path={model}", *overrides])
