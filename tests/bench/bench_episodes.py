@@ -57,7 +57,9 @@ class Waiting:
         ids = np.array(chat.encode_action(word), np.int32)
         return Completion(ids, np.full(len(ids), -1, np.float32), np.zeros(len(ids), np.int32), "stop")
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
+    ) -> Completion:
         await asyncio.sleep(self._latency)
         self.turns += 1
         return self._random.choice(self._answers)
