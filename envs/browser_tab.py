@@ -45,6 +45,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND",  # for what no route catches: connecting ahead of a click
     "--enable-blink-features=ComputedAccessibilityInfo",  # roles and names as the browser itself computes them
 )
 Respond = Callable[[str, str, dict[str, str]], str]  # method, path, fields -> HTML
@@ -250,9 +251,10 @@ class Tab:
     """
 
     def __init__(self, executable: str) -> None:
-        self._browser = _browser(executable)
-        opened = self._opened = self._browser.ask(lambda: _opened(self._browser), START_SECONDS)
-        browser, context = self._browser, opened.context
+        # What Playwright is asked to do must not lead back to the tab, which could then never be dropped.
+        browser = self._browser = _browser(executable)
+        self._opened = browser.ask(lambda: _opened(browser), START_SECONDS)
+        context = self._opened.context
         self._left = weakref.finalize(self, lambda: browser.post(lambda: browser.leave(context)))
         self._left.atexit = False  # they end with this process anyway
 
@@ -264,10 +266,11 @@ class Tab:
     def open(self, respond: Respond, path: str) -> None:
         """Begin anew at a page, with no history; from now on `respond` answers."""
         self._opened.served.respond = respond
+        protocol = self._opened.protocol
 
         def job(page: Any) -> None:
             page.goto(f"{ORIGIN}{path}")
-            self._opened.protocol.send("Page.resetNavigationHistory")
+            protocol.send("Page.resetNavigationHistory")
 
         self._do(job)
 
@@ -323,7 +326,8 @@ class Tab:
             self._browser.wait(done, CALL_SECONDS)
 
     def _do(self, job: Callable[[Any], _Result]) -> _Result:
-        return self._browser.ask(lambda: job(self._opened.page), CALL_SECONDS)
+        page = self._opened.page
+        return self._browser.ask(lambda: job(page), CALL_SECONDS)
 
 
 def _opened(browser: _Browser) -> _Opened:

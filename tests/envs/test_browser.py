@@ -206,19 +206,19 @@ def test_one_field_that_is_wrong_loses_the_order(form: Browser) -> None:
 
 
 def test_a_player_without_errors_solves_every_task(env: Browser) -> None:
-    for seed in range(4):
+    for seed in range(3):
         episode = played(env, Player(0.0, seed), seed)
         assert (episode.reward, episode.success) == (1.0, True), episode.actions
 
 
 def test_a_player_recovers_from_errors_and_one_of_errors_only_fails(form: Browser) -> None:
-    episodes = [played(form, Player(rate, seed), seed) for rate in (0.15, 1.0) for seed in range(6)]
-    assert sum(each.reward for each in episodes[:6]) >= 1 and not any(each.reward for each in episodes[6:])
+    episodes = [played(form, Player(rate, seed), seed) for rate in (0.15, 1.0) for seed in range(4)]
+    assert any(each.reward for each in episodes[:4]) and not any(each.reward for each in episodes[4:])
 
 
 def test_every_word_said_is_among_words(env: Browser) -> None:
     said = set()
-    for seed in range(3):
+    for seed in range(2):
         said |= played(env, Player(0.4, seed), seed).words
     assert said <= set(WORDS)
 
