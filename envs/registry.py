@@ -90,6 +90,7 @@ SUITES: tuple[Suite, ...] = (
 _OURS: dict[str, str | _Factory] = {
     "arithmetic": "envs.arithmetic:Arithmetic",
     "assistant": "envs.assistant:assistant",
+    "browser": "envs.browser:Browser",
     "chess": "envs.chess_game:ChessGame",
     "frozen_lake": "envs.frozen_lake:FrozenLake",
     "household": "envs.household:Household",
@@ -102,6 +103,7 @@ _OURS: dict[str, str | _Factory] = {
 _PLAYERS: dict[str, str] = {
     "arithmetic": "envs.arithmetic:Player",
     "assistant": "envs.assistant:Player",
+    "browser": "envs.browser:Player",
     "chess": "envs.chess_game:Player",
     "frozen_lake": "envs.frozen_lake:Player",
     "household": "envs.household:Player",
