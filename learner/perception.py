@@ -1,8 +1,8 @@
 """How a model that sees computes a packed row: features of its pictures, positions of its sequences.
 
 Pictures are processed by the model's own image processor and concatenated in the order of the row's sequences, which
-is that of their placeholders. Positions are the model's own for every sequence by itself (M-RoPE, Wang et al. 2024, section
-2.1, gives the tokens of a picture rows and columns), so that a packed sequence is computed as if it were alone.
+is that of their placeholders. Positions are the model's own for every sequence by itself (M-RoPE, Wang et al. 2024,
+section 2.1, gives the tokens of a picture rows and columns), so that a packed sequence is computed as if it were alone.
 """
 
 from __future__ import annotations
