@@ -34,6 +34,11 @@ def images_of(messages: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     return images
 
 
+def png_of(image: str) -> bytes:
+    """The file that a data URL holds."""
+    return b64decode(image.removeprefix(PREFIX))
+
+
 def _size(image: object) -> tuple[int, int]:
     """Height and width, out of the header that every PNG begins with (ISO 15948, section 11.2.2)."""
     if not isinstance(image, str) or not image.startswith(PREFIX):
