@@ -87,6 +87,8 @@ def test_what_cannot_be_shown_is_refused_in_one_line(rig: Rig, chat: Chat) -> No
         chat.opening(said("red", picture(1)))
     with pytest.raises(ChatError, match="a picture is a data URL"):
         rig.chat.opening(said("red", "http://somewhere/else.png"))
+    with pytest.raises(ChatError, match="a part of a message is an object with a type"):
+        rig.chat.opening([{"role": "user", "content": ["red"]}])
     with pytest.raises(ChatError, match="a picture is no PNG"):
         rig.chat.opening(said("red", "data:image/png;base64,AAAA"))
     with pytest.raises(PerceptionError, match="a picture cannot be read"):
