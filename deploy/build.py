@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from deploy.config import ConfigError, RunConfig
 from envs import registry
+from envs.host import HostSettings
+from envs.hosted import Hosted
 from learner.learner import Learner
 from learner.lora import planned
 from learner.model import build_tiny
@@ -23,7 +25,7 @@ from rollout.demonstrate import demonstrate
 from rollout.engine import Engine
 from rollout.foreign import PROGRAM
 from rollout.perception import Perception
-from rollout.pool import EnvironmentPool
+from rollout.pool import EnvironmentPool, Start
 from rollout.tasks import TaskStream
 from rollout.vllm_engine import VllmEngine
 from rollout.wire.adapter import AdapterSpec
@@ -128,6 +130,15 @@ async def vllm_engine(config: RunConfig, name: str, path: str) -> Engine:
     )
 
 
+def replica_start(host: HostSettings) -> Start:
+    """How replicas are started that do not live in their worker."""
+    if host.where != "ray":
+        return Hosted.start
+    from envs.actors import Remote  # and with it Ray, which is not everywhere
+
+    return Remote.start
+
+
 async def build_worker(
     config: RunConfig, path: str, engine_factory: EngineFactory, name: str, exchange: GroupExchange
 ) -> RolloutWorker:
@@ -135,7 +146,8 @@ async def build_worker(
     engine = await engine_factory(config, name, path)
     chat = load_chat(path)
     agent = Agent(engine, chat, config.sampling, config.rollout.context_tokens, config.agent)
-    pool = EnvironmentPool(host=config.env.host, parts=config.agent.parts)
+    host = config.env.host
+    pool = EnvironmentPool(host=host, parts=config.agent.parts, start=replica_start(host))
     return RolloutWorker(name, engine, agent, exchange, config.rollout, config.seed, pool)
 
 

@@ -163,7 +163,8 @@ class RunConfig(Settings):
     def _consistent(self) -> Self:
         if bool(self.learner.model.path) == (self.tiny is not None):
             raise ValueError(
-                "give exactly one of learner.model.path (a checkpoint) and the section tiny (one is built; tiny= leaves it out)"
+                "give exactly one of learner.model.path (a checkpoint) and the section tiny (one is built; tiny= "
+                "leaves it out)"
             )
         credit = self.learner.algorithm.credit
         if self.rollout.group_size < 2 and credit.siblings:

@@ -46,6 +46,10 @@ def check(config: RunConfig) -> None:
             "agent.memory and agent.parts stand between an environment and the policy; a foreign agent brings its own: "
             "use memory = 'full' and no parts"
         )
+    elif config.env.host.where == "ray":
+        raise ConfigError(
+            "env.host.where='ray': a foreign agent runs beside its worker, which it asks; use 'process'"
+        )
     check_lora(config)
     if config.replay is None:
         evaluation_tasks(config)

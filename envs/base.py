@@ -104,6 +104,17 @@ def text_space(max_length: int = 4096) -> spaces.Text:
     return spaces.Text(min_length=0, max_length=max_length, charset=PRINTABLE)
 
 
+class ChoiceSpace(spaces.Text):
+    """Text of which some texts are actions: anything may be said, and what is drawn at random is one of them."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        super().__init__(256, min_length=0, charset=PRINTABLE)
+        self.texts = tuple(texts)
+
+    def sample(self, mask: Any = None, probability: Any = None) -> str:
+        return self.texts[self.np_random.integers(len(self.texts))]
+
+
 class TalkSpace(spaces.Space[Observation]):
     """Whatever an environment may say: text, or chat messages whose contents are text or parts."""
 

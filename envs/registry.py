@@ -1,7 +1,7 @@
 """Environments by id: ours, those of optional suites, anybody's as "module:Class", and any that `gymnasium.make` knows.
 
-Modules are imported when their environment is first asked for. What has no text on both sides is adapted to it. A
-module of anybody's may hold a `Player` and its WORDS, as ours do.
+Modules are imported when their environment is first asked for, those of a suite when one of its ids is. What has no
+text on both sides is adapted to it. A module of anybody's may hold a `Player` and its WORDS, as ours do.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ class Suite:
 
     prefix: str  # of their ids
     extra: str  # pip install 'manta[EXTRA]'
-    module: str  # to be imported; it makes the ids known, to `gymnasium.register` or to `register` here
+    package: str  # what must be there to import
+    factory: str  # "module:function" of ours, called with the id and the options
     about: str
 
     @property
     def installed(self) -> bool:
         """Whether its package is there; nothing is imported to know it."""
-        return importlib.util.find_spec(self.module.partition(".")[0]) is not None
+        return importlib.util.find_spec(self.package) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +62,35 @@ class Description:
     has_player: bool
 
 
-SUITES: tuple[Suite, ...] = ()
+SUITES: tuple[Suite, ...] = (
+    Suite("MiniGrid-", "minigrid", "minigrid", "envs.minigrid_words:minigrid", "MiniGrid"),
+    Suite("BabyAI-", "minigrid", "minigrid", "envs.minigrid_words:minigrid", "BabyAI"),
+    Suite(
+        "reasoning_gym/",
+        "reasoning",
+        "reasoning_gym",
+        "envs.reasoning_questions:reasoning_gym",
+        "reasoning-gym, a dataset by its name",
+    ),
+    Suite(
+        "pettingzoo/",
+        "pettingzoo",
+        "pettingzoo",
+        "envs.pettingzoo_games:pettingzoo_game",
+        "PettingZoo's turn-taking games, classic/tictactoe_v3 and so on",
+    ),
+    Suite(
+        "textarena/",
+        "textarena",
+        "textarena",
+        "envs.textarena_games:textarena_game",
+        "TextArena's games for one and two, TicTacToe-v0 and so on",
+    ),
+)
 _OURS: dict[str, str | _Factory] = {
     "arithmetic": "envs.arithmetic:Arithmetic",
     "assistant": "envs.assistant:assistant",
+    "browser": "envs.browser:Browser",
     "chess": "envs.chess_game:ChessGame",
     "frozen_lake": "envs.frozen_lake:FrozenLake",
     "household": "envs.household:Household",
@@ -77,6 +103,7 @@ _OURS: dict[str, str | _Factory] = {
 _PLAYERS: dict[str, str] = {
     "arithmetic": "envs.arithmetic:Player",
     "assistant": "envs.assistant:Player",
+    "browser": "envs.browser:Player",
     "chess": "envs.chess_game:Player",
     "frozen_lake": "envs.frozen_lake:Player",
     "household": "envs.household:Player",
@@ -105,7 +132,6 @@ def make(env_id: str, **options: Any) -> Env:
     picture, what is shown of it (see `TextAdapter`). Raises EnvironmentUnknown for a wrong id, wrong options or spaces
     that have no text form.
     """
-    _import_suite(env_id)
     if (entry := _entry(env_id)) is not None:
         env = _make_ours(env_id, entry, options)
         return env if isinstance(env.action_space, spaces.Text) else _adapted(env_id, env, {})
@@ -116,10 +142,11 @@ def make(env_id: str, **options: Any) -> Env:
     }
     if adapting.get("picture") == "render":
         options["render_mode"] = "rgb_array"
-    return _adapted(env_id, _make_gymnasium(env_id, options), adapting)
+    return _adapted(env_id, make_gymnasium(env_id, options), adapting)
 
 
-def _make_gymnasium(env_id: str, options: dict[str, Any]) -> gym.Env[Any, Any]:
+def make_gymnasium(env_id: str, options: dict[str, Any]) -> gym.Env[Any, Any]:
+    """What `gymnasium.make` makes, as it is. EnvironmentUnknown, one line, where it makes nothing of it."""
     try:
         return gym.make(env_id, **options)
     except gym.error.UnregisteredEnv:
@@ -172,7 +199,8 @@ def player(env_id: str) -> Callable[[float, int], Player]:
 
 def words(env_id: str) -> tuple[str, ...]:
     """Every lower-case word that is said in an environment, for tokenizers of whole words: its module's WORDS."""
-    entry = _entry(env_id)
+    suite = _suite(env_id)
+    entry = suite.factory if suite else _entry(env_id)
     module = entry.partition(":")[0] if isinstance(entry, str) else ""
     said = getattr(_module(env_id, module), "WORDS", None) if module else None
     if said is None:
@@ -194,15 +222,15 @@ def describe(env_id: str) -> Description:
     )
 
 
-def _import_suite(env_id: str) -> None:
-    for suite in SUITES:
-        if env_id.startswith(suite.prefix):
-            if not suite.installed:
-                raise EnvironmentUnknown(
-                    f"environment {env_id} belongs to {suite.about}, which is not installed here: "
-                    f"pip install 'manta[{suite.extra}]'"
-                )
-            importlib.import_module(suite.module)
+def _suite(env_id: str) -> Suite | None:
+    """The suite an id belongs to. EnvironmentUnknown where its package is missing."""
+    suite = next((each for each in SUITES if env_id.startswith(each.prefix)), None)
+    if suite and not suite.installed:
+        raise EnvironmentUnknown(
+            f"environment {env_id} belongs to {suite.about}, which is not installed here: "
+            f"pip install 'manta[{suite.extra}]'"
+        )
+    return suite
 
 
 def _made_elsewhere(env_id: str, factory: _Factory, options: dict[str, Any]) -> Env:
@@ -211,8 +239,10 @@ def _made_elsewhere(env_id: str, factory: _Factory, options: dict[str, Any]) -> 
 
 
 def _entry(env_id: str) -> str | _Factory | None:
-    """What makes an environment that is ours, registered, or named by its class; None for Gymnasium's."""
+    """What makes an environment that is ours, registered, of a suite, or named by its class; None for Gymnasium's."""
     module, _, name = env_id.partition(":")
+    if suite := _suite(env_id):
+        return partial(_load(env_id, suite.factory), env_id)
     if env_id in _OURS or not name:
         return _OURS.get(env_id)
     try:

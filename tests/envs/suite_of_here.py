@@ -1,5 +1,13 @@
-"""A suite as another package would bring it: importing it makes its ids known."""
+"""A suite as another package would bring it: a function that makes an environment of an id."""
+
+from typing import Any
 
 from envs import registry
+from envs.registry import Env
 
-registry.register("Here-Lake", lambda: registry.make("FrozenLake-v1"))
+
+def lake(env_id: str, slippery: bool = True) -> Env:
+    if env_id != "Here-Lake":
+        raise ValueError("did you mean Here-Lake?")
+    made: Any = registry.make("FrozenLake-v1", is_slippery=slippery)
+    return made

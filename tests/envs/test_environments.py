@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from typing import Any
 
@@ -74,15 +75,29 @@ def test_a_wrapped_environment_of_ones_own_is_adapted(monkeypatch: pytest.Monkey
 
 
 def test_a_suite_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = Suite("Nowhere-", "nowhere", "package_of_nobody.envs", "Environments of Nobody")
-    present = Suite("Here-", "here", "tests.envs.suite_of_here", "a suite")
-    monkeypatch.setattr(registry, "_OURS", dict(registry._OURS))
+    module = "tests.envs.suite_of_here"
+    absent = Suite("Nowhere-", "nowhere", "package_of_nobody", f"{module}:lake", "Environments of Nobody")
+    present = Suite("Here-", "here", "tests", f"{module}:lake", "a suite")
     monkeypatch.setattr(registry, "SUITES", (absent, present))
     with pytest.raises(EnvironmentUnknown, match=r"Environments of Nobody.*pip install 'manta\[nowhere\]'"):
         registry.make("Nowhere-Easy-v0")
     with pytest.raises(EnvironmentUnknown, match="did you mean Here-Lake"):
         registry.make("Here-Laka")
-    assert "Answer with" in registry.make("Here-Lake").reset(seed=0)[0]
+    with pytest.raises(EnvironmentUnknown, match="no option 'sise'; its options: slippery"):
+        registry.make("Here-Lake", sise=4)
+    assert "Answer with" in registry.make("Here-Lake", slippery=False).reset(seed=0)[0]
+    with pytest.raises(EnvironmentUnknown, match="does not say its WORDS"):
+        registry.words("Here-Lake")
+
+
+def test_no_suite_is_imported_before_it_is_asked_for() -> None:
+    packages = sorted({suite.package for suite in registry.SUITES})
+    asked = (
+        "import sys; from envs import registry, check; assert all(suite.prefix for suite in registry.SUITES);"
+        f"print(*(name for name in {packages} if name in sys.modules))"
+    )
+    told = subprocess.run([sys.executable, "-c", asked], check=True, capture_output=True, text=True)
+    assert told.stdout.strip() == ""
 
 
 def test_what_an_environment_says_of_itself() -> None:
@@ -134,12 +149,20 @@ def test_a_wrong_environment_is_refused_in_one_line(env_id: str, options: dict[s
     assert "\n" not in str(refused.value)
 
 
-def test_an_environment_whose_package_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "chess", None)
-    monkeypatch.delitem(sys.modules, "envs.chess_game", raising=False)
+@pytest.mark.parametrize(
+    ("env_id", "package", "module"),
+    [("chess", "chess", "envs.chess_game"), ("browser", "playwright.sync_api", "envs.browser_tab")],
+)
+def test_an_environment_whose_package_is_missing_names_its_extra(
+    monkeypatch: pytest.MonkeyPatch, env_id: str, package: str, module: str
+) -> None:
+    for absent in (package, package.partition(".")[0]):
+        monkeypatch.setitem(sys.modules, absent, None)
+    for ours in (module, registry._OURS[env_id].partition(":")[0]):
+        monkeypatch.delitem(sys.modules, ours, raising=False)
     for asked in (registry.make, registry.words, registry.player, registry.describe):
-        with pytest.raises(EnvironmentUnknown, match=r"pip install 'manta\[chess\]'") as refused:
-            asked("chess")
+        with pytest.raises(EnvironmentUnknown, match=rf"pip install 'manta\[{env_id}\]'") as refused:
+            asked(env_id)
         assert "\n" not in str(refused.value)
 
 

@@ -1,0 +1,189 @@
+"""Taking turns, on a game written here: who moves, what a seat sees, what it is paid, and whose fault an end is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from envs import turns
+from envs.turns import Result, TurnGame, Verdict, scaled
+
+
+class Counting:
+    """From a number the seed says, each seat in turn takes 1, 2 or 3 away; who takes the last is paid 1. Odd says more.
+
+    "odd" is a move the game reads and then ends over, as packages do that judge moves themselves.
+    """
+
+    name = "counting"
+
+    def __init__(self, seats: int = 2, left: int | None = None) -> None:
+        self.seats = seats
+        self._fixed = left
+        self.started: list[int] = []
+        self.log: list[tuple[int, str]] = []
+
+    def start(self, seed: int) -> None:
+        self.started.append(seed)
+        self.left = 8 + seed % 5 if self._fixed is None else self._fixed
+        self.log, self._winner, self._fault = [], None, None
+        self.to_move = 0
+
+    def told(self, seat: int) -> str:
+        return f"seat {seat}: {self.left} left"
+
+    def moves(self) -> list[str] | None:
+        return [str(number) for number in (1, 2, 3) if number <= self.left]
+
+    def judged(self, move: str) -> Verdict:
+        if move == "odd":
+            return "fine"
+        return (
+            "unreadable" if move not in ("1", "2", "3") else "fine" if int(move) <= self.left else "illegal"
+        )
+
+    def play(self, move: str) -> None:
+        self.log.append((self.to_move, move))
+        if move == "odd":
+            self._fault = self.to_move
+            return
+        self.left -= int(move)
+        if not self.left:
+            self._winner = self.to_move
+        self.to_move = (self.to_move + 1) % self.seats
+
+    def result(self, seat: int) -> Result | None:
+        if self._winner is None and self._fault is None:
+            return None
+        return Result(float(self._winner == seat or self._fault not in (None, seat)), self._fault == seat)
+
+
+def threes(observation: str, moves: list[str] | None, rng: np.random.Generator) -> str:
+    return moves[-1] if moves else ""
+
+
+def loses(observation: str, moves: list[str] | None, rng: np.random.Generator) -> str:
+    return "odd"
+
+
+HERE = "tests.envs.test_turns:"
+
+
+def begun(game: Counting, seed: int = 0, **options: Any) -> tuple[TurnGame, str]:
+    env = TurnGame(game, **options)
+    return env, env.reset(seed=seed)[0]
+
+
+def test_others_move_between_the_agents_moves_and_before_its_first() -> None:
+    game = Counting(3, left=12)
+    env, seen = begun(game, seat=1, opponent=f"{HERE}threes")
+    assert (seen, game.log) == ("seat 1: 9 left", [(0, "3")])
+    assert env.step(" 1\n") == ("seat 1: 2 left", 0.0, False, False, {})
+    assert game.log[1:] == [(1, "1"), (2, "3"), (0, "3")]
+    assert env.step("2") == ("seat 1: 0 left", 1.0, True, False, {"success": True})
+
+
+def test_a_seat_loses_by_another_seats_move() -> None:
+    env, _ = begun(Counting(left=4), seat=0, opponent=f"{HERE}threes")
+    assert env.step("1") == ("seat 0: 0 left", 0.0, True, False, {"success": False})
+
+
+def test_the_seed_draws_the_seat_the_game_and_the_opponents_moves() -> None:
+    def episode(seed: int) -> tuple[int, list[tuple[int, str]]]:
+        game = Counting()
+        env, _ = begun(game, seed)
+        done = False
+        while not done:
+            done = env.step("1")[2]
+        return env.seat, game.log
+
+    assert [episode(seed) for seed in range(9)] == [episode(seed) for seed in range(9)]
+    assert {episode(seed)[0] for seed in range(9)} == {0, 1}
+    assert len({str(episode(seed)) for seed in range(9)}) > 6
+
+
+def test_alone_the_agent_moves_for_every_seat_and_is_paid_for_the_first() -> None:
+    for left, paid in ((2, 0.0), (3, 1.0)):
+        env, seen = begun(Counting(left=left), opponent="self")
+        for turn in range(left - 1):
+            assert seen == f"seat {turn % 2}: {left - turn} left"
+            seen, *rest = env.step("1")
+            assert rest == [0.0, False, False, {}]
+        assert env.step("1") == ("seat 0: 0 left", paid, True, False, {"success": paid == 1.0})
+
+
+def test_no_move_an_illegal_one_and_one_the_game_ends_over_are_told_apart() -> None:
+    env, _ = begun(Counting(left=2), seat=0)
+    assert env.step("take it all")[1:] == (0.0, True, False, {"success": False, "malformed": True})
+    env, seen = begun(Counting(left=2), seat=0, max_turns=2)
+    assert env.step("3") == (f"illegal\n{seen}", 0.0, False, False, {}), "it costs a turn and nothing else"
+    assert env.step("3") == (f"illegal\n{seen}", 0.0, False, True, {"success": False})
+    env, _ = begun(Counting(left=9), seat=0)
+    assert env.step("odd")[1:] == (0.0, True, False, {"success": False, "malformed": True})
+
+
+def test_an_unfinished_game_is_truncated_unpaid_and_a_finished_one_in_its_last_turn_is_not() -> None:
+    env, _ = begun(Counting(left=9), seat=0, opponent=f"{HERE}threes", max_turns=1)
+    assert env.step("1")[1:] == (0.0, False, True, {"success": False})
+    env, _ = begun(Counting(left=1), seat=0, max_turns=1)
+    assert env.step("1")[1:] == (1.0, True, False, {"success": True})
+
+
+@pytest.mark.parametrize(
+    ("opponent", "says"), [("loses", "lost by 'odd', which is no move"), ("nobody", "which is no legal move")]
+)
+def test_what_an_opponent_does_wrong_is_no_game_won(opponent: str, says: str) -> None:
+    module = HERE if opponent == "loses" else "tests.envs.opponents:"
+    env, _ = begun(Counting(left=9), seat=0, opponent=f"{module}{opponent}")
+    with pytest.raises(RuntimeError, match=f"counting: opponent .*{opponent}.*{says}"):
+        env.step("1")
+
+
+def test_a_game_that_never_comes_to_the_agent_is_an_error_with_a_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(turns, "MAX_REPLIES", 5)
+    with pytest.raises(RuntimeError, match="seat 7 has no turn within 5 moves of others"):
+        begun(Counting(8, left=90), seat=7, opponent="tests.envs.opponents:first")
+
+
+def test_a_game_that_is_over_before_the_agents_turn_is_drawn_again() -> None:
+    class Short(Counting):
+        def start(self, seed: int) -> None:
+            super().start(seed)
+            self.left = 3 if len(self.started) < 4 else 7
+
+    game = Short()
+    assert begun(game, seat=1, opponent=f"{HERE}threes")[1] == "seat 1: 4 left"
+    assert len(set(game.started)) == 4
+
+
+def test_no_step_without_a_game() -> None:
+    env = TurnGame(Counting(left=1), seat=0)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="call reset"):
+            env.step("1")
+        env.reset(seed=0)
+        env.step("1")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"seat": 2}, "seat=2 must be from 0 to 1"),
+        ({"seat": 0, "opponent": "self"}, "leave seat away"),
+        ({"max_turns": 0}, "use 1 or more"),
+        ({"opponent": "stockfish"}, "is not of the form module:function"),
+        ({"opponent": "tests.envs.opponents:stockfish"}, "has no function 'stockfish'"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        TurnGame(Counting(), **options)
+
+
+def test_rewards_on_a_scale() -> None:
+    assert [scaled(total, -1, 1) for total in (-3, -1, 0, 0.5, 1, 2)] == [0, 0, 0.5, 0.75, 1, 1]
+    assert scaled(30, 10, 50) == 0.5
