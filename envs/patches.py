@@ -114,10 +114,11 @@ class Player:
         question, shown_part = observation[-1]["content"]
         colour, place = seen(pixels_of(shown_part))
         before, self._before = self._before, colour
-        answers = {COLOUR: (colour, COLOURS), PLACE: (place, PLACES), BEFORE: (before, COLOURS)}
+        colours, places = tuple(COLOURS), tuple(PLACES)
+        answers = {COLOUR: (colour, colours), PLACE: (place, places), BEFORE: (before, colours)}
         answer, possible = answers[question["text"]]
         if self._rng.random() < self._error_rate:
-            return list(possible)[self._rng.integers(len(possible))]
+            return possible[self._rng.integers(len(possible))]
         return answer
 
 
