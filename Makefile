@@ -34,8 +34,10 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 train: setup
 	$(BIN)/manta train frozen_lake $(ARGS)
 
+# Most of a test of the ring is waiting for processes to start: two files of tests at a time.
+TESTERS ?= 2
 test: setup
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: setup
 	$(BIN)/python -m tests.bench $(ARGS)

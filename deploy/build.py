@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,17 +11,21 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from deploy.config import ConfigError, RunConfig
 from envs import registry
+from envs.host import HostSettings
+from envs.hosted import Hosted
 from learner.learner import Learner
 from learner.lora import planned
 from learner.model import build_tiny
 from learner.ranks import ALONE, Ranks
+from learner.tiny_vision import build_tiny_vision
 from learner.tokenizer import build_tokenizer
 from rollout.agent import Agent
 from rollout.chat import Chat
 from rollout.demonstrate import demonstrate
 from rollout.engine import Engine
 from rollout.foreign import PROGRAM
-from rollout.pool import EnvironmentPool
+from rollout.perception import Perception
+from rollout.pool import EnvironmentPool, Start
 from rollout.tasks import TaskStream
 from rollout.vllm_engine import VllmEngine
 from rollout.wire.adapter import AdapterSpec
@@ -41,18 +46,9 @@ def model_path(config: RunConfig, run_folder: Path) -> str:
     folder = run_folder / "base"
     if not (folder / "config.json").is_file():
         tokenizer = tiny_tokenizer(config, folder)
-        build_tiny(
-            folder,
-            tokenizer,
-            layers=tiny.layers,
-            width=tiny.width,
-            heads=tiny.heads,
-            head_width=tiny.head_width,
-            mlp=tiny.mlp,
-            context=config.rollout.context_tokens,
-            tie=tiny.tie,
-            seed=config.seed,
-        )
+        sizes = tiny.model_dump(include={"layers", "width", "heads", "head_width", "mlp", "tie"})
+        build = partial(build_tiny_vision, pixels=tiny.pixels) if tiny.pixels else build_tiny
+        build(folder, tokenizer, context=config.rollout.context_tokens, seed=config.seed, **sizes)
     return str(folder)
 
 
@@ -66,6 +62,11 @@ def tiny_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     return tokenizer
+
+
+def load_chat(path: str) -> Chat:
+    """How messages become tokens of a model, pictures included where it sees."""
+    return Chat(load_tokenizer(path), Perception.load(path))
 
 
 def training_tasks(config: RunConfig) -> TaskStream:
@@ -125,7 +126,17 @@ async def vllm_engine(config: RunConfig, name: str, path: str) -> Engine:
         on_gpu=config.rollout.gpus_per_worker > 0,
         transfer="manta" if config.weights.transfer == "object_store" else config.weights.transfer,
         adapter=sent_adapter(config, path),
+        perception=Perception.load(path),
     )
+
+
+def replica_start(host: HostSettings) -> Start:
+    """How replicas are started that do not live in their worker."""
+    if host.where != "ray":
+        return Hosted.start
+    from envs.actors import Remote  # and with it Ray, which is not everywhere
+
+    return Remote.start
 
 
 async def build_worker(
@@ -133,9 +144,10 @@ async def build_worker(
 ) -> RolloutWorker:
     """A rollout worker with its engine started."""
     engine = await engine_factory(config, name, path)
-    chat = Chat(load_tokenizer(path))
+    chat = load_chat(path)
     agent = Agent(engine, chat, config.sampling, config.rollout.context_tokens, config.agent)
-    pool = EnvironmentPool(host=config.env.host, parts=config.agent.parts)
+    host = config.env.host
+    pool = EnvironmentPool(host=host, parts=config.agent.parts, start=replica_start(host))
     return RolloutWorker(name, engine, agent, exchange, config.rollout, config.seed, pool)
 
 
@@ -165,7 +177,7 @@ async def play_demonstrations(config: RunConfig, path: str) -> list[pa.RecordBat
     groups = await demonstrate(
         [stream(index) for index in range(warm_start.episodes)],
         lambda seed: player(warm_start.error_rate, seed),
-        Chat(load_tokenizer(path)),
+        load_chat(path),
         config.rollout.context_tokens,
         config.agent,
     )

@@ -54,6 +54,9 @@ class TinySettings(Settings):
     )
     mlp: int = Field(384, gt=0, description="width of the feed-forward layers")
     tie: bool = Field(True, description="share input and output embeddings")
+    pixels: int = Field(
+        0, ge=0, multiple_of=8, description="wide and high: a model that sees such pictures; 0: text alone"
+    )
     words: tuple[Word, ...] = Field((), description="lower-case words that are one token each")
     environment_words: bool = Field(False, description="besides them all that the environment says")
 
@@ -160,7 +163,8 @@ class RunConfig(Settings):
     def _consistent(self) -> Self:
         if bool(self.learner.model.path) == (self.tiny is not None):
             raise ValueError(
-                "give exactly one of learner.model.path (a checkpoint) and the section tiny (one is built; tiny= leaves it out)"
+                "give exactly one of learner.model.path (a checkpoint) and the section tiny (one is built; tiny= "
+                "leaves it out)"
             )
         credit = self.learner.algorithm.credit
         if self.rollout.group_size < 2 and credit.siblings:

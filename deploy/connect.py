@@ -49,9 +49,14 @@ def require_capacity(config: RunConfig) -> None:
         if time.monotonic() > deadline or _fixed_size(config):
             lacking = ", ".join(f"{amount:g} {name}" for name, amount in missing.items())
             asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+            lower = "lower rollout.workers or rollout.cpus_per_worker"
+            if replicas := replicas_elsewhere(config):
+                lower += (
+                    f", what each of {replicas} replicas claims (env.host.cpus_per_replica, resources) or their number "
+                    "(rollout.concurrent_groups * rollout.group_size a worker)"
+                )
             raise ConfigError(
-                f"the cluster is too small: {lacking} missing (the run asks for {asked}); "
-                "lower rollout.workers or rollout.cpus_per_worker, or add nodes"
+                f"the cluster is too small: {lacking} missing (the run asks for {asked}); {lower}, or add nodes"
             )
         time.sleep(0.5)
 
@@ -61,8 +66,18 @@ def demand(config: RunConfig) -> dict[str, float]:
     workers, rollout = config.rollout.workers, config.rollout
     ranks = config.learner.ranks
     wanted = {"CPU": workers * rollout.cpus_per_worker + ranks * config.cluster.learner_cpus}
-    gpus = workers * rollout.gpus_per_worker + ranks * learner_gpus(config)
-    return wanted | ({"GPU": gpus} if gpus else {})
+    if gpus := workers * rollout.gpus_per_worker + ranks * learner_gpus(config):
+        wanted["GPU"] = gpus
+    if replicas := replicas_elsewhere(config):
+        for name, amount in config.env.host.claims.items():
+            # Sums as Ray makes them, which counts in ten thousandths.
+            wanted[name] = round(wanted.get(name, 0.0) + replicas * amount, 4)
+    return wanted
+
+
+def replicas_elsewhere(config: RunConfig) -> int:
+    """How many replicas of the environment are actors of their own: one for each episode that is played at once."""
+    return config.rollout.workers * config.rollout.episodes if config.env.host.where == "ray" else 0
 
 
 def learner_gpus(config: RunConfig) -> float:

@@ -205,4 +205,12 @@ def _messages(observation: str) -> tuple[tuple[str, str], ...]:
 
 
 def _content(content: Any) -> str:
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        return "".join(_part(part) for part in content)
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, indent=1)
+
+
+def _part(part: dict[str, Any]) -> str:
+    if part.get("type") == "image":
+        return f"[picture, {len(part.get('image', '')) * 3 // 4:,} bytes] "
+    return str(part.get("text", json.dumps(part, ensure_ascii=False)))

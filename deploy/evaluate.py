@@ -12,14 +12,14 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict
 
 from deploy import run_folder
-from deploy.build import load_tokenizer
+from deploy.build import load_chat, load_tokenizer
 from deploy.config import ConfigError, toml_value
 from deploy.preflight import check_context, check_model, first_observation
 from deploy.statistics import wilson_interval
 from learner.checkpoint import MODEL, latest
 from rollout.agent import Agent, AgentSettings
-from rollout.chat import Chat
 from rollout.engine import Sampling
+from rollout.perception import Perception
 from rollout.pool import EnvironmentPool
 from rollout.vllm_engine import VllmEngine, VllmSettings
 from rollout.wire.store import EpisodeRow
@@ -121,10 +121,16 @@ async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) ->
     tokenizer = load_tokenizer(path)
     context, settings = conditions.context_tokens, conditions.engine
     engine = await VllmEngine.start(
-        "evaluation", path, [tokenizer.eos_token_id], context, settings, on_gpu=conditions.on_gpu
+        "evaluation",
+        path,
+        [tokenizer.eos_token_id],
+        context,
+        settings,
+        on_gpu=conditions.on_gpu,
+        perception=Perception.load(path),
     )
     await engine.adopt_loaded(version=0)
-    agent = Agent(engine, Chat(tokenizer), conditions.sampling, context, conditions.agent)
+    agent = Agent(engine, load_chat(path), conditions.sampling, context, conditions.agent)
     rollout = RolloutSettings(group_size=1, concurrent_groups=settings.max_num_seqs, context_tokens=context)
     pool = EnvironmentPool(parts=conditions.agent.parts)
     worker = RolloutWorker("evaluation", engine, agent, _NoExchange(), rollout, run_seed=0, pool=pool)

@@ -76,6 +76,10 @@ class LocalRing:
             raise ConfigError(
                 f"learner.ranks={config.learner.ranks} are processes of their own: leave --local away, or use 1"
             )
+        if config.env.host.where == "ray":
+            raise ConfigError(
+                "env.host.where='ray' has replicas in actors: leave --local away, or use 'process'"
+            )
         self.run_folder = run_folder
         self._config = config
         self._engine_factory = engine_factory

@@ -23,12 +23,14 @@ from envs.base import Observation
 from envs.tool import ToolRefused
 from learner.lora import planned
 from learner.model import build_tiny
+from learner.tiny_vision import tiny_processor
 from rollout.agent import as_messages
 from rollout.chat import Chat
 from rollout.foreign import PROGRAM, ProgramOptions
 from rollout.parts.memory import NotebookSettings
 from rollout.parts.settings import PartSettings, dressed
 from rollout.parts.tools import ToolsSettings
+from rollout.perception import Perception
 
 
 def check(config: RunConfig) -> None:
@@ -43,6 +45,10 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             "agent.memory and agent.parts stand between an environment and the policy; a foreign agent brings its own: "
             "use memory = 'full' and no parts"
+        )
+    elif config.env.host.where == "ray":
+        raise ConfigError(
+            "env.host.where='ray': a foreign agent runs beside its worker, which it asks; use 'process'"
         )
     check_lora(config)
     if config.replay is None:
@@ -113,7 +119,7 @@ def check_context(path: str, context_tokens: int) -> None:
 
 def check_prompt(config: RunConfig, observation: Observation) -> None:
     """The first prompt and one turn must fit into the context."""
-    prompt = len(Chat(_tokenizer(config)).opening(as_messages(observation)))
+    prompt = len(_chat(config).opening(as_messages(observation)))
     if prompt + 1 > config.rollout.context_tokens:
         raise ConfigError(
             f"the first prompt of {config.env.id} has {prompt} tokens, which does not fit into "
@@ -147,6 +153,14 @@ def check_port(port: int) -> None:
             raise ConfigError(
                 f"cluster.dashboard_port={port} is in use on this machine; choose another or 0"
             ) from error
+
+
+def _chat(config: RunConfig) -> Chat:
+    tokenizer = _tokenizer(config)
+    if config.tiny is None:
+        return Chat(tokenizer, Perception.load(config.learner.model.path))
+    pixels = config.tiny.pixels
+    return Chat(tokenizer, Perception(tiny_processor(tokenizer, pixels)) if pixels else None)
 
 
 def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:

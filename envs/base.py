@@ -4,7 +4,8 @@ An observation is text, or chat messages; an action is the text the agent wrote.
 reached a final state, `truncated` that a limit cut the episode: they are never the same thing. An environment draws
 from its own generator (`self.np_random`) only, so replicas are independent and a seed fixes the instance.
 
-A message is a dict with `role` and `content`, as chat templates take them. The first one of an observation may direct
+A message is a dict with `role` and `content`, as chat templates take them: text, or a list of parts where it shows
+pictures (envs/images.py). The first one of an observation may direct
 the agent besides (DIRECTIONS, which the model never sees):
 
     tools       list of JSON schemas: what can be called, for the chat template's own tool section
@@ -115,7 +116,7 @@ class ChoiceSpace(spaces.Text):
 
 
 class TalkSpace(spaces.Space[Observation]):
-    """Whatever an environment may say: text, or chat messages whose roles and contents are text."""
+    """Whatever an environment may say: text, or chat messages whose contents are text or parts."""
 
     def contains(self, x: Any) -> bool:
         messages = [{"role": "user", "content": x}] if isinstance(x, str) else x
@@ -125,7 +126,7 @@ class TalkSpace(spaces.Space[Observation]):
             and all(
                 isinstance(each, dict)
                 and isinstance(each.get("role"), str)
-                and isinstance(each.get("content"), str)
+                and _is_content(each.get("content"))
                 for each in messages
             )
         )
@@ -135,6 +136,12 @@ class TalkSpace(spaces.Space[Observation]):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TalkSpace)
+
+
+def _is_content(content: Any) -> bool:
+    return isinstance(content, str) or (
+        isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
+    )
 
 
 class TextEnv(gym.Env[str, str]):

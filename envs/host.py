@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
 import gymnasium as gym
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from envs.adapters import TextAdapter
 from envs.base import Info, Observation, Snapshots
 
 Env = gym.Env[Any, str]  # text or chat messages in, text out: see envs.base
 Outcome = tuple[Observation, float, bool, bool, Info]  # as gymnasium.Env.step returns it
+Amount = Annotated[float, Field(ge=0.0001)]  # of a resource; Ray counts in ten thousandths
 
 _STATELESS = (TextAdapter, OrderEnforcing, PassiveEnvChecker)  # once reset
 
 
 class HostSettings(BaseModel):
-    """Where replicas live. A process costs memory and about a tenth of a millisecond a step; it can be killed."""
+    """Where replicas live. A process costs memory and about a tenth of a millisecond a step; it can be killed.
+
+    On a Ray cluster such a process has an actor before it, which costs as much memory again and a millisecond a step.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    where: Literal["inline", "process"] = Field(
+    where: Literal["inline", "process", "ray"] = Field(
         "inline",
         description="inline: in the rollout worker, where nothing can stop a step; process: each replica in a process "
-        "of its own, killed when it does not answer in time",
+        "of its own, killed when it does not answer in time; ray: in such a process on any node of the cluster",
+    )
+    cpus_per_replica: float = Field(
+        1.0, ge=0, description="where='ray': CPUs a replica claims from the cluster, of which a part will do"
+    )
+    resources: dict[str, Amount] = Field(
+        default_factory=dict,
+        description="where='ray': what else a replica claims, {cpu_node = 0.01} say; it is put on no node without it",
     )
     start_seconds: float = Field(60.0, gt=0, description="wall clock for a replica's process to start")
     reset_seconds: float = Field(
@@ -41,6 +52,25 @@ class HostSettings(BaseModel):
         description="wall clock for a replica's process to take a step; for a foreign agent to ask again or to end",
     )
 
+    @model_validator(mode="after")
+    def _claims_are_made_of_a_cluster(self) -> Self:
+        if self.where != "ray" and (self.resources or self.cpus_per_replica != 1.0):
+            raise ValueError(
+                f"cpus_per_replica and resources are claimed from a Ray cluster, but where={self.where!r}; "
+                "use where='ray', or leave them away"
+            )
+        if known := sorted({"CPU", "GPU", "memory", "object_store_memory"} & set(self.resources)):
+            raise ValueError(
+                f"resources are those that the cluster's nodes were given names for, and {known[0]} is Ray's own; "
+                "CPUs are cpus_per_replica"
+            )
+        return self
+
+    @property
+    def claims(self) -> dict[str, float]:
+        """What each replica claims from a cluster, in Ray's names."""
+        return {"CPU": self.cpus_per_replica} | self.resources
+
 
 class EnvironmentFailed(RuntimeError):
     """An environment raised, died or gave no answer. It costs one episode and that replica."""
@@ -48,6 +78,10 @@ class EnvironmentFailed(RuntimeError):
 
 class EnvironmentStuck(EnvironmentFailed):
     """It gave no answer in time."""
+
+
+class NoRoom(EnvironmentFailed):
+    """No node of the cluster had room for it in time."""
 
 
 class Replica(Protocol):

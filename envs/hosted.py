@@ -62,8 +62,8 @@ class Hosted:
         self._owes_answer = False
 
     @classmethod
-    async def start(cls, recipe: Callable[[], Env], settings: HostSettings) -> Hosted:
-        """Start a process and have it make its environment by `recipe`, which pickle must be able to carry."""
+    async def start(cls, recipe: Callable[[], Env] | bytes, settings: HostSettings) -> Hosted:
+        """Start a process and have it make its environment by `recipe`: pickled, or what pickle is able to carry."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with theirs:
@@ -81,7 +81,8 @@ class Hosted:
             )
         replica = cls(process, ours, settings)
         try:
-            head, _ = await replica._ask("start", {}, settings.start_seconds, pickle.dumps(recipe))
+            carried = recipe if isinstance(recipe, bytes) else pickle.dumps(recipe)
+            head, _ = await replica._ask("start", {}, settings.start_seconds, carried)
         except BaseException:
             await replica.close()
             raise

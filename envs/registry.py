@@ -78,10 +78,12 @@ SUITES: tuple[Suite, ...] = (
 _OURS: dict[str, str | _Factory] = {
     "arithmetic": "envs.arithmetic:Arithmetic",
     "assistant": "envs.assistant:assistant",
+    "browser": "envs.browser:Browser",
     "chess": "envs.chess_game:ChessGame",
     "frozen_lake": "envs.frozen_lake:FrozenLake",
     "household": "envs.household:Household",
     "memory_corridor": "envs.memory_corridor:MemoryCorridor",
+    "patches": "envs.patches:Patches",
     "programming": "envs.programming:Programming",
     "sokoban": "envs.sokoban:Sokoban",
     "twenty_questions": "envs.twenty_questions:TwentyQuestions",
@@ -89,10 +91,12 @@ _OURS: dict[str, str | _Factory] = {
 _PLAYERS: dict[str, str] = {
     "arithmetic": "envs.arithmetic:Player",
     "assistant": "envs.assistant:Player",
+    "browser": "envs.browser:Player",
     "chess": "envs.chess_game:Player",
     "frozen_lake": "envs.frozen_lake:Player",
     "household": "envs.household:Player",
     "memory_corridor": "envs.memory_corridor:Player",
+    "patches": "envs.patches:Player",
     "programming": "envs.programming:Player",
     "sokoban": "envs.sokoban:Player",
     "twenty_questions": "envs.twenty_questions:Player",
@@ -112,13 +116,20 @@ def registered() -> list[str]:
 def make(env_id: str, **options: Any) -> Env:
     """A new replica with text on both sides.
 
-    Environments of Gymnasium take one option more: text_digits, the significant digits of a Box's numbers. Raises
-    EnvironmentUnknown for a wrong id, wrong options or spaces that have no text form.
+    Environments of Gymnasium take two options more: text_digits, the significant digits of a Box's numbers, and
+    picture, what is shown of it (see `TextAdapter`). Raises EnvironmentUnknown for a wrong id, wrong options or spaces
+    that have no text form.
     """
     if (entry := _entry(env_id)) is not None:
         env = _make_ours(env_id, entry, options)
         return env if isinstance(env.action_space, spaces.Text) else _adapted(env_id, env, {})
-    adapting = {"digits": options.pop("text_digits")} if "text_digits" in options else {}
+    adapting = {
+        name: options.pop(option)
+        for option, name in (("text_digits", "digits"), ("picture", "picture"))
+        if option in options
+    }
+    if adapting.get("picture") == "render":
+        options["render_mode"] = "rgb_array"
     return _adapted(env_id, make_gymnasium(env_id, options), adapting)
 
 

@@ -18,9 +18,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from learner.ranks import Ranks
+from rollout.wire.images import images_in
 from rollout.wire.trajectory import Float32Array, Int32Array, Step, Trajectory
 
 NOT_SAMPLED = -1  # in versions_T: no weights sampled this token
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a sequence perceives: its pictures, in the order of their placeholders among its tokens."""
+
+    images: tuple[str, ...]  # data URLs
+    where: str  # of which group, episode and segment: for people
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +44,7 @@ class TokenSequence:
     weight: float = 1.0  # of each sampled token in the loss
     # What else is known of sampled tokens, under the names of MicroBatch's optional tensors without their _N.
     columns: Mapping[str, Float32Array] = field(default_factory=dict)
+    seen: Seen | None = None  # None: text alone
 
     @property
     def num_sampled(self) -> int:
@@ -65,6 +75,7 @@ class MicroBatch:
     reference_logprobs_N: Tensor | None = None  # float32; the reference policy's
     values_N: Tensor | None = None  # float32; the critic's before the first update on the batch
     value_targets_N: Tensor | None = None  # float32
+    seen_B: tuple[Seen | None, ...] = ()  # of every sequence; empty where none perceives anything
 
     @property
     def sequence_N(self) -> Tensor:
@@ -112,9 +123,11 @@ def sequences_of(
         if here.start == here.stop:
             continue
         known = {name: column_N[here] for name, column_N in (columns or {}).items()}
-        sequence = _sequence(steps, advantages_N[here], weight, known)
+        where = f"group {trajectory.group_id}, episode {trajectory.index}"
+        images = tuple(chain.from_iterable(images_in(step.observation) for step in steps))
+        seen = Seen(images, f"{where}, segment {steps[0].segment}") if images else None
+        sequence = _sequence(steps, advantages_N[here], weight, known, seen)
         if sequence.sampled_T[0]:
-            where = f"group {trajectory.group_id}, episode {trajectory.index}"
             raise ValueError(
                 f"{where}: a segment opens with a sampled token; a prompt of at least one token must precede"
             )
@@ -123,7 +136,11 @@ def sequences_of(
 
 
 def _sequence(
-    steps: Sequence[Step], advantages_N: Float32Array, weight: float, columns: Mapping[str, Float32Array]
+    steps: Sequence[Step],
+    advantages_N: Float32Array,
+    weight: float,
+    columns: Mapping[str, Float32Array],
+    seen: Seen | None,
 ) -> TokenSequence:
     ids, sampled, logprobs, versions = [], [], [], []
     for step in steps:
@@ -141,6 +158,7 @@ def _sequence(
         versions_T=np.concatenate(versions),
         weight=weight,
         columns={name: _spread(column_N, sampled_T) for name, column_N in columns.items()},
+        seen=seen,
     )
 
 
@@ -216,6 +234,7 @@ def row_of(sequences: Sequence[TokenSequence]) -> MicroBatch:
         behavior_logprobs_N=_float32(scored([s.behavior_logprobs_T for s in sequences])),
         advantages_N=_float32(scored([s.advantages_T for s in sequences])),
         versions_N=_int64(scored([s.versions_T for s in sequences])),
+        seen_B=tuple(s.seen for s in sequences) if any(s.seen for s in sequences) else (),
         weights_N=_float32(np.repeat([s.weight for s in sequences], [s.num_sampled for s in sequences])),
         **{
             f"{name}_N": _float32(scored([s.columns[name] for s in sequences]))

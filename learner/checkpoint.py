@@ -42,6 +42,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NAME = re.compile(r"version-(\d{8,})")
 _TOKENIZER_FILES = [
     "tokenizer*",
+    "*processor_config.json",  # of a model that sees
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",

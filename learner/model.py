@@ -11,7 +11,9 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
@@ -24,6 +26,7 @@ from learner.batch import MicroBatch
 from learner.linear import use_onednn
 from learner.logprobs import token_logprobs
 from learner.lora import Adapter, LoraSettings
+from learner.perception import FAMILIES, Sight
 from learner.ranks import ALONE, Ranks
 from learner.shards import gathered_state, shard
 from rollout.wire.adapter import AdapterSpec
@@ -79,6 +82,7 @@ class Policy:
         self.device = torch.device(settings.device)
         self.model = _load(settings.path)
         self.model.eval()
+        self.sight = self._sight()
         self.adapter = self._adapt(settings.lora) if settings.lora else None
         if settings.gradient_checkpointing:
             self._checkpoint_gradients()
@@ -144,7 +148,7 @@ class Policy:
 
         def once() -> tuple[Tensor, Tensor, Tensor]:
             hidden_ND = self._scored(micro)
-            return *self._logprobs(hidden_ND, micro.targets_N, temperature), hidden_ND
+            return *self._logprobs(hidden_ND, micro.targets_N, temperature, self._sampled_bias()), hidden_ND
 
         return self._whole(once)
 
@@ -157,7 +161,8 @@ class Policy:
         places_T = torch.arange(size, device=self.device)
 
         def score() -> tuple[Tensor, Tensor]:
-            return self._logprobs(self._hidden(ids_T[:-1], places_T, borders, size), ids_T[1:], 1.0)
+            hidden_TD = self._hidden(ids_T[:-1], borders, size, position_ids=places_T[None])
+            return self._logprobs(hidden_TD, ids_T[1:], 1.0, self._head.bias)
 
         logprobs_T, _ = self._whole(score)
         return logprobs_T.cpu().numpy()
@@ -185,6 +190,8 @@ class Policy:
         if weights is None:
             weights = dict(self._merged(self.model.state_dict().items()))
         self.model.save_pretrained(folder, state_dict=weights)
+        if self.sight is not None:
+            self.sight.processor.save_pretrained(folder)
         if self.adapter is not None:
             self.adapter.save(folder / _ADAPTER)
 
@@ -209,29 +216,64 @@ class Policy:
         enabled = self.settings.dtype == "bfloat16" and self.ranks.size == 1
         return torch.autocast(self.settings.device, torch.bfloat16, enabled=enabled)
 
-    def _hidden(self, ids_T: Tensor, positions_T: Tensor, cu_seqlens_B: Tensor, longest: int) -> Tensor:
-        """Final hidden states [T, D] of a packed row, without the logits of the whole row."""
+    def _hidden(self, ids_T: Tensor, cu_seqlens_B: Tensor, longest: int, **beside: Tensor) -> Tensor:
+        """Final hidden states [T, D] of a packed row, without the logits of the whole row.
+
+        beside: positions, and what the model perceives.
+        """
         with self._autocast():
             hidden_TD = self.model.base_model(
                 input_ids=ids_T[None],
-                position_ids=positions_T[None],
                 use_cache=False,
                 cu_seq_lens_q=cu_seqlens_B,
                 cu_seq_lens_k=cu_seqlens_B,
                 max_length_q=longest,
                 max_length_k=longest,
+                **beside,
             ).last_hidden_state[0]
         # The head's product runs in the hidden state's type; a normalization leaves it wide under autocast.
         return hidden_TD.to(torch.bfloat16) if self.settings.dtype == "bfloat16" else hidden_TD
 
     def _scored(self, micro: MicroBatch) -> Tensor:
-        hidden_TD = self._hidden(micro.input_ids_T, micro.position_ids_T, micro.cu_seqlens_B, micro.longest)
+        beside = {"position_ids": micro.position_ids_T[None]} | self._perceived(micro)
+        hidden_TD = self._hidden(micro.input_ids_T, micro.cu_seqlens_B, micro.longest, **beside)
         return hidden_TD.index_select(0, micro.score_index_N)
 
-    def _logprobs(self, hidden_ND: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        head = self._head
+    def _perceived(self, micro: MicroBatch) -> dict[str, Tensor]:
+        if self.sight is not None:
+            return self.sight.inputs(micro)
+        if seen := next(filter(None, micro.seen_B), None):
+            raise ModelError(
+                f"model {self.settings.path!r} reads text alone, but {seen.where} shows pictures"
+            )
+        return {}
+
+    def _sampled_bias(self) -> Tensor | None:
+        """What is added to the logits of sampled tokens: engines leave placeholders out of what they sample from."""
+        bias_V = self._head.bias
+        if self.sight is None:
+            return bias_V
+        never_V = self.sight.bias(self.vocab_size, self.device)
+        return never_V if bias_V is None else bias_V + never_V
+
+    def _logprobs(
+        self, hidden_ND: Tensor, targets_N: Tensor, temperature: float, bias_V: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         chunk = max(self.settings.logit_block // max(len(hidden_ND), 1), _LEAST_CHUNK)
-        return token_logprobs(hidden_ND, head.weight, head.bias, targets_N, temperature, chunk)
+        return token_logprobs(hidden_ND, self._head.weight, bias_V, targets_N, temperature, chunk)
+
+    def _sight(self) -> Sight | None:
+        kind = self.model.config.model_type
+        if getattr(self.model.config, "vision_config", None) is None:
+            return None
+        if kind not in FAMILIES:
+            raise ModelError(
+                f"model {self.settings.path!r} sees and is of the family {kind}; only of {', '.join(FAMILIES)} is it "
+                "known that pictures in a packed row are computed as they are alone"
+            )
+        if self.ranks.size > 1 or self.settings.lora:
+            raise ModelError(f"model {self.settings.path!r} sees: it takes learner.ranks=1 and no lora")
+        return Sight(self.model, self.settings.path)
 
     def _adapt(self, settings: LoraSettings) -> Adapter:
         try:
@@ -277,8 +319,12 @@ def _load(path: str) -> PreTrainedModel:
             "no model to learn: set the model's path to a checkpoint folder or a Hugging Face id"
         )
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=register(), output_loading_info=True
+        sees = getattr(AutoConfig.from_pretrained(path), "vision_config", None) is not None
+        kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        # A vision tower has no packed rows.
+        attention: Any = {"text_config": register()} if sees else register()
+        loaded: Any = kind.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -310,7 +356,26 @@ def build_tiny(
     context: in tokens; tie: one matrix for embedding and head. The vocabulary is exactly the tokenizer's, so
     that no sampler can choose an id without a token.
     """
-    config: Any = Qwen3Config(
+    config = tiny_config(tokenizer, layers, width, heads, head_width, mlp, context, tie)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def tiny_config(
+    tokenizer: PreTrainedTokenizerBase,
+    layers: int,
+    width: int,
+    heads: int,
+    head_width: int,
+    mlp: int,
+    context: int,
+    tie: bool,
+) -> Any:
+    """What `build_tiny` makes a model of."""
+    return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=mlp,
@@ -326,8 +391,3 @@ def build_tiny(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

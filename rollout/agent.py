@@ -10,10 +10,12 @@ from typing import Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from envs.base import Message, Observation
-from rollout.chat import Chat, as_json
+from rollout.chat import Chat, ChatError, as_json
 from rollout.clock import BusyClock
 from rollout.engine import Completion, Engine, Sampling, derive_seed
 from rollout.parts.settings import PartSettings
+from rollout.perception import PerceptionError
+from rollout.wire.images import MAX_EPISODE_BYTES, images_in
 from rollout.wire.trajectory import Step
 
 
@@ -26,12 +28,25 @@ class Conversation:
     segment: int = 0
     turn: int = 0
     sampled: list[int] = field(default_factory=list)  # the last turn's action
+    images: list[str] = field(default_factory=list)  # the pictures of the current segment, as data URLs
+    shown_bytes: int = 0  # of all pictures so far
 
     def open_segment(self) -> None:
         """Forget: what follows has no history. What was said stays stored as it is."""
         self.segment += 1
         self.ids = []
         self.sampled = []
+        self.images = []
+
+    def show(self, images: Sequence[str]) -> None:
+        """Pictures are added to the segment. ChatError for more than an episode may hold."""
+        self.images = [*self.images, *images]  # the engine may still read the list it was given
+        self.shown_bytes += sum(map(len, images))
+        if self.shown_bytes > MAX_EPISODE_BYTES:
+            raise ChatError(
+                f"turn {self.turn}: the episode has shown {self.shown_bytes} bytes of pictures, {MAX_EPISODE_BYTES} "
+                "are the most: show smaller ones, or fewer"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,20 +130,27 @@ class Agent:
         conversation.sampled = step.action_ids.tolist()
         conversation.ids += step.prompt_ids.tolist() + conversation.sampled
         conversation.turn = step.turn + 1
+        conversation.show(images_in(step.observation))
 
     async def turn(self, conversation: Conversation, observation: Observation) -> Turn | ContextOverflow:
         """Sample one turn and add it to the conversation. Raises EngineFailed."""
         messages = as_messages(observation)
         if conversation.ids and self._forgets(messages[0]):
             conversation.open_segment()
-        added = self._added(conversation, messages)
+        try:
+            added = self._added(conversation, messages)
+        except PerceptionError as error:
+            row = f"turn {conversation.turn}, segment {conversation.segment}"
+            raise ChatError(f"{row}: {error}") from error
         prompt = [*conversation.ids, *added]
         room = self._context_tokens - len(prompt)
         if room < self._settings.min_new_tokens:
             return ContextOverflow(len(prompt), self._context_tokens)
+        conversation.show(self.chat.images(messages))
         began = time.perf_counter()
         with self.engine_clock:
-            completion = await self.engine.generate(prompt, self._turn_sampling(conversation, messages, room))
+            sampling = self._turn_sampling(conversation, messages, room)
+            completion = await self.engine.generate(prompt, sampling, conversation.images)
         engine_seconds = time.perf_counter() - began
         sampled = completion.token_ids.tolist()
         # The engine may still read the prompt it was given: extend a list of our own.

@@ -11,11 +11,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from envs.base import DIRECTIONS, Message
+from rollout.wire.images import images_of
+
+if TYPE_CHECKING:
+    from rollout.perception import Perception
 
 Ids = tuple[int, ...]
 
@@ -36,9 +41,11 @@ class Chat:
 
     `end_of_turn` is the token the template puts after an assistant's content, or None where that is plain text. Raises
     ChatError for a template that rewrites earlier turns when new ones come, or renders a turn by its place.
+
+    perception: of a model that sees; without one messages are text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, perception: Perception | None = None) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ChatError(
                 f"tokenizer {tokenizer.name_or_path} has no tokenizer.json; save it with a fast backend"
@@ -52,9 +59,19 @@ class Chat:
         starts_special = bool(closing_ids) and closing_ids[0] in tokenizer.added_tokens_decoder
         self.end_of_turn: int | None = closing_ids[0] if starts_special else None
         self._stops = {self.end_of_turn, tokenizer.eos_token_id} - {None}
-        self._opening = lru_cache(_CACHED_PROMPTS)(self._opening_ids)
-        self._glue = lru_cache(_CACHED_PROMPTS)(self._glue_ids)
+        self._perception = perception
+        # Messages with pictures are megabytes: their tokens are made anew, and perception remembers the pictures.
+        remembers = lru_cache(_CACHED_PROMPTS if perception is None else 0)
+        self._opening = remembers(self._opening_ids)
+        self._glue = remembers(self._glue_ids)
         self._check_template()
+
+    def images(self, messages: Sequence[Message]) -> tuple[str, ...]:
+        """The pictures in these messages, in order, as data URLs."""
+        try:
+            return images_of(messages)
+        except ValueError as error:
+            raise ChatError(f"a message cannot be shown: {error}") from error
 
     def opening(self, messages: Sequence[Message]) -> Ids:
         """The tokens of a new conversation, up to where the assistant speaks; with the first message's `tools`."""
@@ -94,10 +111,25 @@ class Chat:
         return (*self._encode(text), end)
 
     def _opening_ids(self, messages_json: str) -> Ids:
-        return self._encode(self._render(json.loads(messages_json), prompted=True))
+        messages = json.loads(messages_json)
+        return self._perceived(self._render(messages, prompted=True), messages)
 
     def _glue_ids(self, messages_json: str) -> Ids:
-        return self._encode(self._glue_text([_ASKED, _SAID], json.loads(messages_json)))
+        messages = json.loads(messages_json)
+        return self._perceived(self._glue_text([_ASKED, _SAID], messages), messages)
+
+    def _perceived(self, text: str, messages: Sequence[Message]) -> Ids:
+        """The tokens of a text that these messages were rendered to, with a placeholder for every feature."""
+        images = self.images(messages)
+        if self._perception is None:
+            if images:
+                raise ChatError(
+                    f"{self._name}: an observation shows a picture, but this model reads text alone"
+                )
+            return self._encode(text)
+        ids = self._encode(self._perception.spelled(text, images))
+        self._perception.check(ids, images)
+        return ids
 
     def _glue_text(self, history: Sequence[Message], messages: Sequence[Message]) -> str:
         glue = self._after(self._render([*history, *messages], prompted=True), "the next turn")
@@ -131,7 +163,9 @@ class Chat:
         return f"chat template of {self._tokenizer.name_or_path or 'this tokenizer'}"
 
     def _render(self, messages: Sequence[Message], *, prompted: bool) -> str:
-        plain = [{key: value for key, value in each.items() if key not in DIRECTIONS} for each in messages]
+        plain = [
+            {key: _bare(value) for key, value in each.items() if key not in DIRECTIONS} for each in messages
+        ]
         tools = messages[0].get("tools")
         try:
             text = self._tokenizer.apply_chat_template(
@@ -150,6 +184,16 @@ class Chat:
             raise ChatError(
                 f"tokenizer {self._tokenizer.name_or_path} cannot encode {text!r}: {error}"
             ) from error
+
+
+def _bare(value: Any) -> Any:
+    """What a template is told of a message's content: that there is a picture, not which."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {"type": "image"} if isinstance(part, dict) and part.get("type") == "image" else part
+        for part in value
+    ]
 
 
 def as_json(messages: Sequence[Message]) -> str:

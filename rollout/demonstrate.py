@@ -104,7 +104,9 @@ class _Hand:
         self._player = player
         self._chat = chat
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
+    ) -> Completion:
         ids = self._chat.encode_action(self._player.act(self.observation))
         kept = np.array(ids[: sampling.max_tokens], dtype=np.int32)
         cut = len(ids) > sampling.max_tokens

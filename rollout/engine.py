@@ -52,8 +52,14 @@ class Engine(Protocol):
     name: str
     version: int
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        """Sample at least one and at most `sampling.max_tokens` tokens. Raises EngineFailed and EngineDied."""
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
+    ) -> Completion:
+        """Sample at least one and at most `sampling.max_tokens` tokens. Raises EngineFailed and EngineDied.
+
+        images: data URLs of the pictures whose placeholders stand in the prompt, in order. A placeholder is never
+        sampled: logprobs are of the distribution over all other tokens.
+        """
         ...
 
     async def score(self, token_ids: Sequence[int]) -> Float32Array:

@@ -14,9 +14,11 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from rollout.engine import Completion, EngineFailed, FinishReason, Sampling, derive_seed
+from rollout.perception import Perception
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import (
     ByteArray,
@@ -34,13 +36,21 @@ class HfEngine:
     `version` is -1 until the first sync: what the model's folder holds is nobody's version.
     """
 
-    def __init__(self, model: PreTrainedModel, stop_token_ids: Sequence[int], *, name: str = "hf") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stop_token_ids: Sequence[int],
+        *,
+        name: str = "hf",
+        perception: Perception | None = None,
+    ) -> None:
         self.name = name
         self.version = -1
         self._model = model.eval()
         self._stop = frozenset(stop_token_ids)
+        self._perception = perception
         # A tied head appears once, under the embedding's name, as in a checkpoint.
-        self._weights = dict(model.named_parameters())
+        self._weights: dict[str, Tensor] = revert_weight_conversion(model, dict(model.named_parameters()))
         self._base: dict[
             str, Tensor
         ] = {}  # the matrices that an adapter changes, as they were before it came
@@ -48,11 +58,15 @@ class HfEngine:
     @classmethod
     def load(cls, path: str, stop_token_ids: Sequence[int], *, name: str = "hf") -> Self:
         """Load a checkpoint folder or hub id in float32."""
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        return cls(model, stop_token_ids, name=name)
+        perception = Perception.load(path)
+        kind: Any = AutoModelForCausalLM if perception is None else AutoModelForImageTextToText
+        model = kind.from_pretrained(path, dtype=torch.float32)
+        return cls(model, stop_token_ids, name=name, perception=perception)
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        context = self._model.config.max_position_embeddings
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
+    ) -> Completion:
+        context = self._model.config.get_text_config().max_position_embeddings
         if len(prompt_ids) + sampling.max_tokens > context:
             raise EngineFailed(
                 f"{self.name}: {len(prompt_ids)} prompt tokens and max_tokens={sampling.max_tokens} exceed the model's "
@@ -63,9 +77,10 @@ class HfEngine:
         logprobs: list[float] = []
         versions: list[int] = []
         new, cache = list(prompt_ids), None
+        beside = self._perceived(prompt_ids, images)
         finish: FinishReason = "length"
         while len(ids) < sampling.max_tokens:
-            logits_V, cache = self._forward(new, cache)
+            logits_V, cache = self._forward(new, cache, **beside)
             token, logprob = _sample(logits_V, sampling, random)
             ids.append(token)
             logprobs.append(logprob)
@@ -73,7 +88,7 @@ class HfEngine:
             if token in self._stop:
                 finish = "stop"
                 break
-            new = [token]
+            new, beside = [token], _followed(beside)
             await asyncio.sleep(0)  # the other requests' turn
         return Completion(
             np.array(ids, dtype=np.int32),
@@ -112,9 +127,30 @@ class HfEngine:
         pass
 
     @torch.no_grad()
-    def _forward(self, new_ids: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
-        output = self._model(torch.tensor([new_ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return output.logits[0, -1].float(), output.past_key_values
+    def _forward(self, new_ids: Sequence[int], cache: Any, **beside: Tensor) -> tuple[Tensor, Any]:
+        output = self._model(
+            torch.tensor([new_ids]), past_key_values=cache, use_cache=True, logits_to_keep=1, **beside
+        )
+        logits_V = output.logits[0, -1].float()
+        if self._perception is not None:  # no placeholder is sampled: no picture would stand behind it
+            logits_V[self._perception.placeholder_id] = -torch.inf
+        return logits_V, output.past_key_values
+
+    def _perceived(self, prompt_ids: Sequence[int], images: Sequence[str]) -> dict[str, Tensor]:
+        """What the first pass is given beside ids: the pictures' features, and positions where they are not places."""
+        if not images:
+            return {}
+        if self._perception is None:
+            raise EngineFailed(f"{self.name}: asked about a picture, but the model reads text alone")
+        self._perception.check(prompt_ids, images)
+        beside = {name: torch.from_numpy(x) for name, x in self._perception.features(images).items()}
+        positions_of = getattr(self._model.base_model, "get_rope_index", None)
+        if positions_of is not None:
+            ids = torch.tensor([list(prompt_ids)])
+            grids = {name: grid for name, grid in beside.items() if name.endswith("grid_thw")}
+            kinds = (ids == self._perception.placeholder_id).int()
+            beside["position_ids"], _ = positions_of(ids, mm_token_type_ids=kinds, **grids)
+        return beside
 
     def _wanted(self, manifest: WeightManifest) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors that make up a version of its kind."""
@@ -153,6 +189,12 @@ class HfEngine:
             base_VD = self._base.setdefault(layer, weight_VD.clone())
             a_RD, b_VR = (tensors[name].to(weight_VD.dtype) for name in adapter.tensor_names(layer))
             weight_VD.copy_(torch.addmm(base_VD, b_VR, a_RD, alpha=adapter.scale))
+
+
+def _followed(beside: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the pass of the next token is given: the position behind all that were given."""
+    positions = beside.get("position_ids")
+    return {} if positions is None else {"position_ids": (positions.max() + 1).expand(3, 1, 1)}
 
 
 def _generator(prompt_ids: Sequence[int], sampling: Sampling) -> torch.Generator:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 from envs import registry
-from envs.host import Env, EnvironmentFailed, HostSettings, Inline, Replica
+from envs.host import Env, EnvironmentFailed, HostSettings, Inline, NoRoom, Replica
 from envs.hosted import Hosted
 from rollout.foreign import PROGRAM, ForeignAgents
 from rollout.parts.settings import PartSettings, dressed
 from rollout.wire.trajectory import Task
 
 MakeEnv = Callable[..., Env]  # (env_id, **options)
+Start = Callable[[Callable[[], Env], HostSettings], Awaitable[Replica]]  # outside of this process
+Kind = tuple[str, str]  # environment and options
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +40,8 @@ def asking(task: Task, what: str) -> Iterator[None]:
 class EnvironmentPool:
     """Idle replicas by (environment, options); as many exist as were ever used at the same time.
 
-    Each is dressed in the agent's parts. With host.where="process", what `make` is given and is itself must be
-    picklable.
+    Each is dressed in the agent's parts. Unless host.where="inline", what `make` is given and is itself must be
+    picklable, and `start` starts replicas: Hosted's for "process", that of envs/actors.py for "ray".
     """
 
     def __init__(
@@ -47,36 +49,35 @@ class EnvironmentPool:
         make: MakeEnv = registry.make,
         host: HostSettings | None = None,
         parts: Sequence[PartSettings] = (),
+        start: Start | None = None,
     ) -> None:
         self._make = make
         self._parts = tuple(parts)
         self._host = host or HostSettings()
+        if self._host.where == "ray" and start is None:
+            raise ValueError("replicas on a Ray cluster are started by envs.actors.Remote.start")
+        self._start = start or Hosted.start
         # Interpreters that start compete for the processors: more at once would only use up each other's limit.
         self._starting = asyncio.Semaphore(os.cpu_count() or 1)
-        self._idle: dict[tuple[str, str], list[Replica]] = defaultdict(list)
+        self._idle: dict[Kind, asyncio.LifoQueue[Replica]] = defaultdict(asyncio.LifoQueue)
+        self._alive: Counter[Kind] = Counter()  # idle or in use
         self._foreign = ForeignAgents(self._host)
 
     async def take(self, task: Task) -> Replica:
         """A replica for this task, to be reset by whoever takes it. Raises EnvironmentFailed when none can be made."""
         idle = self._idle[task.env_id, task.options]
-        if idle:
-            return idle.pop()
+        if not idle.empty():
+            return idle.get_nowait()
         with asking(task, "make"):
-            if task.env_id == PROGRAM:
-                return self._foreign.replica(task.kwargs)
-            if self._host.where == "inline":
-                return Inline(dressed(partial(self._make, task.env_id, **task.kwargs), self._parts))
-            recipe = registry.recipe if self._make is registry.make else partial(partial, self._make)
-            made = partial(dressed, recipe(task.env_id, **task.kwargs), self._parts)
-            async with self._starting:
-                return await Hosted.start(made, self._host)
+            return await (self._new_or_returned(task) if self._host.where == "ray" else self._new(task))
 
     def give_back(self, task: Task, replica: Replica) -> None:
         """For the next episode to reuse; only after an episode that left it in a known state."""
-        self._idle[task.env_id, task.options].append(replica)
+        self._idle[task.env_id, task.options].put_nowait(replica)
 
     async def discard(self, task: Task, replica: Replica) -> None:
         """Throw away a replica in an unknown state; that it cannot even be closed is logged, not raised."""
+        self._alive[task.env_id, task.options] -= 1
         try:
             with asking(task, "close"):
                 await replica.close()
@@ -85,12 +86,63 @@ class EnvironmentPool:
 
     async def close(self) -> None:
         """Close every idle replica, and the endpoint where there is one."""
-        idle, self._idle = self._idle, defaultdict(list)
-        await asyncio.gather(
-            *(
-                self.discard(Task(env_id, 0, options), replica)
-                for (env_id, options), replicas in idle.items()
-                for replica in replicas
-            )
-        )
+        await asyncio.gather(*(self.discard(task, replica) for task, replica in self._all_idle()))
         await self._foreign.close()
+
+    def _all_idle(self) -> Iterator[tuple[Task, Replica]]:
+        """Every idle replica, which is the caller's from there on."""
+        for (env_id, options), idle in list(self._idle.items()):
+            while not idle.empty():
+                yield Task(env_id, 0, options), idle.get_nowait()
+
+    async def _new(self, task: Task) -> Replica:
+        replica = await self._made(task)
+        self._alive[task.env_id, task.options] += 1
+        return replica
+
+    async def _made(self, task: Task) -> Replica:
+        if task.env_id == PROGRAM:
+            return self._foreign.replica(task.kwargs)
+        if self._host.where == "inline":
+            return Inline(dressed(partial(self._make, task.env_id, **task.kwargs), self._parts))
+        recipe = registry.recipe if self._make is registry.make else partial(partial, self._make)
+        made = partial(dressed, recipe(task.env_id, **task.kwargs), self._parts)
+        async with self._starting:
+            return await self._start(made, self._host)
+
+    # On a cluster replicas claim room, and there may be less of it than episodes, a node having been lost.
+
+    async def _new_or_returned(self, task: Task) -> Replica:
+        """A new replica, or one that is given back while there is no room for a new one.
+
+        Raises NoRoom where none exists that could be given back. Whoever has one has it for an episode at most.
+        """
+        for other, replica in self._all_idle():  # none of this kind is; what another kind claims makes room
+            await self.discard(other, replica)
+            break
+        while True:
+            try:
+                return await self._whichever_is_first(task)
+            except NoRoom as error:
+                alive = self._alive[task.env_id, task.options]
+                if not alive:
+                    raise
+                log.warning("a replica of %s: %s; episodes take turns on %d", task.env_id, error, alive)
+
+    async def _whichever_is_first(self, task: Task) -> Replica:
+        idle = self._idle[task.env_id, task.options]
+        returned, new = asyncio.create_task(idle.get()), asyncio.create_task(self._new(task))
+        chosen: asyncio.Task[Replica] | None = None
+
+        def keep(other: asyncio.Task[Replica]) -> None:
+            if not other.cancelled() and not other.exception():  # it came all the same
+                idle.put_nowait(other.result())
+
+        try:
+            await asyncio.wait({returned, new}, return_when=asyncio.FIRST_COMPLETED)
+            chosen = returned if returned.done() else new
+            return chosen.result()
+        finally:
+            for other in {returned, new} - {chosen}:
+                other.cancel()
+                other.add_done_callback(keep)

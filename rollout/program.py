@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
-from envs.child import leashed, import_path
+from envs.child import import_path, leashed
 from envs.reference import load_function
 from rollout.session import Left, Verdict
 

@@ -7,6 +7,7 @@ from asyncio import sleep
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from random import Random
+from zlib import crc32
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -33,8 +34,8 @@ class Request:
 class ScriptedEngine:
     """Answers are a pure function of (prompt ids, sampling seed, version), whatever the order of the requests.
 
-    Logprobs are made up, between -1 and 0, under the same rule. `requests` keeps every request in the order of
-    completion, unless `record` is off. `latency` is awaited before each answer.
+    Pictures count as part of the prompt. Logprobs are made up, between -1 and 0, under the same rule. `requests` keeps
+    every request in the order of completion, unless `record` is off. `latency` is awaited before each answer.
     """
 
     def __init__(
@@ -57,11 +58,14 @@ class ScriptedEngine:
         self._record = record
         self._closed = False
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
+    ) -> Completion:
         if self._closed:
             raise EngineFailed(f"{self.name}: a request came after close()")
         await (self._latency() if self._latency else sleep(0))
-        seed = derive_seed(sampling.seed or 0, self.version, hash(tuple(prompt_ids)))
+        shown = (crc32(image.encode()) for image in images)
+        seed = derive_seed(sampling.seed or 0, self.version, hash(tuple(prompt_ids)), *shown)
         rng = Random(seed)
         said = self._script(self._backend.decode(prompt_ids, skip_special_tokens=False), rng)
         ids = [*self._backend.encode(said, add_special_tokens=False).ids, self._stop]

@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from rollout import vllm_images
 from rollout.engine import Completion, EngineDied, EngineFailed, Sampling
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import SyncReport, WeightManifest, WeightMismatch, WeightUpdate
 
 if TYPE_CHECKING:
+    from rollout.perception import Perception
     from rollout.vllm_process import CoreProcess
 
 T = TypeVar("T")
@@ -61,10 +63,12 @@ def start_llm(
     on_gpu: bool,
     transfer: str,
     adapter: AdapterSpec | None = None,
+    sees: bool = False,
 ) -> Any:
     """Start vLLM's processes and return its AsyncLLM.
 
-    `transfer` names the weight-transfer backend: ours ("manta"), or vLLM's own "nccl" and "ipc" on GPUs.
+    `transfer` names the weight-transfer backend: ours ("manta"), or vLLM's own "nccl" and "ipc" on GPUs. `sees`: the
+    model takes pictures; vLLM's processor of them needs the tokenizer.
     """
     if transfer == "ipc":
         # IPC handles hold types and dtypes, which vLLM carries to its own worker processes only as pickles.
@@ -90,7 +94,7 @@ def start_llm(
         tensor_parallel_size=settings.tensor_parallel_size,
         enforce_eager=settings.enforce_eager,
         enable_prefix_caching=True,
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not sees,
         generation_config="vllm",  # sampling is ours alone: no defaults out of the model's folder
         logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
         weight_transfer_config=WeightTransferConfig(backend=transfer),
@@ -121,6 +125,7 @@ class VllmEngine:
         stop_token_ids: Sequence[int],
         weight_names: Sequence[str],
         seeded: bool,
+        perception: Perception | None = None,
     ):
         self.version = -1
         self.name = name
@@ -129,6 +134,7 @@ class VllmEngine:
         self._stop = list(stop_token_ids)
         self._weight_names = frozenset(weight_names)
         self._seeded = seeded
+        self._perception = perception
         self._adapter: Any = None  # what requests ask vLLM for, once an adapter was loaded
         self._request_ids = itertools.count()
         self._params: dict[tuple[float, float, int], Any] = {}  # of requests without a seed of their own
@@ -147,11 +153,12 @@ class VllmEngine:
         on_gpu: bool = False,
         transfer: str = "manta",
         adapter: AdapterSpec | None = None,
+        perception: Perception | None = None,
     ) -> VllmEngine:
         """Start the engine's processes (about 20 s on two cores) and wait until they answer.
 
         They end with this process, and with the thread that runs the event loop. `adapter`: versions are such adapters
-        for what `model` holds; ValueError where it has no such layers.
+        for what `model` holds; ValueError where it has no such layers. perception: of a model that sees.
         """
         from rollout.vllm_process import CoreProcess, ending_with_us, take_names_away
 
@@ -162,11 +169,13 @@ class VllmEngine:
                 "use learner.model.lora.sync='merged'"
             )
         with ending_with_us():
-            llm = start_llm(model, context_tokens, settings, on_gpu, transfer, adapter)
+            llm = start_llm(
+                model, context_tokens, settings, on_gpu, transfer, adapter, perception is not None
+            )
         (process,) = llm.engine_core.resources.engine_manager.processes
         core = CoreProcess(name, process)
         names = adapter.names if adapter else names
-        engine = cls(llm, core, name, stop_token_ids, names, settings.seeded)
+        engine = cls(llm, core, name, stop_token_ids, names, settings.seeded, perception)
         await engine.ping()
         take_names_away(core.pid)
         # What start-up has left in memory is there to stay: the collector need not walk it again while episodes run.
@@ -174,9 +183,11 @@ class VllmEngine:
         gc.freeze()
         return engine
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
+    ) -> Completion:
         """Sample one completion; its last token is the stop token unless the length ran out."""
-        output = await self._finished(prompt_ids, self._sampling_params(sampling))
+        output = await self._finished(prompt_ids, self._sampling_params(sampling), images)
         completion = output.outputs[0]
         if completion.finish_reason not in ("stop", "length") or completion.weight_versions is None:
             raise EngineFailed(f"{self.name}: a request ended with {completion.finish_reason!r}")
@@ -317,12 +328,15 @@ class VllmEngine:
             await self.ping()
             raise
 
-    async def _finished(self, token_ids: Sequence[int], params: Any) -> Any:
+    async def _finished(self, token_ids: Sequence[int], params: Any, images: Sequence[str] = ()) -> Any:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         # "token" is what vLLM's renderer makes of a prompt. It says that there is nothing to tokenize, and so spares
         # every request the way through a thread.
-        prompt = {"type": "token", "prompt_token_ids": list(token_ids), "cache_salt": str(self.version)}
+        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(token_ids)}
+        if images:
+            prompt = vllm_images.prompt(self._perception, token_ids, images)
+        prompt["cache_salt"] = str(self.version)
         request = f"{self.name}-{next(self._request_ids)}"
         try:
             generating = self._llm.generate(prompt, params, request, lora_request=self._adapter)
@@ -335,6 +349,8 @@ class VllmEngine:
             raise EngineFailed(f"{self.name}: vLLM failed on a request: {error.__cause__!r}") from error
         if not outputs:
             raise EngineFailed(f"{self.name}: vLLM gave no output for a request of {len(token_ids)} tokens")
+        if images:
+            vllm_images.require_same(token_ids, outputs[-1].prompt_token_ids, images)
         return outputs[-1]
 
     def _sampling_params(self, sampling: Sampling) -> Any:
@@ -356,6 +372,7 @@ class VllmEngine:
             seed=None if seed is None else seed % 2**63,
             stop_token_ids=self._stop,
             logprobs=0,
+            logit_bias=vllm_images.never_sampled(self._perception),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # vLLM's deep copy for every request is not needed: nobody changes these

@@ -66,6 +66,11 @@ class RolloutSettings(BaseModel):
         return Limits(self.max_turns, self.episode_seconds)
 
     @property
+    def episodes(self) -> int:
+        """Episodes that a worker plays at the same time."""
+        return self.concurrent_groups * self.group_size
+
+    @property
     def needed(self) -> int:
         """Episodes that must survive infrastructure failures: a baseline needs a sibling."""
         return min(self.group_size, 2)
@@ -175,7 +180,7 @@ class RolloutWorker:
         Sampling depends on (run seed, task seed, which repetition of the task) alone, so two evaluations differ by
         the weights only.
         """
-        gate = asyncio.Semaphore(self._settings.concurrent_groups * self._settings.group_size)
+        gate = asyncio.Semaphore(self._settings.episodes)
         repetitions: Counter[Task] = Counter()
         places = []
         for task in tasks:

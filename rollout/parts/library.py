@@ -60,7 +60,7 @@ class Library(Part):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, Info]:
         observation, info = self.env.reset(seed=seed, options=options)
-        self._about, self._held = " ".join(m["content"] for m in messages_of(observation)), None
+        self._about, self._held = _said(observation), None
         lessons = self._store.similar(self._about, self._settings.found)
         if lessons:
             observation = preceded("\n".join(f"Remember: {lesson}" for lesson in lessons), observation)
@@ -114,3 +114,10 @@ class Store:
 
     def _open(self) -> sqlite3.Connection:
         return sqlite3.connect(self._path, timeout=WAIT_SECONDS)
+
+
+def _said(observation: Observation) -> str:
+    """All its text."""
+    contents = [message["content"] for message in messages_of(observation)]
+    parts = [[{"text": each}] if isinstance(each, str) else each for each in contents]
+    return " ".join(part["text"] for each in parts for part in each if "text" in part)

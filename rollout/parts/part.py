@@ -14,6 +14,7 @@ from gymnasium.utils import RecordConstructorArgs
 from envs.base import DIRECTIONS, Info, Message, Observation, messages_of
 
 Env = gym.Env[Any, str]
+Content = str | list[dict[str, Any]]
 Outcome = tuple[Observation, float, bool, bool, Info]
 
 
@@ -25,12 +26,20 @@ class Part(gym.Wrapper[Any, str, Any, str], RecordConstructorArgs):
         super().__init__(env)
 
 
+def joined(first: Content, second: Content) -> Content:
+    """Two contents as one, each on a line of its own: text, or parts where one of them has parts."""
+    if isinstance(first, str) and isinstance(second, str):
+        return f"{first}\n{second}"
+    before = [{"type": "text", "text": f"{first}\n"}] if isinstance(first, str) else first
+    return [*before, *([{"type": "text", "text": f"\n{second}"}] if isinstance(second, str) else second)]
+
+
 def preceded(text: str, observation: Observation) -> list[Message]:
     """An observation with a text before what its first message of the user says; its directions stay."""
     messages = messages_of(observation)
     for message in messages:
         if message["role"] == "user":
-            message["content"] = f"{text}\n{message['content']}"
+            message["content"] = joined(text, message["content"])
             return messages
     return [*messages, {"role": "user", "content": text}]
 
@@ -38,7 +47,7 @@ def preceded(text: str, observation: Observation) -> list[Message]:
 def followed(observation: Observation, text: str) -> list[Message]:
     """An observation with a text behind what its last message says; its directions stay."""
     messages = messages_of(observation)
-    messages[-1]["content"] = f"{messages[-1]['content']}\n{text}"
+    messages[-1]["content"] = joined(messages[-1]["content"], text)
     return messages
 
 
@@ -51,7 +60,7 @@ def anew(messages: list[Message]) -> list[Message]:
     for message in messages:
         plain = {key: value for key, value in message.items() if key not in DIRECTIONS}
         if said and plain["role"] == said[-1]["role"] == "user":
-            said[-1]["content"] += f"\n{plain['content']}"
+            said[-1]["content"] = joined(said[-1]["content"], plain["content"])
         else:
             said.append(plain)
     tools = next((message["tools"] for message in messages if "tools" in message), None)

@@ -33,6 +33,7 @@ BENCHMARKS = (
     "transfer",
     "buffer",
     "durability",
+    "episodes",
     "scale",
 )
 ON_REQUEST = ("overlap_real",)  # has no bound
@@ -70,6 +71,10 @@ BOUNDS = (
         "buffer", "disk_ratio", "the same with ledger and segments, of a plain file's rate", "at least", 0.7
     ),
     Bound("durability", "ratio", "tokens/s of a worker, of those without durability", "at least", 0.97),
+    Bound("episodes", "turn_ms", "a turn of a worker with 1,000 episodes, ms of a core", "at most", 1.0),
+    Bound("episodes", "episode_kb", "memory that each of them holds, KB", "at most", 200),
+    Bound("episodes", "beside_stuck", "turns/s beside a stuck replica, of those without", "at least", 0.9),
+    Bound("episodes", "process_adds_ms", "a replica's process adds to a step, ms", "at most", 0.3),
     Bound("scale", "linear", "turns/s of eight workers, of eight times one", "at least", 0.85),
     Bound("buffer", "resident_growth_mb", "memory grown over 100,000 groups, MB", "at most", 8),
 )

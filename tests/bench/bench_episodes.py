@@ -1,5 +1,5 @@
 """A thousand episodes on one worker: what a turn and an episode cost, what a stuck replica costs the others, what a
-process around an environment adds to a step.
+process around an environment adds to a step, and what an actor before that process does.
 
 The engine answers after a fixed time and uses next to no processor, so that all the worker's process uses is ours: the
 environments, the conversations, the turns made durable, the rows. Prints JSON.
@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import psutil
+import ray
 
-from deploy.build import load_tokenizer
+from deploy.build import load_tokenizer, replica_start
 from envs.base import TextEnv
 from envs.host import HostSettings
 from learner.tokenizer import build_tokenizer
@@ -40,7 +41,7 @@ TURNS = 24
 WARM_UP_S, SECONDS = 10.0, 20.0
 OPTIONS = {"size": 6, "frozen_probability": 1.0, "max_turns": TURNS, "instructions": False, "view": "map"}
 FEW_GROUPS, FEW_LATENCY_S, FEW_SECONDS, ROUNDS = 3, 0.02, 4.0, 3
-STEPS = 2_000
+STEPS, STEPS_A_TURN = 2_000, 200
 
 
 class Waiting:
@@ -56,7 +57,9 @@ class Waiting:
         ids = np.array(chat.encode_action(word), np.int32)
         return Completion(ids, np.full(len(ids), -1, np.float32), np.zeros(len(ids), np.int32), "stop")
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
+    ) -> Completion:
         await asyncio.sleep(self._latency)
         self.turns += 1
         return self._random.choice(self._answers)
@@ -147,19 +150,28 @@ def _sticky(env_id: str, **options: Any) -> Sticky:
     return Sticky(**options)
 
 
-async def _step_ms(where: str) -> float:
-    """Median milliseconds of one step of the lake."""
-    pool = EnvironmentPool(host=HostSettings(where=where))
+async def _step_ms(wheres: Sequence[str]) -> dict[str, float]:
+    """Median milliseconds of one step of the lake, by where its replica lives; they step in turns."""
     task = Task.of("frozen_lake", 0, OPTIONS | {"max_turns": STEPS + 1})
-    replica = await pool.take(task)
-    await replica.reset(0)
-    seconds = []
-    for _ in range(STEPS):
-        began = time.perf_counter()
-        await replica.step("left")
-        seconds.append(time.perf_counter() - began)
-    await pool.discard(task, replica)
-    return 1000 * statistics.median(seconds)
+    pools = {where: _pool(where) for where in wheres}
+    replicas = {where: await pool.take(task) for where, pool in pools.items()}
+    seconds: dict[str, list[float]] = {where: [] for where in wheres}
+    for replica in replicas.values():
+        await replica.reset(0)
+    for _ in range(STEPS // STEPS_A_TURN):
+        for where, replica in replicas.items():
+            for _ in range(STEPS_A_TURN):
+                began = time.perf_counter()
+                await replica.step("left")
+                seconds[where].append(time.perf_counter() - began)
+    for where, replica in replicas.items():
+        await pools[where].discard(task, replica)
+    return {where: 1000 * statistics.median(taken[STEPS_A_TURN:]) for where, taken in seconds.items()}
+
+
+def _pool(where: str) -> EnvironmentPool:
+    host = HostSettings(where=where)
+    return EnvironmentPool(host=host, start=replica_start(host))
 
 
 async def _measure(folder: Path) -> dict[str, float]:
@@ -171,12 +183,17 @@ async def _measure(folder: Path) -> dict[str, float]:
         order = (True, False) if number % 2 else (False, True)
         both = {stuck: await _few(folder / f"few-{number}-{stuck}", chat, stuck) for stuck in order}
         rates.append(both[True] / both[False])
-    inline, hosted = await _step_ms("inline"), await _step_ms("process")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        step = await _step_ms(("inline", "process", "ray"))
+    finally:
+        ray.shutdown()
     return figures | {
         "beside_stuck": statistics.median(rates),
         "beside_stuck_lowest": min(rates),
-        "inline_step_ms": inline,
-        "process_adds_ms": hosted - inline,
+        "inline_step_ms": step["inline"],
+        "process_adds_ms": step["process"] - step["inline"],
+        "ray_adds_ms": step["ray"] - step["inline"],
     }
 
 

@@ -220,7 +220,9 @@ def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path: Path) ->
 
 
 def test_an_override_with_nothing_behind_it_leaves_a_section_out() -> None:
-    config = load_config("household", ["tiny=", "warm_start=", "learner.model.path=/a/model", "env.options.level=3"])
+    config = load_config(
+        "household", ["tiny=", "warm_start=", "learner.model.path=/a/model", "env.options.level=3"]
+    )
     assert config.tiny is None and config.warm_start is None
     assert config.learner.model.path == "/a/model"
     assert config.env.options["level"] == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -13,7 +14,11 @@ from envs.registry import Env, Player
 
 def here() -> list[str]:
     """The registered ids for which this machine has what they need: a sandbox, a package of an extra."""
-    there = {"programming": sandbox.refusal() is None, "chess": find_spec("chess") is not None}
+    there = {
+        "programming": sandbox.refusal() is None,
+        "chess": find_spec("chess") is not None,
+        "browser": find_spec("playwright") is not None and shutil.which("chromium") is not None,
+    }
     return [env_id for env_id in registry.registered() if there.get(env_id, True)]
 
 

@@ -149,12 +149,20 @@ def test_a_wrong_environment_is_refused_in_one_line(env_id: str, options: dict[s
     assert "\n" not in str(refused.value)
 
 
-def test_an_environment_whose_package_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "chess", None)
-    monkeypatch.delitem(sys.modules, "envs.chess_game", raising=False)
+@pytest.mark.parametrize(
+    ("env_id", "package", "module"),
+    [("chess", "chess", "envs.chess_game"), ("browser", "playwright.sync_api", "envs.browser_tab")],
+)
+def test_an_environment_whose_package_is_missing_names_its_extra(
+    monkeypatch: pytest.MonkeyPatch, env_id: str, package: str, module: str
+) -> None:
+    for absent in (package, package.partition(".")[0]):
+        monkeypatch.setitem(sys.modules, absent, None)
+    for ours in (module, registry._OURS[env_id].partition(":")[0]):
+        monkeypatch.delitem(sys.modules, ours, raising=False)
     for asked in (registry.make, registry.words, registry.player, registry.describe):
-        with pytest.raises(EnvironmentUnknown, match=r"pip install 'manta\[chess\]'") as refused:
-            asked("chess")
+        with pytest.raises(EnvironmentUnknown, match=rf"pip install 'manta\[{env_id}\]'") as refused:
+            asked(env_id)
         assert "\n" not in str(refused.value)
 
 

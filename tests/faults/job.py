@@ -54,8 +54,10 @@ class Logged:
     def version(self) -> int:
         return self._engine.version
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        completion = await self._engine.generate(prompt_ids, sampling)
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
+    ) -> Completion:
+        completion = await self._engine.generate(prompt_ids, sampling, images)
         await asyncio.sleep(self._extra)
         self._file.write(f"{time.time():.3f} {sampling.seed} {len(completion.token_ids)}\n")
         self._file.flush()

@@ -82,7 +82,9 @@ class Dictated:
         self.answers = list(answers)
         self.prompts: list[list[int]] = []
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
+    ) -> Completion:
         ids = np.array(self.answers[len(self.prompts)], dtype=np.int32)
         self.prompts.append(list(prompt_ids))
         return Completion(ids, np.zeros(len(ids), np.float32), np.full(len(ids), 3, np.int32), "stop")

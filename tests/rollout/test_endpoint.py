@@ -52,7 +52,7 @@ def played(
             return await concurrently(play(place, pool, agent, limits) for place in places)
         finally:
             await pool.close()
-            assert not any(pool._idle.values()), "a program is for one episode"
+            assert not list(pool._all_idle()), "a program is for one episode"
 
     return asyncio.run(run())
 

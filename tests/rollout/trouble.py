@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
 import time
+from threading import Lock
 from typing import Any
 
 import gymnasium as gym
@@ -19,8 +21,9 @@ class Trouble(gym.Env[str, str]):
     observation_space = text_space()
     action_space = text_space()
 
-    def __init__(self, what: str = "none") -> None:
+    def __init__(self, what: str = "none", nondeterministic: bool = False) -> None:
         self.what = what
+        self.nondeterministic = nondeterministic
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -32,7 +35,8 @@ class Trouble(gym.Env[str, str]):
         self.turn += 1
         if self.turn == 2:
             self._happen()
-        return str(self.turn), 0.5, self.turn == 3, False, {}
+        ends = self.turn == 3
+        return str(self.turn), 0.5, ends, False, {"success": True, "lock": Lock()} if ends else {}
 
     def _happen(self) -> None:
         match self.what:
@@ -44,6 +48,8 @@ class Trouble(gym.Env[str, str]):
                 raise ZeroDivisionError("no such tile")
             case "sleep":
                 time.sleep(3600)
+            case "spin":
+                sum(itertools.repeat(1))  # C that looks at no signal and lets no other thread run
             case "freeze":
                 os.kill(os.getpid(), signal.SIGSTOP)
 

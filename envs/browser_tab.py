@@ -1,0 +1,343 @@
+"""A page in Chromium that sees nothing but what one function answers, driven by Playwright (extra browser).
+
+    environment, any thread         the one thread that Playwright is called from          driver, Chromium
+    Tab.click, .read, ...   job ->  one after another                              pipes ->   a context a tab
+                            <- result or error
+
+Playwright refuses to be called where an event loop runs, which is where replicas are played: hence the thread. A
+process has one browser, started with its first tab and stopped with its last; each tab has a context of its own.
+Requests are answered by the tab's own function or aborted, so that nothing reaches a network, and nothing listens.
+Driver and browser end when their pipes close, that is, with this process, however it ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, urlsplit
+
+try:
+    from playwright.sync_api import Error, sync_playwright
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        "browser needs an optional package: pip install 'manta[browser]'", name="playwright"
+    ) from missing
+
+ORIGIN = "http://site.test"  # a name that nobody can have (RFC 6761); it is never looked up
+VIEWPORT = {"width": 640, "height": 480}
+START_SECONDS = 120.0  # for the driver and Chromium
+CALL_SECONDS = 60.0  # for one thing done in a tab
+END_SECONDS = 5.0
+EXECUTABLES = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = (
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND",  # for what no route catches: connecting ahead of a click
+    "--enable-blink-features=ComputedAccessibilityInfo",  # roles and names as the browser itself computes them
+)
+Respond = Callable[[str, str, dict[str, str]], str]  # method, path, fields -> HTML
+_Result = TypeVar("_Result")
+
+# Everything that can be read or acted on, in the order of the page; what can be acted on is numbered from 1.
+_READ = """() => {
+    let handle = 0;
+    return Array.from(document.querySelectorAll("h1, p, tr, a, button, input, select"), each => {
+        const acts = each.matches("a, button, input, select"), role = each.computedRole;
+        if (acts) each.dataset.handle = ++handle;
+        const cells = Array.from(each.cells ?? [each], cell => cell.textContent.trim());
+        const state = each.checked ? "on" : "off", chosen = each.selectedOptions?.[0]?.label;
+        return {
+            handle: acts ? handle : 0,
+            role: role,
+            name: acts ? each.computedName : cells.join(", "),
+            value: ["radio", "checkbox"].includes(role) ? state : chosen ?? each.value ?? "",
+            options: Array.from(each.options ?? [], option => option.label),
+        };
+    });
+}"""
+_CENTRE = """handle => {
+    const element = document.querySelector(`[data-handle="${handle}"]`);
+    element.scrollIntoView({block: "nearest"});
+    const box = element.getBoundingClientRect();
+    return [box.x + box.width / 2, box.y + box.height / 2];
+}"""
+_MARK = """() => document.querySelectorAll("[data-handle]").forEach(each => {
+    const box = each.getBoundingClientRect(), mark = document.createElement("b");
+    mark.textContent = each.dataset.handle;
+    mark.className = "mark";
+    mark.style = `position: fixed; left: ${Math.max(0, box.left - 20)}px; top: ${box.top + box.height / 2 - 9}px;
+        font: bold 12px/18px sans-serif; min-width: 17px; text-align: center; color: #000; background: #ffd84d;
+        border-radius: 3px`;
+    document.body.append(mark);
+})"""
+_UNMARK = """() => document.querySelectorAll("b.mark").forEach(mark => mark.remove())"""
+
+
+def find_chromium() -> str:
+    """The path of Chromium or Chrome on this machine. ValueError, one line, where there is none."""
+    found = next((path for name in EXECUTABLES if (path := shutil.which(name))), None)
+    if found is None:
+        raise ValueError(
+            "there is no Chromium here: install your system's package (Debian: apt-get install chromium) "
+            "or say where it is by executable"
+        )
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """What a page says: role and name as Chromium computes them for screen readers, and its state."""
+
+    handle: int  # by which it is acted on; 0 for what can only be read
+    role: str
+    name: str
+    value: str  # of a textbox or combobox; on or off of a radio or checkbox
+    options: list[str]  # of a combobox
+
+
+class _Browser:
+    """Chromium and the thread that it is driven from. All but `post` and `ask` runs in that thread."""
+
+    def __init__(self, executable: str) -> None:
+        self.stuck = False
+        self._executable = executable
+        self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self._playwright: Any = None
+        self._chromium: Any = None
+        self._contexts: set[Any] = set()
+        threading.Thread(target=self._work, name="chromium", daemon=True).start()
+
+    def post(self, job: Callable[[], _Result]) -> Future[_Result]:
+        """Have something done, without waiting for it; may be called by the garbage collector."""
+        done: Future[_Result] = Future()
+        self._jobs.put((done, job))
+        return done
+
+    def ask(self, job: Callable[[], _Result], seconds: float) -> _Result:
+        """Have something done and wait for it. Raises what it raises, RuntimeError where no answer comes in time."""
+        return self.wait(self.post(job), seconds)
+
+    def wait(self, done: Future[_Result], seconds: float) -> _Result:
+        """What comes of something posted, as `ask` has it."""
+        try:
+            return done.result(0 if self.stuck else seconds)
+        except TimeoutError:
+            self.stuck = True  # the thread cannot be stopped; the next tab has another browser
+            raise RuntimeError(
+                f"the browser {self._executable} gave no answer within {seconds:g} s"
+            ) from None
+
+    def join(self) -> Any:
+        """A new context, in a browser that is started where none runs, or where the one that ran has died."""
+        context = None
+        if self._chromium is not None:
+            with suppress(Error):
+                context = self._context()
+        if context is None:
+            self._stop()
+            self._start()
+            context = self._context()
+        self._contexts.add(context)
+        return context
+
+    def leave(self, context: Any) -> None:
+        """Close a context, and with the last one the browser."""
+        with suppress(Error):
+            context.close()
+        self._contexts.discard(context)
+        if not self._contexts:
+            self._stop()
+
+    def end(self) -> None:
+        """Stop with this process: an interpreter must not end in the midst of a call to Playwright."""
+        with suppress(RuntimeError):
+            self.ask(self._stop, END_SECONDS)
+
+    def _work(self) -> None:
+        while True:
+            done, job = self._jobs.get()
+            try:
+                done.set_result(job())
+            except BaseException as error:  # it is for whoever waits
+                done.set_exception(error)
+            del done, job  # they hold a tab's context while the thread waits for the next
+
+    def _context(self) -> Any:
+        return self._chromium.new_context(viewport=VIEWPORT, offline=True, service_workers="block")
+
+    def _start(self) -> None:
+        self._playwright = sync_playwright().start()
+        try:
+            # Chromium's own sandbox does not work for root.
+            self._chromium = self._playwright.chromium.launch(
+                executable_path=self._executable, args=FLAGS, chromium_sandbox=os.geteuid() != 0
+            )
+        except Error as error:
+            self._stop()
+            raise RuntimeError(
+                f"{self._executable} did not start: {error.message.splitlines()[0]}"
+            ) from error
+
+    def _stop(self) -> None:
+        playwright, chromium = self._playwright, self._chromium
+        self._playwright = self._chromium = None
+        self._contexts.clear()
+        if chromium is not None:
+            with suppress(Error):
+                chromium.close()
+        if playwright is not None:
+            with suppress(Error):
+                playwright.stop()
+
+
+_browsers: dict[str, _Browser] = {}  # by executable
+_lock = threading.Lock()
+
+
+def _browser(executable: str) -> _Browser:
+    with _lock:
+        browser = _browsers.get(executable)
+        if browser is None or browser.stuck:
+            browser = _browsers[executable] = _Browser(executable)
+            atexit.register(browser.end)
+        return browser
+
+
+@dataclass
+class _Served:
+    """What answers a tab's requests. Playwright holds it, so it must not lead back to the tab."""
+
+    respond: Respond | None = None
+
+    def handle(self, route: Any) -> None:
+        request = route.request
+        if self.respond is None or not request.url.startswith(f"{ORIGIN}/"):
+            route.abort()
+            return
+        url = urlsplit(request.url)
+        sent = (request.post_data or "") if request.method == "POST" else url.query
+        page = self.respond(request.method, url.path, dict(parse_qsl(sent, keep_blank_values=True)))
+        route.fulfill(body=page, content_type="text/html; charset=utf-8")
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a tab has in the browser."""
+
+    context: Any
+    page: Any
+    protocol: Any  # Chromium's own, for what Playwright has no call for
+    served: _Served
+
+
+class Tab:
+    """One page in a context of its own. Its calls may come from any thread, one at a time.
+
+    Raises RuntimeError where the browser does not start or gives no answer in time, Playwright's own errors where it is
+    gone. A tab that is dropped is closed.
+    """
+
+    def __init__(self, executable: str) -> None:
+        # What Playwright is asked to do must not lead back to the tab, which could then never be dropped.
+        browser = self._browser = _browser(executable)
+        self._opened = browser.ask(lambda: _opened(browser), START_SECONDS)
+        context = self._opened.context
+        self._left = weakref.finalize(self, lambda: browser.post(lambda: browser.leave(context)))
+        self._left.atexit = False  # they end with this process anyway
+
+    @property
+    def path(self) -> str:
+        """Where the page is from."""
+        return urlsplit(self._do(lambda page: page.url)).path
+
+    def open(self, respond: Respond, path: str) -> None:
+        """Begin anew at a page, with no history; from now on `respond` answers."""
+        self._opened.served.respond = respond
+        protocol = self._opened.protocol
+
+        def job(page: Any) -> None:
+            page.goto(f"{ORIGIN}{path}")
+            protocol.send("Page.resetNavigationHistory")
+
+        self._do(job)
+
+    def read(self) -> list[Element]:
+        """Headings, paragraphs, rows of tables and all that can be acted on, in the order of the page."""
+        return [Element(**each) for each in self._do(lambda page: page.evaluate(_READ))]
+
+    def click(self, element: Element) -> None:
+        """Click at the middle of an element; a link's or a button's page is there when this returns."""
+        leads_on = element.role in ("link", "button")
+
+        def job(page: Any) -> None:
+            x, y = page.evaluate(_CENTRE, element.handle)
+            with page.expect_navigation() if leads_on else nullcontext():
+                page.mouse.click(x, y)
+
+        self._do(job)
+
+    def type(self, element: Element, text: str) -> None:
+        """Put a text into a textbox, in place of what stands there."""
+        self._do(lambda page: page.locator(f'[data-handle="{element.handle}"]').fill(text))
+
+    def select(self, element: Element, option: str) -> None:
+        """Choose one of a combobox's options."""
+        self._do(lambda page: page.locator(f'[data-handle="{element.handle}"]').select_option(label=option))
+
+    def back(self) -> bool:
+        """Go back a page; whether there is one."""
+
+        def job(page: Any) -> bool:
+            there_is = bool(page.evaluate("navigation.canGoBack"))
+            if there_is:
+                page.go_back()
+            return there_is
+
+        return self._do(job)
+
+    def picture(self) -> bytes:
+        """What is to be seen, VIEWPORT in size, as PNG; what was numbered by `read` has its number beside it."""
+
+        def job(page: Any) -> bytes:
+            page.evaluate(_MARK)
+            png: bytes = page.screenshot()
+            page.evaluate(_UNMARK)
+            return png
+
+        return self._do(job)
+
+    def close(self) -> None:
+        """Close the page and its context; with the last one of this process the browser ends."""
+        done = self._left()
+        if done is not None:
+            self._browser.wait(done, CALL_SECONDS)
+
+    def _do(self, job: Callable[[Any], _Result]) -> _Result:
+        page = self._opened.page
+        return self._browser.ask(lambda: job(page), CALL_SECONDS)
+
+
+def _opened(browser: _Browser) -> _Opened:
+    context = browser.join()
+    served = _Served()
+    try:
+        context.route("**/*", served.handle)
+        context.set_default_timeout(CALL_SECONDS * 500)  # milliseconds: half of what whoever asks waits
+        page = context.new_page()
+        return _Opened(context, page, context.new_cdp_session(page), served)
+    except Error:
+        browser.leave(context)
+        raise

@@ -1,0 +1,53 @@
+"""The pictures in an observation: parts of messages, each a PNG as a data URL. Facts, stored with the turn that saw it.
+
+    {"role": "user", "content": [{"type": "text", "text": "..."}, {"type": "image", "image": "data:image/png;..."}]}
+
+Whoever opens them may rely on their size: an environment's word is not trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from base64 import b64decode
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+PREFIX = "data:image/png;base64,"
+MAX_IMAGE_BYTES = 4 * 2**20  # of one picture's data URL
+MAX_PIXELS = 2**24  # of one picture, whatever its bytes unfold to
+MAX_EPISODE_BYTES = 64 * 2**20  # of all an episode's: thirty such siblings still fit into one Arrow column
+
+
+def images_of(messages: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The data URLs of the pictures in these messages, in order. ValueError for one in another form, or too large."""
+    contents = (message["content"] for message in messages)
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    images = tuple(part.get("image", "") for part in parts if part["type"] == "image")
+    for image in images:
+        height, width = _size(image)
+        if len(image) > MAX_IMAGE_BYTES or height * width > MAX_PIXELS:
+            raise ValueError(
+                f"a picture of {height} x {width} pixels and {len(image)} bytes as a data URL; {MAX_PIXELS} pixels and "
+                f"{MAX_IMAGE_BYTES} bytes are the most: make it smaller"
+            )
+    return images
+
+
+def _size(image: object) -> tuple[int, int]:
+    """Height and width, out of the header that every PNG begins with (ISO 15948, section 11.2.2)."""
+    if not isinstance(image, str) or not image.startswith(PREFIX):
+        raise ValueError(f"a picture is a data URL that begins with {PREFIX}, got {str(image)[:40]!r}")
+    try:
+        header = b64decode(image[len(PREFIX) : len(PREFIX) + 32], validate=True)
+        signature, width, height = struct.unpack(">8s8xII", header)
+    except (ValueError, struct.error) as error:
+        raise ValueError(f"a picture is no PNG: {error}") from error
+    if signature != b"\x89PNG\r\n\x1a\n":
+        raise ValueError("a picture is no PNG: it begins otherwise")
+    return height, width
+
+
+def images_in(observation: str) -> tuple[str, ...]:
+    """The same of an observation as it is stored, JSON; text without pictures is not parsed."""
+    return images_of(json.loads(observation)) if PREFIX in observation else ()
