@@ -105,7 +105,9 @@ class Browser(TextEnv):
         self._executable = executable or find_chromium()
         if self._pictures:
             self.observation_space = TalkSpace()
-        self._tab: Tab | None = None
+        self._tab: Tab | None = Tab(
+            self._executable
+        )  # starting a browser takes seconds: not the first reset's
         self._site = Site((), ())
         self._goal = Goal("")
         self._elements: dict[int, Element] = {}
@@ -126,7 +128,7 @@ class Browser(TextEnv):
         return self._observed(self._tab, self._opening), {}
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, Info]:  # type: ignore[override]
-        if self._tab is None:
+        if self._tab is None or not self._goal.task:
             raise RuntimeError("step() was called before reset()")
         call = read(action)
         if call is None:
