@@ -257,7 +257,7 @@ def test_a_picture_shows_the_page_and_the_same_episode() -> None:
     player, pictures, done = Player(0.0, 0), [], False
     while not done:
         told, picture = message["content"]
-        assert told == {"type": "text", "text": heard.partition("\n")[0] + "\n"}
+        assert told == {"type": "text", "text": heard.partition("\n")[0]}
         kind, _, encoded = picture["image"].partition(",")
         assert (picture["type"], kind) == ("image", "data:image/png;base64")
         pictures.append(base64.b64decode(encoded))
