@@ -46,9 +46,19 @@ def model_path(config: RunConfig, run_folder: Path) -> str:
     folder = run_folder / "base"
     if not (folder / "config.json").is_file():
         tokenizer = tiny_tokenizer(config, folder)
-        sizes = tiny.model_dump(include={"layers", "width", "heads", "head_width", "mlp", "tie"})
         build = partial(build_tiny_vision, pixels=tiny.pixels) if tiny.pixels else build_tiny
-        build(folder, tokenizer, context=config.rollout.context_tokens, seed=config.seed, **sizes)
+        build(
+            folder,
+            tokenizer,
+            layers=tiny.layers,
+            width=tiny.width,
+            heads=tiny.heads,
+            head_width=tiny.head_width,
+            mlp=tiny.mlp,
+            context=config.rollout.context_tokens,
+            tie=tiny.tie,
+            seed=config.seed,
+        )
     return str(folder)
 
 

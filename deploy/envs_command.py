@@ -31,10 +31,10 @@ def show_environments(console: Console) -> None:
             ours.add_row(env_id, escape(told.about), escape(told.levels), "yes" if told.has_player else "")
     console.print(ours)
     if registry.SUITES:
-        suites = _table("suite", "ids", "here")
+        suites = _table("suite", "ids", "extra", "here")
         for suite in registry.SUITES:
             found = "yes" if suite.installed else f"pip install 'manta\\[{suite.extra}]'"
-            suites.add_row(escape(suite.about), f"{suite.prefix}...", found)
+            suites.add_row(escape(suite.about), f"{suite.prefix}...", suite.extra, found)
         console.print(suites)
     known, fit = newest_of_gymnasium(), gymnasium_ids()
     console.print(

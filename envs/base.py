@@ -153,7 +153,7 @@ class TextEnv(gym.Env[str, str]):
     metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own convention
     reward_range: tuple[float, float] = (0.0, 1.0)
 
-    observation_space = text_space()
+    observation_space: spaces.Space[Any] = text_space()
     action_space = text_space(256)
 
 

@@ -17,13 +17,13 @@ grammar (malformed).
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
+from envs import images
 from envs.base import Info, Observation, Split, TalkSpace, TextEnv, check_options, in_split, lower_case_words
 from envs.browser_pages import (
     COLOURS,
@@ -105,15 +105,16 @@ class Browser(TextEnv):
         self._executable = executable or find_chromium()
         if self._pictures:
             self.observation_space = TalkSpace()
-        self._tab: Tab | None = None
+        # Here, since starting a browser takes seconds, which a reset has no limit for.
+        self._tab: Tab | None = Tab(self._executable)
         self._site = Site((), ())
         self._goal = Goal("")
         self._elements: dict[int, Element] = {}
         self._turns = 0
 
-    def reset(
+    def reset(  # type: ignore[override]  # a picture is no text
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, Info]:  # type: ignore[override]
+    ) -> tuple[Observation, Info]:
         super().reset(seed=seed)
         while True:  # one task in eight is held out, so either part is soon drawn
             self._site, self._goal = draw(self.np_random, self._level)
@@ -126,7 +127,7 @@ class Browser(TextEnv):
         return self._observed(self._tab, self._opening), {}
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, Info]:  # type: ignore[override]
-        if self._tab is None:
+        if self._tab is None or not self._goal.task:
             raise RuntimeError("step() was called before reset()")
         call = read(action)
         if call is None:
@@ -171,9 +172,7 @@ class Browser(TextEnv):
         task = f"{before}task: {self._goal.task}"
         if not self._pictures:
             return "\n".join((task, *map(line_of, elements)))
-        picture = f"data:image/png;base64,{base64.b64encode(tab.picture()).decode()}"
-        parts = [{"type": "text", "text": f"{task}\n"}, {"type": "image", "image": picture}]
-        return [{"role": "user", "content": parts}]
+        return [{"role": "user", "content": [images.text(task), images.png(tab.picture())]}]
 
 
 def read(action: str) -> tuple[str, ...] | None:

@@ -180,9 +180,11 @@ def _items(rng: np.random.Generator) -> tuple[Item, ...]:
 def _people(rng: np.random.Generator) -> tuple[Person, ...]:
     names = [f"{given} {family}" for given, family in product(GIVEN, FAMILY)]
     works = list(product(TRADES, TOWNS))
-    drawn = zip(rng.permutation(len(names)), rng.permutation(len(works)), rng.permutation(9000), strict=False)
+    called, doing = rng.permutation(len(names))[:PEOPLE], rng.permutation(len(works))[:PEOPLE]
+    phones = 1000 + rng.permutation(9000)[:PEOPLE]
     return tuple(
-        Person(names[name], *works[work], str(1000 + phone)) for name, work, phone in list(drawn)[:PEOPLE]
+        Person(names[name], works[work][0], works[work][1], str(phone))
+        for name, work, phone in zip(called, doing, phones, strict=True)
     )
 
 

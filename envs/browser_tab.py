@@ -5,15 +5,17 @@
                             <- result or error
 
 Playwright refuses to be called where an event loop runs, which is where replicas are played: hence the thread. A
-process has one browser, started with its first tab and stopped with its last; each tab has a context of its own.
+process has one browser, started with its first tab and stopped soon after its last; each tab has a context of its own.
 Requests are answered by the tab's own function or aborted, so that nothing reaches a network, and nothing listens.
-Driver and browser end when their pipes close, that is, with this process, however it ends.
+Driver and browser end when their pipes close, that is, with this process, however it ends; a driver that is killed
+with it leaves Chromium's profile, a megabyte, in the temporary folder.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
+import random
 import shutil
 import threading
 import weakref
@@ -21,7 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
@@ -37,6 +39,7 @@ VIEWPORT = {"width": 640, "height": 480}
 START_SECONDS = 120.0  # for the driver and Chromium
 CALL_SECONDS = 60.0  # for one thing done in a tab
 END_SECONDS = 5.0
+LINGER_SECONDS = 5.0  # that a browser without tabs waits for another: to start it anew takes seconds
 EXECUTABLES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     "--disable-gpu",
@@ -154,21 +157,23 @@ class _Browser:
         return context
 
     def leave(self, context: Any) -> None:
-        """Close a context, and with the last one the browser."""
+        """Close a context; without any the browser is stopped soon."""
         with suppress(Error):
             context.close()
         self._contexts.discard(context)
-        if not self._contexts:
-            self._stop()
 
     def end(self) -> None:
-        """Stop with this process: an interpreter must not end in the midst of a call to Playwright."""
+        """Stop, with this process: an interpreter must not end in the midst of a call to Playwright."""
         with suppress(RuntimeError):
             self.ask(self._stop, END_SECONDS)
 
     def _work(self) -> None:
         while True:
-            done, job = self._jobs.get()
+            try:
+                done, job = self._jobs.get(timeout=None if self._contexts else LINGER_SECONDS)
+            except Empty:
+                self._stop()
+                continue
             try:
                 done.set_result(job())
             except BaseException as error:  # it is for whoever waits
@@ -179,7 +184,9 @@ class _Browser:
         return self._chromium.new_context(viewport=VIEWPORT, offline=True, service_workers="block")
 
     def _start(self) -> None:
+        state = random.getstate()  # Playwright names its calls by the global generator, which is everybody's
         self._playwright = sync_playwright().start()
+        random.setstate(state)
         try:
             # Chromium's own sandbox does not work for root.
             self._chromium = self._playwright.chromium.launch(

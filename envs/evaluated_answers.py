@@ -77,8 +77,8 @@ def _formula(node: ast.expr, powers: int) -> bool:
             return powers > 0 and _exponent(node.right) and _formula(node.left, powers - 1)
         case ast.BinOp() if isinstance(node.op, _OPERATORS):
             return _formula(node.left, powers) and _formula(node.right, powers)
-        case ast.Call(func=ast.Name(), args=[argument], keywords=[]):
-            return node.func.id in FUNCTIONS and _formula(argument, powers)
+        case ast.Call(func=ast.Name(id=function), args=[argument], keywords=[]):
+            return function in FUNCTIONS and _formula(argument, powers)
     return False
 
 

@@ -27,7 +27,12 @@ def image(pixels: Pixels) -> dict[str, Any]:
     written = io.BytesIO()
     # One level of compression for good: the same pixels are the same bytes when an episode is played again.
     Image.fromarray(np.ascontiguousarray(flat)).save(written, "png", compress_level=6)
-    return {"type": "image", "image": _PNG + base64.b64encode(written.getvalue()).decode()}
+    return png(written.getvalue())
+
+
+def png(written: bytes) -> dict[str, Any]:
+    """A part of a message: a picture that is a PNG already."""
+    return {"type": "image", "image": _PNG + base64.b64encode(written).decode()}
 
 
 def text(said: str) -> dict[str, Any]:

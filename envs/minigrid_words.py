@@ -74,13 +74,14 @@ class MiniGridInWords(gym.Wrapper[str, str, Any, Any], RecordConstructorArgs):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         with quiet():  # BabyAI tells of instances that it rejects
-            observation, _ = self.env.reset(seed=seed, options=options)
+            observation: Any = self.env.reset(seed=seed, options=options)[0]
         return self._opening(observation) + told(observation), {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
         word = action.strip().lower()
         if word not in self._actions:
             return UNREADABLE, 0.0, True, False, {"malformed": True, "success": False}
+        observation: Any
         observation, reward, terminated, truncated, _ = self.env.step(Actions[word].value)
         truncated = truncated and not terminated  # the package says both of a last step that ends it
         info: Info = {"success": float(reward) > 0} if terminated or truncated else {}

@@ -9,6 +9,7 @@ Ends: an answer to the last question (terminated), a word that is no answer (mal
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import gymnasium as gym
@@ -114,10 +115,15 @@ class Player:
         question, shown_part = observation[-1]["content"]
         colour, place = seen(pixels_of(shown_part))
         before, self._before = self._before, colour
-        answers = {COLOUR: (colour, COLOURS), PLACE: (place, PLACES), BEFORE: (before, COLOURS)}
+        answers: dict[str, tuple[str, Iterable[str]]] = {
+            COLOUR: (colour, COLOURS),
+            PLACE: (place, PLACES),
+            BEFORE: (before, COLOURS),
+        }
         answer, possible = answers[question["text"]]
         if self._rng.random() < self._error_rate:
-            return list(possible)[self._rng.integers(len(possible))]
+            words = tuple(possible)
+            return words[self._rng.integers(len(words))]
         return answer
 
 

@@ -28,7 +28,10 @@ from envs.registry import Env
 PREFIX = "reasoning_gym/"
 MAX_ANSWER = 1 << 13  # characters
 UNREADABLE = "That is no answer."
-NONSENSE = "nothing that anybody would say"
+PROBES = (
+    "nothing that anybody would say",
+    "0",
+)  # for which no scorer may give all, unless they are the answer
 Style = Literal["whole", "tagged"]
 INSTRUCTIONS = {
     "whole": "Say the answer and nothing else.\n",
@@ -139,9 +142,12 @@ class ReasoningQuestions(TextEnv):
         elif self._entry["question"].strip() in answer or not EVALUATED.get(self._name, _any)(answer):
             return 0.0
         score = self._given(answer)
-        if score == 1.0 and answer != right and self._given(NONSENSE) == 1.0:
-            return 0.0  # some scorers take whatever is not "True" for "False"
-        return score
+        return 0.0 if score == 1.0 and answer != right and self._gives_it_away() else score
+
+    def _gives_it_away(self) -> bool:
+        """Whether the scorer takes for right what is not: some do whatever is not "True", or begins alike."""
+        right = str(self._entry["answer"])
+        return any(self._given(probe) == 1.0 for probe in PROBES if not _same(probe, right))
 
     def _given(self, answer: str) -> float:
         """What the package's scorer gives, within [0, 1]."""
@@ -168,6 +174,14 @@ class ReasoningQuestions(TextEnv):
 
 def _any(answer: str) -> bool:
     return True
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two answers are the same text or the same number."""
+    try:
+        return one == other or float(one) == float(other)
+    except ValueError:
+        return False
 
 
 def _require_known(name: str) -> None:

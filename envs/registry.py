@@ -70,22 +70,10 @@ SUITES: tuple[Suite, ...] = (
         "reasoning",
         "reasoning_gym",
         "envs.reasoning_questions:reasoning_gym",
-        "reasoning-gym, a dataset by its name",
+        "reasoning-gym",
     ),
-    Suite(
-        "pettingzoo/",
-        "pettingzoo",
-        "pettingzoo",
-        "envs.pettingzoo_games:pettingzoo_game",
-        "PettingZoo's turn-taking games, classic/tictactoe_v3 and so on",
-    ),
-    Suite(
-        "textarena/",
-        "textarena",
-        "textarena",
-        "envs.textarena_games:textarena_game",
-        "TextArena's games for one and two, TicTacToe-v0 and so on",
-    ),
+    Suite("pettingzoo/", "pettingzoo", "pettingzoo", "envs.pettingzoo_games:pettingzoo_game", "PettingZoo"),
+    Suite("textarena/", "textarena", "textarena", "envs.textarena_games:textarena_game", "TextArena"),
 )
 _OURS: dict[str, str | _Factory] = {
     "arithmetic": "envs.arithmetic:Arithmetic",

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from io import BytesIO
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from learner.batch import MicroBatch, Seen
+from rollout.wire.images import png_of
 
 # Families whose pictures attend as text does and whose features are concatenated picture after picture: every one of
 # them is tested against its own unpacked computation.
@@ -95,5 +98,6 @@ class Sight:
         return self._per_picture if grid is None else int(grid.prod()) // self._merge**2
 
     def _processed(self, image: str) -> dict[str, Tensor]:
-        inputs = self.processor(images=self.processor.fetch_images([image]), return_tensors="pt")
+        opened = Image.open(BytesIO(png_of(image))).convert("RGB")
+        inputs = self.processor(images=[opened], return_tensors="pt")
         return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}

@@ -67,11 +67,8 @@ class Chat:
         self._check_template()
 
     def images(self, messages: Sequence[Message]) -> tuple[str, ...]:
-        """The pictures in these messages, in order, as data URLs."""
-        try:
-            return images_of(messages)
-        except ValueError as error:
-            raise ChatError(f"a message cannot be shown: {error}") from error
+        """The pictures in these messages, in order, as data URLs; none where the model reads text alone."""
+        return () if self._perception is None else _images(messages)
 
     def opening(self, messages: Sequence[Message]) -> Ids:
         """The tokens of a new conversation, up to where the assistant speaks; with the first message's `tools`."""
@@ -120,7 +117,7 @@ class Chat:
 
     def _perceived(self, text: str, messages: Sequence[Message]) -> Ids:
         """The tokens of a text that these messages were rendered to, with a placeholder for every feature."""
-        images = self.images(messages)
+        images = _images(messages)
         if self._perception is None:
             if images:
                 raise ChatError(
@@ -184,6 +181,13 @@ class Chat:
             raise ChatError(
                 f"tokenizer {self._tokenizer.name_or_path} cannot encode {text!r}: {error}"
             ) from error
+
+
+def _images(messages: Sequence[Message]) -> tuple[str, ...]:
+    try:
+        return images_of(messages)
+    except ValueError as error:
+        raise ChatError(f"a message cannot be shown: {error}") from error
 
 
 def _bare(value: Any) -> Any:

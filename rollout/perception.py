@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from io import BytesIO
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from rollout.chat import ChatError
+from rollout.wire.images import png_of
 
 Features = dict[str, NDArray[Any]]
 
@@ -108,7 +111,7 @@ class Perception:
 
     def opened(self, images: Sequence[str]) -> list[Any]:
         """The pictures themselves, as PIL has them."""
-        return list(self._processor.image_processor.fetch_images(list(images)))
+        return [Image.open(BytesIO(png_of(image))).convert("RGB") for image in images]
 
     def _processed(self, image: str) -> tuple[int, Features]:
         try:

@@ -21,8 +21,10 @@ MAX_EPISODE_BYTES = 64 * 2**20  # of all an episode's: thirty such siblings stil
 
 def images_of(messages: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """The data URLs of the pictures in these messages, in order. ValueError for one in another form, or too large."""
-    contents = (message["content"] for message in messages)
+    contents = (message.get("content") for message in messages)
     parts = [part for content in contents if isinstance(content, list) for part in content]
+    if not all(isinstance(part, dict) and "type" in part for part in parts):
+        raise ValueError("a part of a message is an object with a type")
     images = tuple(part.get("image", "") for part in parts if part["type"] == "image")
     for image in images:
         height, width = _size(image)
@@ -32,6 +34,11 @@ def images_of(messages: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
                 f"{MAX_IMAGE_BYTES} bytes are the most: make it smaller"
             )
     return images
+
+
+def png_of(image: str) -> bytes:
+    """The file that a data URL holds."""
+    return b64decode(image.removeprefix(PREFIX))
 
 
 def _size(image: object) -> tuple[int, int]:

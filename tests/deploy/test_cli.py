@@ -212,6 +212,7 @@ def test_the_environments_there_are_are_listed(manta: Manta) -> None:
     told = " ".join(out.split())
     assert all(env_id in told for env_id in ("CartPole-v1", "Taxi-v4", "Blackjack-v1", "Pendulum-v1"))
     assert "Taxi-v3" not in told and "CartPole-v0" not in told
+    assert all(f"{suite.prefix}... {suite.extra} " in told for suite in registry.SUITES)
 
 
 def test_a_sound_environment_is_told_so_and_one_that_is_not_row_by_row(

@@ -94,6 +94,17 @@ def test_turns_are_bounded() -> None:
     env.close()
 
 
+def test_a_closed_environment_begins_again_with_its_next_reset() -> None:
+    env = Browser(2, instructions=False)
+    with pytest.raises(RuntimeError, match="before reset"):
+        env.step("click(1)")
+    first = env.reset(seed=0)
+    env.close()
+    env.close()
+    assert env.reset(seed=0) == first
+    env.close()
+
+
 def test_going_back_leads_to_the_page_before_and_never_to_an_earlier_episode(form: Browser) -> None:
     form.reset(seed=0)
     shop = form.step("click(2)")[0]
@@ -246,7 +257,7 @@ def test_a_picture_shows_the_page_and_the_same_episode() -> None:
     player, pictures, done = Player(0.0, 0), [], False
     while not done:
         told, picture = message["content"]
-        assert told == {"type": "text", "text": heard.partition("\n")[0] + "\n"}
+        assert told == {"type": "text", "text": heard.partition("\n")[0]}
         kind, _, encoded = picture["image"].partition(",")
         assert (picture["type"], kind) == ("image", "data:image/png;base64")
         pictures.append(base64.b64decode(encoded))
@@ -302,11 +313,9 @@ def test_a_machine_without_chromium_is_told_how_to_get_it(monkeypatch: pytest.Mo
 
 
 def test_what_is_no_browser_is_named() -> None:
-    env = Browser(executable="/bin/false")
     with pytest.raises(RuntimeError, match=r"^/bin/false did not start: ") as refused:
-        env.reset(seed=0)
+        Browser(executable="/bin/false")
     assert "\n" not in str(refused.value)
-    env.close()
 
 
 def test_a_seed_fixes_the_pages_without_a_browser(env: Browser) -> None:

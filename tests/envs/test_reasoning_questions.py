@@ -15,9 +15,10 @@ from reasoning_gym.factory import DATASETS, create_dataset
 
 from envs import registry
 from envs.check import check
-from envs.reasoning_questions import EVALUATED, NONSENSE, ReasoningQuestions
+from envs.reasoning_questions import EVALUATED, PROBES, ReasoningQuestions
 from envs.registry import EnvironmentUnknown
 
+NONSENSE = PROBES[0]
 CODE = "__import__('os').mkdir('ran')"
 CHECKED = ["chain_sum", "pool_matrix", "list_functions"]
 FEW = ["chain_sum", "countdown", "pool_matrix", "list_functions", "knights_knaves", "game_of_life_halting"]
@@ -60,7 +61,20 @@ def test_right_answers_are_paid_and_no_answer_the_question_nonsense_and_code_are
     if isinstance(right, str):
         assert paid(env, right) == 1.0
     told_back = (question, f"{question}\n{right}", f"{right}\n{question}")
-    for gamed in ("", " ", *told_back, NONSENSE, "zq", "[]", "0" * 4000, CODE, f"[{CODE}]", f"1 + {CODE}"):
+    for gamed in (
+        "",
+        " ",
+        *told_back,
+        NONSENSE,
+        "zq",
+        "[]",
+        "0",
+        "1",
+        "0" * 4000,
+        CODE,
+        f"[{CODE}]",
+        f"1 + {CODE}",
+    ):
         assert gamed == right or paid(env, gamed) == 0.0, gamed
     env = ReasoningQuestions(name, partial=True)
     assert paid(env, question) == paid(env, f"{question}\n{right}") == 0.0
@@ -76,6 +90,18 @@ def test_a_scorer_that_takes_everything_else_for_no_is_not_believed() -> None:
         env, entry = asked(name, seed)
         assert env._dataset.score_answer("zq", entry) == 1.0, "the package pays this"
         assert (paid(env, "zq", seed), paid(env, "True", seed), paid(env, "False", seed)) == (0.0, 0.0, 1.0)
+
+
+def test_a_scorer_that_pays_how_a_number_begins_is_not_believed() -> None:
+    env, entry = asked("coin_flip")
+    assert entry["answer"] == "0.03125" and env._dataset.score_answer("0", entry) == 1.0, (
+        "the package pays this"
+    )
+    assert (paid(env, "0"), paid(env, "0.0"), paid(env, "0.03125")) == (0.0, 0.0, 1.0)
+    assert paid(ReasoningQuestions("coin_flip", partial=True), "0") == 0.0
+    env, entry = asked("decimal_arithmetic")
+    same = entry["answer"] + "0"
+    assert paid(env, same) == 1.0, "another way to write a number is paid where the scorer is believed"
 
 
 def test_what_a_scorer_gives_for_half_an_answer_is_paid_only_where_asked_for() -> None:

@@ -87,6 +87,8 @@ def test_what_cannot_be_shown_is_refused_in_one_line(rig: Rig, chat: Chat) -> No
         chat.opening(said("red", picture(1)))
     with pytest.raises(ChatError, match="a picture is a data URL"):
         rig.chat.opening(said("red", "http://somewhere/else.png"))
+    with pytest.raises(ChatError, match="a part of a message is an object with a type"):
+        rig.chat.opening([{"role": "user", "content": ["red"]}])
     with pytest.raises(ChatError, match="a picture is no PNG"):
         rig.chat.opening(said("red", "data:image/png;base64,AAAA"))
     with pytest.raises(PerceptionError, match="a picture cannot be read"):
@@ -114,7 +116,7 @@ def test_the_row_is_named_and_an_episode_holds_so_many_bytes(
     with pytest.raises(ChatError, match="turn 1: the episode has shown"):
         asyncio.run(run([said("red", picture(1)), said("red", picture(2))]))
     monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 100)
-    with pytest.raises(ChatError, match="100 are the most"):
+    with pytest.raises(ChatError, match="100 bytes are the most"):
         asyncio.run(run([said("red", picture(1))]))
 
 
