@@ -23,6 +23,7 @@ def test_the_whole_job_killed_again_and_again_ends_where_the_uninterrupted_one_d
     assert result.sound, result
 
 
+@pytest.mark.timeout(600)
 def test_parts_that_die_or_freeze_lose_nothing(tmp_path: Path) -> None:
     kinds = [
         Kind("rollout", STOP, "sync"),
