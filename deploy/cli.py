@@ -182,7 +182,8 @@ def scale(
             "stop the run and resume it with another rollout.workers"
         )
     ask_workers(run, workers)
-    console.print(f"asked for {workers} rollout workers; who serves: {run / 'roster.json'}", highlight=False)
+    asked = f"asked for {workers} rollout workers; who serves: {run / 'roster.json'}"
+    console.print(asked, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -200,7 +201,8 @@ def export(
     """
     from deploy.export import export_model
 
-    console.print(f"wrote version {export_model(run, target, version)} to {target}", highlight=False)
+    written = export_model(run, target, version)
+    console.print(f"wrote version {written} to {target}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -268,7 +270,7 @@ def demos(
         env, parse_options(option or []), n, first_seed, error_rate, model, memory.value, context_tokens
     )
     outcome = write_demonstrations(asked, out, console)
-    console.print(f"{outcome}\nwrote {out}", highlight=False)
+    console.print(f"{outcome}\nwrote {out}", highlight=False, soft_wrap=True)
 
 
 @app.command()
