@@ -279,6 +279,7 @@ def test_replicas_live_on_nodes_that_have_what_they_claim_and_are_lost_with_them
         pool.give_back(task, first)
         await pool.discard(task, second)
         cluster.remove_node(node, allow_graceful=False)
+        wait_for_the_end_of(pid_of(first))  # what a lost raylet leaves behind ends a moment later
         failed = await played(pool, agent, task)
         assert failed.end_reason is EndReason.FAILED
         assert failed.error is not None
