@@ -98,10 +98,10 @@ from tests.deploy.small_run import hf_engine
 async def held(config, name, path):
     engine = await hf_engine(config, name, path)
     generate = engine.generate
-    async def waiting(prompt_ids, sampling):
+    async def waiting(*request):
         if engine.version >= 1:
             await asyncio.Event().wait()
-        return await generate(prompt_ids, sampling)
+        return await generate(*request)
     engine.generate = waiting
     return engine
 
