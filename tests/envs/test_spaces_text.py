@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from envs.spaces_text import UnsupportedSpace, grammar, parsed, require_text_form, written
@@ -98,6 +98,7 @@ def same(one: Any, other: Any, digits: int) -> bool:
 def test_what_is_written_reads_back(space: gym.Space[Any], seed: int, digits: int) -> None:
     space.seed(seed)
     value = space.sample()
+    assume(value in space)  # Gymnasium draws whole numbers beyond 2**50 or so by way of floats, and may miss
     text = written(space, value, digits)
     back = parsed(space, text)
     assert back is not None, text
