@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from envs.spaces_text import UnsupportedSpace, grammar, parsed, require_text_form, written
@@ -46,8 +46,10 @@ def boxes(draw: st.DrawFn) -> spaces.Box:
         low, high = sorted((draw(finite), draw(finite)))
         low, high = draw(st.sampled_from([(low, high), (-np.inf, high), (low, np.inf), (-np.inf, np.inf)]))
     else:
+        # Gymnasium draws whole numbers by way of floats: far larger ones may lie outside of their own space.
         info = np.iinfo(dtype)
-        low, high = sorted(draw(st.lists(st.integers(info.min, info.max), min_size=2, max_size=2)))
+        numbers = st.integers(max(info.min, -(2**40)), min(info.max, 2**40))
+        low, high = sorted(draw(st.lists(numbers, min_size=2, max_size=2)))
         return spaces.Box(np.full(shape, low, dtype), np.full(shape, high, dtype), dtype=dtype)
     return spaces.Box(low, high, shape, dtype)
 
@@ -98,7 +100,6 @@ def same(one: Any, other: Any, digits: int) -> bool:
 def test_what_is_written_reads_back(space: gym.Space[Any], seed: int, digits: int) -> None:
     space.seed(seed)
     value = space.sample()
-    assume(value in space)  # Gymnasium draws whole numbers beyond 2**50 or so by way of floats, and may miss
     text = written(space, value, digits)
     back = parsed(space, text)
     assert back is not None, text
