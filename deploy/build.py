@@ -1,24 +1,21 @@
-"""How the parts of a run are made from its configuration: one recipe for the local ring and for the cluster."""
+"""How the parts of a run are made from its configuration: one recipe for the local ring and for the cluster.
+
+Every process of a run imports this. What takes seconds to import (transformers, the learner) is imported by the
+functions that need it: an exchange that is started again, and everybody who waits for it, need not wait for torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from deploy.config import ConfigError, RunConfig
 from envs import registry
 from envs.host import HostSettings
 from envs.hosted import Hosted
-from learner.learner import Learner
-from learner.lora import planned
-from learner.model import build_tiny
-from learner.ranks import ALONE, Ranks
-from learner.tiny_vision import build_tiny_vision
-from learner.tokenizer import build_tokenizer
 from rollout.agent import Agent
 from rollout.chat import Chat
 from rollout.demonstrate import demonstrate
@@ -35,41 +32,15 @@ from rollout.wire.store import Store
 from rollout.wire.trajectory import Task
 from rollout.worker import GroupExchange, RolloutWorker
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 EngineFactory = Callable[[RunConfig, str, str], Awaitable[Engine]]  # (config, worker name, model path)
 
 
-def model_path(config: RunConfig, run_folder: Path) -> str:
-    """Where the base model lies; a tiny one is built into the run folder first."""
-    tiny = config.tiny
-    if tiny is None:
-        return config.learner.model.path
-    folder = run_folder / "base"
-    if not (folder / "config.json").is_file():
-        tokenizer = tiny_tokenizer(config, folder)
-        build = partial(build_tiny_vision, pixels=tiny.pixels) if tiny.pixels else build_tiny
-        build(
-            folder,
-            tokenizer,
-            layers=tiny.layers,
-            width=tiny.width,
-            heads=tiny.heads,
-            head_width=tiny.head_width,
-            mlp=tiny.mlp,
-            context=config.rollout.context_tokens,
-            tie=tiny.tie,
-            seed=config.seed,
-        )
-    return str(folder)
-
-
-def tiny_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
-    """Build the tokenizer of a tiny model into `folder`."""
-    assert config.tiny is not None
-    said = registry.words(config.env.id) if config.tiny.environment_words else ()
-    return build_tokenizer(folder, [*config.tiny.words, *said])
-
-
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     return tokenizer
 
@@ -121,7 +92,11 @@ def distinct_tasks(env_id: str, options: dict[str, object], first_seed: int, cou
 def sent_adapter(config: RunConfig, path: str) -> AdapterSpec | None:
     """The adapter that engines are sent in place of whole weights, where the run says so."""
     lora = config.learner.model.lora
-    return planned(path, lora) if lora and lora.sync == "adapter" else None
+    if lora is None or lora.sync != "adapter":
+        return None
+    from learner.lora import planned
+
+    return planned(path, lora)
 
 
 async def vllm_engine(config: RunConfig, name: str, path: str) -> Engine:
@@ -159,15 +134,6 @@ async def build_worker(
     host = config.env.host
     pool = EnvironmentPool(host=host, parts=config.agent.parts, start=replica_start(host))
     return RolloutWorker(name, engine, agent, exchange, config.rollout, config.seed, pool)
-
-
-def build_learner(config: RunConfig, path: str, ranks: Ranks = ALONE) -> Learner:
-    """The learner of a run, with the largest row it can meet computed once. ModelError where that does not fit."""
-    model = config.learner.model.model_copy(update={"path": path})
-    settings = config.learner.model_copy(update={"model": model})
-    learner = Learner(settings, config.seed, config.sampling.temperature, config.steps, ranks)
-    learner.rehearse(config.rollout.context_tokens)
-    return learner
 
 
 def build_exchange(config: RunConfig, run_folder: Path) -> Exchange:

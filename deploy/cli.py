@@ -11,8 +11,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from deploy.config import ConfigError, load_config, validated
-
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -75,6 +73,7 @@ def train(
     manta train rloo --replay runs/frozen_lake-20260101-120000
     """
     from deploy import drive, preflight, run_folder
+    from deploy.config import ConfigError, load_config
 
     if resume is not None:
         if recipe:
@@ -116,6 +115,7 @@ def evaluate(
     Example:
     manta eval runs/frozen_lake-20260101-120000 --env frozen_lake --seeds 0:256
     """
+    from deploy.config import validated
     from deploy.evaluate import Conditions, conditions_of, evaluate_checkpoint, parse_options, parse_seeds
 
     base = conditions_of(checkpoint, env)
@@ -173,6 +173,7 @@ def scale(
     manta scale runs/frozen_lake-20260101-120000 --workers 4
     """
     from deploy import run_folder
+    from deploy.config import ConfigError
     from deploy.control import ask_workers
 
     config = run_folder.open_existing(run)
@@ -287,28 +288,39 @@ def doctor() -> None:
 
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2, anything else keeps its traceback."""
-    import transformers
-
-    from deploy.guards import GuardTripped
-    from deploy.supervise import PartFailed
-    from envs.registry import EnvironmentUnknown
-    from learner.checkpoint import CheckpointError
-    from learner.model import ModelError
-    from rollout.chat import ChatError
-
-    transformers.utils.logging.disable_progress_bar()  # the run has a display of its own
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the run has a display of its own
     if os.getcwd() not in sys.path:
         # "module:Class" may name a file beside the user; Ray's workers take it over.
         sys.path.insert(0, os.getcwd())
     try:
         app()
-    except (ConfigError, EnvironmentUnknown, ModelError, CheckpointError, ChatError) as error:
+    except SystemExit:
+        raise  # typer's ordinary end: nothing more is imported for it
+    except _mistakes() as error:
         errors.print(f"manta: {error}", style="red")
         sys.exit(2)
-    # PartFailed is the supervisor's verdict: it names part, host, log file and the part's own error.
-    except (PartFailed, GuardTripped) as error:
+    except _verdicts() as error:
         errors.print(f"manta: {error}", style="red")
         sys.exit(1)
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    """What is raised of a user's mistakes. Imported when something is raised: `--help` need not wait for it."""
+    from deploy.config import ConfigError
+    from envs.registry import EnvironmentUnknown
+    from learner.checkpoint import CheckpointError
+    from learner.model import ModelError
+    from rollout.chat import ChatError
+
+    return ConfigError, EnvironmentUnknown, ModelError, CheckpointError, ChatError
+
+
+def _verdicts() -> tuple[type[Exception], ...]:
+    """What ends a run on purpose. PartFailed, the supervisor's, names part, host, log file and the part's own error."""
+    from deploy.guards import GuardTripped
+    from deploy.supervise import PartFailed
+
+    return PartFailed, GuardTripped
 
 
 if __name__ == "__main__":

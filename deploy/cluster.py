@@ -26,9 +26,7 @@ from deploy.actor_member import ActorMember, actor, awaited
 from deploy.build import (
     EngineFactory,
     build_exchange,
-    build_learner,
     build_worker,
-    model_path,
     play_demonstrations,
     vllm_engine,
 )
@@ -36,6 +34,7 @@ from deploy.caretaker import Caretaker
 from deploy.config import RunConfig
 from deploy.fleet import Fleet
 from deploy.learner_part import LearnerPart
+from deploy.models import build_learner, model_path
 from deploy.ring import LearnerLost, Row, first_failure
 from deploy.supervise import Budget, PartFailed, PartLost, brief, place, within
 from learner.checkpoint import latest

@@ -19,13 +19,13 @@ from deploy.guards import DEFAULTS, Guard
 from deploy.refusals import explain
 from deploy.supervise import SupervisionSettings
 from envs.host import HostSettings
-from learner.learner import LearnerSettings
-from learner.optim import learning_rate
-from learner.publish import PROBE_TOKENS
+from learner.schedule import learning_rate
+from learner.settings import LearnerSettings
 from rollout.agent import AgentSettings
 from rollout.engine import Sampling
 from rollout.vllm_engine import VllmSettings
 from rollout.wire.store import BufferSettings
+from rollout.wire.weights import PROBE_TOKENS
 from rollout.worker import RolloutSettings
 
 Nested = dict[str, Any]

@@ -12,12 +12,13 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict
 
 from deploy import run_folder
-from deploy.build import load_chat, load_tokenizer
+from deploy.build import load_tokenizer
 from deploy.config import ConfigError, toml_value
 from deploy.preflight import check_context, check_model, first_observation
 from deploy.statistics import wilson_interval
 from learner.checkpoint import MODEL, latest
 from rollout.agent import Agent, AgentSettings
+from rollout.chat import Chat
 from rollout.engine import Sampling
 from rollout.perception import Perception
 from rollout.pool import EnvironmentPool
@@ -119,6 +120,7 @@ def evaluate_checkpoint(checkpoint: str, env_id: str, seeds: range, conditions: 
 
 async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) -> Evaluation:
     tokenizer = load_tokenizer(path)
+    perception = Perception.load(path)
     context, settings = conditions.context_tokens, conditions.engine
     engine = await VllmEngine.start(
         "evaluation",
@@ -127,10 +129,10 @@ async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) ->
         context,
         settings,
         on_gpu=conditions.on_gpu,
-        perception=Perception.load(path),
+        perception=perception,
     )
     await engine.adopt_loaded(version=0)
-    agent = Agent(engine, load_chat(path), conditions.sampling, context, conditions.agent)
+    agent = Agent(engine, Chat(tokenizer, perception), conditions.sampling, context, conditions.agent)
     rollout = RolloutSettings(group_size=1, concurrent_groups=settings.max_num_seqs, context_tokens=context)
     pool = EnvironmentPool(parts=conditions.agent.parts)
     worker = RolloutWorker("evaluation", engine, agent, _NoExchange(), rollout, run_seed=0, pool=pool)

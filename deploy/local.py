@@ -19,13 +19,12 @@ from typing import Any
 from deploy.build import (
     EngineFactory,
     build_exchange,
-    build_learner,
     build_worker,
-    model_path,
     play_demonstrations,
     vllm_engine,
 )
 from deploy.config import ConfigError, RunConfig
+from deploy.models import build_learner, model_path
 from deploy.ring import LearnerLost, Row, first_failure
 from learner.checkpoint import latest
 from learner.loop import LearnerLoop, Place, Source, sync_metrics

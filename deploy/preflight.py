@@ -16,8 +16,9 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from deploy import replay
-from deploy.build import evaluation_tasks, tiny_tokenizer
+from deploy.build import evaluation_tasks
 from deploy.config import ConfigError, RunConfig
+from deploy.models import tiny_tokenizer
 from envs import registry
 from envs.base import Observation
 from envs.tool import ToolRefused

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.build import load_tokenizer, model_path
+from deploy.build import load_tokenizer
 from deploy.config import ConfigError, RunConfig
 from deploy.local import demonstrate_to, start_learner
+from deploy.models import model_path
 from deploy.ring import LearnerLost, Row
 from learner.checkpoint import latest
 from learner.publish import Snapshot

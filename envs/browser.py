@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from envs import images
-from envs.base import Info, Observation, Split, TalkSpace, TextEnv, check_options, in_split, lower_case_words
+from envs.base import Info, Observation, Split, TalkSpace, TextEnv, check_options, drawn, lower_case_words
 from envs.browser_pages import (
     COLOURS,
     COLUMNS,
@@ -116,10 +116,9 @@ class Browser(TextEnv):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, Info]:
         super().reset(seed=seed)
-        while True:  # one task in eight is held out, so either part is soon drawn
-            self._site, self._goal = draw(self.np_random, self._level)
-            if in_split(self._goal.task, self._split):
-                break
+        self._site, self._goal = drawn(
+            lambda: draw(self.np_random, self._level), lambda made: made[1].task, self._split
+        )
         self._turns = 0
         if self._tab is None:
             self._tab = Tab(self._executable)

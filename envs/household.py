@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from envs.base import Info, Split, TextEnv, check_options, in_split
+from envs.base import Info, Split, TextEnv, check_options, drawn
 
 HALL = "hall"  # every other room opens off the hall, and off nothing else
 FITTINGS = {  # besides a light; a room has two of these
@@ -223,14 +223,13 @@ class Household(TextEnv):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         super().reset(seed=seed)
-        while True:  # one opening in eight is held out, so either part is soon drawn
-            self._home = draw_home(self.np_random)
-            self._wishes = draw_wishes(self.np_random, self._home, self._level)
-            opening = self._observed(self._home, task=True)
-            if in_split(opening, self._split):
-                break
         self._turns = 0
-        return self._opening + opening, {}
+        return self._opening + drawn(self._drawn_opening, str, self._split), {}
+
+    def _drawn_opening(self) -> str:
+        self._home = draw_home(self.np_random)
+        self._wishes = draw_wishes(self.np_random, self._home, self._level)
+        return self._observed(self._home, task=True)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
         if self._home is None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import Info, Split, TextEnv, check_options, in_split
+from envs.base import Info, Split, TextEnv, check_options, drawn
 
 LEVELS = {1: (3, 1), 2: (6, 2), 3: (12, 3), 4: (24, 4)}  # steps to the door, facts
 NAMES = ("ann", "bob", "eve", "tom")
@@ -76,10 +76,7 @@ class MemoryCorridor(TextEnv):
         names, values = (rng.permutation(len(each))[: self._told].tolist() for each in (NAMES, VALUES))
         self._facts = {NAMES[name]: VALUES[value] for name, value in zip(names, values, strict=True)}
         self._asked = NAMES[names[rng.integers(self._told)]]
-        while True:  # one corridor in eight is held out, so either part is soon drawn
-            self._passed = _draw_passed(rng, self._steps - 1)
-            if in_split("\n".join(self._passed), self._split):
-                break
+        self._passed = drawn(lambda: _draw_passed(rng, self._steps - 1), "\n".join, self._split)
         self._place = self._turns = 0
         return self._opening + self._observed(), {}
 

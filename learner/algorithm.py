@@ -18,8 +18,8 @@ from learner.aggregation import Aggregation
 from learner.corrections import AnyCorrection
 from learner.credit import AnyCredit, GroupCredit
 from learner.losses import AnyLoss, ClippedLoss
-from learner.optim import OptimSettings
 from learner.regularizers import KlSettings, OverlongSettings
+from learner.schedule import OptimSettings
 
 
 class _CriticSettings(BaseModel, extra="forbid", frozen=True):

@@ -11,22 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
 from torch import Tensor
 
 from learner import checkpoint
 from learner.aggregation import Aggregation, token_weights
-from learner.algorithm import AlgorithmSettings
 from learner.batch import Batch, MicroBatch, TokenSequence, longest_row, pack
 from learner.credit import GaeCredit
 from learner.critic import Critic, critic_of
 from learner.describe import describe
-from learner.model import ModelError, ModelSettings, Policy
-from learner.optim import Optimizer, OptimSettings
+from learner.model import ModelError, Policy
+from learner.optim import Optimizer
 from learner.prepare import Example, of_tokens
 from learner.ranks import ALONE, Ranks
 from learner.reference import Reference
 from learner.regularizers import divergence
+from learner.settings import LearnerSettings
 from learner.shards import gathered_tree
 from learner.step import PolicyObjective, cross_entropy_objective, sizes, train_step
 from rollout.wire.share import deal
@@ -38,41 +37,6 @@ _COUNTS = ("tokens_trained", "tokens_scored", "tokens_sampled", "skipped_step", 
 
 class NonFinite(RuntimeError):
     """Loss or gradient of a batch was not finite; nothing was changed."""
-
-
-class ImitationSettings(BaseModel, extra="forbid", frozen=True):
-    """Learning from recorded episodes before any reinforcement."""
-
-    optim: OptimSettings = Field(default=OptimSettings(learning_rate=1e-5), description="its own optimizer")
-    epochs: int = Field(default=1, ge=1, description="passes over the episodes")
-    episodes_per_step: int = Field(default=32, ge=1, description="episodes in one optimizer step")
-    threads: int = Field(
-        default=0, ge=0, description="CPU threads of torch meanwhile; nothing is sampled then. 0: as always"
-    )
-
-    def steps(self, episodes: int) -> int:
-        """How many optimizer steps that many episodes make."""
-        return self.epochs * -(-episodes // self.episodes_per_step)
-
-
-class LearnerSettings(BaseModel, extra="forbid", frozen=True):
-    """Everything about learning."""
-
-    model: ModelSettings = Field(default=ModelSettings(), description="which model, and how it is computed")
-    optim: OptimSettings = Field(
-        default=OptimSettings(), description="the optimizer of reinforcement learning"
-    )
-    algorithm: AlgorithmSettings = Field(default=AlgorithmSettings(), description="what is optimized")
-    imitation: ImitationSettings = Field(
-        default=ImitationSettings(), description="learning from recorded episodes"
-    )
-    tokens_per_microbatch: int = Field(
-        default=4096, ge=1, description="tokens computed at a time; bounds memory, not the loss"
-    )
-    threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0 leaves torch's own choice")
-    ranks: int = Field(
-        default=1, ge=1, description="processes that learn together, each with a part of every parameter"
-    )
 
 
 class Learner:
@@ -173,15 +137,15 @@ class Learner:
         learns from its part of a step's. It has its own optimizer, and the weight version stays: this is what comes
         before version 0 is published.
         """
-        settings = self.settings.imitation
+        imitation = self.settings.imitation
         episodes = [trajectory for group in groups for trajectory in group.trainable]
         examples = [Example.of(trajectory) for trajectory in episodes]
-        optimizer = Optimizer(self.policy.parameters(), settings.optim, self.imitation_steps(len(episodes)))
-        for epoch in range(settings.epochs):
+        optimizer = Optimizer(self.policy.parameters(), imitation.optim, self.imitation_steps(len(episodes)))
+        for epoch in range(imitation.epochs):
             order = self._rng.permutation(len(episodes))
-            for start in range(0, len(order), settings.episodes_per_step):
-                _use_threads(settings.threads or self.settings.threads)
-                chosen = [examples[place] for place in order[start : start + settings.episodes_per_step]]
+            for start in range(0, len(order), imitation.episodes_per_step):
+                _use_threads(imitation.threads or self.settings.threads)
+                chosen = [examples[place] for place in order[start : start + imitation.episodes_per_step]]
                 dealt = deal([example.trajectory.num_sampled for example in chosen], self.ranks.size)
                 own = [chosen[place] for place in dealt[self.ranks.rank]]
                 batch = self._pack(self._weighed(own, "token"))

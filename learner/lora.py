@@ -11,38 +11,19 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from learner.settings import LoraSettings
 from rollout.wire.adapter import CONFIG_FILE, TENSOR_FILE, AdapterSpec
 
 _NAME = "default"  # PEFT's, of the one adapter there is
 _BASE = ".base_layer."  # where PEFT puts the layer it adapts
-
-
-class LoraSettings(BaseModel, extra="forbid", frozen=True):
-    """Train a low-rank adapter; the model's own weights stay as they are."""
-
-    rank: int = Field(
-        default=8, gt=0, le=512, description="of the product B A that is learned beside a matrix"
-    )
-    alpha: int = Field(default=16, gt=0, description="the product is multiplied with alpha / rank")
-    targets: Literal["all-linear"] | tuple[str, ...] = Field(
-        default="all-linear",
-        min_length=1,
-        description="names of the linear layers to adapt, such as q_proj; 'all-linear': every one but the head",
-    )
-    sync: Literal["merged", "adapter"] = Field(
-        default="merged",
-        description="what engines get: whole weights with the product added, or the adapter alone: little to send, "
-        "more to compute for every token",
-    )
 
 
 def chosen_layers(model: PreTrainedModel, targets: Sequence[str] | str) -> tuple[str, ...]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -25,9 +24,10 @@ from learner.attention import register
 from learner.batch import MicroBatch
 from learner.linear import use_onednn
 from learner.logprobs import token_logprobs
-from learner.lora import Adapter, LoraSettings
+from learner.lora import Adapter
 from learner.perception import FAMILIES, Sight
 from learner.ranks import ALONE, Ranks
+from learner.settings import LoraSettings, ModelSettings
 from learner.shards import gathered_state, shard
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.trajectory import Float32Array
@@ -41,29 +41,6 @@ _HEAD_TOLERANCE_NATS = 0.05  # far above rounding in bfloat16, far below a logit
 
 class ModelError(ValueError):
     """A checkpoint that cannot be loaded or trained as it is."""
-
-
-class ModelSettings(BaseModel, extra="forbid", frozen=True):
-    """Which model, and how it is computed."""
-
-    path: str = Field(default="", description="folder of a Hugging Face checkpoint, or the id of one")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="precision of the matrix products; weights and optimizer state stay float32",
-    )
-    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the learner computes")
-    logit_block: int = Field(
-        default=2**25,
-        ge=1,
-        description="logits held at a time, whatever vocabulary and length; bounds memory",
-    )
-    gradient_checkpointing: bool = Field(
-        default=False,
-        description="recompute each layer in the backward pass: less memory, about a third more time",
-    )
-    lora: LoraSettings | None = Field(
-        default=None, description="train a low-rank adapter; without this section every weight is trained"
-    )
 
 
 class Policy:

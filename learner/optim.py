@@ -5,55 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
+from learner.schedule import OptimSettings, learning_rate
 from learner.shards import gathered, laid_out
-
-
-class OptimSettings(BaseModel, extra="forbid", frozen=True):
-    """AdamW (Loshchilov & Hutter 2019) and its schedule."""
-
-    learning_rate: float = Field(default=1e-6, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field(
-        default=(0.9, 0.999), description="decay of the gradient's first and second moments"
-    )
-    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(
-        default=0.0, ge=0, description="decoupled decay of matrices; vectors are never decayed"
-    )
-    max_grad_norm: float = Field(
-        default=1.0, gt=0, description="gradients of a larger 2-norm are scaled down to it"
-    )
-    warmup_steps: int = Field(default=0, ge=0, description="steps of linear rise to the peak")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="what follows the warm-up"
-    )
-    final_share: float = Field(
-        default=0.0, ge=0, le=1, description="share of the peak that a falling schedule ends at"
-    )
-
-
-def learning_rate(settings: OptimSettings, step: int, total_steps: int | None = None) -> float:
-    """Learning rate of the step with this index, counted from 0; `total_steps` is where a falling schedule ends.
-
-    Raises ValueError for a falling schedule without an end, or with one inside the warm-up.
-    """
-    if settings.schedule != "constant" and (total_steps is None or total_steps <= settings.warmup_steps):
-        raise ValueError(
-            f"schedule {settings.schedule!r} falls from step {settings.warmup_steps} (warmup_steps) to the last one, "
-            f"{total_steps}: there must be steps between them"
-        )
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant" or total_steps is None:
-        return settings.learning_rate
-    done = min(1.0, (step - settings.warmup_steps) / (total_steps - settings.warmup_steps))
-    falling = 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-    return settings.learning_rate * (settings.final_share + (1.0 - settings.final_share) * falling)
 
 
 @dataclass(frozen=True, slots=True)

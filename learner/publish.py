@@ -11,9 +11,17 @@ import torch
 
 from learner.model import Policy
 from learner.shards import gathered
-from rollout.wire.weights import ByteArray, Probe, SyncReport, TensorSpec, WeightManifest, checksum, parts
+from rollout.wire.weights import (
+    PROBE_TOKENS,
+    ByteArray,
+    Probe,
+    SyncReport,
+    TensorSpec,
+    WeightManifest,
+    checksum,
+    parts,
+)
 
-PROBE_TOKENS = 32
 # Mean |dlogprob| a sound sync may show, nats: float32 engines are measured at 1e-6, bfloat16 ones at 1e-3 to 6e-3.
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
 

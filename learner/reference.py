@@ -15,8 +15,9 @@ from pathlib import Path
 from torch import Tensor
 
 from learner.checkpoint import CheckpointError
-from learner.model import ModelSettings, Policy
+from learner.model import Policy
 from learner.ranks import ALONE, Ranks
+from learner.settings import ModelSettings
 
 _FOLDER = "reference"
 

@@ -14,12 +14,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError as JinjaError
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from envs.base import DIRECTIONS, Message
 from rollout.wire.images import images_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from rollout.perception import Perception
 
 Ids = tuple[int, ...]
@@ -46,6 +47,9 @@ class Chat:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, perception: Perception | None = None) -> None:
+        # It takes seconds, and who makes a Chat has imported it to have a tokenizer; settings alone need none of it.
+        from transformers import PreTrainedTokenizerFast
+
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ChatError(
                 f"tokenizer {tokenizer.name_or_path} has no tokenizer.json; save it with a fast backend"

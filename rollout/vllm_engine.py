@@ -77,6 +77,10 @@ def start_llm(
         # Left to itself vLLM binds one core and reserves another, which starves a second engine of the machine.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+        if settings.enforce_eager:
+            # One function of vLLM's sampler is compiled all the same: with a C++ compiler, in every engine anew, in its
+            # first step, for 15 s in which it answers nobody. Computed as written it takes microseconds.
+            os.environ["TORCH_COMPILE_DISABLE"] = "1"
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import settings
 
 # Set before any test module imports a library that reads them, and inherited by every process a test starts.
@@ -14,3 +15,9 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 # How long an example takes says something about the machine, not about what is tested.
 settings.register_profile("manta", deadline=None)
 settings.load_profile("manta")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: of several testers none is left with a long one in the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

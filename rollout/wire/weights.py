@@ -46,6 +46,9 @@ class TensorSpec:
         return prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
+PROBE_TOKENS = 32  # of the text that proves a sync
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """A fixed token sequence and the logprobs the learner gives it: the end-to-end check of a sync.

@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM
 from learner.algorithm import AlgorithmSettings
 from learner.attention import register
 from learner.batch import NOT_SAMPLED, Batch, TokenSequence, pack
-from learner.model import ModelSettings, Policy
-from learner.optim import Optimizer, OptimSettings
+from learner.model import Policy
+from learner.optim import Optimizer
+from learner.schedule import OptimSettings
+from learner.settings import ModelSettings
 from learner.step import PolicyObjective, train_step
 from tests.bench.player import untaught_model
 

@@ -25,8 +25,9 @@ import ray
 from deploy.build import EngineFactory, build_worker, load_tokenizer, model_path
 from deploy.config import RunConfig
 from learner.actors import LearnerActor
-from learner.model import ModelSettings, Policy
+from learner.model import Policy
 from learner.ranks import Ranks
+from learner.settings import ModelSettings
 from rollout.actors import RolloutActor
 from rollout.engine import Engine
 from rollout.scripted_engine import ScriptedEngine

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from learner.learner import Learner, LearnerSettings
-from learner.model import ModelSettings
-from learner.optim import OptimSettings
+from learner.learner import Learner
+from learner.schedule import OptimSettings
+from learner.settings import LearnerSettings, ModelSettings
 from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
 from tests.bench.player import untaught_model
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deploy.config import ConfigError
 from deploy.export import export_model
 from learner.checkpoint import latest
-from learner.model import ModelSettings, Policy
+from learner.model import Policy
+from learner.settings import ModelSettings
 from tests.deploy.small_run import configured, train
 
 

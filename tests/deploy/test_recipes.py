@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from deploy.config import load_config
-from learner.learner import ImitationSettings, Learner
-from learner.model import ModelSettings, build_tiny
-from learner.optim import OptimSettings
+from learner.learner import Learner
+from learner.model import build_tiny
+from learner.schedule import OptimSettings
+from learner.settings import ImitationSettings, ModelSettings
 from learner.tokenizer import build_tokenizer
 from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
 

@@ -133,7 +133,10 @@ def test_ctrl_c_ends_a_run_that_can_go_on(reference: Path, tmp_path: Path) -> No
         os.killpg(running.pid, signal.SIGINT)
         _, said = running.communicate(timeout=60)
     (folder,) = tmp_path.iterdir()
-    assert (running.returncode, said) == (130, f"stopped; go on with: manta train --resume {folder} --local\n")
+    assert (running.returncode, said) == (
+        130,
+        f"stopped; go on with: manta train --resume {folder} --local\n",
+    )
     # The signal may come before, while or after the first checkpoint lands: whichever it is, the run goes on.
     assert ledger(folder, "SELECT count(*) FROM groups WHERE state = 'dropped'") == [(0,)]
 

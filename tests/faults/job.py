@@ -22,7 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import deploy.build
+import deploy.models
 from deploy.build import load_tokenizer, vllm_engine
 from deploy.config import RunConfig
 from learner.learner import Learner
@@ -105,7 +105,7 @@ async def engine(config: RunConfig, name: str, path: str) -> Engine:
     return Logged(scripted, folder)
 
 
-_build_learner = deploy.build.build_learner
+_build_learner = deploy.models.build_learner
 
 
 def learner(config: RunConfig, path: str, ranks: Ranks = ALONE) -> Learner:

@@ -13,10 +13,11 @@ import torch
 
 import learner.model
 from learner.batch import arrange
-from learner.learner import Learner, LearnerSettings, NonFinite
+from learner.learner import Learner, NonFinite
 from learner.prepare import Example
 from learner.publish import take_snapshot
 from learner.ranks import Ranks
+from learner.settings import LearnerSettings
 from learner.shards import gathered, gathered_tree
 from rollout.wire.schema import as_reused, decode, encode
 from rollout.wire.trajectory import Group

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner.checkpoint import CheckpointError, DiskFull, latest, load
-from learner.learner import Learner, LearnerSettings
-from learner.model import ModelSettings
-from learner.optim import OptimSettings
+from learner.learner import Learner
+from learner.schedule import OptimSettings
+from learner.settings import LearnerSettings, ModelSettings
 from rollout.wire.trajectory import Group
 
 Groups = Callable[..., Group]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from learner.critic import Critic, OwnCritic
-from learner.learner import Learner, LearnerSettings
+from learner.learner import Learner
+from learner.settings import LearnerSettings
 from tests import reference
 from tests.learner.dense import Dense, Recipe, gradients, load, segments, valued, with_values, with_weights
 from tests.learner.episodes import even, group, random_groups

@@ -10,10 +10,11 @@ import torch
 
 from learner.algorithm import AlgorithmSettings
 from learner.describe import describe
-from learner.learner import ImitationSettings, Learner, LearnerSettings
+from learner.learner import Learner
 from learner.losses import ClippedLoss
-from learner.model import ModelError, ModelSettings
-from learner.optim import OptimSettings
+from learner.model import ModelError
+from learner.schedule import OptimSettings
+from learner.settings import ImitationSettings, LearnerSettings, ModelSettings
 from rollout.wire.trajectory import EndReason, Group
 
 Groups = Callable[..., Group]

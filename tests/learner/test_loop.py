@@ -12,12 +12,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from learner.learner import Learner, LearnerSettings, NonFinite
+from learner.learner import Learner, NonFinite
 from learner.loop import LearnerLoop, Row
-from learner.model import ModelSettings
-from learner.optim import OptimSettings
 from learner.publish import Snapshot
 from learner.ranks import RankLost
+from learner.schedule import OptimSettings
+from learner.settings import LearnerSettings, ModelSettings
 from rollout.wire.schema import encode
 from rollout.wire.share import Share
 from rollout.wire.trajectory import DropReason, Group, Step

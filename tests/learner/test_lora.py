@@ -14,12 +14,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from learner.learner import ImitationSettings, Learner, LearnerSettings
+from learner.learner import Learner
 from learner.linear import _OneDnnLinear
-from learner.lora import LoraSettings, planned
+from learner.lora import planned
 from learner.model import ModelError, Policy
-from learner.optim import OptimSettings
 from learner.publish import take_snapshot
+from learner.schedule import OptimSettings
+from learner.settings import ImitationSettings, LearnerSettings, LoraSettings
 from rollout.wire.trajectory import Group
 
 Groups = Callable[..., Group]

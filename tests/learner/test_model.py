@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner import linear
 from learner.linear import use_onednn
-from learner.model import ModelError, ModelSettings, Policy, build_tiny
+from learner.model import ModelError, Policy, build_tiny
+from learner.settings import ModelSettings
 
 
 def _reference(folder: Path, ids: list[int]) -> np.ndarray:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from learner.optim import Optimizer, OptimSettings, learning_rate
+from learner.optim import Optimizer
+from learner.schedule import OptimSettings, learning_rate
 
 
 def test_steps_equal_naive_adamw_with_clipping() -> None:

@@ -12,9 +12,10 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
 from learner.batch import MicroBatch, Seen, TokenSequence, row_of, sequences_of
-from learner.model import ModelError, ModelSettings, Policy
+from learner.model import ModelError, Policy
 from learner.perception import RowMismatch
 from learner.publish import take_snapshot
+from learner.settings import ModelSettings
 from rollout.hf_engine import HfEngine
 from rollout.wire.trajectory import EndReason, Step, Task, Trajectory
 from rollout.wire.weights import WeightUpdate, inline

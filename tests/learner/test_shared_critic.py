@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from learner.learner import Learner, LearnerSettings, NonFinite
+from learner.learner import Learner, NonFinite
 from learner.optim import StepReport
 from learner.publish import take_snapshot
+from learner.settings import LearnerSettings
 from rollout.wire.trajectory import Group
 from tests import reference
 from tests.learner.dense import Dense, gradients, load, valued, with_values, with_weights

@@ -12,8 +12,10 @@ from torch import Tensor
 from learner.algorithm import AlgorithmSettings
 from learner.batch import Batch, TokenSequence, pack, sequences_of
 from learner.losses import clipped
-from learner.model import ModelSettings, Policy
-from learner.optim import Optimizer, OptimSettings
+from learner.model import Policy
+from learner.optim import Optimizer
+from learner.schedule import OptimSettings
+from learner.settings import ModelSettings
 from learner.step import PolicyObjective, cross_entropy_objective, train_step
 from rollout.wire.trajectory import Group
 

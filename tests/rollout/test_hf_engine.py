@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from learner.lora import LoraSettings
-from learner.model import ModelSettings, Policy, build_tiny
+from learner.model import Policy, build_tiny
 from learner.publish import take_snapshot
+from learner.settings import LoraSettings, ModelSettings
 from rollout.engine import Completion, EngineFailed, Sampling
 from rollout.hf_engine import HfEngine, _nucleus
 from rollout.wire.weights import WeightMismatch, WeightUpdate, inline

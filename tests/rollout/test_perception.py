@@ -17,7 +17,8 @@ from envs.host import HostSettings
 from envs.images import shown
 from envs.patches import Patches
 from learner.batch import row_of, sequences_of
-from learner.model import ModelSettings, Policy
+from learner.model import Policy
+from learner.settings import ModelSettings
 from rollout.agent import Agent, AgentSettings, Conversation
 from rollout.chat import Chat, ChatError
 from rollout.engine import EngineFailed, Sampling

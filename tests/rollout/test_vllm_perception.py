@@ -11,8 +11,9 @@ import torch
 
 from deploy.build import load_chat, load_tokenizer
 from learner.batch import row_of, sequences_of
-from learner.model import ModelSettings, Policy
+from learner.model import Policy
 from learner.publish import take_snapshot
+from learner.settings import ModelSettings
 from rollout.agent import Agent
 from rollout.engine import Sampling
 from rollout.episode import Limits, Place

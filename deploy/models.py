@@ -1,0 +1,56 @@
+"""The model that a run begins with, built where none is named, and the learner over it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from deploy.config import RunConfig
+from envs import registry
+from learner.learner import Learner
+from learner.model import build_tiny
+from learner.ranks import ALONE, Ranks
+from learner.tiny_vision import build_tiny_vision
+from learner.tokenizer import build_tokenizer
+
+
+def model_path(config: RunConfig, run_folder: Path) -> str:
+    """Where the base model lies; a tiny one is built into the run folder first."""
+    tiny = config.tiny
+    if tiny is None:
+        return config.learner.model.path
+    folder = run_folder / "base"
+    if not (folder / "config.json").is_file():
+        tokenizer = tiny_tokenizer(config, folder)
+        build = partial(build_tiny_vision, pixels=tiny.pixels) if tiny.pixels else build_tiny
+        build(
+            folder,
+            tokenizer,
+            layers=tiny.layers,
+            width=tiny.width,
+            heads=tiny.heads,
+            head_width=tiny.head_width,
+            mlp=tiny.mlp,
+            context=config.rollout.context_tokens,
+            tie=tiny.tie,
+            seed=config.seed,
+        )
+    return str(folder)
+
+
+def tiny_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
+    """Build the tokenizer of a tiny model into `folder`."""
+    assert config.tiny is not None
+    said = registry.words(config.env.id) if config.tiny.environment_words else ()
+    return build_tokenizer(folder, [*config.tiny.words, *said])
+
+
+def build_learner(config: RunConfig, path: str, ranks: Ranks = ALONE) -> Learner:
+    """The learner of a run, with the largest row it can meet computed once. ModelError where that does not fit."""
+    model = config.learner.model.model_copy(update={"path": path})
+    settings = config.learner.model_copy(update={"model": model})
+    learner = Learner(settings, config.seed, config.sampling.temperature, config.steps, ranks)
+    learner.rehearse(config.rollout.context_tokens)
+    return learner
