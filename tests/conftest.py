@@ -9,6 +9,7 @@ from hypothesis import settings
 
 # Set before any test module imports a library that reads them, and inherited by every process a test starts.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command does, before transformers is imported
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 

@@ -27,6 +27,7 @@ SMALL = (
 def test_a_run_on_ray_with_two_vllm_workers(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "deploy.cli", "train", "frozen_lake", *SMALL, "--runs", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    del environment["HF_HUB_DISABLE_PROGRESS_BARS"]  # the command sees to that itself
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert (done.returncode, done.stderr) == (0, "")
     assert "step 3/3" in done.stdout and "report.html" in done.stdout
