@@ -307,13 +307,13 @@ def _read(recipe: str) -> Nested:
 
 
 def _merged(base: Nested, changes: Nested) -> Nested:
-    """Options of sections that both have stand side by side; a section with another `kind` is another section."""
+    """Options of sections that both have stand side by side; one with another `kind` or `id` is another section."""
     merged = dict(base)
     for name, value in changes.items():
         old = base.get(name)
         if isinstance(old, dict) and isinstance(value, dict):
-            same_kind = value.get("kind", old.get("kind")) == old.get("kind")
-            merged[name] = _merged(old, value) if same_kind else value
+            other = any(key in value and value[key] != old.get(key) for key in ("kind", "id"))
+            merged[name] = value if other else _merged(old, value)
         else:
             merged[name] = value
     return merged

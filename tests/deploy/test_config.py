@@ -214,6 +214,12 @@ def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path: Path) ->
         DivergenceLoss(),
     )  # another kind: nothing of the old
     assert algorithm.critic == old.critic.model_copy(update={"value_clip": 0.5})
+
+    recipe.write_text("extends = 'ppo'\n[env]\nid = 'arithmetic'\n[evaluation]\ntasks = 7\n")
+    other = load_config(str(recipe))
+    assert (other.env.id, other.env.options) == ("arithmetic", {})  # another environment: none of its options
+    assert other.evaluation == base.evaluation.model_copy(update={"tasks": 7})
+
     recipe.write_text("extends = 'other.toml'\n")
     with pytest.raises(ConfigError, match="extends names a recipe that ships with Manta"):
         load_config(str(recipe))
