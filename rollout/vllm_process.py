@@ -50,7 +50,8 @@ def ending_with_us() -> Iterator[None]:
 
     The kernel watches the thread that starts them, which must last as long as they do: an event loop's, not a pool's.
     """
-    # The children must be new processes: forked ones would not share the resource tracker that `take_names_away` asks.
+    # The core must be a new process: a forked one would not share the resource tracker that `take_names_away` asks, and
+    # would be a copy of whatever threads we have.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     EngineCoreProc.run_engine_core = partial(_engine_core, os.getpid())
     try:
@@ -64,15 +65,20 @@ def _engine_core(parent: int, *args: Any, **kwargs: Any) -> None:
     end_with(parent)
     _leave_nothing_named()
     _wait_asleep()
-    WorkerProc.worker_main = partial(_worker, os.getpid())
+    forked = current_platform.is_cpu()
+    if forked:
+        # The core has no threads yet when it starts its worker: a copy of it need not import everything once more.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    WorkerProc.worker_main = partial(_worker, os.getpid(), forked)
     _run_engine_core(*args, **kwargs)
 
 
-def _worker(parent: int, *args: Any, **kwargs: Any) -> None:
+def _worker(parent: int, forked: bool, *args: Any, **kwargs: Any) -> None:
     """A worker's main function, in its own process."""
     end_with(parent)
-    _leave_nothing_named()
-    _wait_asleep()
+    if not forked:
+        _leave_nothing_named()
+        _wait_asleep()
     _run_worker(*args, **kwargs)
 
 
