@@ -332,7 +332,12 @@ class RayRing:
         while True:
             await asyncio.sleep(settings.heartbeat_seconds)
             try:
-                await within(settings.frozen_seconds, awaited(ping.remote()), "the exchange (heartbeat)")
+                where = await within(
+                    settings.frozen_seconds, awaited(ping.remote()), "the exchange (heartbeat)"
+                )
+                if where != self._where["exchange"]:  # it died and came back between two heartbeats
+                    self._where["exchange"] = where
+                    self._say(f"the exchange was lost and is back, started again from disk ({place(where)})")
             except (PartLost, RayActorError) as error:
                 if isinstance(error, PartLost):
                     ray.kill(self._exchange, no_restart=False)
