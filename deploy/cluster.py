@@ -87,8 +87,8 @@ class RayRing:
         config, supervision = self._config, self._config.supervision
         self._path = model_path(config, self.run_folder)
         self._budget = Budget(supervision)
-        self._exchange_lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._learner_lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._exchange_lost = _loss()
+        self._learner_lost = _loss()
         restarts = {"max_restarts": supervision.max_restarts, "max_task_retries": -1}
         # Every loop of every worker may wait for a slot; others' calls must find a place beside them.
         exchange = actor(ExchangeActor, max_concurrency=100_000, **restarts)
@@ -197,7 +197,7 @@ class RayRing:
         self._learning.clear()
         await self._fleet.pause()
         version = await self._restarted(loss)
-        self._learner_lost = asyncio.get_running_loop().create_future()
+        self._learner_lost = _loss()
         self._hearts.append(asyncio.create_task(self._watch_learner()))
         await self._within("the exchange", self._exchange.rollback.remote(version))
         await self._watched(self.publish())
@@ -400,3 +400,10 @@ def _native(config: RunConfig, workers: dict[str, Any], learner: Learner) -> Pub
 
 def _play(config: RunConfig, path: str) -> Any:
     return asyncio.run(play_demonstrations(config, path))
+
+
+def _loss() -> asyncio.Future[None]:
+    """What fails when a part is lost. A run that is being stopped asks it no more, and nothing is said of that."""
+    lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    lost.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return lost
