@@ -35,7 +35,7 @@ from deploy.config import RunConfig
 from deploy.fleet import Fleet
 from deploy.learner_part import LearnerPart
 from deploy.models import build_learner, model_path
-from deploy.ring import LearnerLost, Row, first_failure
+from deploy.ring import LearnerLost, Row, first_failure, loss_to_come
 from deploy.supervise import Budget, PartFailed, PartLost, brief, place, within
 from learner.checkpoint import latest
 from learner.learner import Learner
@@ -87,8 +87,8 @@ class RayRing:
         config, supervision = self._config, self._config.supervision
         self._path = model_path(config, self.run_folder)
         self._budget = Budget(supervision)
-        self._exchange_lost = _loss()
-        self._learner_lost = _loss()
+        self._exchange_lost = loss_to_come()
+        self._learner_lost = loss_to_come()
         restarts = {"max_restarts": supervision.max_restarts, "max_task_retries": -1}
         # Every loop of every worker may wait for a slot; others' calls must find a place beside them.
         exchange = actor(ExchangeActor, max_concurrency=100_000, **restarts)
@@ -197,7 +197,7 @@ class RayRing:
         self._learning.clear()
         await self._fleet.pause()
         version = await self._restarted(loss)
-        self._learner_lost = _loss()
+        self._learner_lost = loss_to_come()
         self._hearts.append(asyncio.create_task(self._watch_learner()))
         await self._within("the exchange", self._exchange.rollback.remote(version))
         await self._watched(self.publish())
@@ -326,15 +326,13 @@ class RayRing:
 
     async def _watch_exchange(self) -> None:
         settings = self._config.supervision
-        ping = self._exchange.ping.options(
-            max_task_retries=0
-        )  # fails at once while Ray starts the actor again
+        # It fails at once while Ray starts the actor again.
+        ping = self._exchange.ping.options(max_task_retries=0)
         while True:
             await asyncio.sleep(settings.heartbeat_seconds)
             try:
-                where = await within(
-                    settings.frozen_seconds, awaited(ping.remote()), "the exchange (heartbeat)"
-                )
+                answer = awaited(ping.remote())
+                where = await within(settings.frozen_seconds, answer, "the exchange (heartbeat)")
                 if where != self._where["exchange"]:  # it died and came back between two heartbeats
                     self._where["exchange"] = where
                     self._say(f"the exchange was lost and is back, started again from disk ({place(where)})")
@@ -400,10 +398,3 @@ def _native(config: RunConfig, workers: dict[str, Any], learner: Learner) -> Pub
 
 def _play(config: RunConfig, path: str) -> Any:
     return asyncio.run(play_demonstrations(config, path))
-
-
-def _loss() -> asyncio.Future[None]:
-    """What fails when a part is lost. A run that is being stopped asks it no more, and nothing is said of that."""
-    lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    lost.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return lost

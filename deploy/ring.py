@@ -36,6 +36,13 @@ async def first_failure(wanted: asyncio.Future[T], others: Iterable[asyncio.Futu
         wanted.cancel()  # whoever no longer waits (a failure, Ctrl-C) does not leave it running
 
 
+def loss_to_come() -> asyncio.Future[None]:
+    """What fails when a part is lost. A run that is being stopped asks it no more, and nothing is said of that."""
+    lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    lost.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return lost
+
+
 class Ring(Protocol):
     """The parts of one run, started and joined. No method carries trajectories: they stay where they are made."""
 
