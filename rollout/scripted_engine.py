@@ -7,14 +7,17 @@ from asyncio import sleep
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from rollout.engine import Completion, EngineDied, EngineFailed, Sampling, derive_seed
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import SyncReport, WeightUpdate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Script = Callable[
     [str, Random], str

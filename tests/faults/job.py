@@ -20,17 +20,18 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deploy.models
 from deploy.build import load_tokenizer, vllm_engine
 from deploy.config import RunConfig
-from learner.learner import Learner
-from learner.ranks import ALONE, Ranks
 from rollout.engine import Completion, Engine, Sampling
 from rollout.scripted_engine import ScriptedEngine
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import SyncReport, WeightUpdate
+
+if TYPE_CHECKING:  # engines are made of this module too, and need not wait for a learner
+    from learner.learner import Learner
+    from learner.ranks import Ranks
 
 LATENCY = "MANTA_FAULTS_LATENCY_S"  # of one scripted completion; added to one of vLLM's
 REAL = "MANTA_FAULTS_REAL"  # set: vLLM
@@ -105,12 +106,13 @@ async def engine(config: RunConfig, name: str, path: str) -> Engine:
     return Logged(scripted, folder)
 
 
-_build_learner = deploy.models.build_learner
-
-
-def learner(config: RunConfig, path: str, ranks: Ranks = ALONE) -> Learner:
+def learner(config: RunConfig, path: str, ranks: Ranks | None = None) -> Learner:
     """The learner of a run, with its steps written down and its checkpoints slow enough to be hit."""
-    made, folder = _build_learner(config, path, ranks), Path(path).parent
+    from deploy.models import build_learner
+    from learner.ranks import ALONE
+
+    ranks = ranks or ALONE
+    made, folder = build_learner(config, path, ranks), Path(path).parent
     step, write_model = made.step, made.write_model
 
     def logged_step(groups: Sequence[Any]) -> dict[str, float]:
