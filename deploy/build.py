@@ -1,7 +1,7 @@
 """How the parts of a run are made from its configuration: one recipe for the local ring and for the cluster.
 
 Every process of a run imports this. What takes seconds to import (transformers, the learner) is imported by the
-functions that need it: an exchange that is started again, and everybody who waits for it, need not wait for torch.
+functions that need it: an exchange that is started again, and everybody who waits for it, need not wait for that.
 """
 
 from __future__ import annotations
