@@ -40,7 +40,7 @@ GROUPS, GROUP_SIZE, LATENCY_S = 125, 8, 2.0
 TURNS = 24
 WARM_UP_S, SECONDS = 10.0, 20.0
 OPTIONS = {"size": 6, "frozen_probability": 1.0, "max_turns": TURNS, "instructions": False, "view": "map"}
-FEW_GROUPS, FEW_LATENCY_S, FEW_SECONDS, ROUNDS = 3, 0.02, 4.0, 3
+PLAYING_GROUPS, FEW_LATENCY_S, FEW_SECONDS, ROUNDS = 2, 0.02, 4.0, 5
 STEPS, STEPS_A_TURN = 2_000, 200
 
 
@@ -125,16 +125,17 @@ async def _thousand(folder: Path, chat: Chat) -> dict[str, float]:
 
 
 async def _few(folder: Path, chat: Chat, stuck: bool) -> float:
-    """Turns a second of all but the first group, one of whose replicas' seeds may be stuck."""
+    """Turns a second of groups that play, beside one more whose replicas are all stuck, or beside none."""
+    groups = PLAYING_GROUPS + stuck
     engine = Waiting(chat, FEW_LATENCY_S)
 
     def tasks(group_id: int) -> Task:
         return Task.of("sticky", group_id, {"stuck": stuck and group_id == 0})
 
     pool = EnvironmentPool(_sticky, HostSettings(where="process", step_seconds=3600))
-    worker, exchange = _worker(folder, chat, engine, tasks, FEW_GROUPS, pool)
+    worker, exchange = _worker(folder, chat, engine, tasks, groups, pool)
     running = asyncio.create_task(worker.run())
-    while engine.turns < 4 * FEW_GROUPS * GROUP_SIZE:  # every process has started
+    while engine.turns < 4 * groups * GROUP_SIZE:  # every process has started
         await asyncio.sleep(0.1)
     turns, began = engine.turns, time.perf_counter()
     await asyncio.sleep(FEW_SECONDS)
@@ -143,7 +144,7 @@ async def _few(folder: Path, chat: Chat, stuck: bool) -> float:
     await asyncio.gather(running, return_exceptions=True)
     await pool.close()
     await exchange.close()
-    return rate / (FEW_GROUPS - stuck)
+    return rate
 
 
 def _sticky(env_id: str, **options: Any) -> Sticky:
