@@ -15,9 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import Split, in_split
-
-MAX_DRAWS = 10_000  # of a task that lies in the split; of inputs that tell right from wrong
+from envs.base import MAX_DRAWS, Split, drawn
 
 Rng = np.random.Generator
 Choices = Mapping[str, str]  # what the sentence says -> what the solution says
@@ -91,12 +89,12 @@ def _compiled(solution: str, name: str) -> Callable[..., Any]:
 
 def draw_task(kinds: Sequence[Kind], split: Split, rng: Rng) -> Task:
     """A task of one of these kinds; the sentence decides which split it belongs to."""
-    for _ in range(MAX_DRAWS):
+
+    def attempt() -> Task:
         kind = kinds[int(rng.integers(len(kinds)))]
-        task = kind.filled({name: pick(list(choices))(rng) for name, choices in kind.chosen.items()})
-        if in_split(f"{task.name}: {task.says}", split):
-            return task
-    raise ValueError(f"none of {MAX_DRAWS} tasks lies in split={split}")
+        return kind.filled({name: pick(list(choices))(rng) for name, choices in kind.chosen.items()})
+
+    return drawn(attempt, lambda task: f"{task.name}: {task.says}", split)
 
 
 def draw_inputs(task: Task, examples: int, hidden: int, rng: Rng) -> tuple[list[Arguments], list[Arguments]]:

@@ -64,9 +64,9 @@ def _engine_core(parent: int, *args: Any, **kwargs: Any) -> None:
     """The engine core's main function, in its own process."""
     end_with(parent)
     _leave_nothing_named()
-    _wait_asleep()
     forked = current_platform.is_cpu()
     if forked:
+        _wait_asleep()
         # The core has no threads yet when it starts its worker: a copy of it need not import everything once more.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     WorkerProc.worker_main = partial(_worker, os.getpid(), forked)
@@ -76,9 +76,8 @@ def _engine_core(parent: int, *args: Any, **kwargs: Any) -> None:
 def _worker(parent: int, forked: bool, *args: Any, **kwargs: Any) -> None:
     """A worker's main function, in its own process."""
     end_with(parent)
-    if not forked:
+    if not forked:  # a copy has all that its core has done
         _leave_nothing_named()
-        _wait_asleep()
     _run_worker(*args, **kwargs)
 
 
@@ -95,20 +94,19 @@ def _leave_nothing_named() -> None:
 
 
 def _wait_asleep() -> None:
-    """Have vLLM's processes wait for one another asleep, on CPUs.
+    """Have vLLM's processes wait for one another asleep: for engines on CPUs.
 
     They poll for a second after every message, which costs nothing where a GPU computes and the cores are idle. Where
     the cores are what computes, it takes them from everything else: the learner, the environments, each other.
     """
-    if current_platform.is_cpu():
-        wait = SpinCondition.wait
+    wait = SpinCondition.wait
 
-        def asleep(self: SpinCondition, timeout_ms: int | None = None) -> None:
-            self.busy_loop_s = min(self.busy_loop_s, _POLL_SECONDS)
-            # Short naps: now and then the call that is to wake it does not come (seen: it slept for ten seconds).
-            wait(self, _NAP_MS if timeout_ms is None else min(timeout_ms, _NAP_MS))
+    def asleep(self: SpinCondition, timeout_ms: int | None = None) -> None:
+        self.busy_loop_s = min(self.busy_loop_s, _POLL_SECONDS)
+        # Short naps: now and then the call that is to wake it does not come (seen: it slept for ten seconds).
+        wait(self, _NAP_MS if timeout_ms is None else min(timeout_ms, _NAP_MS))
 
-        SpinCondition.wait = asleep
+    SpinCondition.wait = asleep
 
 
 def take_names_away(core: int) -> None:
