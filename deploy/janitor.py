@@ -29,6 +29,9 @@ _LONGEST_TEMPORARY = 24
 
 def tag_run() -> str:
     """Mark this process, and with it every process it starts, as belonging to one run; returns the id."""
+    # Ray's agents and vLLM's processes give themselves titles, and would write them over the environment that the
+    # janitor knows them by: whichever variables come first, in an order that differs from start to start.
+    os.environ["SPT_NOENV"] = "1"
     return os.environ.setdefault(TAG, secrets.token_hex(8))
 
 

@@ -12,7 +12,7 @@ import pytest
 from deploy.janitor import GRACE_SECONDS, TAG
 from tests.faults import matrix, resumes
 from tests.faults.matrix import KILL, STOP, Kind
-from tests.faults.run import Driver, until
+from tests.faults.run import Driver, command_of, until
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +52,18 @@ def _tagged(folder: Path) -> list[int]:
     return found
 
 
+def _described(pid: int) -> str:
+    """What a process is, what it waits for, and who started it."""
+    try:
+        status = (Path("/proc") / str(pid) / "status").read_text().splitlines()
+        carries = f"{TAG}=".encode() in (Path("/proc") / str(pid) / "environ").read_bytes()
+        waits = (Path("/proc") / str(pid) / "wchan").read_text()
+    except OSError as error:
+        return f"{pid}: {error}"
+    facts = [line for line in status if line.split(":")[0] in ("Name", "State", "PPid", "Threads", "SigBlk")]
+    return f"{pid}: {command_of(pid)} {' '.join(facts)} waits in {waits}, carries the run's id: {carries}"
+
+
 @pytest.mark.parametrize("how", ["killed", "stopped", "beyond its budget"])
 def test_whatever_ends_a_run_nothing_of_it_is_left(how: str, tmp_path: Path) -> None:
     folder, temporary = tmp_path / "run", Path(tempfile.mkdtemp(prefix="mt-", dir="/tmp"))
@@ -87,7 +99,10 @@ def test_whatever_ends_a_run_nothing_of_it_is_left(how: str, tmp_path: Path) -> 
             )
     finally:
         driver.stop()
-    until(lambda: not _tagged(folder), GRACE_SECONDS + 45, "the end of every process of the run")
+    try:
+        until(lambda: not _tagged(folder), GRACE_SECONDS + 45, "the end of every process of the run")
+    except TimeoutError as late:
+        raise AssertionError("\n".join(map(_described, _tagged(folder)))) from late
     assert not list(temporary.iterdir())
     temporary.rmdir()
     if how == "beyond its budget":
