@@ -22,7 +22,6 @@ import psutil
 import ray
 
 from deploy.build import load_tokenizer, replica_start
-from envs.base import TextEnv
 from envs.host import HostSettings
 from learner.tokenizer import build_tokenizer
 from rollout.agent import Agent
@@ -35,6 +34,7 @@ from rollout.wire.store import BufferSettings, Store
 from rollout.wire.trajectory import Float32Array, Task
 from rollout.wire.weights import SyncReport, WeightUpdate
 from rollout.worker import RolloutSettings, RolloutWorker
+from tests.bench.sticky import sticky
 
 GROUPS, GROUP_SIZE, LATENCY_S = 125, 8, 2.0
 TURNS = 24
@@ -73,23 +73,6 @@ class Waiting:
     async def ping(self) -> None: ...
 
     async def close(self) -> None: ...
-
-
-class Sticky(TextEnv):
-    """Turns without end; the replicas of some seeds sleep for ever at their second turn."""
-
-    def __init__(self, stuck: bool = False) -> None:
-        self._stuck, self._turn = stuck, 0
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Any]:
-        self._turn = 0
-        return "begin", {}
-
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        self._turn += 1
-        while self._stuck and self._turn == 2:
-            time.sleep(3600)
-        return "go on", 0.0, self._turn == TURNS, False, {}
 
 
 def _worker(
@@ -133,12 +116,14 @@ async def _few(folder: Path, chat: Chat, stuck: bool) -> float:
     engine = Waiting(chat, FEW_LATENCY_S)
 
     def tasks(group_id: int) -> Task:
-        return Task.of("sticky", group_id, {"stuck": stuck and group_id == 0})
+        return Task.of("sticky", group_id, {"turns": TURNS, "stuck": stuck and group_id == 0})
 
-    pool = EnvironmentPool(_sticky, HostSettings(where="process", step_seconds=3600))
+    pool = EnvironmentPool(sticky, HostSettings(where="process", step_seconds=3600))
     worker, exchange = _worker(folder, chat, engine, tasks, groups, pool)
     running = asyncio.create_task(worker.run())
-    while engine.turns < 10 * groups * GROUP_SIZE:  # every process has started
+    while (
+        engine.turns < 2 * TURNS * PLAYING_GROUPS * GROUP_SIZE
+    ):  # every process has started, the stuck ones first
         await asyncio.sleep(0.1)
     turns, began = engine.turns, time.perf_counter()
     await asyncio.sleep(FEW_SECONDS)
@@ -148,10 +133,6 @@ async def _few(folder: Path, chat: Chat, stuck: bool) -> float:
     await pool.close()
     await exchange.close()
     return rate
-
-
-def _sticky(env_id: str, **options: Any) -> Sticky:
-    return Sticky(**options)
 
 
 async def _step_ms(wheres: Sequence[str]) -> dict[str, float]:
