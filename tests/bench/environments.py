@@ -3,7 +3,8 @@
     python -m tests.bench.environments [household] [assistant] [foreign] [transfer] [--seeds 3] [--folder DIR]
 
 household, assistant   their recipes as they are: success on held-out tasks before and after, and the minutes it took
-foreign                twenty questions asked by an agent that knows only the `openai` client, through the endpoint
+foreign                the assistant's questions, answered by an agent that knows only the `openai` client, through the
+                       endpoint
 transfer               commands of level 3, by a policy that has learned level 2 and by one that has only been imitating
 
 What is there already is not run again. Prints Markdown.
@@ -21,7 +22,7 @@ import numpy as np
 from deploy.config import load_config
 from deploy.export import export_model
 from deploy.metrics import read_metrics
-from tests.bench.runs import from_model, imitated, run_to_end
+from tests.bench.runs import from_model, run_to_end
 
 NAMES = ("household", "assistant", "foreign", "transfer")
 COMPOSED = ("env.options.level=3", "env.options.max_turns=16")
@@ -38,18 +39,18 @@ def learnt(recipe: str, seed: int, folder: Path) -> tuple[float, float, float]:
     return _figures(run_to_end(config, folder / f"{recipe}-{seed}"))
 
 
-def asked_through_the_endpoint(seed: int, folder: Path) -> tuple[float, float, float]:
-    """The same of a foreign agent, whose model has imitated the questions of a scripted player."""
-    model = imitated("twenty_questions", seed, folder)
-    agent = "function='tests.bench.questioner:play'"
+def through_the_endpoint(seed: int, folder: Path) -> tuple[float, float, float]:
+    """The same of a foreign assistant, whose model has imitated what ours had imitated, and nothing more."""
+    learnt("assistant", seed, folder)
+    agent, task = "function='tests.bench.openai_assistant:play'", "level=1,max_calls=2"
     overrides = [
         "env.id=program",
-        f"env.options={{{agent},task={{level=1,split='train'}}}}",
-        f"evaluation.options={{{agent},task={{level=1,split='heldout'}}}}",
+        f"env.options={{{agent},task={{{task},split='train'}}}}",
+        f"evaluation.options={{{agent},task={{{task},split='heldout'}}}}",
         f"seed={seed}",
     ]
-    config = from_model("twenty_questions", model, overrides)
-    return _figures(run_to_end(config, folder / f"foreign-{seed}"))
+    model = _exported(folder / f"assistant-{seed}", folder / f"assistant-imitated-{seed}", 0)
+    return _figures(run_to_end(from_model("assistant", model, overrides), folder / f"foreign-{seed}"))
 
 
 def _figures(summary: dict[str, object]) -> tuple[float, float, float]:
@@ -65,14 +66,19 @@ def moved_and_afresh(seed: int, folder: Path) -> tuple[Curve, Curve]:
     learnt("household", seed, folder)
     curves = []
     for name, version in (("moved", None), ("afresh", 0)):
-        model = folder / f"household-{name}-{seed}"
-        if not model.is_dir():
-            export_model(folder / f"household-{seed}", model, version=version)
+        model = _exported(folder / f"household-{seed}", folder / f"household-{name}-{seed}", version)
         config = from_model("household", model, [f"seed={seed}", f"steps={COMPOSED_STEPS}", *COMPOSED])
         run = folder / f"composed-{name}-{seed}"
         run_to_end(config, run)
         curves.append(curve(run))
     return curves[0], curves[1]
+
+
+def _exported(run: Path, model: Path, version: int | None) -> Path:
+    """The model of a version, the last if None."""
+    if not model.is_dir():
+        export_model(run, model, version=version)
+    return model
 
 
 def curve(run: Path) -> Curve:
@@ -129,7 +135,7 @@ def main() -> None:
         for seed in seeds:
             foreign = name == "foreign"
             before, after, minutes = (
-                asked_through_the_endpoint(seed, folder) if foreign else learnt(name, seed, folder)
+                through_the_endpoint(seed, folder) if foreign else learnt(name, seed, folder)
             )
             table.append(f"| {name} | {seed} | {before:.3f} | {after:.3f} | {minutes:.1f} |")
             print(table[-1], file=sys.stderr, flush=True)
