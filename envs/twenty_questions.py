@@ -63,9 +63,10 @@ class TwentyQuestions(TextEnv):
     """The environment.
 
     level: see above. max_turns: questions and guess before truncation; the level's own if None. cost: of a question, 0
-    to 0.1. split: "train" and "heldout" divide the lists of candidates as they are shown, whatever the seed; "all"
-    takes any. The thing meant has no part in that, or a part would never mean some things and could be played by
-    knowing which. instructions: begin with the rules in English. Raises ValueError for other values.
+    to 0.1. things: how many of the 64 are ever candidates, taken evenly: fewer leave less to know. split: "train" and
+    "heldout" divide the lists of candidates as they are shown, whatever the seed; "all" takes any. The thing meant has
+    no part in that, or a part would never mean some things and could be played by knowing which. instructions: begin
+    with the rules in English. Raises ValueError for other values.
     """
 
     def __init__(
@@ -73,15 +74,21 @@ class TwentyQuestions(TextEnv):
         level: int = 1,
         max_turns: int | None = None,
         cost: float = 0.0,
+        things: int = len(THINGS),
         split: Split = "all",
         instructions: bool = True,
     ) -> None:
         check_options(level, CANDIDATES, split, max_turns)
         if not 0 <= cost <= 0.1:
             raise ValueError(f"cost={cost} must lie in [0, 0.1]")
+        if not CANDIDATES[level] <= things <= len(THINGS):
+            raise ValueError(
+                f"things={things} must lie between the level's candidates, {CANDIDATES[level]}, and {len(THINGS)}"
+            )
         self._level = level
         self._max_turns = max_turns or TURNS[level]
         self._cost = cost
+        self._things = [THINGS[place * len(THINGS) // things] for place in range(things)]
         self._split = split
         self._opening = INSTRUCTIONS.format(turns=self._max_turns) if instructions else ""
         self._meant = ""
@@ -118,7 +125,7 @@ class TwentyQuestions(TextEnv):
 
     def _attempt(self) -> str | None:
         """A list of candidates; None where they cannot be told apart within the level's turns."""
-        listed = self.np_random.choice(THINGS, size=CANDIDATES[self._level], replace=False).tolist()
+        listed = self.np_random.choice(self._things, size=CANDIDATES[self._level], replace=False).tolist()
         return " ".join(listed) if questions_needed(frozenset(listed)) < TURNS[self._level] else None
 
 

@@ -65,6 +65,16 @@ def test_what_is_told_is_what_the_table_says() -> None:
             assert meaning(thing).step(f"is it {name}")[0] == ("yes" if thing in having else "no")
 
 
+def test_of_fewer_things_every_one_is_listed_and_meant_and_no_other() -> None:
+    env = TwentyQuestions(things=16, instructions=False)
+    listed, meant = set(), set()
+    for seed in SEEDS:
+        listed |= set(env.reset(seed=seed)[0].split())
+        meant.add(env.meant)
+        assert played(env, Player(0.0, seed), seed).success
+    assert listed == meant == set(THINGS[::4])
+
+
 @pytest.mark.parametrize("level", CANDIDATES)
 @pytest.mark.parametrize("instructions", [True, False])
 def test_a_player_without_errors_halves_and_guesses_in_time(level: int, instructions: bool) -> None:
@@ -167,7 +177,11 @@ def test_every_word_said_is_among_words() -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"level": 0}, "must be 1, 2, 3, 4"), ({"cost": 0.2}, r"cost=0.2 must lie in \[0, 0.1\]")],
+    [
+        ({"level": 0}, "must be 1, 2, 3, 4"),
+        ({"cost": 0.2}, r"cost=0.2 must lie in \[0, 0.1\]"),
+        ({"level": 2, "things": 15}, "things=15 must lie between the level's candidates, 16, and 64"),
+    ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
