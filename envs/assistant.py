@@ -17,6 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -38,14 +39,13 @@ from envs.assistant_data import (
     evaluated,
     measured,
 )
-from envs.base import Info, Observation, Split, TextEnv, check_options, in_split
+from envs.base import Info, Observation, Split, TextEnv, check_options, drawn
 from envs.calls import Call, Style, write_call
 from envs.tools import Toolbox, ToolEnv
 
 LEVELS = 4
 TOLERANCE = Fraction("0.06")
 NAMES = frozenset((*PLACES, *PEOPLE, *TRADES))
-MAX_DRAWS = 1000  # questions tried for one that fits
 
 _PAIRS = (
     ("km", "miles"),
@@ -115,12 +115,8 @@ class Assistant(TextEnv):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         super().reset(seed=seed)
-        for _ in range(MAX_DRAWS):
-            asked, self._answer = _drawn(self._level, self.np_random)
-            question = f"what is {asked}?"
-            if in_split(question, self._split) and not stands_in(self._answer, question):
-                return self._opening + question, {}
-        raise RuntimeError(f"none of {MAX_DRAWS} questions fits level={self._level}, split={self._split}")
+        question, self._answer = drawn(self._attempt, itemgetter(0), self._split)
+        return self._opening + question, {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
         if self._answer is None:
@@ -130,6 +126,12 @@ class Assistant(TextEnv):
             return "That is no answer.", 0.0, True, False, {"malformed": True, "success": False}
         right = agree(said, self._answer)
         return "right" if right else "wrong", float(right), True, False, {"success": right}
+
+    def _attempt(self) -> tuple[str, Answer] | None:
+        """A question with its answer; None where the one gives the other away."""
+        asked, answer = _drawn(self._level, self.np_random)
+        question = f"what is {asked}?"
+        return None if stands_in(answer, question) else (question, answer)
 
 
 def read(action: str) -> Answer | None:
