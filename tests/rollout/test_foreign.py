@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import re
 import sys
 import tomllib
@@ -79,6 +80,25 @@ def left(tmp_path: Path) -> list[int]:
         path for path in stats if path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z"
     ]
     return [int(path.parent.name) for path in alive]
+
+
+def test_an_assistant_of_the_openai_client_is_recorded_as_ours_is(
+    tokenizer: PreTrainedTokenizerFast, chat: Chat
+) -> None:
+    def policy(prompt: str, rng: random.Random) -> str:
+        return "corin" if "is corin." in prompt else "search(mayor of arlen)"
+
+    agent = Agent(ScriptedEngine(tokenizer, policy), chat, Sampling(max_tokens=64), 4096)
+    options = {"level": 1, "max_calls": 2, "split": "train"}
+    ours = Task.of("assistant", 5, options | {"style": "plain", "instructions": False})
+    theirs = Task.of("program", 5, {"function": "tests.bench.openai_assistant:play", "task": options})
+    one, other = played(agent, ours), played(agent, theirs)
+    assert (one.end_reason, one.reward) == (other.end_reason, other.reward) == (EndReason.TERMINATED, 0.0)
+    assert len(one.steps) == len(other.steps) == 2
+    for left, right in zip(one.steps, other.steps, strict=True):
+        assert left.prompt_ids.tolist() == right.prompt_ids.tolist()
+        assert left.action_ids.tolist() == right.action_ids.tolist()
+        assert left.segment == right.segment == 0
 
 
 def test_the_guides_own_agent_plays_and_learns_nothing_of_us(agent: Agent, tmp_path: Path) -> None:
