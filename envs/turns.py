@@ -12,9 +12,9 @@ Moves: text that is no move ends the game, marked as malformed, unpaid. A move t
 says which are, is answered with "illegal" and what was seen before, and costs a turn. Where a package judges moves
 itself and ends a game over one of the agent's, that is malformed, too, and unpaid.
 Opponents: "random" makes any legal move. "module:function" is called with what its seat sees, its legal moves as
-texts (None where the game does not say) and a numpy.random.Generator, and returns its move. An opponent whose move is
-none is an error, never a game won. With "self" the agent makes the moves of every seat and is paid for the one that
-moved first.
+texts (None where the game does not say) and a numpy.random.Generator, and returns its move. "http://..." is a server
+that has a past version of the policy, or another model (envs/served.py). An opponent whose move is none is an error,
+never a game won. With "self" the agent makes the moves of every seat and is paid for the one that moved first.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import numpy as np
 
 from envs.base import MAX_DRAWS, Info, TalkSpace, TextEnv, text_space
 from envs.reference import load_function
+from envs.served import Served
 
 MAX_REPLIES = 1000  # moves of others between two of the agent's
 MAX_MOVE = 1 << 13  # characters
@@ -90,6 +91,12 @@ def moves_at_random(observation: str, moves: list[str] | None, rng: np.random.Ge
     return moves[rng.integers(len(moves))]
 
 
+def _reply_of(opponent: str) -> Reply:
+    if opponent.startswith(("http://", "https://")):
+        return Served(opponent)
+    return moves_at_random if opponent == RANDOM else load_function(opponent)
+
+
 class TurnGame(TextEnv):
     """One seat's view of a game.
 
@@ -120,7 +127,8 @@ class TurnGame(TextEnv):
         self._fixed = seat
         self._reply: Reply | None = None
         if opponent != SELF:
-            self._reply = moves_at_random if opponent == RANDOM else load_function(opponent)
+            self._reply = _reply_of(opponent)
+        self.nondeterministic = isinstance(self._reply, Served)
         self._opponent = opponent
         self._max_turns = max_turns
         self._opening = opening

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -139,6 +144,65 @@ def test_what_an_opponent_does_wrong_is_no_game_won(opponent: str, says: str) ->
     env, _ = begun(Counting(left=9), seat=0, opponent=f"{module}{opponent}")
     with pytest.raises(RuntimeError, match=f"counting: opponent .*{opponent}.*{says}"):
         env.step("1")
+
+
+class Model(BaseHTTPRequestHandler):
+    """A server whose model says what it is told to, one thing after the other."""
+
+    says: ClassVar[list[str]]
+    heard: ClassVar[list[Any]]
+
+    def _answer(self, said: Any) -> None:
+        body = json.dumps(said).encode()
+        self.send_response(200 if said else 503)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        assert self.path == "/v1/models"
+        self._answer({"data": [{"id": "version-40"}]})
+
+    def do_POST(self) -> None:
+        assert self.path == "/v1/chat/completions"
+        self.heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        said = self.says.pop(0)
+        self._answer(said and {"choices": [{"message": {"content": said}}]})
+
+    def log_message(self, *arguments: Any) -> None: ...
+
+
+@pytest.fixture
+def served() -> Iterator[str]:
+    Model.says, Model.heard = [], []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Model) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def test_a_model_behind_a_server_moves_by_what_its_seat_sees(served: str) -> None:
+    game = Counting(left=9)
+    env, _ = begun(game, seat=0, opponent=served)
+    Model.says += [" 2\n", "I resign", ""]
+    assert env.step("1")[0] == "seat 0: 6 left"
+    (asked,) = Model.heard
+    assert asked["model"] == "version-40"
+    assert asked["messages"] == [{"role": "user", "content": "seat 1: 8 left"}]
+    env.step("1")  # its answer is no move: any legal one is made
+    assert game.log[3][0] == 1 and game.log[3][1] in ("1", "2", "3")
+    with pytest.raises(
+        RuntimeError, match=re.escape(f"the opponent at {served}/chat/completions answered 503")
+    ):
+        env.step("1")
+    assert env.nondeterministic
+    assert not begun(Counting())[0].nondeterministic
+
+
+def test_a_server_that_is_not_there_is_named(served: str) -> None:
+    address = served.rsplit(":", 1)[0] + ":9/v1"
+    with pytest.raises(RuntimeError, match=f"the opponent at {address}/models did not answer"):
+        begun(Counting(), seat=1, opponent=address)
 
 
 def test_a_game_that_never_comes_to_the_agent_is_an_error_with_a_limit(
