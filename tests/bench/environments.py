@@ -28,7 +28,7 @@ NAMES = ("household", "assistant", "foreign", "transfer")
 COMPOSED = (
     "env.options.level=3",
     "env.options.max_turns=16",
-    "warm_start.episodes=2048",
+    "warm_start.episodes=256",
     "warm_start.error_rate=0.3",
     "learner.algorithm.credit={kind='gigpo',gamma=0.9}",  # a turn among nine is seldom what decided
     "learner.optim.learning_rate=2e-3",
