@@ -28,11 +28,11 @@ NAMES = ("household", "assistant", "foreign", "transfer")
 COMPOSED = (
     "env.options.level=3",
     "env.options.max_turns=16",
-    "warm_start.episodes=256",
+    "warm_start.episodes=512",
     "warm_start.error_rate=0.3",
     "learner.algorithm.credit={kind='gigpo',gamma=0.9}",  # a turn among nine is seldom what decided
     "learner.optim.learning_rate=2e-3",
-    "steps=40",
+    "steps=60",
 )
 ENOUGH = 0.5  # success in training that a policy has to reach
 SMOOTHED = 3  # steps whose mean is a point of the curve
