@@ -30,8 +30,8 @@ from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory
 from tests.rollout.trouble import Trouble, make
 
 AgentOf = Callable[..., Agent]
-PROCESS = HostSettings(where="process", step_seconds=2.0)
-RAY = HostSettings(where="ray", step_seconds=2.0, cpus_per_replica=0.01)
+PROCESS = HostSettings(where="process", step_seconds=5.0)
+RAY = HostSettings(where="ray", step_seconds=5.0, cpus_per_replica=0.01)
 LIMITS = Limits(max_turns=9, seconds=60.0)
 
 
@@ -108,7 +108,7 @@ def test_a_hosted_replica_says_what_an_inline_one_says(agent: Agent, task: Task,
 
 
 def test_whatever_happens_to_a_replica_costs_its_own_episode_only(agent: Agent, host: HostSettings) -> None:
-    killed = r"process \d+ did not answer within 2 s \(env.host.step_seconds\) and was killed"
+    killed = r"process \d+ did not answer within 5 s \(env.host.step_seconds\) and was killed"
     says = {
         "kill": r"its process \d+ died with exit code -9 \(SIGKILL\)",
         "exit": r"its process \d+ died with exit code 3",

@@ -318,11 +318,13 @@ def test_a_run_without_room_on_its_disk_waits_and_goes_on(
         long = "x" * 4096 * 20
         rows = [EpisodeRow(0, EndReason.FAILED, 0.0, None, 0, 0, -1, long if lack == "ledger" else "")]
         adds = [asyncio.create_task(exchange.add(slot, encode(group_of(slot)), rows)) for slot in slots]
+        async with asyncio.timeout(60):
+            while (said := (await exchange.state())["paused"]) is None:
+                await settled()
+        assert "MiB free, 500 wanted (buffer.min_free_mib)" in said
         taking = asyncio.create_task(exchange.take(0, timeout_s=0.02))
         await settled()
         await settled()
-        said = (await exchange.state())["paused"]
-        assert "MiB free, 500 wanted (buffer.min_free_mib)" in said
         assert not taking.done(), "its time stands still"
         other = asyncio.create_task(reserve(exchange))
         await settled()
