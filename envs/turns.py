@@ -91,7 +91,10 @@ def moves_at_random(observation: str, moves: list[str] | None, rng: np.random.Ge
     return moves[rng.integers(len(moves))]
 
 
-def _reply_of(opponent: str) -> Reply:
+def _reply_of(opponent: str) -> Reply | None:
+    """How the others move; None where all seats are the agent's own."""
+    if opponent == SELF:
+        return None
     if opponent.startswith(("http://", "https://")):
         return Served(opponent)
     return moves_at_random if opponent == RANDOM else load_function(opponent)
@@ -125,9 +128,7 @@ class TurnGame(TextEnv):
             raise ValueError("opponent='self' plays every seat; leave seat away")
         self._game = game
         self._fixed = seat
-        self._reply: Reply | None = None
-        if opponent != SELF:
-            self._reply = _reply_of(opponent)
+        self._reply = _reply_of(opponent)
         self.nondeterministic = isinstance(self._reply, Served)
         self._opponent = opponent
         self._max_turns = max_turns

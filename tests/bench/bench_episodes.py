@@ -34,7 +34,7 @@ from rollout.wire.store import BufferSettings, Store
 from rollout.wire.trajectory import Float32Array, Task
 from rollout.wire.weights import SyncReport, WeightUpdate
 from rollout.worker import RolloutSettings, RolloutWorker
-from tests.bench.sticky import sticky
+from tests.rollout import trouble
 
 GROUPS, GROUP_SIZE, LATENCY_S = 125, 8, 2.0
 TURNS = 24
@@ -116,14 +116,14 @@ async def _few(folder: Path, chat: Chat, stuck: bool) -> float:
     engine = Waiting(chat, FEW_LATENCY_S)
 
     def tasks(group_id: int) -> Task:
-        return Task.of("sticky", group_id, {"turns": TURNS, "stuck": stuck and group_id == 0})
+        what = "sleep" if stuck and group_id == 0 else "none"
+        return Task.of("trouble", group_id, {"turns": TURNS, "what": what})
 
-    pool = EnvironmentPool(sticky, HostSettings(where="process", step_seconds=3600))
+    pool = EnvironmentPool(trouble.make, HostSettings(where="process", step_seconds=3600))
     worker, exchange = _worker(folder, chat, engine, tasks, groups, pool)
     running = asyncio.create_task(worker.run())
-    while (
-        engine.turns < 2 * TURNS * PLAYING_GROUPS * GROUP_SIZE
-    ):  # every process has started, the stuck ones first
+    # Two episodes of each: by then every process has started, the stuck ones first.
+    while engine.turns < 2 * TURNS * PLAYING_GROUPS * GROUP_SIZE:
         await asyncio.sleep(0.1)
     turns, began = engine.turns, time.perf_counter()
     await asyncio.sleep(FEW_SECONDS)

@@ -20,9 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from deploy.config import load_config
-from deploy.export import export_model
 from deploy.metrics import read_metrics
-from tests.bench.runs import from_model, run_to_end
+from tests.bench.runs import exported, from_model, run_to_end
 
 NAMES = ("household", "assistant", "foreign", "transfer")
 COMPOSED = (
@@ -56,7 +55,7 @@ def through_the_endpoint(seed: int, folder: Path) -> tuple[float, float, float]:
         f"evaluation.options={{{agent},task={{{task},split='heldout'}}}}",
         f"seed={seed}",
     ]
-    model = _exported(folder / f"assistant-{seed}", folder / f"assistant-imitated-{seed}", 0)
+    model = exported(folder / f"assistant-{seed}", folder / f"assistant-imitated-{seed}", 0)
     return _figures(run_to_end(from_model("assistant", model, overrides), folder / f"foreign-{seed}"))
 
 
@@ -71,20 +70,13 @@ def _figures(summary: dict[str, object]) -> tuple[float, float, float]:
 def moved_and_afresh(seed: int, folder: Path) -> tuple[Curve, Curve]:
     """How level 3 is learnt by the model that learned level 2, and by a new one: few demonstrations, then GRPO."""
     learnt("household", seed, folder)
-    model = _exported(folder / f"household-{seed}", folder / f"household-learnt-{seed}", None)
+    model = exported(folder / f"household-{seed}", folder / f"household-learnt-{seed}", None)
     curves = []
     for name, start in (("moved", ["tiny=", f"learner.model.path={model}"]), ("afresh", [])):
         run = folder / f"composed-{name}-{seed}"
         run_to_end(load_config("household", [f"seed={seed}", *start, *COMPOSED]), run)
         curves.append(curve(run))
     return curves[0], curves[1]
-
-
-def _exported(run: Path, model: Path, version: int | None) -> Path:
-    """The model of a version, the last if None."""
-    if not model.is_dir():
-        export_model(run, model, version=version)
-    return model
 
 
 def curve(run: Path) -> Curve:

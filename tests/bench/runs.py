@@ -30,11 +30,15 @@ def run_to_end(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 def imitated(recipe: str, seed: int, folder: Path) -> Path:
     """The model that a recipe's warm start makes: version 0 of a run of one step."""
-    model = folder / f"{recipe}-imitated-{seed}"
+    run = folder / f"{recipe}-imitation-{seed}"
+    run_to_end(load_config(recipe, [f"seed={seed}", "steps=1", "learner.optim.warmup_steps=0"]), run)
+    return exported(run, folder / f"{recipe}-imitated-{seed}", 0)
+
+
+def exported(run: Path, model: Path, version: int | None) -> Path:
+    """The model of a version, the last if None."""
     if not model.is_dir():
-        run = folder / f"{recipe}-imitation-{seed}"
-        run_to_end(load_config(recipe, [f"seed={seed}", "steps=1", "learner.optim.warmup_steps=0"]), run)
-        export_model(run, model, version=0)
+        export_model(run, model, version=version)
     return model
 
 

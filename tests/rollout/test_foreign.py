@@ -95,10 +95,10 @@ def test_an_assistant_of_the_openai_client_is_recorded_as_ours_is(
     one, other = played(agent, ours), played(agent, theirs)
     assert (one.end_reason, one.reward) == (other.end_reason, other.reward) == (EndReason.TERMINATED, 0.0)
     assert len(one.steps) == len(other.steps) == 2
-    for left, right in zip(one.steps, other.steps, strict=True):
-        assert left.prompt_ids.tolist() == right.prompt_ids.tolist()
-        assert left.action_ids.tolist() == right.action_ids.tolist()
-        assert left.segment == right.segment == 0
+    for mine, foreign in zip(one.steps, other.steps, strict=True):
+        assert mine.prompt_ids.tolist() == foreign.prompt_ids.tolist()
+        assert mine.action_ids.tolist() == foreign.action_ids.tolist()
+        assert mine.segment == foreign.segment == 0
 
 
 def test_the_guides_own_agent_plays_and_learns_nothing_of_us(agent: Agent, tmp_path: Path) -> None:

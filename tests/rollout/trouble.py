@@ -16,14 +16,15 @@ from envs.base import text_space
 
 
 class Trouble(gym.Env[str, str]):
-    """Ends after three turns, unless something happens at the second."""
+    """Ends after so many turns, unless something happens at the second."""
 
     observation_space = text_space()
     action_space = text_space()
 
-    def __init__(self, what: str = "none", nondeterministic: bool = False) -> None:
+    def __init__(self, what: str = "none", nondeterministic: bool = False, turns: int = 3) -> None:
         self.what = what
         self.nondeterministic = nondeterministic
+        self.turns = turns
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -35,7 +36,7 @@ class Trouble(gym.Env[str, str]):
         self.turn += 1
         if self.turn == 2:
             self._happen()
-        ends = self.turn == 3
+        ends = self.turn == self.turns
         return str(self.turn), 0.5, ends, False, {"success": True, "lock": Lock()} if ends else {}
 
     def _happen(self) -> None:
