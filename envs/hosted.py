@@ -26,7 +26,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from envs.base import Observation, named_rewards
+from envs.base import Observation, named_rewards, seat_of
 from envs.child import end_with, import_path
 from envs.host import Env, EnvironmentFailed, EnvironmentStuck, HostSettings, Inline, Outcome
 
@@ -221,6 +221,8 @@ async def _answer(replica: Inline, request: dict[str, Any], blob: bytes) -> Mess
             told: dict[str, Any] = {key: bool(info[key]) for key in _INFO if info.get(key) is not None}
             if (named := named_rewards(info)) is not None:
                 told["rewards"] = named
+            if seat := seat_of(info):
+                told["seat"] = seat
             answer = {
                 "observation": observation,
                 "reward": float(reward),
