@@ -21,6 +21,8 @@ from rollout.pool import asking
 from rollout.resume import Restart, Standing, bring_back, seal
 from rollout.wire.trajectory import EndReason, EpisodeSoFar, Slot, Step, Task, Trajectory, TurnEnd
 
+_LARGEST = float(np.finfo(np.float32).max)  # of a reward
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -182,6 +184,7 @@ class _Episode:
                 reward = float(reward)
                 as_messages(observation)
                 named, seat = named_rewards(info), seat_of(info)
+                _require_finite({"the reward": reward} | (named or {}))
                 end_reason = _end_reason(terminated, truncated, info)
                 snapshot = None if last or end_reason else self._replica.snapshot()
         except EnvironmentFailed:
@@ -207,6 +210,13 @@ class _Episode:
                 f"and leaves no room to answer in context_tokens={overflow.context_tokens}"
             )
         return EndReason.CONTEXT_OVERFLOW
+
+
+def _require_finite(rewards: dict[str, float]) -> None:
+    """ValueError for a reward that is no number, or none as it is stored."""
+    for name, reward in rewards.items():
+        if not abs(reward) <= _LARGEST:
+            raise ValueError(f"{name} is {reward}; a reward has to be a finite float32")
 
 
 def _end_reason(terminated: bool, truncated: bool, info: dict[str, Any]) -> EndReason | None:
