@@ -101,17 +101,17 @@ def sent_adapter(config: RunConfig, path: str) -> AdapterSpec | None:
 
 async def vllm_engine(config: RunConfig, name: str, path: str) -> Engine:
     """The engine of a real run."""
-    tokenizer = load_tokenizer(path)
+    perception = Perception.load(path)
     return await VllmEngine.start(
         name,
         path,
-        [tokenizer.eos_token_id],
+        Chat(load_tokenizer(path), perception).stops,
         config.rollout.context_tokens,
         config.engine,
         on_gpu=config.rollout.gpus_per_worker > 0,
         transfer="manta" if config.weights.transfer == "object_store" else config.weights.transfer,
         adapter=sent_adapter(config, path),
-        perception=Perception.load(path),
+        perception=perception,
     )
 
 

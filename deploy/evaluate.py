@@ -119,20 +119,20 @@ def evaluate_checkpoint(checkpoint: str, env_id: str, seeds: range, conditions: 
 
 
 async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) -> Evaluation:
-    tokenizer = load_tokenizer(path)
     perception = Perception.load(path)
+    chat = Chat(load_tokenizer(path), perception)
     context, settings = conditions.context_tokens, conditions.engine
     engine = await VllmEngine.start(
         "evaluation",
         path,
-        [tokenizer.eos_token_id],
+        chat.stops,
         context,
         settings,
         on_gpu=conditions.on_gpu,
         perception=perception,
     )
     await engine.adopt_loaded(version=0)
-    agent = Agent(engine, Chat(tokenizer, perception), conditions.sampling, context, conditions.agent)
+    agent = Agent(engine, chat, conditions.sampling, context, conditions.agent)
     rollout = RolloutSettings(group_size=1, concurrent_groups=settings.max_num_seqs, context_tokens=context)
     pool = EnvironmentPool(parts=conditions.agent.parts)
     worker = RolloutWorker("evaluation", engine, agent, _NoExchange(), rollout, run_seed=0, pool=pool)

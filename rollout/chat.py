@@ -40,8 +40,9 @@ class ChatError(ValueError):
 class Chat:
     """One tokenizer's chat template, applied by delta.
 
-    `end_of_turn` is the token the template puts after an assistant's content, or None where that is plain text. Raises
-    ChatError for a template that rewrites earlier turns when new ones come, or renders a turn by its place.
+    `end_of_turn` is the token the template puts after an assistant's content, or None where that is plain text. `stops`
+    are the tokens at which an engine has to end a turn: that one, and the tokenizer's own end where it is another.
+    Raises ChatError for a template that rewrites earlier turns when new ones come, or renders a turn by its place.
 
     perception: of a model that sees; without one messages are text.
     """
@@ -62,7 +63,8 @@ class Chat:
         closing_ids = self._encode(self._closing)
         starts_special = bool(closing_ids) and closing_ids[0] in tokenizer.added_tokens_decoder
         self.end_of_turn: int | None = closing_ids[0] if starts_special else None
-        self._stops = {self.end_of_turn, tokenizer.eos_token_id} - {None}
+        ends = (self.end_of_turn, tokenizer.eos_token_id)
+        self.stops: tuple[int, ...] = tuple(dict.fromkeys(token for token in ends if token is not None))
         self._perception = perception
         # Messages with pictures are megabytes: their tokens are made anew, and perception remembers the pictures.
         remembers = lru_cache(_CACHED_PROMPTS if perception is None else 0)
@@ -92,7 +94,7 @@ class Chat:
 
         A turn that was ended already can not: the message is then the user's.
         """
-        if len(sampled_ids) and sampled_ids[-1] in self._stops:
+        if len(sampled_ids) and sampled_ids[-1] in self.stops:
             return self.delta([{"role": "user", "content": message["content"]}], sampled_ids)
         return self._encode(message["content"])
 
@@ -101,15 +103,14 @@ class Chat:
 
         Other special tokens stay visible: an action is what was sampled.
         """
-        spoken = sampled_ids[:-1] if len(sampled_ids) and sampled_ids[-1] in self._stops else sampled_ids
+        spoken = sampled_ids[:-1] if len(sampled_ids) and sampled_ids[-1] in self.stops else sampled_ids
         return str(self._backend.decode(spoken, skip_special_tokens=False))
 
     def encode_action(self, text: str) -> Ids:
         """The tokens of a turn that nobody sampled (a demonstration): the text and the token that ends it."""
-        end = self._tokenizer.eos_token_id if self.end_of_turn is None else self.end_of_turn
-        if end is None:
+        if not self.stops:
             raise ChatError(f"{self._name}: neither it nor the tokenizer has a token that ends a turn")
-        return (*self._encode(text), end)
+        return (*self._encode(text), self.stops[0])
 
     def _opening_ids(self, messages_json: str) -> Ids:
         messages = json.loads(messages_json)

@@ -52,7 +52,7 @@ TEXT = [
 ]
 
 
-def bpe(template: str) -> PreTrainedTokenizerFast:
+def bpe(template: str, eos: str = "") -> PreTrainedTokenizerFast:
     """A byte-level BPE with merges, so that a text has many splits besides its canonical one."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -62,7 +62,7 @@ def bpe(template: str) -> PreTrainedTokenizerFast:
         vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(TEXT, trainer)
-    end = "<|end|>" if template is CHAT_TEMPLATE else "<|im_end|>"
+    end = eos or ("<|end|>" if template is CHAT_TEMPLATE else "<|im_end|>")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|bos|>", eos_token=end, chat_template=template
     )
