@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from envs.base import Message
-from envs.calls import Call, parse_calls
-from rollout.parts.thinking import CLOSE
+from envs.calls import THOUGHT, Call, parse_calls
 
 # What a request may say about sampling; none of it is heeded.
 SAMPLING = (
@@ -135,7 +134,7 @@ def answer(
     Calls become `tool_calls` where the request offers tools and every call can be read; else the text stays whole, and
     the agent sees what was said. What is thought about calls is none.
     """
-    thought, closed, spoken = said.rpartition(CLOSE)
+    thought, closed, spoken = said.rpartition(THOUGHT)
     rest, calls = parse_calls(spoken) if asked.may_call else ("", [])
     readable = [call for call in calls if isinstance(call, Call)]
     message: Message = {"role": "assistant", "content": said}
