@@ -49,7 +49,7 @@ class Reason(StrEnum):
 
 
 def answers_by_reason(info: Info) -> dict[str, int]:
-    """How many calls an info says were answered, by `Reason`; anything else under that name is not ours and left out."""
+    """How many calls an info says were answered, by `Reason`; what else may be under that name is left out."""
     counts = info.get("tools")
     if not isinstance(counts, Mapping):
         return {}
@@ -214,10 +214,11 @@ class ToolEnv(gym.Wrapper[Observation, str, Observation, str]):
     """Gives an environment tools. Turns that call some are answered here; the environment sees all others.
 
     The tools' schemas stand on the first message of every conversation: after a reset, and where the environment has it
-    begin anew; in the plain style each says so, under "style". A turn with calls, thoughts not counted, is answered with
-    a message a call, `{"role": "tool", "name": ..., "content": ...}`; what else was written in it is said to nobody. It
-    pays nothing and ends nothing, and `info["tools"]` counts its answers by reason. Calls of tools that the environment
-    itself announces go on to it: one ToolEnv may stand around another, if they differ in names and agree in style.
+    begin anew; in the plain style each says so, under "style". A turn with calls, those in thoughts left out, is
+    answered with a message a call, `{"role": "tool", "name": ..., "content": ...}`; what else was written in it is said
+    to nobody. It pays nothing and ends nothing, and `info["tools"]` counts its answers by reason. Calls of tools that
+    the environment itself announces go on to it: one ToolEnv may stand around another, if they differ in names and
+    agree in style.
 
     max_calls: of an episode. Further ones are not made, and the answer says so; `grace` of them are forgiven, one more
     truncates the episode. verdict: the environment says whether an episode succeeded, so one truncated here did not.
@@ -295,7 +296,7 @@ class ToolEnv(gym.Wrapper[Observation, str, Observation, str]):
         return bool(inside) or not self._toolbox.repeatable
 
     def _announced(self, messages: list[Message]) -> list[Message]:
-        """The beginning of a conversation with all tools there are. ToolRefused where theirs and ours do not go together."""
+        """A conversation's beginning with all tools there are. ToolRefused where theirs and ours do not go together."""
         first, *others = messages
         theirs = first.get("tools", [])
         self._theirs = frozenset(schema["function"]["name"] for schema in theirs)

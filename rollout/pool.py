@@ -40,8 +40,9 @@ def asking(task: Task, what: str) -> Iterator[None]:
 class EnvironmentPool:
     """Idle replicas by (environment, options); as many exist as were ever used at the same time.
 
-    Each is dressed in the agent's parts; where these learn, evaluations have replicas of their own. Unless host.where="inline", what `make` is given and is itself must be
-    picklable, and `start` starts replicas: Hosted's for "process", that of envs/actors.py for "ray".
+    Each is dressed in the agent's parts; where these learn, evaluations have replicas of their own. Unless
+    host.where="inline", what `make` is given and is itself must be picklable, and `start` starts replicas: Hosted's for
+    "process", that of envs/actors.py for "ray".
     """
 
     def __init__(

@@ -54,9 +54,7 @@ class Standing:
 def seal(standing: Standing, snapshot: bytes) -> bytes:
     """A snapshot as it is stored: what the runner must know, then the environment's own bytes."""
     said = as_json(as_messages(standing.observation))
-    head = json.dumps(
-        {"observation": said, "success": standing.success, "ended": standing.ended}
-    ).encode()
+    head = json.dumps({"observation": said, "success": standing.success, "ended": standing.ended}).encode()
     return _LENGTH.pack(len(head)) + head + snapshot
 
 

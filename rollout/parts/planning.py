@@ -8,9 +8,10 @@
     policy        "plan: another plan"            a turn to this part, whenever what was seen contradicts the plan
     environment   "Plan: another plan" and the observation again
 
-Where the conversation is kept, the plan stands in it, and is said again where it begins anew; `remind` says it with every
-observation besides, for policies that see the last observation alone. Planning as a turn of its own before acting: Wang et al. 2023, Plan-and-Solve
-Prompting, section 2; revising in the light of what was observed: Yao et al. 2023, ReAct, section 2.
+Where the conversation is kept, the plan stands in it, and is said again where it begins anew; `remind` says it with
+every observation besides, for policies that see the last observation alone. Planning as a turn of its own before
+acting: Wang et al. 2023, Plan-and-Solve Prompting, section 2; revising in the light of what was observed: Yao et al.
+2023, ReAct, section 2.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 An attempt has failed when it ended and the environment said so: success is False. Where it gives no verdict nothing has
 failed, and the episode ends as without this part. The verdict is the last attempt's. An episode earns what its best
 attempt did: the first is paid as it goes along, a later one at its end by what it is better than the best before it. So
-the sum stays in the environment's range, and it never pays to do worse first. (The last attempt's reward alone would take
+the sum stays in the environment's range, and it never pays to do worse first. (To pay the last attempt alone would take
 back what was paid before, from a turn that did nothing wrong.) Shinn et al. 2023, Reflexion, section 3.
 """
 

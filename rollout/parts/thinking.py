@@ -54,7 +54,9 @@ class Thinking(Part):
         self._settings = settings
         self._history: list[Message] = []
         self._cut = False  # the turn that comes next was
-        self._acting: str | None = None  # the turn goes on with its action, which begins so; None: it is another
+        self._acting: str | None = (
+            None  # the turn goes on with its action, which begins so; None: it is another
+        )
         self._said = ""  # of an action that the environment has go on
 
     def reset(
