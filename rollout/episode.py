@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from envs.base import Info, Observation, end_behind, named_rewards
+from envs.base import Info, Observation, end_behind, named_rewards, seat_of
 from envs.host import EnvironmentFailed, Replica, Sampled
 from envs.tools import answers_by_reason
 from rollout.agent import Actor, ContextOverflow, Conversation, Turn, as_messages
@@ -21,6 +21,8 @@ from rollout.engine import EngineFailed
 from rollout.pool import asking
 from rollout.resume import Restart, Standing, bring_back, seal
 from rollout.wire.trajectory import EndReason, EpisodeSoFar, Slot, Step, Task, Trajectory, TurnEnd
+
+_LARGEST = float(np.finfo(np.float32).max)  # of a reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,14 +194,15 @@ class _Episode:
                 observation, reward, terminated, truncated, info = await self._replica.step(turn.action)
                 reward = float(reward)
                 as_messages(observation)
-                named = named_rewards(info)
+                named, seat = named_rewards(info), seat_of(info)
+                _require_finite({"the reward": reward} | (named or {}))
                 end_reason = _end_reason(terminated, truncated, info)
                 snapshot = None if last or end_reason else self._replica.snapshot()
         except EnvironmentFailed:
             # The action that broke the environment is what a person will look for; it has earned nothing.
             self.steps.append(_step(number, turn, 0.0, time.perf_counter() - began))
             raise
-        step = _step(number, turn, reward, time.perf_counter() - began, named)
+        step = _step(number, turn, reward, time.perf_counter() - began, named, seat)
         self.steps.append(step)
         if info.get("success") is not None:
             self.success = bool(info["success"])
@@ -232,6 +235,13 @@ class _Episode:
         return _end_reason(bool(ended.get("terminated")), bool(ended.get("truncated")), ended) or reason
 
 
+def _require_finite(rewards: dict[str, float]) -> None:
+    """ValueError for a reward that is no number, or none as it is stored."""
+    for name, reward in rewards.items():
+        if not abs(reward) <= _LARGEST:
+            raise ValueError(f"{name} is {reward}; a reward has to be a finite float32")
+
+
 def _end_reason(terminated: bool, truncated: bool, info: dict[str, Any]) -> EndReason | None:
     if (terminated or truncated) and info.get("malformed"):
         return EndReason.MALFORMED
@@ -241,7 +251,12 @@ def _end_reason(terminated: bool, truncated: bool, info: dict[str, Any]) -> EndR
 
 
 def _step(
-    number: int, turn: Turn, reward: float, env_seconds: float, named: dict[str, float] | None = None
+    number: int,
+    turn: Turn,
+    reward: float,
+    env_seconds: float,
+    named: dict[str, float] | None = None,
+    seat: int = 0,
 ) -> Step:
     return Step(
         turn=number,
@@ -256,6 +271,7 @@ def _step(
         finish_reason=turn.completion.finish_reason,
         env_seconds=env_seconds,
         engine_seconds=turn.engine_seconds,
+        seat=seat,
         named_rewards=None if named is None else json.dumps(named),
     )
 
