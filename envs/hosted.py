@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from envs.base import Observation, named_rewards
+from envs.base import Observation, named_rewards, seat_of
 from envs.child import end_with, import_path, inherited
 from envs.host import (
     Env,
@@ -259,6 +259,8 @@ async def _answer(replica: Inline, request: dict[str, Any], blob: bytes) -> Mess
             told: dict[str, Any] = {key: bool(info[key]) for key in _INFO if info.get(key) is not None}
             if (named := named_rewards(info)) is not None:
                 told["rewards"] = named
+            if seat := seat_of(info):
+                told["seat"] = seat
             answer = {
                 "observation": observation,
                 "reward": float(reward),

@@ -5,9 +5,9 @@
 
 A package's game is a `Game`; see `envs/pettingzoo_games.py` and `envs/textarena_games.py`.
 
-Reward: at the end, what the package pays the agent's seat, put on a scale from 0 to 1; an unfinished game pays
+Reward: at the end, what the package pays the agent's seat, put on a scale from 0 to 1; a game cut by `max_turns` pays
 nothing.
-Horizon: `max_turns` moves of the agent, illegal ones included.
+Horizon: `max_turns` moves of the agent, illegal ones included, and the package's own limit; both truncate.
 Moves: text that is no move ends the game, marked as malformed, unpaid. A move that is not legal now, where the game
 says which are, is answered with "illegal" and what was seen before, and costs a turn. Where a package judges moves
 itself and ends a game over one of the agent's, that is malformed, too, and unpaid.
@@ -44,6 +44,7 @@ class Result:
 
     paid: float  # from 0 to 1
     at_fault: bool = False  # a move of this seat's that was none ended it
+    truncated: bool = False  # it was cut by a limit of the game's own
 
 
 class Game(Protocol):
@@ -165,7 +166,10 @@ class TurnGame(TextEnv):
             return self._ended(UNREADABLE, Result(0.0, at_fault=True))
         self._turns += 1
         if verdict == "fine":
+            mover = self._game.to_move
             self._game.play(move)
+            if (own := self._game.result(mover)) and own.at_fault:  # with "self", of any seat
+                return self._ended(self._game.told(self._seat), own)
             self._others_move()
             if result := self._game.result(self._seat):
                 return self._ended(self._game.told(self._seat), result)
@@ -208,7 +212,8 @@ class TurnGame(TextEnv):
         info: Info = {"success": paid == 1.0}
         if result.at_fault:
             info["malformed"] = True
-        return observation, paid, True, False, info
+        truncated = result.truncated and not result.at_fault
+        return observation, paid, not truncated, truncated, info
 
 
 def scaled(total: float, lowest: float, highest: float) -> float:

@@ -66,6 +66,14 @@ def test_the_game_warns_once_of_a_move_that_is_none_and_ends_over_the_second() -
     assert env.step("")[1:] == (0.0, True, False, {"success": False, "malformed": True})
 
 
+@pytest.mark.parametrize("fine", [[], ["[0]"], ["[0]", "[1]"]])
+def test_alone_neither_seat_wins_by_the_others_move_that_is_none(fine: list[str]) -> None:
+    env, _ = begun(TICTACTOE, opponent="self")
+    for move in [*fine, "junk"]:
+        assert env.step(move)[1:] == (0.0, False, False, {})
+    assert env.step("junk")[1:] == (0.0, True, False, {"success": False, "malformed": True})
+
+
 def test_a_game_for_one_pays_what_it_pays_and_nothing_for_an_end_over_no_move() -> None:
     for seed in range(3):
         env, seen = begun(GUESS, seed)

@@ -119,6 +119,15 @@ def test_alone_the_agent_moves_for_every_seat_and_is_paid_for_the_first() -> Non
         assert env.step("1") == ("seat 0: 0 left", paid, True, False, {"success": paid == 1.0})
 
 
+def test_alone_a_seat_wins_by_no_other_seats_move_that_is_none() -> None:
+    for turns_before in range(3):
+        env, _ = begun(Counting(left=9), opponent="self")
+        assert all(env.step("1")[1:] == (0.0, False, False, {}) for _ in range(turns_before))
+        assert env.step("odd")[1:] == (0.0, True, False, {"success": False, "malformed": True})
+        with pytest.raises(RuntimeError, match="call reset"):
+            env.step("1")
+
+
 def test_no_move_an_illegal_one_and_one_the_game_ends_over_are_told_apart() -> None:
     env, _ = begun(Counting(left=2), seat=0)
     assert env.step("take it all")[1:] == (0.0, True, False, {"success": False, "malformed": True})
@@ -134,6 +143,20 @@ def test_an_unfinished_game_is_truncated_unpaid_and_a_finished_one_in_its_last_t
     assert env.step("1")[1:] == (0.0, False, True, {"success": False})
     env, _ = begun(Counting(left=1), seat=0, max_turns=1)
     assert env.step("1")[1:] == (1.0, True, False, {"success": True})
+
+
+def test_a_limit_of_the_games_own_truncates_and_pays_what_it_pays_and_a_fault_terminates() -> None:
+    class Cut(Counting):
+        def result(self, seat: int) -> Result | None:
+            over = len(self.log) == 2
+            return Result(0.75, at_fault=self._fault == seat, truncated=True) if over else None
+
+    env, _ = begun(Cut(left=9), opponent="self")
+    assert env.step("1")[1:] == (0.0, False, False, {})
+    assert env.step("1")[1:] == (0.75, False, True, {"success": False})
+    env.reset(seed=0)
+    env.step("1")
+    assert env.step("odd")[1:] == (0.0, True, False, {"success": False, "malformed": True})
 
 
 @pytest.mark.parametrize(
