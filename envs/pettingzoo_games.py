@@ -71,7 +71,9 @@ class AecGame:
         self._range = lowest, highest
         self._generators = Generators()
         self._totals: dict[Any, float] = {}
-        self._left: dict[Any, tuple[Any, bool]] = {}  # who is out: what was seen then, and whether a limit cut it
+        self._left: dict[
+            Any, tuple[Any, bool]
+        ] = {}  # who is out: what was seen then, and whether a limit cut it
         for agent in self._agents:
             require_text_form(env.action_space(agent), "actions")
             shown = _shown_space(env.observation_space(agent))
