@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from learner.learner import Learner, NonFinite
+from learner.learner import Learner
 from learner.optim import StepReport
 from learner.publish import take_snapshot
+from learner.refusal import BatchRefused
 from learner.settings import LearnerSettings
 from rollout.wire.trajectory import Group
 from tests import reference
@@ -218,6 +219,6 @@ def test_a_batch_that_is_not_finite_moves_neither_policy_nor_head(tiny: Path, gr
     steps = tuple(
         replace(s, behavior_logprobs=np.full_like(s.behavior_logprobs, np.nan)) for s in spoilt.steps
     )
-    with pytest.raises(NonFinite):
+    with pytest.raises(BatchRefused):
         learner.step([replace(good, trajectories=(replace(spoilt, steps=steps), *others))])
     assert all(torch.equal(a, b) for a, b in zip(before, _parameters(learner), strict=True))
