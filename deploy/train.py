@@ -18,7 +18,7 @@ from deploy.build import evaluation_tasks
 from deploy.config import RunConfig
 from deploy.evaluate import Evaluation
 from deploy.guards import Watch
-from deploy.metrics import MetricsLog, read_metrics
+from deploy.metrics import MetricsLog, read_metrics, rollout_rates
 from deploy.progress import Progress
 from deploy.report import write_report
 from deploy.ring import LearnerLost, Ring, Row
@@ -106,7 +106,7 @@ class Training:
                 row = await self.ring.step(step)
                 self._require_fresh(row)
                 counters = await self.ring.counters()
-                row |= _rollout_rates(before, counters, row["step_s"])
+                row |= rollout_rates(before, counters, row["step_s"])
                 before = counters
                 log.write(step, row)
                 self.progress.update(step, row)
@@ -164,11 +164,6 @@ class Training:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
-
-
-def _rollout_rates(before: Row, after: Row, seconds: float) -> Row:
-    sampled = after["tokens_sampled"] - before["tokens_sampled"]
-    return {"tokens_sampled": sampled, "rollout_tokens_per_s": sampled / seconds}
 
 
 def _has_checkpoint(folder: Path) -> bool:

@@ -1,6 +1,6 @@
 """A replica in a process of its own: whatever it does there, it can be cut short, and it costs its episode only.
 
-    parent                                    child: a fresh interpreter, in a session of its own
+    parent                                    child of a nursery (nursery.py), in a session of its own
     Hosted.start      recipe, pickled   ->    makes the environment
     reset, step       a request         ->    asks the environment
                       <-   an answer          what it says, or the error it raised
@@ -8,7 +8,8 @@
 
 Requests and answers are a head in JSON and some bytes (the recipe, a snapshot), over a socket pair. Nothing that comes
 from an environment is unpickled: of `info` there come the keys that mean something to Manta. A process that does not
-answer in time is killed with all it has started. It is killed by the kernel when its parent ends, however that ends.
+answer in time is killed. However a process ends, what it has started and left behind is killed with it. It is killed by
+the kernel when its parent ends, however that ends.
 """
 
 from __future__ import annotations
@@ -20,15 +21,28 @@ import pickle
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Any
 
-from envs.base import Observation, named_rewards
-from envs.child import end_with, import_path
-from envs.host import Env, EnvironmentFailed, EnvironmentStuck, HostSettings, Inline, Outcome
+from envs.base import Observation, end_behind, named_rewards, seat_of
+from envs.child import end_with
+from envs.host import (
+    Env,
+    EnvironmentFailed,
+    EnvironmentRefused,
+    EnvironmentStuck,
+    HostSettings,
+    Inline,
+    Outcome,
+    Sampled,
+)
+from envs.nursery import Forked, nursery
+from envs.registry import EnvironmentUnknown
+from envs.tool import ToolRefused
+from envs.tools import answers_by_reason
 
 _CLOSE_SECONDS = 2.0  # what an environment is given to close
 _LENGTHS = struct.Struct("<II")  # of the JSON and of the bytes behind it
@@ -49,16 +63,14 @@ class Hosted:
 
     reusable = True
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], channel: socket.socket, settings: HostSettings
-    ) -> None:
+    def __init__(self, process: Forked, channel: socket.socket, settings: HostSettings) -> None:
         self.nondeterministic = False
-        self.pid = process.pid
         self._process = process
         self._channel = channel
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._snapshot: bytes | None = None
+        self._sampled = Sampled(0, 0, cut=False)
         self._owes_answer = False
 
     @classmethod
@@ -67,18 +79,8 @@ class Hosted:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with theirs:
-            # The kernel kills the child when the thread that starts it ends: let that be the event loop's own.
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    f"from envs.hosted import serve; serve({theirs.fileno()}, {os.getpid()})",
-                ],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": import_path()},
-                start_new_session=True,
-            )
+            # A nursery ends with the thread that starts it: let that be the event loop's own.
+            process = nursery().bear(theirs)
         replica = cls(process, ours, settings)
         try:
             carried = recipe if isinstance(recipe, bytes) else pickle.dumps(recipe)
@@ -89,15 +91,23 @@ class Hosted:
         replica.nondeterministic = head["nondeterministic"]
         return replica
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     async def reset(self, seed: int) -> Observation:
         head, _ = await self._ask("reset", {"seed": seed}, self._settings.reset_seconds)
         observation: Observation = head["observation"]
         return observation
 
     async def step(self, action: str) -> Outcome:
-        head, blob = await self._ask("step", {"action": action}, self._settings.step_seconds)
+        asked = {"action": action, "sampled": astuple(self._sampled)}
+        head, blob = await self._ask("step", asked, self._settings.step_seconds)
         self._snapshot = blob if head["snapshot"] else None
         return head["observation"], head["reward"], head["terminated"], head["truncated"], head["info"]
+
+    def sampled(self, sampled: Sampled) -> None:
+        self._sampled = sampled  # it goes with the step
 
     def snapshot(self) -> bytes | None:
         return self._snapshot  # it came with the answer
@@ -112,7 +122,7 @@ class Hosted:
             if not self._owes_answer:
                 await self._exit_code(_CLOSE_SECONDS)
         finally:
-            self._kill()
+            self._process.kill()
         await self._exit_code(_CLOSE_SECONDS)
 
     async def _ask(self, what: str, head: dict[str, Any], seconds: float, blob: bytes = b"") -> Message:
@@ -124,7 +134,7 @@ class Hosted:
         except TimeoutError:
             if not clock.expired():
                 raise
-            self._kill()
+            self._process.kill(overdue=True)
             raise EnvironmentStuck(
                 f"its process {self.pid} did not answer within {seconds:g} s (env.host.{_limit(what)}) and was killed"
             ) from None
@@ -133,7 +143,8 @@ class Hosted:
             raise EnvironmentFailed(f"its process {self.pid} died with {_told(code)}") from None
         self._owes_answer = False
         if "error" in answer:
-            raise EnvironmentFailed(answer["error"]) from RemoteTraceback(answer["traceback"])
+            failed = EnvironmentRefused if answer["refused"] else EnvironmentFailed
+            raise failed(answer["error"]) from RemoteTraceback(answer["traceback"])
         return answer, blob
 
     async def _received(self) -> Message:
@@ -154,13 +165,20 @@ class Hosted:
     async def _exit_code(self, seconds: float) -> int | None:
         """The exit code, negative for a signal; None for a process that is still there after so long."""
         deadline = self._loop.time() + seconds
-        while (code := self._process.poll()) is None and self._loop.time() < deadline:
+        while (code := self._process.code()) is None and self._loop.time() < deadline:
             await asyncio.sleep(0.005)
         return code
 
-    def _kill(self) -> None:
-        if self._process.poll() is None:
-            os.killpg(self.pid, signal.SIGKILL)
+
+@contextmanager
+def looked_at(recipe: Callable[[], Env], settings: HostSettings) -> Iterator[Callable[[int], Observation]]:
+    """A replica in a process, for where no event loop runs: gives its `reset`. Raises what `Hosted` raises."""
+    with asyncio.Runner() as runner:
+        replica = runner.run(Hosted.start(recipe, settings))
+        try:
+            yield lambda seed: runner.run(replica.reset(seed))
+        finally:
+            runner.run(replica.close())
 
 
 def _limit(what: str) -> str:
@@ -199,7 +217,10 @@ async def _serve(channel: socket.socket) -> None:
             except (
                 Exception
             ) as error:  # the environment is anybody's code; its error is the parent's to judge
-                answer = _framed({"error": repr(error), "traceback": traceback.format_exc()}, b"")
+                refused = isinstance(error, EnvironmentUnknown | ToolRefused)
+                said = str(error) if refused else repr(error)
+                told = {"error": said, "refused": refused, "traceback": traceback.format_exc()}
+                answer = _framed(told, b"")
             channel.sendall(answer)
     if replica is not None:
         await replica.close()
@@ -216,11 +237,17 @@ async def _answer(replica: Inline, request: dict[str, Any], blob: bytes) -> Mess
             return {}, b""
         case what:
             assert what == "step"
+            replica.sampled(Sampled(*request["sampled"]))
             observation, reward, terminated, truncated, info = await replica.step(request["action"])
             snapshot = None if terminated or truncated else replica.snapshot()
             told: dict[str, Any] = {key: bool(info[key]) for key in _INFO if info.get(key) is not None}
             if (named := named_rewards(info)) is not None:
                 told["rewards"] = named
+            told |= end_behind(info)
+            if reasons := answers_by_reason(info):
+                told["tools"] = reasons
+            if seat := seat_of(info):
+                told["seat"] = seat
             answer = {
                 "observation": observation,
                 "reward": float(reward),

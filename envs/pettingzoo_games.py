@@ -71,7 +71,9 @@ class AecGame:
         self._range = lowest, highest
         self._generators = Generators()
         self._totals: dict[Any, float] = {}
-        self._left: dict[Any, Any] = {}  # agents for which the game is over, and what they saw then
+        self._left: dict[
+            Any, tuple[Any, bool]
+        ] = {}  # who is out: what was seen then, and whether a limit cut it
         for agent in self._agents:
             require_text_form(env.action_space(agent), "actions")
             shown = _shown_space(env.observation_space(agent))
@@ -99,7 +101,7 @@ class AecGame:
 
     def told(self, seat: int) -> str:
         agent = self._agents[seat]
-        observed = self._left[agent] if agent in self._left else self._env.observe(agent)
+        observed = self._left[agent][0] if agent in self._left else self._env.observe(agent)
         space = self._env.observation_space(agent)
         lines = [f"you are {agent}", _shown(space, observed)]
         if agent not in self._left and self._mask() is not None:
@@ -128,7 +130,9 @@ class AecGame:
 
     def result(self, seat: int) -> Result | None:
         agent = self._agents[seat]
-        return Result(scaled(self._totals[agent], *self._range)) if agent in self._left else None
+        if agent not in self._left:
+            return None
+        return Result(scaled(self._totals[agent], *self._range), truncated=self._left[agent][1])
 
     def _action_space(self) -> spaces.Space[Any]:
         space: spaces.Space[Any] = self._env.action_space(self._env.agent_selection)
@@ -150,7 +154,7 @@ class AecGame:
             self._totals[agent] += float(reward)
             if not (terminated or truncated):
                 return
-            self._left[agent] = observed
+            self._left[agent] = observed, bool(truncated and not terminated)
             self._env.step(None)
 
 

@@ -170,6 +170,12 @@ def recipe(env_id: str, **options: Any) -> Callable[[], Env]:
     return partial(_made_elsewhere, env_id, entry, options)
 
 
+def is_trusted(env_id: str) -> bool:
+    """Whether an environment's code is Manta's, registered here, or Gymnasium's own: trusted to end every step."""
+    spec = gym.registry.get(env_id)
+    return env_id in _OURS or (spec is not None and str(spec.entry_point).startswith("gymnasium.envs."))
+
+
 def has_player(env_id: str) -> bool:
     """Whether a scripted player of this environment exists."""
     return env_id in _PLAYERS

@@ -188,7 +188,8 @@ class RolloutWorker:
             index = repetitions[task]
             repetitions[task] += 1
             seed = derive_seed(self._run_seed, task.seed, index, _EVALUATION)
-            places.append(Place(Slot(task.seed, 0, task, self.engine.version), index, seed, self.name))
+            slot = Slot(task.seed, 0, task, self.engine.version)
+            places.append(Place(slot, index, seed, self.name, evaluation=True))
         return await concurrently(self._evaluate_one(place, gate) for place in places)
 
     def counters(self) -> dict[str, float]:

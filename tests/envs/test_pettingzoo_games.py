@@ -60,26 +60,29 @@ def test_a_lost_game_and_a_drawn_one() -> None:
     assert told == ("you are player_2\nooo\nxx.\n...", 0.0, True, False, {"success": False})
     env, _ = begun(TICTACTOE, opponent="self")
     *moves, last = ["0", "1", "2", "4", "3", "5", "7", "6", "8"]
-    assert all(env.step(move)[1:] == (0.0, False, False, {}) for move in moves)
-    assert env.step(last)[1:] == (0.5, True, False, {"success": False})
+    for turn, move in enumerate(moves):
+        assert env.step(move)[1:] == (0.0, False, False, {"seat": turn % 2})
+    assert env.step(last)[1:] == (0.5, True, False, {"success": False, "seat": 0})
 
 
 @pytest.mark.parametrize("env_id", [TICTACTOE, CONNECT_FOUR, "pettingzoo/classic/rps_v2"])
-def test_what_a_seat_is_paid_is_what_the_packages_loop_sums(env_id: str) -> None:
+def test_how_it_ends_and_pays_for_a_seat_is_as_in_the_packages_loop(env_id: str) -> None:
     rng = np.random.default_rng(0)
     for seed in range(4):
         env, seen = begun(env_id, seed, opponent="self")
         plain = pettingzoo.make("aec", env_id.removeprefix("pettingzoo/"))
         plain.reset(seed=seed)
         totals = dict.fromkeys(plain.possible_agents, 0.0)
-        paid = done = None
+        paid, ends = None, (False, False)
+        said: dict[str, tuple[bool, bool]] = {}
         for agent in plain.agent_iter():
             observed, reward, terminated, truncated, _ = plain.last()
             totals[agent] += reward
             if terminated or truncated:
+                said.setdefault(agent, (terminated, truncated))
                 plain.step(None)
                 continue
-            assert not done and seen.startswith(f"you are {agent}\n")
+            assert not any(ends) and seen.startswith(f"you are {agent}\n")
             mask = (
                 observed["action_mask"]
                 if isinstance(observed, dict)
@@ -89,18 +92,20 @@ def test_what_a_seat_is_paid_is_what_the_packages_loop_sums(env_id: str) -> None
             if "legal" in seen:
                 assert seen.splitlines()[-1].split()[1:] == [str(each) for each in np.flatnonzero(mask)]
             plain.step(move)
-            seen, paid, done, _, _ = env.step(str(move))
-        assert done
-        total = totals[plain.possible_agents[0]]
+            seen, paid, *ends, _ = env.step(str(move))
+        first = plain.possible_agents[0]
+        total = totals[first]
+        assert tuple(ends) == said[first] and any(ends)
         assert paid == min(max((total + 1) / 2, 0.0), 1.0)
 
 
 def test_the_game_and_the_scale_are_told_by_options() -> None:
     env, _ = begun("pettingzoo/classic/rps_v2", seat=0, opponent=FIRST, lowest=-15, highest=15)
-    done, won = False, 0
-    while not done:
-        _, paid, done, _, _ = env.step("1")  # paper against rock
+    truncated, won = False, 0
+    while not truncated:
+        _, paid, terminated, truncated, _ = env.step("1")  # paper against rock
         won += 1
+        assert not terminated, "the package cuts it after so many rounds"
     assert (won, paid) == (15, 1.0)
     assert begun("pettingzoo/classic/rps_v2", num_actions=5)[0].step("4")[4] == {}
     opening = registry.make(TICTACTOE).reset(seed=0)[0].splitlines()[0]

@@ -20,14 +20,15 @@ from transformers import PreTrainedTokenizerFast
 
 from deploy.build import replica_start
 from envs import registry
-from envs.host import HostSettings, Replica
+from envs.host import EnvironmentFailed, HostSettings, Replica
+from envs.hosted import Hosted
 from rollout.agent import Agent
 from rollout.episode import Limits, Place
 from rollout.group import concurrently, play, run_group
 from rollout.pool import EnvironmentPool
 from rollout.scripted_engine import ScriptedEngine
 from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory
-from tests.rollout.trouble import Trouble, make
+from tests.rollout.trouble import Starter, Trouble, make
 
 AgentOf = Callable[..., Agent]
 PROCESS = HostSettings(where="process", step_seconds=5.0)
@@ -141,6 +142,23 @@ def test_whatever_happens_to_a_replica_costs_its_own_episode_only(agent: Agent, 
     asyncio.run(all_at_once())
 
 
+@pytest.mark.parametrize("how", ["is closed", "leaves"])
+def test_what_a_replica_has_started_ends_with_it(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+
+    async def run() -> int:
+        replica = await Hosted.start(Starter, PROCESS)
+        pid, _, inherited = str(await replica.reset(1)).partition(" ")
+        assert inherited == "[]"
+        if how == "leaves":
+            with pytest.raises(EnvironmentFailed, match="exit code 3"):
+                await replica.step("leave")
+        await replica.close()
+        return int(pid)
+
+    wait_for_the_end_of(asyncio.run(run()))
+
+
 def test_a_replica_killed_from_outside_is_replaced(agent: Agent, host: HostSettings) -> None:
     async def run() -> None:
         pool = pool_of(host)
@@ -232,9 +250,10 @@ def test_a_replicas_actor_and_process_end_with_their_worker_however_that_dies(cl
 
     owner = ray.remote(Owner).options(num_cpus=0).remote()
     worker, actor = ray.get(owner.begin.remote(RAY.model_copy(update={"step_seconds": 3600.0})), timeout=120)
-    (process,) = psutil.Process(actor).children()
+    processes = psutil.Process(actor).children(recursive=True)
+    assert len(processes) == 2, "the replica's and its nursery"
     os.kill(worker, signal.SIGKILL)
-    wait_for_the_end_of(worker, actor, process.pid)
+    wait_for_the_end_of(worker, actor, *(process.pid for process in processes))
 
 
 @pytest.mark.slow
@@ -247,7 +266,7 @@ def test_an_actor_that_freezes_is_given_up(
         pool = pool_of(RAY.model_copy(update={"reset_seconds": 0.5}))
         task = Task.of("trouble", 1)
         replica = await pool.take(task)
-        (process,) = psutil.Process(pid_of(replica)).children()
+        processes = psutil.Process(pid_of(replica)).children(recursive=True)
         pool.give_back(task, replica)
         os.kill(pid_of(replica), signal.SIGSTOP)
         failed = await played(pool, agent, task)
@@ -255,7 +274,7 @@ def test_an_actor_that_freezes_is_given_up(
         assert failed.error is not None
         said = rf"its actor \(pid {pid_of(replica)} on \S+\) did not answer within 1 s and was killed"
         assert re.search(said, failed.error), failed.error
-        wait_for_the_end_of(pid_of(replica), process.pid)
+        wait_for_the_end_of(pid_of(replica), *(process.pid for process in processes))
 
     asyncio.run(run())
 
