@@ -256,3 +256,14 @@ def test_help_lists_the_commands(manta: Manta) -> None:
 def test_the_doctor_finds_this_machine_fit(manta: Manta) -> None:
     code, out, _ = manta("doctor")
     assert code == 0 and "vllm" in out
+
+
+def test_what_may_not_be_meant_is_said_and_the_run_begins(
+    manta: Manta, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun: list[Path] = []
+    monkeypatch.setattr(drive, "drive", lambda config, folder, *_, **__: begun.append(folder))
+    plain = ("learner.algorithm.loss.kind=reinforce", "buffer.max_lag=1", "evaluation.tasks=0")
+    code, _, err = manta("train", RECIPE, *plain, "--run", str(tmp_path / "run"))
+    assert (code, begun, err.count("\n")) == (0, [tmp_path / "run"], 1)
+    assert err.startswith("note: tokens up to 1 versions old count as if the learner had sampled them")
