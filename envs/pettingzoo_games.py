@@ -25,6 +25,7 @@ from envs.spaces_text import grammar, parsed, require_text_form, written
 from envs.turns import RANDOM, Result, TurnGame, Verdict, scaled
 
 PREFIX = "pettingzoo/"
+IDS = tuple(f"{PREFIX}{name}" for name in sorted(pettingzoo.aec_registry))
 MASK = "action_mask"
 BOARD = "On the board x is the first plane of pieces (yours in the classic games), o the second. "
 
@@ -71,7 +72,9 @@ class AecGame:
         self._range = lowest, highest
         self._generators = Generators()
         self._totals: dict[Any, float] = {}
-        self._left: dict[Any, tuple[Any, bool]] = {}  # who is out: what was seen then, and whether a limit cut it
+        self._left: dict[
+            Any, tuple[Any, bool]
+        ] = {}  # who is out: what was seen then, and whether a limit cut it
         for agent in self._agents:
             require_text_form(env.action_space(agent), "actions")
             shown = _shown_space(env.observation_space(agent))
