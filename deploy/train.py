@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy.build import evaluation_tasks
+from deploy.build import evaluation_tasks, told_alike
 from deploy.config import RunConfig
 from deploy.evaluate import Evaluation
 from deploy.guards import Watch, with_defaults
@@ -76,6 +76,8 @@ class Training:
         if not self.config.evaluation.tasks or self.config.replay:
             return None
         tasks = await asyncio.to_thread(evaluation_tasks, self.config)
+        if name == "before" and (told := await asyncio.to_thread(told_alike, tasks)):
+            self.progress.say(told)
         with self._timed(f"evaluate_{name}"):
             evaluation = Evaluation.of(await self.ring.evaluate(tasks, name))
         self.progress.say(f"{name}: {evaluation}")
