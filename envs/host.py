@@ -105,6 +105,10 @@ class Replica(Protocol):
 
     async def step(self, action: str) -> Outcome: ...
 
+    def sampled(self, sampled: Sampled) -> None:
+        """How the turn came about that the next step brings."""
+        ...
+
     def snapshot(self) -> bytes | None:
         """The state after the last step, which did not end the episode; None where the environment offers none."""
         ...
@@ -127,7 +131,7 @@ class Sampled:
 
 @runtime_checkable
 class Told(Protocol):
-    """What a replica may offer: to hear how a turn came about, before the step that brings what was said."""
+    """What an environment may offer: to hear how a turn came about, before the step that brings what was said."""
 
     def sampled(self, sampled: Sampled) -> None: ...
 
@@ -142,6 +146,7 @@ class Inline:
         said = env.has_wrapper_attr("nondeterministic") and env.get_wrapper_attr("nondeterministic")
         self.nondeterministic = bool(said) or (spec is not None and spec.nondeterministic)
         self._env = env
+        self._told = env if isinstance(env, Told) else None
         self._state = reach(env)
 
     async def reset(self, seed: int) -> Observation:
@@ -150,6 +155,10 @@ class Inline:
 
     async def step(self, action: str) -> Outcome:
         return self._env.step(action)  # type: ignore[return-value]
+
+    def sampled(self, sampled: Sampled) -> None:
+        if self._told is not None:
+            self._told.sampled(sampled)
 
     def snapshot(self) -> bytes | None:
         return None if self._state is None else self._state.snapshot()

@@ -24,9 +24,10 @@ import struct
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Any
 
-from envs.base import Observation, named_rewards, seat_of
+from envs.base import Observation, end_behind, named_rewards, seat_of
 from envs.child import end_with
 from envs.host import (
     Env,
@@ -36,10 +37,12 @@ from envs.host import (
     HostSettings,
     Inline,
     Outcome,
+    Sampled,
 )
 from envs.nursery import Forked, nursery
 from envs.registry import EnvironmentUnknown
 from envs.tool import ToolRefused
+from envs.tools import answers_by_reason
 
 _CLOSE_SECONDS = 2.0  # what an environment is given to close
 _LENGTHS = struct.Struct("<II")  # of the JSON and of the bytes behind it
@@ -67,6 +70,7 @@ class Hosted:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._snapshot: bytes | None = None
+        self._sampled = Sampled(0, 0, cut=False)
         self._owes_answer = False
 
     @classmethod
@@ -97,9 +101,13 @@ class Hosted:
         return observation
 
     async def step(self, action: str) -> Outcome:
-        head, blob = await self._ask("step", {"action": action}, self._settings.step_seconds)
+        asked = {"action": action, "sampled": astuple(self._sampled)}
+        head, blob = await self._ask("step", asked, self._settings.step_seconds)
         self._snapshot = blob if head["snapshot"] else None
         return head["observation"], head["reward"], head["terminated"], head["truncated"], head["info"]
+
+    def sampled(self, sampled: Sampled) -> None:
+        self._sampled = sampled  # it goes with the step
 
     def snapshot(self) -> bytes | None:
         return self._snapshot  # it came with the answer
@@ -229,11 +237,15 @@ async def _answer(replica: Inline, request: dict[str, Any], blob: bytes) -> Mess
             return {}, b""
         case what:
             assert what == "step"
+            replica.sampled(Sampled(*request["sampled"]))
             observation, reward, terminated, truncated, info = await replica.step(request["action"])
             snapshot = None if terminated or truncated else replica.snapshot()
             told: dict[str, Any] = {key: bool(info[key]) for key in _INFO if info.get(key) is not None}
             if (named := named_rewards(info)) is not None:
                 told["rewards"] = named
+            told |= end_behind(info)
+            if reasons := answers_by_reason(info):
+                told["tools"] = reasons
             if seat := seat_of(info):
                 told["seat"] = seat
             answer = {

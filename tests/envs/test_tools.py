@@ -16,7 +16,7 @@ from envs.base import TalkSpace, TextEnv
 from envs.calls import BadCall, Call, Fault, Style, parse_calls, write_call
 from envs.host import Inline, reach
 from envs.tool import Tool, ToolRefused
-from envs.tools import Answer, Reason, Toolbox, ToolEnv
+from envs.tools import Answer, Reason, Toolbox, ToolEnv, answers_by_reason
 
 
 class Unit(Enum):
@@ -328,6 +328,42 @@ class Server:
 
     def close(self) -> None:
         self.told.append("close")
+
+
+def test_a_call_of_a_source_has_the_sources_own_limit() -> None:
+    server, threads = Server(), []
+    server.tools = [Tool("where", "", {}, lambda given: threads.append(threading.current_thread()))]
+    tools = Toolbox([halve], [server], call_seconds=0.05)
+    assert tools.answer(Call("where", {})).reason is Reason.OK
+    assert threads == [threading.current_thread()], "the toolbox waits as long as the source does"
+
+
+def test_tools_that_do_not_go_with_the_environments_own_are_refused_in_one_line() -> None:
+    plain = ToolEnv(Ask(), box(double), style="plain")
+    for env, says in (
+        (ToolEnv(plain, box(halve)), "use its style"),
+        (ToolEnv(plain, box(double), style="plain"), "two tools are called double"),
+    ):
+        with pytest.raises(ToolRefused, match=says) as refused:
+            env.reset()
+        assert "\n" not in str(refused.value)
+
+
+def test_what_is_thought_of_a_call_is_no_call() -> None:
+    env = ToolEnv(Ask(), box(double))
+    env.reset()
+    call = written(Call("double", {"number": 1}))
+    for turn in (f"<think>{call}</think>42", f"<think>{call}", f"{call}</think>"):
+        assert env.step(turn)[0] == f"heard {turn}"
+    assert env.step(f"{call}</think>{call}<think>{call}")[0] == [
+        {"role": "tool", "name": "double", "content": "2.0"}
+    ]
+
+
+def test_what_an_info_says_of_tools_is_taken_where_it_is_ours() -> None:
+    assert answers_by_reason({"tools": {"ok": 2, "lost": 1, "failed": "often"}}) == {"ok": 2}
+    for others in ({}, {"tools": ["hammer"]}, {"tools": None}):
+        assert answers_by_reason(others) == {}
 
 
 def test_a_source_is_renewed_with_every_episode_and_closed_with_the_environment() -> None:
