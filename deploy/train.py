@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy.build import evaluation_tasks
+from deploy.build import evaluation_tasks, told_alike
 from deploy.config import RunConfig
 from deploy.evaluate import Evaluation
 from deploy.guards import Watch, with_defaults
-from deploy.metrics import MetricsLog, read_metrics
+from deploy.metrics import MetricsLog, read_metrics, rollout_rates
 from deploy.progress import Progress
 from deploy.report import write_report
 from deploy.ring import LearnerLost, Ring, Row
@@ -76,6 +76,8 @@ class Training:
         if not self.config.evaluation.tasks or self.config.replay:
             return None
         tasks = await asyncio.to_thread(evaluation_tasks, self.config)
+        if name == "before" and (told := await asyncio.to_thread(told_alike, tasks)):
+            self.progress.say(told)
         with self._timed(f"evaluate_{name}"):
             evaluation = Evaluation.of(await self.ring.evaluate(tasks, name))
         self.progress.say(f"{name}: {evaluation}")
@@ -111,7 +113,7 @@ class Training:
                 row = await self.ring.step(step)
                 self._require_fresh(row)
                 counters = await self.ring.counters()
-                row |= _rollout_rates(before, counters, row["step_s"])
+                row |= rollout_rates(before, counters, row["step_s"])
                 before = counters
                 log.write(step, row)
                 self.progress.update(step, row)
@@ -169,11 +171,6 @@ class Training:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
-
-
-def _rollout_rates(before: Row, after: Row, seconds: float) -> Row:
-    sampled = after["tokens_sampled"] - before["tokens_sampled"]
-    return {"tokens_sampled": sampled, "rollout_tokens_per_s": sampled / seconds}
 
 
 def _has_checkpoint(folder: Path) -> bool:

@@ -51,11 +51,13 @@ def effective_sample_share(total: float, squares: float, count: float) -> float:
 
 class _Correction(BaseModel, extra="forbid", frozen=True):
     needs_ratio: ClassVar[bool] = True  # is 1 everywhere where the behaviour policy is the proximal one
+    masks: ClassVar[bool] = True  # may be 0
 
 
 class TruncatedImportance(_Correction):
     """Truncated importance sampling, per token or per sequence."""
 
+    masks: ClassVar[bool] = False
     kind: Literal["tis"] = "tis"
     of: Literal["token", "sequence"] = Field(
         default="token", description="whose ratio; a sequence's is the product"

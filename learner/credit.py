@@ -114,11 +114,16 @@ Credit = list[list[Float32Array]]  # for each episode, [N]
 
 
 class _Estimator(BaseModel, extra="forbid", frozen=True):
-    # Compares episodes of one task: a group of one has nothing to compare with.
-    siblings: ClassVar[bool] = False
+    # Compares the rewards of whole episodes with their siblings' and nothing else: equal ones have no advantage.
+    totals: ClassVar[bool] = False
     turns: ClassVar[bool] = False  # compares turns: nothing is gained on episodes of one
     critic: ClassVar[bool] = False  # asks a critic
     shaped: ClassVar[bool] = True  # reads the episode's reward, to which penalties are added
+
+    @property
+    def siblings(self) -> bool:
+        """Whether its baseline is of episodes of one task: a group of one has nothing to compare with."""
+        return self.totals
 
 
 class GroupCredit(_Estimator):
@@ -128,7 +133,7 @@ class GroupCredit(_Estimator):
     cost would else be the whole advantage of a group that the task says nothing of, however little it is.
     """
 
-    siblings: ClassVar[bool] = True
+    totals: ClassVar[bool] = True
     kind: Literal["group"] = "group"
     divide: bool = Field(default=True, description="by the group's standard deviation")
     eps: float = Field(default=1e-6, ge=0, description="added to the standard deviation")
@@ -145,7 +150,7 @@ class GroupCredit(_Estimator):
 class LeaveOneOutCredit(_Estimator):
     """RLOO: rewards against the mean of the siblings'."""
 
-    siblings: ClassVar[bool] = True
+    totals: ClassVar[bool] = True
     kind: Literal["rloo"] = "rloo"
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
@@ -155,7 +160,7 @@ class LeaveOneOutCredit(_Estimator):
 class MaximumLikelihoodCredit(_Estimator):
     """MaxRL: rewards against the group's mean, divided by it."""
 
-    siblings: ClassVar[bool] = True
+    totals: ClassVar[bool] = True
     kind: Literal["maxrl"] = "maxrl"
     eps: float = Field(default=1e-6, ge=0, description="added to the mean")
 
@@ -174,6 +179,10 @@ class ReinforceCredit(_Estimator):
     group_baseline: bool = Field(
         default=False, description="take the mean of the siblings' rewards away first"
     )
+
+    @property
+    def siblings(self) -> bool:
+        return self.group_baseline
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
         flat = []
@@ -194,6 +203,10 @@ class ReturnsCredit(_Estimator):
         default="group",
         description="what returns are normalized over: the turns of the group, those of the batch, or nothing",
     )
+
+    @property
+    def siblings(self) -> bool:
+        return self.baseline == "group"
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
         turns = [[episode.turn_returns(self.gamma) for episode in group] for group in groups]
@@ -218,13 +231,16 @@ class ReturnsCredit(_Estimator):
 class AnchoredCredit(_Estimator):
     """GiGPO: episodes against their siblings, plus every turn against the turns that began in the same state."""
 
-    siblings: ClassVar[bool] = True
     turns: ClassVar[bool] = True
     kind: Literal["gigpo"] = "gigpo"
     gamma: float = Field(default=0.95, gt=0, le=1, description="discount from turn to turn")
-    weight: float = Field(default=1.0, ge=0, description="of the comparison of turns")
+    weight: float = Field(default=1.0, gt=0, description="of the comparison of turns")
     divide: bool = Field(default=True, description="by the standard deviations")
     eps: float = Field(default=1e-6, ge=0, description="added to the standard deviations")
+
+    @property
+    def siblings(self) -> bool:
+        return True
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
         whole = GroupCredit(divide=self.divide, eps=self.eps)(groups)
@@ -250,11 +266,14 @@ class DecoupledCredit(_Estimator):
     alike, for one that no episode of the batch has, and for a reward that is not finite.
     """
 
-    siblings: ClassVar[bool] = True
     shaped: ClassVar[bool] = False
     kind: Literal["gdpo"] = "gdpo"
     weights: dict[str, float] = Field(min_length=1, description="named reward -> weight")
     eps: float = Field(default=1e-6, ge=0, description="added to the standard deviations")
+
+    @property
+    def siblings(self) -> bool:
+        return True
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
         self._require_named(groups, ranks)

@@ -68,7 +68,8 @@ class Learner:
         self.version = 0
         self.policy = Policy(settings.model, ranks)
         self._optimizer_steps = total_steps and total_steps * settings.algorithm.updates
-        self.optimizer = Optimizer(self.policy.parameters(), settings.optim, self._optimizer_steps)
+        self._policy_steps = total_steps and settings.algorithm.policy_steps(total_steps)
+        self.optimizer = Optimizer(self.policy.parameters(), settings.optim, self._policy_steps)
         self._tokenizer = checkpoint.tokenizer_files(settings.model.path)
         self._temperature = temperature
         self._rng = np.random.default_rng(seed)
@@ -199,7 +200,7 @@ class Learner:
         self._critic = None
         del self.policy, self.optimizer  # their memory is needed for what comes
         self.policy = Policy.restored(self.settings.model, folder / checkpoint.MODEL, self.ranks)
-        self.optimizer = Optimizer(self.policy.parameters(), self.settings.optim, self._optimizer_steps)
+        self.optimizer = Optimizer(self.policy.parameters(), self.settings.optim, self._policy_steps)
         self.optimizer.load_state_dict(contents.optimizers["policy"])
         if self._reference is not None:
             self._reference.find(run)

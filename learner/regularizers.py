@@ -42,6 +42,15 @@ class KlSettings(BaseModel, extra="forbid", frozen=True):
         description="added to every token's loss, or taken from every token's reward before advantages",
     )
 
+    @model_validator(mode="after")
+    def _pulls_back(self) -> KlSettings:
+        if self.estimator == "k1" and self.where == "loss":
+            raise ValueError(
+                "kl.estimator='k1' in the loss holds nothing back: its gradient is that of log pi, which averages to "
+                "zero over what pi samples; use 'k2' or 'k3', or where='reward'"
+            )
+        return self
+
 
 class OverlongSettings(BaseModel, extra="forbid", frozen=True):
     """DAPO's soft punishment of episodes that come near a length."""

@@ -91,6 +91,35 @@ def test_siblings_of_one_token_equal_the_hand_computed_table(
     np.testing.assert_allclose(np.concatenate(found), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("section", SECTIONS, ids=_name)
+def test_what_an_estimator_says_of_itself_holds(section: dict[str, Any]) -> None:
+    estimator = TypeAdapter(AnyCredit).validate_python(section)
+
+    def nothing(*groups: list[list[float]]) -> bool:
+        """No advantage for anybody, of rewards of turns; a group that is too small to compare is refused instead."""
+        stories = [
+            [
+                _told(
+                    [[reward] for reward in rewards],
+                    states=("a",) * len(rewards),
+                    named={"goal": rewards[0], "form": rewards[-1]},
+                    values=(0.0,) * len(rewards) if estimator.critic else (),
+                )
+                for rewards in group
+            ]
+            for group in groups
+        ]
+        try:
+            return not any(one_N.any() for group in _credit(section, stories) for one_N in group)
+        except ValueError:
+            return True
+
+    # The same in all, earned in another turn: only who reads totals alone has nothing to say.
+    assert nothing([[1, 0], [0, 1]]) == estimator.totals
+    # One failed, one solved, each alone with its task: only who compares siblings has nothing to say.
+    assert nothing([[0]], [[1]]) == estimator.siblings
+
+
 def test_returns_of_turns_equal_the_hand_computed_ones() -> None:
     story = _told([[1, 0], [2], [0, 4, 0]])
     section = {"kind": "returns", "gamma": 0.5, "baseline": "none"}

@@ -18,6 +18,7 @@ from learner.learner import Learner
 from learner.optim import StepReport
 from learner.publish import take_snapshot
 from learner.refusal import BatchRefused
+from learner.schedule import OptimSettings
 from learner.settings import LearnerSettings
 from rollout.wire.trajectory import Group
 from tests import reference
@@ -159,6 +160,23 @@ def test_warming_up_teaches_the_head_and_leaves_the_policy_and_what_is_published
     last = take_snapshot(learner.policy, 0, "float32").manifest
     assert [spec.name for spec in last.tensors] == [spec.name for spec in first.tensors]
     assert last != first
+
+
+def test_a_falling_learning_rate_ends_with_the_run_whatever_the_warm_up(
+    tiny: Path, tmp_path: Path, group_of: Groups
+) -> None:
+    falling = OptimSettings(learning_rate=0.1, schedule="linear")
+    settings = _learner(tiny, {"warmup_steps": 2}, {}).settings.model_copy(update={"optim": falling})
+    learner = Learner(settings, total_steps=4)
+    rates = []
+    for _ in range(4):
+        row = learner.step([group_of(0, [1.0, 0.5])])
+        rates.append(row.get("learning_rate"))
+        learner.save(tmp_path)
+        learner = Learner(settings, total_steps=4)
+        learner.load(tmp_path)
+    assert rates == [None, None, pytest.approx(0.1), pytest.approx(0.05)]
+    assert learner._critic is not None and learner._critic.optimizer.steps == 4
 
 
 @pytest.mark.parametrize("model", [{}, {"lora": {"rank": 4}}], ids=["whole", "lora"])
