@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from learner.learner import Learner, NonFinite
 from learner.optim import StepReport
 from learner.publish import take_snapshot
-from learner.schedule import OptimSettings
 from learner.settings import LearnerSettings
 from rollout.wire.trajectory import Group
 from tests import reference
@@ -164,8 +163,9 @@ def test_warming_up_teaches_the_head_and_leaves_the_policy_and_what_is_published
 def test_a_falling_learning_rate_ends_with_the_run_whatever_the_warm_up(
     tiny: Path, tmp_path: Path, group_of: Groups
 ) -> None:
-    falling = OptimSettings(learning_rate=0.1, schedule="linear")
-    settings = _learner(tiny, {"warmup_steps": 2}, {}).settings.model_copy(update={"optim": falling})
+    settings = _learner(tiny, {"warmup_steps": 2}, {}).settings
+    peak, falling = settings.optim.learning_rate, settings.optim.model_copy(update={"schedule": "linear"})
+    settings = settings.model_copy(update={"optim": falling})
     learner = Learner(settings, total_steps=4)
     rates = []
     for _ in range(4):
@@ -174,7 +174,7 @@ def test_a_falling_learning_rate_ends_with_the_run_whatever_the_warm_up(
         learner.save(tmp_path)
         learner = Learner(settings, total_steps=4)
         learner.load(tmp_path)
-    assert rates == [None, None, pytest.approx(0.1), pytest.approx(0.05)]
+    assert rates == [None, None, pytest.approx(peak), pytest.approx(peak / 2)]
     assert learner._critic is not None and learner._critic.optimizer.steps == 4
 
 
