@@ -73,7 +73,9 @@ class EnvSettings(Settings):
 class EvaluationSettings(Settings):
     """How success is measured before and after."""
 
-    tasks: int = Field(256, ge=0, description="tasks with distinct first observations; 0: do not evaluate")
+    tasks: int = Field(
+        256, ge=0, description="tasks; their first observations differ where there is a split; 0: none"
+    )
     seconds: float = Field(1800.0, gt=0, description="limit for one evaluation")
     first_seed: int = Field(0, ge=0, description="seeds are tried from here on")
     options: dict[str, Any] = Field(

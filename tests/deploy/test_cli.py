@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import socket
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import ray
+from transformers import AutoTokenizer
 
-from deploy import cli, connect, drive
+from deploy import cli, connect, drive, envs_command
 from deploy.janitor import TAG
+from deploy.preflight import check_tokenizer
 from envs import registry
+from learner.tokenizer import build_tokenizer
 from tests.deploy.small_run import RECIPE
 from tests.envs import bad
 
@@ -146,6 +150,41 @@ def test_a_checkpoint_with_fewer_positions_than_the_context_is_refused(
     assert "40 positions" in said and "rollout.context_tokens=64" in said
 
 
+def test_a_model_that_does_not_say_its_context_is_refused(
+    refused: Callable[..., str], checkpoint: Path
+) -> None:
+    (checkpoint / "config.json").write_text('{"model_type": "bloom"}')
+    said = refused(*of_model(checkpoint))
+    assert f"model {checkpoint}: its family bloom states no max_position_embeddings" in said
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    refused: Callable[..., str], checkpoint: Path, tmp_path: Path
+) -> None:
+    own = AutoTokenizer.from_pretrained(checkpoint)
+    rows = len(own)
+    other = build_tokenizer(tmp_path / "other", ["one", "two", *registry.words("frozen_lake")])
+    assert len(other) > rows
+    shutil.copy(tmp_path / "other" / "tokenizer.json", checkpoint)
+    said = refused(*of_model(checkpoint))
+    assert f"model {checkpoint} has a vocabulary of {rows}, but its tokenizer one of {len(other)}" in said
+    assert f"is id {len(other) - 1})" in said
+
+    own.add_special_tokens({"extra_special_tokens": ["<|turn|>"]}, replace_extra_special_tokens=False)
+    own.save_pretrained(checkpoint)
+    check_tokenizer(str(checkpoint))  # a placeholder that no prompt holds
+    own.chat_template = f"<|turn|>{own.chat_template}"
+    own.save_pretrained(checkpoint)
+    assert f"token '<|turn|>' is id {rows}" in refused(*of_model(checkpoint))
+
+
+def test_a_model_may_have_more_rows_than_its_tokenizer(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["vocab_size"] += 7
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    check_tokenizer(str(checkpoint))
+
+
 def test_a_prompt_longer_than_the_context_is_refused(refused: Callable[..., str], checkpoint: Path) -> None:
     said = refused(*of_model(checkpoint, "env.options.instructions=true"))
     assert "the first prompt of frozen_lake has" in said and "rollout.context_tokens=40" in said
@@ -213,6 +252,17 @@ def test_the_environments_there_are_are_listed(manta: Manta) -> None:
     assert all(env_id in told for env_id in ("CartPole-v1", "Taxi-v4", "Blackjack-v1", "Pendulum-v1"))
     assert "Taxi-v3" not in told and "CartPole-v0" not in told
     assert all(f"{suite.prefix}... {suite.extra} " in told for suite in registry.SUITES)
+    assert "program A foreign agent as an environment" in told
+
+
+def test_a_suite_that_is_here_is_listed_with_its_ids(manta: Manta, monkeypatch: pytest.MonkeyPatch) -> None:
+    lakes = registry.Suite("Here-", "here", "tests", "tests.envs.suite_of_here:lake", "A Suite")
+    broken = registry.Suite("Broken-", "broken", "tests", "tests.no_such_module:lake", "Another")
+    monkeypatch.setattr(registry, "SUITES", (lakes, broken))
+    monkeypatch.setattr(envs_command, "gymnasium_ids", list)
+    told = " ".join(manta("envs")[1].split())
+    assert "A Suite Here-... here yes, 1 " in told and "A Suite: Here-Lake " in told
+    assert "No module named 'tests.no_such_module'" in told and "Elsewhere-Lake" not in told
 
 
 def test_a_sound_environment_is_told_so_and_one_that_is_not_row_by_row(
@@ -226,6 +276,14 @@ def test_a_sound_environment_is_told_so_and_one_that_is_not_row_by_row(
     assert code == 1
     assert "generators" in out and "self.np_random" in out and "loud: 1 found" in out
     assert "has no option 'sise'" in mistake(manta("check-env", "frozen_lake", "--option", "sise=3"))
+    assert "docs/foreign_agents.md" in mistake(manta("check-env", "program"))
+
+
+def test_what_cannot_be_made_is_a_finding_and_an_id_that_is_none_a_mistake(manta: Manta) -> None:
+    code, out, err = manta("check-env", "tests.envs.bad:CannotBeMade")
+    assert (code, err) == (1, "") and "raises" in out and "words.txt" in out
+    assert "one of your own is module:Class" in mistake(manta("check-env", ":Foo"))
+    assert "did you mean Sound" in mistake(manta("check-env", "tests.envs.bad:Sond"))
 
 
 def test_demonstrations_are_written_and_told(manta: Manta, tmp_path: Path) -> None:
