@@ -1,9 +1,10 @@
 # Everything runs from .venv, which is made once and reused until a pinned list or pyproject.toml changes.
-#   make setup | train | test | bench | faults | lint | lock | clean     ARGS="..." goes to train, test, bench, faults
+#   make setup | train | test | test-extras | bench | faults | lint | lock | clean
+#   ARGS="..." goes to train, test, test-extras, bench, faults
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench faults lint lock lock-cpu lock-gpu clean
+.PHONY: help setup train test test-extras bench faults lint lock lock-cpu lock-gpu lock-extras clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -15,7 +16,7 @@ TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 help:
-	@sed -n '1,2p' Makefile
+	@sed -n '1,3p' Makefile
 
 setup: $(STAMP)
 	@:
@@ -39,6 +40,19 @@ TESTERS ?= 2
 test: setup
 	$(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# The optional environments, with their packages in a folder of their own: .venv stays as it is.
+EXTRAS := .extras
+EXTRAS_STAMP := $(EXTRAS)/.installed
+test-extras: setup $(EXTRAS_STAMP)
+	PYTHONPATH="$(CURDIR)/$(EXTRAS)$${PYTHONPATH:+:$$PYTHONPATH}" \
+		$(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(or $(ARGS),tests/envs)
+
+$(EXTRAS_STAMP): requirements/extras.txt
+	@echo "setting up $(EXTRAS): $$(grep -c == requirements/extras.txt) packages"
+	@rm -rf $(EXTRAS)
+	@$(PIP) install --no-deps --target $(EXTRAS) -r requirements/extras.txt
+	@touch $@
+
 bench: setup
 	$(BIN)/python -m tests.bench $(ARGS)
 
@@ -58,7 +72,9 @@ LOCK := $(UV) pip compile -q --upgrade --no-header --no-annotate --python-versio
 	--python-platform x86_64-manylinux_2_35 --extra dev pyproject.toml
 UNWANTED := torchvision torchaudio torchcodec triton
 
-lock: lock-cpu lock-gpu
+OPTIONAL := browser chess minigrid pettingzoo reasoning textarena
+
+lock: lock-cpu lock-gpu lock-extras
 
 lock-cpu:
 	@pins=$$($(LOCK) --extra cpu $(TORCH_FROM) $(foreach name,$(UNWANTED),--no-emit-package $(name))) && \
@@ -70,6 +86,12 @@ lock-gpu:
 		{ sed -n '/^#/p' requirements/gpu.txt; echo "$$pins"; } > requirements/gpu.txt.new && \
 		mv requirements/gpu.txt.new requirements/gpu.txt
 
+lock-extras: lock-cpu
+	@pins=$$($(LOCK) --constraint requirements/cpu.txt $(foreach name,$(OPTIONAL),--extra $(name)) \
+		$(TORCH_FROM) | grep -vxFf requirements/cpu.txt) && \
+		{ sed -n '/^#/p' requirements/extras.txt; echo "$$pins"; } > requirements/extras.txt.new && \
+		mv requirements/extras.txt.new requirements/extras.txt
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(EXTRAS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find envs rollout learner deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +

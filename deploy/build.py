@@ -60,7 +60,7 @@ def training_tasks(config: RunConfig) -> TaskStream:
 
 
 def evaluation_tasks(config: RunConfig) -> list[Task]:
-    """The held-out tasks: the first seeds whose first observations are all different."""
+    """The held-out tasks: the first seeds whose first observations are all different, see `distinct_tasks`."""
     options = config.env.options | config.evaluation.options
     first, count = config.evaluation.first_seed, config.evaluation.tasks
     return distinct_tasks(config.env.id, options, first, count, config.env.host)
@@ -102,9 +102,10 @@ def distinct_tasks(
     """`count` tasks that begin with different observations, trying seeds from `first_seed` on.
 
     Raises ConfigError when 1000 seeds in a row bring nothing new: the environment does not hold that many instances.
-    A foreign agent is not started for it: its tasks are the first seeds.
+    An environment without splits holds out nothing but seeds, which those of training never are, and its episodes may
+    differ though they begin alike (a slippery lake): its tasks are the first seeds. So are a foreign agent's.
     """
-    if env_id == PROGRAM:
+    if env_id == PROGRAM or not registry.has_splits(env_id):
         return [Task.of(env_id, seed, options) for seed in range(first_seed, first_seed + count)]
     seen: set[str] = set()
     tasks: list[Task] = []
@@ -123,6 +124,19 @@ def distinct_tasks(
                 )
             seed += 1
     return tasks
+
+
+def told_alike(tasks: list[Task]) -> str:
+    """One line where several tasks begin with the same observation, all of them; else empty."""
+    if len(tasks) < 2 or tasks[0].env_id == PROGRAM:
+        return ""
+    env = registry.make(tasks[0].env_id, **tasks[0].kwargs)
+    openings = (str(env.reset(seed=task.seed)[0]) for task in tasks)
+    first = next(openings)
+    alike = all(opening == first for opening in openings)
+    env.close()
+    told = f"{tasks[0].env_id} begins alike with all {len(tasks)} seeds it is evaluated on; later they may differ"
+    return told if alike else ""
 
 
 def sent_adapter(config: RunConfig, path: str) -> AdapterSpec | None:

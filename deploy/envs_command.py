@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +18,12 @@ from envs import registry
 from envs.check import check
 from envs.findings import Finding
 from envs.registry import EnvironmentUnknown
+from rollout import foreign
+from rollout.foreign import PROGRAM
 
 
 def show_environments(console: Console) -> None:
-    """Ours, the suites with their extras, and how many of Gymnasium's have text forms here."""
+    """Ours, the suites with their extras and, where they are installed, their ids, and Gymnasium's with a text form."""
     ours = _table("environment", "about", "levels", "player")
     for env_id in registry.registered():
         try:
@@ -29,19 +32,35 @@ def show_environments(console: Console) -> None:
             ours.add_row(env_id, f"[yellow]{escape(str(error))}[/]", "", "")
         else:
             ours.add_row(env_id, escape(told.about), escape(told.levels), "yes" if told.has_player else "")
+    ours.add_row(PROGRAM, (inspect.getdoc(foreign) or "").partition("\n")[0], "", "")
     console.print(ours)
-    if registry.SUITES:
-        suites = _table("suite", "ids", "extra", "here")
-        for suite in registry.SUITES:
-            found = "yes" if suite.installed else f"pip install 'manta\\[{suite.extra}]'"
-            suites.add_row(escape(suite.about), f"{suite.prefix}...", suite.extra, found)
-        console.print(suites)
+    _show_suites(console)
     known, fit = newest_of_gymnasium(), gymnasium_ids()
     console.print(
         f"Any gymnasium.make id works that has a text form; here {len(fit)} of {len(known)} do "
         f"(others need packages of their own, or show pictures): {', '.join(fit)}",
         highlight=False,
     )
+
+
+def _show_suites(console: Console) -> None:
+    """Where each can be had, and what is in those that are here, which imports them."""
+    suites = _table("suite", "ids", "extra", "here")
+    listed: list[str] = []
+    for suite in registry.SUITES:
+        found = f"pip install 'manta[{suite.extra}]'"
+        if suite.installed:
+            try:
+                ids = registry.suite_ids(suite)
+            except EnvironmentUnknown as error:  # a package of its is missing
+                found = str(error)
+            else:
+                found = f"yes, {len(ids)}"
+                listed.append(f"{suite.about}: {', '.join(ids)}")
+        suites.add_row(escape(suite.about), f"{suite.prefix}...", suite.extra, escape(found))
+    console.print(suites)
+    for line in listed:
+        console.print(f"{line}\n", highlight=False, markup=False)
 
 
 def newest_of_gymnasium() -> list[str]:
@@ -71,8 +90,15 @@ def gymnasium_ids() -> list[str]:
 def check_environment(
     env_id: str, options: dict[str, Any], seconds: float, turns: int, console: Console
 ) -> int:
-    """Examine an environment and show what is wrong; the exit status is 1 where something is, else 0."""
-    registry.make(env_id, **options).close()  # a wrong id or option is the person's mistake, no finding
+    """Examine an environment and show what is wrong; the exit status is 1 where something is, else 0.
+
+    EnvironmentUnknown for a wrong id or option.
+    """
+    if env_id == PROGRAM:
+        raise EnvironmentUnknown(
+            f"environment {PROGRAM} is an agent of your own, played by a run: there is nothing of it to examine alone; "
+            "docs/foreign_agents.md says how to bring one"
+        )
     with console.status(f"{env_id} is examined"):
         findings = check(env_id, options, seconds=seconds, turns=turns)
     show_findings(env_id, findings, console)

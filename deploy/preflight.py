@@ -55,7 +55,7 @@ def check(config: RunConfig) -> None:
     if config.replay is None:
         evaluation_tasks(config)
     else:
-        replay.check(config)
+        replay.check(config, _tokenizer(config))
     if config.warm_start:
         registry.player(config.env.id)
     if config.cluster.dashboard_port and not config.cluster.address:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy.build import evaluation_tasks
+from deploy.build import evaluation_tasks, told_alike
 from deploy.config import RunConfig
 from deploy.evaluate import Evaluation
-from deploy.guards import Watch
+from deploy.guards import Watch, with_defaults
 from deploy.metrics import MetricsLog, read_metrics, rollout_rates
 from deploy.progress import Progress
 from deploy.report import write_report
@@ -65,12 +65,19 @@ class Training:
             total = await self.ring.begin_imitation()
         with self._timed("warm_start"), self.progress.phase("imitation", total) as phase:
             while rows := await self.ring.imitate(IMITATION_STRIDE):
+                if skipped := [row for row in rows if row.get("skipped_step")]:
+                    self.progress.say(
+                        f"ALARM: {len(skipped)} of {len(rows)} imitation steps were not finite and left out "
+                        f"(loss {skipped[-1]['loss']:g}, gradient norm {skipped[-1]['grad_norm']:g})"
+                    )
                 phase.advance(len(rows), loss=rows[-1]["loss"])
 
     async def _evaluate(self, name: str) -> Evaluation | None:
         if not self.config.evaluation.tasks or self.config.replay:
             return None
         tasks = await asyncio.to_thread(evaluation_tasks, self.config)
+        if name == "before" and (told := await asyncio.to_thread(told_alike, tasks)):
+            self.progress.say(told)
         with self._timed(f"evaluate_{name}"):
             evaluation = Evaluation.of(await self.ring.evaluate(tasks, name))
         self.progress.say(f"{name}: {evaluation}")
@@ -98,7 +105,7 @@ class Training:
     async def _steps_from(self, version: int) -> None:
         """All steps after `version`; what was logged of them before is cut off."""
         log = MetricsLog(self.ring.run_folder, resume_after=version)
-        guards = Watch(self.config.guards, self.progress.say)
+        guards = Watch(with_defaults(self.config.guards), self.progress.say)
         try:
             self.ring.begin_rollouts()
             before = await self.ring.counters()

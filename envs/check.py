@@ -1,6 +1,6 @@
 """What an environment promises, examined: Gymnasium's own checker and ours. `manta check-env ID` shows the findings.
 
-    in a process of its own   it starts, answers within the limit, says there what it says here
+    in a process of its own   it starts, answers within the limit, says there what it says here (envs/apart.py)
     an episode of each seed   observations, rewards, ends and verdicts are what they must be
     actions nobody can read   are answered, not raised, and earn nothing
     the same seed again       the same instance, and the same episode, unless it says `nondeterministic`
@@ -14,12 +14,11 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import pickle
 import random
 import re
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,20 +30,24 @@ from gymnasium.utils.env_checker import check_env
 
 from envs import registry
 from envs.adapters import RandomPlayer
-from envs.base import TextEnv, text_space
+from envs.apart import Unfit, made, played_apart, process
+from envs.base import text_space
 from envs.findings import Finding, answered, paid, said
-from envs.host import Env, EnvironmentFailed, EnvironmentStuck, HostSettings, Inline
-from envs.hosted import Hosted
+from envs.host import Env, Inline
 from envs.recording import Record, Script, Trouble, asking, first_difference, go_on, play, shown, step
 from envs.registry import Player
 
+SECONDS = 10.0  # for a reset or a step, unless it is said
+TURNS = 30  # played an episode, unless it is said
 SEEDS = (0, 1, 2**31 - 1)
 ERROR_RATE = 0.5  # of a scripted player, so that it sees more than the shortest way
 UNREADABLE = ("", "\x00", "zq nobody says this", "1.5.5", "1_0", "\u0661", "9" * 5000, "[" * 5000, '{"a": ')
-START_SECONDS = 60.0  # for an interpreter and the imports
+ANY_REWARD = (-math.inf, math.inf)  # of an environment that does not say its reward_range
 _TOLERATED = ("generators", "time")  # findings that make no later one an echo
 _EXPECTED = ("is different from the unwrapped version",)  # what Gymnasium warns of and is meant so here
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+FindPlayer = Callable[[], Callable[[int], Player] | None]  # asked only when the environment could be made
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +71,29 @@ class Subject:
         return None if place and self.nondeterministic else place
 
 
-def check(env_id: str, options: dict[str, Any] | None = None, **limits: Any) -> list[Finding]:
-    """What there is to say against an environment of the registry, played by its scripted player where it has one."""
-    player = None
-    if registry.has_player(env_id):
-        player = partial(registry.player(env_id), ERROR_RATE)
-    return check_recipe(registry.recipe(env_id, **(options or {})), player, **limits)
+def check(
+    env_id: str,
+    options: dict[str, Any] | None = None,
+    seconds: float = SECONDS,
+    turns: int = TURNS,
+    apart: bool = True,
+) -> list[Finding]:
+    """What there is to say against an environment of the registry, played by its scripted player where it has one.
+
+    Others as of `check_recipe`. EnvironmentUnknown for a wrong id or option.
+    """
+
+    def scripted() -> Callable[[int], Player] | None:
+        return partial(registry.player(env_id), ERROR_RATE) if registry.has_player(env_id) else None
+
+    return _checked(registry.recipe(env_id, **(options or {})), scripted, seconds, turns, apart)
 
 
 def check_recipe(
     recipe: Callable[[], Env],
     player: Callable[[int], Player] | None = None,
-    seconds: float = 10.0,
-    turns: int = 30,
+    seconds: float = SECONDS,
+    turns: int = TURNS,
     apart: bool = True,
 ) -> list[Finding]:
     """What there is to say against what `recipe` makes; empty for a sound environment.
@@ -89,25 +102,29 @@ def check_recipe(
     reset or a step. turns: played an episode. apart: also in a process of its own, killed when it takes longer; without
     that an environment that never answers is waited for.
     """
+    return _checked(recipe, lambda: player, seconds, turns, apart)
+
+
+def _checked(
+    recipe: Callable[[], Env], find_player: FindPlayer, seconds: float, turns: int, apart: bool
+) -> list[Finding]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Gymnasium's, which are findings below
-        return asyncio.run(_check(recipe, player, seconds, turns, apart))
+        return asyncio.run(_check(recipe, find_player, seconds, turns, apart))
 
 
 async def _check(
-    recipe: Callable[[], Env],
-    player: Callable[[int], Player] | None,
-    seconds: float,
-    turns: int,
-    apart: bool,
+    recipe: Callable[[], Env], find_player: FindPlayer, seconds: float, turns: int, apart: bool
 ) -> list[Finding]:
     findings: list[Finding] = []
     try:
-        async with _process(recipe, seconds, findings) if apart else nullcontext() as there:
-            subject = _subject(recipe, player, seconds, turns)  # here only after it could be made there
-            elsewhere = None if there is None else await _played_there(there, subject)
+        async with process(recipe, seconds, findings) if apart else nullcontext() as there:
+            subject = _subject(recipe, find_player, seconds, turns)  # here only after it could be made there
+            elsewhere = None
+            if there is not None:
+                elsewhere = await played_apart(there, subject.player, SEEDS, UNREADABLE, turns, seconds)
         findings += await _examined(subject, elsewhere)
-    except _Unfit as unfit:
+    except Unfit as unfit:
         findings.append(unfit.finding)
     except Trouble as trouble:
         findings.append(Finding("raises", shown(repr(trouble.error), 200), trouble.where))
@@ -116,84 +133,15 @@ async def _check(
     ]  # the first of each kind
 
 
-def _subject(
-    recipe: Callable[[], Env], player: Callable[[int], Player] | None, seconds: float, turns: int
-) -> Subject:
-    with asking("making it"):
-        env = recipe()
-    own = env.unwrapped
-    return Subject(
-        recipe,
-        player or partial(RandomPlayer, env),
-        seconds,
-        turns,
-        nondeterministic=Inline(env).nondeterministic,
-        reward_range=own.reward_range if isinstance(own, TextEnv) else (-math.inf, math.inf),
-    )
-
-
-# In a process of its own, which can be killed.
-
-
-class _Unfit(Exception):
-    """Nothing more can be examined."""
-
-    def __init__(self, finding: Finding) -> None:
-        self.finding = finding
-
-
-@asynccontextmanager
-async def _process(
-    recipe: Callable[[], Env], seconds: float, findings: list[Finding]
-) -> AsyncIterator[Hosted | None]:
-    try:
-        pickle.dumps(recipe)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        findings.append(
-            Finding("pickling", f"its recipe cannot be pickled: {shown(str(error))}", "making it")
-        )
-        yield None
-        return
-    limits = HostSettings(
-        where="process", start_seconds=START_SECONDS, reset_seconds=seconds, step_seconds=seconds
-    )
-    with _losing("making it in a process of its own", START_SECONDS):
-        replica = await Hosted.start(recipe, limits)
-    try:
-        yield replica
-    finally:
-        await replica.close()
-
-
-async def _played_there(replica: Hosted, subject: Subject) -> Record | Trouble:
-    """An episode, and what it says there to actions nobody can read. What it raises is looked at here, too."""
-    try:
-        with _losing(f"in a process of its own, seed {SEEDS[0]}", subject.seconds):
-            record = await play(replica, SEEDS[0], subject.player(SEEDS[0]), subject.turns)
-    except Trouble as trouble:
-        return trouble
-    for action in UNREADABLE:
-        where = f"in a process of its own, seed {SEEDS[0]}, action {shown(repr(action))}"
-        with suppress(Trouble), _losing(where, subject.seconds):
-            await replica.reset(SEEDS[0])
-            await replica.step(action)
-    return record
-
-
-@contextmanager
-def _losing(where: str, seconds: float) -> Iterator[None]:
-    """Around requests to a process: Trouble for what the environment raised, _Unfit where the process is lost."""
-    try:
-        yield
-    except EnvironmentStuck:
-        raise _Unfit(Finding("time", f"no answer within {seconds:g} s", where)) from None
-    except EnvironmentFailed as error:
-        if error.__cause__ is not None:  # the environment's own error
-            raise Trouble(where, error) from error
-        raise _Unfit(Finding("death", str(error), where)) from None
-
-
-# In this process.
+def _subject(recipe: Callable[[], Env], find_player: FindPlayer, seconds: float, turns: int) -> Subject:
+    env = made(recipe)
+    with asking("its player"):
+        player = find_player() or partial(RandomPlayer, env)
+        player(SEEDS[0])
+    with asking("its reward_range"):
+        low, high = getattr(env.unwrapped, "reward_range", ANY_REWARD)
+        reward_range = float(low), float(high)
+    return Subject(recipe, player, seconds, turns, Inline(env).nondeterministic, reward_range)
 
 
 async def _examined(subject: Subject, elsewhere: Record | Trouble | None) -> list[Finding]:

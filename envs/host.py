@@ -28,10 +28,11 @@ class HostSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    where: Literal["inline", "process", "ray"] = Field(
-        "inline",
+    where: Literal["auto", "inline", "process", "ray"] = Field(
+        "auto",
         description="inline: in the rollout worker, where nothing can stop a step; process: each replica in a process "
-        "of its own, killed when it does not answer in time; ray: in such a process on any node of the cluster",
+        "of its own, killed when it does not answer in time; ray: in such a process on any node of the cluster; auto: "
+        "inline for Manta's and Gymnasium's own environments, process for all others",
     )
     cpus_per_replica: float = Field(
         1.0, ge=0, description="where='ray': CPUs a replica claims from the cluster, of which a part will do"

@@ -28,6 +28,7 @@ os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "hide")  # pygame greets on 
 from minigrid.core.actions import Actions
 from minigrid.core.constants import IDX_TO_COLOR, IDX_TO_OBJECT, STATE_TO_IDX
 
+IDS = tuple(env_id for env_id in gym.registry if env_id.startswith(("MiniGrid-", "BabyAI-")))
 DIRECTIONS = ("east", "south", "west", "north")  # in MiniGrid's order
 STATES = {index: state for state, index in STATE_TO_IDX.items()}
 NOT_TOLD = ("unseen", "empty", "floor")

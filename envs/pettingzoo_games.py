@@ -25,6 +25,7 @@ from envs.spaces_text import grammar, parsed, require_text_form, written
 from envs.turns import RANDOM, Result, TurnGame, Verdict, scaled
 
 PREFIX = "pettingzoo/"
+IDS = tuple(f"{PREFIX}{name}" for name in sorted(pettingzoo.aec_registry))
 MASK = "action_mask"
 BOARD = "On the board x is the first plane of pieces (yours in the classic games), o the second. "
 

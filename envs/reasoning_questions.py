@@ -26,6 +26,7 @@ from envs.guest import Generators
 from envs.registry import Env
 
 PREFIX = "reasoning_gym/"
+IDS = tuple(f"{PREFIX}{name}" for name in sorted(DATASETS))
 MAX_ANSWER = 1 << 13  # characters
 UNREADABLE = "That is no answer."
 PROBES = (

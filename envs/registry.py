@@ -1,7 +1,7 @@
 """Environments by id: ours, those of optional suites, anybody's as "module:Class", and any that `gymnasium.make` knows.
 
-Modules are imported when their environment is first asked for, those of a suite when one of its ids is. What has no
-text on both sides is adapted to it. A module of anybody's may hold a `Player` and its WORDS, as ours do.
+Modules are imported when their environment is first asked for, those of a suite when one of its ids is, or their list.
+What has no text on both sides is adapted to it. A module of anybody's may hold a `Player` and its WORDS, as ours do.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Suite:
     prefix: str  # of their ids
     extra: str  # pip install 'manta[EXTRA]'
     package: str  # what must be there to import
-    factory: str  # "module:function" of ours, called with the id and the options
+    factory: str  # "module:function" of ours, called with the id and the options; the module's IDS are all there are
     about: str
 
     @property
@@ -138,9 +138,7 @@ def make_gymnasium(env_id: str, options: dict[str, Any]) -> gym.Env[Any, Any]:
     try:
         return gym.make(env_id, **options)
     except gym.error.UnregisteredEnv:
-        close = difflib.get_close_matches(env_id, [*_OURS, *gym.registry], n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"ours are {', '.join(registered())}"
-        raise EnvironmentUnknown(f"unknown environment {env_id!r}; {hint}") from None
+        raise EnvironmentUnknown(_unknown(env_id)) from None
     except (
         TypeError,
         ValueError,
@@ -152,6 +150,20 @@ def make_gymnasium(env_id: str, options: dict[str, Any]) -> gym.Env[Any, Any]:
         ) from error
     except (gym.error.Error, ImportError) as error:  # a deprecated version, a missing package, a malformed id
         raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
+
+
+def _unknown(env_id: str) -> str:
+    """What is said of an id that nobody knows; its module, where it names one, has been imported."""
+    module, _, name = env_id.partition(":")
+    if not name:
+        close = difflib.get_close_matches(env_id, [*_OURS, *gym.registry], n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"ours are {', '.join(registered())}"
+        return f"unknown environment {env_id!r}; {hint}"
+    there = vars(importlib.import_module(module)).items()
+    have = [each for each, found in there if inspect.isclass(found) and issubclass(found, gym.Env)]
+    close = difflib.get_close_matches(name, have, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}?" if close else "name a class of its, or an id it registers"
+    return f"environment {env_id}: module {module} has no {name}, and registers none; {hint}"
 
 
 def _adapted(env_id: str, env: gym.Env[Any, Any], adapting: dict[str, Any]) -> Env:
@@ -171,26 +183,36 @@ def recipe(env_id: str, **options: Any) -> Callable[[], Env]:
 
 
 def is_trusted(env_id: str) -> bool:
-    """Whether an environment's code is Manta's or Gymnasium's own, and so trusted to end every step."""
-    if env_id in _OURS:
-        return isinstance(_OURS[env_id], str)
+    """Whether an environment's code is Manta's, registered here, or Gymnasium's own: trusted to end every step."""
     spec = gym.registry.get(env_id)
-    return spec is not None and str(spec.entry_point).startswith("gymnasium.envs.")
+    return env_id in _OURS or (spec is not None and str(spec.entry_point).startswith("gymnasium.envs."))
 
 
 def has_player(env_id: str) -> bool:
     """Whether a scripted player of this environment exists."""
-    return env_id in _PLAYERS
+    return _player(env_id) is not None
 
 
 def player(env_id: str) -> Callable[[float, int], Player]:
     """The scripted player of an environment, made with (error rate, seed)."""
-    module = env_id.partition(":")[0]
-    if env_id not in _PLAYERS and not (module != env_id and hasattr(_module(env_id, module), "Player")):
+    if (reference := _player(env_id)) is None:
         have = ", ".join(sorted(_PLAYERS))
         raise EnvironmentUnknown(f"environment {env_id} has no scripted player; those that have: {have}")
-    made: Callable[[float, int], Player] = _load(env_id, _PLAYERS.get(env_id, f"{module}:Player"))
+    made: Callable[[float, int], Player] = _load(env_id, reference)
     return made
+
+
+def has_splits(env_id: str) -> bool:
+    """Whether an environment divides its instances by an option `split`."""
+    entry = _entry(env_id)
+    factory = _load(env_id, entry) if isinstance(entry, str) else entry
+    return factory is not None and "split" in inspect.signature(factory).parameters
+
+
+def suite_ids(suite: Suite) -> tuple[str, ...]:
+    """The ids of an installed suite, as its package lists them. EnvironmentUnknown where it cannot be imported."""
+    ids: tuple[str, ...] = _load(suite.prefix, f"{suite.factory.partition(':')[0]}:IDS")
+    return tuple(each for each in ids if each.startswith(suite.prefix))
 
 
 def words(env_id: str) -> tuple[str, ...]:
@@ -236,20 +258,38 @@ def _made_elsewhere(env_id: str, factory: _Factory, options: dict[str, Any]) -> 
 
 def _entry(env_id: str) -> str | _Factory | None:
     """What makes an environment that is ours, registered, of a suite, or named by its class; None for Gymnasium's."""
-    module, _, name = env_id.partition(":")
     if suite := _suite(env_id):
         return partial(_load(env_id, suite.factory), env_id)
-    if env_id in _OURS or not name:
+    if env_id in _OURS or ":" not in env_id:
         return _OURS.get(env_id)
+    found = getattr(_own_module(env_id), env_id.partition(":")[2], None)
+    return env_id if callable(found) else None
+
+
+def _own_module(env_id: str) -> ModuleType:
+    """The module that an id names; EnvironmentUnknown where there is none."""
+    module, _, name = env_id.partition(":")
+    if not name or ":" in name or not all(part.isidentifier() for part in module.split(".")):
+        raise EnvironmentUnknown(
+            f"environment {env_id}: one of your own is module:Class, and this names neither"
+        )
     try:
-        found = hasattr(importlib.import_module(module), name)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and not module.startswith(error.name):
             raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
         raise EnvironmentUnknown(
             f"environment {env_id}: there is no module {module} to import here"
         ) from None
-    return env_id if found else None
+
+
+def _player(env_id: str) -> str | None:
+    """Where the scripted player of an environment is: among ours, or in the module that an id names."""
+    if env_id in _OURS or ":" not in env_id or _suite(env_id):
+        return _PLAYERS.get(env_id)
+    own = vars(_own_module(env_id)).get("Player")
+    mere_type = own is None or own is Player  # the protocol above, imported to be named
+    return None if mere_type else f"{env_id.partition(':')[0]}:Player"
 
 
 def _make_ours(env_id: str, entry: str | _Factory, options: dict[str, Any]) -> Env:
@@ -261,9 +301,28 @@ def _make_ours(env_id: str, entry: str | _Factory, options: dict[str, Any]) -> E
         if name not in parameters and not takes_any:
             raise EnvironmentUnknown(f"environment {env_id} has no option {name!r}; its options: {have}")
     try:
-        return factory(**options)
-    except (TypeError, ValueError) as error:
+        env = factory(**options)
+    except ValueError as error:
         raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
+    except TypeError as error:  # of another type than it is for, and the error rarely says which
+        odd = [
+            f"{name}={value!r} (by default {parameters[name].default!r})"
+            for name, value in options.items()
+            if name in parameters and not _is_like(value, parameters[name].default)
+        ]
+        taken = f" does not take {', '.join(odd)}" if odd else ""
+        raise EnvironmentUnknown(f"environment {env_id}{taken}: {error}") from error
+    if not isinstance(env, gym.Env):
+        raise EnvironmentUnknown(
+            f"environment {env_id}: a {type(env).__name__} is made, and no gymnasium.Env"
+        )
+    return env
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value is of its default's type; of one without a type to go by, any is."""
+    whole_for_any = isinstance(default, float) and type(value) is int
+    return default in (None, inspect.Parameter.empty) or type(value) is type(default) or whole_for_any
 
 
 def _creator(env_id: str) -> Any:

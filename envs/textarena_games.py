@@ -30,6 +30,10 @@ with quiet():
     from textarena.envs.registration import ENV_REGISTRY
 
 PREFIX = "textarena/"
+_GAMES = sorted(
+    name for name in ENV_REGISTRY if re.search(r"-v\d+$", name)
+)  # their variants have longer names
+IDS = tuple(f"{PREFIX}{name}" for name in _GAMES)
 WORD_LISTS = ("words", "averaged_perceptron_tagger_eng")
 
 # What games raise that lack a key for a model, files, another package or a newer Python, or do not take an option.

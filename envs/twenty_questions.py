@@ -4,7 +4,8 @@ Observation: the first one lists the candidates, "drum ant bell ..."; every late
 Action: "is it PROPERTY", one of fifteen, to ask, or "it is THING", any of the 64, to guess: there is one guess.
 Reward: 1 for the right guess, else 0; with `cost`, the right guess is paid 1 - cost for each question before it, 0 at
 the least. Horizon: `max_turns`, the guess included.
-Levels: 1, 2, 3 and 4 have 8, 16, 32 and 64 candidates and 5, 6, 7 and 9 turns: no more than halving them takes.
+Levels: 1, 2, 3 and 4 have 8, 16, 32 and 64 candidates and 5, 6, 7 and 9 turns: one more than exact halving and
+the guess take, and two more at level 4.
 Ends: the guess (terminated), turns used up (truncated), an action that is neither question nor guess (malformed).
 """
 

@@ -75,6 +75,11 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The own part of a tensor that may lie over the ranks: what changes it changes the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     """The own part of a tensor that every rank holds whole, laid out as `like` is."""
     if not isinstance(like, DTensor):

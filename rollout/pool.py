@@ -41,9 +41,10 @@ def asking(task: Task, what: str) -> Iterator[None]:
 class EnvironmentPool:
     """Idle replicas by (environment, options); as many exist as were ever used at the same time.
 
-    Each is dressed in the agent's parts; where these learn, evaluations have replicas of their own. Unless
-    host.where="inline", what `make` is given and is itself must be picklable, and `start` starts replicas: Hosted's for
-    "process", that of envs/actors.py for "ray".
+    Each is dressed in the agent's parts; where these learn, evaluations have replicas of their own. host.where="auto"
+    is inline for what registry.is_trusted, and for all that a `make` of one's own makes. Where replicas are not inline,
+    what `make` is given and is itself must be picklable, and `start` starts replicas: Hosted's for "process", that of
+    envs/actors.py for "ray".
 
     chat: the policy's; foreign agents are told of requests that it cannot render.
     """
@@ -119,12 +120,17 @@ class EnvironmentPool:
         task, parts = Task(env_id, 0, options), self._evaluated if measuring else self._parts
         if env_id == PROGRAM:
             return self._foreign.replica(task.kwargs)
-        if self._host.where == "inline":
+        if self._is_inline(env_id):
             return Inline(dressed(partial(self._make, env_id, **task.kwargs), parts))
         recipe = registry.recipe if self._make is registry.make else partial(partial, self._make)
         made = partial(dressed, recipe(env_id, **task.kwargs), parts)
         async with self._starting:
             return await self._start(made, self._host)
+
+    def _is_inline(self, env_id: str) -> bool:
+        if self._host.where == "auto":
+            return self._make is not registry.make or registry.is_trusted(env_id)
+        return self._host.where == "inline"
 
     # On a cluster replicas claim room, and there may be less of it than episodes, a node having been lost.
 

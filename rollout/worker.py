@@ -55,7 +55,8 @@ class RolloutSettings(BaseModel):
     concurrent_groups: int = Field(32, gt=0, description="groups one worker plays at the same time")
     drop_uniform: bool = Field(
         False,
-        description="dynamic sampling: give up a group whose episodes all earned the same, and play another one",
+        description="dynamic sampling: give up a group whose episodes all earned the same, and play another one; for "
+        "credit that compares these rewards alone",
     )
     context_tokens: int = Field(1024, gt=1, description="longest conversation, prompt and answers, in tokens")
     max_turns: int = Field(100, gt=0, description="turns after which an episode is truncated")

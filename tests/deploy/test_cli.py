@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from deploy import cli, connect, drive
+from deploy import cli, connect, drive, envs_command
 from deploy.janitor import TAG
 from envs import registry
 from tests.deploy.small_run import RECIPE
@@ -213,6 +213,17 @@ def test_the_environments_there_are_are_listed(manta: Manta) -> None:
     assert all(env_id in told for env_id in ("CartPole-v1", "Taxi-v4", "Blackjack-v1", "Pendulum-v1"))
     assert "Taxi-v3" not in told and "CartPole-v0" not in told
     assert all(f"{suite.prefix}... {suite.extra} " in told for suite in registry.SUITES)
+    assert "program A foreign agent as an environment" in told
+
+
+def test_a_suite_that_is_here_is_listed_with_its_ids(manta: Manta, monkeypatch: pytest.MonkeyPatch) -> None:
+    lakes = registry.Suite("Here-", "here", "tests", "tests.envs.suite_of_here:lake", "A Suite")
+    broken = registry.Suite("Broken-", "broken", "tests", "tests.no_such_module:lake", "Another")
+    monkeypatch.setattr(registry, "SUITES", (lakes, broken))
+    monkeypatch.setattr(envs_command, "gymnasium_ids", list)
+    told = " ".join(manta("envs")[1].split())
+    assert "A Suite Here-... here yes, 1 " in told and "A Suite: Here-Lake " in told
+    assert "No module named 'tests.no_such_module'" in told and "Elsewhere-Lake" not in told
 
 
 def test_a_sound_environment_is_told_so_and_one_that_is_not_row_by_row(
@@ -226,6 +237,14 @@ def test_a_sound_environment_is_told_so_and_one_that_is_not_row_by_row(
     assert code == 1
     assert "generators" in out and "self.np_random" in out and "loud: 1 found" in out
     assert "has no option 'sise'" in mistake(manta("check-env", "frozen_lake", "--option", "sise=3"))
+    assert "docs/foreign_agents.md" in mistake(manta("check-env", "program"))
+
+
+def test_what_cannot_be_made_is_a_finding_and_an_id_that_is_none_a_mistake(manta: Manta) -> None:
+    code, out, err = manta("check-env", "tests.envs.bad:CannotBeMade")
+    assert (code, err) == (1, "") and "raises" in out and "words.txt" in out
+    assert "one of your own is module:Class" in mistake(manta("check-env", ":Foo"))
+    assert "did you mean Sound" in mistake(manta("check-env", "tests.envs.bad:Sond"))
 
 
 def test_demonstrations_are_written_and_told(manta: Manta, tmp_path: Path) -> None:
@@ -256,3 +275,14 @@ def test_help_lists_the_commands(manta: Manta) -> None:
 def test_the_doctor_finds_this_machine_fit(manta: Manta) -> None:
     code, out, _ = manta("doctor")
     assert code == 0 and "vllm" in out
+
+
+def test_what_may_not_be_meant_is_said_and_the_run_begins(
+    manta: Manta, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun: list[Path] = []
+    monkeypatch.setattr(drive, "drive", lambda config, folder, *_, **__: begun.append(folder))
+    plain = ("learner.algorithm.loss.kind=reinforce", "buffer.max_lag=1", "evaluation.tasks=0")
+    code, _, err = manta("train", RECIPE, *plain, "--run", str(tmp_path / "run"))
+    assert (code, begun, err.count("\n")) == (0, [tmp_path / "run"], 1)
+    assert err.startswith("note: tokens up to 1 versions old count as if the learner had sampled them")

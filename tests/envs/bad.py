@@ -93,6 +93,50 @@ class Hangs(Sound):
         return super().not_understood(action)
 
 
+class HangsLater(Sound):
+    """Every seed but the first leads to a step without end."""
+
+    late = False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Info]:
+        self.late = bool(seed)
+        return super().reset(seed=seed)
+
+    def step(self, action: str) -> Step:
+        if self.late:
+            threading.Event().wait()
+        return super().step(action)
+
+
+class BrokenBehindTheEnd(Sound):
+    ended = broken = False
+
+    def reset(self, **keywords: Any) -> tuple[Any, Info]:
+        self.ended = False
+        return super().reset(**keywords)
+
+    def step(self, action: str) -> Step:
+        self.broken |= self.ended
+        said = super().step(action)
+        self.ended = said[2] or said[3]
+        return said
+
+    def say(self) -> Any:
+        return "?" if self.broken else super().say()
+
+
+class HangsBehindTheEnd(BrokenBehindTheEnd):
+    def step(self, action: str) -> Step:
+        if self.ended:
+            threading.Event().wait()
+        return super().step(action)
+
+
+class NeverMade(Sound):
+    def __init__(self) -> None:
+        threading.Event().wait()
+
+
 class Dies(Sound):
     def step(self, action: str) -> Step:
         os._exit(3)
@@ -128,6 +172,20 @@ class FourAnswers(Sound):
 class PaysNothingKnown(Sound):
     def step(self, action: str) -> Step:
         return super().step(action)[0], float("nan"), *super().step(action)[2:]
+
+
+class PaysFive(gym.Env[Any, Any]):
+    """One of Gymnasium's, with a word on what it pays."""
+
+    observation_space = action_space = spaces.Discrete(2)
+    reward_range = (0.0, 1.0)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Info]:
+        super().reset(seed=seed)
+        return 0, {}
+
+    def step(self, action: Any) -> Step:
+        return 0, 5.0, True, False, {}
 
 
 class PaysTooMuch(Sound):
@@ -232,23 +290,6 @@ class KeepsItsTurns(Sound):
         super().reset(**keywords)
         self.turns = turns % MAX_TURNS
         return self.say(), {}
-
-
-class BrokenBehindTheEnd(Sound):
-    ended = broken = False
-
-    def reset(self, **keywords: Any) -> tuple[Any, Info]:
-        self.ended = False
-        return super().reset(**keywords)
-
-    def step(self, action: str) -> Step:
-        self.broken |= self.ended
-        said = super().step(action)
-        self.ended = said[2] or said[3]
-        return said
-
-    def say(self) -> Any:
-        return "?" if self.broken else super().say()
 
 
 class ForgetsItsTurns(Sound):

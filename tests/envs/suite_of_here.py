@@ -5,6 +5,8 @@ from typing import Any
 from envs import registry
 from envs.registry import Env
 
+IDS = ("Here-Lake", "Elsewhere-Lake")
+
 
 def lake(env_id: str, slippery: bool = True) -> Env:
     if env_id != "Here-Lake":

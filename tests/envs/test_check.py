@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
+from envs import apart, registry
 from envs.check import check, check_recipe
 from envs.findings import ADVICE, Finding
 from tests.envs import bad
@@ -42,6 +44,8 @@ INLINE = [
 APART = [
     (bad.Sleeps, "time", r"no answer within 0.5 s \(in a process of its own, seed 0"),
     (bad.Hangs, "time", r"no answer within 0.5 s \(in a process of its own, seed 0, action ''"),
+    (bad.HangsLater, "time", r"no answer within 0.5 s \(in a process of its own, seed 1\)"),
+    (bad.HangsBehindTheEnd, "time", r"no answer within 0.5 s \(in a process of its own, seed 0, action ''"),
     (bad.Dies, "death", "died with exit code 3"),
     (bad.CannotBeMade, "raises", r"no such file: words.txt.*making it"),
     (bad.KnowsItsProcess, "elsewhere", "in another process it says something else .reset, seed 0"),
@@ -71,6 +75,61 @@ def test_what_is_wrong_is_found_and_named(env: type[bad.Sound], kind: str, says:
 def test_what_only_a_process_of_its_own_can_show_is_found(env: type[bad.Sound], kind: str, says: str) -> None:
     seconds = 0.5 if kind == "time" else 30.0
     assert re.search(says, only(check_recipe(env, seconds=seconds), kind))
+
+
+def test_one_that_is_never_made_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "START_SECONDS", 0.5)
+    assert re.search(
+        r"no answer within 0.5 s \(making it in a process", only(check_recipe(bad.NeverMade), "time")
+    )
+
+
+def test_a_reward_range_holds_for_an_environment_of_gymnasiums_too() -> None:
+    told = only(check("tests.envs.bad:PaysFive", apart=False), "reward")
+    assert "earned 5, outside of [0, 1]" in told
+
+
+def test_a_wrong_id_or_option_is_no_finding() -> None:
+    for env_id, options, says in (
+        ("frozen_lake", {"size": 1}, "use 2 or more"),
+        ("nowhere:It", {}, "no module"),
+    ):
+        with pytest.raises(registry.EnvironmentUnknown, match=says):
+            check(env_id, options)
+
+
+OF_ONES_OWN = """
+from tests.envs.bad import Sound
+
+class Cave(Sound):
+    def not_understood(self, action):
+        if action == "open sesame":
+            raise KeyError("the door")
+        return super().not_understood(action)
+
+class Player:
+    def __init__(self, error_rate, seed):
+        assert error_rate == 0.5
+
+    def act(self, observation):
+        return "open sesame"
+"""
+
+
+def test_a_module_of_ones_own_is_played_by_its_own_player(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "cave.py").write_text(OF_ONES_OWN)
+    assert registry.has_player("cave:Cave")
+    assert "KeyError('the door')" in only(check("cave:Cave", apart=False), "raises")
+    (tmp_path / "den.py").write_text(OF_ONES_OWN.replace("0.5", "0.7"))
+    assert "its player" in only(check("den:Cave", apart=False), "raises")
+    (tmp_path / "hole.py").write_text(
+        f"from envs.registry import Player\n{OF_ONES_OWN.replace('Player:', 'Nobody:')}"
+    )
+    assert not registry.has_player("hole:Cave")
+    assert check("hole:Cave", apart=False) == []
 
 
 def test_what_cannot_travel_is_said_and_examined_here() -> None:

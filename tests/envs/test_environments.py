@@ -90,6 +90,16 @@ def test_a_suite_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.Mon
         registry.words("Here-Lake")
 
 
+def test_a_suites_ids_are_those_of_its_prefix_and_splits_are_an_option(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    suite = Suite("Here-", "here", "tests", "tests.envs.suite_of_here:lake", "a suite")
+    assert registry.suite_ids(suite) == ("Here-Lake",)
+    monkeypatch.setattr(registry, "SUITES", (suite,))
+    assert all(map(registry.has_splits, here()))
+    assert not any(map(registry.has_splits, ("Here-Lake", "FrozenLake-v1", "tests.envs.bad:Sound")))
+
+
 def test_no_suite_is_imported_before_it_is_asked_for() -> None:
     packages = sorted({suite.package for suite in registry.SUITES})
     asked = (
@@ -135,11 +145,23 @@ def test_a_time_limit_truncates() -> None:
         ("frozen_lake", {"text_digits": 3}, "its options: size"),
         ("frozen_lake", {"sise": 4}, "its options: size"),
         ("frozen_lake", {"size": 1}, "use 2 or more"),
-        ("frozen_lake", {"size": "4"}, "frozen_lake"),
+        ("frozen_lake", {"size": "4"}, r"frozen_lake does not take size='4' \(by default 4\)"),
+        ("frozen_lake", {"size": 4.5, "max_turns": 9}, r"does not take size=4\.5 \(by default 4\): '?float"),
         ("frozen_lake", {"max_turns": 0}, "use 1 or more"),
         ("FrozenLake-v1", {"sise": 4}, "sise.*its options: .*is_slippery"),
         ("FrozenLake-v1", {"map_name": "9x9"}, "9x9"),
         ("no_such_module:Lake-v0", {}, "no_such_module"),
+        (
+            "tests.envs.bad:Sond",
+            {},
+            "module tests.envs.bad has no Sond, and registers none; did you mean Sound",
+        ),
+        *(
+            (each, {}, "environment .*: one of your own is module:Class")
+            for each in (":", ":Foo", ".x:Foo", "a:b:c", "json:")
+        ),
+        ("tests.envs.bad:MAX_TURNS", {}, "module tests.envs.bad has no MAX_TURNS"),
+        ("fractions:Fraction", {}, "a Fraction is made, and no gymnasium.Env"),
         ("Taxi-v3", {}, "Taxi-v4"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The wrapper that answers a policy's calls, and hands on what is none."""
+"""Tools around an environment: calls are answered, budgeted, counted, and never raise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from envs.calls import Call, Style, parse_calls, write_call
 from envs.host import Inline, reach
 from envs.tool import Tool, ToolRefused
 from envs.tools import Reason, Toolbox, ToolEnv, answers_by_reason
-from tests.envs.test_tools import box, double, fail
+from tests.envs.example_tools import box, double, fail
 
 
 class Ask(TextEnv):

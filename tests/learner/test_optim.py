@@ -49,6 +49,19 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     assert torch.equal(parameter, torch.ones(2, 2))
 
 
+def test_a_gradient_of_zero_is_no_step() -> None:
+    parameter = nn.Parameter(torch.ones(2, 2))
+    optimizer = Optimizer([parameter], OptimSettings(learning_rate=0.1, weight_decay=0.5))
+    for gradient in (1.0, 0.0):
+        before = parameter.detach().clone()
+        optimizer.zero_grad()
+        assert parameter.grad is not None
+        parameter.grad += gradient
+        report = optimizer.step()
+        assert report.idle == torch.equal(parameter, before) == (gradient == 0.0)
+    assert optimizer.steps == 1
+
+
 def test_schedules_rise_hold_and_fall() -> None:
     constant = OptimSettings(learning_rate=1.0, warmup_steps=4)
     assert [learning_rate(constant, s) for s in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
