@@ -124,12 +124,15 @@ class Optimizer:
         return {"adamw": self._adamw.state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from whole tensors of an optimizer over the same parameters, keeping own settings."""
+        """Continue from whole tensors of an optimizer over the same parameters, keeping own settings.
+
+        They are copied: a mapped file is not held on to.
+        """
         own = [{k: v for k, v in group.items() if k != "params"} for group in self._adamw.param_groups]
         parameters = [p for group in self._adamw.param_groups for p in group["params"]]
         moments = {
             place: {
-                name: laid_out(tensor, parameters[place]) if tensor.ndim else tensor
+                name: laid_out(tensor, parameters[place]) if tensor.ndim else tensor.clone()
                 for name, tensor in entry.items()
             }
             for place, entry in state["adamw"]["state"].items()

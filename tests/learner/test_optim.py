@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from learner.optim import Optimizer
@@ -69,6 +71,30 @@ def test_schedules_rise_hold_and_fall() -> None:
     assert [learning_rate(linear, s, 6) for s in (2, 3, 4, 6, 7)] == [1.0, 0.75, 0.5, 0.0, 0.0]
     cosine = OptimSettings(learning_rate=1.0, schedule="cosine", final_share=0.2)
     assert [learning_rate(cosine, s, 4) for s in (0, 2, 4)] == pytest.approx([1.0, 0.6, 0.2])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"betas": (0.9, 1.0)},
+        {"betas": (-0.1, 0.9)},
+        {"betas": (1.5, 2.0)},
+        {"eps": 0.0},
+        *(
+            {name: bad}
+            for name in ("learning_rate", "eps", "weight_decay", "max_grad_norm")
+            for bad in (-1.0, math.inf)
+        ),
+        *(
+            {name: math.nan}
+            for name in ("learning_rate", "eps", "weight_decay", "max_grad_norm", "final_share")
+        ),
+    ],
+    ids=str,
+)
+def test_settings_that_no_step_can_follow_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(options))):
+        OptimSettings(**options)
 
 
 def test_a_schedule_without_an_end_is_refused() -> None:
