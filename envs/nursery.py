@@ -159,15 +159,35 @@ def _bears(control: socket.socket) -> bool:
     ends: dict[int, int] = {}  # what tells that a child ended, to its leash
     asked = True
     while asked or ends:
-        for descriptor, _ in poll.poll():
-            if descriptor == control.fileno():
+        # A birth comes last: its descriptors may have the numbers of those that were closed just now.
+        for descriptor, _ in sorted(poll.poll(), key=lambda event: event[0] == control.fileno()):
+            if descriptor in ends:
+                leash = ends.pop(descriptor)
+                poll.unregister(descriptor)
+                with suppress(KeyError):  # whoever had it may be gone
+                    poll.unregister(leash)
+                _bury(leashes.pop(leash), leash)
+                os.close(descriptor)
+            elif descriptor in leashes:
+                _kill(leashes[descriptor])
+                if not _heard(descriptor):
+                    poll.unregister(descriptor)
+            elif descriptor == control.fileno():
                 message, received, _, _ = socket.recv_fds(control, 1, 2)
                 if not message:
                     asked = False
                     poll.unregister(control)
                     continue
                 channel, leash = received
-                pid = os.fork()
+                try:
+                    pid = os.fork()
+                except (
+                    OSError
+                ) as error:  # too many processes, or too little memory: that one's misfortune alone
+                    print(f"envs.nursery: a replica's process could not be forked: {error}", file=sys.stderr)
+                    os.close(channel)
+                    os.close(leash)
+                    continue
                 if not pid:
                     os.setsid()
                     control.detach()
@@ -179,21 +199,14 @@ def _bears(control: socket.socket) -> bool:
                 poll.register(end, select.POLLIN)
                 poll.register(leash, select.POLLIN)
                 _say(leash, pid)
-            elif descriptor in ends:
-                poll.unregister(descriptor)
-                leash = ends.pop(descriptor)
-                pid = leashes.pop(leash)
-                _kill(pid)  # until it is waited for, its group has its id and no other process can get it
-                _say(leash, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-                with suppress(KeyError):
-                    poll.unregister(leash)
-                os.close(descriptor)
-                os.close(leash)
-            elif descriptor in leashes:
-                _kill(leashes[descriptor])
-                if not _heard(descriptor):  # whoever had it is gone
-                    poll.unregister(descriptor)
     return False
+
+
+def _bury(pid: int, leash: int) -> None:
+    """See to the end of a child and of what it left behind, and tell who had it."""
+    _kill(pid)  # until it is waited for, its group has its id and no other process can get it
+    _say(leash, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    os.close(leash)
 
 
 def _keep_only(channel: int) -> None:

@@ -62,7 +62,9 @@ def test_children_find_what_is_around_those_who_start_them(monkeypatch: pytest.M
 def test_a_lost_nursery_takes_its_children_and_is_replaced() -> None:
     async def run() -> None:
         first = await Hosted.start(Drawing, HOST)
-        nursery().kill()
+        lost = nursery()
+        lost.kill()
+        lost._process.wait(60)
         with pytest.raises(EnvironmentFailed, match=r"died with exit code -9 \(SIGKILL\)"):
             await first.reset(1)
         await first.close()
