@@ -6,21 +6,25 @@ functions that need it: an exchange that is started again, and everybody who wai
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from deploy.config import ConfigError, RunConfig
-from envs import registry
-from envs.host import HostSettings
+from envs import hosted, registry
+from envs.base import Observation
+from envs.host import EnvironmentFailed, EnvironmentRefused, HostSettings
 from envs.hosted import Hosted
 from rollout.agent import Agent
 from rollout.chat import Chat
 from rollout.demonstrate import demonstrate
 from rollout.engine import Engine
 from rollout.foreign import PROGRAM
+from rollout.parts.settings import PartSettings, dressed
 from rollout.perception import Perception
 from rollout.pool import EnvironmentPool, Start
 from rollout.tasks import TaskStream
@@ -58,10 +62,43 @@ def training_tasks(config: RunConfig) -> TaskStream:
 def evaluation_tasks(config: RunConfig) -> list[Task]:
     """The held-out tasks: the first seeds whose first observations are all different, see `distinct_tasks`."""
     options = config.env.options | config.evaluation.options
-    return distinct_tasks(config.env.id, options, config.evaluation.first_seed, config.evaluation.tasks)
+    first, count = config.evaluation.first_seed, config.evaluation.tasks
+    return distinct_tasks(config.env.id, options, first, count, config.env.host)
 
 
-def distinct_tasks(env_id: str, options: dict[str, object], first_seed: int, count: int) -> list[Task]:
+@contextmanager
+def looked_at(
+    env_id: str, options: dict[str, Any], host: HostSettings | None, parts: Sequence[PartSettings] = ()
+) -> Iterator[Callable[[int], Observation]]:
+    """A replica to be looked at before a run: gives its `reset`.
+
+    Whatever is not Manta's or Gymnasium's own code has a process and the limits of `host`: ConfigError, one line,
+    where it fails or does not answer.
+    """
+    if registry.is_trusted(env_id):
+        env = dressed(partial(registry.make, env_id, **options), parts)
+        try:
+            yield lambda seed: env.reset(seed=seed)[0]
+        finally:
+            env.close()
+        return
+    recipe = partial(dressed, registry.recipe(env_id, **options), parts)
+    try:
+        with hosted.looked_at(recipe, host or HostSettings()) as reset:
+            yield reset
+    except EnvironmentRefused as error:
+        raise ConfigError(str(error)) from error
+    except EnvironmentFailed as error:
+        raise ConfigError(f"environment {env_id}: {error}") from error
+
+
+def distinct_tasks(
+    env_id: str,
+    options: dict[str, Any],
+    first_seed: int,
+    count: int,
+    host: HostSettings | None = None,
+) -> list[Task]:
     """`count` tasks that begin with different observations, trying seeds from `first_seed` on.
 
     Raises ConfigError when 1000 seeds in a row bring nothing new: the environment does not hold that many instances.
@@ -70,23 +107,22 @@ def distinct_tasks(env_id: str, options: dict[str, object], first_seed: int, cou
     """
     if env_id == PROGRAM or not registry.has_splits(env_id):
         return [Task.of(env_id, seed, options) for seed in range(first_seed, first_seed + count)]
-    env = registry.make(env_id, **options)
     seen: set[str] = set()
     tasks: list[Task] = []
     seed, last_new = first_seed, first_seed
-    while len(tasks) < count:
-        observation, _ = env.reset(seed=seed)
-        if str(observation) not in seen:
-            seen.add(str(observation))
-            tasks.append(Task.of(env_id, seed, options))
-            last_new = seed
-        elif seed - last_new >= 1000:
-            raise ConfigError(
-                f"evaluation.tasks={count} is more than there is: {env_id} begins in only {len(tasks)} different ways "
-                f"with these options (seeds {first_seed} to {seed}); lower it or change evaluation.options"
-            )
-        seed += 1
-    env.close()
+    with looked_at(env_id, options, host) as reset:
+        while len(tasks) < count:
+            observation = reset(seed)
+            if str(observation) not in seen:
+                seen.add(str(observation))
+                tasks.append(Task.of(env_id, seed, options))
+                last_new = seed
+            elif seed - last_new >= 1000:
+                raise ConfigError(
+                    f"evaluation.tasks={count} is more than there is: {env_id} begins in only {len(tasks)} different "
+                    f"ways with these options (seeds {first_seed} to {seed}); lower it or change evaluation.options"
+                )
+            seed += 1
     return tasks
 
 
@@ -115,17 +151,17 @@ def sent_adapter(config: RunConfig, path: str) -> AdapterSpec | None:
 
 async def vllm_engine(config: RunConfig, name: str, path: str) -> Engine:
     """The engine of a real run."""
-    tokenizer = load_tokenizer(path)
+    perception = Perception.load(path)
     return await VllmEngine.start(
         name,
         path,
-        [tokenizer.eos_token_id],
+        Chat(load_tokenizer(path), perception).stops,
         config.rollout.context_tokens,
         config.engine,
         on_gpu=config.rollout.gpus_per_worker > 0,
         transfer="manta" if config.weights.transfer == "object_store" else config.weights.transfer,
         adapter=sent_adapter(config, path),
-        perception=Perception.load(path),
+        perception=perception,
     )
 
 
@@ -146,7 +182,7 @@ async def build_worker(
     chat = load_chat(path)
     agent = Agent(engine, chat, config.sampling, config.rollout.context_tokens, config.agent)
     host = config.env.host
-    pool = EnvironmentPool(host=host, parts=config.agent.parts, start=replica_start(host))
+    pool = EnvironmentPool(host=host, parts=config.agent.parts, start=replica_start(host), chat=chat)
     return RolloutWorker(name, engine, agent, exchange, config.rollout, config.seed, pool)
 
 

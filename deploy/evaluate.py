@@ -16,6 +16,7 @@ from deploy.build import load_tokenizer
 from deploy.config import ConfigError, toml_value
 from deploy.preflight import check_context, check_model, first_observation
 from deploy.statistics import wilson_interval
+from envs.host import HostSettings
 from learner.checkpoint import MODEL, latest
 from rollout.agent import Agent, AgentSettings
 from rollout.chat import Chat
@@ -82,24 +83,30 @@ class Conditions(BaseModel):
     agent: AgentSettings = AgentSettings()
     sampling: Sampling = Sampling(max_tokens=64)
     context_tokens: int = 2048
+    max_turns: int = 100
+    episode_seconds: float = 600.0
+    host: HostSettings = HostSettings()
     engine: VllmSettings = VllmSettings(dtype="float32")
     on_gpu: bool = False
 
 
 def conditions_of(checkpoint: str, env_id: str) -> Conditions:
-    """The conditions of the run a checkpoint belongs to (its environment options only for the same environment), or the
-    defaults where it belongs to none.
+    """The conditions of the run a checkpoint belongs to (the environment's options and where it lives only for the same
+    environment), or the defaults where it belongs to none. There is no Ray here: its replicas get processes.
     """
     folder = Path(checkpoint).resolve()
     for candidate in (folder, *folder.parents[:3]):
         if (candidate / run_folder.CONFIG_FILE).is_file() and (candidate / "ledger.sqlite").is_file():
             config = run_folder.open_existing(candidate)
-            options = config.env.options | config.evaluation.options if config.env.id == env_id else {}
+            same = config.env.id == env_id
             return Conditions(
-                env_options=options,
+                env_options=config.env.options | config.evaluation.options if same else {},
+                host=config.env.host.without_ray() if same else HostSettings(),
                 agent=config.agent,
                 sampling=config.sampling,
                 context_tokens=config.rollout.context_tokens,
+                max_turns=config.rollout.max_turns,
+                episode_seconds=config.rollout.episode_seconds,
                 engine=config.engine,
                 on_gpu=config.rollout.gpus_per_worker > 0,
             )
@@ -113,28 +120,35 @@ def evaluate_checkpoint(checkpoint: str, env_id: str, seeds: range, conditions: 
     path = resolve_checkpoint(checkpoint)
     check_model(path)
     check_context(path, conditions.context_tokens)
-    first_observation(env_id, conditions.env_options, conditions.agent.parts)  # refuses what cannot be made
+    # It refuses what cannot be made.
+    first_observation(env_id, conditions.env_options, conditions.agent.parts, conditions.host)
     tasks = [Task.of(env_id, seed, conditions.env_options) for seed in seeds]
     return asyncio.run(_evaluate(path, tasks, conditions))
 
 
 async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) -> Evaluation:
-    tokenizer = load_tokenizer(path)
     perception = Perception.load(path)
+    chat = Chat(load_tokenizer(path), perception)
     context, settings = conditions.context_tokens, conditions.engine
     engine = await VllmEngine.start(
         "evaluation",
         path,
-        [tokenizer.eos_token_id],
+        chat.stops,
         context,
         settings,
         on_gpu=conditions.on_gpu,
         perception=perception,
     )
     await engine.adopt_loaded(version=0)
-    agent = Agent(engine, Chat(tokenizer, perception), conditions.sampling, context, conditions.agent)
-    rollout = RolloutSettings(group_size=1, concurrent_groups=settings.max_num_seqs, context_tokens=context)
-    pool = EnvironmentPool(parts=conditions.agent.parts)
+    agent = Agent(engine, chat, conditions.sampling, context, conditions.agent)
+    rollout = RolloutSettings(
+        group_size=1,
+        concurrent_groups=settings.max_num_seqs,
+        context_tokens=context,
+        max_turns=conditions.max_turns,
+        episode_seconds=conditions.episode_seconds,
+    )
+    pool = EnvironmentPool(host=conditions.host, parts=conditions.agent.parts, chat=chat)
     worker = RolloutWorker("evaluation", engine, agent, _NoExchange(), rollout, run_seed=0, pool=pool)
     try:
         return Evaluation.of([EpisodeRow.of(trajectory) for trajectory in await worker.evaluate(tasks)])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 import socket
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,11 +15,12 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from deploy import replay
-from deploy.build import evaluation_tasks
+from deploy.build import evaluation_tasks, looked_at
 from deploy.config import ConfigError, RunConfig
 from deploy.models import tiny_tokenizer
 from envs import registry
 from envs.base import Observation
+from envs.host import HostSettings
 from envs.tool import ToolRefused
 from learner.lora import planned
 from learner.model import build_tiny
@@ -29,14 +29,14 @@ from rollout.agent import as_messages
 from rollout.chat import Chat
 from rollout.foreign import PROGRAM, ProgramOptions
 from rollout.parts.memory import NotebookSettings
-from rollout.parts.settings import PartSettings, dressed
+from rollout.parts.settings import PartSettings
 from rollout.parts.tools import ToolsSettings
 from rollout.perception import Perception
 
 
 def check(config: RunConfig) -> None:
     """Refuse a configuration that cannot run here."""
-    observation = first_observation(config.env.id, config.env.options, config.agent.parts)
+    observation = first_observation(config.env.id, config.env.options, config.agent.parts, config.env.host)
     if path := config.learner.model.path:
         check_model(path)
         check_context(path, config.rollout.context_tokens)
@@ -63,7 +63,10 @@ def check(config: RunConfig) -> None:
 
 
 def first_observation(
-    env_id: str, options: dict[str, Any], parts: Sequence[PartSettings] = ()
+    env_id: str,
+    options: dict[str, Any],
+    parts: Sequence[PartSettings] = (),
+    host: HostSettings | None = None,
 ) -> Observation | None:
     """What an environment says first, with the agent's tools: they must be there, and their schemas take tokens.
 
@@ -74,12 +77,10 @@ def first_observation(
         return None
     tools = [part for part in parts if isinstance(part, ToolsSettings | NotebookSettings)]
     try:
-        env = dressed(partial(registry.make, env_id, **options), tools)
+        with looked_at(env_id, options, host, tools) as reset:
+            return reset(0)
     except ToolRefused as error:
         raise ConfigError(f"agent.parts: {error}") from error
-    observation: Observation = env.reset(seed=0)[0]
-    env.close()
-    return observation
 
 
 def check_program(options: dict[str, Any]) -> None:

@@ -58,6 +58,17 @@ def named_rewards(info: Info) -> dict[str, float] | None:
     return None if named is None else {str(key): float(value) for key, value in named.items()}
 
 
+def seat_of(info: Info) -> int:
+    """Who made a step's move where the agent moves for both sides: 0, whom rewards are for; 1, whom they are against.
+
+    ValueError for another seat: what is good for one is bad for the other only where there are two.
+    """
+    seat = info.get("seat", 0)
+    if seat not in (0, 1):
+        raise ValueError(f"info['seat']={seat!r} must be 0 or 1")
+    return int(seat)
+
+
 def held_out(content: str) -> bool:
     """Whether an instance belongs to the held-out part: decided by its content, the same everywhere."""
     return hashlib.sha256(content.encode()).digest()[0] % HELD_OUT == 0

@@ -5,8 +5,10 @@ who is to move, castling rights and en passant square as in FEN: "white KQkq -".
 legal moves, "legal e2e4 ...". After a move that is none of them "illegal" stands above; at the end, the reason below.
 Action: a move in UCI, "e2e4", "e1g1" to castle, "e7e8q" to promote.
 Reward: at the end of a game 1 for a win, 0.5 for a draw, 0 for a loss, to the side that had the first move, which is
-the agent's; an unfinished game pays nothing. Level 1 pays 1 for mate and nothing else. With opponent="self" the agent
-makes both sides' moves in turn and the reward is still the first side's alone: the other's is 1 minus it.
+the agent's; an unfinished game pays nothing. Level 1 pays 1 for mate and nothing else.
+Self-play: with opponent="self" the agent makes both sides' moves in turn. The reward is still the first side's, and
+`info["seat"]` says with every move whose it was: the learner turns the other side's credit. A text that is no move
+loses the game for the side that said it, and an unfinished game is a draw.
 Horizon: `max_turns` moves of the agent, illegal ones included.
 Levels: 1 a mate in one; from 2 on a whole game, a few moves after its start, with either colour, against a player that
 2 moves at random, 3 takes the most valuable piece it can, else moves at random, 4 looks one ply deep, 5 two plies.
@@ -122,12 +124,17 @@ class ChessGame(TextEnv):
         check_options(level, LEVELS, split, max_turns)
         if opponent not in ("scripted", "self"):
             raise ValueError(f"opponent={opponent!r} must be scripted or self")
+        if level == 1 and opponent == "self":
+            raise ValueError(
+                "opponent='self' plays games, and level 1 is a mate in one; use level 2 or higher"
+            )
         self._puzzle = level == 1
-        self._reply = LEVELS[level].reply if opponent == "scripted" else None
+        self._alone = opponent == "self"
+        self._reply = None if self._alone else LEVELS[level].reply
         self._max_turns = max_turns or LEVELS[level].max_turns
         self._legal = legal
         self._split = split
-        task = TASKS["mate" if self._puzzle else "self" if opponent == "self" else "game"]
+        task = TASKS["mate" if self._puzzle else "self" if self._alone else "game"]
         self._opening = INSTRUCTIONS.format(task=task) if instructions else ""
         self._board: chess.Board | None = None
         self._side = chess.WHITE
@@ -151,8 +158,10 @@ class ChessGame(TextEnv):
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
         board = self.board
         word = action.strip().lower()
+        others = self._alone and board.turn != self._side
+        whose: Info = {"seat": int(others)} if self._alone else {}
         if not _UCI.fullmatch(word):
-            return UNREADABLE, 0.0, True, False, {"malformed": True, "success": False}
+            return UNREADABLE, float(others), True, False, {"malformed": True, "success": False} | whose
         self._turns += 1
         move = next((each for each in board.legal_moves if each.uci() == word), None)
         if move is not None:
@@ -162,10 +171,11 @@ class ChessGame(TextEnv):
                 end = outcome.termination.name.lower().replace("_", " ") if outcome else NO_MATE
                 won = outcome is not None and outcome.winner == self._side
                 reward = paid(won, outcome is not None and outcome.winner is None, self._puzzle)
-                return f"{_rows(board)}\n{end}", reward, True, False, {"success": won}
+                return f"{_rows(board)}\n{end}", reward, True, False, {"success": won} | whose
         observation = self._observed() if move else f"{ILLEGAL}\n{self._observed()}"
-        truncated = self._turns >= self._max_turns
-        return observation, 0.0, False, truncated, {"success": False} if truncated else {}
+        if self._turns < self._max_turns:
+            return observation, 0.0, False, False, whose
+        return observation, 0.5 if self._alone else 0.0, False, True, {"success": False} | whose
 
     def _play(self, move: chess.Move) -> None:
         """Make a move and, where the game goes on and somebody answers, the answer."""

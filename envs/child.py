@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1
+_SECRET = "RAY_AUTH_"
 # It imports nothing that takes time. 1 and 9 are PR_SET_PDEATHSIG and SIGKILL.
 _LAUNCHER = (
     "import ctypes, os, sys\n"
@@ -34,6 +35,11 @@ def leashed(command: Sequence[str]) -> list[str]:
     A command that does not exist leaves with status 1 and says so.
     """
     return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
+
+
+def inherited() -> dict[str, str]:
+    """The environment variables that foreign code is started with: ours, without the token of our Ray."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_SECRET)}
 
 
 def import_path() -> str:

@@ -66,6 +66,12 @@ class HostSettings(BaseModel):
             )
         return self
 
+    def without_ray(self) -> HostSettings:
+        """The same limits where there is no cluster: a process of this machine in place of an actor's."""
+        if self.where != "ray":
+            return self
+        return self.model_copy(update={"where": "process", "resources": {}, "cpus_per_replica": 1.0})
+
     @property
     def claims(self) -> dict[str, float]:
         """What each replica claims from a cluster, in Ray's names."""
@@ -74,6 +80,10 @@ class HostSettings(BaseModel):
 
 class EnvironmentFailed(RuntimeError):
     """An environment raised, died or gave no answer. It costs one episode and that replica."""
+
+
+class EnvironmentRefused(EnvironmentFailed):
+    """It was not made, being asked for wrongly: the message is for whoever asked."""
 
 
 class EnvironmentStuck(EnvironmentFailed):

@@ -8,7 +8,8 @@
 
 Requests and answers are a head in JSON and some bytes (the recipe, a snapshot), over a socket pair. Nothing that comes
 from an environment is unpickled: of `info` there come the keys that mean something to Manta. A process that does not
-answer in time is killed with all it has started. It is killed by the kernel when its parent ends, however that ends.
+answer in time is killed. However a process ends, what it has started and left behind is killed with it. It is killed by
+the kernel when its parent ends, however that ends.
 """
 
 from __future__ import annotations
@@ -23,12 +24,23 @@ import struct
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from envs.base import Observation, named_rewards
-from envs.child import end_with, import_path
-from envs.host import Env, EnvironmentFailed, EnvironmentStuck, HostSettings, Inline, Outcome
+from envs.base import Observation, named_rewards, seat_of
+from envs.child import end_with, import_path, inherited
+from envs.host import (
+    Env,
+    EnvironmentFailed,
+    EnvironmentRefused,
+    EnvironmentStuck,
+    HostSettings,
+    Inline,
+    Outcome,
+)
+from envs.registry import EnvironmentUnknown
+from envs.tool import ToolRefused
 
 _CLOSE_SECONDS = 2.0  # what an environment is given to close
 _LENGTHS = struct.Struct("<II")  # of the JSON and of the bytes behind it
@@ -76,7 +88,7 @@ class Hosted:
                 ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": import_path()},
+                env=inherited() | {"PYTHONPATH": import_path()},
                 start_new_session=True,
             )
         replica = cls(process, ours, settings)
@@ -133,7 +145,8 @@ class Hosted:
             raise EnvironmentFailed(f"its process {self.pid} died with {_told(code)}") from None
         self._owes_answer = False
         if "error" in answer:
-            raise EnvironmentFailed(answer["error"]) from RemoteTraceback(answer["traceback"])
+            failed = EnvironmentRefused if answer["refused"] else EnvironmentFailed
+            raise failed(answer["error"]) from RemoteTraceback(answer["traceback"])
         return answer, blob
 
     async def _received(self) -> Message:
@@ -153,14 +166,36 @@ class Hosted:
 
     async def _exit_code(self, seconds: float) -> int | None:
         """The exit code, negative for a signal; None for a process that is still there after so long."""
+        if self._process.returncode is not None:
+            return self._process.returncode
         deadline = self._loop.time() + seconds
-        while (code := self._process.poll()) is None and self._loop.time() < deadline:
+        while not (ended := self._has_ended()) and self._loop.time() < deadline:
             await asyncio.sleep(0.005)
-        return code
+        if not ended:
+            return None
+        self._kill()  # what it started and left behind
+        return self._process.wait()
+
+    def _has_ended(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def _kill(self) -> None:
-        if self._process.poll() is None:
-            os.killpg(self.pid, signal.SIGKILL)
+        # Until it is waited for, its group has its id and no other process can get it.
+        if self._process.returncode is None:
+            # What has taken another user's id is not ours to kill.
+            with suppress(PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+
+@contextmanager
+def looked_at(recipe: Callable[[], Env], settings: HostSettings) -> Iterator[Callable[[int], Observation]]:
+    """A replica in a process, for where no event loop runs: gives its `reset`. Raises what `Hosted` raises."""
+    with asyncio.Runner() as runner:
+        replica = runner.run(Hosted.start(recipe, settings))
+        try:
+            yield lambda seed: runner.run(replica.reset(seed))
+        finally:
+            runner.run(replica.close())
 
 
 def _limit(what: str) -> str:
@@ -199,7 +234,10 @@ async def _serve(channel: socket.socket) -> None:
             except (
                 Exception
             ) as error:  # the environment is anybody's code; its error is the parent's to judge
-                answer = _framed({"error": repr(error), "traceback": traceback.format_exc()}, b"")
+                refused = isinstance(error, EnvironmentUnknown | ToolRefused)
+                said = str(error) if refused else repr(error)
+                told = {"error": said, "refused": refused, "traceback": traceback.format_exc()}
+                answer = _framed(told, b"")
             channel.sendall(answer)
     if replica is not None:
         await replica.close()
@@ -221,6 +259,8 @@ async def _answer(replica: Inline, request: dict[str, Any], blob: bytes) -> Mess
             told: dict[str, Any] = {key: bool(info[key]) for key in _INFO if info.get(key) is not None}
             if (named := named_rewards(info)) is not None:
                 told["rewards"] = named
+            if seat := seat_of(info):
+                told["seat"] = seat
             answer = {
                 "observation": observation,
                 "reward": float(reward),

@@ -182,6 +182,14 @@ def recipe(env_id: str, **options: Any) -> Callable[[], Env]:
     return partial(_made_elsewhere, env_id, entry, options)
 
 
+def is_trusted(env_id: str) -> bool:
+    """Whether an environment's code is Manta's or Gymnasium's own, and so trusted to end every step."""
+    if env_id in _OURS:
+        return isinstance(_OURS[env_id], str)
+    spec = gym.registry.get(env_id)
+    return spec is not None and str(spec.entry_point).startswith("gymnasium.envs.")
+
+
 def has_player(env_id: str) -> bool:
     """Whether a scripted player of this environment exists."""
     return _player(env_id) is not None

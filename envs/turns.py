@@ -14,7 +14,10 @@ itself and ends a game over one of the agent's, that is malformed, too, and unpa
 Opponents: "random" makes any legal move. "module:function" is called with what its seat sees, its legal moves as
 texts (None where the game does not say) and a numpy.random.Generator, and returns its move. "http://..." is a server
 that has a past version of the policy, or another model (envs/served.py). An opponent whose move is none is an error,
-never a game won. With "self" the agent makes the moves of every seat and is paid for the one that moved first.
+never a game won.
+Self-play: with "self" the agent makes the moves of both seats. The reward is that of the seat which moved first, and
+`info["seat"]` says with every move whose it was: the learner turns the other seat's credit. So that it stays a game of
+two, a move that is none loses it for whoever made it, and a game cut by `max_turns` is a draw, half to each.
 """
 
 from __future__ import annotations
@@ -126,7 +129,9 @@ class TurnGame(TextEnv):
                 f"seat={seat} must be from 0 to {game.seats - 1}, or left away to be drawn by the seed"
             )
         if seat is not None and opponent == SELF:
-            raise ValueError("opponent='self' plays every seat; leave seat away")
+            raise ValueError("opponent='self' plays both seats; leave seat away")
+        if opponent == SELF and game.seats != 2:
+            raise ValueError(f"opponent='self' needs a game of two, and {game.name} has {game.seats} seats")
         self._game = game
         self._fixed = seat
         self._reply = _reply_of(opponent)
@@ -162,23 +167,22 @@ class TurnGame(TextEnv):
             raise RuntimeError("step() was called without a game that goes on; call reset()")
         move = action.strip()
         verdict = self._game.judged(move) if len(move) <= MAX_MOVE else "unreadable"
+        mover = self._game.to_move
         if verdict == "unreadable":
-            return self._ended(UNREADABLE, Result(0.0, at_fault=True))
+            return self._ended(UNREADABLE, Result(0.0, at_fault=True), mover)
         self._turns += 1
         if verdict == "fine":
-            mover = self._game.to_move
             self._game.play(move)
-            if (own := self._game.result(mover)) and own.at_fault:  # with "self", of any seat
-                return self._ended(self._game.told(self._seat), own)
+            if (own := self._game.result(mover)) and own.at_fault:
+                return self._ended(self._game.told(self._seat), own, mover)
             self._others_move()
             if result := self._game.result(self._seat):
-                return self._ended(self._game.told(self._seat), result)
+                return self._ended(self._game.told(self._seat), result, mover)
             self._shown = self._game.told(self._game.to_move)
         observation = self._shown if verdict == "fine" else f"{ILLEGAL}\n{self._shown}"
-        if self._turns < self._max_turns:
-            return observation, 0.0, False, False, {}
-        self._shown = None
-        return observation, 0.0, False, True, {"success": False}
+        if self._turns >= self._max_turns:
+            return self._ended(observation, Result(0.0 if self._reply else 0.5, truncated=True), mover)
+        return observation, 0.0, False, False, self._whose(mover)
 
     def _seated(self) -> int:
         if self._reply is None:
@@ -206,10 +210,14 @@ class TurnGame(TextEnv):
                 )
         raise RuntimeError(f"{game.name}: seat {self._seat} has no turn within {MAX_REPLIES} moves of others")
 
-    def _ended(self, observation: str, result: Result) -> tuple[str, float, bool, bool, Info]:
+    def _whose(self, mover: int) -> Info:
+        """With "self", which side's move it was: 0 for the seat that is paid."""
+        return {"seat": int(mover != self._seat)} if self._reply is None else {}
+
+    def _ended(self, observation: str, result: Result, mover: int) -> tuple[str, float, bool, bool, Info]:
         self._shown = None
-        paid = 0.0 if result.at_fault else result.paid
-        info: Info = {"success": paid == 1.0}
+        paid = float(mover != self._seat) if result.at_fault else result.paid
+        info: Info = {"success": paid == 1.0 and not result.at_fault} | self._whose(mover)
         if result.at_fault:
             info["malformed"] = True
         truncated = result.truncated and not result.at_fault

@@ -42,6 +42,9 @@ class Episode:
     named: Mapping[str, float] | None = None  # sums of the environment's named rewards
     token_rewards_N: Float32Array | None = None  # what the divergence from a reference costs each token
     values: Values | None = None
+    seats_K: tuple[
+        int, ...
+    ] = ()  # 1 where the turn was made for the side that rewards are against; (): nowhere
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> Episode:
@@ -53,6 +56,7 @@ class Episode:
             ended=trajectory.end_reason in (EndReason.TERMINATED, EndReason.MALFORMED),
             anchors_K=tuple(step.observation for step in steps),
             named=trajectory.named_rewards,
+            seats_K=tuple(step.seat for step in steps),
         )
 
     @property
@@ -74,6 +78,15 @@ class Episode:
     def bootstrap(self) -> float:
         """Value of the state it was cut off in, as far as a critic knows."""
         return 0.0 if self.ended or self.values is None else self.values.after
+
+    @property
+    def sides_N(self) -> Float32Array:
+        """What an advantage counts for each sampled token: 1, and -1 where the token was the other side's.
+
+        Rewards and values are the first side's. In a game of two whose gains are each other's losses, whatever an
+        estimator makes of them is the other side's with its sign turned.
+        """
+        return self.over_tokens([1 - 2 * seat for seat in self.seats_K] or 1)
 
     def over_tokens(self, values_K: ArrayLike) -> Float32Array:
         """A number for each turn, or one for all, at each sampled token: float32 [N]."""

@@ -258,7 +258,7 @@ class Learner:
         else:
             credited = credit(episodes, self.ranks)
         for example, advantages_N in zip(examples, chain.from_iterable(credited), strict=True):
-            example.advantages_N = advantages_N
+            example.advantages_N = advantages_N * example.episode.sides_N
         return examples
 
     def _refer(self, examples: Sequence[Example]) -> None:
@@ -276,7 +276,8 @@ class Learner:
                     torch.from_numpy(behavior_N), torch.from_numpy(reference_N), kl.estimator
                 )
                 costs_N = (-kl.coefficient * apart_N).numpy()
-                example.episode = replace(example.episode, token_rewards_N=costs_N)
+                episode = example.episode  # a token costs the side that said it
+                example.episode = replace(episode, token_rewards_N=costs_N * episode.sides_N)
 
     @property
     def _fixes_proximal(self) -> bool:

@@ -9,6 +9,7 @@ sampled, thoughts included, also under templates that would drop them from earli
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -40,8 +41,9 @@ class ChatError(ValueError):
 class Chat:
     """One tokenizer's chat template, applied by delta.
 
-    `end_of_turn` is the token the template puts after an assistant's content, or None where that is plain text. Raises
-    ChatError for a template that rewrites earlier turns when new ones come, or renders a turn by its place.
+    `end_of_turn` is the token the template puts after an assistant's content, or None where that is plain text. `stops`
+    are the tokens at which an engine has to end a turn: that one, and the tokenizer's own end where it is another.
+    Raises ChatError for a template that rewrites earlier turns when new ones come, or renders a turn by its place.
 
     perception: of a model that sees; without one messages are text.
     """
@@ -58,11 +60,20 @@ class Chat:
             raise ChatError(f"tokenizer {tokenizer.name_or_path} has no chat template; set one and save it")
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
+        pictured = None if perception is None else perception.placeholder_id
+        self._control = _any_of(
+            [
+                token.content
+                for place, token in tokenizer.added_tokens_decoder.items()
+                if token.special and place != pictured
+            ]
+        )
         self._closing = self._after(self._render([_ASKED, _SAID], prompted=False), "an assistant's turn")
         closing_ids = self._encode(self._closing)
         starts_special = bool(closing_ids) and closing_ids[0] in tokenizer.added_tokens_decoder
         self.end_of_turn: int | None = closing_ids[0] if starts_special else None
-        self._stops = {self.end_of_turn, tokenizer.eos_token_id} - {None}
+        ends = (self.end_of_turn, tokenizer.eos_token_id)
+        self.stops: tuple[int, ...] = tuple(dict.fromkeys(token for token in ends if token is not None))
         self._perception = perception
         # Messages with pictures are megabytes: their tokens are made anew, and perception remembers the pictures.
         remembers = lru_cache(_CACHED_PROMPTS if perception is None else 0)
@@ -92,7 +103,7 @@ class Chat:
 
         A turn that was ended already can not: the message is then the user's.
         """
-        if len(sampled_ids) and sampled_ids[-1] in self._stops:
+        if len(sampled_ids) and sampled_ids[-1] in self.stops:
             return self.delta([{"role": "user", "content": message["content"]}], sampled_ids)
         return self._encode(message["content"])
 
@@ -101,15 +112,14 @@ class Chat:
 
         Other special tokens stay visible: an action is what was sampled.
         """
-        spoken = sampled_ids[:-1] if len(sampled_ids) and sampled_ids[-1] in self._stops else sampled_ids
+        spoken = sampled_ids[:-1] if len(sampled_ids) and sampled_ids[-1] in self.stops else sampled_ids
         return str(self._backend.decode(spoken, skip_special_tokens=False))
 
     def encode_action(self, text: str) -> Ids:
         """The tokens of a turn that nobody sampled (a demonstration): the text and the token that ends it."""
-        end = self._tokenizer.eos_token_id if self.end_of_turn is None else self.end_of_turn
-        if end is None:
+        if not self.stops:
             raise ChatError(f"{self._name}: neither it nor the tokenizer has a token that ends a turn")
-        return (*self._encode(text), end)
+        return (*self._encode(text), self.stops[0])
 
     def _opening_ids(self, messages_json: str) -> Ids:
         messages = json.loads(messages_json)
@@ -165,9 +175,10 @@ class Chat:
 
     def _render(self, messages: Sequence[Message], *, prompted: bool) -> str:
         plain = [
-            {key: _bare(value) for key, value in each.items() if key not in DIRECTIONS} for each in messages
+            {key: self._plain(_bare(value)) for key, value in each.items() if key not in DIRECTIONS}
+            for each in messages
         ]
-        tools = messages[0].get("tools")
+        tools = self._plain(messages[0].get("tools"))
         try:
             text = self._tokenizer.apply_chat_template(
                 plain, tools=tools, tokenize=False, add_generation_prompt=prompted
@@ -177,6 +188,19 @@ class Chat:
             raise ChatError(f"{self._name} refuses messages of the roles {roles}: {error}") from error
         return str(text)
 
+    def _plain(self, said: Any) -> Any:
+        """What a message or tool says, without the tokenizer's special tokens in it: who writes one speaks of it.
+
+        The template alone opens and closes turns. A space behind the first character takes a token apart.
+        """
+        if isinstance(said, str):
+            while self._control.search(said):
+                said = self._control.sub(_apart, said)
+            return said
+        if isinstance(said, dict):
+            return {self._plain(key): self._plain(value) for key, value in said.items()}
+        return [self._plain(each) for each in said] if isinstance(said, list) else said
+
     def _encode(self, text: str) -> Ids:
         # The template has written every special token itself; the backend spares what transformers wraps around it.
         try:
@@ -185,6 +209,18 @@ class Chat:
             raise ChatError(
                 f"tokenizer {self._tokenizer.name_or_path} cannot encode {text!r}: {error}"
             ) from error
+
+
+def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:
+    """A pattern of any of these texts; of nothing where there is none."""
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _apart(token: re.Match[str]) -> str:
+    first, others = token[0][:1], token[0][1:]
+    # A space beside another would leave the token whole, or make it anew.
+    return f"{first} {others}" if others and not (first.isspace() or others[0].isspace()) else ""
 
 
 def _images(messages: Sequence[Message]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
     POST /v1/chat/completions    answered by the policy, streamed or not
     POST /v1/episodes/reward     a `Verdict` as JSON, {"reward": 1.0, "success": true}: it ends the episode
-    GET  /v1/models              the one there is
+    GET  /v1/models[/NAME]       the one there is
 
 The API key says which episode a request belongs to. Errors have OpenAI's form: 400 for what is not offered, 401 for an
 unknown key, 409 after the episode's end; clients are told not to repeat such a request.
@@ -91,6 +91,7 @@ class Endpoint:
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/episodes/reward", self._reward, methods=["POST"]),
             Route("/v1/models", self._models, methods=["GET"]),
+            Route("/v1/models/{name:path}", self._model, methods=["GET"]),
         ]
         served = "; ".join(f"{'/'.join(sorted(route.methods or ()))} {route.path}" for route in routes)
 
@@ -142,8 +143,11 @@ class Endpoint:
 
     async def _models(self, request: Request) -> Response:
         self._session(request)
-        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "manta"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [_model(MODEL)]})
+
+    async def _model(self, request: Request) -> Response:
+        self._session(request)
+        return JSONResponse(_model(request.path_params["name"]))
 
     def _session(self, request: Request) -> Session:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -162,7 +166,8 @@ class Endpoint:
         new = set(ignored) - self._ignored
         if new:
             self._ignored |= new
-            log.warning("a foreign agent asks for %s: the run's own sampling holds", ", ".join(sorted(new)))
+            named = ", ".join(sorted(new))
+            log.warning("a foreign agent asks for %s: not heeded, the run's own sampling holds", named)
 
 
 class _Server(uvicorn.Server):
@@ -184,6 +189,10 @@ async def _hung_up(request: Request) -> None:
     """Return when the client of a request that was read whole is gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "manta"}
 
 
 def _refusal(error: Refused) -> Response:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from envs.base import Observation, named_rewards
+from envs.base import Observation, named_rewards, seat_of
 from envs.host import EnvironmentFailed, Replica, Sampled, Told
 from rollout.agent import Actor, ContextOverflow, Conversation, Turn, as_messages
 from rollout.chat import ChatError
@@ -20,6 +20,8 @@ from rollout.engine import EngineFailed
 from rollout.pool import asking
 from rollout.resume import Restart, Standing, bring_back, seal
 from rollout.wire.trajectory import EndReason, EpisodeSoFar, Slot, Step, Task, Trajectory, TurnEnd
+
+_LARGEST = float(np.finfo(np.float32).max)  # of a reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,14 +183,15 @@ class _Episode:
                 observation, reward, terminated, truncated, info = await self._replica.step(turn.action)
                 reward = float(reward)
                 as_messages(observation)
-                named = named_rewards(info)
+                named, seat = named_rewards(info), seat_of(info)
+                _require_finite({"the reward": reward} | (named or {}))
                 end_reason = _end_reason(terminated, truncated, info)
                 snapshot = None if last or end_reason else self._replica.snapshot()
         except EnvironmentFailed:
             # The action that broke the environment is what a person will look for; it has earned nothing.
             self.steps.append(_step(number, turn, 0.0, time.perf_counter() - began))
             raise
-        step = _step(number, turn, reward, time.perf_counter() - began, named)
+        step = _step(number, turn, reward, time.perf_counter() - began, named, seat)
         self.steps.append(step)
         if info.get("success") is not None:
             self.success = bool(info["success"])
@@ -209,6 +212,13 @@ class _Episode:
         return EndReason.CONTEXT_OVERFLOW
 
 
+def _require_finite(rewards: dict[str, float]) -> None:
+    """ValueError for a reward that is no number, or none as it is stored."""
+    for name, reward in rewards.items():
+        if not abs(reward) <= _LARGEST:
+            raise ValueError(f"{name} is {reward}; a reward has to be a finite float32")
+
+
 def _end_reason(terminated: bool, truncated: bool, info: dict[str, Any]) -> EndReason | None:
     if (terminated or truncated) and info.get("malformed"):
         return EndReason.MALFORMED
@@ -218,7 +228,12 @@ def _end_reason(terminated: bool, truncated: bool, info: dict[str, Any]) -> EndR
 
 
 def _step(
-    number: int, turn: Turn, reward: float, env_seconds: float, named: dict[str, float] | None = None
+    number: int,
+    turn: Turn,
+    reward: float,
+    env_seconds: float,
+    named: dict[str, float] | None = None,
+    seat: int = 0,
 ) -> Step:
     return Step(
         turn=number,
@@ -233,6 +248,7 @@ def _step(
         finish_reason=turn.completion.finish_reason,
         env_seconds=env_seconds,
         engine_seconds=turn.engine_seconds,
+        seat=seat,
         named_rewards=None if named is None else json.dumps(named),
     )
 

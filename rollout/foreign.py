@@ -5,13 +5,15 @@
 
 A request whose messages are those of the last one, the policy's answer as it was given, and new ones, is observed as
 the new ones: the conversation goes on by delta, and what was sampled stays as it was sampled. Any other request is
-observed whole, and begins a segment of its own.
+observed whole, and begins a segment of its own; so is one after an answer that was given in part (`stop`). A request
+that the policy's chat template refuses is answered with an error, and nothing is observed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,8 +22,9 @@ from envs.base import Info, Message, Observation
 from envs.host import EnvironmentFailed, HostSettings, Outcome, Sampled
 from envs.reference import load_function
 from envs.registry import EnvironmentUnknown
-from rollout.openai_format import Asked, answer, plain
-from rollout.program import Called, Program, Running, as_command, environment
+from rollout.chat import Chat, ChatError
+from rollout.openai_format import Answer, Asked, Refused, answer, plain
+from rollout.program import Called, Program, Running, as_command, environment, in_thread
 from rollout.session import Call, Left, Session, Verdict
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ class ProgramOptions(BaseModel):
         description='"module:function", called with (task, messages, output) after the program ended well, for what '
         "the episode came to; without one the program says it",
     )
+    reward_seconds: float = Field(60.0, gt=0, description="wall clock for the function `reward` to return")
     task: dict[str, Any] = Field(
         default_factory=dict, description="what is given to the program beside the seed"
     )
@@ -74,8 +78,9 @@ class ProgramOptions(BaseModel):
 class ForeignAgents:
     """Makes the replicas of a worker's foreign agents, which share one endpoint; it is served from the first one on."""
 
-    def __init__(self, host: HostSettings) -> None:
+    def __init__(self, host: HostSettings, chat: Chat | None = None) -> None:
         self._host = host
+        self._chat = chat
         self._endpoint: Endpoint | None = None
         # Programs that start compete for the processors, and a stuck one must leave room for others.
         self._starting = asyncio.Semaphore(2 * (os.cpu_count() or 1) + 2)
@@ -87,7 +92,7 @@ class ForeignAgents:
             from rollout.endpoint import Endpoint  # a web server, which most runs do without
 
             self._endpoint = Endpoint()
-        return ForeignAgent(self._endpoint, read, self._host, self._starting)
+        return ForeignAgent(self._endpoint, read, self._host, self._starting, self._chat)
 
     async def close(self) -> None:
         """End the endpoint; replicas are closed by whoever has them."""
@@ -97,18 +102,24 @@ class ForeignAgents:
 
 
 class ForeignAgent:
-    """A `Replica`, for one episode."""
+    """A `Replica`, for one episode. chat: what requests have to be rendered by; without one none is refused for it."""
 
     nondeterministic = True
     reusable = False
 
     def __init__(
-        self, endpoint: Endpoint, options: ProgramOptions, host: HostSettings, starting: asyncio.Semaphore
+        self,
+        endpoint: Endpoint,
+        options: ProgramOptions,
+        host: HostSettings,
+        starting: asyncio.Semaphore,
+        chat: Chat | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._options = options
         self._host = host
         self._starting = starting
+        self._chat = chat
         self._history = History()
         self._task: dict[str, Any] = {}
         self._session: Session | None = None
@@ -125,11 +136,10 @@ class ForeignAgent:
         self._session = self._endpoint.open()
         async with self._starting:
             self._running = await self._start(self._session)
-            heard = await self._hear("ask for a completion", self._host.reset_seconds, "reset_seconds")
-        if isinstance(heard, Verdict):
+            observed = await self._observe("ask for a completion", self._host.reset_seconds, "reset_seconds")
+        if isinstance(observed, Verdict):
             raise EnvironmentFailed("its program came to an end without asking for a completion")
-        self._call = heard
-        return self._history.observe(heard.asked)
+        return observed
 
     def sampled(self, sampled: Sampled) -> None:
         self._sampled = sampled
@@ -143,15 +153,15 @@ class ForeignAgent:
             call.asked, action, self._turn, said.cut, said.prompt_tokens, said.completion_tokens
         )
         self._turn += 1
-        self._history.answered(answered.message)
+        self._history = self._history.answered(answered)
         self._call = None
-        call.reply(answered)
-        heard = await self._hear("ask again or end", self._host.step_seconds, "step_seconds")
-        if isinstance(heard, Call):
-            self._call = heard
-            return self._history.observe(heard.asked), 0.0, False, False, {}
+        assert self._session is not None
+        self._session.reply(call, answered)
+        observed = await self._observe("ask again or end", self._host.step_seconds, "step_seconds")
+        if not isinstance(observed, Verdict):
+            return observed, 0.0, False, False, {}
         await self.close(_LEAVE_SECONDS)
-        return _outcome(heard)
+        return _outcome(observed)
 
     def snapshot(self) -> bytes | None:
         return None
@@ -177,13 +187,31 @@ class ForeignAgent:
         command, more = as_command(options.function) if options.function else (options.command, {})
         return await Program.start(command, environment(url, session.key, task) | more, session.leave)
 
-    async def _hear(self, what: str, seconds: float, limit: str) -> Call | Verdict:
+    async def _observe(self, what: str, seconds: float, limit: str) -> list[Message] | Verdict:
+        """What the program asks next, as far as the policy's template takes it, or what the episode came to."""
+        while isinstance(heard := await self._hear(what, seconds, limit), Call):
+            history, observed = self._history.going_on(heard.asked)
+            try:
+                self._render(observed)
+            except ChatError as error:
+                heard.refuse(Refused(400, "invalid_request", str(error)))
+                continue
+            self._call, self._history = heard, history
+            return observed
+        return await self._judged(heard) if isinstance(heard, Left) else heard
+
+    def _render(self, observed: list[Message]) -> None:
+        # The agent will ask for the same tokens, and be given these.
+        if self._chat is not None:
+            begins = not self._history.messages or observed[0].get("forget")
+            self._chat.opening(observed) if begins else self._chat.delta(observed, ())
+
+    async def _hear(self, what: str, seconds: float, limit: str) -> Call | Verdict | Left:
         assert self._session is not None
         assert self._running is not None
         try:
             async with asyncio.timeout(seconds) as clock:
-                heard = await self._session.next()
-                return await self._judged(heard) if isinstance(heard, Left) else heard
+                return await self._session.next()
         except TimeoutError:
             if not clock.expired():
                 raise
@@ -198,8 +226,7 @@ class ForeignAgent:
             raise EnvironmentFailed(left.failure) from left.error
         value = left.result
         if self._options.reward:
-            judge = load_function(self._options.reward)
-            value = await asyncio.to_thread(judge, self._task, self._history.messages, left.output)
+            value = await self._said_by_reward(left.output)
         if value is None:
             raise EnvironmentFailed(
                 'its program ended without a reward: post one, have its last line be {"reward": ...}, return one from '
@@ -207,30 +234,54 @@ class ForeignAgent:
             )
         return Verdict.read(value)
 
+    async def _said_by_reward(self, output: str) -> Any:
+        """What the function `reward` returns. Raises EnvironmentFailed where it raises or does not return in time."""
+        name, seconds = f"the reward function {self._options.reward}", self._options.reward_seconds
+        judge = load_function(self._options.reward)
+        returned: asyncio.Future[Left] = asyncio.get_running_loop().create_future()
 
+        def settle(left: Left) -> None:
+            if not returned.done():  # nobody waits any more
+                returned.set_result(left)
+
+        in_thread(lambda: judge(self._task, self._history.messages, output), name, settle)
+        try:
+            async with asyncio.timeout(seconds) as clock:
+                left = await returned
+        except TimeoutError:
+            if not clock.expired():
+                raise
+            raise EnvironmentFailed(
+                f"{name} did not return within {seconds:g} s (env.options.reward_seconds)"
+            ) from None
+        if left.failure is not None:
+            raise EnvironmentFailed(left.failure) from left.error
+        return left.result
+
+
+@dataclass(frozen=True, slots=True)
 class History:
     """The conversation as the program last had it, the policy's answer included."""
 
-    def __init__(self) -> None:
-        self.messages: list[Message] = []
-        self._tools: list[dict[str, Any]] = []
+    messages: list[Message] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    whole: bool = True  # the answer was given as it was sampled, to its end
 
-    def observe(self, asked: Asked) -> list[Message]:
-        """What is new to the policy, or everything, to begin anew with."""
+    def going_on(self, asked: Asked) -> tuple[History, list[Message]]:
+        """The history with this request, and what is new to the policy in it, or everything, to begin anew with."""
         known = len(self.messages)
-        same = asked.tools == self._tools and asked.messages[:known] == self.messages
+        same = self.whole and asked.tools == self.tools and asked.messages[:known] == self.messages
         goes_on = same and 0 < known < len(asked.messages)
         directions: Message = {} if asked.max_tokens is None else {"max_tokens": asked.max_tokens}
         if not goes_on:
             directions |= ({"tools": asked.tools} if asked.tools else {}) | (
                 {"forget": True} if known else {}
             )
-        self.messages, self._tools = asked.messages, asked.tools
         first, *others = asked.messages[known:] if goes_on else asked.messages
-        return [first | directions, *others]
+        return History(asked.messages, asked.tools), [first | directions, *others]
 
-    def answered(self, message: Message) -> None:
-        self.messages = [*self.messages, plain(message)]
+    def answered(self, given: Answer) -> History:
+        return replace(self, messages=[*self.messages, plain(given.message)], whole=given.whole)
 
 
 def _outcome(verdict: Verdict) -> Outcome:

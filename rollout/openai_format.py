@@ -1,8 +1,8 @@
 """OpenAI's chat completions as data: a request is read, an answer is written. Who answers is not known here.
 
-A policy's own sampling settings hold: of what a request says about sampling, only a lower limit of tokens is heeded,
-and the rest is let pass. What would change the form of the answer (several choices, logprobs, audio, the older
-`functions`) is refused.
+A policy's own sampling settings hold: of what a request says about sampling, only a lower limit of tokens and `stop`,
+which ends what is given of an answer, are heeded, and the rest is let pass. What would change the form of the answer
+(several choices, logprobs, audio, the older `functions`), or force a call, is refused.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from envs.base import Message
 from envs.calls import Call, parse_calls
 from rollout.parts.thinking import CLOSE
 
-# What a request may say about sampling; none of it is heeded.
-SAMPLING = (
-    "temperature", "top_p", "seed", "stop", "frequency_penalty", "presence_penalty", "logit_bias", "reasoning_effort",
-    "verbosity", "parallel_tool_calls", "prediction",
+# What is heeded of a request, or changes nothing; of whatever else it says the agent's author is told.
+_READ = (
+    "messages", "model", "n", "tools", "tool_choice", "max_tokens", "max_completion_tokens", "stop", "stream",
+    "stream_options", "modalities", "response_format", "metadata", "store", "user", "safety_identifier", "service_tier",
+    "prompt_cache_key", "prompt_cache_retention",
 )  # fmt: skip
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")  # of a message; all else is a client's own
 _TEXT_ALONE = "the policy writes text; leave audio and modalities away"
 _REFUSED = {
@@ -56,10 +58,11 @@ class Asked:
     tools: list[dict[str, Any]]
     may_call: bool  # whether calls are read out of the answer
     max_tokens: int | None  # in the answer
+    stop: tuple[str, ...]  # what is given of an answer ends before the first of these
     model: str
     stream: bool
     stream_usage: bool
-    ignored: tuple[str, ...]  # what it says about sampling
+    ignored: tuple[str, ...]  # what it says that is not heeded
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class Answer:
     finish_reason: str  # stop, length or tool_calls
     prompt_tokens: int
     completion_tokens: int
+    whole: bool = True  # nothing of what the policy said was left away
 
 
 def read(body: Any) -> Asked:
@@ -95,14 +99,18 @@ def read(body: Any) -> Asked:
     if not all(isinstance(limit, int) and limit > 0 for limit in limits):
         raise _bad("max_tokens and max_completion_tokens must be positive whole numbers")
     choice, form, streamed = (body.get(name) for name in ("tool_choice", "response_format", "stream_options"))
-    ignored = [name for name in SAMPLING if body.get(name) is not None]
-    ignored += ["tool_choice"] if choice not in (None, "auto", "none") else []
+    if choice not in (None, "auto", "none"):
+        raise _bad(
+            "whether tools are called is the policy's choice; leave tool_choice away, or 'auto' or 'none'"
+        )
+    ignored = [name for name, value in body.items() if value is not None and name not in (*_READ, *_REFUSED)]
     ignored += ["response_format"] if form not in (None, {"type": "text"}) else []
     return Asked(
         messages=[plain(message) for message in messages],
         tools=tools,
         may_call=bool(tools) and choice != "none",
         max_tokens=min(limits, default=None),
+        stop=_stop(body.get("stop")),
         model=str(body.get("model", "")),
         stream=bool(body.get("stream")),
         stream_usage=isinstance(streamed, dict) and bool(streamed.get("include_usage")),
@@ -118,6 +126,8 @@ def plain(message: Any) -> Message:
     """
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise _bad("a message must be an object with a role")
+    if message["role"] not in _ROLES:
+        raise _bad(f"a message's role must be one of {', '.join(_ROLES)}; got {message['role']!r:.80}")
     kept = {key: message[key] for key in _KEPT if message.get(key)}
     if message["role"] == "developer":
         kept["role"] = "system"
@@ -133,8 +143,10 @@ def answer(
     """What the policy said, as OpenAI's answer to a request. cut: it ended at the limit of tokens, not by itself.
 
     Calls become `tool_calls` where the request offers tools and every call can be read; else the text stays whole, and
-    the agent sees what was said. What is thought about calls is none.
+    the agent sees what was said. What is thought about calls is none. At a `stop` it is as if the policy had ended.
     """
+    ends = [place for text in asked.stop if (place := said.find(text)) >= 0]
+    cut, whole, said = cut and not ends, not ends, said[: min(ends, default=None)]
     thought, closed, spoken = said.rpartition(CLOSE)
     rest, calls = parse_calls(spoken) if asked.may_call else ("", [])
     readable = [call for call in calls if isinstance(call, Call)]
@@ -149,8 +161,8 @@ def answer(
             }
             for place, call in enumerate(readable)
         ]
-        return Answer(message, "tool_calls", prompt_tokens, completion_tokens)
-    return Answer(message, "length" if cut else "stop", prompt_tokens, completion_tokens)
+        return Answer(message, "tool_calls", prompt_tokens, completion_tokens, whole)
+    return Answer(message, "length" if cut else "stop", prompt_tokens, completion_tokens, whole)
 
 
 def completion(asked: Asked, answered: Answer, ident: str, created: int) -> dict[str, Any]:
@@ -182,6 +194,13 @@ def events(asked: Asked, answered: Answer, ident: str, created: int) -> Iterator
 def _usage(answered: Answer) -> dict[str, int]:
     asked, said = answered.prompt_tokens, answered.completion_tokens
     return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+
+
+def _stop(stop: Any) -> tuple[str, ...]:
+    texts = [stop] if isinstance(stop, str) else stop or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise _bad("stop must be a text that is not empty, or a list of such")
+    return tuple(texts)
 
 
 def _text(content: Any) -> str:

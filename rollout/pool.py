@@ -13,6 +13,7 @@ from functools import partial
 from envs import registry
 from envs.host import Env, EnvironmentFailed, HostSettings, Inline, NoRoom, Replica
 from envs.hosted import Hosted
+from rollout.chat import Chat
 from rollout.foreign import PROGRAM, ForeignAgents
 from rollout.parts.settings import PartSettings, dressed
 from rollout.wire.trajectory import Task
@@ -42,6 +43,8 @@ class EnvironmentPool:
 
     Each is dressed in the agent's parts. Unless host.where="inline", what `make` is given and is itself must be
     picklable, and `start` starts replicas: Hosted's for "process", that of envs/actors.py for "ray".
+
+    chat: the policy's; foreign agents are told of requests that it cannot render.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class EnvironmentPool:
         host: HostSettings | None = None,
         parts: Sequence[PartSettings] = (),
         start: Start | None = None,
+        chat: Chat | None = None,
     ) -> None:
         self._make = make
         self._parts = tuple(parts)
@@ -61,7 +65,7 @@ class EnvironmentPool:
         self._starting = asyncio.Semaphore(os.cpu_count() or 1)
         self._idle: dict[Kind, asyncio.LifoQueue[Replica]] = defaultdict(asyncio.LifoQueue)
         self._alive: Counter[Kind] = Counter()  # idle or in use
-        self._foreign = ForeignAgents(self._host)
+        self._foreign = ForeignAgents(self._host, chat)
 
     async def take(self, task: Task) -> Replica:
         """A replica for this task, to be reset by whoever takes it. Raises EnvironmentFailed when none can be made."""

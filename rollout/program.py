@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
-from envs.child import import_path, leashed
+from envs.child import import_path, inherited, leashed
 from envs.reference import load_function
 from rollout.session import Left, Verdict
 
@@ -46,10 +46,10 @@ class Running(Protocol):
 
 
 def environment(base_url: str, api_key: str, task: dict[str, Any]) -> dict[str, str]:
-    """The environment of a program: ours, and where it finds the policy and its task."""
+    """The environment of a program: what it inherits, and where it finds the policy and its task."""
     direct = [part for name in ("no_proxy", "NO_PROXY") if (part := os.environ.get(name))]
     without_proxy = ",".join([*direct[:1], "127.0.0.1"])
-    return os.environ | {
+    return inherited() | {
         "OPENAI_BASE_URL": base_url,
         "OPENAI_API_KEY": api_key,
         "MANTA_TASK": json.dumps(task),
@@ -153,15 +153,7 @@ class Called:
         if inspect.iscoroutinefunction(function):
             self._task = asyncio.create_task(self._await(function(base_url, api_key, task)))
             return
-        loop = asyncio.get_running_loop()
-
-        def run() -> None:
-            left = _outcome(lambda: function(base_url, api_key, task))
-            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile, and nobody asks any more
-                loop.call_soon_threadsafe(on_left, left)
-
-        # A daemon: one that never returns must not keep the worker from ending.
-        threading.Thread(target=run, name=f"foreign agent {task}"[:64], daemon=True).start()
+        in_thread(lambda: function(base_url, api_key, task), "its function", on_left)
 
     def said(self) -> str:
         return ""
@@ -178,7 +170,7 @@ class Called:
         try:
             left = Left(None, "", await coroutine)
         except Exception as error:  # the function is anybody's code; its error is its episode's
-            left = _raised(error)
+            left = _raised("its function", error)
         self._on_left(left)
 
 
@@ -210,15 +202,27 @@ class _Tail(asyncio.Protocol):
             self._transport.close()
 
 
-def _outcome(call: Callable[[], Any]) -> Left:
-    try:
-        return Left(None, "", call())
-    except (Exception, SystemExit) as error:  # as above, and a thread would swallow it
-        return _raised(error)
+def in_thread(call: Callable[[], Any], what: str, on_left: OnLeft) -> None:
+    """Call foreign code in a thread of its own, and say on this event loop how it left; `what` names it in an error."""
+    loop = asyncio.get_running_loop()
+
+    def run() -> None:
+        try:
+            left = Left(None, "", call())
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # it is anybody's code, and a thread would swallow the latter
+            left = _raised(what, error)
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile, and nobody asks any more
+            loop.call_soon_threadsafe(on_left, left)
+
+    # A daemon: one that never returns must keep neither the worker from ending nor a thread that others wait for.
+    threading.Thread(target=run, name=f"foreign code: {what}"[:64], daemon=True).start()
 
 
-def _raised(error: BaseException) -> Left:
-    return Left(f"its function raised {error!r}", "", error=error)
+def _raised(what: str, error: BaseException) -> Left:
+    return Left(f"{what} raised {error!r}", "", error=error)
 
 
 def _last_line(output: str) -> Any:

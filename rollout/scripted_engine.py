@@ -12,6 +12,7 @@ from zlib import crc32
 
 import numpy as np
 
+from rollout.chat import Chat
 from rollout.engine import Completion, EngineDied, EngineFailed, Sampling, derive_seed
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import SyncReport, WeightUpdate
@@ -55,7 +56,7 @@ class ScriptedEngine:
         self.version = version
         self.requests: list[Request] = []
         self._backend = tokenizer.backend_tokenizer
-        self._stop = tokenizer.eos_token_id
+        self._stops = Chat(tokenizer).stops[:1]
         self._script = script
         self._latency = latency
         self._record = record
@@ -71,7 +72,7 @@ class ScriptedEngine:
         seed = derive_seed(sampling.seed or 0, self.version, hash(tuple(prompt_ids)), *shown)
         rng = Random(seed)
         said = self._script(self._backend.decode(prompt_ids, skip_special_tokens=False), rng)
-        ids = [*self._backend.encode(said, add_special_tokens=False).ids, self._stop]
+        ids = [*self._backend.encode(said, add_special_tokens=False).ids, *self._stops]
         kept = np.array(ids[: sampling.max_tokens], dtype=np.int32)
         completion = Completion(
             kept,

@@ -6,7 +6,8 @@
     the program's end    leave  ->        behind the calls before it      next   ->  how it left
 
 A client that hung up is not answered: its call is passed over while it waits. Where the policy is at work for it
-already, and the client asks the same again (clients repeat themselves after a timeout), it gets that very answer.
+already, and the client asks the same again (clients repeat themselves after a timeout), it gets that very answer, also
+where it asked again before the server knew that it had hung up.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ class Call:
         self.gone = False  # its client hung up
         self.answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
-    def reply(self, answer: Answer) -> None:
-        self.answer.set_result(answer)
+    def refuse(self, error: Refused) -> None:
+        self.answer.set_exception(error)
+        self.answer.exception()  # its client may be gone, and then nobody takes it
 
 
 class Session:
@@ -72,7 +74,7 @@ class Session:
     def __init__(self, key: str) -> None:
         self.key = key
         self._events: asyncio.Queue[Call | Verdict | Left] = asyncio.Queue()
-        self._open: set[Call] = set()  # not answered yet
+        self._open: dict[Call, None] = {}  # not answered yet, in order of arrival
         self._taken: Call | None = None  # the last one given to the policy
         self._over = False  # nothing may follow what is in the queue
 
@@ -84,8 +86,8 @@ class Session:
             taken.gone = False
             return taken
         call = Call(asked)
-        self._open.add(call)
-        call.answer.add_done_callback(lambda _: self._open.discard(call))
+        self._open[call] = None
+        call.answer.add_done_callback(lambda _: self._open.pop(call))
         self._events.put_nowait(call)
         return call
 
@@ -104,11 +106,20 @@ class Session:
     async def next(self) -> Call | Verdict | Left:
         """Whatever comes next; the limit is the caller's."""
         while isinstance(event := await self._events.get(), Call):
+            if event.answer.done():  # with what was sampled for an earlier one
+                continue
             if not event.gone:
                 self._taken = event
                 break
             event.answer.cancel()
         return event
+
+    def reply(self, call: Call, answer: Answer) -> None:
+        """Answer a call that `next` gave; where its client hung up, also the first call that asks the same."""
+        if call.gone and (heir := self._waiting_like(call)) is not None:
+            heir.answer.set_result(answer)
+            call.gone = False  # somebody has it: who asks the same once more wants another
+        call.answer.set_result(answer)
 
     def end(self) -> None:
         """The episode is over: whoever still waits is told so."""
@@ -118,6 +129,10 @@ class Session:
                 call.answer.cancel()
             elif not call.answer.done():
                 call.answer.set_exception(ended())
+
+    def _waiting_like(self, call: Call) -> Call | None:
+        waiting = (each for each in self._open if each is not call and not (each.gone or each.answer.done()))
+        return next((each for each in waiting if each.asked == call.asked), None)
 
     def _refuse_late(self) -> None:
         if self._over:

@@ -93,6 +93,28 @@ def files(*folders: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).rglob("*.py"))
 
 
+def bound(module: str) -> set[str] | None:
+    """The names a module of ours has at its top, modules beside it for a package; None if it is not ours."""
+    place = ROOT.joinpath(*module.split("."))
+    if place.is_dir():
+        beside = {each.stem for each in place.iterdir() if each.suffix == ".py" or each.is_dir()}
+        place /= "__init__"
+    else:
+        beside = set()
+    source = place.with_suffix(".py")
+    if not source.exists():
+        return beside or None
+    names = set(beside)
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
 @pytest.mark.parametrize("path", files(*PACKAGES))
 def test_no_arrow_runs_the_wrong_way(path: str) -> None:
     assert faults(path, (ROOT / path).read_text()) == []
@@ -195,3 +217,13 @@ def test_every_test_that_the_guide_names_exists() -> None:
             assert f"def {function}(" in (ROOT / path).read_text(), (
                 f"CONTRIBUTING.md names {path}::{function}"
             )
+
+
+@pytest.mark.parametrize("path", files("tests"))
+def test_what_a_test_or_a_benchmark_imports_of_ours_is_there(path: str) -> None:
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and owner(node.module) in (*ARROWS, "tests"):
+            names = bound(node.module)
+            assert names is not None, f"there is no {node.module}"
+            missing = {alias.name for alias in node.names} - names
+            assert not missing, f"{node.module} has no {', '.join(sorted(missing))}"

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from rollout.wire.trajectory import EndReason, EpisodeSoFar, Group, Slot, Step, Task, Trajectory, TurnEnd
 
-VERSION = b"2"
+VERSION = b"3"
 _REUSE = b"manta.reuse"  # metadata of a batch that a step has once more
 
 SCHEMA = pa.schema(
@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
         ("behavior_logprobs", pa.list_(pa.float32())),
         ("versions", pa.list_(pa.int32())),
         ("reward", pa.float32()),
+        ("seat", pa.int8()),
         ("named_rewards", pa.string()),
         ("finish_reason", pa.string()),
         ("env_seconds", pa.float32()),
@@ -173,6 +174,7 @@ _STEP_PLAIN = (
     "observation",
     "action",
     "reward",
+    "seat",
     "named_rewards",
     "finish_reason",
     "env_seconds",
@@ -224,6 +226,7 @@ def _step_columns(steps: Sequence[Step]) -> dict[str, Any]:
         "behavior_logprobs": _lists([step.behavior_logprobs for step in steps], pa.float32()),
         "versions": _lists([step.versions for step in steps], pa.int32()),
         "reward": np.asarray([step.reward for step in steps], dtype=np.float32),
+        "seat": np.asarray([step.seat for step in steps], dtype=np.int8),
         "named_rewards": [step.named_rewards for step in steps],
         "finish_reason": [step.finish_reason for step in steps],
         "env_seconds": np.asarray([step.env_seconds for step in steps], dtype=np.float32),

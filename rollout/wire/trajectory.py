@@ -114,6 +114,7 @@ class Step:
     finish_reason: str  # "stop" or "length", as the engine says
     env_seconds: float = 0.0
     engine_seconds: float = 0.0
+    seat: int = 0  # 1: moved for the side that rewards are against, in a game the agent plays with itself
     named_rewards: str | None = None  # JSON, name -> number: what the environment says its reward is made of
 
 

@@ -22,8 +22,9 @@ from typing import Any
 
 import ray
 
-from deploy.build import EngineFactory, build_worker, load_tokenizer, model_path
+from deploy.build import EngineFactory, build_worker, load_tokenizer
 from deploy.config import RunConfig
+from deploy.models import model_path
 from learner.actors import LearnerActor
 from learner.model import Policy
 from learner.ranks import Ranks

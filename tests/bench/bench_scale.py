@@ -19,8 +19,9 @@ from typing import Any
 import ray
 
 from deploy.actor_member import actor
-from deploy.build import build_worker, model_path
+from deploy.build import build_worker
 from deploy.config import RunConfig
+from deploy.models import model_path
 from rollout.actors import RolloutActor
 from rollout.wire.actors import ExchangeActor, RemoteExchange
 from rollout.wire.exchange import Exchange

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from deploy.build import build_learner, load_tokenizer, model_path
+from deploy.build import load_tokenizer
 from deploy.config import RunConfig
+from deploy.models import build_learner, model_path
 from learner.model import Policy
 from learner.publish import take_snapshot
 from rollout.engine import Sampling

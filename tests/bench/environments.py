@@ -87,11 +87,11 @@ def curve(run: Path) -> Curve:
     return episodes[SMOOTHED - 1 :], success
 
 
-def episodes_until(played: Curve, enough: float = ENOUGH) -> float:
-    """Episodes that were played when success was enough; infinite where it never was."""
+def episodes_until(played: Curve, enough: float = ENOUGH) -> str:
+    """How many episodes were played when success was enough."""
     episodes, success = played
     there = np.flatnonzero(success >= enough)
-    return float(episodes[there[0]]) if len(there) else float("inf")
+    return f"{episodes[there[0]]:,.0f}" if len(there) else f"not within {episodes[-1]:,.0f}"
 
 
 def draw(pairs: Sequence[tuple[Curve, Curve]], file: Path) -> None:
@@ -112,8 +112,8 @@ def draw(pairs: Sequence[tuple[Curve, Curve]], file: Path) -> None:
     axes.axhline(ENOUGH, color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlabel="episodes of level 3", ylabel="success in training", ylim=(0, 1))
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", frameon=False)
-    figure.savefig(file)
+    axes.legend(loc="upper left", frameon=False)
+    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
@@ -143,7 +143,7 @@ def main() -> None:
         pairs = [moved_and_afresh(seed, folder) for seed in seeds]
         print(f"\n| seed | episodes of level 3 until {ENOUGH:.0%}: moved on | afresh |\n|---|---|---|")
         for seed, (moved, afresh) in zip(seeds, pairs, strict=True):
-            print(f"| {seed} | {episodes_until(moved):,.0f} | {episodes_until(afresh):,.0f} |")
+            print(f"| {seed} | {episodes_until(moved)} | {episodes_until(afresh)} |")
         draw(pairs, asked.figure)
 
 

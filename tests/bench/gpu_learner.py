@@ -7,9 +7,9 @@ sequences have log-normal lengths, three quarters of them sampled; bfloat16 prod
 checkpointing where it is needed. Needs torch and transformers, neither Ray nor vLLM. `--tiny` is a rehearsal on a CPU.
 Prints JSON.
 
-FLOPs of a token: 6 x the parameters outside of the embedding (head included once), plus 6 x layers x heads x head width
-x the mean number of tokens attended to; what is computed again in the backward pass counts nothing. 989 TFLOP/s is the
-dense bfloat16 peak of an H100 or H200.
+FLOPs that count, of either way: 6 x the parameters of the layers for each token, 6 x those of the head for each sampled
+one, and 12 x layers x heads x head width for each pair of tokens of which one attends to the other; what is computed
+again in the backward pass, or for nobody, counts nothing. 989 TFLOP/s is the dense bfloat16 peak of an H100 or H200.
 """
 
 from __future__ import annotations
@@ -86,16 +86,16 @@ def sequences(shape: dict[str, Any], row: int, rows: int) -> list[TokenSequence]
     return [replace(s, weight=weight) for s in made]
 
 
-def flops(shape: dict[str, Any], lengths: list[int]) -> float:
-    """Of one forward and backward pass over sequences of these lengths."""
+def flops(shape: dict[str, Any], made: list[TokenSequence]) -> float:
+    """Of one forward and backward pass over these sequences."""
     width, layers = shape["hidden_size"], shape["num_hidden_layers"]
     heads = shape["num_attention_heads"] * shape["head_dim"]
     kv = shape["num_key_value_heads"] * shape["head_dim"]
     layer = width * (2 * heads + 2 * kv) + 3 * width * shape["intermediate_size"]
-    dense = layers * layer + width * shape["vocab_size"]
-    tokens = sum(lengths)
-    attended = sum(length**2 / 2 for length in lengths)
-    return 6.0 * dense * tokens + 12.0 * layers * heads * attended
+    tokens, sampled = sum(s.num_inputs for s in made), sum(s.num_sampled for s in made)
+    attended = sum(s.num_inputs**2 / 2 for s in made)
+    head = width * shape["vocab_size"] * sampled
+    return 6.0 * (layers * layer * tokens + head) + 12.0 * layers * heads * attended
 
 
 def ours(folder: Path, device: str, batch: Batch, checkpointing: bool) -> Callable[[], None]:
@@ -190,7 +190,7 @@ def main() -> dict[str, Any]:
         build(folder, shape)
         made = sequences(shape, row, asked.rows)
         batch = pack(made, row, shape["max_position_embeddings"])
-        lengths = [s.num_inputs for s in made]
+        tokens = sum(s.num_inputs for s in made)
         found: dict[str, Any] = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
         ways = {
             "learner": (lambda: ours(folder, device, batch, not asked.no_checkpointing), asked.rounds),
@@ -199,11 +199,11 @@ def main() -> dict[str, Any]:
         for way, (made_ready, rounds) in ways.items():  # one after the other: each has the memory to itself
             seconds, peak = measured(made_ready(), rounds, device)
             found |= {
-                f"{way}_tokens_per_s": round(sum(lengths) / seconds),
-                f"{way}_mfu": round(flops(shape, lengths) / seconds / asked.peak_tflops / 1e12, 4),
+                f"{way}_tokens_per_s": round(tokens / seconds),
+                f"{way}_mfu": round(flops(shape, made) / seconds / asked.peak_tflops / 1e12, 4),
                 f"{way}_peak_gb": round(peak, 2),
             }
-    return found | {"torch": torch.__version__, "rows": len(batch.micro_batches), "tokens": sum(lengths)}
+    return found | {"torch": torch.__version__, "rows": len(batch.micro_batches), "tokens": tokens}
 
 
 if __name__ == "__main__":

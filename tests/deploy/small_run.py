@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from deploy.build import EngineFactory, load_tokenizer
+from deploy.build import EngineFactory, load_chat, load_tokenizer
 from deploy.config import RunConfig, load_config
 from deploy.local import LocalRing
 from deploy.progress import Progress
@@ -39,7 +39,7 @@ def configured(*overrides: str) -> RunConfig:
 
 async def hf_engine(config: RunConfig, name: str, path: str) -> Engine:
     """The tiny model itself: what is sampled depends on prompt, seed and weights alone."""
-    return HfEngine.load(path, [load_tokenizer(path).eos_token_id], name=name)
+    return HfEngine.load(path, load_chat(path).stops, name=name)
 
 
 def late_engine(seed: int) -> EngineFactory:

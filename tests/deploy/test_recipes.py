@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajecto
 
 WORDS = ("left", "down", "right", "up")
 TURNS, GROUPS, GROUP_SIZE, STEPS = 2, 8, 8, 35
+GAMES = 42  # steps of self-play
 OPTIM = OptimSettings(learning_rate=3e-3)
 RECIPES = sorted(
     p.name.removesuffix(".toml") for p in files("deploy.recipes").iterdir() if p.name.endswith("toml")
@@ -118,14 +120,46 @@ def _learner(recipe: str, folder: Path) -> Learner:
     )
 
 
+def _taught(recipe: str, echo: Echo, folder: Path) -> Learner:
+    """That says the words, any of them."""
+    learner = _learner(recipe, folder)
+    for _ in learner.imitate([group for _ in range(4) for group in echo.play(echo.at_random, 0)]):
+        pass
+    return learner
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_learns(recipe: str, tmp_path: Path) -> None:
     echo = Echo(tmp_path)
-    learner = _learner(recipe, tmp_path)
-    for _ in learner.imitate([group for _ in range(4) for group in echo.play(echo.at_random, 0)]):
-        pass
+    learner = _taught(recipe, echo, tmp_path)
     rewards = []
     for step in range(STEPS):
         rewards.append(learner.step(echo.play(_sampler(learner, step), learner.version))["reward"])
     assert np.mean(rewards[:3]) < 0.35  # one word in four is right by chance
     assert np.mean(rewards[-5:]) > 0.65
+
+
+def against_itself(group: Group, words: list[int]) -> Group:
+    """The same as a game of two sides: the first says a word, the second wins by saying it too."""
+    games = []
+    for episode in group.trajectories:
+        first, second = episode.steps
+        said, answer = int(first.action_ids[0]), int(second.action_ids[0])
+        lost = float(said in words and answer != said)
+        steps = (replace(first, reward=0.0), replace(second, seat=1, reward=lost))
+        games.append(replace(episode, steps=steps))
+    return replace(group, trajectories=tuple(games))
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "reinforce_pp", "ppo"])
+def test_in_self_play_each_side_learns_for_itself(recipe: str, tmp_path: Path) -> None:
+    echo = Echo(tmp_path)
+    learner = _taught(recipe, echo, tmp_path)
+    won = []
+    for step in range(GAMES):
+        games = [
+            against_itself(group, echo.words) for group in echo.play(_sampler(learner, step), learner.version)
+        ]
+        won.append(learner.step(games)["reward"])  # the first side's
+    assert np.mean(won[:3]) > 0.6  # three words in four are others
+    assert np.mean(won[-5:]) < 0.25

@@ -40,12 +40,25 @@ def test_the_fastest_mate_by_hand_and_to_whom_it_is_paid() -> None:
     env = standing(level=2, opponent="self")
     assert env._observed() == START
     assert env.step("f2f3")[0].endswith("PPPPP.PP\nRNBQKBNR\nblack KQkq -")
-    assert env.step("e7e5")[1:] == (0.0, False, False, {})
-    env.step("g2g4")
+    assert env.step("e7e5")[1:] == (0.0, False, False, {"seat": 1})
+    assert env.step("g2g4")[1:] == (0.0, False, False, {"seat": 0})
     board = "rnb.kbnr\npppp.ppp\n........\n....p...\n......Pq\n.....P..\nPPPPP..P\nRNBQKBNR"
-    assert env.step("d8h4") == (f"{board}\ncheckmate", 0.0, True, False, {"success": False}), "white began"
+    assert env.step("d8h4") == (f"{board}\ncheckmate", 0.0, True, False, {"success": False, "seat": 1}), (
+        "white began"
+    )
     env = standing("rnbqkbnr/pppp1ppp/8/4p3/6P1/5P2/PPPPP2P/RNBQKBNR b KQkq - 0 2", level=2)
     assert env.step("D8H4\n")[1:] == (1.0, True, False, {"success": True}), "black is the agent"
+
+
+def test_alone_a_side_loses_by_what_is_no_move_and_a_game_without_an_end_is_a_draw() -> None:
+    for before, reward in (([], 0.0), (["e2e4"], 1.0)):
+        env = standing(level=2, opponent="self")
+        for move in before:
+            env.step(move)
+        malformed = {"malformed": True, "success": False, "seat": len(before)}
+        assert env.step("I resign.")[1:] == (reward, True, False, malformed)
+    env = standing(level=2, opponent="self", max_turns=1)
+    assert env.step("e2e4")[1:] == (0.5, False, True, {"success": False, "seat": 0})
 
 
 def test_promotion_castling_and_en_passant_are_moves_like_others() -> None:
@@ -214,7 +227,11 @@ def test_every_word_said_is_among_words() -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"level": 6}, "must be 1, 2, 3, 4, 5"), ({"opponent": "human"}, "must be scripted or self")],
+    [
+        ({"level": 6}, "must be 1, 2, 3, 4, 5"),
+        ({"opponent": "human"}, "must be scripted or self"),
+        ({"opponent": "self"}, "use level 2 or higher"),
+    ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):

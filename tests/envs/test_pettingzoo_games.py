@@ -60,8 +60,9 @@ def test_a_lost_game_and_a_drawn_one() -> None:
     assert told == ("you are player_2\nooo\nxx.\n...", 0.0, True, False, {"success": False})
     env, _ = begun(TICTACTOE, opponent="self")
     *moves, last = ["0", "1", "2", "4", "3", "5", "7", "6", "8"]
-    assert all(env.step(move)[1:] == (0.0, False, False, {}) for move in moves)
-    assert env.step(last)[1:] == (0.5, True, False, {"success": False})
+    for turn, move in enumerate(moves):
+        assert env.step(move)[1:] == (0.0, False, False, {"seat": turn % 2})
+    assert env.step(last)[1:] == (0.5, True, False, {"success": False, "seat": 0})
 
 
 @pytest.mark.parametrize("env_id", [TICTACTOE, CONNECT_FOUR, "pettingzoo/classic/rps_v2"])

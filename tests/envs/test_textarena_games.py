@@ -53,8 +53,8 @@ def test_won_lost_and_drawn_are_paid_to_the_agents_seat() -> None:
     assert env.step("[4]")[1:] == (0.0, True, False, {"success": False})
     env, _ = begun(TICTACTOE, opponent="self")
     told = [env.step(f"[{cell}]") for cell in (0, 1, 2, 4, 3, 5, 7, 6, 8)]
-    assert told[-1][1:] == (0.5, True, False, {"success": False})
-    assert all(each[1:] == (0.0, False, False, {}) for each in told[:-1])
+    assert told[-1][1:] == (0.5, True, False, {"success": False, "seat": 0})
+    assert [each[1:] for each in told[:-1]] == [(0.0, False, False, {"seat": turn % 2}) for turn in range(8)]
 
 
 def test_the_game_warns_once_of_a_move_that_is_none_and_ends_over_the_second() -> None:
@@ -67,11 +67,13 @@ def test_the_game_warns_once_of_a_move_that_is_none_and_ends_over_the_second() -
 
 
 @pytest.mark.parametrize("fine", [[], ["[0]"], ["[0]", "[1]"]])
-def test_alone_neither_seat_wins_by_the_others_move_that_is_none(fine: list[str]) -> None:
+def test_alone_a_move_that_is_none_loses_for_the_seat_that_made_it(fine: list[str]) -> None:
     env, _ = begun(TICTACTOE, opponent="self")
     for move in [*fine, "junk"]:
-        assert env.step(move)[1:] == (0.0, False, False, {})
-    assert env.step("junk")[1:] == (0.0, True, False, {"success": False, "malformed": True})
+        assert env.step(move)[1] == 0.0
+    seat = len(fine) % 2
+    verdict = {"success": False, "malformed": True, "seat": seat}
+    assert env.step("junk")[1:] == (float(seat), True, False, verdict)
 
 
 def test_a_game_for_one_pays_what_it_pays_and_nothing_for_an_end_over_no_move() -> None:

@@ -115,15 +115,19 @@ def test_alone_the_agent_moves_for_every_seat_and_is_paid_for_the_first() -> Non
         for turn in range(left - 1):
             assert seen == f"seat {turn % 2}: {left - turn} left"
             seen, *rest = env.step("1")
-            assert rest == [0.0, False, False, {}]
-        assert env.step("1") == ("seat 0: 0 left", paid, True, False, {"success": paid == 1.0})
+            assert rest == [0.0, False, False, {"seat": turn % 2}]
+        verdict = {"success": paid == 1.0, "seat": (left - 1) % 2}
+        assert env.step("1") == ("seat 0: 0 left", paid, True, False, verdict)
 
 
-def test_alone_a_seat_wins_by_no_other_seats_move_that_is_none() -> None:
+@pytest.mark.parametrize("junk", ["odd", "not a move at all"])
+def test_alone_a_move_that_is_none_loses_for_the_seat_that_made_it_and_is_no_success(junk: str) -> None:
     for turns_before in range(3):
         env, _ = begun(Counting(left=9), opponent="self")
-        assert all(env.step("1")[1:] == (0.0, False, False, {}) for _ in range(turns_before))
-        assert env.step("odd")[1:] == (0.0, True, False, {"success": False, "malformed": True})
+        assert all(env.step("1")[1] == 0.0 for _ in range(turns_before))
+        mover = turns_before % 2
+        verdict = {"success": False, "malformed": True, "seat": mover}
+        assert env.step(junk)[1:] == (float(mover == 1), True, False, verdict)
         with pytest.raises(RuntimeError, match="call reset"):
             env.step("1")
 
@@ -141,6 +145,8 @@ def test_no_move_an_illegal_one_and_one_the_game_ends_over_are_told_apart() -> N
 def test_an_unfinished_game_is_truncated_unpaid_and_a_finished_one_in_its_last_turn_is_not() -> None:
     env, _ = begun(Counting(left=9), seat=0, opponent=f"{HERE}threes", max_turns=1)
     assert env.step("1")[1:] == (0.0, False, True, {"success": False})
+    env, _ = begun(Counting(left=9), opponent="self", max_turns=1)
+    assert env.step("1")[1:] == (0.5, False, True, {"success": False, "seat": 0}), "alone: half to each"
     env, _ = begun(Counting(left=1), seat=0, max_turns=1)
     assert env.step("1")[1:] == (1.0, True, False, {"success": True})
 
@@ -152,11 +158,11 @@ def test_a_limit_of_the_games_own_truncates_and_pays_what_it_pays_and_a_fault_te
             return Result(0.75, at_fault=self._fault == seat, truncated=True) if over else None
 
     env, _ = begun(Cut(left=9), opponent="self")
-    assert env.step("1")[1:] == (0.0, False, False, {})
-    assert env.step("1")[1:] == (0.75, False, True, {"success": False})
+    assert env.step("1")[1:] == (0.0, False, False, {"seat": 0})
+    assert env.step("1")[1:] == (0.75, False, True, {"success": False, "seat": 1})
     env.reset(seed=0)
     env.step("1")
-    assert env.step("odd")[1:] == (0.0, True, False, {"success": False, "malformed": True})
+    assert env.step("odd")[1:] == (1.0, True, False, {"success": False, "malformed": True, "seat": 1})
 
 
 @pytest.mark.parametrize(

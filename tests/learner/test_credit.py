@@ -206,3 +206,18 @@ def test_what_an_estimator_lacks_is_said_in_one_line() -> None:
         _credit({"kind": "gdpo", "weights": {"goal": 1}}, [[_told([[1]], named={"form": 1.0})] * 2])
     with pytest.raises(ValueError, match=r"^credit.kind='gae' needs the critic's values[^\n]*$"):
         GaeCredit()([[_seen(_told([[1.0]]))]])
+
+
+def test_what_is_good_for_one_side_is_bad_for_the_other() -> None:
+    episode = replace(_seen(_told([[1, 0], [2], [0, 4, 0]])), seats_K=(0, 1, 0))
+    assert episode.sides_N.tolist() == [1, 1, -1, 1, 1, 1]
+    assert _seen(_told([[1, 0], [2]])).sides_N.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("section", SECTIONS[:3], ids=_name)
+def test_the_second_sides_advantage_is_that_of_its_own_rewards(section: dict[str, Any]) -> None:
+    won = [1.0, 0.0, 0.0, 0.5]
+    firsts, seconds = (
+        _credit(section, [[_told([[r]]) for r in of]])[0] for of in (won, [1 - r for r in won])
+    )
+    np.testing.assert_allclose(-np.concatenate(firsts), np.concatenate(seconds), rtol=1e-6)

@@ -118,14 +118,31 @@ def refused(base_url: str, api_key: str, task: Task) -> float:
         ),
         lambda: openai.embeddings.create(model="policy", input="turn"),
         lambda: openai.post("/episodes/reward", body={"reward": "much"}, cast_to=object),
+        lambda: ask(openai, [user("turn")], tool_choice="required"),
+        lambda: ask(openai, [{"role": "wizard", "content": "turn"}]),
+        lambda: ask(openai, [user("turn")], stop=["", "left"]),
+        lambda: ask(openai, [user("größer")]),
     ]
     for request in wrong:
         try:
             request()
         except Exception as error:
             told.append(error)
-    told.append(openai.models.list().data[0].id)
-    ask(openai, [user("turn")], temperature=0.1, max_tokens=1)
+    told += [openai.models.list().data[0].id, openai.models.retrieve("policy").id]
+    unheard = {"top_k": 5, "chat_template_kwargs": {"enable_thinking": False}, "min_p": None}
+    ask(openai, [user("turn")], temperature=0.1, max_tokens=1, user="me", logprobs=False, extra_body=unheard)
+    return 1.0
+
+
+def stopping(base_url: str, api_key: str, task: Task) -> float:
+    """Have answers end before a word, and go on with what was given of them."""
+    openai = client(base_url, api_key)
+    told = heard[task["seed"]] = []
+    messages: list[Any] = [user("turn")]
+    for _ in range(3):
+        choice = ask(openai, messages, stop=["heard", " turn"]).choices[0]
+        told.append((choice.message.content, choice.finish_reason))
+        messages = [*messages, choice.message, user("turn")]
     return 1.0
 
 
@@ -153,6 +170,15 @@ def silent(base_url: str, api_key: str, task: Task) -> float:
 
 def rewardless(base_url: str, api_key: str, task: Task) -> None:
     ask(client(base_url, api_key), [user("turn")])
+
+
+def never(task: Task, messages: list[Any], output: str) -> float:
+    threading.Event().wait()
+    return 1.0
+
+
+def wrong(task: Task, messages: list[Any], output: str) -> float:
+    raise ZeroDivisionError("no such tile")
 
 
 def judge(task: Task, messages: list[Any], output: str) -> float:

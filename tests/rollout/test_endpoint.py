@@ -24,8 +24,10 @@ from rollout.endpoint import Endpoint
 from rollout.engine import Sampling
 from rollout.episode import Limits, Place
 from rollout.group import concurrently, play
+from rollout.openai_format import Answer, read
 from rollout.pool import EnvironmentPool
 from rollout.scripted_engine import ScriptedEngine
+from rollout.session import Session
 from rollout.wire.trajectory import EndReason, Slot, Task, Trajectory
 from tests.rollout import callers
 
@@ -46,7 +48,7 @@ def played(
     """The tasks' episodes, all at once."""
 
     async def run() -> list[Trajectory]:
-        pool = EnvironmentPool(host=host)
+        pool = EnvironmentPool(host=host, chat=agent.chat)
         try:
             places = [Place(Slot(place, 0, task, 0), 0, seed=place) for place, task in enumerate(tasks)]
             return await concurrently(play(place, pool, agent, limits) for place in places)
@@ -215,9 +217,10 @@ def test_what_is_not_offered_is_refused_in_the_clients_own_errors(
     _, agent = scripted()
     (trajectory,) = played(agent, task_of("refused"))
     assert len(trajectory.steps) == 1, "nothing was sampled for a refused request"
-    *errors, model = callers.heard[1]
+    *errors, listed, found = callers.heard[1]
     assert [(type(error), said in str(error)) for error, said in zip(errors, (
         "names no episode", "n=2", "logprobs", "at least one message", "images", "/v1/chat/completions", "a reward is",
+        "the policy's choice", "'wizard'", "stop must be", "größer",
     ), strict=True)] == [
         (openai.AuthenticationError, True),
         (openai.BadRequestError, True),
@@ -225,11 +228,30 @@ def test_what_is_not_offered_is_refused_in_the_clients_own_errors(
         (openai.BadRequestError, True),
         (openai.BadRequestError, True),
         (openai.NotFoundError, True),
-        (openai.BadRequestError, True),
+        *[(openai.BadRequestError, True)] * 5,
     ]  # fmt: skip
     assert errors[0].code == "invalid_api_key"
-    assert model == "policy"
-    assert "temperature: the run's own sampling holds" in caplog.text
+    assert (listed, found) == ("policy", "policy")
+    assert "asks for chat_template_kwargs, temperature, top_k: not heeded" in caplog.text
+
+
+def test_an_answer_ends_for_the_program_where_it_asks_for_it(scripted: Scripted) -> None:
+    _, agent = scripted("left right turn heard", "left", "heard right heard")
+    (trajectory,) = played(agent, task_of("stopping"))
+    assert callers.heard[1] == [("left right", "stop"), ("left", "stop"), ("", "stop")]
+    assert [step.action for step in trajectory.steps] == [
+        "left right turn heard",
+        "left",
+        "heard right heard",
+    ]
+    assert [step.segment for step in trajectory.steps] == [0, 1, 1], (
+        "the rest of an answer is nobody's history"
+    )
+    assert flat(json.loads(trajectory.steps[1].observation)) == [
+        ("user", "turn"),
+        ("assistant", "left right"),
+        ("user", "turn"),
+    ]
 
 
 def test_a_client_that_lost_patience_gets_the_answer_that_was_sampled(scripted: Scripted) -> None:
@@ -244,17 +266,46 @@ def test_a_client_that_lost_patience_gets_the_answer_that_was_sampled(scripted: 
     assert callers.heard[1] == [trajectory.steps[0].action]
 
 
+def test_whoever_asks_again_before_the_hang_up_is_known_gets_that_answer() -> None:
+    asked, other = (read({"messages": [callers.user(text)]}) for text in ("turn", "left"))
+    said = Answer({"role": "assistant", "content": "right"}, "stop", 1, 1)
+
+    async def run() -> None:
+        session = Session("key")
+        lost = session.ask(asked)
+        assert await session.next() is lost
+        between, again, twin = (session.ask(each) for each in (other, asked, asked))
+        lost.gone = True
+        session.reply(lost, said)
+        assert await again.answer is said
+        assert await session.next() is between
+        assert await session.next() is twin, "one asked again; the other wants an answer of its own"
+        assert session.ask(asked) is not lost
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
-    ("function", "turns", "says"),
+    ("function", "judge", "turns", "says"),
     [
-        ("raising", 1, "ZeroDivisionError('no such tile')"),
-        ("silent", 0, "came to an end without asking"),
-        ("rewardless", 1, "ended without a reward: post one"),
+        ("raising", "", 1, "its function raised ZeroDivisionError('no such tile')"),
+        ("silent", "", 0, "came to an end without asking"),
+        ("rewardless", "", 1, "ended without a reward: post one"),
+        (
+            "rewardless",
+            "wrong",
+            1,
+            "the reward function tests.rollout.callers:wrong raised ZeroDivisionError('no such",
+        ),
+        ("rewardless", "never", 1, "callers:never did not return within 0.2 s (env.options.reward_seconds)"),
     ],
 )
-def test_an_agent_that_fails_is_no_evidence(scripted: Scripted, function: str, turns: int, says: str) -> None:
+def test_an_agent_that_fails_is_no_evidence(
+    scripted: Scripted, function: str, judge: str, turns: int, says: str
+) -> None:
     _, agent = scripted()
-    (trajectory,) = played(agent, task_of(function))
+    options = {"reward": f"tests.rollout.callers:{judge}", "reward_seconds": 0.2} if judge else {}
+    (trajectory,) = played(agent, task_of(function, options=options))
     assert trajectory.end_reason is EndReason.FAILED
     assert trajectory.error is not None
     assert says in trajectory.error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +131,22 @@ def test_an_observation_that_is_not_text_is_the_environments_failure(
     assert trajectory.end_reason is EndReason.FAILED
     assert trajectory.error is not None
     assert "ndarray" in trajectory.error
+
+
+@pytest.mark.parametrize(
+    ("reward", "info"),
+    [(float("nan"), {}), (float("-inf"), {}), (1e300, {}), (1.0, {"rewards": {"goal": float("nan")}})],
+)
+def test_a_reward_that_is_no_number_is_the_environments_failure(
+    orders: Any, agent_of: AgentOf, engine: ScriptedEngine, reward: float, info: dict[str, Any]
+) -> None:
+    orders.reward = lambda seed, turn: reward if turn == 2 else 0.5
+    orders.info = info
+    trajectory = played(orders.make("count"), agent_of(engine))
+    assert trajectory.end_reason is EndReason.FAILED
+    assert [step.reward for step in trajectory.steps] == [0.5, 0.5, 0.0], "what broke it has earned nothing"
+    assert trajectory.error is not None
+    assert re.search(r"failed in step 2: .*(the reward|goal) is .*finite float32", trajectory.error)
 
 
 def test_an_engine_that_fails_costs_the_episode(

@@ -27,6 +27,7 @@ from rollout.episode import Limits, Place, Unwatched
 from rollout.foreign import ProgramOptions
 from rollout.group import play, run_group
 from rollout.pool import EnvironmentPool
+from rollout.program import environment
 from rollout.resume import Restart
 from rollout.scripted_engine import ScriptedEngine
 from rollout.wire.trajectory import EndReason, EpisodeSoFar, Group, Slot, Task, Trajectory
@@ -150,7 +151,7 @@ def test_the_guides_recipe_is_one(tmp_path: Path) -> None:
     [
         ({}, "give either command or function"),
         ({"command": ["true"], "function": "tests.rollout.callers:judge"}, "give either command or function"),
-        ({"comand": ["true"]}, "comand.*its options: command, function, reward, task"),
+        ({"comand": ["true"]}, "comand.*its options: command, function, reward, reward_seconds, task"),
         ({"function": "tests.rollout.callers"}, "not of the form module:function"),
         ({"function": "tests.rollout.callers:nobody"}, "has no function 'nobody'"),
         ({"command": ["true"], "reward": "no.such:thing"}, "cannot be imported"),
@@ -238,6 +239,8 @@ def test_a_program_finds_its_way_past_a_proxy(
     agent: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    assert "RAY_AUTH_TOKEN" not in environment("http://127.0.0.1/v1", "key", {})
     trajectory = played(agent, raw(tmp_path, 'ask()\nprint(json.dumps({"reward": 1}))'))
     assert trajectory.reward == 1.0, trajectory.error
     assert os.environ.get("no_proxy") is None

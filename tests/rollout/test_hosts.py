@@ -20,14 +20,15 @@ from transformers import PreTrainedTokenizerFast
 
 from deploy.build import replica_start
 from envs import registry
-from envs.host import HostSettings, Replica
+from envs.host import EnvironmentFailed, HostSettings, Replica
+from envs.hosted import Hosted
 from rollout.agent import Agent
 from rollout.episode import Limits, Place
 from rollout.group import concurrently, play, run_group
 from rollout.pool import EnvironmentPool
 from rollout.scripted_engine import ScriptedEngine
 from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory
-from tests.rollout.trouble import Trouble, make
+from tests.rollout.trouble import Starter, Trouble, make
 
 AgentOf = Callable[..., Agent]
 PROCESS = HostSettings(where="process", step_seconds=5.0)
@@ -139,6 +140,23 @@ def test_whatever_happens_to_a_replica_costs_its_own_episode_only(agent: Agent, 
         wait_for_the_end_of(pid_of(good))
 
     asyncio.run(all_at_once())
+
+
+@pytest.mark.parametrize("how", ["is closed", "leaves"])
+def test_what_a_replica_has_started_ends_with_it(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+
+    async def run() -> int:
+        replica = await Hosted.start(Starter, PROCESS)
+        pid, _, inherited = str(await replica.reset(1)).partition(" ")
+        assert inherited == "[]"
+        if how == "leaves":
+            with pytest.raises(EnvironmentFailed, match="exit code 3"):
+                await replica.step("leave")
+        await replica.close()
+        return int(pid)
+
+    wait_for_the_end_of(asyncio.run(run()))
 
 
 def test_a_replica_killed_from_outside_is_replaced(agent: Agent, host: HostSettings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
 import sys
 import time
 from threading import Lock
@@ -59,6 +60,24 @@ class Trouble(gym.Env[str, str]):
 
     def restore(self, snapshot: bytes) -> None:
         self.turn = int(snapshot.split()[1])
+
+
+class Starter(gym.Env[str, str]):
+    """Starts a process when it is reset, and says its id and what it was not to inherit; by seed 0 it never returns."""
+
+    observation_space = text_space()
+    action_space = text_space()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        if seed == 0:
+            time.sleep(3600)
+        started = subprocess.Popen(["sleep", "3600"])
+        return f"{started.pid} {[name for name in os.environ if 'RAY_AUTH' in name]}", {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        os._exit(3)
 
 
 def make(env_id: str, **options: Any) -> Trouble:

@@ -40,6 +40,8 @@ def steps(draw: st.DrawFn) -> Step:
         versions=draw(int32_arrays(sampled)),
         reward=draw(float32s),
         finish_reason=draw(st.sampled_from(["stop", "length"])),
+        seat=draw(st.integers(0, 1)),
+        named_rewards=draw(st.none() | texts),
         env_seconds=draw(float32s),
         engine_seconds=draw(float32s),
     )
@@ -128,6 +130,6 @@ def test_rows_of_another_version_are_refused_in_one_line(
     group_of: Callable[..., Group], metadata: dict[bytes, bytes] | None
 ) -> None:
     batch = encode(group_of(Slot(4, 0, Task.of("count", 1), 0))).replace_schema_metadata(metadata)
-    with pytest.raises(SchemaError, match="reads version 2") as raised:
+    with pytest.raises(SchemaError, match="reads version 3") as raised:
         decode(batch)
     assert "\n" not in str(raised.value)
