@@ -74,6 +74,7 @@ def train(
     """
     from deploy import drive, preflight, run_folder
     from deploy.config import ConfigError, load_config
+    from deploy.contradictions import doubts
 
     if resume is not None:
         if recipe:
@@ -89,6 +90,8 @@ def train(
         past = [] if replay is None else [f"replay={str(replay.resolve())!r}"]
         config = load_config(recipe, [*(overrides or ()), *past])
         preflight.check(config)
+        for doubt in doubts(config):
+            errors.print(f"note: {doubt}")
         folder = run or run_folder.choose(config, runs)
         drive.drive(config, folder, console, resume=False, local=local)
 

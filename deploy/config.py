@@ -1,7 +1,7 @@
 """A run's configuration: each package's own settings side by side, from a TOML recipe and `a.b=c` overrides.
 
 Nothing is configured twice and nothing is ignored: an unknown key is an error that names the nearest valid one, and so
-is a pair that contradicts itself.
+is a pair that contradicts itself (contradictions.py).
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deploy.contradictions import require_consistent
 from deploy.guards import DEFAULTS, Guard
 from deploy.refusals import explain
 from deploy.supervise import SupervisionSettings
 from envs.host import HostSettings
-from learner.schedule import learning_rate
 from learner.settings import LearnerSettings
 from rollout.agent import AgentSettings
 from rollout.engine import Sampling
 from rollout.vllm_engine import VllmSettings
 from rollout.wire.store import BufferSettings
-from rollout.wire.weights import PROBE_TOKENS
 from rollout.worker import RolloutSettings
 
 Nested = dict[str, Any]
@@ -163,122 +162,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if bool(self.learner.model.path) == (self.tiny is not None):
-            raise ValueError(
-                "give exactly one of learner.model.path (a checkpoint) and the section tiny (one is built; tiny= "
-                "leaves it out)"
-            )
-        credit = self.learner.algorithm.credit
-        if self.rollout.group_size < 2 and credit.siblings:
-            raise ValueError(
-                f"rollout.group_size=1 leaves learner.algorithm.credit.kind={credit.kind!r} without a baseline: an "
-                "advantage is a reward compared with its siblings'; use 2 or more, or reinforce_pp, returns or gae"
-            )
-        reuse = self.buffer.reuse
-        if reuse.groups and reuse.sampler.kind == "prioritized" and self.rollout.group_size < 2:
-            raise ValueError(
-                "buffer.reuse.sampler.kind='prioritized' prefers groups whose rewards differ, but "
-                "rollout.group_size=1: use 2 or more, or 'uniform'"
-            )
-        if self.rollout.max_turns == 1 and credit.turns:
-            raise ValueError(
-                f"learner.algorithm.credit.kind={credit.kind!r} compares turns, but rollout.max_turns=1; "
-                "allow more turns, or use kind = 'group'"
-            )
-        if self.sampling.top_p < 1:
-            raise ValueError(
-                "sampling.top_p<1 changes what can be sampled, and the learner's logprobs would be of another "
-                "distribution; use sampling.top_p=1"
-            )
-        if self.sampling.seed is not None:
-            raise ValueError(
-                "sampling.seed is one request's seed, which the run derives from its own: leave it away and set seed"
-            )
-        ranks, groups = self.learner.ranks, self.buffer.groups_per_step
-        if ranks > groups:
-            raise ValueError(
-                f"learner.ranks={ranks} share the groups of a step, but buffer.groups_per_step={groups}: a group is "
-                "not divided; have at least as many groups as ranks"
-            )
-        if ranks > 1 and self.learner.model.lora is not None:
-            raise ValueError(
-                f"learner.model.lora trains an adapter in one process, but learner.ranks={ranks}; use learner.ranks=1"
-            )
-        if ranks > 1 and self.weights.transfer != "object_store":
-            raise ValueError(
-                f"weights.transfer={self.weights.transfer!r} sends from one process, but learner.ranks={ranks}; "
-                "use 'object_store', or learner.ranks=1"
-            )
-        if self.rollout.context_tokens <= PROBE_TOKENS:
-            raise ValueError(
-                f"rollout.context_tokens={self.rollout.context_tokens} must exceed {PROBE_TOKENS}, the length of "
-                "the probe that proves every weight sync"
-            )
-        if self.sampling.max_tokens >= self.rollout.context_tokens:
-            raise ValueError(
-                f"sampling.max_tokens={self.sampling.max_tokens} leaves no room for a prompt in "
-                f"rollout.context_tokens={self.rollout.context_tokens}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _schedules_fit_the_run(self) -> Self:
-        learner = self.learner
-        schedules = [("learner.optim", learner.optim, self.steps * learner.algorithm.updates)]
-        if critic := learner.algorithm.critic:
-            schedules.append(("learner.algorithm.critic.optim", critic.optim, schedules[0][2]))
-        if self.warm_start:
-            steps = learner.imitation.steps(self.warm_start.episodes)
-            schedules.append(("learner.imitation.optim", learner.imitation.optim, steps))
-        for name, optim, steps in schedules:
-            try:
-                learning_rate(optim, 0, steps)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}; lower {name}.warmup_steps or train longer") from error
-        return self
-
-    @model_validator(mode="after")
-    def _adapters_can_travel(self) -> Self:
-        lora = self.learner.model.lora
-        if lora is None or lora.sync == "merged":
-            return self
-        if self.weights.transfer != "object_store":
-            raise ValueError(
-                f"learner.model.lora.sync='adapter' does not travel by weights.transfer={self.weights.transfer!r}, "
-                "which sends whole weights; use 'object_store', or sync='merged'"
-            )
-        if self.rollout.gpus_per_worker and self.engine.dtype == "float32":
-            raise ValueError(
-                "learner.model.lora.sync='adapter' needs engine.dtype='bfloat16' or 'float16' on GPUs, where vLLM "
-                "multiplies adapters in half precision only; set it, or use sync='merged'"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _transfer_has_its_gpus(self) -> Self:
-        transfer, gpus = self.weights.transfer, self.rollout.gpus_per_worker
-        if transfer == "object_store":
-            return self
-        if not gpus:
-            raise ValueError(
-                f"weights.transfer={transfer!r} needs GPUs, but rollout.gpus_per_worker=0; "
-                "use 'object_store' or give the workers a GPU"
-            )
-        if self.learner.model.device != "cuda":
-            raise ValueError(
-                f"weights.transfer={transfer!r} sends from the learner's GPU, but learner.model.device='cpu'; "
-                "use 'object_store' or train on 'cuda'"
-            )
-        if transfer == "nccl" and gpus < self.engine.tensor_parallel_size:
-            raise ValueError(
-                f"weights.transfer='nccl' needs whole GPUs, but rollout.gpus_per_worker={gpus:g} for "
-                f"engine.tensor_parallel_size={self.engine.tensor_parallel_size}; give a worker as many as it spans"
-            )
-        if transfer == "ipc" and (self.rollout.workers * gpus >= 1 or self.engine.tensor_parallel_size > 1):
-            raise ValueError(
-                "weights.transfer='ipc' needs engines of one GPU each that share the learner's: keep rollout.workers * "
-                "rollout.gpus_per_worker below 1 and engine.tensor_parallel_size at 1, or use 'nccl'"
-            )
+        require_consistent(self)
         return self
 
 

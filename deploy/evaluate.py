@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from deploy import run_folder
 from deploy.build import load_tokenizer
 from deploy.config import ConfigError, toml_value
-from deploy.preflight import check_context, check_model, first_observation
+from deploy.preflight import check_context, check_model, check_tokenizer, first_observation
 from deploy.statistics import wilson_interval
 from envs.host import HostSettings
 from learner.checkpoint import MODEL, latest
@@ -120,6 +120,7 @@ def evaluate_checkpoint(checkpoint: str, env_id: str, seeds: range, conditions: 
     path = resolve_checkpoint(checkpoint)
     check_model(path)
     check_context(path, conditions.context_tokens)
+    check_tokenizer(path)
     # It refuses what cannot be made.
     first_observation(env_id, conditions.env_options, conditions.agent.parts, conditions.host)
     tasks = [Task.of(env_id, seed, conditions.env_options) for seed in seeds]

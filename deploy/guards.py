@@ -2,12 +2,14 @@
 
     guards = [{ metric = "entropy", below = 0.05, action = "stop", steps = 20 }]
 
-A guard speaks when its metric was out of bounds for so many steps in a row; a step without the metric says nothing.
+A guard speaks when its metric was out of bounds for so many steps in a row; a step without the metric says neither
+that it was within them nor that it was not. Where a metric stays away, that is said too.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Self
 
@@ -16,24 +18,44 @@ from pydantic import BaseModel, Field, model_validator
 METRICS = (
     "behavior_gap",
     "clip_fraction",
+    "correction",
+    "cut_short",
     "effective_samples",
     "entropy",
+    "episodes",
     "grad_norm",
+    "groups_reused",
+    "idle_step",
     "kl",
     "lag_max",
+    "lag_mean",
+    "learning_rate",
     "loss",
     "masked_fraction",
     "nonfinite_batches",
     "reference_kl",
     "repetition",
+    "reused_lag_max",
+    "reused_lag_mean",
     "reward",
     "sampled_per_episode",
+    "scored_share",
+    "skipped_step",
     "success",
+    "tokens_sampled",
+    "tokens_scored",
+    "tokens_trained",
     "turns",
     "untrainable_episodes",
+    "value",
     "value_error",
+    "value_grad_norm",
+    "value_loss",
+    "value_skipped_step",
     "zero_advantage_fraction",
 )
+_OF_A_LAG = re.compile(r"(behavior_gap|effective_samples)_lag_\d+")
+MISSING_STEPS = 10  # without a metric, until that is said
 
 
 class GuardTripped(RuntimeError):
@@ -51,7 +73,7 @@ class Guard(BaseModel, extra="forbid", frozen=True):
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:
-        if self.metric not in METRICS:
+        if self.metric not in METRICS and not _OF_A_LAG.fullmatch(self.metric):
             close = difflib.get_close_matches(self.metric, METRICS, n=1, cutoff=0.3) or METRICS
             raise ValueError(f"guards: no metric {self.metric!r}; did you mean {close[0]!r}?")
         if self.below is None and self.above is None:
@@ -71,7 +93,11 @@ class Guard(BaseModel, extra="forbid", frozen=True):
 
 DEFAULTS = (
     Guard(metric="nonfinite_batches", above=0),
+    Guard(metric="skipped_step", above=0),
+    Guard(metric="value_skipped_step", above=0),
+    Guard(metric="entropy", below=0.01, steps=10),
     Guard(metric="effective_samples", below=0.3, steps=5),
+    Guard(metric="masked_fraction", above=0.5, steps=5),
     Guard(metric="clip_fraction", above=0.5, steps=5),
     Guard(metric="kl", above=0.5, steps=5),
     Guard(metric="repetition", above=0.5, steps=5),
@@ -79,19 +105,37 @@ DEFAULTS = (
 )
 
 
+def with_defaults(guards: Sequence[Guard]) -> tuple[Guard, ...]:
+    """These, and the defaults of metrics that none of them bounds."""
+    bounded = {guard.metric for guard in guards}
+    return (*guards, *(guard for guard in DEFAULTS if guard.metric not in bounded))
+
+
 class Watch:
-    """Looks at every step. Speaks once when a guard trips, and again only after its metric was within bounds."""
+    """Looks at every step. Speaks once when a guard trips, and again only after its metric was within bounds.
+
+    Speaks too, once, when a metric stays away for MISSING_STEPS steps, if it was there before or it was asked to be
+    bounded: a default guard of what an algorithm never says is no news.
+    """
 
     def __init__(self, guards: Sequence[Guard], say: Callable[[str], None]) -> None:
         self._guards = guards
         self._say = say
         self._broken = dict.fromkeys(range(len(guards)), 0)
+        self._missing = dict.fromkeys(range(len(guards)), 0)  # steps in a row
+        self._expected = [guard not in DEFAULTS for guard in guards]
 
     def look(self, step: int, row: Mapping[str, float]) -> None:
         """Take in one step's metrics. Raises GuardTripped."""
         for place, guard in enumerate(self._guards):
             if guard.metric not in row:
+                self._missing[place] += 1
+                if self._missing[place] == MISSING_STEPS and self._expected[place]:
+                    self._say(
+                        f"ALARM: step {step}: {guard.metric} was not said for {MISSING_STEPS} steps: nothing guards it"
+                    )
                 continue
+            self._missing[place], self._expected[place] = 0, True
             value = row[guard.metric]
             self._broken[place] = self._broken[place] + 1 if guard.broken_by(value) else 0
             if self._broken[place] == guard.steps:

@@ -54,6 +54,20 @@ def read_metrics(folder: Path) -> list[Row]:
     ]
 
 
+def rollout_rates(before: Row, after: Row, seconds: float) -> Row:
+    """What was played during a step, out of the workers' sums before and after it (see `rollout.tally`).
+
+    tools_REASON: tool calls for each episode that ended in the step, in a run that has made any.
+    """
+    sampled = after["tokens_sampled"] - before["tokens_sampled"]
+    row = {"tokens_sampled": sampled, "rollout_tokens_per_s": sampled / seconds}
+    calls = {name: count for name, count in after.items() if name.startswith("tools_")}
+    episodes = after.get("episodes", 0) - before.get("episodes", 0)
+    if episodes and any(calls.values()):
+        row |= {name: (count - before.get(name, 0)) / episodes for name, count in calls.items()}
+    return row
+
+
 def _cut(path: Path, last_step: int) -> None:
     if not path.is_file():
         return

@@ -40,6 +40,7 @@ def check(config: RunConfig) -> None:
     if path := config.learner.model.path:
         check_model(path)
         check_context(path, config.rollout.context_tokens)
+        check_tokenizer(path)
     if observation is not None:
         check_prompt(config, observation)
     elif config.agent.memory != "full" or config.agent.parts:
@@ -55,7 +56,7 @@ def check(config: RunConfig) -> None:
     if config.replay is None:
         evaluation_tasks(config)
     else:
-        replay.check(config)
+        replay.check(config, _tokenizer(config))
     if config.warm_start:
         registry.player(config.env.id)
     if config.cluster.dashboard_port and not config.cluster.address:
@@ -111,11 +112,40 @@ def check_model(path: str) -> None:
 
 def check_context(path: str, context_tokens: int) -> None:
     """The model must have a position for every token of the context."""
-    positions = loaded(AutoConfig, path).get_text_config().max_position_embeddings
+    config = loaded(AutoConfig, path).get_text_config()
+    if not hasattr(config, "max_position_embeddings"):
+        raise ConfigError(
+            f"model {path}: its family {config.model_type} states no max_position_embeddings, so that nobody can say "
+            f"whether rollout.context_tokens={context_tokens} fits; choose a model of attention alone"
+        )
+    positions = config.max_position_embeddings
     if positions < context_tokens:
         raise ConfigError(
             f"model {path} has {positions} positions, but rollout.context_tokens={context_tokens} "
             "(manta eval: --context-tokens); lower it"
+        )
+
+
+def check_tokenizer(path: str) -> None:
+    """The model must have a row for every token; it may have more.
+
+    Placeholders of pictures and sounds that no prompt of text holds are let pass: some families share a tokenizer.
+    """
+    rows = loaded(AutoConfig, path).get_text_config().vocab_size
+    tokenizer = loaded(AutoTokenizer, path)
+    special = {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    beyond = {
+        place: token
+        for token, place in tokenizer.get_vocab().items()
+        if place >= rows
+        and (place not in special or place in used or token in str(tokenizer.chat_template or ""))
+    }
+    if beyond:
+        last = max(beyond)
+        raise ConfigError(
+            f"model {path} has a vocabulary of {rows}, but its tokenizer one of {len(tokenizer)} (token "
+            f"{beyond[last]!r} is id {last}); put the tokenizer into the folder that the model was trained with"
         )
 
 

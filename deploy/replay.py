@@ -6,17 +6,20 @@ the two learners differ: `effective_samples` says how much, and corrections weig
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from deploy.build import load_tokenizer
-from deploy.config import ConfigError, RunConfig
+from deploy.config import ConfigError, Nested, RunConfig
 from deploy.local import demonstrate_to, start_learner
-from deploy.models import model_path
 from deploy.ring import LearnerLost, Row
-from learner.checkpoint import latest
+from deploy.run_folder import CONFIG_FILE
+from learner.checkpoint import MODEL, latest
 from learner.publish import Snapshot
 from rollout.wire.history import History, HistoryError
 from rollout.wire.store import EpisodeRow
@@ -31,11 +34,9 @@ class ReplayRing:
         assert config.replay is not None
         self.run_folder = run_folder
         self._config = config
-        self._past = Path(config.replay)
 
     async def start(self, resume: bool) -> int:
         self._history = _history(self._config)
-        require_same_tokens(model_path(self._config, self.run_folder), self._past)
         self._learner = start_learner(self._config, self.run_folder, self._history, _nowhere, resume)
         return self._learner.version
 
@@ -88,22 +89,66 @@ def _history(config: RunConfig) -> History:
     return history
 
 
-def check(config: RunConfig) -> None:
-    """Refuse a past that is no run's or too short, and more than one rank: a replay is one process."""
+def check(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a past that is no run's or too short, or whose numbers would be wrong under these settings.
+
+    tokenizer: of the model that is to learn. More than one rank is refused too: a replay is one process.
+    """
+    assert config.replay is not None
     if config.learner.ranks > 1:
         raise ConfigError(
             f"replay: a learner alone is one process, but learner.ranks={config.learner.ranks}; use 1"
         )
     _history(config)
+    past = Path(config.replay)
+    _require_same_conditions(config, past)
+    _require_same_tokens(config, tokenizer, past)
 
 
-def require_same_tokens(model: str, past: Path) -> None:
+def _require_same_conditions(config: RunConfig, past: Path) -> None:
+    """What was sampled must be what these settings say it was."""
+    stored = _stored(past)
+    mine = {
+        "sampling.temperature": config.sampling.temperature,
+        "rollout.group_size": config.rollout.group_size,
+        "buffer.groups_per_step": config.buffer.groups_per_step,
+    }
+    for name, value in mine.items():
+        section, option = name.split(".")
+        if (was := stored[section][option]) != value:
+            raise ConfigError(f"replay: {past} was played with {name}={was}, not {value}; say {name}={was}")
+    at_least = {
+        "buffer.max_lag": (config.buffer.max_lag, "its tokens may be as many versions old"),
+        "rollout.context_tokens": (config.rollout.context_tokens, "its conversations may be as long"),
+    }
+    for name, (value, why) in at_least.items():
+        section, option = name.split(".")
+        if (was := stored[section][option]) > value:
+            raise ConfigError(
+                f"replay: {past} was played with {name}={was} and {why}, but {name}={value}; say {was} or more"
+            )
+
+
+def _stored(past: Path) -> Nested:
+    """The configuration of the past run as it lies there; it need not be one that would be accepted today."""
+    file = past / CONFIG_FILE
+    if not file.is_file():
+        raise ConfigError(f"replay: {past} has no {CONFIG_FILE}, so nobody knows how its tokens were sampled")
+    try:
+        stored: Nested = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"replay: {file}: broken file ({error})") from error
+    return stored
+
+
+def _require_same_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, past: Path) -> None:
     """The token ids on record must mean to this model what they meant to the one that sampled them."""
     newest = latest(past)
     if newest is None:
         raise ConfigError(f"replay: {past} has no checkpoint, so nobody knows what its tokens mean")
-    mine, theirs = (load_tokenizer(str(path)).get_vocab() for path in (model, newest / "model"))
+    mine, theirs = tokenizer.get_vocab(), load_tokenizer(str(newest / MODEL)).get_vocab()
     if mine != theirs:
+        model = "the tiny model" if config.tiny else config.learner.model.path
         raise ConfigError(
             f"replay: the tokenizer of {model} is not that of {past} ({len(mine)} and {len(theirs)} tokens, or other "
             "ids): its token ids would mean something else"

@@ -17,8 +17,8 @@ from typing import Any
 from deploy.build import evaluation_tasks, told_alike
 from deploy.config import RunConfig
 from deploy.evaluate import Evaluation
-from deploy.guards import Watch
-from deploy.metrics import MetricsLog, read_metrics
+from deploy.guards import Watch, with_defaults
+from deploy.metrics import MetricsLog, read_metrics, rollout_rates
 from deploy.progress import Progress
 from deploy.report import write_report
 from deploy.ring import LearnerLost, Ring, Row
@@ -65,6 +65,11 @@ class Training:
             total = await self.ring.begin_imitation()
         with self._timed("warm_start"), self.progress.phase("imitation", total) as phase:
             while rows := await self.ring.imitate(IMITATION_STRIDE):
+                if skipped := [row for row in rows if row.get("skipped_step")]:
+                    self.progress.say(
+                        f"ALARM: {len(skipped)} of {len(rows)} imitation steps were not finite and left out "
+                        f"(loss {skipped[-1]['loss']:g}, gradient norm {skipped[-1]['grad_norm']:g})"
+                    )
                 phase.advance(len(rows), loss=rows[-1]["loss"])
 
     async def _evaluate(self, name: str) -> Evaluation | None:
@@ -100,7 +105,7 @@ class Training:
     async def _steps_from(self, version: int) -> None:
         """All steps after `version`; what was logged of them before is cut off."""
         log = MetricsLog(self.ring.run_folder, resume_after=version)
-        guards = Watch(self.config.guards, self.progress.say)
+        guards = Watch(with_defaults(self.config.guards), self.progress.say)
         try:
             self.ring.begin_rollouts()
             before = await self.ring.counters()
@@ -108,7 +113,7 @@ class Training:
                 row = await self.ring.step(step)
                 self._require_fresh(row)
                 counters = await self.ring.counters()
-                row |= _rollout_rates(before, counters, row["step_s"])
+                row |= rollout_rates(before, counters, row["step_s"])
                 before = counters
                 log.write(step, row)
                 self.progress.update(step, row)
@@ -166,11 +171,6 @@ class Training:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
-
-
-def _rollout_rates(before: Row, after: Row, seconds: float) -> Row:
-    sampled = after["tokens_sampled"] - before["tokens_sampled"]
-    return {"tokens_sampled": sampled, "rollout_tokens_per_s": sampled / seconds}
 
 
 def _has_checkpoint(folder: Path) -> bool:

@@ -25,7 +25,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from envs.base import Observation
-from envs.host import Env, EnvironmentFailed, EnvironmentStuck, HostSettings, NoRoom, Outcome
+from envs.host import Env, EnvironmentFailed, EnvironmentStuck, HostSettings, NoRoom, Outcome, Sampled
 from envs.hosted import Hosted, RemoteTraceback
 
 MARGIN_SECONDS = 5.0  # beyond a limit that the actor keeps, for a call's way there and back
@@ -51,9 +51,10 @@ class ReplicaActor:
     async def reset(self, seed: int) -> Observation:
         return await self._started().reset(seed)
 
-    async def step(self, action: str) -> tuple[Outcome, bytes | None]:
+    async def step(self, action: str, sampled: Sampled) -> tuple[Outcome, bytes | None]:
         """The outcome, and the snapshot after it."""
         replica = self._started()
+        replica.sampled(sampled)
         return await replica.step(action), replica.snapshot()
 
     async def restore(self, snapshot: bytes) -> None:
@@ -81,6 +82,7 @@ class Remote:
         self._handle = handle
         self._settings = settings
         self._snapshot: bytes | None = None
+        self._sampled = Sampled(0, 0, cut=False)
 
     @classmethod
     async def start(cls, recipe: Callable[[], Env], settings: HostSettings) -> Remote:
@@ -105,9 +107,12 @@ class Remote:
     async def step(self, action: str) -> Outcome:
         outcome: Outcome
         outcome, self._snapshot = await self._answer(
-            self._handle.step.remote(action), self._settings.step_seconds
+            self._handle.step.remote(action, self._sampled), self._settings.step_seconds
         )
         return outcome
+
+    def sampled(self, sampled: Sampled) -> None:
+        self._sampled = sampled  # it goes with the step
 
     def snapshot(self) -> bytes | None:
         return self._snapshot  # it came with the answer

@@ -18,6 +18,10 @@ Keys of `info` that mean something to Manta:
     success    bool, on the last step: the environment's own verdict, where it has one
     malformed  bool: the action could not be read (whether that ends the episode is the environment's choice)
     rewards    dict, name -> number: what the step's reward is made of, for methods that weigh the parts
+    tools      dict, reason -> number: what became of the calls in this turn (Reason in envs/tools.py)
+    ended      dict: there has been an end, with these `terminated`, `truncated`, `success` and `malformed`, and further
+               turns are about it (a part asks for them). An episode that has no such turn left, or is cut in them,
+               ended so. None takes it back.
 
 An episode goes on after its worker is lost. An environment whose seed fixes all it does needs nothing for that: its
 actions are played again. One that is slow or does not repeat itself may offer `Snapshots`.
@@ -40,6 +44,7 @@ Split = Literal["all", "train", "heldout"]
 Instance = TypeVar("Instance")
 
 DIRECTIONS = ("tools", "forget", "go_on", "max_tokens")
+_END = ("terminated", "truncated", "success", "malformed")  # what `ended` of an info may say
 HELD_OUT = 8  # one instance in so many is held out
 MAX_DRAWS = 10_000  # instances tried for one that fits; options that leave none must fail, not wait
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n\t"
@@ -56,6 +61,16 @@ def named_rewards(info: Info) -> dict[str, float] | None:
     """The parts of a step's reward; None where the environment names none. TypeError, ValueError for junk."""
     named = info.get("rewards")
     return None if named is None else {str(key): float(value) for key, value in named.items()}
+
+
+def end_behind(info: Info) -> Info:
+    """What an info says of an end that lies behind, as {"ended": None or four bools at most}; empty: nothing."""
+    ended = info.get("ended")
+    if isinstance(ended, dict):
+        ended = {key: bool(ended[key]) for key in _END if ended.get(key) is not None}
+    elif ended is not None:  # another's word for something else
+        return {}
+    return {"ended": ended} if "ended" in info else {}
 
 
 def seat_of(info: Info) -> int:

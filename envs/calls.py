@@ -14,8 +14,8 @@ plain, for models too small for JSON: a line that begins with a name and a brack
     value = a JSON number, true, false, null, a JSON string, or words: any text without comma and double quote
 
 Arguments of the plain form have no names; they are read under their places, "1", "2", ... What begins as a call and is
-none is a `BadCall` with a reason: nothing is guessed, nothing raises, and the time taken is linear in the text. Whoever
-thinks aloud about calls should have those thoughts taken out before the text comes here.
+none is a `BadCall` with a reason: nothing is guessed, nothing raises, and the time taken is linear in the text. What is
+thought of calls is no call: `spoken` takes thoughts out first.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any, Literal, NoReturn
 Style = Literal["hermes", "plain"]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+THINK, THOUGHT = "<think>", "</think>"
 
 
 class Fault(StrEnum):
@@ -55,6 +56,11 @@ class BadCall:
 
     text: str
     why: Fault
+
+
+def spoken(text: str) -> str:
+    """What stands behind the last thought, and before one that is not closed; templates may open the first one."""
+    return text.rpartition(THOUGHT)[2].partition(THINK)[0]
 
 
 def parse_calls(text: str, style: Style = "hermes") -> tuple[str, list[Call | BadCall]]:

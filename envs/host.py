@@ -28,10 +28,11 @@ class HostSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    where: Literal["inline", "process", "ray"] = Field(
-        "inline",
+    where: Literal["auto", "inline", "process", "ray"] = Field(
+        "auto",
         description="inline: in the rollout worker, where nothing can stop a step; process: each replica in a process "
-        "of its own, killed when it does not answer in time; ray: in such a process on any node of the cluster",
+        "of its own, killed when it does not answer in time; ray: in such a process on any node of the cluster; auto: "
+        "inline for Manta's and Gymnasium's own environments, process for all others",
     )
     cpus_per_replica: float = Field(
         1.0, ge=0, description="where='ray': CPUs a replica claims from the cluster, of which a part will do"
@@ -104,6 +105,10 @@ class Replica(Protocol):
 
     async def step(self, action: str) -> Outcome: ...
 
+    def sampled(self, sampled: Sampled) -> None:
+        """How the turn came about that the next step brings."""
+        ...
+
     def snapshot(self) -> bytes | None:
         """The state after the last step, which did not end the episode; None where the environment offers none."""
         ...
@@ -126,7 +131,7 @@ class Sampled:
 
 @runtime_checkable
 class Told(Protocol):
-    """What a replica may offer: to hear how a turn came about, before the step that brings what was said."""
+    """What an environment may offer: to hear how a turn came about, before the step that brings what was said."""
 
     def sampled(self, sampled: Sampled) -> None: ...
 
@@ -141,6 +146,7 @@ class Inline:
         said = env.has_wrapper_attr("nondeterministic") and env.get_wrapper_attr("nondeterministic")
         self.nondeterministic = bool(said) or (spec is not None and spec.nondeterministic)
         self._env = env
+        self._told = env if isinstance(env, Told) else None
         self._state = reach(env)
 
     async def reset(self, seed: int) -> Observation:
@@ -149,6 +155,10 @@ class Inline:
 
     async def step(self, action: str) -> Outcome:
         return self._env.step(action)  # type: ignore[return-value]
+
+    def sampled(self, sampled: Sampled) -> None:
+        if self._told is not None:
+            self._told.sampled(sampled)
 
     def snapshot(self) -> bytes | None:
         return None if self._state is None else self._state.snapshot()

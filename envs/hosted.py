@@ -1,6 +1,6 @@
 """A replica in a process of its own: whatever it does there, it can be cut short, and it costs its episode only.
 
-    parent                                    child: a fresh interpreter, in a session of its own
+    parent                                    child of a nursery (nursery.py), in a session of its own
     Hosted.start      recipe, pickled   ->    makes the environment
     reset, step       a request         ->    asks the environment
                       <-   an answer          what it says, or the error it raised
@@ -21,15 +21,14 @@ import pickle
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Any
 
-from envs.base import Observation, named_rewards, seat_of
-from envs.child import end_with, import_path, inherited
+from envs.base import Observation, end_behind, named_rewards, seat_of
+from envs.child import end_with
 from envs.host import (
     Env,
     EnvironmentFailed,
@@ -38,9 +37,12 @@ from envs.host import (
     HostSettings,
     Inline,
     Outcome,
+    Sampled,
 )
+from envs.nursery import Forked, nursery
 from envs.registry import EnvironmentUnknown
 from envs.tool import ToolRefused
+from envs.tools import answers_by_reason
 
 _CLOSE_SECONDS = 2.0  # what an environment is given to close
 _LENGTHS = struct.Struct("<II")  # of the JSON and of the bytes behind it
@@ -61,16 +63,14 @@ class Hosted:
 
     reusable = True
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], channel: socket.socket, settings: HostSettings
-    ) -> None:
+    def __init__(self, process: Forked, channel: socket.socket, settings: HostSettings) -> None:
         self.nondeterministic = False
-        self.pid = process.pid
         self._process = process
         self._channel = channel
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._snapshot: bytes | None = None
+        self._sampled = Sampled(0, 0, cut=False)
         self._owes_answer = False
 
     @classmethod
@@ -79,18 +79,8 @@ class Hosted:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with theirs:
-            # The kernel kills the child when the thread that starts it ends: let that be the event loop's own.
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    f"from envs.hosted import serve; serve({theirs.fileno()}, {os.getpid()})",
-                ],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=inherited() | {"PYTHONPATH": import_path()},
-                start_new_session=True,
-            )
+            # A nursery ends with the thread that starts it: let that be the event loop's own.
+            process = nursery().bear(theirs)
         replica = cls(process, ours, settings)
         try:
             carried = recipe if isinstance(recipe, bytes) else pickle.dumps(recipe)
@@ -101,15 +91,23 @@ class Hosted:
         replica.nondeterministic = head["nondeterministic"]
         return replica
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     async def reset(self, seed: int) -> Observation:
         head, _ = await self._ask("reset", {"seed": seed}, self._settings.reset_seconds)
         observation: Observation = head["observation"]
         return observation
 
     async def step(self, action: str) -> Outcome:
-        head, blob = await self._ask("step", {"action": action}, self._settings.step_seconds)
+        asked = {"action": action, "sampled": astuple(self._sampled)}
+        head, blob = await self._ask("step", asked, self._settings.step_seconds)
         self._snapshot = blob if head["snapshot"] else None
         return head["observation"], head["reward"], head["terminated"], head["truncated"], head["info"]
+
+    def sampled(self, sampled: Sampled) -> None:
+        self._sampled = sampled  # it goes with the step
 
     def snapshot(self) -> bytes | None:
         return self._snapshot  # it came with the answer
@@ -124,7 +122,7 @@ class Hosted:
             if not self._owes_answer:
                 await self._exit_code(_CLOSE_SECONDS)
         finally:
-            self._kill()
+            self._process.kill()
         await self._exit_code(_CLOSE_SECONDS)
 
     async def _ask(self, what: str, head: dict[str, Any], seconds: float, blob: bytes = b"") -> Message:
@@ -136,7 +134,7 @@ class Hosted:
         except TimeoutError:
             if not clock.expired():
                 raise
-            self._kill()
+            self._process.kill(overdue=True)
             raise EnvironmentStuck(
                 f"its process {self.pid} did not answer within {seconds:g} s (env.host.{_limit(what)}) and was killed"
             ) from None
@@ -166,25 +164,10 @@ class Hosted:
 
     async def _exit_code(self, seconds: float) -> int | None:
         """The exit code, negative for a signal; None for a process that is still there after so long."""
-        if self._process.returncode is not None:
-            return self._process.returncode
         deadline = self._loop.time() + seconds
-        while not (ended := self._has_ended()) and self._loop.time() < deadline:
+        while (code := self._process.code()) is None and self._loop.time() < deadline:
             await asyncio.sleep(0.005)
-        if not ended:
-            return None
-        self._kill()  # what it started and left behind
-        return self._process.wait()
-
-    def _has_ended(self) -> bool:
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-    def _kill(self) -> None:
-        # Until it is waited for, its group has its id and no other process can get it.
-        if self._process.returncode is None:
-            # What has taken another user's id is not ours to kill.
-            with suppress(PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
+        return code
 
 
 @contextmanager
@@ -254,11 +237,15 @@ async def _answer(replica: Inline, request: dict[str, Any], blob: bytes) -> Mess
             return {}, b""
         case what:
             assert what == "step"
+            replica.sampled(Sampled(*request["sampled"]))
             observation, reward, terminated, truncated, info = await replica.step(request["action"])
             snapshot = None if terminated or truncated else replica.snapshot()
             told: dict[str, Any] = {key: bool(info[key]) for key in _INFO if info.get(key) is not None}
             if (named := named_rewards(info)) is not None:
                 told["rewards"] = named
+            told |= end_behind(info)
+            if reasons := answers_by_reason(info):
+                told["tools"] = reasons
             if seat := seat_of(info):
                 told["seat"] = seat
             answer = {

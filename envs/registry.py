@@ -183,11 +183,9 @@ def recipe(env_id: str, **options: Any) -> Callable[[], Env]:
 
 
 def is_trusted(env_id: str) -> bool:
-    """Whether an environment's code is Manta's or Gymnasium's own, and so trusted to end every step."""
-    if env_id in _OURS:
-        return isinstance(_OURS[env_id], str)
+    """Whether an environment's code is Manta's, registered here, or Gymnasium's own: trusted to end every step."""
     spec = gym.registry.get(env_id)
-    return spec is not None and str(spec.entry_point).startswith("gymnasium.envs.")
+    return env_id in _OURS or (spec is not None and str(spec.entry_point).startswith("gymnasium.envs."))
 
 
 def has_player(env_id: str) -> bool:

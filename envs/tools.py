@@ -14,7 +14,7 @@ import json
 import threading
 import typing
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import gymnasium as gym
 
 from envs.base import Info, Message, Observation, TalkSpace, messages_of, text_space
-from envs.calls import BadCall, Call, Fault, Style, parse_calls, write_call
+from envs.calls import BadCall, Call, Fault, Style, parse_calls, spoken, write_call
 from envs.tool import Schema, Tool, ToolGone, ToolRefused, WrongArguments, echo, line
 
 _FAULTS = {
@@ -48,6 +48,14 @@ class Reason(StrEnum):
     SPENT = "spent"  # the episode's calls are used up
 
 
+def answers_by_reason(info: Info) -> dict[str, int]:
+    """How many calls an info says were answered, by `Reason`; what else may be under that name is left out."""
+    counts = info.get("tools")
+    if not isinstance(counts, Mapping):
+        return {}
+    return {reason.value: count for reason in Reason if isinstance(count := counts.get(reason.value), int)}
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a policy is told of a call."""
@@ -57,7 +65,10 @@ class Answer:
 
 
 class Source(Protocol):
-    """Something that brings tools with it and must be closed: a server."""
+    """Something that brings tools with it and must be closed: a server.
+
+    How long a call may take is its own affair: its tools raise TimeoutError, and no other limit is put on them.
+    """
 
     @property
     def tools(self) -> Sequence[Tool]: ...
@@ -77,11 +88,11 @@ class Source(Protocol):
 class Toolbox:
     """The tools of one replica, and what a policy is told when it calls them.
 
-    max_result_chars: of an answer; what is longer is cut, and says so. call_seconds: wall clock for a call; None has no
-    limit and costs nothing. With a limit a call runs in a thread of its own, and one that takes longer is left behind:
-    nothing can stop a Python function, so it goes on beside the episode, with whatever it holds or changes, until it
-    returns or the process ends. Until then the same tool is not called again. Tools that need more than that belong in
-    an environment with a process of its own, or behind a server.
+    max_result_chars: of an answer; what is longer is cut, and says so. call_seconds: wall clock for a call of one of
+    `tools` (a source keeps its own limit); None has no limit and costs nothing. With a limit a call runs in a thread of
+    its own, and one that takes longer is left behind: nothing can stop a Python function, so it goes on beside the
+    episode, with whatever it holds or changes, until it returns or the process ends. Until then the same tool is not
+    called again. Tools that need more than that belong in an environment with a process of its own, or behind a server.
     """
 
     def __init__(
@@ -94,6 +105,7 @@ class Toolbox:
     ) -> None:
         self._sources = tuple(sources)
         given = [each if isinstance(each, Tool) else Tool.of(each) for each in tools]
+        self._functions = frozenset(tool.name for tool in given)
         given += [tool for source in self._sources for tool in source.tools]
         self._tools = {tool.name: tool for tool in given}
         if len(self._tools) < len(given):
@@ -156,7 +168,7 @@ class Toolbox:
         if tool is None:
             have = ", ".join(self._tools) or "none"
             return Answer(f"There is no tool {echo(call.name)}; there is: {have}.", Reason.UNKNOWN_TOOL)
-        if self._seconds is None:
+        if self._seconds is None or call.name not in self._functions:
             return _run(tool, call.arguments)
         return self._run_within(tool, call.arguments, self._seconds)
 
@@ -201,10 +213,12 @@ def _shown(result: Any) -> str:
 class ToolEnv(gym.Wrapper[Observation, str, Observation, str]):
     """Gives an environment tools. Turns that call some are answered here; the environment sees all others.
 
-    reset puts the tools' schemas on the first message; in the plain style each says so, under "style". A turn with
-    calls is answered with a message a call, `{"role": "tool", "name": ..., "content": ...}`; what else was written in
-    it is said to nobody. It pays nothing and ends nothing, and `info["tools"]` counts its answers by reason. Calls of
-    tools that the environment itself announces go on to it: one ToolEnv may stand around another.
+    The tools' schemas stand on the first message of every conversation: after a reset, and where the environment has it
+    begin anew; in the plain style each says so, under "style". A turn with calls, those in thoughts left out, is
+    answered with a message a call, `{"role": "tool", "name": ..., "content": ...}`; what else was written in it is said
+    to nobody. It pays nothing and ends nothing, and `info["tools"]` counts its answers by reason. Calls of tools that
+    the environment itself announces go on to it: one ToolEnv may stand around another, if they differ in names and
+    agree in style.
 
     max_calls: of an episode. Further ones are not made, and the answer says so; `grace` of them are forgiven, one more
     truncates the episode. verdict: the environment says whether an episode succeeded, so one truncated here did not.
@@ -244,16 +258,10 @@ class ToolEnv(gym.Wrapper[Observation, str, Observation, str]):
         self._toolbox.renew()
         observation, info = self.env.reset(seed=seed, options=options)
         self._asked = 0
-        schemas = self._toolbox.schemas()
-        if self._style == "plain":
-            schemas = [schema | {"style": "plain"} for schema in schemas]
-        first, *others = messages_of(observation)
-        announced = first.get("tools", [])
-        self._theirs = frozenset(schema["function"]["name"] for schema in announced)
-        return [first | {"tools": [*announced, *schemas]}, *others], info
+        return self._announced(messages_of(observation)), info
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, Info]:
-        _, calls = parse_calls(action, self._style)
+        _, calls = parse_calls(spoken(action), self._style)
         theirs = [call for call in calls if isinstance(call, Call) and self._is_theirs(call)]
         ours = [call for call in calls if not (isinstance(call, Call) and self._is_theirs(call))]
         said, reasons = self._answered(ours)
@@ -264,11 +272,14 @@ class ToolEnv(gym.Wrapper[Observation, str, Observation, str]):
             return said, 0.0, False, False, {"tools": dict(reasons)}
         handed_on = "\n".join(write_call(call, self._style) for call in theirs) if ours else action
         observation, reward, terminated, truncated, info = self.env.step(handed_on)
+        messages = messages_of(observation)
+        if messages[0].get("forget"):
+            observation = messages = self._announced(messages)
         if not ours:
             return observation, float(reward), terminated, truncated, info
-        info |= {"tools": dict(reasons + Counter(info.get("tools", {})))}
+        info |= {"tools": dict(reasons + Counter(answers_by_reason(info)))}
         # Theirs come first: their first message may direct the agent (see envs.base).
-        return [*messages_of(observation), *said], float(reward), terminated, truncated, info
+        return [*messages, *said], float(reward), terminated, truncated, info
 
     def close(self) -> None:
         try:
@@ -283,6 +294,22 @@ class ToolEnv(gym.Wrapper[Observation, str, Observation, str]):
             "nondeterministic"
         )
         return bool(inside) or not self._toolbox.repeatable
+
+    def _announced(self, messages: list[Message]) -> list[Message]:
+        """A conversation's beginning with all tools there are. ToolRefused where theirs and ours do not go together."""
+        first, *others = messages
+        theirs = first.get("tools", [])
+        self._theirs = frozenset(schema["function"]["name"] for schema in theirs)
+        schemas = self._toolbox.schemas()
+        if twice := sorted(self._theirs & {schema["function"]["name"] for schema in schemas}):
+            raise ToolRefused(f"two tools are called {' and '.join(twice)}; a name must be one tool's")
+        if any(schema.get("style", "hermes") != self._style for schema in theirs):
+            raise ToolRefused(
+                f"tools around an environment whose own are called otherwise than style={self._style!r}; use its style"
+            )
+        if self._style == "plain":
+            schemas = [schema | {"style": "plain"} for schema in schemas]
+        return [first | {"tools": [*theirs, *schemas]}, *others]
 
     def _is_theirs(self, call: Call) -> bool:
         return call.name in self._theirs and not self._toolbox.has(call)

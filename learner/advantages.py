@@ -17,17 +17,20 @@ from rollout.wire.trajectory import Float32Array
 Float64Array = NDArray[np.float64]
 
 
-def group_normalized(rewards_G: ArrayLike, eps: float = 1e-6) -> Float32Array:
+def group_normalized(
+    rewards_G: ArrayLike, eps: float = 1e-6, judged_G: ArrayLike | None = None
+) -> Float32Array:
     """Group-relative advantages (r - mean) / (std + eps), Shao et al. 2024 (DeepSeekMath), section 4.1.
 
     The paper leaves open which standard deviation it takes; this is the population one (divided by G, not by
     G - 1). A group whose rewards are all equal says nothing about its episodes and gets exact zeros.
 
-    rewards_G: [G] reward of each sibling, at least two. Returns float32 [G]. ValueError for a smaller group
-    or a reward that is not finite; so do the other group baselines.
+    rewards_G: [G] reward of each sibling, at least two; judged_G: of these it is asked whether all are equal (None: of
+    the rewards), since a small cost beside equal rewards would be divided by its own deviation. Returns float32 [G].
+    ValueError for a smaller group or a reward that is not finite; so do the other group baselines.
     """
     exact_G = _group(rewards_G)
-    return _divided(exact_G - exact_G.mean(), exact_G.std(), eps, exact_G)
+    return _divided(exact_G - exact_G.mean(), exact_G.std(), eps, _judged(exact_G, judged_G))
 
 
 def group_centered(rewards_G: ArrayLike) -> Float32Array:
@@ -43,15 +46,18 @@ def leave_one_out(rewards_G: ArrayLike) -> Float32Array:
     return _divided(exact_G - others_G, 1.0, 0.0, exact_G)
 
 
-def mean_normalized(rewards_G: ArrayLike, eps: float = 1e-6) -> Float32Array:
+def mean_normalized(
+    rewards_G: ArrayLike, eps: float = 1e-6, judged_G: ArrayLike | None = None
+) -> Float32Array:
     """(r - mean) / (mean + eps): hard tasks weigh more. Tajwar et al. 2026 (MaxRL, arXiv 2602.02710), section 4.
 
-    Made for rewards that are never negative; a group whose mean is not positive gets zeros.
+    Made for rewards that are never negative; a group whose mean is not positive gets zeros. judged_G: as in
+    `group_normalized`.
     """
     exact_G = _group(rewards_G)
     if exact_G.mean() <= 0:
         return np.zeros(exact_G.size, np.float32)
-    return _divided(exact_G - exact_G.mean(), exact_G.mean(), eps, exact_G)
+    return _divided(exact_G - exact_G.mean(), exact_G.mean(), eps, _judged(exact_G, judged_G))
 
 
 def decoupled(rewards_GR: ArrayLike, weights_R: ArrayLike, eps: float = 1e-6) -> Float32Array:
@@ -111,14 +117,19 @@ def gae(
 
 
 def anchored(
-    values: Sequence[ArrayLike], anchors: Sequence[Sequence[Hashable]], divide: bool, eps: float = 1e-6
+    values: Sequence[ArrayLike],
+    anchors: Sequence[Sequence[Hashable]],
+    divide: bool,
+    eps: float = 1e-6,
+    judged: Sequence[ArrayLike] | None = None,
 ) -> list[Float32Array]:
     """Every turn against all turns of its group that began in the same state: one float32 [K] for each episode.
 
     Feng et al. 2025 (GiGPO, arXiv 2505.10978), section 3.3: A = (R - mean) / (std + eps) among the discounted returns
     of one anchor state. divide=False leaves the division away. A state met once has no one to compare with: zero.
 
-    values: [K] of each sibling, its discounted returns; anchors: the state each of those turns began in.
+    values: [K] of each sibling, its discounted returns; anchors: the state each of those turns began in; judged: as in
+    `group_normalized`.
     """
     met: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)
     for episode, states in enumerate(anchors):
@@ -130,7 +141,9 @@ def anchored(
         if len(places) < 2:
             continue
         here = np.array([exact[episode][turn] for episode, turn in places])
-        scaled = _divided(here - here.mean(), here.std() if divide else 1.0, eps if divide else 0.0, here)
+        asked = None if judged is None else [np.asarray(judged[episode])[turn] for episode, turn in places]
+        scale, added = (here.std(), eps) if divide else (1.0, 0.0)
+        scaled = _divided(here - here.mean(), scale, added, _judged(here, asked))
         for (episode, turn), value in zip(places, scaled, strict=True):
             out[episode][turn] = value
     return out
@@ -167,8 +180,12 @@ def _group(rewards_G: ArrayLike) -> Float64Array:
     return exact_G
 
 
-def _divided(centered: Float64Array, scale: float, eps: float, original: Float64Array) -> Float32Array:
+def _judged(exact_G: Float64Array, judged_G: ArrayLike | None) -> Float64Array:
+    return exact_G if judged_G is None else np.asarray(judged_G, np.float64)
+
+
+def _divided(centered: Float64Array, scale: float, eps: float, judged: Float64Array) -> Float32Array:
     """Exact zeros where all were equal: their centre may be a rounding away from them."""
-    if original.min() == original.max():
-        return np.zeros(original.size, np.float32)
+    if judged.min() == judged.max():
+        return np.zeros(judged.size, np.float32)
     return (centered / (scale + eps)).astype(np.float32)

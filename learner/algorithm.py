@@ -111,6 +111,27 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         """Optimizer steps of one learner step."""
         return self.minibatches * self.epochs
 
+    def policy_steps(self, steps: int) -> int:
+        """Optimizer steps of the policy in so many learner steps: while the critic warms up, it makes none."""
+        waiting = 0 if self.critic is None else self.critic.warmup_steps
+        return max(0, steps - waiting) * self.updates
+
+    @property
+    def weighs_behavior(self) -> bool:
+        """Whether what sampled a token has a say in its gradient, by the loss's ratio or by a correction."""
+        corrected = any(part.needs_ratio for part in self.corrections)
+        return corrected or (self.proximal == "behavior" and self.loss.has_ratio)
+
+    @model_validator(mode="after")
+    def _loss_knows_how_far_it_is(self) -> AlgorithmSettings:
+        if self.updates > 1 and not self.loss.has_ratio:
+            raise ValueError(
+                f"loss.kind={self.loss.kind!r} has no ratio to what sampled: after the first of minibatches * epochs = "
+                f"{self.updates} optimizer steps on a batch its gradient is no more the policy's; use 1 of each, or "
+                "kind = 'cispo', the same weighed by a ratio"
+            )
+        return self
+
     @model_validator(mode="after")
     def _parts_fit(self) -> AlgorithmSettings:
         every_token = {

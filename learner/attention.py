@@ -1,11 +1,8 @@
 """Attention over packed sequences, for any Hugging Face causal model that has pluggable attention.
 
 `register()` makes the name "manta_packed" known to transformers. A model loaded with
-attn_implementation="manta_packed" is then called with one row that holds whole sequences end to end:
-
-    model(input_ids=(1, T), position_ids=(1, T), cu_seq_lens_q=(B + 1,), max_length_q=int, use_cache=False)
-
-and every token attends to itself and the tokens before it in its own sequence only. No mask function is
+attn_implementation="manta_packed" is then called with one row that holds whole sequences end to end, as `hidden_states`
+does, and every token attends to itself and the tokens before it in its own sequence only. No mask function is
 registered under the name, and so transformers builds no mask; nor is a [T, T] matrix built here.
 
 On CUDA in half precision it is torch's own variable-length attention, where this torch has one. Everywhere
@@ -24,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 NAME = "manta_packed"
 
@@ -50,6 +47,25 @@ def register() -> str:
     """Tell transformers about packed attention (again is harmless) and return its name."""
     AttentionInterface.register(NAME, packed_attention)
     return NAME
+
+
+def hidden_states(
+    model: PreTrainedModel, ids_T: Tensor, cu_seqlens_B: Tensor, longest: int, **beside: Tensor
+) -> Tensor:
+    """Final hidden states [T, D] of a packed row, without the logits of the whole row.
+
+    beside: positions, and what the model perceives.
+    """
+    found: Tensor = model.base_model(
+        input_ids=ids_T[None],
+        use_cache=False,
+        cu_seq_lens_q=cu_seqlens_B,
+        cu_seq_lens_k=cu_seqlens_B,
+        max_length_q=longest,
+        max_length_k=longest,
+        **beside,
+    ).last_hidden_state[0]
+    return found
 
 
 def packed_attention(

@@ -76,6 +76,8 @@ class MicroBatch:
     values_N: Tensor | None = None  # float32; the critic's before the first update on the batch
     value_targets_N: Tensor | None = None  # float32
     seen_B: tuple[Seen | None, ...] = ()  # of every sequence; empty where none perceives anything
+    # Weight version -> how many of the scored tokens it sampled: known without asking the device.
+    tokens_by_version: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def sequence_N(self) -> Tensor:
@@ -223,6 +225,8 @@ def row_of(sequences: Sequence[TokenSequence]) -> MicroBatch:
     def scored(arrays: list[NDArray[np.generic]]) -> NDArray[np.generic]:
         return np.concatenate([array[1:] for array in arrays])[sampled_T]
 
+    versions_N = scored([s.versions_T for s in sequences])
+    versions, counts = np.unique(versions_N, return_counts=True)
     return MicroBatch(
         input_ids_T=_int64(np.concatenate([s.token_ids_T[:-1] for s in sequences])),
         position_ids_T=_int64(np.concatenate([np.arange(length) for length in lengths_B])),
@@ -233,8 +237,9 @@ def row_of(sequences: Sequence[TokenSequence]) -> MicroBatch:
         targets_N=_int64(scored([s.token_ids_T for s in sequences])),
         behavior_logprobs_N=_float32(scored([s.behavior_logprobs_T for s in sequences])),
         advantages_N=_float32(scored([s.advantages_T for s in sequences])),
-        versions_N=_int64(scored([s.versions_T for s in sequences])),
+        versions_N=_int64(versions_N),
         seen_B=tuple(s.seen for s in sequences) if any(s.seen for s in sequences) else (),
+        tokens_by_version=dict(zip(versions.tolist(), counts.tolist(), strict=True)),
         weights_N=_float32(np.repeat([s.weight for s in sequences], [s.num_sampled for s in sequences])),
         **{
             f"{name}_N": _float32(scored([s.columns[name] for s in sequences]))

@@ -128,10 +128,13 @@ def save(
 
 
 def load(folder: Path) -> Contents:
-    """Read a checkpoint's state; the weights are read from `folder / MODEL`. CheckpointError if broken."""
+    """Read a checkpoint's state; the weights are read from `folder / MODEL`. CheckpointError if broken.
+
+    Tensors are mapped: of several ranks on one machine each has only the part in its memory that it copies.
+    """
     state = _verified(folder)
     try:
-        tensors = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        tensors = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
         return Contents(
             version=int(state["version"]),
             cursor=dict(state["cursor"]),

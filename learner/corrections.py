@@ -44,18 +44,20 @@ def geometric_within(log_ratio_N: Tensor, sequence_N: Tensor, low: float, high: 
     return (ratio_N >= low) & (ratio_N <= high)
 
 
-def effective_sample_share(ratio_N: Tensor) -> Tensor:
+def effective_sample_share(total: float, squares: float, count: float) -> float:
     """(sum w)^2 / (N sum w^2), between 1 / N and 1: the share of the tokens that the ratios leave. Kish 1965."""
-    return ratio_N.sum() ** 2 / (len(ratio_N) * (ratio_N**2).sum())
+    return total / count * (total / squares)
 
 
 class _Correction(BaseModel, extra="forbid", frozen=True):
     needs_ratio: ClassVar[bool] = True  # is 1 everywhere where the behaviour policy is the proximal one
+    masks: ClassVar[bool] = True  # may be 0
 
 
 class TruncatedImportance(_Correction):
     """Truncated importance sampling, per token or per sequence."""
 
+    masks: ClassVar[bool] = False
     kind: Literal["tis"] = "tis"
     of: Literal["token", "sequence"] = Field(
         default="token", description="whose ratio; a sequence's is the product"

@@ -60,10 +60,15 @@ class Episode:
         )
 
     @property
+    def paid(self) -> float:
+        """What the task paid for the whole episode, whatever its tokens cost."""
+        return float(self.rewards_K.sum())
+
+    @property
     def reward(self) -> float:
         """Of the whole episode."""
         extra = 0.0 if self.token_rewards_N is None else float(self.token_rewards_N.sum(dtype=np.float64))
-        return float(self.rewards_K.sum()) + extra
+        return self.paid + extra
 
     @property
     def rewards_N(self) -> Float64Array:
@@ -93,10 +98,10 @@ class Episode:
         wide_K = np.broadcast_to(np.asarray(values_K, np.float32), (len(self.tokens_K),))
         return np.repeat(wide_K, self.tokens_K)
 
-    def turn_returns(self, gamma: float) -> Float32Array:
-        """Discounted by turns, float32 [K]; what tokens cost belongs to their turn."""
+    def turn_returns(self, gamma: float, costs: bool = True) -> Float32Array:
+        """Discounted by turns, float32 [K]; what tokens cost belongs to their turn, and may be left away."""
         rewards_K = self.rewards_K
-        if self.token_rewards_N is not None:
+        if costs and self.token_rewards_N is not None:
             borders = np.cumsum(self.tokens_K)[:-1]
             rewards_K = rewards_K + np.array(
                 [part.sum(dtype=np.float64) for part in np.split(self.token_rewards_N, borders)]
@@ -109,25 +114,34 @@ Credit = list[list[Float32Array]]  # for each episode, [N]
 
 
 class _Estimator(BaseModel, extra="forbid", frozen=True):
-    # Compares episodes of one task: a group of one has nothing to compare with.
-    siblings: ClassVar[bool] = False
+    # Compares the rewards of whole episodes with their siblings' and nothing else: equal ones have no advantage.
+    totals: ClassVar[bool] = False
     turns: ClassVar[bool] = False  # compares turns: nothing is gained on episodes of one
     critic: ClassVar[bool] = False  # asks a critic
     shaped: ClassVar[bool] = True  # reads the episode's reward, to which penalties are added
 
+    @property
+    def siblings(self) -> bool:
+        """Whether its baseline is of episodes of one task: a group of one has nothing to compare with."""
+        return self.totals
+
 
 class GroupCredit(_Estimator):
-    """GRPO: rewards compared with the siblings'; without `divide` it is Dr. GRPO."""
+    """GRPO: rewards compared with the siblings'; without `divide` it is Dr. GRPO.
 
-    siblings: ClassVar[bool] = True
+    Whether siblings earned the same is asked of what the task paid: divided by its own deviation, what their tokens
+    cost would else be the whole advantage of a group that the task says nothing of, however little it is.
+    """
+
+    totals: ClassVar[bool] = True
     kind: Literal["group"] = "group"
     divide: bool = Field(default=True, description="by the group's standard deviation")
     eps: float = Field(default=1e-6, ge=0, description="added to the standard deviation")
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
-        def compare(rewards_G: ArrayLike) -> Float32Array:
+        def compare(rewards_G: ArrayLike, paid_G: ArrayLike) -> Float32Array:
             if self.divide:
-                return advantages.group_normalized(rewards_G, self.eps)
+                return advantages.group_normalized(rewards_G, self.eps, paid_G)
             return advantages.group_centered(rewards_G)
 
         return [_compared(group, compare) for group in groups]
@@ -136,22 +150,25 @@ class GroupCredit(_Estimator):
 class LeaveOneOutCredit(_Estimator):
     """RLOO: rewards against the mean of the siblings'."""
 
-    siblings: ClassVar[bool] = True
+    totals: ClassVar[bool] = True
     kind: Literal["rloo"] = "rloo"
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
-        return [_compared(group, advantages.leave_one_out) for group in groups]
+        return [_compared(group, lambda r, _: advantages.leave_one_out(r)) for group in groups]
 
 
 class MaximumLikelihoodCredit(_Estimator):
     """MaxRL: rewards against the group's mean, divided by it."""
 
-    siblings: ClassVar[bool] = True
+    totals: ClassVar[bool] = True
     kind: Literal["maxrl"] = "maxrl"
     eps: float = Field(default=1e-6, ge=0, description="added to the mean")
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
-        return [_compared(group, lambda r: advantages.mean_normalized(r, self.eps)) for group in groups]
+        return [
+            _compared(group, lambda r, paid: advantages.mean_normalized(r, self.eps, paid))
+            for group in groups
+        ]
 
 
 class ReinforceCredit(_Estimator):
@@ -162,6 +179,10 @@ class ReinforceCredit(_Estimator):
     group_baseline: bool = Field(
         default=False, description="take the mean of the siblings' rewards away first"
     )
+
+    @property
+    def siblings(self) -> bool:
+        return self.group_baseline
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
         flat = []
@@ -183,10 +204,14 @@ class ReturnsCredit(_Estimator):
         description="what returns are normalized over: the turns of the group, those of the batch, or nothing",
     )
 
+    @property
+    def siblings(self) -> bool:
+        return self.baseline == "group"
+
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
         turns = [[episode.turn_returns(self.gamma) for episode in group] for group in groups]
         if self.baseline == "group":
-            turns = [advantages.globally_normalized(of_group) for of_group in turns]
+            turns = [self._of_group(group, of_group) for group, of_group in zip(groups, turns, strict=True)]
         elif self.baseline == "batch":
             flat = [values_K for of_group in turns for values_K in of_group]
             turns = _regrouped(advantages.globally_normalized(flat, ranks=ranks), groups)
@@ -195,17 +220,27 @@ class ReturnsCredit(_Estimator):
             for group, of_group in zip(groups, turns, strict=True)
         ]
 
+    def _of_group(self, group: Sequence[Episode], turns: Sequence[Float32Array]) -> list[Float32Array]:
+        """Normalized; zeros where the task paid all the same, as in `GroupCredit`."""
+        paid = np.concatenate([episode.turn_returns(self.gamma, costs=False) for episode in group])
+        if paid.size and paid.min() == paid.max():
+            return [np.zeros_like(values_K) for values_K in turns]
+        return advantages.globally_normalized(turns)
+
 
 class AnchoredCredit(_Estimator):
     """GiGPO: episodes against their siblings, plus every turn against the turns that began in the same state."""
 
-    siblings: ClassVar[bool] = True
     turns: ClassVar[bool] = True
     kind: Literal["gigpo"] = "gigpo"
     gamma: float = Field(default=0.95, gt=0, le=1, description="discount from turn to turn")
-    weight: float = Field(default=1.0, ge=0, description="of the comparison of turns")
+    weight: float = Field(default=1.0, gt=0, description="of the comparison of turns")
     divide: bool = Field(default=True, description="by the standard deviations")
     eps: float = Field(default=1e-6, ge=0, description="added to the standard deviations")
+
+    @property
+    def siblings(self) -> bool:
+        return True
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
         whole = GroupCredit(divide=self.divide, eps=self.eps)(groups)
@@ -213,7 +248,8 @@ class AnchoredCredit(_Estimator):
         for group, wholes in zip(groups, whole, strict=True):
             values = [episode.turn_returns(self.gamma) for episode in group]
             anchors = [episode.anchors_K for episode in group]
-            turns = advantages.anchored(values, anchors, self.divide, self.eps)
+            paid = [e.turn_returns(self.gamma, costs=False) for e in group] if self.divide else None
+            turns = advantages.anchored(values, anchors, self.divide, self.eps, paid)
             credit.append(
                 [
                     whole_N + np.float32(self.weight) * episode.over_tokens(turn_K)
@@ -224,18 +260,26 @@ class AnchoredCredit(_Estimator):
 
 
 class DecoupledCredit(_Estimator):
-    """GDPO: each of the environment's named rewards compared by itself, summed, normalized over the batch."""
+    """GDPO: each of the environment's named rewards compared by itself, summed, normalized over the batch.
 
-    siblings: ClassVar[bool] = True
+    A name that an episode lacks, one that was cut off before it was given say, counts 0. ValueError, on all ranks
+    alike, for one that no episode of the batch has, and for a reward that is not finite.
+    """
+
     shaped: ClassVar[bool] = False
     kind: Literal["gdpo"] = "gdpo"
     weights: dict[str, float] = Field(min_length=1, description="named reward -> weight")
     eps: float = Field(default=1e-6, ge=0, description="added to the standard deviations")
 
+    @property
+    def siblings(self) -> bool:
+        return True
+
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+        self._require_named(groups, ranks)
         flat: list[Float32Array] = []
         for group in groups:
-            rewards_GR = [[self._named(episode, name) for name in self.weights] for episode in group]
+            rewards_GR = [[(e.named or {}).get(name, 0.0) for name in self.weights] for e in group]
             flat.append(advantages.decoupled(rewards_GR, list(self.weights.values()), self.eps))
         normal = advantages.globally_normalized(flat, self.eps, ranks)
         return [
@@ -243,15 +287,20 @@ class DecoupledCredit(_Estimator):
             for group, values in zip(groups, normal, strict=True)
         ]
 
-    def _named(self, episode: Episode, name: str) -> float:
-        found = episode.named or {}
-        if name not in found:
-            has = ", ".join(sorted(found)) or "none"
-            raise ValueError(
-                f"credit.weights names the reward {name!r}, but an episode has {has}; an environment gives them "
-                "in info['rewards']"
-            )
-        return found[name]
+    def _require_named(self, groups: Groups, ranks: Ranks) -> None:
+        own = [(episode.named or {}) for group in groups for episode in group]
+        broken = [name for named in own for name in self.weights if not np.isfinite(named.get(name, 0.0))]
+        said = ranks.gather([sorted({name for named in own for name in named}), broken])
+        given = {name for names, _ in said for name in names}
+        for name in self.weights:
+            if name not in given:
+                has = ", ".join(sorted(given)) or "none"
+                raise ValueError(
+                    f"credit.weights names the reward {name!r}, but the batch's episodes have {has}; an environment "
+                    "gives them in info['rewards']"
+                )
+            if any(name in names for _, names in said):
+                raise ValueError(f"the named reward {name!r} of an episode is not finite")
 
 
 class GaeCredit(_Estimator):
@@ -294,9 +343,11 @@ AnyCredit = Annotated[
 ]
 
 
-def _compared(group: Sequence[Episode], compare: Callable[[ArrayLike], Float32Array]) -> list[Float32Array]:
-    """One number for each episode, at all of its sampled tokens."""
-    values = compare([episode.reward for episode in group])
+def _compared(
+    group: Sequence[Episode], compare: Callable[[ArrayLike, ArrayLike], Float32Array]
+) -> list[Float32Array]:
+    """One number for each episode, at all of its sampled tokens. compare: of (rewards, what the task paid of them)."""
+    values = compare([episode.reward for episode in group], [episode.paid for episode in group])
     return [episode.over_tokens(value) for episode, value in zip(group, values, strict=True)]
 
 

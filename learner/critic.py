@@ -25,7 +25,7 @@ from learner.model import Policy
 from learner.optim import Optimizer
 from learner.prepare import Example, and_after
 from learner.shards import gathered_state, laid_out, shard
-from learner.step import Auxiliary, accumulate
+from learner.step import Auxiliary, Stats, accumulate
 
 _TRUNK, _HEAD = "trunk", "head.safetensors"
 Row = dict[str, float]
@@ -77,9 +77,11 @@ class ValueHead:
 
 
 class PolicyStep(Protocol):
-    """`train_step` of a learner's policy, which a critic may give something to learn besides."""
+    """`train_step` of a learner's policy, which a critic may give something to learn besides, or hold back."""
 
-    def __call__(self, batch: Batch, *, auxiliary: Auxiliary | None = None) -> Row: ...
+    def __call__(
+        self, batch: Batch, *, auxiliary: Auxiliary | None = None, agree: Callable[[], bool]
+    ) -> Row: ...
 
 
 class Critic(Protocol):
@@ -110,7 +112,7 @@ class Critic(Protocol):
         """
 
     def step_with(self, policy_step: PolicyStep, batch: Batch, whole: Batch) -> Row:
-        """The same and a step of the policy, with the metrics of both; if that can not be made, neither is.
+        """The same and a step of the policy, with the metrics of both; if one of them is not finite, neither is made.
 
         batch: what the policy needs to see; whole: what a critic does, the sequences without advantage too.
         """
@@ -174,8 +176,11 @@ class OwnCritic:
         return means | _moved(self.optimizer, math.isfinite(loss))
 
     def step_with(self, policy_step: PolicyStep, batch: Batch, whole: Batch) -> Row:
-        row = policy_step(batch)
-        return row if row["skipped_step"] else row | self.step(whole)
+        self.optimizer.zero_grad()
+        loss, means = accumulate(self.trunk, whole, self._loss)
+        finite = math.isfinite(loss) and math.isfinite(self.optimizer.grad_norm())
+        row = policy_step(batch, agree=lambda: finite)
+        return row | means | _moved(self.optimizer, finite=not row["skipped_step"])
 
     def writer(self) -> Callable[[Path], None]:
         weights, write_head = self.trunk.whole_state(), self.head.writer()
@@ -189,7 +194,7 @@ class OwnCritic:
     def _values(self, micro: MicroBatch) -> Tensor:
         return self.head(self.trunk.hidden(micro))
 
-    def _loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, micro: MicroBatch) -> tuple[Tensor, Stats]:
         return _towards_targets(self._values(micro), micro, self.settings.value_clip)
 
 
@@ -237,7 +242,7 @@ class SharedCritic:
                 example.columns["proximal_logprobs"] = before_NC[:, 1]
 
     def step(self, batch: Batch) -> Row:
-        def loss_of(micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss_of(micro: MicroBatch) -> tuple[Tensor, Stats]:
             with torch.no_grad():
                 hidden_ND = self._policy.hidden(micro)
             return self._loss(micro, hidden_ND)
@@ -248,21 +253,21 @@ class SharedCritic:
 
     def step_with(self, policy_step: PolicyStep, batch: Batch, whole: Batch) -> Row:
         self.optimizer.zero_grad()
-        row = policy_step(whole, auxiliary=self._loss)
+        row = policy_step(
+            whole, auxiliary=self._loss, agree=lambda: math.isfinite(self.optimizer.grad_norm())
+        )
         return row | _moved(self.optimizer, finite=not row["skipped_step"])
 
     def writer(self) -> Callable[[Path], None]:
         return self.head.writer()
 
-    def _loss(self, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, Stats]:
         values_N = self.head(hidden_ND.detach() if self.settings.detach else hidden_ND)
         loss_N, stats = _towards_targets(values_N, micro, self.settings.value_clip)
         return self.settings.value_coefficient * loss_N, stats
 
 
-def _towards_targets(
-    values_N: Tensor, micro: MicroBatch, clip: float | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _towards_targets(values_N: Tensor, micro: MicroBatch, clip: float | None) -> tuple[Tensor, Stats]:
     """Value loss [N] of a row, and its statistics."""
     old_N, targets_N = micro.values_N, micro.value_targets_N
     assert old_N is not None and targets_N is not None
@@ -276,5 +281,5 @@ def _moved(optimizer: Optimizer, finite: bool) -> Row:
     report = optimizer.step(finite)
     return {
         "value_grad_norm": report.grad_norm,
-        "value_skipped_step": 0.0 if report.applied else 1.0,
+        "value_skipped_step": float(not report.finite),
     }

@@ -1,6 +1,6 @@
 """The ranks of a learner after the first: each does what rank 0's loop tells all of them, and nothing by itself.
 
-A verb that fails everywhere alike (a step that was not finite, a disk that is full) is rank 0's to report.
+A verb that fails everywhere alike (a batch that is refused, a disk that is full) is rank 0's to report.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from learner.learner import Learner, NonFinite
+from learner.learner import Learner
 from learner.loop import Row, Source, to_its_end
 from learner.publish import take_snapshot
 from learner.ranks import touching
+from learner.refusal import BatchRefused
 from rollout.wire.schema import decode
 
 
@@ -41,7 +42,7 @@ class Follower:
             )
         groups = [decode(batch) for batch in self._batches]
         self._batches = ()
-        with suppress(NonFinite):
+        with suppress(BatchRefused):
             await self._do(self._learner.step, groups)
 
     async def snapshot(self) -> None:

@@ -15,16 +15,18 @@ from torch import Tensor
 
 from learner import checkpoint
 from learner.aggregation import Aggregation, token_weights
-from learner.batch import Batch, MicroBatch, TokenSequence, longest_row, pack
+from learner.batch import Batch, MicroBatch, TokenSequence, pack
 from learner.credit import GaeCredit
 from learner.critic import Critic, critic_of
 from learner.describe import describe
-from learner.model import ModelError, Policy
+from learner.model import Policy
 from learner.optim import Optimizer
 from learner.prepare import Example, of_tokens
 from learner.ranks import ALONE, Ranks
 from learner.reference import Reference
+from learner.refusal import MOST_REFUSED, BatchRefused, require_groups, require_rewards
 from learner.regularizers import divergence
+from learner.rehearsal import rehearse
 from learner.settings import LearnerSettings
 from learner.shards import gathered_tree
 from learner.step import PolicyObjective, cross_entropy_objective, sizes, train_step
@@ -32,11 +34,14 @@ from rollout.wire.share import deal
 from rollout.wire.trajectory import Float32Array, Group
 
 # Summed over optimizer steps, not averaged.
-_COUNTS = ("tokens_trained", "tokens_scored", "tokens_sampled", "skipped_step", "value_skipped_step")
-
-
-class NonFinite(RuntimeError):
-    """Loss or gradient of a batch was not finite; nothing was changed."""
+_COUNTS = (
+    "tokens_trained",
+    "tokens_scored",
+    "tokens_sampled",
+    "skipped_step",
+    "idle_step",
+    "value_skipped_step",
+)
 
 
 class Learner:
@@ -63,7 +68,8 @@ class Learner:
         self.version = 0
         self.policy = Policy(settings.model, ranks)
         self._optimizer_steps = total_steps and total_steps * settings.algorithm.updates
-        self.optimizer = Optimizer(self.policy.parameters(), settings.optim, self._optimizer_steps)
+        self._policy_steps = total_steps and settings.algorithm.policy_steps(total_steps)
+        self.optimizer = Optimizer(self.policy.parameters(), settings.optim, self._policy_steps)
         self._tokenizer = checkpoint.tokenizer_files(settings.model.path)
         self._temperature = temperature
         self._rng = np.random.default_rng(seed)
@@ -73,74 +79,62 @@ class Learner:
     def step(self, groups: Sequence[Group]) -> dict[str, float]:
         """Learn from groups of sibling episodes; the version becomes one higher.
 
-        Returns train_step's metrics and the critic's (means over optimizer steps; counts are sums) and those of
-        `describe`. ValueError where a group has too few trainable episodes for the estimator. NonFinite where the first
-        optimizer step of the batch could not be made; a later one is left out and counted in "skipped_step".
+        Returns train_step's metrics and the critic's (means over optimizer steps; counts are sums), those of
+        `describe`, and "scored_share": of the tokens sampled, those that were computed, of which the statistics are.
+        BatchRefused where the batch gives no credit, or an optimizer step on it is not finite: parameters, moments and
+        generators are then, to the bit, what they were before the batch. Where it makes several optimizer steps, host
+        memory holds a copy of parameters and moments meanwhile.
         """
         _use_threads(self.settings.threads)
         algorithm = self.settings.algorithm
         self._begin()
+        require_groups(groups, algorithm.credit.kind if algorithm.credit.siblings else None, self.ranks)
         described = describe(groups, self.version, self.ranks)
         examples = self._credited(groups)
         if self._fixes_proximal:
             self._fix_proximal(examples)
-        objective = PolicyObjective(algorithm, self.version)
-        teach = partial(
-            train_step, self.policy, self.optimizer, objective=objective, temperature=self._temperature
-        )
+        # The first update is made only when it is known to be finite.
+        put_back = self._keep() if algorithm.updates > 1 else None
         rows: list[dict[str, float]] = []
         for batch, whole in self._batches(examples):
-            if self._critic is None:
-                row = teach(batch)
-            elif self.version < self._critic.warmup_steps:
-                row = {"skipped_step": 0.0} | sizes(whole, self.ranks) | self._critic.step(whole)
-            else:
-                row = self._critic.step_with(teach, batch, whole)
-            if row["skipped_step"] and not rows:
-                raise NonFinite(f"loss {row['loss']:g}, gradient norm {row['grad_norm']:g}")
-            rows.append(row)
+            rows.append(row := self._update(batch, whole))
+            if row["skipped_step"] or row.get("value_skipped_step"):
+                if put_back:
+                    put_back()
+                raise BatchRefused(_not_finite(row))
         self.version += 1
+        merged = _merged(rows)
         return {
-            **_merged(rows),
+            **merged,
             **described,
+            "scored_share": merged["tokens_scored"] / max(merged["tokens_sampled"], 1.0),
             "zero_advantage_fraction": self._share(not example.advantages_N.any() for example in examples),
             "cut_short": self._share(not e.episode.ended and e.episode.values is None for e in examples),
             "version": float(self.version),
         }
 
     def rehearse(self, longest: int) -> None:
-        """Compute the largest row there can be, forward and backward, and throw it away: what does not fit fails now.
+        """Fail now where a step of the largest row would not fit into memory: see rehearsal.py.
 
-        longest: tokens of the longest sequence. Weights and generators stay as they are. ModelError says what to lower.
+        longest: tokens of the longest sequence. ModelError says what to lower.
         """
-        size = self.settings.tokens_per_microbatch
-        row = longest_row(min(longest, self.policy.context), size)
-        try:
-            # Moments come with the first step: their memory must be there beside a row's.
-            moments = [torch.empty_like(p) for p in self.policy.parameters() for _ in range(2)]
-            self.optimizer.zero_grad()
-            logprobs_N, entropy_N = self.policy.score(row.to(self.policy.device), self._temperature)
-            (logprobs_N.sum() + entropy_N.sum()).backward()
-            self.optimizer.zero_grad()
-            del moments
-        except torch.OutOfMemoryError as error:
-            raise ModelError(
-                f"a row of {len(row.input_ids_T)} tokens does not fit into the learner's memory "
-                f"({str(error).splitlines()[0]}); lower learner.tokens_per_microbatch={size} or "
-                f"rollout.context_tokens={longest}, or set learner.model.gradient_checkpointing = true"
-            ) from error
+        rehearse(
+            self.policy, self.optimizer, self.settings, longest, self._temperature, self._optimizer_steps
+        )
 
     def imitate(self, groups: Sequence[Group]) -> Iterator[dict[str, float]]:
         """Raise the likelihood of the groups' recorded actions: one optimizer step per item yielded.
 
         Every trainable episode is one example, in a new order each epoch; ranks are all given all of them, and each
         learns from its part of a step's. It has its own optimizer, and the weight version stays: this is what comes
-        before version 0 is published.
+        before version 0 is published. A step that is not finite changes nothing ("skipped_step"); BatchRefused after
+        four in a row.
         """
         imitation = self.settings.imitation
         episodes = [trajectory for group in groups for trajectory in group.trainable]
         examples = [Example.of(trajectory) for trajectory in episodes]
         optimizer = Optimizer(self.policy.parameters(), imitation.optim, self.imitation_steps(len(episodes)))
+        refused = 0
         for epoch in range(imitation.epochs):
             order = self._rng.permutation(len(episodes))
             for start in range(0, len(order), imitation.episodes_per_step):
@@ -150,6 +144,9 @@ class Learner:
                 own = [chosen[place] for place in dealt[self.ranks.rank]]
                 batch = self._pack(self._weighed(own, "token"))
                 metrics = train_step(self.policy, optimizer, batch, cross_entropy_objective, temperature=1.0)
+                refused = refused + 1 if metrics["skipped_step"] else 0
+                if refused > MOST_REFUSED:
+                    raise BatchRefused(f"{refused} imitation steps in a row: {_not_finite(metrics)}")
                 yield {**metrics, "epoch": float(epoch)}
 
     def imitation_steps(self, episodes: int) -> int:
@@ -203,7 +200,7 @@ class Learner:
         self._critic = None
         del self.policy, self.optimizer  # their memory is needed for what comes
         self.policy = Policy.restored(self.settings.model, folder / checkpoint.MODEL, self.ranks)
-        self.optimizer = Optimizer(self.policy.parameters(), self.settings.optim, self._optimizer_steps)
+        self.optimizer = Optimizer(self.policy.parameters(), self.settings.optim, self._policy_steps)
         self.optimizer.load_state_dict(contents.optimizers["policy"])
         if self._reference is not None:
             self._reference.find(run)
@@ -233,19 +230,37 @@ class Learner:
         if self._reference is not None and self.version == 0:
             self._reference.copy(self.policy)
 
+    def _update(self, batch: Batch, whole: Batch) -> dict[str, float]:
+        """One optimizer step of whatever learns now."""
+        objective = PolicyObjective(self.settings.algorithm, self.version)
+        teach = partial(
+            train_step, self.policy, self.optimizer, objective=objective, temperature=self._temperature
+        )
+        if self._critic is None:
+            return teach(batch)
+        if self.version < self._critic.warmup_steps:
+            return {"skipped_step": 0.0} | sizes(whole, self.ranks) | self._critic.step(whole)
+        return self._critic.step_with(teach, batch, whole)
+
+    def _keep(self) -> Callable[[], None]:
+        """What undoes all that updates on a batch change."""
+        optimizers = [self.optimizer, *([self._critic.optimizer] if self._critic else [])]
+        kept, drawn = [optimizer.keep() for optimizer in optimizers], self._rng.bit_generator.state
+
+        def put_back() -> None:
+            for undo in kept:
+                undo()
+            self._rng.bit_generator.state = drawn
+
+        return put_back
+
     def _credited(self, groups: Sequence[Group]) -> list[Example]:
         """The trainable episodes with all that is known of their tokens before the first update."""
         algorithm, credit = self.settings.algorithm, self.settings.algorithm.credit
         by_group = [[Example.of(t, algorithm.overlong) for t in group.trainable] for group in groups]
-        if credit.siblings:
-            for group, siblings in zip(groups, by_group, strict=True):
-                if len(siblings) < 2:
-                    raise ValueError(
-                        f"group {group.slot.group_id} has {len(siblings)} trainable episodes; "
-                        f"credit.kind={credit.kind!r} compares at least 2"
-                    )
         examples = [example for siblings in by_group for example in siblings]
         self._refer(examples)
+        require_rewards(examples, self.ranks)
         if self._critic is not None:
             wanted = self._temperature if self._fixes_proximal else None
             self._critic.look(examples, self.settings.tokens_per_microbatch, wanted)
@@ -256,7 +271,10 @@ class Learner:
                 assert example.episode.values is not None
                 example.columns |= {"values": example.episode.values.before_N, "value_targets": targets_N}
         else:
-            credited = credit(episodes, self.ranks)
+            try:
+                credited = credit(episodes, self.ranks)
+            except ValueError as error:
+                raise BatchRefused(str(error)) from error
         for example, advantages_N in zip(examples, chain.from_iterable(credited), strict=True):
             example.advantages_N = advantages_N * example.episode.sides_N
         return examples
@@ -346,6 +364,11 @@ def _use_threads(count: int) -> None:
     # Of the calling thread: OpenMP keeps the number for each, and steps run in whatever thread is free.
     if count:
         torch.set_num_threads(count)
+
+
+def _not_finite(row: Mapping[str, float]) -> str:
+    said = [name for name in ("loss", "grad_norm", "value_loss", "value_grad_norm") if name in row]
+    return "an optimizer step is not finite: " + ", ".join(f"{name} {row[name]:g}" for name in said)
 
 
 def _merged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -24,9 +24,10 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from learner.learner import Learner, NonFinite
+from learner.learner import Learner
 from learner.publish import Publisher, Snapshot, Staging, take_snapshot
 from learner.ranks import RankLost, touching
+from learner.refusal import MOST_REFUSED, BatchRefused
 from rollout.wire.schema import decode
 from rollout.wire.share import Share
 from rollout.wire.trajectory import DropReason
@@ -35,7 +36,6 @@ from rollout.wire.weights import Handle, SyncReport, WeightUpdate
 logger = logging.getLogger(__name__)
 
 Row = dict[str, float]
-MOST_NONFINITE = 3  # batches in a row that a step may set aside
 _LAST_WORDS_SECONDS = 10.0  # from a rank's failure until that is told
 # Puts a version where engines can load it; what it gives beside the handle is kept until the version is withdrawn.
 Place = Callable[[Snapshot], tuple[Handle, Any]]
@@ -98,8 +98,8 @@ class LearnerLoop:
     async def train(self, step: int) -> Row:
         """Learner step number `step`: the version becomes `step`. Returns its metrics; asked again, the same ones.
 
-        A batch whose loss or gradient is not finite is dropped, and the step takes another one. Raises ValueError where
-        the learner stands elsewhere, NonFinite when that does not help, and what the source's take raises.
+        A batch that can not be learned from is set aside, and the step takes another one. Raises ValueError where the
+        learner stands elsewhere, BatchRefused when that does not help, and what the source's take raises.
         """
         async with self._training:
             if self.version == step and self._last is not None:
@@ -107,7 +107,8 @@ class LearnerLoop:
             if self.version + 1 != step:
                 raise ValueError(f"step {step} was asked of a learner that stands at version {self.version}")
             waited = {"wait_s": 0.0, "nonfinite_batches": 0.0}
-            while waited["nonfinite_batches"] <= MOST_NONFINITE:
+            refused = ""
+            while waited["nonfinite_batches"] <= MOST_REFUSED:
                 began = time.perf_counter()
                 # It waits for the step's groups to come together; the others' shares are there when it has its own.
                 batches = await self._source.take(self.version, self._take_seconds, self._learner.ranks.share)
@@ -116,12 +117,13 @@ class LearnerLoop:
                 try:
                     async with self._weights:
                         return await self._together(("step", step), self._step, batches, waited)
-                except NonFinite as error:
+                except BatchRefused as error:
+                    refused = str(error)
                     logger.warning("step %d: %s; its groups are set aside and others taken", step, error)
                     await self._source.discard(self.version, DropReason.NONFINITE)
                     waited["nonfinite_batches"] += 1
-            raise NonFinite(
-                f"step {step}: loss or gradient was not finite on {MOST_NONFINITE + 1} batches in a row"
+            raise BatchRefused(
+                f"step {step}: none of {MOST_REFUSED + 1} batches in a row could be learned from; last: {refused}"
             )
 
     async def offer(self) -> WeightUpdate:
@@ -192,7 +194,7 @@ class LearnerLoop:
         self._torn = True
         try:
             row = self._learner.step(groups)
-        except NonFinite:
+        except BatchRefused:
             self._torn = False  # it has changed nothing
             raise
         self._torn = False

@@ -8,7 +8,7 @@ says which) and calls its function with its numbers.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, Field
@@ -149,7 +149,8 @@ def _clipped(ratio_N: Tensor, advantages_N: Tensor, low: float, high: float, dua
 
 
 class _PolicyLoss(BaseModel, extra="forbid", frozen=True):
-    pass
+    has_ratio: ClassVar[bool] = True  # weighs how far the policy has moved from the proximal one
+    clips: ClassVar[bool] = True  # cuts something off at a distance, and says how often
 
 
 class ClippedLoss(_PolicyLoss):
@@ -169,6 +170,8 @@ class ClippedLoss(_PolicyLoss):
 class PolicyGradientLoss(_PolicyLoss):
     """The plain policy gradient."""
 
+    has_ratio: ClassVar[bool] = False
+    clips: ClassVar[bool] = False
     kind: Literal["reinforce"] = "reinforce"
 
     def __call__(self, logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, _: Tensor) -> Loss:
@@ -208,6 +211,7 @@ class CispoLoss(_PolicyLoss):
 class SoftGatedLoss(_PolicyLoss):
     """SAPO: a soft gate in place of the clip."""
 
+    clips: ClassVar[bool] = False
     kind: Literal["sapo"] = "sapo"
     positive: float = Field(default=1.0, gt=0, description="temperature of the gate for positive advantages")
     negative: float = Field(default=1.05, gt=0, description="and for negative ones, which disturb more")

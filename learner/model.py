@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,9 +21,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from learner.attention import register
+from learner.attention import NAME, hidden_states, register
 from learner.batch import MicroBatch
+from learner.fitness import Unfit, examine
 from learner.linear import use_onednn
 from learner.logprobs import token_logprobs
 from learner.lora import Adapter
@@ -36,7 +40,6 @@ T = TypeVar("T")
 
 _LEAST_CHUNK = 8  # vocabulary entries at a time, however small the block
 _ADAPTER = "adapter"  # folder of the adapter's own tensors, inside that of the merged model
-_HEAD_TOLERANCE_NATS = 0.05  # far above rounding in bfloat16, far below a logit soft-cap or scale
 
 
 class ModelError(ValueError):
@@ -47,8 +50,8 @@ class Policy:
     """A causal language model as the learner sees it: packed tokens in, logprobs of sampled tokens out.
 
     Dropout is off, always: the learner's logprobs have to be those of the model that samples. ModelError, in
-    one line, for a checkpoint that is missing, broken or incomplete, or whose head is more than a linear
-    layer.
+    one line, for a checkpoint that is missing, broken or incomplete, or that packed rows would train wrongly
+    (`learner.fitness`).
 
     On several ranks the parameters lie over all of them, and whatever computes is said by all ranks together.
     """
@@ -65,10 +68,10 @@ class Policy:
             self._checkpoint_gradients()
         if settings.device == "cpu" and settings.dtype == "float32":
             use_onednn(self.model.base_model)
+        self._examine()
         self.sharded = None if ranks.size == 1 else shard(self.model, ranks, self._gathered_dtype)
         if self.sharded is None:  # shards are moved one by one: no device has to hold all of them
             nn.Module.to(self.model, self.device)  # the subclass's `to` is untyped
-        self._check_head()
 
     @classmethod
     def restored(cls, settings: ModelSettings, folder: Path, ranks: Ranks = ALONE) -> Policy:
@@ -199,15 +202,7 @@ class Policy:
         beside: positions, and what the model perceives.
         """
         with self._autocast():
-            hidden_TD = self.model.base_model(
-                input_ids=ids_T[None],
-                use_cache=False,
-                cu_seq_lens_q=cu_seqlens_B,
-                cu_seq_lens_k=cu_seqlens_B,
-                max_length_q=longest,
-                max_length_k=longest,
-                **beside,
-            ).last_hidden_state[0]
+            hidden_TD = hidden_states(self.model, ids_T, cu_seqlens_B, longest, **beside)
         # The head's product runs in the hidden state's type; a normalization leaves it wide under autocast.
         return hidden_TD.to(torch.bfloat16) if self.settings.dtype == "bfloat16" else hidden_TD
 
@@ -262,31 +257,24 @@ class Policy:
         return tensors if self.adapter is None else self.adapter.merged(tensors)
 
     def _checkpoint_gradients(self) -> None:
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model.train()  # transformers checkpoints in training mode only
-        for module in self.model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        """Have every layer computed again in the backward pass.
 
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """Compare with the model's own logits once: some families scale or cap them after the head."""
-        count = min(9, self.context)
-        ids_T = torch.arange(count, device=self.device) % self.vocab_size
-
-        def logits() -> Tensor:
-            with self._autocast():
-                found: Tensor = self.model(input_ids=ids_T[None], use_cache=False).logits
-            return found
-
-        logits_TV = self._whole(logits)[0, :-1]
-        own_T = logits_TV.float().log_softmax(-1).gather(1, ids_T[1:, None])[:, 0]
-        apart = float((own_T.cpu() - torch.from_numpy(self.score_ids(ids_T.tolist()))).abs().max())
-        if not apart < _HEAD_TOLERANCE_NATS:
+        transformers' own switch does so in training mode alone, and with that mode come dropout and router noise.
+        """
+        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not layers:
             raise ModelError(
-                f"model {self.settings.path!r}: logits differ from hidden state times head by {apart:.3g} "
-                "nats (a scaled or capped head, or weights not finite); this family cannot be trained"
+                f"model {self.settings.path!r} has no layers that can be computed again; "
+                "set learner.model.gradient_checkpointing=false"
             )
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+    def _examine(self) -> None:
+        try:
+            examine(self.model)
+        except Unfit as error:
+            raise ModelError(f"model {self.settings.path!r} cannot be trained: {error}") from error
 
 
 def _load(path: str) -> PreTrainedModel:
@@ -305,6 +293,8 @@ def _load(path: str) -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if error.args == (NAME,):
+            reason = "its family has no attention but its own, which packed rows cannot use; choose another"
         raise ModelError(f"model {path!r} cannot be loaded: {reason}") from error
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])

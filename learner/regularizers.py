@@ -13,12 +13,18 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
+from learner.losses import LOG_LARGEST
+
 Estimator = Literal["k1", "k2", "k3"]
 
 
 def divergence(logprobs_N: Tensor, reference_N: Tensor, estimator: Estimator) -> Tensor:
-    """Per-token estimate of KL(pi || reference); its gradient is that of the formula, as in a loss."""
-    log_ratio_N = reference_N - logprobs_N
+    """Per-token estimate of KL(pi || reference); its gradient is that of the formula, as in a loss.
+
+    log r is held within LOG_LARGEST, 20 nats, and has no gradient beyond: an engine may say -9999 of a token that it
+    gave no chance, and k3 of one such token would be infinite.
+    """
+    log_ratio_N = (reference_N - logprobs_N).clamp(-LOG_LARGEST, LOG_LARGEST)
     if estimator == "k1":
         return -log_ratio_N
     if estimator == "k2":
@@ -35,6 +41,15 @@ class KlSettings(BaseModel, extra="forbid", frozen=True):
         default="loss",
         description="added to every token's loss, or taken from every token's reward before advantages",
     )
+
+    @model_validator(mode="after")
+    def _pulls_back(self) -> KlSettings:
+        if self.estimator == "k1" and self.where == "loss":
+            raise ValueError(
+                "kl.estimator='k1' in the loss holds nothing back: its gradient is that of log pi, which averages to "
+                "zero over what pi samples; use 'k2' or 'k3', or where='reward'"
+            )
+        return self
 
 
 class OverlongSettings(BaseModel, extra="forbid", frozen=True):

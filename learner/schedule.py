@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moment: at 1 nothing new comes in
 
-class OptimSettings(BaseModel, extra="forbid", frozen=True):
+
+class OptimSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """AdamW (Loshchilov & Hutter 2019) and its schedule."""
 
     learning_rate: float = Field(default=1e-6, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field(
+    betas: tuple[Decay, Decay] = Field(
         default=(0.9, 0.999), description="decay of the gradient's first and second moments"
     )
     eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")

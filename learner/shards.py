@@ -75,10 +75,15 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The own part of a tensor that may lie over the ranks: what changes it changes the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """The own part of a tensor that every rank holds whole, laid out as `like` is."""
+    """The own part of a tensor that every rank holds whole, laid out as `like` is; a copy, on its device."""
     if not isinstance(like, DTensor):
-        return tensor
+        return tensor.to(like.device, copy=True)
     on_device = tensor.to(like.device)
     return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)
 

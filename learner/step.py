@@ -11,17 +11,19 @@ from torch import Tensor
 
 from learner.algorithm import AlgorithmSettings
 from learner.batch import Batch, MicroBatch, level
-from learner.corrections import effective_sample_share, ratios
+from learner.corrections import ratios
 from learner.losses import cross_entropy
+from learner.means import Means, Part, Ratios, Statistic
 from learner.model import Policy
 from learner.optim import Optimizer
 from learner.ranks import ALONE, Ranks
 from learner.regularizers import divergence
 
-# (micro-batch, logprobs [N], entropies [N]) -> (loss [N] with gradient, statistics without: float [M], to be averaged)
-Objective = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+Stats = dict[str, Statistic]
+# (micro-batch, logprobs [N], entropies [N]) -> (loss [N] with gradient, statistics without)
+Objective = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, Stats]]
 # The same of (micro-batch, hidden states before its scored tokens [N, D]): a loss beside the objective's
-Auxiliary = Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
+Auxiliary = Callable[[MicroBatch, Tensor], tuple[Tensor, Stats]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +33,20 @@ class PolicyObjective:
     settings: AlgorithmSettings
     version: int = 0
 
-    def __call__(
-        self, micro: MicroBatch, logprobs_N: Tensor, entropy_N: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, micro: MicroBatch, logprobs_N: Tensor, entropy_N: Tensor) -> tuple[Tensor, Stats]:
         settings, sequence_N = self.settings, micro.sequence_N
         behavior_N, reference_N = micro.behavior_logprobs_N, micro.reference_logprobs_N
         proximal_N = micro.proximal_logprobs_N
         if proximal_N is None:  # the learner's own before this step are what it computes in this step
             proximal_N = behavior_N if settings.proximal == "behavior" else logprobs_N.detach()
-        loss_N, stats = settings.loss(logprobs_N, proximal_N, micro.advantages_N, sequence_N)
+        loss_N, of_loss = settings.loss(logprobs_N, proximal_N, micro.advantages_N, sequence_N)
+        stats: Stats = {**of_loss}
         with torch.no_grad():
             lag_N = self.version - micro.versions_N
             weight_N = torch.ones_like(loss_N)
             for correction in settings.corrections:
                 weight_N = weight_N * correction(proximal_N - behavior_N, sequence_N, lag_N)
-            stats |= self._statistics(logprobs_N.detach(), entropy_N, behavior_N, lag_N)
+            stats |= self._statistics(micro, logprobs_N.detach(), entropy_N)
             if settings.corrections:
                 stats |= {"correction": weight_N, "masked_fraction": (weight_N == 0).float()}
         loss_N = torch.where(weight_N == 0, 0.0, weight_N * loss_N)
@@ -58,34 +59,25 @@ class PolicyObjective:
             loss_N = loss_N - settings.entropy_bonus * entropy_N
         return loss_N, stats
 
-    def _statistics(
-        self, logprobs_N: Tensor, entropy_N: Tensor, behavior_N: Tensor, lag_N: Tensor
-    ) -> dict[str, Tensor]:
+    def _statistics(self, micro: MicroBatch, logprobs_N: Tensor, entropy_N: Tensor) -> Stats:
         """Of all scored tokens, and of those of each lag: how far the learner is from what sampled them."""
+        behavior_N = micro.behavior_logprobs_N
         gap_N = (logprobs_N - behavior_N).abs()
         ratio_N = ratios(logprobs_N - behavior_N)
-        stats = {
+        stats: Stats = {
             "entropy": entropy_N.detach(),
             "kl": divergence(behavior_N, logprobs_N, "k3"),
             "behavior_gap": gap_N,
-            "effective_samples": _repeated(effective_sample_share(ratio_N), ratio_N),
+            "effective_samples": Ratios(Part(ratio_N, len(ratio_N))),
         }
-        for lag in lag_N.unique().tolist():
-            here_N = lag_N == lag
-            ratio_L = ratio_N[here_N]
-            stats[f"behavior_gap_lag_{lag}"] = gap_N[here_N]
-            stats[f"effective_samples_lag_{lag}"] = _repeated(effective_sample_share(ratio_L), ratio_L)
+        for version, tokens in micro.tokens_by_version.items():
+            here_N, lag = micro.versions_N == version, self.version - version
+            stats[f"behavior_gap_lag_{lag}"] = Part(torch.where(here_N, gap_N, 0.0), tokens)
+            stats[f"effective_samples_lag_{lag}"] = Ratios(Part(torch.where(here_N, ratio_N, 0.0), tokens))
         return stats
 
 
-def _repeated(value: Tensor, like: Tensor) -> Tensor:
-    """A micro-batch's number, weighed with its tokens when micro-batches are averaged."""
-    return value.expand(len(like))
-
-
-def cross_entropy_objective(
-    micro: MicroBatch, logprobs_N: Tensor, entropy_N: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
+def cross_entropy_objective(micro: MicroBatch, logprobs_N: Tensor, entropy_N: Tensor) -> tuple[Tensor, Stats]:
     """Imitation: the negative log-likelihood of the recorded actions."""
     return cross_entropy(logprobs_N), {"entropy": entropy_N.detach()}
 
@@ -97,16 +89,18 @@ def train_step(
     objective: Objective,
     temperature: float,
     auxiliary: Auxiliary | None = None,
+    agree: Callable[[], bool] = lambda: True,
 ) -> dict[str, float]:
     """Forward and backward over every micro-batch, then one clipped optimizer step.
 
     The loss is that of `accumulate`; `auxiliary` adds to the objective's, token by token, and optimizers of what else
-    it teaches are its owner's. Metrics, over all ranks: "loss"; the statistics as means over what they hold;
-    "grad_norm", "learning_rate", "skipped_step" (1.0: loss or norm was not finite, nothing was changed); those of
-    `sizes`.
+    it teaches are its owner's. agree: asked once the gradients are there, whether what learns beside can make its step
+    too; if not, none is made. Metrics, over all ranks: "loss"; the statistics as means over what they hold;
+    "grad_norm", "learning_rate", "skipped_step" (1.0: loss or norm was not finite, or not agreed to: nothing was
+    changed), "idle_step" (1.0: no token had anything to learn from, nothing was changed); those of `sizes`.
     """
 
-    def loss_of(micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(micro: MicroBatch) -> tuple[Tensor, Stats]:
         logprobs_N, entropy_N, hidden_ND = policy.read(micro, temperature)
         loss_N, stats = objective(micro, logprobs_N, entropy_N)
         if auxiliary is None:
@@ -116,19 +110,20 @@ def train_step(
 
     optimizer.zero_grad()
     loss, means = accumulate(policy, batch, loss_of)
-    report = optimizer.step(finite=math.isfinite(loss))
+    report = optimizer.step(finite=math.isfinite(loss) and agree())
     return {
         "loss": loss,
         **means,
         "grad_norm": report.grad_norm,
         "learning_rate": report.learning_rate,
-        "skipped_step": 0.0 if report.applied else 1.0,
+        "skipped_step": float(not report.finite),
+        "idle_step": float(report.idle),
         **sizes(batch, policy.ranks),
     }
 
 
 def accumulate(
-    policy: Policy, batch: Batch, loss_of: Callable[[MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+    policy: Policy, batch: Batch, loss_of: Callable[[MicroBatch], tuple[Tensor, Stats]]
 ) -> tuple[float, dict[str, float]]:
     """Forward and backward over every micro-batch: the loss, and its statistics as means, over all ranks.
 
@@ -136,7 +131,7 @@ def accumulate(
     times the token's weight, which was set for the WHOLE batch, skipped sequences and other ranks' included.
     """
     total = torch.zeros((), device=policy.device)
-    means = Means(policy.device)
+    means = Means()
     for micro in level(batch.micro_batches, policy.ranks):
         on_device = micro.to(policy.device)
         loss_N, stats = loss_of(on_device)
@@ -155,24 +150,3 @@ def sizes(batch: Batch, ranks: Ranks = ALONE) -> dict[str, float]:
         "tokens_sampled": float(batch.sampled_tokens),
     }
     return ranks.sums(own)
-
-
-class Means:
-    """Means of statistics that arrive in parts; nothing is moved off the device before `values`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, stats: dict[str, Tensor]) -> None:
-        """Take in one part of each."""
-        for name, value_M in stats.items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), device=self._device)) + value_M.sum()
-            self._counts[name] = self._counts.get(name, 0) + value_M.numel()
-
-    def values(self, ranks: Ranks = ALONE) -> dict[str, float]:
-        """The means over all ranks."""
-        sums = ranks.sums({name: float(value) for name, value in self._sums.items()})
-        counts = ranks.sums(self._counts)
-        return {name: value / max(counts[name], 1) for name, value in sums.items()}

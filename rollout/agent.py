@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from envs.base import Message, Observation
 from rollout.chat import Chat, ChatError, as_json
 from rollout.clock import BusyClock
 from rollout.engine import Completion, Engine, Sampling, derive_seed
-from rollout.parts.settings import PartSettings
+from rollout.parts.settings import PartSettings, check_together
 from rollout.perception import PerceptionError
 from rollout.wire.images import MAX_EPISODE_BYTES, images_in
 from rollout.wire.trajectory import Step
@@ -28,6 +29,7 @@ class Conversation:
     segment: int = 0
     turn: int = 0
     sampled: list[int] = field(default_factory=list)  # the last turn's action
+    tools: list[dict[str, Any]] = field(default_factory=list)  # what was said last of what can be called
     images: list[str] = field(default_factory=list)  # the pictures of the current segment, as data URLs
     shown_bytes: int = 0  # of all pictures so far
 
@@ -96,6 +98,11 @@ class AgentSettings(BaseModel):
         1, gt=0, description="with room for fewer tokens the episode ends: context overflow"
     )
 
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Self:
+        check_together(self.parts, self.memory)
+        return self
+
 
 class Agent:
     """Engine, chat template and sampling put together.
@@ -127,6 +134,7 @@ class Agent:
         if step.segment != conversation.segment:
             conversation.open_segment()
             conversation.segment = step.segment
+        self._note_tools(conversation, json.loads(step.observation)[0])
         conversation.sampled = step.action_ids.tolist()
         conversation.ids += step.prompt_ids.tolist() + conversation.sampled
         conversation.turn = step.turn + 1
@@ -135,6 +143,7 @@ class Agent:
     async def turn(self, conversation: Conversation, observation: Observation) -> Turn | ContextOverflow:
         """Sample one turn and add it to the conversation. Raises EngineFailed."""
         messages = as_messages(observation)
+        self._note_tools(conversation, messages[0])
         if conversation.ids and self._forgets(messages[0]):
             conversation.open_segment()
         try:
@@ -163,9 +172,15 @@ class Agent:
     def _forgets(self, first: Message) -> bool:
         return bool(first.get("forget")) or (self._settings.memory == "last" and not first.get("go_on"))
 
+    def _note_tools(self, conversation: Conversation, first: Message) -> None:
+        """An environment says what can be called where it begins; a turn that sees nothing else is told each time."""
+        if "tools" in first or first.get("forget"):
+            conversation.tools = first.get("tools", [])
+
     def _added(self, conversation: Conversation, messages: Sequence[Message]) -> Sequence[int]:
         if not conversation.ids:
-            return self.chat.opening(messages)
+            tools = {"tools": conversation.tools} if conversation.tools else {}
+            return self.chat.opening([messages[0] | tools, *messages[1:]])
         if messages[0].get("go_on"):
             return self.chat.going_on(messages[0], conversation.sampled)
         return self.chat.delta(messages, conversation.sampled)

@@ -6,14 +6,15 @@ import asyncio
 import json
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from envs.base import Observation, named_rewards, seat_of
-from envs.host import EnvironmentFailed, Replica, Sampled, Told
+from envs.base import Info, Observation, end_behind, named_rewards, seat_of
+from envs.host import EnvironmentFailed, Replica, Sampled
+from envs.tools import answers_by_reason
 from rollout.agent import Actor, ContextOverflow, Conversation, Turn, as_messages
 from rollout.chat import ChatError
 from rollout.engine import EngineFailed
@@ -40,6 +41,7 @@ class Place:
     index: int
     seed: int
     worker: str = ""
+    evaluation: bool = False  # played to be measured: no part learns from it
 
     @property
     def task(self) -> Task:
@@ -62,6 +64,10 @@ class Watch(Protocol):
         """A turn was sampled and acted on. end: where it was the episode's last."""
         ...
 
+    def answered(self, calls: Mapping[str, int]) -> None:
+        """A turn's tool calls were, so many by reason (`envs.tools.Reason`)."""
+        ...
+
     def resumed(self, steps: Sequence[Step]) -> None:
         """An episode goes on after `steps`, sampled by an earlier attempt; or they were all of it."""
         ...
@@ -77,6 +83,9 @@ class Unwatched:
     halted = False
 
     def turn_ended(self, place: Place, step: Step, end: TurnEnd | None, snapshot: bytes | None) -> None:
+        pass
+
+    def answered(self, calls: Mapping[str, int]) -> None:
         pass
 
     def resumed(self, steps: Sequence[Step]) -> None:
@@ -133,6 +142,7 @@ class _Episode:
     def __init__(self, replica: Replica, agent: Actor, place: Place, watch: Watch) -> None:
         self.steps: list[Step] = []
         self.success: bool | None = None
+        self._ended: Info | None = None  # an end that lies behind
         self._replica = replica
         self._agent = agent
         self._place = place
@@ -148,14 +158,12 @@ class _Episode:
             turn = await self._agent.turn(conversation, observation)
             if isinstance(turn, ContextOverflow):
                 return self._overflow(turn)
-            if isinstance(self._replica, Told):
-                said = len(turn.completion.token_ids)
-                cut = turn.completion.finish_reason == "length"
-                self._replica.sampled(Sampled(len(conversation.ids) - said, said, cut))
-            observation, end_reason = await self._act(number, turn, last=number + 1 == max_turns)
+            said, cut = len(turn.completion.token_ids), turn.completion.finish_reason == "length"
+            sampled = Sampled(len(conversation.ids) - said, said, cut)
+            observation, end_reason = await self._act(number, turn, sampled, last=number + 1 == max_turns)
             if end_reason is not None:
                 return end_reason
-        return EndReason.TRUNCATED
+        return self._end(EndReason.TRUNCATED)
 
     async def _reset(self) -> Observation:
         began = time.perf_counter()
@@ -170,16 +178,19 @@ class _Episode:
         for step in so_far.steps:
             self._agent.recall(conversation, step)
         self.steps = list(so_far.steps)
-        self.success = standing.success
+        self.success, self._ended = standing.success, standing.ended
         self._watch.resumed(so_far.steps)
         return standing.observation
 
-    async def _act(self, number: int, turn: Turn, last: bool) -> tuple[Observation, EndReason | None]:
+    async def _act(
+        self, number: int, turn: Turn, sampled: Sampled, last: bool
+    ) -> tuple[Observation, EndReason | None]:
         """One environment step, recorded. The reset counts as the first step's environment time."""
         task = self._place.task
         began = time.perf_counter() - (self._reset_seconds if number == 0 else 0.0)
         try:
             with asking(task, f"step {number}"):
+                self._replica.sampled(sampled)
                 observation, reward, terminated, truncated, info = await self._replica.step(turn.action)
                 reward = float(reward)
                 as_messages(observation)
@@ -195,9 +206,13 @@ class _Episode:
         self.steps.append(step)
         if info.get("success") is not None:
             self.success = bool(info["success"])
-        if last and end_reason is None:
-            end_reason = EndReason.TRUNCATED
-        sealed = None if snapshot is None else seal(Standing(observation, self.success), snapshot)
+        self._ended = end_behind(info).get("ended", self._ended)
+        if last or end_reason is not None:
+            end_reason = self._end(end_reason or EndReason.TRUNCATED)
+        if calls := answers_by_reason(info):
+            self._watch.answered(calls)
+        standing = Standing(observation, self.success, self._ended)
+        sealed = None if snapshot is None else seal(standing, snapshot)
         end = None if end_reason is None else TurnEnd(end_reason, self.success)
         self._watch.turn_ended(self._place, step, end, sealed)
         return observation, end_reason
@@ -209,7 +224,15 @@ class _Episode:
                 f"{task.env_id} (seed {task.seed}): the first prompt has {overflow.prompt_tokens} tokens "
                 f"and leaves no room to answer in context_tokens={overflow.context_tokens}"
             )
-        return EndReason.CONTEXT_OVERFLOW
+        return self._end(EndReason.CONTEXT_OVERFLOW)
+
+    def _end(self, reason: EndReason) -> EndReason:
+        """How an episode ends that has come to this: as what lies behind already did."""
+        ended = self._ended
+        if ended is None:
+            return reason
+        self.success = ended.get("success", self.success)
+        return _end_reason(bool(ended.get("terminated")), bool(ended.get("truncated")), ended) or reason
 
 
 def _require_finite(rewards: dict[str, float]) -> None:

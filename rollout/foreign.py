@@ -182,7 +182,7 @@ class ForeignAgent:
 
     async def _start(self, session: Session) -> Running:
         url, options, task = self._endpoint.base_url, self._options, self._task
-        if options.function and self._host.where == "inline":
+        if options.function and self._host.where != "process":
             return Called(load_function(options.function), url, session.key, task, session.leave)
         command, more = as_command(options.function) if options.function else (options.command, {})
         return await Program.start(command, environment(url, session.key, task) | more, session.leave)

@@ -76,7 +76,7 @@ async def _on_a_replica(
 ) -> Trajectory:
     """A replica is reused only after an episode that did not fail, and where it can be."""
     try:
-        replica = await pool.take(place.task)
+        replica = await pool.take(place.task, place.evaluation)
     except EnvironmentFailed as error:
         return failed(place, error)
     reusable = False

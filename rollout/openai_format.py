@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from envs.base import Message
-from envs.calls import Call, parse_calls
-from rollout.parts.thinking import CLOSE
+from envs.calls import THOUGHT, Call, parse_calls
 
 # What is heeded of a request, or changes nothing; of whatever else it says the agent's author is told.
 _READ = (
@@ -147,7 +146,7 @@ def answer(
     """
     ends = [place for text in asked.stop if (place := said.find(text)) >= 0]
     cut, whole, said = cut and not ends, not ends, said[: min(ends, default=None)]
-    thought, closed, spoken = said.rpartition(CLOSE)
+    thought, closed, spoken = said.rpartition(THOUGHT)
     rest, calls = parse_calls(spoken) if asked.may_call else ("", [])
     readable = [call for call in calls if isinstance(call, Call)]
     message: Message = {"role": "assistant", "content": said}

@@ -15,12 +15,12 @@ from envs.host import Env, EnvironmentFailed, HostSettings, Inline, NoRoom, Repl
 from envs.hosted import Hosted
 from rollout.chat import Chat
 from rollout.foreign import PROGRAM, ForeignAgents
-from rollout.parts.settings import PartSettings, dressed
+from rollout.parts.settings import PartSettings, dressed, evaluated
 from rollout.wire.trajectory import Task
 
 MakeEnv = Callable[..., Env]  # (env_id, **options)
 Start = Callable[[Callable[[], Env], HostSettings], Awaitable[Replica]]  # outside of this process
-Kind = tuple[str, str]  # environment and options
+Kind = tuple[str, str, bool]  # environment, options, and whether it is dressed as evaluations are
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,10 @@ def asking(task: Task, what: str) -> Iterator[None]:
 class EnvironmentPool:
     """Idle replicas by (environment, options); as many exist as were ever used at the same time.
 
-    Each is dressed in the agent's parts. Unless host.where="inline", what `make` is given and is itself must be
-    picklable, and `start` starts replicas: Hosted's for "process", that of envs/actors.py for "ray".
+    Each is dressed in the agent's parts; where these learn, evaluations have replicas of their own. host.where="auto"
+    is inline for what registry.is_trusted, and for all that a `make` of one's own makes. Where replicas are not inline,
+    what `make` is given and is itself must be picklable, and `start` starts replicas: Hosted's for "process", that of
+    envs/actors.py for "ray".
 
     chat: the policy's; foreign agents are told of requests that it cannot render.
     """
@@ -57,6 +59,7 @@ class EnvironmentPool:
     ) -> None:
         self._make = make
         self._parts = tuple(parts)
+        self._evaluated = evaluated(self._parts)
         self._host = host or HostSettings()
         if self._host.where == "ray" and start is None:
             raise ValueError("replicas on a Ray cluster are started by envs.actors.Remote.start")
@@ -65,23 +68,26 @@ class EnvironmentPool:
         self._starting = asyncio.Semaphore(os.cpu_count() or 1)
         self._idle: dict[Kind, asyncio.LifoQueue[Replica]] = defaultdict(asyncio.LifoQueue)
         self._alive: Counter[Kind] = Counter()  # idle or in use
+        self._measuring: set[Replica] = set()  # those dressed as evaluations are
         self._foreign = ForeignAgents(self._host, chat)
 
-    async def take(self, task: Task) -> Replica:
+    async def take(self, task: Task, evaluation: bool = False) -> Replica:
         """A replica for this task, to be reset by whoever takes it. Raises EnvironmentFailed when none can be made."""
-        idle = self._idle[task.env_id, task.options]
+        kind = task.env_id, task.options, evaluation and self._evaluated != self._parts
+        idle = self._idle[kind]
         if not idle.empty():
             return idle.get_nowait()
         with asking(task, "make"):
-            return await (self._new_or_returned(task) if self._host.where == "ray" else self._new(task))
+            return await (self._new_or_returned(kind) if self._host.where == "ray" else self._new(kind))
 
     def give_back(self, task: Task, replica: Replica) -> None:
         """For the next episode to reuse; only after an episode that left it in a known state."""
-        self._idle[task.env_id, task.options].put_nowait(replica)
+        self._idle[self._kind(task, replica)].put_nowait(replica)
 
     async def discard(self, task: Task, replica: Replica) -> None:
         """Throw away a replica in an unknown state; that it cannot even be closed is logged, not raised."""
-        self._alive[task.env_id, task.options] -= 1
+        self._alive[self._kind(task, replica)] -= 1
+        self._measuring.discard(replica)
         try:
             with asking(task, "close"):
                 await replica.close()
@@ -95,28 +101,40 @@ class EnvironmentPool:
 
     def _all_idle(self) -> Iterator[tuple[Task, Replica]]:
         """Every idle replica, which is the caller's from there on."""
-        for (env_id, options), idle in list(self._idle.items()):
+        for (env_id, options, _), idle in list(self._idle.items()):
             while not idle.empty():
                 yield Task(env_id, 0, options), idle.get_nowait()
 
-    async def _new(self, task: Task) -> Replica:
-        replica = await self._made(task)
-        self._alive[task.env_id, task.options] += 1
+    def _kind(self, task: Task, replica: Replica) -> Kind:
+        return task.env_id, task.options, replica in self._measuring
+
+    async def _new(self, kind: Kind) -> Replica:
+        replica = await self._made(kind)
+        self._alive[kind] += 1
+        if kind[2]:
+            self._measuring.add(replica)
         return replica
 
-    async def _made(self, task: Task) -> Replica:
-        if task.env_id == PROGRAM:
+    async def _made(self, kind: Kind) -> Replica:
+        env_id, options, measuring = kind
+        task, parts = Task(env_id, 0, options), self._evaluated if measuring else self._parts
+        if env_id == PROGRAM:
             return self._foreign.replica(task.kwargs)
-        if self._host.where == "inline":
-            return Inline(dressed(partial(self._make, task.env_id, **task.kwargs), self._parts))
+        if self._is_inline(env_id):
+            return Inline(dressed(partial(self._make, env_id, **task.kwargs), parts))
         recipe = registry.recipe if self._make is registry.make else partial(partial, self._make)
-        made = partial(dressed, recipe(task.env_id, **task.kwargs), self._parts)
+        made = partial(dressed, recipe(env_id, **task.kwargs), parts)
         async with self._starting:
             return await self._start(made, self._host)
 
+    def _is_inline(self, env_id: str) -> bool:
+        if self._host.where == "auto":
+            return self._make is not registry.make or registry.is_trusted(env_id)
+        return self._host.where == "inline"
+
     # On a cluster replicas claim room, and there may be less of it than episodes, a node having been lost.
 
-    async def _new_or_returned(self, task: Task) -> Replica:
+    async def _new_or_returned(self, kind: Kind) -> Replica:
         """A new replica, or one that is given back while there is no room for a new one.
 
         Raises NoRoom where none exists that could be given back. Whoever has one has it for an episode at most.
@@ -126,16 +144,16 @@ class EnvironmentPool:
             break
         while True:
             try:
-                return await self._whichever_is_first(task)
+                return await self._whichever_is_first(kind)
             except NoRoom as error:
-                alive = self._alive[task.env_id, task.options]
+                alive = self._alive[kind]
                 if not alive:
                     raise
-                log.warning("a replica of %s: %s; episodes take turns on %d", task.env_id, error, alive)
+                log.warning("a replica of %s: %s; episodes take turns on %d", kind[0], error, alive)
 
-    async def _whichever_is_first(self, task: Task) -> Replica:
-        idle = self._idle[task.env_id, task.options]
-        returned, new = asyncio.create_task(idle.get()), asyncio.create_task(self._new(task))
+    async def _whichever_is_first(self, kind: Kind) -> Replica:
+        idle = self._idle[kind]
+        returned, new = asyncio.create_task(idle.get()), asyncio.create_task(self._new(kind))
         chosen: asyncio.Task[Replica] | None = None
 
         def keep(other: asyncio.Task[Replica]) -> None:

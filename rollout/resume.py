@@ -16,8 +16,8 @@ from enum import StrEnum
 
 import numpy as np
 
-from envs.base import Observation
-from envs.host import EnvironmentFailed, Replica
+from envs.base import Info, Observation, end_behind
+from envs.host import EnvironmentFailed, Replica, Sampled
 from rollout.agent import as_messages
 from rollout.chat import as_json
 from rollout.pool import asking
@@ -48,12 +48,13 @@ class Standing:
 
     observation: Observation
     success: bool | None
+    ended: Info | None = None  # an end that lies behind: see envs.base
 
 
 def seal(standing: Standing, snapshot: bytes) -> bytes:
     """A snapshot as it is stored: what the runner must know, then the environment's own bytes."""
     said = as_json(as_messages(standing.observation))
-    head = json.dumps({"observation": said, "success": standing.success}).encode()
+    head = json.dumps({"observation": said, "success": standing.success, "ended": standing.ended}).encode()
     return _LENGTH.pack(len(head)) + head + snapshot
 
 
@@ -62,7 +63,7 @@ def unseal(sealed: bytes) -> tuple[Standing, bytes]:
     (length,) = _LENGTH.unpack_from(sealed)
     body = _LENGTH.size + length
     head = json.loads(sealed[_LENGTH.size : body])
-    return Standing(json.loads(head["observation"]), head["success"]), sealed[body:]
+    return Standing(**head | {"observation": json.loads(head["observation"])}), sealed[body:]
 
 
 async def bring_back(replica: Replica, task: Task, so_far: EpisodeSoFar) -> Standing:
@@ -86,13 +87,18 @@ async def bring_back(replica: Replica, task: Task, so_far: EpisodeSoFar) -> Stan
 
 async def _replay(replica: Replica, task: Task, steps: Sequence[Step]) -> Standing:
     success: bool | None = None
+    ended: Info | None = None
+    segment, tokens = 0, 0  # of the segment, up to where the policy speaks
     with asking(task, "reset"):
         observation = await replica.reset(task.seed)
         said = as_messages(observation)
     for step in steps:
         if as_json(said) != step.observation:
             raise CannotGoOn(Restart.DIVERGED, f"{task.env_id} (seed {task.seed}): another turn {step.turn}")
+        tokens = len(step.prompt_ids) + (tokens if step.segment == segment else 0)
+        segment = step.segment
         with asking(task, f"step {step.turn}, played again"):
+            replica.sampled(Sampled(tokens, len(step.action_ids), step.finish_reason == "length"))
             observation, reward, terminated, truncated, info = await replica.step(step.action)
             said = as_messages(observation)
             same = np.float32(reward) == np.float32(step.reward)  # as stored
@@ -100,6 +106,8 @@ async def _replay(replica: Replica, task: Task, steps: Sequence[Step]) -> Standi
             raise CannotGoOn(
                 Restart.DIVERGED, f"{task.env_id} (seed {task.seed}): turn {step.turn} went otherwise"
             )
+        tokens += len(step.action_ids)
+        ended = end_behind(info).get("ended", ended)
         if info.get("success") is not None:
             success = bool(info["success"])
-    return Standing(observation, success)
+    return Standing(observation, success, ended)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from envs.tools import Reason
 from rollout.episode import Place
 from rollout.recorder import Recorder
 from rollout.resume import Restart
@@ -27,6 +28,7 @@ class Tally:
         self._resumed = 0
         self._restarted: Counter[Restart] = Counter()
         self._ended: Counter[EndReason] = Counter()
+        self._calls: Counter[str] = Counter()  # by reason
         self._last_turn = time.perf_counter()
 
     def turn_ended(self, place: Place, step: Step, end: TurnEnd | None, snapshot: bytes | None) -> None:
@@ -35,6 +37,9 @@ class Tally:
         self._tokens_prompt += len(step.prompt_ids)
         self._env_seconds += step.env_seconds
         self._last_turn = time.perf_counter()
+
+    def answered(self, calls: Mapping[str, int]) -> None:
+        self._calls.update(calls)
 
     def resumed(self, steps: Sequence[Step]) -> None:
         self._resumed += 1
@@ -56,6 +61,7 @@ class Tally:
 
         tokens_sampled, turns: of this worker's own doing; the reused ones were sampled by an earlier attempt.
         tokens_prompt: added by environment and template; a prefix is counted once. env_seconds: inside environments.
+        tools_REASON: tool calls, by what became of them.
         """
         sums: dict[str, float] = {
             "tokens_sampled": self._tokens_sampled,
@@ -68,6 +74,7 @@ class Tally:
             "episodes_resumed": self._resumed,
         }
         sums |= {f"episodes_restarted_{why}": self._restarted[why] for why in Restart}
+        sums |= {f"tools_{reason}": self._calls[reason] for reason in Reason}
         return sums | {f"episodes_{reason}": self._ended[reason] for reason in EndReason}
 
 
@@ -76,6 +83,7 @@ class Recorded:
 
     def __init__(self, tally: Tally, recorder: Recorder) -> None:
         self.halted = False
+        self.answered = tally.answered
         self.resumed = tally.resumed
         self.restarted = tally.restarted
         self._tally = tally

@@ -55,7 +55,8 @@ class RolloutSettings(BaseModel):
     concurrent_groups: int = Field(32, gt=0, description="groups one worker plays at the same time")
     drop_uniform: bool = Field(
         False,
-        description="dynamic sampling: give up a group whose episodes all earned the same, and play another one",
+        description="dynamic sampling: give up a group whose episodes all earned the same, and play another one; for "
+        "credit that compares these rewards alone",
     )
     context_tokens: int = Field(1024, gt=1, description="longest conversation, prompt and answers, in tokens")
     max_turns: int = Field(100, gt=0, description="turns after which an episode is truncated")
@@ -187,7 +188,8 @@ class RolloutWorker:
             index = repetitions[task]
             repetitions[task] += 1
             seed = derive_seed(self._run_seed, task.seed, index, _EVALUATION)
-            places.append(Place(Slot(task.seed, 0, task, self.engine.version), index, seed, self.name))
+            slot = Slot(task.seed, 0, task, self.engine.version)
+            places.append(Place(slot, index, seed, self.name, evaluation=True))
         return await concurrently(self._evaluate_one(place, gate) for place in places)
 
     def counters(self) -> dict[str, float]:

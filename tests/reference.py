@@ -43,6 +43,11 @@ class Episode:
         return [token for token in self.tokens if token.sampled]
 
     @property
+    def paid(self) -> float:
+        """By the task alone."""
+        return sum(self.rewards)
+
+    @property
     def total(self) -> float:
         """Reward of the whole episode."""
         return sum(self.rewards) + sum(self.extra)
@@ -58,7 +63,9 @@ Pair = tuple[float, float]  # value, slope
 
 def grpo(groups: Sequence[Group], divide: bool, eps: float) -> Credit:
     """DeepSeekMath 4.1: (r - mean) / (std + eps); Dr. GRPO 3.2: r - mean."""
-    return [_for_all_tokens(group, _compared([e.total for e in group], divide, eps)) for group in groups]
+    return [
+        _for_all_tokens(g, _compared([e.total for e in g], divide, eps, [e.paid for e in g])) for g in groups
+    ]
 
 
 def rloo(groups: Sequence[Group]) -> Credit:
@@ -77,7 +84,8 @@ def maxrl(groups: Sequence[Group], eps: float) -> Credit:
     found = []
     for group in groups:
         mean = _mean([episode.total for episode in group])
-        numbers = [(e.total - mean) / (mean + eps) if mean > 0 else 0.0 for e in group]
+        none = mean <= 0 or len({e.paid for e in group}) == 1
+        numbers = [0.0 if none else (e.total - mean) / (mean + eps) for e in group]
         found.append(_for_all_tokens(group, numbers))
     return found
 
@@ -95,7 +103,8 @@ def returns(groups: Sequence[Group], gamma: float, baseline: str) -> Credit:
     """Monte Carlo: the discounted sum of the turns that follow, this one included."""
     by_turn = [[_discounted(_turn_rewards(episode), gamma) for episode in group] for group in groups]
     if baseline == "group":
-        by_turn = [_over_batch([group])[0] for group in by_turn]
+        paid = [[x for e in group for x in _discounted(e.rewards, gamma)] for group in groups]
+        by_turn = [_over_batch([group], paid=own)[0] for group, own in zip(by_turn, paid, strict=True)]
     elif baseline == "batch":
         by_turn = _over_batch(by_turn)
     return [
@@ -110,14 +119,15 @@ def gigpo(groups: Sequence[Group], gamma: float, weight: float, divide: bool, ep
     for group, credit in zip(groups, found, strict=True):
         for episode, numbers in zip(group, credit, strict=True):
             for place, token in enumerate(episode.sampled):
-                state, here, same = episode.states[token.turn], 0, []
+                state, here, same, paid = episode.states[token.turn], 0, [], []
                 for other in group:
                     for turn, value in enumerate(_discounted(_turn_rewards(other), gamma)):
                         if other.states[turn] == state:
                             if other is episode and turn == token.turn:
                                 here = len(same)
                             same.append(value)
-                numbers[place] += weight * _compared(same, divide, eps)[here]
+                            paid.append(_discounted(other.rewards, gamma)[turn])
+                numbers[place] += weight * _compared(same, divide, eps, paid)[here]
     return found
 
 
@@ -178,17 +188,17 @@ def _mean(numbers: Sequence[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def _compared(numbers: Sequence[float], divide: bool, eps: float) -> list[float]:
-    """x - mean, divided by the population's standard deviation + eps or not; zeros where all are equal."""
-    if len(set(numbers)) < 2:
+def _compared(numbers: Sequence[float], divide: bool, eps: float, paid: Sequence[float] = ()) -> list[float]:
+    """x - mean, divided by the population's deviation + eps or not; zeros where all are equal, if divided in pay."""
+    if len(set(paid if divide and paid else numbers)) < 2:
         return [0.0 for _ in numbers]
     mean = _mean(numbers)
     scale = math.sqrt(_mean([(x - mean) ** 2 for x in numbers])) + eps if divide else 1.0
     return [(x - mean) / scale for x in numbers]
 
 
-def _over_batch(numbers: Credit, eps: float = 1e-8) -> Credit:
-    flat = iter(_compared([x for group in numbers for part in group for x in part], True, eps))
+def _over_batch(numbers: Credit, eps: float = 1e-8, paid: Sequence[float] = ()) -> Credit:
+    flat = iter(_compared([x for group in numbers for part in group for x in part], True, eps, paid))
     return [[[next(flat) for _ in part] for part in group] for group in numbers]
 
 

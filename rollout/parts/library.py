@@ -1,13 +1,14 @@
 """Memory across episodes: a store of lessons, searched by similarity, that the policy fills itself.
 
     reset           the most similar lessons are said before the first observation
-    the last step   its outcome is held back; "What is worth remembering?" is asked
+    the last step   what it earned is paid, the end held back; "What is worth remembering?" is asked
     policy          a lesson                           a turn to this part
-                    the outcome that was held back
+                    the end that was held back
 
 The store is an SQLite file with a full-text index; similarity is its BM25 (Robertson and Zaragoza 2009) over the words
 of the first observation a lesson was learnt from. It is shared by all that name the same file, keeps the latest
-`capacity` lessons, and makes an environment nondeterministic: an episode that lost its worker starts again.
+`capacity` lessons, and makes an environment nondeterministic: an episode that lost its worker starts again. Evaluations
+read lessons and leave none (learns=False): what they measure knows nothing of their tasks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from envs.base import Info, Observation, messages_of
-from rollout.parts.part import Env, Outcome, Part, followed, preceded
+from rollout.parts.part import VERDICT, Env, Outcome, Part, behind_the_end, followed, preceded
 
 WAIT_SECONDS = 30.0  # for the store, which others write too
 WORDS = 64  # of an observation that are searched for
@@ -38,6 +39,7 @@ class LibrarySettings(BaseModel):
     capacity: int = Field(10_000, gt=0, description="lessons kept, the latest")
     ask: str = Field("What is worth remembering?", description="what is said behind the end")
     max_chars: int = Field(300, gt=0, description="a longer lesson is cut")
+    learns: bool = Field(True, description="ask for a lesson; false: those there are, as in every evaluation")
 
     def dress(self, env: Env) -> Env:
         """The environment as the policy has it."""
@@ -72,10 +74,12 @@ class Library(Part):
             held, self._held = self._held, None
             return held
         observation, reward, terminated, truncated, info = self.env.step(action)
-        if not (terminated or truncated):
-            return observation, float(reward), False, False, info
-        self._held = observation, float(reward), terminated, truncated, info
-        return followed(observation, self._settings.ask), 0.0, False, False, {}
+        if not (self._settings.learns and (terminated or truncated)):
+            return observation, float(reward), terminated, truncated, info
+        verdict = {key: info[key] for key in VERDICT if key in info}
+        self._held = observation, 0.0, terminated, truncated, verdict | {"ended": None}
+        asked = followed(observation, self._settings.ask)
+        return asked, float(reward), False, False, behind_the_end(terminated, truncated, info)
 
 
 class Store:

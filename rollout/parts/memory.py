@@ -5,6 +5,7 @@ window    of the conversation the last `keep` turns stay; the task (the first ob
 summary   the policy is asked to say what matters so far, a turn that is stored and trained like any other; its own
           words then stand for all that went before
 
+What the environment itself begins anew with is the task from there on.
 The last two begin the conversation anew, as a segment of its own, when `every` turns have come together: a stored
 segment is never edited, and in between the conversation grows by what is said, so that its tokens are sampled and
 trained once.
@@ -21,7 +22,7 @@ from envs.base import Info, Message, Observation, messages_of
 from envs.calls import Style
 from envs.tool import Tool
 from envs.tools import Toolbox, ToolEnv
-from rollout.parts.part import Env, Outcome, Part, anew, answered, followed, preceded
+from rollout.parts.part import Env, Outcome, Part, anew, answered, begins_anew, followed, goes_on, preceded
 
 
 class NotebookSettings(BaseModel):
@@ -31,7 +32,7 @@ class NotebookSettings(BaseModel):
 
     kind: Literal["notebook"] = "notebook"
     entries: int = Field(32, gt=0, description="notes kept; one more is refused")
-    max_chars: int = Field(200, gt=0, description="a longer note is cut")
+    max_chars: int = Field(200, gt=0, description="a longer note is cut, and so is a longer key")
     style: Style = Field("hermes", description="how its tools are called, as in the part `tools`")
     max_calls: int = Field(64, gt=0, description="calls an episode")
 
@@ -88,6 +89,7 @@ class Notebook:
 
     def write(self, key: str, text: str) -> str:
         """Note something down under a key; an earlier note of that key is replaced."""
+        key = key[: self._max_chars]
         if key not in self._notes and len(self._notes) >= self._entries:
             return f"the notebook is full: {', '.join(self._notes)}"
         self._notes[key] = text[: self._max_chars]
@@ -95,6 +97,7 @@ class Notebook:
 
     def read(self, key: str) -> str:
         """What stands under a key."""
+        key = key[: self._max_chars]
         return self._notes.get(key, f"nothing stands under {key}")
 
     def notes(self) -> str:
@@ -117,22 +120,33 @@ class Window(Part):
         self._settings = settings
         self._task: list[Message] = []
         self._turns: list[list[Message]] = []  # what was done, and what came of it
+        self._begun = ""  # of a turn that goes on
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, Info]:
         observation, info = self.env.reset(seed=seed, options=options)
-        self._task, self._turns = messages_of(observation), []
+        self._task, self._turns, self._begun = messages_of(observation), [], ""
         return observation, info
 
     def step(self, action: str) -> Outcome:
         observation, reward, terminated, truncated, info = self.env.step(action)
-        self._turns.append([{"role": "assistant", "content": action}, *messages_of(observation)])
-        if len(self._turns) >= self._settings.every:
-            self._turns = self._turns[len(self._turns) - self._settings.keep :]
-            latest = [message for turn in self._turns for message in turn] or messages_of(observation)
-            observation = anew([*self._task, *latest])
-        return observation, float(reward), terminated, truncated, info
+        return self._remembered(action, messages_of(observation)), float(reward), terminated, truncated, info
+
+    def _remembered(self, action: str, new: list[Message]) -> list[Message]:
+        done = self._begun + action
+        self._begun = f"{done}{new[0]['content']}" if goes_on(new) else ""
+        if goes_on(new):
+            return new
+        if begins_anew(new):
+            self._task, self._turns = new, []
+            return new
+        self._turns.append([{"role": "assistant", "content": done}, *new])
+        if len(self._turns) < self._settings.every:
+            return new
+        self._turns = self._turns[len(self._turns) - self._settings.keep :]
+        latest = [message for turn in self._turns for message in turn] or new
+        return anew([*self._task, *latest], new)
 
 
 class Summary(Part):
@@ -156,15 +170,19 @@ class Summary(Part):
         if self._waiting is not None:
             return self._summarized(action)
         observation, reward, terminated, truncated, info = self.env.step(action)
-        self._turns += 1
-        if self._turns >= self._settings.every and not (terminated or truncated):
-            self._waiting = messages_of(observation)
+        new = messages_of(observation)
+        if begins_anew(new):
+            self._task, self._turns = new, 0
+        elif not goes_on(new):
+            self._turns += 1
+        if self._turns >= self._settings.every and not (terminated or truncated or goes_on(new)):
+            self._waiting = new
             observation = followed(observation, self._settings.ask)
         return observation, float(reward), terminated, truncated, info
 
     def _summarized(self, text: str) -> Outcome:
         assert self._waiting is not None
         said = f"So far: {text.strip()[: self._settings.max_chars]}"
-        observation = anew([*self._task, *preceded(said, self._waiting)])
+        observation = anew([*self._task, *preceded(said, self._waiting)], self._waiting)
         self._turns, self._waiting = 0, None
         return answered(observation)

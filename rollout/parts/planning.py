@@ -8,9 +8,10 @@
     policy        "plan: another plan"            a turn to this part, whenever what was seen contradicts the plan
     environment   "Plan: another plan" and the observation again
 
-Where the conversation is kept, the plan stands in it; `remind` says it with every observation besides, for policies
-that see the last observation alone. Planning as a turn of its own before acting: Wang et al. 2023, Plan-and-Solve
-Prompting, section 2; revising in the light of what was observed: Yao et al. 2023, ReAct, section 2.
+Where the conversation is kept, the plan stands in it, and is said again where it begins anew; `remind` says it with
+every observation besides, for policies that see the last observation alone. Planning as a turn of its own before
+acting: Wang et al. 2023, Plan-and-Solve Prompting, section 2; revising in the light of what was observed: Yao et al.
+2023, ReAct, section 2.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from envs.base import Info, Observation
-from rollout.parts.part import Env, Outcome, Part, answered, followed, preceded
+from envs.base import Info, Observation, messages_of
+from rollout.parts.part import Env, Outcome, Part, answered, begins_anew, followed, goes_on, preceded
 
 REVISION = "plan:"  # what a turn begins with that revises the plan
 
@@ -63,7 +64,8 @@ class Planning(Part):
     def step(self, action: str) -> Outcome:
         if self._plan is None:
             return self._planned(action)
-        if action.lower().startswith(REVISION) and self._revisions < self._settings.max_revisions:
+        begins = action.lower().startswith(REVISION) and not goes_on(messages_of(self._seen))
+        if begins and self._revisions < self._settings.max_revisions:
             self._revisions += 1
             return self._planned(action[len(REVISION) :])
         self._seen, reward, terminated, truncated, info = self.env.step(action)
@@ -74,4 +76,6 @@ class Planning(Part):
         return answered(self._with_plan(self._seen))
 
     def _with_plan(self, observation: Observation) -> Observation:
-        return preceded(f"Plan: {self._plan}", observation) if self._settings.remind else observation
+        messages = messages_of(observation)
+        said = self._settings.remind or begins_anew(messages)
+        return preceded(f"Plan: {self._plan}", messages) if said and not goes_on(messages) else messages

@@ -73,8 +73,8 @@ class ToolsSettings(BaseModel):
     call_seconds: float | None = Field(
         10.0,
         gt=0,
-        description="wall clock for a call; a function that takes longer is left to itself, and not called again until "
-        "it has returned",
+        description="wall clock for a call of a function (a server has its own); one that takes longer is left to "
+        "itself, and not called again until it has returned",
     )
 
     @field_validator("functions")

@@ -14,6 +14,7 @@ import asyncio
 import logging
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ class Exchange:
         self._closed = False
         self._opened = clock()
         self._since: dict[int, tuple[int, float]] = {}  # by group id: its attempt, and when it was given out
+        self._dropped: Counter[DropReason] = Counter()  # since the last release
         self._asking: dict[tuple[str, int], object] = {}  # the newest `reserve` of each loop
         self._slots = _Signal()  # a slot may be free
         self._ready = _Signal()  # a step may be ready
@@ -126,6 +128,7 @@ class Exchange:
         """Give a group up; its slot is free at once. Raises as `add` does."""
         self._require_open()
         await self._run(partial(self._store.drop, slot, reason, error, episodes))
+        self._dropped[reason] += 1
         self._since.pop(slot.group_id, None)
         self._wake()
 
@@ -175,6 +178,7 @@ class Exchange:
         """Engines hold `version`; the slots of the last step are free."""
         self._require_open()
         await self._run(partial(self._store.release, version))
+        self._dropped.clear()
         self._wake()
 
     async def landed(self, version: int) -> None:
@@ -342,6 +346,8 @@ class Exchange:
             parts.append(f"{store.unassigned} wait for a worker")
         if store.in_step:
             parts.append(f"{store.in_step} are held by a step that was not released")
+        dropped = dict(self._dropped)  # which the event loop may change meanwhile
+        parts += [f"{count} groups were dropped as {reason.value}" for reason, count in dropped.items()]
         parts += [
             f"{worker} holds group {group} for {now - since:.0f} s" for since, group, worker in held[:_NAMED]
         ]

@@ -34,9 +34,11 @@ class EndReason(StrEnum):
 class DropReason(StrEnum):
     """Why a group will never be trained."""
 
-    NONFINITE = "nonfinite"  # the learner's loss or gradient was not finite on its batch
+    NONFINITE = "nonfinite"  # its batch could not be learned from: numbers, loss or gradient not finite
     FAILED = "failed"  # fewer than two episodes survived infrastructure failures
-    UNIFORM = "uniform"  # all episodes earned the same: they have no advantage over one another (Yu et al. 2025, DAPO)
+    UNIFORM = (
+        "uniform"  # all episodes earned the same of the environment: none is better (Yu et al. 2025, DAPO)
+    )
     CANCELLED = "cancelled"  # given up when the run ended
 
 

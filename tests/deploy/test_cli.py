@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import socket
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import ray
+from transformers import AutoTokenizer
 
 from deploy import cli, connect, drive, envs_command
 from deploy.janitor import TAG
+from deploy.preflight import check_tokenizer
 from envs import registry
+from learner.tokenizer import build_tokenizer
 from tests.deploy.small_run import RECIPE
 from tests.envs import bad
 
@@ -146,6 +150,41 @@ def test_a_checkpoint_with_fewer_positions_than_the_context_is_refused(
     assert "40 positions" in said and "rollout.context_tokens=64" in said
 
 
+def test_a_model_that_does_not_say_its_context_is_refused(
+    refused: Callable[..., str], checkpoint: Path
+) -> None:
+    (checkpoint / "config.json").write_text('{"model_type": "bloom"}')
+    said = refused(*of_model(checkpoint))
+    assert f"model {checkpoint}: its family bloom states no max_position_embeddings" in said
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    refused: Callable[..., str], checkpoint: Path, tmp_path: Path
+) -> None:
+    own = AutoTokenizer.from_pretrained(checkpoint)
+    rows = len(own)
+    other = build_tokenizer(tmp_path / "other", ["one", "two", *registry.words("frozen_lake")])
+    assert len(other) > rows
+    shutil.copy(tmp_path / "other" / "tokenizer.json", checkpoint)
+    said = refused(*of_model(checkpoint))
+    assert f"model {checkpoint} has a vocabulary of {rows}, but its tokenizer one of {len(other)}" in said
+    assert f"is id {len(other) - 1})" in said
+
+    own.add_special_tokens({"extra_special_tokens": ["<|turn|>"]}, replace_extra_special_tokens=False)
+    own.save_pretrained(checkpoint)
+    check_tokenizer(str(checkpoint))  # a placeholder that no prompt holds
+    own.chat_template = f"<|turn|>{own.chat_template}"
+    own.save_pretrained(checkpoint)
+    assert f"token '<|turn|>' is id {rows}" in refused(*of_model(checkpoint))
+
+
+def test_a_model_may_have_more_rows_than_its_tokenizer(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["vocab_size"] += 7
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    check_tokenizer(str(checkpoint))
+
+
 def test_a_prompt_longer_than_the_context_is_refused(refused: Callable[..., str], checkpoint: Path) -> None:
     said = refused(*of_model(checkpoint, "env.options.instructions=true"))
     assert "the first prompt of frozen_lake has" in said and "rollout.context_tokens=40" in said
@@ -275,3 +314,14 @@ def test_help_lists_the_commands(manta: Manta) -> None:
 def test_the_doctor_finds_this_machine_fit(manta: Manta) -> None:
     code, out, _ = manta("doctor")
     assert code == 0 and "vllm" in out
+
+
+def test_what_may_not_be_meant_is_said_and_the_run_begins(
+    manta: Manta, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun: list[Path] = []
+    monkeypatch.setattr(drive, "drive", lambda config, folder, *_, **__: begun.append(folder))
+    plain = ("learner.algorithm.loss.kind=reinforce", "buffer.max_lag=1", "evaluation.tasks=0")
+    code, _, err = manta("train", RECIPE, *plain, "--run", str(tmp_path / "run"))
+    assert (code, begun, err.count("\n")) == (0, [tmp_path / "run"], 1)
+    assert err.startswith("note: tokens up to 1 versions old count as if the learner had sampled them")

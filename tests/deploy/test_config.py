@@ -202,11 +202,11 @@ def test_recipes_that_ship_load(name: str) -> None:
 def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text(
-        "extends = 'ppo'\nsteps = 7\n[learner.algorithm]\ncritic = { value_clip = 0.5 }\n"
+        "extends = 'ppo'\nsteps = 17\n[learner.algorithm]\ncritic = { value_clip = 0.5 }\n"
         "loss = { kind = 'dppo' }\n[learner.optim]\nbetas = [0.8, 0.9]\n"
     )
     config, base = load_config(str(recipe), ["seed=3"]), load_config("ppo")
-    assert (config.steps, config.seed, config.env) == (7, 3, base.env)
+    assert (config.steps, config.seed, config.env) == (17, 3, base.env)
     assert config.learner.optim == base.learner.optim.model_copy(update={"betas": (0.8, 0.9)})
     algorithm, old = config.learner.algorithm, base.learner.algorithm
     assert (algorithm.credit, algorithm.loss) == (
@@ -286,6 +286,8 @@ def test_every_option_is_read() -> None:
     for path in sorted(
         p for package in ("deploy", "envs", "learner", "rollout") for p in (ROOT / package).rglob("*.py")
     ):
+        if path.name == "contradictions.py":  # that a setting is checked does not mean that it has an effect
+            continue
         source = path.read_text()
         visitor = Reads()
         visitor.visit(ast.parse(source))

@@ -13,9 +13,11 @@ from deploy.build import distinct_tasks
 from deploy.config import ConfigError, parse
 from deploy.preflight import first_observation
 from envs import registry
-from envs.host import HostSettings
+from envs.host import HostSettings, Inline
+from envs.hosted import Hosted
 from rollout.pool import EnvironmentPool
 from rollout.vllm_engine import VllmEngine
+from rollout.wire.trajectory import Task
 from rollout.worker import RolloutSettings
 
 STUCK = "tests.rollout.trouble:Starter"
@@ -45,6 +47,19 @@ def test_foreign_environments_are_looked_at_as_ours_are() -> None:
         ConfigError, match=rf"^environment {trouble} has no option 'turn'; its options: what, [^\n]*$"
     ):
         first_observation(trouble, {"turn": 2})
+
+
+def test_replicas_of_foreign_code_are_processes_unless_the_user_says_otherwise() -> None:
+    async def kinds(where: str) -> list[type[Any]]:
+        pool = EnvironmentPool(host=HostSettings.model_validate({"where": where}))
+        tasks = [Task.of(env_id, 1) for env_id in ("frozen_lake", "Taxi-v4", "tests.rollout.trouble:Trouble")]
+        replicas = [await pool.take(task) for task in tasks]
+        for task, replica in zip(tasks, replicas, strict=True):
+            await pool.discard(task, replica)
+        return [type(replica) for replica in replicas]
+
+    assert asyncio.run(kinds("auto")) == [Inline, Inline, Hosted]
+    assert asyncio.run(kinds("inline")) == [Inline] * 3
 
 
 @pytest.mark.parametrize(

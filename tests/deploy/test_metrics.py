@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from deploy.metrics import MetricsLog, read_metrics
+from deploy.metrics import MetricsLog, read_metrics, rollout_rates
 
 
 def test_rows_come_back_as_written_and_are_valid_json(tmp_path: Path) -> None:
@@ -54,3 +54,16 @@ def test_a_torn_last_row_is_passed_over(tmp_path: Path) -> None:
 
 def test_a_run_without_steps_has_no_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
+
+
+def test_tool_calls_are_told_for_each_episode_of_a_step_in_runs_that_make_any() -> None:
+    before = {"tokens_sampled": 10.0, "episodes": 4.0, "tools_ok": 8.0, "tools_failed": 0.0}
+    after = {"tokens_sampled": 30.0, "episodes": 8.0, "tools_ok": 20.0, "tools_failed": 1.0}
+    rates = {"tokens_sampled": 20.0, "rollout_tokens_per_s": 10.0}
+    assert rollout_rates(before, after, 2.0) == rates | {"tools_ok": 3.0, "tools_failed": 0.25}
+    none_yet = after | {"tools_ok": 0.0, "tools_failed": 0.0}
+    assert rollout_rates(before, none_yet, 2.0) == rates
+    assert rollout_rates(before, after | {"episodes": 4.0}, 2.0) == rates, "no episode ended"
+    assert rollout_rates({"tokens_sampled": 0.0}, {"tokens_sampled": 0.0}, 1.0)["tokens_sampled"] == 0, (
+        "a replay"
+    )

@@ -101,9 +101,9 @@ def _logits(learner: Learner, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _learner(recipe: str, folder: Path) -> Learner:
-    """The recipe's algorithm on a tiny model, every batch used twice: the ratios are not all one."""
+    """The recipe's algorithm on a tiny model; a loss of ratios uses every batch twice: they are not all one."""
     settings = load_config(recipe).learner
-    changes: dict[str, object] = {"epochs": 2}
+    changes: dict[str, object] = {"epochs": 2 if settings.algorithm.loss.has_ratio else 1}
     if critic := settings.algorithm.critic:
         changes["critic"] = critic.model_copy(update={"optim": OPTIM, "warmup_steps": 2})
     return Learner(

@@ -125,7 +125,7 @@ def test_without_reuse_its_other_options_change_nothing(reference: Path, tmp_pat
 
 
 def test_a_replay_reuses_what_the_run_reused(uninterrupted: Path, tmp_path: Path) -> None:
-    config = configured(f"replay={str(uninterrupted)!r}", *REUSING)
+    config = configured(f"replay={str(uninterrupted)!r}")
     train(config, tmp_path / "again", ring_type=lambda config, folder, _: ReplayRing(config, folder))
     assert same_bits(uninterrupted, tmp_path / "again")
 

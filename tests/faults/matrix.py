@@ -166,8 +166,10 @@ class Injector:
         replicas = [
             child
             for part in self._rollouts()
-            for child in children(part["pid"])
-            if "envs.hosted" in command_of(child)
+            for nursery in children(part["pid"])
+            if "envs.nursery" in command_of(nursery)
+            for child in children(nursery)
+            if "envs.nursery" in command_of(child)  # and not what an environment has started
         ]
         if not replicas:
             raise LookupError("no environment process was found")

@@ -13,14 +13,15 @@ import torch
 
 import learner.model
 from learner.batch import arrange
-from learner.learner import Learner, NonFinite
+from learner.learner import Learner
 from learner.prepare import Example
 from learner.publish import take_snapshot
 from learner.ranks import Ranks
+from learner.refusal import BatchRefused
 from learner.settings import LearnerSettings
 from learner.shards import gathered, gathered_tree
 from rollout.wire.schema import as_reused, decode, encode
-from rollout.wire.trajectory import Group
+from rollout.wire.trajectory import Group, Step
 from tests.learner.episodes import group, random_groups
 
 LIMIT = 12  # tokens of a row: every rank has several
@@ -88,8 +89,7 @@ def stepped(ranks: Ranks, tiny: Path, cases: list[Any]) -> list[Found]:
         found.append(
             {
                 "imitated": imitated,
-                # What a micro-batch says of itself depends on what is in it.
-                "metrics": {name: value for name, value in metrics.items() if "effective" not in name},
+                "metrics": metrics,
                 "gradients": plain(p.grad for p in made.policy.parameters() if p.grad is not None),
                 "parameters": plain(made.policy.parameters()),
                 "critic": plain(critic),
@@ -140,26 +140,48 @@ def resumed(ranks: Ranks, tiny: Path, recipe: dict[str, Any], run: Path) -> Foun
         "manifest": snapshot.manifest.tensors,
         "probe": snapshot.manifest.probe.logprobs,
         "bytes": sum(array.nbytes for array in snapshot.arrays),
-        "metrics": {name: value for name, value in metrics.items() if "effective" not in name},
+        "metrics": metrics,
     }
 
 
-def refused(ranks: Ranks, tiny: Path) -> tuple[str, bool]:
-    """What a learner says to a batch of which one episode holds no numbers, and whether it is what it was."""
-    made = built(ranks, tiny, {})
-    before = plain(made.policy.parameters())
+def refused(
+    ranks: Ranks, tiny: Path, recipe: dict[str, Any], spoilt: dict[str, Any]
+) -> tuple[str, int, bool]:
+    """What a learner says to a batch of which one episode is spoilt; optimizer steps it made before; is it what it was?
+
+    spoilt: what is changed in each of the episode's turns.
+    """
+    made = built(ranks, tiny, recipe)
+    made.step(own(ranks, groups_of(1)))
+    before, drawn = _moved(made), made._rng.bit_generator.state
+    applied: list[int] = []
+    made.optimizer._adamw.register_step_post_hook(lambda *_: applied.append(1))
     groups = groups_of(0)
-    first, *others = groups[0].trajectories
+    *others, last = groups[3].trajectories
     steps = tuple(
-        replace(s, behavior_logprobs=np.full_like(s.behavior_logprobs, np.nan)) for s in first.steps
+        replace(step, **{name: change(step) for name, change in spoilt.items()}) for step in last.steps
     )
-    groups[0] = replace(groups[0], trajectories=(replace(first, steps=steps), *others))
+    groups[3] = replace(groups[3], trajectories=(*others, replace(last, steps=steps)))
     try:
         made.step(own(ranks, groups))
-    except NonFinite as error:
-        after = plain(made.policy.parameters())
-        return str(error), all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-    return "", False
+    except BatchRefused as error:
+        same = all(np.array_equal(a, b) for a, b in zip(before, _moved(made), strict=True))
+        return str(error), len(applied), same and drawn == made._rng.bit_generator.state
+    return "", len(applied), False
+
+
+def without_logprobs(step: Step) -> Any:
+    return np.full_like(step.behavior_logprobs, np.nan)
+
+
+def beyond_floats(step: Step) -> float:
+    return 3e38
+
+
+def _moved(made: Learner) -> list[Any]:
+    """What optimizer steps change."""
+    moments = [moment for entry in made.optimizer._adamw.state.values() for moment in entry.values()]
+    return plain([*made.policy.parameters(), *moments])
 
 
 def _state(made: Learner) -> Found:

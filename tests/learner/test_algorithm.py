@@ -23,6 +23,13 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"credit": {"kind": "gae"}}, "'gae'", "add the section critic"),
     ({"critic": {}}, "'group'", "leave the section critic away"),
     ({"credit": {"kind": "gae"}, "critic": {"kind": "shared"}}, "'shared'", "skip_zero_advantage = false"),
+    ({"kl": {"coefficient": 0.1, "estimator": "k1"}, **EVERY_TOKEN}, "'k1' in the loss", "'k2' or 'k3'"),
+    ({"loss": {"kind": "reinforce"}, "epochs": 2}, "'reinforce' has no ratio", "'cispo'"),
+    (
+        {"loss": {"kind": "reinforce"}, "minibatches": 2, "proximal": "learner"},
+        "'reinforce'",
+        "use 1 of each",
+    ),
 ]
 ACCEPTED: list[dict[str, Any]] = [
     {},
@@ -33,6 +40,8 @@ ACCEPTED: list[dict[str, Any]] = [
     {"corrections": [{"kind": "lag", "max_lag": 2}]},
     {"credit": {"kind": "gae"}, "critic": {}},
     {"credit": {"kind": "gae"}, "critic": {"kind": "shared"}, **EVERY_TOKEN},
+    {"kl": {"coefficient": 0.1, "estimator": "k2"}, **EVERY_TOKEN},
+    {"loss": {"kind": "cispo"}, "epochs": 2, "minibatches": 2},
 ]
 
 

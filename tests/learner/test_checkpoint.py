@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,24 @@ def test_an_optimizer_file_that_does_not_load_is_one_line(tmp_path: Path, tiny: 
         folder = _learner(tiny).save(tmp_path)
     with pytest.raises(CheckpointError, match=r"^checkpoint .* is broken: optimizer.pt: [^\n]*$"):
         load(folder)
+
+
+def test_moments_are_mapped_while_they_are_read_and_no_longer(
+    tmp_path: Path, tiny: Path, group_of: Groups
+) -> None:
+    def mapped() -> bool:
+        return str(folder / "optimizer.pt") in Path("/proc/self/maps").read_text()
+
+    first = _learner(tiny)
+    first.step([group_of(0, [1.0, 0.0])])
+    folder = first.save(tmp_path)
+    contents = load(folder)
+    assert mapped() and contents.optimizers["policy"]["adamw"]["state"]
+    del contents
+    resumed = _learner(tiny)
+    resumed.load(tmp_path)
+    gc.collect()
+    assert not mapped()
 
 
 def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path: Path, tiny: Path) -> None:

@@ -91,6 +91,35 @@ def test_siblings_of_one_token_equal_the_hand_computed_table(
     np.testing.assert_allclose(np.concatenate(found), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("section", SECTIONS, ids=_name)
+def test_what_an_estimator_says_of_itself_holds(section: dict[str, Any]) -> None:
+    estimator = TypeAdapter(AnyCredit).validate_python(section)
+
+    def nothing(*groups: list[list[float]]) -> bool:
+        """No advantage for anybody, of rewards of turns; a group that is too small to compare is refused instead."""
+        stories = [
+            [
+                _told(
+                    [[reward] for reward in rewards],
+                    states=("a",) * len(rewards),
+                    named={"goal": rewards[0], "form": rewards[-1]},
+                    values=(0.0,) * len(rewards) if estimator.critic else (),
+                )
+                for rewards in group
+            ]
+            for group in groups
+        ]
+        try:
+            return not any(one_N.any() for group in _credit(section, stories) for one_N in group)
+        except ValueError:
+            return True
+
+    # The same in all, earned in another turn: only who reads totals alone has nothing to say.
+    assert nothing([[1, 0], [0, 1]]) == estimator.totals
+    # One failed, one solved, each alone with its task: only who compares siblings has nothing to say.
+    assert nothing([[0]], [[1]]) == estimator.siblings
+
+
 def test_returns_of_turns_equal_the_hand_computed_ones() -> None:
     story = _told([[1, 0], [2], [0, 4, 0]])
     section = {"kind": "returns", "gamma": 0.5, "baseline": "none"}
@@ -201,8 +230,34 @@ def test_the_punishment_of_length_is_paid_in_the_last_turn() -> None:
     assert example.episode.rewards_K.tolist() == [1.0, 0.5 + 2.0 * reference.overlong(5, 6, 4)]
 
 
+def test_a_named_reward_that_an_episode_lacks_counts_zero() -> None:
+    # The second was cut off before its environment named any: it is worth less than the third, as one that failed.
+    named: list[dict[str, float]] = [{"goal": 1.0}, {}, {"goal": 0.0}]
+    stories = [[_told([[0.0]], named=rewards) for rewards in named]]
+    (found,) = _credit({"kind": "gdpo", "weights": {"goal": 1}}, stories)
+    np.testing.assert_allclose(np.concatenate(found), np.array([2, -1, -1]) / 2**0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{"kind": "group"}, {"kind": "maxrl"}, {"kind": "gigpo"}, {"kind": "returns", "baseline": "group"}],
+    ids=_name,
+)
+def test_what_tokens_cost_is_no_advantage_where_the_task_paid_the_same(section: dict[str, Any]) -> None:
+    stories = [_told([[1.0]], extra=(-cost,)) for cost in (1e-5, 0.0, 2e-5)]
+    assert not any(array.any() for array in _credit(section, [stories])[0])
+    others = [_told([[reward]], extra=(-1e-5,)) for reward in (1.0, 0.0, 0.0)]
+    assert all(array.any() for array in _credit(section, [others])[0])
+
+
+def test_costs_that_nothing_divides_stay_as_small_as_they_are() -> None:
+    stories = [_told([[1.0]], extra=(-cost,)) for cost in (1e-5, 0.0, 2e-5)]
+    (found,) = _credit({"kind": "group", "divide": False}, [stories])
+    np.testing.assert_allclose(np.concatenate(found), [0, 1e-5, -1e-5], atol=1e-7)
+
+
 def test_what_an_estimator_lacks_is_said_in_one_line() -> None:
-    with pytest.raises(ValueError, match=r"^credit.weights names the reward 'goal'[^\n]*has form[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^credit.weights names the reward 'goal'[^\n]*have form[^\n]*$"):
         _credit({"kind": "gdpo", "weights": {"goal": 1}}, [[_told([[1]], named={"form": 1.0})] * 2])
     with pytest.raises(ValueError, match=r"^credit.kind='gae' needs the critic's values[^\n]*$"):
         GaeCredit()([[_seen(_told([[1.0]]))]])

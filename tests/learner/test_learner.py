@@ -1,23 +1,34 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from deploy.guards import Guard
 from learner.algorithm import AlgorithmSettings
+from learner.batch import MicroBatch
+from learner.critic import OwnCritic
 from learner.describe import describe
 from learner.learner import Learner
 from learner.losses import ClippedLoss
 from learner.model import ModelError
+from learner.refusal import BatchRefused
 from learner.schedule import OptimSettings
 from learner.settings import ImitationSettings, LearnerSettings, ModelSettings
 from rollout.wire.trajectory import EndReason, Group
 
 Groups = Callable[..., Group]
+Algorithm = dict[str, Any]
+GAE: Algorithm = {"credit": {"kind": "gae"}, "skip_zero_advantage": False}
+WITH_ALL: Algorithm = GAE | {"critic": {"kind": "own"}, "kl": {"coefficient": 0.1}}
+CORRECTED = [{"kind": "tis"}, {"kind": "lag", "max_lag": 1}]
+SHARED: Algorithm = GAE | {"critic": {"kind": "shared"}}
 
 
 def _settings(tiny: Path, **changes: object) -> LearnerSettings:
@@ -119,15 +130,45 @@ def test_steps_are_reproducible(tiny: Path, group_of: Groups) -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-def test_a_rehearsal_changes_nothing(tiny: Path, group_of: Groups) -> None:
+@pytest.mark.parametrize("algorithm", [{}, WITH_ALL, SHARED], ids=["policy", "with all", "shared"])
+def test_a_rehearsal_changes_nothing(tiny: Path, group_of: Groups, algorithm: Algorithm) -> None:
     def run(rehearsed: bool) -> list[torch.Tensor]:
-        learner = Learner(_settings(tiny))
+        torch.manual_seed(3)
+        learner = Learner(_settings(tiny, algorithm=algorithm), total_steps=5)
         if rehearsed:
             learner.rehearse(longest=100)
         learner.step([group_of(0, [1.0, 0.0])])
-        return [p.detach() for p in learner.policy.parameters()]
+        return [torch.get_rng_state(), *(p.detach() for p in learner.policy.parameters())]
 
     assert all(torch.equal(a, b) for a, b in zip(run(False), run(True), strict=True))
+
+
+def test_a_rehearsal_holds_what_a_step_in_the_middle_of_a_run_holds(
+    tiny: Path, group_of: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    values = OwnCritic._values
+
+    def weighed(critic: OwnCritic, micro: MicroBatch) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            held.append(_bytes_alive())
+        return values(critic, micro)
+
+    monkeypatch.setattr(OwnCritic, "_values", weighed)
+    learner = Learner(_settings(tiny, algorithm=WITH_ALL, tokens_per_microbatch=1000))
+    learner.rehearse(longest=100)
+    (rehearsed,) = held
+    for _ in range(2):
+        learner.step([group_of(0, [1.0, 0.0])])
+    assert rehearsed >= 0.99 * held[-1]
+
+
+def _bytes_alive() -> int:
+    """Of all tensors and gradients that there are."""
+    gc.collect()
+    found = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    found += [x.grad for x in found if x.is_leaf and x.grad is not None]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}.values())
 
 
 def test_a_row_that_does_not_fit_is_one_line_that_says_what_to_lower(
@@ -138,7 +179,7 @@ def test_a_row_that_does_not_fit_is_one_line_that_says_what_to_lower(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate 3.00 GiB\nmore")
 
-    monkeypatch.setattr(learner.policy, "score", full)
+    monkeypatch.setattr(learner.policy, "read", full)
     with pytest.raises(ModelError, match=r"^a row of [^\n]*3\.00 GiB[^\n]*tokens_per_microbatch=50[^\n]*$"):
         learner.rehearse(longest=100)
 
@@ -153,6 +194,26 @@ def test_imitation_lowers_the_cross_entropy(tiny: Path, group_of: Groups) -> Non
     assert learner.version == 0
 
 
+@pytest.mark.parametrize(
+    "algorithm", [{}, WITH_ALL, SHARED | {"corrections": CORRECTED, "proximal": "learner"}]
+)
+def test_every_metric_of_a_step_can_be_bounded(tiny: Path, group_of: Groups, algorithm: Algorithm) -> None:
+    reused = replace(group_of(1, [1.0, 0.0]), reuse=1)
+    metrics = Learner(_settings(tiny, algorithm=algorithm)).step([group_of(0, [1.0, 0.0]), reused])
+    for name in metrics.keys() - {"version"}:
+        Guard(metric=name, below=0.0)
+
+
+def test_the_share_of_tokens_that_statistics_are_of_is_said(tiny: Path, group_of: Groups) -> None:
+    told, uniform = group_of(0, [1.0, 0.0]), group_of(1, [1.0, 1.0])
+    counts = [sum(t.num_sampled for t in group.trajectories) for group in (told, uniform)]
+    learner = Learner(_settings(tiny))
+    assert learner.step([told, uniform])["scored_share"] == pytest.approx(counts[0] / sum(counts))
+    alone = learner.step([uniform])
+    assert alone["scored_share"] == 0.0 and "entropy" not in alone
+    assert alone["zero_advantage_fraction"] == alone["idle_step"] == 1.0
+
+
 def test_bfloat16_with_gradient_checkpointing_learns(tiny: Path, group_of: Groups) -> None:
     model = ModelSettings(path=str(tiny), dtype="bfloat16", gradient_checkpointing=True)
     learner = Learner(_settings(tiny, model=model))
@@ -164,7 +225,7 @@ def test_bfloat16_with_gradient_checkpointing_learns(tiny: Path, group_of: Group
 
 def test_a_group_without_siblings_is_one_line(tiny: Path, group_of: Groups) -> None:
     learner = Learner(_settings(tiny))
-    with pytest.raises(ValueError, match=r"^group 4 has 1 trainable episodes[^\n]*$"):
+    with pytest.raises(BatchRefused, match=r"^group 4 has 1 trainable episodes[^\n]*$"):
         learner.step([_failed(group_of(4, [1.0, 0.0]), 0)])
     assert learner.version == 0
 

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from learner.learner import Learner, NonFinite
+from learner.learner import Learner
 from learner.loop import LearnerLoop, Row
 from learner.publish import Snapshot
 from learner.ranks import RankLost
+from learner.refusal import BatchRefused
 from learner.schedule import OptimSettings
 from learner.settings import LearnerSettings, ModelSettings
 from rollout.wire.schema import encode
@@ -115,7 +116,7 @@ def test_a_step_asked_again_is_answered_again_and_trained_once(setup: Setup) -> 
     assert setup.loop.version == 2
 
 
-def test_a_batch_that_is_not_finite_is_set_aside_and_the_step_takes_another(setup: Setup) -> None:
+def test_a_batch_that_can_not_be_learned_from_is_set_aside_and_the_step_takes_another(setup: Setup) -> None:
     before = [parameter.detach().clone() for parameter in setup.learner.policy.parameters()]
     setup.exchange.broken = 2
     row = asyncio.run(setup.loop.train(1))
@@ -132,9 +133,11 @@ def test_a_batch_that_is_not_finite_is_set_aside_and_the_step_takes_another(setu
     assert not all(torch.equal(a, b) for a, b in zip(before, setup.learner.policy.parameters(), strict=True))
 
 
-def test_batches_that_are_never_finite_end_the_run_at_a_whole_version(setup: Setup) -> None:
+def test_batches_that_never_can_be_learned_from_end_the_run_at_a_whole_version(setup: Setup) -> None:
     setup.exchange.broken = 100
-    with pytest.raises(NonFinite, match="step 1: loss or gradient was not finite on 4 batches in a row"):
+    with pytest.raises(
+        BatchRefused, match=r"^step 1: none of 4 batches in a row .*; last: group 0, episode 0"
+    ):
         asyncio.run(setup.loop.train(1))
     assert setup.loop.version == 0
     asyncio.run(setup.loop.offer())  # no half-made step: the parameters are version 0's

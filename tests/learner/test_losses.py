@@ -177,6 +177,25 @@ def test_kl_k1_and_k3_average_to_the_true_divergence() -> None:
     assert (estimated_V >= 0).all()
 
 
+def test_in_a_loss_k1_pulls_nowhere_on_average_and_k2_as_the_true_divergence_does() -> None:
+    logits_V = torch.tensor([0.5, 0.3, 0.2]).double().log().requires_grad_()
+    reference_V = torch.tensor([0.2, 0.3, 0.5]).double().log()
+    policy_V = logits_V.log_softmax(-1)
+    chance_V = policy_V.detach().exp()  # of being sampled: what is averaged over has no gradient
+    true = torch.autograd.grad(
+        (policy_V.exp() * (policy_V - reference_V)).sum(), logits_V, retain_graph=True
+    )[0]
+    slopes = {
+        estimator: torch.autograd.grad(
+            (chance_V * divergence(policy_V, reference_V, estimator)).sum(), logits_V, retain_graph=True
+        )[0]
+        for estimator in ("k1", "k2", "k3")
+    }
+    np.testing.assert_allclose(slopes["k1"], 0.0, atol=1e-12)
+    np.testing.assert_allclose(slopes["k2"], true, atol=1e-12)
+    assert float(slopes["k3"] @ true) > 0.1 * float(true @ true)
+
+
 # (value, old, target, clip, loss, slope): by hand
 VALUES = [
     (1.0, 0.0, 3.0, None, 2.0, -2.0),

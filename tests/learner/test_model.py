@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from learner import linear
+from learner.batch import longest_row
 from learner.linear import use_onednn
 from learner.model import ModelError, Policy, build_tiny
 from learner.settings import ModelSettings
@@ -84,21 +85,42 @@ def test_a_broken_checkpoint_is_one_line(tmp_path: Path, tiny: Path, how: str) -
     assert "\n" not in str(error.value)
 
 
-def test_a_head_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
-    from transformers import GraniteConfig, GraniteForCausalLM
-
-    config = GraniteConfig(
-        vocab_size=20,
+def test_layers_computed_again_are_computed_alike(tmp_path: Path) -> None:
+    config = OPTConfig(
+        vocab_size=40,
         hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
+        ffn_dim=24,
+        num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=2,
-        logits_scaling=0.02,
+        max_position_embeddings=64,
+        word_embed_proj_dim=16,
+        dropout=0.5,
+        attention_dropout=0.5,
+        layerdrop=0.5,
     )
-    GraniteForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="head"):
-        Policy(ModelSettings(path=str(tmp_path)))
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    row = longest_row(12, 30)
+    found = []
+    for again in (False, True):
+        policy = Policy(ModelSettings(path=str(tmp_path), gradient_checkpointing=again))
+        calls = [0]
+        layers = policy.model.model.decoder.layers
+        for layer in layers:
+            layer.fc1.register_forward_hook(lambda *_, counted=calls: counted.__setitem__(0, counted[0] + 1))
+        logprobs_N, _ = policy.score(row, 1.0)
+        logprobs_N.sum().backward()
+        assert calls == [len(layers) * (2 if again else 1)]
+        found.append([logprobs_N.detach(), *(p.grad for p in policy.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_model_without_layers_to_compute_again_is_one_line(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learner.model.GradientCheckpointingLayer", torch.nn.Bilinear)
+    with pytest.raises(ModelError, match=r"set learner\.model.gradient_checkpointing=false"):
+        Policy(ModelSettings(path=str(tiny), gradient_checkpointing=True))
 
 
 @pytest.mark.parametrize(("width", "out"), [(6, 4), (4, 6)])

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from learner.optim import Optimizer
@@ -49,6 +51,19 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     assert torch.equal(parameter, torch.ones(2, 2))
 
 
+def test_a_gradient_of_zero_is_no_step() -> None:
+    parameter = nn.Parameter(torch.ones(2, 2))
+    optimizer = Optimizer([parameter], OptimSettings(learning_rate=0.1, weight_decay=0.5))
+    for gradient in (1.0, 0.0):
+        before = parameter.detach().clone()
+        optimizer.zero_grad()
+        assert parameter.grad is not None
+        parameter.grad += gradient
+        report = optimizer.step()
+        assert report.idle == torch.equal(parameter, before) == (gradient == 0.0)
+    assert optimizer.steps == 1
+
+
 def test_schedules_rise_hold_and_fall() -> None:
     constant = OptimSettings(learning_rate=1.0, warmup_steps=4)
     assert [learning_rate(constant, s) for s in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
@@ -56,6 +71,30 @@ def test_schedules_rise_hold_and_fall() -> None:
     assert [learning_rate(linear, s, 6) for s in (2, 3, 4, 6, 7)] == [1.0, 0.75, 0.5, 0.0, 0.0]
     cosine = OptimSettings(learning_rate=1.0, schedule="cosine", final_share=0.2)
     assert [learning_rate(cosine, s, 4) for s in (0, 2, 4)] == pytest.approx([1.0, 0.6, 0.2])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"betas": (0.9, 1.0)},
+        {"betas": (-0.1, 0.9)},
+        {"betas": (1.5, 2.0)},
+        {"eps": 0.0},
+        *(
+            {name: bad}
+            for name in ("learning_rate", "eps", "weight_decay", "max_grad_norm")
+            for bad in (-1.0, math.inf)
+        ),
+        *(
+            {name: math.nan}
+            for name in ("learning_rate", "eps", "weight_decay", "max_grad_norm", "final_share")
+        ),
+    ],
+    ids=str,
+)
+def test_settings_that_no_step_can_follow_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(options))):
+        OptimSettings(**options)
 
 
 def test_a_schedule_without_an_end_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,17 @@ from learner.checkpoint import latest
 from learner.model import build_tiny
 from learner.ranks import RankLost, Ranks
 from learner.tokenizer import build_tokenizer
-from tests.learner.ranked import Found, divided, narrow, refused, resumed, saved, stepped
+from tests.learner.ranked import (
+    Found,
+    beyond_floats,
+    divided,
+    narrow,
+    refused,
+    resumed,
+    saved,
+    stepped,
+    without_logprobs,
+)
 from tests.learner.together import together
 
 GAE: dict[str, Any] = {"kind": "gae", "gamma": 0.9, "lam": 0.8}
@@ -126,13 +137,32 @@ def test_ranks_of_unequal_shares_make_the_same_optimizer_steps(tiny: Path) -> No
     assert {one, other} == {3, 6}
     _same(found.pop("parameters"), same.pop("parameters"))
     assert found == same
-    assert found["steps"] == 10 and found["metrics"]["skipped_step"] == 0
+    # One of the ten parts has no episode with an advantage.
+    assert found["steps"] + found["metrics"]["idle_step"] == 10 and found["metrics"]["skipped_step"] == 0
 
 
-def test_a_batch_that_is_not_finite_on_one_rank_is_refused_by_all(tiny: Path) -> None:
-    said = together(2, refused, tiny)
+@pytest.mark.parametrize(
+    ("recipe", "spoilt", "message"),
+    [
+        (
+            {},
+            {"behavior_logprobs": without_logprobs},
+            r"^group 3, episode 2: its behaviour logprobs are not finite$",
+        ),
+        (
+            {"credit": {"kind": "group", "divide": False}, "minibatches": 3, "epochs": 2},
+            {"reward": beyond_floats},
+            r"^an optimizer step is not finite: loss .*grad_norm (inf|nan)$",
+        ),
+    ],
+)
+def test_a_batch_that_is_spoilt_on_one_rank_is_refused_by_all(
+    recipe: dict[str, Any], spoilt: dict[str, Any], message: str, tiny: Path
+) -> None:
+    said = together(2, refused, tiny, recipe, spoilt)
     assert said[0] == said[1]
-    assert said[0][0].startswith("loss nan") and said[0][1]
+    assert re.match(message, said[0][0]) and said[0][2]
+    assert bool(said[0][1]) == ("minibatches" in recipe), "what an update before it moved was put back"
 
 
 def test_ranks_that_do_not_come_are_missed_by_name() -> None:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from learner.learner import Learner, NonFinite
+from learner.learner import Learner
 from learner.optim import StepReport
 from learner.publish import take_snapshot
+from learner.refusal import BatchRefused
+from learner.schedule import OptimSettings
 from learner.settings import LearnerSettings
 from rollout.wire.trajectory import Group
 from tests import reference
@@ -160,6 +162,23 @@ def test_warming_up_teaches_the_head_and_leaves_the_policy_and_what_is_published
     assert last != first
 
 
+def test_a_falling_learning_rate_ends_with_the_run_whatever_the_warm_up(
+    tiny: Path, tmp_path: Path, group_of: Groups
+) -> None:
+    falling = OptimSettings(learning_rate=0.1, schedule="linear")
+    settings = _learner(tiny, {"warmup_steps": 2}, {}).settings.model_copy(update={"optim": falling})
+    learner = Learner(settings, total_steps=4)
+    rates = []
+    for _ in range(4):
+        row = learner.step([group_of(0, [1.0, 0.5])])
+        rates.append(row.get("learning_rate"))
+        learner.save(tmp_path)
+        learner = Learner(settings, total_steps=4)
+        learner.load(tmp_path)
+    assert rates == [None, None, pytest.approx(0.1), pytest.approx(0.05)]
+    assert learner._critic is not None and learner._critic.optimizer.steps == 4
+
+
 @pytest.mark.parametrize("model", [{}, {"lora": {"rank": 4}}], ids=["whole", "lora"])
 @pytest.mark.parametrize("recipe", [{"minibatches": 2}, {"proximal": "learner", "epochs": 2}], ids=str)
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
@@ -218,6 +237,6 @@ def test_a_batch_that_is_not_finite_moves_neither_policy_nor_head(tiny: Path, gr
     steps = tuple(
         replace(s, behavior_logprobs=np.full_like(s.behavior_logprobs, np.nan)) for s in spoilt.steps
     )
-    with pytest.raises(NonFinite):
+    with pytest.raises(BatchRefused):
         learner.step([replace(good, trajectories=(replace(spoilt, steps=steps), *others))])
     assert all(torch.equal(a, b) for a, b in zip(before, _parameters(learner), strict=True))

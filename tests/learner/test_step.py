@@ -18,6 +18,7 @@ from learner.schedule import OptimSettings
 from learner.settings import ModelSettings
 from learner.step import PolicyObjective, cross_entropy_objective, train_step
 from rollout.wire.trajectory import Group
+from tests import reference
 
 SETTINGS = AlgorithmSettings(skip_zero_advantage=False)
 TEMPERATURE = 0.8
@@ -94,18 +95,23 @@ def test_skipping_zero_advantages_leaves_the_gradients_alone(
     _same(_gradients(policy, skipped), _gradients(policy, kept))
 
 
-def test_a_batch_without_advantage_moves_the_weights_equally_with_and_without_skipping(
-    tiny: Path, sequences: list[TokenSequence]
+@pytest.mark.parametrize("why", ["no advantage", "no advantage, skipped", "masked"])
+def test_a_batch_with_nothing_to_learn_from_moves_nothing_whatever_momentum_there_is(
+    policy: Policy, sequences: list[TokenSequence], why: str
 ) -> None:
+    optimizer = Optimizer(policy.parameters(), OptimSettings(learning_rate=1e-2, weight_decay=0.1))
+    masked = AlgorithmSettings.model_validate({"corrections": [{"kind": "lag", "max_lag": 0}]})
     flat = [replace(s, advantages_T=np.zeros_like(s.advantages_T)) for s in sequences]
-    results = []
-    for skip in (False, True):
-        policy = Policy(ModelSettings(path=str(tiny)))
-        optimizer = Optimizer(policy.parameters(), OptimSettings(learning_rate=1e-2, weight_decay=0.1))
-        for batch in (pack(sequences, 60, 128), pack(flat, 60, 128, skip_zero_advantage=skip)):
-            train_step(policy, optimizer, batch, PolicyObjective(SETTINGS), TEMPERATURE)
-        results.append([p.detach() for p in policy.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    train_step(policy, optimizer, pack(sequences, 60, 128), PolicyObjective(SETTINGS), TEMPERATURE)
+    before = [p.detach().clone() for p in policy.parameters()]
+    batch = pack(sequences if why == "masked" else flat, 60, 128, skip_zero_advantage=why.endswith("skipped"))
+    objective = PolicyObjective(masked, version=1) if why == "masked" else PolicyObjective(SETTINGS)
+    metrics = train_step(policy, optimizer, batch, objective, TEMPERATURE)
+    assert (metrics["idle_step"], metrics["skipped_step"], metrics["grad_norm"]) == (1.0, 0.0, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+    assert optimizer.steps == 1
+    row = train_step(policy, optimizer, pack(sequences, 60, 128), PolicyObjective(SETTINGS), TEMPERATURE)
+    assert (row["idle_step"], optimizer.steps) == (0.0, 2)
 
 
 def test_tokens_that_were_not_sampled_have_no_gradient(
@@ -127,16 +133,25 @@ def test_tokens_that_were_not_sampled_have_no_gradient(
 
 
 def test_metrics_equal_a_naive_recomputation(policy: Policy, sequences: list[TokenSequence]) -> None:
-    batch = pack(sequences, 60, 128)
+    aged = [replace(s, versions_T=np.where(s.sampled_T, place % 3, -1)) for place, s in enumerate(sequences)]
+    batch = pack(aged, 60, 128)
     with torch.no_grad():
         scores = [(policy.score(row, TEMPERATURE), row) for row in batch.micro_batches]
     logprobs = torch.cat([s[0] for s, _ in scores])
     behavior = torch.cat([row.behavior_logprobs_N for _, row in scores])
     optimizer = Optimizer(policy.parameters(), OptimSettings(learning_rate=1e-3))
-    metrics = train_step(policy, optimizer, batch, PolicyObjective(SETTINGS), TEMPERATURE)
+    metrics = train_step(policy, optimizer, batch, PolicyObjective(SETTINGS, version=2), TEMPERATURE)
     ratio = (logprobs - behavior).exp()
     assert metrics["behavior_gap"] == pytest.approx((logprobs - behavior).abs().mean().item(), rel=1e-4)
     assert metrics["kl"] == pytest.approx((ratio - 1 - ratio.log()).mean().item(), rel=1e-3, abs=1e-6)
+    lags = 2 - torch.cat([row.versions_N for _, row in scores])
+    assert metrics["effective_samples"] == pytest.approx(reference.effective_share(ratio.tolist()), rel=1e-4)
+    for lag in range(3):
+        here = lags == lag
+        share = reference.effective_share(ratio[here].tolist())
+        gap = (logprobs - behavior)[here].abs().mean().item()
+        assert metrics[f"effective_samples_lag_{lag}"] == pytest.approx(share, rel=1e-4)
+        assert metrics[f"behavior_gap_lag_{lag}"] == pytest.approx(gap, rel=1e-4)
     assert metrics["entropy"] == pytest.approx(torch.cat([s[1] for s, _ in scores]).mean().item(), rel=1e-4)
     assert metrics["tokens_sampled"] == metrics["tokens_scored"] == sum(s.num_sampled for s in sequences)
     assert metrics["tokens_trained"] == sum(s.num_inputs for s in sequences)

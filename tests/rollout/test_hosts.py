@@ -250,9 +250,10 @@ def test_a_replicas_actor_and_process_end_with_their_worker_however_that_dies(cl
 
     owner = ray.remote(Owner).options(num_cpus=0).remote()
     worker, actor = ray.get(owner.begin.remote(RAY.model_copy(update={"step_seconds": 3600.0})), timeout=120)
-    (process,) = psutil.Process(actor).children()
+    processes = psutil.Process(actor).children(recursive=True)
+    assert len(processes) == 2, "the replica's and its nursery"
     os.kill(worker, signal.SIGKILL)
-    wait_for_the_end_of(worker, actor, process.pid)
+    wait_for_the_end_of(worker, actor, *(process.pid for process in processes))
 
 
 @pytest.mark.slow
@@ -265,7 +266,7 @@ def test_an_actor_that_freezes_is_given_up(
         pool = pool_of(RAY.model_copy(update={"reset_seconds": 0.5}))
         task = Task.of("trouble", 1)
         replica = await pool.take(task)
-        (process,) = psutil.Process(pid_of(replica)).children()
+        processes = psutil.Process(pid_of(replica)).children(recursive=True)
         pool.give_back(task, replica)
         os.kill(pid_of(replica), signal.SIGSTOP)
         failed = await played(pool, agent, task)
@@ -273,7 +274,7 @@ def test_an_actor_that_freezes_is_given_up(
         assert failed.error is not None
         said = rf"its actor \(pid {pid_of(replica)} on \S+\) did not answer within 1 s and was killed"
         assert re.search(said, failed.error), failed.error
-        wait_for_the_end_of(pid_of(replica), process.pid)
+        wait_for_the_end_of(pid_of(replica), *(process.pid for process in processes))
 
     asyncio.run(run())
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import gymnasium as gym
 import pytest
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerFast
@@ -20,10 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from envs.base import TextEnv, messages_of
 from envs.calls import Call, write_call
 from envs.host import HostSettings, Inline
-from rollout.agent import Agent, AgentSettings
 from rollout.chat import Chat
-from rollout.engine import Sampling
-from rollout.episode import Limits, Place, run_episode
 from rollout.parts.library import LibrarySettings, Store
 from rollout.parts.memory import Notebook, NotebookSettings, SummarySettings, WindowSettings
 from rollout.parts.planning import PlanSettings
@@ -32,8 +28,8 @@ from rollout.parts.settings import PartSettings, dressed
 from rollout.parts.thinking import ThinkSettings
 from rollout.pool import EnvironmentPool
 from rollout.resume import bring_back
-from rollout.scripted_engine import ScriptedEngine
-from rollout.wire.trajectory import EndReason, EpisodeSoFar, Slot, Task, Trajectory
+from rollout.wire.trajectory import EndReason, EpisodeSoFar, Task
+from tests.rollout.scripted import Script, played
 
 MOVES = ("left", "right")
 CODES = list(product(MOVES, repeat=3))
@@ -122,41 +118,6 @@ def learner(prompt: str, rng: Random) -> str:
     return f"code {revealed[0]}" if revealed else move(prompt, rng)
 
 
-Script = Callable[[str, Random], str]
-
-
-def place(seed: int) -> Place:
-    return Place(Slot(seed, 0, Task.of("code", seed), 0), index=0, seed=seed)
-
-
-def played(
-    chat: Chat,
-    tokenizer: PreTrainedTokenizerFast,
-    script: Script,
-    env: gym.Env[Any, str],
-    seed: int,
-    memory: str = "full",
-    context_tokens: int = 4096,
-) -> Trajectory:
-    engine = ScriptedEngine(tokenizer, script)
-    settings = AgentSettings(memory=memory, min_new_tokens=16)
-    agent = Agent(engine, chat, Sampling(max_tokens=128), context_tokens, settings)
-    trajectory = asyncio.run(run_episode(Inline(env), agent, place(seed), Limits(40, 30.0)))
-    _assert_exact(trajectory, engine)
-    return trajectory
-
-
-def _assert_exact(trajectory: Trajectory, engine: ScriptedEngine) -> None:
-    """What is stored of every segment is what the engine was asked and answered, token by token."""
-    history: dict[int, list[int]] = {}
-    for step, request in zip(trajectory.steps, engine.requests, strict=True):
-        so_far = history.setdefault(step.segment, [])
-        so_far += step.prompt_ids.tolist()
-        assert tuple(so_far) == request.prompt_ids
-        so_far += step.action_ids.tolist()
-        assert step.action_ids.tolist() == request.completion.token_ids.tolist()
-
-
 @pytest.fixture
 def successes(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> Callable[..., int]:
     """Of the eight codes, how many a policy plays right."""
@@ -237,6 +198,10 @@ def test_a_notebook_is_bounded_and_begins_empty() -> None:
     assert [notebook.write(key, "12345") for key in "aab"] == ["noted"] * 3
     assert notebook.write("c", "1") == "the notebook is full: a, b"
     assert (notebook.read("a"), notebook.read("c")) == ("123", "nothing stands under c")
+    assert notebook.write("a" * 9, "1") == "the notebook is full: a, b", "a key is cut, too"
+    notebook.renew()
+    assert notebook.write("key of nine", "1") == "noted"
+    assert (notebook.notes(), notebook.read("key")) == ("key", "1")
     notebook.renew()
     assert notebook.notes() == "no notes"
 

@@ -232,7 +232,8 @@ def test_parts_of_an_agent_add_to_pictures_what_they_say() -> None:
     observation = shown(np.zeros((4, 4, 3), np.uint8), "look")
     first = preceded("Plan: go", observation)[0]["content"]
     last = followed(observation, "Write a plan.")[-1]["content"]
-    both = anew([*observation, {"role": "user", "content": "and?"}])[0]["content"]
+    asked = [{"role": "user", "content": "and?"}]
+    both = anew([*observation, *asked], asked)[0]["content"]
     kinds = [[part["type"] for part in content] for content in (first, last, both)]
     assert kinds == [["text", "text", "image"], ["text", "image", "text"], ["text", "image", "text"]]
     assert first[0]["text"] == "Plan: go\n" and last[2]["text"] == "\nWrite a plan."

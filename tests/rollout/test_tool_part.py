@@ -22,9 +22,12 @@ from rollout.episode import Limits, Place, run_episode
 from rollout.parts.settings import PartSettings, dressed
 from rollout.parts.tools import ServerSettings, ToolsSettings
 from rollout.pool import EnvironmentPool
+from rollout.recorder import Recorder
 from rollout.resume import bring_back
 from rollout.scripted_engine import ScriptedEngine
+from rollout.tally import Recorded, Tally
 from rollout.wire.trajectory import EpisodeSoFar, Slot, Task, Trajectory
+from tests.rollout.fake_exchange import FakeExchange
 
 CALCULATOR = ToolsSettings(functions=("envs.assistant_data:calculate",), style="plain")
 SUMS = ["3 + 4", "12 * 12", "99 - 100", "2 * (3 + 4)", "7 / 2", "81 + 19", "5 * 5 * 5", "1 - 1"]
@@ -74,6 +77,21 @@ def test_calls_are_turns_that_are_stored_and_played_again(
     so_far = EpisodeSoFar(trajectory.steps[:1], end=None, snapshot=None)
     standing = asyncio.run(bring_back(replica, trajectory.task, so_far))
     assert standing.observation == json.loads(trajectory.steps[1].observation)
+
+
+def test_a_worker_counts_calls_by_what_became_of_them(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> None:
+    def careless(prompt: str, rng: Random) -> str:
+        return asker(prompt, rng) if "no tool" in prompt else "calculat(1)\ncalculate(1, 2)"
+
+    tally = Tally()
+    agent = Agent(ScriptedEngine(tokenizer, careless), chat, Sampling(max_tokens=64), 512)
+    place = Place(Slot(0, 0, Task.of("sum", 0), 0), index=0, seed=0)
+    replica = Inline(dressed(Sum, [CALCULATOR]))
+    asyncio.run(
+        run_episode(replica, agent, place, Limits(8, 30.0), Recorded(tally, Recorder(FakeExchange([]), "")))
+    )
+    counted = {name: count for name, count in tally.row().items() if name.startswith("tools_") and count}
+    assert counted == {"tools_unknown_tool": 1, "tools_wrong_arguments": 1}
 
 
 def test_tools_go_with_an_environment_into_its_process() -> None:

@@ -209,6 +209,12 @@ def test_a_late_batch_is_explained(store: CountingStore, group_of: GroupOf) -> N
             await exchange.take(1, timeout_s=0.01)
         assert await exchange.hand_on("rollout-2") == 1
         assert "0 are in flight; 1 wait for a worker" in (await exchange.state())["missing"]
+        for _ in range(2):  # the one that waits, and a new one
+            await exchange.drop(await reserve(exchange, "rollout-3"), DropReason.UNIFORM)
+        with pytest.raises(TimeoutError, match=r"; 2 groups were dropped as uniform$"):
+            await exchange.take(1, timeout_s=0.01)
+        await exchange.release(1)
+        assert "uniform" not in (await exchange.state())["missing"], "since the last step"
         await exchange.close()
 
     asyncio.run(run())
