@@ -126,15 +126,14 @@ def distinct_tasks(
     return tasks
 
 
-def told_alike(tasks: list[Task]) -> str:
+def told_alike(tasks: list[Task], host: HostSettings | None = None) -> str:
     """One line where several tasks begin with the same observation, all of them; else empty."""
     if len(tasks) < 2 or tasks[0].env_id == PROGRAM:
         return ""
-    env = registry.make(tasks[0].env_id, **tasks[0].kwargs)
-    openings = (str(env.reset(seed=task.seed)[0]) for task in tasks)
-    first = next(openings)
-    alike = all(opening == first for opening in openings)
-    env.close()
+    with looked_at(tasks[0].env_id, tasks[0].kwargs, host) as reset:
+        openings = (str(reset(task.seed)) for task in tasks)
+        first = next(openings)
+        alike = all(opening == first for opening in openings)
     told = f"{tasks[0].env_id} begins alike with all {len(tasks)} seeds it is evaluated on; later they may differ"
     return told if alike else ""
 

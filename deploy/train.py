@@ -76,7 +76,7 @@ class Training:
         if not self.config.evaluation.tasks or self.config.replay:
             return None
         tasks = await asyncio.to_thread(evaluation_tasks, self.config)
-        if name == "before" and (told := await asyncio.to_thread(told_alike, tasks)):
+        if name == "before" and (told := await asyncio.to_thread(told_alike, tasks, self.config.env.host)):
             self.progress.say(told)
         with self._timed(f"evaluate_{name}"):
             evaluation = Evaluation.of(await self.ring.evaluate(tasks, name))
