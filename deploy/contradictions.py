@@ -247,6 +247,11 @@ def _idle_metrics(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield metric, "there is no learner.algorithm.critic"
     if algorithm.kl is None:
         yield "reference_kl", "there is no learner.algorithm.kl"
+    if not algorithm.corrections:
+        yield "correction", "there are no learner.algorithm.corrections"
+    if not config.buffer.reuse.groups and config.replay is None:
+        for metric in ("groups_reused", "reused_lag_max", "reused_lag_mean"):
+            yield metric, "buffer.reuse.groups=0"
     if not any(part.masks for part in algorithm.corrections):
         yield "masked_fraction", "no learner.algorithm.corrections mask"
     if not algorithm.loss.clips:

@@ -57,8 +57,8 @@ def _step(
 ) -> None:
     """A step to which nobody agrees, of this row alone."""
     algorithm, nothing_N = settings.algorithm, torch.zeros_like(row.weights_N)
-    known = ("reference_logprobs_N", "values_N", "value_targets_N")
-    batch = Batch((replace(row, **dict.fromkeys(known, nothing_N)),), len(nothing_N), 1, 0)
+    row = replace(row, reference_logprobs_N=nothing_N, values_N=nothing_N, value_targets_N=nothing_N)
+    batch = Batch((row,), len(nothing_N), 1, 0)
     reference = Reference(settings.model, policy.ranks)
     if algorithm.kl:
         reference.copy(policy)
