@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deploy import evaluate
-from deploy.build import distinct_tasks
+from deploy.build import distinct_tasks, told_alike
 from deploy.config import ConfigError, parse
 from deploy.preflight import first_observation
 from envs import registry
@@ -38,6 +38,8 @@ def test_a_reset_without_end_is_named_with_its_limit() -> None:
         first_observation(STUCK, {}, host=HASTY)
     with pytest.raises(ConfigError, match=says):
         distinct_tasks(STUCK, {}, first_seed=0, count=1, host=HASTY)
+    with pytest.raises(ConfigError, match=says):
+        told_alike([Task.of(STUCK, seed) for seed in (0, 1)], HASTY)
 
 
 def test_foreign_environments_are_looked_at_as_ours_are() -> None:

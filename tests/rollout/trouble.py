@@ -68,6 +68,9 @@ class Starter(gym.Env[str, str]):
     observation_space = text_space()
     action_space = text_space()
 
+    def __init__(self, split: str = "all") -> None:
+        del split  # having it is enough to be asked how each instance begins
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
