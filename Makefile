@@ -88,7 +88,7 @@ lock-gpu:
 
 lock-extras: lock-cpu
 	@pins=$$($(LOCK) --constraint requirements/cpu.txt $(foreach name,$(OPTIONAL),--extra $(name)) \
-		$(TORCH_FROM) | grep -vxFf requirements/cpu.txt) && \
+		$(TORCH_FROM) $(foreach name,$(UNWANTED),--no-emit-package $(name)) | grep -vxFf requirements/cpu.txt) && \
 		{ sed -n '/^#/p' requirements/extras.txt; echo "$$pins"; } > requirements/extras.txt.new && \
 		mv requirements/extras.txt.new requirements/extras.txt
 

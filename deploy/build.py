@@ -106,12 +106,16 @@ def distinct_tasks(
     An environment without splits holds out nothing but seeds, which those of training never are, and its episodes may
     differ though they begin alike (a slippery lake): its tasks are the first seeds. So are a foreign agent's.
     """
-    if env_id == PROGRAM or not registry.has_splits(env_id):
-        return [Task.of(env_id, seed, options) for seed in range(first_seed, first_seed + count)]
+    first = [Task.of(env_id, seed, options) for seed in range(first_seed, first_seed + count)]
+    if env_id == PROGRAM:
+        return first
     seen: set[str] = set()
     tasks: list[Task] = []
     seed, last_new = first_seed, first_seed
     with looked_at(env_id, options, host) as reset:
+        if first and not registry.has_splits(env_id):
+            reset(first_seed)
+            return first
         while len(tasks) < count:
             observation = reset(seed)
             if str(observation) not in seen:
@@ -131,11 +135,11 @@ def told_alike(tasks: list[Task], host: HostSettings | None = None) -> str:
     """One line where several tasks begin with the same observation, all of them; else empty."""
     if len(tasks) < 2 or tasks[0].env_id == PROGRAM:
         return ""
-    with looked_at(tasks[0].env_id, tasks[0].kwargs, host) as reset:
-        openings = (str(reset(task.seed)) for task in tasks)
-        first = next(openings)
-        alike = all(opening == first for opening in openings)
-    told = f"{tasks[0].env_id} begins alike with all {len(tasks)} seeds it is evaluated on; later they may differ"
+    env_id = tasks[0].env_id
+    with looked_at(env_id, tasks[0].kwargs, host) as reset:
+        first = str(reset(tasks[0].seed))
+        alike = all(str(reset(task.seed)) == first for task in tasks[1:])
+    told = f"{env_id} begins alike with all {len(tasks)} seeds it is evaluated on; what follows may differ"
     return told if alike else ""
 
 

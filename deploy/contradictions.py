@@ -44,13 +44,11 @@ def doubts(config: RunConfig) -> list[str]:
     algorithm, oldest = config.learner.algorithm, _oldest(config)
     if algorithm.weighs_behavior or not (oldest or config.replay):
         return []
-    what = (
-        "what the past run sampled counts" if config.replay else f"tokens up to {oldest} versions old count"
-    )
+    who = "the past run" if config.replay else f"weights up to {oldest} versions old"
     why = "proximal='learner'" if algorithm.loss.has_ratio else f"loss.kind={algorithm.loss.kind!r}"
     return [
-        f"{what} as if the learner had sampled it: {why} without a correction of kind tis, mask or icepop does not ask "
-        "who did; consider learner.algorithm.proximal='learner' and corrections=[{kind='tis'}]"
+        f"what {who} sampled counts as the learner's own: {why} without a correction of kind tis, mask or icepop does "
+        "not ask whose it is; consider learner.algorithm.proximal='learner' and corrections=[{kind='tis'}]"
     ]
 
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 from envs.findings import Finding
-from envs.host import Env, EnvironmentFailed, EnvironmentStuck, HostSettings
+from envs.host import Env, EnvironmentFailed, EnvironmentRefused, EnvironmentStuck, HostSettings
 from envs.hosted import Hosted
 from envs.recording import Record, Trouble, asking, play, shown
 from envs.registry import EnvironmentUnknown, Player
@@ -43,7 +43,7 @@ async def process(
 ) -> AsyncIterator[Hosted | None]:
     """A replica in a process of its own, or None and a finding where its recipe cannot be sent there.
 
-    Raises what `made` does where it cannot be made there, and Unfit where the process is lost.
+    Raises what `made` does, and Unfit where the process is lost.
     """
     try:
         pickle.dumps(recipe)
@@ -59,8 +59,9 @@ async def process(
     try:
         with _losing("making it in a process of its own", START_SECONDS):
             replica = await Hosted.start(recipe, limits)
-    except Trouble:
-        made(recipe).close()  # only words of the error came from there: here it raises the error itself
+    except Trouble as trouble:
+        if isinstance(trouble.error, EnvironmentRefused):
+            raise EnvironmentUnknown(str(trouble.error)) from None
         raise
     try:
         yield replica

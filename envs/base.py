@@ -73,15 +73,16 @@ def end_behind(info: Info) -> Info:
     return {"ended": ended} if "ended" in info else {}
 
 
-def seat_of(info: Info) -> int:
+def seat_of(info: Info) -> int | None:
     """Who made a step's move where the agent moves for both sides: 0, whom rewards are for; 1, whom they are against.
 
-    ValueError for another seat: what is good for one is bad for the other only where there are two.
+    None where the environment does not say. ValueError for another seat: what is good for one is bad for the other only
+    where there are two.
     """
-    seat = info.get("seat", 0)
-    if seat not in (0, 1):
+    seat = info.get("seat")
+    if seat not in (None, 0, 1):
         raise ValueError(f"info['seat']={seat!r} must be 0 or 1")
-    return int(seat)
+    return None if seat is None else int(seat)
 
 
 def held_out(content: str) -> bool:

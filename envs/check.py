@@ -33,7 +33,7 @@ from envs.adapters import RandomPlayer
 from envs.apart import Unfit, made, played_apart, process
 from envs.base import text_space
 from envs.findings import Finding, answered, paid, said
-from envs.host import Env, Inline
+from envs.host import Env, EnvironmentFailed, Inline
 from envs.recording import Record, Script, Trouble, asking, first_difference, go_on, play, shown, step
 from envs.registry import Player
 
@@ -127,7 +127,9 @@ async def _check(
     except Unfit as unfit:
         findings.append(unfit.finding)
     except Trouble as trouble:
-        findings.append(Finding("raises", shown(repr(trouble.error), 200), trouble.where))
+        apart_only = isinstance(trouble.error, EnvironmentFailed)  # its words are those of the error there
+        told = str(trouble.error) if apart_only else repr(trouble.error)
+        findings.append(Finding("raises", shown(told, 200), trouble.where))
     return list({finding.kind: finding for finding in reversed(findings)}.values())[
         ::-1
     ]  # the first of each kind

@@ -250,7 +250,7 @@ async def _answer(replica: Inline, request: dict[str, Any], blob: bytes) -> Mess
             told |= end_behind(info)
             if reasons := answers_by_reason(info):
                 told["tools"] = reasons
-            if seat := seat_of(info):
+            if (seat := seat_of(info)) is not None:
                 told["seat"] = seat
             answer = {
                 "observation": observation,

@@ -32,7 +32,7 @@ from envs.child import end_with, import_path, inherited
 
 _NUMBERS = struct.Struct(
     "<ii"
-)  # what is heard of a child: its process id, and its exit code, a signal's negative
+)  # what is heard of a child: its process id, then its exit code, a signal's negative
 _NUMBER = struct.Struct("<i")
 _CHANNEL = 3  # a child's only descriptor besides the standard ones
 
@@ -181,9 +181,8 @@ def _bears(control: socket.socket) -> bool:
                 channel, leash = received
                 try:
                     pid = os.fork()
-                except (
-                    OSError
-                ) as error:  # too many processes, or too little memory: that one's misfortune alone
+                except OSError as error:
+                    # Too many processes, or too little memory: that one's misfortune alone.
                     print(f"envs.nursery: a replica's process could not be forked: {error}", file=sys.stderr)
                     os.close(channel)
                     os.close(leash)

@@ -42,9 +42,7 @@ class Episode:
     named: Mapping[str, float] | None = None  # sums of the environment's named rewards
     token_rewards_N: Float32Array | None = None  # what the divergence from a reference costs each token
     values: Values | None = None
-    seats_K: tuple[
-        int, ...
-    ] = ()  # 1 where the turn was made for the side that rewards are against; (): nowhere
+    sides_K: tuple[float, ...] = ()  # what a turn's advantage counts, see `sides`; (): 1 everywhere
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> Episode:
@@ -56,7 +54,7 @@ class Episode:
             ended=trajectory.end_reason in (EndReason.TERMINATED, EndReason.MALFORMED),
             anchors_K=tuple(step.observation for step in steps),
             named=trajectory.named_rewards,
-            seats_K=tuple(step.seat for step in steps),
+            sides_K=sides([step.seat for step in steps]),
         )
 
     @property
@@ -86,12 +84,8 @@ class Episode:
 
     @property
     def sides_N(self) -> Float32Array:
-        """What an advantage counts for each sampled token: 1, and -1 where the token was the other side's.
-
-        Rewards and values are the first side's. In a game of two whose gains are each other's losses, whatever an
-        estimator makes of them is the other side's with its sign turned.
-        """
-        return self.over_tokens([1 - 2 * seat for seat in self.seats_K] or 1)
+        """What an advantage counts for each sampled token."""
+        return self.over_tokens(self.sides_K or 1)
 
     def over_tokens(self, values_K: ArrayLike) -> Float32Array:
         """A number for each turn, or one for all, at each sampled token: float32 [N]."""
@@ -107,6 +101,23 @@ class Episode:
                 [part.sum(dtype=np.float64) for part in np.split(self.token_rewards_N, borders)]
             )
         return advantages.returns(rewards_K, gamma, self.bootstrap)
+
+
+def sides(seats_K: Sequence[int | None]) -> tuple[float, ...]:
+    """What each turn's advantage counts in a game the agent plays with itself: 1 for seat 0, -1 for seat 1.
+
+    Rewards and values are the first side's. In a game of two whose gains are each other's losses, whatever an
+    estimator makes of them is the other side's with its sign turned. A turn that no move was made in (a thought, a
+    call of a tool) belongs to the move that follows; where none does, to nobody: 0. No seat anywhere: ().
+    """
+    if not any(seat is not None for seat in seats_K):
+        return ()
+    found: list[float] = []
+    following = 0.0
+    for seat in reversed(seats_K):
+        following = following if seat is None else 1.0 - 2.0 * seat
+        found.append(following)
+    return tuple(reversed(found))
 
 
 Groups = Sequence[Sequence[Episode]]  # of siblings

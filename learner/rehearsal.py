@@ -35,9 +35,8 @@ def rehearse(
     row = longest_row(min(longest, policy.context), size)
     cuda = [policy.device] if policy.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(
-            devices=cuda
-        ):  # a critic's head draws its first weights, which are then set to zero
+        # A critic's head draws its first weights, which are then set to zero.
+        with torch.random.fork_rng(devices=cuda):
             _step(policy, optimizer, settings, row, temperature, total_steps)
     except torch.OutOfMemoryError as error:
         raise ModelError(

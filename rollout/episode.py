@@ -256,7 +256,7 @@ def _step(
     reward: float,
     env_seconds: float,
     named: dict[str, float] | None = None,
-    seat: int = 0,
+    seat: int | None = None,
 ) -> Step:
     return Step(
         turn=number,

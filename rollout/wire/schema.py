@@ -226,7 +226,7 @@ def _step_columns(steps: Sequence[Step]) -> dict[str, Any]:
         "behavior_logprobs": _lists([step.behavior_logprobs for step in steps], pa.float32()),
         "versions": _lists([step.versions for step in steps], pa.int32()),
         "reward": np.asarray([step.reward for step in steps], dtype=np.float32),
-        "seat": np.asarray([step.seat for step in steps], dtype=np.int8),
+        "seat": [step.seat for step in steps],
         "named_rewards": [step.named_rewards for step in steps],
         "finish_reason": [step.finish_reason for step in steps],
         "env_seconds": np.asarray([step.env_seconds for step in steps], dtype=np.float32),

@@ -116,7 +116,9 @@ class Step:
     finish_reason: str  # "stop" or "length", as the engine says
     env_seconds: float = 0.0
     engine_seconds: float = 0.0
-    seat: int = 0  # 1: moved for the side that rewards are against, in a game the agent plays with itself
+    seat: int | None = (
+        None  # in a game the agent plays with itself, who moved: 0 whom rewards are for, 1 the other
+    )
     named_rewards: str | None = None  # JSON, name -> number: what the environment says its reward is made of
 
 

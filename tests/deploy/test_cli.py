@@ -324,4 +324,4 @@ def test_what_may_not_be_meant_is_said_and_the_run_begins(
     plain = ("learner.algorithm.loss.kind=reinforce", "buffer.max_lag=1", "evaluation.tasks=0")
     code, _, err = manta("train", RECIPE, *plain, "--run", str(tmp_path / "run"))
     assert (code, begun, err.count("\n")) == (0, [tmp_path / "run"], 1)
-    assert err.startswith("note: tokens up to 1 versions old count as if the learner had sampled them")
+    assert err.startswith("note: what weights up to 1 versions old sampled counts as the learner's own")

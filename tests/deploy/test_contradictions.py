@@ -49,6 +49,9 @@ def guard(metric: str) -> str:
         ([CREDIT + "{kind='gigpo', weight=0.0}"], "credit.gigpo.weight: Input should be greater than 0"),
         ([guard("value_error")], "value_error is never out of bounds: there is no learner.algorithm.critic"),
         ([guard("reference_kl")], "there is no learner.algorithm.kl"),
+        ([guard("value_skipped_step")], "there is no learner.algorithm.critic"),
+        ([guard("correction")], "there are no learner.algorithm.corrections"),
+        ([guard("reused_lag_max")], "buffer.reuse.groups=0"),
         ([guard("masked_fraction")], "no learner.algorithm.corrections mask"),
         ([guard("clip_fraction"), *FREE], "loss.kind='reinforce' clips nothing"),
         ([guard("clip_fraction"), "learner.algorithm.loss.kind=sapo"], "'sapo' clips nothing"),
@@ -93,8 +96,11 @@ def test_guards_that_nobody_wrote_refuse_nothing_when_a_run_is_opened_again() ->
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["buffer.max_lag=2", *FREE], "tokens up to 2 versions old count .*loss.kind='reinforce'"),
-        ([*REUSE, "learner.algorithm.proximal=learner"], "tokens up to 3 versions old .*proximal='learner'"),
+        (["buffer.max_lag=2", *FREE], "what weights up to 2 versions old sampled .*loss.kind='reinforce'"),
+        (
+            [*REUSE, "learner.algorithm.proximal=learner"],
+            "what weights up to 3 versions old .*proximal='learner'",
+        ),
         (["replay=somewhere", *FREE], "what the past run sampled counts"),
     ],
 )

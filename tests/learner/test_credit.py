@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from learner.advantages import overlong_penalty
-from learner.credit import AnyCredit, Episode, GaeCredit, Values
+from learner.credit import AnyCredit, Episode, GaeCredit, Values, sides
 from learner.prepare import Example
 from learner.regularizers import OverlongSettings
 from rollout.wire.trajectory import EndReason
@@ -264,7 +264,10 @@ def test_what_an_estimator_lacks_is_said_in_one_line() -> None:
 
 
 def test_what_is_good_for_one_side_is_bad_for_the_other() -> None:
-    episode = replace(_seen(_told([[1, 0], [2], [0, 4, 0]])), seats_K=(0, 1, 0))
+    assert sides([0, 1, 0]) == (1, -1, 1)
+    assert sides([None, 0, None, None, 1, None]) == (1, 1, -1, -1, -1, 0), "a thought is the next move's"
+    assert sides([None, None]) == ()
+    episode = replace(_seen(_told([[1, 0], [2], [0, 4, 0]])), sides_K=(1, -1, 1))
     assert episode.sides_N.tolist() == [1, 1, -1, 1, 1, 1]
     assert _seen(_told([[1, 0], [2]])).sides_N.tolist() == [1, 1, 1]
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from rollout.wire.journal import Journal, read_journal
-from rollout.wire.schema import JOURNAL_SCHEMA, SchemaError, encode_turns, restore_turns
+from rollout.wire.schema import JOURNAL_SCHEMA, VERSION, SchemaError, encode_turns, restore_turns
 from rollout.wire.trajectory import EndReason, EpisodeSoFar, Slot, Step, Task, TurnEnd
 
 Turn = tuple[int, int, int, int]  # group, attempt, episode, turn
@@ -182,6 +182,6 @@ def test_going_back_keeps_turns_up_to_the_first_token_of_lost_weights(tmp_path: 
 def test_turns_of_another_version_of_the_schema_are_refused(tmp_path: Path) -> None:
     write(Journal(tmp_path, 0, {}), rows((0, 0, 0, 0)))
     path = tmp_path / "turns-000000.journal"
-    path.write_bytes(path.read_bytes().replace(b"MTJ2", b"MTJ7", 1))
+    path.write_bytes(path.read_bytes().replace(b"MTJ" + VERSION, b"MTJ7", 1))
     with pytest.raises(SchemaError, match=r"turns-000000\.journal: turns of schema version 7"):
         Journal(tmp_path, 0, {0: 0})

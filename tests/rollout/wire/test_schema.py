@@ -40,7 +40,7 @@ def steps(draw: st.DrawFn) -> Step:
         versions=draw(int32_arrays(sampled)),
         reward=draw(float32s),
         finish_reason=draw(st.sampled_from(["stop", "length"])),
-        seat=draw(st.integers(0, 1)),
+        seat=draw(st.sampled_from([None, 0, 1])),
         named_rewards=draw(st.none() | texts),
         env_seconds=draw(float32s),
         engine_seconds=draw(float32s),
