@@ -82,7 +82,8 @@ def looked_at(
         finally:
             env.close()
         return
-    recipe = partial(dressed, registry.recipe(env_id, **options), parts)
+    recipe = registry.recipe(env_id, **options)
+    recipe = partial(dressed, recipe, parts) if parts else recipe
     try:
         with hosted.looked_at(recipe, host or HostSettings()) as reset:
             yield reset

@@ -23,7 +23,7 @@ import socket
 import struct
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from typing import Any
 
@@ -164,10 +164,11 @@ class Hosted:
 
     async def _exit_code(self, seconds: float) -> int | None:
         """The exit code, negative for a signal; None for a process that is still there after so long."""
-        deadline = self._loop.time() + seconds
-        while (code := self._process.code()) is None and self._loop.time() < deadline:
-            await asyncio.sleep(0.005)
-        return code
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._process.code()
+        except TimeoutError:
+            return None
 
 
 @contextmanager
@@ -200,7 +201,10 @@ def serve(descriptor: int, parent: int) -> None:
     """The life of a replica's process, which begins here and ends with its parent or its parent's word."""
     end_with(parent)
     os.set_inheritable(descriptor, False)  # what the environment starts must not hold the connection open
-    asyncio.run(_serve(socket.socket(fileno=descriptor)))
+    with suppress(
+        ConnectionResetError, BrokenPipeError
+    ):  # the parent has gone, and the kernel is about to follow
+        asyncio.run(_serve(socket.socket(fileno=descriptor)))
 
 
 async def _serve(channel: socket.socket) -> None:

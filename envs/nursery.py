@@ -12,6 +12,7 @@ of an environment. It ends with the thread that started it, and its children end
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import gc
 import os
@@ -101,13 +102,20 @@ class Forked:
     @property
     def pid(self) -> int:
         """0 until it is born."""
-        self._listen()
+        if not self._heard:
+            with suppress(BlockingIOError, ConnectionResetError):
+                self._heard = self._leash.recv(_NUMBER.size)
         return int(_NUMBER.unpack_from(self._heard)[0]) if len(self._heard) >= _NUMBER.size else 0
 
-    def code(self) -> int | None:
-        """The exit code, negative for a signal; None for a process that is still there."""
-        self._listen()
-        return int(_NUMBERS.unpack(self._heard)[1]) if len(self._heard) == _NUMBERS.size else None
+    async def code(self) -> int:
+        """The exit code, negative for a signal, once it has ended; the limit is the caller's."""
+        loop = asyncio.get_running_loop()
+        while missing := _NUMBERS.size - len(self._heard):
+            try:
+                self._heard += await loop.sock_recv(self._leash, missing) or self._orphaned()
+            except ConnectionResetError:
+                self._heard += self._orphaned()
+        return int(_NUMBERS.unpack(self._heard)[1])
 
     def kill(self, *, overdue: bool = False) -> None:
         """Kill it with all it has started. overdue: it is late; where it is not even born the nursery is stuck."""
@@ -115,14 +123,6 @@ class Forked:
             self._nursery.kill()
         with suppress(BrokenPipeError, ConnectionResetError):  # it is buried
             self._leash.send(b"k")
-
-    def _listen(self) -> None:
-        with suppress(BlockingIOError):
-            while missing := _NUMBERS.size - len(self._heard):
-                try:
-                    self._heard += self._leash.recv(missing) or self._orphaned()
-                except ConnectionResetError:
-                    self._heard += self._orphaned()
 
     def _orphaned(self) -> bytes:
         """What is missing of what is heard, where the nursery is gone and has taken its children with it."""

@@ -123,7 +123,9 @@ class EnvironmentPool:
         if self._is_inline(env_id):
             return Inline(dressed(partial(self._make, env_id, **task.kwargs), parts))
         recipe = registry.recipe if self._make is registry.make else partial(partial, self._make)
-        made = partial(dressed, recipe(env_id, **task.kwargs), parts)
+        made = recipe(env_id, **task.kwargs)
+        if parts:  # else its process need not import what dresses it, which would be most of its start
+            made = partial(dressed, made, parts)
         async with self._starting:
             return await self._start(made, self._host)
 
