@@ -201,9 +201,8 @@ def serve(descriptor: int, parent: int) -> None:
     """The life of a replica's process, which begins here and ends with its parent or its parent's word."""
     end_with(parent)
     os.set_inheritable(descriptor, False)  # what the environment starts must not hold the connection open
-    with suppress(
-        ConnectionResetError, BrokenPipeError
-    ):  # the parent has gone, and the kernel is about to follow
+    # Where the parent has gone, the kernel is about to end this process.
+    with suppress(ConnectionResetError, BrokenPipeError):
         asyncio.run(_serve(socket.socket(fileno=descriptor)))
 
 

@@ -30,9 +30,8 @@ import numpy as np
 
 from envs.child import end_with, import_path, inherited
 
-_NUMBERS = struct.Struct(
-    "<ii"
-)  # what is heard of a child: its process id, then its exit code, a signal's negative
+# What is heard of a child: its process id, then its exit code, a signal's negative.
+_NUMBERS = struct.Struct("<ii")
 _NUMBER = struct.Struct("<i")
 _CHANNEL = 3  # a child's only descriptor besides the standard ones
 

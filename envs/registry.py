@@ -159,7 +159,7 @@ def _unknown(env_id: str) -> str:
         close = difflib.get_close_matches(env_id, [*_OURS, *gym.registry], n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}?" if close else f"ours are {', '.join(registered())}"
         return f"unknown environment {env_id!r}; {hint}"
-    there = vars(importlib.import_module(module)).items()
+    there = vars(_own_module(env_id)).items()
     have = [each for each, found in there if inspect.isclass(found) and issubclass(found, gym.Env)]
     close = difflib.get_close_matches(name, have, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else "name a class of its, or an id it registers"

@@ -32,11 +32,11 @@ class Example:
     def of(cls, trajectory: Trajectory, overlong: OverlongSettings | None = None) -> Example:
         """Its facts, with the reward shaped; nothing is known of advantages yet."""
         episode = Episode.of(trajectory)
-        if overlong is not None and episode.sides_K:
-            raise ValueError(
-                "algorithm.overlong punishes episodes, and self-play has two sides in one; leave it away"
-            )
         if overlong is not None:
+            if episode.sides_K:
+                raise ValueError(
+                    "algorithm.overlong punishes episodes, and self-play has two sides in one; leave it away"
+                )
             cost = overlong.weight * overlong_penalty(
                 trajectory.num_sampled, overlong.tokens, overlong.margin
             )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,7 @@ def files(*folders: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).rglob("*.py"))
 
 
+@lru_cache
 def bound(module: str) -> set[str] | None:
     """The names a module of ours has at its top, modules beside it for a package; None if it is not ours."""
     place = ROOT.joinpath(*module.split("."))

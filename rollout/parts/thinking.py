@@ -54,9 +54,8 @@ class Thinking(Part):
         self._settings = settings
         self._history: list[Message] = []
         self._cut = False  # the turn that comes next was
-        self._acting: str | None = (
-            None  # the turn goes on with its action, which begins so; None: it is another
-        )
+        # The turn goes on with its action, which begins so; None: it is another turn.
+        self._acting: str | None = None
         self._said = ""  # of an action that the environment has go on
 
     def reset(
