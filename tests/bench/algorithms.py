@@ -1,6 +1,7 @@
-"""Every recipe on the main job, several seeds each, from one warm start a seed: the table of docs/algorithms.md.
+"""Every recipe on the main job, several seeds each, from one warm start a seed: the table and the picture of
+docs/algorithms.md.
 
-    python -m tests.bench.algorithms [RECIPE ...] [--seeds 3] [--steps 40] [--folder DIR]
+    python -m tests.bench.algorithms [RECIPE ...] [--seeds 3] [--steps 40] [--folder DIR] [--figure FILE]
 
 A seed's warm start (imitation) is made once; every recipe then goes on from it, with the real vLLM and Ray, and is
 evaluated on 256 held-out maps. What is there already is not run again. Prints Markdown.
@@ -11,11 +12,39 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.bench.runs import from_model, imitated, run_to_end
+import numpy as np
+
+from tests.bench.runs import SMOOTHED, from_model, imitated, run_to_end, success
 
 RECIPES = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "dppo", "ppo", "ppo_shared")
+COLUMNS = 5
+
+
+def draw(runs: Mapping[str, Sequence[Path]], file: Path) -> None:
+    """A panel for each recipe: its seeds thin, their mean thick, and the first recipe's mean in grey."""
+    from matplotlib.figure import Figure
+
+    curves = {recipe: np.stack([success(run) for run in folders]) for recipe, folders in runs.items()}
+    first, *_ = curves
+    rows = -(-len(curves) // COLUMNS)
+    figure = Figure(figsize=(9, 2.1 * rows), layout="constrained")
+    panels = figure.subplots(rows, min(len(curves), COLUMNS), sharex=True, sharey=True, squeeze=False)
+    for panel in panels.flat[len(curves) :]:
+        panel.remove()
+    for panel, (recipe, of_seeds) in zip(panels.flat, curves.items(), strict=False):
+        steps = SMOOTHED + np.arange(of_seeds.shape[1])
+        panel.plot(steps, curves[first].mean(0), color="grey", linewidth=1.2)
+        panel.plot(steps, of_seeds.T, color="tab:blue", alpha=0.4, linewidth=0.8)
+        panel.plot(steps, of_seeds.mean(0), color="tab:blue", linewidth=2)
+        panel.set_title(recipe, fontsize="medium")
+        panel.set_ylim(0, 1)
+        panel.grid(alpha=0.25)
+    figure.supxlabel("step", fontsize="medium")
+    figure.supylabel("success in training", fontsize="medium")
+    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
@@ -24,7 +53,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--folder", type=Path, default=Path("runs/algorithms"))
+    parser.add_argument(
+        "--figure", type=Path, help="draw success in training over the steps here, too (.svg)"
+    )
     asked = parser.parse_args()
+    if unknown := sorted(set(asked.recipes) - set(RECIPES)):
+        parser.error(f"no recipe of these is named {unknown[0]!r}; there are: {', '.join(RECIPES)}")
     folder = asked.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[float]] = {recipe: [] for recipe in asked.recipes or RECIPES}
@@ -44,6 +78,11 @@ def main() -> None:
     for recipe, successes in found.items():
         print(
             f"| `{recipe}` | {', '.join(f'{s:.3f}' for s in successes)} | {statistics.mean(successes):.3f} |"
+        )
+    if asked.figure:
+        draw(
+            {recipe: [folder / f"{recipe}-{seed}" for seed in range(asked.seeds)] for recipe in found},
+            asked.figure,
         )
 
 

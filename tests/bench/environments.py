@@ -21,7 +21,7 @@ import numpy as np
 
 from deploy.config import load_config
 from deploy.metrics import read_metrics
-from tests.bench.runs import exported, from_model, run_to_end
+from tests.bench.runs import SMOOTHED, exported, from_model, run_to_end, success
 
 NAMES = ("household", "assistant", "foreign", "transfer")
 COMPOSED = (
@@ -34,7 +34,6 @@ COMPOSED = (
     "steps=60",
 )
 ENOUGH = 0.5  # success in training that a policy has to reach
-SMOOTHED = 3  # steps whose mean is a point of the curve
 
 Curve = tuple[np.ndarray, np.ndarray]  # episodes played so far, success
 
@@ -80,17 +79,15 @@ def moved_and_afresh(seed: int, folder: Path) -> tuple[Curve, Curve]:
 
 
 def curve(run: Path) -> Curve:
-    """Success in training, each point the mean of SMOOTHED steps, over the episodes played by then."""
-    rows = read_metrics(run)
-    success = np.convolve([row["success"] for row in rows], np.ones(SMOOTHED) / SMOOTHED, "valid")
-    episodes = np.cumsum([row["episodes"] for row in rows])
-    return episodes[SMOOTHED - 1 :], success
+    """Success in training over the episodes played by then."""
+    episodes = np.cumsum([row["episodes"] for row in read_metrics(run)])
+    return episodes[SMOOTHED - 1 :], success(run)
 
 
 def episodes_until(played: Curve, enough: float = ENOUGH) -> str:
     """How many episodes were played when success was enough."""
-    episodes, success = played
-    there = np.flatnonzero(success >= enough)
+    episodes, reached = played
+    there = np.flatnonzero(reached >= enough)
     return f"{episodes[there[0]]:,.0f}" if len(there) else f"not within {episodes[-1]:,.0f}"
 
 
@@ -104,10 +101,10 @@ def draw(pairs: Sequence[tuple[Curve, Curve]], file: Path) -> None:
         ("moved on from simple commands", "tab:blue", [pair[0] for pair in pairs]),
         ("started afresh", "tab:orange", [pair[1] for pair in pairs]),
     ):
-        for episodes, success in curves:
-            axes.plot(episodes, success, color=color, alpha=0.35, linewidth=0.8)
-        steps = min(len(success) for _, success in curves)
-        mean = np.mean([success[:steps] for _, success in curves], axis=0)
+        for episodes, reached in curves:
+            axes.plot(episodes, reached, color=color, alpha=0.35, linewidth=0.8)
+        steps = min(len(reached) for _, reached in curves)
+        mean = np.mean([reached[:steps] for _, reached in curves], axis=0)
         axes.plot(curves[0][0][:steps], mean, color=color, linewidth=2.2, label=name)
     axes.axhline(ENOUGH, color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlabel="episodes of level 3", ylabel="success in training", ylim=(0, 1))

@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deploy import run_folder
 from deploy.config import RunConfig, load_config
 from deploy.export import export_model
+from deploy.metrics import read_metrics
 
 LIMIT_S = 3600
+SMOOTHED = 3  # steps whose mean is a point of a curve
 
 
 def run_to_end(config: RunConfig, folder: Path) -> dict[str, Any]:
@@ -45,3 +49,8 @@ def exported(run: Path, model: Path, version: int | None) -> Path:
 def from_model(recipe: str, model: Path, overrides: Sequence[str]) -> RunConfig:
     """A recipe without a warm start of its own: it goes on from a model."""
     return load_config(recipe, ["tiny=", "warm_start=", f"learner.model.path={model}", *overrides])
+
+
+def success(run: Path) -> np.ndarray:
+    """Success in training, float [steps - SMOOTHED + 1], each point the mean of SMOOTHED steps."""
+    return np.convolve([row["success"] for row in read_metrics(run)], np.ones(SMOOTHED) / SMOOTHED, "valid")
