@@ -42,6 +42,8 @@ def draw(runs: Mapping[str, Sequence[Path]], file: Path) -> None:
         panel.set_title(recipe, fontsize="medium")
         panel.set_ylim(0, 1)
         panel.grid(alpha=0.25)
+    for panel in panels.flat[max(len(curves) - COLUMNS, 0) : len(curves)]:  # the lowest of each column
+        panel.tick_params(labelbottom=True)
     figure.supxlabel("step", fontsize="medium")
     figure.supylabel("success in training", fontsize="medium")
     figure.savefig(file, metadata={"Date": None})
