@@ -70,18 +70,20 @@ def train(
 
     manta train --resume runs/frozen_lake-20260101-120000
 
+    manta train --resume runs/frozen_lake-20260101-120000 learner.ranks=2
+
     manta train rloo --replay runs/frozen_lake-20260101-120000
     """
     from deploy import drive, preflight, run_folder
-    from deploy.config import ConfigError, load_config
+    from deploy.config import ConfigError, load_config, moved
     from deploy.contradictions import doubts
 
     if resume is not None:
-        if recipe:
-            raise ConfigError(
-                "--resume goes on with a run as it was configured; leave the recipe and overrides away"
-            )
-        drive.drive(run_folder.open_existing(resume), resume, console, resume=True, local=local)
+        if recipe and "=" not in recipe:
+            raise ConfigError("--resume goes on with a run as it was configured: leave the recipe away")
+        changes = [recipe, *(overrides or ())] if recipe else []  # the first stands where a recipe would
+        config = moved(run_folder.open_existing(resume), changes)
+        drive.drive(config, resume, console, resume=True, local=local)
     elif not recipe:
         raise ConfigError("name a recipe (see deploy/recipes) or a run to --resume")
     elif run is not None and run_folder.exists(run):

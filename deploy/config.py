@@ -166,6 +166,18 @@ class RunConfig(Settings):
         return self
 
 
+# What may be another when a run goes on: where and how it runs, never what is played and learned.
+MOVABLE = (
+    "cluster",
+    "supervision",
+    "learner.ranks",
+    "learner.threads",
+    "rollout.workers",
+    "rollout.cpus_per_worker",
+    "rollout.gpus_per_worker",
+)
+
+
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe (a path, or the name of one that ships with Manta), apply overrides, check everything.
 
@@ -176,6 +188,20 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply(tree, override)
     return parse(tree, recipe)
+
+
+def moved(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """A stored run's configuration for going on elsewhere: overrides of anything that is not MOVABLE are refused."""
+    tree = config.model_dump(mode="json")
+    for override in overrides:
+        name = override.partition("=")[0].strip()
+        if not any(name == each or name.startswith(f"{each}.") for each in MOVABLE):
+            raise ConfigError(
+                f"override {override!r}: a run goes on playing and learning what it did; what may differ: "
+                f"{', '.join(MOVABLE)}"
+            )
+        _apply(tree, override)
+    return parse(tree, f"run {config.name}")
 
 
 def _read(recipe: str) -> Nested:

@@ -46,6 +46,8 @@ def drive(config: RunConfig, folder: Path, console: Console, *, resume: bool, lo
     if not resume:
         run_folder.create(config, folder)
     with driving(folder):
+        if config != run_folder.open_existing(folder):
+            run_folder.store(config, folder)  # it goes on elsewhere, from now on
         try:
             summary = _train(config, folder, console, resume, local)
         except (KeyboardInterrupt, Stopped):

@@ -34,6 +34,11 @@ def create(config: RunConfig, folder: Path) -> None:
     """Make a private run folder (mode 700) and store the configuration in it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
+    store(config, folder)
+
+
+def store(config: RunConfig, folder: Path) -> None:
+    """Write a run's configuration, or replace it, at one stroke."""
     aside = folder / f".{CONFIG_FILE}.part"
     aside.write_text(config.model_dump_json(indent=2))
     aside.rename(folder / CONFIG_FILE)

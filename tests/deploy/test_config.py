@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from deploy import run_folder
-from deploy.config import ConfigError, RunConfig, load_config
+from deploy.config import ConfigError, RunConfig, load_config, moved
 from deploy.refusals import models_in, option_names
 from learner.losses import DivergenceLoss
 from tests.deploy.small_run import configured
@@ -176,6 +176,17 @@ def test_overrides_read_as_numbers_booleans_lists_and_text() -> None:
         {"size": 5, "slippery": True},
     )
     assert config.tiny is not None and config.tiny.words == ("a", "b")
+
+
+def test_a_run_goes_on_elsewhere_but_as_what_it_was() -> None:
+    began = configured("learner.ranks=2", "env.options.slippery=true")
+    moves = ["learner.ranks=1", "cluster.address=there", "supervision.max_restarts=7", "rollout.workers=3"]
+    assert moved(began, moves) == configured("env.options.slippery=true", *moves)
+    for changes in ("steps=9", "learner.optim.learning_rate=1", "rollout.group_size=2", "learner=", "seed=1"):
+        with pytest.raises(ConfigError, match=f"^override '{changes}': [^\n]* what may differ: cluster, "):
+            moved(began, [changes])
+    with pytest.raises(ConfigError, match=r"learner\.ranks"):
+        moved(began, ["learner.ranks=0"])
 
 
 @pytest.mark.parametrize("override", ["steps", "=3", "steps.x=3"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from deploy.metrics import read_metrics
+from deploy.run_folder import open_existing
 from rollout.wire.segments import read_rows
 from tests.deploy.small_run import (
     RECIPE,
@@ -140,10 +141,11 @@ def test_ctrl_c_ends_a_run_that_can_go_on(reference: Path, tmp_path: Path) -> No
     # The signal may come before, while or after the first checkpoint lands: whichever it is, the run goes on.
     assert ledger(folder, "SELECT count(*) FROM groups WHERE state = 'dropped'") == [(0,)]
 
-    with manta("go", "train", "--resume", str(folder)) as resumed:
+    with manta("go", "train", "--resume", str(folder), "cluster.start_seconds=123") as resumed:
         out, said = resumed.communicate(timeout=120)
     assert (resumed.returncode, said) == (0, "")
     assert "report" in out
+    assert open_existing(folder) == configured("checkpoint.every_steps=1", "cluster.start_seconds=123")
     assert steps_of(folder) == [1, 2, 3, 4]
     assert_balanced(folder, configured())
     assert same_bits(reference, folder)

@@ -13,10 +13,12 @@ import pytest
 from ray.exceptions import RayActorError
 
 from deploy.build import EngineFactory
-from deploy.config import ConfigError, RunConfig
+from deploy.config import ConfigError, RunConfig, moved
+from deploy.control import read_roster
 from deploy.local import LocalRing
 from deploy.metrics import read_metrics
 from tests.deploy.small_run import (
+    Stopped,
     assert_balanced,
     configured,
     late_engine,
@@ -74,6 +76,16 @@ def _assert_trained(folder: Path) -> None:
 def test_two_ranks_train_and_every_group_is_accounted_for(tmp_path: Path) -> None:
     train(RANKS, tmp_path / "run", late_engine(0), ring_type=_ring)
     _assert_trained(tmp_path / "run")
+
+
+def test_what_two_ranks_began_one_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(RANKS, folder, late_engine(0), ring_type=_ring, stop_after=2)
+    alone = moved(RANKS, ["learner.ranks=1"])
+    train(alone, folder, late_engine(0), ring_type=_ring, resume=True)
+    _assert_trained(folder)
+    assert {part["part"] for part in read_roster(folder) if "learner" in part["part"]} == {"learner"}
 
 
 @pytest.mark.slow
