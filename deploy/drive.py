@@ -46,7 +46,7 @@ def drive(config: RunConfig, folder: Path, console: Console, *, resume: bool, lo
     if not resume:
         run_folder.create(config, folder)
     with driving(folder):
-        if config != run_folder.open_existing(folder):
+        if resume and config != run_folder.open_existing(folder):
             run_folder.store(config, folder)  # it goes on elsewhere, from now on
         try:
             summary = _train(config, folder, console, resume, local)

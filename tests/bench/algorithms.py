@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deploy.metrics import read_metrics
 from tests.bench.runs import SMOOTHED, from_model, imitated, run_to_end, success
 
 RECIPES = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "dppo", "ppo", "ppo_shared")
@@ -27,7 +28,9 @@ def draw(runs: Mapping[str, Sequence[Path]], file: Path) -> None:
     """A panel for each recipe: its seeds thin, their mean thick, and the first recipe's mean in grey."""
     from matplotlib.figure import Figure
 
-    curves = {recipe: np.stack([success(run) for run in folders]) for recipe, folders in runs.items()}
+    curves = {
+        recipe: np.stack([success(read_metrics(run)) for run in folders]) for recipe, folders in runs.items()
+    }
     first, *_ = curves
     rows = -(-len(curves) // COLUMNS)
     figure = Figure(figsize=(9, 2.1 * rows), layout="constrained")

@@ -80,8 +80,9 @@ def moved_and_afresh(seed: int, folder: Path) -> tuple[Curve, Curve]:
 
 def curve(run: Path) -> Curve:
     """Success in training over the episodes played by then."""
-    episodes = np.cumsum([row["episodes"] for row in read_metrics(run)])
-    return episodes[SMOOTHED - 1 :], success(run)
+    rows = read_metrics(run)
+    episodes = np.cumsum([row["episodes"] for row in rows])
+    return episodes[SMOOTHED - 1 :], success(rows)
 
 
 def episodes_until(played: Curve, enough: float = ENOUGH) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 from deploy import run_folder
 from deploy.config import RunConfig, load_config
 from deploy.export import export_model
-from deploy.metrics import read_metrics
 
 LIMIT_S = 3600
 SMOOTHED = 3  # steps whose mean is a point of a curve
@@ -51,6 +50,6 @@ def from_model(recipe: str, model: Path, overrides: Sequence[str]) -> RunConfig:
     return load_config(recipe, ["tiny=", "warm_start=", f"learner.model.path={model}", *overrides])
 
 
-def success(run: Path) -> np.ndarray:
-    """Success in training, float [steps - SMOOTHED + 1], each point the mean of SMOOTHED steps."""
-    return np.convolve([row["success"] for row in read_metrics(run)], np.ones(SMOOTHED) / SMOOTHED, "valid")
+def success(rows: Sequence[Mapping[str, float]]) -> np.ndarray:
+    """Success in training of a run's metrics, float [steps - SMOOTHED + 1], each point the mean of SMOOTHED steps."""
+    return np.convolve([row["success"] for row in rows], np.ones(SMOOTHED) / SMOOTHED, "valid")
