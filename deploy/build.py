@@ -24,7 +24,7 @@ from rollout.chat import Chat
 from rollout.demonstrate import demonstrate
 from rollout.engine import Engine
 from rollout.foreign import PROGRAM
-from rollout.parts.settings import PartSettings, dressed
+from rollout.parts.settings import PartSettings, dressed, dressing
 from rollout.perception import Perception
 from rollout.pool import EnvironmentPool, Start
 from rollout.tasks import TaskStream
@@ -82,8 +82,7 @@ def looked_at(
         finally:
             env.close()
         return
-    recipe = registry.recipe(env_id, **options)
-    recipe = partial(dressed, recipe, parts) if parts else recipe
+    recipe = dressing(registry.recipe(env_id, **options), parts)
     try:
         with hosted.looked_at(recipe, host or HostSettings()) as reset:
             yield reset

@@ -15,7 +15,7 @@ from envs.host import Env, EnvironmentFailed, HostSettings, Inline, NoRoom, Repl
 from envs.hosted import Hosted
 from rollout.chat import Chat
 from rollout.foreign import PROGRAM, ForeignAgents
-from rollout.parts.settings import PartSettings, dressed, evaluated
+from rollout.parts.settings import PartSettings, dressed, dressing, evaluated
 from rollout.wire.trajectory import Task
 
 MakeEnv = Callable[..., Env]  # (env_id, **options)
@@ -123,9 +123,7 @@ class EnvironmentPool:
         if self._is_inline(env_id):
             return Inline(dressed(partial(self._make, env_id, **task.kwargs), parts))
         recipe = registry.recipe if self._make is registry.make else partial(partial, self._make)
-        made = recipe(env_id, **task.kwargs)
-        if parts:  # else its process need not import what dresses it, which would be most of its start
-            made = partial(dressed, made, parts)
+        made = dressing(recipe(env_id, **task.kwargs), parts)
         async with self._starting:
             return await self._start(made, self._host)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated
 
 from pydantic import Field
@@ -92,3 +93,8 @@ def dressed(make: Callable[[], Env], parts: Sequence[PartSettings]) -> Env:
     for part in parts:
         env = part.dress(env)
     return env
+
+
+def dressing(make: Callable[[], Env], parts: Sequence[PartSettings]) -> Callable[[], Env]:
+    """The recipe of such replicas; without parts it is `make`, whose process need not import what dresses it."""
+    return partial(dressed, make, parts) if parts else make
