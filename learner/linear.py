@@ -3,6 +3,8 @@
 torch multiplies float32 matrices on a CPU with MKL, which keeps to AVX2 on processors of other makes than Intel's.
 oneDNN, which x86 builds of torch hold too, is there more than twice as fast in a small model's shapes, and as exact. On
 Intel's own it is the other way round: MKL is a sixth faster there, and compiles nothing.
+
+The environment variable MANTA_LINEAR ("onednn" or "torch") forces one of the two on any processor.
 """
 
 from __future__ import annotations
@@ -19,27 +21,44 @@ from torch.nn.functional import linear
 _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 _KERNELS = 64
 
+PATH = "MANTA_LINEAR"  # environment variable that forces a path
+_ONEDNN, _TORCH = "onednn", "torch"
 
-def use_onednn(module: nn.Module) -> None:
-    """Replace every plain linear layer below `module` by one that computes through oneDNN, if torch can.
 
-    Parameters stay the same objects under the same names. What is not float32 on a CPU is computed as before.
+def use_onednn(module: nn.Module, leave: nn.Module | None = None) -> None:
+    """Replace every plain linear layer below `module` but `leave` by one that computes through oneDNN.
+
+    Done where oneDNN is the faster path and torch has it; MANTA_LINEAR decides instead where it is set, and ValueError
+    is raised where it cannot be obeyed. Parameters stay the same objects under the same names. What is not float32 on a
+    CPU is computed as before.
 
     oneDNN compiles a kernel for every shape, half a megabyte each, and keeps a thousand of them for every thread:
     packed rows are of ever new lengths, and a learner would grow by a gigabyte. It can use those of one row again.
     """
-    if _mkl_knows_this_processor():
+    if not _onednn_wanted():
         return
     for cache in _KERNEL_CACHES:
         os.environ.setdefault(cache, str(_KERNELS))
-    if not torch.backends.mkldnn.is_available() or not torch._C._dispatch_has_kernel(
-        "mkldnn::_linear_pointwise"
-    ):
-        return
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and child is not leave:
                 parent.register_module(name, _OneDnnLinear(child))
+
+
+def _onednn_wanted() -> bool:
+    forced = os.environ.get(PATH, "")
+    if forced not in ("", _ONEDNN, _TORCH):
+        raise ValueError(
+            f"{PATH}={forced!r} in the environment is neither {_ONEDNN!r} nor {_TORCH!r}; "
+            "unset it to have the processor decide"
+        )
+    if forced == _ONEDNN and not _torch_has_onednn():
+        raise ValueError(f"{PATH}={_ONEDNN!r}, but this build of torch has no oneDNN; unset it")
+    return forced == _ONEDNN or (not forced and not _mkl_knows_this_processor() and _torch_has_onednn())
+
+
+def _torch_has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and torch._C._dispatch_has_kernel("mkldnn::_linear_pointwise")
 
 
 def _mkl_knows_this_processor() -> bool:

@@ -63,12 +63,12 @@ class Policy:
         self.model = _load(settings.path)
         self.model.eval()
         self.sight = self._sight()
+        self._examine()  # the model as it was loaded: what replaces its layers is tested to compute the same
         self.adapter = self._adapt(settings.lora) if settings.lora else None
         if settings.gradient_checkpointing:
             self._checkpoint_gradients()
         if settings.device == "cpu" and settings.dtype == "float32":
-            use_onednn(self.model.base_model)
-        self._examine()
+            self._use_onednn()
         self.sharded = None if ranks.size == 1 else shard(self.model, ranks, self._gathered_dtype)
         if self.sharded is None:  # shards are moved one by one: no device has to hold all of them
             nn.Module.to(self.model, self.device)  # the subclass's `to` is untyped
@@ -269,6 +269,14 @@ class Policy:
             )
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+    def _use_onednn(self) -> None:
+        try:
+            use_onednn(
+                self.model.base_model, leave=self._head
+            )  # the base of some families is the whole model
+        except ValueError as error:
+            raise ModelError(str(error)) from error
 
     def _examine(self) -> None:
         try:

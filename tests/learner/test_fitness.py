@@ -98,6 +98,7 @@ def test_a_head_that_scales_or_caps_is_refused_however_little(kind: str, options
         examine(built(kind, options, register()))
 
 
+@pytest.mark.parametrize("path", ["onednn", "torch"])  # which of them is a processor's must not matter
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [
@@ -124,12 +125,28 @@ def test_a_head_that_scales_or_caps_is_refused_however_little(kind: str, options
     ],
 )
 def test_a_family_that_packed_rows_do_not_fit_is_one_line(
-    kind: str, options: dict[str, Any], said: str, tmp_path: Path
+    kind: str, options: dict[str, Any], said: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MANTA_LINEAR", path)
     built(kind, options).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=f"{said}.*; choose a") as refused:
         Policy(ModelSettings(path=str(tmp_path)))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("path", ["onednn", "torch"])
+@pytest.mark.parametrize(("kind", "options"), FIT, ids=[kind for kind, _ in FIT])
+def test_a_family_that_is_fit_becomes_a_policy_by_either_path(
+    kind: str, options: dict[str, Any], path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANTA_LINEAR", path)
+    model = built(kind, options)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        want_TV = model(torch.arange(9)[None]).logits[0].log_softmax(-1)
+    want_T = want_TV[:-1].gather(1, torch.arange(1, 9)[:, None])[:, 0]
+    found_T = Policy(ModelSettings(path=str(tmp_path))).score_ids(range(9))
+    torch.testing.assert_close(torch.from_numpy(found_T), want_T, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("largest", [1.0, 25.0, 100.0])

@@ -31,7 +31,7 @@ EVERY = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 @pytest.fixture(autouse=True)
 def through_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapted layers compute as they do where oneDNN is the faster one, whatever processor this is."""
-    monkeypatch.setattr("learner.linear._mkl_knows_this_processor", lambda: False)
+    monkeypatch.setenv("MANTA_LINEAR", "onednn")
 
 
 def _settings(tiny: Path, **model: Any) -> LearnerSettings:

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from learner import linear
 from learner.batch import longest_row
-from learner.linear import use_onednn
+from learner.linear import _OneDnnLinear, use_onednn
 from learner.model import ModelError, Policy, build_tiny
 from learner.settings import ModelSettings
+from tests.smollm2 import FOLDER, needs_smollm2
 
 
 def _reference(folder: Path, ids: list[int]) -> np.ndarray:
@@ -128,7 +128,7 @@ def test_a_model_without_layers_to_compute_again_is_one_line(
 def test_onednn_layers_equal_torchs(
     width: int, out: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "_mkl_knows_this_processor", lambda: False)
+    monkeypatch.setenv("MANTA_LINEAR", "onednn")
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(width, out, bias=bias))
     x = torch.randn(2, 5, width, requires_grad=True)
@@ -141,3 +141,44 @@ def test_onednn_layers_equal_torchs(
     assert next(model.parameters()) is weights[0]
     for mine, torchs in zip([got, *got_grads], [want, *want_grads], strict=True):
         torch.testing.assert_close(mine, torchs)
+
+
+def _replaced(policy: Policy) -> int:
+    return sum(type(module) is _OneDnnLinear for module in policy.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("forced", "intel", "replaced"),
+    [("onednn", True, True), ("torch", False, False), ("", True, False), ("", False, True)],
+)
+def test_the_environment_variable_forces_a_path_on_any_processor(
+    tiny: Path, forced: str, intel: bool, replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANTA_LINEAR", forced)
+    monkeypatch.setattr("learner.linear._mkl_knows_this_processor", lambda: intel)
+    assert bool(_replaced(Policy(ModelSettings(path=str(tiny))))) == replaced
+
+
+def test_an_unknown_path_is_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANTA_LINEAR", "mkl")
+    with pytest.raises(ModelError, match=r"MANTA_LINEAR='mkl' .* neither 'onednn' nor 'torch'; unset it"):
+        Policy(ModelSettings(path=str(tiny)))
+
+
+def test_a_head_stays_what_it_is_where_the_base_is_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANTA_LINEAR", "onednn")
+    model = torch.nn.ModuleDict({"mlp": torch.nn.Linear(4, 4), "lm_head": torch.nn.Linear(4, 6)})
+    use_onednn(model, leave=model["lm_head"])
+    assert [type(model[name]) for name in ("mlp", "lm_head")] == [_OneDnnLinear, torch.nn.Linear]
+
+
+@needs_smollm2
+def test_both_paths_score_a_real_model_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = AutoTokenizer.from_pretrained(FOLDER)("The capital of France is Paris.").input_ids
+    found = []
+    for forced in ("onednn", "torch"):
+        monkeypatch.setenv("MANTA_LINEAR", forced)
+        policy = Policy(ModelSettings(path=str(FOLDER)))
+        assert bool(_replaced(policy)) == (forced == "onednn")
+        found.append(policy.score_ids(ids))
+    np.testing.assert_allclose(*found, atol=1e-4)
