@@ -278,9 +278,9 @@ class Exchange:
         return self._store.reserve(worker, lane), self._store.covered or self._store.is_gone(worker)
 
     def _take(self, version: int, share: Share) -> tuple[list[pa.RecordBatch] | None, bool]:
-        """The step's groups, and whether that is news for those who wait in `reserve`."""
+        """The step's groups, and whether that is news for those who wait in `reserve`: lost rows are issued again."""
         batches = self._store.take(version, share)
-        return batches, self._store.covered or self._store.unassigned > 0
+        return batches, self._store.unassigned > 0
 
     def _note(self, slot: Slot) -> None:
         known = self._since.get(slot.group_id)

@@ -107,10 +107,11 @@ class Store:
 
     @property
     def covered(self) -> bool:
-        """Whether the last step of the run has its groups: nothing will be given out any more."""
-        if self._total is None:
-            return False
-        return self.version * self.settings.groups_per_step + self.in_step >= self._total
+        """Whether engines hold the last version of the run: nothing will be given out any more.
+
+        Not before: a step that has taken its groups may still be refused, or lose their rows, and then it needs others.
+        """
+        return self._total is not None and self.version * self.settings.groups_per_step >= self._total
 
     def is_gone(self, worker: str) -> bool:
         """Whether this worker was given up: it may live on somewhere, with weights that nobody replaces."""

@@ -119,6 +119,42 @@ def test_a_dropped_group_wakes_who_waits_for_a_slot(store: CountingStore) -> Non
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("max_lag", [0, 2])
+def test_workers_wait_until_the_last_step_is_made_for_it_may_need_other_groups(
+    tmp_path: Path, tasks: TasksOf, group_of: GroupOf, max_lag: int
+) -> None:
+    settings = BufferSettings(groups_per_step=2, max_lag=max_lag)
+
+    async def scene() -> None:
+        exchange = Exchange(Store(tmp_path, tasks, settings, total_steps=1))
+        played = [await reserve(exchange) for _ in range(2)]
+        lanes = [asyncio.create_task(exchange.reserve("w", -lane)) for lane in (1, 2)]
+        for slot in played:
+            await adding(exchange, group_of(slot))
+        assert len(await exchange.take(0, 5.0)) == 2
+        await settled()
+        assert not any(lane.done() for lane in lanes)
+        await exchange.discard(0, DropReason.NONFINITE)
+        others = [given.slot for given in await asyncio.gather(*lanes) if given is not None]
+        assert [slot.group_id for slot in others] == [2, 3]
+        # One of them says nothing: a third takes its place, in the last step too.
+        waiting = asyncio.create_task(exchange.reserve("w", -3))
+        await settled()
+        await exchange.drop(others[0], DropReason.UNIFORM)
+        third = await waiting
+        assert third is not None and third.slot.group_id == 4
+        for slot in (others[1], third.slot):
+            await adding(exchange, group_of(slot))
+        assert len(await exchange.take(0, 5.0)) == 2
+        ending = asyncio.create_task(exchange.reserve("w", -4))
+        await exchange.release(1)
+        assert await ending is None
+        assert (await exchange.counts())["dropped"] == 3
+        await exchange.close()
+
+    asyncio.run(scene())
+
+
 def test_turns_and_groups_that_arrive_together_share_one_sync(
     store: CountingStore, group_of: GroupOf
 ) -> None:
