@@ -39,6 +39,13 @@ class Memory(StrEnum):
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.OPTION=VALUE]...", help="Change the recipe.")
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Let the stored run execute the modules, commands and servers that it names; remembered.",
+    ),
+]
 EnvOptions = Annotated[
     list[str] | None, typer.Option("--option", help="Environment option NAME=VALUE; may be repeated.")
 ]
@@ -60,6 +67,7 @@ def train(
         Path | None, typer.Option(help="Learn from what this finished run has played, instead of playing.")
     ] = None,
     local: Annotated[bool, typer.Option("--local", help="Everything in this process, without Ray.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Train from a recipe, or go on with a run.
 
@@ -77,17 +85,25 @@ def train(
     from deploy import drive, preflight, run_folder
     from deploy.config import ConfigError, load_config, moved
     from deploy.contradictions import doubts
+    from deploy.trust import executed, require_trust
 
     if resume is not None:
         if recipe and "=" not in recipe:
             raise ConfigError("--resume goes on with a run as it was configured: leave the recipe away")
         changes = [recipe, *(overrides or ())] if recipe else []  # the first stands where a recipe would
-        config = moved(run_folder.open_existing(resume), changes)
+        stored = run_folder.open_existing(resume)
+        config = moved(stored, changes)
+        given = set(executed(config)) - set(executed(stored))  # by the user, just now
+        require_trust(resume, [each for each in executed(config) if each not in given], trust)
         drive.drive(config, resume, console, resume=True, local=local)
     elif not recipe:
         raise ConfigError("name a recipe (see deploy/recipes) or a run to --resume")
     elif run is not None and run_folder.exists(run):
-        drive.drive(run_folder.open_existing(run), run, console, resume=True, local=local)
+        config = run_folder.open_existing(run)
+        # What the recipe names too is the user's word already: a job that is started again need not be told.
+        its_own = executed(config) == executed(load_config(recipe, overrides or ()))
+        require_trust(run, [] if its_own else executed(config), trust)
+        drive.drive(config, run, console, resume=True, local=local)
     else:
         past = [] if replay is None else [f"replay={str(replay.resolve())!r}"]
         config = load_config(recipe, [*(overrides or ()), *past])
@@ -112,6 +128,7 @@ def evaluate(
     memory: Annotated[Memory | None, typer.Option(help="What a turn sees of the conversation.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Compute type of the engine.")] = None,
     gpu: Annotated[bool | None, typer.Option("--gpu/--cpu", help="Where the engine runs.")] = None,
+    trust: Trust = False,
 ) -> None:
     """Measure a checkpoint's success on an environment, one episode a seed, with its 95% interval.
 
@@ -123,7 +140,7 @@ def evaluate(
     from deploy.config import validated
     from deploy.evaluate import Conditions, conditions_of, evaluate_checkpoint, parse_options, parse_seeds
 
-    base = conditions_of(checkpoint, env)
+    base = conditions_of(checkpoint, env, trust)
     tree = base.model_dump() | _given(context_tokens=context_tokens, on_gpu=gpu)
     tree["env_options"] |= parse_options(option or [])
     tree["sampling"] |= _given(max_tokens=max_tokens, temperature=temperature)

@@ -16,6 +16,7 @@ from deploy.build import load_tokenizer
 from deploy.config import ConfigError, toml_value
 from deploy.preflight import check_context, check_model, check_tokenizer, first_observation
 from deploy.statistics import wilson_interval
+from deploy.trust import executed_by_evaluation, require_trust
 from envs.host import HostSettings
 from learner.checkpoint import MODEL, latest
 from rollout.agent import Agent, AgentSettings
@@ -90,17 +91,21 @@ class Conditions(BaseModel):
     on_gpu: bool = False
 
 
-def conditions_of(checkpoint: str, env_id: str) -> Conditions:
+def conditions_of(checkpoint: str, env_id: str, trusted: bool = False) -> Conditions:
     """The conditions of the run a checkpoint belongs to (the environment's options and where it lives only for the same
     environment), or the defaults where it belongs to none. There is no Ray here: its replicas get processes.
+
+    trusted: the user says that the run may execute what its configuration names; ConfigError where he never did.
     """
     folder = Path(checkpoint).resolve()
     for candidate in (folder, *folder.parents[:3]):
         if (candidate / run_folder.CONFIG_FILE).is_file() and (candidate / "ledger.sqlite").is_file():
             config = run_folder.open_existing(candidate)
             same = config.env.id == env_id
+            options = config.env.options | config.evaluation.options if same else {}
+            require_trust(candidate, executed_by_evaluation(config, env_id), trusted)
             return Conditions(
-                env_options=config.env.options | config.evaluation.options if same else {},
+                env_options=options,
                 host=config.env.host.without_ray() if same else HostSettings(),
                 agent=config.agent,
                 sampling=config.sampling,

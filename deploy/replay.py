@@ -6,7 +6,6 @@ the two learners differ: `effective_samples` says how much, and corrections weig
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from deploy.build import load_tokenizer
 from deploy.config import ConfigError, Nested, RunConfig
 from deploy.local import demonstrate_to, start_learner
 from deploy.ring import LearnerLost, Row
-from deploy.run_folder import CONFIG_FILE
+from deploy.run_folder import CONFIG_FILE, read_json
 from learner.checkpoint import MODEL, latest
 from learner.publish import Snapshot
 from rollout.wire.history import History, HistoryError
@@ -134,10 +133,9 @@ def _stored(past: Path) -> Nested:
     file = past / CONFIG_FILE
     if not file.is_file():
         raise ConfigError(f"replay: {past} has no {CONFIG_FILE}, so nobody knows how its tokens were sampled")
-    try:
-        stored: Nested = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"replay: {file}: broken file ({error})") from error
+    stored = read_json(file)
+    if not isinstance(stored, dict):
+        raise ConfigError(f"replay: {file}: broken file (no table of options)")
     return stored
 
 

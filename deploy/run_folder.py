@@ -13,8 +13,10 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from deploy.config import ConfigError, RunConfig, parse
+from deploy.trust import executed, remember
 
 CONFIG_FILE = "config.json"
 
@@ -38,10 +40,11 @@ def create(config: RunConfig, folder: Path) -> None:
 
 
 def store(config: RunConfig, folder: Path) -> None:
-    """Write a run's configuration, or replace it, at one stroke."""
+    """Write a run's configuration, or replace it, at one stroke. It is its user's own: what it executes is trusted."""
     aside = folder / f".{CONFIG_FILE}.part"
     aside.write_text(config.model_dump_json(indent=2))
     aside.rename(folder / CONFIG_FILE)
+    remember(folder, executed(config))
 
 
 def exists(folder: Path) -> bool:
@@ -56,10 +59,14 @@ def open_existing(folder: Path) -> RunConfig:
         raise ConfigError(f"{folder}: no such run folder")
     if not stored.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}")
+    return parse(read_json(stored), str(stored))
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file of a run folder. ConfigError, one line, where it cannot be read."""
     try:
-        tree = json.loads(stored.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or not even text
         raise ConfigError(
-            f"{stored}: broken file ({error}); a run cannot go on without its configuration"
+            f"{file}: broken file ({error}); restore it from a copy of the run folder"
         ) from error
-    return parse(tree, str(stored))
