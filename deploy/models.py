@@ -48,7 +48,7 @@ def tiny_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
 
 
 def build_learner(config: RunConfig, path: str, ranks: Ranks = ALONE) -> Learner:
-    """The learner of a run, with the largest row it can meet computed once. ModelError where that does not fit."""
+    """The learner of a run, with the largest row it can meet tried once. ModelError where that does not fit."""
     model = config.learner.model.model_copy(update={"path": path})
     settings = config.learner.model_copy(update={"model": model})
     learner = Learner(settings, config.seed, config.sampling.temperature, config.steps, ranks)

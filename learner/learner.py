@@ -114,7 +114,7 @@ class Learner:
         }
 
     def rehearse(self, longest: int) -> None:
-        """Fail now where a step of the largest row would not fit into memory: see rehearsal.py.
+        """Fail now where a step of the largest row would not fit into memory, by what rehearsal.py tries.
 
         longest: tokens of the longest sequence. ModelError says what to lower.
         """

@@ -1,11 +1,18 @@
-"""The largest step a learner can meet, made before the first one: what does not fit into memory fails at the start."""
+"""The largest step a learner can meet, tried before the first one: what does not fit into memory fails at the start.
+
+On a GPU the step is computed. On a CPU that takes as long as a step of training, and a host that runs out of memory
+raises nothing: it kills. There a step of one short sequence is computed, and what autograd will hold of the largest row
+is told by short ones and compared with the memory that is free.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 
+import psutil
 import torch
+from torch import Tensor
 
 from learner.batch import Batch, MicroBatch, longest_row
 from learner.critic import critic_of
@@ -14,6 +21,8 @@ from learner.optim import Optimizer
 from learner.reference import Reference
 from learner.settings import LearnerSettings
 from learner.step import Auxiliary, PolicyObjective, train_step
+
+_SHORT = 32  # tokens of a sequence that is computed on a CPU
 
 
 def rehearse(
@@ -24,26 +33,67 @@ def rehearse(
     temperature: float,
     total_steps: int | None = None,
 ) -> None:
-    """Make a step of the largest row there can be, up to where it would be applied.
+    """Make a step of the largest row there can be (on a CPU: of a short one), up to where it would be applied.
 
     With all that a step holds: a critic and a reference, which begin with the first one, are made for as long as this
     lasts, and the moments of both optimizers have their room. Weights and generators stay as they are.
 
     longest: tokens of the longest sequence; total_steps: of the optimizers. ModelError says what to lower.
     """
-    size = settings.tokens_per_microbatch
-    row = longest_row(min(longest, policy.context), size)
-    cuda = [policy.device] if policy.device.type == "cuda" else []
+    size, longest_here = settings.tokens_per_microbatch, min(longest, policy.context)
+    row = longest_row(longest_here, size)
+    on_cpu = policy.device.type == "cpu"
+    computed = longest_row(min(longest_here, _SHORT), 1) if on_cpu else row
     try:
         # A critic's head draws its first weights, which are then set to zero.
-        with torch.random.fork_rng(devices=cuda):
-            _step(policy, optimizer, settings, row, temperature, total_steps)
+        with torch.random.fork_rng(devices=[] if on_cpu else [policy.device]):
+            if on_cpu:
+                _require_free(_held_bytes(policy, row, computed, temperature))
+            _step(policy, optimizer, settings, computed, temperature, total_steps)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"a row of {len(row.input_ids_T)} tokens does not fit into the learner's memory "
             f"({str(error).splitlines()[0]}); lower learner.tokens_per_microbatch={size} or "
             f"rollout.context_tokens={longest}, or set learner.model.gradient_checkpointing = true"
         ) from error
+
+
+def _held_bytes(policy: Policy, row: MicroBatch, short: MicroBatch, temperature: float) -> int:
+    """What autograd holds of a row between forward and backward, at least: a longer sequence holds as much a token.
+
+    What does not grow with the row (weights, and copies of them in another type) is held of two short sequences as of
+    one, and drops out.
+    """
+    tokens = len(short.input_ids_T)
+    held = []
+    for each in (short, longest_row(tokens + 1, 2 * tokens)):
+        with (counted := _Held()):
+            policy.score(each, temperature)
+        held.append(sum(counted.storages.values()))
+    return (held[1] - held[0]) * len(row.input_ids_T) // tokens
+
+
+class _Held(torch.autograd.graph.saved_tensors_hooks):
+    """Collects what autograd saves for backward: bytes by address."""
+
+    def __init__(self) -> None:
+        super().__init__(self._pack, lambda tensor: tensor)
+        self.storages: dict[int, int] = {}
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def _require_free(wanted_bytes: int) -> None:
+    """Raise OutOfMemoryError where this host has less memory left, swap included."""
+    free_bytes = psutil.virtual_memory().available + psutil.swap_memory().free
+    if wanted_bytes > free_bytes:
+        raise torch.OutOfMemoryError(
+            f"it takes at least {wanted_bytes / 2**30:.3g} GiB more of this host's memory, "
+            f"of which {free_bytes / 2**30:.3g} GiB are free"
+        )
 
 
 def _step(

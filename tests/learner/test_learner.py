@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from deploy.guards import Guard
 from learner.algorithm import AlgorithmSettings
-from learner.batch import MicroBatch
+from learner.batch import MicroBatch, longest_row
 from learner.critic import OwnCritic
 from learner.describe import describe
 from learner.learner import Learner
@@ -181,6 +182,45 @@ def test_a_row_that_does_not_fit_is_one_line_that_says_what_to_lower(
 
     monkeypatch.setattr(learner.policy, "read", full)
     with pytest.raises(ModelError, match=r"^a row of [^\n]*3\.00 GiB[^\n]*tokens_per_microbatch=50[^\n]*$"):
+        learner.rehearse(longest=100)
+
+
+@pytest.mark.parametrize("model", [{}, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+def test_what_a_row_will_hold_is_told_by_short_ones(
+    tiny: Path, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr("learner.rehearsal._require_free", told.append)
+    settings = ModelSettings(path=str(tiny), **model)
+    learner = Learner(_settings(tiny, model=settings, tokens_per_microbatch=1100))
+    learner.rehearse(longest=26)
+    held: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        kept_alive = learner.policy.score(longest_row(26, 1100), 1.0)
+    weights = {p.untyped_storage().data_ptr() for p in learner.policy.parameters()}
+    copies = sum(p.nbytes // 2 for p in learner.policy.parameters()) if model else 0
+    activations = sum(size for place, size in held.items() if place not in weights)
+    assert activations - copies <= told[0] * 1.02 and told[0] <= activations
+    del kept_alive
+
+
+def test_a_host_without_room_for_the_largest_row_is_one_line(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
+    monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(free=0))
+    learner = Learner(_settings(tiny, tokens_per_microbatch=4000))
+    with pytest.raises(
+        ModelError, match=r"^a row of 3960 tokens .* of which 0\.000977 GiB are free\); lower"
+    ):
+        learner.rehearse(longest=100)
+    with pytest.raises(ModelError, match=r"tokens_per_microbatch=4000 or rollout\.context_tokens=100"):
         learner.rehearse(longest=100)
 
 
