@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from typer.exceptions import TyperException
+
+from deploy.console import errors, one_line, output, standard_streams, without_colours, write
 
 app = typer.Typer(
     add_completion=False,
@@ -17,8 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train language-model agents by reinforcement learning: Ray, vLLM and torch, on a laptop or a cluster.",
 )
-console = Console()
-errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)  # one line stays one line
+console = output()
 
 
 class Dtype(StrEnum):
@@ -109,7 +110,7 @@ def train(
         config = load_config(recipe, [*(overrides or ()), *past])
         preflight.check(config)
         for doubt in doubts(config):
-            errors.print(f"note: {doubt}")
+            write(errors(), f"note: {doubt}")
         folder = run or run_folder.choose(config, runs)
         drive.drive(config, folder, console, resume=False, local=local)
 
@@ -147,7 +148,7 @@ def evaluate(
     tree["agent"] |= _given(memory=memory)
     tree["engine"] |= _given(dtype=dtype)
     conditions = validated(Conditions, tree, "manta eval")
-    console.print(str(evaluate_checkpoint(checkpoint, env, parse_seeds(seeds), conditions)), highlight=False)
+    write(console, str(evaluate_checkpoint(checkpoint, env, parse_seeds(seeds), conditions)))
 
 
 def _given(**values: object) -> dict[str, object]:
@@ -175,11 +176,10 @@ def submit(
     from deploy.submit import submit as submit_job
 
     client, job = submit_job(recipe, overrides or (), address, runs.resolve())
-    console.print(f"submitted {job} to {address}")
+    write(console, f"submitted {job} to {address}")
     if wait:
         for text in follow(client, job):
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            write(console, without_colours(text), end="")
         if not succeeded(client, job):
             raise typer.Exit(1)
 
@@ -205,8 +205,7 @@ def scale(
             "stop the run and resume it with another rollout.workers"
         )
     ask_workers(run, workers)
-    asked = f"asked for {workers} rollout workers; who serves: {run / 'roster.json'}"
-    console.print(asked, highlight=False, soft_wrap=True)
+    write(console, f"asked for {workers} rollout workers; who serves: {run / 'roster.json'}")
 
 
 @app.command()
@@ -225,7 +224,7 @@ def export(
     from deploy.export import export_model
 
     written = export_model(run, target, version)
-    console.print(f"wrote version {written} to {target}", highlight=False, soft_wrap=True)
+    write(console, f"wrote version {written} to {target}")
 
 
 @app.command()
@@ -293,7 +292,7 @@ def demos(
         env, parse_options(option or []), n, first_seed, error_rate, model, memory.value, context_tokens
     )
     outcome = write_demonstrations(asked, out, console)
-    console.print(f"{outcome}\nwrote {out}", highlight=False, soft_wrap=True)
+    write(console, f"{outcome}\nwrote {out}")
 
 
 @app.command()
@@ -314,16 +313,29 @@ def main() -> None:
     if os.getcwd() not in sys.path:
         # "module:Class" may name a file beside the user; Ray's workers take it over.
         sys.path.insert(0, os.getcwd())
+    standard_streams()
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except SystemExit:
-        raise  # typer's ordinary end: nothing more is imported for it
+        raise  # an ordinary end: nothing more is imported for it
+    except typer.Abort:
+        sys.exit(1)
+    except TyperException as error:
+        if said := error.format_message():  # empty where the help was shown instead
+            write(errors(), one_line(f"manta: {said} (see {_help_of(error)})"), "red")
+        sys.exit(error.exit_code)
     except _mistakes() as error:
-        errors.print(f"manta: {error}", style="red")
+        write(errors(), one_line(f"manta: {error}"), "red")
         sys.exit(2)
     except _verdicts() as error:
-        errors.print(f"manta: {error}", style="red")
+        write(errors(), f"manta: {error}", "red")
         sys.exit(1)
+
+
+def _help_of(error: TyperException) -> str:
+    """The command that shows what an error's command takes."""
+    context = getattr(error, "ctx", None)  # only errors of usage have one
+    return f"manta {context.info_name} --help" if context and context.parent else "manta --help"
 
 
 def _mistakes() -> tuple[type[Exception], ...]:

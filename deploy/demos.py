@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from deploy.config import ConfigError
+from deploy.console import Console
 from deploy.evaluate import Evaluation
 from deploy.preflight import loaded
 from deploy.progress import Progress

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from rich.console import Console
-from rich.table import Table
+
+from deploy.console import Console, write_table
 
 GIB = 1 << 30
 
@@ -77,11 +77,11 @@ def diagnose() -> list[Finding]:
 
 def show(findings: Sequence[Finding], console: Console) -> int:
     """Print the findings; the exit status is 1 when one of them keeps Manta from training, else 0."""
-    table = Table("what", "found", "", "what to do", box=None, pad_edge=False)
-    for finding in findings:
-        style = STYLES[finding.verdict]
-        table.add_row(finding.what, finding.found, f"[{style}]{finding.verdict}[/]", finding.advice)
-    console.print(table)
+    rows = [
+        (finding.what, finding.found, (finding.verdict.value, STYLES[finding.verdict]), finding.advice)
+        for finding in findings
+    ]
+    write_table(console, ("what", "found", "", "what to do"), rows)
     return int(any(finding.verdict is Verdict.BAD for finding in findings))
 
 

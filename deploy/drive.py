@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
-from rich.console import Console
 
 from deploy import run_folder
 from deploy.config import RunConfig
+from deploy.console import Console, errors, write
 from deploy.control import driving
 from deploy.janitor import prepare_local_ray, private_temporary, start_janitor, tag_run, with_kept_logs
 from deploy.progress import Progress
@@ -52,9 +52,7 @@ def drive(config: RunConfig, folder: Path, console: Console, *, resume: bool, lo
             summary = _train(config, folder, console, resume, local)
         except (KeyboardInterrupt, Stopped):
             again = f"manta train --resume {shlex.quote(str(folder))}{' --local' * local}"
-            Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
-                f"stopped; go on with: {again}"
-            )
+            write(errors(), f"stopped; go on with: {again}")
             raise typer.Exit(INTERRUPTED) from None
         except PartFailed as failure:
             raise PartFailed(_kept(str(failure), temporary, folder)) from failure.__cause__
@@ -107,7 +105,8 @@ def _print(summary: dict[str, Any], folder: Path, console: Console) -> None:
     for when in ("before", "after"):
         if summary[f"success_{when}"] is not None:
             low, high = summary[f"success_{when}_interval"]
-            console.print(
-                f"success {when:6} {summary[f'success_{when}']:.3f}  (95% interval {low:.3f} to {high:.3f})"
+            write(
+                console,
+                f"success {when:6} {summary[f'success_{when}']:.3f}  (95% interval {low:.3f} to {high:.3f})",
             )
-    console.print(f"report         {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    write(console, f"report         {folder / 'report.html'}")

@@ -9,11 +9,8 @@ from typing import Any
 
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from deploy.console import Cell, Console, busy, write, write_table
 from envs import registry
 from envs.check import check
 from envs.findings import Finding
@@ -24,28 +21,29 @@ from rollout.foreign import PROGRAM
 
 def show_environments(console: Console) -> None:
     """Ours, the suites with their extras and, where they are installed, their ids, and Gymnasium's with a text form."""
-    ours = _table("environment", "about", "levels", "player")
+    ours: list[tuple[Cell, ...]] = []
     for env_id in registry.registered():
         try:
             told = registry.describe(env_id)
         except EnvironmentUnknown as error:  # a package of its is missing
-            ours.add_row(env_id, f"[yellow]{escape(str(error))}[/]", "", "")
+            ours.append((env_id, (str(error), "yellow"), "", ""))
         else:
-            ours.add_row(env_id, escape(told.about), escape(told.levels), "yes" if told.has_player else "")
-    ours.add_row(PROGRAM, (inspect.getdoc(foreign) or "").partition("\n")[0], "", "")
-    console.print(ours)
+            ours.append((env_id, told.about, told.levels, "yes" if told.has_player else ""))
+    ours.append((PROGRAM, (inspect.getdoc(foreign) or "").partition("\n")[0], "", ""))
+    write_table(console, ("environment", "about", "levels", "player"), ours)
     _show_suites(console)
     known, fit = newest_of_gymnasium(), gymnasium_ids()
-    console.print(
+    write(
+        console,
         f"Any gymnasium.make id works that has a text form; here {len(fit)} of {len(known)} do "
         f"(others need packages of their own, or show pictures): {', '.join(fit)}",
-        highlight=False,
+        wrap=True,
     )
 
 
 def _show_suites(console: Console) -> None:
     """Where each can be had, and what is in those that are here, which imports them."""
-    suites = _table("suite", "ids", "extra", "here")
+    suites: list[tuple[Cell, ...]] = []
     listed: list[str] = []
     for suite in registry.SUITES:
         found = f"pip install 'manta[{suite.extra}]'"
@@ -57,10 +55,10 @@ def _show_suites(console: Console) -> None:
             else:
                 found = f"yes, {len(ids)}"
                 listed.append(f"{suite.about}: {', '.join(ids)}")
-        suites.add_row(escape(suite.about), f"{suite.prefix}...", suite.extra, escape(found))
-    console.print(suites)
+        suites.append((suite.about, f"{suite.prefix}...", suite.extra, found))
+    write_table(console, ("suite", "ids", "extra", "here"), suites)
     for line in listed:
-        console.print(f"{line}\n", highlight=False, markup=False)
+        write(console, f"{line}\n", wrap=True)
 
 
 def newest_of_gymnasium() -> list[str]:
@@ -99,7 +97,7 @@ def check_environment(
             f"environment {PROGRAM} is an agent of your own, played by a run: there is nothing of it to examine alone; "
             "docs/foreign_agents.md says how to bring one"
         )
-    with console.status(f"{env_id} is examined"):
+    with busy(console, f"{env_id} is examined"):
         findings = check(env_id, options, seconds=seconds, turns=turns)
     show_findings(env_id, findings, console)
     return int(bool(findings))
@@ -108,19 +106,8 @@ def check_environment(
 def show_findings(env_id: str, findings: Sequence[Finding], console: Console) -> None:
     """A row a finding, or one line where there is none."""
     if not findings:
-        console.print(f"{env_id}: nothing found", style="green", highlight=False)
+        write(console, f"{env_id}: nothing found", "green")
         return
-    table = _table("found", "what", "where", "what to do")
-    for finding in findings:
-        table.add_row(
-            f"[red]{finding.kind}[/]", escape(finding.what), escape(finding.where), escape(finding.advice)
-        )
-    console.print(table)
-    console.print(f"{env_id}: {len(findings)} found", style="red", highlight=False)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+    rows = [((finding.kind, "red"), finding.what, finding.where, finding.advice) for finding in findings]
+    write_table(console, ("found", "what", "where", "what to do"), rows)
+    write(console, f"{env_id}: {len(findings)} found", "red")

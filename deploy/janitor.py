@@ -117,7 +117,11 @@ def keep_logs(temporary: Path, folder: Path) -> None:
 
 def with_kept_logs(text: str, temporary: Path, folder: Path) -> str:
     """A message that names a local Ray's logs, naming them where they will be found after the run."""
-    return re.sub(rf"{re.escape(str(temporary))}/(session_[^/]+)/logs/", rf"{folder}/logs/\1/", text)
+    return re.sub(
+        rf"{re.escape(str(temporary))}/(session_[^/]+)/logs/",
+        lambda found: f"{folder}/logs/{found[1]}/",  # a folder's name may hold a backslash
+        text,
+    )
 
 
 def main(arguments: list[str]) -> None:

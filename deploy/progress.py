@@ -13,21 +13,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from rich import box
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as Bars
-from rich.table import Table
-from rich.text import Text
-
+from deploy import console as door
+from deploy.console import Bars, Console, LiveDisplay, Numbers, Part
 from deploy.metrics import Row
 from deploy.shares import Shares
 
@@ -59,13 +46,13 @@ class Phase:
         self._name = name
         self._total = total
         self._done = 0
-        self._bar = progress.bars.add_task(name, total=total, shown="")
+        self._bar = progress.bars.add(name, total)
 
     def advance(self, n: int = 1, **shown: float) -> None:
         """n more of the total are done; `shown` are numbers worth seeing beside the bar."""
         before, self._done = self._done, self._done + n
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        self._progress.bars.update(self._bar, completed=self._done, shown=text)
+        self._progress.bars.move(self._bar, self._done, text)
         if self._total and self._done * PLAIN_PARTS // self._total > before * PLAIN_PARTS // self._total:
             self._progress.plain_line(f"{self._name}  {self._done}/{self._total}  {text}")
 
@@ -74,26 +61,14 @@ class Progress:
     """The display of one run. Everything is called from the driver's one thread."""
 
     def __init__(self, total_steps: int, title: str, console: Console | None = None) -> None:
-        self._console = console or Console()
+        self._console = console or door.output()
         self._total_steps = total_steps
         self._title = title
         self._rows: deque[Row] = deque(maxlen=SHOWN_STEPS)
         self._began = time.monotonic()
-        self.bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
-            console=self._console,
-            expand=True,
-        )
-        self._steps_bar: TaskID | None = None
-        self._live = (
-            Live(console=self._console, get_renderable=self._render) if self._console.is_terminal else None
-        )
+        self.bars = Bars(self._console)
+        self._steps_bar: int | None = None
+        self._live = LiveDisplay(self._console, self._parts) if self._console.is_terminal else None
 
     def __enter__(self) -> Self:
         self.plain_line(self._title)
@@ -114,7 +89,7 @@ class Progress:
 
     def begin_steps(self, done: int = 0) -> None:
         """The steps begin; `done` of them were done before the run was resumed."""
-        self._steps_bar = self.bars.add_task("steps", total=self._total_steps, completed=done, shown="")
+        self._steps_bar = self.bars.add("steps", self._total_steps, done)
 
     def update(self, step: int, row: Row) -> None:
         """One step is done; see COLUMNS for the keys that are shown."""
@@ -122,7 +97,7 @@ class Progress:
             raise ValueError(f"step {step} was shown before begin_steps()")
         row = {"step": step} | row
         self._rows.append(row)
-        self.bars.update(self._steps_bar, completed=step)
+        self.bars.move(self._steps_bar, step)
         if step == 1 or step % PLAIN_STRIDE == 0 or step == self._total_steps:
             shown = "  ".join(
                 f"{name} {_written(row, key, form)}" for name, key, form in COLUMNS[1:]
@@ -133,7 +108,7 @@ class Progress:
     def say(self, text: str) -> None:
         """One line that stays."""
         if self._live:
-            self._console.print(text, highlight=False)
+            door.write(self._console, text, wrap=True)
         else:
             self.plain_line(text)
 
@@ -141,24 +116,21 @@ class Progress:
         """A line with the run's clock, where there is no live display."""
         if not self._live:
             clock = f"[{time.monotonic() - self._began:7.1f} s] "
-            self._console.print(clock + text.rstrip(), highlight=False, markup=False, soft_wrap=True)
+            door.write(self._console, clock + text.rstrip())
 
-    def _render(self) -> Group:
-        parts: list[Text | Table | Bars] = [Text(self._title, style="bold"), self.bars]
+    def _parts(self) -> list[Part]:
+        parts: list[Part] = [(self._title, "bold"), self.bars]
         if self._rows:
-            parts += [step_table(self._rows), Text(Shares.of(self._rows).verdict, style="dim")]
-        return Group(*parts)
+            parts += [step_table(self._rows), (Shares.of(self._rows).verdict, "dim")]
+        return parts
 
 
-def step_table(rows: deque[Row]) -> Table:
+def step_table(rows: deque[Row]) -> Numbers:
     """The last steps, one row each."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, expand=True)
-    for name, _, _ in COLUMNS:
-        table.add_column(name, justify="right")
-    for row in rows:
-        style = "bold" if row is rows[-1] else ""
-        table.add_row(*(_written(row, key, form) for _, key, form in COLUMNS), style=style)
-    return table
+    return Numbers(
+        [name for name, _, _ in COLUMNS],
+        [[_written(row, key, form) for _, key, form in COLUMNS] for row in rows],
+    )
 
 
 def _written(row: Row, key: str, form: str) -> str:

@@ -30,6 +30,7 @@ ONLY_IN = {
     "ray": ("deploy/*", "*/actors.py"),
     "vllm": ("rollout/vllm_*.py",),
     "torch": ("rollout/*.py", "learner/*", "deploy/*"),
+    "rich": ("deploy/console.py",),
 }
 TORCH_FREE = ("envs/*", "rollout/wire/*")
 WIRE_MAY_USE = {"numpy", "pyarrow", "pydantic", "blake3"} | set(sys.stdlib_module_names)

@@ -20,8 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
+from deploy.console import Cell, Console, errors, write, write_table
 
 BENCHMARKS = (
     "rollout",
@@ -124,22 +123,23 @@ def run(name: str) -> Outcome:
     return Outcome(name, seconds, load, os.getloadavg()[0], figures, error)
 
 
-def table(outcomes: Sequence[Outcome]) -> Table:
+def table(outcomes: Sequence[Outcome]) -> list[tuple[Cell, ...]]:
     """One row a bound; a benchmark without bounds has one row of all its figures."""
-    shown = Table("benchmark", "what", "figure", "bound", "met", title="Manta's benchmarks")
+    shown: list[tuple[Cell, ...]] = []
     for outcome in outcomes:
         bounds = [bound for bound in BOUNDS if bound.benchmark == outcome.benchmark]
         if outcome.error:
-            shown.add_row(outcome.benchmark, outcome.error.splitlines()[-1], "-", "-", "[red]did not run[/]")
+            shown.append(
+                (outcome.benchmark, outcome.error.splitlines()[-1], "-", "-", ("did not run", "red"))
+            )
         elif not bounds:
             listed = ", ".join(f"{figure} {value:g}" for figure, value in outcome.figures.items())
-            shown.add_row(outcome.benchmark, listed, "-", "-", "-")
+            shown.append((outcome.benchmark, listed, "-", "-", "-"))
         for bound in [] if outcome.error else bounds:
             measured = outcome.figures[bound.figure]
-            met = "[green]yes[/]" if bound.met(measured) else "[red]no[/]"
-            shown.add_row(
-                outcome.benchmark, bound.means, f"{measured:g}", f"{bound.side} {bound.value:g}", met
-            )
+            met = ("yes", "green") if bound.met(measured) else ("no", "red")
+            limit = f"{bound.side} {bound.value:g}"
+            shown.append((outcome.benchmark, bound.means, f"{measured:g}", limit, met))
     return shown
 
 
@@ -182,14 +182,11 @@ def main() -> int:
     for name in asked.names or BENCHMARKS:
         outcomes.append(run(name))
         last = outcomes[-1]
-        print(
-            f"{name}: {last.seconds:g} s {last.error or json.dumps(last.figures)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        write(errors(), f"{name}: {last.seconds:g} s {last.error or json.dumps(last.figures)}")
         if asked.out:
             asked.out.write_text(json.dumps(report(outcomes), indent=1))
-    Console(width=None if sys.stdout.isatty() else 130).print(table(outcomes))
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    write_table(console, ("benchmark", "what", "figure", "bound", "met"), table(outcomes))
     return status(outcomes)
 
 

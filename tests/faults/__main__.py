@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from deploy.console import errors, output, write
 from tests.faults import elastic, matrix, real, resumes, soak
 
 NAMES = ("resumes", "real", "elastic", "matrix")
@@ -28,7 +29,7 @@ LONG = ("soak",)
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    write(errors(), text)
 
 
 def main() -> int:
@@ -52,17 +53,17 @@ def main() -> int:
         if "resumes" in (asked.names or NAMES):
             result = resumes.run(folder / "resumes", asked.kills, say=say)
             report["resumes"] = asdict(result)
-            print(result)
+            write(output(), str(result))
             sound &= result.sound
         if "real" in (asked.names or NAMES):
             vllm = real.run(folder / "real", say=say)
             report["real"] = asdict(vllm)
-            print(vllm)
+            write(output(), str(vllm))
             sound &= vllm.sound
         if "elastic" in (asked.names or NAMES):
             grown = elastic.run(folder / "elastic", say=say)
             report["elastic"] = asdict(grown)
-            print(grown)
+            write(output(), str(grown))
             sound &= grown.sound
         if "matrix" in (asked.names or NAMES):
             kinds = [kind for kind in matrix.KINDS if asked.only in kind.name] * asked.rounds
@@ -72,13 +73,13 @@ def main() -> int:
                 for o in outcomes
             ]
             report["matrix"] = {"outcomes": rows, "accounts": asdict(books), "status": status}
-            print("\n".join(matrix.table(outcomes)))
-            print(books, f"exit status of the run: {status}")
+            write(output(), "\n".join(matrix.table(outcomes)))
+            write(output(), f"{books} exit status of the run: {status}")
             sound &= not status and not any(outcome.error for outcome in outcomes) and books.sound
         if "soak" in asked.names:
             soaked = soak.run(folder / "soak", asked.minutes, say=say)
             report["soak"] = asdict(soaked)
-            print(soaked)
+            write(output(), str(soaked))
             sound &= soaked.sound
     if asked.out:
         asked.out.write_text(json.dumps(report, indent=1))
