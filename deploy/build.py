@@ -31,6 +31,7 @@ from rollout.tasks import TaskStream
 from rollout.vllm_engine import VllmEngine
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.exchange import Exchange
+from rollout.wire.model_folder import pretrained
 from rollout.wire.schema import encode
 from rollout.wire.store import Store
 from rollout.wire.trajectory import Task
@@ -45,7 +46,7 @@ EngineFactory = Callable[[RunConfig, str, str], Awaitable[Engine]]  # (config, w
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    tokenizer: PreTrainedTokenizerBase = pretrained(AutoTokenizer, path)
     return tokenizer
 
 

@@ -32,6 +32,7 @@ from rollout.parts.memory import NotebookSettings
 from rollout.parts.settings import PartSettings
 from rollout.parts.tools import ToolsSettings
 from rollout.perception import Perception
+from rollout.wire.model_folder import pretrained
 
 
 def check(config: RunConfig) -> None:
@@ -205,7 +206,7 @@ def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 def loaded(auto: Any, path: str) -> Any:
     """What a transformers Auto class finds at `path`. ConfigError where it finds nothing it can read."""
     try:
-        return auto.from_pretrained(path)
+        return pretrained(auto, path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model {path}: {reason} Is it a Hugging Face folder or id?") from error

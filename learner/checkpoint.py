@@ -29,8 +29,6 @@ from typing import Any
 
 import torch
 from blake3 import blake3
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -40,15 +38,6 @@ ROOT, MODEL, CRITIC, OPTIMIZER, STATE = "checkpoints", "model", "critic", "optim
 _READ_BYTES = 16 << 20  # at a time while hashing; blake3 spreads that over all cores
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NAME = re.compile(r"version-(\d{8,})")
-_TOKENIZER_FILES = [
-    "tokenizer*",
-    "*processor_config.json",  # of a model that sees
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-]
 
 
 class CheckpointError(ValueError):
@@ -68,24 +57,6 @@ class Contents:
     generator: Mapping[str, Any]  # state of the learner's numpy bit generator
     optimizers: dict[str, Any]  # state of each, by the name of what it moves
     torch_rng: Tensor
-
-
-def tokenizer_files(path: str) -> dict[str, bytes]:
-    """Tokenizer files of a checkpoint folder or Hugging Face id, by name; empty if it has none.
-
-    Held in memory (they are small): the folder they came from may be gone when the next checkpoint is
-    written.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(path, allow_patterns=_TOKENIZER_FILES))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-            raise CheckpointError(
-                f"tokenizer of {path!r} cannot be read: {str(error).splitlines()[0]}"
-            ) from error
-    found = {file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
-    return {file.name: file.read_bytes() for file in sorted(found)}
 
 
 def folder_of(run: Path, version: int) -> Path:

@@ -70,7 +70,6 @@ class Learner:
         self._optimizer_steps = total_steps and total_steps * settings.algorithm.updates
         self._policy_steps = total_steps and settings.algorithm.policy_steps(total_steps)
         self.optimizer = Optimizer(self.policy.parameters(), settings.optim, self._policy_steps)
-        self._tokenizer = checkpoint.tokenizer_files(settings.model.path)
         self._temperature = temperature
         self._rng = np.random.default_rng(seed)
         self._critic: Critic | None = None  # made by the first step, which finds the policy as it begins
@@ -219,8 +218,6 @@ class Learner:
         weights: the policy's `whole_state`.
         """
         self.policy.save(folder, weights)
-        for name, content in self._tokenizer.items():
-            (folder / name).write_bytes(content)
 
     def _begin(self) -> None:
         """What the first step finds: the critic and the reference begin where the policy does."""

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from learner.settings import LoraSettings
 from rollout.wire.adapter import CONFIG_FILE, TENSOR_FILE, AdapterSpec
+from rollout.wire.model_folder import pretrained
 
 _NAME = "default"  # PEFT's, of the one adapter there is
 _BASE = ".base_layer."  # where PEFT puts the layer it adapts
@@ -53,7 +54,7 @@ def _kind(layer: str) -> str:
 
 def planned(path: str, settings: LoraSettings) -> AdapterSpec:
     """The adapter that a model's checkpoint would get; its weights are not read. ValueError as of `chosen_layers`."""
-    config = AutoConfig.from_pretrained(path)
+    config = pretrained(AutoConfig, path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return AdapterSpec(settings.rank, settings.alpha, chosen_layers(model, settings.targets))

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +24,7 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from learner.attention import NAME, hidden_states, register
 from learner.batch import MicroBatch
@@ -34,11 +37,13 @@ from learner.ranks import ALONE, Ranks
 from learner.settings import LoraSettings, ModelSettings
 from learner.shards import gathered_state, shard
 from rollout.wire.adapter import AdapterSpec
+from rollout.wire.model_folder import COMPANIONS, companions, pretrained, write_companions
 from rollout.wire.trajectory import Float32Array
 
 T = TypeVar("T")
 
 _LEAST_CHUNK = 8  # vocabulary entries at a time, however small the block
+_SHARD = "50GB"  # the largest file of weights
 _ADAPTER = "adapter"  # folder of the adapter's own tensors, inside that of the merged model
 
 
@@ -61,6 +66,7 @@ class Policy:
         self.ranks = ranks
         self.device = torch.device(settings.device)
         self.model = _load(settings.path)
+        self._files = _companions(settings.path)  # read now: the folder may be gone when they are written
         self.model.eval()
         self.sight = self._sight()
         self._examine()  # the model as it was loaded: what replaces its layers is tested to compute the same
@@ -163,15 +169,19 @@ class Policy:
         return None, self.named_weights()
 
     def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Write config and weights in Hugging Face format; with an adapter the merged ones, and it beside them.
+        """Write a Hugging Face folder: the weights beside the files the model came with, as they came.
 
-        weights: `whole_state`, which all ranks have to be asked for before rank 0 writes.
+        With an adapter the weights are the merged ones, and it lies beside them. weights: `whole_state`, which all
+        ranks have to be asked for before rank 0 writes.
         """
         if weights is None:
             weights = dict(self._merged(self.model.state_dict().items()))
-        self.model.save_pretrained(folder, state_dict=weights)
-        if self.sight is not None:
-            self.sight.processor.save_pretrained(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = revert_weight_conversion(
+            self.model, remove_tied_weights_from_state_dict(dict(weights), self.model)
+        )
+        save_torch_state_dict(kept, folder, max_shard_size=_SHARD)
+        write_companions(self._files, folder)
         if self.adapter is not None:
             self.adapter.save(folder / _ADAPTER)
 
@@ -292,12 +302,15 @@ def _load(path: str) -> PreTrainedModel:
             "no model to learn: set the model's path to a checkpoint folder or a Hugging Face id"
         )
     try:
-        sees = getattr(AutoConfig.from_pretrained(path), "vision_config", None) is not None
+        config = pretrained(AutoConfig, path)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("its weights are quantized and cannot be trained; choose unquantized ones")
+        sees = getattr(config, "vision_config", None) is not None
         kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         # A vision tower has no packed rows.
         attention: Any = {"text_config": register()} if sees else register()
-        loaded: Any = kind.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
+        loaded: Any = pretrained(
+            kind, path, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -309,6 +322,19 @@ def _load(path: str) -> PreTrainedModel:
     if missing:
         raise ModelError(f"model {path!r} lacks {len(missing)} weights, {missing[0]} among them")
     return model
+
+
+def _companions(path: str) -> dict[str, bytes]:
+    """The files a model came with beside its weights; of a hub id those of its folder's top, and its templates."""
+    try:
+        if Path(path).is_dir():
+            return companions(Path(path))
+        below = [f"*/{pattern}" for pattern in COMPANIONS if "/" not in pattern]
+        return companions(
+            Path(snapshot_download(path, allow_patterns=list(COMPANIONS), ignore_patterns=below))
+        )
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise ModelError(f"model {path!r}: its files cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def build_tiny(

@@ -19,6 +19,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 
 from learner.batch import MicroBatch, Seen
 from rollout.wire.images import png_of
+from rollout.wire.model_folder import pretrained
 
 # Families whose pictures attend as text does and whose features are concatenated picture after picture: every one of
 # them is tested against its own unpacked computation.
@@ -35,7 +36,7 @@ class Sight:
     """The image processor of a model that sees."""
 
     def __init__(self, model: PreTrainedModel, path: str) -> None:
-        self.processor: Any = AutoImageProcessor.from_pretrained(path)
+        self.processor: Any = pretrained(AutoImageProcessor, path)
         self.placeholder_id = int(model.config.image_token_id)
         self._merge = getattr(self.processor, "merge_size", 1)
         self._positions_of: Callable[..., tuple[Tensor, Tensor]] | None = getattr(

@@ -19,6 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rollout.engine import Completion, EngineFailed, FinishReason, Sampling, derive_seed
 from rollout.perception import Perception
+from rollout.wire.model_folder import pretrained
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import (
     ByteArray,
@@ -60,7 +61,7 @@ class HfEngine:
         """Load a checkpoint folder or hub id in float32."""
         perception = Perception.load(path)
         kind: Any = AutoModelForCausalLM if perception is None else AutoModelForImageTextToText
-        model = kind.from_pretrained(path, dtype=torch.float32)
+        model = pretrained(kind, path, dtype=torch.float32)
         return cls(model, stop_token_ids, name=name, perception=perception)
 
     async def generate(

@@ -17,6 +17,7 @@ from PIL import Image
 
 from rollout.chat import ChatError
 from rollout.wire.images import png_of
+from rollout.wire.model_folder import pretrained
 
 Features = dict[str, NDArray[Any]]
 
@@ -54,10 +55,10 @@ class Perception:
             AutoProcessor,
         )  # with all that they import, for models that see alone
 
-        if getattr(AutoConfig.from_pretrained(path), "vision_config", None) is None:
+        if getattr(pretrained(AutoConfig, path), "vision_config", None) is None:
             return None
         try:
-            return cls(AutoProcessor.from_pretrained(path))
+            return cls(pretrained(AutoProcessor, path))
         except (ImportError, AttributeError, OSError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise PerceptionError(
