@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from envs.adapters import TextAdapter
 from envs.base import Info, Observation, Snapshots
+from envs.reference import awaited
 
 Env = gym.Env[Any, str]  # text or chat messages in, text out: see envs.base
 Outcome = tuple[Observation, float, bool, bool, Info]  # as gymnasium.Env.step returns it
@@ -30,9 +32,10 @@ class HostSettings(BaseModel):
 
     where: Literal["auto", "inline", "process", "ray"] = Field(
         "auto",
-        description="inline: in the rollout worker, where nothing can stop a step; process: each replica in a process "
-        "of its own, killed when it does not answer in time; ray: in such a process on any node of the cluster; auto: "
-        "inline for Manta's and Gymnasium's own environments, process for all others",
+        description="inline: in the rollout worker, each replica in a thread of its own, left behind when it does not "
+        "answer in time; process: each replica in a process of its own, killed when it does not answer in time; ray: "
+        "in such a process on any node of the cluster; auto: inline for Manta's and Gymnasium's own environments, "
+        "process for all others",
     )
     cpus_per_replica: float = Field(
         1.0, ge=0, description="where='ray': CPUs a replica claims from the cluster, of which a part will do"
@@ -41,16 +44,16 @@ class HostSettings(BaseModel):
         default_factory=dict,
         description="where='ray': what else a replica claims, {cpu_node = 0.01} say; it is put on no node without it",
     )
-    start_seconds: float = Field(60.0, gt=0, description="wall clock for a replica's process to start")
+    start_seconds: float = Field(60.0, gt=0, description="wall clock for a replica to start")
     reset_seconds: float = Field(
         60.0,
         gt=0,
-        description="wall clock for a replica's process to reset; for a foreign agent to ask for its first completion",
+        description="wall clock for a replica to reset; for a foreign agent to ask for its first completion",
     )
     step_seconds: float = Field(
         60.0,
         gt=0,
-        description="wall clock for a replica's process to take a step; for a foreign agent to ask again or to end",
+        description="wall clock for a replica to take a step; for a foreign agent to ask again or to end",
     )
 
     @model_validator(mode="after")
@@ -137,7 +140,10 @@ class Told(Protocol):
 
 
 class Inline:
-    """A replica in this process: nothing between, and nothing that could stop it."""
+    """A replica on the thread that awaits it: nothing between, and nothing that could stop it.
+
+    env: the environment. Its methods may be coroutines.
+    """
 
     reusable = True
 
@@ -145,16 +151,17 @@ class Inline:
         spec = env.unwrapped.spec
         said = env.has_wrapper_attr("nondeterministic") and env.get_wrapper_attr("nondeterministic")
         self.nondeterministic = bool(said) or (spec is not None and spec.nondeterministic)
-        self._env = env
+        self.env = env
         self._told = env if isinstance(env, Told) else None
         self._state = reach(env)
 
     async def reset(self, seed: int) -> Observation:
-        observation: Observation = self._env.reset(seed=seed)[0]
+        observation: Observation = (await awaited(self.env.reset(seed=seed)))[0]
         return observation
 
     async def step(self, action: str) -> Outcome:
-        return self._env.step(action)  # type: ignore[return-value]
+        outcome: Outcome = await awaited(self.env.step(action))
+        return outcome
 
     def sampled(self, sampled: Sampled) -> None:
         if self._told is not None:
@@ -164,12 +171,17 @@ class Inline:
         return None if self._state is None else self._state.snapshot()
 
     async def restore(self, snapshot: bytes) -> None:
+        self.load(snapshot)
+
+    def load(self, snapshot: bytes) -> None:
+        """`restore`, for a caller that does not await."""
         if self._state is None:
             raise RuntimeError("the environment offers no snapshots, so it can not go on from one")
         self._state.restore(snapshot)
 
     async def close(self) -> None:
-        self._env.close()
+        close: Callable[[], Any] = self.env.close
+        await awaited(close())
 
 
 def reach(env: Env) -> Snapshots | None:

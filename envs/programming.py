@@ -80,8 +80,7 @@ class Programming(TextEnv):
     level: 1 to 4, see above. split: "train" and "heldout" divide the tasks by what is asked, parameters included.
     instructions: begin with the rules in English. max_turns: programs before truncation. examples, hidden: tests shown
     and not shown. cpu_seconds: processor time for each run of a program. allow_unsafe: run programs with limits alone
-    where no isolation is possible; otherwise that is a ValueError. A step takes tenths of a second, in which an inline
-    replica holds up its worker.
+    where no isolation is possible; otherwise that is a ValueError. A step takes tenths of a second.
     """
 
     action_space = text_space(MAX_PROGRAM)

@@ -1,9 +1,12 @@
-"""References to a user's own functions, as recipes write them: "module:function"."""
+"""A user's own functions: references to them, as recipes write them ("module:function"), and what they return."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib
-from collections.abc import Callable
+import inspect
+import threading
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 
@@ -20,3 +23,38 @@ def load_function(reference: str) -> Callable[..., Any]:
         raise ValueError(f"{reference!r}: module {module} has no function {name!r}")
     loaded: Callable[..., Any] = found
     return loaded
+
+
+async def awaited(value: Any) -> Any:
+    """What a function returned; where that is awaitable, what it comes to. Coroutine functions are not told apart."""
+    return await value if inspect.isawaitable(value) else value
+
+
+def settled(value: Any) -> Any:
+    """`awaited` for a thread that does not await: a coroutine runs to its end on an event loop of its own."""
+    if not inspect.isawaitable(value):
+        return value
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(awaited(value))
+    return _elsewhere(value)
+
+
+def _elsewhere(value: Awaitable[Any]) -> Any:
+    """A thread runs one event loop at a time: where one runs, another thread has the coroutine's."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.extend((asyncio.run(awaited(value)), None))
+        except BaseException as error:  # for the caller's thread, where it is raised
+            outcome.extend((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from functools import partial
 
 from envs import registry
-from envs.host import Env, EnvironmentFailed, HostSettings, Inline, NoRoom, Replica
+from envs.host import Env, EnvironmentFailed, HostSettings, NoRoom, Replica
 from envs.hosted import Hosted
+from envs.threaded import Threaded, call_gate
 from rollout.chat import Chat
 from rollout.foreign import PROGRAM, ForeignAgents
 from rollout.parts.settings import PartSettings, dressed, dressing, evaluated
@@ -66,6 +67,7 @@ class EnvironmentPool:
         self._start = start or Hosted.start
         # Interpreters that start compete for the processors: more at once would only use up each other's limit.
         self._starting = asyncio.Semaphore(os.cpu_count() or 1)
+        self._calls = call_gate()
         self._idle: dict[Kind, asyncio.LifoQueue[Replica]] = defaultdict(asyncio.LifoQueue)
         self._alive: Counter[Kind] = Counter()  # idle or in use
         self._measuring: set[Replica] = set()  # those dressed as evaluations are
@@ -121,7 +123,8 @@ class EnvironmentPool:
         if env_id == PROGRAM:
             return self._foreign.replica(task.kwargs)
         if self._is_inline(env_id):
-            return Inline(dressed(partial(self._make, env_id, **task.kwargs), parts))
+            make = partial(self._make, env_id, **task.kwargs)
+            return await Threaded.start(partial(dressed, make, parts), self._host, self._calls)
         recipe = registry.recipe if self._make is registry.make else partial(partial, self._make)
         made = dressing(recipe(env_id, **task.kwargs), parts)
         async with self._starting:

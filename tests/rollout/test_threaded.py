@@ -1,0 +1,175 @@
+"""An environment in the worker's own process takes long: the event loop goes on, and the wait has an end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from envs import threaded
+from envs.base import TextEnv
+from envs.host import EnvironmentFailed, EnvironmentStuck, HostSettings
+from envs.threaded import Threaded
+from rollout.group import concurrently
+from rollout.pool import EnvironmentPool
+from rollout.wire.trajectory import Task
+
+AT_ONCE = threaded._CALLS_PER_CORE * len(os.sched_getaffinity(0))
+
+
+class Odd(TextEnv):
+    """Does in its step what it was made with; the thread of everything it does is on record."""
+
+    def __init__(self, doing: Callable[[], Any] = lambda: None) -> None:
+        self.doing = doing
+        self.threads: set[int] = set()
+        self.closed = threading.Event()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        self.threads.add(threading.get_ident())
+        return f"seed {seed}", {}
+
+    def step(self, action: str) -> Any:
+        self.threads.add(threading.get_ident())
+        self.doing()
+        return action, 1.0, True, False, {}
+
+    def close(self) -> None:
+        self.threads.add(threading.get_ident())
+        self.closed.set()
+
+
+class Async(Odd):
+    """The same with coroutines, which share what belongs to one event loop."""
+
+    async def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.loop = asyncio.get_running_loop()
+        await asyncio.sleep(0)
+        return f"seed {seed}", {}
+
+    async def step(self, action: str) -> Any:
+        assert asyncio.get_running_loop() is self.loop
+        await asyncio.sleep(0)
+        return action, 1.0, True, False, {}
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+def with_replica(env: Odd, act: Callable[[Threaded], Any], **limits: float) -> Any:
+    async def scene() -> Any:
+        replica = await Threaded.start(lambda: env, HostSettings(**limits), asyncio.Semaphore(4))  # type: ignore[arg-type]
+        try:
+            assert await replica.reset(3) == "seed 3"
+            return await act(replica)
+        finally:
+            await replica.close()
+
+    return asyncio.run(scene())
+
+
+def test_the_loop_goes_on_while_every_environment_waits_and_so_many_wait_at_once() -> None:
+    go_on, inside, most = threading.Event(), [0], [0]
+    lock = threading.Lock()
+
+    def wait() -> None:
+        with lock:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+        assert go_on.wait(30)
+        with lock:
+            inside[0] -= 1
+
+    async def scene() -> None:
+        pool = EnvironmentPool(make=lambda env_id: Odd(wait))
+        task = Task.of("odd", 3)
+        replicas = await concurrently(pool.take(task) for _ in range(AT_ONCE + 5))
+        await concurrently(replica.reset(3) for replica in replicas)
+        stepping = asyncio.create_task(concurrently(replica.step("on") for replica in replicas))
+        while most[0] < AT_ONCE:  # the loop runs: nothing else could see it and end their wait
+            await asyncio.sleep(0)
+        go_on.set()
+        assert len(await stepping) == len(replicas)
+        for replica in replicas:
+            pool.give_back(task, replica)
+        await pool.close()
+
+    asyncio.run(scene())
+    assert most[0] == AT_ONCE
+
+
+@pytest.mark.parametrize("doing", [spin, lambda: time.sleep(2)], ids=["spin", "sleep"])
+def test_a_step_that_takes_too_long_costs_its_episode_and_says_where_it_stood(
+    doing: Callable[[], Any],
+) -> None:
+    env = Odd(doing)
+
+    async def act(replica: Threaded) -> threading.Thread:
+        with pytest.raises(
+            EnvironmentStuck, match=r"within 0.2 s \(env.host.step_seconds\).*test_threaded.py:\d+\)"
+        ):
+            await replica.step("on")
+        return replica._thread
+
+    thread = with_replica(env, act, step_seconds=0.2)
+    thread.join(30)
+    assert not thread.is_alive(), "what executes Python is ended"
+
+
+def test_an_environment_that_exits_costs_its_episode_alone() -> None:
+    async def act(replica: Threaded) -> None:
+        with pytest.raises(EnvironmentFailed, match=r"SystemExit\(3\)"):
+            await replica.step("on")
+        assert await replica.reset(4) == "seed 4"
+
+    with_replica(Odd(lambda: sys.exit(3)), act)
+
+
+def test_all_an_environment_does_is_done_in_one_thread_which_ends_with_it() -> None:
+    env = Odd()
+
+    async def act(replica: Threaded) -> threading.Thread:
+        assert await replica.step("on") == ("on", 1.0, True, False, {})
+        return replica._thread
+
+    thread = with_replica(env, act)
+    thread.join(30)
+    assert env.closed.is_set() and not thread.is_alive()
+    assert env.threads == {thread.ident} != {threading.get_ident()}
+
+
+def test_an_environment_is_closed_when_it_returns_to_an_episode_that_was_given_up() -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        entered.set()
+        assert go_on.wait(30)
+
+    env = Odd(wait)
+
+    async def act(replica: Threaded) -> None:
+        step = asyncio.create_task(replica.step("on"))
+        await asyncio.to_thread(entered.wait, 30)
+        step.cancel()
+        await asyncio.wait({step})
+
+    with_replica(env, act)
+    assert not env.closed.is_set()
+    go_on.set()
+    assert env.closed.wait(30)
+
+
+def test_coroutines_of_an_environment_are_awaited_on_one_event_loop() -> None:
+    async def act(replica: Threaded) -> Any:
+        return await replica.step("on")
+
+    assert with_replica(Async(), act) == ("on", 1.0, True, False, {})
