@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 
 LISTING_SECONDS = 60.0
-DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+# Not /dev/zero: mapped as shared it is memory that stays whole while one page of it is mapped.
+DEVICES = ("/dev/null", "/dev/full", "/dev/random", "/dev/urandom")
 # Neither site nor the working directory nor user packages; nothing is compiled to disk; text is UTF-8 everywhere.
 FLAGS = ("-S", "-s", "-P", "-B", "-X", "utf8")
 
