@@ -25,6 +25,7 @@ def require_consistent(config: RunConfig) -> None:
         _sampling,
         _group,
         _uniform_groups,
+        _discount,
         _replay,
         _ranks,
         _updates,
@@ -121,7 +122,16 @@ def _uniform_groups(config: RunConfig) -> None:
         raise ValueError(
             "rollout.drop_uniform drops groups whose episodes earned the same in all, but "
             f"learner.algorithm.credit.kind={credit.kind!r} may tell such episodes apart; use drop_uniform=false, or "
-            "kind 'group', 'rloo' or 'maxrl'"
+            "kind 'group', 'rloo', 'maxrl', or 'reinforce_pp' with group_baseline"
+        )
+
+
+def _discount(config: RunConfig) -> None:
+    credit = config.learner.algorithm.credit
+    if credit.kind == "reinforce_pp" and credit.group_baseline and credit.gamma != 1:
+        raise ValueError(
+            f"learner.algorithm.credit.gamma={credit.gamma:g} discounts returns of tokens, and group_baseline compares "
+            "whole episodes: leave one of the two away"
         )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from envs.base import named_rewards
 from envs.recording import Record, Turn, shown
 
-_ROUNDING = 1e-6  # of a sum of rewards
+_ROUNDING = 1e-6  # of a sum of rewards, relative to the sum of their magnitudes
 
 ADVICE = {
     "time": "make it faster, or raise the limit here (--seconds) and in the recipe (env.host)",
@@ -112,6 +112,7 @@ def _misspoken(observation: Any) -> str:
 
 def paid(record: Record, low: float, high: float) -> Iterator[Finding]:
     """Findings of what an episode earned."""
-    if not low - _ROUNDING <= record.reward <= high + _ROUNDING:
+    slack = _ROUNDING * sum(abs(float(turn.told[1])) for turn in record.turns)
+    if not low - slack <= record.reward <= high + slack:
         earned = f"an episode earned {record.reward:g}, outside of [{low:g}, {high:g}]"
         yield Finding("reward", earned, record.where(len(record.turns)))

@@ -157,6 +157,8 @@ class ReasoningQuestions(TextEnv):
                 score = float(self._dataset.score_answer(answer, self._entry))
         except Exception:  # a scorer raises whatever it likes at an answer it cannot read
             return 0.0
+        if math.isclose(score, 1.0, rel_tol=1e-6):
+            return 1.0  # the sum of parts, but for rounding
         return min(max(score, 0.0), 1.0) if math.isfinite(score) else 0.0
 
     def _require_options(self) -> None:

@@ -9,115 +9,21 @@ worth what the critic says its last state is; without a critic what came after i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import BaseModel, Field
 
 from learner import advantages
-from learner.advantages import Float64Array
+from learner.advantages import Deviation
+from learner.episode import Episode, Values, sides
 from learner.ranks import ALONE, Ranks
-from rollout.wire.trajectory import EndReason, Float32Array, Trajectory
+from rollout.wire.equality import all_equal
+from rollout.wire.trajectory import Float32Array
 
-
-@dataclass(frozen=True, slots=True)
-class Values:
-    """What the critic says of an episode: before each sampled token (float32 [N]) and after the last one."""
-
-    before_N: Float32Array
-    after: float
-
-
-@dataclass(frozen=True, slots=True)
-class Episode:
-    """One episode as an estimator sees it. K turns, N sampled tokens."""
-
-    rewards_K: Float64Array  # of the turns, shaped
-    tokens_K: tuple[int, ...]  # sampled in each turn
-    ended: bool  # False: cut off in a state that was not final
-    anchors_K: tuple[str, ...] = ()  # the state each turn began in
-    named: Mapping[str, float] | None = None  # sums of the environment's named rewards
-    token_rewards_N: Float32Array | None = None  # what the divergence from a reference costs each token
-    values: Values | None = None
-    sides_K: tuple[float, ...] = ()  # what a turn's advantage counts, see `sides`; (): 1 everywhere
-
-    @classmethod
-    def of(cls, trajectory: Trajectory) -> Episode:
-        """The facts of a trainable trajectory."""
-        steps = trajectory.steps
-        return cls(
-            rewards_K=np.array([step.reward for step in steps], np.float64),
-            tokens_K=tuple(len(step.action_ids) for step in steps),
-            ended=trajectory.end_reason in (EndReason.TERMINATED, EndReason.MALFORMED),
-            anchors_K=tuple(step.observation for step in steps),
-            named=trajectory.named_rewards,
-            sides_K=sides([step.seat for step in steps]),
-        )
-
-    @property
-    def paid(self) -> float:
-        """What the task paid for the whole episode, whatever its tokens cost."""
-        return float(self.rewards_K.sum())
-
-    @property
-    def reward(self) -> float:
-        """Of the whole episode."""
-        extra = 0.0 if self.token_rewards_N is None else float(self.token_rewards_N.sum(dtype=np.float64))
-        return self.paid + extra
-
-    @property
-    def rewards_N(self) -> Float64Array:
-        """Each turn's reward at its last sampled token, and what tokens cost."""
-        size = sum(self.tokens_K)
-        rewards_N = np.zeros(size)
-        if size:  # a turn without a token leaves its reward to the one before
-            np.add.at(rewards_N, np.maximum(np.cumsum(self.tokens_K) - 1, 0), self.rewards_K)
-        return rewards_N if self.token_rewards_N is None else rewards_N + self.token_rewards_N
-
-    @property
-    def bootstrap(self) -> float:
-        """Value of the state it was cut off in, as far as a critic knows."""
-        return 0.0 if self.ended or self.values is None else self.values.after
-
-    @property
-    def sides_N(self) -> Float32Array:
-        """What an advantage counts for each sampled token."""
-        return self.over_tokens(self.sides_K or 1)
-
-    def over_tokens(self, values_K: ArrayLike) -> Float32Array:
-        """A number for each turn, or one for all, at each sampled token: float32 [N]."""
-        wide_K = np.broadcast_to(np.asarray(values_K, np.float32), (len(self.tokens_K),))
-        return np.repeat(wide_K, self.tokens_K)
-
-    def turn_returns(self, gamma: float, costs: bool = True) -> Float32Array:
-        """Discounted by turns, float32 [K]; what tokens cost belongs to their turn, and may be left away."""
-        rewards_K = self.rewards_K
-        if costs and self.token_rewards_N is not None:
-            borders = np.cumsum(self.tokens_K)[:-1]
-            rewards_K = rewards_K + np.array(
-                [part.sum(dtype=np.float64) for part in np.split(self.token_rewards_N, borders)]
-            )
-        return advantages.returns(rewards_K, gamma, self.bootstrap)
-
-
-def sides(seats_K: Sequence[int | None]) -> tuple[float, ...]:
-    """What each turn's advantage counts in a game the agent plays with itself: 1 for seat 0, -1 for seat 1.
-
-    Rewards and values are the first side's. In a game of two whose gains are each other's losses, whatever an
-    estimator makes of them is the other side's with its sign turned. A turn that no move was made in (a thought, a
-    call of a tool) belongs to the move that follows; where none does, to nobody: 0. No seat anywhere: ().
-    """
-    if not any(seat is not None for seat in seats_K):
-        return ()
-    found: list[float] = []
-    following = 0.0
-    for seat in reversed(seats_K):
-        following = following if seat is None else 1.0 - 2.0 * seat
-        found.append(following)
-    return tuple(reversed(found))
+__all__ = ["AnyCredit", "Episode", "Values", "sides"]  # an estimator, and what it is called with
 
 
 Groups = Sequence[Sequence[Episode]]  # of siblings
@@ -125,16 +31,27 @@ Credit = list[list[Float32Array]]  # for each episode, [N]
 
 
 class _Estimator(BaseModel, extra="forbid", frozen=True):
-    # Compares the rewards of whole episodes with their siblings' and nothing else: equal ones have no advantage.
-    totals: ClassVar[bool] = False
     turns: ClassVar[bool] = False  # compares turns: nothing is gained on episodes of one
     critic: ClassVar[bool] = False  # asks a critic
     shaped: ClassVar[bool] = True  # reads the episode's reward, to which penalties are added
 
     @property
+    def totals(self) -> bool:
+        """Whether it compares whole episodes' rewards with their siblings' and nothing else: equal ones say nothing."""
+        return False
+
+    @property
     def siblings(self) -> bool:
         """Whether its baseline is of episodes of one task: a group of one has nothing to compare with."""
         return self.totals
+
+
+def _deviation() -> Any:
+    return Field(
+        default="population",
+        description="standard deviation of a group: of the population (squares divided by G) or of the sample (by "
+        "G - 1); of rewards 0 and 1 the former makes -1 and 1, the latter -0.707 and 0.707",
+    )
 
 
 class GroupCredit(_Estimator):
@@ -144,65 +61,86 @@ class GroupCredit(_Estimator):
     cost would else be the whole advantage of a group that the task says nothing of, however little it is.
     """
 
-    totals: ClassVar[bool] = True
     kind: Literal["group"] = "group"
     divide: bool = Field(default=True, description="by the group's standard deviation")
+    deviation: Deviation = _deviation()
     eps: float = Field(default=1e-6, ge=0, description="added to the standard deviation")
 
-    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
-        def compare(rewards_G: ArrayLike, paid_G: ArrayLike) -> Float32Array:
-            if self.divide:
-                return advantages.group_normalized(rewards_G, self.eps, paid_G)
-            return advantages.group_centered(rewards_G)
+    @property
+    def totals(self) -> bool:
+        return True
 
-        return [_compared(group, compare) for group in groups]
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+        if not self.divide:
+            return [_centered(group) for group in groups]
+
+        def compare(rewards_G: ArrayLike, equal: bool) -> Float32Array:
+            return advantages.group_normalized(rewards_G, self.eps, equal, self.deviation)
+
+        return [_compared(group, compare, _paid_equal(group)) for group in groups]
 
 
 class LeaveOneOutCredit(_Estimator):
     """RLOO: rewards against the mean of the siblings'."""
 
-    totals: ClassVar[bool] = True
     kind: Literal["rloo"] = "rloo"
 
+    @property
+    def totals(self) -> bool:
+        return True
+
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
-        return [_compared(group, lambda r, _: advantages.leave_one_out(r)) for group in groups]
+        return [_compared(group, advantages.leave_one_out, _earned_equal(group)) for group in groups]
 
 
 class MaximumLikelihoodCredit(_Estimator):
     """MaxRL: rewards against the group's mean, divided by it."""
 
-    totals: ClassVar[bool] = True
     kind: Literal["maxrl"] = "maxrl"
     eps: float = Field(default=1e-6, ge=0, description="added to the mean")
 
+    @property
+    def totals(self) -> bool:
+        return True
+
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
-        return [
-            _compared(group, lambda r, paid: advantages.mean_normalized(r, self.eps, paid))
-            for group in groups
-        ]
+        def compare(rewards_G: ArrayLike, equal: bool) -> Float32Array:
+            return advantages.mean_normalized(rewards_G, self.eps, equal)
+
+        return [_compared(group, compare, _paid_equal(group)) for group in groups]
 
 
 class ReinforceCredit(_Estimator):
-    """REINFORCE++: returns of tokens, normalized over the whole batch."""
+    """REINFORCE++, normalized over the whole batch: returns of tokens, or whole rewards against the siblings' mean.
+
+    With `group_baseline` it is the reward of the whole episode minus the mean of its siblings', at every token: the
+    return from a token on minus that mean would punish every token that follows an early reward. Hu et al. 2025.
+    """
 
     kind: Literal["reinforce_pp"] = "reinforce_pp"
-    gamma: float = Field(default=1.0, gt=0, le=1, description="discount from token to token")
+    gamma: float = Field(
+        default=1.0, gt=0, le=1, description="discount from token to token; whole episodes have none"
+    )
     group_baseline: bool = Field(
-        default=False, description="take the mean of the siblings' rewards away first"
+        default=False,
+        description="compare the episode's reward with the mean of its siblings' (REINFORCE++-baseline)",
     )
 
     @property
-    def siblings(self) -> bool:
+    def totals(self) -> bool:
         return self.group_baseline
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
-        flat = []
-        for group in groups:
-            mean = np.mean([episode.reward for episode in group]) if self.group_baseline else 0.0
-            flat += [
-                advantages.returns(e.rewards_N, self.gamma, e.bootstrap) - np.float32(mean) for e in group
-            ]
-        return _regrouped(advantages.globally_normalized(flat, ranks=ranks), groups)
+        episodes = [episode for group in groups for episode in group]
+        if self.group_baseline:
+            flat = [values_N for group in groups for values_N in _centered(group)]
+            sizes = [e.over_tokens(e.magnitudes.reward) for e in episodes]
+        else:
+            flat, sizes = ([self._returns(e) for e in of] for of in (episodes, _magnitudes(episodes)))
+        return _regrouped(advantages.globally_normalized(flat, ranks=ranks, magnitudes=sizes), groups)
+
+    def _returns(self, episode: Episode) -> Float32Array:
+        return advantages.returns(episode.rewards_N, self.gamma, episode.bootstrap)
 
 
 class ReturnsCredit(_Estimator):
@@ -210,22 +148,25 @@ class ReturnsCredit(_Estimator):
 
     kind: Literal["returns"] = "returns"
     gamma: float = Field(default=1.0, gt=0, le=1, description="discount from turn to turn")
-    baseline: Literal["none", "group", "batch"] = Field(
+    baseline: Literal["none", "group", "turn", "batch"] = Field(
         default="group",
-        description="what returns are normalized over: the turns of the group, those of the batch, or nothing",
+        description="what returns are compared with, and normalized over: all turns of the group; the siblings' turns "
+        "of the same number; all turns of the batch; or nothing",
     )
 
     @property
     def siblings(self) -> bool:
-        return self.baseline == "group"
+        return self.baseline in ("group", "turn")
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
         turns = [[episode.turn_returns(self.gamma) for episode in group] for group in groups]
-        if self.baseline == "group":
+        if self.siblings:
             turns = [self._of_group(group, of_group) for group, of_group in zip(groups, turns, strict=True)]
         elif self.baseline == "batch":
             flat = [values_K for of_group in turns for values_K in of_group]
-            turns = _regrouped(advantages.globally_normalized(flat, ranks=ranks), groups)
+            sizes = [e.turn_returns(self.gamma) for group in groups for e in _magnitudes(group)]
+            normal = advantages.globally_normalized(flat, ranks=ranks, magnitudes=sizes)
+            turns = _regrouped(normal, groups)
         return [
             [episode.over_tokens(values_K) for episode, values_K in zip(group, of_group, strict=True)]
             for group, of_group in zip(groups, turns, strict=True)
@@ -233,8 +174,13 @@ class ReturnsCredit(_Estimator):
 
     def _of_group(self, group: Sequence[Episode], turns: Sequence[Float32Array]) -> list[Float32Array]:
         """Normalized; zeros where the task paid all the same, as in `GroupCredit`."""
-        paid = np.concatenate([episode.turn_returns(self.gamma, costs=False) for episode in group])
-        if paid.size and paid.min() == paid.max():
+        paid, sizes = _paid_returns(group, self.gamma)
+        if self.baseline == "turn":
+            longest = range(max(len(episode.tokens_K) for episode in group))
+            return advantages.turn_normalized(
+                turns, equal=all(all_equal(_turn_of(paid, k), _turn_of(sizes, k)) for k in longest)
+            )
+        if all_equal(np.concatenate(paid), np.concatenate(sizes)):
             return [np.zeros_like(values_K) for values_K in turns]
         return advantages.globally_normalized(turns)
 
@@ -247,6 +193,7 @@ class AnchoredCredit(_Estimator):
     gamma: float = Field(default=0.95, gt=0, le=1, description="discount from turn to turn")
     weight: float = Field(default=1.0, gt=0, description="of the comparison of turns")
     divide: bool = Field(default=True, description="by the standard deviations")
+    deviation: Deviation = _deviation()
     eps: float = Field(default=1e-6, ge=0, description="added to the standard deviations")
 
     @property
@@ -254,13 +201,10 @@ class AnchoredCredit(_Estimator):
         return True
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
-        whole = GroupCredit(divide=self.divide, eps=self.eps)(groups)
+        whole = GroupCredit(divide=self.divide, deviation=self.deviation, eps=self.eps)(groups)
         credit: Credit = []
         for group, wholes in zip(groups, whole, strict=True):
-            values = [episode.turn_returns(self.gamma) for episode in group]
-            anchors = [episode.anchors_K for episode in group]
-            paid = [e.turn_returns(self.gamma, costs=False) for e in group] if self.divide else None
-            turns = advantages.anchored(values, anchors, self.divide, self.eps, paid)
+            turns = self._turns(group)
             credit.append(
                 [
                     whole_N + np.float32(self.weight) * episode.over_tokens(turn_K)
@@ -268,6 +212,15 @@ class AnchoredCredit(_Estimator):
                 ]
             )
         return credit
+
+    def _turns(self, group: Sequence[Episode]) -> list[Float32Array]:
+        values = [episode.turn_returns(self.gamma) for episode in group]
+        anchors = [episode.anchors_K for episode in group]
+        if self.divide:
+            judged = _paid_returns(group, self.gamma)
+        else:
+            judged = values, [episode.turn_returns(self.gamma) for episode in _magnitudes(group)]
+        return advantages.anchored(values, anchors, self.divide, self.eps, judged, self.deviation)
 
 
 class DecoupledCredit(_Estimator):
@@ -280,7 +233,8 @@ class DecoupledCredit(_Estimator):
     shaped: ClassVar[bool] = False
     kind: Literal["gdpo"] = "gdpo"
     weights: dict[str, float] = Field(min_length=1, description="named reward -> weight")
-    eps: float = Field(default=1e-6, ge=0, description="added to the standard deviations")
+    deviation: Deviation = _deviation()
+    eps: float = Field(default=1e-6, ge=0, description="added to the standard deviations of groups")
 
     @property
     def siblings(self) -> bool:
@@ -290,9 +244,13 @@ class DecoupledCredit(_Estimator):
         self._require_named(groups, ranks)
         flat: list[Float32Array] = []
         for group in groups:
-            rewards_GR = [[(e.named or {}).get(name, 0.0) for name in self.weights] for e in group]
-            flat.append(advantages.decoupled(rewards_GR, list(self.weights.values()), self.eps))
-        normal = advantages.globally_normalized(flat, self.eps, ranks)
+            rewards_GR, sizes_GR = (
+                [[(named or {}).get(name, 0.0) for name in self.weights] for named in of]
+                for of in ([e.named for e in group], [e.named_magnitudes or e.named for e in group])
+            )
+            weights = list(self.weights.values())
+            flat.append(advantages.decoupled(rewards_GR, weights, self.eps, self.deviation, sizes_GR))
+        normal = advantages.globally_normalized(flat, ranks=ranks)
         return [
             [episode.over_tokens(value) for episode, value in zip(group, values, strict=True)]
             for group, values in zip(groups, normal, strict=True)
@@ -329,8 +287,10 @@ class GaeCredit(_Estimator):
     def with_targets(self, groups: Groups, ranks: Ranks = ALONE) -> tuple[Credit, Credit]:
         """Advantages, and what the critic should have said: both come of one estimate."""
         estimates = [self.estimate(episode) for group in groups for episode in group]
-        flat = [advantages_N for advantages_N, _ in estimates]
-        normal = advantages.globally_normalized(flat, ranks=ranks) if self.normalize else flat
+        normal = flat = [advantages_N for advantages_N, _ in estimates]
+        if self.normalize:  # an advantage is a difference of a target and a value
+            sizes = [np.abs(targets_N) + np.abs(targets_N - own_N) for own_N, targets_N in estimates]
+            normal = advantages.globally_normalized(flat, ranks=ranks, magnitudes=sizes)
         return _regrouped(normal, groups), _regrouped([targets_N for _, targets_N in estimates], groups)
 
     def estimate(self, episode: Episode) -> tuple[Float32Array, Float32Array]:
@@ -355,11 +315,42 @@ AnyCredit = Annotated[
 
 
 def _compared(
-    group: Sequence[Episode], compare: Callable[[ArrayLike, ArrayLike], Float32Array]
+    group: Sequence[Episode], compare: Callable[[ArrayLike, bool], Float32Array], equal: bool
 ) -> list[Float32Array]:
-    """One number for each episode, at all of its sampled tokens. compare: of (rewards, what the task paid of them)."""
-    values = compare([episode.reward for episode in group], [episode.paid for episode in group])
+    """One number for each episode, at all of its sampled tokens. compare: of (rewards, whether they are equal)."""
+    values = compare([episode.reward for episode in group], equal)
     return [episode.over_tokens(value) for episode, value in zip(group, values, strict=True)]
+
+
+def _centered(group: Sequence[Episode]) -> list[Float32Array]:
+    """The episode's reward minus the mean of the group, at all of its sampled tokens."""
+    return _compared(group, advantages.group_centered, _earned_equal(group))
+
+
+def _magnitudes(group: Sequence[Episode]) -> list[Episode]:
+    return [episode.magnitudes for episode in group]
+
+
+def _paid_equal(group: Sequence[Episode]) -> bool:
+    """Whether the task paid all the same, whatever their tokens cost."""
+    return all_equal([e.paid for e in group], [e.paid for e in _magnitudes(group)])
+
+
+def _earned_equal(group: Sequence[Episode]) -> bool:
+    """Whether all earned the same, with what their tokens cost."""
+    return all_equal([e.reward for e in group], [e.reward for e in _magnitudes(group)])
+
+
+def _paid_returns(group: Sequence[Episode], gamma: float) -> tuple[list[Float32Array], list[Float32Array]]:
+    """What the task paid from each turn on, [K] for each episode, and the magnitudes of that."""
+    paid, sizes = (
+        [episode.turn_returns(gamma, costs=False) for episode in of] for of in (group, _magnitudes(group))
+    )
+    return paid, sizes
+
+
+def _turn_of(arrays: Sequence[Float32Array], turn: int) -> list[float]:
+    return [float(array[turn]) for array in arrays if len(array) > turn]
 
 
 def _regrouped(flat: Sequence[Float32Array], groups: Groups) -> Credit:

@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-import numpy as np
-
 from envs.base import Info, Observation, end_behind
 from envs.host import EnvironmentFailed, Replica, Sampled
 from rollout.agent import as_messages
 from rollout.chat import as_json
 from rollout.pool import asking
+from rollout.wire.equality import all_equal
 from rollout.wire.trajectory import EpisodeSoFar, Step, Task
 
 _LENGTH = struct.Struct("<I")  # of the JSON that stands before an environment's own bytes
@@ -101,7 +100,7 @@ async def _replay(replica: Replica, task: Task, steps: Sequence[Step]) -> Standi
             replica.sampled(Sampled(tokens, len(step.action_ids), step.finish_reason == "length"))
             observation, reward, terminated, truncated, info = await replica.step(step.action)
             said = as_messages(observation)
-            same = np.float32(reward) == np.float32(step.reward)  # as stored
+            same = all_equal([float(reward), step.reward])
         if terminated or truncated or not same:
             raise CannotGoOn(
                 Restart.DIVERGED, f"{task.env_id} (seed {task.seed}): turn {step.turn} went otherwise"

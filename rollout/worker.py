@@ -265,7 +265,7 @@ class RolloutWorker:
             errors = [trajectory.error for trajectory in group.trajectories if trajectory.error]
             await self._exchange.drop(group.slot, DropReason.FAILED, errors[0] if errors else "", rows)
             self._groups["dropped"] += 1
-        elif self._settings.drop_uniform and len({t.reward for t in group.trainable}) == 1:
+        elif self._settings.drop_uniform and group.uniform:
             await self._exchange.drop(group.slot, DropReason.UNIFORM, "", rows)
             self._groups["uniform"] += 1
         else:

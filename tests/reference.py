@@ -9,223 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from tests.reference_credit import Episode, Token, credit, gae_of, options, overlong
 
-@dataclass(frozen=True)
-class Token:
-    """One token of an episode; what follows `segment` is known of sampled ones only."""
+__all__ = [
+    "Episode",
+    "Token",
+    "credit",
+    "gae_of",
+    "overlong",
+]  # rewards to advantages, on a page of their own
 
-    id: int
-    sampled: bool
-    turn: int
-    segment: int
-    behavior: float = 0.0  # log-probability recorded while sampling, nats
-    version: int = 0
-
-
-@dataclass(frozen=True)
-class Episode:
-    """Observations and actions in the order in which they came."""
-
-    tokens: tuple[Token, ...]
-    rewards: tuple[float, ...]  # of turns
-    states: tuple[str, ...]  # that turns began in
-    named: dict[str, float]
-    ended: bool = True  # False: cut off in a state that was not final
-    extra: tuple[float, ...] = ()  # reward of each sampled token beside its turn's
-    values: tuple[float, ...] = ()  # a critic's, before each sampled token
-    after: float = 0.0  # and after the last token
-
-    @property
-    def sampled(self) -> list[Token]:
-        return [token for token in self.tokens if token.sampled]
-
-    @property
-    def paid(self) -> float:
-        """By the task alone."""
-        return sum(self.rewards)
-
-    @property
-    def total(self) -> float:
-        """Reward of the whole episode."""
-        return sum(self.rewards) + sum(self.extra)
-
-
-Group = Sequence[Episode]
-Credit = list[list[list[float]]]  # of each group, of each episode, of each sampled token
 Pair = tuple[float, float]  # value, slope
-
-
-# Rewards to advantages.
-
-
-def grpo(groups: Sequence[Group], divide: bool, eps: float) -> Credit:
-    """DeepSeekMath 4.1: (r - mean) / (std + eps); Dr. GRPO 3.2: r - mean."""
-    return [
-        _for_all_tokens(g, _compared([e.total for e in g], divide, eps, [e.paid for e in g])) for g in groups
-    ]
-
-
-def rloo(groups: Sequence[Group]) -> Credit:
-    """RLOO, equation 5: r minus the mean of the others'."""
-    found = []
-    for group in groups:
-        others = [_mean([o.total for o in group if o is not episode]) for episode in group]
-        found.append(
-            _for_all_tokens(group, [e.total - other for e, other in zip(group, others, strict=True)])
-        )
-    return found
-
-
-def maxrl(groups: Sequence[Group], eps: float) -> Credit:
-    """MaxRL, section 4: (r - mean) / mean; nothing is learned where nothing was earned."""
-    found = []
-    for group in groups:
-        mean = _mean([episode.total for episode in group])
-        none = mean <= 0 or len({e.paid for e in group}) == 1
-        numbers = [0.0 if none else (e.total - mean) / (mean + eps) for e in group]
-        found.append(_for_all_tokens(group, numbers))
-    return found
-
-
-def reinforce_pp(groups: Sequence[Group], gamma: float, group_baseline: bool) -> Credit:
-    """REINFORCE++, section 3: discounted token returns, less the group's mean reward, standardized over the batch."""
-    found = []
-    for group in groups:
-        baseline = _mean([episode.total for episode in group]) if group_baseline else 0.0
-        found.append([[x - baseline for x in _discounted(_token_rewards(e), gamma)] for e in group])
-    return _over_batch(found)
-
-
-def returns(groups: Sequence[Group], gamma: float, baseline: str) -> Credit:
-    """Monte Carlo: the discounted sum of the turns that follow, this one included."""
-    by_turn = [[_discounted(_turn_rewards(episode), gamma) for episode in group] for group in groups]
-    if baseline == "group":
-        paid = [[x for e in group for x in _discounted(e.rewards, gamma)] for group in groups]
-        by_turn = [_over_batch([group], paid=own)[0] for group, own in zip(by_turn, paid, strict=True)]
-    elif baseline == "batch":
-        by_turn = _over_batch(by_turn)
-    return [
-        [[numbers[token.turn] for token in e.sampled] for e, numbers in zip(group, of_group, strict=True)]
-        for group, of_group in zip(groups, by_turn, strict=True)
-    ]
-
-
-def gigpo(groups: Sequence[Group], gamma: float, weight: float, divide: bool, eps: float) -> Credit:
-    """GiGPO, section 3: the episode's advantage plus weight times its turn's among turns of the same state."""
-    found = grpo(groups, divide, eps)
-    for group, credit in zip(groups, found, strict=True):
-        for episode, numbers in zip(group, credit, strict=True):
-            for place, token in enumerate(episode.sampled):
-                state, here, same, paid = episode.states[token.turn], 0, [], []
-                for other in group:
-                    for turn, value in enumerate(_discounted(_turn_rewards(other), gamma)):
-                        if other.states[turn] == state:
-                            if other is episode and turn == token.turn:
-                                here = len(same)
-                            same.append(value)
-                            paid.append(_discounted(other.rewards, gamma)[turn])
-                numbers[place] += weight * _compared(same, divide, eps, paid)[here]
-    return found
-
-
-def gdpo(groups: Sequence[Group], weights: dict[str, float], eps: float) -> Credit:
-    """GDPO, equations 4 to 6: every reward normalized by itself, the weighted sum normalized over the batch."""
-    sums = []
-    for group in groups:
-        columns = {name: _compared([e.named[name] for e in group], True, eps) for name in weights}
-        sums.append([[sum(weights[name] * columns[name][i] for name in weights)] for i in range(len(group))])
-    normal = _over_batch(sums, eps)
-    return [
-        _for_all_tokens(group, [x for (x,) in numbers]) for group, numbers in zip(groups, normal, strict=True)
-    ]
-
-
-def gae(groups: Sequence[Group], gamma: float, lam: float, normalize: bool) -> Credit:
-    """Schulman et al. 2016, equation 16, over sampled tokens."""
-    found = [[gae_of(episode, gamma, lam)[0] for episode in group] for group in groups]
-    return _over_batch(found) if normalize else found
-
-
-def gae_of(episode: Episode, gamma: float, lam: float) -> tuple[list[float], list[float]]:
-    """Advantages sum_l (gamma lam)^l delta_(n+l) and the critic's targets A + V."""
-    rewards = _token_rewards(episode)
-    values = [*episode.values, 0.0 if episode.ended else episode.after]
-    deltas = [r + gamma * values[n + 1] - values[n] for n, r in enumerate(rewards)]
-    advantages = _discounted(deltas, gamma * lam)
-    return advantages, [a + v for a, v in zip(advantages, episode.values, strict=True)]
-
-
-def overlong(length: int, tokens: int, margin: int) -> float:
-    """DAPO, equation 13."""
-    if length <= tokens - margin:
-        return 0.0
-    if length <= tokens:
-        return ((tokens - margin) - length) / margin
-    return -1.0
-
-
-ESTIMATORS: dict[str, Callable[..., Credit]] = {
-    "group": grpo,
-    "rloo": rloo,
-    "maxrl": maxrl,
-    "reinforce_pp": reinforce_pp,
-    "returns": returns,
-    "gigpo": gigpo,
-    "gdpo": gdpo,
-    "gae": gae,
-}
-
-
-def credit(section: dict[str, Any], groups: Sequence[Group]) -> Credit:
-    """What a recipe's section `credit` means."""
-    return ESTIMATORS[section["kind"]](groups, **_options(section))
-
-
-def _mean(numbers: Sequence[float]) -> float:
-    return sum(numbers) / len(numbers)
-
-
-def _compared(numbers: Sequence[float], divide: bool, eps: float, paid: Sequence[float] = ()) -> list[float]:
-    """x - mean, divided by the population's deviation + eps or not; zeros where all are equal, if divided in pay."""
-    if len(set(paid if divide and paid else numbers)) < 2:
-        return [0.0 for _ in numbers]
-    mean = _mean(numbers)
-    scale = math.sqrt(_mean([(x - mean) ** 2 for x in numbers])) + eps if divide else 1.0
-    return [(x - mean) / scale for x in numbers]
-
-
-def _over_batch(numbers: Credit, eps: float = 1e-8, paid: Sequence[float] = ()) -> Credit:
-    flat = iter(_compared([x for group in numbers for part in group for x in part], True, eps, paid))
-    return [[[next(flat) for _ in part] for part in group] for group in numbers]
-
-
-def _for_all_tokens(group: Group, numbers: Sequence[float]) -> list[list[float]]:
-    return [[number for _ in episode.sampled] for episode, number in zip(group, numbers, strict=True)]
-
-
-def _discounted(rewards: Sequence[float], gamma: float) -> list[float]:
-    count = len(rewards)
-    return [sum(gamma ** (j - k) * rewards[j] for j in range(k, count)) for k in range(count)]
-
-
-def _turn_rewards(episode: Episode) -> list[float]:
-    """With what each turn's tokens earned beside it."""
-    found = list(episode.rewards)
-    for token, extra in zip(episode.sampled, episode.extra, strict=False):
-        found[token.turn] += extra
-    return found
-
-
-def _token_rewards(episode: Episode) -> list[float]:
-    """A turn is paid at its last sampled token; one that sampled nothing at the last one before, or at the first."""
-    found = list(episode.extra) or [0.0 for _ in episode.sampled]
-    for turn, reward in enumerate(episode.rewards):
-        until = [place for place, token in enumerate(episode.sampled) if token.turn <= turn]
-        found[until[-1] if until else 0] += reward
-    return found
 
 
 # Advantages to losses: of one sampled token, from its logprob and the proximal policy's.
@@ -263,8 +59,15 @@ def sapo(logprob: float, proximal: float, advantage: float, positive: float, neg
     return -advantage * gate * 4 / tau, -advantage * 4 * gate * (1 - gate) * ratio
 
 
-def dppo(logprob: float, proximal: float, advantage: float, divergence: str, threshold: float) -> Pair:
-    """DPPO, section 4, its binary approximations: the token or any other."""
+def dppo(
+    logprob: float,
+    proximal: float,
+    advantage: float,
+    divergence: str,
+    threshold: float,
+    ratio_cap: float = math.inf,
+) -> Pair:
+    """DPPO, section 4, its binary approximations: the token or any other; with a truncated importance weight."""
     p, q = math.exp(logprob), math.exp(proximal)
     if divergence == "tv":
         apart = (abs(p - q) + abs((1 - p) - (1 - q))) / 2
@@ -273,7 +76,8 @@ def dppo(logprob: float, proximal: float, advantage: float, divergence: str, thr
     outward = (advantage > 0 and p > q) or (advantage < 0 and p < q)
     if outward and apart > threshold:
         return 0.0, 0.0
-    return -p / q * advantage, -p / q * advantage
+    weight = min(p / q, ratio_cap)
+    return -weight * advantage, -weight * advantage
 
 
 def gspo(
@@ -283,6 +87,7 @@ def gspo(
     segments: Sequence[int],
     clip_low: float,
     clip_high: float,
+    dual_clip: float | None = None,
 ) -> list[Pair]:
     """GSPO, section 4.3: the token's own gradient, the segment's geometric mean as its ratio."""
     found = []
@@ -291,7 +96,7 @@ def gspo(
             math.exp(logprobs[n] - proximals[n]) for n in range(len(segments)) if segments[n] == segment
         ]
         ratio = math.prod(ratios) ** (1 / len(ratios))
-        found.append(_clipped_pair(ratio, advantage, clip_low, clip_high, None))
+        found.append(_clipped_pair(ratio, advantage, clip_low, clip_high, dual_clip))
     return found
 
 
@@ -313,9 +118,9 @@ def loss(
 ) -> list[Pair]:
     """What a recipe's section `loss` means, for an episode's sampled tokens."""
     if section["kind"] == "gspo":
-        return gspo(logprobs, proximals, advantages, segments, **_options(section))
+        return gspo(logprobs, proximals, advantages, segments, **options(section))
     tokens = zip(logprobs, proximals, advantages, strict=True)
-    return [LOSSES[section["kind"]](*token, **_options(section)) for token in tokens]
+    return [LOSSES[section["kind"]](*token, **options(section)) for token in tokens]
 
 
 def _clipped_pair(ratio: float, advantage: float, low: float, high: float, dual_clip: float | None) -> Pair:
@@ -366,13 +171,16 @@ def _weight(section: dict[str, Any], own: float, together: list[float], lag: int
 
 
 def kl(logprob: float, reference: float, estimator: str) -> Pair:
-    """Schulman 2020."""
+    """Schulman 2020, k3 held at 10 as trainers do; "k3+" has k2's slope."""
     ratio = math.exp(reference - logprob)
     if estimator == "k1":
         return -math.log(ratio), 1.0
     if estimator == "k2":
         return math.log(ratio) ** 2 / 2, -math.log(ratio)
-    return (ratio - 1) - math.log(ratio), 1 - ratio
+    k3 = (ratio - 1) - math.log(ratio)
+    if estimator == "k3+":
+        return min(k3, 10.0), -math.log(ratio)
+    return (k3, 1 - ratio) if k3 < 10 else (10.0, 0.0)
 
 
 def entropy(logits: Sequence[float]) -> float:
@@ -393,7 +201,3 @@ def aggregate(episodes: Sequence[Sequence[Any]], how: str, length: int | None = 
     if how == "sequence":
         return sum(sum(numbers) / len(numbers) for numbers in episodes if numbers) / len(episodes)
     return sum(sum(numbers) / length for numbers in episodes) / len(episodes)
-
-
-def _options(section: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in section.items() if name != "kind"}

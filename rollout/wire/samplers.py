@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
+from rollout.wire.equality import all_equal
+
 Floats = NDArray[np.float64]
 
 SMALLEST = 1e-6  # added to a priority, so that a group without any is still found at times
@@ -70,7 +72,7 @@ class Prioritized(_Sampler):
 
 def spread(rewards: Sequence[float]) -> float:
     """Mean |R - mean of the siblings' R|: 0 where all earned the same."""
-    return float(np.abs(np.asarray(rewards) - np.mean(rewards)).mean()) if rewards else 0.0
+    return 0.0 if all_equal(rewards) else float(np.abs(np.asarray(rewards) - np.mean(rewards)).mean())
 
 
 AnySampler = Annotated[Fifo | Uniform | Prioritized, Field(discriminator="kind")]

@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rollout.wire.equality import all_equal
+
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
 
@@ -159,13 +161,27 @@ class Trajectory:
         return float(sum(step.reward for step in self.steps))
 
     @property
+    def reward_magnitude(self) -> float:
+        """Sum of the absolute step rewards, on which the rounding of their sum depends (wire/equality.py)."""
+        return float(sum(abs(step.reward) for step in self.steps))
+
+    @property
     def named_rewards(self) -> dict[str, float]:
         """Sums of the steps' named rewards; empty where the environment names none."""
-        sums: dict[str, float] = {}
+        return {name: sum(values) for name, values in self._named().items()}
+
+    @property
+    def named_magnitudes(self) -> dict[str, float]:
+        """Sums of the absolute values of the steps' named rewards."""
+        return {name: sum(map(abs, values)) for name, values in self._named().items()}
+
+    def _named(self) -> dict[str, list[float]]:
+        """What each step that names a reward pays of it."""
+        found: dict[str, list[float]] = {}
         for step in self.steps:
             for name, value in json.loads(step.named_rewards or "{}").items():
-                sums[name] = sums.get(name, 0.0) + value
-        return sums
+                found.setdefault(name, []).append(value)
+        return found
 
     @property
     def trainable(self) -> bool:
@@ -190,3 +206,9 @@ class Group:
     def trainable(self) -> tuple[Trajectory, ...]:
         """The episodes a loss may see."""
         return tuple(t for t in self.trajectories if t.trainable)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the environment paid all trainable episodes the same: none of them is better than another."""
+        episodes = self.trainable
+        return all_equal([t.reward for t in episodes], [t.reward_magnitude for t in episodes])

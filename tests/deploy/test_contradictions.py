@@ -28,6 +28,7 @@ def guard(metric: str) -> str:
     [
         ([ALONE, CREDIT + "{kind='returns'}"], "rollout.group_size=1 leaves .*'returns' without a baseline"),
         ([ALONE, CREDIT + "{kind='reinforce_pp', group_baseline=true}"], "'reinforce_pp' without group_baseline"),
+        ([CREDIT + "{kind='reinforce_pp', group_baseline=true, gamma=0.9}"], "gamma=0.9 discounts returns of tokens"),
         ([ALONE, UNIFORM], "rollout.group_size=1 leaves"),
         ([ALONE, UNIFORM, CREDIT + "{kind='reinforce_pp'}"], "rollout.drop_uniform .*'reinforce_pp'"),
         ([UNIFORM, CREDIT + "{kind='gdpo', weights={goal=1.0}}"], "may tell such episodes apart; .*'maxrl'"),
@@ -75,6 +76,7 @@ def test_what_would_never_act_is_refused(overrides: list[str], named: str) -> No
         [UNIFORM],
         [UNIFORM, CREDIT + "{kind='rloo'}"],
         [UNIFORM, CREDIT + "{kind='maxrl'}"],
+        [UNIFORM, CREDIT + "{kind='reinforce_pp', group_baseline=true}"],
         [*CRITIC, "learner.algorithm.critic.warmup_steps=3", guard("value_error")],
         ["learner.algorithm.minibatches=8"],
         [*REUSE, CORRECTIONS + "[{kind='lag', max_lag=2}]", guard("masked_fraction")],

@@ -25,16 +25,20 @@ SECTIONS: list[dict[str, Any]] = [
     {"kind": "maxrl", "eps": 1e-6},
     {"kind": "returns", "gamma": 0.5, "baseline": "none"},
     {"kind": "returns", "gamma": 0.75, "baseline": "group"},
-    {"kind": "gigpo", "gamma": 0.75, "weight": 0.5, "divide": True, "eps": 1e-6},
+    {"kind": "returns", "gamma": 0.5, "baseline": "turn"},
+    {"kind": "group", "divide": True, "deviation": "sample", "eps": 1e-6},
+    {"kind": "gigpo", "gamma": 0.75, "weight": 0.5, "divide": True, "deviation": "sample", "eps": 1e-6},
     {"kind": "gigpo", "gamma": 0.5, "weight": 1.0, "divide": False, "eps": 1e-6},
     {"kind": "returns", "gamma": 0.75, "baseline": "batch"},
     {"kind": "reinforce_pp", "gamma": 1.0, "group_baseline": False},
-    {"kind": "reinforce_pp", "gamma": 0.5, "group_baseline": True},
+    {"kind": "reinforce_pp", "gamma": 0.5, "group_baseline": False},
+    {"kind": "reinforce_pp", "gamma": 1.0, "group_baseline": True},
     {"kind": "gdpo", "weights": {"goal": 1.0, "form": 0.5}, "eps": 1e-6},
+    {"kind": "gdpo", "weights": {"goal": 1.0, "form": 0.5}, "deviation": "sample", "eps": 1e-6},
     {"kind": "gae", "gamma": 0.75, "lam": 0.5, "normalize": False},
     {"kind": "gae", "gamma": 1.0, "lam": 1.0, "normalize": True},
 ]
-WITHIN_GROUPS = SECTIONS[:8]
+WITHIN_GROUPS = SECTIONS[:10]
 quickly = settings(max_examples=25)
 
 
@@ -69,6 +73,10 @@ def _told(rewards: list[list[float]], **known: Any) -> reference.Episode:
 SIBLINGS = [
     ({"kind": "group", "eps": 0.5}, [0, 0, 0, 4], np.array([-1, -1, -1, 3]) / (3**0.5 + 0.5)),
     ({"kind": "group", "divide": False}, [0, 0, 0, 4], [-1, -1, -1, 3]),
+    # The sample's variance is (1 + 1 + 1 + 9) / 3 = 4.
+    ({"kind": "group", "deviation": "sample", "eps": 0.0}, [0, 0, 0, 4], [-0.5, -0.5, -0.5, 1.5]),
+    ({"kind": "group", "deviation": "sample", "eps": 0.0}, [1, 0], [0.5**0.5, -(0.5**0.5)]),
+    ({"kind": "group", "eps": 0.0}, [1, 0], [1, -1]),
     ({"kind": "rloo"}, [0, 0, 0, 4], [-4 / 3, -4 / 3, -4 / 3, 4]),
     ({"kind": "maxrl", "eps": 0.0}, [0, 0, 0, 4], [-1, -1, -1, 3]),
     ({"kind": "maxrl", "eps": 0.0}, [0, 1, 1, 0], [-1, 1, 1, -1]),
@@ -76,7 +84,9 @@ SIBLINGS = [
     ({"kind": "maxrl"}, [-4, 0, 0, 1], [0, 0, 0, 0]),
     ({"kind": "reinforce_pp"}, [0, 0, 0, 4], np.array([-1, -1, -1, 3]) / 3**0.5),
     ({"kind": "returns", "baseline": "none"}, [0, 0, 0, 4], [0, 0, 0, 4]),
+    ({"kind": "reinforce_pp", "group_baseline": True}, [0, 0, 0, 4], np.array([-1, -1, -1, 3]) / 3**0.5),
     ({"kind": "returns", "baseline": "group"}, [0, 0, 0, 4], np.array([-1, -1, -1, 3]) / 3**0.5),
+    ({"kind": "returns", "baseline": "turn"}, [0, 0, 0, 4], np.array([-1, -1, -1, 3]) / 3**0.5),
     # All began in the same state: the comparison of turns is that of episodes once more.
     ({"kind": "gigpo", "divide": False, "weight": 0.5}, [0, 0, 0, 4], [-1.5, -1.5, -1.5, 4.5]),
 ]
@@ -118,6 +128,75 @@ def test_what_an_estimator_says_of_itself_holds(section: dict[str, Any]) -> None
     assert nothing([[1, 0], [0, 1]]) == estimator.totals
     # One failed, one solved, each alone with its task: only who compares siblings has nothing to say.
     assert nothing([[0]], [[1]]) == estimator.siblings
+
+
+def test_the_group_baseline_of_reinforce_pp_is_that_of_whole_episodes() -> None:
+    # R - mean at every token, as in the paper: [0, 0, 0 / 0, 0, 0 / -0.5 / 0.5]. The first group is solved by both, in
+    # its first turn: no token that follows is worse for that. Eight tokens of mean 0 and variance 0.5 / 8 = 1 / 16.
+    solved = [_told([[1], [0], [0]]), _told([[1], [0], [0]])]
+    stories = [solved, [_told([[0]]), _told([[1]])]]
+    found = _credit({"kind": "reinforce_pp", "group_baseline": True}, stories)
+    np.testing.assert_allclose(np.concatenate([*found[0], *found[1]]), [0, 0, 0, 0, 0, 0, -2, 2], rtol=1e-5)
+
+
+def test_returns_are_compared_turn_by_turn_as_by_hand() -> None:
+    # Returns [3, 1], [1, 1] and [2]: means 2 and 1. Less these: [1, 0], [-1, 0] and [0], of variance 2 / 5.
+    stories = [_told([[2], [1]]), _told([[0], [1]]), _told([[2]])]
+    (found,) = _credit({"kind": "returns", "baseline": "turn"}, [stories])
+    np.testing.assert_allclose(np.concatenate(found), np.array([1, 0, -1, 0, 0]) / 0.4**0.5, rtol=1e-5)
+    # A turn that one alone has reached is compared with nothing, however much follows it.
+    (found,) = _credit({"kind": "returns", "baseline": "turn"}, [[_told([[0], [4]]), _told([[0]])]])
+    np.testing.assert_allclose(np.concatenate(found), np.array([2, 0, -2]) / (8 / 3) ** 0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=_name)
+@pytest.mark.parametrize("scale", [1.0, 1234567.0, 1e-6])
+def test_the_same_total_in_parts_of_other_sizes_has_no_advantage(
+    section: dict[str, Any], scale: float
+) -> None:
+    # In one turn, so that estimators that read turns find the same in each.
+    ways = [(0.1, 0.2, 0.7), (0.3, 0.3, 0.4), (0.6, 0.1, 0.3), (1.1, -0.2, 0.1)]
+    stories = []
+    for way in ways:
+        parts = [float(np.float32(scale * part)) for part in way]
+        named = {"goal": sum(parts), "form": sum(reversed(parts))}
+        values = (sum(parts),) if section["kind"] == "gae" else ()
+        stories.append(_told([[sum(parts)]], states=("a",), named=named, values=values))
+    assert len({story.paid for story in stories}) > 1, "they differ in floats"
+    if section.get("baseline") == "none" or section.get("normalize") is False:
+        return  # it compares nothing
+    for found in _credit(section, [stories, stories]):
+        assert not any(array.any() for array in found)
+
+
+def test_parts_that_are_taken_back_are_known_no_better_than_they_were_paid() -> None:
+    # 0.1 + 0.2 - 0.3 is 3e-9 in float32, beside a 0 that is exact.
+    stories = [_told([[0.1, 0.2, -0.3]], named={}), _told([[0.0]])]
+    for kind in ("group", "rloo", "maxrl"):
+        parts = [
+            replace(_seen(stories[0]), rewards_K=np.float32([0.1, 0.2, -0.3]).astype(float)),
+            _seen(stories[1]),
+        ]
+        (found,) = TypeAdapter(AnyCredit).validate_python({"kind": kind})([parts])
+        assert not any(array.any() for array in found)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"kind": "reinforce_pp"},
+        {"kind": "reinforce_pp", "group_baseline": True},
+        {"kind": "returns", "baseline": "batch"},
+        {"kind": "gae"},
+    ],
+    ids=_name,
+)
+def test_costs_of_nothing_are_no_advantage_of_a_batch(section: dict[str, Any]) -> None:
+    # The floor of the deviation is 1e-4: costs of 1e-9 are advantages of about 1e-5, and not of about 1.
+    values = (0.0,) if section["kind"] == "gae" else ()
+    stories = [[_told([[0.0]], extra=(-cost,), values=values) for cost in (1e-9, 0.0, 3e-9, 2e-9)]]
+    found = np.concatenate(_credit(section, stories)[0])
+    np.testing.assert_allclose(found, np.array([0.5, 1.5, -1.5, -0.5]) * 1e-5, rtol=1e-3)
 
 
 def test_returns_of_turns_equal_the_hand_computed_ones() -> None:
@@ -194,7 +273,7 @@ def test_a_group_knows_nothing_of_the_others(
             np.testing.assert_array_equal(got, own)
 
 
-@pytest.mark.parametrize("section", SECTIONS[8:], ids=_name)
+@pytest.mark.parametrize("section", SECTIONS[10:], ids=_name)
 def test_over_the_batch_the_order_of_groups_moves_nothing(section: dict[str, Any]) -> None:
     stories = random_groups(3, groups=4)
     ahead, back = _credit(section, stories), _credit(section, stories[::-1])[::-1]
