@@ -288,7 +288,7 @@ class Learner:
             if kl.where == "reward":
                 behavior_N = np.concatenate([s.behavior_logprobs for s in example.trajectory.steps])
                 apart_N = divergence(
-                    torch.from_numpy(behavior_N), torch.from_numpy(reference_N), kl.estimator
+                    torch.from_numpy(behavior_N), torch.from_numpy(reference_N), kl.estimator, kl.cap
                 )
                 costs_N = (-kl.coefficient * apart_N).numpy()
                 episode = example.episode  # a token costs the side that said it

@@ -8,10 +8,10 @@ says which) and calls its function with its numbers.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 LOG_LARGEST = 20.0  # a ratio of half a billion says all there is to say
@@ -49,16 +49,18 @@ def sequence_clipped(
     sequence_N: Tensor,
     clip_low: float,
     clip_high: float,
+    dual_clip: float | None = None,
 ) -> Loss:
     """GSPO: one ratio for a sequence, s = exp(mean of log r over its tokens), clipped as PPO's.
 
     Zheng et al. 2025 (arXiv 2507.18071), section 4.3 (GSPO-token): its value is the sequence's ratio everywhere and
     its gradient that of the token's own logprob, so that advantages may differ from turn to turn. Equal advantages
-    make it equation 5. sequence_N: int64, which sequence a token belongs to.
+    make it equation 5. sequence_N: int64, which sequence a token belongs to. dual_clip: as in `clipped`.
     """
     mean_N = sequence_mean(logprobs_N - proximal_N, sequence_N).detach()
     own_N = logprobs_N - logprobs_N.detach()  # zero, with a gradient
-    return _clipped(ratio(mean_N + own_N, torch.zeros_like(mean_N)), advantages_N, clip_low, clip_high, None)
+    ratio_N = ratio(mean_N + own_N, torch.zeros_like(mean_N))
+    return _clipped(ratio_N, advantages_N, clip_low, clip_high, dual_clip)
 
 
 def cispo(
@@ -90,7 +92,12 @@ def soft_gated(
 
 
 def divergence_masked(
-    logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, divergence: str, threshold: float
+    logprobs_N: Tensor,
+    proximal_N: Tensor,
+    advantages_N: Tensor,
+    divergence: str,
+    threshold: float,
+    ratio_cap: float | None = None,
 ) -> Loss:
     """DPPO: -r A, but no gradient where the token's distribution is too far from the proximal one and would go on.
 
@@ -98,9 +105,16 @@ def divergence_masked(
     variation is |p - q|, the divergence ("kl") q log(q / p) + (1 - q) log((1 - q) / (1 - p)). A token is masked
     where that exceeds the threshold and A pushes r further from 1. Qi et al. 2026 (arXiv 2602.04879), section 4.
 
+    A token that was rare when it was sampled may have a large r and is pushed back with that weight. ratio_cap: r
+    counts at most so much, in loss and slope alike: such a token keeps a gradient (truncated importance sampling).
+
     Statistics: "clip_fraction", the tokens masked.
     """
     ratio_N = ratio(logprobs_N, proximal_N)
+    weight_N = ratio_N
+    if ratio_cap is not None:
+        slope_N = 1 + logprobs_N - logprobs_N.detach()  # one, with the gradient of the logprob
+        weight_N = ratio_N.detach().clamp(max=ratio_cap) * slope_N
     with torch.no_grad():
         p_N, q_N = logprobs_N.exp(), proximal_N.exp()
         if divergence == "tv":
@@ -112,7 +126,7 @@ def divergence_masked(
         further_N = torch.where(advantages_N > 0, ratio_N > 1, (advantages_N < 0) & (ratio_N < 1))
         masked_N = (apart_N > threshold) & further_N
         stats = {"clip_fraction": masked_N.float()}
-    return torch.where(masked_N, 0.0, -ratio_N * advantages_N), stats
+    return torch.where(masked_N, 0.0, -weight_N * advantages_N), stats
 
 
 def ratio(logprobs_N: Tensor, proximal_N: Tensor) -> Tensor:
@@ -153,15 +167,22 @@ class _PolicyLoss(BaseModel, extra="forbid", frozen=True):
     clips: ClassVar[bool] = True  # cuts something off at a distance, and says how often
 
 
+def _dual_clip() -> Any:
+    return Field(
+        default=None,
+        gt=1,
+        description="bound of the ratio under negative advantages, 3 in the paper; a token beyond it has no gradient. "
+        "none: such a token may weigh as much as its ratio",
+    )
+
+
 class ClippedLoss(_PolicyLoss):
     """PPO's and GRPO's clipped surrogate."""
 
     kind: Literal["ppo"] = "ppo"
     clip_low: float = Field(default=0.2, gt=0, lt=1, description="the ratio is clipped below at 1 - clip_low")
     clip_high: float = Field(default=0.28, gt=0, description="the ratio is clipped above at 1 + clip_high")
-    dual_clip: float | None = Field(
-        default=None, gt=1, description="bound of the ratio under negative advantages"
-    )
+    dual_clip: float | None = _dual_clip()
 
     def __call__(self, logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, _: Tensor) -> Loss:
         return clipped(logprobs_N, proximal_N, advantages_N, self.clip_low, self.clip_high, self.dual_clip)
@@ -186,12 +207,13 @@ class SequenceClippedLoss(_PolicyLoss):
         default=3e-4, gt=0, lt=1, description="the ratio is clipped below at 1 - clip_low"
     )
     clip_high: float = Field(default=4e-4, gt=0, description="the ratio is clipped above at 1 + clip_high")
+    dual_clip: float | None = _dual_clip()
 
     def __call__(
         self, logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, sequence_N: Tensor
     ) -> Loss:
         return sequence_clipped(
-            logprobs_N, proximal_N, advantages_N, sequence_N, self.clip_low, self.clip_high
+            logprobs_N, proximal_N, advantages_N, sequence_N, self.clip_low, self.clip_high, self.dual_clip
         )
 
 
@@ -202,7 +224,9 @@ class CispoLoss(_PolicyLoss):
     clip_low: float = Field(
         default=1.0, gt=0, le=1, description="weights are clipped below at 1 - clip_low; 1: not at all"
     )
-    clip_high: float = Field(default=0.28, gt=0, description="weights are clipped above at 1 + clip_high")
+    clip_high: float = Field(
+        default=0.28, gt=0, description="weights are clipped above at 1 + clip_high: 0.28 bounds them at 1.28"
+    )
 
     def __call__(self, logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, _: Tensor) -> Loss:
         return cispo(logprobs_N, proximal_N, advantages_N, self.clip_low, self.clip_high)
@@ -227,10 +251,29 @@ class DivergenceLoss(_PolicyLoss):
     divergence: Literal["tv", "kl"] = Field(
         default="tv", description="total variation, or Kullback and Leibler's"
     )
-    threshold: float = Field(default=0.15, gt=0, description="from where on a token has no gradient")
+    threshold: float = Field(
+        default=0.15,
+        gt=0,
+        description="from where on a token has no gradient; left away: the paper's 0.15 for tv, 0.05 for kl",
+    )
+    ratio_cap: float | None = Field(
+        default=None,
+        gt=1,
+        description="what a token's ratio counts at most, 20 say; a token that was rare may have a ratio of thousands. "
+        "none: no bound",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _threshold_of_the_divergence(cls, section: Any) -> Any:
+        if isinstance(section, dict) and section.get("divergence") == "kl":
+            return {"threshold": 0.05} | section
+        return section
 
     def __call__(self, logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, _: Tensor) -> Loss:
-        return divergence_masked(logprobs_N, proximal_N, advantages_N, self.divergence, self.threshold)
+        return divergence_masked(
+            logprobs_N, proximal_N, advantages_N, self.divergence, self.threshold, self.ratio_cap
+        )
 
 
 AnyLoss = Annotated[

@@ -51,7 +51,7 @@ class PolicyObjective:
                 stats |= {"correction": weight_N, "masked_fraction": (weight_N == 0).float()}
         loss_N = torch.where(weight_N == 0, 0.0, weight_N * loss_N)
         if settings.kl is not None and reference_N is not None:
-            kl_N = divergence(logprobs_N, reference_N, settings.kl.estimator)
+            kl_N = divergence(logprobs_N, reference_N, settings.kl.estimator, settings.kl.cap)
             stats["reference_kl"] = kl_N.detach()
             if settings.kl.where == "loss":
                 loss_N = loss_N + settings.kl.coefficient * kl_N

@@ -50,8 +50,16 @@ QUARTER = [
     (TV, 0.2, -1.0, 0.0, 0.0, 1),  # 1/5 apart, and further
     (KL, 2.0, 1.0, 0.0, 0.0, 1),  # 1/4 log(1/2) + 3/4 log(3/2) = 0.131
     (KL, 1.5, 1.0, -1.5, -1.5, 0),  # 1/4 log(2/3) + 3/4 log(6/5) = 0.035
+    ({**TV, "ratio_cap": 2.0}, 3.0, -1.0, 2.0, 2.0, 0),  # on the way back, by a weight of at most 2
+    ({**TV, "ratio_cap": 2.0}, 1.5, 1.0, -1.5, -1.5, 0),
+    ({**TV, "ratio_cap": 2.0}, 3.0, 1.0, 0.0, 0.0, 1),
+    ({"kind": "gspo", "clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}, 3.9, -2.0, 6.0, 0.0, 1),
 ]
-SECTIONS = [PPO, DUAL, GSPO, CISPO, {**CISPO, "clip_low": 0.3}, SAPO, TV, KL, {"kind": "reinforce"}]
+CAPPED = {**TV, "ratio_cap": 1.2}
+SECTIONS = [
+    *(PPO, DUAL, GSPO, {**GSPO, "dual_clip": 1.3}, CISPO, {**CISPO, "clip_low": 0.3}, SAPO, TV, KL, CAPPED),
+    {"kind": "reinforce"},
+]
 
 
 def _name(section: object) -> str | None:
@@ -156,7 +164,66 @@ def test_where_a_sequence_shares_an_advantage_the_gradient_is_that_of_its_ratio(
     np.testing.assert_allclose(_slopes(loss_N, logprobs_N), slopes, atol=1e-6)
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+# (section, the largest slope at A = -1 whatever the ratio): -9999 is what an engine says of a token without a chance.
+BOUNDED = [
+    (DUAL, 3.0),
+    ({**GSPO, "dual_clip": 3.0}, 3.0),
+    (CISPO, 1.28),
+    (SAPO, 1.0),
+    ({**TV, "ratio_cap": 20.0}, 20.0),
+    ({**KL, "ratio_cap": 20.0}, 20.0),
+    ({"kind": "reinforce"}, 1.0),
+]
+
+
+@pytest.mark.parametrize(("section", "largest"), BOUNDED, ids=_name)
+@pytest.mark.parametrize("log_ratio", [-9999.0, -9.5, 0.0, 1.0, 9.5, 9998.0])
+def test_no_token_weighs_more_than_its_bound(
+    section: dict[str, Any], largest: float, log_ratio: float
+) -> None:
+    logprob = min(-0.5, log_ratio - 0.5)
+    logprobs_N = torch.tensor([logprob], dtype=torch.float64, requires_grad=True)
+    proximal_N = torch.tensor([logprob - log_ratio], dtype=torch.float64)
+    loss_N, _ = _loss(section)(
+        logprobs_N, proximal_N, -torch.ones(1).double(), torch.zeros(1, dtype=torch.int64)
+    )
+    assert abs(_slopes(loss_N, logprobs_N).item()) <= largest + 1e-9
+
+
+def test_the_threshold_of_a_trust_region_is_that_of_its_divergence() -> None:
+    sections = [{"divergence": "tv"}, {"divergence": "kl"}, {"divergence": "kl", "threshold": 0.1}, {}]
+    assert [_loss({"kind": "dppo", **section}).threshold for section in sections] == [0.15, 0.05, 0.1, 0.15]
+
+
+# (log r, estimator, value, slope), r = pi_reference / pi: by hand. exp(1) = 2.71828; k3(2.5) = 8.6825; k3(3) = 16.09.
+DIVERGENCES = [
+    (1.0, "k3", 0.718282, -1.718282),
+    (2.5, "k3", 8.682494, -11.182494),
+    (3.0, "k3", 10.0, 0.0),
+    (14.0, "k3", 10.0, 0.0),
+    (-12.0, "k3", 10.0, 0.0),
+    (1.0, "k3+", 0.718282, -1.0),
+    (14.0, "k3+", 10.0, -14.0),
+    (14.0, "k2", 98.0, -14.0),
+]
+
+
+@pytest.mark.parametrize(("log_ratio", "estimator", "value", "slope"), DIVERGENCES)
+def test_one_token_of_a_divergence_is_bounded(
+    log_ratio: float, estimator: Any, value: float, slope: float
+) -> None:
+    logprobs_N = torch.tensor([-15.0], dtype=torch.float64, requires_grad=True)
+    kl_N = divergence(logprobs_N, torch.tensor([-15.0 + log_ratio], dtype=torch.float64), estimator)
+    assert kl_N.item() == pytest.approx(value, abs=1e-6)
+    assert _slopes(kl_N, logprobs_N).item() == pytest.approx(slope, abs=1e-6)
+
+
+def test_without_a_cap_k3_is_the_formula() -> None:
+    found_N = divergence(torch.tensor([-15.0]).double(), torch.tensor([-1.0]).double(), "k3", None)
+    assert found_N.item() == pytest.approx(math.exp(14) - 1 - 14)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3+"])
 def test_divergences_are_those_of_the_formulas(estimator: str) -> None:
     logprobs_N, reference_N, _, _ = _tokens(5)
     divergence_N = divergence(logprobs_N, reference_N, estimator)
@@ -164,7 +231,8 @@ def test_divergences_are_those_of_the_formulas(estimator: str) -> None:
     values, slopes = zip(*(reference.kl(*pair, estimator) for pair in pairs), strict=True)
     np.testing.assert_allclose(divergence_N.detach(), values, atol=1e-12)
     np.testing.assert_allclose(_slopes(divergence_N, logprobs_N), slopes, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda x: divergence(x, reference_N, estimator), logprobs_N)
+    if estimator != "k3+":  # whose gradient is another formula's
+        assert torch.autograd.gradcheck(lambda x: divergence(x, reference_N, estimator), logprobs_N)
 
 
 def test_kl_k1_and_k3_average_to_the_true_divergence() -> None:
@@ -178,6 +246,7 @@ def test_kl_k1_and_k3_average_to_the_true_divergence() -> None:
 
 
 def test_in_a_loss_k1_pulls_nowhere_on_average_and_k2_as_the_true_divergence_does() -> None:
+    # And k3 as the divergence the other way round, KL(reference || pi).
     logits_V = torch.tensor([0.5, 0.3, 0.2]).double().log().requires_grad_()
     reference_V = torch.tensor([0.2, 0.3, 0.5]).double().log()
     policy_V = logits_V.log_softmax(-1)
@@ -189,10 +258,13 @@ def test_in_a_loss_k1_pulls_nowhere_on_average_and_k2_as_the_true_divergence_doe
         estimator: torch.autograd.grad(
             (chance_V * divergence(policy_V, reference_V, estimator)).sum(), logits_V, retain_graph=True
         )[0]
-        for estimator in ("k1", "k2", "k3")
+        for estimator in ("k1", "k2", "k3", "k3+")
     }
+    other_way = torch.autograd.grad((reference_V.exp() * (reference_V - policy_V)).sum(), logits_V)[0]
     np.testing.assert_allclose(slopes["k1"], 0.0, atol=1e-12)
     np.testing.assert_allclose(slopes["k2"], true, atol=1e-12)
+    np.testing.assert_allclose(slopes["k3+"], true, atol=1e-12)
+    np.testing.assert_allclose(slopes["k3"], other_way, atol=1e-12)
     assert float(slopes["k3"] @ true) > 0.1 * float(true @ true)
 
 
