@@ -8,15 +8,17 @@ from typing import Any
 import ray
 
 from deploy.member import Row
+from rollout.actors import BESIDE
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightUpdate
 from rollout.wire.whereabouts import Whereabouts
 
 
-def actor(cls: type, **options: Any) -> Any:
-    """The class as an actor that claims nothing but what is asked for."""
-    return ray.remote(cls).options(**({"num_cpus": 0} | options))
+def actor(cls: type, groups: dict[str, int] | None = None, **options: Any) -> Any:
+    """The class as an actor that claims nothing but what is asked for; groups: its concurrency groups."""
+    made = ray.remote(concurrency_groups=groups)(cls) if groups else ray.remote(cls)
+    return made.options(**({"num_cpus": 0} | options))
 
 
 async def awaited(reference: Any) -> Any:
@@ -51,6 +53,10 @@ class ActorMember:
 
     async def ping(self) -> None:
         await self._handle.ping.remote()
+
+    async def standing(self) -> str:
+        text: str = await self._handle.standing.options(concurrency_group=BESIDE).remote()
+        return text
 
     async def stop(self) -> None:
         await self._handle.stop.remote()

@@ -42,7 +42,7 @@ from learner.learner import Learner
 from learner.loop import sync_metrics
 from learner.publish import Publisher
 from learner.ranks import RankLost
-from rollout.actors import RolloutActor, demonstrate
+from rollout.actors import GROUPS, RolloutActor, demonstrate
 from rollout.wire.actors import ExchangeActor
 from rollout.wire.share import StepTorn
 from rollout.wire.store import EpisodeRow
@@ -69,9 +69,8 @@ class RayRing:
         self._config = config
         self._engine_factory = engine_factory
         self._say = say
-        self._native = (
-            config.weights.transfer != "object_store"
-        )  # then the workers are those of the start, for good
+        # With vLLM's own transfer the workers are those of the start, for good.
+        self._native = config.weights.transfer != "object_store"
         self._exchange: Any = None
         self._learner: LearnerPart | None = None
         self._where: dict[str, Whereabouts] = {}  # of the exchange
@@ -89,7 +88,7 @@ class RayRing:
         self._budget = Budget(supervision)
         self._exchange_lost = loss_to_come()
         self._learner_lost = loss_to_come()
-        restarts = {"max_restarts": supervision.max_restarts, "max_task_retries": -1}
+        restarts: dict[str, Any] = {"max_restarts": supervision.max_restarts, "max_task_retries": -1}
         # Every loop of every worker may wait for a slot; others' calls must find a place beside them.
         exchange = actor(ExchangeActor, max_concurrency=100_000, **restarts)
         self._exchange = exchange.remote(partial(build_exchange, config, self.run_folder))
@@ -135,9 +134,10 @@ class RayRing:
     def _handle(self, name: str) -> Any:
         if name not in self._handles:
             config = self._config
-            options = {"num_cpus": config.rollout.cpus_per_worker, "num_gpus": config.rollout.gpus_per_worker}
+            room = {"num_cpus": config.rollout.cpus_per_worker, "num_gpus": config.rollout.gpus_per_worker}
             build = partial(build_worker, config, self._path, self._engine_factory)
-            self._handles[name] = actor(RolloutActor, **options).remote(name, self._exchange, build)
+            made = actor(RolloutActor, GROUPS, **room)
+            self._handles[name] = made.remote(name, self._exchange, build)
         return self._handles[name]
 
     def _launch(self, name: str) -> ActorMember:

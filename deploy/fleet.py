@@ -30,6 +30,8 @@ from rollout.wire.whereabouts import Whereabouts
 
 T = TypeVar("T")
 
+_WHY_SECONDS = 2.0
+
 
 @dataclass
 class _Seated:
@@ -257,6 +259,9 @@ class Fleet:
             await asyncio.sleep(settings.heartbeat_seconds)
             try:
                 await within(settings.frozen_seconds, member.ping(), f"{member.name} (heartbeat)")
+            except PartLost as error:
+                seated.lose(PartLost(f"{error}: {await _why(member)}"))
+                return
             except Exception as error:
                 seated.lose(error)
                 return
@@ -379,3 +384,12 @@ class Fleet:
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+async def _why(member: Member) -> str:
+    """What keeps a member from answering a heartbeat, as far as its other threads say."""
+    try:
+        told = await within(_WHY_SECONDS, member.standing(), member.name)
+    except Exception:  # whatever it died of, or is frozen by: the heartbeat's loss is told in any case
+        return "its other threads do not answer either: its process was stopped, or a call into C keeps the interpreter"
+    return told or "its event loop goes on, its engine does not answer"

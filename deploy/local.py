@@ -29,6 +29,7 @@ from deploy.ring import LearnerLost, Row, first_failure
 from learner.checkpoint import latest
 from learner.loop import LearnerLoop, Place, Source, sync_metrics
 from learner.publish import Snapshot
+from rollout.loop_watch import LoopWatch
 from rollout.wire.schema import encode
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Task
@@ -126,6 +127,7 @@ class LocalRing:
         return [EpisodeRow.of(trajectory) for trajectory in trajectories]
 
     def begin_rollouts(self) -> None:
+        self._started.callback(LoopWatch().close)
         self._runs = [asyncio.create_task(worker.run(), name=worker.name) for worker in self._workers]
 
     async def step(self, number: int) -> Row:

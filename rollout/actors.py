@@ -12,6 +12,7 @@ import pyarrow as pa
 import ray
 import ray._private.worker
 
+from rollout.loop_watch import LoopWatch
 from rollout.vllm_engine import VllmEngine
 from rollout.wire.actors import RemoteExchange
 from rollout.wire.schema import encode
@@ -23,6 +24,12 @@ from rollout.wire.whereabouts import Whereabouts, here
 from rollout.worker import RolloutWorker, as_groups
 
 BuildWorker = Callable[[str, Any], Awaitable[RolloutWorker]]
+
+BESIDE = (
+    "beside"  # a concurrency group of its own, whose calls are answered where the actor's event loop stands
+)
+GROUPS = {BESIDE: 4}
+_STACKS_SECONDS = 20.0  # of a standing loop, until the log has all stacks
 
 LEAVE_SECONDS = 60.0  # from SIGTERM to the end of the process, whatever the exchange and the engine do
 
@@ -44,6 +51,7 @@ class RolloutActor:
         self._leaving: asyncio.Task[None] | None = None
         # An asyncio actor is made on its event loop.
         loop = asyncio.get_running_loop()
+        self._watch = LoopWatch(_STACKS_SECONDS)
         _on_sigterm(lambda: loop.call_soon_threadsafe(self._begin_to_leave))
 
     async def start(self) -> Whereabouts:
@@ -56,6 +64,10 @@ class RolloutActor:
         worker = self._started()
         await worker.engine.ping()
         return worker.heartbeat()
+
+    async def standing(self) -> str:
+        """How long the event loop has stood and where; empty while it goes on. To be asked in the group `BESIDE`."""
+        return self._watch.standing()
 
     async def stacks(self) -> str:
         """What every thread and task of this process is doing."""

@@ -73,6 +73,9 @@ class Scripted:
     async def ping(self) -> None:
         await self._lives()
 
+    async def standing(self) -> str:
+        return "its event loop has stood for 30 s in step (maze.py:33)" if self.frozen else ""
+
     async def stop(self) -> None:
         await self._lives()
         self.stopped.set()
@@ -157,6 +160,12 @@ def test_a_lost_worker_is_killed_its_groups_handed_on_and_its_seat_filled(how: s
         assert world.members["rollout-0"].killed.is_set()
         assert world.handed_on == ["rollout-0"]
         assert {member.name for member in fleet.serving} == {"rollout-0.1", "rollout-1"}
+        cause = (
+            "is dead"
+            if how == "dead"
+            else "within 1 s: its event loop has stood for 30 s in step (maze.py:33)"
+        )
+        assert any(cause in said for said in world.said)
 
     play(script)
 
