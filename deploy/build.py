@@ -61,10 +61,19 @@ def training_tasks(config: RunConfig) -> TaskStream:
 
 
 def evaluation_tasks(config: RunConfig) -> list[Task]:
-    """The held-out tasks: the first seeds whose first observations are all different, see `distinct_tasks`."""
+    """The tasks of an evaluation: the first seeds whose first observations are all different, see `distinct_tasks`."""
     options = config.env.options | config.evaluation.options
     first, count = config.evaluation.first_seed, config.evaluation.tasks
     return distinct_tasks(config.env.id, options, first, count, config.env.host)
+
+
+def held_out(config: RunConfig) -> bool:
+    """Whether evaluation plays instances of a split that training cannot draw from; a foreign agent's task names it."""
+    trained, evaluated = config.env.options, config.env.options | config.evaluation.options
+    if config.env.id == PROGRAM:
+        trained, evaluated = trained.get("task", {}), evaluated.get("task", {})
+    splits = trained.get("split", "all"), evaluated.get("split", "all")
+    return "all" not in splits and splits[0] != splits[1]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from deploy.config import ConfigError
 from deploy.console import Console
-from deploy.evaluate import Evaluation
+from deploy.evaluation import Evaluation
 from deploy.preflight import loaded
 from deploy.progress import Progress
 from envs import registry
@@ -84,7 +84,7 @@ def write_demonstrations(asked: Demonstrations, folder: Path, console: Console) 
 
 async def _written(played: AsyncIterator[Group], folder: Path, total: int, progress: Progress) -> Evaluation:
     rows: list[EpisodeRow] = []
-    successes = 0
+    sums: dict[str, float] = {}
     writer = SegmentWriter(folder, SEGMENT_BYTES)
     with progress.phase("demonstrations", total) as phase:
         async for group in played:
@@ -92,8 +92,10 @@ async def _written(played: AsyncIterator[Group], folder: Path, total: int, progr
             if batch.num_rows:  # an episode that failed in its reset has none
                 writer.append(batch)
             rows += [EpisodeRow.of(trajectory) for trajectory in group.trajectories]
-            successes += bool(rows[-1].success)
-            phase.advance(success=successes / len(rows))
+            verdicts = {} if rows[-1].success is None else {"success": float(rows[-1].success)}
+            for name, value in ({"reward": rows[-1].reward} | verdicts).items():
+                sums[name] = sums.get(name, 0.0) + value
+            phase.advance(1, **{name: total / len(rows) for name, total in sums.items()})
     writer.close()
     return Evaluation.of(rows)
 

@@ -15,6 +15,7 @@ from deploy import run_folder
 from deploy.config import RunConfig
 from deploy.console import Console, errors, write
 from deploy.control import driving
+from deploy.evaluation import WHEN, said
 from deploy.janitor import prepare_local_ray, private_temporary, start_janitor, tag_run, with_kept_logs
 from deploy.progress import Progress
 from deploy.ring import Ring
@@ -102,11 +103,8 @@ def _kept(text: str, temporary: Path | None, folder: Path) -> str:
 
 
 def _print(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    for when in ("before", "after"):
-        if summary[f"success_{when}"] is not None:
-            low, high = summary[f"success_{when}_interval"]
-            write(
-                console,
-                f"success {when:6} {summary[f'success_{when}']:.3f}  (95% interval {low:.3f} to {high:.3f})",
-            )
+    for when in WHEN:
+        name = "reward" if summary[f"success_{when}"] is None else "success"
+        if (value := summary[f"{name}_{when}"]) is not None:
+            write(console, said(f"{name} {when:6}", value, summary[f"{name}_{when}_interval"]))
     write(console, f"report         {folder / 'report.html'}")

@@ -66,8 +66,8 @@ class Episode:
     turns: tuple[Turn, ...]
 
 
-def chosen_episodes(run_folder: Path) -> list[Episode]:
-    """The episodes a report shows: one held-out task before and after training, then telling ones of training.
+def chosen_episodes(run_folder: Path, task: str = "held-out task") -> list[Episode]:
+    """The episodes a report shows: one task evaluated before and after training, then telling ones of training.
 
     Of training: the first, the best, the worst, some that failed, and one of each other end. Of equals the latest is
     shown. An episode that failed before its first turn has no rows; the ledger counts it.
@@ -78,7 +78,7 @@ def chosen_episodes(run_folder: Path) -> list[Episode]:
     training = Spans.of(read_rows(run_folder / "groups"))
     shown = []
     if learned := _learned(before, after):
-        shown.append(before.episode(learned[0], "held-out task, before training", text))
+        shown.append(before.episode(learned[0], f"{task}, before training", text))
         shown.append(after.episode(learned[1], "the same task, after training", text))
     return shown + [training.episode(place, why, text) for place, why in _telling(training)]
 
@@ -143,15 +143,15 @@ class Spans:
 
 
 def _learned(before: Spans, after: Spans) -> tuple[int, int] | None:
-    # Where the first task that was lost before and won after lies in both.
-    lost = {
-        task: place
-        for place, (task, success) in enumerate(zip(_tasks(before), before.column("success"), strict=True))
-        if success is False
-    }
-    won = zip(_tasks(after), after.column("success"), strict=True)
-    places = ((lost[task], place) for place, (task, success) in enumerate(won) if success and task in lost)
-    return next(places, None)
+    # Where the first task that was lost before and won after lies in both; without verdicts, the one that gained most.
+    places = {task: place for place, task in enumerate(_tasks(before))}
+    pairs = [(places[task], place) for place, task in enumerate(_tasks(after)) if task in places]
+    lost, won = before.column("success"), after.column("success")
+    if all(verdict is None for verdict in won):
+        gains = [(after.rewards[new] - before.rewards[old], (old, new)) for old, new in pairs]
+        gain, pair = max(gains, default=(0.0, None), key=lambda each: each[0])
+        return pair if gain > 0 else None
+    return next(((old, new) for old, new in pairs if lost[old] is False and won[new]), None)
 
 
 def _tasks(spans: Spans) -> list[tuple[Any, ...]]:

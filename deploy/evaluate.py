@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from deploy import run_folder
 from deploy.build import load_tokenizer
 from deploy.config import ConfigError, toml_value
+from deploy.evaluation import Evaluation as Evaluation
 from deploy.preflight import check_context, check_model, check_tokenizer, first_observation
-from deploy.statistics import wilson_interval
 from deploy.trust import executed_by_evaluation, require_trust
 from envs.host import HostSettings
 from learner.checkpoint import MODEL, latest
@@ -26,53 +24,8 @@ from rollout.perception import Perception
 from rollout.pool import EnvironmentPool
 from rollout.vllm_engine import VllmEngine, VllmSettings
 from rollout.wire.store import EpisodeRow
-from rollout.wire.trajectory import Assignment, DropReason, EndReason, Slot, Task
+from rollout.wire.trajectory import Assignment, DropReason, Slot, Task
 from rollout.worker import RolloutSettings, RolloutWorker
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What came out of one episode a task. Episodes lost to infrastructure are no evidence and are left out."""
-
-    successes: int
-    episodes: int
-    mean_reward: float
-    failed: int
-
-    @classmethod
-    def of(cls, rows: Sequence[EpisodeRow]) -> Self:
-        """Raises RuntimeError when every episode was lost, with the last error."""
-        sound = [row for row in rows if row.end_reason not in (EndReason.FAILED, EndReason.CANCELLED)]
-        if not sound:
-            raise RuntimeError(f"all {len(rows)} evaluation episodes failed; the last: {rows[-1].error}")
-        successes = sum(bool(row.success) for row in sound)
-        return cls(
-            successes, len(sound), sum(row.reward for row in sound) / len(sound), len(rows) - len(sound)
-        )
-
-    @property
-    def success(self) -> float:
-        return self.successes / self.episodes
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95% Wilson interval of the success."""
-        return wilson_interval(self.successes, self.episodes)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        lost = f", {self.failed} more failed" if self.failed else ""
-        return (
-            f"success {self.success:.3f} (95% interval {low:.3f} to {high:.3f}), mean reward {self.mean_reward:.3f}, "
-            f"{self.episodes} episodes{lost}"
-        )
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        return cls(**json.loads(path.read_text()))
 
 
 class Conditions(BaseModel):

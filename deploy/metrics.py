@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from math import isfinite, nan
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
 Row = dict[str, float]
 
 METRICS_FILE = "metrics.jsonl"
@@ -23,6 +21,8 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, resume_after: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # seconds that a reader of metrics need not wait
+
         path = folder / METRICS_FILE
         _cut(path, resume_after)
         self._file = path.open("a", encoding="utf-8")

@@ -16,7 +16,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from deploy.charts import drawn
+from deploy.console import visible
 from deploy.episodes import chosen_episodes
+from deploy.evaluation import WHEN, stored_figures
 from deploy.metrics import Row, read_metrics
 from deploy.shares import Shares
 
@@ -33,19 +35,21 @@ def write_report(run_folder: Path) -> Path:
     config = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
     stored = run_folder / "summary.json"
     summary: Summary = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    measured = summary or stored_figures(run_folder)
+    task = "held-out task" if measured.get("held_out", True) else "evaluation task"
     rows = read_metrics(run_folder)
     page = _templates().get_template("report.html.j2")
     text = page.render(
         title=config["name"],
         run=run_folder.resolve().name,
         finished=bool(summary),
-        outcomes=outcomes(summary),
+        outcomes=outcomes(measured, task),
         facts=facts(rows, summary),
         verdict=Shares.of(rows).verdict if rows else "",
         phases=phases(summary),
         ledger=summary.get("ledger", {}),
         charts=drawn(rows),
-        episodes=chosen_episodes(run_folder),
+        episodes=chosen_episodes(run_folder, task),
         config=json.dumps(config, indent=2, ensure_ascii=False),
         plotly=get_plotlyjs(),
     )
@@ -54,18 +58,40 @@ def write_report(run_folder: Path) -> Path:
     return path
 
 
-def outcomes(summary: Summary) -> list[dict[str, Any]]:
-    """Success before and after training with its interval, each where it was measured; shares 0..1."""
-    measured = [name for name in ("before", "after") if summary.get(f"success_{name}") is not None]
-    return [
-        {
-            "name": name,
-            "success": summary[f"success_{name}"],
-            "low": summary[f"success_{name}_interval"][0],
-            "high": summary[f"success_{name}_interval"][1],
-        }
-        for name in measured
-    ]
+def outcomes(summary: Summary, task: str) -> list[dict[str, Any]]:
+    """A card for success, where the environment gives verdicts, and one for reward: before and after with intervals."""
+    cards = []
+    for name, method, form in (("success", "Wilson", "{:.1%}"), ("reward", "bootstrap", "{:.3g}")):
+        measured = [when for when in WHEN if summary.get(f"{name}_{when}_interval") is not None]
+        if not measured:
+            continue
+        intervals = [summary[f"{name}_{when}_interval"] for when in measured]
+        least, most = (0.0, 1.0) if name == "success" else _scale(intervals)
+
+        def placed(value: float, least: float = least, most: float = most) -> str:
+            return f"{100 * (value - least) / (most - least):.2f}"
+
+        bars = [
+            {
+                "when": when,
+                "said": form.format(value := summary[f"{name}_{when}"]),
+                "low": form.format(interval[0]).rstrip("%"),
+                "high": form.format(interval[1]).rstrip("%"),
+                "left": placed(interval[0]),
+                "right": placed(interval[1]),
+                "dot": placed(value),
+            }
+            for when, interval in zip(measured, intervals, strict=True)
+        ]
+        note = f"bars: 95% {method} intervals, on a scale from {form.format(least)} to {form.format(most)}"
+        cards.append({"title": f"{name.capitalize()} on {task}s", "bars": bars, "note": note})
+    return cards
+
+
+def _scale(intervals: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The ends of an axis that holds all intervals and zero, never both the same."""
+    least, most = min(0.0, *(low for low, _ in intervals)), max(0.0, *(high for _, high in intervals))
+    return least, most if most > least else least + 1.0
 
 
 def facts(rows: Sequence[Row], summary: Summary) -> list[tuple[str, str]]:
@@ -105,11 +131,13 @@ def clock(seconds: float) -> str:
 
 
 def _templates() -> Environment:
-    # Whatever an environment or a model wrote is text here: autoescape keeps it from being markup.
+    # What an environment or a model wrote is text here: autoescape keeps it from being markup, and control
+    # characters are made visible.
     templates = Environment(
         loader=PackageLoader("deploy"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,  # Markup is ours
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy.build import evaluation_tasks, told_alike
+from deploy.build import evaluation_tasks, held_out, told_alike
 from deploy.config import RunConfig
-from deploy.evaluate import Evaluation
+from deploy.evaluation import Evaluation, figures
 from deploy.guards import Watch, with_defaults
 from deploy.metrics import MetricsLog, read_metrics, rollout_rates
 from deploy.progress import Progress
@@ -79,7 +79,7 @@ class Training:
         if name == "before" and (told := await asyncio.to_thread(told_alike, tasks, self.config.env.host)):
             self.progress.say(told)
         with self._timed(f"evaluate_{name}"):
-            evaluation = Evaluation.of(await self.ring.evaluate(tasks, name))
+            evaluation = Evaluation.of(await self.ring.evaluate(tasks, name), held_out(self.config))
         self.progress.say(f"{name}: {evaluation}")
         evaluation.save(self.ring.run_folder / f"evaluation_{name}.json")
         return evaluation
@@ -151,11 +151,7 @@ class Training:
 
     async def _summary(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
         rows = read_metrics(self.ring.run_folder)
-        return {
-            "success_before": before and before.success,
-            "success_before_interval": before and before.interval,
-            "success_after": after and after.success,
-            "success_after_interval": after and after.interval,
+        return figures(before, after) | {
             "steps": len(rows),
             "seconds": {phase: round(value, 2) for phase, value in self.seconds.items()},
             "tokens_generated": int((await self.ring.counters())["tokens_sampled"]),

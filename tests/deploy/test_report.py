@@ -15,7 +15,8 @@ from rollout.wire.schema import encode
 from rollout.wire.segments import SegmentWriter
 from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
 
-HOSTILE = "</script><script>alert('pwned')</script>"
+HOSTILE = "</script><script>alert('pwned')</script> \x1b[31m \u202e"
+SHOWN = HOSTILE.replace("\x1b", r"\x1b").replace("\u202e", r"\u202e")
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
@@ -130,7 +131,9 @@ def test_the_headline_says_what_the_summary_says(tmp_path: Path) -> None:
 def test_what_an_environment_says_stays_text(tmp_path: Path) -> None:
     page = write_report(run_folder(tmp_path)).read_text()
     assert "alert('pwned')" not in page.replace(get_plotlyjs(), "")
-    assert "".join(outline(page).text).count(HOSTILE) == 2  # once said, once in the configuration
+    text = "".join(outline(page).text)
+    assert SHOWN in text
+    assert SHOWN.replace(r"\x1b", r"\u001b") in text  # in the configuration, which is JSON
 
 
 def test_an_unfinished_run_has_a_report_too(tmp_path: Path) -> None:
@@ -167,3 +170,15 @@ def test_the_moving_mean_looks_back_only_and_leaves_gaps_out() -> None:
 )
 def test_durations_read_well(seconds: float, said: str) -> None:
     assert clock(seconds) == said
+
+
+def test_a_run_without_verdicts_is_headed_by_its_reward(tmp_path: Path) -> None:
+    run = run_folder(tmp_path, finished=False)
+    rows = {"successes": None, "episodes": 4, "failed": 0}
+    for when, mean, interval in (("before", -0.5, [-1.0, 0.0]), ("after", 0.25, [0.125, 0.5])):
+        stored = rows | {"mean_reward": mean, "reward_interval": interval, "held_out": False}
+        (run / f"evaluation_{when}.json").write_text(json.dumps(stored))
+    text = " ".join("".join(outline(write_report(run).read_text()).text).split())
+    assert "Reward on evaluation tasks -0.5→ 0.25" in text and "-1–0" in text and "0.125–0.5" in text
+    assert "on a scale from -1 to 0.5" in text
+    assert "Success on" not in text and "held-out" not in text

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.statistics import wilson_interval
+from deploy.statistics import bootstrap_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,14 @@ def test_ends_solve_the_score_equation_and_enclose_the_share(counts: tuple[int, 
 def test_impossible_counts_are_refused(successes: int, n: int) -> None:
     with pytest.raises(ValueError, match="0 <= successes <= n"):
         wilson_interval(successes, n)
+
+
+def test_the_bootstrap_interval_is_that_of_the_central_limit_and_the_same_twice() -> None:
+    values = np.random.default_rng(3).gamma(2.0, 0.3, size=400)
+    ours = bootstrap_interval(values.tolist())
+    error = 1.96 * values.std(ddof=1) / 400**0.5
+    assert ours == pytest.approx((values.mean() - error, values.mean() + error), abs=0.15 * error)
+    assert bootstrap_interval(values.tolist()) == ours
+    assert bootstrap_interval([0.5]) == (0.5, 0.5)
+    with pytest.raises(ValueError, match="one value or more"):
+        bootstrap_interval([])
