@@ -4,14 +4,14 @@
     POST /v1/episodes/reward     a `Verdict` as JSON, {"reward": 1.0, "success": true}: it ends the episode
     GET  /v1/models[/NAME]       the one there is
 
-The API key says which episode a request belongs to. Errors have OpenAI's form: 400 for what is not offered, 401 for an
-unknown key, 409 after the episode's end; clients are told not to repeat such a request.
+The API key says which episode a request belongs to; it is looked at before the body. Errors have OpenAI's form: 400 for
+what is not offered, 401 for an unknown key, 408 and 413 for a body that is slow or long, 409 after the episode's end.
+Clients are told not to repeat such a request.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import socket
@@ -28,6 +28,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from rollout.connection import Connection, read_body
 from rollout.openai_format import Refused, completion, events, read
 from rollout.session import Session, Verdict, ended
 
@@ -37,6 +38,7 @@ _BACKLOG = 2048
 _ENDED_KEPT = 4096  # keys of ended episodes that are told so
 _CLOSE_SECONDS = 2
 _HUNG_UP = 499  # nobody reads it
+_CLOSING = (401, 408, 413)  # what is left of such a request's body is not read
 _IDLE_SECONDS = 24 * 3600  # a connection the server closes first could be one that is just being used
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class Endpoint:
         self._server = _Server(
             uvicorn.Config(
                 self._app(),
+                http=Connection,
                 lifespan="off",
                 ws="none",
                 log_config=None,
@@ -111,9 +114,8 @@ class Endpoint:
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def _chat(self, request: Request) -> Response:
-        body = await _body(request)
         session = self._session(request)
-        asked = read(body)
+        asked = read(await read_body(request))
         self._note(asked.ignored)
         call = session.ask(asked)
         hung_up = asyncio.ensure_future(_hung_up(request))
@@ -133,8 +135,8 @@ class Endpoint:
         return JSONResponse(completion(asked, answer, ident, created))
 
     async def _reward(self, request: Request) -> Response:
-        body = await _body(request)
         session = self._session(request)
+        body = await read_body(request)
         try:
             session.post(Verdict.read(body))
         except ValueError as error:
@@ -178,13 +180,6 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _body(request: Request) -> Any:
-    try:
-        return json.loads(await request.body())
-    except ValueError as error:
-        raise Refused(400, "invalid_request", f"the request is no JSON: {error}") from None
-
-
 async def _hung_up(request: Request) -> None:
     """Return when the client of a request that was read whole is gone."""
     while (await request.receive())["type"] != "http.disconnect":
@@ -197,4 +192,7 @@ def _model(name: str) -> dict[str, Any]:
 
 def _refusal(error: Refused) -> Response:
     # The client would repeat a 409 by itself; nothing gets better by that here.
-    return JSONResponse(error.body, error.status, headers={"x-should-retry": "false"})
+    headers = {"x-should-retry": "false"}
+    if error.status in _CLOSING:
+        headers["connection"] = "close"
+    return JSONResponse(error.body, error.status, headers=headers)

@@ -21,6 +21,7 @@ _READ = (
     "stream_options", "modalities", "response_format", "metadata", "store", "user", "safety_identifier", "service_tier",
     "prompt_cache_key", "prompt_cache_retention",
 )  # fmt: skip
+MAX_DEPTH = 64  # of a request's JSON, and of a call's arguments
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")  # of a message; all else is a client's own
 _TEXT_ALONE = "the policy writes text; leave audio and modalities away"
@@ -73,6 +74,25 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     whole: bool = True  # nothing of what the policy said was left away
+
+
+def read_json(text: str | bytes | bytearray) -> Any:
+    """A JSON value, of at most MAX_DEPTH objects and lists within one another. ValueError for anything else."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from None
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inside = [
+            each.values() if isinstance(each, dict) else each
+            for each in level
+            if isinstance(each, dict | list)
+        ]
+        level = [value for values in inside for value in values]
+        if not level:
+            return value
+    raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
 
 
 def read(body: Any) -> Asked:
@@ -218,7 +238,7 @@ def _call(call: Any) -> dict[str, Any]:
     match call:
         case {"function": {"name": str(name), "arguments": str(written)}}:
             try:
-                arguments = json.loads(written)
+                arguments = read_json(written)
             except ValueError:
                 arguments = written
             told = arguments if isinstance(arguments, dict) else written

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from envs.child import import_path, inherited, leashed
 from envs.reference import load_function
+from rollout.openai_format import read_json
 from rollout.session import Left, Verdict
 
 Function = Callable[..., Any]  # (base_url, api_key, task)
@@ -229,7 +230,7 @@ def _last_line(output: str) -> Any:
     """The last line where it is a JSON object: a bare number could be anything that a program happens to print."""
     said = next((line for line in reversed(output.split("\n")) if line.strip()), "")
     try:
-        result = json.loads(said)
+        result = read_json(said)
     except ValueError:
         return None
     return result if isinstance(result, dict) else None
