@@ -228,6 +228,20 @@ def export(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder; the run may be going on.")],
+) -> None:
+    """Write a run's report.html from what the run has stored so far.
+
+    Example:
+    manta report runs/frozen_lake-20260101-120000
+    """
+    from deploy.report import write_report
+
+    write(console, f"wrote {write_report(run)}")
+
+
+@app.command()
 def envs() -> None:
     """List the environments there are: ours, optional suites with their extras, and Gymnasium's.
 

@@ -7,6 +7,8 @@ the run left in its folder alone, so it can be written again at any time.
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from math import exp
 from pathlib import Path
@@ -28,11 +30,11 @@ Summary = dict[str, Any]
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write the report of a run, finished or not, and return its path.
+    """Write the report of a run, finished or not, and return its path. ConfigError where the folder is no run's.
 
     Read are config.json, metrics.jsonl, summary.json (absent while the run goes on), groups/ and evaluations/.
     """
-    config = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
+    config = _config(run_folder)
     stored = run_folder / "summary.json"
     summary: Summary = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
     measured = summary or stored_figures(run_folder)
@@ -40,7 +42,7 @@ def write_report(run_folder: Path) -> Path:
     rows = read_metrics(run_folder)
     page = _templates().get_template("report.html.j2")
     text = page.render(
-        title=config["name"],
+        title=config.get("name", "run"),
         run=run_folder.resolve().name,
         finished=bool(summary),
         outcomes=outcomes(measured, task),
@@ -54,8 +56,27 @@ def write_report(run_folder: Path) -> Path:
         plotly=get_plotlyjs(),
     )
     path = run_folder / REPORT_FILE
-    path.write_text(text, encoding="utf-8")
+    aside = run_folder / f".{REPORT_FILE}.part"  # who reads it while it is written again reads the one before
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+    aside.replace(path)
     return path
+
+
+def _config(run_folder: Path) -> dict[str, Any]:
+    """The configuration as it is stored: a report shows it, so it need not be one that this version would run."""
+    path = run_folder / "config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(stored, dict):
+            return stored
+        fault = f"{path}: broken file (it holds no table of options)"
+    except (FileNotFoundError, NotADirectoryError):
+        fault = f"{run_folder} is not a run folder: it has no {path.name}"
+    except ValueError as error:
+        fault = f"{path}: broken file ({error})"
+    from deploy.config import ConfigError  # it imports torch, which a report need not wait for
+
+    raise ConfigError(fault)
 
 
 def outcomes(summary: Summary, task: str) -> list[dict[str, Any]]:
@@ -144,3 +165,8 @@ def _templates() -> Environment:
     # How unsure the policy was of a token, 0 (certain) .. 1: the depth of its shade.
     templates.filters["doubt"] = lambda logprob: f"{1 - exp(min(0.0, logprob)):.3f}"
     return templates
+
+
+if __name__ == "__main__":
+    os.nice(10)
+    write_report(Path(sys.argv[1]))

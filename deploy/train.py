@@ -21,6 +21,7 @@ from deploy.guards import Watch, with_defaults
 from deploy.metrics import MetricsLog, read_metrics, rollout_rates
 from deploy.progress import Progress
 from deploy.report import write_report
+from deploy.reporter import Reporter
 from deploy.ring import LearnerLost, Ring, Row
 from learner.checkpoint import DiskFull
 
@@ -36,10 +37,12 @@ class Training:
     ring: Ring
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
+    _reports: Reporter = field(init=False)
 
     async def run(self, resume: bool) -> dict[str, Any]:
         """Drive the run to its end; returns the summary, which is also stored with the report."""
         folder = self.ring.run_folder
+        self._reports = Reporter(folder, self.progress.say)
         try:
             with self._timed("start"):
                 version = await self.ring.start(resume)
@@ -54,8 +57,12 @@ class Training:
             await self._steps(version)
             after = await self._evaluate("after")
             summary = await self._summary(before, after)
-        finally:
+        except BaseException:
             await self.ring.close()
+            await asyncio.to_thread(self._reports.last)
+            raise
+        await self.ring.close()
+        self._reports.close()
         (folder / "summary.json").write_text(json.dumps(summary, indent=2))
         write_report(folder)
         return summary
@@ -120,6 +127,8 @@ class Training:
                 guards.look(step, row)
                 if step % self.config.checkpoint.every_steps == 0 or step == self.config.steps:
                     await self._save()
+                    if step < self.config.steps:
+                        self._reports.refresh()
         finally:
             log.close()
 
