@@ -10,13 +10,13 @@ from typing import Any
 import ray
 
 from deploy.config import ConfigError, RunConfig
-from deploy.janitor import TAG
+from deploy.janitor import TAG, ray_folder
 
 
 def connect(config: RunConfig, temporary: Path | None = None) -> None:
     """Join the cluster named by the configuration or by the job that runs us, or start a local Ray.
 
-    A local Ray keeps its sockets and logs in `temporary`, where one is given.
+    A local Ray keeps its sockets and logs below `temporary`, where one is given.
     """
     if ray.is_initialized():
         return
@@ -29,7 +29,7 @@ def connect(config: RunConfig, temporary: Path | None = None) -> None:
         port = config.cluster.dashboard_port
         options |= {"include_dashboard": bool(port)} | ({"dashboard_port": port} if port else {})
         if temporary is not None:
-            options["_temp_dir"] = str(temporary)
+            options["_temp_dir"] = str(ray_folder(temporary))
         ray.init(address="local", **options)
 
 

@@ -16,7 +16,14 @@ from deploy.config import RunConfig
 from deploy.console import Console, errors, write
 from deploy.control import driving
 from deploy.evaluation import WHEN, said
-from deploy.janitor import prepare_local_ray, private_temporary, start_janitor, tag_run, with_kept_logs
+from deploy.janitor import (
+    make_private,
+    prepare_local_ray,
+    start_janitor,
+    tag_run,
+    temporary_of,
+    with_kept_logs,
+)
 from deploy.progress import Progress
 from deploy.ring import Ring
 from deploy.supervise import PartFailed
@@ -35,8 +42,11 @@ def drive(config: RunConfig, folder: Path, console: Console, *, resume: bool, lo
     """Run to the end and print the outcome. typer.Exit(130) after Ctrl-C or SIGTERM; PartFailed as it is."""
     local = local or config.replay is not None
     alone = local or not config.cluster.joins  # nothing of the run is on another machine
-    temporary = private_temporary() if alone else None
-    start_janitor(tag_run(), folder, temporary)
+    run = tag_run()
+    temporary = temporary_of(run) if alone else None
+    start_janitor(run, folder, temporary)  # before there is anything to be removed
+    if temporary is not None:
+        make_private(temporary)
     if not local:
         if alone:
             prepare_local_ray()

@@ -25,23 +25,40 @@ TAG = "MANTA_RUN"
 GRACE_SECONDS = 15.0  # what Ray and vLLM are given to end by themselves once the driver is gone
 _POLL_SECONDS = 0.5
 _LONGEST_TEMPORARY = 24
+_REMOVALS = 20  # attempts, _POLL_SECONDS apart, while something still writes into the folder
 
 
 def tag_run() -> str:
-    """Mark this process, and with it every process it starts, as belonging to one run; returns the id."""
+    """Mark this process, and with it every process it starts, as belonging to a new run; returns the id.
+
+    An id that was inherited is another run's, or somebody's who exported it, and their processes are none of ours.
+    """
     # Ray's agents and vLLM's processes give themselves titles, and would write them over the environment that the
     # janitor knows them by: whichever variables come first, in an order that differs from start to start.
     os.environ["SPT_NOENV"] = "1"
-    return os.environ.setdefault(TAG, secrets.token_hex(8))
+    run = os.environ[TAG] = secrets.token_hex(8)
+    return run
 
 
-def private_temporary() -> Path:
-    """Make a folder for all temporary files of this process and those it starts; the janitor removes it."""
-    # Ray's sockets lie some 60 bytes below, and a socket's path has room for 107.
-    short = len(tempfile.gettempdir()) <= _LONGEST_TEMPORARY
-    temporary = Path(tempfile.mkdtemp(prefix="manta-", dir=None if short else "/tmp"))
+def temporary_of(run: str) -> Path:
+    """Where the temporary files of a run's processes on this host will lie; nothing is made."""
+    # Ray's sockets lie 66 bytes below, and a socket's path has room for 107.
+    parent = tempfile.gettempdir()
+    return Path(parent if len(parent) <= _LONGEST_TEMPORARY else "/tmp") / f"manta-{run[:8]}"
+
+
+def make_private(temporary: Path) -> None:
+    """Make the folder for all temporary files of this process and those it starts; the janitor removes it.
+
+    Its mode is 700: no other user reaches what lies in it, whatever modes that has. FileExistsError where it is there.
+    """
+    temporary.mkdir(mode=0o700)
     os.environ["TMPDIR"] = str(temporary)
-    return temporary
+
+
+def ray_folder(temporary: Path) -> Path:
+    """Where a local Ray keeps its sockets and logs: one level down, since Ray makes its folder mode 0777."""
+    return temporary / "r"
 
 
 def prepare_local_ray() -> None:
@@ -100,14 +117,25 @@ def clean_up(run: str, folder: Path, temporary: Path | None, grace: float = GRAC
                 continue
         time.sleep(_POLL_SECONDS)
     if temporary is not None:
-        if folder.is_dir():
-            keep_logs(temporary, folder)
+        try:
+            if folder.is_dir():
+                keep_logs(temporary, folder)
+        finally:  # also where they cannot be kept
+            remove(temporary)
+
+
+def remove(temporary: Path) -> None:
+    """Remove a folder, again where something wrote into it meanwhile."""
+    for _ in range(_REMOVALS):
         shutil.rmtree(temporary, ignore_errors=True)
+        if not temporary.exists():
+            return
+        time.sleep(_POLL_SECONDS)
 
 
 def keep_logs(temporary: Path, folder: Path) -> None:
     """Move a local Ray's logs into the run folder."""
-    for session in temporary.glob("session_2*"):
+    for session in ray_folder(temporary).glob("session_2*"):
         if (session / "logs").is_dir():
             target = folder / "logs" / session.name
             shutil.rmtree(target, ignore_errors=True)
@@ -118,7 +146,7 @@ def keep_logs(temporary: Path, folder: Path) -> None:
 def with_kept_logs(text: str, temporary: Path, folder: Path) -> str:
     """A message that names a local Ray's logs, naming them where they will be found after the run."""
     return re.sub(
-        rf"{re.escape(str(temporary))}/(session_[^/]+)/logs/",
+        rf"{re.escape(str(ray_folder(temporary)))}/(session_[^/]+)/logs/",
         lambda found: f"{folder}/logs/{found[1]}/",  # a folder's name may hold a backslash
         text,
     )

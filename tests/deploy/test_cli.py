@@ -30,7 +30,7 @@ def manta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     """Runs the command in this process; returns its exit code and what it wrote to stdout and stderr."""
     # This process is no driver: nobody is to clean up after it, and its environment stays as it is.
     monkeypatch.setattr(drive, "start_janitor", lambda *arguments: None)
-    monkeypatch.setattr(drive, "private_temporary", lambda: None)
+    monkeypatch.setattr(drive, "temporary_of", lambda run: None)
     monkeypatch.setenv(TAG, "tests")
 
     def run(*arguments: str) -> tuple[int, str, str]:

@@ -78,6 +78,8 @@ def test_whatever_ends_a_run_nothing_of_it_is_left(how: str, tmp_path: Path) -> 
             "the second step",
         )
         assert driver.alive(), driver.tail()
+        for entry in temporary.iterdir():
+            assert not entry.stat().st_mode & 0o077, f"{entry.name} can be reached by other users"
         if how == "killed":
             driver.signal(signal.SIGKILL)
             assert driver.wait(30) == -signal.SIGKILL
