@@ -359,8 +359,12 @@ def _mistakes() -> tuple[type[Exception], ...]:
     from learner.checkpoint import CheckpointError
     from learner.model import ModelError
     from rollout.chat import ChatError
+    from rollout.wire.history import HistoryError
+    from rollout.wire.ledger_checks import LedgerError
+    from rollout.wire.segments import CorruptSegment
 
-    return ConfigError, EnvironmentUnknown, ModelError, CheckpointError, ChatError
+    stored = CheckpointError, HistoryError, LedgerError, CorruptSegment
+    return ConfigError, EnvironmentUnknown, ModelError, ChatError, *stored
 
 
 def _verdicts() -> tuple[type[Exception], ...]:

@@ -28,6 +28,8 @@ from deploy.progress import Progress
 from deploy.ring import Ring
 from deploy.supervise import PartFailed
 from deploy.train import Training
+from learner.checkpoint import newest_version
+from rollout.wire.ledger_checks import LEDGER, check_ledger
 
 T = TypeVar("T")
 
@@ -57,6 +59,8 @@ def drive(config: RunConfig, folder: Path, console: Console, *, resume: bool, lo
     if not resume:
         run_folder.create(config, folder)
     with driving(folder):
+        if resume and config.replay is None and (folder / LEDGER).is_file():
+            check_ledger(folder / LEDGER, newest_version(folder), config.buffer.groups_per_step)
         if resume and config != run_folder.open_existing(folder):
             run_folder.store(config, folder)  # it goes on elsewhere, from now on
         try:

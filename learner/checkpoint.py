@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import torch
@@ -132,6 +133,21 @@ def latest(run: Path) -> Path | None:
     return None
 
 
+def newest_version(run: Path) -> int:
+    """The version of a run's newest checkpoint by what its state.json says, its other files unread; 0: none."""
+    for folder in reversed(_complete(run / ROOT)):
+        try:
+            return int(_stated(folder)["version"])
+        except CheckpointError:
+            continue
+    return 0
+
+
+def model_files(folder: Path) -> list[str]:
+    """The files of a checkpoint's model, relative to the checkpoint: those that were written with it."""
+    return [name for name in _stated(folder)["files"] if Path(name).parts[0] == MODEL]
+
+
 def versions(run: Path) -> list[int]:
     """The weight versions a run keeps checkpoints of, oldest first; whether they are whole is not looked at."""
     return [version_of(folder) for folder in _complete(run / ROOT)]
@@ -175,30 +191,53 @@ def _seal(state: Mapping[str, Any]) -> str:
 
 def _verified(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint whose every file is what was written: sizes are compared first, then checksums."""
-
-    def broken(what: str) -> CheckpointError:
-        return CheckpointError(f"checkpoint {folder} is broken: {what}")
-
-    try:
-        state: dict[str, Any] = json.loads((folder / STATE).read_text())
-        seal, files = state["seal"], state["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise broken(f"{STATE} is missing or unreadable") from error
-    if seal != _seal(state):
-        raise broken(f"{STATE} has changed since it was written")
-    for name, written in files.items():
-        file = folder / name
-        found = file.stat().st_size if file.is_file() else 0
+    state = _stated(folder)
+    for name, written in state["files"].items():
+        found = _size(folder, name)
         if found != written["size"]:
-            raise broken(f"{name} has {found} of {written['size']} bytes")
-    for name, written in files.items():
+            raise _broken(folder, f"{name} has {found} of {written['size']} bytes")
+    for name, written in state["files"].items():
         try:
             checksum = _checksum(folder / name)
         except OSError as error:
-            raise broken(f"{name} can not be read ({error.strerror})") from error
+            raise _broken(folder, f"{name} can not be read ({error.strerror})") from error
         if checksum != written["blake3"]:
-            raise broken(f"{name} has changed since it was written")
+            raise _broken(folder, f"{name} has changed since it was written")
     return state
+
+
+def _stated(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, whole by its own seal, and of the version that the folder's name says."""
+    file = folder / STATE
+    try:
+        if not S_ISREG(file.lstat().st_mode):
+            raise ValueError("no plain file")
+        state: dict[str, Any] = json.loads(file.read_text())
+        seal, version, files = state["seal"], state["version"], dict(state["files"])
+        listed = {name: (int(of["size"]), str(of["blake3"])) for name, of in files.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise _broken(folder, f"{STATE} is missing or unreadable") from error
+    if seal != _seal(state):
+        raise _broken(folder, f"{STATE} has changed since it was written")
+    if version != version_of(folder):
+        raise _broken(folder, f"{STATE} is of version {version}")
+    for name in listed:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise _broken(folder, f"{STATE} lists {name!r}, which lies outside of it")
+    return state
+
+
+def _size(folder: Path, name: str) -> int:
+    """Bytes of a file; 0 where it is missing. CheckpointError for what is no plain file of the folder itself."""
+    file = folder / name
+    linked = any((folder / part).is_symlink() for part in [Path(name), *Path(name).parents][:-1])
+    if linked or (file.exists() and not file.is_file()):
+        raise _broken(folder, f"{name} is no plain file of its own")
+    return file.stat().st_size if file.exists() else 0
+
+
+def _broken(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint {folder} is broken: {what}")
 
 
 def _checksum(file: Path) -> str:

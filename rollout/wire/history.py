@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from rollout.wire.ledger_checks import check_log, examine, naming
 from rollout.wire.payload import Reused
 from rollout.wire.reuse import OF_STEPS
 from rollout.wire.segments import Location, read_batch
@@ -31,7 +32,10 @@ class History:
         ledger = run / "ledger.sqlite"
         if not ledger.is_file():
             raise HistoryError(f"{run}: no ledger.sqlite, so this is no run folder")
-        with closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as db:
+        check_log(ledger)
+        uri = f"{ledger.absolute().as_uri()}?mode=ro"
+        with naming(ledger), closing(sqlite3.connect(uri, uri=True)) as db:
+            examine(db, ledger)
             rows = db.execute(_STEPS).fetchall()
             known = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'reuses'").fetchone()
             again = db.execute(OF_STEPS).fetchall() if known else []

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rollout.wire.ledger_checks import LedgerError, check_log, examine, naming, watch
 from rollout.wire.reuse import TABLES as _REUSES
 from rollout.wire.reuse import ReuseLog
 from rollout.wire.segments import Location
@@ -123,20 +124,31 @@ class Ledger:
     """The tables of one run. One writer; it checks nothing that its `Store` has checked."""
 
     def __init__(self, path: Path) -> None:
+        check_log(path)
         # The store that owns this is used by one thread at a time, but not always by the one that made it.
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._reuses = ReuseLog(self._db)
+        try:
+            with naming(path):
+                self._open(path)
+        except BaseException:
+            self._db.close()
+            raise
+        self._unsynced = True  # whether a transaction may still be lost with the machine
+
+    def _open(self, path: Path) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version not in (0, _VERSION):
-            self._db.close()
-            raise ValueError(
+            raise LedgerError(
                 f"{path}: a ledger of version {version}, but this Manta reads version {_VERSION}"
             )
+        if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+            examine(self._db, path)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
-        self._db.executescript(_TABLES)
-        self._db.execute(f"PRAGMA user_version={_VERSION}")
-        self._unsynced = True  # whether a transaction may still be lost with the machine
+        self._db.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version={_VERSION};")
+        watch(self._db)
+        self._db.execute("COMMIT")
 
     @property
     def db(self) -> sqlite3.Connection:
