@@ -1,27 +1,42 @@
 """Segments: append-only files of record batches, plain Arrow IPC streams that any Arrow reader opens.
 
-Offsets and checksums of single batches are remembered by whoever needs to read one again.
+    message   0xffffffff, length of the metadata (4 bytes), the metadata with a seal at its end, the batch's buffers
+    seal      magic, the length of the metadata (4 bytes) and of the buffers (8 bytes), CRC-32 of these three, 16
+              bytes of blake3 of everything else in the message
+
+Arrow pads its metadata and reads none of the padding: there the seal lies, so that every reader of ours can tell what
+was written from what was damaged, with nothing but the file. Offsets and checksums of single batches are remembered
+besides by those who read one again.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
+import struct
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import pyarrow as pa
 from blake3 import blake3
 
 from rollout.wire.appending import Mark, NumberedFiles, numbered
-from rollout.wire.schema import SCHEMA, require_version
+from rollout.wire.schema import SCHEMA, SchemaError, require_version
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _CHECKSUM_BYTES = 16
 _STEM, _SUFFIX = "segment", "arrows"
+_FRAME = struct.Struct("<II")  # of a message: continuation, length of the metadata
+_LENGTHS = struct.Struct("<8sIQ")
+_SEAL = struct.Struct(f"<{_LENGTHS.size}sI{_CHECKSUM_BYTES}s")
+_MAGIC = b"MTSEAL1\n"
 # A stream is the schema's message and one message a batch. Arrow's own writer holds the schema back until the first
 # batch, which would blur where that batch begins.
-_HEADER = SCHEMA.serialize().to_pybytes()
+_UNSEALED_HEADER = SCHEMA.serialize().to_pybytes()  # of files that an earlier Manta has written
+_HEADER = SCHEMA.with_metadata({**(SCHEMA.metadata or {}), b"manta.sealed": b"1"}).serialize().to_pybytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +52,9 @@ class Location:
 class CorruptSegment(RuntimeError):
     """A batch is not what was written; the message names the file."""
 
-    def __init__(self, path: Path, location: Location, why: str) -> None:
-        super().__init__(f"{path}: {why} (batch at byte {location.offset})")
-        self.segment = location.segment
+    def __init__(self, path: Path, offset: int, why: str) -> None:
+        super().__init__(f"{path}: {why} (batch at byte {offset})")
+        self.segment = int(path.stem.removeprefix(f"{_STEM}-"))
 
 
 class SegmentWriter:
@@ -55,9 +70,9 @@ class SegmentWriter:
 
     def append(self, batch: pa.RecordBatch) -> Location:
         """Write one batch; it is durable after the next `sync`. An OSError leaves nothing of it behind."""
-        message = batch.serialize()
-        segment, offset = self._files.append(message)
-        return Location(segment, offset, message.size, _checksum(message))
+        parts, checksum = _sealed(batch)
+        segment, offset = self._files.append(*parts)
+        return Location(segment, offset, sum(map(len, parts)), checksum)
 
     def sync(self) -> None:
         """Make everything appended so far survive a crash of the machine."""
@@ -110,11 +125,13 @@ def read_batch(folder: Path, location: Location) -> pa.RecordBatch:
             file.seek(location.offset)
             message = file.read(location.length)
     except FileNotFoundError:
-        raise CorruptSegment(path, location, "the file is gone") from None
-    if header != _HEADER:
-        _check_header(header, path, location)
-    if _checksum(message) != location.checksum:
-        raise CorruptSegment(path, location, "the checksum does not match")
+        raise CorruptSegment(path, location.offset, "the file is gone") from None
+    if header != _HEADER and not header.startswith(_UNSEALED_HEADER):
+        _check_header(header, path, location.offset)
+    sealed = _whole(message, 0)
+    checksum = sealed[1] if sealed else _checksum(message)
+    if len(message) != location.length or checksum != location.checksum:
+        raise CorruptSegment(path, location.offset, "the checksum does not match")
     return pa.ipc.read_record_batch(pa.ipc.read_message(message), SCHEMA)
 
 
@@ -127,7 +144,7 @@ def write_once(folder: Path, batches: Sequence[pa.RecordBatch]) -> None:
         with partial.open("wb") as file:
             file.write(_HEADER)
             for batch in batches:
-                file.write(batch.serialize())
+                file.writelines(_sealed(batch)[0])
             file.write(_END_OF_STREAM)
             file.flush()
             os.fsync(file.fileno())
@@ -139,19 +156,33 @@ def write_once(folder: Path, batches: Sequence[pa.RecordBatch]) -> None:
 
 
 def scan(path: Path) -> Iterator[pa.RecordBatch]:
-    """All whole batches of one segment; what a crash left half-written at the end is passed over."""
-    with pa.memory_map(str(path)) as source:
-        try:
-            reader = pa.ipc.open_stream(source)
-        except pa.ArrowInvalid:
+    """All whole batches of one segment; what a crash left half-written at the end is passed over.
+
+    Raises CorruptSegment where something else than a crash has changed the file.
+    """
+    if path.stat().st_size == 0:
+        return
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    begin = len(_HEADER)
+    if data[:begin] != _HEADER:
+        if data[: len(_UNSEALED_HEADER)] == _UNSEALED_HEADER:
+            yield from _unsealed(data)
+            return
+        if len(data) < begin or not data[:].strip(b"\0"):
             return  # not even the schema was written
-        require_version(reader.schema, str(path))
-        while True:
-            try:
-                batch = reader.read_next_batch()
-            except (StopIteration, pa.ArrowInvalid, OSError):
-                return
-            yield batch
+        begin = _FRAME.size + _FRAME.unpack_from(data)[1]
+        _check_header(data[:begin], path, 0)
+    buffer, offset = pa.py_buffer(data), begin
+    while data[offset : offset + len(_END_OF_STREAM)] != _END_OF_STREAM:
+        sealed = _whole(data, offset)
+        if sealed is None:
+            if _is_damaged(data, offset):
+                why = "damaged; restore the file from a copy, or move it away to go on without its rows"
+                raise CorruptSegment(path, offset, why)
+            return
+        yield pa.ipc.read_record_batch(pa.ipc.read_message(buffer.slice(offset, sealed[0])), SCHEMA)
+        offset += sealed[0]
 
 
 def read_rows(folder: Path) -> pa.Table:
@@ -163,16 +194,100 @@ def read_rows(folder: Path) -> pa.Table:
     return pa.Table.from_batches(batches, schema=SCHEMA)
 
 
+def _sealed(batch: pa.RecordBatch) -> tuple[list[Any], str]:
+    """The parts of a batch's message, and its checksum in hex."""
+    message = memoryview(batch.serialize())
+    continuation, length = _FRAME.unpack_from(message)
+    metadata, body = message[_FRAME.size : _FRAME.size + length], message[_FRAME.size + length :]
+    frame = _FRAME.pack(continuation, length + _SEAL.size)
+    lengths = _LENGTHS.pack(_MAGIC, length + _SEAL.size, len(body))
+    digest = _digest(frame, metadata, lengths, body)
+    return [frame, metadata, _SEAL.pack(lengths, crc32(lengths), digest), body], digest.hex()
+
+
+class _Seal(NamedTuple):
+    metadata: int  # bytes
+    body: int  # bytes
+    digest: bytes
+
+
+def _seal_of(data: Any, offset: int) -> tuple[bytes, int]:
+    """The bytes where the message at `offset` ought to have its seal (fewer: the file ends there), and their place."""
+    frame = data[offset : offset + _FRAME.size]
+    length = _FRAME.unpack(frame)[1] if len(frame) == _FRAME.size else 0
+    place = offset + _FRAME.size + length - _SEAL.size
+    return (data[place : place + _SEAL.size] if length >= _SEAL.size else b""), place
+
+
+def _read_seal(seal: bytes) -> _Seal | None:
+    """What a seal says, where it is one; whether its batch fits it is not known yet."""
+    if len(seal) < _SEAL.size:
+        return None
+    lengths, checksum, digest = _SEAL.unpack(seal)
+    magic, metadata, body = _LENGTHS.unpack(lengths)
+    return _Seal(metadata, body, digest) if magic == _MAGIC and crc32(lengths) == checksum else None
+
+
+def _whole(data: Any, offset: int) -> tuple[int, str] | None:
+    """Length and checksum of the sealed message at `offset`; None where what stands there is no such message."""
+    seal, place = _seal_of(data, offset)
+    said, end = _read_seal(seal), place + _SEAL.size
+    if said is None or said.metadata != end - offset - _FRAME.size or len(data) < end + said.body:
+        return None
+    view = memoryview(data)
+    parts = view[offset:place], view[place : place + _LENGTHS.size], view[end : end + said.body]
+    return (end + said.body - offset, said.digest.hex()) if _digest(*parts) == said.digest else None
+
+
+def _is_damaged(data: mmap.mmap, offset: int) -> bool:
+    """Whether what is no whole message is more than a crash leaves: too few bytes of one, or zeros."""
+    if not data[offset:].strip(b"\0"):
+        return False
+    if len(data) - offset > len(_END_OF_STREAM) and data[-len(_END_OF_STREAM) :] == _END_OF_STREAM:
+        return True  # the file was ended, so all of it was written
+    seal, expected = _seal_of(data, offset)
+    if len(seal) == _SEAL.size and seal.strip(b"\0"):
+        said = _read_seal(seal)
+        return said is None or len(data) >= expected + _SEAL.size + said.body
+    place = data.find(_MAGIC, offset)
+    while place >= 0:  # its length may be what is damaged
+        if _read_seal(data[place : place + _SEAL.size]) is not None:
+            return True
+        place = data.find(_MAGIC, place + 1)
+    return False
+
+
+def _unsealed(data: mmap.mmap) -> Iterator[pa.RecordBatch]:
+    """The batches of a file that an earlier Manta has written; only the ledger can tell whether they were changed."""
+    reader = pa.ipc.open_stream(pa.py_buffer(data))
+    while True:
+        try:
+            batch = reader.read_next_batch()
+        except (StopIteration, pa.ArrowInvalid, OSError):
+            return
+        yield batch
+
+
+def _digest(*parts: Any) -> bytes:
+    hasher = blake3()
+    for part in parts:
+        hasher.update(part)
+    return hasher.digest(length=_CHECKSUM_BYTES)
+
+
 def _checksum(message: pa.Buffer | bytes) -> str:
     return blake3(message).hexdigest(length=_CHECKSUM_BYTES)
 
 
-def _check_header(header: bytes, path: Path, location: Location) -> None:
+def _check_header(header: bytes, path: Path, offset: int) -> None:
     try:
         schema = pa.ipc.read_schema(pa.py_buffer(header))
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptSegment(path, location, f"its schema cannot be read: {error}") from None
-    require_version(schema, str(path))
+        require_version(schema, str(path))
+    except SchemaError:
+        raise
+    except (pa.ArrowException, OSError, LookupError, ValueError) as error:
+        why = f"its schema cannot be read ({str(error).splitlines()[0]})"
+        raise CorruptSegment(path, offset, why) from None
 
 
 def _same_bytes(one: Path, other: Path) -> bool:

@@ -9,10 +9,12 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
+from blake3 import blake3
 
-from rollout.wire.schema import SchemaError, decode, encode
+from rollout.wire.schema import SCHEMA, SchemaError, decode, encode
 from rollout.wire.segments import (
     CorruptSegment,
+    Location,
     SegmentWriter,
     read_batch,
     read_rows,
@@ -115,6 +117,40 @@ def test_a_file_of_another_version_is_refused_by_name(tmp_path: Path, batches: l
     for read in (lambda: read_rows(tmp_path), lambda: read_batch(tmp_path, place)):
         with pytest.raises(SchemaError, match=r"segment-000000\.arrows: rows of schema version 0"):
             read()
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_flipped_bit_anywhere_is_named_or_changes_nothing(
+    closed: bool, tmp_path: Path, batches: list[pa.RecordBatch]
+) -> None:
+    writer = SegmentWriter(tmp_path, max_bytes=2**20)
+    ends = [place.offset + place.length for place in map(writer.append, batches[:3])]
+    writer.sync()
+    if closed:
+        writer.close()
+    path = tmp_path / "segment-000000.arrows"
+    whole = path.read_bytes()
+    named = 0
+    for at in [*range(0, len(whole), 23), *range(len(whole) - 60, len(whole))]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        try:
+            assert list(scan(path)) == batches[:3], at
+        except (CorruptSegment, SchemaError) as error:
+            assert "segment-000000.arrows" in str(error) and "\n" not in str(error)
+            named += 1
+    assert named > 0.8 * (ends[-1] - 2000) / 23  # all but what stands in the schema and names nothing
+
+
+def test_rows_of_an_earlier_manta_are_read(tmp_path: Path, batches: list[pa.RecordBatch]) -> None:
+    path = tmp_path / "segment-000000.arrows"
+    with pa.ipc.new_stream(str(path), SCHEMA) as stream:
+        for batch in batches:
+            stream.write_batch(batch)
+    assert list(scan(path)) == batches
+    message = batches[0].serialize()
+    offset = len(SCHEMA.serialize())
+    place = Location(0, offset, message.size, blake3(message).hexdigest(length=16))
+    assert read_batch(tmp_path, place) == batches[0]
 
 
 def test_a_batch_that_is_not_what_was_written_is_named(tmp_path: Path, batches: list[pa.RecordBatch]) -> None:
