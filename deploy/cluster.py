@@ -44,6 +44,7 @@ from learner.publish import Publisher
 from learner.ranks import RankLost
 from rollout.actors import GROUPS, RolloutActor, demonstrate
 from rollout.wire.actors import ExchangeActor
+from rollout.wire.metrics import joined
 from rollout.wire.share import StepTorn
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Task
@@ -183,15 +184,11 @@ class RayRing:
             "the learner's step", lambda: self._lead.train.remote(number), limit
         )
         trained = time.perf_counter()
-        row |= await self._watched(self.publish())
+        published = await self._watched(self.publish())
         await self._watched(self._within("the exchange", self._exchange.release.remote(number)))
         ended = time.perf_counter()
-        return row | {
-            "version": number,
-            "workers": float(len(self._fleet.serving)),
-            "publish_s": ended - trained,
-            "step_s": ended - began,
-        }
+        times = {"publish_s": ended - trained, "step_s": ended - began}
+        return joined(row, published, times, {"workers": float(len(self._fleet.serving))})
 
     async def recover(self, loss: LearnerLost) -> int:
         self._learning.clear()

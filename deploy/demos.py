@@ -85,6 +85,7 @@ def write_demonstrations(asked: Demonstrations, folder: Path, console: Console) 
 async def _written(played: AsyncIterator[Group], folder: Path, total: int, progress: Progress) -> Evaluation:
     rows: list[EpisodeRow] = []
     sums: dict[str, float] = {}
+    sound = 0
     writer = SegmentWriter(folder, SEGMENT_BYTES)
     with progress.phase("demonstrations", total) as phase:
         async for group in played:
@@ -92,10 +93,12 @@ async def _written(played: AsyncIterator[Group], folder: Path, total: int, progr
             if batch.num_rows:  # an episode that failed in its reset has none
                 writer.append(batch)
             rows += [EpisodeRow.of(trajectory) for trajectory in group.trajectories]
-            verdicts = {} if rows[-1].success is None else {"success": float(rows[-1].success)}
-            for name, value in ({"reward": rows[-1].reward} | verdicts).items():
-                sums[name] = sums.get(name, 0.0) + value
-            phase.advance(1, **{name: total / len(rows) for name, total in sums.items()})
+            if rows[-1].sound:
+                sound += 1
+                verdicts = {} if rows[-1].success is None else {"success": float(rows[-1].success)}
+                for name, value in ({"reward": rows[-1].reward} | verdicts).items():
+                    sums[name] = sums.get(name, 0.0) + value
+            phase.advance(1, **{name: total / max(sound, 1) for name, total in sums.items()})
     writer.close()
     return Evaluation.of(rows)
 

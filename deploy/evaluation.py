@@ -13,7 +13,6 @@ from typing import Any, Self
 
 from deploy.statistics import bootstrap_interval, wilson_interval
 from rollout.wire.store import EpisodeRow
-from rollout.wire.trajectory import EndReason
 
 WHEN = ("before", "after")  # of training
 
@@ -32,7 +31,7 @@ class Evaluation:
     @classmethod
     def of(cls, rows: Sequence[EpisodeRow], held_out: bool = False) -> Self:
         """Raises RuntimeError when every episode was lost, with the last error."""
-        sound = [row for row in rows if row.end_reason not in (EndReason.FAILED, EndReason.CANCELLED)]
+        sound = [row for row in rows if row.sound]
         if not sound:
             raise RuntimeError(f"all {len(rows)} evaluation episodes failed; the last: {rows[-1].error}")
         judged = any(row.success is not None for row in sound)

@@ -16,6 +16,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 METRICS = (
+    "batch_tokens_sampled",
     "behavior_gap",
     "clip_fraction",
     "correction",
@@ -38,14 +39,24 @@ METRICS = (
     "reused_lag_max",
     "reused_lag_mean",
     "reward",
+    "reward_max",
+    "reward_min",
+    "reward_std",
+    "rollout_tokens_per_s",
+    "rollout_tokens_sampled",
     "sampled_per_episode",
+    "sampled_per_episode_max",
+    "sampled_per_episode_p50",
+    "sampled_per_episode_p95",
     "scored_share",
     "skipped_step",
     "success",
-    "tokens_sampled",
+    "tokens_processed",
     "tokens_scored",
-    "tokens_trained",
     "turns",
+    "turns_max",
+    "turns_p50",
+    "turns_p95",
     "untrainable_episodes",
     "value",
     "value_error",
@@ -54,7 +65,7 @@ METRICS = (
     "value_skipped_step",
     "zero_advantage_fraction",
 )
-_OF_A_LAG = re.compile(r"(behavior_gap|effective_samples)_lag_\d+")
+_NAMED = re.compile(r"(behavior_gap|effective_samples)_lag_\d+|rewards/.+/(mean|std|min|max)")
 MISSING_STEPS = 10  # without a metric, until that is said
 
 
@@ -73,7 +84,7 @@ class Guard(BaseModel, extra="forbid", frozen=True):
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:
-        if self.metric not in METRICS and not _OF_A_LAG.fullmatch(self.metric):
+        if self.metric not in METRICS and not _NAMED.fullmatch(self.metric):
             close = difflib.get_close_matches(self.metric, METRICS, n=1, cutoff=0.3) or METRICS
             raise ValueError(f"guards: no metric {self.metric!r}; did you mean {close[0]!r}?")
         if self.below is None and self.above is None:

@@ -30,6 +30,7 @@ from learner.checkpoint import latest
 from learner.loop import LearnerLoop, Place, Source, sync_metrics
 from learner.publish import Snapshot
 from rollout.loop_watch import LoopWatch
+from rollout.wire.metrics import joined
 from rollout.wire.schema import encode
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Task
@@ -137,10 +138,10 @@ class LocalRing:
         began = time.perf_counter()
         row = await self._learner.train(number)
         trained = time.perf_counter()
-        row |= await self.publish()
+        published = await self.publish()
         await self._exchange.release(number)
         ended = time.perf_counter()
-        return row | {"version": number, "publish_s": ended - trained, "step_s": ended - began}
+        return joined(row, published, {"publish_s": ended - trained, "step_s": ended - began})
 
     async def recover(self, loss: LearnerLost) -> int:
         raise loss  # one process: what loses the learner loses everything

@@ -9,6 +9,8 @@ from pathlib import Path
 
 Row = dict[str, float]
 
+# Names in older runs. Their tokens_sampled was written by the learner, and then over that by the rollout.
+RENAMED = {"tokens_sampled": "rollout_tokens_sampled", "tokens_trained": "tokens_processed"}
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -43,24 +45,27 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """The stored rows of a run in order of steps; null reads as NaN. Empty before the first step."""
+    """The stored rows of a run in order of steps, under today's names; null reads as NaN. Empty before the first."""
     path = folder / METRICS_FILE
     if not path.is_file():
         return []
     # What follows the last newline is the torn row of a run that was killed while it wrote.
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [
-        {name: nan if value is None else value for name, value in json.loads(line).items()} for line in lines
+        {RENAMED.get(name, name): nan if value is None else value for name, value in json.loads(line).items()}
+        for line in lines
     ]
 
 
 def rollout_rates(before: Row, after: Row, seconds: float) -> Row:
     """What was played during a step, out of the workers' sums before and after it (see `rollout.tally`).
 
-    tools_REASON: tool calls for each episode that ended in the step, in a run that has made any.
+    rollout_tokens_sampled: by the workers meanwhile, for this step and later ones, evaluations and groups that are
+    dropped included; what the step was trained on is the learner's batch_tokens_sampled. tools_REASON: tool calls for
+    each episode that ended in the step, in a run that has made any.
     """
     sampled = after["tokens_sampled"] - before["tokens_sampled"]
-    row = {"tokens_sampled": sampled, "rollout_tokens_per_s": sampled / seconds}
+    row = {"rollout_tokens_sampled": sampled, "rollout_tokens_per_s": sampled / seconds}
     calls = {name: count for name, count in after.items() if name.startswith("tools_")}
     episodes = after.get("episodes", 0) - before.get("episodes", 0)
     if episodes and any(calls.values()):

@@ -21,6 +21,7 @@ from deploy.run_folder import CONFIG_FILE, read_json
 from learner.checkpoint import MODEL, latest
 from learner.publish import Snapshot
 from rollout.wire.history import History, HistoryError
+from rollout.wire.metrics import joined
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import Handle
@@ -57,7 +58,7 @@ class ReplayRing:
     async def step(self, number: int) -> Row:
         began = time.perf_counter()
         row = await self._learner.train(number)
-        return row | {"version": number, "publish_s": 0.0, "step_s": time.perf_counter() - began}
+        return joined(row, {"publish_s": 0.0, "step_s": time.perf_counter() - began})
 
     async def recover(self, loss: LearnerLost) -> int:
         raise loss

@@ -119,10 +119,12 @@ def facts(rows: Sequence[Row], summary: Summary) -> list[tuple[str, str]]:
     """The headline numbers: name and value."""
     shown = [("learner steps", f"{len(rows):,}")]
     if summary:
+        # Older runs call them trained; prompts are among them.
+        processed = summary["tokens_processed" if "tokens_processed" in summary else "tokens_trained"]
         shown += [
             ("wall clock", clock(sum(summary["seconds"].values()))),
             ("tokens generated", f"{summary['tokens_generated']:,}"),
-            ("tokens trained", f"{summary['tokens_trained']:,}"),
+            ("tokens processed by the learner", f"{processed:,}"),
             ("seed", f"{summary['seed']}"),
         ]
     if rows:

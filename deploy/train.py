@@ -24,6 +24,7 @@ from deploy.report import write_report
 from deploy.reporter import Reporter
 from deploy.ring import LearnerLost, Ring, Row
 from learner.checkpoint import DiskFull
+from rollout.wire.metrics import joined
 
 IMITATION_STRIDE = 10  # imitation steps between two looks at the display
 DISK_SECONDS = 5.0  # from one attempt to land a checkpoint on a full disk to the next
@@ -120,7 +121,7 @@ class Training:
                 row = await self.ring.step(step)
                 self._require_fresh(row)
                 counters = await self.ring.counters()
-                row |= rollout_rates(before, counters, row["step_s"])
+                row = joined(row, rollout_rates(before, counters, row["step_s"]))
                 before = counters
                 log.write(step, row)
                 self.progress.update(step, row)
@@ -164,7 +165,7 @@ class Training:
             "steps": len(rows),
             "seconds": {phase: round(value, 2) for phase, value in self.seconds.items()},
             "tokens_generated": int((await self.ring.counters())["tokens_sampled"]),
-            "tokens_trained": int(sum(row["tokens_trained"] for row in rows)),
+            "tokens_processed": int(sum(row["tokens_processed"] for row in rows)),
             "ledger": await self.ring.counts(),
             "seed": self.config.seed,
         }

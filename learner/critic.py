@@ -26,6 +26,7 @@ from learner.optim import Optimizer
 from learner.prepare import Example, and_after
 from learner.shards import gathered_state, laid_out, shard
 from learner.step import Auxiliary, Stats, accumulate
+from rollout.wire.metrics import joined
 
 _TRUNK, _HEAD = "trunk", "head.safetensors"
 Row = dict[str, float]
@@ -173,14 +174,14 @@ class OwnCritic:
     def step(self, batch: Batch) -> Row:
         self.optimizer.zero_grad()
         loss, means = accumulate(self.trunk, batch, self._loss)
-        return means | _moved(self.optimizer, math.isfinite(loss))
+        return joined(means, _moved(self.optimizer, math.isfinite(loss)))
 
     def step_with(self, policy_step: PolicyStep, batch: Batch, whole: Batch) -> Row:
         self.optimizer.zero_grad()
         loss, means = accumulate(self.trunk, whole, self._loss)
         finite = math.isfinite(loss) and math.isfinite(self.optimizer.grad_norm())
         row = policy_step(batch, agree=lambda: finite)
-        return row | means | _moved(self.optimizer, finite=not row["skipped_step"])
+        return joined(row, means, _moved(self.optimizer, finite=not row["skipped_step"]))
 
     def writer(self) -> Callable[[Path], None]:
         weights, write_head = self.trunk.whole_state(), self.head.writer()
@@ -249,14 +250,14 @@ class SharedCritic:
 
         self.optimizer.zero_grad()
         loss, means = accumulate(self._policy, batch, loss_of)
-        return means | _moved(self.optimizer, math.isfinite(loss))
+        return joined(means, _moved(self.optimizer, math.isfinite(loss)))
 
     def step_with(self, policy_step: PolicyStep, batch: Batch, whole: Batch) -> Row:
         self.optimizer.zero_grad()
         row = policy_step(
             whole, auxiliary=self._loss, agree=lambda: math.isfinite(self.optimizer.grad_norm())
         )
-        return row | _moved(self.optimizer, finite=not row["skipped_step"])
+        return joined(row, _moved(self.optimizer, finite=not row["skipped_step"]))
 
     def writer(self) -> Callable[[Path], None]:
         return self.head.writer()

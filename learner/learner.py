@@ -30,14 +30,15 @@ from learner.rehearsal import rehearse
 from learner.settings import LearnerSettings
 from learner.shards import gathered_tree
 from learner.step import PolicyObjective, cross_entropy_objective, sizes, train_step
+from rollout.wire.metrics import joined
 from rollout.wire.share import deal
 from rollout.wire.trajectory import Float32Array, Group
 
 # Summed over optimizer steps, not averaged.
 _COUNTS = (
-    "tokens_trained",
+    "tokens_processed",
     "tokens_scored",
-    "tokens_sampled",
+    "batch_tokens_sampled",
     "skipped_step",
     "idle_step",
     "value_skipped_step",
@@ -72,6 +73,7 @@ class Learner:
         self.optimizer = Optimizer(self.policy.parameters(), settings.optim, self._policy_steps)
         self._temperature = temperature
         self._rng = np.random.default_rng(seed)
+        self._verdicts = False  # whether the environment was ever seen to give one
         self._critic: Critic | None = None  # made by the first step, which finds the policy as it begins
         self._reference = Reference(settings.model, ranks) if settings.algorithm.kl else None
 
@@ -88,7 +90,8 @@ class Learner:
         algorithm = self.settings.algorithm
         self._begin()
         require_groups(groups, algorithm.credit.kind if algorithm.credit.siblings else None, self.ranks)
-        described = describe(groups, self.version, self.ranks)
+        described = describe(groups, self.version, self.ranks, self._verdicts)
+        self._verdicts = "success" in described
         examples = self._credited(groups)
         if self._fixes_proximal:
             self._fix_proximal(examples)
@@ -103,14 +106,12 @@ class Learner:
                 raise BatchRefused(_not_finite(row))
         self.version += 1
         merged = _merged(rows)
-        return {
-            **merged,
-            **described,
-            "scored_share": merged["tokens_scored"] / max(merged["tokens_sampled"], 1.0),
+        shares = {
+            "scored_share": merged["tokens_scored"] / max(merged["batch_tokens_sampled"], 1.0),
             "zero_advantage_fraction": self._share(not example.advantages_N.any() for example in examples),
             "cut_short": self._share(not e.episode.ended and e.episode.values is None for e in examples),
-            "version": float(self.version),
         }
+        return joined(merged, described, shares, {"version": float(self.version)})
 
     def rehearse(self, longest: int) -> None:
         """Fail now where a step of the largest row would not fit into memory, by what rehearsal.py tries.
@@ -236,7 +237,7 @@ class Learner:
         if self._critic is None:
             return teach(batch)
         if self.version < self._critic.warmup_steps:
-            return {"skipped_step": 0.0} | sizes(whole, self.ranks) | self._critic.step(whole)
+            return joined({"skipped_step": 0.0}, sizes(whole, self.ranks), self._critic.step(whole))
         return self._critic.step_with(teach, batch, whole)
 
     def _keep(self) -> Callable[[], None]:

@@ -28,6 +28,7 @@ from learner.learner import Learner
 from learner.publish import Publisher, Snapshot, Staging, take_snapshot
 from learner.ranks import RankLost, touching
 from learner.refusal import MOST_REFUSED, BatchRefused
+from rollout.wire.metrics import joined
 from rollout.wire.schema import decode
 from rollout.wire.share import Share
 from rollout.wire.trajectory import DropReason
@@ -199,15 +200,8 @@ class LearnerLoop:
             raise
         self._torn = False
         train_s = time.perf_counter() - began
-        self._last = (
-            row
-            | waited
-            | {
-                "step": self.version,
-                "train_s": train_s,
-                "learner_tokens_per_s": row["tokens_trained"] / train_s,
-            }
-        )
+        speed = {"train_s": train_s, "learner_tokens_per_s": row["tokens_processed"] / train_s}
+        self._last = joined(row, waited, speed, {"step": self.version})
         return dict(self._last)
 
     def _require_whole(self) -> None:

@@ -18,6 +18,7 @@ from learner.model import Policy
 from learner.optim import Optimizer
 from learner.ranks import ALONE, Ranks
 from learner.regularizers import divergence
+from rollout.wire.metrics import joined
 
 Stats = dict[str, Statistic]
 # (micro-batch, logprobs [N], entropies [N]) -> (loss [N] with gradient, statistics without)
@@ -106,20 +107,19 @@ def train_step(
         if auxiliary is None:
             return loss_N, stats
         beside_N, more = auxiliary(micro, hidden_ND)
-        return loss_N + beside_N, stats | more
+        return loss_N + beside_N, {**stats, **more}
 
     optimizer.zero_grad()
     loss, means = accumulate(policy, batch, loss_of)
     report = optimizer.step(finite=math.isfinite(loss) and agree())
-    return {
+    made = {
         "loss": loss,
-        **means,
         "grad_norm": report.grad_norm,
         "learning_rate": report.learning_rate,
         "skipped_step": float(not report.finite),
         "idle_step": float(report.idle),
-        **sizes(batch, policy.ranks),
     }
+    return joined(made, means, sizes(batch, policy.ranks))
 
 
 def accumulate(
@@ -143,10 +143,14 @@ def accumulate(
 
 
 def sizes(batch: Batch, ranks: Ranks = ALONE) -> dict[str, float]:
-    """Counts over all ranks: "tokens_trained" (inputs computed), "tokens_scored", "tokens_sampled" (all there are)."""
+    """Counts over all ranks, in tokens.
+
+    "tokens_processed": inputs of the forward pass, prompts included; "tokens_scored": sampled tokens of these;
+    "batch_tokens_sampled": sampled tokens of the batch, those of sequences that were skipped included.
+    """
     own = {
-        "tokens_trained": float(sum(len(micro.input_ids_T) for micro in batch.micro_batches)),
+        "tokens_processed": float(sum(len(micro.input_ids_T) for micro in batch.micro_batches)),
         "tokens_scored": float(sum(len(micro.targets_N) for micro in batch.micro_batches)),
-        "tokens_sampled": float(batch.sampled_tokens),
+        "batch_tokens_sampled": float(batch.sampled_tokens),
     }
     return ranks.sums(own)

@@ -92,6 +92,11 @@ class EpisodeRow:
     max_version: int  # newest weights that sampled one of them; -1 where nothing was sampled
     error: str | None
 
+    @property
+    def sound(self) -> bool:
+        """Whether it is evidence of the policy: infrastructure did not fail it, and nothing cancelled it."""
+        return self.end_reason not in (EndReason.FAILED, EndReason.CANCELLED)
+
     @classmethod
     def of(cls, trajectory: Trajectory) -> EpisodeRow:
         sampled = [step.versions for step in trajectory.steps if len(step.versions)]

@@ -76,7 +76,7 @@ class SleepingLearner:
     def step(self, groups: list[Group]) -> dict[str, float]:
         time.sleep(STEP_S)
         self.version += 1
-        return {"tokens_trained": sum(t.num_sampled for group in groups for t in group.trajectories)}
+        return {"tokens_processed": sum(t.num_sampled for group in groups for t in group.trajectories)}
 
 
 async def scripted_engine(seconds: float, config: RunConfig, name: str, path: str) -> Engine:

@@ -82,7 +82,7 @@ SUMMARY = {
     "success_after_interval": [0.64, 0.75],
     "seconds": {"start": 25.0, "training": 175.0},
     "tokens_generated": 1234567,
-    "tokens_trained": 654321,
+    "tokens_processed": 654321,
     "seed": 3,
     "steps": 40,
     "ledger": {"issued": 10, "trained": 9, "dropped": 1},

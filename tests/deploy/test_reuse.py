@@ -80,7 +80,7 @@ def test_every_step_reuses_what_there_is_and_says_how_old_it_is(uninterrupted: P
         assert row["reused_lag_max"] == max(lags[version])
         assert row["reused_lag_mean"] == pytest.approx(sum(lags[version]) / len(lags[version]))
         fresh = [r for r in trained_rows(uninterrupted) if r["taken_version"] == version]
-        assert row["tokens_sampled"] > 0 and row["episodes"] == 8 and row["lag_max"] == 0
+        assert row["batch_tokens_sampled"] > 0 and row["episodes"] == 8 and row["lag_max"] == 0
         assert row["reward"] == pytest.approx(sum(r["reward"] for r in fresh) / 8), (
             "of the fresh groups alone"
         )

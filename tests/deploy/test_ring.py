@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -116,6 +116,19 @@ def test_stored_rows_reproduce_every_steps_reward(reference: Path) -> None:
         returns[row["taken_version"] + 1][row["group_id"], row["episode"]] += row["reward"]
     reported = {row["step"]: row["reward"] for row in read_metrics(reference)}
     assert reported == {step: pytest.approx(np.mean(list(each.values()))) for step, each in returns.items()}
+
+
+def test_what_is_said_of_a_steps_tokens_is_what_its_rows_hold(reference: Path) -> None:
+    sampled: Counter[int] = Counter()
+    for row in trained_rows(reference):
+        sampled[row["taken_version"] + 1] += len(row["action_ids"])
+    rows = read_metrics(reference)
+    assert {row["step"]: row["batch_tokens_sampled"] for row in rows} == sampled
+    for row in rows:
+        assert row["scored_share"] == row["tokens_scored"] / row["batch_tokens_sampled"]
+        assert row["rollout_tokens_sampled"] == pytest.approx(row["rollout_tokens_per_s"] * row["step_s"])
+    # At lag 0 all that is played in training is trained, in the step that it was played in.
+    assert sum(row["rollout_tokens_sampled"] for row in rows) == sum(sampled.values())
 
 
 def test_no_evaluated_map_was_trained_on(reference: Path) -> None:

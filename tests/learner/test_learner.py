@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from deploy.evaluation import Evaluation
 from deploy.guards import Guard
 from learner.algorithm import AlgorithmSettings
 from learner.batch import MicroBatch, longest_row
@@ -22,6 +24,7 @@ from learner.model import ModelError
 from learner.refusal import BatchRefused
 from learner.schedule import OptimSettings
 from learner.settings import ImitationSettings, LearnerSettings, ModelSettings
+from rollout.wire.ledger import EpisodeRow
 from rollout.wire.trajectory import EndReason, Group
 
 Groups = Callable[..., Group]
@@ -55,6 +58,53 @@ def _failed(group: Group, index: int) -> Group:
     return replace(group, trajectories=tuple(episodes))
 
 
+def _ended(group: Group, *verdicts: bool | None) -> Group:
+    """The same episodes; those without a verdict were malformed."""
+    episodes = [
+        replace(t, success=verdict, end_reason=t.end_reason if verdict is not None else EndReason.MALFORMED)
+        for t, verdict in zip(group.trajectories, verdicts, strict=True)
+    ]
+    return replace(group, trajectories=tuple(episodes))
+
+
+def test_training_and_evaluation_count_success_of_the_same_episodes(group_of: Groups) -> None:
+    # One of eight succeeded; six could not be read and have no verdict. One more failed by infrastructure.
+    group = _failed(_ended(group_of(0, [0.0] * 9), True, False, *[None] * 6, True), 8)
+    described = describe([group], version=7)
+    evaluation = Evaluation.of([EpisodeRow.of(trajectory) for trajectory in group.trajectories])
+    assert described["success"] == evaluation.success == 1 / 8
+    assert described["episodes"] == evaluation.episodes == 8
+    # A step in which nobody came to a verdict is one without success, where the environment gives verdicts.
+    malformed = _ended(group_of(0, [0.0, 0.0]), None, None)
+    assert describe([malformed], version=7, verdicts=True)["success"] == 0.0
+    assert "success" not in describe([malformed], version=7)
+
+
+def test_a_step_without_a_verdict_is_no_gap_once_there_was_one(tiny: Path, group_of: Groups) -> None:
+    learner = Learner(_settings(tiny))
+    rows = [
+        learner.step([_ended(group_of(0, [1.0, 0.0]), *v)])
+        for v in [(None, None), (True, None), (None, None)]
+    ]
+    assert [row.get("success") for row in rows] == [None, 0.5, 0.0]
+
+
+def test_every_named_reward_is_described_over_all_episodes(group_of: Groups) -> None:
+    group = group_of(0, [0.0] * 3, turns=2)
+    said = [['{"goal": 1, "form": -0.5}', '{"goal": 2}'], [None, '{"goal": 0, "form": 0.25}'], [None, None]]
+    episodes = [
+        replace(t, steps=tuple(replace(s, named_rewards=n) for s, n in zip(t.steps, names, strict=True)))
+        for t, names in zip(group.trajectories, said, strict=True)
+    ]
+    described = describe([replace(group, trajectories=tuple(episodes))], version=7)
+    for name, sums in {"goal": [3, 0, 0], "form": [-0.5, 0.25, 0]}.items():
+        assert described[f"rewards/{name}/mean"] == pytest.approx(statistics.mean(sums))
+        assert described[f"rewards/{name}/std"] == pytest.approx(statistics.pstdev(sums))
+        assert described[f"rewards/{name}/min"] == min(sums)
+        assert described[f"rewards/{name}/max"] == max(sums)
+    assert Guard(metric="rewards/goal/mean", below=0.1).metric == "rewards/goal/mean"
+
+
 def test_description_is_recomputed_from_trainable_episodes_alone(group_of: Groups) -> None:
     groups = [
         _with_versions(group_of(0, [1.0, 0.0], turns=1), 3),
@@ -70,6 +120,14 @@ def test_description_is_recomputed_from_trainable_episodes_alone(group_of: Group
     assert described["sampled_per_episode"] == pytest.approx(np.mean(tokens))
     assert described["lag_max"] == 4.0
     assert described["lag_mean"] == pytest.approx((4 * sum(tokens[:2]) + 2 * sum(tokens[2:])) / sum(tokens))
+    lengths = [1, 1, 3, 3]
+    assert [described[f"turns_{way}"] for way in ("p50", "p95", "max")] == [2, 3, 3]
+    assert described["turns"] == np.mean(lengths)
+    assert described["sampled_per_episode_p50"] == np.median(tokens)
+    assert described["sampled_per_episode_max"] == max(tokens)
+    rewards = [1.0, 0.0, 0.0, 0.5]
+    assert described["reward_std"] == pytest.approx(statistics.pstdev(rewards))
+    assert (described["reward_min"], described["reward_max"]) == (0.0, 1.0)
     # Reused groups say how old they are, and nothing else.
     reused = [
         replace(_with_versions(group_of(2, [9.0, 9.0]), 1), reuse=1),
@@ -109,7 +167,7 @@ def test_good_actions_become_likelier_and_bad_ones_less(
     assert after[3] - before[3] > after[2] - before[2]
     assert learner.version == 4
     assert metrics["version"] == 4.0
-    assert metrics["tokens_sampled"] == sum(t.num_sampled for t in group.trajectories)
+    assert metrics["batch_tokens_sampled"] == sum(t.num_sampled for t in group.trajectories)
 
 
 def test_a_fixed_proximal_policy_is_the_one_before_the_first_minibatch(tiny: Path, group_of: Groups) -> None:

@@ -153,8 +153,10 @@ def test_metrics_equal_a_naive_recomputation(policy: Policy, sequences: list[Tok
         assert metrics[f"effective_samples_lag_{lag}"] == pytest.approx(share, rel=1e-4)
         assert metrics[f"behavior_gap_lag_{lag}"] == pytest.approx(gap, rel=1e-4)
     assert metrics["entropy"] == pytest.approx(torch.cat([s[1] for s, _ in scores]).mean().item(), rel=1e-4)
-    assert metrics["tokens_sampled"] == metrics["tokens_scored"] == sum(s.num_sampled for s in sequences)
-    assert metrics["tokens_trained"] == sum(s.num_inputs for s in sequences)
+    assert (
+        metrics["batch_tokens_sampled"] == metrics["tokens_scored"] == sum(s.num_sampled for s in sequences)
+    )
+    assert metrics["tokens_processed"] == sum(s.num_inputs for s in sequences)
     assert metrics["skipped_step"] == 0.0
 
 
