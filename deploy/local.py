@@ -54,6 +54,7 @@ def start_learner(
     # A run stopped before its first checkpoint has none to load: it starts over in its folder.
     if resume and latest(run_folder) is not None:
         learner.load(run_folder)
+    learner.keep_advantages(run_folder)
     seconds, keep = config.cluster.step_seconds, config.checkpoint.keep
     return LearnerLoop(learner, source, place, config.engine.dtype, seconds, keep)
 

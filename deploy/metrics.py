@@ -44,9 +44,9 @@ class MetricsLog:
         self._board.close()
 
 
-def read_metrics(folder: Path) -> list[Row]:
+def read_metrics(folder: str | Path) -> list[Row]:
     """The stored rows of a run in order of steps, under today's names; null reads as NaN. Empty before the first."""
-    path = folder / METRICS_FILE
+    path = Path(folder) / METRICS_FILE
     if not path.is_file():
         return []
     # What follows the last newline is the torn row of a run that was killed while it wrote.

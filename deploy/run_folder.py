@@ -4,6 +4,7 @@ RUN/config.json       the resolved configuration         RUN/ledger.sqlite   eve
 RUN/base/             the tiny base model, if one was built  RUN/groups/     stored rows, Arrow IPC streams
 RUN/checkpoints/      the learner's states               RUN/evaluations/    rows of the evaluations
 RUN/metrics.jsonl     one row a step                     RUN/summary.json, RUN/report.html   at the end
+RUN/advantages/       of trained tokens, a file a version
 RUN/turns/            turns of unfinished groups         RUN/logs/       of a local Ray, once the run has ended
 RUN/driver.lock, roster.json, wanted.json                who drives the run, its parts, what was asked of it
 """

@@ -118,6 +118,7 @@ def _started(build: Build, run_folder: Path, resume: bool, join: Join) -> Learne
     learner = build(join())
     if resume:
         learner.load(run_folder)
+    learner.keep_advantages(run_folder)
     return learner
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from learner import checkpoint
+from learner.advantage_log import AdvantageLog
 from learner.aggregation import Aggregation, token_weights
 from learner.batch import Batch, MicroBatch, TokenSequence, pack
 from learner.credit import GaeCredit
@@ -73,6 +74,7 @@ class Learner:
         self.optimizer = Optimizer(self.policy.parameters(), settings.optim, self._policy_steps)
         self._temperature = temperature
         self._rng = np.random.default_rng(seed)
+        self._advantages: AdvantageLog | None = None
         self._verdicts = False  # whether the environment was ever seen to give one
         self._critic: Critic | None = None  # made by the first step, which finds the policy as it begins
         self._reference = Reference(settings.model, ranks) if settings.algorithm.kl else None
@@ -105,6 +107,8 @@ class Learner:
                     put_back()
                 raise BatchRefused(_not_finite(row))
         self.version += 1
+        if self._advantages is not None:
+            self._advantages.write(self.version, groups, [example.advantages_N for example in examples])
         merged = _merged(rows)
         shares = {
             "scored_share": merged["tokens_scored"] / max(merged["batch_tokens_sampled"], 1.0),
@@ -112,6 +116,11 @@ class Learner:
             "cut_short": self._share(not e.episode.ended and e.episode.values is None for e in examples),
         }
         return joined(merged, described, shares, {"version": float(self.version)})
+
+    def keep_advantages(self, run: Path) -> None:
+        """From here on, store the advantages of every step in the run's folder, where the settings say so."""
+        if self.settings.store_advantages:
+            self._advantages = AdvantageLog(run, self.version, self.ranks.rank)
 
     def rehearse(self, longest: int) -> None:
         """Fail now where a step of the largest row would not fit into memory, by what rehearsal.py tries.

@@ -84,6 +84,11 @@ class LearnerSettings(BaseModel, extra="forbid", frozen=True):
     tokens_per_microbatch: int = Field(
         default=4096, ge=1, description="tokens computed at a time; bounds memory, not the loss"
     )
+    store_advantages: bool = Field(
+        default=True,
+        description="keep the advantage of every trained token in RUN/advantages: 4 bytes a token, which "
+        "buffer.disk_gib does not bound",
+    )
     threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0 leaves torch's own choice")
     ranks: int = Field(
         default=1, ge=1, description="processes that learn together, each with a part of every parameter"

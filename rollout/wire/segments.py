@@ -185,12 +185,13 @@ def scan(path: Path) -> Iterator[pa.RecordBatch]:
         offset += sealed[0]
 
 
-def read_rows(folder: Path) -> pa.Table:
+def read_rows(folder: str | Path) -> pa.Table:
     """Every row stored under a folder of segments (RUN/groups, RUN/evaluations/NAME), in the order of writing.
 
+    The columns are those of docs/stored_data.md. Empty for a folder without segments.
     A group issued again after a crash has rows of each attempt; the ledger says which one counts.
     """
-    batches = [batch for _, path in segment_files(folder) for batch in scan(path)]
+    batches = [batch for _, path in segment_files(Path(folder)) for batch in scan(path)]
     return pa.Table.from_batches(batches, schema=SCHEMA)
 
 

@@ -11,6 +11,7 @@ import pytest
 from deploy.metrics import read_metrics
 from deploy.replay import ReplayRing
 from deploy.train import Training
+from learner.advantage_log import read_advantages
 from tests.deploy.small_run import (
     Stopped,
     assert_balanced,
@@ -64,6 +65,8 @@ def test_a_resumed_run_reuses_the_same_groups_and_ends_with_the_same_bits(
     train(config, folder, resume=True)
     assert reuses(folder) == reuses(uninterrupted)
     assert same_bits(uninterrupted, folder)
+    stood, went_on = (read_advantages(run).drop_columns("attempt") for run in (uninterrupted, folder))
+    assert went_on.equals(stood), "every version once, to the bit"
     assert_balanced(folder, config)
 
 

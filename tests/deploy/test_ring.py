@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from deploy import run_folder
 from deploy.config import parse
 from deploy.metrics import read_metrics
+from learner.advantage_log import read_advantages
 from rollout.wire.segments import read_rows
 from tests.deploy.small_run import (
     Stopped,
@@ -127,6 +128,13 @@ def test_what_is_said_of_a_steps_tokens_is_what_its_rows_hold(reference: Path) -
     for row in rows:
         assert row["scored_share"] == row["tokens_scored"] / row["batch_tokens_sampled"]
         assert row["rollout_tokens_sampled"] == pytest.approx(row["rollout_tokens_per_s"] * row["step_s"])
+    kept = [
+        (r["version"], r["group_id"], r["episode"], r["turn"]) for r in read_advantages(reference).to_pylist()
+    ]
+    trained = [
+        (r["taken_version"] + 1, r["group_id"], r["episode"], r["turn"]) for r in trained_rows(reference)
+    ]
+    assert sorted(kept) == sorted(trained), "every trained turn has its advantages, beside its version"
     # At lag 0 all that is played in training is trained, in the step that it was played in.
     assert sum(row["rollout_tokens_sampled"] for row in rows) == sum(sampled.values())
 
