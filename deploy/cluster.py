@@ -103,6 +103,7 @@ class RayRing:
             config.weights.sync_seconds,
             self._say,
             self._budget,
+            lost=self._hand_on,
         )
         self._fleet.scale(config.rollout.workers)
         # A run stopped before its first checkpoint has none to load: it starts over in its folder.
@@ -353,10 +354,9 @@ class RayRing:
 
     # Waiting ------------------------------------------------------------------------------------------------------
 
-    async def _hand_on(self, worker: str) -> int:
+    async def _hand_on(self, worker: str, lost: str = "") -> int:
         self._handles.pop(worker, None)
-        groups: int = await self._within("the exchange", self._exchange.hand_on.remote(worker))
-        return groups
+        return int(await self._within("the exchange", self._exchange.hand_on.remote(worker, lost)))
 
     async def _of_learner(self, what: str, call: Callable[[], Any], limit: float | None = None) -> Any:
         """An answer of the learner. LearnerLost where it died, froze, or cannot be reached."""

@@ -55,8 +55,8 @@ class Fleet:
     """All calls come from one event loop.
 
     `launch` makes a member by name; `lend` hands out the current version for as long as its block runs; `hand_on`
-    tells the exchange that a worker is gone; `say` is told what a person should know. `failed` is a future that ends
-    with the error that stops the run.
+    tells the exchange that a worker is gone, `lost` that it was lost, and by which error; `say` is told what a person
+    should know. `failed` is a future that ends with the error that stops the run.
     """
 
     def __init__(
@@ -69,10 +69,12 @@ class Fleet:
         sync_seconds: float,
         say: Callable[[str], None],
         budget: Budget | None = None,
+        lost: Callable[[str, str], Awaitable[int]] | None = None,
     ) -> None:
         self._launch = launch
         self._lend = lend
         self._hand_on = hand_on
+        self._hand_on_lost = lost or (lambda worker, error: hand_on(worker))
         self._settings = settings
         self._start_seconds = start_seconds
         self._sync_seconds = sync_seconds
@@ -299,7 +301,7 @@ class Fleet:
         seated.state = "lost"
         self._forget(seated)
         await self._quietly(member.kill(), member)
-        groups = await self._hand_on(member.name)
+        groups = await self._hand_on_lost(member.name, brief(error))
         self._say(f"{member.name} is lost ({brief(error)}); {groups} groups are handed on")
         if seat >= self._wanted:
             del self._seated[seat]

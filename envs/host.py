@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
 import gymnasium as gym
@@ -13,12 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from envs.adapters import TextAdapter
 from envs.base import Info, Observation, Snapshots
+from envs.call_thread import CallThread, Overdue
 from envs.reference import awaited
 
 Env = gym.Env[Any, str]  # text or chat messages in, text out: see envs.base
 Outcome = tuple[Observation, float, bool, bool, Info]  # as gymnasium.Env.step returns it
 Amount = Annotated[float, Field(ge=0.0001)]  # of a resource; Ray counts in ten thousandths
 
+_CLOSE_SECONDS = 2.0  # what an environment is given to close
 _STATELESS = (TextAdapter, OrderEnforcing, PassiveEnvChecker)  # once reset
 
 
@@ -140,48 +145,108 @@ class Told(Protocol):
 
 
 class Inline:
-    """A replica on the thread that awaits it: nothing between, and nothing that could stop it.
+    """A replica in this process. Its environment's methods may be coroutines.
 
-    env: the environment. Its methods may be coroutines.
+    thread: makes the environment's calls, within the limits of `settings`. Without one they are made where they are
+    awaited, with nothing between and nothing that could stop them.
     """
 
     reusable = True
 
-    def __init__(self, env: Env) -> None:
+    def __init__(
+        self, env: Env, settings: HostSettings | None = None, thread: CallThread | None = None
+    ) -> None:
         spec = env.unwrapped.spec
         said = env.has_wrapper_attr("nondeterministic") and env.get_wrapper_attr("nondeterministic")
         self.nondeterministic = bool(said) or (spec is not None and spec.nondeterministic)
-        self.env = env
+        self._env = env
         self._told = env if isinstance(env, Told) else None
         self._state = reach(env)
+        self._settings = settings or HostSettings()
+        self._thread = thread
+        self._sampled: Sampled | None = None
+        self._snapshot: bytes | None = None
+
+    @classmethod
+    async def start(cls, make: Callable[[], Env], settings: HostSettings, gate: asyncio.Semaphore) -> Inline:
+        """Make the environment in a new thread, which has all its calls; `gate` bounds how many run at once."""
+        thread = CallThread(gate)
+        try:
+            replica: Inline = await _within(
+                thread, lambda: cls(make(), settings, thread), "start", settings.start_seconds
+            )
+        except BaseException:
+            thread.end()
+            raise
+        return replica
 
     async def reset(self, seed: int) -> Observation:
-        observation: Observation = (await awaited(self.env.reset(seed=seed)))[0]
+        observation: Observation = (
+            await self._call(lambda: self._env.reset(seed=seed), "reset", self._settings.reset_seconds)
+        )[0]
         return observation
 
     async def step(self, action: str) -> Outcome:
-        outcome: Outcome = await awaited(self.env.step(action))
+        step = partial(self._step, action)
+        outcome: Outcome
+        outcome, self._snapshot = await self._call(step, "step", self._settings.step_seconds)
         return outcome
 
     def sampled(self, sampled: Sampled) -> None:
-        if self._told is not None:
-            self._told.sampled(sampled)
+        self._sampled = sampled  # it goes with the step
 
     def snapshot(self) -> bytes | None:
-        return None if self._state is None else self._state.snapshot()
+        return self._snapshot
 
     async def restore(self, snapshot: bytes) -> None:
-        self.load(snapshot)
-
-    def load(self, snapshot: bytes) -> None:
-        """`restore`, for a caller that does not await."""
-        if self._state is None:
+        if (state := self._state) is None:
             raise RuntimeError("the environment offers no snapshots, so it can not go on from one")
-        self._state.restore(snapshot)
+        await self._call(lambda: state.restore(snapshot), "restore", self._settings.reset_seconds)
 
     async def close(self) -> None:
-        close: Callable[[], Any] = self.env.close
-        await awaited(close())
+        """Let the environment close; where it still owes an answer, as soon as it returns."""
+        close: Callable[[], Any] = self._env.close
+        if self._thread is None:
+            await awaited(close())
+        elif self._thread.busy:
+            self._thread.end(last=close)
+        else:
+            try:
+                await _within(self._thread, close, "close", _CLOSE_SECONDS)
+            finally:
+                self._thread.end()
+
+    def _step(self, action: str) -> Any:
+        """The outcome and the state behind it, or a coroutine that gives them."""
+        if self._told is not None and self._sampled is not None:
+            self._told.sampled(self._sampled)
+        outcome: Any = self._env.step(action)
+        return self._stepped(outcome) if inspect.isawaitable(outcome) else (outcome, self._kept(outcome))
+
+    async def _stepped(self, pending: Awaitable[Outcome]) -> tuple[Outcome, bytes | None]:
+        outcome = await pending
+        return outcome, self._kept(outcome)
+
+    def _kept(self, outcome: Outcome) -> bytes | None:
+        _, _, terminated, truncated, _ = outcome
+        return None if self._state is None or terminated or truncated else self._state.snapshot()
+
+    async def _call(self, call: Callable[[], Any], what: str, seconds: float) -> Any:
+        if self._thread is None:
+            return await awaited(call())
+        return await _within(self._thread, call, what, seconds)
+
+
+async def _within(thread: CallThread, call: Callable[[], Any], what: str, seconds: float) -> Any:
+    try:
+        return await thread.ask(call, seconds)
+    except Overdue as where:
+        limit = {"start": "start_seconds", "step": "step_seconds"}.get(what, "reset_seconds")
+        raise EnvironmentStuck(
+            f"it did not {what} within {seconds:g} s (env.host.{limit}); its thread was left behind in {where}"
+        ) from None
+    except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+        raise EnvironmentFailed(f"it ended with {error!r}") from error
 
 
 def reach(env: Env) -> Snapshots | None:

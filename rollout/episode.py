@@ -42,6 +42,7 @@ class Place:
     seed: int
     worker: str = ""
     evaluation: bool = False  # played to be measured: no part learns from it
+    apart: bool = False  # a worker was lost while it was played: its environment gets a process of its own
 
     @property
     def task(self) -> Task:

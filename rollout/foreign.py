@@ -85,14 +85,15 @@ class ForeignAgents:
         # Programs that start compete for the processors, and a stuck one must leave room for others.
         self._starting = asyncio.Semaphore(2 * (os.cpu_count() or 1) + 2)
 
-    def replica(self, options: dict[str, Any]) -> ForeignAgent:
-        """A replica whose program is not started yet. Raises EnvironmentUnknown."""
+    def replica(self, options: dict[str, Any], apart: bool = False) -> ForeignAgent:
+        """A replica whose program is not started yet. Raises EnvironmentUnknown. apart: a function gets a process."""
         read = ProgramOptions.read(options)
         if self._endpoint is None:
             from rollout.endpoint import Endpoint  # a web server, which most runs do without
 
             self._endpoint = Endpoint()
-        return ForeignAgent(self._endpoint, read, self._host, self._starting, self._chat)
+        host = self._host.model_copy(update={"where": "process"}) if apart else self._host
+        return ForeignAgent(self._endpoint, read, host, self._starting, self._chat)
 
     async def close(self) -> None:
         """End the endpoint; replicas are closed by whoever has them."""

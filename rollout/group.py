@@ -30,16 +30,18 @@ async def run_group(
     worker: str = "",
     watch: Watch | None = None,
     so_far: Mapping[int, EpisodeSoFar] | None = None,
+    apart: bool = False,
 ) -> Group:
     """Play `size` siblings: the same instance of the task, different sampling. so_far: by index, what is durable.
 
     A sibling's sampling depends on (run seed, group id, index) alone. The attempt is left out: with a deterministic
     engine a group that is issued again repeats itself, however its episodes are scheduled. Where `watch` halts it,
-    siblings may be CANCELLED: such a group is no group yet.
+    siblings may be CANCELLED: such a group is no group yet. apart: with environments in processes of their own.
     """
     watch, so_far = watch or Unwatched(), so_far or {}
     places = [
-        Place(slot, index, derive_seed(run_seed, slot.group_id, index), worker) for index in range(size)
+        Place(slot, index, derive_seed(run_seed, slot.group_id, index), worker, apart=apart)
+        for index in range(size)
     ]
     playing = (play(place, pool, agent, limits, watch, so_far.get(place.index)) for place in places)
     return Group(slot, tuple(await concurrently(playing)))
@@ -76,7 +78,7 @@ async def _on_a_replica(
 ) -> Trajectory:
     """A replica is reused only after an episode that did not fail, and where it can be."""
     try:
-        replica = await pool.take(place.task, place.evaluation)
+        replica = await pool.take(place.task, place.evaluation, place.apart)
     except EnvironmentFailed as error:
         return failed(place, error)
     reusable = False

@@ -5,23 +5,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pickle
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 from envs import registry
-from envs.host import Env, EnvironmentFailed, HostSettings, NoRoom, Replica
+from envs.call_thread import call_gate
+from envs.host import Env, EnvironmentFailed, HostSettings, Inline, NoRoom, Replica
 from envs.hosted import Hosted
-from envs.threaded import Threaded, call_gate
 from rollout.chat import Chat
 from rollout.foreign import PROGRAM, ForeignAgents
-from rollout.parts.settings import PartSettings, dressed, dressing, evaluated
+from rollout.parts.settings import PartSettings, dressing, evaluated
 from rollout.wire.trajectory import Task
 
 MakeEnv = Callable[..., Env]  # (env_id, **options)
 Start = Callable[[Callable[[], Env], HostSettings], Awaitable[Replica]]  # outside of this process
-Kind = tuple[str, str, bool]  # environment, options, and whether it is dressed as evaluations are
+
+
+class Kind(NamedTuple):
+    """What replicas of have in common that may take one another's place."""
+
+    env_id: str
+    options: str
+    measuring: bool  # dressed as evaluations are
+    apart: bool  # in a process where others are not
+
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +54,9 @@ class EnvironmentPool:
     """Idle replicas by (environment, options); as many exist as were ever used at the same time.
 
     Each is dressed in the agent's parts; where these learn, evaluations have replicas of their own. host.where="auto"
-    is inline for what registry.is_trusted, and for all that a `make` of one's own makes. Where replicas are not inline,
-    what `make` is given and is itself must be picklable, and `start` starts replicas: Hosted's for "process", that of
-    envs/actors.py for "ray".
+    is inline for what registry.is_trusted, and for all that a `make` of one's own makes, which runs on the event loop
+    itself. Where replicas are not inline, what `make` is given and is itself must be picklable, and `start` starts
+    replicas: Hosted's for "process", that of envs/actors.py for "ray".
 
     chat: the policy's; foreign agents are told of requests that it cannot render.
     """
@@ -70,12 +81,15 @@ class EnvironmentPool:
         self._calls = call_gate()
         self._idle: dict[Kind, asyncio.LifoQueue[Replica]] = defaultdict(asyncio.LifoQueue)
         self._alive: Counter[Kind] = Counter()  # idle or in use
-        self._measuring: set[Replica] = set()  # those dressed as evaluations are
+        self._kinds: dict[Replica, Kind] = {}  # of all that are alive
         self._foreign = ForeignAgents(self._host, chat)
 
-    async def take(self, task: Task, evaluation: bool = False) -> Replica:
-        """A replica for this task, to be reset by whoever takes it. Raises EnvironmentFailed when none can be made."""
-        kind = task.env_id, task.options, evaluation and self._evaluated != self._parts
+    async def take(self, task: Task, evaluation: bool = False, apart: bool = False) -> Replica:
+        """A replica for this task, to be reset by whoever takes it. Raises EnvironmentFailed when none can be made.
+
+        apart: in a process of its own where it would be inline, so that it takes nothing along when it dies.
+        """
+        kind = Kind(task.env_id, task.options, evaluation and self._evaluated != self._parts, apart)
         idle = self._idle[kind]
         if not idle.empty():
             return idle.get_nowait()
@@ -84,12 +98,11 @@ class EnvironmentPool:
 
     def give_back(self, task: Task, replica: Replica) -> None:
         """For the next episode to reuse; only after an episode that left it in a known state."""
-        self._idle[self._kind(task, replica)].put_nowait(replica)
+        self._idle[self._kinds[replica]].put_nowait(replica)
 
     async def discard(self, task: Task, replica: Replica) -> None:
         """Throw away a replica in an unknown state; that it cannot even be closed is logged, not raised."""
-        self._alive[self._kind(task, replica)] -= 1
-        self._measuring.discard(replica)
+        self._alive[self._kinds.pop(replica)] -= 1
         try:
             with asking(task, "close"):
                 await replica.close()
@@ -103,32 +116,30 @@ class EnvironmentPool:
 
     def _all_idle(self) -> Iterator[tuple[Task, Replica]]:
         """Every idle replica, which is the caller's from there on."""
-        for (env_id, options, _), idle in list(self._idle.items()):
+        for kind, idle in list(self._idle.items()):
             while not idle.empty():
-                yield Task(env_id, 0, options), idle.get_nowait()
-
-    def _kind(self, task: Task, replica: Replica) -> Kind:
-        return task.env_id, task.options, replica in self._measuring
+                yield Task(kind.env_id, 0, kind.options), idle.get_nowait()
 
     async def _new(self, kind: Kind) -> Replica:
         replica = await self._made(kind)
         self._alive[kind] += 1
-        if kind[2]:
-            self._measuring.add(replica)
+        self._kinds[replica] = kind
         return replica
 
     async def _made(self, kind: Kind) -> Replica:
-        env_id, options, measuring = kind
-        task, parts = Task(env_id, 0, options), self._evaluated if measuring else self._parts
+        env_id = kind.env_id
+        task, parts = Task(env_id, 0, kind.options), self._evaluated if kind.measuring else self._parts
         if env_id == PROGRAM:
-            return self._foreign.replica(task.kwargs)
-        if self._is_inline(env_id):
-            make = partial(self._make, env_id, **task.kwargs)
-            return await Threaded.start(partial(dressed, make, parts), self._host, self._calls)
+            return self._foreign.replica(task.kwargs, kind.apart)
         recipe = registry.recipe if self._make is registry.make else partial(partial, self._make)
         made = dressing(recipe(env_id, **task.kwargs), parts)
+        inline = self._is_inline(env_id)
+        if inline and not (kind.apart and _can_be_carried(made)):
+            if self._make is registry.make or self._host.where == "inline":
+                return await Inline.start(made, self._host, self._calls)
+            return Inline(made())
         async with self._starting:
-            return await self._start(made, self._host)
+            return await (Hosted.start if inline else self._start)(made, self._host)
 
     def _is_inline(self, env_id: str) -> bool:
         if self._host.where == "auto":
@@ -152,7 +163,7 @@ class EnvironmentPool:
                 alive = self._alive[kind]
                 if not alive:
                     raise
-                log.warning("a replica of %s: %s; episodes take turns on %d", kind[0], error, alive)
+                log.warning("a replica of %s: %s; episodes take turns on %d", kind.env_id, error, alive)
 
     async def _whichever_is_first(self, kind: Kind) -> Replica:
         idle = self._idle[kind]
@@ -171,3 +182,13 @@ class EnvironmentPool:
             for other in {returned, new} - {chosen}:
                 other.cancel()
                 other.add_done_callback(keep)
+
+
+def _can_be_carried(made: Callable[[], Env]) -> bool:
+    """Whether another process can be told how to make it."""
+    try:
+        pickle.dumps(made)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        log.warning("a replica is played inline although a worker was lost by one like it: %s", error)
+        return False
+    return True

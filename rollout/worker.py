@@ -11,6 +11,8 @@ turns durable, so that a group goes on elsewhere when this worker is lost.
 from __future__ import annotations
 
 import asyncio
+import logging
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Protocol
@@ -19,7 +21,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from rollout.agent import Agent
-from rollout.engine import Engine, derive_seed
+from rollout.engine import Engine, EngineDied, derive_seed
 from rollout.episode import Limits, Place
 from rollout.group import concurrently, play, run_group
 from rollout.pool import EnvironmentPool
@@ -37,6 +39,8 @@ from rollout.wire.trajectory import (
     Task,
     Trajectory,
 )
+
+log = logging.getLogger(__name__)
 
 _EVALUATION = 1  # a third part of the seed: evaluation episodes never share a training episode's sampling
 
@@ -237,17 +241,24 @@ class RolloutWorker:
     async def _play_groups(self, lane: int) -> None:
         settings = self._settings
         while not self._watch.halted and (assignment := await self._reserve(lane)):
-            group = await run_group(
-                assignment.slot,
-                self._pool,
-                self._agent,
-                settings.group_size,
-                settings.limits,
-                self._run_seed,
-                self.name,
-                self._watch,
-                {} if assignment.turns is None else restore_turns(assignment.turns),
-            )
+            try:
+                group = await run_group(
+                    assignment.slot,
+                    self._pool,
+                    self._agent,
+                    settings.group_size,
+                    settings.limits,
+                    self._run_seed,
+                    self.name,
+                    self._watch,
+                    {} if assignment.turns is None else restore_turns(assignment.turns),
+                    apart=assignment.losses > 0,
+                )
+            except Exception as error:
+                if not assignment.losses or isinstance(error, EngineDied):
+                    raise
+                await self._give_up(assignment.slot, error)
+                continue
             if any(trajectory.end_reason is EndReason.CANCELLED for trajectory in group.trajectories):
                 return  # halted: whoever gets the group next goes on with its turns
             try:
@@ -256,6 +267,18 @@ class RolloutWorker:
                 self._groups["superseded"] += 1  # another worker plays it, and hands it in
             # Not before: where the call is cut short, its turns must still be recorded.
             self._recorder.forget(assignment.slot)
+
+    async def _give_up(self, slot: Slot, error: Exception) -> None:
+        """Drop a group by which a worker was lost before, and which would cost this one too."""
+        told = "".join(traceback.format_exception(error))
+        log.error("group %d is dropped, the second worker could not play it: %s", slot.group_id, told)
+        try:
+            await self._exchange.drop(slot, DropReason.CRASHED, told)
+        except StaleSlot:
+            self._groups["superseded"] += 1
+        else:
+            self._groups["dropped"] += 1
+        self._recorder.forget(slot)
 
     async def _hand_over(self, group: Group) -> None:
         for trajectory in group.trajectories:

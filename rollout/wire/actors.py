@@ -42,8 +42,8 @@ class ExchangeActor:
     ) -> None:
         await self._exchange.drop(slot, reason, error, episodes)
 
-    async def hand_on(self, worker: str) -> int:
-        return await self._exchange.hand_on(worker)
+    async def hand_on(self, worker: str, lost: str = "") -> int:
+        return await self._exchange.hand_on(worker, lost)
 
     async def take(self, version: int, timeout_s: float, share: Share = WHOLE) -> list[pa.RecordBatch]:
         return await self._exchange.take(version, timeout_s, share)

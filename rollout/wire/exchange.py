@@ -132,12 +132,15 @@ class Exchange:
         self._since.pop(slot.group_id, None)
         self._wake()
 
-    async def hand_on(self, worker: str) -> int:
-        """What this worker holds waits for others; returns how many groups. Its waiting calls are answered None."""
+    async def hand_on(self, worker: str, lost: str = "") -> int:
+        """What this worker holds waits for others; returns how many groups. Its waiting calls are answered None.
+
+        lost: the error by which it did not leave in order; the groups it held are under suspicion.
+        """
         self._require_open()
         for asking in [asking for asking in self._asking if asking[0] == worker]:
             del self._asking[asking]
-        count = await self._run(partial(self._store.hand_on, worker))
+        count = await self._run(partial(self._store.hand_on, worker, lost))
         self._wake()
         return count
 
@@ -304,11 +307,14 @@ class Exchange:
         async with self._committing:
             gathered, self._gathered = self._gathered, None
             assert gathered is not None
+            waited_for = self._store.plays_alone and gathered.finished
             answers = await self._run(partial(self._store.hand_in, gathered.turns, gathered.finished))
         for slot, *_ in gathered.finished:
             self._since.pop(slot.group_id, None)
         if gathered.finished:
             self._ready.wake()
+        if waited_for:
+            self._slots.wake()
         return answers
 
     def _wake(self) -> None:

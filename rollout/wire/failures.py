@@ -17,10 +17,11 @@ class TooManyFailures(RuntimeError):
 class FailureWindow:
     """The last episodes' end reasons and the last error."""
 
-    def __init__(self, allowed_share: float) -> None:
+    def __init__(self, allowed_share: float, before: Iterable[tuple[EndReason, str | None]] = ()) -> None:
         self._allowed = allowed_share
         self._recent: deque[bool] = deque(maxlen=WINDOW)  # True: failed
         self._last_error = "none recorded"
+        self.watch(before)
 
     def watch(self, episodes: Iterable[tuple[EndReason, str | None]], error: str = "") -> None:
         """Count these episodes; `error` is that of the whole group."""

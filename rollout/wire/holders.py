@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from rollout.wire.trajectory import Slot
 
+ALONE_AFTER = 2  # losses of workers that may have had another cause
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -22,10 +24,14 @@ class Holders:
 
     Those of `waiting` keep their place in the buffer, those of `again` have lost it; their slots are as they were held
     last, and the next holder is the next attempt.
+
+    A group that was held by ALONE_AFTER workers when they were lost is given to a worker that plays nothing else, which
+    is given nothing else meanwhile: if that worker is lost too, the group is the cause.
     """
 
-    def __init__(self, gone: set[str]) -> None:
+    def __init__(self, gone: set[str], losses: dict[int, int] | None = None) -> None:
         self.gone = gone  # workers that were given up: whatever they still ask, they are given nothing
+        self.losses = losses or {}  # by group: workers that were lost while they held it
         self.playing: dict[int, Held] = {}
         self.waiting: dict[int, Slot] = {}
         self.again: dict[int, Slot] = {}
@@ -45,19 +51,44 @@ class Holders:
         """Whether this group has a place in the buffer."""
         return group_id in self.playing or group_id in self.waiting
 
-    def next_waiting(self) -> Slot | None:
+    def next_waiting(self, worker: str) -> Slot | None:
         """The first group whose worker is gone, as its next attempt: issue version and so deadline are kept."""
-        if not self.waiting:
-            return None
-        slot = self.waiting[min(self.waiting)]
-        return replace(slot, attempt=slot.attempt + 1)
+        slot = self._first(self.waiting, worker)
+        return None if slot is None else replace(slot, attempt=slot.attempt + 1)
 
-    def next_again(self, version: int) -> Slot | None:
+    def next_again(self, worker: str, version: int) -> Slot | None:
         """The first group to issue anew, at this version."""
-        if not self.again:
-            return None
-        slot = self.again[min(self.again)]
-        return replace(slot, attempt=slot.attempt + 1, version=version)
+        slot = self._first(self.again, worker)
+        return None if slot is None else replace(slot, attempt=slot.attempt + 1, version=version)
+
+    def plays_alone(self, worker: str) -> bool:
+        """Whether this worker plays a group that is to be its only one."""
+        return any(map(self._is_for_one_alone, self.of(worker)))
+
+    @property
+    def any_alone(self) -> bool:
+        """Whether some worker plays a group that is to be its only one."""
+        return any(map(self._is_for_one_alone, self.playing))
+
+    def cause_of_loss(self, worker: str) -> Slot | None:
+        """The group that a worker was lost with, where it was to be the only one there."""
+        held = self.of(worker)
+        alone = len(held) == 1 and self._is_for_one_alone(held[0])
+        return self.playing[held[0]].slot if alone else None
+
+    def count_loss(self, group_ids: Iterable[int]) -> None:
+        """The worker that held these was lost."""
+        for group_id in group_ids:
+            self.losses[group_id] = self.losses.get(group_id, 0) + 1
+
+    def _is_for_one_alone(self, group_id: int) -> bool:
+        return self.losses.get(group_id, 0) >= ALONE_AFTER
+
+    def _first(self, slots: dict[int, Slot], worker: str) -> Slot | None:
+        busy = bool(self.of(worker))
+        fit = (group_id for group_id in slots if not (busy and self._is_for_one_alone(group_id)))
+        first = min(fit, default=None)
+        return None if first is None else slots[first]
 
     def hold(self, held: Held) -> None:
         group_id = held.slot.group_id

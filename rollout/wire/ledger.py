@@ -26,7 +26,7 @@ from typing import Any
 from rollout.wire.ledger_checks import LedgerError, check_log, examine, naming, watch
 from rollout.wire.reuse import TABLES as _REUSES
 from rollout.wire.reuse import ReuseLog
-from rollout.wire.segments import Location
+from rollout.wire.segments import Location, segment_path
 from rollout.wire.trajectory import DropReason, EndReason, Slot, Task, Trajectory
 
 _VERSION = 2
@@ -45,6 +45,7 @@ CREATE TABLE IF NOT EXISTS episodes (
     reward REAL NOT NULL, success INTEGER, turns INTEGER NOT NULL, tokens INTEGER NOT NULL,
     max_version INTEGER NOT NULL, error TEXT, PRIMARY KEY (group_id, attempt, episode));
 CREATE TABLE IF NOT EXISTS gone (worker TEXT PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS losses (group_id INTEGER PRIMARY KEY, workers INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 INSERT OR IGNORE INTO meta VALUES ('buffer_version', 0), ('journal_from', 0);
 {_REUSES}
@@ -61,6 +62,7 @@ UPDATE groups SET state = 'complete', max_version = ?, segment = ?, "offset" = ?
 """
 _COMPLETE_AGAIN = "UPDATE groups SET state = 'complete', taken_version = NULL WHERE group_id = ?"
 _WAITING = "UPDATE groups SET state = 'waiting' WHERE group_id = ?"
+_LOST_WITH = "INSERT INTO losses VALUES (?, 1) ON CONFLICT (group_id) DO UPDATE SET workers = workers + 1"
 _AGAIN = """
 UPDATE groups SET state = 'again', taken_version = NULL, max_version = NULL, segment = NULL, "offset" = NULL,
     length = NULL, checksum = NULL, episodes = NULL, tokens = NULL, reward_sum = NULL WHERE group_id = ?
@@ -123,6 +125,15 @@ class StoredGroup:
     taken_version: int | None
     max_version: int | None  # newest weights that sampled a token of it
     location: Location | None  # None: not complete
+
+    def fate(self, version: int, max_lag: int, segments: Path) -> str:
+        """What becomes of it where the learner goes on from `version`: complete, waiting or again."""
+        if self.state == "again" or not version - max_lag <= self.slot.version <= version:
+            return "again"
+        if self.location is None:
+            return "waiting"
+        known = self.max_version is not None and self.max_version <= version
+        return "complete" if known and segment_path(segments, self.location.segment).exists() else "again"
 
 
 class Ledger:
@@ -205,11 +216,17 @@ class Ledger:
                 (reason.value, error, slot.group_id),
             )
 
-    def hand_on(self, worker: str, group_ids: Iterable[int]) -> None:
-        """A worker is gone for good, and these groups of its wait for another one."""
+    def hand_on(self, worker: str, group_ids: Sequence[int], lost: bool = False) -> None:
+        """A worker is gone for good, and these groups of its wait for another one. lost: it did not leave in order."""
+        rows = [(group_id,) for group_id in group_ids]
         with self._transaction():
             self._db.execute("INSERT OR IGNORE INTO gone VALUES (?)", (worker,))
-            self._db.executemany(_WAITING, [(group_id,) for group_id in group_ids])
+            self._db.executemany(_WAITING, rows)
+            self._db.executemany(_LOST_WITH, rows if lost else ())
+
+    def losses(self) -> dict[int, int]:
+        """By group: workers that were lost while they held it, where there were any."""
+        return dict(self._db.execute("SELECT group_id, workers FROM losses").fetchall())
 
     def gone(self) -> set[str]:
         """Workers that were given up since the driver began."""

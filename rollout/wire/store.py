@@ -19,7 +19,7 @@ import pyarrow as pa
 from rollout.wire.failures import WINDOW, FailureWindow, TooManyFailures
 from rollout.wire.holders import Held, Holders
 from rollout.wire.journal import Journal, rows_of
-from rollout.wire.ledger import EpisodeRow, Ledger, StoredGroup
+from rollout.wire.ledger import EpisodeRow, Ledger
 from rollout.wire.payload import Complete, Reused
 from rollout.wire.replay import ReplayBuffer
 from rollout.wire.reuse import Reuse
@@ -29,7 +29,6 @@ from rollout.wire.segments import (
     Location,
     SegmentWriter,
     remove_oldest,
-    segment_path,
     write_once,
 )
 from rollout.wire.settings import BufferSettings
@@ -70,10 +69,9 @@ class Store:
         self._reuse = Reuse(settings.reuse, seed, self._ledger.db, self._groups)
         self._next_id = self._ledger.next_group_id()
         self._buffer = self._empty_buffer(self._ledger.buffer_version)
-        self._holders = Holders(self._ledger.gone())
+        self._holders = Holders(self._ledger.gone(), self._ledger.losses())
         self._load()
-        self._failures = FailureWindow(settings.max_failed_share)
-        self._failures.watch(self._ledger.recent_episodes(WINDOW))
+        self._failures = FailureWindow(settings.max_failed_share, self._ledger.recent_episodes(WINDOW))
         self._journal = Journal(folder / "turns", self._ledger.journal_from, self._holders.attempts)
         if self._journal.damaged:
             rewritten = self._journal.rewrite(self._holders.attempts)
@@ -101,16 +99,18 @@ class Store:
         return [(group_id, held.worker) for group_id, held in self._holders.playing.items()]
 
     @property
+    def plays_alone(self) -> bool:
+        """Whether a worker plays one group and is given no other."""
+        return self._holders.any_alone
+
+    @property
     def unassigned(self) -> int:
         """Groups that were given out before and are due to be given out once more."""
         return len(self._holders.waiting) + len(self._holders.again)
 
     @property
     def covered(self) -> bool:
-        """Whether engines hold the last version of the run: nothing will be given out any more.
-
-        Not before: a step that has taken its groups may still be refused, or lose their rows, and then it needs others.
-        """
+        """Whether engines hold the run's last version: until then the last step may be refused and need others."""
         return self._total is not None and self.version * self.settings.groups_per_step >= self._total
 
     def is_gone(self, worker: str) -> bool:
@@ -133,7 +133,9 @@ class Store:
                 self._buffer.reserve(slot.group_id)
             self._holders.hold(Held(slot, worker, lane))
             self._next_id = max(self._next_id, slot.group_id + 1)
-        return Assignment(slot, self._journal.turns(slot.group_id))
+        return Assignment(
+            slot, self._journal.turns(slot.group_id), self._holders.losses.get(slot.group_id, 0)
+        )
 
     def hand_in(
         self, turns: Sequence[pa.RecordBatch], finished: Sequence[Finished]
@@ -171,11 +173,17 @@ class Store:
         self._failures.watch(((row.end_reason, row.error) for row in episodes), error)
         self._let_go([slot.group_id])
 
-    def hand_on(self, worker: str) -> int:
-        """What this worker holds waits for others, slots, deadlines and turns kept; returns how many groups."""
+    def hand_on(self, worker: str, lost: str = "") -> int:
+        """What this worker holds waits for others, slots, deadlines and turns kept; returns how many groups.
+
+        lost: the error by which it was lost. A group that cost others before, and this one all alone, is dropped.
+        """
+        if lost and (cause := self._holders.cause_of_loss(worker)) is not None:
+            self.drop(cause, DropReason.CRASHED, lost)
         given_up = self._holders.of(worker)
-        self._ledger.hand_on(worker, given_up)
+        self._ledger.hand_on(worker, given_up, bool(lost))
         self._holders.gone.add(worker)
+        self._holders.count_loss(given_up if lost else ())
         self._holders.hand_on(given_up)
         return len(given_up)
 
@@ -198,8 +206,7 @@ class Store:
         while (chosen := self._buffer.choose()) is not None:
             reused = self._reuse.choose(version)
             if (batches := self._read(chosen, reused)) is not None:
-                again = [each.group_id for each in reused]
-                self._ledger.take([group_id for group_id, _ in chosen], version, again)
+                self._ledger.take([at for at, _ in chosen], version, [each.group_id for each in reused])
                 self._buffer.take()
                 for _, group in chosen if share == WHOLE else ():
                     group.batch = None  # should the learner ask again, it is read again
@@ -242,7 +249,7 @@ class Store:
         # Complete groups first: their tokens are all there. (Not all fit where a resumed run has smaller settings.)
         for stored in sorted(self._ledger.since(version), key=lambda stored: stored.location is None):
             slot = stored.slot
-            state = self._fate(stored, version)
+            state = stored.fate(version, self.settings.max_lag, self._groups)
             if state != "again" and not buffer.reserve(slot.group_id, issue_version=slot.version):
                 state = "again"
             if state == "complete":
@@ -250,12 +257,12 @@ class Store:
                 buffer.add(slot.group_id, Complete(slot, stored.location, None))
             fates[state][slot.group_id] = slot
         rewritten = self._journal.rewrite(fates["waiting"], up_to=version)
-        lists = (fates["complete"], fates["waiting"], fates["again"])
-        self._ledger.rollback(version, *lists, rewritten.first, new_driver)
+        complete, waiting, again = fates.values()
+        self._ledger.rollback(version, complete, waiting, again, rewritten.first, new_driver)
         self._journal.adopt(rewritten)
         self._buffer = buffer
-        self._holders = Holders(self._ledger.gone())
-        self._holders.waiting, self._holders.again = fates["waiting"], fates["again"]
+        self._holders = Holders(self._ledger.gone(), self._ledger.losses())
+        self._holders.waiting, self._holders.again = waiting, again
 
     def archive(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
         """Store rows that are not trained on (evaluations) under RUN/evaluations/NAME; repeated, nothing more."""
@@ -297,16 +304,6 @@ class Store:
     def _empty_buffer(self, version: int) -> ReplayBuffer[Complete]:
         return ReplayBuffer(self.settings.groups_per_step, self.settings.max_lag, version)
 
-    def _fate(self, stored: StoredGroup, version: int) -> str:
-        on_time = version - self.settings.max_lag <= stored.slot.version <= version
-        if not on_time or stored.state == "again":
-            return "again"
-        if stored.location is None:
-            return "waiting"
-        known = stored.max_version is not None and stored.max_version <= version
-        there = segment_path(self._groups, stored.location.segment).exists()
-        return "complete" if known and there else "again"
-
     # Giving out ------------------------------------------------------------------------------------------------------
 
     def _next_slot(self, worker: str, lane: int) -> Slot | None:
@@ -316,11 +313,13 @@ class Store:
             # not be heard any more.
             played = self._journal.has_turns_of(slot.group_id, slot.attempt)
             return replace(slot, attempt=slot.attempt + 1) if played else slot
-        if (slot := holders.next_waiting()) is not None:
+        if holders.plays_alone(worker):
+            return None
+        if (slot := holders.next_waiting(worker)) is not None:
             return slot
         if self._buffer.outstanding >= self._buffer.capacity:
             return None
-        if (slot := holders.next_again(self.version)) is not None:
+        if (slot := holders.next_again(worker, self.version)) is not None:
             return slot
         begun = self.version * self.settings.groups_per_step + self._buffer.outstanding
         if self._total is not None and begun >= self._total:

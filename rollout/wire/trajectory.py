@@ -41,6 +41,7 @@ class DropReason(StrEnum):
     UNIFORM = (
         "uniform"  # all episodes earned the same of the environment: none is better (Yu et al. 2025, DAPO)
     )
+    CRASHED = "crashed"  # workers were lost while they played it, and it is the cause
     CANCELLED = "cancelled"  # given up when the run ended
 
 
@@ -97,6 +98,7 @@ class Assignment:
 
     slot: Slot
     turns: pa.RecordBatch | None  # rows of JOURNAL_SCHEMA; None where nothing was played
+    losses: int = 0  # workers that were lost while they held the group
 
 
 @dataclass(frozen=True, slots=True)

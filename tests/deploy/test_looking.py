@@ -13,9 +13,8 @@ from deploy.build import distinct_tasks, told_alike
 from deploy.config import ConfigError, parse
 from deploy.preflight import first_observation
 from envs import registry
-from envs.host import HostSettings
+from envs.host import HostSettings, Inline
 from envs.hosted import Hosted
-from envs.threaded import Threaded
 from rollout.pool import EnvironmentPool
 from rollout.vllm_engine import VllmEngine
 from rollout.wire.trajectory import Task
@@ -61,8 +60,8 @@ def test_replicas_of_foreign_code_are_processes_unless_the_user_says_otherwise()
             await pool.discard(task, replica)
         return [type(replica) for replica in replicas]
 
-    assert asyncio.run(kinds("auto")) == [Threaded, Threaded, Hosted]
-    assert asyncio.run(kinds("inline")) == [Threaded] * 3
+    assert asyncio.run(kinds("auto")) == [Inline, Inline, Hosted]
+    assert asyncio.run(kinds("inline")) == [Inline] * 3
 
 
 @pytest.mark.parametrize(

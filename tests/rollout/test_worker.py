@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,7 +21,7 @@ from rollout.tasks import TaskStream
 from rollout.wire.exchange import Exchange
 from rollout.wire.schema import decode
 from rollout.wire.store import BufferSettings, Store
-from rollout.wire.trajectory import DropReason, EndReason, Group, Slot, Task, Trajectory
+from rollout.wire.trajectory import Assignment, DropReason, EndReason, Group, Slot, Task, Trajectory
 from rollout.worker import RolloutSettings, RolloutWorker, as_groups
 from tests.rollout.fake_exchange import FakeExchange
 
@@ -167,6 +168,28 @@ def test_a_mistake_of_ours_ends_the_worker_with_that_very_error(rig: Rig) -> Non
     worker.engine._latency = misspelt  # type: ignore[attr-defined]
     with pytest.raises(NameError, match="modle"):
         asyncio.run(worker.run())
+
+
+def test_a_group_that_ends_its_worker_by_an_error_ends_no_second_one(rig: Rig) -> None:
+    class LostBefore(FakeExchange):
+        async def reserve(self, worker: str, lane: int) -> Assignment | None:
+            given = await super().reserve(worker, lane)
+            return given and replace(given, losses=1)
+
+    exchange, asked = LostBefore(slots(6)), count()
+    worker = rig.worker(exchange)
+
+    async def once() -> None:
+        if next(asked) == 5:
+            raise NameError("modle")
+
+    worker.engine._latency = once  # type: ignore[attr-defined]
+    asyncio.run(worker.run())
+    ((reason, error, _),) = exchange.dropped.values()
+    assert reason is DropReason.CRASHED
+    assert "NameError: modle" in error and "test_worker.py" in error
+    assert len(exchange.groups) == 5
+    assert worker.counters()["groups_dropped"] == 1
 
 
 def test_evaluation_keeps_order_repeats_itself_and_bounds_what_runs_at_once(rig: Rig) -> None:

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from envs import threaded
+from envs import call_thread
 from envs.base import TextEnv
-from envs.host import EnvironmentFailed, EnvironmentStuck, HostSettings
-from envs.threaded import Threaded
+from envs.host import EnvironmentFailed, EnvironmentStuck, HostSettings, Inline
+from envs.hosted import Hosted
 from rollout.group import concurrently
 from rollout.pool import EnvironmentPool
 from rollout.wire.trajectory import Task
 
-AT_ONCE = threaded._CALLS_PER_CORE * len(os.sched_getaffinity(0))
+AT_ONCE = call_thread._CALLS_PER_CORE * len(os.sched_getaffinity(0))
 
 
 class Odd(TextEnv):
@@ -65,9 +65,9 @@ def spin() -> None:
         pass
 
 
-def with_replica(env: Odd, act: Callable[[Threaded], Any], **limits: float) -> Any:
+def with_replica(env: Odd, act: Callable[[Inline], Any], **limits: float) -> Any:
     async def scene() -> Any:
-        replica = await Threaded.start(lambda: env, HostSettings(**limits), asyncio.Semaphore(4))  # type: ignore[arg-type]
+        replica = await Inline.start(lambda: env, HostSettings(**limits), asyncio.Semaphore(4))  # type: ignore[arg-type]
         try:
             assert await replica.reset(3) == "seed 3"
             return await act(replica)
@@ -90,7 +90,7 @@ def test_the_loop_goes_on_while_every_environment_waits_and_so_many_wait_at_once
             inside[0] -= 1
 
     async def scene() -> None:
-        pool = EnvironmentPool(make=lambda env_id: Odd(wait))
+        pool = EnvironmentPool(lambda env_id: Odd(wait), HostSettings(where="inline"))
         task = Task.of("odd", 3)
         replicas = await concurrently(pool.take(task) for _ in range(AT_ONCE + 5))
         await concurrently(replica.reset(3) for replica in replicas)
@@ -113,12 +113,12 @@ def test_a_step_that_takes_too_long_costs_its_episode_and_says_where_it_stood(
 ) -> None:
     env = Odd(doing)
 
-    async def act(replica: Threaded) -> threading.Thread:
+    async def act(replica: Inline) -> threading.Thread:
         with pytest.raises(
-            EnvironmentStuck, match=r"within 0.2 s \(env.host.step_seconds\).*test_threaded.py:\d+\)"
+            EnvironmentStuck, match=r"within 0.2 s \(env.host.step_seconds\).*test_inline.py:\d+\)"
         ):
             await replica.step("on")
-        return replica._thread
+        return replica._thread.thread
 
     thread = with_replica(env, act, step_seconds=0.2)
     thread.join(30)
@@ -126,7 +126,7 @@ def test_a_step_that_takes_too_long_costs_its_episode_and_says_where_it_stood(
 
 
 def test_an_environment_that_exits_costs_its_episode_alone() -> None:
-    async def act(replica: Threaded) -> None:
+    async def act(replica: Inline) -> None:
         with pytest.raises(EnvironmentFailed, match=r"SystemExit\(3\)"):
             await replica.step("on")
         assert await replica.reset(4) == "seed 4"
@@ -137,9 +137,9 @@ def test_an_environment_that_exits_costs_its_episode_alone() -> None:
 def test_all_an_environment_does_is_done_in_one_thread_which_ends_with_it() -> None:
     env = Odd()
 
-    async def act(replica: Threaded) -> threading.Thread:
+    async def act(replica: Inline) -> threading.Thread:
         assert await replica.step("on") == ("on", 1.0, True, False, {})
-        return replica._thread
+        return replica._thread.thread
 
     thread = with_replica(env, act)
     thread.join(30)
@@ -156,7 +156,7 @@ def test_an_environment_is_closed_when_it_returns_to_an_episode_that_was_given_u
 
     env = Odd(wait)
 
-    async def act(replica: Threaded) -> None:
+    async def act(replica: Inline) -> None:
         step = asyncio.create_task(replica.step("on"))
         await asyncio.to_thread(entered.wait, 30)
         step.cancel()
@@ -169,7 +169,28 @@ def test_an_environment_is_closed_when_it_returns_to_an_episode_that_was_given_u
 
 
 def test_coroutines_of_an_environment_are_awaited_on_one_event_loop() -> None:
-    async def act(replica: Threaded) -> Any:
+    async def act(replica: Inline) -> Any:
         return await replica.step("on")
 
     assert with_replica(Async(), act) == ("on", 1.0, True, False, {})
+
+
+def test_an_environment_by_which_a_worker_may_have_died_gets_a_process() -> None:
+    async def scene() -> None:
+        pool = EnvironmentPool(host=HostSettings(where="inline"))
+        task = Task.of("tests.rollout.trouble:Trouble", 1, {"what": "kill"})
+        replica = await pool.take(task, apart=True)
+        await replica.reset(1)
+        await replica.step("on")
+        with pytest.raises(EnvironmentFailed, match="SIGKILL"):
+            await replica.step("on")
+        await pool.discard(task, replica)
+        others = [await pool.take(task, apart=apart) for apart in (False, True)]
+        assert [type(each) for each in others] == [Inline, Hosted]
+        for each in others:
+            pool.give_back(task, each)
+        assert [type(await pool.take(task, apart=apart)) for apart in (False, True)] == [Inline, Hosted]
+        for each in others:
+            await pool.discard(task, each)
+
+    asyncio.run(scene())
