@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,7 +81,13 @@ def said(name: str, value: float, interval: Sequence[float] | None) -> str:
 
 
 def figures(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
-    """The evaluations as keys of summary.json: success_WHEN and reward_WHEN, each with its _interval; or None."""
+    """The evaluations as keys of summary.json: success_WHEN and reward_WHEN, each with its _interval; or None.
+
+    Where one of them had verdicts, the environment gives them: the other, in which no episode came to one, has a
+    success of 0.
+    """
+    if any(each.successes is not None for each in (before, after) if each):
+        before, after = (each and replace(each, successes=each.successes or 0) for each in (before, after))
     found: dict[str, Any] = {"held_out": any(each.held_out for each in (before, after) if each)}
     for when, each in zip(WHEN, (before, after), strict=True):
         found |= {
