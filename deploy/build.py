@@ -22,6 +22,7 @@ from envs.hosted import Hosted
 from rollout.agent import Agent
 from rollout.chat import Chat
 from rollout.demonstrate import demonstrate
+from rollout.end_tokens import end_tokens
 from rollout.engine import Engine
 from rollout.foreign import PROGRAM
 from rollout.parts.settings import PartSettings, dressed, dressing
@@ -52,7 +53,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def load_chat(path: str) -> Chat:
     """How messages become tokens of a model, pictures included where it sees."""
-    return Chat(load_tokenizer(path), Perception.load(path))
+    return Chat(load_tokenizer(path), Perception.load(path), end_tokens(path))
 
 
 def training_tasks(config: RunConfig) -> TaskStream:
@@ -168,7 +169,7 @@ async def vllm_engine(config: RunConfig, name: str, path: str) -> Engine:
     return await VllmEngine.start(
         name,
         path,
-        Chat(load_tokenizer(path), perception).stops,
+        Chat(load_tokenizer(path), perception, end_tokens(path)).stops,
         config.rollout.context_tokens,
         config.engine,
         on_gpu=config.rollout.gpus_per_worker > 0,

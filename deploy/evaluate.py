@@ -12,14 +12,16 @@ from pydantic import BaseModel, ConfigDict
 from deploy import run_folder
 from deploy.build import load_tokenizer
 from deploy.config import ConfigError, toml_value
+from deploy.conversations import rehearse
 from deploy.evaluation import Evaluation as Evaluation
-from deploy.preflight import check_context, check_model, check_tokenizer, first_observation
+from deploy.preflight import check_context, check_ends, check_model, check_tokenizer, first_observation
 from deploy.trust import executed_by_evaluation, require_trust
 from envs.host import HostSettings
 from learner.checkpoint import MODEL, latest
 from rollout.agent import Agent, AgentSettings
 from rollout.chat import Chat
-from rollout.engine import Sampling
+from rollout.end_tokens import end_tokens
+from rollout.engine import Sampling, WeightsNotFinite
 from rollout.perception import Perception
 from rollout.pool import EnvironmentPool
 from rollout.vllm_engine import VllmEngine, VllmSettings
@@ -78,16 +80,19 @@ def evaluate_checkpoint(checkpoint: str, env_id: str, seeds: range, conditions: 
     path = resolve_checkpoint(checkpoint)
     check_model(path)
     check_context(path, conditions.context_tokens)
-    check_tokenizer(path)
+    tokenizer = check_tokenizer(path)
     # It refuses what cannot be made.
-    first_observation(env_id, conditions.env_options, conditions.agent.parts, conditions.host)
+    observation = first_observation(env_id, conditions.env_options, conditions.agent.parts, conditions.host)
+    chat = Chat(tokenizer, Perception.load(path), check_ends(path))
+    if observation is not None:
+        rehearse(chat, observation, conditions.agent)
     tasks = [Task.of(env_id, seed, conditions.env_options) for seed in seeds]
     return asyncio.run(_evaluate(path, tasks, conditions))
 
 
 async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) -> Evaluation:
     perception = Perception.load(path)
-    chat = Chat(load_tokenizer(path), perception)
+    chat = Chat(load_tokenizer(path), perception, end_tokens(path))
     context, settings = conditions.context_tokens, conditions.engine
     engine = await VllmEngine.start(
         "evaluation",
@@ -98,7 +103,14 @@ async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) ->
         on_gpu=conditions.on_gpu,
         perception=perception,
     )
-    await engine.adopt_loaded(version=0)
+    try:
+        await engine.adopt_loaded(version=0)
+    except WeightsNotFinite as error:
+        await engine.close()
+        raise ConfigError(
+            f"model {path}: its weights hold NaN or infinity, or overflow in dtype={settings.dtype} ({error}); use "
+            "sound weights, or --dtype float32"
+        ) from error
     agent = Agent(engine, chat, conditions.sampling, context, conditions.agent)
     rollout = RolloutSettings(
         group_size=1,

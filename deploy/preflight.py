@@ -17,22 +17,23 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from deploy import replay
 from deploy.build import evaluation_tasks, looked_at
 from deploy.config import ConfigError, RunConfig
+from deploy.conversations import rehearse
 from deploy.models import tiny_tokenizer
 from envs import registry
 from envs.base import Observation
 from envs.host import HostSettings
 from envs.tool import ToolRefused
 from learner.lora import planned
-from learner.model import build_tiny
+from learner.model import build_tiny, model_files
 from learner.tiny_vision import tiny_processor
-from rollout.agent import as_messages
 from rollout.chat import Chat
+from rollout.end_tokens import end_tokens
 from rollout.foreign import PROGRAM, ProgramOptions
 from rollout.parts.memory import NotebookSettings
 from rollout.parts.settings import PartSettings
 from rollout.parts.tools import ToolsSettings
 from rollout.perception import Perception
-from rollout.wire.model_folder import pretrained
+from rollout.wire.model_folder import pretrained, write_companions
 
 
 def check(config: RunConfig) -> None:
@@ -40,10 +41,14 @@ def check(config: RunConfig) -> None:
     observation = first_observation(config.env.id, config.env.options, config.agent.parts, config.env.host)
     if path := config.learner.model.path:
         check_model(path)
+        check_trainable(path)
         check_context(path, config.rollout.context_tokens)
-        check_tokenizer(path)
+        tokenizer = check_tokenizer(path)
+    else:
+        tokenizer = _tiny(config)
+    chat = _chat(config, tokenizer)
     if observation is not None:
-        check_prompt(config, observation)
+        check_prompt(config, chat, observation)
     elif config.agent.memory != "full" or config.agent.parts:
         raise ConfigError(
             "agent.memory and agent.parts stand between an environment and the policy; a foreign agent brings its own: "
@@ -53,11 +58,11 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             "env.host.where='ray': a foreign agent runs beside its worker, which it asks; use 'process'"
         )
-    check_lora(config)
+    check_lora(config, tokenizer)
     if config.replay is None:
         evaluation_tasks(config)
     else:
-        replay.check(config, _tokenizer(config))
+        replay.check(config, tokenizer)
     if config.warm_start:
         registry.player(config.env.id)
     if config.cluster.dashboard_port and not config.cluster.address:
@@ -111,6 +116,15 @@ def check_model(path: str) -> None:
         _check_safetensors(file)
 
 
+def check_trainable(path: str) -> None:
+    """What a checkpoint will hold must be what the learner trains: quantized weights are not."""
+    method = getattr(loaded(AutoConfig, path), "quantization_config", None)
+    if method is not None:
+        raise ConfigError(
+            f"model {path}: its weights are quantized and cannot be trained; name unquantized ones"
+        )
+
+
 def check_context(path: str, context_tokens: int) -> None:
     """The model must have a position for every token of the context."""
     config = loaded(AutoConfig, path).get_text_config()
@@ -127,13 +141,18 @@ def check_context(path: str, context_tokens: int) -> None:
         )
 
 
-def check_tokenizer(path: str) -> None:
-    """The model must have a row for every token; it may have more.
+def check_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The model must have a row for every token; it may have more. Returns the tokenizer.
 
-    Placeholders of pictures and sounds that no prompt of text holds are let pass: some families share a tokenizer.
+    It is loaded from the files that a checkpoint will hold, written to a scratch folder: what a save and those who read
+    it need is tried here. Placeholders of pictures and sounds that no prompt of text holds are let pass: some families
+    share a tokenizer.
     """
-    rows = loaded(AutoConfig, path).get_text_config().vocab_size
-    tokenizer = loaded(AutoTokenizer, path)
+    with TemporaryDirectory(prefix="manta-saved-") as scratch:
+        write_companions(model_files(path), Path(scratch))
+        rows = loaded(AutoConfig, scratch, path).get_text_config().vocab_size
+        tokenizer: PreTrainedTokenizerBase = loaded(AutoTokenizer, scratch, path)
+    tokenizer.name_or_path = path
     special = {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
     used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     beyond = {
@@ -148,11 +167,12 @@ def check_tokenizer(path: str) -> None:
             f"model {path} has a vocabulary of {rows}, but its tokenizer one of {len(tokenizer)} (token "
             f"{beyond[last]!r} is id {last}); put the tokenizer into the folder that the model was trained with"
         )
+    return tokenizer
 
 
-def check_prompt(config: RunConfig, observation: Observation) -> None:
-    """The first prompt and one turn must fit into the context."""
-    prompt = len(_chat(config).opening(as_messages(observation)))
+def check_prompt(config: RunConfig, chat: Chat, observation: Observation) -> None:
+    """The template must render what will be said, and the first prompt and one turn must fit into the context."""
+    prompt = rehearse(chat, observation, config.agent)
     if prompt + 1 > config.rollout.context_tokens:
         raise ConfigError(
             f"the first prompt of {config.env.id} has {prompt} tokens, which does not fit into "
@@ -160,7 +180,7 @@ def check_prompt(config: RunConfig, observation: Observation) -> None:
         )
 
 
-def check_lora(config: RunConfig) -> None:
+def check_lora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """The model must have the layers that are to be adapted."""
     lora = config.learner.model.lora
     if lora is None:
@@ -169,7 +189,7 @@ def check_lora(config: RunConfig) -> None:
         path = config.learner.model.path
         if config.tiny:  # its layers have the same names however many and wide they are
             path = folder
-            build_tiny(Path(path), _tokenizer(config), layers=1, width=32, heads=1, mlp=32)
+            build_tiny(Path(path), tokenizer, layers=1, width=32, heads=1, mlp=32)
         try:
             planned(path, lora)
         except ValueError as error:
@@ -188,28 +208,37 @@ def check_port(port: int) -> None:
             ) from error
 
 
-def _chat(config: RunConfig) -> Chat:
-    tokenizer = _tokenizer(config)
+def _chat(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Chat:
     if config.tiny is None:
-        return Chat(tokenizer, Perception.load(config.learner.model.path))
+        path = config.learner.model.path
+        return Chat(tokenizer, Perception.load(path), check_ends(path))
     pixels = config.tiny.pixels
     return Chat(tokenizer, Perception(tiny_processor(tokenizer, pixels)) if pixels else None)
 
 
-def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    if config.tiny is None:
-        return loaded(AutoTokenizer, config.learner.model.path)
+def check_ends(path: str) -> tuple[int, ...]:
+    """The files that name a model's end tokens must be readable; returns those."""
+    try:
+        return end_tokens(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {path}: {error}") from error
+
+
+def _tiny(config: RunConfig) -> PreTrainedTokenizerBase:
     with TemporaryDirectory() as folder:
         return tiny_tokenizer(config, Path(folder))
 
 
-def loaded(auto: Any, path: str) -> Any:
-    """What a transformers Auto class finds at `path`. ConfigError where it finds nothing it can read."""
+def loaded(auto: Any, path: str, named: str = "") -> Any:
+    """What a transformers Auto class finds at `path`. ConfigError where it finds nothing it can read.
+
+    named: what the model is called in the error, where that is another path.
+    """
     try:
         return pretrained(auto, path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"model {path}: {reason} Is it a Hugging Face folder or id?") from error
+        raise ConfigError(f"model {named or path}: {reason} Is it a Hugging Face folder or id?") from error
 
 
 def _check_safetensors(file: Path) -> None:

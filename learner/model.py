@@ -66,7 +66,7 @@ class Policy:
         self.ranks = ranks
         self.device = torch.device(settings.device)
         self.model = _load(settings.path)
-        self._files = _companions(settings.path)  # read now: the folder may be gone when they are written
+        self._files = model_files(settings.path)  # read now: the folder may be gone when they are written
         self.model.eval()
         self.sight = self._sight()
         self._examine()  # the model as it was loaded: what replaces its layers is tested to compute the same
@@ -324,7 +324,7 @@ def _load(path: str) -> PreTrainedModel:
     return model
 
 
-def _companions(path: str) -> dict[str, bytes]:
+def model_files(path: str) -> dict[str, bytes]:
     """The files a model came with beside its weights; of a hub id those of its folder's top, and its templates."""
     try:
         if Path(path).is_dir():

@@ -143,9 +143,10 @@ class Agent:
     async def turn(self, conversation: Conversation, observation: Observation) -> Turn | ContextOverflow:
         """Sample one turn and add it to the conversation. Raises EngineFailed."""
         messages = as_messages(observation)
-        self._note_tools(conversation, messages[0])
         if conversation.ids and self._forgets(messages[0]):
             conversation.open_segment()
+        self._require_told(conversation, messages[0])
+        self._note_tools(conversation, messages[0])
         try:
             added = self._added(conversation, messages)
         except PerceptionError as error:
@@ -171,6 +172,19 @@ class Agent:
 
     def _forgets(self, first: Message) -> bool:
         return bool(first.get("forget")) or (self._settings.memory == "last" and not first.get("go_on"))
+
+    def _require_told(self, conversation: Conversation, first: Message) -> None:
+        """Tools are offered where a conversation begins: later ones would leave no trace in what the policy reads."""
+        new = (
+            [tool for tool in first.get("tools", ()) if tool not in conversation.tools]
+            if conversation.ids
+            else ()
+        )
+        if new:
+            raise ChatError(
+                f"turn {conversation.turn}: the environment offers {len(new)} more tools, which no "
+                "conversation that goes on can tell: say forget=true beside them, so that it begins anew"
+            )
 
     def _note_tools(self, conversation: Conversation, first: Message) -> None:
         """An environment says what can be called where it begins; a turn that sees nothing else is told each time."""

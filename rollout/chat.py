@@ -9,14 +9,14 @@ sampled, thoughts included, also under templates that would drop them from earli
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError as JinjaError
-
-from envs.base import DIRECTIONS, Message
+from envs.base import Message
+from rollout.control_tokens import ControlTokens
+from rollout.stand_ins import StandIn
+from rollout.template import ChatError, Template
 from rollout.wire.images import images_of
 
 if TYPE_CHECKING:
@@ -32,23 +32,32 @@ _SAID: Message = {"role": "assistant", "content": "zq8 said zq8"}
 _THOUGHT: Message = {"role": "assistant", "content": "zq8 thought zq8"}
 _NEXT: Message = {"role": "user", "content": "zq8 next zq8"}
 _CACHED_PROMPTS = 8192
+_CACHED_FORMS = 512  # of conversations
+_WAYS_OUT = (
+    "put a chat_template.jinja with a place for it into the model's folder (docs/agents.md, Tools), or choose a model "
+    "whose template has one"
+)
 
-
-class ChatError(ValueError):
-    """Messages that cannot be rendered, or a chat template that cannot be extended turn by turn."""
+__all__ = ["Chat", "ChatError", "Ids", "as_json"]
 
 
 class Chat:
     """One tokenizer's chat template, applied by delta.
 
     `end_of_turn` is the token the template puts after an assistant's content, or None where that is plain text. `stops`
-    are the tokens at which an engine has to end a turn: that one, and the tokenizer's own end where it is another.
+    are the tokens at which an engine has to end a turn: that one, the tokenizer's own end, and the model's.
     Raises ChatError for a template that rewrites earlier turns when new ones come, or renders a turn by its place.
 
-    perception: of a model that sees; without one messages are text.
+    perception: of a model that sees; without one messages are text. ends: what the model's files name beside
+    (`rollout.end_tokens`).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, perception: Perception | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        perception: Perception | None = None,
+        ends: Sequence[int] = (),
+    ) -> None:
         # It takes seconds, and who makes a Chat has imported it to have a tokenizer; settings alone need none of it.
         from transformers import PreTrainedTokenizerFast
 
@@ -56,29 +65,28 @@ class Chat:
             raise ChatError(
                 f"tokenizer {tokenizer.name_or_path} has no tokenizer.json; save it with a fast backend"
             )
-        if not tokenizer.chat_template:
-            raise ChatError(f"tokenizer {tokenizer.name_or_path} has no chat template; set one and save it")
+        self._template = Template(tokenizer)
+        self._name = self._template.name
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         pictured = None if perception is None else perception.placeholder_id
-        self._control = _any_of(
-            [
-                token.content
-                for place, token in tokenizer.added_tokens_decoder.items()
-                if token.special and place != pictured
-            ]
+        self._control = ControlTokens(tokenizer, pictured)
+        self._closing = self._after(
+            self._template.render([_ASKED, _SAID], prompted=False), "an assistant's turn"
         )
-        self._closing = self._after(self._render([_ASKED, _SAID], prompted=False), "an assistant's turn")
         closing_ids = self._encode(self._closing)
         starts_special = bool(closing_ids) and closing_ids[0] in tokenizer.added_tokens_decoder
         self.end_of_turn: int | None = closing_ids[0] if starts_special else None
-        ends = (self.end_of_turn, tokenizer.eos_token_id)
-        self.stops: tuple[int, ...] = tuple(dict.fromkeys(token for token in ends if token is not None))
+        known = [end for end in ends if self._backend.id_to_token(end) is not None]
+        stops = (self.end_of_turn, tokenizer.eos_token_id, *known)
+        self.stops: tuple[int, ...] = tuple(dict.fromkeys(token for token in stops if token is not None))
+        self._closes = self._closing_tokens()
         self._perception = perception
         # Messages with pictures are megabytes: their tokens are made anew, and perception remembers the pictures.
         remembers = lru_cache(_CACHED_PROMPTS if perception is None else 0)
         self._opening = remembers(self._opening_ids)
         self._glue = remembers(self._glue_ids)
+        self._form = lru_cache(_CACHED_FORMS)(self._form_of)
         self._check_template()
 
     def images(self, messages: Sequence[Message]) -> tuple[str, ...]:
@@ -92,11 +100,12 @@ class Chat:
     def delta(self, messages: Sequence[Message], sampled_ids: Sequence[int]) -> Ids:
         """The tokens between what was sampled last and where the assistant speaks next.
 
-        They close the sampled turn (its end-of-turn token is left out where it was sampled), and hold `messages` and
-        the next generation prompt.
+        They close the sampled turn, and hold `messages` and the next generation prompt. The end-of-turn token is left
+        out where it was sampled, or another was that the template puts in its place (Llama 3.1's `<|eom_id|>`). Behind
+        an end that no template writes, as of a whole text, the turn is closed as ever.
         """
         glue = self._glue(as_json(messages))
-        return glue[1:] if len(sampled_ids) and sampled_ids[-1] == self.end_of_turn else glue
+        return glue[1:] if len(sampled_ids) and sampled_ids[-1] in self._closes else glue
 
     def going_on(self, message: Message, sampled_ids: Sequence[int]) -> Ids:
         """The tokens of `message`, put behind what was sampled: the assistant's turn goes on.
@@ -105,7 +114,7 @@ class Chat:
         """
         if len(sampled_ids) and sampled_ids[-1] in self.stops:
             return self.delta([{"role": "user", "content": message["content"]}], sampled_ids)
-        return self._encode(message["content"])
+        return self._encode(self._control.plain(message["content"], own=True))
 
     def text(self, sampled_ids: Sequence[int]) -> str:
         """What was sampled, for the environment and for people: decoded without the token that ended the turn.
@@ -122,12 +131,48 @@ class Chat:
         return (*self._encode(text), self.stops[0])
 
     def _opening_ids(self, messages_json: str) -> Ids:
-        messages = json.loads(messages_json)
-        return self._perceived(self._render(messages, prompted=True), messages)
+        return self._ids(json.loads(messages_json), goes_on=False)
 
     def _glue_ids(self, messages_json: str) -> Ids:
+        return self._ids(json.loads(messages_json), goes_on=True)
+
+    def _ids(self, messages: Sequence[Message], goes_on: bool) -> Ids:
+        """The tokens of these messages. ChatError for what the template leaves out, or what forges its structure."""
+        said = [self._control.apart(message) for message in messages]
+        if goes_on:  # the tools were offered where the conversation began
+            said[0].pop("tools", None)
+        ids = self._perceived(self._text(said, goes_on), messages)
+        stand_in = StandIn.of(said)
+        own = all(message.get("role") != "assistant" for message in messages)
+        left_out, structure = self._form(as_json(stand_in.messages), goes_on, own)
+        if left_out:
+            what = stand_in.marks[left_out]
+            raise ChatError(f"{self._name} leaves out {what}: the policy would not read it; {_WAYS_OUT}")
+        if structure is not None and self._control.among(ids, own=own) != structure:
+            roles = [message.get("role") for message in messages]
+            raise ChatError(
+                f"{self._name}: what messages of the roles {roles} say forms control tokens with its own text; "
+                "change the roles, names or contents that spell them"
+            )
+        return ids
+
+    def _form_of(self, messages_json: str, goes_on: bool, own: bool) -> tuple[str, Ids | None]:
+        """Of a conversation of marks: the first one left out, and the control tokens; None where it cannot be said."""
         messages = json.loads(messages_json)
-        return self._perceived(self._glue_text([_ASKED, _SAID], messages), messages)
+        try:
+            text = self._text(messages, goes_on)
+        except ChatError:  # a template that wants certain words
+            return "", None
+        left_out = StandIn.of(messages).left_out(text)
+        try:
+            return left_out, self._control.among(self._encode(text), own=own)
+        except ChatError:  # of a vocabulary that cannot spell the marks
+            return left_out, None
+
+    def _text(self, messages: Sequence[Message], goes_on: bool) -> str:
+        if goes_on:
+            return self._glue_text([_ASKED, _SAID], messages)
+        return self._template.render(messages, prompted=True)
 
     def _perceived(self, text: str, messages: Sequence[Message]) -> Ids:
         """The tokens of a text that these messages were rendered to, with a placeholder for every feature."""
@@ -143,7 +188,7 @@ class Chat:
         return ids
 
     def _glue_text(self, history: Sequence[Message], messages: Sequence[Message]) -> str:
-        glue = self._after(self._render([*history, *messages], prompted=True), "the next turn")
+        glue = self._after(self._template.render([*history, *messages], prompted=True), "the next turn")
         if not glue.startswith(self._closing):
             raise ChatError(f"{self._name}: an assistant's turn is closed differently when a message follows")
         return glue
@@ -160,7 +205,7 @@ class Chat:
     def _check_template(self) -> None:
         """A later turn must leave earlier ones alone, and a turn's glue must not depend on its place."""
         heads = [
-            self._render(messages, prompted=False).partition(_ASKED["content"])[0]
+            self._template.render(messages, prompted=False).partition(_ASKED["content"])[0]
             for messages in ([_ASKED, _SAID], [_ASKED, _SAID, _NEXT])
         ]
         if heads[0] != heads[1]:
@@ -169,37 +214,12 @@ class Chat:
         if self._glue_text([_ASKED, _THOUGHT, _ASKED, _SAID], [_NEXT]) != second_turn:
             raise ChatError(f"{self._name}: a turn is rendered by its place in the conversation")
 
-    @property
-    def _name(self) -> str:
-        return f"chat template of {self._tokenizer.name_or_path or 'this tokenizer'}"
-
-    def _render(self, messages: Sequence[Message], *, prompted: bool) -> str:
-        plain = [
-            {key: self._plain(_bare(value)) for key, value in each.items() if key not in DIRECTIONS}
-            for each in messages
-        ]
-        tools = self._plain(messages[0].get("tools"))
-        try:
-            text = self._tokenizer.apply_chat_template(
-                plain, tools=tools, tokenize=False, add_generation_prompt=prompted
-            )
-        except JinjaError as error:
-            roles = [message.get("role") for message in plain]
-            raise ChatError(f"{self._name} refuses messages of the roles {roles}: {error}") from error
-        return str(text)
-
-    def _plain(self, said: Any) -> Any:
-        """What a message or tool says, without the tokenizer's special tokens in it: who writes one speaks of it.
-
-        The template alone opens and closes turns. A space behind the first character takes a token apart.
-        """
-        if isinstance(said, str):
-            while self._control.search(said):
-                said = self._control.sub(_apart, said)
-            return said
-        if isinstance(said, dict):
-            return {self._plain(key): self._plain(value) for key, value in said.items()}
-        return [self._plain(each) for each in said] if isinstance(said, list) else said
+    def _closing_tokens(self) -> frozenset[int]:
+        """The tokens that close a turn as the template does: its own, and other ends that its text names."""
+        if self.end_of_turn is None:
+            return frozenset()
+        named = {end for end in self.stops if self._backend.id_to_token(end) in self._template.source}
+        return frozenset({self.end_of_turn} | named)
 
     def _encode(self, text: str) -> Ids:
         # The template has written every special token itself; the backend spares what transformers wraps around it.
@@ -211,18 +231,6 @@ class Chat:
             ) from error
 
 
-def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:
-    """A pattern of any of these texts; of nothing where there is none."""
-    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def _apart(token: re.Match[str]) -> str:
-    first, others = token[0][:1], token[0][1:]
-    # A space beside another would leave the token whole, or make it anew.
-    return f"{first} {others}" if others and not (first.isspace() or others[0].isspace()) else ""
-
-
 def _images(messages: Sequence[Message]) -> tuple[str, ...]:
     try:
         return images_of(messages)
@@ -230,19 +238,9 @@ def _images(messages: Sequence[Message]) -> tuple[str, ...]:
         raise ChatError(f"a message cannot be shown: {error}") from error
 
 
-def _bare(value: Any) -> Any:
-    """What a template is told of a message's content: that there is a picture, not which."""
-    if not isinstance(value, list):
-        return value
-    return [
-        {"type": "image"} if isinstance(part, dict) and part.get("type") == "image" else part
-        for part in value
-    ]
-
-
 def as_json(messages: Sequence[Message]) -> str:
     """Messages as stored and as looked up. Raises ChatError for contents that are not JSON."""
     try:
         return json.dumps(messages)
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ChatError(f"chat messages must be JSON: {error}") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, Protocol
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from rollout.wire.trajectory import Float32Array, Int32Array
@@ -17,6 +18,10 @@ FinishReason = Literal["stop", "length"]
 
 class EngineFailed(RuntimeError):
     """An engine could not answer a request. It costs the episode that asked, never the worker."""
+
+
+class WeightsNotFinite(ValueError):
+    """A model whose weights, or what an engine's type makes of them, are NaN or infinite."""
 
 
 class EngineDied(RuntimeError):
@@ -87,3 +92,12 @@ def derive_seed(*parts: int) -> int:
     """A seed in [0, 2**63) that depends on every part and on their order, the same in every process."""
     digest = blake2b(b"".join(part.to_bytes(8, "little", signed=True) for part in parts), digest_size=8)
     return int.from_bytes(digest.digest(), "little") >> 1
+
+
+FINITE_PROBE = tuple(range(8))  # tokens that are scored once to see whether a model computes numbers at all
+
+
+def require_finite(name: str, logprobs: Float32Array) -> None:
+    """Raise WeightsNotFinite unless all are numbers: such an engine samples without complaint, one token for ever."""
+    if not np.isfinite(logprobs).all():
+        raise WeightsNotFinite(f"{name}: the model's logprobs are not finite numbers")

@@ -40,6 +40,7 @@ class ScriptedEngine:
 
     Pictures count as part of the prompt. Logprobs are made up, between -1 and 0, under the same rule. `requests` keeps
     every request in the order of completion, unless `record` is off. `latency` is awaited before each answer.
+    `stop_token_ids`: tokens that end a turn beside the tokenizer's own (`Chat.stops`).
     """
 
     def __init__(
@@ -51,12 +52,15 @@ class ScriptedEngine:
         *,
         name: str = "scripted",
         record: bool = True,
+        stop_token_ids: Sequence[int] = (),
     ) -> None:
         self.name = name
         self.version = version
         self.requests: list[Request] = []
         self._backend = tokenizer.backend_tokenizer
-        self._stops = Chat(tokenizer).stops[:1]
+        own = Chat(tokenizer).stops
+        self._end = own[:1]
+        self._stops = frozenset((*own, *stop_token_ids))
         self._script = script
         self._latency = latency
         self._record = record
@@ -72,7 +76,9 @@ class ScriptedEngine:
         seed = derive_seed(sampling.seed or 0, self.version, hash(tuple(prompt_ids)), *shown)
         rng = Random(seed)
         said = self._script(self._backend.decode(prompt_ids, skip_special_tokens=False), rng)
-        ids = [*self._backend.encode(said, add_special_tokens=False).ids, *self._stops]
+        ids = [*self._backend.encode(said, add_special_tokens=False).ids, *self._end]
+        # As an engine, it ends at the first token that ends a turn, whatever the script says behind it.
+        ids = ids[: next((place for place, token in enumerate(ids, 1) if token in self._stops), None)]
         kept = np.array(ids[: sampling.max_tokens], dtype=np.int32)
         completion = Completion(
             kept,

@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from rollout import vllm_images
-from rollout.engine import Completion, EngineDied, EngineFailed, Sampling
+from rollout.engine import FINITE_PROBE, Completion, EngineDied, EngineFailed, Sampling, require_finite
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import SyncReport, WeightManifest, WeightMismatch, WeightUpdate
@@ -295,7 +295,8 @@ class VllmEngine:
         return SyncReport(self.name, self.version, len(manifest.tensors), difference, seconds, stalled)
 
     async def adopt_loaded(self, version: int) -> None:
-        """Call what the engine loaded at its start `version`: for evaluating a checkpoint, where nobody publishes."""
+        """Call what the engine loaded `version`: for evaluating a checkpoint. Raises WeightsNotFinite."""
+        require_finite(self.name, await self.score(FINITE_PROBE))
         await self._asked(self._llm.update_weight_version(str(version)))
         self.version = version
 

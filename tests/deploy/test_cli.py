@@ -185,6 +185,51 @@ def test_a_model_may_have_more_rows_than_its_tokenizer(checkpoint: Path) -> None
     check_tokenizer(str(checkpoint))
 
 
+TALKERS_ALONE = (  # as of a model that was never shown a tool
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}{% elif m['role'] == 'assistant' %}"
+    "<|assistant|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+OFFERED = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+TOOL = "agent.parts=[{kind='tools',functions=['tests.envs.example_tools:double']}]"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (TALKERS_ALONE, r"leaves out a tool that is offered \(double\).*chat_template\.jinja"),
+        (OFFERED + TALKERS_ALONE, "leaves out what a message of the role 'tool' says"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "runs more than"),
+    ],
+)
+def test_a_template_that_cannot_say_what_will_be_said_is_refused(
+    refused: Callable[..., str], manta: Manta, checkpoint: Path, template: str, said: str
+) -> None:
+    (checkpoint / "chat_template.jinja").write_text(template)
+    assert re.search(said, refused(*of_model(checkpoint, TOOL, "agent.memory=full")))
+    if "range" in template:
+        limits = ("--context-tokens", "40", "--memory", "last")
+        assert re.search(said, mistake(manta("eval", str(checkpoint), "--env", "frozen_lake", *limits)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("generation_config.json", "[]", "must hold a JSON object"),
+        ("config.json", {"quantization_config": {"quant_method": "fp8"}}, "quantized"),
+        ("config.json", {"model_type": "unheard_of", "auto_map": {"AutoConfig": "x.Y"}}, "custom code"),
+    ],
+)
+def test_files_that_a_save_or_its_reader_stumbles_over_are_refused(
+    refused: Callable[..., str], checkpoint: Path, name: str, content: str | dict[str, object], said: str
+) -> None:
+    file = checkpoint / name
+    text = content if isinstance(content, str) else json.dumps(json.loads(file.read_text()) | content)
+    file.write_text(text)
+    assert said in refused(*of_model(checkpoint))
+
+
 def test_a_prompt_longer_than_the_context_is_refused(refused: Callable[..., str], checkpoint: Path) -> None:
     said = refused(*of_model(checkpoint, "env.options.instructions=true"))
     assert "the first prompt of frozen_lake has" in said and "rollout.context_tokens=40" in said

@@ -34,7 +34,13 @@ THINKING = (
     "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "thinking": THINKING, "tiny": CHAT_TEMPLATE}
+TOOLS = "{% if tools %}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}{% endif %}"
+TEMPLATES = {
+    "chatml": TOOLS + CHATML,
+    "llama": TOOLS + LLAMA,
+    "thinking": TOOLS + THINKING,
+    "tiny": CHAT_TEMPLATE,
+}
 SPECIAL = [
     "<|im_start|>",
     "<|im_end|>",
@@ -62,7 +68,7 @@ def bpe(template: str, eos: str = "") -> PreTrainedTokenizerFast:
         vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(TEXT, trainer)
-    end = eos or ("<|end|>" if template is CHAT_TEMPLATE else "<|im_end|>")
+    end = eos or ("<|end|>" if template == CHAT_TEMPLATE else "<|im_end|>")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|bos|>", eos_token=end, chat_template=template
     )
