@@ -167,7 +167,7 @@ class Fleet:
                 told = within(self._settings.frozen_seconds, seated.member.counters(), seated.member.name)
                 seated.counters = await told
             except Exception as error:
-                seated.lose(error)
+                seated.lose(await _explained(error, seated.member))
 
         await asyncio.gather(*(ask(s) for s in self._seated.values() if s.state == "serving"))
         total: Counter[str] = Counter(self._retired)
@@ -261,11 +261,8 @@ class Fleet:
             await asyncio.sleep(settings.heartbeat_seconds)
             try:
                 await within(settings.frozen_seconds, member.ping(), f"{member.name} (heartbeat)")
-            except PartLost as error:
-                seated.lose(PartLost(f"{error}: {await _why(member)}"))
-                return
             except Exception as error:
-                seated.lose(error)
+                seated.lose(await _explained(error, member))
                 return
 
     async def _admit(self, seated: _Seated) -> None:
@@ -388,10 +385,12 @@ class Fleet:
         changed.set()
 
 
-async def _why(member: Member) -> str:
-    """What keeps a member from answering a heartbeat, as far as its other threads say."""
+async def _explained(error: Exception, member: Member) -> Exception:
+    """The error by which a member is lost; where it did not answer, with what its other threads say of it."""
+    if not isinstance(error, PartLost):
+        return error
     try:
         told = await within(_WHY_SECONDS, member.standing(), member.name)
-    except Exception:  # whatever it died of, or is frozen by: the heartbeat's loss is told in any case
-        return "its other threads do not answer either: its process was stopped, or a call into C keeps the interpreter"
-    return told or "its event loop goes on, its engine does not answer"
+    except Exception:  # whatever it died of, or is frozen by: the loss is told in any case
+        told = "its other threads do not answer either: its process was stopped, or a call into C keeps the interpreter"
+    return PartLost(f"{error}: {told or 'its event loop goes on, its engine does not answer'}")

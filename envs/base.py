@@ -57,10 +57,21 @@ def messages_of(observation: Observation) -> list[Message]:
     return [dict(message) for message in observation]
 
 
+def as_number(value: Any, what: str) -> float:
+    """A reward as a float, whatever type of number it has. TypeError for text, also where it says a number."""
+    if isinstance(value, str | bytes | bytearray):
+        raise TypeError(f"{what} is the text {value!r:.80}; give a number")
+    return float(value)
+
+
 def named_rewards(info: Info) -> dict[str, float] | None:
     """The parts of a step's reward; None where the environment names none. TypeError, ValueError for junk."""
     named = info.get("rewards")
-    return None if named is None else {str(key): float(value) for key, value in named.items()}
+    return (
+        None
+        if named is None
+        else {str(key): as_number(value, f"the reward {key}") for key, value in named.items()}
+    )
 
 
 def end_behind(info: Info) -> Info:

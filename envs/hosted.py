@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from typing import Any
 
-from envs.base import Observation, end_behind, named_rewards, seat_of
+from envs.base import Observation, as_number, end_behind, named_rewards, seat_of
 from envs.child import end_with
 from envs.host import (
     Env,
@@ -253,7 +253,7 @@ async def _answer(replica: Inline, request: dict[str, Any], blob: bytes) -> Mess
                 told["seat"] = seat
             answer = {
                 "observation": observation,
-                "reward": float(reward),
+                "reward": as_number(reward, "the reward"),
                 "terminated": bool(terminated),
                 "truncated": bool(truncated),
                 "info": told,

@@ -23,6 +23,7 @@ import gymnasium as gym
 
 from envs.base import Info, Message, Observation, TalkSpace, messages_of, text_space
 from envs.calls import BadCall, Call, Fault, Style, parse_calls, spoken, write_call
+from envs.reference import settled
 from envs.tool import Schema, Tool, ToolGone, ToolRefused, WrongArguments, echo, line
 
 _FAULTS = {
@@ -191,7 +192,7 @@ class Toolbox:
 
 def _run(tool: Tool, arguments: dict[str, Any]) -> Answer:
     try:
-        return Answer(_shown(tool.run(arguments)), Reason.OK)
+        return Answer(_shown(settled(tool.run(arguments))), Reason.OK)
     except WrongArguments as error:
         return Answer(f"{tool.name} was not called: {line(str(error))}.", Reason.WRONG_ARGUMENTS)
     except ToolGone as error:

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from envs.base import Observation
+from envs.reference import awaited
 from rollout.agent import Agent, AgentSettings, ContextOverflow, Conversation, Turn
 from rollout.chat import Chat
 from rollout.engine import Completion, Sampling
@@ -107,7 +108,7 @@ class _Hand:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
     ) -> Completion:
-        ids = self._chat.encode_action(self._player.act(self.observation))
+        ids = self._chat.encode_action(await awaited(self._player.act(self.observation)))
         kept = np.array(ids[: sampling.max_tokens], dtype=np.int32)
         cut = len(ids) > sampling.max_tokens
         zeros = np.zeros(len(kept), dtype=np.int32)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from envs.base import Info, Observation, end_behind, named_rewards, seat_of
+from envs.base import Info, Observation, as_number, end_behind, named_rewards, seat_of
 from envs.host import EnvironmentFailed, Replica, Sampled
 from envs.tools import answers_by_reason
 from rollout.agent import Actor, ContextOverflow, Conversation, Turn, as_messages
@@ -193,7 +193,7 @@ class _Episode:
             with asking(task, f"step {number}"):
                 self._replica.sampled(sampled)
                 observation, reward, terminated, truncated, info = await self._replica.step(turn.action)
-                reward = float(reward)
+                reward = as_number(reward, "the reward")
                 as_messages(observation)
                 named, seat = named_rewards(info), seat_of(info)
                 _require_finite({"the reward": reward} | (named or {}))

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from envs.base import Info, Message, Observation
 from envs.host import EnvironmentFailed, HostSettings, Outcome, Sampled
-from envs.reference import load_function
+from envs.reference import load_function, settled
 from envs.registry import EnvironmentUnknown
 from rollout.chat import Chat, ChatError
 from rollout.openai_format import Answer, Asked, Refused, answer, plain
@@ -245,7 +245,7 @@ class ForeignAgent:
             if not returned.done():  # nobody waits any more
                 returned.set_result(left)
 
-        in_thread(lambda: judge(self._task, self._history.messages, output), name, settle)
+        in_thread(lambda: settled(judge(self._task, self._history.messages, output)), name, settle)
         try:
             async with asyncio.timeout(seconds) as clock:
                 left = await returned

@@ -2,8 +2,8 @@
 
 Either finds the policy at OPENAI_BASE_URL with OPENAI_API_KEY, and its task as JSON in MANTA_TASK; a function is called
 with the three. A program lives in a session of its own, is killed with its process group, and by the kernel when the
-thread that started it ends. A function runs in a thread, or on the event loop where it is async; a thread cannot be
-killed, but its next request is refused.
+thread that started it ends. A function runs in a thread, on an event loop of its own where it is async; a thread cannot
+be killed, but its next request is refused.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from envs.child import import_path, inherited, leashed
-from envs.reference import load_function
+from envs.reference import load_function, settled
 from rollout.openai_format import read_json
 from rollout.session import Left, Verdict
 
@@ -144,35 +144,52 @@ class Program:
 
 
 class Called:
-    """A `Running` function of this process."""
+    """A `Running` function of this process, in a thread; coroutines run on an event loop of that thread's."""
 
     def __init__(
         self, function: Function, base_url: str, api_key: str, task: dict[str, Any], on_left: OnLeft
     ) -> None:
         self._on_left = on_left
-        self._task: asyncio.Task[Any] | None = None
-        if inspect.iscoroutinefunction(function):
-            self._task = asyncio.create_task(self._await(function(base_url, api_key, task)))
-            return
-        in_thread(lambda: function(base_url, api_key, task), "its function", on_left)
+        self._left = asyncio.Event()
+        self._ended = False
+        self._waiting: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
+        in_thread(lambda: self._settled(function(base_url, api_key, task)), "its function", self._leave)
 
     def said(self) -> str:
         return ""
 
     async def end(self, grace: float = 0.0) -> None:
-        if self._task is None:
+        if self._waiting is None and not self._left.is_set():
+            self._ended = True  # it is no coroutine yet, and a thread cannot be killed
             return
-        if grace:
-            await asyncio.wait({self._task}, timeout=grace)
-        self._task.cancel()
-        await asyncio.wait({self._task}, timeout=_CLOSE_SECONDS)
+        if not await self._has_left(grace) and self._waiting is not None:
+            loop, task = self._waiting
+            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+                loop.call_soon_threadsafe(task.cancel)
+            await self._has_left(_CLOSE_SECONDS)
 
-    async def _await(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        try:
-            left = Left(None, "", await coroutine)
-        except Exception as error:  # the function is anybody's code; its error is its episode's
-            left = _raised("its function", error)
+    async def _has_left(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._left.wait(), seconds)
+        return self._left.is_set()
+
+    def _leave(self, left: Left) -> None:
+        self._left.set()
         self._on_left(left)
+
+    # In the thread.
+
+    def _settled(self, value: Any) -> Any:
+        with contextlib.suppress(asyncio.CancelledError):
+            return asyncio.run(self._awaited(value)) if inspect.isawaitable(value) else value
+
+    async def _awaited(self, value: Awaitable[Any]) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        self._waiting = asyncio.get_running_loop(), task
+        if self._ended:
+            raise asyncio.CancelledError
+        return await value
 
 
 class _Tail(asyncio.Protocol):
@@ -240,9 +257,7 @@ def main(reference: str) -> None:
     """Call a function as a program would be started; what it returns is the last line."""
     task = json.loads(os.environ["MANTA_TASK"])
     function = load_function(reference)
-    result = function(os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"], task)
-    if inspect.iscoroutine(result):
-        result = asyncio.run(result)
+    result = settled(function(os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"], task))
     if result is not None:
         print("\n" + Verdict.read(result).model_dump_json())
 

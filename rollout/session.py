@@ -14,11 +14,23 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any, Literal
+from numbers import Number
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
+from envs.base import as_number
 from rollout.openai_format import Answer, Asked, Refused
+
+
+def _number(value: Any) -> float:
+    try:
+        return as_number(value, "a reward")
+    except (TypeError, OverflowError) as error:
+        raise ValueError(str(error)) from None
+
+
+_Reward = Annotated[FiniteFloat, BeforeValidator(_number)]
 
 
 class Verdict(BaseModel):
@@ -26,9 +38,9 @@ class Verdict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    reward: FiniteFloat
+    reward: _Reward
     success: bool | None = Field(None, description="where there is such a thing")
-    rewards: dict[str, FiniteFloat] | None = Field(None, description="what the reward is made of")
+    rewards: dict[str, _Reward] | None = Field(None, description="what the reward is made of")
     end: Literal["terminated", "truncated", "malformed"] = Field(
         "terminated",
         description="truncated: a limit of the program's own cut it; malformed: it could not read",
@@ -38,7 +50,7 @@ class Verdict(BaseModel):
     def read(cls, value: Any) -> Verdict:
         """A number, or an object with the fields above. ValueError, one line, for anything else."""
         try:
-            return cls.model_validate({"reward": value} if isinstance(value, int | float) else value)
+            return cls.model_validate({"reward": value} if isinstance(value, Number) else value)
         except ValidationError:
             raise ValueError(
                 f"a reward is a finite number, or an object of reward, success, rewards and end; got {value!r:.200}"

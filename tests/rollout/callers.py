@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from typing import Any
 
 from openai import AsyncOpenAI, OpenAI
@@ -184,3 +186,41 @@ def wrong(task: Task, messages: list[Any], output: str) -> float:
 def judge(task: Task, messages: list[Any], output: str) -> float:
     heard[task["seed"]] = [task, messages, output]
     return 0.25
+
+
+async def judge_async(task: Task, messages: list[Any], output: str) -> dict[str, Any]:
+    await asyncio.sleep(0)
+    return {"reward": judge(task, messages, output), "success": True}
+
+
+class Judge:
+    """A callable object that no one can tell to be a coroutine function."""
+
+    async def __call__(self, task: Task, messages: list[Any], output: str) -> dict[str, Any]:
+        return await judge_async(task, messages, output)
+
+
+judge_object = Judge()
+judge_returned = lambda *given: judge_async(*given)  # noqa: E731
+
+
+def judge_text(task: Task, messages: list[Any], output: str) -> str:
+    return "1"
+
+
+async def speaker(base_url: str, api_key: str, task: Task) -> float:
+    await asyncio.to_thread(ask, client(base_url, api_key), [user("turn")])
+    return 0.5
+
+
+class Speaker:
+    async def __call__(self, base_url: str, api_key: str, task: Task) -> float:
+        return await speaker(base_url, api_key, task)
+
+
+speaker_object = Speaker()
+
+
+async def sleeper(base_url: str, api_key: str, task: Task) -> None:
+    await speaker(base_url, api_key, task)
+    time.sleep(1.5)  # a blocking call in a coroutine

@@ -211,6 +211,27 @@ def test_a_function_of_the_run_may_judge(scripted: Scripted) -> None:
     assert flat(messages) == [("user", "turn"), ("assistant", "left")]
 
 
+@pytest.mark.parametrize("judge", ["judge_async", "judge_object", "judge_returned"])
+def test_a_judge_that_is_asynchronous_is_awaited_however_it_is_written(
+    scripted: Scripted, judge: str
+) -> None:
+    _, agent = scripted("left")
+    (trajectory,) = played(agent, task_of("rewardless", options={"reward": f"tests.rollout.callers:{judge}"}))
+    assert (trajectory.reward, trajectory.success) == (0.25, True), trajectory.error
+
+
+def test_agents_that_are_asynchronous_are_awaited_and_one_that_blocks_holds_up_itself(
+    scripted: Scripted,
+) -> None:
+    _, agent = scripted()
+    host = HostSettings(reset_seconds=30.0, step_seconds=0.3)
+    tasks = [task_of(name, seed) for seed, name in enumerate(("sleeper", "speaker", "speaker_object"))]
+    blocked, *others = played(agent, *tasks, host=host)
+    assert blocked.end_reason is EndReason.FAILED
+    assert "did not ask again or end within 0.3 s" in (blocked.error or "")
+    assert [trajectory.reward for trajectory in others] == [0.5, 0.5], [each.error for each in others]
+
+
 def test_what_is_not_offered_is_refused_in_the_clients_own_errors(
     scripted: Scripted, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -297,6 +318,7 @@ def test_whoever_asks_again_before_the_hang_up_is_known_gets_that_answer() -> No
             1,
             "the reward function tests.rollout.callers:wrong raised ZeroDivisionError('no such",
         ),
+        ("rewardless", "judge_text", 1, "a reward is a finite number, or an object"),
         ("rewardless", "never", 1, "callers:never did not return within 0.2 s (env.options.reward_seconds)"),
     ],
 )

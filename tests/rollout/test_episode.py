@@ -149,6 +149,16 @@ def test_a_reward_that_is_no_number_is_the_environments_failure(
     assert re.search(r"failed in step 2: .*(the reward|goal) is .*finite float32", trajectory.error)
 
 
+@pytest.mark.parametrize(("reward", "info"), [("1", {}), (1.0, {"rewards": {"goal": "1"}})])
+def test_a_reward_that_is_text_is_the_environments_failure(
+    orders: Any, agent_of: AgentOf, engine: ScriptedEngine, reward: Any, info: dict[str, Any]
+) -> None:
+    orders.reward, orders.info = lambda seed, turn: reward, info
+    trajectory = played(orders.make("count"), agent_of(engine))
+    assert trajectory.end_reason is EndReason.FAILED
+    assert re.search(r"the reward( goal)? is the text '1'; give a number", trajectory.error or "")
+
+
 def test_an_engine_that_fails_costs_the_episode(
     orders: Any, agent_of: AgentOf, engine: ScriptedEngine
 ) -> None:
