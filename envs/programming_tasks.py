@@ -6,7 +6,8 @@ A kind's solution is what tells right from wrong; tests compare each with a seco
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from string import Template
@@ -16,10 +17,15 @@ from typing import Any
 import numpy as np
 
 from envs.base import MAX_DRAWS, Split, drawn
+from envs.programming_mutants import Function, is_right, mutants
+
+MAX_PROBES = 500  # distinct inputs that are tried
+MAX_IN_VAIN = 1000  # runs of mutants of which none was wrong; what is left computes the same, most likely
 
 Rng = np.random.Generator
 Choices = Mapping[str, str]  # what the sentence says -> what the solution says
 Arguments = tuple[Any, ...]
+Draw = Callable[[Rng], Any]  # of a value for an argument
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Kind:
     level: int
     name: str
     says: str
-    takes: Mapping[str, Callable[[Rng], Any]]
+    takes: Mapping[str, Draw]
     body: str
     chosen: Mapping[str, Choices]
 
@@ -100,26 +106,65 @@ def draw_task(kinds: Sequence[Kind], split: Split, rng: Rng) -> Task:
 def draw_inputs(task: Task, examples: int, hidden: int, rng: Rng) -> tuple[list[Arguments], list[Arguments]]:
     """Inputs to be shown and inputs to be hidden, no two alike.
 
-    The hidden ones ask for at least two different results, and some for another than an argument itself: no constant,
-    no table of the examples and no argument given back is right on all of them.
+    The hidden ones hold the task's probes. They ask for at least two different results, and some for another than an
+    argument itself: no constant, no table of the examples and no argument given back is right on all of them.
     """
+    probed = probes(task.name, task.says, task.solution, tuple(task.kind.takes.values()))[:hidden]
     for _ in range(MAX_DRAWS):
-        drawn: dict[str, Arguments] = {}
-        for _ in range(4 * (examples + hidden)):
-            arguments = tuple(draw(rng) for draw in task.kind.takes.values())
+        drawn = {repr(arguments): arguments for arguments in probed}
+        for arguments in _draws(task.kind.takes.values(), rng, 4 * (examples + hidden)):
             drawn.setdefault(repr(arguments), arguments)
             if len(drawn) == examples + hidden:
                 break
         inputs = list(drawn.values())
-        kept = inputs[examples:]
+        at = [int(place) for place in rng.permutation(len(inputs) - examples)]
+        kept = [inputs[place] for place in at]
         results = [ascii(task.expected(each)) for each in kept]
         echoes = [{ascii(argument) for argument in each} for each in kept]
         told = len(set(results)) > 1 and any(
             result not in echo for result, echo in zip(results, echoes, strict=True)
         )
         if len(kept) == hidden and told:
-            return inputs[:examples], kept
+            return inputs[hidden:], kept
     raise ValueError(f"no inputs for {task.name}: {task.says}")
+
+
+@lru_cache(maxsize=256)
+def probes(name: str, says: str, solution: str, takes: tuple[Draw, ...]) -> tuple[Arguments, ...]:
+    """The inputs on which a task's mutants are wrong, as few as are needed; the same for every episode of the task.
+
+    Those come first that others stand in for the least. Takes some hundredths of a second to some tenths.
+    """
+    left, in_vain = list(mutants(solution, name)), 0
+    kept: list[tuple[Arguments, str, list[Function]]] = []
+    seen = set[str]()
+    for arguments in _draws(
+        takes, np.random.default_rng(zlib.crc32(f"{name}: {says}".encode())), 2 * MAX_PROBES
+    ):
+        if len(seen) == MAX_PROBES or in_vain > MAX_IN_VAIN:
+            break
+        if (key := repr(arguments)) in seen:
+            continue
+        seen.add(key)
+        expected = ascii(_compiled(solution, name)(*arguments))
+        wrong = [mutant for mutant in left if not is_right(mutant, arguments, expected)]
+        if wrong:
+            kept.append((arguments, expected, wrong))
+            left = [mutant for mutant in left if mutant not in wrong]
+        in_vain = 0 if wrong else in_vain + len(left)
+    # A later input was found for what earlier ones had left. What it is wrong on as well needs no other.
+    needed, known = [], set[Function]()
+    for at, (arguments, expected, wrong) in reversed(list(enumerate(kept))):
+        if not known.issuperset(wrong):
+            needed.append(arguments)
+            earlier = [mutant for *_, others in kept[:at] for mutant in others if mutant not in known]
+            known.update(wrong, (mutant for mutant in earlier if not is_right(mutant, arguments, expected)))
+    return tuple(needed)
+
+
+def _draws(takes: Iterable[Draw], rng: Rng, count: int) -> Iterator[Arguments]:
+    draws = tuple(takes)
+    return (tuple(draw(rng) for draw in draws) for _ in range(count))
 
 
 # What parameters are chosen from.
@@ -136,7 +181,7 @@ def quoted(texts: Sequence[str]) -> Choices:
 # What arguments are drawn from.
 
 
-def pick(values: Sequence[Any]) -> Callable[[Rng], Any]:
+def pick(values: Sequence[Any]) -> Draw:
     return lambda rng: values[int(rng.integers(len(values)))]
 
 
@@ -150,5 +195,5 @@ def letters(fewest: int, most: int, alphabet: str = "abcdefghij") -> Callable[[R
     )
 
 
-def several(draw: Callable[[Rng], Any], fewest: int, most: int) -> Callable[[Rng], list[Any]]:
+def several(draw: Draw, fewest: int, most: int) -> Callable[[Rng], list[Any]]:
     return lambda rng: [draw(rng) for _ in range(rng.integers(fewest, most + 1))]
