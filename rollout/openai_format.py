@@ -14,6 +14,7 @@ from typing import Any
 
 from envs.base import Message
 from envs.calls import THOUGHT, Call, parse_calls
+from rollout.template import as_object
 
 # What is heeded of a request, or changes nothing; of whatever else it says the agent's author is told.
 _READ = (
@@ -236,13 +237,11 @@ def _text(content: Any) -> str:
 
 def _call(call: Any) -> dict[str, Any]:
     match call:
-        case {"function": {"name": str(name), "arguments": str(written)}}:
-            try:
-                arguments = read_json(written)
-            except ValueError:
-                arguments = written
-            told = arguments if isinstance(arguments, dict) else written
-            return {"id": call.get("id"), "type": "function", "function": {"name": name, "arguments": told}}
+        case {"function": {"name": str(name), **function}} if isinstance(
+            written := function.get("arguments"), str | None
+        ):
+            told = {"name": name, "arguments": as_object(written)}
+            return {"id": call.get("id"), "type": "function", "function": told}
     raise _bad(
         "a message's tool_calls must be {id, type: function, function: {name, arguments}}, arguments as text"
     )

@@ -46,7 +46,7 @@ def test_arguments_are_an_object_however_they_are_written(arguments: Any, said: 
         "<|im_start|>tool\nnoon<|im_end|>\n<|im_start|>assistant\n"
     )
     assert tokenizer.decode(chat.opening(messages)) == expected
-    if isinstance(arguments, str):  # as a client sends them
+    if not isinstance(arguments, dict):  # as a client sends them
         assert tokenizer.decode(chat.opening([plain(message) for message in messages])) == expected
 
 
