@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from deploy.config import ConfigError
 from deploy.control import wanted_workers, write_roster
 from deploy.supervise import PartLost, SupervisionSettings, brief
 
@@ -38,6 +39,7 @@ class Caretaker:
         self._settings = settings
         self._say = say
         self._wanted: int | None = None
+        self._refused = ""  # what was said of a wish that cannot be met
         self._roster: list[dict[str, Any]] = []
         self._paused: str | None = None
         self._mark: tuple[Any, ...] = ()
@@ -55,11 +57,18 @@ class Caretaker:
                 self._say(brief(error))
 
     def _follow(self) -> None:
-        wanted = wanted_workers(self._folder)
-        if wanted is not None and wanted != self._wanted:
-            self._wanted = wanted
-            self._say(f"{wanted} rollout workers are wanted from now on")
-            self._ring.scale(wanted)
+        try:
+            wanted = wanted_workers(self._folder)
+            if wanted is not None and wanted != self._wanted:
+                self._wanted = wanted
+                self._ring.scale(wanted)
+                self._say(f"{wanted} rollout workers are wanted from now on")
+        except ConfigError as error:  # the run goes on as it is
+            if str(error) != self._refused:
+                self._say(str(error))
+            self._refused = str(error)
+        else:
+            self._refused = ""
         roster = self._ring.roster()
         if roster != self._roster:
             try:

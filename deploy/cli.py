@@ -187,7 +187,7 @@ def submit(
 @app.command()
 def scale(
     run: Annotated[Path, typer.Argument(help="The folder of a run that is going on.")],
-    workers: Annotated[int, typer.Option(min=1, help="Rollout workers wanted from now on.")],
+    workers: Annotated[int, typer.Option(min=1, max=1024, help="Rollout workers wanted from now on.")],
 ) -> None:
     """Change the number of rollout workers of a running job; nothing is restarted and nothing is lost.
 

@@ -23,15 +23,10 @@ import ray
 from ray.exceptions import RayActorError
 
 from deploy.actor_member import ActorMember, actor, awaited
-from deploy.build import (
-    EngineFactory,
-    build_exchange,
-    build_worker,
-    play_demonstrations,
-    vllm_engine,
-)
+from deploy.build import EngineFactory, build_exchange, build_worker, play_demonstrations, vllm_engine
 from deploy.caretaker import Caretaker
 from deploy.config import RunConfig
+from deploy.connect import require_room
 from deploy.fleet import Fleet
 from deploy.learner_part import LearnerPart
 from deploy.models import build_learner, model_path
@@ -230,7 +225,8 @@ class RayRing:
         return self._fleet.playing
 
     def scale(self, workers: int) -> None:
-        """Have so many rollout workers from now on."""
+        """Have so many rollout workers from now on. ConfigError where there is no room for them."""
+        require_room(self._config, workers)
         self._fleet.scale(workers)
 
     async def state(self) -> dict[str, Any]:

@@ -61,6 +61,22 @@ def require_capacity(config: RunConfig) -> None:
         time.sleep(0.5)
 
 
+def require_room(config: RunConfig, workers: int) -> None:
+    """Refuse more rollout workers than a cluster that never grows can hold. ConfigError says how many it can."""
+    if not _fixed_size(config):
+        return
+    held = ray.cluster_resources()
+
+    def fits(count: int) -> bool:
+        rollout = config.rollout.model_copy(update={"workers": count})
+        wanted = demand(config.model_copy(update={"rollout": rollout}))
+        return all(amount <= held.get(name, 0.0) for name, amount in wanted.items())
+
+    if not fits(workers):
+        most = next((count for count in range(workers, 0, -1) if fits(count)), 0)
+        raise ConfigError(f"{workers} rollout workers were asked for, but this machine has room for {most}")
+
+
 def demand(config: RunConfig) -> dict[str, float]:
     """The resources all actors of a run need together, in Ray's names."""
     workers, rollout = config.rollout.workers, config.rollout

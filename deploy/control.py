@@ -17,14 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from deploy.config import ConfigError
+from deploy.run_folder import read_json, writing
 
 LOCK, WANTED, ROSTER = "driver.lock", "wanted.json", "roster.json"
+MOST_WORKERS = 1024  # that one driver looks after
 
 
 @contextmanager
 def driving(folder: Path) -> Iterator[None]:
     """Be the one driver of a run; ConfigError where another is. The system lets go of it however we end."""
-    with (folder / LOCK).open("a+") as lock:
+    with writing(folder):
+        lock_file = (folder / LOCK).open("a+")
+    with lock_file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -59,9 +63,16 @@ def ask_workers(folder: Path, workers: int) -> None:
 
 
 def wanted_workers(folder: Path) -> int | None:
-    """What was asked for last, or None."""
+    """What was asked for last, or None. ConfigError for what is no number of workers."""
     asked = _read(folder / WANTED)
-    return None if asked is None else int(asked["workers"])
+    if asked is None:
+        return None
+    workers = asked.get("workers") if isinstance(asked, dict) else None
+    if type(workers) is not int or not 1 <= workers <= MOST_WORKERS:
+        raise ConfigError(
+            f'{folder / WANTED}: holds no {{"workers": 1..{MOST_WORKERS}}}; ask with manta scale'
+        )
+    return workers
 
 
 def write_roster(folder: Path, roster: list[dict[str, Any]]) -> None:
@@ -74,10 +85,7 @@ def read_roster(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
+    return read_json(path) if path.exists() else None
 
 
 def _replace(path: Path, content: Any) -> None:

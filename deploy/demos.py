@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from deploy import run_folder
 from deploy.config import ConfigError
 from deploy.console import Console
 from deploy.evaluation import Evaluation
@@ -60,6 +61,8 @@ def write_demonstrations(asked: Demonstrations, folder: Path, console: Console) 
         raise ConfigError(f"{folder} is there already; name a folder that is not")
     partial_folder = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial_folder, ignore_errors=True)
+    with run_folder.writing(folder):
+        partial_folder.mkdir(parents=True)
     try:
         chat = Chat(_tokenizer(asked, partial_folder))
         tasks = [

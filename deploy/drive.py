@@ -58,6 +58,8 @@ def drive(config: RunConfig, folder: Path, console: Console, *, resume: bool, lo
         require_capacity(config)
     if not resume:
         run_folder.create(config, folder)
+    if not run_folder.make_private(folder):
+        write(errors(), f"note: other users can read {folder}, and it cannot be made private")
     with driving(folder):
         if resume and config.replay is None and (folder / LEDGER).is_file():
             check_ledger(folder / LEDGER, newest_version(folder), config.buffer.groups_per_step)

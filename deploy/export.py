@@ -22,9 +22,10 @@ def export_model(run: Path, target: Path, version: int | None = None) -> int:
         raise ConfigError(f"{run} has {asked}; versions kept: {kept}")
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    for name in checkpoint.model_files(folder):  # nothing that was put beside them later
-        copy = partial / Path(name).relative_to(checkpoint.MODEL)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / name, copy, follow_symlinks=False)
-    partial.rename(target)
+    with run_folder.writing(target):
+        for name in checkpoint.model_files(folder):  # nothing that was put beside them later
+            copy = partial / Path(name).relative_to(checkpoint.MODEL)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, copy, follow_symlinks=False)
+        partial.rename(target)
     return checkpoint.version_of(folder)

@@ -11,8 +11,11 @@ RUN/driver.lock, roster.json, wanted.json                who drives the run, its
 
 from __future__ import annotations
 
+import errno
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from deploy.config import ConfigError, RunConfig, parse
 from deploy.trust import executed, remember
 
 CONFIG_FILE = "config.json"
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 def choose(config: RunConfig, parent: Path) -> Path:
@@ -34,10 +38,31 @@ def choose(config: RunConfig, parent: Path) -> Path:
 
 
 def create(config: RunConfig, folder: Path) -> None:
-    """Make a private run folder (mode 700) and store the configuration in it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    store(config, folder)
+    """Make a private run folder (mode 700) and store the configuration in it. ConfigError where that cannot be done."""
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        store(config, folder)
+
+
+def make_private(folder: Path) -> bool:
+    """Keep other users out of a run folder, whoever made it; False where its file system does not allow that."""
+    with suppress(OSError):
+        folder.chmod(0o700)
+    return not folder.stat().st_mode & 0o077
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says of a place that this user may not write into a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        raise ConfigError(
+            f"{error.filename or path}: {error.strerror}; name a folder that this user may write"
+        ) from error
 
 
 def store(config: RunConfig, folder: Path) -> None:
@@ -66,6 +91,8 @@ def open_existing(folder: Path) -> RunConfig:
 def read_json(file: Path) -> Any:
     """The content of a JSON file of a run folder. ConfigError, one line, where it cannot be read."""
     try:
+        if not file.is_file():
+            raise ValueError("no plain file")  # a pipe would be waited for, a device read for ever
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or not even text
         raise ConfigError(

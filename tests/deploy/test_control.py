@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from deploy import connect
 from deploy.caretaker import Caretaker
 from deploy.config import ConfigError
 from deploy.control import ask_workers, driving, is_driven, read_roster, wanted_workers
 from deploy.supervise import PartLost, SupervisionSettings, within
+from tests.deploy.small_run import configured
 
 
 def test_a_run_has_one_driver_and_is_free_again_when_it_ends(tmp_path: Path) -> None:
@@ -89,6 +91,37 @@ def test_the_wanted_number_of_workers_is_followed_and_the_roster_kept(tmp_path: 
 
     with driving(tmp_path):
         assert "3 rollout workers are wanted from now on" in cared_for(tmp_path, ring, script)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [b"\x80\xff", b"[" * 100_000, b"[]", b'{"workers": "4"}', b'{"workers": 3000}', b'{"workers": 0}'],
+)
+def test_a_wish_that_is_none_is_said_once_and_the_run_goes_on(asked: bytes, tmp_path: Path) -> None:
+    ring = FakeRing()
+
+    def script(said: list[str]) -> Any:
+        (tmp_path / "wanted.json").write_bytes(asked)
+        yield lambda: said
+        waited = asyncio.get_running_loop().time() + 0.3
+        yield lambda: asyncio.get_running_loop().time() > waited
+        (tmp_path / "wanted.json").write_text('{"workers": 2}')
+        yield lambda: ring.workers == 2
+
+    refused, *more = [line for line in cared_for(tmp_path, ring, script) if "stacks" not in line]
+    assert "wanted.json" in refused and "\n" not in refused
+    assert more == ["2 rollout workers are wanted from now on"]
+
+
+def test_more_workers_than_this_machine_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(connect.ray, "cluster_resources", lambda: {"CPU": 4.0})
+    config = configured("rollout.cpus_per_worker=1", "cluster.learner_cpus=1")
+    connect.require_room(config, 3)
+    with pytest.raises(ConfigError, match=r"1000 rollout workers were asked for, but .* has room for 3"):
+        connect.require_room(config, 1000)
+    elsewhere = configured("cluster.address='10.0.0.1:6379'")
+    connect.require_room(elsewhere, 1000)  # it may grow
 
 
 def test_missing_progress_is_noticed_and_all_stacks_are_kept(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 
 from deploy import cli, drive, evaluate, run_folder
 from deploy.config import ConfigError, load_config, parse
+from deploy.control import driving
 from deploy.trust import executed, executed_by_evaluation
 from tests.deploy.small_run import RECIPE, configured
 
@@ -140,3 +144,25 @@ def test_a_configuration_that_is_none_is_refused_by_name(content: bytes, tmp_pat
     with pytest.raises(ConfigError, match=r"config\.json") as refused:
         run_folder.open_existing(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+def test_a_run_folder_is_made_private_whoever_made_it(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    assert run_folder.make_private(tmp_path)
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_place_that_may_not_be_written_is_one_line(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, *given: object, **more: object) -> None:
+        raise OSError(code, os.strerror(code), str(self))
+
+    config = configured()
+    for method in ("mkdir", "open"):
+        monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(ConfigError, match="name a folder that this user may write"):
+        run_folder.create(config, tmp_path / "run")
+    with pytest.raises(ConfigError, match="name a folder that this user may write"), driving(tmp_path):
+        pass
