@@ -129,26 +129,43 @@ def evaluate(
     memory: Annotated[Memory | None, typer.Option(help="What a turn sees of the conversation.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Compute type of the engine.")] = None,
     gpu: Annotated[bool | None, typer.Option("--gpu/--cpu", help="Where the engine runs.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all sampling.")] = 0,
+    episodes: Annotated[
+        Path | None,
+        typer.Option(help="New folder for the episodes' rows and the engine's log; none: in runs/."),
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="Episodes to print as transcripts.")] = 0,
     trust: Trust = False,
 ) -> None:
-    """Measure a checkpoint's success on an environment, one episode a seed, with its 95% interval.
+    """Measure a checkpoint on an environment, one episode a seed: success or reward with its 95% interval.
 
-    What is not said is as in the run the checkpoint belongs to.
+    What is not said is as in the run the checkpoint belongs to. The same seed plays the same episodes again.
 
     Example:
     manta eval runs/frozen_lake-20260101-120000 --env frozen_lake --seeds 0:256
     """
     from deploy.config import validated
-    from deploy.evaluate import Conditions, conditions_of, evaluate_checkpoint, parse_options, parse_seeds
+    from deploy.evaluate import (
+        Conditions,
+        conditions_of,
+        evaluate_checkpoint,
+        new_folder,
+        parse_options,
+        parse_seeds,
+    )
+    from deploy.transcripts import show_transcripts
 
     base = conditions_of(checkpoint, env, trust)
-    tree = base.model_dump() | _given(context_tokens=context_tokens, on_gpu=gpu)
+    tree = base.model_dump() | _given(context_tokens=context_tokens, on_gpu=gpu, seed=seed)
     tree["env_options"] |= parse_options(option or [])
     tree["sampling"] |= _given(max_tokens=max_tokens, temperature=temperature)
     tree["agent"] |= _given(memory=memory)
     tree["engine"] |= _given(dtype=dtype)
     conditions = validated(Conditions, tree, "manta eval")
-    write(console, str(evaluate_checkpoint(checkpoint, env, parse_seeds(seeds), conditions)))
+    folder = episodes or new_folder(env, Path("runs"))
+    outcome = evaluate_checkpoint(checkpoint, env, parse_seeds(seeds), conditions, folder)
+    show_transcripts(console, folder, show)
+    write(console, f"{outcome}\nepisodes and the engine's log: {folder} (--show N prints episodes)")
 
 
 def _given(**values: object) -> dict[str, object]:

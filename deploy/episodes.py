@@ -43,6 +43,7 @@ class Turn:
 
     number: int
     messages: tuple[tuple[str, str], ...]  # role, text
+    action: str  # what was sampled, as one text
     tokens: tuple[Token, ...]
     reward: float
     finish_reason: str
@@ -186,6 +187,7 @@ def _turn(row: dict[str, Any], previous: dict[str, Any] | None, text: TokenText)
     return Turn(
         number=row["turn"],
         messages=_messages(row["observation"]),
+        action=row["action"],
         tokens=tuple(Token(token, text(token), logprob, version) for token, logprob, version in sampled),
         reward=row["reward"],
         finish_reason=row["finish_reason"],

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from deploy import run_folder
 from deploy.build import load_tokenizer
@@ -15,6 +18,7 @@ from deploy.config import ConfigError, toml_value
 from deploy.conversations import rehearse
 from deploy.evaluation import Evaluation as Evaluation
 from deploy.preflight import check_context, check_ends, check_model, check_tokenizer, first_observation
+from deploy.quiet import output_kept_in
 from deploy.trust import executed_by_evaluation, require_trust
 from envs.host import HostSettings
 from learner.checkpoint import MODEL, latest
@@ -25,9 +29,14 @@ from rollout.engine import Sampling, WeightsNotFinite
 from rollout.perception import Perception
 from rollout.pool import EnvironmentPool
 from rollout.vllm_engine import VllmEngine, VllmSettings
+from rollout.wire.schema import encode
+from rollout.wire.segments import SegmentWriter
 from rollout.wire.store import EpisodeRow
-from rollout.wire.trajectory import Assignment, DropReason, Slot, Task
-from rollout.worker import RolloutSettings, RolloutWorker
+from rollout.wire.trajectory import Assignment, DropReason, Slot, Task, Trajectory
+from rollout.worker import RolloutSettings, RolloutWorker, as_groups
+
+LOG_FILE = "engine.log"
+SEGMENT_BYTES = 64 << 20
 
 
 class Conditions(BaseModel):
@@ -44,6 +53,7 @@ class Conditions(BaseModel):
     host: HostSettings = HostSettings()
     engine: VllmSettings = VllmSettings(dtype="float32")
     on_gpu: bool = False
+    seed: int = Field(0, ge=0, description="of all sampling; the same seed says the same again")
 
 
 def conditions_of(checkpoint: str, env_id: str, trusted: bool = False) -> Conditions:
@@ -73,10 +83,14 @@ def conditions_of(checkpoint: str, env_id: str, trusted: bool = False) -> Condit
     return Conditions()
 
 
-def evaluate_checkpoint(checkpoint: str, env_id: str, seeds: range, conditions: Conditions) -> Evaluation:
+def evaluate_checkpoint(
+    checkpoint: str, env_id: str, seeds: range, conditions: Conditions, folder: Path | None = None
+) -> Evaluation:
     """Play one episode a seed with the real vLLM. `checkpoint`: a run folder (its newest checkpoint), one of its
-    checkpoints, or any Hugging Face folder or id.
+    checkpoints, or any Hugging Face folder or id. `folder`: a new one for the rows, the outcome and the engine's log.
     """
+    if folder is not None and folder.exists():
+        raise ConfigError(f"{folder} is there already; name a folder that is not")
     path = resolve_checkpoint(checkpoint)
     check_model(path)
     check_context(path, conditions.context_tokens)
@@ -87,13 +101,42 @@ def evaluate_checkpoint(checkpoint: str, env_id: str, seeds: range, conditions: 
     if observation is not None:
         rehearse(chat, observation, conditions.agent)
     tasks = [Task.of(env_id, seed, conditions.env_options) for seed in seeds]
-    return asyncio.run(_evaluate(path, tasks, conditions))
+    if folder is None:
+        return Evaluation.of(_rows(asyncio.run(_evaluate(path, tasks, conditions))))
+    folder.mkdir(mode=0o700, parents=True)
+    with output_kept_in(folder / LOG_FILE):
+        played = asyncio.run(_evaluate(path, tasks, conditions))
+    _store(played, folder)
+    evaluation = Evaluation.of(_rows(played))
+    evaluation.save(folder / "evaluation.json")
+    return evaluation
 
 
-async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) -> Evaluation:
+def new_folder(env_id: str, runs: Path) -> Path:
+    """A path for an evaluation's folder: what, when, and by which process, so that no two share one."""
+    what = re.sub(r"[^A-Za-z0-9_.-]+", "-", env_id)
+    return runs / f"eval-{what}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
+def _rows(played: Sequence[Trajectory]) -> list[EpisodeRow]:
+    return [EpisodeRow.of(trajectory) for trajectory in played]
+
+
+def _store(played: Sequence[Trajectory], folder: Path) -> None:
+    """Write the episodes' rows, as rollout.wire.segments.read_rows gives them back."""
+    writer = SegmentWriter(folder, SEGMENT_BYTES)
+    for group in as_groups(played):
+        batch = encode(group)
+        if batch.num_rows:  # an episode that failed in its reset has none
+            writer.append(batch)
+    writer.close()
+
+
+async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) -> list[Trajectory]:
     perception = Perception.load(path)
     chat = Chat(load_tokenizer(path), perception, end_tokens(path))
-    context, settings = conditions.context_tokens, conditions.engine
+    context = conditions.context_tokens
+    settings = conditions.engine.model_copy(update={"seeded": True})
     engine = await VllmEngine.start(
         "evaluation",
         path,
@@ -120,9 +163,11 @@ async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) ->
         episode_seconds=conditions.episode_seconds,
     )
     pool = EnvironmentPool(host=conditions.host, parts=conditions.agent.parts, chat=chat)
-    worker = RolloutWorker("evaluation", engine, agent, _NoExchange(), rollout, run_seed=0, pool=pool)
+    worker = RolloutWorker(
+        "evaluation", engine, agent, _NoExchange(), rollout, run_seed=conditions.seed, pool=pool
+    )
     try:
-        return Evaluation.of([EpisodeRow.of(trajectory) for trajectory in await worker.evaluate(tasks)])
+        return await worker.evaluate(tasks)
     finally:
         await worker.close()
         await engine.close()
