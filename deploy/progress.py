@@ -6,6 +6,7 @@ after every step.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from deploy.shares import Shares
 
 SHOWN_STEPS = 10  # rows of the table; the verdict is over the same steps
 PLAIN_STRIDE = 5  # steps from one plain line to the next
+PLAIN_SECONDS = 60.0  # most silence in a log
 PLAIN_PARTS = 4  # plain lines of a phase
 
 # Column, key of the row, how it is written.
@@ -55,10 +57,14 @@ class Phase:
         self._progress.bars.move(self._bar, self._done, text)
         if self._total and self._done * PLAIN_PARTS // self._total > before * PLAIN_PARTS // self._total:
             self._progress.plain_line(f"{self._name}  {self._done}/{self._total}  {text}")
+        self._progress.doing = f"{self._name}  {self._done}/{self._total}  {text}"
 
 
 class Progress:
-    """The display of one run. Everything is called from the driver's one thread."""
+    """The display of one run. Everything is called from the driver's one thread.
+
+    Without a terminal a second thread says what is being done whenever nothing was said for PLAIN_SECONDS.
+    """
 
     def __init__(self, total_steps: int, title: str, console: Console | None = None) -> None:
         self._console = console or door.output()
@@ -69,11 +75,17 @@ class Progress:
         self.bars = Bars(self._console)
         self._steps_bar: int | None = None
         self._live = LiveDisplay(self._console, self._parts) if self._console.is_terminal else None
+        self.doing = "starting"
+        self._said = self._began  # when the last plain line was written
+        self._over = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
 
     def __enter__(self) -> Self:
         self.plain_line(self._title)
         if self._live:
             self._live.start()
+        else:
+            self._ticker.start()
         return self
 
     def __exit__(
@@ -81,15 +93,21 @@ class Progress:
     ) -> None:
         if self._live:
             self._live.stop()
+        else:
+            self._over.set()
+            self._ticker.join()
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Phase]:
         """A part of the run that is not its steps, `total` units long."""
+        self.doing = f"{name}  0/{total}"
         yield Phase(self, name, total)
+        self.doing = f"after {name}"
 
     def begin_steps(self, done: int = 0) -> None:
         """The steps begin; `done` of them were done before the run was resumed."""
         self._steps_bar = self.bars.add("steps", self._total_steps, done)
+        self.doing = f"step {done + 1}/{self._total_steps}"
 
     def update(self, step: int, row: Row) -> None:
         """One step is done; see COLUMNS for the keys that are shown."""
@@ -98,7 +116,9 @@ class Progress:
         row = {"step": step} | row
         self._rows.append(row)
         self.bars.move(self._steps_bar, step)
-        if step == 1 or step % PLAIN_STRIDE == 0 or step == self._total_steps:
+        self.doing = f"step {step + 1}/{self._total_steps}" if step < self._total_steps else "finishing"
+        at_end = len(self._rows) == 1 or step == self._total_steps
+        if at_end or step % PLAIN_STRIDE == 0 or self.silent_seconds() >= PLAIN_SECONDS / 2:
             shown = "  ".join(
                 f"{name} {_written(row, key, form)}" for name, key, form in COLUMNS[1:]
             ).replace("\n", " ")
@@ -117,6 +137,21 @@ class Progress:
         if not self._live:
             clock = f"[{time.monotonic() - self._began:7.1f} s] "
             door.write(self._console, clock + text.rstrip())
+            self._said = time.monotonic()
+
+    def silent_seconds(self) -> float:
+        """How long no plain line was written."""
+        return time.monotonic() - self._said
+
+    def break_silence(self) -> float:
+        """Say what is being done if nothing was said for PLAIN_SECONDS; returns the seconds until the next look."""
+        if self.silent_seconds() >= PLAIN_SECONDS:
+            self.plain_line(f"{self.doing.rstrip()}: under way")
+        return PLAIN_SECONDS - self.silent_seconds()
+
+    def _tick(self) -> None:
+        while not self._over.wait(max(self.break_silence(), 0.1)):
+            pass
 
     def _parts(self) -> list[Part]:
         parts: list[Part] = [(self._title, "bold"), self.bars]

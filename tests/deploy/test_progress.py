@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from deploy import progress as progress_module
 from deploy.progress import Progress
 
 
@@ -38,6 +39,34 @@ def test_a_file_gets_one_plain_line_every_few_steps_and_the_last() -> None:
     assert "success 12.0%" in lines[-1]
     assert "waited for rollouts 60%" in lines[-1]
     assert "\x1b" not in out.getvalue()
+
+
+def test_a_log_is_silent_for_a_minute_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, out = [0.0], io.StringIO()
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    progress = Progress(40, "run", Console(file=out))
+    progress.plain_line("run")
+    progress.begin_steps(20)
+    for step, at in ((21, 50.0), (22, 75.0), (23, 105.0), (24, 110.0)):
+        now[0] = at
+        progress.update(step, _row(step))
+    now[0] = 164.9
+    assert progress.break_silence() == pytest.approx(0.1)
+    now[0] = 165.0
+    assert progress.break_silence() == 60.0
+    with progress.phase("evaluation", 8) as phase:
+        phase.advance(1, success=0.5)
+        now[0] = 230.0
+        progress.break_silence()
+    told = [" ".join(line.partition("] ")[2].split()[:3]) for line in out.getvalue().splitlines()]
+    # The first step of a sitting, one that comes half a minute after a line, and what is under way after a minute.
+    assert told == [
+        "run",
+        "step 21/40 reward",
+        "step 23/40 reward",
+        "step 25/40: under",
+        "evaluation 1/8 success",
+    ]
 
 
 def test_a_phase_is_told_in_quarters() -> None:
