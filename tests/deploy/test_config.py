@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from deploy import run_folder
 from deploy.config import ConfigError, RunConfig, load_config, moved
 from deploy.refusals import models_in, option_names
+from deploy.synonyms import SYNONYMS
 from learner.losses import DivergenceLoss
 from tests.deploy.small_run import configured
 
@@ -42,6 +43,45 @@ def fault(*overrides: str) -> str:
 def test_an_unknown_name_is_told_the_nearest(override: str, nearest: str) -> None:
     assert f"unknown option {override.partition('=')[0].partition('.')[0]}" in fault(override)
     assert f"did you mean {nearest}?" in fault(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("learner.optim.lr=1e-3", "learner.optim.learning_rate"),
+        ("learner.lr=1e-3", "learner.optim.learning_rate"),
+        ("lr=1e-3", "learner.optim.learning_rate"),
+        ("learner.imitation.optim.lr=1e-3", "learner.imitation.optim.learning_rate"),
+        ("sampling.temp=0.7", "sampling.temperature"),
+        ("temperature=0.7", "sampling.temperature"),
+        ("learner.batch_size=8", "buffer.groups_per_step"),
+        ("data.train_batch_size=8", "buffer.groups_per_step"),
+        ("actor_rollout_ref.rollout.n=8", "rollout.group_size"),
+        ("rollout.num_generations=8", "rollout.group_size"),
+        ("sampling.max_new_tokens=8", "sampling.max_tokens"),
+        ("data.max_prompt_length=8", "rollout.context_tokens"),
+        ("algorithm.kl_ctrl.kl_coef=0.1", "learner.algorithm.kl.coefficient"),
+        ("learner.algorithm.beta=0.1", "learner.algorithm.kl.coefficient"),
+        ("learner.algorithm.loss.clip_ratio=0.1", "learner.algorithm.loss.clip_low"),
+        ("learner.algorithm.ppo_epochs=2", "learner.algorithm.epochs"),
+        ("learner.algorithm.gamma=0.9", "learner.algorithm.credit.gamma"),
+        ("learner.optim.warmup_step=3", "learner.optim.warmup_steps"),
+        ("learner.learning_rate=3", "learner.optim.learning_rate"),
+        ("learner.group_size=3", "rollout.group_size"),
+        ("engine.gpu_memory_utilization=0.5", "engine.memory_fraction"),
+    ],
+)
+def test_a_peers_name_or_a_misplaced_one_is_told_ours(override: str, meant: str) -> None:
+    assert f"unknown option {override.partition('=')[0]}; did you mean {meant}?" in fault(override)
+
+
+def test_every_synonym_means_options_that_exist() -> None:
+    names = set(option_names(RunConfig))
+    assert {name for ours in SYNONYMS.values() for name in ours} <= names
+
+
+def test_nothing_like_it_is_no_suggestion() -> None:
+    assert fault("qqqq.zzzz=1").endswith("unknown option qqqq.zzzz")
 
 
 def test_several_mistakes_are_named_at_once() -> None:
