@@ -110,5 +110,10 @@ def gathered_state(module: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
     for tensor in state.values():
         if id(tensor) not in kept:
             whole = gathered(tensor.detach())
-            kept[id(tensor)] = whole.cpu() if ranks.rank == 0 else whole.new_empty(0)
+            kept[id(tensor)] = _alone(whole.cpu()) if ranks.rank == 0 else whole.new_empty(0)
     return {name: kept[id(tensor)] for name, tensor in state.items()} if ranks.rank == 0 else {}
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor in a storage of its own: a gathered one may be part of a padded storage, which no file is made of."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
