@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from deploy.member import Row
+from deploy.phases import Startup
 from rollout.actors import BESIDE
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Task
@@ -29,13 +30,15 @@ async def awaited(reference: Any) -> Any:
 class ActorMember:
     """`deploy.member.Member` over a handle. With `native` weights the learner reaches the engines itself."""
 
-    def __init__(self, name: str, handle: Any, native: bool = False) -> None:
+    def __init__(self, name: str, handle: Any, native: bool = False, startup: Startup | None = None) -> None:
         self.name = name
+        self._startup = startup or Startup()
         self._handle = handle
         self._native = native
 
     async def start(self) -> Whereabouts:
-        where: Whereabouts = await self._handle.start.remote()
+        with self._startup.timed("engines"):
+            where: Whereabouts = await self._handle.start.remote()
         return where
 
     async def sync(self, update: WeightUpdate) -> SyncReport:

@@ -63,7 +63,9 @@ def train(
         Path | None,
         typer.Option(help="The run's folder itself: made where it is not there, gone on with where it is."),
     ] = None,
-    runs: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
+    runs: Annotated[
+        Path | None, typer.Option(help="Where run folders are made; none: in the folder runs.")
+    ] = None,
     replay: Annotated[
         Path | None, typer.Option(help="Learn from what this finished run has played, instead of playing.")
     ] = None,
@@ -81,38 +83,13 @@ def train(
 
     manta train --resume runs/frozen_lake-20260101-120000 learner.ranks=2
 
+    manta train --resume runs/frozen_lake-20260101-120000 steps=200
+
     manta train rloo --replay runs/frozen_lake-20260101-120000
     """
-    from deploy import drive, preflight, run_folder
-    from deploy.config import ConfigError, load_config, moved
-    from deploy.contradictions import doubts
-    from deploy.trust import executed, require_trust
+    from deploy.launch import Asked, launch
 
-    if resume is not None:
-        if recipe and "=" not in recipe:
-            raise ConfigError("--resume goes on with a run as it was configured: leave the recipe away")
-        changes = [recipe, *(overrides or ())] if recipe else []  # the first stands where a recipe would
-        stored = run_folder.open_existing(resume)
-        config = moved(stored, changes)
-        given = set(executed(config)) - set(executed(stored))  # by the user, just now
-        require_trust(resume, [each for each in executed(config) if each not in given], trust)
-        drive.drive(config, resume, console, resume=True, local=local)
-    elif not recipe:
-        raise ConfigError("name a recipe (see deploy/recipes) or a run to --resume")
-    elif run is not None and run_folder.exists(run):
-        config = run_folder.open_existing(run)
-        # What the recipe names too is the user's word already: a job that is started again need not be told.
-        its_own = executed(config) == executed(load_config(recipe, overrides or ()))
-        require_trust(run, [] if its_own else executed(config), trust)
-        drive.drive(config, run, console, resume=True, local=local)
-    else:
-        past = [] if replay is None else [f"replay={str(replay.resolve())!r}"]
-        config = load_config(recipe, [*(overrides or ()), *past])
-        preflight.check(config)
-        for doubt in doubts(config):
-            write(errors(), f"note: {doubt}")
-        folder = run or run_folder.choose(config, runs)
-        drive.drive(config, folder, console, resume=False, local=local)
+    launch(Asked(recipe, overrides or (), resume, run, runs, replay, local, trust), console)
 
 
 @app.command("eval")

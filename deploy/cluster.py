@@ -30,6 +30,7 @@ from deploy.connect import require_room
 from deploy.fleet import Fleet
 from deploy.learner_part import LearnerPart
 from deploy.models import build_learner, model_path
+from deploy.phases import Startup
 from deploy.ring import LearnerLost, Row, first_failure, loss_to_come
 from deploy.supervise import Budget, PartFailed, PartLost, brief, place, within
 from learner.checkpoint import latest
@@ -60,13 +61,14 @@ class RayRing:
         run_folder: Path,
         engine_factory: EngineFactory = vllm_engine,
         say: Callable[[str], None] = print,
+        startup: Startup | None = None,
     ) -> None:
         self.run_folder = run_folder.resolve()
         self._config = config
         self._engine_factory = engine_factory
         self._say = say
-        # With vLLM's own transfer the workers are those of the start, for good.
-        self._native = config.weights.transfer != "object_store"
+        self._startup = startup or Startup()
+        self._native = config.weights.transfer != "object_store"  # its workers are those of the start
         self._exchange: Any = None
         self._learner: LearnerPart | None = None
         self._where: dict[str, Whereabouts] = {}  # of the exchange
@@ -82,13 +84,13 @@ class RayRing:
         config, supervision = self._config, self._config.supervision
         self._path = model_path(config, self.run_folder)
         self._budget = Budget(supervision)
-        self._exchange_lost = loss_to_come()
-        self._learner_lost = loss_to_come()
+        self._exchange_lost, self._learner_lost = loss_to_come(), loss_to_come()
         restarts: dict[str, Any] = {"max_restarts": supervision.max_restarts, "max_task_retries": -1}
         # Every loop of every worker may wait for a slot; others' calls must find a place beside them.
         exchange = actor(ExchangeActor, max_concurrency=100_000, **restarts)
         self._exchange = exchange.remote(partial(build_exchange, config, self.run_folder))
-        self._where["exchange"] = await self._within("the exchange", self._exchange.ping.remote())
+        with self._startup.timed("exchange"):
+            self._where["exchange"] = await self._within("the exchange", self._exchange.ping.remote())
         self._fleet = Fleet(
             self._launch,
             self._lend,
@@ -119,7 +121,8 @@ class RayRing:
             native = partial(_native, config, {name: self._handle(name) for name in engines})
             build = partial(build_learner, config, self._path)
             self._learner = LearnerPart(config, build, self._exchange, native if self._native else None)
-        version = await self._learner.start(self.run_folder, load)
+        with self._startup.timed("learner"):
+            version = await self._learner.start(self.run_folder, load)
         self._learning.set()
         return version
 
@@ -138,7 +141,7 @@ class RayRing:
         return self._handles[name]
 
     def _launch(self, name: str) -> ActorMember:
-        return ActorMember(name, self._handle(name), native=self._native)
+        return ActorMember(name, self._handle(name), self._native, self._startup)
 
     # The driver's verbs -------------------------------------------------------------------------------------------
 

@@ -166,7 +166,7 @@ class RunConfig(Settings):
         return self
 
 
-# What may be another when a run goes on: where and how it runs, never what is played and learned.
+# What may be another when a run goes on: where, how and how far it runs, never what is played and learned.
 MOVABLE = (
     "cluster",
     "supervision",
@@ -175,6 +175,7 @@ MOVABLE = (
     "rollout.workers",
     "rollout.cpus_per_worker",
     "rollout.gpus_per_worker",
+    "steps",  # more of them
 )
 
 
@@ -191,7 +192,10 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def moved(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """A stored run's configuration for going on elsewhere: overrides of anything that is not MOVABLE are refused."""
+    """A stored run's configuration for going on elsewhere or for longer.
+
+    ConfigError for overrides of anything that is not MOVABLE, and for fewer steps.
+    """
     tree = config.model_dump(mode="json")
     for override in overrides:
         name = override.partition("=")[0].strip()
@@ -201,7 +205,13 @@ def moved(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
                 f"{', '.join(MOVABLE)}"
             )
         _apply(tree, override)
-    return parse(tree, f"run {config.name}")
+    changed = parse(tree, f"run {config.name}")
+    if changed.steps < config.steps:
+        raise ConfigError(
+            f"steps={changed.steps} is fewer than the run's {config.steps}: a run that goes on may be given more; "
+            "to end it earlier, stop it"
+        )
+    return changed
 
 
 def _read(recipe: str) -> Nested:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from deploy.config import ConfigError
-from deploy.run_folder import read_json, writing
+from deploy.run_folder import LOCK, read_json, writing
 
-LOCK, WANTED, ROSTER = "driver.lock", "wanted.json", "roster.json"
+WANTED, ROSTER = "wanted.json", "roster.json"
 MOST_WORKERS = 1024  # that one driver looks after
 
 
@@ -36,11 +36,20 @@ def driving(folder: Path) -> Iterator[None]:
             raise ConfigError(
                 f"{folder} is being driven already ({lock.read().strip()}): stop that one first"
             ) from None
+        if not _is_file_of(lock.fileno(), folder / LOCK):
+            raise ConfigError(f"{folder} was given up and removed just now: say it again")
         lock.truncate(0)
         lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
         lock.flush()
         (folder / WANTED).unlink(missing_ok=True)  # what was asked of an earlier driver
         yield
+
+
+def _is_file_of(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def is_driven(folder: Path) -> bool:

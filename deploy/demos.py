@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,10 +17,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from deploy import run_folder
-from deploy.config import ConfigError
 from deploy.console import Console
 from deploy.evaluation import Evaluation
+from deploy.fresh import fresh_folder
 from deploy.preflight import loaded
 from deploy.progress import Progress
 from envs import registry
@@ -57,13 +55,7 @@ def write_demonstrations(asked: Demonstrations, folder: Path, console: Console) 
     """Play them and write `folder`, whole or not at all. ConfigError, EnvironmentUnknown where that cannot be done."""
     player = registry.player(asked.env_id)
     registry.make(asked.env_id, **asked.options).close()
-    if folder.exists():
-        raise ConfigError(f"{folder} is there already; name a folder that is not")
-    partial_folder = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    with run_folder.writing(folder):
-        partial_folder.mkdir(parents=True)
-    try:
+    with fresh_folder(folder) as partial_folder:
         chat = Chat(_tokenizer(asked, partial_folder))
         tasks = [
             Task.of(asked.env_id, asked.first_seed + index, asked.options) for index in range(asked.episodes)
@@ -79,9 +71,6 @@ def write_demonstrations(asked: Demonstrations, folder: Path, console: Console) 
             evaluation = asyncio.run(_written(played, partial_folder, asked.episodes, progress))
         facts = asdict(asked) | {"outcome": asdict(evaluation)}
         (partial_folder / "demonstrations.json").write_text(json.dumps(facts, indent=2))
-        partial_folder.rename(folder)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
     return evaluation
 
 

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import typer
 
 from deploy import run_folder
-from deploy.config import RunConfig
+from deploy.config import ConfigError, RunConfig
 from deploy.console import Console, errors, write
 from deploy.control import driving
-from deploy.evaluation import WHEN, said
+from deploy.finished import print_outcome
 from deploy.janitor import (
     make_private,
     prepare_local_ray,
@@ -24,6 +24,7 @@ from deploy.janitor import (
     temporary_of,
     with_kept_logs,
 )
+from deploy.phases import Startup
 from deploy.progress import Progress
 from deploy.ring import Ring
 from deploy.supervise import PartFailed
@@ -40,43 +41,71 @@ class Stopped(Exception):
     """SIGTERM came."""
 
 
-def drive(config: RunConfig, folder: Path, console: Console, *, resume: bool, local: bool) -> None:
-    """Run to the end and print the outcome. typer.Exit(130) after Ctrl-C or SIGTERM; PartFailed as it is."""
-    local = local or config.replay is not None
-    alone = local or not config.cluster.joins  # nothing of the run is on another machine
-    run = tag_run()
-    temporary = temporary_of(run) if alone else None
-    start_janitor(run, folder, temporary)  # before there is anything to be removed
-    if temporary is not None:
-        make_private(temporary)
-    if not local:
-        if alone:
-            prepare_local_ray()
-        from deploy.connect import connect, require_capacity
+def drive(
+    config: RunConfig,
+    folder: Path,
+    console: Console,
+    *,
+    resume: bool,
+    local: bool,
+    startup: Startup | None = None,
+    stored: RunConfig | None = None,
+) -> None:
+    """Run to the end and print the outcome. typer.Exit(130) after Ctrl-C or SIGTERM; PartFailed as it is.
 
-        connect(config, temporary)
-        require_capacity(config)
-    if not resume:
-        run_folder.create(config, folder)
-    if not run_folder.make_private(folder):
-        write(errors(), f"note: other users can read {folder}, and it cannot be made private")
-    with driving(folder):
+    The folder is this process's alone from before anything is written into it. startup: counts what comes before the
+    first episode; stored: the configuration that a run which goes on was found with.
+    """
+    local, startup = local or config.replay is not None, startup or Startup()
+    alone = local or not config.cluster.joins  # nothing of the run is on another machine
+    run_folder.make(folder)
+    with driving(folder), run_folder.removed_unless_begun(folder):
+        _require_unchanged(folder, resume, stored)
+        if not run_folder.make_private(folder):
+            write(errors(), f"note: other users can read {folder}, and it cannot be made private")
         if resume and config.replay is None and (folder / LEDGER).is_file():
             check_ledger(folder / LEDGER, newest_version(folder), config.buffer.groups_per_step)
-        if resume and config != run_folder.open_existing(folder):
-            run_folder.store(config, folder)  # it goes on elsewhere, from now on
+        run = tag_run()
+        temporary = temporary_of(run) if alone else None
+        start_janitor(run, folder, temporary)  # before there is anything to be removed
+        if temporary is not None:
+            make_private(temporary)
+        if not local:
+            with startup.timed("ray"):
+                _connect(config, alone, temporary)
+        if not resume or config != run_folder.open_existing(folder):
+            run_folder.store(config, folder)  # of one that is resumed: it goes on elsewhere, from now on
         try:
-            summary = _train(config, folder, console, resume, local)
+            summary = _train(config, folder, console, resume, local, startup)
         except (KeyboardInterrupt, Stopped):
             again = f"manta train --resume {shlex.quote(str(folder))}{' --local' * local}"
             write(errors(), f"stopped; go on with: {again}")
             raise typer.Exit(INTERRUPTED) from None
         except PartFailed as failure:
             raise PartFailed(_kept(str(failure), temporary, folder)) from failure.__cause__
-    _print(summary, folder, console)
+    print_outcome(summary, folder, console)
 
 
-def _train(config: RunConfig, folder: Path, console: Console, resume: bool, local: bool) -> dict[str, Any]:
+def _connect(config: RunConfig, alone: bool, temporary: Path | None) -> None:
+    if alone:
+        prepare_local_ray()
+    from deploy.connect import connect, require_capacity
+
+    connect(config, temporary)
+    require_capacity(config)
+
+
+def _require_unchanged(folder: Path, resume: bool, stored: RunConfig | None) -> None:
+    """What was looked at before the folder was ours is still so."""
+    if not resume and run_folder.exists(folder):
+        raise ConfigError(f"{folder}: another run was begun there meanwhile; go on with it by --resume")
+    if resume and stored is not None and run_folder.open_existing(folder) != stored:
+        raise ConfigError(f"{folder}: its configuration was changed meanwhile; say it again")
+
+
+def _train(
+    config: RunConfig, folder: Path, console: Console, resume: bool, local: bool, startup: Startup
+) -> dict[str, Any]:
     with Progress(config.steps, f"{config.name}  {folder}", console) as progress:
         ring: Ring
         if config.replay is not None:
@@ -86,12 +115,12 @@ def _train(config: RunConfig, folder: Path, console: Console, resume: bool, loca
         elif local:
             from deploy.local import LocalRing
 
-            ring = LocalRing(config, folder)
+            ring = LocalRing(config, folder, startup=startup)
         else:
             from deploy.cluster import RayRing
 
-            ring = RayRing(config, folder, say=progress.say)
-        return asyncio.run(_interruptible(Training(config, ring, progress).run(resume)))
+            ring = RayRing(config, folder, say=progress.say, startup=startup)
+        return asyncio.run(_interruptible(Training(config, ring, progress, startup).run(resume)))
 
 
 async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
@@ -116,11 +145,3 @@ async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
 
 def _kept(text: str, temporary: Path | None, folder: Path) -> str:
     return text if temporary is None else with_kept_logs(text, temporary, folder)
-
-
-def _print(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    for when in WHEN:
-        name = "reward" if summary[f"success_{when}"] is None else "success"
-        if (value := summary[f"{name}_{when}"]) is not None:
-            write(console, said(f"{name} {when:6}", value, summary[f"{name}_{when}_interval"]))
-    write(console, f"report         {folder / 'report.html'}")

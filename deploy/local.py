@@ -25,6 +25,7 @@ from deploy.build import (
 )
 from deploy.config import ConfigError, RunConfig
 from deploy.models import build_learner, model_path
+from deploy.phases import Startup
 from deploy.ring import LearnerLost, Row, first_failure
 from learner.checkpoint import latest
 from learner.loop import LearnerLoop, Place, Source, sync_metrics
@@ -68,7 +69,11 @@ class LocalRing:
     """Every part of a run as plain objects of this process."""
 
     def __init__(
-        self, config: RunConfig, run_folder: Path, engine_factory: EngineFactory = vllm_engine
+        self,
+        config: RunConfig,
+        run_folder: Path,
+        engine_factory: EngineFactory = vllm_engine,
+        startup: Startup | None = None,
     ) -> None:
         if config.weights.transfer != "object_store":
             raise ConfigError(
@@ -85,6 +90,7 @@ class LocalRing:
         self.run_folder = run_folder
         self._config = config
         self._engine_factory = engine_factory
+        self._startup = startup or Startup()
         self._workers: list[RolloutWorker] = []
         self._runs: list[asyncio.Task[None]] = []
         self._started = (
@@ -98,13 +104,15 @@ class LocalRing:
         self._started.push_async_callback(self._exchange.close)
         for index in range(config.rollout.workers):
             name = f"rollout-{index}"
-            worker = await build_worker(config, path, self._engine_factory, name, self._exchange)
+            with self._startup.timed("engines"):
+                worker = await build_worker(config, path, self._engine_factory, name, self._exchange)
             self._started.push_async_callback(worker.engine.close)
             self._started.push_async_callback(worker.close)
             self._workers.append(worker)
         # vLLM's engines have processes of their own and map the weights; others read them where they lie.
         place = _place_in_memory if self._engine_factory is vllm_engine else _place_inline
-        self._learner = start_learner(config, self.run_folder, self._exchange, place, resume)
+        with self._startup.timed("learner"):
+            self._learner = start_learner(config, self.run_folder, self._exchange, place, resume)
         if resume:
             await self._exchange.rollback(self._learner.version, new_driver=True)
         return self._learner.version

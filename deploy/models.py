@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +23,13 @@ def model_path(config: RunConfig, run_folder: Path) -> str:
     if tiny is None:
         return config.learner.model.path
     folder = run_folder / "base"
-    if not (folder / "config.json").is_file():
-        tokenizer = tiny_tokenizer(config, folder)
+    if not folder.is_dir():
+        aside = run_folder / ".base.part"  # a process that ends on its way leaves no half of a model
+        shutil.rmtree(aside, ignore_errors=True)
+        tokenizer = tiny_tokenizer(config, aside)
         build = partial(build_tiny_vision, pixels=tiny.pixels) if tiny.pixels else build_tiny
         build(
-            folder,
+            aside,
             tokenizer,
             layers=tiny.layers,
             width=tiny.width,
@@ -37,6 +40,7 @@ def model_path(config: RunConfig, run_folder: Path) -> str:
             tie=tiny.tie,
             seed=config.seed,
         )
+        aside.rename(folder)
     return str(folder)
 
 

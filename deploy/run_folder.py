@@ -7,11 +7,13 @@ RUN/metrics.jsonl     one row a step                     RUN/summary.json, RUN/r
 RUN/advantages/       of trained tokens, a file a version
 RUN/turns/            turns of unfinished groups         RUN/logs/       of a local Ray, once the run has ended
 RUN/driver.lock, roster.json, wanted.json                who drives the run, its parts, what was asked of it
+RUN/sittings.json     what each sitting took: a run that was stopped and gone on with has several
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -22,27 +24,41 @@ from typing import Any
 from deploy.config import ConfigError, RunConfig, parse
 from deploy.trust import executed, remember
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, LOCK = "config.json", "driver.lock"
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
+def name(config: RunConfig) -> str:
+    """A new run's name by the clock: that of its folder, unless there is one already."""
+    return f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def choose(config: RunConfig, parent: Path) -> Path:
-    """A path for a new run that is not taken yet."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = parent / f"{config.name}-{stamp}"
-    suffix = 1
-    while folder.exists():
-        suffix += 1
-        folder = parent / f"{config.name}-{stamp}-{suffix}"
-    return folder
+    """Make a private folder (mode 700) for a new run under a name that nothing else has, and return it."""
+    first = parent / name(config)
+    others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    with writing(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        for folder in itertools.chain([first], others):
+            try:
+                folder.mkdir(mode=0o700)
+            except FileExistsError:
+                continue
+            return folder
+    raise AssertionError("numbers do not end")
 
 
 def create(config: RunConfig, folder: Path) -> None:
-    """Make a private run folder (mode 700) and store the configuration in it. ConfigError where that cannot be done."""
+    """Make a private run folder (mode 700), where it is not there yet, and store the configuration in it."""
+    make(folder)
+    store(config, folder)
+
+
+def make(folder: Path) -> None:
+    """Make a private folder (mode 700) with all above it, where it is not there yet. ConfigError where it cannot be."""
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        store(config, folder)
 
 
 def make_private(folder: Path) -> bool:
@@ -50,6 +66,31 @@ def make_private(folder: Path) -> bool:
     with suppress(OSError):
         folder.chmod(0o700)
     return not folder.stat().st_mode & 0o077
+
+
+@contextmanager
+def parents_made(folder: Path) -> Iterator[None]:
+    """Make this folder and all above it; what of them was made here and is empty at the end of the block is removed."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it holds something
+            for each in made:
+                each.rmdir()
+
+
+@contextmanager
+def removed_unless_begun(folder: Path) -> Iterator[None]:
+    """Remove the folder at the end of the block where no run was begun in it; the caller holds its lock."""
+    try:
+        yield
+    finally:
+        if not exists(folder) and {each.name for each in folder.iterdir()} <= {LOCK}:
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import tempfile
 import time
@@ -28,7 +29,8 @@ def submit(
     cluster (shared storage). The run's folder is named here, so that a job that is started again finds its run.
     """
     config = load_config(recipe, overrides)
-    run = run_folder.choose(config, runs)
+    # The cluster's disk may be out of sight: two submitted in one second are told apart by chance.
+    run = runs / f"{run_folder.name(config)}-{secrets.token_hex(3)}"
     arguments = ["manta", "train", RECIPE_FILE, "--run", str(run), *overrides]
     client = _client(address)
     with tempfile.TemporaryDirectory() as folder:

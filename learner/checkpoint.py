@@ -99,12 +99,13 @@ def save(
     return folder
 
 
-def load(folder: Path) -> Contents:
+def load(folder: Path, verified: bool = False) -> Contents:
     """Read a checkpoint's state; the weights are read from `folder / MODEL`. CheckpointError if broken.
 
+    verified: `latest` has just read every file of it, which takes seconds a gigabyte.
     Tensors are mapped: of several ranks on one machine each has only the part in its memory that it copies.
     """
-    state = _verified(folder)
+    state = _stated(folder) if verified else _verified(folder)
     try:
         tensors = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
         return Contents(

@@ -205,7 +205,7 @@ class Learner:
         if newest is None:
             raise checkpoint.CheckpointError(f"run {run} has no whole checkpoint")
         folder = Path(newest)
-        contents = checkpoint.load(folder)
+        contents = checkpoint.load(folder, verified=not self.ranks.rank)
         self._critic = None
         del self.policy, self.optimizer  # their memory is needed for what comes
         self.policy = Policy.restored(self.settings.model, folder / checkpoint.MODEL, self.ranks)

@@ -222,7 +222,13 @@ def test_a_run_goes_on_elsewhere_but_as_what_it_was() -> None:
     began = configured("learner.ranks=2", "env.options.slippery=true")
     moves = ["learner.ranks=1", "cluster.address=there", "supervision.max_restarts=7", "rollout.workers=3"]
     assert moved(began, moves) == configured("env.options.slippery=true", *moves)
-    for changes in ("steps=9", "learner.optim.learning_rate=1", "rollout.group_size=2", "learner=", "seed=1"):
+    for changes in (
+        "name=other",
+        "learner.optim.learning_rate=1",
+        "rollout.group_size=2",
+        "learner=",
+        "seed=1",
+    ):
         with pytest.raises(ConfigError, match=f"^override '{changes}': [^\n]* what may differ: cluster, "):
             moved(began, [changes])
     with pytest.raises(ConfigError, match=r"learner\.ranks"):
