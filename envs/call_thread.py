@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
+from envs.gate import admitted
 from envs.reference import awaited
 from envs.standing import stands_in
 
@@ -65,8 +66,8 @@ class CallThread:
         self.thread.start()
 
     async def ask(self, call: Callable[[], Any], seconds: float) -> Any:
-        """The call's result; raises what it raises, and Overdue. Waiting for a turn at the gate has no limit."""
-        async with self._gate:
+        """The call's result; raises what it raises, and Overdue. Waiting at the gate has no limit."""
+        async with admitted(self._gate):
             asked = _Asked(call, self._loop.create_future())
             self.busy = True
             self._calls.put(asked)

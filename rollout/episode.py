@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 import traceback
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from envs.base import Info, Observation, as_number, end_behind, named_rewards, seat_of
+from envs.gate import time_limit
 from envs.host import EnvironmentFailed, Replica, Sampled
 from envs.tools import answers_by_reason
 from rollout.agent import Actor, ContextOverflow, Conversation, Turn, as_messages
@@ -30,7 +30,7 @@ class Limits:
     """What the runner allows an episode, whatever its environment allows."""
 
     max_turns: int
-    seconds: float  # wall clock, waiting for the engine included
+    seconds: float  # wall clock; waits for the engine count, waits at a gate (envs.gate) do not
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ async def run_episode(
     episode = _Episode(replica, agent, place, watch or Unwatched())
     try:
         try:
-            async with asyncio.timeout(limits.seconds) as clock:
+            async with time_limit(limits.seconds) as clock:
                 end_reason = await episode.play(limits.max_turns, so_far)
         except TimeoutError:
             if not clock.expired():

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from envs.base import Info, Message, Observation
+from envs.gate import admitted
 from envs.host import EnvironmentFailed, HostSettings, Outcome, Sampled
 from envs.reference import load_function, settled
 from envs.registry import EnvironmentUnknown
@@ -135,7 +136,7 @@ class ForeignAgent:
             raise RuntimeError("a foreign agent was reset twice; a replica is for one episode")
         self._task = self._options.task | {"seed": seed}
         self._session = self._endpoint.open()
-        async with self._starting:
+        async with admitted(self._starting):
             self._running = await self._start(self._session)
             observed = await self._observe("ask for a completion", self._host.reset_seconds, "reset_seconds")
         if isinstance(observed, Verdict):

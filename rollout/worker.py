@@ -64,7 +64,12 @@ class RolloutSettings(BaseModel):
     )
     context_tokens: int = Field(1024, gt=1, description="longest conversation, prompt and answers, in tokens")
     max_turns: int = Field(100, gt=0, description="turns after which an episode is truncated")
-    episode_seconds: float = Field(600.0, gt=0, description="wall clock after which an episode has failed")
+    episode_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="wall clock after which an episode has failed; its waits for room to run an environment's call "
+        "do not count",
+    )
 
     @property
     def limits(self) -> Limits:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,15 @@ from envs import call_thread
 from envs.base import TextEnv
 from envs.host import EnvironmentFailed, EnvironmentStuck, HostSettings, Inline
 from envs.hosted import Hosted
+from learner.tokenizer import build_tokenizer
+from rollout.agent import Agent
+from rollout.chat import Chat
+from rollout.engine import Sampling
+from rollout.episode import Limits, Place, run_episode
 from rollout.group import concurrently
 from rollout.pool import EnvironmentPool
-from rollout.wire.trajectory import Task
+from rollout.scripted_engine import ScriptedEngine
+from rollout.wire.trajectory import EndReason, Slot, Task
 
 AT_ONCE = call_thread._CALLS_PER_CORE * len(os.sched_getaffinity(0))
 
@@ -194,3 +201,41 @@ def test_an_environment_by_which_a_worker_may_have_died_gets_a_process() -> None
             await pool.discard(task, each)
 
     asyncio.run(scene())
+
+
+@pytest.mark.parametrize("stuck", [False, True], ids=["plays", "stuck"])
+def test_an_episode_that_waits_behind_sleepers_has_its_whole_time_once_it_is_admitted(
+    stuck: bool, tmp_path: Path
+) -> None:
+    go_on = threading.Event()
+
+    class Sleepers(TextEnv):
+        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+            super().reset(seed=seed)
+            return "on", {}
+
+        def step(self, action: str) -> Any:
+            if stuck:
+                assert go_on.wait(30)
+            return action, 1.0, True, False, {}
+
+    async def scene() -> Any:
+        gate, limits = asyncio.Semaphore(1), Limits(max_turns=1, seconds=0.3)
+        replica = await Inline.start(Sleepers, HostSettings(), gate)
+        tokenizer = build_tokenizer(tmp_path)
+        engine = ScriptedEngine(tokenizer, lambda prompt, random: "on")
+        agent = Agent(engine, Chat(tokenizer), Sampling(max_tokens=4), 64)
+        place = Place(Slot(0, 0, Task.of("sleepers", 1), 0), 0, 1)
+        await gate.acquire()  # by those before it
+        playing = asyncio.create_task(run_episode(replica, agent, place, limits))
+        await asyncio.wait({playing}, timeout=2 * limits.seconds)
+        assert not playing.done()
+        gate.release()
+        played = await playing
+        go_on.set()
+        await replica.close()
+        return played
+
+    played = asyncio.run(scene())
+    assert played.end_reason is (EndReason.FAILED if stuck else EndReason.TERMINATED), played.error
+    assert not stuck or "longer than 0.3 s (episode_seconds)" in (played.error or "")
