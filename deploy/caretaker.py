@@ -95,7 +95,7 @@ class Caretaker:
         stacks = await self._ring.stacks()
         path = self._folder / f"stacks-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         text = "".join(f"==== {part}\n{told}\n" for part, told in stacks.items())
-        path.write_text(f"{state}\n{self._ring.roster()}\n\n{text}")
+        path.write_text(f"{state}\n{self._ring.roster()}\n\n{text}", encoding="utf-8")
         self._say(
             f"no turn and no step for {self._settings.no_progress_seconds:g} s: {state['missing']}; "
             f"all stacks are in {path}"

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from deploy.console import errors, one_line, output, standard_streams, without_colours, write
+from deploy.console import errors, one_line, output, standard_streams, use_utf8, without_colours, write
 
 app = typer.Typer(
     add_completion=False,
@@ -317,6 +317,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2, anything else keeps its traceback."""
+    use_utf8()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the run has a display of its own
     if os.getcwd() not in sys.path:
         # "module:Class" may name a file beside the user; Ray's workers take it over.

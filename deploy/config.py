@@ -247,12 +247,25 @@ def recipe_text(recipe: str) -> str:
     if path.suffix == ".toml":
         if not path.is_file():
             raise ConfigError(f"recipe {recipe}: no such file")
-        return path.read_text()
+        return _text(path)
     shipped = {entry.name.removesuffix(".toml"): entry for entry in files("deploy.recipes").iterdir()}
     names = sorted(name for name, entry in shipped.items() if entry.name.endswith(".toml"))
     if recipe not in names:
         raise ConfigError(f"recipe {recipe!r} is neither a .toml file nor one of: {', '.join(names)}")
-    return shipped[recipe].read_text()
+    return shipped[recipe].read_text(encoding="utf-8")
+
+
+def _text(path: Path) -> str:
+    """The text of a file that a user wrote: UTF-8, with or without a byte-order mark."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"recipe {path}: not UTF-8 text (byte 0x{error.object[error.start]:02x} in line {line}); save it as UTF-8"
+        ) from error
 
 
 def parse(tree: Nested, source: str) -> RunConfig:

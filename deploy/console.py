@@ -6,6 +6,9 @@ characters are shown as escapes. `rich` is imported here alone, and nothing else
 
 from __future__ import annotations
 
+import codecs
+import locale
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -53,6 +56,20 @@ def one_line(text: str) -> str:
 def without_colours(text: str) -> str:
     """The text of another program's log without its colours."""
     return _COLOUR.sub("", text)
+
+
+def use_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode, where the locale or PYTHONUTF8=0 name another encoding.
+
+    Arguments, paths, files and what other processes and libraries are told are UTF-8 then. What the terminal is
+    written stays in its own encoding.
+    """
+    used = {sys.getfilesystemencoding(), locale.getpreferredencoding(False)}
+    if {codecs.lookup(each).name for each in used} == {"utf-8"} or os.environ.get("PYTHONUTF8") == "1":
+        return
+    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def standard_streams() -> None:

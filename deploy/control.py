@@ -27,7 +27,7 @@ MOST_WORKERS = 1024  # that one driver looks after
 def driving(folder: Path) -> Iterator[None]:
     """Be the one driver of a run; ConfigError where another is. The system lets go of it however we end."""
     with writing(folder):
-        lock_file = (folder / LOCK).open("a+")
+        lock_file = (folder / LOCK).open("a+", encoding="utf-8")
     with lock_file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,7 +55,7 @@ def _is_file_of(descriptor: int, path: Path) -> bool:
 def is_driven(folder: Path) -> bool:
     """Whether a driver holds the run right now."""
     try:
-        with (folder / LOCK).open("r") as lock:
+        with (folder / LOCK).open("r", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -99,5 +99,5 @@ def _read(path: Path) -> Any:
 
 def _replace(path: Path, content: Any) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=1))
+    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
     aside.replace(path)

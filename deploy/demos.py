@@ -70,7 +70,7 @@ def write_demonstrations(asked: Demonstrations, folder: Path, console: Console) 
         with Progress(0, f"{asked.episodes} demonstrations of {asked.env_id}", console) as progress:
             evaluation = asyncio.run(_written(played, partial_folder, asked.episodes, progress))
         facts = asdict(asked) | {"outcome": asdict(evaluation)}
-        (partial_folder / "demonstrations.json").write_text(json.dumps(facts, indent=2))
+        (partial_folder / "demonstrations.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
     return evaluation
 
 

@@ -148,7 +148,7 @@ def memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Memory this process may use: the machine's, or its container's limit where that is lower."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [cgroup / "memory.max", cgroup / "memory" / "memory.limit_in_bytes"]  # version 2, version 1
-    texts = [path.read_text().strip() for path in limits if path.is_file()]
+    texts = [path.read_text(encoding="utf-8").strip() for path in limits if path.is_file()]
     return min([physical, *(int(text) for text in texts if text != "max")])
 
 

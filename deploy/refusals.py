@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from datetime import date, time
 from typing import Any
 
 from pydantic import BaseModel
@@ -11,6 +12,9 @@ from pydantic import BaseModel
 from deploy.synonyms import SYNONYMS
 
 SPELLED_SCORE = 0.55  # least likeness, 0 to 1, of what is named as meant
+
+# What a text becomes whose writer left its quotes away.
+UNQUOTED = (bool, int, float, date, time)
 
 Settings = type[BaseModel]
 
@@ -25,6 +29,8 @@ def explain(fault: Any, root: Settings) -> str:
     if fault["type"] == "missing":
         return f"option {where} is missing"
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "string_type" and isinstance(fault["input"], UNQUOTED):
+        message += f"; quote text that reads as another value: {where}='\"TEXT\"'"
     return (
         f"{where}: {message} (got {fault['input']!r})"
         if where and not isinstance(fault["input"], dict)

@@ -109,7 +109,7 @@ def writing(path: Path) -> Iterator[None]:
 def store(config: RunConfig, folder: Path) -> None:
     """Write a run's configuration, or replace it, at one stroke. It is its user's own: what it executes is trusted."""
     aside = folder / f".{CONFIG_FILE}.part"
-    aside.write_text(config.model_dump_json(indent=2))
+    aside.write_text(config.model_dump_json(indent=2), encoding="utf-8")
     aside.rename(folder / CONFIG_FILE)
     remember(folder, executed(config))
 
@@ -134,7 +134,7 @@ def read_json(file: Path) -> Any:
     try:
         if not file.is_file():
             raise ValueError("no plain file")  # a pipe would be waited for, a device read for ever
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or not even text
         raise ConfigError(
             f"{file}: broken file ({error}); restore it from a copy of the run folder"

@@ -34,7 +34,7 @@ def submit(
     arguments = ["manta", "train", RECIPE_FILE, "--run", str(run), *overrides]
     client = _client(address)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / RECIPE_FILE).write_text(recipe_text(recipe))
+        (Path(folder) / RECIPE_FILE).write_text(recipe_text(recipe), encoding="utf-8")
         try:
             job = client.submit_job(entrypoint=shlex.join(arguments), runtime_env={"working_dir": folder})
         except RuntimeError as error:

@@ -74,7 +74,7 @@ class Training:
             raise
         await self._end()
         self._reports.close()
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
         write_report(folder)
         return summary
 

@@ -101,14 +101,14 @@ def remember(folder: Path, entries: Sequence[str]) -> None:
     kept = {"folder": str(folder.resolve()), "executes": sorted({*known, *entries})}
     try:
         record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        record.write_text(json.dumps(kept, indent=1))
+        record.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     except OSError:
         return
 
 
 def _remembered(folder: Path) -> list[str]:
     try:
-        return list(json.loads(_record(folder).read_text())["executes"])
+        return list(json.loads(_record(folder).read_text(encoding="utf-8"))["executes"])
     except (OSError, ValueError, KeyError):
         return []
 

@@ -182,7 +182,9 @@ def _bears(control: socket.socket) -> bool:
                     pid = os.fork()
                 except OSError as error:
                     # Too many processes, or too little memory: that one's misfortune alone.
-                    print(f"envs.nursery: a replica's process could not be forked: {error}", file=sys.stderr)
+                    print(
+                        f"envs.nursery: a replica's process could not be forked: {error!r}", file=sys.stderr
+                    )
                     os.close(channel)
                     os.close(leash)
                     continue

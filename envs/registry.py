@@ -300,6 +300,8 @@ def _make_ours(env_id: str, entry: str | _Factory, options: dict[str, Any]) -> E
     for name in options:
         if name not in parameters and not takes_any:
             raise EnvironmentUnknown(f"environment {env_id} has no option {name!r}; its options: {have}")
+        if name in parameters:
+            _check_text(env_id, name, options[name], parameters[name])
     try:
         env = factory(**options)
     except ValueError as error:
@@ -317,6 +319,18 @@ def _make_ours(env_id: str, entry: str | _Factory, options: dict[str, Any]) -> E
             f"environment {env_id}: a {type(env).__name__} is made, and no gymnasium.Env"
         )
     return env
+
+
+def _check_text(env_id: str, name: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Refuse a value for an option that takes text alone: TOML reads 1_1_1, true or 2024-01-01 as something else."""
+    annotated = parameter.annotation
+    if annotated is inspect.Parameter.empty:
+        annotated = type(parameter.default)
+    if annotated in (str, "str") and not isinstance(value, str):
+        raise EnvironmentUnknown(
+            f"environment {env_id}: {name}={value!r} must be text; quote text that reads as another value: "
+            f"{name}='\"TEXT\"'"
+        )
 
 
 def _is_like(value: Any, default: Any) -> bool:

@@ -305,7 +305,14 @@ def _bubblewrap(limits: Limits) -> list[str]:
     for path in python.covered:
         command += ["--tmpfs", path, "--remount-ro", path]
     command += ["--remount-ro", "/", "--chdir", "/tmp"]
-    return [*command, python.executable, *FLAGS, "-c", Path(sandbox_child.__file__).read_text(), "init"]
+    return [
+        *command,
+        python.executable,
+        *FLAGS,
+        "-c",
+        Path(sandbox_child.__file__).read_text(encoding="utf-8"),
+        "init",
+    ]
 
 
 def _sealed(text: str) -> FileIO:

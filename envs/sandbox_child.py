@@ -177,7 +177,7 @@ def _show(source: str, target: str) -> None:
         os.makedirs(target, exist_ok=True)
     else:
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        with open(target, "x"):
+        with open(target, "x", encoding="utf-8"):
             pass
     _mount(source, target, _MS_BIND | _MS_REC)
     # What the host's mount forbids stays forbidden: the kernel insists. Flags of statvfs are those of mount.
@@ -223,7 +223,7 @@ def _call(what: str, result: int) -> None:
 
 
 def _write(path: str, text: str) -> None:
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(text)
 
 

@@ -63,6 +63,7 @@ def installation() -> Installation:
         capture_output=True,
         text=True,
         timeout=LISTING_SECONDS,
+        encoding="utf-8",
     )
     if asked.returncode:
         said = asked.stderr.strip().rpartition("\n")[2]

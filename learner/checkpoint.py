@@ -87,7 +87,7 @@ def save(
             write(partial / name)
         with (partial / OPTIMIZER).open("wb") as file:
             torch.save({"optimizers": contents.optimizers, "torch_rng": contents.torch_rng}, file)
-        (partial / STATE).write_text(json.dumps(_sealed(contents, partial), indent=1))
+        (partial / STATE).write_text(json.dumps(_sealed(contents, partial), indent=1), encoding="utf-8")
         for path in [*partial.rglob("*"), partial]:
             _sync(path)
     replaced = _put_away(folder)  # the same version again, after going back to an earlier one
@@ -213,7 +213,7 @@ def _stated(folder: Path) -> dict[str, Any]:
     try:
         if not S_ISREG(file.lstat().st_mode):
             raise ValueError("no plain file")
-        state: dict[str, Any] = json.loads(file.read_text())
+        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         seal, version, files = state["seal"], state["version"], dict(state["files"])
         listed = {name: (int(of["size"]), str(of["blake3"])) for name, of in files.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

@@ -63,7 +63,7 @@ def _torch_has_onednn() -> bool:
 
 def _mkl_knows_this_processor() -> bool:
     try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # no Linux: nobody has measured
         return False
 

@@ -101,7 +101,7 @@ class Adapter:
         """Write the adapter alone, as PEFT and vLLM read it."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in self.tensors()}, folder / TENSOR_FILE)
-        (folder / CONFIG_FILE).write_text(json.dumps(self.spec.config(), indent=1))
+        (folder / CONFIG_FILE).write_text(json.dumps(self.spec.config(), indent=1), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         """Take over what `save` wrote. ValueError, in one line, where it is missing, broken, or another adapter's."""

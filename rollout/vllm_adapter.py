@@ -37,5 +37,5 @@ def write(update: WeightUpdate, folder: Path) -> LoRARequest:
     adapter = update.manifest.adapter
     assert adapter is not None
     save_file({spec.name: as_torch(spec, array) for spec, array in update.tensors()}, folder / TENSOR_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps(adapter.config()))
+    (folder / CONFIG_FILE).write_text(json.dumps(adapter.config()), encoding="utf-8")
     return LoRARequest(_NAME, _ID, lora_path=str(folder), load_inplace=True)

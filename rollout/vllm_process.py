@@ -115,7 +115,7 @@ def take_names_away(core: int) -> None:
     Only what these processes have mapped is touched.
     """
     for pid in family(core):
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines():
             path = line[line.find("/") :]  # the last field, where there is one
             if path.startswith("/dev/shm/psm_") and os.path.exists(path):
                 os.unlink(path)
@@ -128,7 +128,7 @@ def family(pid: int) -> list[int]:
     children: list[int] = []
     with suppress(FileNotFoundError, ProcessLookupError):  # one that ends meanwhile has no more children
         for thread in Path(f"/proc/{pid}/task").iterdir():
-            children += map(int, (thread / "children").read_text().split())
+            children += map(int, (thread / "children").read_text(encoding="utf-8").split())
     return [pid, *(member for child in children for member in family(child))]
 
 

@@ -108,7 +108,7 @@ def bound(module: str) -> set[str] | None:
     if not source.exists():
         return beside or None
     names = set(beside)
-    for node in ast.walk(ast.parse(source.read_text())):
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
@@ -120,7 +120,7 @@ def bound(module: str) -> set[str] | None:
 
 @pytest.mark.parametrize("path", files(*PACKAGES))
 def test_no_arrow_runs_the_wrong_way(path: str) -> None:
-    assert faults(path, (ROOT / path).read_text()) == []
+    assert faults(path, (ROOT / path).read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(
@@ -172,14 +172,14 @@ def test_a_right_arrow_is_let_pass(path: str, source: str) -> None:
 @pytest.mark.parametrize("path", ["deploy/train.py", "deploy/ring.py", "deploy/cluster.py"])
 def test_the_driver_cannot_even_name_a_payload(path: str) -> None:
     package = str(Path(path).parent)
-    named = {name.partition(":")[0] for name in imports((ROOT / path).read_text(), package)}
+    named = {name.partition(":")[0] for name in imports((ROOT / path).read_text(encoding="utf-8"), package)}
     payload = ("pyarrow", "rollout.wire.schema", "rollout.wire.segments", "learner.batch")
     assert not [name for name in named if name.startswith(payload)]
 
 
 @pytest.mark.parametrize("path", files(*PACKAGES, "tests"))
 def test_a_file_is_one_idea(path: str) -> None:
-    lines = len((ROOT / path).read_text().splitlines())
+    lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
     assert lines <= MAX_LINES, f"{path} has {lines} lines; split it by idea"
 
 
@@ -196,7 +196,12 @@ def test_importing_the_wire_stays_light() -> None:
         f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\nprint(*sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
     )
     assert "rollout.wire.trajectory" in done.stdout.split()
     assert {"torch", "vllm", "ray", "transformers"}.isdisjoint(done.stdout.split())
@@ -208,23 +213,27 @@ def test_no_process_is_ended_by_name() -> None:
     folders = [ROOT / ".ci", *(ROOT / name for name in (*PACKAGES, "tests"))]
     sources = [ROOT / "Makefile", *(p for folder in folders for p in folder.rglob("*") if p.is_file())]
     sources = [path for path in sources if "__pycache__" not in path.parts]
-    assert [str(path) for path in sources if by_name.search(path.read_text(errors="replace"))] == []
+    assert [
+        str(path) for path in sources if by_name.search(path.read_text(errors="replace", encoding="utf-8"))
+    ] == []
 
 
 def test_every_test_that_the_guide_names_exists() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "CONTRIBUTING.md").read_text())
+    named = re.findall(
+        r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    )
     assert named
     for path, function in named:
         assert (ROOT / path).is_file(), f"CONTRIBUTING.md names {path}, which does not exist"
         if function:
-            assert f"def {function}(" in (ROOT / path).read_text(), (
+            assert f"def {function}(" in (ROOT / path).read_text(encoding="utf-8"), (
                 f"CONTRIBUTING.md names {path}::{function}"
             )
 
 
 @pytest.mark.parametrize("path", files("tests"))
 def test_what_a_test_or_a_benchmark_imports_of_ours_is_there(path: str) -> None:
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and owner(node.module) in (*ARROWS, "tests"):
             names = bound(node.module)
             assert names is not None, f"there is no {node.module}"

@@ -104,6 +104,7 @@ def run(name: str) -> Outcome:
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        encoding="utf-8",
     )
     figures: dict[str, float] = {}
     error = ""
@@ -184,7 +185,7 @@ def main() -> int:
         last = outcomes[-1]
         write(errors(), f"{name}: {last.seconds:g} s {last.error or json.dumps(last.figures)}")
         if asked.out:
-            asked.out.write_text(json.dumps(report(outcomes), indent=1))
+            asked.out.write_text(json.dumps(report(outcomes), indent=1), encoding="utf-8")
     console = Console(width=None if sys.stdout.isatty() else 130)
     write_table(console, ("benchmark", "what", "figure", "bound", "met"), table(outcomes))
     return status(outcomes)

@@ -57,7 +57,11 @@ def peak_mb(way: str, tokens: int, vocabulary: int) -> float:
 
 def _measured(way: str, tokens: int, vocabulary: int) -> float:
     command = [sys.executable, "-m", "tests.bench.bench_logprobs", way, str(tokens), str(vocabulary)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return float(
+        subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout.split()[
+            -1
+        ]
+    )
 
 
 def largest_difference() -> float:

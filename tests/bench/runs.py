@@ -27,7 +27,7 @@ def run_to_end(config: RunConfig, folder: Path) -> dict[str, Any]:
         command = [sys.executable, "-m", "deploy.cli", "train", "--resume", str(folder)]
         with folder.with_suffix(".log").open("ab") as log:
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT_S)
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return summary
 
 

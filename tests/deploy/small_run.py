@@ -71,7 +71,7 @@ def train(
     """Drive a run from end to end; with `stop_after` it is interrupted in the wait for the step after that many."""
     if not resume:
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(config.model_dump_json())
+        (folder / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
     torch.set_num_threads(1)
     ring = ring_type(config, folder, engine)
     if stop_after is not None:

@@ -73,11 +73,11 @@ def refused(manta: Manta, tmp_path: Path) -> Callable[..., str]:
 
 def of_model(path: object, *overrides: str) -> list[str]:
     """Arguments for a recipe that trains the checkpoint at `path` instead of a tiny model."""
-    recipe = Path(RECIPE).read_text()
+    recipe = Path(RECIPE).read_text(encoding="utf-8")
     kept = re.sub(r"\[tiny\].*?\n\n", "", recipe, flags=re.DOTALL)
     file = Path(str(path)).parent / "of_model.toml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(kept)
+    file.write_text(kept, encoding="utf-8")
     return [str(file), f"learner.model.path={path}", *overrides]
 
 
@@ -153,7 +153,7 @@ def test_a_checkpoint_with_fewer_positions_than_the_context_is_refused(
 def test_a_model_that_does_not_say_its_context_is_refused(
     refused: Callable[..., str], checkpoint: Path
 ) -> None:
-    (checkpoint / "config.json").write_text('{"model_type": "bloom"}')
+    (checkpoint / "config.json").write_text('{"model_type": "bloom"}', encoding="utf-8")
     said = refused(*of_model(checkpoint))
     assert f"model {checkpoint}: its family bloom states no max_position_embeddings" in said
 
@@ -179,9 +179,9 @@ def test_a_tokenizer_of_another_model_is_refused(
 
 
 def test_a_model_may_have_more_rows_than_its_tokenizer(checkpoint: Path) -> None:
-    config = json.loads((checkpoint / "config.json").read_text())
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     config["vocab_size"] += 7
-    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
     check_tokenizer(str(checkpoint))
 
 
@@ -206,7 +206,7 @@ TOOL = "agent.parts=[{kind='tools',functions=['tests.envs.example_tools:double']
 def test_a_template_that_cannot_say_what_will_be_said_is_refused(
     refused: Callable[..., str], manta: Manta, checkpoint: Path, template: str, said: str
 ) -> None:
-    (checkpoint / "chat_template.jinja").write_text(template)
+    (checkpoint / "chat_template.jinja").write_text(template, encoding="utf-8")
     assert re.search(said, refused(*of_model(checkpoint, TOOL, "agent.memory=full")))
     if "range" in template:
         limits = ("--context-tokens", "40", "--memory", "last")
@@ -225,8 +225,12 @@ def test_files_that_a_save_or_its_reader_stumbles_over_are_refused(
     refused: Callable[..., str], checkpoint: Path, name: str, content: str | dict[str, object], said: str
 ) -> None:
     file = checkpoint / name
-    text = content if isinstance(content, str) else json.dumps(json.loads(file.read_text()) | content)
-    file.write_text(text)
+    text = (
+        content
+        if isinstance(content, str)
+        else json.dumps(json.loads(file.read_text(encoding="utf-8")) | content)
+    )
+    file.write_text(text, encoding="utf-8")
     assert said in refused(*of_model(checkpoint))
 
 
@@ -266,7 +270,7 @@ def test_a_folder_that_is_no_run_cannot_be_resumed(manta: Manta, tmp_path: Path)
         manta("train", "--resume", str(tmp_path / "absent"))
     )
     assert f"{tmp_path} is not a run folder" in mistake(manta("train", "--resume", str(tmp_path)))
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
     assert "config.json" in mistake(manta("train", "--resume", str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 

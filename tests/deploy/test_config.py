@@ -192,7 +192,7 @@ def test_contradictions_are_refused(overrides: list[str], named: str) -> None:
 
 def test_neither_checkpoint_nor_tiny_is_refused(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text("steps = 1\n[env]\nid = 'frozen_lake'\n")
+    recipe.write_text("steps = 1\n[env]\nid = 'frozen_lake'\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="exactly one"):
         load_config(str(recipe))
     assert load_config(str(recipe), [CHECKPOINT]).learner.model.path == "somewhere"
@@ -242,7 +242,7 @@ def test_an_override_that_is_none_is_quoted(override: str) -> None:
 
 def test_a_recipe_that_is_no_toml_is_named(tmp_path: Path) -> None:
     broken = tmp_path / "broken.toml"
-    broken.write_text("steps = = 3\n")
+    broken.write_text("steps = = 3\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"broken\.toml: not valid TOML: .*line 1"):
         load_config(str(broken))
     with pytest.raises(ConfigError, match=r"'frozen_lak' is neither .* frozen_lake"):
@@ -260,7 +260,8 @@ def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path: Path) ->
     recipe = tmp_path / "mine.toml"
     recipe.write_text(
         "extends = 'ppo'\nsteps = 17\n[learner.algorithm]\ncritic = { value_clip = 0.5 }\n"
-        "loss = { kind = 'dppo' }\n[learner.optim]\nbetas = [0.8, 0.9]\n"
+        "loss = { kind = 'dppo' }\n[learner.optim]\nbetas = [0.8, 0.9]\n",
+        encoding="utf-8",
     )
     config, base = load_config(str(recipe), ["seed=3"]), load_config("ppo")
     assert (config.steps, config.seed, config.env) == (17, 3, base.env)
@@ -272,12 +273,14 @@ def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path: Path) ->
     )  # another kind: nothing of the old
     assert algorithm.critic == old.critic.model_copy(update={"value_clip": 0.5})
 
-    recipe.write_text("extends = 'ppo'\n[env]\nid = 'arithmetic'\n[evaluation]\ntasks = 7\n")
+    recipe.write_text(
+        "extends = 'ppo'\n[env]\nid = 'arithmetic'\n[evaluation]\ntasks = 7\n", encoding="utf-8"
+    )
     other = load_config(str(recipe))
     assert (other.env.id, other.env.options) == ("arithmetic", {})  # another environment: none of its options
     assert other.evaluation == base.evaluation.model_copy(update={"tasks": 7})
 
-    recipe.write_text("extends = 'other.toml'\n")
+    recipe.write_text("extends = 'other.toml'\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="extends names a recipe that ships with Manta"):
         load_config(str(recipe))
 
@@ -345,7 +348,7 @@ def test_every_option_is_read() -> None:
     ):
         if path.name == "contradictions.py":  # that a setting is checked does not mean that it has an effect
             continue
-        source = path.read_text()
+        source = path.read_text(encoding="utf-8")
         visitor = Reads()
         visitor.visit(ast.parse(source))
         read[source] = visitor.found
@@ -367,3 +370,20 @@ def test_every_option_is_read() -> None:
 
 def test_the_names_that_are_offered_are_all_options() -> None:
     assert {dotted for dotted, _, _ in options()} == set(option_names(RunConfig))
+
+
+def test_a_recipe_is_utf8_with_or_without_a_mark(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    text = "extends = 'scratch'\nname = 'café'\n[env]\nid = 'arithmetic'\n"
+    for encoding in ("utf-8", "utf-8-sig"):
+        recipe.write_text(text, encoding=encoding)
+        assert load_config(str(recipe)).name == "café"
+    recipe.write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"not UTF-8 text \(byte 0xe9 in line 2\); save it as UTF-8"):
+        load_config(str(recipe))
+
+
+def test_text_that_reads_as_a_number_is_told_to_be_quoted() -> None:
+    with pytest.raises(ConfigError, match=r"""name: .*quote .*name='"TEXT"' \(got 111\)"""):
+        load_config("frozen_lake", ["name=1_1_1"])
+    assert load_config("frozen_lake", ['name="1_1_1"']).name == "1_1_1"

@@ -105,7 +105,7 @@ def test_a_wish_that_is_none_is_said_once_and_the_run_goes_on(asked: bytes, tmp_
         yield lambda: said
         waited = asyncio.get_running_loop().time() + 0.3
         yield lambda: asyncio.get_running_loop().time() > waited
-        (tmp_path / "wanted.json").write_text('{"workers": 2}')
+        (tmp_path / "wanted.json").write_text('{"workers": 2}', encoding="utf-8")
         yield lambda: ring.workers == 2
 
     refused, *more = [line for line in cared_for(tmp_path, ring, script) if "stacks" not in line]
@@ -131,7 +131,9 @@ def test_missing_progress_is_noticed_and_all_stacks_are_kept(tmp_path: Path) -> 
     (line, *_) = cared_for(tmp_path, FakeRing(), script)
     assert line.startswith("no turn and no step for 0.2 s: 1 of 2 groups; all stacks are in ")
     (dump,) = tmp_path.glob("stacks-*.txt")
-    assert "waits in take" in dump.read_text() and "did not answer" in dump.read_text()
+    assert "waits in take" in dump.read_text(encoding="utf-8") and "did not answer" in dump.read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_pause_is_said_once_and_is_no_missing_progress(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_other_readers_count_the_same_episodes(tmp_path: Path) -> None:
     assert 0 < outcome.successes < 12
     with pa.OSFile(str(tmp_path / "demos" / "segment-000000.arrows")) as file:
         assert pa.ipc.open_stream(file).read_all().num_rows == rows.num_rows
-    told = json.loads((tmp_path / "demos" / "demonstrations.json").read_text())
+    told = json.loads((tmp_path / "demos" / "demonstrations.json").read_text(encoding="utf-8"))
     assert (told["env_id"], told["error_rate"], told["outcome"]["successes"]) == (
         "frozen_lake",
         0.7,

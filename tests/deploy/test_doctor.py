@@ -27,7 +27,7 @@ PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 def test_known_good_versions_are_those_of_the_project() -> None:
-    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     lines = [
         *project["dependencies"],
         *project["optional-dependencies"]["cpu"],
@@ -78,9 +78,9 @@ def test_python_is_held_to_what_the_project_supports(found: tuple[int, int], goo
 def test_a_containers_memory_limit_counts_where_it_is_lower(tmp_path: Path) -> None:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert memory_bytes(tmp_path) == physical
-    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.max").write_text("max\n", encoding="utf-8")
     assert memory_bytes(tmp_path) == physical
-    (tmp_path / "memory.max").write_text("1048576\n")
+    (tmp_path / "memory.max").write_text("1048576\n", encoding="utf-8")
     assert memory_bytes(tmp_path) == 1 << 20
 
 

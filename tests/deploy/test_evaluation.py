@@ -50,7 +50,8 @@ def test_an_episode_without_a_verdict_beside_others_has_not_succeeded() -> None:
 
 def test_an_evaluation_is_read_as_it_was_stored(tmp_path: Path) -> None:
     (tmp_path / "evaluation_before.json").write_text(
-        '{"successes": 1, "episodes": 2, "mean_reward": 0.5, "failed": 0}'
+        '{"successes": 1, "episodes": 2, "mean_reward": 0.5, "failed": 0}',
+        encoding="utf-8",
     )
     Evaluation.of([row(0.5, None)], held_out=True).save(tmp_path / "evaluation_after.json")
     found = stored_figures(tmp_path)

@@ -46,7 +46,9 @@ def test_a_value_head_is_neither_published_nor_exported(reference: Path, tmp_pat
         for folder in (target, plain)
     ]
     assert shapes[0] == shapes[1]
-    assert (target / "config.json").read_text() == (plain / "config.json").read_text()
+    assert (target / "config.json").read_text(encoding="utf-8") == (plain / "config.json").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_an_export_overwrites_nothing_and_names_the_versions_there_are(
@@ -62,10 +64,10 @@ def test_an_export_overwrites_nothing_and_names_the_versions_there_are(
 
 def resealed(checkpoint: Path, **changes: object) -> None:
     """state.json as somebody writes it who knows how its seal is made."""
-    state = json.loads((checkpoint / "state.json").read_text()) | changes
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")) | changes
     rest = {name: value for name, value in state.items() if name != "seal"}
     seal = blake3(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-    (checkpoint / "state.json").write_text(json.dumps(state | {"seal": seal}))
+    (checkpoint / "state.json").write_text(json.dumps(state | {"seal": seal}), encoding="utf-8")
 
 
 def test_an_export_holds_what_was_written_with_the_checkpoint_and_nothing_else(
@@ -74,7 +76,7 @@ def test_an_export_holds_what_was_written_with_the_checkpoint_and_nothing_else(
     run = shutil.copytree(reference, tmp_path / "run")
     newest = latest(run)
     assert newest is not None
-    (newest / "model" / "extra.py").write_text("added later")
+    (newest / "model" / "extra.py").write_text("added later", encoding="utf-8")
     (newest / "model" / "secret").symlink_to("/etc/hostname")
     os.mkfifo(newest / "model" / "pipe")
     export_model(reference, tmp_path / "plain")
@@ -89,7 +91,7 @@ def test_a_checkpoint_that_names_what_is_not_its_own_file_is_broken(
 ) -> None:
     run = shutil.copytree(reference, tmp_path / "run")
     newest = run / "checkpoints" / "version-00000004"
-    files = json.loads((newest / "state.json").read_text())["files"]
+    files = json.loads((newest / "state.json").read_text(encoding="utf-8"))["files"]
     empty = {"size": 0, "blake3": blake3().hexdigest()}
     if what == "device":
         resealed(newest, files=files | {"/dev/zero": empty})
@@ -115,7 +117,7 @@ def test_a_checkpoint_that_names_what_is_not_its_own_file_is_broken(
 )
 def test_a_state_that_is_none_is_broken(state: str, reference: Path, tmp_path: Path) -> None:
     run = shutil.copytree(reference, tmp_path / "run")
-    (run / "checkpoints" / "version-00000004" / "state.json").write_text(state)
+    (run / "checkpoints" / "version-00000004" / "state.json").write_text(state, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"state\.json"):
         export_model(run, tmp_path / "model", version=4)
 

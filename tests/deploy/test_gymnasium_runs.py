@@ -39,7 +39,10 @@ def test_an_id_is_enough_to_train_and_to_be_evaluated(env_id: str, tmp_path: Pat
     train(config, tmp_path / "run", gambler)
     assert_balanced(tmp_path / "run", config)
     assert len(read_metrics(tmp_path / "run")) == 2
-    assert json.loads((tmp_path / "run" / "evaluation_after.json").read_text())["episodes"] == 256
+    assert (
+        json.loads((tmp_path / "run" / "evaluation_after.json").read_text(encoding="utf-8"))["episodes"]
+        == 256
+    )
     episodes: dict[tuple[int, int], list[dict[str, object]]] = {}
     for row in trained_rows(tmp_path / "run"):
         episodes.setdefault((row["group_id"], row["episode"]), []).append(row)

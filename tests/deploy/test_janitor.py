@@ -37,7 +37,7 @@ def test_a_process_that_names_itself_still_carries_the_runs_id(
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == b"\n"
-        assert "a title" in Path(f"/proc/{process.pid}/cmdline").read_text()
+        assert "a title" in Path(f"/proc/{process.pid}/cmdline").read_text(encoding="utf-8")
         assert process.pid in janitor.processes_of(run)
     finally:
         process.kill()

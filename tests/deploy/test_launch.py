@@ -119,7 +119,7 @@ def test_a_finished_run_is_told_at_once_and_stays_as_it_is(manta: Manta, referen
     before = files_of(reference)
     code, out, err = manta("train", "--resume", str(reference))
     assert (code, err) == (0, "")
-    summary = json.loads((reference / "summary.json").read_text())
+    summary = json.loads((reference / "summary.json").read_text(encoding="utf-8"))
     assert "4 of 4 steps are made" in out and f"success after  {summary['success_after']:.3f}" in out
     assert files_of(reference) == before
 
@@ -154,13 +154,13 @@ def test_the_figures_of_a_run_are_of_all_its_sittings(reference: Path, tmp_path:
     folder = tmp_path / "run"
     with pytest.raises(Stopped):
         train(configured(), folder, stop_after=2)  # at a checkpoint: nothing is played twice
-    (first,) = json.loads((folder / "sittings.json").read_text())
+    (first,) = json.loads((folder / "sittings.json").read_text(encoding="utf-8"))
     assert first["seconds"]["training"] > 0 and first["tokens_generated"] > 0
     summary = train(configured(), folder, resume=True)
-    whole = json.loads((reference / "summary.json").read_text())
+    whole = json.loads((reference / "summary.json").read_text(encoding="utf-8"))
     assert (summary["sittings"], whole["sittings"]) == (2, 1)
     assert summary["tokens_processed"] == whole["tokens_processed"]
-    _, second = json.loads((folder / "sittings.json").read_text())
+    _, second = json.loads((folder / "sittings.json").read_text(encoding="utf-8"))
     # Whatever is trained and evaluated was sampled in one of them.
     assert summary["tokens_generated"] == first["tokens_generated"] + second["tokens_generated"]
     assert summary["tokens_generated"] >= whole["tokens_generated"] > second["tokens_generated"]
@@ -180,7 +180,7 @@ def test_what_a_killed_sitting_had_recorded_is_kept(tmp_path: Path) -> None:
         "seconds": {"training": 9.0, "evaluate_after": 2.0},
         "tokens_generated": 30,
     }
-    (tmp_path / "sittings.json").write_text("[{")
+    (tmp_path / "sittings.json").write_text("[{", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"sittings\.json: broken file"):
         Sittings(tmp_path)
 
@@ -192,7 +192,7 @@ def test_a_summary_says_what_the_start_was_made_of(tmp_path: Path) -> None:
     ring = LocalRing(config, tmp_path, hf_engine, startup)
     progress = Progress(config.steps, "run", Console(file=io.StringIO()))
     asyncio.run(Training(config, ring, progress, startup).run(resume=False))
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     parts = summary["startup"]
     assert parts.keys() >= {"imports", "evaluation_tasks", "engines", "learner", "publish"}
     assert parts.pop("imports") == 2.5
@@ -256,9 +256,9 @@ def test_of_two_that_write_one_folder_one_ends_well_and_it_is_whole(tmp_path: Pa
     def write(number: int) -> bool:
         try:
             with fresh_folder(tmp_path / "model") as partial:
-                (partial / "one").write_text(str(number))
+                (partial / "one").write_text(str(number), encoding="utf-8")
                 together.wait()
-                (partial / "two").write_text(str(number))
+                (partial / "two").write_text(str(number), encoding="utf-8")
         except ConfigError as error:
             assert "is there already" in str(error)
             return False
@@ -268,7 +268,10 @@ def test_of_two_that_write_one_folder_one_ends_well_and_it_is_whole(tmp_path: Pa
         ended = list(threads.map(write, range(4)))
     assert sum(ended) == 1
     winner = str(ended.index(True))
-    assert [(tmp_path / "model" / name).read_text() for name in ("one", "two")] == [winner, winner]
+    assert [(tmp_path / "model" / name).read_text(encoding="utf-8") for name in ("one", "two")] == [
+        winner,
+        winner,
+    ]
     assert [each.name for each in tmp_path.iterdir()] == ["model"]
 
 

@@ -81,7 +81,7 @@ def test_only_code_of_ours_and_of_gymnasium_is_trusted_to_end(env_id: str, trust
 def test_an_evaluation_plays_under_the_limits_of_its_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "config.json").write_text(parse(RUN, "test").model_dump_json())
+    (tmp_path / "config.json").write_text(parse(RUN, "test").model_dump_json(), encoding="utf-8")
     (tmp_path / "ledger.sqlite").touch()
     conditions = evaluate.conditions_of(str(tmp_path), STUCK)
     assert conditions.host == HostSettings(where="process", step_seconds=7.0), "there is no Ray beside a run"

@@ -20,7 +20,7 @@ def test_rows_come_back_as_written_and_are_valid_json(tmp_path: Path) -> None:
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2]
     assert all(isnan(row["kl"]) for row in rows)
-    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
 
 
 def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
 
 def test_a_torn_last_row_is_passed_over(tmp_path: Path) -> None:
     whole = json.dumps({"step": 1, "reward": 1.0}) + "\n"
-    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 2, "rew')
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 2, "rew', encoding="utf-8")
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
     log = MetricsLog(tmp_path, resume_after=2)
     log.write(2, {"reward": 2.0})
@@ -56,7 +56,7 @@ def test_a_torn_last_row_is_passed_over(tmp_path: Path) -> None:
 
 def test_an_older_runs_metrics_read_under_the_names_of_today(tmp_path: Path) -> None:
     old = {"step": 1, "reward": 1.0, "tokens_trained": 90.0, "tokens_sampled": 40.0}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(old) + "\n")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(old) + "\n", encoding="utf-8")
     log = MetricsLog(tmp_path, resume_after=1)
     log.write(2, {"rollout_tokens_sampled": 50.0, "tokens_processed": 80.0})
     log.close()

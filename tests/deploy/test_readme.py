@@ -20,10 +20,10 @@ README = Path(__file__).parents[2] / "README.md"
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The README's environment, as a module of its own in a folder that is being looked in."""
     (source,) = re.findall(
-        r"```python\n(from envs.base import TextEnv\n.*?)```", README.read_text(), re.DOTALL
+        r"```python\n(from envs.base import TextEnv\n.*?)```", README.read_text(encoding="utf-8"), re.DOTALL
     )
     assert len(source.strip().splitlines()) <= 20
-    (tmp_path / "higher.py").write_text(source)
+    (tmp_path / "higher.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     return "higher"
 

@@ -74,7 +74,7 @@ def test_a_past_with_more_lag_is_refused_before_it_begins(reference: Path, tmp_p
     for each in reference.iterdir():
         (late / each.name).symlink_to(each)
     (late / "config.json").unlink()
-    (late / "config.json").write_text(configured("buffer.max_lag=2").model_dump_json())
+    (late / "config.json").write_text(configured("buffer.max_lag=2").model_dump_json(), encoding="utf-8")
     with pytest.raises(
         ConfigError, match=r"may be as many versions old, but buffer\.max_lag=0; say 2 or more"
     ):

@@ -61,10 +61,12 @@ def row(step: int) -> dict[str, float]:
 def run_folder(parent: Path, finished: bool = True) -> Path:
     run = parent / "frozen_lake-20260101"
     run.mkdir()
-    (run / "config.json").write_text(json.dumps({"name": "frozen_lake", "note": HOSTILE}))
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row(step)) + "\n" for step in range(1, 41)))
+    (run / "config.json").write_text(json.dumps({"name": "frozen_lake", "note": HOSTILE}), encoding="utf-8")
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(row(step)) + "\n" for step in range(1, 41)), encoding="utf-8"
+    )
     if finished:
-        (run / "summary.json").write_text(json.dumps(SUMMARY))
+        (run / "summary.json").write_text(json.dumps(SUMMARY), encoding="utf-8")
     ids, logprobs = np.array([7, 8], np.int32), np.array([-0.1, -2.0], np.float32)
     step = Step(0, 0, HOSTILE, HOSTILE, ids, ids, logprobs, np.zeros(2, np.int32), 1.0, "stop")
     task = Task.of("lake", 5)
@@ -99,7 +101,7 @@ def outline(page: str) -> Outline:
 
 
 def test_a_report_is_whole_and_needs_nothing_from_outside(tmp_path: Path) -> None:
-    page = write_report(run_folder(tmp_path)).read_text()
+    page = write_report(run_folder(tmp_path)).read_text(encoding="utf-8")
     parsed = outline(page)
     assert parsed.addresses == []
     assert page.count(get_plotlyjs()) == 1
@@ -113,7 +115,9 @@ def test_a_report_is_whole_and_needs_nothing_from_outside(tmp_path: Path) -> Non
 
 
 def test_the_headline_says_what_the_summary_says(tmp_path: Path) -> None:
-    text = " ".join("".join(outline(write_report(run_folder(tmp_path)).read_text()).text).split())
+    text = " ".join(
+        "".join(outline(write_report(run_folder(tmp_path)).read_text(encoding="utf-8")).text).split()
+    )
     for said in (
         "14.0 %",
         "70.0 %",
@@ -129,7 +133,7 @@ def test_the_headline_says_what_the_summary_says(tmp_path: Path) -> None:
 
 
 def test_what_an_environment_says_stays_text(tmp_path: Path) -> None:
-    page = write_report(run_folder(tmp_path)).read_text()
+    page = write_report(run_folder(tmp_path)).read_text(encoding="utf-8")
     assert "alert('pwned')" not in page.replace(get_plotlyjs(), "")
     text = "".join(outline(page).text)
     assert SHOWN in text
@@ -137,14 +141,16 @@ def test_what_an_environment_says_stays_text(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_has_a_report_too(tmp_path: Path) -> None:
-    text = "".join(outline(write_report(run_folder(tmp_path, finished=False)).read_text()).text)
+    text = "".join(
+        outline(write_report(run_folder(tmp_path, finished=False)).read_text(encoding="utf-8")).text
+    )
     assert "not finished" in text
     assert "Success on held-out tasks" not in text
 
 
 def test_a_run_without_a_step_has_a_report_too(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"name": "empty"}')
-    assert "Over the steps" not in "".join(outline(write_report(tmp_path).read_text()).text)
+    (tmp_path / "config.json").write_text('{"name": "empty"}', encoding="utf-8")
+    assert "Over the steps" not in "".join(outline(write_report(tmp_path).read_text(encoding="utf-8")).text)
 
 
 def test_charts_have_gaps_for_what_is_missing_and_shares_that_fill_the_whole() -> None:
@@ -177,8 +183,8 @@ def test_a_run_without_verdicts_is_headed_by_its_reward(tmp_path: Path) -> None:
     rows = {"successes": None, "episodes": 4, "failed": 0}
     for when, mean, interval in (("before", -0.5, [-1.0, 0.0]), ("after", 0.25, [0.125, 0.5])):
         stored = rows | {"mean_reward": mean, "reward_interval": interval, "held_out": False}
-        (run / f"evaluation_{when}.json").write_text(json.dumps(stored))
-    text = " ".join("".join(outline(write_report(run).read_text()).text).split())
+        (run / f"evaluation_{when}.json").write_text(json.dumps(stored), encoding="utf-8")
+    text = " ".join("".join(outline(write_report(run).read_text(encoding="utf-8")).text).split())
     assert "Reward on evaluation tasks -0.5→ 0.25" in text and "-1–0" in text and "0.125–0.5" in text
     assert "on a scale from -1 to 0.5" in text
     assert "Success on" not in text and "held-out" not in text

@@ -51,13 +51,13 @@ def test_reports_are_written_one_at_a_time_and_cost_a_share_of_the_run(
 
 def test_a_report_that_cannot_be_written_is_said_in_a_line_and_ends_nothing(tmp_path: Path) -> None:
     run, said = run_folder(tmp_path, finished=False), []
-    (run / "metrics.jsonl").write_text("{\n")
+    (run / "metrics.jsonl").write_text("{\n", encoding="utf-8")
     Reporter(run, said.append).last()
     assert len(said) == 1 and "JSONDecodeError" in said[0] and ERR_FILE in said[0]
 
 
 def test_a_run_without_a_figure_has_no_report_at_its_stop(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     Reporter(tmp_path, print).last()
     assert not (tmp_path / REPORT_FILE).exists()
 
@@ -65,7 +65,7 @@ def test_a_run_without_a_figure_has_no_report_at_its_stop(tmp_path: Path) -> Non
 @pytest.mark.parametrize("stored", [None, "[]", '{"a'])
 def test_a_folder_that_is_no_run_is_refused_in_a_line(tmp_path: Path, stored: str | None) -> None:
     if stored is not None:
-        (tmp_path / "config.json").write_text(stored)
+        (tmp_path / "config.json").write_text(stored, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"config\.json"):
         write_report(tmp_path)
 
@@ -73,5 +73,5 @@ def test_a_folder_that_is_no_run_is_refused_in_a_line(tmp_path: Path, stored: st
 def test_a_live_run_is_shown_by_the_evaluations_it_has_made(tmp_path: Path) -> None:
     run = run_folder(tmp_path, finished=False)
     stored = {"successes": 3, "episodes": 4, "mean_reward": 0.5, "failed": 0, "held_out": True}
-    (run / "evaluation_before.json").write_text(json.dumps(stored))
+    (run / "evaluation_before.json").write_text(json.dumps(stored), encoding="utf-8")
     assert "Success on held-out tasks" in write_report(run).read_text(encoding="utf-8")

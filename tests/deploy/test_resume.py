@@ -121,6 +121,7 @@ def manta(*arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # so that Ctrl-C can be what a terminal makes of it: a signal to all of the session
+        encoding="utf-8",
     )
 
 

@@ -91,7 +91,7 @@ def test_a_run_leaves_everything_in_its_folder(reference: Path) -> None:
 
 
 def test_the_summary_is_what_was_counted(reference: Path) -> None:
-    summary = json.loads((reference / "summary.json").read_text())
+    summary = json.loads((reference / "summary.json").read_text(encoding="utf-8"))
     groups = configured().steps * configured().buffer.groups_per_step
     assert summary["ledger"] == {
         "issued": groups, "in_flight": 0, "complete": 0, "taken": 0, "trained": groups, "dropped": 0,

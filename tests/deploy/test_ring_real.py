@@ -28,7 +28,9 @@ def test_a_run_on_ray_with_two_vllm_workers(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "deploy.cli", "train", "frozen_lake", *SMALL, "--runs", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     del environment["HF_HUB_DISABLE_PROGRESS_BARS"]  # the command sees to that itself
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, encoding="utf-8"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "step 3/3" in done.stdout and "report.html" in done.stdout
 
@@ -46,7 +48,7 @@ def test_a_run_on_ray_with_two_vllm_workers(tmp_path: Path) -> None:
     assert all(0 <= row["probe_difference"] < 1e-4 and row["sync_stall_ms"] > 0 for row in rows)
     assert {version for row in trained_rows(folder) for version in row["versions"]} <= {0, 1, 2}
 
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary["steps"] == 3
     assert summary["ledger"]["trained"] == summary["ledger"]["issued"] == 24
     for name in ("before", "after"):

@@ -22,7 +22,7 @@ def test_a_policy_learns_to_look(tmp_path: Path) -> None:
     assert summary["success_before"] + 0.15 < summary["success_after"] > 0.8, summary
     assert all(row["behavior_gap"] < 1e-4 for row in read_metrics(tmp_path / "run"))
     assert all(len(images_in(row["observation"])) == 1 for row in trained_rows(tmp_path / "run"))
-    assert "[picture, " in (tmp_path / "run" / "report.html").read_text()
+    assert "[picture, " in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def stored(folder: Path, changes: Nested) -> Path:
     for section, options in changes.items():
         tree[section] = tree[section] | options
     folder.mkdir()
-    (folder / "config.json").write_text(parse(tree, "test").model_dump_json())
+    (folder / "config.json").write_text(parse(tree, "test").model_dump_json(), encoding="utf-8")
     (folder / "ledger.sqlite").touch()
     return folder
 
@@ -83,7 +83,7 @@ def test_what_a_stored_run_would_execute_is_refused_by_name(
     driven: list[Path] = []
     monkeypatch.setattr(drive, "drive", lambda config, folder, *rest, **more: driven.append(folder))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "hostile.py").write_text("open('executed', 'w')")
+    (tmp_path / "hostile.py").write_text("open('executed', 'w')", encoding="utf-8")
     env_id = run_folder.open_existing(folder).env.id
     commands: list[tuple[object, ...]] = [("train", "--resume", folder), ("train", RECIPE, "--run", folder)]
     if what not in ("cluster", "module", "module that registers", "game of a module"):  # not of an evaluation
@@ -105,9 +105,9 @@ def test_a_word_covers_what_was_shown_and_nothing_that_came_later(tmp_path: Path
     folder = stored(tmp_path / "run", tools(servers=[SHELL]))
     evaluate.conditions_of(str(folder), "frozen_lake", trusted=True)
     evaluate.conditions_of(str(folder / "checkpoints" / "version-00000001"), "frozen_lake")
-    tree = json.loads((folder / "config.json").read_text())
+    tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tree["agent"]["parts"][0]["servers"][0]["args"] = ["-c", "something else"]
-    (folder / "config.json").write_text(json.dumps(tree))
+    (folder / "config.json").write_text(json.dumps(tree), encoding="utf-8")
     with pytest.raises(ConfigError, match="something else"):
         evaluate.conditions_of(str(folder), "frozen_lake")
 

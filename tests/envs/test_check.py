@@ -120,13 +120,14 @@ def test_a_module_of_ones_own_is_played_by_its_own_player(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "cave.py").write_text(OF_ONES_OWN)
+    (tmp_path / "cave.py").write_text(OF_ONES_OWN, encoding="utf-8")
     assert registry.has_player("cave:Cave")
     assert "KeyError('the door')" in only(check("cave:Cave", apart=False), "raises")
-    (tmp_path / "den.py").write_text(OF_ONES_OWN.replace("0.5", "0.7"))
+    (tmp_path / "den.py").write_text(OF_ONES_OWN.replace("0.5", "0.7"), encoding="utf-8")
     assert "its player" in only(check("den:Cave", apart=False), "raises")
     (tmp_path / "hole.py").write_text(
-        f"from envs.registry import Player\n{OF_ONES_OWN.replace('Player:', 'Nobody:')}"
+        f"from envs.registry import Player\n{OF_ONES_OWN.replace('Player:', 'Nobody:')}",
+        encoding="utf-8",
     )
     assert not registry.has_player("hole:Cave")
     assert check("hole:Cave", apart=False) == []

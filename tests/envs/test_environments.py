@@ -106,7 +106,9 @@ def test_no_suite_is_imported_before_it_is_asked_for() -> None:
         "import sys; from envs import registry, check; assert all(suite.prefix for suite in registry.SUITES);"
         f"print(*(name for name in {packages} if name in sys.modules))"
     )
-    told = subprocess.run([sys.executable, "-c", asked], check=True, capture_output=True, text=True)
+    told = subprocess.run(
+        [sys.executable, "-c", asked], check=True, capture_output=True, text=True, encoding="utf-8"
+    )
     assert told.stdout.strip() == ""
 
 

@@ -59,7 +59,7 @@ server.run()
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[McpServer]:
     """One server for all tests, in their order: its start is most of what they take."""
     script = tmp_path_factory.mktemp("mcp") / "server.py"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT, encoding="utf-8")
     server = McpServer(sys.executable, [str(script)])
     yield server
     server.close()

@@ -35,7 +35,7 @@ def named(token: str) -> list[int]:
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if Path(f"/proc/{pid}/comm").read_text().strip() == token:
+            if Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() == token:
                 found.append(int(pid))
         except OSError:  # it has just ended
             continue

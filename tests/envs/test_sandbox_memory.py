@@ -49,7 +49,7 @@ def run_filter(program: bytes, machine: str, number: int, *arguments: int) -> st
 def test_the_tables_hold_the_kernels_own_numbers(machine: str) -> None:
     if not (header := Path(HEADERS[machine])).is_file():
         pytest.skip(f"no kernel headers for {machine}")
-    lines = (line.split() for line in header.read_text().splitlines())
+    lines = (line.split() for line in header.read_text(encoding="utf-8").splitlines())
     defined = {
         words[1].removeprefix("__NR_").removeprefix("__NR3264_"): int(words[2])
         for words in lines

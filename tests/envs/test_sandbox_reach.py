@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(sandbox.refusal() is not None, reason=str(sandbo
 
 def test_every_file_to_be_seen_is_pythons(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
-    secret.write_text("for nobody's eyes")
+    secret.write_text("for nobody's eyes", encoding="utf-8")
     secret.chmod(0o644)
     paths = [
         "/etc/passwd",

@@ -168,11 +168,13 @@ def test_word_games_play_with_the_data_that_are_there_and_say_what_is_missing(
     words.mkdir(parents=True)
     tagger.mkdir(parents=True)
     for name in ("en", "en-basic"):
-        (words / name).write_text("apple\nhouse\nhorse\n")
-    (words / "README").write_text("")
+        (words / name).write_text("apple\nhouse\nhorse\n", encoding="utf-8")
+    (words / "README").write_text("", encoding="utf-8")
     tags = {"weights": {}, "tagdict": dict.fromkeys(("apple", "house", "horse"), "NN"), "classes": ["NN"]}
     for part, value in tags.items():
-        (tagger / f"averaged_perceptron_tagger_eng.{part}.json").write_text(json.dumps(value))
+        (tagger / f"averaged_perceptron_tagger_eng.{part}.json").write_text(
+            json.dumps(value), encoding="utf-8"
+        )
     paid = {}
     for seed in range(12):
         env, seen = begun("textarena/Wordle-v0", seed)

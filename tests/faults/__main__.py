@@ -82,7 +82,7 @@ def main() -> int:
             write(output(), str(soaked))
             sound &= soaked.sound
     if asked.out:
-        asked.out.write_text(json.dumps(report, indent=1))
+        asked.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return 0 if sound else 1
 
 

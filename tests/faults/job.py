@@ -44,7 +44,7 @@ class Logged:
         self._extra = extra_seconds
         (folder / "sampled").mkdir(exist_ok=True)
         self._folder = folder
-        self._file = (folder / "sampled" / f"{engine.name}-{os.getpid()}").open("a")
+        self._file = (folder / "sampled" / f"{engine.name}-{os.getpid()}").open("a", encoding="utf-8")
         self._engine = engine
 
     @property
@@ -118,7 +118,7 @@ def learner(config: RunConfig, path: str, ranks: Ranks | None = None) -> Learner
     def logged_step(groups: Sequence[Any]) -> dict[str, float]:
         line = {"version": made.version, "groups": [group.slot.group_id for group in groups]}
         row = step(groups)
-        with (folder / "consumed.jsonl").open("a") as file:
+        with (folder / "consumed.jsonl").open("a", encoding="utf-8") as file:
             told = {"rank": ranks.rank, "pid": os.getpid(), "time": time.time()}
             file.write(json.dumps(line | told) + "\n")
         return row

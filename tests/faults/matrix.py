@@ -254,7 +254,7 @@ class Injector:
 
 def _state(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0]
     except OSError:
         return "Z"
 
@@ -292,9 +292,9 @@ def run(
 def finish(driver: Driver) -> int:
     """Let the stopped run go on to an end that is near, so that nothing is left in flight."""
     stored = driver.folder / "config.json"
-    config = json.loads(stored.read_text())
+    config = json.loads(stored.read_text(encoding="utf-8"))
     config["steps"] = max(row["version"] for row in driver.consumed()) + 10
-    stored.write_text(json.dumps(config))
+    stored.write_text(json.dumps(config), encoding="utf-8")
     driver.start()
     return driver.wait(RECOVERY_SECONDS)
 

@@ -84,7 +84,9 @@ class Driver:
 
     def roster(self) -> list[dict[str, Any]]:
         try:
-            parts: list[dict[str, Any]] = json.loads((self.folder / "roster.json").read_text())
+            parts: list[dict[str, Any]] = json.loads(
+                (self.folder / "roster.json").read_text(encoding="utf-8")
+            )
         except FileNotFoundError:
             return []
         return parts
@@ -94,7 +96,7 @@ class Driver:
         path = self.folder / "consumed.jsonl"
         if not path.is_file():
             return []
-        return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
     def steps_from_now(self, count: int) -> Callable[[], bool]:
         """Whether so many more learner steps were made since this call."""
@@ -109,7 +111,7 @@ class Driver:
         """(time, seed, tokens) of every completion, in order of time."""
         found = []
         for path in (self.folder / "sampled").glob("*"):
-            for line in path.read_text().split("\n")[:-1]:
+            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
                 when, seed, tokens = line.split()
                 found.append((float(when), int(seed), int(tokens)))
         return sorted(found)
@@ -118,7 +120,7 @@ class Driver:
         return (self.folder / "moments" / moment).exists()
 
     def tail(self, lines: int = 15) -> str:
-        return "\n".join(self.output.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(self.output.read_text(errors="replace", encoding="utf-8").splitlines()[-lines:])
 
     def query(self, sql: str) -> list[Any]:
         with sqlite3.connect(f"file:{self.folder / 'ledger.sqlite'}?mode=ro", uri=True) as db:
@@ -131,7 +133,7 @@ def children(pid: int) -> Iterator[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                parent = int((entry / "stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
             except OSError:
                 continue
             parents.setdefault(parent, []).append(int(entry.name))

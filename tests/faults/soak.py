@@ -82,7 +82,7 @@ def run(folder: Path, minutes: float, say: Callable[[str], None] = print) -> Res
         driver.start()
         until(driver.steps_from_now(3), RECOVERY_SECONDS, "the first steps")
         ends = time.monotonic() + 60 * minutes
-        with folder.with_suffix(".jsonl").open("a") as log:
+        with folder.with_suffix(".jsonl").open("a", encoding="utf-8") as log:
             while time.monotonic() < ends:
                 time.sleep(min(EVERY_SECONDS, 60 * minutes / 30))
                 samples.append(_sample(driver))
@@ -111,7 +111,7 @@ def _sample(driver: Driver) -> dict[str, tuple[float, int]]:
     page = os.sysconf("SC_PAGE_SIZE")
     return {
         part: (
-            int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page / 2**20,
+            int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1]) * page / 2**20,
             len(os.listdir(f"/proc/{pid}/fd")),
         )
         for part, pid in pids.items()

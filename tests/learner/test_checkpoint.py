@@ -98,11 +98,15 @@ def _flip(file: Path, position: int) -> None:
         (lambda folder: _flip(folder / "optimizer.pt", 4000), "optimizer.pt has changed"),
         (
             lambda folder: (folder / "state.json").write_text(
-                (folder / "state.json").read_text().replace('"version": 1', '"version": 7')
+                (folder / "state.json").read_text(encoding="utf-8").replace('"version": 1', '"version": 7'),
+                encoding="utf-8",
             ),
             "state.json has changed",
         ),
-        (lambda folder: (folder / "state.json").write_text("{"), "state.json is missing or unreadable"),
+        (
+            lambda folder: (folder / "state.json").write_text("{", encoding="utf-8"),
+            "state.json is missing or unreadable",
+        ),
     ],
 )
 def test_a_broken_one_is_named_and_set_aside_and_the_one_before_is_used(
@@ -148,7 +152,7 @@ def test_moments_are_mapped_while_they_are_read_and_no_longer(
     tmp_path: Path, tiny: Path, group_of: Groups
 ) -> None:
     def mapped() -> bool:
-        return str(folder / "optimizer.pt") in Path("/proc/self/maps").read_text()
+        return str(folder / "optimizer.pt") in Path("/proc/self/maps").read_text(encoding="utf-8")
 
     first = _learner(tiny)
     first.step([group_of(0, [1.0, 0.0])])
@@ -180,7 +184,7 @@ class _FullDisk:
 
 
 def _by_the_system(folder: Path) -> None:
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text("{}", encoding="utf-8")
     raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
 

@@ -68,11 +68,11 @@ def _break(folder: Path, how: str) -> None:
     elif how == "no folder":
         shutil.rmtree(folder)
     else:
-        changed = json.loads(config.read_text())
+        changed = json.loads(config.read_text(encoding="utf-8"))
         changed |= {"other shape": {"intermediate_size": 24}, "more layers": {"num_hidden_layers": 3}}[how]
         if how == "more layers":
             changed["layer_types"] = ["full_attention"] * 3
-        config.write_text(json.dumps(changed))
+        config.write_text(json.dumps(changed), encoding="utf-8")
 
 
 @pytest.mark.parametrize("how", ["truncated", "no weights", "no folder", "other shape", "more layers"])

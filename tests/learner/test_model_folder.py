@@ -23,15 +23,17 @@ def model(tmp_path: Path, tiny: Path) -> Path:
     folder = shutil.copytree(tiny, tmp_path / "model")
     edit(folder / "generation_config.json", do_sample=False, temperature=0.6, top_p=0.9)
     edit(folder / "config.json", temperature=0.7, of_our_own=[1])
-    (folder / "preprocessor.py").write_text("raise SystemExit('never run')")
-    (folder / "LICENSE").write_text("as you like")
+    (folder / "preprocessor.py").write_text("raise SystemExit('never run')", encoding="utf-8")
+    (folder / "LICENSE").write_text("as you like", encoding="utf-8")
     (folder / "additional_chat_templates").mkdir()
-    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ messages[0].content }}")
+    (folder / "additional_chat_templates" / "rag.jinja").write_text(
+        "{{ messages[0].content }}", encoding="utf-8"
+    )
     return folder
 
 
 def edit(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -68,8 +70,8 @@ def test_so_does_a_folder_of_merged_weights(model: Path, tmp_path: Path) -> None
 def test_a_configuration_says_of_what_type_the_weights_beside_it_are(model: Path, tmp_path: Path) -> None:
     edit(model / "config.json", dtype="bfloat16")
     Policy(ModelSettings(path=str(model))).save(tmp_path / "written")
-    said = json.loads((tmp_path / "written" / "config.json").read_text())
-    assert said == json.loads((model / "config.json").read_text()) | {"dtype": "float32"}
+    said = json.loads((tmp_path / "written" / "config.json").read_text(encoding="utf-8"))
+    assert said == json.loads((model / "config.json").read_text(encoding="utf-8")) | {"dtype": "float32"}
 
 
 def test_code_that_came_with_a_model_is_neither_run_nor_asked_about(

@@ -32,7 +32,7 @@ from rollout.resume import Restart
 from rollout.scripted_engine import ScriptedEngine
 from rollout.wire.trajectory import EndReason, EpisodeSoFar, Group, Slot, Task, Trajectory
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "foreign_agents.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "docs" / "foreign_agents.md").read_text(encoding="utf-8")
 HOST = HostSettings(reset_seconds=60.0, step_seconds=60.0)
 LIMITS = Limits(max_turns=9, seconds=120.0)
 # An agent without a client, which starts in a tenth of the time; it says whom it started.
@@ -76,9 +76,11 @@ def played(agent: Agent, task: Task, host: HostSettings = HOST, limits: Limits =
 
 def left(tmp_path: Path) -> list[int]:
     """What is left of a program and its child; those that are dead and not yet buried are gone."""
-    stats = [Path(f"/proc/{pid}/stat") for pid in (tmp_path / "pids").read_text().split()]
+    stats = [Path(f"/proc/{pid}/stat") for pid in (tmp_path / "pids").read_text(encoding="utf-8").split()]
     alive = [
-        path for path in stats if path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z"
+        path
+        for path in stats
+        if path.exists() and path.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     ]
     return [int(path.parent.name) for path in alive]
 
@@ -106,7 +108,7 @@ def test_the_guides_own_agent_plays_and_learns_nothing_of_us(agent: Agent, tmp_p
     (program,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     assert len(program.splitlines()) <= 30
     assert "manta" not in program.replace("MANTA_TASK", "")
-    (tmp_path / "guess.py").write_text(program)
+    (tmp_path / "guess.py").write_text(program, encoding="utf-8")
     task = Task.of("program", 4, {"command": [sys.executable, str(tmp_path / "guess.py")]})
 
     async def run() -> Group:

@@ -237,7 +237,7 @@ asyncio.run(main())
 
 
 def test_a_replica_dies_with_its_parent_however_that_dies() -> None:
-    parent = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True)
+    parent = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True, encoding="utf-8")
     assert parent.returncode == -signal.SIGKILL, parent.stderr
     wait_for_the_end_of(int(parent.stdout))
 

@@ -75,7 +75,7 @@ def test_turn_by_turn_the_tokens_are_those_of_the_models_own_processor(rig: Rig)
         "<|user|>b<|assistant|>"
     )
     pictures = rig.processor.image_processor.fetch_images([picture(1), picture(2), picture(3)])
-    assert ids == rig.processor(text=[text], images=pictures)["input_ids"][0]
+    assert ids == rig.processor(text=[text], images=pictures, encoding="utf-8")["input_ids"][0]
     assert ids.count(rig.perception.placeholder_id) == 3 * 4
     collapsed = rig.perception.collapsed(ids, [picture(1), picture(2), picture(3)])
     assert rig.processor.tokenizer.decode(collapsed) == text

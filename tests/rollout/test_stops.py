@@ -74,7 +74,10 @@ def test_a_script_and_a_demonstration_end_as_the_template_does() -> None:
 def also_ended_by(model: str, token: int, file: str) -> None:
     """The model's own files name another token that ends a turn."""
     path = Path(model) / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [TEXT, token]}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"eos_token_id": [TEXT, token]}),
+        encoding="utf-8",
+    )
 
 
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
@@ -146,10 +149,14 @@ def test_a_turn_is_closed_once_behind_whichever_token_ended_it() -> None:
 def test_every_end_token_of_both_files_is_read(
     tmp_path: Path, generation: Any, config: Any, ends: tuple[int, ...]
 ) -> None:
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": config}}))
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": generation}), encoding="utf-8"
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({"text_config": {"eos_token_id": config}}), encoding="utf-8"
+    )
     assert end_tokens(str(tmp_path)) == ends
-    (tmp_path / "config.json").write_text("[]")
+    (tmp_path / "config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match=r"config\.json must hold a JSON object"):
         end_tokens(str(tmp_path))
     with pytest.raises(ModelMissing):

@@ -106,7 +106,7 @@ def _update(model: Path, version: int) -> tuple[WeightUpdate, Any]:
 
 def _shared(pids: list[int]) -> set[Path]:
     """Shared memory that processes have mapped, under the names it once had."""
-    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in pids)
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text(encoding="utf-8") for pid in pids)
     return {
         Path(line[line.index("/dev/shm") :].split()[0])
         for line in maps.splitlines()
@@ -196,24 +196,26 @@ def _hosted(model: Path, leave: bool, errors: Path) -> tuple[subprocess.Popen[st
         str(model),
         "leave" if leave else "stay",
     ]
-    with errors.open("w") as stderr:
-        process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=stderr)
+    with errors.open("w", encoding="utf-8") as stderr:
+        process = subprocess.Popen(
+            command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=stderr, encoding="utf-8"
+        )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("family"):
             return process, [int(pid) for pid in line.split()[1:]]
-    raise AssertionError(errors.read_text())
+    raise AssertionError(errors.read_text(encoding="utf-8"))
 
 
 def _runs(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
 def _command(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8").replace("\0", " ")
 
 
 def _wait_until_gone(pids: list[int]) -> None:
@@ -246,7 +248,7 @@ def test_killing_the_host_of_an_engine_leaves_no_process_even_where_all_are_stop
 def test_closing_an_engine_says_nothing_of_errors_or_leaks(model: Path, tmp_path: Path) -> None:
     host, pids = _hosted(model, leave=True, errors=tmp_path / "errors")
     assert host.wait(60) == 0
-    said = (tmp_path / "errors").read_text()
+    said = (tmp_path / "errors").read_text(encoding="utf-8")
     assert [
         line for line in said.splitlines() if any(w in line for w in ("Error", "Traceback", "leaked"))
     ] == []

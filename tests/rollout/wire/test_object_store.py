@@ -36,7 +36,7 @@ ray.shutdown()
 @pytest.mark.slow
 def test_a_version_arrives_whole_and_lives_only_as_long_as_its_reference() -> None:
     command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8")
     assert json.loads(done.stdout.splitlines()[-1]) == {"equal": True, "held": True, "held_after": False}
 
 

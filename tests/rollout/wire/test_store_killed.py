@@ -62,7 +62,7 @@ while True:
 def killed(folder: Path, name: str, lines: int) -> list[list[str]]:
     """What it said until it was killed, which came after so many lines."""
     command = [sys.executable, "-c", SCRIPT, str(folder), name]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
         assert process.stdout is not None
         said = [process.stdout.readline() for _ in range(lines)]
         process.send_signal(signal.SIGKILL)

@@ -21,7 +21,7 @@ def test_another_process_maps_weights_in_memory_and_nothing_is_left_when_they_ar
     handle, file = write_memory(arrays)
     read = [sys.executable, "-c", READ, handle.address]
     root = Path(__file__).parents[3]
-    done = subprocess.run(read, cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(read, cwd=root, capture_output=True, text=True, check=True, encoding="utf-8")
     assert done.stdout.strip() == "[[1, 2, 3], [], [9, 8]]"
     mapped = handle.open([3, 0, 2])
     path = Path(handle.address)
