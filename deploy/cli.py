@@ -159,6 +159,13 @@ def submit(
     runs: Annotated[Path, typer.Option(help="Where run folders are made, as the cluster sees it.")] = Path(
         "runs"
     ),
+    working_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder to send, with the modules the recipe names; the job stands in it."),
+    ] = None,
+    py_modules: Annotated[
+        list[Path] | None, typer.Option(help="Package folder or wheel to send; may be repeated.")
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Follow the job and exit as it does.")] = True,
 ) -> None:
     """Submit a training run to a Ray cluster as a job.
@@ -169,7 +176,7 @@ def submit(
     from deploy.submit import follow, succeeded
     from deploy.submit import submit as submit_job
 
-    client, job = submit_job(recipe, overrides or (), address, runs.resolve())
+    client, job = submit_job(recipe, overrides or (), address, runs.resolve(), working_dir, py_modules or ())
     write(console, f"submitted {job} to {address}")
     if wait:
         for text in follow(client, job):

@@ -97,9 +97,9 @@ def remember(folder: Path, entries: Sequence[str]) -> None:
     known = _remembered(folder) if entries else []
     if all(each in known for each in entries):
         return
-    record = _record(folder)
     kept = {"folder": str(folder.resolve()), "executes": sorted({*known, *entries})}
     try:
+        record = _record(folder)
         record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         record.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     except OSError:
@@ -114,7 +114,10 @@ def _remembered(folder: Path) -> list[str]:
 
 
 def _record(folder: Path) -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    try:
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    except RuntimeError as error:  # a user id that nobody knows, and no HOME
+        raise FileNotFoundError("no home folder to remember in") from error
     name = blake3(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest(length=16)
     return Path(state) / "manta" / "trusted" / f"{name}.json"
 
