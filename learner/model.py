@@ -71,6 +71,7 @@ class Policy:
         self.sight = self._sight()
         self._examine()  # the model as it was loaded: what replaces its layers is tested to compute the same
         self.adapter = self._adapt(settings.lora) if settings.lora else None
+        self.probe_text: tuple[int, ...] = ()  # what every sync is proved with (learner.probe), once drawn
         if settings.gradient_checkpointing:
             self._checkpoint_gradients()
         if settings.device == "cpu" and settings.dtype == "float32":
@@ -138,20 +139,43 @@ class Policy:
 
         return self._whole(once)
 
-    @torch.no_grad()
     def score_ids(self, token_ids: Sequence[int]) -> Float32Array:
-        """Logprob of each token after the first, at temperature 1: float32 [T - 1]. For the sync's probe."""
-        ids_T = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
-        size = len(token_ids) - 1
-        borders = torch.tensor([0, size], dtype=torch.int32, device=self.device)
-        places_T = torch.arange(size, device=self.device)
+        """Logprob of each token after the first, at temperature 1: float32 [T - 1]."""
+        return self.score_texts(torch.tensor([list(token_ids)]), widest=False)[0]
+
+    @torch.no_grad()
+    def score_texts(self, ids_BL: Tensor, widest: bool) -> Float32Array:
+        """Logprob of each token after the first of texts of equal length, at temperature 1: float32 [B, L - 1].
+
+        widest: computed in float32 whatever the learner's type, unless `rounds_always`.
+        """
+        count, length = ids_BL.shape
+        ids_BL = ids_BL.to(self.device)
 
         def score() -> tuple[Tensor, Tensor]:
-            hidden_TD = self._hidden(ids_T[:-1], borders, size, position_ids=places_T[None])
-            return self._logprobs(hidden_TD, ids_T[1:], 1.0, self._head.bias)
+            hidden_TD = self._plain_rows(ids_BL[:, :-1].flatten(), count, length - 1, widest)
+            return self._logprobs(hidden_TD, ids_BL[:, 1:].flatten(), 1.0, self._head.bias)
 
         logprobs_T, _ = self._whole(score)
-        return logprobs_T.cpu().numpy()
+        return logprobs_T.unflatten(0, (count, length - 1)).cpu().numpy()
+
+    @torch.no_grad()
+    def next_logits(self, ids_BL: Tensor) -> Tensor:
+        """Logits [B, V] of what follows each of these texts of equal length."""
+        count, length = ids_BL.shape
+        ids_T = ids_BL.flatten().to(self.device)
+
+        def score() -> Tensor:
+            last_BD = self._plain_rows(ids_T, count, length, False).unflatten(0, (count, length))[:, -1]
+            logits_BV: Tensor = nn.functional.linear(last_BD, self._head.weight.to(last_BD.dtype))
+            return logits_BV if self._head.bias is None else logits_BV + self._head.bias
+
+        return self._whole(score)
+
+    @property
+    def rounds_always(self) -> bool:
+        """Whether it cannot compute in float32: shards are gathered as bfloat16."""
+        return self.settings.dtype == "bfloat16" and self.ranks.size > 1
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face checkpoint name, detached; a tied head is not repeated.
@@ -215,6 +239,14 @@ class Policy:
             hidden_TD = hidden_states(self.model, ids_T, cu_seqlens_B, longest, **beside)
         # The head's product runs in the hidden state's type; a normalization leaves it wide under autocast.
         return hidden_TD.to(torch.bfloat16) if self.settings.dtype == "bfloat16" else hidden_TD
+
+    def _plain_rows(self, ids_T: Tensor, count: int, length: int, widest: bool) -> Tensor:
+        """Final hidden states [T, D] of `count` texts of `length` tokens, without pictures."""
+        borders = torch.arange(count + 1, dtype=torch.int32, device=self.device) * length
+        places_T = torch.arange(length, device=self.device).repeat(count)
+        if widest and not self.rounds_always:
+            return hidden_states(self.model, ids_T, borders, length, position_ids=places_T[None])
+        return self._hidden(ids_T, borders, length, position_ids=places_T[None])
 
     def _scored(self, micro: MicroBatch) -> Tensor:
         beside = {"position_ids": micro.position_ids_T[None]} | self._perceived(micro)

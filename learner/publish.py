@@ -10,20 +10,16 @@ import numpy as np
 import torch
 
 from learner.model import Policy
+from learner.probe import probe_of
 from learner.shards import gathered
 from rollout.wire.weights import (
-    PROBE_TOKENS,
     ByteArray,
-    Probe,
     SyncReport,
     TensorSpec,
     WeightManifest,
     checksum,
     parts,
 )
-
-# Mean |dlogprob| a sound sync may show, nats: float32 engines are measured at 1e-6, bfloat16 ones at 1e-3 to 6e-3.
-PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +84,4 @@ def take_snapshot(
         TensorSpec(name, dtype, tuple(tensor.shape), sum_)
         for name, tensor, sum_ in zip(names, tensors, sums, strict=True)
     ]
-    return Snapshot(WeightManifest(version, tuple(specs), _probe(policy, dtype), adapter), tuple(arrays))
-
-
-def _probe(policy: Policy, dtype: str) -> Probe:
-    # Drawn over the whole vocabulary, always the same: no part of the embedding is out of reach for long texts only.
-    token_ids = np.random.default_rng(0).integers(0, policy.vocab_size, PROBE_TOKENS).tolist()
-    logprobs = policy.score_ids(token_ids).tolist()
-    return Probe(tuple(token_ids), tuple(logprobs), PROBE_TOLERANCE[dtype])
+    return Snapshot(WeightManifest(version, tuple(specs), probe_of(policy, dtype), adapter), tuple(arrays))

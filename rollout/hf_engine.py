@@ -114,6 +114,7 @@ class HfEngine:
         update.verify()
         stalled = time.perf_counter()
         self._load(update)
+        self._prove(update)
         self.version = update.version
         seconds_stalled = time.perf_counter() - stalled
         probe = update.manifest.probe
@@ -190,6 +191,17 @@ class HfEngine:
             base_VD = self._base.setdefault(layer, weight_VD.clone())
             a_RD, b_VR = (tensors[name].to(weight_VD.dtype) for name in adapter.tensor_names(layer))
             weight_VD.copy_(torch.addmm(base_VD, b_VR, a_RD, alpha=adapter.scale))
+
+    def _prove(self, update: WeightUpdate) -> None:
+        """Compare every tensor that the model computes with to what arrived. An adapter is the probe's to prove."""
+        if update.manifest.adapter is not None:
+            return
+        live = revert_weight_conversion(self._model, dict(self._model.named_parameters()))
+        for spec, array in update.tensors():
+            if not torch.equal(live[spec.name], _as_tensor(spec, array).to(live[spec.name].dtype)):
+                raise WeightMismatch(
+                    f"{self.name}: version {update.version}: the model computes with another {spec.name} than arrived"
+                )
 
 
 def _followed(beside: dict[str, Tensor]) -> dict[str, Tensor]:

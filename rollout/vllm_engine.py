@@ -78,12 +78,14 @@ def start_llm(
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
         if settings.enforce_eager:
-            # One function of vLLM's sampler is compiled all the same: with a C++ compiler, in every engine anew, in its
-            # first step, for 15 s in which it answers nobody. Computed as written it takes microseconds.
+            # One function of vLLM's sampler is compiled all the same: with a C++ compiler, in every engine's first
+            # step, for 15 s in which it answers nobody. Computed as written it takes microseconds.
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    from rollout import vllm_adapter
 
     memory: dict[str, Any] = (
         {"gpu_memory_utilization": settings.memory_fraction}
@@ -105,17 +107,9 @@ def start_llm(
         worker_extension_cls="rollout.vllm_weights.WorkerExtension",
         disable_log_stats=True,
         **memory,
-        **_adapter_arguments(adapter),
+        **(vllm_adapter.arguments(adapter) if adapter else {}),
     )
     return AsyncLLM.from_engine_args(arguments)
-
-
-def _adapter_arguments(adapter: AdapterSpec | None) -> dict[str, Any]:
-    if adapter is None:
-        return {}
-    from rollout import vllm_adapter
-
-    return vllm_adapter.arguments(adapter)
 
 
 class VllmEngine:
@@ -159,10 +153,10 @@ class VllmEngine:
         adapter: AdapterSpec | None = None,
         perception: Perception | None = None,
     ) -> VllmEngine:
-        """Start the engine's processes (about 20 s on two cores) and wait until they answer.
+        """Start the engine's processes (about 20 s on two cores); they end with this process and the loop's thread.
 
-        They end with this process, and with the thread that runs the event loop. `adapter`: versions are such adapters
-        for what `model` holds; ValueError where it has no such layers. perception: of a model that sees.
+        `adapter`: versions are such adapters for what `model` holds; ValueError where it has no such layers.
+        perception: of a model that sees.
         """
         from rollout.vllm_process import CoreProcess, ending_with_us, take_names_away
 
@@ -182,7 +176,7 @@ class VllmEngine:
         engine = cls(llm, core, name, stop_token_ids, names, settings.seeded, perception)
         await engine.ping()
         take_names_away(core.pid)
-        # What start-up has left in memory is there to stay: the collector need not walk it again while episodes run.
+        # What start-up has left in memory stays: the collector need not walk it again.
         gc.collect()
         gc.freeze()
         return engine
@@ -221,7 +215,7 @@ class VllmEngine:
         """
         began = time.perf_counter()
         update.manifest.require_names(self._weight_names, self.name)
-        # Hash while generation goes on. The worker then maps the same bytes: one host, one copy in shared memory.
+        # Hash while generation goes on. The worker then maps the same bytes.
         await asyncio.to_thread(update.verify)
         sync = self._sync_adapter if update.manifest.adapter else self._sync_weights
         report = await sync(update)
@@ -233,7 +227,8 @@ class VllmEngine:
             self._transfer_ready = True
         await self.begin_update(update.manifest)
         await self._loaded(update, self.receive({"update": update.to_plain()}))
-        return await self.finish_update(update.manifest)
+        await self._loaded(update, self._finish(update.version))
+        return await self._serve(update.manifest)
 
     async def _sync_adapter(self, update: WeightUpdate) -> SyncReport:
         from rollout import vllm_adapter
@@ -279,8 +274,11 @@ class VllmEngine:
 
     async def finish_update(self, manifest: WeightManifest) -> SyncReport:
         """Go on generating under the new version and prove it by the probe (WeightMismatch where it differs)."""
-        await self._asked(self._llm.finish_weight_update(weight_version=str(manifest.version)))
+        await self._finish(manifest.version)
         return await self._serve(manifest)
+
+    def _finish(self, version: int) -> Coroutine[Any, Any, Any]:
+        return self._asked(self._llm.finish_weight_update(weight_version=str(version)))
 
     async def _pause(self) -> None:
         self._paused_at = time.perf_counter()
@@ -385,15 +383,17 @@ class VllmEngine:
 
 
 def checkpoint_names(model: str) -> list[str]:
-    """The tensor names of a checkpoint in Hugging Face format: a folder, or a hub id in the local cache."""
-    from huggingface_hub import snapshot_download
-    from safetensors import safe_open
+    """The tensor names of a whole version of this model, as its architecture has them: a tied one once.
 
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(model, local_files_only=True))
-    names: list[str] = []
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="np") as tensors:
-            names.extend(tensors.keys())
-    return names
+    Its files are not asked: they may hold a tied head besides, be no safetensors, or not be there yet.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.core_model_loading import revert_weight_conversion
+
+    config = AutoConfig.from_pretrained(model)
+    sees = getattr(config, "vision_config", None) is not None
+    kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    with torch.device("meta"):
+        skeleton = kind.from_config(config)
+    return list(revert_weight_conversion(skeleton, dict(skeleton.named_parameters())))

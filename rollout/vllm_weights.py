@@ -22,6 +22,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from rollout.vllm_proof import LayerProof
 from rollout.wire.weights import ByteArray, TensorSpec, WeightMismatch, WeightUpdate
 
 BACKEND = "manta"
@@ -62,6 +63,7 @@ class HandleTransfer(WeightTransferEngine[_Init, _Update]):
         pass
 
     def start_weight_update(self) -> None:
+        self._proof, self._version = LayerProof(self.model), -1
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -72,18 +74,22 @@ class HandleTransfer(WeightTransferEngine[_Init, _Update]):
 
     def receive_weights(self, update_info: _Update) -> None:
         update = WeightUpdate.from_plain(update_info.update)
+        self._version = update.version
         loaded = self.model.load_weights(self._on_device(update))
         if not loaded:
             raise WeightMismatch(f"version {update.version}: the model loaded no tensor")
 
     def _on_device(self, update: WeightUpdate) -> Iterator[tuple[str, torch.Tensor]]:
         for spec, array in update.tensors():
-            yield spec.name, as_torch(spec, array).to(self.device)
+            tensor = as_torch(spec, array).to(self.device)
+            self._proof.see(spec.name, tensor)
+            yield spec.name, tensor
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu" and self.model_config.hf_config.tie_word_embeddings:
             self._repack_tied_head()
+        self._proof.check(self._version)
 
     def _repack_tied_head(self) -> None:
         # On a CPU the head keeps a packed copy of its weight. The reload refreshes packed copies layer by layer but

@@ -21,6 +21,7 @@ from learner.tokenizer import build_tokenizer
 from rollout.engine import Sampling
 from rollout.vllm_engine import VllmEngine, VllmSettings
 from rollout.wire.weights import WeightMismatch, WeightUpdate, write_memory
+from tests.bench.bench_probe import FAULTS, spoil_loading
 from tests.deploy.small_run import configured
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -71,8 +72,10 @@ class Rig:
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    made = Rig(tmp_path_factory.mktemp("rig"), request.param)
-    yield made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # a function is sent to vLLM's worker
+        made = Rig(tmp_path_factory.mktemp("rig"), request.param)
+        yield made
     made.loop.run_until_complete(made.engine.close())
     made.loop.close()
 
@@ -163,3 +166,14 @@ def test_an_engine_with_other_weights_fails_the_probe(rig: Rig) -> None:
     mixed = Snapshot(replace(other.manifest, probe=claimed.manifest.probe), other.arrays)
     with pytest.raises(WeightMismatch, match="probe"):
         rig.loop.run_until_complete(rig.engine.sync(rig.update(mixed)))
+
+
+def test_weights_that_go_wrong_behind_their_checksums_are_refused_by_name(rig: Rig) -> None:
+    rig.sync(13)
+    for kind in FAULTS:  # each is loaded wrongly by vLLM's worker, and leaves the engine paused
+        rig.loop.run_until_complete(rig.engine._llm.collective_rpc(spoil_loading, args=("correct", 0)))
+        rig.sync(14)
+        rig.perturb(2e-3)
+        rig.loop.run_until_complete(rig.engine._llm.collective_rpc(spoil_loading, args=(kind, 0)))
+        with pytest.raises(WeightMismatch, match=r"computes with another \S+ than arrived"):
+            rig.sync(15)

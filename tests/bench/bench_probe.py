@@ -1,0 +1,219 @@
+"""How surely a sync is refused that left an engine with other weights, and a sound one is not; prints JSON.
+
+The learner makes a step; an engine takes the version, and something goes wrong behind the checksums: a tensor is left
+out, or is that of the version before, or has noise of 1% of its norm, or two layers change places. Twenty seeds choose
+which, for the real SmolLM2 and two random families, engines and learners in float32 and bfloat16. Engines are
+transformers'; the real vLLM serves SmolLM2 in bfloat16 and a random model in float32, and meets the same faults.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from learner.model import Policy, build_tiny
+from learner.publish import Snapshot, take_snapshot
+from learner.settings import ModelSettings
+from learner.tokenizer import build_tokenizer
+from rollout.hf_engine import HfEngine
+from rollout.vllm_engine import VllmEngine, VllmSettings
+from rollout.wire.weights import WeightMismatch, WeightUpdate, inline, write_memory
+from tests.smollm2 import FOLDER
+
+SEEDS = 20
+SEEDS_OF_VLLM = {
+    "smollm2": 5,
+    "qwen3": SEEDS,
+}  # a sync of SmolLM2 takes a second, and is made five times a seed
+DTYPES = ("float32", "bfloat16")
+FAULTS = ("dropped", "before", "noise", "swapped")
+NOISE = 0.01  # of a tensor's norm
+LEARNING_RATE = 2e-5  # what Adam moves every weight by in a step
+Tensors = dict[str, Tensor]
+Found = dict[str, list[bool]]
+
+
+def model_folders(root: Path) -> dict[str, Path]:
+    """SmolLM2 where it was made (`make llm`), and two random models: Qwen3, untied, and Llama, tied."""
+    tokenizer = build_tokenizer(root / "qwen3", ("left", "down", "right", "up"))
+    build_tiny(root / "qwen3", tokenizer, layers=4, width=64, heads=2, mlp=128, tie=False)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=8,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        LlamaForCausalLM(config).save_pretrained(root / "llama")
+    tokenizer.save_pretrained(root / "llama")
+    known = {"smollm2": FOLDER, "qwen3": root / "qwen3", "llama": root / "llama"}
+    return {name: folder for name, folder in known.items() if folder.is_dir()}
+
+
+@torch.no_grad()
+def make_step(policy: Policy, seed: int) -> None:
+    """Move every weight as far as a step of Adam does."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.parameters():
+        signs = torch.empty_like(parameter).uniform_(-1, 1, generator=generator).sign_()
+        parameter.add_(signs, alpha=LEARNING_RATE)
+
+
+def spoilt(fault: str, new: Tensors, old: Tensors, seed: int) -> Tensors:
+    """The tensors of `new` that an engine has instead, with a fault of this kind; a dropped one is of zeros."""
+    random = np.random.default_rng([seed, FAULTS.index(fault)])
+    if fault == "swapped":
+        layers = sorted({int(name.split(".")[2]) for name in new if name.startswith("model.layers.")})
+        one, two = (f"model.layers.{layer}." for layer in random.choice(layers, 2, replace=False))
+        places = {name: name.replace(one, two) for name in new if name.startswith(one)}
+        return {name: new[there] for name, there in (places | {b: a for a, b in places.items()}).items()}
+    # A tensor that a step has not changed, as the engine's type has it, is no fault.
+    changed = [name for name in new if not torch.equal(new[name], old[name])]
+    name = str(random.choice(changed))
+    if fault == "dropped":
+        return {name: torch.zeros_like(new[name])}
+    if fault == "before":
+        return {name: old[name]}
+    noise = torch.randn(new[name].shape, generator=torch.Generator().manual_seed(seed))
+    exact = new[name].float()
+    return {name: (exact + noise * (NOISE * exact.norm() / noise.norm())).to(new[name].dtype)}
+
+
+def tensors_of(snapshot: Snapshot) -> Tensors:
+    """A version's tensors by name: copies, in the engine's type."""
+    return {
+        spec.name: torch.from_numpy(array.copy()).view(getattr(torch, spec.dtype)).view(spec.shape)
+        for spec, array in zip(snapshot.manifest.tensors, snapshot.arrays, strict=True)
+    }
+
+
+async def refused(
+    engine: HfEngine, snapshot: Snapshot, update: WeightUpdate, found: Found, kind: str
+) -> None:
+    """Note whether the engine, as it is now, would be refused: by its tensors, by logprobs alone, by either."""
+    probe = snapshot.manifest.probe
+    by_tensors = by_logprobs = False
+    try:
+        engine._prove(update)
+    except WeightMismatch:
+        by_tensors = True
+    try:
+        probe.check(engine.name, update.version, await engine.score(probe.token_ids))
+    except WeightMismatch:
+        by_logprobs = True
+    found[kind].append(by_tensors or by_logprobs)
+    found[f"{kind} by logprobs, {snapshot.manifest.tensors[0].dtype}"].append(by_logprobs)
+
+
+async def study_transformers(folder: Path, learner: str, dtype: str, seeds: int, found: Found) -> None:
+    """All faults, seed by seed, in an engine that took a version rightly."""
+    policy = Policy(ModelSettings(path=str(folder), dtype=learner))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    engine = HfEngine(model, [0])
+    old = tensors_of(take_snapshot(policy, 0, dtype))
+    for seed in range(seeds):
+        make_step(policy, seed)
+        snapshot = take_snapshot(policy, seed + 1, dtype)
+        new = tensors_of(snapshot)
+        update = WeightUpdate(snapshot.manifest, inline(snapshot.arrays))
+        try:
+            await engine.sync(update)
+            found["correct"].append(True)
+        except WeightMismatch:
+            found["correct"].append(False)
+        for fault in FAULTS:
+            wrong = spoilt(fault, new, old, seed)
+            _write(engine, wrong)
+            await refused(engine, snapshot, update, found, fault)
+            _write(engine, {name: new[name] for name in wrong})
+        old = new
+
+
+@torch.no_grad()
+def _write(engine: HfEngine, tensors: Tensors) -> None:
+    for name, tensor in tensors.items():
+        engine._weights[name].copy_(tensor)
+
+
+def spoil_loading(worker: Any, fault: str, seed: int) -> None:
+    """Runs in vLLM's worker: the next version's tensors go wrong on their way into the model, behind the checksums."""
+    worker.worker._weight_update_active = (
+        False  # a version that was refused ends a run; here another one follows
+    )
+    model = worker.model_runner.model
+    load: Callable[..., Any] = type(model).load_weights
+    kept: dict[str, Tensor] = getattr(model, "_loaded_before", {})
+
+    def wrong(weights: Iterator[tuple[str, Tensor]]) -> Any:
+        new = {name: tensor.clone() for name, tensor in weights}
+        instead = spoilt(fault, new, kept, seed) if fault != "correct" else {}
+        model._loaded_before = kept if instead else new
+        left_out = set(instead) if fault == "dropped" else set()
+        return load(model, [(n, instead.get(n, tensor)) for n, tensor in new.items() if n not in left_out])
+
+    model.load_weights = wrong
+
+
+async def study_vllm(folder: Path, dtype: Any, seeds: int, found: Found) -> None:
+    """The same in the real vLLM, whose worker loads the tensors wrongly; after each fault it loads them rightly."""
+    policy = Policy(ModelSettings(path=str(folder)))
+    settings = VllmSettings(dtype=dtype, kv_cache_gib=0.25, max_num_seqs=8)
+    engine = await VllmEngine.start("rollout-0", str(folder), [0], 128, settings)
+    try:
+        for seed in range(seeds):
+            for kind in ("correct", *FAULTS) if seed else ("correct",):
+                make_step(policy, 10 * seed + len(kind))
+                snapshot = take_snapshot(policy, 10 * seed, dtype)
+                await engine._llm.collective_rpc(spoil_loading, args=(kind, seed))
+                handle, _alive = write_memory(snapshot.arrays)
+                try:
+                    await engine.sync(WeightUpdate(snapshot.manifest, handle))
+                    found["vllm_correct" if kind == "correct" else "vllm_refused"].append(kind == "correct")
+                except WeightMismatch:
+                    found["vllm_correct" if kind == "correct" else "vllm_refused"].append(kind != "correct")
+    finally:
+        await engine.close()
+
+
+def main(seeds: int = SEEDS, with_vllm: bool = True) -> dict[str, float]:
+    """Shares: of sound syncs that passed, and of each kind of fault that was refused."""
+    torch.set_num_threads(1)
+    found: Found = defaultdict(list)
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function is sent to vLLM's worker
+    with tempfile.TemporaryDirectory() as root:
+        folders = model_folders(Path(root))
+        for folder in folders.values():
+            for learner in DTYPES:
+                for dtype in DTYPES:
+                    asyncio.run(study_transformers(folder, learner, dtype, seeds, found))
+        if with_vllm:
+            for name, dtype in (("smollm2", "bfloat16"), ("qwen3", "float32")):
+                if name in folders:
+                    asyncio.run(study_vllm(folders[name], dtype, SEEDS_OF_VLLM[name], found))
+    return {kind: round(float(np.mean(shares)), 3) for kind, shares in found.items()} | {
+        "syncs": len(found["correct"]) * (1 + len(FAULTS))
+        + len(found["vllm_correct"])
+        + len(found["vllm_refused"])
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))
