@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from deploy.config import RunConfig
 from envs import registry
 from learner.learner import Learner
-from learner.model import build_tiny
 from learner.ranks import ALONE, Ranks
+from learner.tiny import build_tiny
 from learner.tiny_vision import build_tiny_vision
 from learner.tokenizer import build_tokenizer
 

@@ -24,7 +24,8 @@ from envs.base import Observation
 from envs.host import HostSettings
 from envs.tool import ToolRefused
 from learner.lora import planned
-from learner.model import build_tiny, model_files
+from learner.model import model_files
+from learner.tiny import build_tiny
 from learner.tiny_vision import tiny_processor
 from rollout.chat import Chat
 from rollout.end_tokens import end_tokens

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from learner.model import tiny_config
+from learner.tiny import tiny_config
 from learner.tokenizer import CHAT_TEMPLATE
 
 IMAGE = "<image>"

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rollout import vllm_images
 from rollout.engine import FINITE_PROBE, Completion, EngineDied, EngineFailed, Sampling, require_finite
 from rollout.wire.adapter import AdapterSpec
+from rollout.wire.model_folder import pretrained
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import SyncReport, WeightManifest, WeightMismatch, WeightUpdate
 
@@ -391,7 +392,7 @@ def checkpoint_names(model: str) -> list[str]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.core_model_loading import revert_weight_conversion
 
-    config = AutoConfig.from_pretrained(model)
+    config = pretrained(AutoConfig, model)
     sees = getattr(config, "vision_config", None) is not None
     kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with torch.device("meta"):

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from learner.model import Policy, build_tiny
+from learner.model import Policy
 from learner.publish import Snapshot, take_snapshot
 from learner.settings import ModelSettings
+from learner.tiny import build_tiny
 from learner.tokenizer import build_tokenizer
 from rollout.hf_engine import HfEngine
 from rollout.vllm_engine import VllmEngine, VllmSettings

@@ -10,7 +10,7 @@ from pathlib import Path
 from deploy.build import play_demonstrations
 from deploy.config import RunConfig, load_config
 from deploy.models import build_learner, model_path
-from learner.model import build_tiny
+from learner.tiny import build_tiny
 from learner.tokenizer import build_tokenizer
 from rollout.wire.schema import decode
 

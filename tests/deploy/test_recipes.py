@@ -13,9 +13,9 @@ import torch
 
 from deploy.config import load_config
 from learner.learner import Learner
-from learner.model import build_tiny
 from learner.schedule import OptimSettings
 from learner.settings import ImitationSettings, ModelSettings
+from learner.tiny import build_tiny
 from learner.tokenizer import build_tokenizer
 from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
 

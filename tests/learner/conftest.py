@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.model import build_tiny
+from learner.tiny import build_tiny
 from learner.tokenizer import build_tokenizer
 from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
 

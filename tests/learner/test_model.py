@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForC
 
 from learner.batch import longest_row
 from learner.linear import _OneDnnLinear, use_onednn
-from learner.model import ModelError, Policy, build_tiny
+from learner.model import ModelError, Policy
 from learner.settings import ModelSettings
+from learner.tiny import build_tiny
 from tests.smollm2 import FOLDER, needs_smollm2
 
 

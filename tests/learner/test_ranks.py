@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from learner.checkpoint import latest
-from learner.model import build_tiny
 from learner.ranks import RankLost, Ranks
+from learner.tiny import build_tiny
 from learner.tokenizer import build_tokenizer
 from tests.learner.ranked import (
     Found,

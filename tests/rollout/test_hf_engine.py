@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from learner.model import Policy, build_tiny
+from learner.model import Policy
 from learner.publish import take_snapshot
 from learner.settings import LoraSettings, ModelSettings
+from learner.tiny import build_tiny
 from rollout.engine import Completion, EngineFailed, Sampling
 from rollout.hf_engine import HfEngine, _nucleus
 from rollout.wire.weights import WeightMismatch, WeightUpdate, inline

@@ -13,7 +13,7 @@ import torch
 from deploy import build, evaluate
 from deploy.config import parse
 from envs.base import Message
-from learner.model import build_tiny
+from learner.tiny import build_tiny
 from rollout.agent import Agent, Turn
 from rollout.chat import Chat
 from rollout.end_tokens import end_tokens

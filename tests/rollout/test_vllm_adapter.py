@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from learner.model import Policy, build_tiny
+from learner.model import Policy
 from learner.publish import Snapshot, take_snapshot
 from learner.settings import LoraSettings, ModelSettings
+from learner.tiny import build_tiny
 from learner.tokenizer import build_tokenizer
 from rollout.engine import Sampling
 from rollout.vllm_engine import VllmEngine, VllmSettings

@@ -14,9 +14,9 @@ import torch
 from deploy import run_folder
 from deploy.export import export_model
 from learner.learner import Learner
-from learner.model import build_tiny
 from learner.publish import Snapshot, take_snapshot
 from learner.settings import LearnerSettings, ModelSettings
+from learner.tiny import build_tiny
 from learner.tokenizer import build_tokenizer
 from rollout.engine import Sampling
 from rollout.vllm_engine import VllmEngine, VllmSettings

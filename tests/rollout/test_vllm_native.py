@@ -24,9 +24,10 @@ from vllm.distributed.weight_transfer import nccl_engine
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-from learner.model import Policy, build_tiny
+from learner.model import Policy
 from learner.publish import take_snapshot
 from learner.settings import ModelSettings
+from learner.tiny import build_tiny
 from learner.tokenizer import build_tokenizer
 from rollout.hf_engine import HfEngine
 from rollout.vllm_engine import VllmEngine, checkpoint_names

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from learner.model import Policy, build_tiny
+from learner.model import Policy
 from learner.publish import take_snapshot
 from learner.settings import ModelSettings
+from learner.tiny import build_tiny
 from learner.tokenizer import build_tokenizer
 from rollout.engine import EngineDied, Sampling
 from rollout.vllm_engine import VllmEngine, VllmSettings
