@@ -30,22 +30,47 @@ _BASE = ".base_layer."  # where PEFT puts the layer it adapts
 def chosen_layers(model: PreTrainedModel, targets: Sequence[str] | str) -> tuple[str, ...]:
     """The dotted names of the model's linear layers that `targets` means; the head is never one of them.
 
-    ValueError, naming the layers there are, where one is no such layer.
+    ValueError, naming the layers there are, where one is no such layer, and where matrices that are meant are none:
+    transformers keeps the experts of a mixture in one parameter, and GPT-2's layers are of a kind of their own.
     """
     head = model.get_output_embeddings()
     linear = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
     ]
+    kinds = sorted({_kind(name) for name in linear})
+    beyond = _matrices_beyond(model)
+    if targets == "all-linear" and beyond:
+        advice = (
+            f"name layers that can, if they are enough: learner.model.lora.targets={json.dumps(kinds)}"
+            if kinds
+            else "choose another model, or train without learner.model.lora"
+        )
+        raise ValueError(
+            f"learner.model.lora.targets: all-linear would leave out {', '.join(beyond)}, which are not linear layers "
+            f"here (experts in one parameter, layers of a kind of their own) and cannot be adapted; {advice}"
+        )
     if isinstance(targets, str):
         return tuple(linear)
-    kinds = sorted({_kind(name) for name in linear})
     for target in targets:
-        if target not in kinds:
+        if target not in kinds or target in beyond:
+            also = " everywhere" if target in kinds else ""
             raise ValueError(
-                f"learner.model.lora.targets: {target!r} is no linear layer that can be adapted; there are "
-                f"{', '.join(kinds)}"
+                f"learner.model.lora.targets: {target!r} is no linear layer{also} that can be adapted; there are "
+                f"{', '.join(kind for kind in kinds if kind not in beyond) or 'none in this model'}"
             )
     return tuple(name for name in linear if _kind(name) in targets)
+
+
+def _matrices_beyond(model: PreTrainedModel) -> list[str]:
+    """What matrices are called that are neither linear layers nor embeddings."""
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        for parameter, tensor in module.named_parameters(recurse=False):
+            if tensor.ndim > 1:
+                found.add(_kind(name) if parameter == "weight" else parameter)
+    return sorted(found)
 
 
 def _kind(layer: str) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -7,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from learner.batch import longest_row
 from learner.linear import _OneDnnLinear, use_onednn
 from learner.model import ModelError, Policy
+from learner.publish import take_snapshot
 from learner.settings import ModelSettings
 from learner.tiny import build_tiny
+from rollout.hf_engine import HfEngine
+from rollout.vllm_engine import checkpoint_names
+from rollout.wire.weights import WeightUpdate, inline
 from tests.smollm2 import FOLDER, needs_smollm2
 
 
@@ -51,6 +56,25 @@ def test_named_weights_are_the_checkpoint(tmp_path: Path, tiny: Path, tie: bool)
     assert ("lm_head.weight" in weights) == (not tie)
     assert weights.keys() == stored.keys()
     assert all(torch.equal(weights[name], stored[name]) for name in stored)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_model_whose_files_hold_a_head_besides(tmp_path: Path, tiny: Path, same: bool) -> None:
+    build_tiny(tmp_path, AutoTokenizer.from_pretrained(tiny), layers=1, width=16, heads=2, mlp=8, tie=True)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone() + (0 if same else 1)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if not same:
+        with pytest.raises(
+            ModelError, match="tie_word_embeddings=true, but its files hold a head of another"
+        ):
+            Policy(ModelSettings(path=str(tmp_path)))
+        return
+    snapshot = take_snapshot(Policy(ModelSettings(path=str(tmp_path))), 0, "bfloat16")
+    snapshot.manifest.require_names(checkpoint_names(str(tmp_path)), "rollout-0")
+    engine = HfEngine(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), [0])
+    asyncio.run(engine.sync(WeightUpdate(snapshot.manifest, inline(snapshot.arrays))))
+    assert engine.version == 0
 
 
 def test_a_tiny_model_knows_exactly_its_tokenizers_ids(tiny: Path) -> None:
