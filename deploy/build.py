@@ -34,7 +34,6 @@ from rollout.wire.adapter import AdapterSpec
 from rollout.wire.exchange import Exchange
 from rollout.wire.model_folder import pretrained
 from rollout.wire.schema import encode
-from rollout.wire.store import Store
 from rollout.wire.trajectory import Task
 from rollout.worker import GroupExchange, RolloutWorker
 
@@ -200,11 +199,14 @@ async def build_worker(
     return RolloutWorker(name, engine, agent, exchange, config.rollout, config.seed, pool)
 
 
-def build_exchange(config: RunConfig, run_folder: Path) -> Exchange:
-    """The buffer of the run, over its ledger and segments on disk."""
-    tasks = training_tasks(config)
-    store = Store(run_folder, tasks, config.buffer, total_steps=config.steps, seed=config.seed)
-    return Exchange(store)
+def exchange_builder(config: RunConfig, run_folder: Path) -> Callable[[], Exchange]:
+    """What opens the run's buffer, over its ledger and segments on disk.
+
+    It carries no configuration: a process that unpickles it imports what the buffer needs, and no torch.
+    """
+    return partial(
+        Exchange.over, run_folder, training_tasks(config), config.buffer, config.steps, config.seed
+    )
 
 
 async def play_demonstrations(config: RunConfig, path: str) -> list[pa.RecordBatch]:

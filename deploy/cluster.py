@@ -23,7 +23,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from deploy.actor_member import ActorMember, actor, awaited
-from deploy.build import EngineFactory, build_exchange, build_worker, play_demonstrations, vllm_engine
+from deploy.build import EngineFactory, build_worker, exchange_builder, play_demonstrations, vllm_engine
 from deploy.caretaker import Caretaker
 from deploy.config import RunConfig
 from deploy.connect import require_room
@@ -88,9 +88,9 @@ class RayRing:
         restarts: dict[str, Any] = {"max_restarts": supervision.max_restarts, "max_task_retries": -1}
         # Every loop of every worker may wait for a slot; others' calls must find a place beside them.
         exchange = actor(ExchangeActor, max_concurrency=100_000, **restarts)
-        self._exchange = exchange.remote(partial(build_exchange, config, self.run_folder))
-        with self._startup.timed("exchange"):
-            self._where["exchange"] = await self._within("the exchange", self._exchange.ping.remote())
+        self._exchange = exchange.remote(exchange_builder(config, self.run_folder))
+        found = asyncio.create_task(self._find_exchange())
+        self._hearts = [found]
         self._fleet = Fleet(
             self._launch,
             self._lend,
@@ -104,15 +104,19 @@ class RayRing:
         )
         self._fleet.scale(config.rollout.workers)
         # A run stopped before its first checkpoint has none to load: it starts over in its folder.
-        version = await self._start_learner(load=resume and latest(self.run_folder) is not None)
+        load = resume and latest(self.run_folder) is not None
+        version = await first_failure(asyncio.create_task(self._start_learner(load)), [found])
+        await found
         if resume:
             await self._within("the exchange", self._exchange.rollback.remote(version, new_driver=True))
         caretaker = Caretaker(self, self.run_folder, supervision, self._say)
-        self._hearts = [
-            asyncio.create_task(watching)
-            for watching in (self._watch_exchange(), self._watch_learner(), caretaker.run())
-        ]
+        watching = self._watch_exchange(), self._watch_learner(), caretaker.run()
+        self._hearts += [asyncio.create_task(each) for each in watching]
         return version
+
+    async def _find_exchange(self) -> None:
+        with self._startup.timed("exchange"):
+            self._where["exchange"] = await self._within("the exchange", self._exchange.ping.remote())
 
     async def _start_learner(self, load: bool) -> int:
         config = self._config
@@ -343,7 +347,7 @@ class RayRing:
         """Wait for Ray to have started it again; beyond its restarts, or when it does not come up, the run stops."""
         self._say(f"the exchange is lost ({brief(loss)}); it is started again from disk")
         try:
-            self._where["exchange"] = await self._within("the exchange", self._exchange.ping.remote())
+            await self._find_exchange()
         except (PartLost, RayActorError) as error:
             most, where = self._config.supervision.max_restarts, place(self._where["exchange"])
             failure = f"the exchange could not be started again (supervision.max_restarts={most}); {where}; "

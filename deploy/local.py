@@ -18,8 +18,8 @@ from typing import Any
 
 from deploy.build import (
     EngineFactory,
-    build_exchange,
     build_worker,
+    exchange_builder,
     play_demonstrations,
     vllm_engine,
 )
@@ -100,7 +100,7 @@ class LocalRing:
     async def start(self, resume: bool) -> int:
         config = self._config
         path = model_path(config, self.run_folder)
-        self._exchange = build_exchange(config, self.run_folder)
+        self._exchange = exchange_builder(config, self.run_folder)()
         self._started.push_async_callback(self._exchange.close)
         for index in range(config.rollout.workers):
             name = f"rollout-{index}"

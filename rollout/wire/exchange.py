@@ -19,14 +19,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 
 from rollout.wire.ledger import EpisodeRow
 from rollout.wire.share import WHOLE, Share
-from rollout.wire.store import Finished, Store
-from rollout.wire.trajectory import Assignment, DropReason, Slot, StaleSlot
+from rollout.wire.store import BufferSettings, Finished, Store
+from rollout.wire.trajectory import Assignment, DropReason, Slot, StaleSlot, Task
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,13 @@ class Exchange:
         self._paused_at = 0.0
         self._paused_seconds = 0.0  # of pauses that are over
         self._lacking = 0  # calls that found no room and try again
+
+    @classmethod
+    def over(
+        cls, folder: Path, task_of: Callable[[int], Task], settings: BufferSettings, steps: int, seed: int
+    ) -> Self:
+        """The exchange of the run in `folder`, of so many steps; `task_of` says a group's task."""
+        return cls(Store(folder, task_of, settings, total_steps=steps, seed=seed))
 
     async def reserve(self, worker: str, lane: int) -> Assignment | None:
         """The next group to play; waits for a free slot. None: the run needs no more groups, or not from this caller.

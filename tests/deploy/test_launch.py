@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import pickle
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -16,6 +19,7 @@ import pytest
 from rich.console import Console
 
 from deploy import cli, drive, run_folder
+from deploy.build import exchange_builder
 from deploy.config import ConfigError, moved
 from deploy.control import driving
 from deploy.fresh import fresh_folder
@@ -198,6 +202,24 @@ def test_a_summary_says_what_the_start_was_made_of(tmp_path: Path) -> None:
     assert parts.pop("imports") == 2.5
     # No part that comes before the first episode is longer than what has passed until then.
     assert all(0 <= seconds <= summary["first_episode_s"] for seconds in parts.values())
+
+
+def test_what_opens_the_buffer_imports_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "build").write_bytes(pickle.dumps(exchange_builder(configured(), tmp_path)))
+    opened = (
+        "import pathlib, pickle, sys; pickle.loads(pathlib.Path('build').read_bytes())(); "
+        "print({'torch', 'transformers'} & {*sys.modules})"
+    )
+    code = subprocess.run(
+        [sys.executable, "-c", opened],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert code.stdout.strip() == "set()" and (tmp_path / "ledger.sqlite").is_file()
 
 
 def test_a_phase_that_several_are_in_at_once_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
