@@ -8,6 +8,7 @@ and servers. A copied or moved folder, another host, or a changed configuration 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,14 +95,20 @@ def remember(folder: Path, entries: Sequence[str]) -> None:
     """Keep the user's word that this folder may execute these. Where it cannot be kept (a read-only home) it is asked
     for again.
     """
-    known = _remembered(folder) if entries else []
-    if all(each in known for each in entries):
+    if not entries:
         return
-    kept = {"folder": str(folder.resolve()), "executes": sorted({*known, *entries})}
     try:
         record = _record(folder)
         record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        record.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        with record.with_suffix(".lock").open("a", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two commands that are given their word at once: both are kept
+            known = _remembered(folder)
+            if all(each in known for each in entries):
+                return
+            kept = {"folder": str(folder.resolve()), "executes": sorted({*known, *entries})}
+            aside = record.with_suffix(".part")
+            aside.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+            aside.replace(record)
     except OSError:
         return
 

@@ -84,7 +84,7 @@ class ForeignAgents:
         self._chat = chat
         self._endpoint: Endpoint | None = None
         # Programs that start compete for the processors, and a stuck one must leave room for others.
-        self._starting = asyncio.Semaphore(2 * (os.cpu_count() or 1) + 2)
+        self._starting = asyncio.Semaphore(2 * len(os.sched_getaffinity(0)) + 2)
 
     def replica(self, options: dict[str, Any], apart: bool = False) -> ForeignAgent:
         """A replica whose program is not started yet. Raises EnvironmentUnknown. apart: a function gets a process."""

@@ -77,7 +77,7 @@ class EnvironmentPool:
             raise ValueError("replicas on a Ray cluster are started by envs.actors.Remote.start")
         self._start = start or Hosted.start
         # Interpreters that start compete for the processors: more at once would only use up each other's limit.
-        self._starting = asyncio.Semaphore(os.cpu_count() or 1)
+        self._starting = asyncio.Semaphore(len(os.sched_getaffinity(0)))
         self._calls = call_gate()
         self._idle: dict[Kind, asyncio.LifoQueue[Replica]] = defaultdict(asyncio.LifoQueue)
         self._alive: Counter[Kind] = Counter()  # idle or in use

@@ -7,6 +7,8 @@ import json
 import os
 import stat
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from deploy import cli, drive, evaluate, run_folder
 from deploy.config import ConfigError, load_config, parse
 from deploy.control import driving
-from deploy.trust import executed, executed_by_evaluation
+from deploy.trust import executed, executed_by_evaluation, remember, require_trust
 from tests.deploy.small_run import RECIPE, configured
 
 SHELL = {"command": "/bin/sh", "args": ["-c", "touch executed"]}
@@ -144,6 +146,19 @@ def test_a_configuration_that_is_none_is_refused_by_name(content: bytes, tmp_pat
     with pytest.raises(ConfigError, match=r"config\.json") as refused:
         run_folder.open_existing(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+def test_words_given_at_once_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    together, words = threading.Barrier(8), [f"command {number}" for number in range(8)]
+
+    def give(word: str) -> None:
+        together.wait()
+        remember(tmp_path, [word])
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(give, words))
+    require_trust(tmp_path, words, trusted=False)  # it asks for none of them
 
 
 def test_a_run_folder_is_made_private_whoever_made_it(tmp_path: Path) -> None:
