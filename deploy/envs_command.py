@@ -106,7 +106,7 @@ def check_environment(
 def show_findings(env_id: str, findings: Sequence[Finding], console: Console) -> None:
     """A row a finding, or one line where there is none."""
     if not findings:
-        write(console, f"{env_id}: nothing found", "green")
+        write(console, f"{env_id}: sound", "green")
         return
     rows = [((finding.kind, "red"), finding.what, finding.where, finding.advice) for finding in findings]
     write_table(console, ("found", "what", "where", "what to do"), rows)
