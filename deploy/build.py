@@ -50,9 +50,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_chat(path: str) -> Chat:
+def load_chat(path: str, context_tokens: int | None = None) -> Chat:
     """How messages become tokens of a model, pictures included where it sees."""
-    return Chat(load_tokenizer(path), Perception.load(path), end_tokens(path))
+    return Chat(load_tokenizer(path), Perception.load(path), end_tokens(path), context_tokens)
 
 
 def training_tasks(config: RunConfig) -> TaskStream:
@@ -192,7 +192,7 @@ async def build_worker(
 ) -> RolloutWorker:
     """A rollout worker with its engine started."""
     engine = await engine_factory(config, name, path)
-    chat = load_chat(path)
+    chat = load_chat(path, config.rollout.context_tokens)
     agent = Agent(engine, chat, config.sampling, config.rollout.context_tokens, config.agent)
     host = config.env.host
     pool = EnvironmentPool(host=host, parts=config.agent.parts, start=replica_start(host), chat=chat)

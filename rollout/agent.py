@@ -6,14 +6,16 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from envs.base import Message, Observation
-from rollout.chat import Chat, ChatError, as_json
+from rollout.chat import Chat, ChatError, TooLong, as_json
 from rollout.clock import BusyClock
 from rollout.engine import Completion, Engine, Sampling, derive_seed
+from rollout.long_text import off_loop
 from rollout.parts.settings import PartSettings, check_together
 from rollout.perception import PerceptionError
 from rollout.wire.images import MAX_EPISODE_BYTES, images_in
@@ -67,7 +69,9 @@ class Turn:
 class ContextOverflow:
     """There was no room for another turn; nothing was sampled."""
 
-    prompt_tokens: int  # the whole prompt, history included
+    prompt_tokens: (
+        int  # the whole prompt, history included; the least that it has where it was not encoded whole
+    )
     context_tokens: int
 
 
@@ -148,7 +152,9 @@ class Agent:
         self._require_told(conversation, messages[0])
         self._note_tools(conversation, messages[0])
         try:
-            added = self._added(conversation, messages)
+            added = await off_loop(messages, partial(self._added, conversation, messages))
+        except TooLong as error:
+            return ContextOverflow(len(conversation.ids) + error.tokens, self._context_tokens)
         except PerceptionError as error:
             row = f"turn {conversation.turn}, segment {conversation.segment}"
             raise ChatError(f"{row}: {error}") from error

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from envs.base import Message
 from rollout.control_tokens import ControlTokens
+from rollout.long_text import TooLong, spelling_of
+from rollout.prompt_cache import PromptCache
 from rollout.stand_ins import StandIn
 from rollout.template import ChatError, Template
 from rollout.wire.images import images_of
@@ -31,14 +33,14 @@ _ASKED: Message = {"role": "user", "content": "zq8 asked zq8"}
 _SAID: Message = {"role": "assistant", "content": "zq8 said zq8"}
 _THOUGHT: Message = {"role": "assistant", "content": "zq8 thought zq8"}
 _NEXT: Message = {"role": "user", "content": "zq8 next zq8"}
-_CACHED_PROMPTS = 8192
+_CACHED_BYTES = 32 << 20  # of opening prompts, and of glue
 _CACHED_FORMS = 512  # of conversations
 _WAYS_OUT = (
     "put a chat_template.jinja with a place for it into the model's folder (docs/agents.md, Tools), or choose a model "
     "whose template has one"
 )
 
-__all__ = ["Chat", "ChatError", "Ids", "as_json"]
+__all__ = ["Chat", "ChatError", "Ids", "TooLong", "as_json"]
 
 
 class Chat:
@@ -49,7 +51,7 @@ class Chat:
     Raises ChatError for a template that rewrites earlier turns when new ones come, or renders a turn by its place.
 
     perception: of a model that sees; without one messages are text. ends: what the model's files name beside
-    (`rollout.end_tokens`).
+    (`rollout.end_tokens`). context_tokens: a text that is proven to have more is not encoded but raises TooLong.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Chat:
         tokenizer: PreTrainedTokenizerBase,
         perception: Perception | None = None,
         ends: Sequence[int] = (),
+        context_tokens: int | None = None,
     ) -> None:
         # It takes seconds, and who makes a Chat has imported it to have a tokenizer; settings alone need none of it.
         from transformers import PreTrainedTokenizerFast
@@ -69,6 +72,8 @@ class Chat:
         self._name = self._template.name
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
+        self._context_tokens = context_tokens
+        self._spelling = None if context_tokens is None else spelling_of(self._backend)
         pictured = None if perception is None else perception.placeholder_id
         self._control = ControlTokens(tokenizer, pictured)
         self._closing = self._after(
@@ -83,9 +88,9 @@ class Chat:
         self._closes = self._closing_tokens()
         self._perception = perception
         # Messages with pictures are megabytes: their tokens are made anew, and perception remembers the pictures.
-        remembers = lru_cache(_CACHED_PROMPTS if perception is None else 0)
-        self._opening = remembers(self._opening_ids)
-        self._glue = remembers(self._glue_ids)
+        most_bytes = _CACHED_BYTES if perception is None else 0
+        self._opening = PromptCache(self._opening_ids, most_bytes)
+        self._glue = PromptCache(self._glue_ids, most_bytes)
         self._form = lru_cache(_CACHED_FORMS)(self._form_of)
         self._check_template()
 
@@ -138,6 +143,10 @@ class Chat:
 
     def _ids(self, messages: Sequence[Message], goes_on: bool) -> Ids:
         """The tokens of these messages. ChatError for what the template leaves out, or what forges its structure."""
+        if self._backend.normalizer is not None:  # then taking a text apart may encode it
+            for message in messages:
+                if message.get("role") != "assistant" and isinstance(content := message.get("content"), str):
+                    self._require_room(content.strip())  # templates trim
         said = [self._control.apart(message) for message in messages]
         if goes_on:  # the tools were offered where the conversation began
             said[0].pop("tools", None)
@@ -221,7 +230,16 @@ class Chat:
         named = {end for end in self.stops if self._backend.id_to_token(end) in self._template.source}
         return frozenset({self.end_of_turn} | named)
 
+    def _require_room(self, text: str) -> None:
+        """TooLong for a text that is proven not to fit the context."""
+        if self._spelling is None or self._context_tokens is None:
+            return
+        least = self._spelling.least_tokens(text)
+        if least > self._context_tokens:
+            raise TooLong(least)
+
     def _encode(self, text: str) -> Ids:
+        self._require_room(text)
         # The template has written every special token itself; the backend spares what transformers wraps around it.
         try:
             return tuple(self._backend.encode(text, add_special_tokens=False).ids)

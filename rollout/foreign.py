@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,7 +24,8 @@ from envs.gate import admitted
 from envs.host import EnvironmentFailed, HostSettings, Outcome, Sampled
 from envs.reference import load_function, settled
 from envs.registry import EnvironmentUnknown
-from rollout.chat import Chat, ChatError
+from rollout.chat import Chat, ChatError, TooLong
+from rollout.long_text import off_loop
 from rollout.openai_format import Answer, Asked, Refused, answer, plain
 from rollout.program import Called, Program, Running, as_command, environment, in_thread
 from rollout.session import Call, Left, Session, Verdict
@@ -194,7 +196,9 @@ class ForeignAgent:
         while isinstance(heard := await self._hear(what, seconds, limit), Call):
             history, observed = self._history.going_on(heard.asked)
             try:
-                self._render(observed)
+                await off_loop(observed, partial(self._render, observed))
+            except TooLong:
+                pass  # the agent finds it as well, and the episode ends by it
             except ChatError as error:
                 heard.refuse(Refused(400, "invalid_request", str(error)))
                 continue
