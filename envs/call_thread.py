@@ -35,7 +35,7 @@ class Overdue(Exception):
     """A call did not return in time; the message says in which line of code its thread was left behind."""
 
 
-class _LeftBehind(BaseException):
+class LeftBehind(BaseException):
     """Raised in a thread that nobody waits for. An `except Exception` lets it pass."""
 
 
@@ -45,6 +45,12 @@ class _Asked:
 
     call: Callable[[], Any]
     outcome: asyncio.Future[tuple[Any, BaseException | None]]
+
+
+def leave_behind(thread: threading.Thread) -> None:
+    """Ask a started thread to end, by LeftBehind wherever it next executes Python."""
+    assert thread.ident is not None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(LeftBehind))
 
 
 def call_gate() -> asyncio.Semaphore:
@@ -78,7 +84,7 @@ class CallThread:
                 if not clock.expired():
                     raise
                 where = stands_in(self.thread.ident)
-                self._leave_behind()
+                leave_behind(self.thread)
                 raise Overdue(where) from None
         self.busy = False
         if error is not None:
@@ -91,13 +97,8 @@ class CallThread:
             self._calls.put(_Asked(last, self._loop.create_future()))
         self._calls.put(None)
 
-    def _leave_behind(self) -> None:
-        ident = self.thread.ident
-        assert ident is not None
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(_LeftBehind))
-
     def _live(self) -> None:
-        with suppress(_LeftBehind):
+        with suppress(LeftBehind):
             while (asked := self._calls.get()) is not None:
                 told = self._made(asked.call)
                 with suppress(RuntimeError):  # the loop has ended meanwhile, and nobody asks any more
@@ -109,7 +110,7 @@ class CallThread:
         try:
             value = call()
             return self._runner.run(awaited(value)) if inspect.isawaitable(value) else value, None
-        except _LeftBehind:
+        except LeftBehind:
             raise
         except BaseException as error:  # anybody's code, which may want to exit: for whoever asked
             return None, error

@@ -15,6 +15,7 @@ import threading
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 import gymnasium as gym
 
 from envs.base import Info, Message, Observation, TalkSpace, messages_of, text_space
+from envs.call_thread import LeftBehind, leave_behind
 from envs.calls import BadCall, Call, Fault, Style, parse_calls, spoken, write_call
 from envs.reference import settled
 from envs.tool import Schema, Tool, ToolGone, ToolRefused, WrongArguments, echo, line
@@ -91,8 +93,8 @@ class Toolbox:
 
     max_result_chars: of an answer; what is longer is cut, and says so. call_seconds: wall clock for a call of one of
     `tools` (a source keeps its own limit); None has no limit and costs nothing. With a limit a call runs in a thread of
-    its own, and one that takes longer is left behind: nothing can stop a Python function, so it goes on beside the
-    episode, with whatever it holds or changes, until it returns or the process ends. Until then the same tool is not
+    its own, and one that takes longer is left behind: it ends when it next executes Python, and inside a call into C it
+    goes on beside the episode, with whatever it holds or changes, until that returns. Until then the same tool is not
     called again. Tools that need more than that belong in an environment with a process of its own, or behind a server.
     """
 
@@ -178,15 +180,19 @@ class Toolbox:
         if before is not None and before.is_alive():
             return Answer(f"{tool.name} is still busy with an earlier call.", Reason.TIMED_OUT)
         answers: list[Answer] = []
+
+        def run() -> None:
+            with suppress(LeftBehind):
+                answers.append(_run(tool, arguments))
+
         # A daemon: an interpreter that ends does not wait for it.
-        thread = threading.Thread(
-            target=lambda: answers.append(_run(tool, arguments)), name=f"tool-{tool.name}", daemon=True
-        )
+        thread = threading.Thread(target=run, name=f"tool-{tool.name}", daemon=True)
         thread.start()
         thread.join(seconds)
         if answers:
             return answers[0]
         self._left_behind[tool.name] = thread
+        leave_behind(thread)
         return Answer(f"{tool.name} took longer than {seconds:g} s.", Reason.TIMED_OUT)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from envs.calls import BadCall, Call, Fault
 from envs.tool import Tool, ToolRefused
-from envs.tools import Answer, Reason
+from envs.tools import Answer, Reason, Toolbox
 from tests.envs.example_tools import answer, box, double, weather
 
 
@@ -162,3 +162,17 @@ def test_what_can_be_no_tool_is_refused_in_one_line(function: Any, says: str) ->
 def test_two_tools_of_one_name_are_refused() -> None:
     with pytest.raises(ToolRefused, match="two tools are called double"):
         box(double, double)
+
+
+def test_the_thread_of_a_tool_that_does_not_return_is_ended() -> None:
+    threads: list[threading.Thread] = []
+
+    def spin() -> str:
+        """Never return."""
+        threads.append(threading.current_thread())
+        while True:
+            pass
+
+    assert Toolbox([spin], call_seconds=0.2).answer(Call("spin", {})).reason is Reason.TIMED_OUT
+    threads[0].join(30)
+    assert not threads[0].is_alive()
