@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +13,14 @@ from gymnasium.envs.registration import EnvSpec
 
 from deploy.console import Cell, Console, busy, write, write_table
 from envs import registry
+from envs.adapters import RandomPlayer
 from envs.check import check
 from envs.findings import Finding
 from envs.registry import EnvironmentUnknown
 from rollout import foreign
 from rollout.foreign import PROGRAM
+
+SHOWN_CHARACTERS = 2000  # of a prompt and of an action
 
 
 def show_environments(console: Console) -> None:
@@ -100,7 +104,26 @@ def check_environment(
     with busy(console, f"{env_id} is examined"):
         findings = check(env_id, options, seconds=seconds, turns=turns)
     show_findings(env_id, findings, console)
+    if not findings:
+        show_first_turn(env_id, options, console)
     return int(bool(findings))
+
+
+def show_first_turn(env_id: str, options: dict[str, Any], console: Console) -> None:
+    """The first prompt of a sound environment, and an action that may follow it."""
+    env = registry.make(env_id, **options)
+    try:
+        observation, _ = env.reset(seed=0)
+        player = registry.player(env_id)(0.0, 0) if registry.has_player(env_id) else RandomPlayer(env, 0)
+        action = player.act(observation)
+    finally:
+        env.close()
+    said = observation if isinstance(observation, str) else json.dumps(observation, ensure_ascii=False)
+    write(console, f"first prompt (seed 0):\n{_shortened(said)}\nexample action:\n{_shortened(action)}")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
 
 def show_findings(env_id: str, findings: Sequence[Finding], console: Console) -> None:

@@ -5,7 +5,6 @@ Each check raises one of the errors that are meant for the person at the keyboar
 
 from __future__ import annotations
 
-import shutil
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from deploy.conversations import rehearse
 from deploy.models import tiny_tokenizer
 from envs import registry
 from envs.base import Observation
+from envs.child import found
 from envs.host import HostSettings
 from envs.tool import ToolRefused
 from learner.lora import planned
@@ -94,7 +94,7 @@ def first_observation(
 def check_program(options: dict[str, Any]) -> None:
     """A foreign agent's options must fit, and its command must be there."""
     command = ProgramOptions.read(options).command
-    if command and shutil.which(command[0]) is None:
+    if command and found(command[0]) is None:
         raise ConfigError(f"env.options.command: there is no program {command[0]!r} here")
 
 

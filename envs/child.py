@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,7 +35,18 @@ def leashed(command: Sequence[str]) -> list[str]:
 
     A command that does not exist leaves with status 1 and says so.
     """
-    return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
+    program, *arguments = command
+    resolved = found(program) or program
+    return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), resolved, *arguments]
+
+
+def found(program: str) -> str | None:
+    """Path of a program; None where there is none.
+
+    "python" and "python3" are the interpreter that runs Manta, whose packages a user expects there: the one on PATH
+    may be another.
+    """
+    return sys.executable if program in ("python", "python3") else shutil.which(program)
 
 
 def inherited() -> dict[str, str]:

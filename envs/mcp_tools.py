@@ -13,19 +13,19 @@ import asyncio
 import json
 import logging
 import os
-import shutil
 import sys
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from mcp import Client, MCPError, StdioServerParameters, stdio_client
 from mcp import Tool as McpTool
 from mcp_types import CONNECTION_CLOSED, INVALID_PARAMS, CallToolResult, TextContent
 
-from envs.child import leashed
+from envs.child import found, leashed
 from envs.tool import Tool, ToolGone, ToolRefused, WrongArguments, line
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class McpServer:
         self._fresh = fresh
         self._call_seconds = call_seconds
         name = " ".join([command, *args])
-        if shutil.which(command) is None:
+        if found(command) is None:
             raise ToolRefused(f"MCP server {name!r} can not be started: there is no command {command!r}")
         # Nothing else would end a server that does not mind its input being closed.
         program, *arguments = leashed([command, *args])
@@ -109,6 +109,7 @@ class _Connection:
         self._client: Client | None = None
         self._started: Future[list[McpTool]] = Future()
         self._closing = asyncio.Event()
+        self._stderr = _Stderr()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"mcp {name}", daemon=True)
         self._thread.start()
@@ -148,10 +149,10 @@ class _Connection:
 
     async def _live(self) -> None:
         # Entered and left by one task, as the client demands; calls are other tasks of the same loop.
-        transport = stdio_client(self._parameters, errlog=sys.__stderr__ or sys.stderr)
-        async with Client(transport) as self._client:
-            self._started.set_result(await _listed(self._client))
-            await self._closing.wait()
+        with self._stderr.writing() as stderr:
+            async with Client(stdio_client(self._parameters, errlog=stderr)) as self._client:
+                self._started.set_result(await _listed(self._client))
+                await self._closing.wait()
 
     def _begin(self, doing: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(doing, self._loop)
@@ -162,12 +163,47 @@ class _Connection:
         if self._started.done():
             return self._started.result()
         if self._life.done():
-            why = f"{line(repr(self._life.exception()))}; what it wrote to stderr may say more"
+            why = self._stderr.last_line(1.0) or line(repr(_innermost(self._life.exception())))
         else:
             why = f"it named no tools within {seconds:g} s"
             self._life.cancel()
         self.close()
         raise ToolRefused(f"MCP server {self._name!r} did not start: {why}")
+
+
+class _Stderr:
+    """What a server writes to stderr: passed on to ours as it comes, with the last line kept for an error."""
+
+    def __init__(self) -> None:
+        self._last = ""
+        self._ended = threading.Event()
+
+    @contextmanager
+    def writing(self) -> Iterator[TextIO]:
+        """The end of a pipe for one process; a thread reads the other end until nobody can write any more."""
+        reading, writing = os.pipe()
+        threading.Thread(target=self._pass_on, args=(reading,), name="mcp stderr", daemon=True).start()
+        with open(writing, "w", encoding="utf-8") as end:
+            yield end
+
+    def last_line(self, seconds: float) -> str:
+        """The last line that says something, once the process has ended; it may take `seconds` to be read."""
+        self._ended.wait(seconds)
+        return line(self._last)
+
+    def _pass_on(self, reading: int) -> None:
+        with open(reading, encoding="utf-8", errors="replace") as lines:
+            for text in lines:
+                self._last = text.strip() or self._last
+                print(text, end="", file=sys.__stderr__ or sys.stderr)
+        self._ended.set()
+
+
+def _innermost(error: BaseException | None) -> BaseException | None:
+    """The first error of nested groups: task groups wrap what went wrong."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 async def _listed(client: Client) -> list[McpTool]:

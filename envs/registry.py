@@ -318,6 +318,12 @@ def _make_ours(env_id: str, entry: str | _Factory, options: dict[str, Any]) -> E
         raise EnvironmentUnknown(
             f"environment {env_id}: a {type(env).__name__} is made, and no gymnasium.Env"
         )
+    for space in ("action_space", "observation_space"):
+        if not isinstance(getattr(env, space, None), spaces.Space):
+            raise EnvironmentUnknown(
+                f"environment {env_id}: {type(env).__name__} has no {space}; declare {space}, or derive from "
+                "envs.base.TextEnv, which declares both as text"
+            )
     return env
 
 

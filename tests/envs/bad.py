@@ -301,3 +301,12 @@ class ForgetsItsTurns(Sound):
 class KnowsItsProcess(Sound):
     def say(self) -> Any:
         return f"{super().say()} in {os.getpid()}"
+
+
+class WithoutSpaces(gym.Env[str, str]):
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
+        super().reset(seed=seed)
+        return "", {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
+        return "", 1.0, True, False, {}

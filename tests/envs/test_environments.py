@@ -164,6 +164,11 @@ def test_a_time_limit_truncates() -> None:
         ),
         ("tests.envs.bad:MAX_TURNS", {}, "module tests.envs.bad has no MAX_TURNS"),
         ("fractions:Fraction", {}, "a Fraction is made, and no gymnasium.Env"),
+        (
+            "tests.envs.bad:WithoutSpaces",
+            {},
+            "has no action_space; declare action_space, or derive from .*TextEnv",
+        ),
         ("Taxi-v3", {}, "Taxi-v4"),
     ],
 )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +15,7 @@ from mcp_types import CallToolResult
 
 from envs import mcp_tools
 from envs.calls import Call
+from envs.child import leashed
 from envs.mcp_tools import McpServer
 from envs.tool import ToolRefused
 from envs.tools import Answer, Reason, Toolbox
@@ -133,14 +137,50 @@ def test_a_fresh_server_is_started_anew_once_it_was_called(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("command", "args", "says"),
+    ("command", "args", "seconds", "says"),
     [
-        ("no-such-command", [], "no command 'no-such-command'"),
-        (sys.executable, ["-c", "raise SystemExit(3)"], "did not start"),
-        (sys.executable, ["-c", "import time; time.sleep(600)"], "named no tools within 1 s"),
+        ("no-such-command", [], 1.0, "no command 'no-such-command'"),
+        (sys.executable, ["-c", "raise SystemExit(3)"], 30.0, "did not start"),
+        # As a server does that was written for another release of the package.
+        (
+            "python",
+            ["-c", "import mcp.server.fastmcp"],
+            30.0,
+            "did not start: ModuleNotFoundError: .*fastmcp",
+        ),
+        (sys.executable, ["-c", "import time; time.sleep(600)"], 1.0, "named no tools within 1 s"),
     ],
 )
-def test_a_server_that_does_not_start_is_refused(command: str, args: list[str], says: str) -> None:
+def test_a_server_that_does_not_start_is_refused(
+    command: str, args: list[str], seconds: float, says: str
+) -> None:
     with pytest.raises(ToolRefused, match=says) as refused:
-        McpServer(command, args, start_seconds=1.0)
+        McpServer(command, args, start_seconds=seconds)
     assert "\n" not in str(refused.value)
+
+
+def test_python_is_the_interpreter_that_runs_manta(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\nexit 7\n", encoding="utf-8")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("python", "python3"):
+        told = subprocess.run(
+            leashed([name, "-c", "import sys; print(sys.executable)"]),
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
+        )
+        assert told.stdout.strip() == sys.executable
+
+
+def test_the_server_of_the_documentation_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "agents.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```python\n(.*?MCPServer.*?)```", page, re.DOTALL)
+    script = tmp_path / "server.py"
+    script.write_text(text, encoding="utf-8")
+    server = McpServer("python", [str(script)])
+    try:
+        assert answer(server, "word_count", text="one two  three").text == "3"
+    finally:
+        server.close()
