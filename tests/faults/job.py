@@ -138,12 +138,14 @@ def main() -> None:
 
     train = drive._train
 
-    def trained(config: RunConfig, folder: Path, console: Any, resume: bool, local: bool) -> dict[str, Any]:
+    def trained(
+        config: RunConfig, folder: Path, console: Any, resume: bool, local: bool, startup: Any
+    ) -> dict[str, Any]:
         hosting = importlib.import_module("deploy.local" if local else "deploy.cluster")
         ring = "LocalRing" if local else "RayRing"
         hosting.build_learner = learner
         setattr(hosting, ring, partial(getattr(hosting, ring), engine_factory=engine))
-        return train(config, folder, console, resume, local)
+        return train(config, folder, console, resume, local, startup)
 
     drive._train = trained
     cli.main()
