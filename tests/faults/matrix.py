@@ -295,7 +295,7 @@ def finish(driver: Driver) -> int:
     config = json.loads(stored.read_text(encoding="utf-8"))
     config["steps"] = max(row["version"] for row in driver.consumed()) + 10
     stored.write_text(json.dumps(config), encoding="utf-8")
-    driver.start()
+    driver.start(stored=True)
     return driver.wait(RECOVERY_SECONDS)
 
 

@@ -35,15 +35,17 @@ class Driver:
         assert self._process is not None
         return self._process.pid
 
-    def start(self) -> None:
-        """Start, or go on with, the run."""
+    def start(self, stored: bool = False) -> None:
+        """Start the run, or go on with it; `stored`: as its folder says, whatever it was begun with."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "tests.faults.job", "train", RECIPE, "--run", str(self.folder)]
+        job = [sys.executable, "-m", "tests.faults.job", "train"]
+        begun = [RECIPE, "--run", str(self.folder), *self._overrides]
+        command = [*job, "--resume", str(self.folder)] if stored else [*job, *begun]
         environment = os.environ | self._environment | {
             "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0",
         }  # fmt: skip
         self._process = subprocess.Popen(
-            command + self._overrides,
+            command,
             cwd=ROOT,
             env=environment,
             stdout=self.output.open("ab"),
