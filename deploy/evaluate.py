@@ -134,7 +134,7 @@ def _store(played: Sequence[Trajectory], folder: Path) -> None:
 
 async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) -> list[Trajectory]:
     perception = Perception.load(path)
-    chat = Chat(load_tokenizer(path), perception, end_tokens(path))
+    chat = Chat(load_tokenizer(path), perception, end_tokens(path), conditions.context_tokens)
     context = conditions.context_tokens
     settings = conditions.engine.model_copy(update={"seeded": True})
     engine = await VllmEngine.start(
