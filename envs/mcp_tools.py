@@ -13,7 +13,6 @@ import asyncio
 import json
 import logging
 import os
-import sys
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -172,7 +171,7 @@ class _Connection:
 
 
 class _Stderr:
-    """What a server writes to stderr: passed on to ours as it comes, with the last line kept for an error."""
+    """What a server writes to stderr: logged as it comes, with the last line kept for an error."""
 
     def __init__(self) -> None:
         self._last = ""
@@ -195,7 +194,7 @@ class _Stderr:
         with open(reading, encoding="utf-8", errors="replace") as lines:
             for text in lines:
                 self._last = text.strip() or self._last
-                print(text, end="", file=sys.__stderr__ or sys.stderr)
+                log.warning("an MCP server writes: %r", text.rstrip())
         self._ended.set()
 
 

@@ -47,7 +47,7 @@ def guard(metric: str) -> str:
         ([*REUSE, CORRECTIONS + "[{kind='lag', max_lag=3}]"], "masks nothing: .* than 3 versions"),
         (["learner.algorithm.overlong={tokens=231, margin=31}"], "begins after 200 .* no episode has more than 200"),
         (["learner.algorithm.overlong={tokens=50, margin=10}", "agent.memory=full"], "no episode has more than 40"),
-        ([CREDIT + "{kind='gigpo', weight=0.0}"], "credit.gigpo.weight: Input should be greater than 0"),
+        ([CREDIT + "{kind='gigpo', weight=0.0}"], "credit.weight: Input should be greater than 0"),
         ([guard("value_error")], "value_error is never out of bounds: there is no learner.algorithm.critic"),
         ([guard("reference_kl")], "there is no learner.algorithm.kl"),
         ([guard("value_skipped_step")], "there is no learner.algorithm.critic"),
