@@ -228,6 +228,10 @@ class Inline:
         return outcome, self._kept(outcome)
 
     def _kept(self, outcome: Outcome) -> bytes | None:
+        if not isinstance(outcome, tuple) or len(outcome) != 5:
+            raise TypeError(
+                f"step() gave {outcome!r:.80}, not (observation, reward, terminated, truncated, info)"
+            )
         _, _, terminated, truncated, _ = outcome
         return None if self._state is None or terminated or truncated else self._state.snapshot()
 

@@ -116,15 +116,11 @@ async def go_on(
 
 
 async def step(replica: Replica, action: str, where: str) -> Turn:
-    """One step. Raises Trouble, also for an answer that is none."""
+    """One step. Raises Trouble, also for an answer that is none (the replica says so)."""
     began = time.perf_counter()
     with asking(f"{where}, action {shown(repr(action))}"):
         given = await replica.step(action)
         seconds = time.perf_counter() - began
-        if not isinstance(given, tuple) or len(given) != 5:
-            raise TypeError(
-                f"step() gave {shown(repr(given))}, not (observation, reward, terminated, truncated, info)"
-            )
         ended = bool(given[2]) or bool(given[3])
         return Turn(action, given, seconds=seconds, snapshot=None if ended else replica.snapshot())
 

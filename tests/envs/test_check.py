@@ -26,7 +26,7 @@ INLINE = [
     (bad.EndsTwice, "ends", "it says terminated and truncated"),
     (bad.EndsInNumbers, "ends", "terminated=0, truncated=False are no bools"),
     (bad.ToldTooSoon, "info", "success before the end"),
-    (bad.NamesNoNumbers, "info", "not names and numbers: could not convert"),
+    (bad.NamesNoNumbers, "info", "not names and numbers: the reward goal is the text 'much'; give a number"),
     (bad.OneListForAll, "sharing", "changed by a later step"),
     (bad.RaisesOnJunk, "unreadable", "it raised ValueError.*action ''"),
     (bad.PaysForJunk, "unreadable", "it paid 1"),

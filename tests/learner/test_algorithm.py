@@ -23,7 +23,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"credit": {"kind": "gae"}}, "'gae'", "add the section critic"),
     ({"critic": {}}, "'group'", "leave the section critic away"),
     ({"credit": {"kind": "gae"}, "critic": {"kind": "shared"}}, "'shared'", "skip_zero_advantage = false"),
-    ({"kl": {"coefficient": 0.1, "estimator": "k1"}, **EVERY_TOKEN}, "'k1' in the loss", "'k2' or 'k3'"),
+    (
+        {"kl": {"coefficient": 0.1, "estimator": "k1"}, **EVERY_TOKEN},
+        "'k1' in the loss",
+        "'k2', 'k3' or 'k3+'",
+    ),
     ({"loss": {"kind": "reinforce"}, "epochs": 2}, "'reinforce' has no ratio", "'cispo'"),
     (
         {"loss": {"kind": "reinforce"}, "minibatches": 2, "proximal": "learner"},
