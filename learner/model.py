@@ -351,8 +351,9 @@ def _load(path: str) -> PreTrainedModel:
     if missing:
         raise ModelError(f"model {path!r} lacks {len(missing)} weights, {missing[0]} among them")
     head = model.get_output_embeddings()
-    said_tied = config.get_text_config().tie_word_embeddings and config.tie_word_embeddings
-    if said_tied and head is not None and head.weight is not model.get_input_embeddings().weight:
+    of_both = (config, config.get_text_config())  # of a model that sees, one of them alone may say it
+    said = [each.tie_word_embeddings for each in of_both if hasattr(each, "tie_word_embeddings")]
+    if said and all(said) and head is not None and head.weight is not model.get_input_embeddings().weight:
         raise ModelError(
             f"model {path!r} says tie_word_embeddings=true, but its files hold a head of another value, which engines "
             "leave out; set it to false in config.json, or take the head out of the files"

@@ -33,7 +33,7 @@ def with_endpoint(scene: Callable[[Open, Session], Awaitable[None]]) -> None:
 
         try:
             async with asyncio.timeout(60):
-                await scene(connect, endpoint.open(encoding="utf-8"))
+                await scene(connect, endpoint.open())
         finally:
             for writer in writers:
                 writer.transport.abort()
