@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,15 +13,14 @@ import pytest
 import ray
 from transformers import AutoTokenizer
 
-from deploy import cli, connect, drive, envs_command
+from deploy import connect, drive, envs_command
 from deploy.janitor import TAG
 from deploy.preflight import check_tokenizer
 from envs import registry
 from learner.tokenizer import build_tokenizer
+from tests.deploy.command import Manta, command
 from tests.deploy.small_run import RECIPE
 from tests.envs import bad
-
-Manta = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -32,17 +30,7 @@ def manta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     monkeypatch.setattr(drive, "start_janitor", lambda *arguments: None)
     monkeypatch.setattr(drive, "temporary_of", lambda run: None)
     monkeypatch.setenv(TAG, "tests")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["manta", *arguments])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
+    return command(monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,9 +29,8 @@ from deploy.phases import Phases, Startup
 from deploy.progress import Progress
 from deploy.sittings import Sittings
 from deploy.train import Training
+from tests.deploy.command import Manta, command
 from tests.deploy.small_run import RECIPE, Stopped, configured, hf_engine, late_engine, same_bits, train
-
-Manta = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -41,17 +39,7 @@ def manta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     monkeypatch.setattr(drive, "_train", lambda *arguments: pytest.fail("a run was started"))
     monkeypatch.setattr(drive, "start_janitor", lambda *arguments: None)
     monkeypatch.setattr(drive, "make_private", lambda temporary: None)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["manta", *arguments])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
+    return command(monkeypatch, capsys)
 
 
 def files_of(folder: Path) -> dict[str, int]:
