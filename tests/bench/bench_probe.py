@@ -1,4 +1,6 @@
-"""How surely a sync is refused that left an engine with other weights, and a sound one is not; prints JSON.
+"""How surely a sync is refused that left an engine with other weights, and a sound one is not.
+
+Prints a table (docs/reliability.md) and what was missed, then the shares over all of it as JSON.
 
 The learner makes a step; an engine takes the version, and something goes wrong behind the checksums: a tensor is left
 out, or is that of the version before, or has noise of 1% of its norm, or two layers change places. Twenty seeds choose
@@ -12,8 +14,9 @@ import asyncio
 import json
 import os
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from learner.publish import Snapshot, take_snapshot
 from learner.settings import ModelSettings
 from learner.tiny import build_tiny
 from learner.tokenizer import build_tokenizer
+from rollout.engine import Engine
 from rollout.hf_engine import HfEngine
 from rollout.vllm_engine import VllmEngine, VllmSettings
 from rollout.wire.weights import WeightMismatch, WeightUpdate, inline, write_memory
@@ -42,7 +46,19 @@ FAULTS = ("dropped", "before", "noise", "swapped")
 NOISE = 0.01  # of a tensor's norm
 LEARNING_RATE = 2e-5  # what Adam moves every weight by in a step
 Tensors = dict[str, Tensor]
-Found = dict[str, list[bool]]
+
+
+@dataclass(frozen=True)
+class Sync:
+    """One sync of the study: whose, of which kind, and how it was judged."""
+
+    engine: str  # "transformers" or "vllm"
+    model: str
+    types: str  # the learner's and the engine's
+    kind: str  # "correct" or a fault
+    spoilt: str  # the first tensor with a fault
+    right: bool  # a sound one passed, one with a fault was refused
+    by_logprobs: bool = False  # the probe's logprobs alone refuse it
 
 
 def model_folders(root: Path) -> dict[str, Path]:
@@ -106,10 +122,8 @@ def tensors_of(snapshot: Snapshot) -> Tensors:
     }
 
 
-async def refused(
-    engine: HfEngine, snapshot: Snapshot, update: WeightUpdate, found: Found, kind: str
-) -> None:
-    """Note whether the engine, as it is now, would be refused: by its tensors, by logprobs alone, by either."""
+async def refusals(engine: HfEngine, snapshot: Snapshot, update: WeightUpdate) -> tuple[bool, bool]:
+    """Whether the engine, as it is now, would be refused: at all, and by the probe's logprobs alone."""
     probe = snapshot.manifest.probe
     by_tensors = by_logprobs = False
     try:
@@ -120,12 +134,13 @@ async def refused(
         probe.check(engine.name, update.version, await engine.score(probe.token_ids))
     except WeightMismatch:
         by_logprobs = True
-    found[kind].append(by_tensors or by_logprobs)
-    found[f"{kind} by logprobs, {snapshot.manifest.tensors[0].dtype}"].append(by_logprobs)
+    return by_tensors or by_logprobs, by_logprobs
 
 
-async def study_transformers(folder: Path, learner: str, dtype: str, seeds: int, found: Found) -> None:
+async def study_transformers(name: str, folder: Path, learner: str, dtype: str, seeds: int) -> list[Sync]:
     """All faults, seed by seed, in an engine that took a version rightly."""
+    study = partial(Sync, "transformers", name, f"{learner} > {dtype}")
+    found: list[Sync] = []
     policy = Policy(ModelSettings(path=str(folder), dtype=learner))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     engine = HfEngine(model, [0])
@@ -135,17 +150,23 @@ async def study_transformers(folder: Path, learner: str, dtype: str, seeds: int,
         snapshot = take_snapshot(policy, seed + 1, dtype)
         new = tensors_of(snapshot)
         update = WeightUpdate(snapshot.manifest, inline(snapshot.arrays))
-        try:
-            await engine.sync(update)
-            found["correct"].append(True)
-        except WeightMismatch:
-            found["correct"].append(False)
+        found.append(study("correct", "", await takes(engine, update)))
         for fault in FAULTS:
             wrong = spoilt(fault, new, old, seed)
             _write(engine, wrong)
-            await refused(engine, snapshot, update, found, fault)
+            found.append(study(fault, min(wrong), *await refusals(engine, snapshot, update)))
             _write(engine, {name: new[name] for name in wrong})
         old = new
+    return found
+
+
+async def takes(engine: Engine, update: WeightUpdate) -> bool:
+    """Whether the engine takes the version."""
+    try:
+        await engine.sync(update)
+    except WeightMismatch:
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -173,47 +194,85 @@ def spoil_loading(worker: Any, fault: str, seed: int) -> None:
     model.load_weights = wrong
 
 
-async def study_vllm(folder: Path, dtype: Any, seeds: int, found: Found) -> None:
+async def study_vllm(name: str, folder: Path, dtype: Any, seeds: int) -> list[Sync]:
     """The same in the real vLLM, whose worker loads the tensors wrongly; after each fault it loads them rightly."""
+    study = partial(Sync, "vllm", name, f"float32 > {dtype}")
+    found: list[Sync] = []
     policy = Policy(ModelSettings(path=str(folder)))
     settings = VllmSettings(dtype=dtype, kv_cache_gib=0.25, max_num_seqs=8)
     engine = await VllmEngine.start("rollout-0", str(folder), [0], 128, settings)
+    old: Tensors = {}
     try:
         for seed in range(seeds):
             for kind in ("correct", *FAULTS) if seed else ("correct",):
                 make_step(policy, 10 * seed + len(kind))
                 snapshot = take_snapshot(policy, 10 * seed, dtype)
+                new = tensors_of(snapshot)
                 await engine._llm.collective_rpc(spoil_loading, args=(kind, seed))
                 handle, _alive = write_memory(snapshot.arrays)
-                try:
-                    await engine.sync(WeightUpdate(snapshot.manifest, handle))
-                    found["vllm_correct" if kind == "correct" else "vllm_refused"].append(kind == "correct")
-                except WeightMismatch:
-                    found["vllm_correct" if kind == "correct" else "vllm_refused"].append(kind != "correct")
+                took = await takes(engine, WeightUpdate(snapshot.manifest, handle))
+                if kind == "correct":
+                    found.append(study(kind, "", took))
+                    old = new
+                else:
+                    found.append(study(kind, min(spoilt(kind, new, old, seed)), not took))
     finally:
         await engine.close()
+    return found
+
+
+def share(syncs: Iterable[Sync], verdict: str = "right") -> float:
+    """Of these syncs."""
+    return round(float(np.mean([getattr(sync, verdict) for sync in syncs])), 3)
+
+
+def write_power(found: list[Sync]) -> None:
+    """A row of Markdown for each engine, model and pair of types, then every sync that was judged wrongly."""
+    print(
+        "| engine | model | learner > engine |", " | ".join(f"{kind}" for kind in ("correct", *FAULTS)), "|"
+    )
+    print("|---" * (4 + len(FAULTS)) + "|")
+    for subject in dict.fromkeys((sync.engine, sync.model, sync.types) for sync in found):
+        cells = [
+            [sync for sync in found if (sync.engine, sync.model, sync.types, sync.kind) == (*subject, kind)]
+            for kind in ("correct", *FAULTS)
+        ]
+        counts = (f"{sum(sync.right for sync in cell)} of {len(cell)}" for cell in cells)
+        print("|", " | ".join([*subject, *counts]), "|")
+    for sync in found:
+        if not sync.right:
+            print(f"wrong: {sync}")
 
 
 def main(seeds: int = SEEDS, with_vllm: bool = True) -> dict[str, float]:
     """Shares: of sound syncs that passed, and of each kind of fault that was refused."""
     torch.set_num_threads(1)
-    found: Found = defaultdict(list)
+    found: list[Sync] = []
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function is sent to vLLM's worker
     with tempfile.TemporaryDirectory() as root:
         folders = model_folders(Path(root))
-        for folder in folders.values():
+        for name, folder in folders.items():
             for learner in DTYPES:
                 for dtype in DTYPES:
-                    asyncio.run(study_transformers(folder, learner, dtype, seeds, found))
+                    found += asyncio.run(study_transformers(name, folder, learner, dtype, seeds))
         if with_vllm:
             for name, dtype in (("smollm2", "bfloat16"), ("qwen3", "float32")):
                 if name in folders:
-                    asyncio.run(study_vllm(folders[name], dtype, SEEDS_OF_VLLM[name], found))
-    return {kind: round(float(np.mean(shares)), 3) for kind, shares in found.items()} | {
-        "syncs": len(found["correct"]) * (1 + len(FAULTS))
-        + len(found["vllm_correct"])
-        + len(found["vllm_refused"])
-    }
+                    found += asyncio.run(study_vllm(name, folders[name], dtype, SEEDS_OF_VLLM[name]))
+    write_power(found)
+    figures: dict[str, float] = {"syncs": len(found)}
+    for kind in ("correct", *FAULTS):
+        figures[kind] = share(s for s in found if (s.engine, s.kind) == ("transformers", kind))
+    for kind in FAULTS:
+        for dtype in DTYPES:
+            of_type = (
+                s for s in found if s.kind == kind and s.types.endswith(f"> {dtype}") and s.engine != "vllm"
+            )
+            figures[f"{kind} by logprobs, {dtype}"] = share(of_type, "by_logprobs")
+    if with_vllm:
+        figures["vllm_correct"] = share(s for s in found if (s.engine, s.kind) == ("vllm", "correct"))
+        figures["vllm_refused"] = share(s for s in found if s.engine == "vllm" and s.kind != "correct")
+    return figures
 
 
 if __name__ == "__main__":

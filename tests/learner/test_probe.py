@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from learner.publish import take_snapshot
 from learner.settings import LoraSettings, ModelSettings
 from rollout.hf_engine import HfEngine
 from rollout.wire.weights import WeightUpdate, inline
-from tests.bench.bench_probe import FAULTS, Found, study_transformers
+from tests.bench.bench_probe import FAULTS, study_transformers
 from tests.smollm2 import FOLDER, needs_smollm2
 
 
@@ -32,10 +31,9 @@ def _difference(policy: Policy, folder: Path, dtype: str) -> tuple[float, float]
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_sound_sync_passes_and_every_kind_of_fault_is_refused(tiny: Path, dtype: str) -> None:
-    found: Found = defaultdict(list)
-    asyncio.run(study_transformers(tiny, "float32", dtype, 2, found))
-    assert found["correct"] == [True] * 2
-    assert {fault: found[fault] for fault in FAULTS} == {fault: [True] * 2 for fault in FAULTS}
+    found = asyncio.run(study_transformers("tiny", tiny, "float32", dtype, 2))
+    assert [sync for sync in found if not sync.right] == []
+    assert [sync.kind for sync in found] == ["correct", *FAULTS] * 2
 
 
 @needs_smollm2
