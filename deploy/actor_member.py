@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -14,6 +14,8 @@ from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightUpdate
 from rollout.wire.whereabouts import Whereabouts
+
+Hear = Callable[[str, Sequence[str]], None]  # a worker's name, and its notices
 
 
 def actor(cls: type, groups: dict[str, int] | None = None, **options: Any) -> Any:
@@ -28,10 +30,22 @@ async def awaited(reference: Any) -> Any:
 
 
 class ActorMember:
-    """`deploy.member.Member` over a handle. With `native` weights the learner reaches the engines itself."""
+    """`deploy.member.Member` over a handle. With `native` weights the learner reaches the engines itself.
 
-    def __init__(self, name: str, handle: Any, native: bool = False, startup: Startup | None = None) -> None:
+    hear: told of what the worker notices, with every heartbeat and at its end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        handle: Any,
+        native: bool = False,
+        startup: Startup | None = None,
+        hear: Hear | None = None,
+    ) -> None:
         self.name = name
+        self._hear = hear
+        self._heard = 0
         self._startup = startup or Startup()
         self._handle = handle
         self._native = native
@@ -56,6 +70,7 @@ class ActorMember:
 
     async def ping(self) -> None:
         await self._handle.ping.remote()
+        await self._listen()
 
     async def standing(self) -> str:
         text: str = await self._handle.standing.options(concurrency_group=BESIDE).remote()
@@ -76,8 +91,15 @@ class ActorMember:
         return text
 
     async def close(self) -> None:
+        await self._listen()
         await self._handle.close.remote()
 
     async def kill(self) -> None:
         # The handle is no more once its actor has ended; killing a stopped process takes the raylet some seconds.
         ray.kill(self._handle)
+
+    async def _listen(self) -> None:
+        if self._hear is not None:
+            told: list[str] = await self._handle.notices.remote(self._heard)
+            self._heard += len(told)
+            self._hear(self.name, told)

@@ -30,6 +30,7 @@ from deploy.connect import require_room
 from deploy.fleet import Fleet
 from deploy.learner_part import LearnerPart
 from deploy.models import build_learner, model_path
+from deploy.noticed import Noticed
 from deploy.phases import Startup
 from deploy.ring import LearnerLost, Row, first_failure, loss_to_come
 from deploy.supervise import Budget, PartFailed, PartLost, brief, place, within
@@ -67,6 +68,7 @@ class RayRing:
         self._config = config
         self._engine_factory = engine_factory
         self._say = say
+        self._noticed = Noticed(self.run_folder, say)
         self._startup = startup or Startup()
         self._native = config.weights.transfer != "object_store"  # its workers are those of the start
         self._exchange: Any = None
@@ -145,7 +147,7 @@ class RayRing:
         return self._handles[name]
 
     def _launch(self, name: str) -> ActorMember:
-        return ActorMember(name, self._handle(name), self._native, self._startup)
+        return ActorMember(name, self._handle(name), self._native, self._startup, self._noticed.hear)
 
     # The driver's verbs -------------------------------------------------------------------------------------------
 
@@ -250,10 +252,8 @@ class RayRing:
     async def stacks(self) -> dict[str, str]:
         """What every part is doing; those that do not say are named so."""
         told = await self._fleet.stacks()
-        for name, handle in {
-            "exchange": self._exchange,
-            **(self._learner.handles if self._learner else {}),
-        }.items():
+        parts = {"exchange": self._exchange, **(self._learner.handles if self._learner else {})}
+        for name, handle in parts.items():
             try:
                 told[name] = await within(5.0, awaited(handle.stacks.remote()), name)
             except (PartLost, RayActorError) as error:

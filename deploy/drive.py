@@ -115,7 +115,7 @@ def _train(
         elif local:
             from deploy.local import LocalRing
 
-            ring = LocalRing(config, folder, startup=startup)
+            ring = LocalRing(config, folder, startup=startup, say=progress.say)
         else:
             from deploy.cluster import RayRing
 

@@ -6,7 +6,9 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from deploy import run_folder
 from deploy.build import load_tokenizer
 from deploy.config import ConfigError, toml_value
+from deploy.console import errors, write
 from deploy.conversations import rehearse
 from deploy.evaluation import Evaluation as Evaluation
+from deploy.noticed import Noticed
 from deploy.preflight import check_context, check_ends, check_model, check_tokenizer, first_observation
 from deploy.quiet import output_kept_in
 from deploy.trust import executed_by_evaluation, require_trust
@@ -26,6 +30,7 @@ from rollout.agent import Agent, AgentSettings
 from rollout.chat import Chat
 from rollout.end_tokens import end_tokens
 from rollout.engine import Sampling, WeightsNotFinite
+from rollout.notices import Notices
 from rollout.perception import Perception
 from rollout.pool import EnvironmentPool
 from rollout.vllm_engine import VllmEngine, VllmSettings
@@ -102,14 +107,25 @@ def evaluate_checkpoint(
         rehearse(chat, observation, conditions.agent)
     tasks = [Task.of(env_id, seed, conditions.env_options) for seed in seeds]
     if folder is None:
-        return Evaluation.of(_rows(asyncio.run(_evaluate(path, tasks, conditions))))
+        with _notices_said(None):
+            return Evaluation.of(_rows(asyncio.run(_evaluate(path, tasks, conditions))))
     folder.mkdir(mode=0o700, parents=True)
-    with output_kept_in(folder / LOG_FILE):
+    with _notices_said(folder), output_kept_in(folder / LOG_FILE):
         played = asyncio.run(_evaluate(path, tasks, conditions))
     _store(played, folder)
     evaluation = Evaluation.of(_rows(played))
     evaluation.save(folder / "evaluation.json")
     return evaluation
+
+
+@contextmanager
+def _notices_said(folder: Path | None) -> Iterator[None]:
+    """Say at the end what is noticed meanwhile, however it ends."""
+    with Notices() as notices:
+        try:
+            yield
+        finally:
+            Noticed(folder, partial(write, errors())).hear("", notices.since(0))
 
 
 def new_folder(env_id: str, runs: Path) -> Path:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,14 @@ from deploy.build import (
 )
 from deploy.config import ConfigError, RunConfig
 from deploy.models import build_learner, model_path
+from deploy.noticed import Noticed
 from deploy.phases import Startup
 from deploy.ring import LearnerLost, Row, first_failure
 from learner.checkpoint import latest
 from learner.loop import LearnerLoop, Place, Source, sync_metrics
 from learner.publish import Snapshot
 from rollout.loop_watch import LoopWatch
+from rollout.notices import Notices
 from rollout.wire.metrics import joined
 from rollout.wire.schema import encode
 from rollout.wire.store import EpisodeRow
@@ -74,6 +76,7 @@ class LocalRing:
         run_folder: Path,
         engine_factory: EngineFactory = vllm_engine,
         startup: Startup | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
         if config.weights.transfer != "object_store":
             raise ConfigError(
@@ -90,6 +93,7 @@ class LocalRing:
         self.run_folder = run_folder
         self._config = config
         self._engine_factory = engine_factory
+        self._noticed = Noticed(run_folder, say)
         self._startup = startup or Startup()
         self._workers: list[RolloutWorker] = []
         self._runs: list[asyncio.Task[None]] = []
@@ -100,6 +104,12 @@ class LocalRing:
     async def start(self, resume: bool) -> int:
         config = self._config
         path = model_path(config, self.run_folder)
+        loop = asyncio.get_running_loop()
+
+        def tell(text: str) -> None:
+            loop.call_soon_threadsafe(self._noticed.hear, "", [text])
+
+        self._started.enter_context(Notices(tell))
         self._exchange = exchange_builder(config, self.run_folder)()
         self._started.push_async_callback(self._exchange.close)
         for index in range(config.rollout.workers):

@@ -28,6 +28,7 @@ from envs.child import found, leashed
 from envs.tool import Tool, ToolGone, ToolRefused, WrongArguments, line
 
 log = logging.getLogger(__name__)
+server_log = logging.getLogger("mcp_server")  # what it says is no warning of ours
 
 T = TypeVar("T")
 
@@ -194,7 +195,7 @@ class _Stderr:
         with open(reading, encoding="utf-8", errors="replace") as lines:
             for text in lines:
                 self._last = text.strip() or self._last
-                log.warning("an MCP server writes: %r", text.rstrip())
+                server_log.warning("an MCP server writes: %r", text.rstrip())
         self._ended.set()
 
 

@@ -13,6 +13,7 @@ import ray
 import ray._private.worker
 
 from rollout.loop_watch import LoopWatch
+from rollout.notices import Notices
 from rollout.vllm_engine import VllmEngine
 from rollout.wire.actors import RemoteExchange
 from rollout.wire.schema import encode
@@ -52,6 +53,8 @@ class RolloutActor:
         # An asyncio actor is made on its event loop.
         loop = asyncio.get_running_loop()
         self._watch = LoopWatch(_STACKS_SECONDS)
+        logging.basicConfig()  # to standard error, which is this process's log
+        self._notices = Notices().__enter__()  # for as long as there is this process
         _on_sigterm(lambda: loop.call_soon_threadsafe(self._begin_to_leave))
 
     async def start(self) -> Whereabouts:
@@ -64,6 +67,10 @@ class RolloutActor:
         worker = self._started()
         await worker.engine.ping()
         return worker.heartbeat()
+
+    async def notices(self, heard: int) -> list[str]:
+        """What this process has noticed after the first `heard` notices, see `rollout.notices`."""
+        return self._notices.since(heard)
 
     async def standing(self) -> str:
         """How long the event loop has stood and where; empty while it goes on. To be asked in the group `BESIDE`."""

@@ -64,7 +64,9 @@ async def play(
         return await _on_a_replica(place, pool, agent, limits, watch, so_far)
     except CannotGoOn as reason:
         watch.restarted(reason.why)
-        log.info("group %d, episode %d starts again: %s", place.slot.group_id, place.index, reason)
+        # That of an environment that does not repeat itself is nothing to be told of.
+        level = logging.INFO if reason.why is Restart.NONDETERMINISTIC else logging.WARNING
+        log.log(level, "group %d, episode %d starts again: %s", place.slot.group_id, place.index, reason)
     return await _on_a_replica(place, pool, agent, limits, watch, None)
 
 

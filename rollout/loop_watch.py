@@ -66,7 +66,7 @@ class LoopWatch:
                 noticed = 0.0
             if not noticed and (told := self.standing()):
                 noticed = self._beaten
-                log.warning("%s:\n%s", told, _stack(self._thread))
+                log.warning("all episodes of a worker wait: %s\n%s", told, _stack(self._thread))
 
 
 def _stack(thread: int) -> str:

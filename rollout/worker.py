@@ -24,6 +24,7 @@ from rollout.agent import Agent
 from rollout.engine import Engine, EngineDied, derive_seed
 from rollout.episode import Limits, Place
 from rollout.group import concurrently, play, run_group
+from rollout.notices import last_line
 from rollout.pool import EnvironmentPool
 from rollout.recorder import Recorder
 from rollout.tally import Recorded, Tally
@@ -276,7 +277,8 @@ class RolloutWorker:
     async def _give_up(self, slot: Slot, error: Exception) -> None:
         """Drop a group by which a worker was lost before, and which would cost this one too."""
         told = "".join(traceback.format_exception(error))
-        log.error("group %d is dropped, the second worker could not play it: %s", slot.group_id, told)
+        said = "group %d is dropped, the second worker could not play it: %r\n%s"
+        log.error(said, slot.group_id, error, told)
         try:
             await self._exchange.drop(slot, DropReason.CRASHED, told)
         except StaleSlot:
@@ -287,7 +289,7 @@ class RolloutWorker:
 
     async def _hand_over(self, group: Group) -> None:
         for trajectory in group.trajectories:
-            self._tally.ended(trajectory)
+            self._note_end(trajectory)
         rows = [EpisodeRow.of(trajectory) for trajectory in group.trajectories]
         if len(group.trainable) < self._settings.needed:
             errors = [trajectory.error for trajectory in group.trajectories if trajectory.error]
@@ -303,8 +305,13 @@ class RolloutWorker:
     async def _evaluate_one(self, place: Place, gate: asyncio.Semaphore) -> Trajectory:
         async with gate:
             trajectory = await play(place, self._pool, self._agent, self._settings.limits, self._tally)
-        self._tally.ended(trajectory)
+        self._note_end(trajectory)
         return trajectory
+
+    def _note_end(self, trajectory: Trajectory) -> None:
+        self._tally.ended(trajectory)
+        if trajectory.error:
+            log.warning("an episode failed and is left out: %s", last_line(trajectory.error))
 
 
 def as_groups(trajectories: Sequence[Trajectory]) -> list[Group]:
