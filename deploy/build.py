@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
@@ -19,6 +19,8 @@ from envs import hosted, registry
 from envs.base import Observation
 from envs.host import EnvironmentFailed, EnvironmentRefused, HostSettings
 from envs.hosted import Hosted
+from envs.own_code import came_from, told
+from envs.tool import ToolRefused
 from rollout.agent import Agent
 from rollout.chat import Chat
 from rollout.demonstrate import demonstrate
@@ -39,6 +41,8 @@ from rollout.worker import GroupExchange, RolloutWorker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 EngineFactory = Callable[[RunConfig, str, str], Awaitable[Engine]]  # (config, worker name, model path)
 
@@ -86,9 +90,9 @@ def looked_at(
     where it fails or does not answer.
     """
     if registry.is_trusted(env_id):
-        env = dressed(partial(registry.make, env_id, **options), parts)
+        env = _asked(env_id, lambda: dressed(partial(registry.make, env_id, **options), parts))
         try:
-            yield lambda seed: env.reset(seed=seed)[0]
+            yield lambda seed: _asked(env_id, lambda: env.reset(seed=seed)[0])
         finally:
             env.close()
         return
@@ -100,6 +104,18 @@ def looked_at(
         raise ConfigError(str(error)) from error
     except EnvironmentFailed as error:
         raise ConfigError(f"environment {env_id}: {error}") from error
+
+
+def _asked(env_id: str, call: Callable[[], T]) -> T:
+    """The answer of an environment of this process; an error of other people's code becomes ConfigError, one line."""
+    try:
+        return call()
+    except (registry.EnvironmentUnknown, ToolRefused):
+        raise
+    except (Exception, SystemExit) as error:
+        if env_id in registry.registered() and not came_from(error):
+            raise  # a fault of Manta's own environment keeps its traceback
+        raise ConfigError(f"environment {env_id}: {told(error)}") from error
 
 
 def distinct_tasks(

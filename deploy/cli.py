@@ -188,7 +188,7 @@ def submit(
 @app.command()
 def scale(
     run: Annotated[Path, typer.Argument(help="The folder of a run that is going on.")],
-    workers: Annotated[int, typer.Option(min=1, max=1024, help="Rollout workers wanted from now on.")],
+    workers: Annotated[int, typer.Option(help="Rollout workers wanted from now on.")],
 ) -> None:
     """Change the number of rollout workers of a running job; nothing is restarted and nothing is lost.
 
@@ -373,8 +373,9 @@ def _verdicts() -> tuple[type[Exception], ...]:
     """What ends a run on purpose. PartFailed, the supervisor's, names part, host, log file and the part's own error."""
     from deploy.guards import GuardTripped
     from deploy.supervise import PartFailed
+    from rollout.wire.failures import TooManyFailures
 
-    return PartFailed, GuardTripped
+    return PartFailed, GuardTripped, TooManyFailures
 
 
 if __name__ == "__main__":

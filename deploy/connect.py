@@ -16,7 +16,7 @@ from deploy.janitor import TAG, ray_folder
 def connect(config: RunConfig, temporary: Path | None = None) -> None:
     """Join the cluster named by the configuration or by the job that runs us, or start a local Ray.
 
-    A local Ray keeps its sockets and logs below `temporary`, where one is given.
+    A local Ray keeps its sockets and logs below `temporary`, where one is given. ConfigError where Ray cannot be had.
     """
     if ray.is_initialized():
         return
@@ -24,13 +24,33 @@ def connect(config: RunConfig, temporary: Path | None = None) -> None:
     if config.cluster.joins:
         if run := os.environ.get(TAG):
             options["runtime_env"] = {"env_vars": {TAG: run}}
-        ray.init(address=config.cluster.address or "auto", **options)
+        address = config.cluster.address or "auto"
+        _init(
+            f"the Ray cluster at cluster.address={address!r} cannot be joined",
+            "see that it runs there (ray status) with the same version of Ray, or say cluster.address= to start one",
+            address=address,
+            **options,
+        )
     else:
         port = config.cluster.dashboard_port
         options |= {"include_dashboard": bool(port)} | ({"dashboard_port": port} if port else {})
         if temporary is not None:
             options["_temp_dir"] = str(ray_folder(temporary))
-        ray.init(address="local", **options)
+        _init(
+            "Ray did not start on this machine",
+            "wait for processors and memory to be free and try again, or train without Ray: --local",
+            address="local",
+            **options,
+        )
+
+
+def _init(what: str, remedy: str, **options: Any) -> None:
+    """Call `ray.init`. ConfigError, one line, where it fails: of a node that is late Ray raises Exception itself."""
+    try:
+        ray.init(**options)
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"{what}: {said}; {remedy}") from error
 
 
 def require_capacity(config: RunConfig) -> None:

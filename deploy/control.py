@@ -65,7 +65,9 @@ def is_driven(folder: Path) -> bool:
 
 
 def ask_workers(folder: Path, workers: int) -> None:
-    """Ask the driver of a run for so many rollout workers."""
+    """Ask the driver of a run for so many rollout workers. ConfigError for a number that no driver looks after."""
+    if not 1 <= workers <= MOST_WORKERS:
+        raise ConfigError(f"--workers {workers}: name a number from 1 to {MOST_WORKERS}")
     if not is_driven(folder):
         raise ConfigError(f"{folder}: no driver is running it, so there is nothing to scale")
     _replace(folder / WANTED, {"workers": workers})

@@ -15,6 +15,7 @@ from deploy import run_folder
 from deploy.config import ConfigError, RunConfig
 from deploy.console import Console, errors, write
 from deploy.control import driving
+from deploy.failure_log import failures_kept_in
 from deploy.finished import print_outcome
 from deploy.janitor import (
     make_private,
@@ -51,7 +52,8 @@ def drive(
     startup: Startup | None = None,
     stored: RunConfig | None = None,
 ) -> None:
-    """Run to the end and print the outcome. typer.Exit(130) after Ctrl-C or SIGTERM; PartFailed as it is.
+    """Run to the end and print the outcome. typer.Exit(130) after Ctrl-C or SIGTERM; PartFailed and TooManyFailures say
+    where the logs are.
 
     The folder is this process's alone from before anything is written into it. startup: counts what comes before the
     first episode; stored: the configuration that a run which goes on was found with.
@@ -76,7 +78,8 @@ def drive(
         if not resume or config != run_folder.open_existing(folder):
             run_folder.store(config, folder)  # of one that is resumed: it goes on elsewhere, from now on
         try:
-            summary = _train(config, folder, console, resume, local, startup)
+            with failures_kept_in(folder):
+                summary = _train(config, folder, console, resume, local, startup)
         except (KeyboardInterrupt, Stopped):
             again = f"manta train --resume {shlex.quote(str(folder))}{' --local' * local}"
             write(errors(), f"stopped; go on with: {again}")

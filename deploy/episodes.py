@@ -14,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from rollout.wire.schema import SCHEMA
 from rollout.wire.segments import read_rows
 from rollout.wire.trajectory import EndReason
 
@@ -75,13 +76,18 @@ def chosen_episodes(run_folder: Path, task: str = "held-out task") -> list[Episo
     """
     text = token_text(run_folder)
     evaluations = run_folder / "evaluations"
-    before, after = (Spans.of(read_rows(evaluations / name)) for name in ("before", "after"))
-    training = Spans.of(read_rows(run_folder / "groups"))
+    before, after = (Spans.of(_stored(evaluations / name)) for name in ("before", "after"))
+    training = Spans.of(_stored(run_folder / "groups"))
     shown = []
     if learned := _learned(before, after):
         shown.append(before.episode(learned[0], f"{task}, before training", text))
         shown.append(after.episode(learned[1], "the same task, after training", text))
     return shown + [training.episode(place, why, text) for place, why in _telling(training)]
+
+
+def _stored(folder: Path) -> pa.Table:
+    """The rows of a folder that a run which has not come so far does not have yet."""
+    return read_rows(folder) if folder.is_dir() else SCHEMA.empty_table()
 
 
 def token_text(run_folder: Path) -> TokenText:

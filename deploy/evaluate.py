@@ -20,6 +20,7 @@ from deploy.config import ConfigError, toml_value
 from deploy.console import errors, write
 from deploy.conversations import rehearse
 from deploy.evaluation import Evaluation as Evaluation
+from deploy.failure_log import failures_kept_in
 from deploy.noticed import Noticed
 from deploy.preflight import check_context, check_ends, check_model, check_tokenizer, first_observation
 from deploy.quiet import output_kept_in
@@ -113,7 +114,8 @@ def evaluate_checkpoint(
     with _notices_said(folder), output_kept_in(folder / LOG_FILE):
         played = asyncio.run(_evaluate(path, tasks, conditions))
     _store(played, folder)
-    evaluation = Evaluation.of(_rows(played))
+    with failures_kept_in(folder):
+        evaluation = Evaluation.of(_rows(played))
     evaluation.save(folder / "evaluation.json")
     return evaluation
 

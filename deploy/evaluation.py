@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from deploy.statistics import bootstrap_interval, wilson_interval
+from rollout.wire.failures import TooManyFailures, cause_of
 from rollout.wire.store import EpisodeRow
 
 WHEN = ("before", "after")  # of training
@@ -30,10 +31,13 @@ class Evaluation:
 
     @classmethod
     def of(cls, rows: Sequence[EpisodeRow], held_out: bool = False) -> Self:
-        """Raises RuntimeError when every episode was lost, with the last error."""
+        """Raises TooManyFailures when every episode was lost, with the last error."""
         sound = [row for row in rows if row.sound]
         if not sound:
-            raise RuntimeError(f"all {len(rows)} evaluation episodes failed; the last: {rows[-1].error}")
+            error = rows[-1].error or ""
+            raise TooManyFailures(
+                f"all {len(rows)} evaluation episodes failed; the last: {cause_of(error)}", error
+            )
         judged = any(row.success is not None for row in sound)
         rewards = [row.reward for row in sound]
         return cls(

@@ -8,6 +8,7 @@ RUN/advantages/       of trained tokens, a file a version
 RUN/turns/            turns of unfinished groups         RUN/logs/       of a local Ray, once the run has ended
 RUN/driver.lock, roster.json, wanted.json                who drives the run, its parts, what was asked of it
 RUN/notices.log       what its workers noticed and the console said, a line each
+RUN/failure.log       of a run whose episodes failed too often: the traceback of the last one
 RUN/sittings.json     what each sitting took: a run that was stopped and gone on with has several
 """
 

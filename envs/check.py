@@ -34,6 +34,7 @@ from envs.apart import Unfit, made, played_apart, process
 from envs.base import text_space
 from envs.findings import Finding, answered, paid, said
 from envs.host import Env, EnvironmentFailed, Inline
+from envs.own_code import told
 from envs.recording import Record, Script, Trouble, asking, first_difference, go_on, play, shown, step
 from envs.registry import Player
 
@@ -128,8 +129,8 @@ async def _check(
         findings.append(unfit.finding)
     except Trouble as trouble:
         apart_only = isinstance(trouble.error, EnvironmentFailed)  # its words are those of the error there
-        told = str(trouble.error) if apart_only else repr(trouble.error)
-        findings.append(Finding("raises", shown(told, 200), trouble.where))
+        said = str(trouble.error) if apart_only else told(trouble.error)
+        findings.append(Finding("raises", shown(said, 400), trouble.where))
     return list({finding.kind: finding for finding in reversed(findings)}.values())[
         ::-1
     ]  # the first of each kind
@@ -197,7 +198,7 @@ async def _unreadable(subject: Subject) -> list[Finding]:
         try:
             turn = await step(replica, action, where)
         except Trouble as trouble:
-            return [Finding("unreadable", f"it raised {shown(repr(trouble.error), 200)}", where)]
+            return [Finding("unreadable", f"it raised {shown(told(trouble.error), 400)}", where)]
         findings = list(answered(turn, where, subject.seconds))
         if not findings and turn.told[4].get("malformed") and turn.told[1] != 0:
             findings = [Finding("unreadable", f"it paid {float(turn.told[1]):g}", where)]
@@ -255,7 +256,7 @@ async def _closed(subject: Subject) -> list[Finding]:
             await replica.close()
             await replica.close()
     except Trouble as trouble:
-        return [Finding("closing", shown(repr(trouble.error)), trouble.where)]
+        return [Finding("closing", shown(told(trouble.error), 400), trouble.where)]
     return []
 
 

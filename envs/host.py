@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from envs.adapters import TextAdapter
 from envs.base import Info, Observation, Snapshots
 from envs.call_thread import CallThread, Overdue
+from envs.own_code import told
 from envs.reference import awaited
 
 Env = gym.Env[Any, str]  # text or chat messages in, text out: see envs.base
@@ -250,7 +251,7 @@ async def _within(thread: CallThread, call: Callable[[], Any], what: str, second
             f"it did not {what} within {seconds:g} s (env.host.{limit}); its thread was left behind in {where}"
         ) from None
     except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
-        raise EnvironmentFailed(f"it ended with {error!r}") from error
+        raise EnvironmentFailed(f"it ended with {told(error)}") from error
 
 
 def reach(env: Env) -> Snapshots | None:

@@ -3,7 +3,7 @@
     parent                                    child of a nursery (nursery.py), in a session of its own
     Hosted.start      recipe, pickled   ->    makes the environment
     reset, step       a request         ->    asks the environment
-                      <-   an answer          what it says, or the error it raised
+                      <-   an answer          what it says, or the error it raised, or that it exits
     close             end of file       ->    closes the environment and ends
 
 Requests and answers are a head in JSON and some bytes (the recipe, a snapshot), over a socket pair. Nothing that comes
@@ -40,6 +40,7 @@ from envs.host import (
     Sampled,
 )
 from envs.nursery import Forked, nursery
+from envs.own_code import told
 from envs.registry import EnvironmentUnknown
 from envs.tool import ToolRefused
 from envs.tools import answers_by_reason
@@ -141,6 +142,9 @@ class Hosted:
         except (ConnectionError, EOFError):
             code = await self._exit_code(_CLOSE_SECONDS)
             raise EnvironmentFailed(f"its process {self.pid} died with {_told(code)}") from None
+        if "exits" in answer:
+            code = await self._exit_code(_CLOSE_SECONDS)
+            raise EnvironmentFailed(f"its process {self.pid} died with {_told(code)}: {answer['exits']}")
         self._owes_answer = False
         if "error" in answer:
             failed = EnvironmentRefused if answer["refused"] else EnvironmentFailed
@@ -217,13 +221,14 @@ async def _serve(channel: socket.socket) -> None:
                 if replica is None:
                     replica = Inline(pickle.loads(blob)())
                 answer = _framed(*await _answer(replica, head, blob))
-            except (
-                Exception
-            ) as error:  # the environment is anybody's code; its error is the parent's to judge
+            except SystemExit as error:
+                channel.sendall(_framed({"exits": told(error)}, b""))
+                raise
+            # The environment is anybody's code; its error is the parent's to judge.
+            except Exception as error:
                 refused = isinstance(error, EnvironmentUnknown | ToolRefused)
-                said = str(error) if refused else repr(error)
-                told = {"error": said, "refused": refused, "traceback": traceback.format_exc()}
-                answer = _framed(told, b"")
+                failure = {"error": str(error) if refused else told(error), "refused": refused}
+                answer = _framed(failure | {"traceback": traceback.format_exc()}, b"")
             channel.sendall(answer)
     if replica is not None:
         await replica.close()
@@ -243,20 +248,20 @@ async def _answer(replica: Inline, request: dict[str, Any], blob: bytes) -> Mess
             replica.sampled(Sampled(*request["sampled"]))
             observation, reward, terminated, truncated, info = await replica.step(request["action"])
             snapshot = None if terminated or truncated else replica.snapshot()
-            told: dict[str, Any] = {key: bool(info[key]) for key in _INFO if info.get(key) is not None}
+            verdicts: dict[str, Any] = {key: bool(info[key]) for key in _INFO if info.get(key) is not None}
             if (named := named_rewards(info)) is not None:
-                told["rewards"] = named
-            told |= end_behind(info)
+                verdicts["rewards"] = named
+            verdicts |= end_behind(info)
             if reasons := answers_by_reason(info):
-                told["tools"] = reasons
+                verdicts["tools"] = reasons
             if (seat := seat_of(info)) is not None:
-                told["seat"] = seat
+                verdicts["seat"] = seat
             answer = {
                 "observation": observation,
                 "reward": as_number(reward, "the reward"),
                 "terminated": bool(terminated),
                 "truncated": bool(truncated),
-                "info": told,
+                "info": verdicts,
                 "snapshot": snapshot is not None,
             }
             return answer, snapshot or b""

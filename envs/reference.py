@@ -1,4 +1,4 @@
-"""A user's own functions: references to them, as recipes write them ("module:function"), and what they return."""
+"""A user's own modules and functions, as recipes name them ("module:function"), and what they return."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import importlib
 import inspect
 import threading
 from collections.abc import Awaitable, Callable
+from types import ModuleType
 from typing import Any
+
+from envs.own_code import told
 
 
 def load_function(reference: str) -> Callable[..., Any]:
@@ -16,13 +19,24 @@ def load_function(reference: str) -> Callable[..., Any]:
     if not (module and colon and name):
         raise ValueError(f"{reference!r} is not of the form module:function")
     try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
+        found = getattr(imported(module), name, None)
+    except ValueError as error:
         raise ValueError(f"{reference!r} cannot be imported: {error}") from error
     if not callable(found):
         raise ValueError(f"{reference!r}: module {module} has no function {name!r}")
     loaded: Callable[..., Any] = found
     return loaded
+
+
+def imported(module: str) -> ModuleType:
+    """A user's own module. ValueError, one line, where it is not there, raises or exits; names the line that did."""
+    try:
+        return importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # it is anybody's code
+        missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        if missing:
+            raise ValueError(f"there is no module {module} to import here") from None
+        raise ValueError(f"importing module {module} raised {told(error)}") from error
 
 
 async def awaited(value: Any) -> Any:

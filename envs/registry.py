@@ -21,6 +21,8 @@ import gymnasium as gym
 from gymnasium import spaces
 
 from envs.adapters import TextAdapter
+from envs.own_code import came_from
+from envs.reference import imported
 
 Env = gym.Env[Any, str]
 _Factory = Callable[..., Env]
@@ -146,7 +148,7 @@ def make_gymnasium(env_id: str, options: dict[str, Any]) -> gym.Env[Any, Any]:
     ) as error:  # an option it does not have, or a value it does not take
         have = ", ".join(inspect.signature(_creator(env_id)).parameters)
         raise EnvironmentUnknown(
-            f"environment {env_id} cannot take {options}: {error}; its options: {have}"
+            f"environment {env_id} cannot take {options}: {error}{came_from(error)}; its options: {have}"
         ) from error
     except (gym.error.Error, ImportError) as error:  # a deprecated version, a missing package, a malformed id
         raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
@@ -267,20 +269,16 @@ def _entry(env_id: str) -> str | _Factory | None:
 
 
 def _own_module(env_id: str) -> ModuleType:
-    """The module that an id names; EnvironmentUnknown where there is none."""
+    """The module that an id names; EnvironmentUnknown where there is none, or it cannot be imported."""
     module, _, name = env_id.partition(":")
     if not name or ":" in name or not all(part.isidentifier() for part in module.split(".")):
         raise EnvironmentUnknown(
             f"environment {env_id}: one of your own is module:Class, and this names neither"
         )
     try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is not None and not module.startswith(error.name):
-            raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
-        raise EnvironmentUnknown(
-            f"environment {env_id}: there is no module {module} to import here"
-        ) from None
+        return imported(module)
+    except ValueError as error:
+        raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
 
 
 def _player(env_id: str) -> str | None:
@@ -305,7 +303,7 @@ def _make_ours(env_id: str, entry: str | _Factory, options: dict[str, Any]) -> E
     try:
         env = factory(**options)
     except ValueError as error:
-        raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
+        raise EnvironmentUnknown(f"environment {env_id}: {error}{came_from(error)}") from error
     except TypeError as error:  # of another type than it is for, and the error rarely says which
         odd = [
             f"{name}={value!r} (by default {parameters[name].default!r})"
@@ -313,7 +311,7 @@ def _make_ours(env_id: str, entry: str | _Factory, options: dict[str, Any]) -> E
             if name in parameters and not _is_like(value, parameters[name].default)
         ]
         taken = f" does not take {', '.join(odd)}" if odd else ""
-        raise EnvironmentUnknown(f"environment {env_id}{taken}: {error}") from error
+        raise EnvironmentUnknown(f"environment {env_id}{taken}: {error}{came_from(error)}") from error
     if not isinstance(env, gym.Env):
         raise EnvironmentUnknown(
             f"environment {env_id}: a {type(env).__name__} is made, and no gymnasium.Env"

@@ -16,11 +16,12 @@ def stands_in(thread: int | None) -> str:
     if frame is None:
         return "a thread that has ended"
     inner: FrameType | None = frame
-    while inner is not None and _is_library(inner.f_code.co_filename):
+    while inner is not None and is_library(inner.f_code.co_filename):
         inner = inner.f_back
     told = frame if inner is None else inner
     return f"{told.f_code.co_qualname} ({told.f_code.co_filename}:{told.f_lineno})"
 
 
-def _is_library(path: str) -> bool:
+def is_library(path: str) -> bool:
+    """Whether a file of code is one of the standard library, or none (frozen, a text)."""
     return path.startswith("<") or (path.startswith(_LIBRARY) and not path.startswith(_PACKAGES))

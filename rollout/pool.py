@@ -16,6 +16,7 @@ from envs import registry
 from envs.call_thread import call_gate
 from envs.host import Env, EnvironmentFailed, HostSettings, Inline, NoRoom, Replica
 from envs.hosted import Hosted
+from envs.own_code import told
 from rollout.chat import Chat
 from rollout.foreign import PROGRAM, ForeignAgents
 from rollout.parts.settings import PartSettings, dressing, evaluated
@@ -46,7 +47,7 @@ def asking(task: Task, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = str(error) if isinstance(error, EnvironmentFailed) else repr(error)
+        said = str(error) if isinstance(error, EnvironmentFailed) else told(error)
         raise EnvironmentFailed(f"{task.env_id} (seed {task.seed}) failed in {what}: {said}") from error
 
 

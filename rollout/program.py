@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from envs.child import import_path, inherited, leashed
+from envs.own_code import told
 from envs.reference import load_function, settled
 from rollout.openai_format import read_json
 from rollout.session import Left, Verdict
@@ -240,7 +241,7 @@ def in_thread(call: Callable[[], Any], what: str, on_left: OnLeft) -> None:
 
 
 def _raised(what: str, error: BaseException) -> Left:
-    return Left(f"{what} raised {error!r}", "", error=error)
+    return Left(f"{what} raised {told(error)}", "", error=error)
 
 
 def _last_line(output: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterable
 
@@ -10,8 +11,26 @@ from rollout.wire.trajectory import EndReason
 WINDOW = 200  # episodes over which the share of infrastructure failures is judged
 
 
+_MODULE = re.compile(r"^(?:\w+\.)+(?=\w+:)")  # of the class that a traceback's last line names
+
+
 class TooManyFailures(RuntimeError):
-    """Environments or engines fail so often that training on the rest would be training on a biased rest."""
+    """Environments or engines fail so often that training on the rest would be training on a biased rest.
+
+    message: one line, also where the error came from another process and its text is a traceback of there.
+    details: the traceback of the last episode that failed; empty where none is known.
+    """
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+
+
+def cause_of(error: str) -> str:
+    """The last line of a stored traceback: what an episode failed by."""
+    lines = error.strip().splitlines()
+    return _MODULE.sub("", lines[-1]) if lines else "none recorded"
 
 
 class FailureWindow:
@@ -20,7 +39,7 @@ class FailureWindow:
     def __init__(self, allowed_share: float, before: Iterable[tuple[EndReason, str | None]] = ()) -> None:
         self._allowed = allowed_share
         self._recent: deque[bool] = deque(maxlen=WINDOW)  # True: failed
-        self._last_error = "none recorded"
+        self._last_error = ""
         self.watch(before)
 
     def watch(self, episodes: Iterable[tuple[EndReason, str | None]], error: str = "") -> None:
@@ -39,9 +58,9 @@ class FailureWindow:
         if failed > self._allowed * WINDOW:
             raise TooManyFailures(
                 f"{failed} of the last {len(self._recent)} episodes failed by infrastructure, more than "
-                f"{self._allowed:.0%} of {WINDOW} (max_failed_share); the last error: {self._last_error}"
+                f"{self._allowed:.0%} of {WINDOW} (max_failed_share); the last error: {cause_of(self._last_error)}",
+                self._last_error,
             )
 
     def _remember(self, error: str) -> None:
-        if lines := error.strip().splitlines():
-            self._last_error = lines[-1]
+        self._last_error = error if error.strip() else self._last_error

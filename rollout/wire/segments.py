@@ -188,9 +188,13 @@ def scan(path: Path) -> Iterator[pa.RecordBatch]:
 def read_rows(folder: str | Path) -> pa.Table:
     """Every row stored under a folder of segments (RUN/groups, RUN/evaluations/NAME), in the order of writing.
 
-    The columns are those of docs/stored_data.md. Empty for a folder without segments.
+    The columns are those of docs/stored_data.md. Empty for a folder without segments; FileNotFoundError without one.
     A group issued again after a crash has rows of each attempt; the ledger says which one counts.
     """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {folder}; rows are in RUN/groups and RUN/evaluations/NAME"
+        )
     batches = [batch for _, path in segment_files(Path(folder)) for batch in scan(path)]
     return pa.Table.from_batches(batches, schema=SCHEMA)
 

@@ -233,6 +233,34 @@ def test_a_dashboard_port_in_use_is_refused(refused: Callable[..., str]) -> None
         assert f"cluster.dashboard_port={port} is in use" in refused(RECIPE, f"cluster.dashboard_port={port}")
 
 
+@pytest.mark.parametrize(
+    ("address", "raised", "says"),
+    [
+        (
+            "",
+            Exception("The current node timed out.\nSee gcs.log"),
+            "did not start on this machine: The current",
+        ),
+        (
+            "10.0.0.1:6379",
+            ConnectionError("no one"),
+            "cluster.address='10.0.0.1:6379' cannot be joined: no one",
+        ),
+    ],
+)
+def test_a_ray_that_cannot_be_had_is_refused(
+    manta: Manta, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, raised: Exception, says: str
+) -> None:
+    def refuse(**options: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    run = str(tmp_path / "runs")
+    assert says in mistake(manta("train", RECIPE, f"cluster.address={address}", "--runs", run))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_cluster_that_is_too_small_is_refused(
     manta: Manta, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

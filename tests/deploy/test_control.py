@@ -113,6 +113,13 @@ def test_a_wish_that_is_none_is_said_once_and_the_run_goes_on(asked: bytes, tmp_
     assert more == ["2 rollout workers are wanted from now on"]
 
 
+@pytest.mark.parametrize("workers", [-1, 0, 1025])
+def test_a_number_of_workers_that_no_driver_looks_after_is_refused(tmp_path: Path, workers: int) -> None:
+    with driving(tmp_path), pytest.raises(ConfigError, match=rf"--workers {workers}: .* from 1 to 1024"):
+        ask_workers(tmp_path, workers)
+    assert wanted_workers(tmp_path) is None
+
+
 def test_more_workers_than_this_machine_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(connect.ray, "cluster_resources", lambda: {"CPU": 4.0})

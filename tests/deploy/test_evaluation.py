@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from deploy.build import held_out
 from deploy.config import load_config
 from deploy.evaluation import Evaluation, figures, stored_figures
+from rollout.wire.failures import TooManyFailures
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import EndReason, Task, Trajectory
 from tests.deploy.small_run import RECIPE
@@ -46,6 +48,17 @@ def test_an_episode_without_a_verdict_beside_others_has_not_succeeded() -> None:
     )
     assert (evaluation.successes, evaluation.episodes, evaluation.failed) == (1, 4, 1)
     assert str(evaluation).startswith("success 0.250 (95% interval ")
+
+
+def test_an_evaluation_without_a_sound_episode_is_one_line_and_keeps_the_traceback() -> None:
+    error = "Traceback:\n  step\nKeyError: 3\n\nTraceback:\n"
+    error += "envs.host.EnvironmentFailed: lake failed in step 0: KeyError(3)\n"
+    lost = EpisodeRow(0, EndReason.FAILED, 0.0, None, 0, 0, -1, error)
+    with pytest.raises(TooManyFailures) as refused:
+        Evaluation.of([lost, lost])
+    said = "all 2 evaluation episodes failed; the last: EnvironmentFailed: lake failed in step 0: KeyError(3)"
+    sent = pickle.loads(pickle.dumps(refused.value))
+    assert (str(sent), sent.message, sent.details) == (said, said, error)
 
 
 def test_an_evaluation_is_read_as_it_was_stored(tmp_path: Path) -> None:

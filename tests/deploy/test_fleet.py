@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from deploy.evaluation import Evaluation
 from deploy.fleet import Fleet
 from deploy.supervise import PartFailed, SupervisionSettings
 from rollout.wire.store import EpisodeRow
@@ -264,3 +265,44 @@ def test_an_evaluation_is_whole_although_a_worker_dies_in_it() -> None:
         assert [row.episode for row in await evaluation] == list(range(300))
 
     play(script)
+
+
+@pytest.mark.parametrize("guilty", [{3}, {3, 70}])
+def test_a_task_that_kills_every_worker_is_given_up_as_crashed_and_all_others_are_measured(
+    guilty: set[int],
+) -> None:
+    tasks = [Task.of("maze", seed) for seed in range(100)]
+    shares: list[list[int]] = []
+
+    class Dying(Scripted):
+        async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
+            seeds = [task.seed for task in tasks]
+            self.dead = bool(guilty & set(seeds))
+            if self.dead:
+                shares.append(seeds)
+            return await super().evaluate(tasks, name)
+
+    class DyingWorld(World):
+        def launch(self, name: str) -> Scripted:
+            self.members[name] = Dying(name, self)
+            return self.members[name]
+
+    async def script(world: World, fleet: Fleet) -> None:
+        fleet.scale(8)
+        await fleet.ready()
+        rows = await fleet.evaluate(tasks, "before")
+        assert [row.episode for row in rows if row.sound] == [
+            each for each in range(100) if each not in guilty
+        ]
+        for seed in guilty:
+            assert str(rows[seed].error).startswith(
+                f"crashed: 3 rollout workers were lost while they played maze (seed {seed}), the last one with no "
+                "other task; its error: ConnectionError: rollout-"
+            )
+        evaluation = Evaluation.of(rows)
+        assert (evaluation.episodes, evaluation.failed) == (100 - len(guilty), len(guilty))
+
+    play(script, DyingWorld())
+    for seed in guilty:
+        lost_with = [len(share) for share in shares if seed in share]
+        assert lost_with == [64 if seed < 64 else 36] * 2 + [1], "twice among others, then by itself"

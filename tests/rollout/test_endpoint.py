@@ -309,14 +309,15 @@ def test_whoever_asks_again_before_the_hang_up_is_known_gets_that_answer() -> No
 @pytest.mark.parametrize(
     ("function", "judge", "turns", "says"),
     [
-        ("raising", "", 1, "its function raised ZeroDivisionError('no such tile')"),
+        ("raising", "", 1, "no such tile') (tests/rollout/callers.py:166 in raising)"),
         ("silent", "", 0, "came to an end without asking"),
         ("rewardless", "", 1, "ended without a reward: post one"),
         (
             "rewardless",
             "wrong",
             1,
-            "the reward function tests.rollout.callers:wrong raised ZeroDivisionError('no such",
+            "the reward function tests.rollout.callers:wrong raised ZeroDivisionError('no such tile') "
+            "(tests/rollout/callers.py:183 in wrong)",
         ),
         ("rewardless", "judge_text", 1, "a reward is a finite number, or an object"),
         ("rewardless", "never", 1, "callers:never did not return within 0.2 s (env.options.reward_seconds)"),

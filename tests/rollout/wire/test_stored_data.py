@@ -44,6 +44,10 @@ def test_rows_are_read_by_a_path_or_its_text_and_queried_as_the_page_says(tmp_pa
     advantages_N = [np.full(t.num_sampled, -2.0 + t.index, np.float32) for t in played.trainable]
     AdvantageLog(tmp_path, 0).write(1, [played], advantages_N)
 
+    for read in (read_rows, read_advantages):
+        with pytest.raises(FileNotFoundError, match=r"no .*folder .*absent"):
+            read(tmp_path / "absent")
+
     rows, advantages = read_rows(str(tmp_path / "groups")), read_advantages(str(tmp_path))
     assert rows.equals(read_rows(tmp_path / "groups"))
     files = sorted((tmp_path / "groups").glob("segment-*.arrows"))

@@ -1,0 +1,141 @@
+"""A user's own code that fails is told in one line, with its cause and its own line of code; the rest is in a file."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from deploy import drive, local
+from deploy.build import load_tokenizer, looked_at
+from deploy.config import RunConfig
+from deploy.janitor import TAG
+from envs import registry
+from envs.base import as_number
+from envs.frozen_lake import FrozenLake
+from rollout.engine import Engine
+from rollout.scripted_engine import ScriptedEngine
+from tests.deploy.command import Manta, command
+
+ENVIRONMENT = """\
+from envs.base import TextEnv
+{top}
+
+class Broken(TextEnv):
+    def __init__(self):
+        {init}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        {reset}
+        return "left or right", {{}}
+
+    def step(self, action):
+        return self._turn(action), 0.0, True, False, {{}}
+
+    def _turn(self, action):
+        {step}
+"""
+RECIPE = """\
+name = "broken"
+steps = 2
+env = {{ id = "{env_id}", host = {{ where = "{where}" }} }}
+evaluation = {{ tasks = {tasks} }}
+tiny = {{ layers = 1, width = 32, heads = 2, mlp = 64, words = ["left", "right", "or"] }}
+sampling = {{ max_tokens = 2 }}
+rollout = {{ group_size = 2, concurrent_groups = 4, context_tokens = 40 }}
+engine = {{ dtype = "float32" }}
+buffer = {{ groups_per_step = 2, max_lag = 0 }}
+learner = {{ threads = 1 }}
+"""
+
+
+async def left(config: RunConfig, name: str, path: str) -> Engine:
+    def move(prompt: str, rng: Random) -> str:
+        return "left"
+
+    return ScriptedEngine(load_tokenizer(path), move, name=name, record=False)
+
+
+@pytest.fixture
+def manta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Manta:
+    """The command in this process, which has no janitor; `--local` samples from a script."""
+    monkeypatch.setattr(drive, "start_janitor", lambda *arguments: None)
+    monkeypatch.setattr(drive, "temporary_of", lambda run: None)
+    monkeypatch.setattr(local, "LocalRing", partial(local.LocalRing, engine_factory=left))
+    monkeypatch.setenv(TAG, "tests")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return command(monkeypatch, capsys)
+
+
+def written(folder: Path, module: str, *, tasks: int = 4, where: str = "auto", **lines: str) -> str:
+    """The path of a recipe for an environment of which some lines are replaced."""
+    sound = {"top": "", "init": "pass", "reset": "pass", "step": "return action"}
+    (folder / f"{module}.py").write_text(ENVIRONMENT.format(**(sound | lines)), encoding="utf-8")
+    recipe = folder / "recipe.toml"
+    recipe.write_text(RECIPE.format(env_id=f"{module}:Broken", tasks=tasks, where=where), encoding="utf-8")
+    return str(recipe)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "where", "begins"),
+    [
+        (4, "process", "manta: all 4 evaluation episodes failed; the last: "),
+        (4, "inline", "manta: all 4 evaluation episodes failed; the last: "),
+        (0, "inline", r"manta: \d+ of the last \d+ episodes failed by infrastructure, more than 20% of 200 "),
+    ],
+)
+def test_an_environment_that_always_raises_is_one_line_that_names_its_line_and_the_log(
+    manta: Manta, tmp_path: Path, tasks: int, where: str, begins: str
+) -> None:
+    module = f"always_{where}_{tasks}"
+    recipe = written(tmp_path, module, tasks=tasks, where=where, step="raise KeyError('north')")
+    code, _, err = manta("train", recipe, "--local", "--run", str(tmp_path / "run"))
+    assert code == 1
+    assert re.match(begins, err) and err.count("\n") == 1, err
+    assert f"KeyError('north') ({module}.py:14 in step, {module}.py:17 in _turn)" in err
+    log = tmp_path / "run" / "failure.log"
+    assert err.endswith(f"; its traceback: {log}\n")
+    assert "line 17, in _turn\n    raise KeyError('north')" in log.read_text(encoding="utf-8")
+
+
+def test_a_registered_environment_that_raises_is_one_line_and_a_fault_of_mantas_own_keeps_its_traceback(
+    manta: Manta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = written(tmp_path, "by_id", reset="raise OSError('no maze')")
+    monkeypatch.setitem(registry._OURS, "mine", lambda: importlib.import_module("by_id").Broken())
+    code, _, err = manta("train", recipe, "env.id=mine", "--local", "--runs", str(tmp_path / "runs"))
+    assert (code, err) == (2, "manta: environment mine: OSError('no maze') (by_id.py:10 in reset)\n")
+    monkeypatch.setattr(FrozenLake, "reset", partial(as_number, None, "the reward"))
+    with pytest.raises(TypeError, match="unexpected keyword"), looked_at("frozen_lake", {}, None) as reset:
+        reset(0)
+
+
+@pytest.mark.parametrize(
+    ("module", "lines", "says"),
+    [
+        ("in_reset", {"reset": "raise OSError('no maze')"}, "OSError('no maze') (in_reset.py:10 in reset)"),
+        ("in_init", {"init": "self.there"}, "(in_init.py:6 in __init__)"),
+        ("by_value", {"init": "int('two')"}, "base 10: 'two' (by_value.py:6 in __init__)"),
+        ("by_type", {"init": "len(2)"}, "no len() (by_type.py:6 in __init__)"),
+        ("leaves", {"reset": "raise SystemExit(3)"}, "SystemExit(3) (leaves.py:10 in reset)"),
+        ("misspelt", {"top": "def x(:"}, "SyntaxError('invalid syntax') (misspelt.py:2)"),
+        ("unnamed", {"top": "maze"}, "name 'maze' is not defined\") (unnamed.py:2 in <module>)"),
+        ("lacks", {"top": "import no_maze"}, "No module named 'no_maze'\") (lacks.py:2 in <module>)"),
+        ("exits", {"top": "raise SystemExit(3)"}, "SystemExit(3) (exits.py:2 in <module>)"),
+    ],
+)
+def test_what_fails_before_a_run_is_one_line_that_names_its_own_line(
+    manta: Manta, tmp_path: Path, module: str, lines: dict[str, str], says: str
+) -> None:
+    recipe = written(tmp_path, module, **lines)
+    code, out, err = manta("train", recipe, "--local", "--runs", str(tmp_path / "runs"))
+    assert (code, out) == (2, "")
+    assert err.startswith(f"manta: environment {module}:Broken: ") and err.count("\n") == 1, err
+    assert says in err
+    assert not (tmp_path / "runs").exists()
