@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
@@ -11,6 +11,7 @@ from deploy.metrics import Row
 from deploy.shares import Shares
 
 SMOOTHED_PARTS = 20  # a smoothed curve averages over this part of the run
+MOST_NAMED = 24  # charts of named rewards; metrics.jsonl has them all
 
 Values = list[float | None]  # None: a gap in the curve
 
@@ -24,6 +25,7 @@ class Chart:
     series: dict[str, str]  # key of the row -> name
     format: str = ""  # d3 format of the values
     smooth: bool = False  # noisy: draw the mean of the last steps over the faint values
+    spread: dict[str, str] = field(default_factory=dict)  # key of a curve -> key of its standard deviation
 
 
 CHARTS = (
@@ -33,6 +35,29 @@ CHARTS = (
         {"reward": "reward", "success": "success"},
         ".3f",
         True,
+        {"reward": "reward_std"},
+    ),
+    Chart(
+        "Turns of an episode",
+        "of the trained episodes",
+        {"turns_p50": "median", "turns_p95": "95th percentile", "turns_max": "max"},
+        ".1f",
+    ),
+    Chart(
+        "Sampled tokens of an episode",
+        "of the trained episodes",
+        {
+            "sampled_per_episode_p50": "median",
+            "sampled_per_episode_p95": "95th percentile",
+            "sampled_per_episode_max": "max",
+        },
+        ",.0f",
+    ),
+    Chart(
+        "Episodes without advantage",
+        "share that teaches nothing, as where all siblings earned the same",
+        {"zero_advantage_fraction": "share"},
+        ".1%",
     ),
     Chart("Entropy", "of the policy, nats per token", {"entropy": "entropy"}, ".3f"),
     Chart(
@@ -47,6 +72,7 @@ CHARTS = (
         {"lag_mean": "mean", "lag_max": "max", "reused_lag_mean": "mean of reused groups"},
         ".2f",
     ),
+    Chart("Learning rate", "of the policy", {"learning_rate": "rate"}, ".3~g"),
     Chart("Gradient", "norm before clipping", {"grad_norm": "norm"}, ".3f"),
     Chart("Clipped tokens", "share whose probability ratio was clipped", {"clip_fraction": "clipped"}, ".2%"),
     Chart(
@@ -69,10 +95,27 @@ TIME_NAMES = {
 def drawn(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Every chart the rows have numbers for, as plain data for the page: JSON, no NaN."""
     steps = [row["step"] for row in rows]
-    charts = [_plain(chart, rows, steps) for chart in CHARTS]
+    first, *others = (_plain(chart, rows, steps) for chart in CHARTS)
+    charts = [first, *(_plain(chart, rows, steps) for chart in named_rewards(rows)), *others]
     if rows:
-        charts.insert(2, _time(rows, steps))
+        charts.append(_time(rows, steps))
     return [chart for chart in charts if chart["series"]]
+
+
+def named_rewards(rows: Sequence[Row]) -> list[Chart]:
+    """A chart of each part of the reward that the environment names, by name; at most MOST_NAMED."""
+    keys = {key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")}
+    return [
+        Chart(
+            f"Reward: {key.removeprefix('rewards/').removesuffix('/mean')}",
+            "mean of the trained episodes",
+            {key: "mean"},
+            ".3f",
+            True,
+            {key: key.removesuffix("/mean") + "/std"},
+        )
+        for key in sorted(keys)[:MOST_NAMED]
+    ]
 
 
 def moving_mean(values: Values, window: int) -> Values:
@@ -87,13 +130,32 @@ def moving_mean(values: Values, window: int) -> Values:
 def _plain(chart: Chart, rows: Sequence[Row], steps: list[float]) -> dict[str, Any]:
     window = max(1, len(rows) // SMOOTHED_PARTS)
     series = []
+    shaded = False
     for key, name in chart.series.items():
-        values: Values = [row[key] if key in row and isfinite(row[key]) else None for row in rows]
+        values = _column(rows, key)
         if any(value is not None for value in values):
             smoothed = moving_mean(values, window) if chart.smooth and window > 1 else None
-            series.append({"name": name, "y": values, "smoothed": smoothed})
+            band = _band(smoothed or values, moving_mean(_column(rows, chart.spread.get(key, "")), window))
+            shaded |= band is not None
+            series.append({"name": name, "y": values, "smoothed": smoothed, "band": band})
     note = chart.note + (f"; bold: mean of {window} steps" if chart.smooth and window > 1 else "")
+    note += "; shade: one standard deviation of the episodes" if shaded else ""
     return _chart(chart.title, note, steps, series, chart.format, stacked=False)
+
+
+def _column(rows: Sequence[Row], key: str) -> Values:
+    return [row[key] if key in row and isfinite(row[key]) else None for row in rows]
+
+
+def _band(values: Values, deviations: Values) -> tuple[Values, Values] | None:
+    """The lower and the upper end of a curve's shade; None where no step has one."""
+    if not any(deviation is not None for deviation in deviations):
+        return None
+    both = [
+        None if value is None or deviation is None else (value - deviation, value + deviation)
+        for value, deviation in zip(values, deviations, strict=True)
+    ]
+    return [ends and ends[0] for ends in both], [ends and ends[1] for ends in both]
 
 
 def _time(rows: Sequence[Row], steps: list[float]) -> dict[str, Any]:
@@ -104,7 +166,10 @@ def _time(rows: Sequence[Row], steps: list[float]) -> dict[str, Any]:
         "publish": [share.publish for share in shares],
         "rest": [share.rest for share in shares],
     }
-    series = [{"name": TIME_NAMES[key], "y": values, "smoothed": None} for key, values in columns.items()]
+    series = [
+        {"name": TIME_NAMES[key], "y": values, "smoothed": None, "band": None}
+        for key, values in columns.items()
+    ]
     return _chart("Where the learner's time went", "share of each step", steps, series, ".0%", stacked=True)
 
 

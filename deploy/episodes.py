@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from learner.advantage_log import read_advantages
 from rollout.wire.schema import SCHEMA
 from rollout.wire.segments import read_rows
 from rollout.wire.trajectory import EndReason
 
 TokenText = Callable[[int], str]  # what one token id reads as
 IntArray = NDArray[np.int64]
+Advantages = Mapping[tuple[int, ...], Sequence[float]]  # (group, attempt, episode, turn) -> [sampled tokens]
 
 MAX_FAILED = 3
+MAX_SIBLINGS = 4  # of the group that is shown whole
+SPACED_FROM = 16  # episodes from which on some between the first and the last are shown
+SPACED = {"a quarter": 0.25, "half": 0.5, "three quarters": 0.75}  # of the way through training
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,7 @@ class Token:
     text: str
     logprob: float  # nats, recorded while sampling
     version: int  # the weights that sampled it
+    advantage: float | None = None  # as the loss saw it; None where none is stored, as of evaluations
 
     @property
     def probability(self) -> float:
@@ -49,6 +56,12 @@ class Turn:
     reward: float
     finish_reason: str
     rewritten: bool  # a segment begins here that is not the first: the agent rewrote its history
+
+    @property
+    def advantage(self) -> float | None:
+        """The mean over its tokens; None where none is stored."""
+        known = [token.advantage for token in self.tokens if token.advantage is not None]
+        return sum(known) / len(known) if known else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +84,9 @@ class Episode:
 def chosen_episodes(run_folder: Path, task: str = "held-out task") -> list[Episode]:
     """The episodes a report shows: one task evaluated before and after training, then telling ones of training.
 
-    Of training: the first, the best, the worst, some that failed, and one of each other end. Of equals the latest is
-    shown. An episode that failed before its first turn has no rows; the ledger counts it.
+    Of training: the first, the best, the worst, one of each other end, some on the way, siblings of the last group that
+    earned different rewards, and some that failed. Of equals the latest is shown. An episode that failed before its
+    first turn has no rows; the ledger counts it.
     """
     text = token_text(run_folder)
     evaluations = run_folder / "evaluations"
@@ -82,7 +96,9 @@ def chosen_episodes(run_folder: Path, task: str = "held-out task") -> list[Episo
     if learned := _learned(before, after):
         shown.append(before.episode(learned[0], f"{task}, before training", text))
         shown.append(after.episode(learned[1], "the same task, after training", text))
-    return shown + [training.episode(place, why, text) for place, why in _telling(training)]
+    told = list(_telling(training))
+    advantages = _advantages(run_folder, training, [place for place, _ in told])
+    return shown + [training.episode(place, why, text, advantages) for place, why in told]
 
 
 def _stored(folder: Path) -> pa.Table:
@@ -127,7 +143,7 @@ class Spans:
         values: list[Any] = self.rows[name].take(self.last).to_pylist()
         return values
 
-    def episode(self, place: int, why: str, text: TokenText) -> Episode:
+    def episode(self, place: int, why: str, text: TokenText, advantages: Advantages | None = None) -> Episode:
         """The `place`-th episode of the table."""
         first, last = int(self.first[place]), int(self.last[place])
         rows = self.rows.slice(first, last - first + 1).to_pylist()
@@ -144,7 +160,8 @@ class Spans:
             reward=float(self.rewards[place]),
             error=end["error"],
             turns=tuple(
-                _turn(row, previous, text) for row, previous in zip(rows, [None, *rows], strict=False)
+                _turn(row, previous, text, (advantages or {}).get(_turn_key(row), ()))
+                for row, previous in zip(rows, [None, *rows], strict=False)
             ),
         )
 
@@ -181,6 +198,13 @@ def _telling(spans: Spans) -> Iterator[tuple[int, str]]:
     candidates += [
         (place, f"ended: {reason}") for reason, place in sorted(latest.items()) if reason not in covered
     ]
+    if len(fit) >= SPACED_FROM:
+        candidates += [
+            (fit[int(len(fit) * part)], f"after {name} of training") for name, part in SPACED.items()
+        ]
+    candidates += [
+        (place, "sibling in the last group of different rewards") for place in _siblings(spans, fit)
+    ]
     candidates += [(place, "failed") for place in failed[-MAX_FAILED:]]
     for place, why in candidates:
         if place not in shown:
@@ -188,13 +212,43 @@ def _telling(spans: Spans) -> Iterator[tuple[int, str]]:
             yield place, why
 
 
-def _turn(row: dict[str, Any], previous: dict[str, Any] | None, text: TokenText) -> Turn:
-    sampled = zip(row["action_ids"], row["behavior_logprobs"], row["versions"], strict=True)
+def _siblings(spans: Spans, fit: Sequence[int]) -> list[int]:
+    """Places of siblings of the last group whose rewards differ: which learns from their comparison."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    issued = list(zip(spans.column("group_id"), spans.column("attempt"), strict=True))
+    for place in fit:
+        groups.setdefault(issued[place], []).append(place)
+    differ = (places for places in reversed(groups.values()) if np.ptp(spans.rewards[places]) > 0)
+    return next(differ, [])[:MAX_SIBLINGS]
+
+
+def _advantages(run_folder: Path, spans: Spans, places: Sequence[int]) -> Advantages:
+    """Of the turns of these episodes, as far as they are stored; of a group that was reused the first ones."""
+    groups = spans.rows["group_id"].take(spans.last[list(places)]) if places else pa.array([], pa.int64())
+    stored = read_advantages(run_folder)
+    found: dict[tuple[int, ...], Sequence[float]] = {}
+    for row in stored.filter(pc.is_in(stored["group_id"], groups)).to_pylist():
+        found.setdefault(_turn_key(row), row["advantages"])
+    return found
+
+
+def _turn_key(row: Mapping[str, Any]) -> tuple[int, ...]:
+    return row["group_id"], row["attempt"], row["episode"], row["turn"]
+
+
+def _turn(
+    row: dict[str, Any], previous: dict[str, Any] | None, text: TokenText, advantages: Sequence[float]
+) -> Turn:
+    known = advantages if len(advantages) == len(row["action_ids"]) else [None] * len(row["action_ids"])
+    sampled = zip(row["action_ids"], row["behavior_logprobs"], row["versions"], known, strict=True)
     return Turn(
         number=row["turn"],
         messages=_messages(row["observation"]),
         action=row["action"],
-        tokens=tuple(Token(token, text(token), logprob, version) for token, logprob, version in sampled),
+        tokens=tuple(
+            Token(token, text(token), logprob, version, advantage)
+            for token, logprob, version, advantage in sampled
+        ),
         reward=row["reward"],
         finish_reason=row["finish_reason"],
         rewritten=previous is not None and previous["segment"] != row["segment"],

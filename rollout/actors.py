@@ -54,12 +54,14 @@ class RolloutActor:
         loop = asyncio.get_running_loop()
         self._watch = LoopWatch(_STACKS_SECONDS)
         logging.basicConfig()  # to standard error, which is this process's log
-        self._notices = Notices().__enter__()  # for as long as there is this process
+        self._notices = Notices()
         _on_sigterm(lambda: loop.call_soon_threadsafe(self._begin_to_leave))
 
     async def start(self) -> Whereabouts:
         """Start the engine; returns where this actor runs."""
         self._worker = await self._build(self._name, self._exchange)
+        # Not before: what an engine's start holds up is no episode.
+        self._notices.__enter__()  # for as long as there is this process
         return here(ray.get_runtime_context().get_node_id())
 
     async def ping(self) -> dict[str, float]:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from deploy.episodes import Episode, chosen_episodes
+from learner.advantage_log import AdvantageLog
 from learner.tokenizer import build_tokenizer
 from rollout.wire.schema import encode
 from rollout.wire.segments import SegmentWriter
@@ -124,6 +126,34 @@ def test_a_turn_holds_what_was_said_and_sampled(tmp_path: Path) -> None:
     assert [token.text for token in only.turns[1].tokens] == ["o", "k"]
     assert [token.probability for token in only.turns[1].tokens] == pytest.approx([0.5, 0.25])
     assert [token.version for token in only.turns[1].tokens] == [3, 4]
+
+
+def test_siblings_of_the_last_group_with_different_rewards_are_shown_with_their_advantages(
+    tmp_path: Path,
+) -> None:
+    writer, log = SegmentWriter(tmp_path / "groups", max_bytes=1 << 20), AdvantageLog(tmp_path, 0)
+    groups = []
+    for group_id, rewards in enumerate([(3, 0), (1, 2), (1, 1)]):
+        siblings = tuple(replace(episode([r], group_id=group_id), index=i) for i, r in enumerate(rewards))
+        groups.append(Group(Slot(group_id, 0, siblings[0].task, 0), siblings))
+        writer.append(encode(groups[-1]))
+    writer.close()
+    log.write(1, groups, [np.array([value, value / 2], np.float32) for value in (1, -1, -2, 2, 0, 0)])
+    found = {(each.group_id, each.index): each for each in chosen_episodes(tmp_path)}
+    # The first and best, the worst, and both of group 1; of group 2 there is nothing to compare.
+    assert list(found) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [found[1, index].turns[0].advantage for index in (0, 1)] == [-1.5, 1.5]
+    assert [token.advantage for token in found[0, 0].turns[0].tokens] == [1.0, 0.5]
+
+
+def test_a_long_run_shows_episodes_on_the_way(tmp_path: Path) -> None:
+    store(tmp_path / "groups", *(episode([number % 3], group_id=number) for number in range(40)))
+    on_the_way = {why: each.group_id for why, each in shown(tmp_path).items() if why.startswith("after")}
+    assert on_the_way == {
+        "after a quarter of training": 10,
+        "after half of training": 20,
+        "after three quarters of training": 30,
+    }
 
 
 def test_a_run_without_rows_shows_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,11 +11,14 @@ import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
-from deploy.charts import drawn, moving_mean
+from deploy.charts import MOST_NAMED, drawn, moving_mean
+from deploy.episodes import chosen_episodes
+from deploy.metrics import read_metrics
 from deploy.report import clock, write_report
 from rollout.wire.schema import encode
 from rollout.wire.segments import SegmentWriter
 from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
+from tests.deploy.small_run import configured, train
 
 HOSTILE = "</script><script>alert('pwned')</script> \x1b[31m \u202e"
 SHOWN = HOSTILE.replace("\x1b", r"\x1b").replace("\u202e", r"\u202e")
@@ -164,6 +169,58 @@ def test_charts_have_gaps_for_what_is_missing_and_shares_that_fill_the_whole() -
     assert "Gradient" not in charts
     shares = charts["Where the learner's time went"]["series"]
     assert [sum(series["y"][i] for series in shares) for i in range(3)] == pytest.approx([1, 1, 1])
+
+
+def test_each_named_reward_has_a_chart_of_its_mean_with_its_spread() -> None:
+    rows = [row(step) | {"rewards/a <b>/mean": 0.5, "rewards/a <b>/std": 0.25} for step in (1, 2)]
+    rows += [row(3) | {"rewards/late/mean": 1.0, "rewards/late/std": 0.0, "rewards/late/min": 1.0}]
+    charts = {chart["title"]: chart for chart in drawn(rows)}
+    assert [title for title in charts if title.startswith("Reward:")] == ["Reward: a <b>", "Reward: late"]
+    (first,), (late,) = charts["Reward: a <b>"]["series"], charts["Reward: late"]["series"]
+    assert (first["y"], first["band"]) == ([0.5, 0.5, None], ([0.25, 0.25, None], [0.75, 0.75, None]))
+    assert (late["y"], late["band"]) == ([None, None, 1.0], ([None, None, 1.0], [None, None, 1.0]))
+    assert "standard deviation" in charts["Reward: late"]["note"]
+    assert charts["Reward and success"]["series"][0]["band"] is None  # this run's rows have no deviation
+    many = {f"rewards/{number}/mean": 0.0 for number in range(100)}
+    assert sum(chart["title"].startswith("Reward:") for chart in drawn([row(1) | many])) == MOST_NAMED
+
+
+def test_lengths_learning_rate_and_advantages_are_drawn_as_a_step_describes_them(tmp_path: Path) -> None:
+    train(configured("steps=1"), tmp_path / "run")
+    (measured,) = read_metrics(tmp_path / "run")
+    charts = {chart["title"]: chart for chart in drawn([measured])}
+    for title, keys in {
+        "Turns of an episode": ("turns_p50", "turns_p95", "turns_max"),
+        "Sampled tokens of an episode": tuple(f"sampled_per_episode_{way}" for way in ("p50", "p95", "max")),
+        "Learning rate": ("learning_rate",),
+        "Episodes without advantage": ("zero_advantage_fraction",),
+    }.items():
+        assert [series["y"] for series in charts[title]["series"]] == [[measured[key]] for key in keys]
+    shown = [episode for episode in chosen_episodes(tmp_path / "run") if "training" in episode.why]
+    assert shown and all(turn.advantage is not None for episode in shown[-3:] for turn in episode.turns)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no Chromium here")
+def test_a_short_run_has_ticks_at_whole_steps_alone(tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    rows = "".join(json.dumps(row(step)) + "\n" for step in (1, 2, 3))
+    (run / "metrics.jsonl").write_text(rows, encoding="utf-8")
+    page = write_report(run)
+    flags = (
+        "--headless",
+        "--no-sandbox",
+        f"--user-data-dir={tmp_path / 'chromium'}",
+        "--virtual-time-budget=3000",
+    )
+    done = subprocess.run(
+        ["chromium", *flags, "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    ticks = re.findall(r'<g class="xtick">.*?<text[^>]*>([^<]*)</text>', done.stdout)
+    assert len(ticks) >= 3 and set(ticks) == {"1", "2", "3"}
 
 
 def test_the_moving_mean_looks_back_only_and_leaves_gaps_out() -> None:
