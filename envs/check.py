@@ -34,7 +34,7 @@ from envs.apart import Unfit, made, played_apart, process
 from envs.base import text_space
 from envs.findings import Finding, answered, paid, said
 from envs.host import Env, EnvironmentFailed, Inline
-from envs.own_code import told
+from envs.own_code import own_lines
 from envs.recording import Record, Script, Trouble, asking, first_difference, go_on, play, shown, step
 from envs.registry import Player
 
@@ -129,8 +129,8 @@ async def _check(
         findings.append(unfit.finding)
     except Trouble as trouble:
         apart_only = isinstance(trouble.error, EnvironmentFailed)  # its words are those of the error there
-        said = str(trouble.error) if apart_only else told(trouble.error)
-        findings.append(Finding("raises", shown(said, 400), trouble.where))
+        text = str(trouble.error) if apart_only else repr(trouble.error)
+        findings.append(Finding("raises", shown(text, 400), _place(trouble)))
     return list({finding.kind: finding for finding in reversed(findings)}.values())[
         ::-1
     ]  # the first of each kind
@@ -198,7 +198,7 @@ async def _unreadable(subject: Subject) -> list[Finding]:
         try:
             turn = await step(replica, action, where)
         except Trouble as trouble:
-            return [Finding("unreadable", f"it raised {shown(told(trouble.error), 400)}", where)]
+            return [Finding("unreadable", f"it raised {shown(repr(trouble.error), 200)}", _place(trouble))]
         findings = list(answered(turn, where, subject.seconds))
         if not findings and turn.told[4].get("malformed") and turn.told[1] != 0:
             findings = [Finding("unreadable", f"it paid {float(turn.told[1]):g}", where)]
@@ -256,8 +256,14 @@ async def _closed(subject: Subject) -> list[Finding]:
             await replica.close()
             await replica.close()
     except Trouble as trouble:
-        return [Finding("closing", shown(told(trouble.error), 400), trouble.where)]
+        return [Finding("closing", shown(repr(trouble.error), 200), _place(trouble))]
     return []
+
+
+def _place(trouble: Trouble) -> str:
+    """When an environment raised, and in which lines of its own."""
+    lines = own_lines(trouble.error)
+    return f"{trouble.where}, {lines}" if lines else trouble.where
 
 
 async def _again(subject: Subject, records: list[Record]) -> list[Finding]:

@@ -35,17 +35,26 @@ def told(error: BaseException) -> str:
     """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}({error.msg!r}) ({_short(error.filename)}:{error.lineno})"
-    return _SHORT.repr(error) + (came_from(error) or _bracketed(_foreign(error)[-1:]))
+    return _SHORT.repr(error) + (came_from(error) or _bracketed(_lines(_foreign(error)[-1:])))
 
 
 def came_from(error: BaseException) -> str:
-    """The lines of the user's own code, in brackets behind a space; empty where it took no part."""
-    return _bracketed([frame for frame in _foreign(error) if not _is_installed(frame[0])])
+    """`own_lines` in brackets behind a space; empty where there are none."""
+    return _bracketed(own_lines(error))
 
 
-def _bracketed(frames: Sequence[Frame]) -> str:
+def own_lines(error: BaseException) -> str:
+    """The lines of the user's own code, the innermost last; empty where it took no part."""
+    return _lines([frame for frame in _foreign(error) if not _is_installed(frame[0])])
+
+
+def _lines(frames: Sequence[Frame]) -> str:
     lines = dict.fromkeys(f"{_short(file)}:{line} in {function}" for file, line, function in frames)
-    return f" ({', '.join(list(lines)[-_MOST_FRAMES:])})" if lines else ""
+    return ", ".join(list(lines)[-_MOST_FRAMES:])
+
+
+def _bracketed(lines: str) -> str:
+    return f" ({lines})" if lines else ""
 
 
 def _foreign(error: BaseException) -> list[Frame]:

@@ -12,14 +12,17 @@ import pytest
 
 from deploy import drive, local
 from deploy.build import load_tokenizer, looked_at
-from deploy.config import RunConfig
+from deploy.config import RunConfig, load_config
+from deploy.failure_log import failures_kept_in
 from deploy.janitor import TAG
 from envs import registry
 from envs.base import as_number
 from envs.frozen_lake import FrozenLake
 from rollout.engine import Engine
 from rollout.scripted_engine import ScriptedEngine
+from rollout.wire.failures import TooManyFailures
 from tests.deploy.command import Manta, command
+from tests.deploy.small_run import train
 
 ENVIRONMENT = """\
 from envs.base import TextEnv
@@ -52,6 +55,10 @@ engine = {{ dtype = "float32" }}
 buffer = {{ groups_per_step = 2, max_lag = 0 }}
 learner = {{ threads = 1 }}
 """
+
+
+async def up_and_down(config: RunConfig, name: str, path: str) -> Engine:
+    return ScriptedEngine(load_tokenizer(path), lambda prompt, rng: rng.choice("ud"), name=name, record=False)
 
 
 async def left(config: RunConfig, name: str, path: str) -> Engine:
@@ -102,6 +109,26 @@ def test_an_environment_that_always_raises_is_one_line_that_names_its_line_and_t
     log = tmp_path / "run" / "failure.log"
     assert err.endswith(f"; its traceback: {log}\n")
     assert "line 17, in _turn\n    raise KeyError('north')" in log.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_on_a_cluster_it_is_the_same_line_through_every_process(tmp_path: Path) -> None:
+    import ray
+
+    from deploy.cluster import RayRing
+
+    recipe = written(tmp_path, "unused", tasks=0)
+    changes = ["env.id=tests.envs.bad:Raises", "rollout.context_tokens=200", "sampling.max_tokens=1"]
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        with pytest.raises(TooManyFailures) as ended, failures_kept_in(tmp_path / "run"):
+            train(load_config(recipe, changes), tmp_path / "run", up_and_down, ring_type=RayRing)
+    finally:
+        ray.shutdown()
+    said = str(ended.value)
+    assert "KeyError('the second turn') (tests/envs/bad.py:153 in step); its traceback: " in said
+    assert "\n" not in said
+    assert "line 153, in step" in (tmp_path / "run" / "failure.log").read_text(encoding="utf-8")
 
 
 def test_a_registered_environment_that_raises_is_one_line_and_a_fault_of_mantas_own_keeps_its_traceback(
