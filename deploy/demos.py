@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from deploy.build import looked_at
 from deploy.console import Console
 from deploy.evaluation import Evaluation
 from deploy.fresh import fresh_folder
@@ -54,7 +55,8 @@ class Demonstrations:
 def write_demonstrations(asked: Demonstrations, folder: Path, console: Console) -> Evaluation:
     """Play them and write `folder`, whole or not at all. ConfigError, EnvironmentUnknown where that cannot be done."""
     player = registry.player(asked.env_id)
-    registry.make(asked.env_id, **asked.options).close()
+    with looked_at(asked.env_id, asked.options, None) as reset:
+        reset(asked.first_seed)
     with fresh_folder(folder) as partial_folder:
         chat = Chat(_tokenizer(asked, partial_folder))
         tasks = [

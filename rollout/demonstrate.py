@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from envs.base import Observation
+from envs.host import EnvironmentFailed
+from envs.own_code import told
 from envs.reference import awaited
 from rollout.agent import Agent, AgentSettings, ContextOverflow, Conversation, Turn
 from rollout.chat import Chat
@@ -15,6 +17,7 @@ from rollout.engine import Completion, Sampling
 from rollout.episode import Limits, Place
 from rollout.group import play
 from rollout.pool import EnvironmentPool
+from rollout.wire.failures import TooManyFailures, cause_of
 from rollout.wire.trajectory import Float32Array, Group, Slot, Step, Task
 from rollout.wire.weights import SyncReport, WeightUpdate
 
@@ -25,7 +28,7 @@ class Player(Protocol):
     def act(self, observation: Observation) -> str: ...
 
 
-class DemonstrationError(RuntimeError):
+class DemonstrationError(TooManyFailures):
     """No demonstration could be played to its end."""
 
 
@@ -41,13 +44,14 @@ async def demonstrate(
     """Play every task once; groups of one, in order of `tasks`, with behavior logprobs and versions of 0.
 
     player_factory is called with a task's seed. Failed episodes are among the groups (never trainable); raises
-    DemonstrationError with the last traceback when there is nothing else.
+    DemonstrationError with the last error when there is nothing else.
     """
     played = demonstrations(tasks, player_factory, chat, context_tokens, settings, limits, pool)
     groups = [group async for group in played]
     if groups and not any(group.trainable for group in groups):
+        error = groups[-1].trajectories[0].error or ""
         raise DemonstrationError(
-            f"all {len(groups)} demonstrations failed; the last: {groups[-1].trajectories[0].error}"
+            f"all {len(groups)} demonstrations failed; the last: {cause_of(error)}", error
         )
     return groups
 
@@ -108,7 +112,11 @@ class _Hand:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
     ) -> Completion:
-        ids = self._chat.encode_action(await awaited(self._player.act(self.observation)))
+        try:
+            said = await awaited(self._player.act(self.observation))
+        except Exception as error:  # a player is anybody's code, as the environment is that it comes with
+            raise EnvironmentFailed(f"the player failed: {told(error)}") from error
+        ids = self._chat.encode_action(said)
         kept = np.array(ids[: sampling.max_tokens], dtype=np.int32)
         cut = len(ids) > sampling.max_tokens
         zeros = np.zeros(len(kept), dtype=np.int32)

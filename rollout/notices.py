@@ -29,12 +29,6 @@ def shortened(text: str) -> str:
     return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 3] + "..."
 
 
-def last_line(error: str) -> str:
-    """What a traceback, or an error with more behind it, comes down to."""
-    line = next((line.strip() for line in reversed(error.splitlines()) if line.strip()), "")
-    return re.sub(r"^[\w.]+\.(?=\w+: )", "", line)  # an error's name without its module
-
-
 class Notices(logging.Handler):
     """The warnings of this process since it was entered, at most MOST kinds. tell: called with each, in any thread."""
 

@@ -24,10 +24,10 @@ from rollout.agent import Agent
 from rollout.engine import Engine, EngineDied, derive_seed
 from rollout.episode import Limits, Place
 from rollout.group import concurrently, play, run_group
-from rollout.notices import last_line
 from rollout.pool import EnvironmentPool
 from rollout.recorder import Recorder
 from rollout.tally import Recorded, Tally
+from rollout.wire.failures import cause_of
 from rollout.wire.schema import encode, restore_turns
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import (
@@ -311,7 +311,7 @@ class RolloutWorker:
     def _note_end(self, trajectory: Trajectory) -> None:
         self._tally.ended(trajectory)
         if trajectory.error:
-            log.warning("an episode failed and is left out: %s", last_line(trajectory.error))
+            log.warning("an episode failed and is left out: %s", cause_of(trajectory.error))
 
 
 def as_groups(trajectories: Sequence[Trajectory]) -> list[Group]:

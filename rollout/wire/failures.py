@@ -28,9 +28,9 @@ class TooManyFailures(RuntimeError):
 
 
 def cause_of(error: str) -> str:
-    """The last line of a stored traceback: what an episode failed by."""
+    """The last line of a stored traceback, which says what an episode failed by; empty where there is none."""
     lines = error.strip().splitlines()
-    return _MODULE.sub("", lines[-1]) if lines else "none recorded"
+    return _MODULE.sub("", lines[-1]) if lines else ""
 
 
 class FailureWindow:
@@ -56,9 +56,10 @@ class FailureWindow:
         # A share of the whole window, so that a bad start of a few episodes does not end a run.
         failed = sum(self._recent)
         if failed > self._allowed * WINDOW:
+            last = cause_of(self._last_error) or "none recorded"
             raise TooManyFailures(
                 f"{failed} of the last {len(self._recent)} episodes failed by infrastructure, more than "
-                f"{self._allowed:.0%} of {WINDOW} (max_failed_share); the last error: {cause_of(self._last_error)}",
+                f"{self._allowed:.0%} of {WINDOW} (max_failed_share); the last error: {last}",
                 self._last_error,
             )
 

@@ -111,6 +111,25 @@ def test_an_environment_that_always_raises_is_one_line_that_names_its_line_and_t
     assert "line 17, in _turn\n    raise KeyError('north')" in log.read_text(encoding="utf-8")
 
 
+PLAYER = """
+class Player:
+    def __init__(self, error_rate, seed):
+        pass
+
+    def act(self, observation):
+        raise KeyError('west')
+"""
+
+
+def test_a_player_that_raises_is_one_line_that_names_its_line(manta: Manta, tmp_path: Path) -> None:
+    written(tmp_path, "played", top=PLAYER)
+    code, _, err = manta("demos", "played:Broken", "-n", "2", "--out", str(tmp_path / "out"))
+    assert code == 1
+    assert err.startswith("manta: all 2 ") and err.count("\n") == 1, err
+    assert "the player failed: KeyError('west') (played.py:8 in act)" in err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_on_a_cluster_it_is_the_same_line_through_every_process(tmp_path: Path) -> None:
     import ray

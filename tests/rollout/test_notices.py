@@ -10,7 +10,8 @@ import pytest
 
 from rollout import loop_watch
 from rollout.loop_watch import LoopWatch
-from rollout.notices import MOST, MOST_CHARACTERS, Notices, last_line
+from rollout.notices import MOST, MOST_CHARACTERS, Notices
+from rollout.wire.failures import cause_of
 
 
 def test_a_warning_is_a_notice_once_and_what_differs_in_numbers_is_the_same() -> None:
@@ -56,5 +57,5 @@ def test_the_line_of_code_by_which_all_episodes_wait_is_a_notice(monkeypatch: py
 
 
 def test_an_error_is_told_by_its_last_line() -> None:
-    assert last_line("Traceback:\n  File 1\nmine.errors.ValueError: 3 is odd\n\n") == "ValueError: 3 is odd"
-    assert last_line("") == ""
+    assert cause_of("Traceback:\n  File 1\nmine.errors.ValueError: 3 is odd\n\n") == "ValueError: 3 is odd"
+    assert cause_of("") == ""
