@@ -15,7 +15,7 @@ from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightUpdate
 from rollout.wire.whereabouts import Whereabouts
 
-Hear = Callable[[str, Sequence[str]], None]  # a worker's name, and its notices
+Hear = Callable[[str, Sequence[str]], None]  # a part's name, and its notices
 
 
 def actor(cls: type, groups: dict[str, int] | None = None, **options: Any) -> Any:

@@ -225,8 +225,7 @@ class RayRing:
         return await self._fleet.counters()
 
     async def counts(self) -> dict[str, int]:
-        counts: dict[str, int] = await self._within("the exchange", self._exchange.counts.remote())
-        return counts
+        return dict(await self._within("the exchange", self._exchange.counts.remote()))
 
     @property
     def playing(self) -> bool:
@@ -240,8 +239,7 @@ class RayRing:
 
     async def state(self) -> dict[str, Any]:
         """The exchange's own words about where the run stands."""
-        state: dict[str, Any] = await self._within("the exchange", self._exchange.state.remote(), 60.0)
-        return state
+        return dict(await self._within("the exchange", self._exchange.state.remote(), 60.0))
 
     def roster(self) -> list[dict[str, Any]]:
         """Every part of the run: its name, state, host, pid and log."""
@@ -321,7 +319,7 @@ class RayRing:
     async def _watch_learner(self) -> None:
         assert self._learner is not None
         lost = self._learner_lost
-        how = await self._learner.lost(self._config.supervision)
+        how = await self._learner.lost(self._config.supervision, self._noticed.hear)
         if not lost.done():
             lost.set_exception(LearnerLost(how))
 
@@ -334,6 +332,8 @@ class RayRing:
             try:
                 answer = awaited(ping.remote())
                 where = await within(settings.frozen_seconds, answer, "the exchange (heartbeat)")
+                told = await self._within("the exchange", self._exchange.notices.remote())
+                self._noticed.hear("exchange", told)
                 if where != self._where["exchange"]:  # it died and came back between two heartbeats
                     self._where["exchange"] = where
                     self._say(f"the exchange was lost and is back, started again from disk ({place(where)})")

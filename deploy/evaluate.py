@@ -31,10 +31,10 @@ from rollout.agent import Agent, AgentSettings
 from rollout.chat import Chat
 from rollout.end_tokens import end_tokens
 from rollout.engine import Sampling, WeightsNotFinite
-from rollout.notices import Notices
 from rollout.perception import Perception
 from rollout.pool import EnvironmentPool
 from rollout.vllm_engine import VllmEngine, VllmSettings
+from rollout.wire.notices import Notices
 from rollout.wire.schema import encode
 from rollout.wire.segments import SegmentWriter
 from rollout.wire.store import EpisodeRow

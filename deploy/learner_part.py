@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from deploy.actor_member import actor, awaited
+from deploy.actor_member import Hear, actor, awaited
 from deploy.config import RunConfig
 from deploy.connect import learner_gpus
 from deploy.supervise import PartLost, SupervisionSettings, brief, place, within
@@ -75,12 +75,15 @@ class LearnerPart:
         self.where = dict(zip(self._names, (where for where, _ in started), strict=True))
         return int(started[0][1])
 
-    async def lost(self, settings: SupervisionSettings) -> str:
-        """Heartbeats, until a rank leaves one unanswered: which, where it was, and why it counts as lost."""
+    async def lost(self, settings: SupervisionSettings, hear: Hear) -> str:
+        """Heartbeats, until a rank leaves one unanswered: which, where it was, and why it counts as lost.
+
+        hear: told of what each rank notices.
+        """
         while True:
             await asyncio.sleep(settings.heartbeat_seconds)
             beats = [
-                within(settings.frozen_seconds, awaited(handle.ping.remote()), f"the {name} (heartbeat)")
+                within(settings.frozen_seconds, _beat(name, handle, hear), f"the {name} (heartbeat)")
                 for name, handle in zip(self._names, self._handles, strict=True)
             ]
             for name, answer in zip(
@@ -129,3 +132,8 @@ class LearnerPart:
             )
         places = [PlacementGroupSchedulingStrategy(self._room, rank) for rank in range(size)]
         return [options | {"scheduling_strategy": where} for where in places]
+
+
+async def _beat(name: str, handle: Any, hear: Hear) -> None:
+    await handle.ping.remote()
+    hear(name, await handle.notices.remote())

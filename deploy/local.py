@@ -32,8 +32,8 @@ from learner.checkpoint import latest
 from learner.loop import LearnerLoop, Place, Source, sync_metrics
 from learner.publish import Snapshot
 from rollout.loop_watch import LoopWatch
-from rollout.notices import Notices
 from rollout.wire.metrics import joined
+from rollout.wire.notices import Notices
 from rollout.wire.schema import encode
 from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Task

@@ -1,4 +1,4 @@
-"""What the workers of a run noticed (rollout/notices.py), said once on the console and kept in RUN/notices.log."""
+"""What the parts of a run noticed (rollout/wire/notices.py), said once on the console and kept in RUN/notices.log."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from deploy.console import one_line
-from rollout.notices import MOST, kind
+from rollout.wire.notices import MOST, kind
 
 FILE = "notices.log"
 
 
 class Noticed:
-    """The notices of one sitting of a run, or of an evaluation, of all workers: each kind once, at most MOST.
+    """The notices of one sitting of a run, or of an evaluation, of all parts: each kind once, at most MOST.
 
     folder: where FILE is kept; None: nowhere.
     """
@@ -23,13 +23,13 @@ class Noticed:
         self._say = say
         self._kinds: set[str] = set()
 
-    def hear(self, worker: str, texts: Iterable[str]) -> None:
-        """Say what no worker has noticed before."""
+    def hear(self, part: str, texts: Iterable[str]) -> None:
+        """Say what no part has noticed before."""
         for text in texts:
             if kind(text) in self._kinds or len(self._kinds) == MOST:
                 continue
             self._kinds.add(kind(text))
-            said = one_line(f"note: {text}" + (f" ({worker})" if worker else ""))
+            said = one_line(f"note: {text}" + (f" ({part})" if part else ""))
             self._say(said)
             self._keep(said)
 

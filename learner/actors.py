@@ -17,6 +17,7 @@ from learner.loop import LearnerLoop, Row, Tell
 from learner.publish import Publisher, Snapshot
 from learner.ranks import RankLost, Ranks, Rendezvous
 from rollout.wire.actors import RemoteExchange, put_object
+from rollout.wire.notices import collected
 from rollout.wire.stacks import stacks
 from rollout.wire.weights import Handle, WeightUpdate
 from rollout.wire.whereabouts import Whereabouts, here
@@ -46,6 +47,7 @@ class LearnerActor:
         self._settings = engine_dtype, take_seconds, keep_checkpoints
         self._make_native = make_native
         self._tell = _teller(followers)
+        self._notices = collected()
 
     async def open(self, ranks: int, seconds: float) -> str:
         """Open a place where ranks meet, on this node's address within the cluster; returns host:port."""
@@ -83,6 +85,10 @@ class LearnerActor:
     async def ping(self) -> None:
         """Answers while the event loop does; a step runs in a thread beside it."""
 
+    async def notices(self) -> list[str]:
+        """What this process has noticed, see `rollout.wire.notices`."""
+        return self._notices.since(0)
+
     async def stacks(self) -> str:
         """What every thread and task of this process is doing."""
         return stacks()
@@ -95,6 +101,7 @@ class FollowerActor:
         self._build = build
         self._exchange = RemoteExchange(exchange)
         self._settings = engine_dtype, take_seconds
+        self._notices = collected()
 
     async def start(self, run_folder: Path, resume: bool, join: Join) -> tuple[Whereabouts, int]:
         """As rank 0's."""
@@ -108,6 +115,10 @@ class FollowerActor:
 
     async def ping(self) -> None:
         """Answers while the event loop does."""
+
+    async def notices(self) -> list[str]:
+        """What this process has noticed, see `rollout.wire.notices`."""
+        return self._notices.since(0)
 
     async def stacks(self) -> str:
         """What every thread and task of this process is doing."""

@@ -13,9 +13,9 @@ import ray
 import ray._private.worker
 
 from rollout.loop_watch import LoopWatch
-from rollout.notices import Notices
 from rollout.vllm_engine import VllmEngine
 from rollout.wire.actors import RemoteExchange
+from rollout.wire.notices import collected
 from rollout.wire.schema import encode
 from rollout.wire.stacks import stacks
 from rollout.wire.store import EpisodeRow
@@ -53,15 +53,13 @@ class RolloutActor:
         # An asyncio actor is made on its event loop.
         loop = asyncio.get_running_loop()
         self._watch = LoopWatch(_STACKS_SECONDS)
-        logging.basicConfig()  # to standard error, which is this process's log
-        self._notices = Notices()
         _on_sigterm(lambda: loop.call_soon_threadsafe(self._begin_to_leave))
 
     async def start(self) -> Whereabouts:
         """Start the engine; returns where this actor runs."""
         self._worker = await self._build(self._name, self._exchange)
         # Not before: what an engine's start holds up is no episode.
-        self._notices.__enter__()  # for as long as there is this process
+        self._notices = collected()
         return here(ray.get_runtime_context().get_node_id())
 
     async def ping(self) -> dict[str, float]:
@@ -71,7 +69,8 @@ class RolloutActor:
         return worker.heartbeat()
 
     async def notices(self, heard: int) -> list[str]:
-        """What this process has noticed after the first `heard` notices, see `rollout.notices`."""
+        """What this process has noticed after the first `heard` notices, see `rollout.wire.notices`."""
+        self._started()
         return self._notices.since(heard)
 
     async def standing(self) -> str:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import ray
 
 from rollout.wire.exchange import Exchange
+from rollout.wire.notices import collected
 from rollout.wire.share import WHOLE, Share
 from rollout.wire.stacks import stacks
 from rollout.wire.store import EpisodeRow
@@ -26,6 +27,7 @@ class ExchangeActor:
     """
 
     def __init__(self, build: Callable[[], Exchange]) -> None:
+        self._notices = collected()
         self._exchange = build()
 
     async def reserve(self, worker: str, lane: int) -> Assignment | None:
@@ -72,6 +74,10 @@ class ExchangeActor:
     async def ping(self) -> Whereabouts:
         """Where this actor runs, said when its event loop has come round to it."""
         return here(ray.get_runtime_context().get_node_id())
+
+    async def notices(self) -> list[str]:
+        """What this process has noticed since it was started, see `rollout.wire.notices`."""
+        return self._notices.since(0)
 
     async def stacks(self) -> str:
         """What every thread and task of the actor is doing."""

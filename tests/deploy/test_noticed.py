@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import urllib.request
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +16,14 @@ import pytest
 from deploy.actor_member import ActorMember
 from deploy.config import parse
 from deploy.evaluate import Conditions, evaluate_checkpoint
+from deploy.learner_part import LearnerPart
 from deploy.local import LocalRing
 from deploy.noticed import FILE, Noticed
+from deploy.supervise import PartLost, SupervisionSettings
 from rollout.engine import Sampling
 from rollout.hf_engine import HfEngine
-from rollout.notices import MOST
 from rollout.vllm_engine import VllmEngine
+from rollout.wire.notices import MOST
 from tests.deploy.small_run import configured, late_engine, train
 from tests.smollm2 import FOLDER, needs_smollm2
 
@@ -77,6 +80,7 @@ class Handle:
     async def _answer(self, name: str, *given: int) -> Any:
         if name != "notices":
             return None
+        given = given or (0,)
         self.asked.append(*given)
         return self.texts[given[0] :]
 
@@ -94,6 +98,21 @@ def test_a_worker_is_heard_with_every_heartbeat_and_at_its_end() -> None:
     asyncio.run(scene())
     assert heard == [("rollout-0",), ("rollout-0", "first"), ("rollout-0", "second")]
     assert handle.asked == [0, 0, 1]
+
+
+def test_the_learner_is_heard_with_every_heartbeat() -> None:
+    handle, heard = Handle(), []
+    handle.texts.append("step 3: the loss is not finite; its groups are set aside and others taken")
+
+    def hear(part: str, texts: Sequence[str]) -> None:
+        heard.append((part, *texts))
+        if len(heard) == 2:
+            raise PartLost("gone")
+
+    part = LearnerPart(configured(), lambda ranks: None, None)  # type: ignore[arg-type, return-value]
+    part._handles = [handle]
+    how = asyncio.run(part.lost(SupervisionSettings(heartbeat_seconds=0.01), hear))
+    assert heard == [("learner", handle.texts[0])] * 2 and "gone" in how
 
 
 def test_a_log_that_cannot_be_written_costs_the_run_nothing(tmp_path: Path) -> None:

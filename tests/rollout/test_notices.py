@@ -10,8 +10,8 @@ import pytest
 
 from rollout import loop_watch
 from rollout.loop_watch import LoopWatch
-from rollout.notices import MOST, MOST_CHARACTERS, Notices
 from rollout.wire.failures import cause_of
+from rollout.wire.notices import MOST, MOST_CHARACTERS, Notices
 
 
 def test_a_warning_is_a_notice_once_and_what_differs_in_numbers_is_the_same() -> None:

@@ -29,6 +29,12 @@ def shortened(text: str) -> str:
     return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 3] + "..."
 
 
+def collected() -> Notices:
+    """The notices of this process for as long as there is it; its log, standard error, has them as well."""
+    logging.basicConfig()
+    return Notices().__enter__()
+
+
 class Notices(logging.Handler):
     """The warnings of this process since it was entered, at most MOST kinds. tell: called with each, in any thread."""
 
