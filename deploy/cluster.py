@@ -325,14 +325,14 @@ class RayRing:
 
     async def _watch_exchange(self) -> None:
         settings = self._config.supervision
-        # It fails at once while Ray starts the actor again.
-        ping = self._exchange.ping.options(max_task_retries=0)
+        # They fail at once while Ray starts the actor again.
+        ping, notices = (m.options(max_task_retries=0) for m in (self._exchange.ping, self._exchange.notices))
         while True:
             await asyncio.sleep(settings.heartbeat_seconds)
             try:
                 answer = awaited(ping.remote())
                 where = await within(settings.frozen_seconds, answer, "the exchange (heartbeat)")
-                told = await self._within("the exchange", self._exchange.notices.remote())
+                told = await self._within("the exchange", notices.remote(), settings.frozen_seconds)
                 self._noticed.hear("exchange", told)
                 if where != self._where["exchange"]:  # it died and came back between two heartbeats
                     self._where["exchange"] = where
