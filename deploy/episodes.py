@@ -225,7 +225,12 @@ def _siblings(spans: Spans, fit: Sequence[int]) -> list[int]:
 def _advantages(run_folder: Path, spans: Spans, places: Sequence[int]) -> Advantages:
     """Of the turns of these episodes, as far as they are stored; of a group that was reused the first ones."""
     groups = spans.rows["group_id"].take(spans.last[list(places)]) if places else pa.array([], pa.int64())
-    stored = read_advantages(run_folder)
+    try:
+        stored = read_advantages(run_folder)
+    except ValueError as error:
+        from deploy.config import ConfigError  # it imports torch, which a report need not wait for
+
+        raise ConfigError(f"{error}; remove it for a report without its advantages") from error
     found: dict[tuple[int, ...], Sequence[float]] = {}
     for row in stored.filter(pc.is_in(stored["group_id"], groups)).to_pylist():
         found.setdefault(_turn_key(row), row["advantages"])

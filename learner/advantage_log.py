@@ -73,13 +73,19 @@ class AdvantageLog:
 def read_advantages(run_folder: str | Path) -> pa.Table:
     """All stored advantages of a run, in order of version. Empty where the run stored none.
 
-    FileNotFoundError where there is no such folder.
+    FileNotFoundError where there is no such folder; ValueError, which names the file, where one is damaged.
     """
     if not Path(run_folder).is_dir():
         raise FileNotFoundError(f"there is no run folder {run_folder}")
     files = sorted((Path(run_folder) / FOLDER).glob("version-*.arrow"), key=lambda path: path.stem)
-    tables = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in files]
-    return pa.concat_tables([SCHEMA.empty_table(), *tables])
+    return pa.concat_tables([SCHEMA.empty_table(), *map(_read, files)])
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: broken file ({error})") from error
 
 
 def _batch(version: int, groups: Sequence[Group], advantages: Sequence[Float32Array]) -> pa.RecordBatch:

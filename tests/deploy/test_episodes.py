@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deploy.config import ConfigError
 from deploy.episodes import Episode, chosen_episodes
 from learner.advantage_log import AdvantageLog
 from learner.tokenizer import build_tokenizer
@@ -144,6 +145,15 @@ def test_siblings_of_the_last_group_with_different_rewards_are_shown_with_their_
     assert list(found) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [found[1, index].turns[0].advantage for index in (0, 1)] == [-1.5, 1.5]
     assert [token.advantage for token in found[0, 0].turns[0].tokens] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("damaged", [b"", b"ARROW1", b"x" * 4096])
+def test_a_damaged_file_of_advantages_is_named(damaged: bytes, tmp_path: Path) -> None:
+    store(tmp_path / "groups", episode([1]))
+    (tmp_path / "advantages").mkdir()
+    (tmp_path / "advantages" / "version-00000001.arrow").write_bytes(damaged)
+    with pytest.raises(ConfigError, match=r"advantages/version-00000001\.arrow: broken file"):
+        chosen_episodes(tmp_path)
 
 
 def test_a_long_run_shows_episodes_on_the_way(tmp_path: Path) -> None:
