@@ -21,6 +21,7 @@ _BEAT_SECONDS = 0.5
 _NOTICE_SECONDS = 3.0
 
 log = logging.getLogger(__name__)
+log_alone = logging.getLogger("loop_watch")  # not for the console, see rollout.wire.notices
 
 
 class LoopWatch:
@@ -62,7 +63,7 @@ class LoopWatch:
         noticed = 0.0  # the beat after which it was found standing
         while not self._closed.wait(_BEAT_SECONDS):
             if noticed and self._beaten != noticed:
-                log.warning("the event loop goes on, having stood for %.1f s", self._beaten - noticed)
+                log_alone.warning("the event loop goes on, having stood for %.1f s", self._beaten - noticed)
                 noticed = 0.0
             if not noticed and (told := self.standing()):
                 noticed = self._beaten
