@@ -56,6 +56,6 @@ def test_the_line_of_code_by_which_all_episodes_wait_is_a_notice(monkeypatch: py
     assert f"stand ({__file__}:" in notices.since(0)[0]
 
 
-def test_an_error_is_told_by_its_last_line() -> None:
+def test_an_error_is_told_by_its_cause() -> None:
     assert cause_of("Traceback:\n  File 1\nmine.errors.ValueError: 3 is odd\n\n") == "ValueError: 3 is odd"
     assert cause_of("") == ""
