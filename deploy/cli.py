@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from deploy.console import errors, one_line, output, standard_streams, use_utf8, without_colours, write
+from deploy.report.console import errors, one_line, output, standard_streams, use_utf8, without_colours, write
 
 app = typer.Typer(
     add_completion=False,
@@ -87,7 +87,7 @@ def train(
 
     manta train rloo --replay runs/frozen_lake-20260101-120000
     """
-    from deploy.launch import Asked, launch
+    from deploy.run.launch import Asked, launch
 
     launch(Asked(recipe, overrides or (), resume, run, runs, replay, local, trust), console)
 
@@ -121,8 +121,9 @@ def evaluate(
     Example:
     manta eval runs/frozen_lake-20260101-120000 --env frozen_lake --seeds 0:256
     """
-    from deploy.config import validated
-    from deploy.evaluate import (
+    from deploy.config.load import validated
+    from deploy.report.transcripts import show_transcripts
+    from deploy.run.evaluate import (
         Conditions,
         conditions_of,
         evaluate_checkpoint,
@@ -130,7 +131,6 @@ def evaluate(
         parse_options,
         parse_seeds,
     )
-    from deploy.transcripts import show_transcripts
 
     base = conditions_of(checkpoint, env, trust)
     tree = base.model_dump() | _given(context_tokens=context_tokens, on_gpu=gpu, seed=seed)
@@ -173,8 +173,8 @@ def submit(
     Example:
     manta submit frozen_lake rollout.workers=8 --address http://cluster:8265 --runs /shared/runs
     """
-    from deploy.submit import follow, succeeded
-    from deploy.submit import submit as submit_job
+    from deploy.commands.submit import follow, succeeded
+    from deploy.commands.submit import submit as submit_job
 
     client, job = submit_job(recipe, overrides or (), address, runs.resolve(), working_dir, py_modules or ())
     write(console, f"submitted {job} to {address}")
@@ -195,9 +195,9 @@ def scale(
     Example:
     manta scale runs/frozen_lake-20260101-120000 --workers 4
     """
-    from deploy import run_folder
-    from deploy.config import ConfigError
-    from deploy.control import ask_workers
+    from deploy.cluster.control import ask_workers
+    from deploy.config import run_folder
+    from deploy.config.config_errors import ConfigError
 
     config = run_folder.open_existing(run)
     if config.weights.transfer != "object_store":
@@ -222,7 +222,7 @@ def export(
     Example:
     manta export runs/frozen_lake-20260101-120000 my_model
     """
-    from deploy.export import export_model
+    from deploy.commands.export import export_model
 
     written = export_model(run, target, version)
     write(console, f"wrote version {written} to {target}")
@@ -237,7 +237,7 @@ def report(
     Example:
     manta report runs/frozen_lake-20260101-120000
     """
-    from deploy.report import write_report
+    from deploy.report.report import write_report
 
     write(console, f"wrote {write_report(run)}")
 
@@ -249,7 +249,7 @@ def envs() -> None:
     Example:
     manta envs
     """
-    from deploy.envs_command import show_environments
+    from deploy.commands.envs_command import show_environments
 
     show_environments(console)
 
@@ -268,8 +268,8 @@ def check_env(
 
     manta check-env frozen_lake --option size=8 --option slippery=true
     """
-    from deploy.envs_command import check_environment
-    from deploy.evaluate import parse_options
+    from deploy.commands.envs_command import check_environment
+    from deploy.run.evaluate import parse_options
 
     raise typer.Exit(check_environment(env, parse_options(option or []), seconds, turns, console))
 
@@ -300,8 +300,8 @@ def demos(
     Example:
     manta demos frozen_lake -n 10000 --out demonstrations --error-rate 0.2 --option size=6
     """
-    from deploy.demos import Demonstrations, write_demonstrations
-    from deploy.evaluate import parse_options
+    from deploy.commands.demos import Demonstrations, write_demonstrations
+    from deploy.run.evaluate import parse_options
 
     asked = Demonstrations(
         env, parse_options(option or []), n, first_seed, error_rate, model, memory.value, context_tokens
@@ -317,7 +317,7 @@ def doctor() -> None:
     Example:
     manta doctor
     """
-    from deploy.doctor import diagnose, show
+    from deploy.commands.doctor import diagnose, show
 
     raise typer.Exit(show(diagnose(), console))
 
@@ -356,14 +356,14 @@ def _help_of(error: TyperException) -> str:
 
 def _mistakes() -> tuple[type[Exception], ...]:
     """What is raised of a user's mistakes. Imported when something is raised: `--help` need not wait for it."""
-    from deploy.config import ConfigError
+    from deploy.config.config_errors import ConfigError
     from envs.registry import EnvironmentUnknown
-    from learner.checkpoint import CheckpointError
-    from learner.model import ModelError
-    from rollout.chat import ChatError
-    from rollout.wire.history import HistoryError
-    from rollout.wire.ledger_checks import LedgerError
-    from rollout.wire.segments import CorruptSegment
+    from learner.model.policy import ModelError
+    from learner.training.checkpoint import CheckpointError
+    from rollout.buffer.history import HistoryError
+    from rollout.buffer.ledger_checks import LedgerError
+    from rollout.buffer.segments import CorruptSegment
+    from rollout.chat.chat import ChatError
 
     stored = CheckpointError, HistoryError, LedgerError, CorruptSegment
     return ConfigError, EnvironmentUnknown, ModelError, ChatError, *stored
@@ -371,9 +371,9 @@ def _mistakes() -> tuple[type[Exception], ...]:
 
 def _verdicts() -> tuple[type[Exception], ...]:
     """What ends a run on purpose. PartFailed, the supervisor's, names part, host, log file and the part's own error."""
-    from deploy.guards import GuardTripped
-    from deploy.supervise import PartFailed
-    from rollout.wire.failures import TooManyFailures
+    from deploy.config.guards import GuardTripped
+    from deploy.config.supervise import PartFailed
+    from rollout.buffer.failures import TooManyFailures
 
     return PartFailed, GuardTripped, TooManyFailures
 

@@ -18,7 +18,7 @@ Keys of `info` that mean something to Manta:
     success    bool, on the last step: the environment's own verdict, where it has one
     malformed  bool: the action could not be read (whether that ends the episode is the environment's choice)
     rewards    dict, name -> number: what the step's reward is made of, for methods that weigh the parts
-    tools      dict, reason -> number: what became of the calls in this turn (Reason in envs/tools.py)
+    tools      dict, reason -> number: what became of the calls in this turn (Reason in envs/tools/tool_env.py)
     ended      dict: there has been an end, with these `terminated`, `truncated`, `success` and `malformed`, and further
                turns are about it (a part asks for them). An episode that has no such turn left, or is cut in them,
                ended so. None takes it back.

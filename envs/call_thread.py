@@ -25,8 +25,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from envs.gate import admitted
-from envs.reference import awaited
 from envs.standing import stands_in
+from envs.user_functions import awaited
 
 _CALLS_PER_CORE = 8  # most of what takes long waits for other processes: sandboxes, servers
 

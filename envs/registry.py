@@ -21,8 +21,8 @@ import gymnasium as gym
 from gymnasium import spaces
 
 from envs.adapters import TextAdapter
-from envs.own_code import came_from
-from envs.reference import imported
+from envs.own_frames import came_from
+from envs.user_functions import imported
 
 Env = gym.Env[Any, str]
 _Factory = Callable[..., Env]
@@ -65,43 +65,49 @@ class Description:
 
 
 SUITES: tuple[Suite, ...] = (
-    Suite("MiniGrid-", "minigrid", "minigrid", "envs.minigrid_words:minigrid", "MiniGrid"),
-    Suite("BabyAI-", "minigrid", "minigrid", "envs.minigrid_words:minigrid", "BabyAI"),
+    Suite("MiniGrid-", "minigrid", "minigrid", "envs.suites.minigrid_words:minigrid", "MiniGrid"),
+    Suite("BabyAI-", "minigrid", "minigrid", "envs.suites.minigrid_words:minigrid", "BabyAI"),
     Suite(
         "reasoning_gym/",
         "reasoning",
         "reasoning_gym",
-        "envs.reasoning_questions:reasoning_gym",
+        "envs.suites.reasoning_questions:reasoning_gym",
         "reasoning-gym",
     ),
-    Suite("pettingzoo/", "pettingzoo", "pettingzoo", "envs.pettingzoo_games:pettingzoo_game", "PettingZoo"),
-    Suite("textarena/", "textarena", "textarena", "envs.textarena_games:textarena_game", "TextArena"),
+    Suite(
+        "pettingzoo/",
+        "pettingzoo",
+        "pettingzoo",
+        "envs.suites.pettingzoo_games:pettingzoo_game",
+        "PettingZoo",
+    ),
+    Suite("textarena/", "textarena", "textarena", "envs.suites.textarena_games:textarena_game", "TextArena"),
 )
 _OURS: dict[str, str | _Factory] = {
-    "arithmetic": "envs.arithmetic:Arithmetic",
-    "assistant": "envs.assistant:assistant",
-    "browser": "envs.browser:Browser",
-    "chess": "envs.chess_game:ChessGame",
-    "frozen_lake": "envs.frozen_lake:FrozenLake",
-    "household": "envs.household:Household",
-    "memory_corridor": "envs.memory_corridor:MemoryCorridor",
-    "patches": "envs.patches:Patches",
-    "programming": "envs.programming:Programming",
-    "sokoban": "envs.sokoban:Sokoban",
-    "twenty_questions": "envs.twenty_questions:TwentyQuestions",
+    "arithmetic": "envs.builtin.arithmetic:Arithmetic",
+    "assistant": "envs.builtin.assistant:assistant",
+    "browser": "envs.builtin.browser:Browser",
+    "chess": "envs.builtin.chess_game:ChessGame",
+    "frozen_lake": "envs.builtin.frozen_lake:FrozenLake",
+    "household": "envs.builtin.household:Household",
+    "memory_corridor": "envs.builtin.memory_corridor:MemoryCorridor",
+    "patches": "envs.builtin.patches:Patches",
+    "programming": "envs.builtin.programming:Programming",
+    "sokoban": "envs.builtin.sokoban:Sokoban",
+    "twenty_questions": "envs.builtin.twenty_questions:TwentyQuestions",
 }
 _PLAYERS: dict[str, str] = {
-    "arithmetic": "envs.arithmetic:Player",
-    "assistant": "envs.assistant:Player",
-    "browser": "envs.browser:Player",
-    "chess": "envs.chess_game:Player",
-    "frozen_lake": "envs.frozen_lake:Player",
-    "household": "envs.household:Player",
-    "memory_corridor": "envs.memory_corridor:Player",
-    "patches": "envs.patches:Player",
-    "programming": "envs.programming:Player",
-    "sokoban": "envs.sokoban:Player",
-    "twenty_questions": "envs.twenty_questions:Player",
+    "arithmetic": "envs.builtin.arithmetic:Player",
+    "assistant": "envs.builtin.assistant:Player",
+    "browser": "envs.builtin.browser:Player",
+    "chess": "envs.builtin.chess_game:Player",
+    "frozen_lake": "envs.builtin.frozen_lake:Player",
+    "household": "envs.builtin.household:Player",
+    "memory_corridor": "envs.builtin.memory_corridor:Player",
+    "patches": "envs.builtin.patches:Player",
+    "programming": "envs.builtin.programming:Player",
+    "sokoban": "envs.builtin.sokoban:Player",
+    "twenty_questions": "envs.builtin.twenty_questions:Player",
 }
 
 

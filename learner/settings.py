@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from learner.algorithm import AlgorithmSettings
-from learner.schedule import OptimSettings
+from learner.algorithm.algorithm import AlgorithmSettings
+from learner.algorithm.schedule import OptimSettings
 
 
 class LoraSettings(BaseModel, extra="forbid", frozen=True):

@@ -18,8 +18,8 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from envs.images import image
-from learner.tiny_vision import build_tiny_vision
-from learner.tokenizer import build_tokenizer
+from learner.model.tiny_vision import build_tiny_vision
+from learner.model.tokenizer import build_tokenizer
 
 PLACEHOLDER = 60  # of the Qwen models; LLaVA's is its last token
 CONTEXT = 128

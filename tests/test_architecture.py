@@ -16,23 +16,82 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("envs", "rollout", "learner", "deploy")
 MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
 
-# Importer -> what of ours it may import, itself included; the longest matching name counts. rollout.wire is its own.
-ARROWS = {
-    "envs": {"envs"},
-    "rollout.wire": {"rollout.wire"},
-    "rollout": {"rollout", "rollout.wire", "envs"},
-    "learner": {"learner", "rollout.wire"},
-    "deploy": {"deploy", "learner", "rollout", "rollout.wire", "envs"},
+# Rooms and what of ours each may import besides itself; the longest matching name counts, so that "envs" stands for the
+# modules at its top alone. An "all" stands for every room of a package.
+ROOMS: dict[str, set[str]] = {
+    "envs": set(),
+    "envs.sandbox": set(),
+    "envs.tools": {"envs", "envs.sandbox"},
+    "envs.builtin": {"envs", "envs.sandbox", "envs.tools"},
+    "envs.suites": {"envs"},
+    "envs.hosting": {"envs", "envs.tools"},
+    "envs.checks": {"envs", "envs.hosting"},
+    "rollout.wire": set(),
+    "rollout.buffer": {"rollout.wire"},
+    "rollout.chat": {"rollout.wire", "all envs"},
+    "rollout.engines": {"rollout.wire", "rollout.chat", "all envs"},
+    "rollout.agents": {"rollout.wire", "rollout.chat", "rollout.engines", "all envs"},
+    "rollout.external": {"rollout.wire", "rollout.chat", "all envs"},
+    "rollout.episodes": {"all rollout", "all envs"},
+    "learner.parallel": {"rollout.wire"},
+    "learner.algorithm": {"learner.parallel", "rollout.wire"},
+    "learner": {"learner.algorithm"},
+    "learner.data": {"learner.algorithm", "learner.parallel", "rollout.wire"},
+    "learner.model": {"learner", "learner.data", "learner.parallel", "rollout.wire"},
+    "learner.training": {"all learner", "rollout.wire"},
+    "deploy.config": {"all learner", "all rollout", "all envs"},
+    "deploy.report": {"deploy.config", "all learner", "all rollout", "all envs"},
+    "deploy.assembly": {"deploy.config", "all learner", "all rollout", "all envs"},
+    "deploy.cluster": {
+        "deploy.assembly",
+        "deploy.report",
+        "deploy.config",
+        "all learner",
+        "all rollout",
+        "all envs",
+    },
+    "deploy.run": {
+        "deploy.cluster",
+        "deploy.assembly",
+        "deploy.report",
+        "deploy.config",
+        "all learner",
+        "all rollout",
+        "all envs",
+    },
+    "deploy.commands": {
+        "deploy.run",
+        "deploy.assembly",
+        "deploy.report",
+        "deploy.config",
+        "all learner",
+        "all rollout",
+        "all envs",
+    },
+    "deploy": {"all deploy", "all learner", "all rollout", "all envs"},
 }
+
+
+def _rooms(allowed: str) -> set[str]:
+    everything, _, package = allowed.rpartition("all ")
+    return (
+        {allowed}
+        if not everything and package == allowed
+        else {r for r in ROOMS if f"{r}.".startswith(f"{package}.")}
+    )
+
+
+ARROWS = {room: {room}.union(*map(_rooms, allowed)) for room, allowed in ROOMS.items()}
 # Third-party package -> where alone it may be imported, as patterns of paths.
 ONLY_IN = {
     "ray": ("deploy/*", "*/actors.py"),
-    "vllm": ("rollout/vllm_*.py",),
-    "torch": ("rollout/*.py", "learner/*", "deploy/*"),
-    "rich": ("deploy/console.py",),
+    "vllm": ("rollout/engines/vllm_*.py",),
+    "torch": ("rollout/*", "learner/*", "deploy/*"),
+    "rich": ("deploy/report/console.py",),
 }
-TORCH_FREE = ("envs/*", "rollout/wire/*")
+TORCH_FREE = ("envs/*", "rollout/wire/*", "rollout/buffer/*")
 WIRE_MAY_USE = {"numpy", "pyarrow", "pydantic", "blake3"} | set(sys.stdlib_module_names)
 
 
@@ -57,7 +116,7 @@ def imports(source: str, package: str) -> Iterator[str]:
 
 
 def owner(name: str) -> str:
-    """The entry of ARROWS a dotted name of ours belongs to; the name's first part where it is not ours."""
+    """The room that a dotted name of ours belongs to; the name's first part where it is in none."""
     inside = [entry for entry in ARROWS if f"{name}.".startswith(f"{entry}.")]
     return max(inside, key=len, default=name.partition(".")[0])
 
@@ -69,7 +128,7 @@ def faults(path: str, source: str) -> list[str]:
     found = []
     for name in imports(source, package):
         target, top = owner(name), name.partition(".")[0]
-        ours = target in ARROWS or target == "tests"
+        ours = top in (*PACKAGES, "tests")
         # `from rollout import wire` reads as rollout too: only the deeper reading decides for a bare parent.
         if ours and target not in ARROWS[home] and not _is_bare_parent(name, home):
             found.append(f"{path}: {home} must not import {name}")
@@ -135,16 +194,39 @@ def test_no_arrow_runs_the_wrong_way(path: str) -> None:
         ("rollout/wire/schema.py", "from .. import worker", "rollout.wire must not import rollout.worker"),
         ("rollout/wire/schema.py", "import pandas", "rollout.wire must not use pandas"),
         ("rollout/wire/schema.py", "def f():\n    import torch.nn", "torch must not be imported here"),
-        ("rollout/agent.py", "from learner import losses", "rollout must not import learner"),
-        ("learner/batch.py", "from rollout.engine import Sampling", "learner must not import rollout.engine"),
-        ("learner/batch.py", "from rollout import engine", "learner must not import rollout.engine"),
+        ("rollout/agents/agent.py", "from learner import losses", "rollout.agents must not import learner"),
         (
-            "learner/batch.py",
-            "import importlib\nimportlib.import_module('deploy.cli')",
-            "learner must not import deploy",
+            "learner/data/batch.py",
+            "from rollout.engines.engine import Sampling",
+            "learner.data must not import rollout.engines.engine",
         ),
-        ("learner/batch.py", "if True:\n    import ray", "ray must not be imported here"),
-        ("rollout/engine.py", "from vllm import LLM", "vllm must not be imported here"),
+        (
+            "learner/data/batch.py",
+            "from rollout import engines",
+            "learner.data must not import rollout.engines",
+        ),
+        (
+            "learner/data/batch.py",
+            "import importlib\nimportlib.import_module('deploy.cli')",
+            "learner.data must not import deploy",
+        ),
+        ("learner/data/batch.py", "if True:\n    import ray", "ray must not be imported here"),
+        ("rollout/engines/engine.py", "from vllm import LLM", "vllm must not be imported here"),
+        (
+            "rollout/wire/schema.py",
+            "from rollout.buffer import ledger",
+            "rollout.wire must not import rollout.buffer",
+        ),
+        (
+            "envs/tools/tool.py",
+            "from envs.hosting.host import x",
+            "envs.tools must not import envs.hosting.host",
+        ),
+        (
+            "deploy/report/report.py",
+            "import deploy.run.train",
+            "deploy.report must not import deploy.run.train",
+        ),
         ("deploy/cli.py", "from tests.bench import x", "deploy must not import tests"),
     ],
 )
@@ -155,25 +237,33 @@ def test_a_wrong_arrow_is_seen(path: str, source: str, fault: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("learner/loop.py", "from rollout.wire import schema\nfrom rollout.wire.schema import decode"),
-        ("learner/loop.py", "from rollout import wire"),
-        ("rollout/wire/actors.py", "import ray\nfrom .store import Store"),
         (
-            "rollout/vllm_engine.py",
+            "learner/training/loop.py",
+            "from rollout.wire import schema\nfrom rollout.wire.schema import decode",
+        ),
+        ("learner/training/loop.py", "from rollout import wire"),
+        ("rollout/buffer/actors.py", "import ray\nfrom .replay_store import Store"),
+        (
+            "rollout/engines/vllm_engine.py",
             "import vllm, torch\nfrom .engine import Engine\nfrom envs import registry",
         ),
-        ("deploy/local.py", "import ray, torch\nfrom learner import learner\nfrom rollout.wire import store"),
+        (
+            "deploy/run/local.py",
+            "import ray, torch\nfrom learner.training import learner\nfrom rollout.buffer import replay_store",
+        ),
     ],
 )
 def test_a_right_arrow_is_let_pass(path: str, source: str) -> None:
     assert faults(path, source) == []
 
 
-@pytest.mark.parametrize("path", ["deploy/train.py", "deploy/ring.py", "deploy/cluster.py"])
+@pytest.mark.parametrize(
+    "path", ["deploy/run/train.py", "deploy/assembly/runtime.py", "deploy/cluster/cluster.py"]
+)
 def test_the_driver_cannot_even_name_a_payload(path: str) -> None:
     package = str(Path(path).parent)
     named = {name.partition(":")[0] for name in imports((ROOT / path).read_text(encoding="utf-8"), package)}
-    payload = ("pyarrow", "rollout.wire.schema", "rollout.wire.segments", "learner.batch")
+    payload = ("pyarrow", "rollout.wire.schema", "rollout.buffer.segments", "learner.data.batch")
     assert not [name for name in named if name.startswith(payload)]
 
 
@@ -181,6 +271,16 @@ def test_the_driver_cannot_even_name_a_payload(path: str) -> None:
 def test_a_file_is_one_idea(path: str) -> None:
     lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
     assert lines <= MAX_LINES, f"{path} has {lines} lines; split it by idea"
+
+
+@pytest.mark.parametrize("path", files(*PACKAGES))
+def test_a_function_is_one_thought(path: str) -> None:
+    long = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno
+    }
+    assert {name: lines for name, lines in long.items() if lines > MAX_FUNCTION_LINES} == {}, path
 
 
 def test_there_is_no_sixth_package() -> None:
@@ -231,10 +331,41 @@ def test_every_test_that_the_guide_names_exists() -> None:
             )
 
 
+def test_no_file_imports_itself_through_others() -> None:
+    modules = {path.removesuffix(".py").replace("/", "."): path for path in files(*PACKAGES)}
+    imported = {
+        module: set(imports((ROOT / path).read_text(encoding="utf-8"), module.rpartition(".")[0]))
+        & set(modules)
+        for module, path in modules.items()
+    }
+    assert circle(imported) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c"]
+
+
+def circle(imported: dict[str, set[str]]) -> list[str]:
+    """The modules that reach themselves."""
+
+    def reached(module: str) -> set[str]:
+        found: set[str] = set()
+        waiting = [*imported[module]]
+        while waiting:
+            name = waiting.pop()
+            if name not in found:
+                found.add(name)
+                waiting += imported[name]
+        return found
+
+    return sorted(module for module in imported if module in reached(module))
+
+
 @pytest.mark.parametrize("path", files("tests"))
 def test_what_a_test_or_a_benchmark_imports_of_ours_is_there(path: str) -> None:
     for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and owner(node.module) in (*ARROWS, "tests"):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.partition(".")[0] in (*PACKAGES, "tests")
+        ):
             names = bound(node.module)
             assert names is not None, f"there is no {node.module}"
             missing = {alias.name for alias in node.names} - names

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from deploy.console import Cell, Console, errors, write, write_table
+from deploy.report.console import Cell, Console, errors, write, write_table
 
 BENCHMARKS = (
     "rollout",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.metrics import read_metrics
+from deploy.report.metrics import read_metrics
 from tests.bench.runs import SMOOTHED, from_model, imitated, run_to_end, success
 
 RECIPES = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "dppo", "ppo", "ppo_shared")

@@ -18,9 +18,9 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from rollout.wire.replay import ReplayBuffer
+from rollout.buffer.replay_store import BufferSettings, EpisodeRow, Finished, Store
+from rollout.buffer.scheduler import ReplayBuffer
 from rollout.wire.schema import decode, encode
-from rollout.wire.store import BufferSettings, EpisodeRow, Finished, Store
 from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
 
 GROUPS_PER_STEP, STEPS, ROUNDS = 32, 4, 5

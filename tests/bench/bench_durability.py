@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deploy.config import RunConfig
-from rollout.recorder import Recorder
+from deploy.config.config import RunConfig
+from rollout.episodes.recorder import Recorder
 from tests.bench.bench_rollout import Rig
 from tests.bench.player import playing_model, recipe
 

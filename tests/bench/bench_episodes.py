@@ -21,19 +21,19 @@ import numpy as np
 import psutil
 import ray
 
-from deploy.build import load_tokenizer, replica_start
-from envs.host import HostSettings
-from learner.tokenizer import build_tokenizer
-from rollout.agent import Agent
-from rollout.chat import Chat
-from rollout.engine import Completion, Sampling
-from rollout.pool import EnvironmentPool
-from rollout.tasks import TaskStream
-from rollout.wire.exchange import Exchange
-from rollout.wire.store import BufferSettings, Store
+from deploy.assembly.build import load_tokenizer, replica_start
+from envs.hosting.host import HostSettings
+from learner.model.tokenizer import build_tokenizer
+from rollout.agents.agent import Agent
+from rollout.buffer.replay_buffer import Exchange
+from rollout.buffer.replay_store import BufferSettings, Store
+from rollout.chat.chat import Chat
+from rollout.engines.engine import Completion, Sampling
+from rollout.episodes.pool import EnvironmentPool
+from rollout.episodes.tasks import TaskStream
+from rollout.episodes.worker import RolloutSettings, RolloutWorker
 from rollout.wire.trajectory import Float32Array, Task
 from rollout.wire.weights import SyncReport, WeightUpdate
-from rollout.worker import RolloutSettings, RolloutWorker
 from tests.rollout import trouble
 
 GROUPS, GROUP_SIZE, LATENCY_S = 125, 8, 2.0

@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from learner.logprobs import token_logprobs
+from learner.model.logprobs import token_logprobs
 
 VOCABULARY, WIDTH, BLOCK = 152_064, 64, 2**23
 SIZES = (

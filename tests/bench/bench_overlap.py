@@ -22,20 +22,20 @@ from typing import Any
 
 import ray
 
-from deploy.build import EngineFactory, build_worker, load_tokenizer
-from deploy.config import RunConfig
-from deploy.models import model_path
-from learner.actors import LearnerActor
-from learner.model import Policy
-from learner.ranks import Ranks
+from deploy.assembly.build import EngineFactory, build_worker, load_tokenizer
+from deploy.assembly.models import model_path
+from deploy.config.config import RunConfig
+from learner.model.policy import Policy
+from learner.parallel.ranks import Ranks
 from learner.settings import ModelSettings
-from rollout.actors import RolloutActor
-from rollout.engine import Engine
-from rollout.scripted_engine import ScriptedEngine
-from rollout.tasks import TaskStream
-from rollout.wire.actors import ExchangeActor
-from rollout.wire.exchange import Exchange
-from rollout.wire.store import Store
+from learner.training.actors import LearnerActor
+from rollout.buffer.actors import ExchangeActor, RemoteExchange
+from rollout.buffer.replay_buffer import Exchange
+from rollout.buffer.replay_store import Store
+from rollout.engines.engine import Engine
+from rollout.engines.scripted_engine import ScriptedEngine
+from rollout.episodes.actors import RolloutActor
+from rollout.episodes.tasks import TaskStream
 from rollout.wire.trajectory import Group
 from tests.bench.player import recipe
 
@@ -109,7 +109,9 @@ class Rig:
         build = partial(build_worker, config, path, factory)
         self._worker = _actor(RolloutActor).remote("rollout-0", self._exchange, build)
         self._groups = config.buffer.groups_per_step * STEPS
-        self._learner = _actor(LearnerActor).remote(learner, self._exchange, config.engine.dtype, 120.0, 1)
+        self._learner = _actor(LearnerActor).remote(
+            learner, RemoteExchange(self._exchange), config.engine.dtype, 120.0, 1
+        )
 
     async def start(self) -> None:
         await self._worker.start.remote()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import ray
 
-from deploy.build import vllm_engine
-from deploy.models import build_learner
+from deploy.assembly.build import vllm_engine
+from deploy.assembly.models import build_learner
 from tests.bench.bench_overlap import Rig, measure, summary
 from tests.bench.player import playing_model, recipe
 

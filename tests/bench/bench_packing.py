@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from learner.learner import Learner
-from learner.schedule import OptimSettings
+from learner.algorithm.schedule import OptimSettings
 from learner.settings import LearnerSettings, ModelSettings
+from learner.training.learner import Learner
 from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
 from tests.bench.player import untaught_model
 

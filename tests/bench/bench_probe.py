@@ -25,14 +25,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from learner.model import Policy
-from learner.publish import Snapshot, take_snapshot
+from learner.model.policy import Policy
+from learner.model.tiny import build_tiny
+from learner.model.tokenizer import build_tokenizer
 from learner.settings import ModelSettings
-from learner.tiny import build_tiny
-from learner.tokenizer import build_tokenizer
-from rollout.engine import Engine
-from rollout.hf_engine import HfEngine
-from rollout.vllm_engine import VllmEngine, VllmSettings
+from learner.training.publish import Snapshot, take_snapshot
+from rollout.engines.engine import Engine
+from rollout.engines.hf_engine import HfEngine
+from rollout.engines.vllm_engine import VllmEngine
+from rollout.engines.vllm_start import VllmSettings
 from rollout.wire.weights import WeightMismatch, WeightUpdate, inline, write_memory
 from tests.smollm2 import FOLDER
 

@@ -23,18 +23,18 @@ import pyarrow as pa
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from deploy.build import load_tokenizer
-from deploy.config import RunConfig
-from rollout.agent import Agent
-from rollout.chat import Chat
-from rollout.pool import EnvironmentPool
-from rollout.tasks import TaskStream
-from rollout.vllm_engine import VllmEngine
-from rollout.wire.exchange import Exchange
+from deploy.assembly.build import load_tokenizer
+from deploy.config.config import RunConfig
+from rollout.agents.agent import Agent
+from rollout.buffer.replay_buffer import Exchange
+from rollout.buffer.replay_store import BufferSettings, Store
+from rollout.chat.chat import Chat
+from rollout.engines.vllm_engine import VllmEngine
+from rollout.episodes.pool import EnvironmentPool
+from rollout.episodes.tasks import TaskStream
+from rollout.episodes.worker import RolloutWorker
 from rollout.wire.schema import decode
-from rollout.wire.store import BufferSettings, Store
 from rollout.wire.trajectory import Trajectory
-from rollout.worker import RolloutWorker
 from tests.bench.player import playing_model, recipe
 
 STEPS, GROUPS_PER_STEP, ROUNDS, WARM_UP = 6, 16, 7, 2

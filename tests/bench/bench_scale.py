@@ -18,15 +18,15 @@ from typing import Any
 
 import ray
 
-from deploy.actor_member import actor
-from deploy.build import build_worker
-from deploy.config import RunConfig
-from deploy.models import model_path
-from rollout.actors import RolloutActor
-from rollout.wire.actors import ExchangeActor, RemoteExchange
-from rollout.wire.exchange import Exchange
+from deploy.assembly.build import build_worker
+from deploy.assembly.models import model_path
+from deploy.cluster.actor_member import actor
+from deploy.config.config import RunConfig
+from rollout.buffer.actors import ExchangeActor, RemoteExchange
+from rollout.buffer.replay_buffer import Exchange
+from rollout.buffer.replay_store import EpisodeRow, Store
+from rollout.episodes.actors import RolloutActor
 from rollout.wire.schema import decode, encode
-from rollout.wire.store import EpisodeRow, Store
 from rollout.wire.trajectory import Group
 from tests.bench.bench_overlap import scripted_engine
 from tests.bench.player import recipe
@@ -76,7 +76,7 @@ class Feeder:
 
 
 def _task(config: RunConfig, group_id: int) -> Any:
-    from deploy.build import training_tasks
+    from deploy.assembly.build import training_tasks
 
     return training_tasks(config)(group_id)
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from deploy.build import load_tokenizer
-from deploy.config import RunConfig
-from deploy.models import build_learner, model_path
-from learner.model import Policy
-from learner.publish import take_snapshot
-from rollout.engine import Sampling
-from rollout.vllm_engine import VllmEngine
+from deploy.assembly.build import load_tokenizer
+from deploy.assembly.models import build_learner, model_path
+from deploy.config.config import RunConfig
+from learner.model.policy import Policy
+from learner.training.publish import take_snapshot
+from rollout.engines.engine import Sampling
+from rollout.engines.vllm_engine import VllmEngine
 from rollout.wire.weights import SyncReport, WeightUpdate, write_memory
 from tests.bench.player import recipe
 

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 import torch
 
-from learner.publish import Staging
+from learner.training.publish import Staging
 from rollout.wire.actors import put_object
 from rollout.wire.weights import ByteArray, Handle, checksum
 

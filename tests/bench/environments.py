@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.config import load_config
-from deploy.metrics import read_metrics
+from deploy.config.load import load_config
+from deploy.report.metrics import read_metrics
 from tests.bench.runs import SMOOTHED, exported, from_model, run_to_end, success
 
 NAMES = ("household", "assistant", "foreign", "transfer")

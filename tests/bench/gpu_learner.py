@@ -28,13 +28,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from learner.algorithm import AlgorithmSettings
-from learner.batch import NOT_SAMPLED, Batch, TokenSequence, pack
-from learner.model import Policy
-from learner.optim import Optimizer
-from learner.schedule import OptimSettings
+from learner.algorithm.algorithm import AlgorithmSettings
+from learner.algorithm.schedule import OptimSettings
+from learner.data.batch import NOT_SAMPLED, Batch, TokenSequence, pack
+from learner.model.policy import Policy
 from learner.settings import ModelSettings
-from learner.step import PolicyObjective, train_step
+from learner.training.optim import Optimizer
+from learner.training.step import PolicyObjective, train_step
 
 LARGE = {
     "vocab_size": 151_936,

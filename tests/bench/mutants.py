@@ -9,8 +9,8 @@ import sys
 
 import numpy as np
 
-from envs.programming import KINDS, Programming
-from envs.programming_tasks import draw_inputs, draw_task
+from envs.builtin.programming import KINDS, Programming
+from envs.builtin.programming_tasks import draw_inputs, draw_task
 from tests.envs.near_misses import FRESH, accepted
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from envs.assistant import assistant
+from envs.builtin.assistant import assistant
 
 
 @cache

@@ -7,11 +7,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from deploy.build import play_demonstrations
-from deploy.config import RunConfig, load_config
-from deploy.models import build_learner, model_path
-from learner.tiny import build_tiny
-from learner.tokenizer import build_tokenizer
+from deploy.assembly.build import play_demonstrations
+from deploy.assembly.models import build_learner, model_path
+from deploy.config.config import RunConfig
+from deploy.config.load import load_config
+from learner.model.tiny import build_tiny
+from learner.model.tokenizer import build_tokenizer
 from rollout.wire.schema import decode
 
 DEMONSTRATIONS = 512

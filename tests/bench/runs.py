@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from deploy import run_folder
-from deploy.config import RunConfig, load_config
-from deploy.export import export_model
+from deploy.commands.export import export_model
+from deploy.config import run_folder
+from deploy.config.config import RunConfig
+from deploy.config.load import load_config
 
 LIMIT_S = 3600
 SMOOTHED = 3  # steps whose mean is a point of a curve

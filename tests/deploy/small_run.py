@@ -16,17 +16,18 @@ from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from deploy.build import EngineFactory, load_chat, load_tokenizer
-from deploy.config import RunConfig, load_config
-from deploy.local import LocalRing
-from deploy.progress import Progress
-from deploy.ring import Ring
-from deploy.train import Training
-from learner.checkpoint import MODEL, OPTIMIZER, latest
-from rollout.engine import Engine
-from rollout.hf_engine import HfEngine
-from rollout.scripted_engine import ScriptedEngine
-from rollout.wire.segments import read_rows
+from deploy.assembly.build import EngineFactory, load_chat, load_tokenizer
+from deploy.assembly.runtime import Ring
+from deploy.config.config import RunConfig
+from deploy.config.load import load_config
+from deploy.report.progress import Progress
+from deploy.run.local import LocalRing
+from deploy.run.train import Training
+from learner.training.checkpoint import MODEL, OPTIMIZER, latest
+from rollout.buffer.segments import read_rows
+from rollout.engines.engine import Engine
+from rollout.engines.hf_engine import HfEngine
+from rollout.engines.scripted_engine import ScriptedEngine
 
 RECIPE = str(Path(__file__).with_name("small.toml"))
 

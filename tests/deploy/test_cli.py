@@ -13,11 +13,13 @@ import pytest
 import ray
 from transformers import AutoTokenizer
 
-from deploy import connect, drive, envs_command
-from deploy.janitor import TAG
-from deploy.preflight import check_tokenizer
+from deploy.cluster import connect
+from deploy.cluster.janitor import TAG
+from deploy.commands import envs_command
+from deploy.run import drive
+from deploy.run.preflight import check_tokenizer
 from envs import registry
-from learner.tokenizer import build_tokenizer
+from learner.model.tokenizer import build_tokenizer
 from tests.deploy.command import Manta, command
 from tests.deploy.small_run import RECIPE
 from tests.envs import bad
@@ -93,8 +95,9 @@ def of_model(path: object, *overrides: str) -> list[str]:
             "'qproj' is no linear layer .* there are .*, q_proj,",
         ),
         (
-            [RECIPE, "agent.parts=[{kind='tools',functions=['envs.frozen_lake:nothing']}]"],
-            "agent.parts: tool 'envs.frozen_lake:nothing': module envs.frozen_lake has no function 'nothing'",
+            [RECIPE, "agent.parts=[{kind='tools',functions=['envs.builtin.frozen_lake:nothing']}]"],
+            "agent.parts: tool 'envs.builtin.frozen_lake:nothing': module envs.builtin.frozen_lake has no function "
+            "'nothing'",
         ),
         ([RECIPE, "evaluation.tasks=100"], "evaluation.tasks=100 is more than there is: .* only 4 different"),
         ([RECIPE, "--resume", "somewhere"], "leave the recipe away"),

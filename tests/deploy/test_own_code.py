@@ -10,17 +10,18 @@ from random import Random
 
 import pytest
 
-from deploy import drive, local
-from deploy.build import load_tokenizer, looked_at
-from deploy.config import RunConfig, load_config
-from deploy.failure_log import failures_kept_in
-from deploy.janitor import TAG
+from deploy.assembly.build import load_tokenizer, looked_at
+from deploy.cluster.janitor import TAG
+from deploy.config.config import RunConfig
+from deploy.config.load import load_config
+from deploy.run import drive, local
+from deploy.run.failure_log import failures_kept_in
 from envs import registry
 from envs.base import as_number
-from envs.frozen_lake import FrozenLake
-from rollout.engine import Engine
-from rollout.scripted_engine import ScriptedEngine
-from rollout.wire.failures import TooManyFailures
+from envs.builtin.frozen_lake import FrozenLake
+from rollout.buffer.failures import TooManyFailures
+from rollout.engines.engine import Engine
+from rollout.engines.scripted_engine import ScriptedEngine
 from tests.deploy.command import Manta, command
 from tests.deploy.small_run import train
 
@@ -134,7 +135,7 @@ def test_a_player_that_raises_is_one_line_that_names_its_line(manta: Manta, tmp_
 def test_on_a_cluster_it_is_the_same_line_through_every_process(tmp_path: Path) -> None:
     import ray
 
-    from deploy.cluster import RayRing
+    from deploy.cluster.cluster import RayRing
 
     recipe = written(tmp_path, "unused", tasks=0)
     changes = ["env.id=tests.envs.bad:Raises", "rollout.context_tokens=200", "sampling.max_tokens=1"]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy.config import load_config
-from deploy.metrics import read_metrics
+from deploy.config.load import load_config
+from deploy.report.metrics import read_metrics
 from envs import registry
-from envs.check import check
+from envs.checks.check import check
 from tests.deploy.small_run import assert_balanced, train
 
 README = Path(__file__).parents[2] / "README.md"

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from envs.calls import Call
-from envs.tools import Answer, Toolbox
+from envs.tools.tool_calls import Call
+from envs.tools.tool_env import Answer, Toolbox
 
 
 class Unit(Enum):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.programming_tasks import Arguments, Task
+from envs.builtin.programming_tasks import Arguments, Task
 
 FRESH = 2000
 SECONDS = 2.0  # for one near miss on all inputs; one that takes longer is wrong

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from envs import registry, sandbox
+from envs import registry
 from envs.registry import Env, Player
+from envs.sandbox import sandbox
 
 
 def here() -> list[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import textwrap
 
-from envs import sandbox
-from envs.sandbox import Limits, Reason, Result
+from envs.sandbox import sandbox
+from envs.sandbox.sandbox import Limits, Reason, Result
 
 SMALL = Limits(
     cpu_seconds=20,

@@ -1,4 +1,4 @@
-"""Environments by id. What each of them promises is examined by `envs.check`, see test_check.py."""
+"""Environments by id. What each of them promises is examined by `envs.checks.check`, see test_check.py."""
 
 from __future__ import annotations
 
@@ -180,7 +180,10 @@ def test_a_wrong_environment_is_refused_in_one_line(env_id: str, options: dict[s
 
 @pytest.mark.parametrize(
     ("env_id", "package", "module"),
-    [("chess", "chess", "envs.chess_game"), ("browser", "playwright.sync_api", "envs.browser_tab")],
+    [
+        ("chess", "chess", "envs.builtin.chess_game"),
+        ("browser", "playwright.sync_api", "envs.builtin.browser_tab"),
+    ],
 )
 def test_an_environment_whose_package_is_missing_names_its_extra(
     monkeypatch: pytest.MonkeyPatch, env_id: str, package: str, module: str

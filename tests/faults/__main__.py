@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deploy.console import errors, output, write
+from deploy.report.console import errors, output, write
 from tests.faults import elastic, matrix, real, resumes, soak
 
 NAMES = ("resumes", "real", "elastic", "matrix")

@@ -22,16 +22,16 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from deploy.build import load_tokenizer, vllm_engine
-from deploy.config import RunConfig
-from rollout.engine import Completion, Engine, Sampling
-from rollout.scripted_engine import ScriptedEngine
+from deploy.assembly.build import load_tokenizer, vllm_engine
+from deploy.config.config import RunConfig
+from rollout.engines.engine import Completion, Engine, Sampling
+from rollout.engines.scripted_engine import ScriptedEngine
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import SyncReport, WeightUpdate
 
 if TYPE_CHECKING:  # engines are made of this module too, and need not wait for a learner
-    from learner.learner import Learner
-    from learner.ranks import Ranks
+    from learner.parallel.ranks import Ranks
+    from learner.training.learner import Learner
 
 LATENCY = "MANTA_FAULTS_LATENCY_S"  # of one scripted completion; added to one of vLLM's
 REAL = "MANTA_FAULTS_REAL"  # set: vLLM
@@ -108,8 +108,8 @@ async def engine(config: RunConfig, name: str, path: str) -> Engine:
 
 def learner(config: RunConfig, path: str, ranks: Ranks | None = None) -> Learner:
     """The learner of a run, with its steps written down and its checkpoints slow enough to be hit."""
-    from deploy.models import build_learner
-    from learner.ranks import ALONE
+    from deploy.assembly.models import build_learner
+    from learner.parallel.ranks import ALONE
 
     ranks = ranks or ALONE
     made, folder = build_learner(config, path, ranks), Path(path).parent
@@ -134,14 +134,15 @@ def learner(config: RunConfig, path: str, ranks: Ranks | None = None) -> Learner
 
 def main() -> None:
     """The command; engine and learner are replaced at the last moment, since Ray must not be imported before."""
-    from deploy import cli, drive
+    from deploy import cli
+    from deploy.run import drive
 
     train = drive._train
 
     def trained(
         config: RunConfig, folder: Path, console: Any, resume: bool, local: bool, startup: Any
     ) -> dict[str, Any]:
-        hosting = importlib.import_module("deploy.local" if local else "deploy.cluster")
+        hosting = importlib.import_module("deploy.run.local" if local else "deploy.cluster.cluster")
         ring = "LocalRing" if local else "RayRing"
         hosting.build_learner = learner
         setattr(hosting, ring, partial(getattr(hosting, ring), engine_factory=engine))

@@ -167,9 +167,9 @@ class Injector:
             child
             for part in self._rollouts()
             for nursery in children(part["pid"])
-            if "envs.nursery" in command_of(nursery)
+            if "envs.hosting.fork_server" in command_of(nursery)
             for child in children(nursery)
-            if "envs.nursery" in command_of(child)  # and not what an environment has started
+            if "envs.hosting.fork_server" in command_of(child)  # and not what an environment has started
         ]
         if not replicas:
             raise LookupError("no environment process was found")

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rollout.wire.journal import read_journal
-from rollout.wire.segments import read_rows
+from rollout.buffer.journal import read_journal
+from rollout.buffer.segments import read_rows
 from tests.faults.job import LATENCY, REAL
 from tests.faults.matrix import finish
 from tests.faults.run import Accounts, Driver, accounts, children, command_of, until

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from learner.tiny import build_tiny
-from learner.tokenizer import build_tokenizer
+from learner.model.tiny import build_tiny
+from learner.model.tokenizer import build_tokenizer
 from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
 
 torch.set_num_threads(1)

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-import learner.model
-from learner.batch import arrange
-from learner.learner import Learner
-from learner.prepare import Example
-from learner.publish import take_snapshot
-from learner.ranks import Ranks
-from learner.refusal import BatchRefused
+import learner.model.policy
+from learner.data.batch import arrange
+from learner.data.batch_checks import BatchRefused
+from learner.data.prepare import Example
+from learner.parallel.ranks import Ranks
+from learner.parallel.shards import gathered, gathered_tree
 from learner.settings import LearnerSettings
-from learner.shards import gathered, gathered_tree
+from learner.training.learner import Learner
+from learner.training.publish import take_snapshot
 from rollout.wire.schema import as_reused, decode, encode
 from rollout.wire.trajectory import Group, Step
 from tests.learner.episodes import group, random_groups
@@ -31,14 +31,14 @@ Found = dict[str, Any]
 @contextmanager
 def float64() -> Iterator[None]:
     """Every model and head made meanwhile computes in float64."""
-    load = learner.model._load
-    learner.model._load = lambda path: load(path).double()
+    load = learner.model.policy._load
+    learner.model.policy._load = lambda path: load(path).double()
     torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
         torch.set_default_dtype(torch.float32)
-        learner.model._load = load
+        learner.model.policy._load = load
 
 
 def built(ranks: Ranks, tiny: Path, recipe: dict[str, Any], **model: Any) -> Learner:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from learner.ranks import ALONE, Ranks, Rendezvous
+from learner.parallel.ranks import ALONE, Ranks, Rendezvous
 
 SECONDS = 60.0
 Work = Callable[..., Any]
@@ -19,7 +19,7 @@ Work = Callable[..., Any]
 def together(size: int, work: Work, *args: Any) -> list[Any]:
     """What `work(ranks, *args)` gives on each rank, in order; the first failure is raised with its traceback."""
     context = multiprocessing.get_context("forkserver")  # which has imported everything once
-    context.set_forkserver_preload(["learner.learner", "rollout.wire.schema"])
+    context.set_forkserver_preload(["learner.training.learner", "rollout.wire.schema"])
     rendezvous = Rendezvous("127.0.0.1", size, SECONDS)
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
     processes = [

@@ -11,10 +11,12 @@ import gymnasium as gym
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from learner.tokenizer import build_tokenizer
-from rollout.agent import Agent, AgentSettings
-from rollout.chat import Chat
-from rollout.engine import Engine, Sampling
+from learner.model.tokenizer import build_tokenizer
+from rollout.agents.agent import Agent, AgentSettings
+from rollout.chat.chat import Chat
+from rollout.engines.engine import Engine, Sampling
+from rollout.wire.trajectory import Group, Task
+from tests.rollout.groups import make_group, task_of
 
 
 @dataclass
@@ -66,6 +68,16 @@ class CountEnv(gym.Env[str, str]):
 
     def close(self) -> None:
         self.closed = True
+
+
+@pytest.fixture(scope="session")
+def tasks() -> Callable[[int], Task]:
+    return task_of
+
+
+@pytest.fixture(scope="session")
+def group_of() -> Callable[..., Group]:
+    return make_group
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rollout.buffer.replay_store import EpisodeRow
 from rollout.wire.schema import JOURNAL_SCHEMA, decode
-from rollout.wire.store import EpisodeRow
 from rollout.wire.trajectory import Assignment, DropReason, Group, Slot, StaleSlot
 
 

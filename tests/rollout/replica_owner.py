@@ -6,8 +6,8 @@ import asyncio
 import os
 from functools import partial
 
-from envs.actors import Remote
-from envs.host import HostSettings
+from envs.hosting.actors import Remote
+from envs.hosting.host import HostSettings
 from tests.rollout.trouble import make
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import gymnasium as gym
 from transformers import PreTrainedTokenizerFast
 
-from envs.host import Inline
-from rollout.agent import Agent, AgentSettings
-from rollout.chat import Chat
-from rollout.engine import Sampling
-from rollout.episode import Limits, Place, run_episode
-from rollout.scripted_engine import Request, ScriptedEngine
+from envs.hosting.host import Inline
+from rollout.agents.agent import Agent, AgentSettings
+from rollout.chat.chat import Chat
+from rollout.engines.engine import Sampling
+from rollout.engines.scripted_engine import Request, ScriptedEngine
+from rollout.episodes.episode import Limits, Place, run_episode
 from rollout.wire.trajectory import Slot, Task, Trajectory
 
 Script = Callable[[str, Random], str]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rollout.buffer.samplers import spread
 from rollout.wire.equality import all_equal
-from rollout.wire.samplers import spread
 from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
 
 # Ways to earn the same (or not) in parts, as an environment says them.

@@ -1,0 +1,244 @@
+"""How the parts of a run are made from its configuration: one recipe for the local ring and for the cluster.
+
+Every process of a run imports this. What takes seconds to import (transformers, the learner) is imported by the
+functions that need it: an exchange that is started again, and everybody who waits for it, need not wait for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pyarrow as pa
+
+from deploy.config.config import RunConfig
+from deploy.config.config_errors import ConfigError
+from envs import registry
+from envs.base import Observation
+from envs.hosting import subprocess_env as hosted
+from envs.hosting.host import EnvironmentFailed, EnvironmentRefused, HostSettings
+from envs.hosting.subprocess_env import Hosted
+from envs.own_frames import came_from, told
+from envs.tools.tool import ToolRefused
+from rollout.agents.agent import Agent
+from rollout.agents.settings import PartSettings, dressed, dressing
+from rollout.buffer.replay_buffer import Exchange
+from rollout.chat.chat import Chat
+from rollout.chat.end_tokens import end_tokens
+from rollout.chat.perception import Perception
+from rollout.engines.engine import Engine
+from rollout.engines.vllm_engine import VllmEngine
+from rollout.episodes.demonstrations import demonstrate
+from rollout.episodes.pool import EnvironmentPool, Start
+from rollout.episodes.tasks import TaskStream
+from rollout.episodes.worker import GroupExchange, RolloutWorker
+from rollout.external.external_env import PROGRAM
+from rollout.wire.adapter import AdapterSpec
+from rollout.wire.model_folder import pretrained
+from rollout.wire.schema import encode
+from rollout.wire.trajectory import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+EngineFactory = Callable[[RunConfig, str, str], Awaitable[Engine]]  # (config, worker name, model path)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = pretrained(AutoTokenizer, path)
+    return tokenizer
+
+
+def load_chat(path: str, context_tokens: int | None = None) -> Chat:
+    """How messages become tokens of a model, pictures included where it sees."""
+    return Chat(load_tokenizer(path), Perception.load(path), end_tokens(path), context_tokens)
+
+
+def training_tasks(config: RunConfig) -> TaskStream:
+    """The run's stream of tasks: a pure function of (run seed, group id)."""
+    return TaskStream(config.env.id, config.env.options, config.seed)
+
+
+def evaluation_tasks(config: RunConfig) -> list[Task]:
+    """The tasks of an evaluation: the first seeds whose first observations are all different, see `distinct_tasks`."""
+    options = config.env.options | config.evaluation.options
+    first, count = config.evaluation.first_seed, config.evaluation.tasks
+    return distinct_tasks(config.env.id, options, first, count, config.env.host)
+
+
+def held_out(config: RunConfig) -> bool:
+    """Whether evaluation plays instances of a split that training cannot draw from; a foreign agent's task names it."""
+    trained, evaluated = config.env.options, config.env.options | config.evaluation.options
+    if config.env.id == PROGRAM:
+        trained, evaluated = trained.get("task", {}), evaluated.get("task", {})
+    splits = trained.get("split", "all"), evaluated.get("split", "all")
+    return "all" not in splits and splits[0] != splits[1]
+
+
+@contextmanager
+def looked_at(
+    env_id: str, options: dict[str, Any], host: HostSettings | None, parts: Sequence[PartSettings] = ()
+) -> Iterator[Callable[[int], Observation]]:
+    """A replica to be looked at before a run: gives its `reset`.
+
+    Whatever is not Manta's or Gymnasium's own code has a process and the limits of `host`: ConfigError, one line,
+    where it fails or does not answer.
+    """
+    if registry.is_trusted(env_id):
+        env = _asked(env_id, lambda: dressed(partial(registry.make, env_id, **options), parts))
+        try:
+            yield lambda seed: _asked(env_id, lambda: env.reset(seed=seed)[0])
+        finally:
+            env.close()
+        return
+    recipe = dressing(registry.recipe(env_id, **options), parts)
+    try:
+        with hosted.looked_at(recipe, host or HostSettings()) as reset:
+            yield reset
+    except EnvironmentRefused as error:
+        raise ConfigError(str(error)) from error
+    except EnvironmentFailed as error:
+        raise ConfigError(f"environment {env_id}: {error}") from error
+
+
+def _asked(env_id: str, call: Callable[[], T]) -> T:
+    """The answer of an environment of this process; an error of other people's code becomes ConfigError, one line."""
+    try:
+        return call()
+    except (registry.EnvironmentUnknown, ToolRefused):
+        raise
+    except (Exception, SystemExit) as error:
+        if env_id in registry.registered() and not came_from(error):
+            raise  # a fault of Manta's own environment keeps its traceback
+        raise ConfigError(f"environment {env_id}: {told(error)}") from error
+
+
+def distinct_tasks(
+    env_id: str,
+    options: dict[str, Any],
+    first_seed: int,
+    count: int,
+    host: HostSettings | None = None,
+) -> list[Task]:
+    """`count` tasks that begin with different observations, trying seeds from `first_seed` on.
+
+    Raises ConfigError when 1000 seeds in a row bring nothing new: the environment does not hold that many instances.
+    An environment without splits holds out nothing but seeds, which those of training never are, and its episodes may
+    differ though they begin alike (a slippery lake): its tasks are the first seeds. So are a foreign agent's.
+    """
+    first = [Task.of(env_id, seed, options) for seed in range(first_seed, first_seed + count)]
+    if env_id == PROGRAM:
+        return first
+    seen: set[str] = set()
+    tasks: list[Task] = []
+    seed, last_new = first_seed, first_seed
+    with looked_at(env_id, options, host) as reset:
+        if first and not registry.has_splits(env_id):
+            reset(first_seed)
+            return first
+        while len(tasks) < count:
+            observation = reset(seed)
+            if str(observation) not in seen:
+                seen.add(str(observation))
+                tasks.append(Task.of(env_id, seed, options))
+                last_new = seed
+            elif seed - last_new >= 1000:
+                raise ConfigError(
+                    f"evaluation.tasks={count} is more than there is: {env_id} begins in only {len(tasks)} different "
+                    f"ways with these options (seeds {first_seed} to {seed}); lower it or change evaluation.options"
+                )
+            seed += 1
+    return tasks
+
+
+def told_alike(tasks: list[Task], host: HostSettings | None = None) -> str:
+    """One line where several tasks begin with the same observation, all of them; else empty."""
+    if len(tasks) < 2 or tasks[0].env_id == PROGRAM:
+        return ""
+    env_id = tasks[0].env_id
+    with looked_at(env_id, tasks[0].kwargs, host) as reset:
+        first = str(reset(tasks[0].seed))
+        alike = all(str(reset(task.seed)) == first for task in tasks[1:])
+    told = f"{env_id} begins alike with all {len(tasks)} seeds it is evaluated on; what follows may differ"
+    return told if alike else ""
+
+
+def sent_adapter(config: RunConfig, path: str) -> AdapterSpec | None:
+    """The adapter that engines are sent in place of whole weights, where the run says so."""
+    lora = config.learner.model.lora
+    if lora is None or lora.sync != "adapter":
+        return None
+    from learner.model.lora import planned
+
+    return planned(path, lora)
+
+
+async def vllm_engine(config: RunConfig, name: str, path: str) -> Engine:
+    """The engine of a real run."""
+    perception = Perception.load(path)
+    return await VllmEngine.start(
+        name,
+        path,
+        Chat(load_tokenizer(path), perception, end_tokens(path)).stops,
+        config.rollout.context_tokens,
+        config.engine,
+        on_gpu=config.rollout.gpus_per_worker > 0,
+        transfer="manta" if config.weights.transfer == "object_store" else config.weights.transfer,
+        adapter=sent_adapter(config, path),
+        perception=perception,
+    )
+
+
+def replica_start(host: HostSettings) -> Start:
+    """How replicas are started that do not live in their worker."""
+    if host.where != "ray":
+        return Hosted.start
+    from envs.hosting.actors import Remote  # and with it Ray, which is not everywhere
+
+    return Remote.start
+
+
+async def build_worker(
+    config: RunConfig, path: str, engine_factory: EngineFactory, name: str, exchange: GroupExchange
+) -> RolloutWorker:
+    """A rollout worker with its engine started."""
+    engine = await engine_factory(config, name, path)
+    chat = load_chat(path, config.rollout.context_tokens)
+    agent = Agent(engine, chat, config.sampling, config.rollout.context_tokens, config.agent)
+    host = config.env.host
+    pool = EnvironmentPool(host=host, parts=config.agent.parts, start=replica_start(host), chat=chat)
+    return RolloutWorker(name, engine, agent, exchange, config.rollout, config.seed, pool)
+
+
+def exchange_builder(config: RunConfig, run_folder: Path) -> Callable[[], Exchange]:
+    """What opens the run's buffer, over its ledger and segments on disk.
+
+    It carries no configuration: a process that unpickles it imports what the buffer needs, and no torch.
+    """
+    return partial(
+        Exchange.over, run_folder, training_tasks(config), config.buffer, config.steps, config.seed
+    )
+
+
+async def play_demonstrations(config: RunConfig, path: str) -> list[pa.RecordBatch]:
+    """Demonstrations of the environment's scripted player, as rows. ValueError for a run without a warm start."""
+    warm_start = config.warm_start
+    if warm_start is None:
+        raise ValueError("this run has no section warm_start, so there is nothing to demonstrate")
+    stream = TaskStream(config.env.id, config.env.options, config.seed + 1)
+    player = registry.player(config.env.id)
+    groups = await demonstrate(
+        [stream(index) for index in range(warm_start.episodes)],
+        lambda seed: player(warm_start.error_rate, seed),
+        load_chat(path),
+        config.rollout.context_tokens,
+        config.agent,
+    )
+    return [encode(group) for group in groups]

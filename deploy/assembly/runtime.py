@@ -1,0 +1,102 @@
+"""What the training driver asks of a ring, wherever its parts live: one process (local.py) or a Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from rollout.buffer.replay_store import EpisodeRow
+from rollout.wire.trajectory import Task
+
+Row = dict[str, float]
+T = TypeVar("T")
+
+
+class LearnerLost(RuntimeError):
+    """The learner died or froze. What it had learned since its last checkpoint is to be learned again."""
+
+
+async def first_failure(wanted: asyncio.Future[T], others: Iterable[asyncio.Future[Any]]) -> T:
+    """Wait for `wanted`, but not past the failure of anything it depends on: that failure is raised instead.
+
+    Others that end well (a worker that has played all the run needs) are passed over.
+    """
+    watched = {other for other in others if not (other.done() and other.exception() is None)}
+    try:
+        while True:
+            done, _ = await asyncio.wait({wanted, *watched}, return_when=asyncio.FIRST_COMPLETED)
+            for other in done - {wanted}:
+                other.result()
+                watched.discard(other)
+            if wanted in done:
+                return wanted.result()
+    finally:
+        wanted.cancel()  # whoever no longer waits (a failure, Ctrl-C) does not leave it running
+
+
+def loss_to_come() -> asyncio.Future[None]:
+    """What fails when a part is lost. A run that is being stopped asks it no more, and nothing is said of that."""
+    lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    lost.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return lost
+
+
+class Ring(Protocol):
+    """The parts of one run, started and joined. No method carries trajectories: they stay where they are made."""
+
+    async def start(self, resume: bool) -> int:
+        """Start every part; returns the weight version the learner stands at (0 on a new run)."""
+        ...
+
+    async def begin_imitation(self) -> int:
+        """Have demonstrations played and handed to the learner; returns the number of imitation steps."""
+        ...
+
+    async def imitate(self, steps: int) -> list[Row]:
+        """Up to `steps` imitation steps."""
+        ...
+
+    async def publish(self) -> Row:
+        """Bring the learner's version to every engine."""
+        ...
+
+    async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
+        """Play one episode a task with the current weights; the rows are stored under `name`."""
+        ...
+
+    def begin_rollouts(self) -> None:
+        """Let the workers play groups until the exchange has given out all the run needs."""
+        ...
+
+    async def step(self, number: int) -> Row:
+        """Learner step `number`, published and released. Raises LearnerLost, and what stops the run."""
+        ...
+
+    async def recover(self, loss: LearnerLost) -> int:
+        """Start the learner again from its newest checkpoint and bring everything else back to it.
+
+        Returns the version it stands at; rollouts are to be begun again. Raises LearnerLost where it is lost meanwhile,
+        and what stops the run where it was lost too often.
+        """
+        ...
+
+    async def save(self) -> None:
+        """Land a checkpoint. Raises LearnerLost and DiskFull."""
+        ...
+
+    async def counters(self) -> Row:
+        """Sums over the workers since their start: tokens_sampled, turns, engine_seconds, env_seconds, ..."""
+        ...
+
+    async def counts(self) -> dict[str, int]:
+        """The ledger: issued, in_flight, complete, taken, trained, dropped."""
+        ...
+
+    async def close(self) -> None:
+        """Stop every part that was started."""
+        ...
+
+    @property
+    def run_folder(self) -> Path: ...

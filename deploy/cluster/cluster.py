@@ -1,0 +1,382 @@
+"""The ring as Ray actors: one exchange, one learner, a fleet of rollout workers, on this machine or on a cluster.
+
+The driver holds handles and small rows only. Groups go from a worker to the exchange and on to the learner, and weights
+from the learner to the engines, through Ray's object store.
+
+What dies or freezes is replaced: rollout workers by the fleet; the exchange by Ray itself (max_restarts), which then
+repeats the calls that were under way (max_task_retries), since the exchange finds on disk what it was; the learner by
+`recover`, from its newest checkpoint. Heartbeats find what is frozen, and `ray.kill` ends a stopped process too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError
+
+from deploy.assembly.build import (
+    EngineFactory,
+    build_worker,
+    exchange_builder,
+    play_demonstrations,
+    vllm_engine,
+)
+from deploy.assembly.models import build_learner, model_path
+from deploy.assembly.runtime import LearnerLost, Row, first_failure, loss_to_come
+from deploy.cluster.actor_member import ActorMember, actor, awaited
+from deploy.cluster.buffer_part import BufferPart
+from deploy.cluster.connect import require_room
+from deploy.cluster.fleet import Fleet
+from deploy.cluster.learner_part import LearnerPart
+from deploy.cluster.watchdog import Caretaker
+from deploy.config.config import RunConfig
+from deploy.config.supervise import Budget, PartLost, brief, within
+from deploy.report.noticed import Noticed
+from deploy.report.phases import Startup
+from learner.parallel.ranks import RankLost
+from learner.training.checkpoint import latest
+from learner.training.learner import Learner
+from learner.training.loop import sync_metrics
+from learner.training.publish import Publisher
+from rollout.buffer.actors import RemoteExchange
+from rollout.buffer.replay_store import EpisodeRow
+from rollout.episodes.actors import GROUPS, RolloutActor, demonstrate
+from rollout.wire.metrics import joined
+from rollout.wire.partition import StepTorn
+from rollout.wire.trajectory import Task
+from rollout.wire.weights import Handle, Probe, WeightManifest, WeightUpdate
+
+T = TypeVar("T")
+
+
+class RayRing:
+    """Every part of a run as an actor; the methods are those of `deploy.assembly.runtime.Ring`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_folder: Path,
+        engine_factory: EngineFactory = vllm_engine,
+        say: Callable[[str], None] = print,
+        startup: Startup | None = None,
+    ) -> None:
+        self.run_folder = run_folder.resolve()
+        self._config = config
+        self._engine_factory = engine_factory
+        self._say = say
+        self._noticed = Noticed(self.run_folder, say)
+        self._startup = startup or Startup()
+        self._native = config.weights.transfer != "object_store"  # its workers are those of the start
+        self._buffer: BufferPart | None = None
+        self._learner: LearnerPart | None = None
+        self._handles: dict[str, Any] = {}  # of rollout actors, by name
+        self._published = asyncio.Event()  # there is a version that engines may be given
+        self._learning = asyncio.Event()  # the learner is up
+        self._borrowers = 0
+        self._hearts: list[asyncio.Task[None]] = []
+
+    # Start --------------------------------------------------------------------------------------------------------
+
+    async def start(self, resume: bool) -> int:
+        config, supervision = self._config, self._config.supervision
+        self._path = model_path(config, self.run_folder)
+        self._budget = Budget(supervision)
+        self._learner_lost = loss_to_come()
+        build = exchange_builder(config, self.run_folder)
+        self._buffer = BufferPart(build, supervision, config.cluster.start_seconds, self._say, self._noticed)
+        found = asyncio.create_task(self._find_buffer())
+        self._hearts = [found]
+        self._fleet = Fleet(
+            self._launch,
+            self._lend,
+            self._hand_on,
+            supervision,
+            config.cluster.start_seconds,
+            config.weights.sync_seconds,
+            self._say,
+            self._budget,
+            lost=self._hand_on,
+        )
+        self._fleet.scale(config.rollout.workers)
+        # A run stopped before its first checkpoint has none to load: it starts over in its folder.
+        load = resume and latest(self.run_folder) is not None
+        version = await first_failure(asyncio.create_task(self._start_learner(load)), [found])
+        await found
+        if resume:
+            await self._of_buffer("rollback", version, new_driver=True)
+        caretaker = Caretaker(self, self.run_folder, supervision, self._say)
+        watching = self._buffer.watch(), self._watch_learner(), caretaker.run()
+        self._hearts += [asyncio.create_task(each) for each in watching]
+        return version
+
+    async def _find_buffer(self) -> None:
+        assert self._buffer is not None
+        with self._startup.timed("exchange"):
+            await self._buffer.find()
+
+    async def _of_buffer(self, method: str, *arguments: Any, limit: float | None = None, **named: Any) -> Any:
+        """What a method of the exchange answers."""
+        assert self._buffer is not None
+        return await self._buffer.within(
+            getattr(self._buffer.handle, method).remote(*arguments, **named), limit
+        )
+
+    async def _start_learner(self, load: bool) -> int:
+        config = self._config
+        if self._learner is None:
+            engines = [f"rollout-{seat}" for seat in range(config.rollout.workers)] if self._native else []
+            native = partial(_native, config, {name: self._handle(name) for name in engines})
+            build = partial(build_learner, config, self._path)
+            self._learner = LearnerPart(
+                config, build, RemoteExchange(self._exchange_handle), native if self._native else None
+            )
+        with self._startup.timed("learner"):
+            version = await self._learner.start(self.run_folder, load)
+        self._learning.set()
+        return version
+
+    @property
+    def _exchange_handle(self) -> Any:
+        assert self._buffer is not None
+        return self._buffer.handle
+
+    @property
+    def _lead(self) -> Any:
+        assert self._learner is not None
+        return self._learner.lead
+
+    def _handle(self, name: str) -> Any:
+        if name not in self._handles:
+            config = self._config
+            room = {"num_cpus": config.rollout.cpus_per_worker, "num_gpus": config.rollout.gpus_per_worker}
+            build = partial(build_worker, config, self._path, self._engine_factory)
+            made = actor(RolloutActor, GROUPS, **room)
+            self._handles[name] = made.remote(name, self._exchange_handle, build)
+        return self._handles[name]
+
+    def _launch(self, name: str) -> ActorMember:
+        return ActorMember(name, self._handle(name), self._native, self._startup, self._noticed.hear)
+
+    # The driver's verbs -------------------------------------------------------------------------------------------
+
+    async def begin_imitation(self) -> int:
+        play = partial(_play, self._config, self._path)
+        rows = demonstrate.options(num_cpus=0).remote(play)
+        return int(await self._within("the demonstrations", self._lead.begin_imitation.remote(rows)))
+
+    async def imitate(self, steps: int) -> list[Row]:
+        rows: list[Row] = await self._within("imitation", self._lead.imitate.remote(steps))
+        return rows
+
+    async def publish(self) -> Row:
+        """Every serving member holds the learner's version, or is lost; the first time every wanted member serves."""
+        if self._native:
+            await self._fleet.ready()
+            row: Row = await self._of_learner("the weight sync", lambda: self._lead.publish_native.remote())
+            return row
+        async with self._borrowed() as update:
+            reports = await self._fleet.publish(update)
+        if not self._published.is_set():
+            self._published.set()
+            await self._fleet.ready()
+        return sync_metrics(reports)
+
+    async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
+        return await within(
+            self._config.evaluation.seconds, self._fleet.evaluate(tasks, name), f"evaluation {name!r}"
+        )
+
+    def begin_rollouts(self) -> None:
+        self._fleet.play()
+
+    async def step(self, number: int) -> Row:
+        began = time.perf_counter()
+        # The learner waits step_seconds for its groups and says what is missing; twice that is for the learner itself.
+        limit = 2 * self._config.cluster.step_seconds
+        row: Row = await self._of_learner(
+            "the learner's step", lambda: self._lead.train.remote(number), limit
+        )
+        trained = time.perf_counter()
+        published = await self._watched(self.publish())
+        await self._watched(self._of_buffer("release", number))
+        ended = time.perf_counter()
+        times = {"publish_s": ended - trained, "step_s": ended - began}
+        return joined(row, published, times, {"workers": float(len(self._fleet.serving))})
+
+    async def recover(self, loss: LearnerLost) -> int:
+        self._learning.clear()
+        await self._fleet.pause()
+        version = await self._restarted(loss)
+        self._learner_lost = loss_to_come()
+        self._hearts.append(asyncio.create_task(self._watch_learner()))
+        await self._of_buffer("rollback", version)
+        await self._watched(self.publish())
+        return version
+
+    async def _restarted(self, loss: LearnerLost) -> int:
+        """Start the learner again, as often as its budget allows: a node that is being lost may be given its actors."""
+        part = self._learner
+        assert part is not None
+        while True:
+            self._budget.spend("learner", part.where.get("learner"), loss)
+            self._say(f"{loss}; it starts again from its newest checkpoint")
+            part.kill()
+            try:
+                return await self._start_learner(load=True)
+            except (RayActorError, PartLost, RankLost) as error:
+                loss = LearnerLost(part.obituary(error))
+
+    async def save(self) -> None:
+        await self._of_learner("the checkpoint", lambda: self._lead.save.remote(self.run_folder))
+
+    async def counters(self) -> Row:
+        return await self._fleet.counters()
+
+    async def counts(self) -> dict[str, int]:
+        return dict(await self._of_buffer("counts"))
+
+    @property
+    def playing(self) -> bool:
+        """Whether groups are being played: from the first rollouts to the last step."""
+        return self._fleet.playing
+
+    def scale(self, workers: int) -> None:
+        """Have so many rollout workers from now on. ConfigError where there is no room for them."""
+        require_room(self._config, workers)
+        self._fleet.scale(workers)
+
+    async def state(self) -> dict[str, Any]:
+        """The exchange's own words about where the run stands."""
+        return dict(await self._of_buffer("state", limit=60.0))
+
+    def roster(self) -> list[dict[str, Any]]:
+        """Every part of the run: its name, state, host, pid and log."""
+        buffer = self._buffer and self._buffer.where
+        where = ({"exchange": buffer} if buffer else {}) | (self._learner.where if self._learner else {})
+        fixed = [{"part": part, "state": "up"} | asdict(place) for part, place in where.items()]
+        return fixed + self._fleet.roster()
+
+    async def stacks(self) -> dict[str, str]:
+        """What every part is doing; those that do not say are named so."""
+        told = await self._fleet.stacks()
+        learner = self._learner.handles if self._learner else {}
+        for name, handle in {"exchange": self._exchange_handle, **learner}.items():
+            try:
+                told[name] = await within(5.0, awaited(handle.stacks.remote()), name)
+            except (PartLost, RayActorError) as error:
+                told[name] = brief(error)
+        return told
+
+    async def close(self) -> None:
+        """Let the engines stop their processes and the ledger close, then end the actors."""
+        for heart in self._hearts:
+            heart.cancel()
+        await asyncio.gather(*self._hearts, return_exceptions=True)
+        if hasattr(self, "_fleet"):
+            await self._fleet.close()
+        if self._buffer is not None:
+            await self._buffer.close()
+        if self._learner is not None:
+            self._learner.close()
+
+    # Weights ------------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _lend(self) -> AsyncIterator[WeightUpdate]:
+        """The published version, for a member that joins; before the first there is nothing to join with."""
+        if self._native:
+            yield _NOTHING
+            return
+        await self._published.wait()
+        async with self._borrowed() as update:
+            yield update
+
+    @asynccontextmanager
+    async def _borrowed(self) -> AsyncIterator[WeightUpdate]:
+        self._borrowers += 1
+        try:
+            yield await self._offer()
+        finally:
+            self._borrowers -= 1
+            if not self._borrowers:
+                self._lead.withdraw.remote()  # whether it hears this is of no account
+
+    async def _offer(self) -> WeightUpdate:
+        limit = self._config.cluster.start_seconds
+        deadline = time.monotonic() + limit
+        while True:
+            try:
+                await within(limit, self._learning.wait(), "the learner (restart)")
+                update: WeightUpdate = await self._within("the learner's weights", self._lead.offer.remote())
+                return update
+            except (RayActorError, RankLost) as error:
+                # Of ranks that lost touch with one another every process may live: no heartbeat would say so.
+                if isinstance(error, RankLost) and self._learner and not self._learner_lost.done():
+                    self._learner_lost.set_exception(LearnerLost(self._learner.obituary(error)))
+                if time.monotonic() > deadline:
+                    raise PartLost(
+                        f"the learner offered no weights within {limit:g} s: {brief(error)}"
+                    ) from error
+                await asyncio.sleep(0.5)
+
+    # Heartbeats ---------------------------------------------------------------------------------------------------
+
+    async def _watch_learner(self) -> None:
+        assert self._learner is not None
+        lost = self._learner_lost
+        how = await self._learner.lost(self._config.supervision, self._noticed.hear)
+        if not lost.done():
+            lost.set_exception(LearnerLost(how))
+
+    # Waiting ------------------------------------------------------------------------------------------------------
+
+    async def _hand_on(self, worker: str, lost: str = "") -> int:
+        self._handles.pop(worker, None)
+        return int(await self._of_buffer("hand_on", worker, lost))
+
+    async def _of_learner(self, what: str, call: Callable[[], Any], limit: float | None = None) -> Any:
+        """An answer of the learner. LearnerLost where it died, froze, or cannot be reached."""
+        try:
+            return await self._watched(self._within(what, call(), limit))
+        except (RayActorError, RankLost, StepTorn) as error:
+            assert self._learner is not None
+            raise LearnerLost(self._learner.obituary(error)) from error
+
+    async def _watched(self, pending: Awaitable[T]) -> T:
+        # The hearts too: one that stops beating is a fault of ours, and must not go unseen.
+        assert self._buffer is not None
+        parts = [self._fleet.failed, self._buffer.lost, self._learner_lost, *self._hearts]
+        return await first_failure(asyncio.ensure_future(pending), parts)
+
+    async def _within(self, what: str, pending: Any, limit: float | None = None) -> Any:
+        return await within(limit or self._config.cluster.start_seconds, awaited(pending), what)
+
+
+# What a member is lent where vLLM's own transfer brings the weights.
+_NOTHING = WeightUpdate(WeightManifest(-1, (), Probe((), (), 0.0)), Handle("", ""))
+
+
+def _native(config: RunConfig, workers: dict[str, Any], learner: Learner) -> Publisher:
+    from rollout.engines.vllm_native import NativePublisher
+
+    assert config.weights.transfer != "object_store"
+    return NativePublisher(
+        config.weights.transfer,
+        learner.policy.named_weights,
+        workers,
+        config.engine.tensor_parallel_size,
+        ray.util.get_node_ip_address(),
+        config.weights.sync_seconds,
+    )
+
+
+def _play(config: RunConfig, path: str) -> Any:
+    return asyncio.run(play_demonstrations(config, path))

@@ -1,0 +1,140 @@
+"""The learner as the ring has it: one part, of however many ranks. Whichever is lost, all start again together.
+
+Ranks are plain actors. What ends one is found as for every other part (its calls fail, a heartbeat stays unanswered),
+and what is done about it belongs to the run: its ledger goes back to the checkpoint that the ranks go on from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from deploy.cluster.actor_member import Hear, actor, awaited
+from deploy.cluster.connect import learner_gpus
+from deploy.config.config import RunConfig
+from deploy.config.supervise import PartLost, SupervisionSettings, brief, place, within
+from learner.parallel.ranks import Ranks
+from learner.training.actors import Build, FollowerActor, LearnerActor
+from learner.training.learner import Learner
+from learner.training.publish import Publisher
+from rollout.buffer.actors import RemoteExchange
+from rollout.wire.process_info import Whereabouts
+
+
+class LearnerPart:
+    """Rank 0's actor, which is told everything, and those of the others, which it tells.
+
+    Room for several ranks is taken once and kept while the part lives: a restart never waits for it.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        build: Build,
+        exchange: RemoteExchange,
+        make_native: Callable[[Learner], Publisher] | None = None,
+    ) -> None:
+        self._config = config
+        self._build = build
+        self._exchange = exchange
+        self._make_native = make_native
+        self._room: Any = None
+        self._handles: list[Any] = []
+        self.where: dict[str, Whereabouts] = {}  # of each rank, by name
+
+    @property
+    def lead(self) -> Any:
+        """The handle of rank 0's actor."""
+        return self._handles[0]
+
+    async def start(self, run_folder: Path, load: bool) -> int:
+        """Start every rank, from the newest checkpoint where asked; returns the version. PartLost names who is late."""
+        limit, size = self._config.cluster.start_seconds, self._config.learner.ranks
+        options = await self._options(limit, size)
+        common = self._build, self._exchange, self._config.engine.dtype, self._config.cluster.step_seconds
+        followers = [actor(FollowerActor, **each).remote(*common) for each in options[1:]]
+        keep = self._config.checkpoint.keep
+        lead = actor(LearnerActor, **options[0]).remote(*common, keep, self._make_native, followers)
+        self._handles = [lead, *followers]
+        joins: list[Callable[[], Ranks]] = [Ranks]
+        if size > 1:
+            address = await within(limit, awaited(lead.open.remote(size, limit)), "the learner's rank 0")
+            device, seconds = self._config.learner.model.device, self._config.cluster.step_seconds
+            joins = [partial(Ranks.join, rank, size, address, device, seconds) for rank in range(size)]
+        starts = [
+            within(limit, awaited(handle.start.remote(run_folder, load, join)), f"the {name} (start)")
+            for name, handle, join in zip(self._names, self._handles, joins, strict=True)
+        ]
+        started = await asyncio.gather(*starts)
+        self.where = dict(zip(self._names, (where for where, _ in started), strict=True))
+        return int(started[0][1])
+
+    async def lost(self, settings: SupervisionSettings, hear: Hear) -> str:
+        """Heartbeats, until a rank leaves one unanswered: which, where it was, and why it counts as lost.
+
+        hear: told of what each rank notices.
+        """
+        while True:
+            await asyncio.sleep(settings.heartbeat_seconds)
+            beats = [
+                within(settings.frozen_seconds, _beat(name, handle, hear), f"the {name} (heartbeat)")
+                for name, handle in zip(self._names, self._handles, strict=True)
+            ]
+            for name, answer in zip(
+                self._names, await asyncio.gather(*beats, return_exceptions=True), strict=True
+            ):
+                if isinstance(answer, RayActorError | PartLost):
+                    return self.obituary(answer, name)
+                if answer is not None:
+                    raise answer
+
+    def obituary(self, error: BaseException, name: str = "learner") -> str:
+        """That a rank is lost, in one line."""
+        return f"the {name} is lost ({place(self.where.get(name))}): {brief(error)}"
+
+    def kill(self) -> None:
+        """End every rank; their room stays."""
+        for handle in self._handles:
+            ray.kill(handle)
+
+    def close(self) -> None:
+        """End every rank for good."""
+        self.kill()
+        if self._room is not None:
+            ray.util.remove_placement_group(self._room)
+
+    @property
+    def handles(self) -> dict[str, Any]:
+        """The actor of each rank, by name."""
+        return dict(zip(self._names, self._handles, strict=True))
+
+    @property
+    def _names(self) -> list[str]:
+        return ["learner", *(f"learner-{rank}" for rank in range(1, len(self._handles)))]
+
+    async def _options(self, limit: float, size: int) -> list[dict[str, Any]]:
+        """What each rank's actor claims, and where."""
+        claims = {"CPU": self._config.cluster.learner_cpus, "GPU": learner_gpus(self._config)}
+        options = {"num_cpus": claims["CPU"], "num_gpus": claims["GPU"]}
+        bundle = {name: amount for name, amount in claims.items() if amount}
+        if size == 1 or not bundle:
+            return [options] * size
+        if self._room is None:
+            self._room = ray.util.placement_group([bundle] * size, strategy="PACK")
+            await within(
+                limit, awaited(self._room.ready()), f"the placement group of the learner's {size} ranks"
+            )
+        places = [PlacementGroupSchedulingStrategy(self._room, rank) for rank in range(size)]
+        return [options | {"scheduling_strategy": where} for where in places]
+
+
+async def _beat(name: str, handle: Any, hear: Hear) -> None:
+    await handle.ping.remote()
+    hear(name, await handle.notices.remote())

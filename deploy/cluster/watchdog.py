@@ -1,0 +1,102 @@
+"""Looks after a run beside its steps: what was asked of it, what it waits for, whether it still moves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from deploy.cluster.control import wanted_workers, write_roster
+from deploy.config.config_errors import ConfigError
+from deploy.config.supervise import PartLost, SupervisionSettings, brief
+
+Row = dict[str, float]
+
+
+class Supervised(Protocol):
+    """What a caretaker asks of a ring."""
+
+    @property
+    def playing(self) -> bool: ...
+
+    def scale(self, workers: int) -> None: ...
+    def roster(self) -> list[dict[str, Any]]: ...
+    async def state(self) -> dict[str, Any]: ...
+    async def counters(self) -> Row: ...
+    async def stacks(self) -> dict[str, str]: ...
+
+
+class Caretaker:
+    """Every heartbeat: follow `manta scale`, keep the roster, say when the disk is full, notice missing progress."""
+
+    def __init__(
+        self, ring: Supervised, folder: Path, settings: SupervisionSettings, say: Callable[[str], None]
+    ) -> None:
+        self._ring = ring
+        self._folder = folder
+        self._settings = settings
+        self._say = say
+        self._wanted: int | None = None
+        self._refused = ""  # what was said of a wish that cannot be met
+        self._roster: list[dict[str, Any]] = []
+        self._paused: str | None = None
+        self._mark: tuple[Any, ...] = ()
+        self._moved = time.monotonic()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self._follow()  # at once: a run may be shorter than a heartbeat
+            try:
+                state = await self._ring.state()
+                await self._look(state)
+            except PartLost as error:  # the exchange's own heartbeat deals with it
+                self._say(brief(error))
+            await asyncio.sleep(self._settings.heartbeat_seconds)
+
+    def _follow(self) -> None:
+        try:
+            wanted = wanted_workers(self._folder)
+            if wanted is not None and wanted != self._wanted:
+                self._wanted = wanted
+                self._ring.scale(wanted)
+                self._say(f"{wanted} rollout workers are wanted from now on")
+        except ConfigError as error:  # the run goes on as it is
+            if str(error) != self._refused:
+                self._say(str(error))
+            self._refused = str(error)
+        else:
+            self._refused = ""
+        roster = self._ring.roster()
+        if roster != self._roster:
+            try:
+                write_roster(self._folder, roster)
+            except OSError as error:  # a full disk: the next heartbeat tries again
+                self._say(f"{self._folder}: the roster could not be written: {error.strerror}")
+            else:
+                self._roster = roster
+
+    async def _look(self, state: dict[str, Any]) -> None:
+        if state["paused"] != self._paused:
+            self._paused = state["paused"]
+            self._say(f"PAUSED: {self._paused}" if self._paused else "goes on: there is room again")
+        turns = (await self._ring.counters()).get("turns", 0)
+        mark = (state["version"], state["ready"], turns, bool(self._paused))
+        now = time.monotonic()
+        if mark != self._mark or self._paused or not self._ring.playing:
+            self._mark, self._moved = mark, now
+        elif now - self._moved > self._settings.no_progress_seconds:
+            self._moved = now
+            await self._dump(state)
+
+    async def _dump(self, state: dict[str, Any]) -> None:
+        stacks = await self._ring.stacks()
+        path = self._folder / f"stacks-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+        text = "".join(f"==== {part}\n{told}\n" for part, told in stacks.items())
+        path.write_text(f"{state}\n{self._ring.roster()}\n\n{text}", encoding="utf-8")
+        self._say(
+            f"no turn and no step for {self._settings.no_progress_seconds:g} s: {state['missing']}; "
+            f"all stacks are in {path}"
+        )

@@ -1,0 +1,146 @@
+"""Hand a run to a Ray cluster as a job."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shlex
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy.config import run_folder
+from deploy.config.config import RunConfig
+from deploy.config.config_errors import ConfigError
+from deploy.config.load import load_config, recipe_text
+from deploy.config.trust import executed
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+RECIPE_FILE = "recipe.toml"
+
+
+_OWN = ("envs", "rollout", "learner", "deploy")
+_REFERENCE = re.compile(r'"([A-Za-z_]\w*)(?:\.\w+)*:[A-Za-z_][\w.-]*"')  # module:name, as JSON has it
+
+
+def submit(
+    recipe: str,
+    overrides: Sequence[str],
+    address: str,
+    runs: Path,
+    working_dir: Path | None = None,
+    py_modules: Sequence[Path] = (),
+) -> tuple[JobSubmissionClient, str]:
+    """Check the recipe here, then submit `manta train` of it; returns the client and the job's id.
+
+    What travels: the recipe, the folder `working_dir`, in which the job then stands, and the packages `py_modules`.
+    Manta itself is part of the cluster's image, as vLLM is. `runs` is a path of the cluster (shared storage). The run's
+    folder is named here, so that a job that is started again finds its run.
+    """
+    config = load_config(recipe, overrides)
+    # The cluster's disk may be out of sight: two submitted in one second are told apart by chance.
+    run = runs / f"{run_folder.name(config)}-{secrets.token_hex(3)}"
+    named = RECIPE_FILE if working_dir is None else _within(recipe, working_dir)
+    require_sent(config, working_dir, py_modules)
+    arguments = ["manta", "train", named, "--run", str(run), *overrides]
+    client = _client(address)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / RECIPE_FILE).write_text(recipe_text(recipe), encoding="utf-8")
+        sent: dict[str, Any] = {"working_dir": str((working_dir or Path(folder)).resolve())}
+        if py_modules:
+            sent["py_modules"] = [str(each.resolve()) for each in py_modules]
+        try:
+            job = client.submit_job(entrypoint=shlex.join(arguments), runtime_env=sent)
+        except (RuntimeError, ValueError) as error:  # ValueError: a folder that is too large to send
+            raise ConfigError(f"the Ray cluster at {address} did not take the job: {error}") from error
+    return client, job
+
+
+def require_sent(config: RunConfig, working_dir: Path | None, py_modules: Sequence[Path]) -> None:
+    """Refuse a recipe that names modules which are neither installed nor sent. ConfigError."""
+    if working_dir is not None and not working_dir.is_dir():
+        raise ConfigError(f"--working-dir {working_dir}: no such folder")
+    for path in py_modules:
+        if not path.is_dir() and path.suffix != ".whl":
+            raise ConfigError(f"--py-modules {path}: neither a package's folder nor a wheel")
+    for module in dict.fromkeys(name for entry in executed(config) for name in _REFERENCE.findall(entry)):
+        there = working_dir is not None and _holds(working_dir, module)
+        wheel = any(path.name.startswith(f"{module}-") for path in py_modules)
+        if not (
+            there or wheel or module in {path.resolve().name for path in py_modules} or _installed(module)
+        ):
+            raise ConfigError(
+                f"module {module}, which the recipe names, is not sent to the cluster: send the folder that it lies in "
+                "with --working-dir FOLDER, or a package with --py-modules FOLDER"
+            )
+
+
+def _holds(folder: Path, module: str) -> bool:
+    return (folder / module).is_dir() or (folder / f"{module}.py").is_file()
+
+
+def _installed(module: str) -> bool:
+    """Whether a module is Manta's, Python's or an installed package's: the cluster's image is taken to have it."""
+    if module in _OWN or module in sys.stdlib_module_names:
+        return True
+    return any(_holds(Path(sysconfig.get_path(each)), module) for each in ("purelib", "platlib"))
+
+
+def _within(recipe: str, working_dir: Path) -> str:
+    """A recipe as a job names it that stands in `working_dir`."""
+    if not recipe.endswith(".toml"):
+        return recipe
+    try:
+        return str(Path(recipe).resolve().relative_to(working_dir.resolve()))
+    except ValueError:
+        raise ConfigError(f"recipe {recipe} is not sent: put it into --working-dir {working_dir}") from None
+
+
+def _client(address: str) -> JobSubmissionClient:
+    # Ray's client shows the token it has only when told to, and reads that setting when Ray is first imported.
+    token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path("~/.ray/auth_token"))
+    with suppress(RuntimeError):  # a user without a home folder has no token in it
+        token_file = token_file.expanduser()
+    if "RAY_AUTH_TOKEN" in os.environ or token_file.is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address}: is its dashboard (port 8265) reachable?"
+        ) from error
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"the Ray cluster at {address} wants a token: put it into RAY_AUTH_TOKEN or {token_file}"
+        ) from error
+
+
+def follow(client: JobSubmissionClient, job: str, poll_seconds: float = 1.0) -> Iterator[str]:
+    """Yield the job's output as it comes, until the job has ended."""
+    shown = 0
+    while True:
+        ended = client.get_job_status(job).is_terminal()
+        output = client.get_job_logs(job)
+        yield output[shown:]
+        shown = len(output)
+        if ended:
+            return
+        time.sleep(poll_seconds)
+
+
+def succeeded(client: JobSubmissionClient, job: str) -> bool:
+    """Whether an ended job ended well."""
+    from ray.job_submission import JobStatus
+
+    return client.get_job_status(job) == JobStatus.SUCCEEDED

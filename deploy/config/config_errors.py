@@ -1,0 +1,135 @@
+"""What is said of a recipe that is wrong: one line for each fault, naming the option, and what would fit."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from datetime import date, time
+from typing import Any
+
+from pydantic import BaseModel
+
+from deploy.config.synonyms import SYNONYMS
+
+
+class ConfigError(ValueError):
+    """A recipe or an override is wrong; the message is for the person who wrote it."""
+
+
+SPELLED_SCORE = 0.55  # least likeness, 0 to 1, of what is named as meant
+
+# What a text becomes whose writer left its quotes away.
+UNQUOTED = (bool, int, float, date, time)
+
+Settings = type[BaseModel]
+
+
+def explain(fault: Any, root: Settings) -> str:
+    """One of pydantic's errors about settings of the class `root`, as a line."""
+    where = _written(fault["loc"], root)
+    if fault["type"] == "extra_forbidden":
+        if misplaced := _of_another_kind([part for part in fault["loc"] if isinstance(part, str)], root):
+            return misplaced
+        return unknown(where, fault["input"], root)
+    if fault["type"] == "missing":
+        return f"option {where} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "string_type" and isinstance(fault["input"], UNQUOTED):
+        message += f"; quote text that reads as another value: {where}='\"TEXT\"'"
+    return (
+        f"{where}: {message} (got {fault['input']!r})"
+        if where and not isinstance(fault["input"], dict)
+        else message
+    )
+
+
+def unknown(where: str, value: Any, root: Settings) -> str:
+    """What to say of an option that does not exist: peers' names first, then spelling, over the whole tree.
+
+    value: what was written there; of an unknown section its first option is looked for.
+    """
+    names = list(dict.fromkeys(option_names(root)))
+    sections = [name for name in names if any(each.startswith(f"{name}.") for each in names)]
+    if isinstance(value, dict) and value and not difflib.get_close_matches(where, sections, n=1, cutoff=0.8):
+        inner, within = next(iter(value.items()))
+        return unknown(f"{where}.{inner}", within, root)
+    found = _synonym(where, names) or _spelled(where, names)
+    return f"unknown option {where}" + (f"; did you mean {found}?" if found else "")
+
+
+def _synonym(where: str, names: Sequence[str]) -> str:
+    """The option that a peer's name means, of several the one in sections most like those written."""
+    *sections, last = where.split(".")
+    ours = [name for name in SYNONYMS.get(last.lower().replace("-", "_"), ()) if name in names]
+    return max(ours, key=lambda name: _alike(".".join(sections), name.rpartition(".")[0]), default="")
+
+
+def _spelled(where: str, names: Sequence[str]) -> str:
+    """The option spelled most like this one: its last part counts most, then its sections, then being near the root."""
+    section, _, last = where.rpartition(".")
+
+    def score(name: str) -> float:
+        theirs, _, option = name.rpartition(".")
+        begun = len(last) >= 3 and option.startswith(last)
+        return (
+            0.75 * max(_alike(last, option), 0.9 * begun)
+            + 0.25 * _alike(section, theirs)
+            - 1e-3 * name.count(".")
+        )
+
+    best = max(names, key=score, default="")
+    return best if best and score(best) >= SPELLED_SCORE else ""
+
+
+def _alike(left: str, right: str) -> float:
+    return difflib.SequenceMatcher(None, left, right).ratio()
+
+
+def _written(location: Sequence[Any], root: Settings) -> str:
+    """An option's dotted name as a recipe has it: without the kinds that pydantic puts behind sections of several."""
+    names, parts = set(option_names(root)), [str(part) for part in location]
+    kept: list[str] = []
+    for place, part in enumerate(parts):
+        section = ".".join(each for each in kept if not each.isdigit())
+        tag = f"{section}.kind" in names and f"{section}.{part}" not in names and place < len(parts) - 1
+        if not tag or part.isdigit():
+            kept.append(part)
+    return ".".join(kept)
+
+
+def option_names(root: Settings) -> list[str]:
+    """Every option's dotted name, sections included."""
+    return [name for name, _ in _options(root)]
+
+
+def models_in(annotation: Any) -> list[Settings]:
+    """The settings classes of an annotation, those of unions and sequences too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    arguments = getattr(annotation, "__args__", ())
+    return [model for argument in arguments for model in models_in(argument)]
+
+
+def _options(root: Settings, prefix: str = "") -> Iterator[tuple[str, Settings]]:
+    """Every option's dotted name, and the class that declares it."""
+    for name, field in root.model_fields.items():
+        yield prefix + name, root
+        for section in models_in(field.annotation):
+            yield from _options(section, f"{prefix}{name}.")
+
+
+def _of_another_kind(names: Sequence[str], root: Settings) -> str:
+    """What to say of an option that its section has under another `kind`; nothing, where it has it under none.
+
+    names: of the section, its kind, and the option.
+    """
+    *section, kind, option = ["", *names]
+    dotted = ".".join([*section[1:], option])
+    kinds = [
+        declared.model_fields["kind"].default
+        for name, declared in _options(root)
+        if name == dotted and "kind" in declared.model_fields
+    ]
+    if not kinds:
+        return ""
+    return f"{dotted} does not belong to kind={kind!r}; it does to {', '.join(map(repr, kinds))}"

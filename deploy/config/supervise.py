@@ -1,0 +1,105 @@
+"""When a part of a run counts as lost, how often it may be, and how its end is told."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rollout.wire.process_info import Whereabouts
+
+T = TypeVar("T")
+
+_OVERRUN_SECONDS = 2.0
+
+
+class SupervisionSettings(BaseModel):
+    """When a part counts as lost, and how often it may be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    heartbeat_seconds: float = Field(2.0, gt=0, description="pause between two heartbeats of a part")
+    frozen_seconds: float = Field(
+        30.0, gt=0, description="a part that leaves a heartbeat unanswered for so long is killed and replaced"
+    )
+    max_restarts: int = Field(
+        5, ge=0, description="losses of one part within the window before the run stops"
+    )
+    restart_window_seconds: float = Field(
+        1800.0, gt=0, description="the window over which losses are counted"
+    )
+    drain_seconds: float = Field(
+        30.0, gt=0, description="what running turns are given to end when a worker leaves"
+    )
+    no_progress_seconds: float = Field(
+        180.0,
+        gt=0,
+        description="without a turn or a step for so long, all stacks are written to the run folder",
+    )
+
+
+class PartLost(RuntimeError):
+    """A part died, or did not answer in time; its place may be filled again."""
+
+
+class PartFailed(RuntimeError):
+    """A part was lost more often than its budget allows: the run stops. The message names part, host, log and error."""
+
+
+@dataclass
+class Budget:
+    """How often a part may be lost within the window; `spend` raises PartFailed beyond it."""
+
+    settings: SupervisionSettings
+    clock: Callable[[], float] = time.monotonic
+    _losses: dict[str, deque[float]] = field(default_factory=dict)
+    total: Counter[str] = field(default_factory=Counter)
+
+    def spend(self, part: str, where: Whereabouts | None, error: BaseException) -> None:
+        now = self.clock()
+        losses = self._losses.setdefault(part, deque())
+        losses.append(now)
+        self.total[part] += 1
+        while losses[0] < now - self.settings.restart_window_seconds:
+            losses.popleft()
+        if len(losses) > self.settings.max_restarts:
+            raise PartFailed(
+                f"{part} was lost {len(losses)} times within {self.settings.restart_window_seconds:g} s "
+                f"(supervision.max_restarts={self.settings.max_restarts}); {place(where)}; "
+                f"the last error: {brief(error)}"
+            ) from error
+
+
+def place(where: Whereabouts | None) -> str:
+    return "it never came up" if where is None else f"host {where.host}, pid {where.pid}, log {where.log}"
+
+
+def brief(error: BaseException) -> str:
+    """An error in one line: of a remote traceback the last line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = lines[-1] if lines else ""
+    return named if type(error).__name__ in named else f"{type(error).__name__}: {named}"
+
+
+async def within(seconds: float, pending: Awaitable[T], what: str) -> T:
+    """Wait for an answer, but not longer: PartLost names who owed it.
+
+    A wait that overran its limit by far says that this very process was stopped meanwhile (Ctrl-Z, a frozen machine):
+    then the other one is given its time again.
+    """
+    answer = asyncio.ensure_future(pending)
+    try:
+        while True:
+            began = time.monotonic()
+            done, _ = await asyncio.wait({answer}, timeout=seconds)
+            if done:
+                return answer.result()
+            if time.monotonic() - began < seconds + _OVERRUN_SECONDS:
+                raise PartLost(f"{what} did not answer within {seconds:g} s")
+    finally:
+        answer.cancel()

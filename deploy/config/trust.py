@@ -1,0 +1,159 @@
+"""What a stored configuration would execute, and whether the user has said that it may.
+
+A run folder may come from somebody else. Its config.json is data until the user gives his word: by a recipe of his own,
+from which the run was started here, or by `--trust`. The word is remembered outside the folder, under
+$XDG_STATE_HOME/manta/trusted (default ~/.local/state), for this folder and exactly these commands, functions, modules
+and servers. A copied or moved folder, another host, or a changed configuration asks again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from deploy.config.config import RunConfig
+from deploy.config.config_errors import ConfigError
+from envs import registry
+from rollout.agents.settings import PartSettings
+from rollout.agents.tools import ToolsSettings
+from rollout.external.external_env import PROGRAM
+
+_SAFE_FUNCTIONS = ("envs.tools.python_tool:python",)  # in the sandbox or not at all
+_DANGEROUS_OPTIONS = ("allow_unsafe", "executable")
+_SHOWN_CHARACTERS = 160  # of one entry, in a refusal
+_SHOWN_ENTRIES = 5
+
+
+def executed(config: RunConfig) -> list[str]:
+    """Everything a run of this configuration executes that is not Manta's own, one line an entry.
+
+    Modules, functions and commands; servers that are started or asked; options that lift the sandbox; a Ray cluster,
+    whose members execute what the others send. Each entry holds all arguments. Nothing is imported to know it.
+    """
+    evaluated = config.env.options | config.evaluation.options
+    return [
+        *_modules(config.env.id, [config.env.options, evaluated]),
+        *executed_options(config.env.id, config.env.options, "env.options"),
+        *executed_options(config.env.id, config.evaluation.options, "evaluation.options"),
+        *executed_parts(config.agent.parts),
+        *([_entry("cluster.address", config.cluster.address)] if config.cluster.address else []),
+    ]
+
+
+def executed_options(env_id: str, options: Mapping[str, Any], name: str) -> list[str]:
+    """Of an environment's options those that execute or reach something. name: of the section."""
+    if env_id == PROGRAM:
+        return [_entry(name, options)] if options else []
+    return [_entry(where, value) for where, value in _leaves(options, name) if _executes(where, value)]
+
+
+def executed_parts(parts: Sequence[PartSettings]) -> list[str]:
+    """Of an agent's parts the functions and servers of its tools."""
+    entries = []
+    for place, part in enumerate(parts):
+        if isinstance(part, ToolsSettings):
+            where = f"agent.parts[{place}]"
+            unsafe = [each for each in part.functions if each not in _SAFE_FUNCTIONS]
+            entries += [_entry(f"{where}.functions", each) for each in unsafe]
+            entries += [_entry(f"{where}.servers", each.model_dump(mode="json")) for each in part.servers]
+    return entries
+
+
+def executed_by_evaluation(config: RunConfig, env_id: str) -> list[str]:
+    """The part of it that an evaluation on this environment executes; the user has named the environment himself."""
+    own = (("env.options", config.env.options), ("evaluation.options", config.evaluation.options))
+    options = [each for name, of in own for each in executed_options(env_id, of, name)]
+    return [*(options if config.env.id == env_id else []), *executed_parts(config.agent.parts)]
+
+
+def require_trust(folder: Path, entries: Sequence[str], trusted: bool) -> None:
+    """Ask whether the user has said that this folder may execute these. ConfigError, one line, where he has not.
+
+    trusted: he says so now, and it is remembered.
+    """
+    if trusted:
+        remember(folder, entries)
+        return
+    known = _remembered(folder) if entries else []
+    if unknown := [each for each in entries if each not in known]:
+        shown = [
+            each if len(each) <= _SHOWN_CHARACTERS else f"{each[:_SHOWN_CHARACTERS]}..." for each in unknown
+        ]
+        more = f"; and {len(shown) - _SHOWN_ENTRIES} more" if len(shown) > _SHOWN_ENTRIES else ""
+        raise ConfigError(
+            f"{folder}: its stored configuration executes {'; '.join(shown[:_SHOWN_ENTRIES])}{more}; "
+            "if you know what this does and trust whoever wrote the folder, say --trust"
+        )
+
+
+def remember(folder: Path, entries: Sequence[str]) -> None:
+    """Keep the user's word that this folder may execute these. Where it cannot be kept (a read-only home) it is asked
+    for again.
+    """
+    if not entries:
+        return
+    try:
+        record = _record(folder)
+        record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with record.with_suffix(".lock").open("a", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two commands that are given their word at once: both are kept
+            known = _remembered(folder)
+            if all(each in known for each in entries):
+                return
+            kept = {"folder": str(folder.resolve()), "executes": sorted({*known, *entries})}
+            aside = record.with_suffix(".part")
+            aside.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+            aside.replace(record)
+    except OSError:
+        return
+
+
+def _remembered(folder: Path) -> list[str]:
+    try:
+        return list(json.loads(_record(folder).read_text(encoding="utf-8"))["executes"])
+    except (OSError, ValueError, KeyError):
+        return []
+
+
+def _record(folder: Path) -> Path:
+    try:
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    except RuntimeError as error:  # a user id that nobody knows, and no HOME
+        raise FileNotFoundError("no home folder to remember in") from error
+    name = blake3(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest(length=16)
+    return Path(state) / "manta" / "trusted" / f"{name}.json"
+
+
+def _modules(env_id: str, options: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The environment itself, where its id names a module or its code is that of another package."""
+    of_suite = any(env_id.startswith(suite.prefix) for suite in registry.SUITES)
+    known = of_suite or env_id == PROGRAM or registry.is_trusted(env_id)
+    return [_entry("env.id", [env_id, *options])] if ":" in env_id or not known else []
+
+
+def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{name}.{key}")
+    elif isinstance(tree, list | tuple):
+        for place, value in enumerate(tree):
+            yield from _leaves(value, f"{name}[{place}]")
+    else:
+        yield name, tree
+
+
+def _executes(where: str, value: Any) -> bool:
+    if where.rpartition(".")[2].partition("[")[0] in _DANGEROUS_OPTIONS:
+        return bool(value)
+    return isinstance(value, str) and ":" in value  # module:function, http://host
+
+
+def _entry(where: str, value: Any) -> str:
+    # JSON in ASCII: one line without control characters, whatever the folder's author wrote.
+    return f"{json.dumps(where)[1:-1]}={json.dumps(value, sort_keys=True, default=str)}"

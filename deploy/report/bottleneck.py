@@ -1,0 +1,42 @@
+"""What the learner's time went into, and what therefore holds a run back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from deploy.report.metrics import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Shares of the wall clock of steps, 0..1: waiting for groups, training, publishing weights, and the rest."""
+
+    wait: float
+    train: float
+    publish: float
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> Shares:
+        """Over all the given steps together: long steps count more. ValueError when they took no time."""
+        rows = list(rows)
+        total = sum(row["step_s"] for row in rows)
+        if total <= 0:
+            raise ValueError(f"the shares of {len(rows)} steps that took {total} s are not defined")
+        wait, train, publish = (
+            sum(row[name] for row in rows) / total for name in ("wait_s", "train_s", "publish_s")
+        )
+        return cls(wait, train, publish)
+
+    @property
+    def rest(self) -> float:
+        return max(0.0, 1 - self.wait - self.train - self.publish)
+
+    @property
+    def verdict(self) -> str:
+        """One line: what bounds the run, what it waited for, and what would help."""
+        if self.wait >= max(self.train, self.publish):
+            return f"rollout-bound: waited for rollouts {self.wait:.0%} of the time; more workers help"
+        if self.train >= self.publish:
+            return f"learner-bound: trained {self.train:.0%} of the time, waited for rollouts {self.wait:.0%}"
+        return f"sync-bound: published weights {self.publish:.0%} of the time, waited for rollouts {self.wait:.0%}"

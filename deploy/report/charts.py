@@ -1,0 +1,179 @@
+"""Which curves a report draws from a run's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+from deploy.report.bottleneck import Shares
+from deploy.report.metrics import Row
+
+SMOOTHED_PARTS = 20  # a smoothed curve averages over this part of the run
+MOST_NAMED = 24  # charts of named rewards; metrics.jsonl has them all
+
+Values = list[float | None]  # None: a gap in the curve
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """One picture: curves over the learner's steps."""
+
+    title: str
+    note: str  # what is seen, and in which unit
+    series: dict[str, str]  # key of the row -> name
+    format: str = ""  # d3 format of the values
+    smooth: bool = False  # noisy: draw the mean of the last steps over the faint values
+    spread: dict[str, str] = field(default_factory=dict)  # key of a curve -> key of its standard deviation
+
+
+CHARTS = (
+    Chart(
+        "Reward and success",
+        "mean of the trained episodes",
+        {"reward": "reward", "success": "success"},
+        ".3f",
+        True,
+        {"reward": "reward_std"},
+    ),
+    Chart(
+        "Turns of an episode",
+        "of the trained episodes",
+        {"turns_p50": "median", "turns_p95": "95th percentile", "turns_max": "max"},
+        ".1f",
+    ),
+    Chart(
+        "Sampled tokens of an episode",
+        "of the trained episodes",
+        {
+            "sampled_per_episode_p50": "median",
+            "sampled_per_episode_p95": "95th percentile",
+            "sampled_per_episode_max": "max",
+        },
+        ",.0f",
+    ),
+    Chart(
+        "Episodes without advantage",
+        "share that teaches nothing, as where all siblings earned the same",
+        {"zero_advantage_fraction": "share"},
+        ".1%",
+    ),
+    Chart("Entropy", "of the policy, nats per token", {"entropy": "entropy"}, ".3f"),
+    Chart(
+        "Distance to the sampling policy",
+        "nats per token: KL divergence, and mean |difference of logprobs|",
+        {"kl": "KL", "behavior_gap": "logprob gap"},
+        ".4f",
+    ),
+    Chart(
+        "Lag",
+        "weight versions between sampling and training",
+        {"lag_mean": "mean", "lag_max": "max", "reused_lag_mean": "mean of reused groups"},
+        ".2f",
+    ),
+    Chart("Learning rate", "of the policy", {"learning_rate": "rate"}, ".3~g"),
+    Chart("Gradient", "norm before clipping", {"grad_norm": "norm"}, ".3f"),
+    Chart("Clipped tokens", "share whose probability ratio was clipped", {"clip_fraction": "clipped"}, ".2%"),
+    Chart(
+        "Throughput",
+        "tokens a second",
+        {"rollout_tokens_per_s": "sampled", "learner_tokens_per_s": "trained"},
+        ",.0f",
+        True,
+    ),
+    Chart("Weight sync", "milliseconds that generation stood still", {"sync_stall_ms": "stall"}, ".0f"),
+)
+TIME_NAMES = {
+    "wait": "waiting for rollouts",
+    "train": "training",
+    "publish": "publishing weights",
+    "rest": "rest",
+}
+
+
+def drawn(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Every chart the rows have numbers for, as plain data for the page: JSON, no NaN."""
+    steps = [row["step"] for row in rows]
+    first, *others = (_plain(chart, rows, steps) for chart in CHARTS)
+    charts = [first, *(_plain(chart, rows, steps) for chart in named_rewards(rows)), *others]
+    if rows:
+        charts.append(_time(rows, steps))
+    return [chart for chart in charts if chart["series"]]
+
+
+def named_rewards(rows: Sequence[Row]) -> list[Chart]:
+    """A chart of each part of the reward that the environment names, by name; at most MOST_NAMED."""
+    keys = {key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")}
+    return [
+        Chart(
+            f"Reward: {key.removeprefix('rewards/').removesuffix('/mean')}",
+            "mean of the trained episodes",
+            {key: "mean"},
+            ".3f",
+            True,
+            {key: key.removesuffix("/mean") + "/std"},
+        )
+        for key in sorted(keys)[:MOST_NAMED]
+    ]
+
+
+def moving_mean(values: Values, window: int) -> Values:
+    """The mean of the last `window` values, gaps left out; a gap where there is nothing to average."""
+    means: Values = []
+    for end in range(1, len(values) + 1):
+        seen = [value for value in values[max(0, end - window) : end] if value is not None]
+        means.append(sum(seen) / len(seen) if seen else None)
+    return means
+
+
+def _plain(chart: Chart, rows: Sequence[Row], steps: list[float]) -> dict[str, Any]:
+    window = max(1, len(rows) // SMOOTHED_PARTS)
+    series = []
+    shaded = False
+    for key, name in chart.series.items():
+        values = _column(rows, key)
+        if any(value is not None for value in values):
+            smoothed = moving_mean(values, window) if chart.smooth and window > 1 else None
+            band = _band(smoothed or values, moving_mean(_column(rows, chart.spread.get(key, "")), window))
+            shaded |= band is not None
+            series.append({"name": name, "y": values, "smoothed": smoothed, "band": band})
+    note = chart.note + (f"; bold: mean of {window} steps" if chart.smooth and window > 1 else "")
+    note += "; shade: one standard deviation of the episodes" if shaded else ""
+    return _chart(chart.title, note, steps, series, chart.format, stacked=False)
+
+
+def _column(rows: Sequence[Row], key: str) -> Values:
+    return [row[key] if key in row and isfinite(row[key]) else None for row in rows]
+
+
+def _band(values: Values, deviations: Values) -> tuple[Values, Values] | None:
+    """The lower and the upper end of a curve's shade; None where no step has one."""
+    if not any(deviation is not None for deviation in deviations):
+        return None
+    both = [
+        None if value is None or deviation is None else (value - deviation, value + deviation)
+        for value, deviation in zip(values, deviations, strict=True)
+    ]
+    return [ends and ends[0] for ends in both], [ends and ends[1] for ends in both]
+
+
+def _time(rows: Sequence[Row], steps: list[float]) -> dict[str, Any]:
+    shares = [Shares.of([row]) for row in rows]
+    columns = {
+        "train": [share.train for share in shares],
+        "wait": [share.wait for share in shares],
+        "publish": [share.publish for share in shares],
+        "rest": [share.rest for share in shares],
+    }
+    series = [
+        {"name": TIME_NAMES[key], "y": values, "smoothed": None, "band": None}
+        for key, values in columns.items()
+    ]
+    return _chart("Where the learner's time went", "share of each step", steps, series, ".0%", stacked=True)
+
+
+def _chart(
+    title: str, note: str, steps: list[float], series: list[dict[str, Any]], form: str, stacked: bool
+) -> dict[str, Any]:
+    return {"title": title, "note": note, "x": steps, "series": series, "format": form, "stacked": stacked}

@@ -1,0 +1,110 @@
+"""What an evaluation came to: success where the environment says one, reward, each with an interval.
+
+RUN/evaluation_before.json and evaluation_after.json hold one each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from deploy.report.statistics import bootstrap_interval, wilson_interval
+from rollout.buffer.failures import TooManyFailures, cause_of
+from rollout.buffer.replay_store import EpisodeRow
+
+WHEN = ("before", "after")  # of training
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What came out of one episode a task. Episodes lost to infrastructure are no evidence and are left out."""
+
+    successes: int | None  # None: the environment gave no episode a verdict
+    episodes: int
+    mean_reward: float
+    failed: int
+    reward_interval: tuple[float, float] | None = None  # 95%, bootstrap
+    held_out: bool = False  # the tasks are of a split that training cannot draw from
+
+    @classmethod
+    def of(cls, rows: Sequence[EpisodeRow], held_out: bool = False) -> Self:
+        """Raises TooManyFailures when every episode was lost, with the last error."""
+        sound = [row for row in rows if row.sound]
+        if not sound:
+            error = rows[-1].error or ""
+            raise TooManyFailures(
+                f"all {len(rows)} evaluation episodes failed; the last: {cause_of(error)}", error
+            )
+        judged = any(row.success is not None for row in sound)
+        rewards = [row.reward for row in sound]
+        return cls(
+            successes=sum(bool(row.success) for row in sound) if judged else None,
+            episodes=len(sound),
+            mean_reward=sum(rewards) / len(rewards),
+            failed=len(rows) - len(sound),
+            reward_interval=bootstrap_interval(rewards),
+            held_out=held_out,
+        )
+
+    @property
+    def success(self) -> float | None:
+        """Share of the sound episodes that succeeded; None without a verdict."""
+        return None if self.successes is None else self.successes / self.episodes
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95% Wilson interval of the success; None without a verdict."""
+        return None if self.successes is None else wilson_interval(self.successes, self.episodes)
+
+    def __str__(self) -> str:
+        lost = f", {self.failed} more failed" if self.failed else ""
+        reward = said(
+            "reward" if self.successes is None else "mean reward", self.mean_reward, self.reward_interval
+        )
+        success = "" if self.success is None else said("success", self.success, self.interval) + ", "
+        return f"{success}{reward}, {self.episodes} episodes{lost}"
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def said(name: str, value: float, interval: Sequence[float] | None) -> str:
+    """A figure with its 95% interval, as it is printed."""
+    return f"{name} {value:.3f}" + (
+        f" (95% interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+    )
+
+
+def figures(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+    """The evaluations as keys of summary.json: success_WHEN and reward_WHEN, each with its _interval; or None.
+
+    Where one of them had verdicts, the environment gives them: the other, in which no episode came to one, has a
+    success of 0.
+    """
+    if any(each.successes is not None for each in (before, after) if each):
+        before, after = (each and replace(each, successes=each.successes or 0) for each in (before, after))
+    found: dict[str, Any] = {"held_out": any(each.held_out for each in (before, after) if each)}
+    for when, each in zip(WHEN, (before, after), strict=True):
+        found |= {
+            f"success_{when}": each and each.success,
+            f"success_{when}_interval": each and each.interval,
+            f"reward_{when}": each and each.mean_reward,
+            f"reward_{when}_interval": each and each.reward_interval,
+        }
+    return found
+
+
+def stored_figures(run_folder: Path) -> dict[str, Any]:
+    """The figures of a run that has not ended: of the evaluations it has made so far."""
+    paths = [run_folder / f"evaluation_{when}.json" for when in WHEN]
+    before, after = (Evaluation.load(path) if path.is_file() else None for path in paths)
+    return figures(before, after)

@@ -1,0 +1,172 @@
+"""What a person sees while a run goes on: live in a terminal, one plain line now and then elsewhere.
+
+A run enters `Progress`, opens a `phase` for each part that is not a step, then says `begin_steps` once and `update`
+after every step.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from deploy.report import console as door
+from deploy.report.bottleneck import Shares
+from deploy.report.console import Bars, Console, LiveDisplay, Numbers, Part
+from deploy.report.metrics import Row
+
+SHOWN_STEPS = 10  # rows of the table; the verdict is over the same steps
+PLAIN_STRIDE = 5  # steps from one plain line to the next
+PLAIN_SECONDS = 60.0  # most silence in a log
+PLAIN_PARTS = 4  # plain lines of a phase
+
+# Column, key of the row, how it is written.
+COLUMNS = (
+    ("step", "step", "{:.0f}"),
+    ("reward", "reward", "{:.3f}"),
+    ("success", "success", "{:.1%}"),
+    ("entropy", "entropy", "{:.3f}"),
+    ("KL", "kl", "{:.4f}"),
+    ("rollout\ntok/s", "rollout_tokens_per_s", "{:,.0f}"),
+    ("learner\ntok/s", "learner_tokens_per_s", "{:,.0f}"),
+    ("lag\nmean", "lag_mean", "{:.2f}"),
+    ("lag\nmax", "lag_max", "{:.0f}"),
+    ("stall\nms", "sync_stall_ms", "{:.0f}"),
+)
+ABSENT = "–"  # an environment without a verdict has no success
+
+
+class Phase:
+    """One bar besides the steps, or its plain lines."""
+
+    def __init__(self, progress: Progress, name: str, total: int) -> None:
+        self._progress = progress
+        self._name = name
+        self._total = total
+        self._done = 0
+        self._bar = progress.bars.add(name, total)
+
+    def advance(self, n: int = 1, **shown: float) -> None:
+        """n more of the total are done; `shown` are numbers worth seeing beside the bar."""
+        before, self._done = self._done, self._done + n
+        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        self._progress.bars.move(self._bar, self._done, text)
+        if self._total and self._done * PLAIN_PARTS // self._total > before * PLAIN_PARTS // self._total:
+            self._progress.plain_line(f"{self._name}  {self._done}/{self._total}  {text}")
+        self._progress.doing = f"{self._name}  {self._done}/{self._total}  {text}"
+
+
+class Progress:
+    """The display of one run. Everything is called from the driver's one thread.
+
+    Without a terminal a second thread says what is being done whenever nothing was said for PLAIN_SECONDS.
+    """
+
+    def __init__(self, total_steps: int, title: str, console: Console | None = None) -> None:
+        self._console = console or door.output()
+        self._total_steps = total_steps
+        self._title = title
+        self._rows: deque[Row] = deque(maxlen=SHOWN_STEPS)
+        self._began = time.monotonic()
+        self.bars = Bars(self._console)
+        self._steps_bar: int | None = None
+        self._live = LiveDisplay(self._console, self._parts) if self._console.is_terminal else None
+        self.doing = "starting"
+        self._said = self._began  # when the last plain line was written
+        self._over = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.plain_line(self._title)
+        if self._live:
+            self._live.start()
+        else:
+            self._ticker.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+        else:
+            self._over.set()
+            self._ticker.join()
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Phase]:
+        """A part of the run that is not its steps, `total` units long."""
+        self.doing = f"{name}  0/{total}"
+        yield Phase(self, name, total)
+        self.doing = f"after {name}"
+
+    def begin_steps(self, done: int = 0) -> None:
+        """The steps begin; `done` of them were done before the run was resumed."""
+        self._steps_bar = self.bars.add("steps", self._total_steps, done)
+        self.doing = f"step {done + 1}/{self._total_steps}"
+
+    def update(self, step: int, row: Row) -> None:
+        """One step is done; see COLUMNS for the keys that are shown."""
+        if self._steps_bar is None:
+            raise ValueError(f"step {step} was shown before begin_steps()")
+        row = {"step": step} | row
+        self._rows.append(row)
+        self.bars.move(self._steps_bar, step)
+        self.doing = f"step {step + 1}/{self._total_steps}" if step < self._total_steps else "finishing"
+        at_end = len(self._rows) == 1 or step == self._total_steps
+        if at_end or step % PLAIN_STRIDE == 0 or self.silent_seconds() >= PLAIN_SECONDS / 2:
+            shown = "  ".join(
+                f"{name} {_written(row, key, form)}" for name, key, form in COLUMNS[1:]
+            ).replace("\n", " ")
+            bound, _, _ = Shares.of(self._rows).verdict.partition(";")
+            self.plain_line(f"step {step}/{self._total_steps}  {shown}  {bound}")
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        if self._live:
+            door.write(self._console, text, wrap=True)
+        else:
+            self.plain_line(text)
+
+    def plain_line(self, text: str) -> None:
+        """A line with the run's clock, where there is no live display."""
+        if not self._live:
+            clock = f"[{time.monotonic() - self._began:7.1f} s] "
+            door.write(self._console, clock + text.rstrip())
+            self._said = time.monotonic()
+
+    def silent_seconds(self) -> float:
+        """How long no plain line was written."""
+        return time.monotonic() - self._said
+
+    def break_silence(self) -> float:
+        """Say what is being done if nothing was said for PLAIN_SECONDS; returns the seconds until the next look."""
+        if self.silent_seconds() >= PLAIN_SECONDS:
+            self.plain_line(f"{self.doing.rstrip()}: under way")
+        return PLAIN_SECONDS - self.silent_seconds()
+
+    def _tick(self) -> None:
+        while not self._over.wait(max(self.break_silence(), 0.1)):
+            pass
+
+    def _parts(self) -> list[Part]:
+        parts: list[Part] = [(self._title, "bold"), self.bars]
+        if self._rows:
+            parts += [step_table(self._rows), (Shares.of(self._rows).verdict, "dim")]
+        return parts
+
+
+def step_table(rows: deque[Row]) -> Numbers:
+    """The last steps, one row each."""
+    return Numbers(
+        [name for name, _, _ in COLUMNS],
+        [[_written(row, key, form) for _, key, form in COLUMNS] for row in rows],
+    )
+
+
+def _written(row: Row, key: str, form: str) -> str:
+    return form.format(row[key]) if key in row else ABSENT

@@ -1,0 +1,174 @@
+"""RUN/report.html: one file that shows a run, readable offline for as long as there are browsers.
+
+Everything it needs is inside: the numbers, the pictures' code (plotly.js, once), the episodes. It is written from what
+the run left in its folder alone, so it can be written again at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from math import exp
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from deploy.report.bottleneck import Shares
+from deploy.report.charts import drawn
+from deploy.report.console import visible
+from deploy.report.episodes import chosen_episodes
+from deploy.report.evaluation import WHEN, stored_figures
+from deploy.report.metrics import Row, read_metrics
+
+REPORT_FILE = "report.html"
+
+Summary = dict[str, Any]
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write the report of a run, finished or not, and return its path. ConfigError where the folder is no run's.
+
+    Read are config.json, metrics.jsonl, summary.json (absent while the run goes on), groups/ and evaluations/.
+    """
+    config = _config(run_folder)
+    stored = run_folder / "summary.json"
+    summary: Summary = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    measured = summary or stored_figures(run_folder)
+    task = "held-out task" if measured.get("held_out", True) else "evaluation task"
+    rows = read_metrics(run_folder)
+    page = _templates().get_template("report.html.j2")
+    text = page.render(
+        title=config.get("name", "run"),
+        run=run_folder.resolve().name,
+        finished=bool(summary),
+        outcomes=outcomes(measured, task),
+        facts=facts(rows, summary),
+        verdict=Shares.of(rows).verdict if rows else "",
+        phases=phases(summary),
+        ledger=summary.get("ledger", {}),
+        charts=drawn(rows),
+        episodes=chosen_episodes(run_folder, task),
+        config=json.dumps(config, indent=2, ensure_ascii=False),
+        plotly=get_plotlyjs(),
+    )
+    path = run_folder / REPORT_FILE
+    aside = run_folder / f".{REPORT_FILE}.part"  # who reads it while it is written again reads the one before
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+    aside.replace(path)
+    return path
+
+
+def _config(run_folder: Path) -> dict[str, Any]:
+    """The configuration as it is stored: a report shows it, so it need not be one that this version would run."""
+    path = run_folder / "config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(stored, dict):
+            return stored
+        fault = f"{path}: broken file (it holds no table of options)"
+    except (FileNotFoundError, NotADirectoryError):
+        fault = f"{run_folder} is not a run folder: it has no {path.name}"
+    except ValueError as error:
+        fault = f"{path}: broken file ({error})"
+    from deploy.config.config_errors import ConfigError  # it imports torch, which a report need not wait for
+
+    raise ConfigError(fault)
+
+
+def outcomes(summary: Summary, task: str) -> list[dict[str, Any]]:
+    """A card for success, where the environment gives verdicts, and one for reward: before and after with intervals."""
+    cards = []
+    for name, method, form in (("success", "Wilson", "{:.1%}"), ("reward", "bootstrap", "{:.3g}")):
+        measured = [when for when in WHEN if summary.get(f"{name}_{when}_interval") is not None]
+        if not measured:
+            continue
+        intervals = [summary[f"{name}_{when}_interval"] for when in measured]
+        least, most = (0.0, 1.0) if name == "success" else _scale(intervals)
+
+        def placed(value: float, least: float = least, most: float = most) -> str:
+            return f"{100 * (value - least) / (most - least):.2f}"
+
+        bars = [
+            {
+                "when": when,
+                "said": form.format(value := summary[f"{name}_{when}"]),
+                "low": form.format(interval[0]).rstrip("%"),
+                "high": form.format(interval[1]).rstrip("%"),
+                "left": placed(interval[0]),
+                "right": placed(interval[1]),
+                "dot": placed(value),
+            }
+            for when, interval in zip(measured, intervals, strict=True)
+        ]
+        note = f"bars: 95% {method} intervals, on a scale from {form.format(least)} to {form.format(most)}"
+        cards.append({"title": f"{name.capitalize()} on {task}s", "bars": bars, "note": note})
+    return cards
+
+
+def _scale(intervals: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The ends of an axis that holds all intervals and zero, never both the same."""
+    least, most = min(0.0, *(low for low, _ in intervals)), max(0.0, *(high for _, high in intervals))
+    return least, most if most > least else least + 1.0
+
+
+def facts(rows: Sequence[Row], summary: Summary) -> list[tuple[str, str]]:
+    """The headline numbers: name and value."""
+    shown = [("learner steps", f"{len(rows):,}")]
+    if summary:
+        # Older runs call them trained; prompts are among them.
+        processed = summary["tokens_processed" if "tokens_processed" in summary else "tokens_trained"]
+        shown += [
+            ("wall clock", clock(sum(summary["seconds"].values()))),
+            ("tokens generated", f"{summary['tokens_generated']:,}"),
+            ("tokens processed by the learner", f"{processed:,}"),
+            ("seed", f"{summary['seed']}"),
+        ]
+    if rows:
+        shown.append(("largest lag", f"{max(row['lag_max'] for row in rows):.0f}"))
+    return shown
+
+
+def phases(summary: Summary) -> list[dict[str, Any]]:
+    """How the wall clock was spent: name, duration as text, share of the whole 0..1."""
+    seconds: dict[str, float] = summary.get("seconds", {})
+    total = sum(seconds.values())
+    return [
+        {"name": name.replace("_", " "), "clock": clock(spent), "share": spent / total}
+        for name, spent in seconds.items()
+        if total > 0
+    ]
+
+
+def clock(seconds: float) -> str:
+    """A duration as a person says it: 8.2 s, 3 min 05 s, 2 h 07 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _templates() -> Environment:
+    # What an environment or a model wrote is text here: autoescape keeps it from being markup, and control
+    # characters are made visible.
+    templates = Environment(
+        loader=PackageLoader("deploy.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,  # Markup is ours
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # How unsure the policy was of a token, 0 (certain) .. 1: the depth of its shade.
+    templates.filters["doubt"] = lambda logprob: f"{1 - exp(min(0.0, logprob)):.3f}"
+    return templates
+
+
+if __name__ == "__main__":
+    os.nice(10)
+    write_report(Path(sys.argv[1]))

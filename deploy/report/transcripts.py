@@ -1,0 +1,38 @@
+"""Episodes of an evaluation as text for a terminal: who said what, turn by turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deploy.report.console import Console, write
+from deploy.report.episodes import Episode, Spans, token_text
+from rollout.buffer.segments import read_rows
+
+
+def show_transcripts(console: Console, folder: Path, count: int) -> None:
+    """Print the first `count` episodes of a folder of stored rows; one that ended in its reset has none."""
+    spans = Spans.of(read_rows(folder))
+    text = token_text(folder)
+    for place in range(min(count, len(spans))):
+        _show(console, spans.episode(place, "", text))
+
+
+def _show(console: Console, episode: Episode) -> None:
+    verdict = {True: ", success", False: ", no success", None: ""}[episode.success]
+    turns = f"{len(episode.turns)} turn{'s' * (len(episode.turns) != 1)}"
+    end = episode.end_reason.replace("_", " ")
+    write(console, f"\nseed {episode.seed}: reward {episode.reward:.3f}{verdict}, {turns}, {end}", "bold")
+    for turn in episode.turns:
+        for role, said in turn.messages:
+            _say(console, role, said, "cyan")
+        _say(console, "assistant", turn.action, "green")
+        cut = ", cut at the token limit" if turn.finish_reason == "length" else ""
+        write(console, f"  reward {turn.reward:.3f}{cut}", "dim")
+    if episode.error:
+        _say(console, "error", episode.error, "red")
+
+
+def _say(console: Console, role: str, text: str, style: str) -> None:
+    """A role on the left, what it said beside it, later lines indented below."""
+    write(console, f"{role:>10}  ", style, end="")
+    write(console, text.replace("\n", "\n" + " " * 12))

@@ -1,0 +1,151 @@
+"""Drives one run from the command line: its lock, its Ray, its display, and a clean end however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import signal
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+
+from deploy.assembly.runtime import Ring
+from deploy.cluster.control import driving
+from deploy.cluster.janitor import (
+    make_private,
+    prepare_local_ray,
+    start_janitor,
+    tag_run,
+    temporary_of,
+    with_kept_logs,
+)
+from deploy.config import run_folder
+from deploy.config.config import RunConfig
+from deploy.config.config_errors import ConfigError
+from deploy.config.supervise import PartFailed
+from deploy.report.console import Console, errors, write
+from deploy.report.phases import Startup
+from deploy.report.progress import Progress
+from deploy.run.failure_log import failures_kept_in
+from deploy.run.finished import print_outcome
+from deploy.run.train import Training
+from learner.training.checkpoint import newest_version
+from rollout.buffer.ledger_checks import LEDGER, check_ledger
+
+T = TypeVar("T")
+
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+class Stopped(Exception):
+    """SIGTERM came."""
+
+
+def drive(
+    config: RunConfig,
+    folder: Path,
+    console: Console,
+    *,
+    resume: bool,
+    local: bool,
+    startup: Startup | None = None,
+    stored: RunConfig | None = None,
+) -> None:
+    """Run to the end and print the outcome. typer.Exit(130) after Ctrl-C or SIGTERM; PartFailed and TooManyFailures say
+    where the logs are.
+
+    The folder is this process's alone from before anything is written into it. startup: counts what comes before the
+    first episode; stored: the configuration that a run which goes on was found with.
+    """
+    local, startup = local or config.replay is not None, startup or Startup()
+    alone = local or not config.cluster.joins  # nothing of the run is on another machine
+    run_folder.make(folder)
+    with driving(folder), run_folder.removed_unless_begun(folder):
+        _require_unchanged(folder, resume, stored)
+        if not run_folder.make_private(folder):
+            write(errors(), f"note: other users can read {folder}, and it cannot be made private")
+        if resume and config.replay is None and (folder / LEDGER).is_file():
+            check_ledger(folder / LEDGER, newest_version(folder), config.buffer.groups_per_step)
+        run = tag_run()
+        temporary = temporary_of(run) if alone else None
+        start_janitor(run, folder, temporary)  # before there is anything to be removed
+        if temporary is not None:
+            make_private(temporary)
+        if not local:
+            with startup.timed("ray"):
+                _connect(config, alone, temporary)
+        if not resume or config != run_folder.open_existing(folder):
+            run_folder.store(config, folder)  # of one that is resumed: it goes on elsewhere, from now on
+        try:
+            with failures_kept_in(folder):
+                summary = _train(config, folder, console, resume, local, startup)
+        except (KeyboardInterrupt, Stopped):
+            again = f"manta train --resume {shlex.quote(str(folder))}{' --local' * local}"
+            write(errors(), f"stopped; go on with: {again}")
+            raise typer.Exit(INTERRUPTED) from None
+        except PartFailed as failure:
+            raise PartFailed(_kept(str(failure), temporary, folder)) from failure.__cause__
+    print_outcome(summary, folder, console)
+
+
+def _connect(config: RunConfig, alone: bool, temporary: Path | None) -> None:
+    if alone:
+        prepare_local_ray()
+    from deploy.cluster.connect import connect, require_capacity
+
+    connect(config, temporary)
+    require_capacity(config)
+
+
+def _require_unchanged(folder: Path, resume: bool, stored: RunConfig | None) -> None:
+    """What was looked at before the folder was ours is still so."""
+    if not resume and run_folder.exists(folder):
+        raise ConfigError(f"{folder}: another run was begun there meanwhile; go on with it by --resume")
+    if resume and stored is not None and run_folder.open_existing(folder) != stored:
+        raise ConfigError(f"{folder}: its configuration was changed meanwhile; say it again")
+
+
+def _train(
+    config: RunConfig, folder: Path, console: Console, resume: bool, local: bool, startup: Startup
+) -> dict[str, Any]:
+    with Progress(config.steps, f"{config.name}  {folder}", console) as progress:
+        ring: Ring
+        if config.replay is not None:
+            from deploy.run.replay import ReplayRing
+
+            ring = ReplayRing(config, folder)
+        elif local:
+            from deploy.run.local import LocalRing
+
+            ring = LocalRing(config, folder, startup=startup, say=progress.say)
+        else:
+            from deploy.cluster.cluster import RayRing
+
+            ring = RayRing(config, folder, say=progress.say, startup=startup)
+        return asyncio.run(_interruptible(Training(config, ring, progress, startup).run(resume)))
+
+
+async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
+    """SIGTERM, which `ray job stop` and a preempted machine send, ends a run as Ctrl-C does."""
+    task = asyncio.current_task()
+    assert task is not None
+    # Not by way of SIGINT: a process in the background may have been told to ignore that one.
+    told = asyncio.Event()
+
+    def stop() -> None:
+        told.set()
+        task.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if told.is_set():
+            raise Stopped from None
+        raise
+
+
+def _kept(text: str, temporary: Path | None, folder: Path) -> str:
+    return text if temporary is None else with_kept_logs(text, temporary, folder)

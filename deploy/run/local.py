@@ -1,0 +1,183 @@
+"""The whole ring in one process, without Ray: read this first, and debug here, where breakpoint() works.
+
+    exchange.reserve -> worker plays a group -> exchange.add
+    exchange.take    -> learner.train -> offer -> engines sync -> exchange.release -> (reserve goes on)
+
+The same objects run in Ray actors in a cluster (cluster.py). The workers are asyncio tasks; the learner's step runs
+in a thread so that they go on meanwhile. Nobody supervises here: the first failure ends the run, with its traceback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from deploy.assembly.build import (
+    EngineFactory,
+    build_worker,
+    exchange_builder,
+    play_demonstrations,
+    vllm_engine,
+)
+from deploy.assembly.models import build_learner, model_path
+from deploy.assembly.runtime import LearnerLost, Row, first_failure
+from deploy.config.config import RunConfig
+from deploy.config.config_errors import ConfigError
+from deploy.report.noticed import Noticed
+from deploy.report.phases import Startup
+from learner.training.checkpoint import latest
+from learner.training.loop import LearnerLoop, Place, Source, sync_metrics
+from learner.training.publish import Snapshot
+from rollout.buffer.replay_store import EpisodeRow
+from rollout.episodes.loop_watch import LoopWatch
+from rollout.episodes.worker import RolloutWorker, as_groups
+from rollout.wire.metrics import joined
+from rollout.wire.notices import Notices
+from rollout.wire.schema import encode
+from rollout.wire.trajectory import Task
+from rollout.wire.weights import Handle, inline, write_memory
+
+
+def _place_inline(snapshot: Snapshot) -> tuple[Handle, Any]:
+    return inline(snapshot.arrays), None
+
+
+def _place_in_memory(snapshot: Snapshot) -> tuple[Handle, Any]:
+    return write_memory(snapshot.arrays)
+
+
+def start_learner(
+    config: RunConfig, run_folder: Path, source: Source, place: Place, resume: bool
+) -> LearnerLoop:
+    """The learner in this process, from the run's newest checkpoint where it goes on with one."""
+    learner = build_learner(config, model_path(config, run_folder))
+    # A run stopped before its first checkpoint has none to load: it starts over in its folder.
+    if resume and latest(run_folder) is not None:
+        learner.load(run_folder)
+    learner.keep_advantages(run_folder)
+    seconds, keep = config.cluster.step_seconds, config.checkpoint.keep
+    return LearnerLoop(learner, source, place, config.engine.dtype, seconds, keep)
+
+
+async def demonstrate_to(learner: LearnerLoop, config: RunConfig, run_folder: Path) -> int:
+    """Have demonstrations played here and handed to the learner; returns the number of imitation steps."""
+    return await learner.begin_imitation(await play_demonstrations(config, model_path(config, run_folder)))
+
+
+class LocalRing:
+    """Every part of a run as plain objects of this process."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_folder: Path,
+        engine_factory: EngineFactory = vllm_engine,
+        startup: Startup | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        if config.weights.transfer != "object_store":
+            raise ConfigError(
+                f"weights.transfer={config.weights.transfer!r} runs between actors: leave --local away"
+            )
+        if config.learner.ranks > 1:
+            raise ConfigError(
+                f"learner.ranks={config.learner.ranks} are processes of their own: leave --local away, or use 1"
+            )
+        if config.env.host.where == "ray":
+            raise ConfigError(
+                "env.host.where='ray' has replicas in actors: leave --local away, or use 'process'"
+            )
+        self.run_folder = run_folder
+        self._config = config
+        self._engine_factory = engine_factory
+        self._noticed = Noticed(run_folder, say)
+        self._startup = startup or Startup()
+        self._workers: list[RolloutWorker] = []
+        self._runs: list[asyncio.Task[None]] = []
+        self._started = (
+            AsyncExitStack()
+        )  # what close() stops, the youngest first: start() may fail on its way
+
+    async def start(self, resume: bool) -> int:
+        config = self._config
+        path = model_path(config, self.run_folder)
+        loop = asyncio.get_running_loop()
+
+        def tell(text: str) -> None:
+            loop.call_soon_threadsafe(self._noticed.hear, "", [text])
+
+        self._started.enter_context(Notices(tell))
+        self._exchange = exchange_builder(config, self.run_folder)()
+        self._started.push_async_callback(self._exchange.close)
+        for index in range(config.rollout.workers):
+            name = f"rollout-{index}"
+            with self._startup.timed("engines"):
+                worker = await build_worker(config, path, self._engine_factory, name, self._exchange)
+            self._started.push_async_callback(worker.engine.close)
+            self._started.push_async_callback(worker.close)
+            self._workers.append(worker)
+        # vLLM's engines have processes of their own and map the weights; others read them where they lie.
+        place = _place_in_memory if self._engine_factory is vllm_engine else _place_inline
+        with self._startup.timed("learner"):
+            self._learner = start_learner(config, self.run_folder, self._exchange, place, resume)
+        if resume:
+            await self._exchange.rollback(self._learner.version, new_driver=True)
+        return self._learner.version
+
+    async def begin_imitation(self) -> int:
+        return await demonstrate_to(self._learner, self._config, self.run_folder)
+
+    async def imitate(self, steps: int) -> list[Row]:
+        return await self._learner.imitate(steps)
+
+    async def publish(self) -> Row:
+        update = await self._learner.offer()
+        reports = await asyncio.gather(*(worker.engine.sync(update) for worker in self._workers))
+        await self._learner.withdraw()
+        return sync_metrics(reports)
+
+    async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
+        shares = [tasks[index :: len(self._workers)] for index in range(len(self._workers))]
+        played = await asyncio.gather(*(w.evaluate(s) for w, s in zip(self._workers, shares, strict=True)))
+        trajectories = [trajectory for share in played for trajectory in share]
+        await self._exchange.archive(name, [encode(group) for group in as_groups(trajectories)])
+        return [EpisodeRow.of(trajectory) for trajectory in trajectories]
+
+    def begin_rollouts(self) -> None:
+        self._started.callback(LoopWatch().close)
+        self._runs = [asyncio.create_task(worker.run(), name=worker.name) for worker in self._workers]
+
+    async def step(self, number: int) -> Row:
+        return await first_failure(asyncio.create_task(self._step(number)), self._runs)
+
+    async def _step(self, number: int) -> Row:
+        began = time.perf_counter()
+        row = await self._learner.train(number)
+        trained = time.perf_counter()
+        published = await self.publish()
+        await self._exchange.release(number)
+        ended = time.perf_counter()
+        return joined(row, published, {"publish_s": ended - trained, "step_s": ended - began})
+
+    async def recover(self, loss: LearnerLost) -> int:
+        raise loss  # one process: what loses the learner loses everything
+
+    async def save(self) -> None:
+        await self._learner.save(self.run_folder)
+
+    async def counters(self) -> Row:
+        rows = [worker.counters() for worker in self._workers]
+        return {key: sum(row[key] for row in rows) for key in rows[0]}
+
+    async def counts(self) -> dict[str, int]:
+        return await self._exchange.counts()
+
+    async def close(self) -> None:
+        for run in self._runs:
+            run.cancel()
+        await asyncio.gather(*self._runs, return_exceptions=True)
+        await self._started.aclose()

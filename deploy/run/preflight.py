@@ -1,0 +1,253 @@
+"""What can be known to be wrong before anything is started or written.
+
+Each check raises one of the errors that are meant for the person at the keyboard, saying what, where and what to do.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from deploy.assembly.build import evaluation_tasks, looked_at
+from deploy.assembly.conversations import rehearse
+from deploy.assembly.models import tiny_tokenizer
+from deploy.config.config import RunConfig
+from deploy.config.config_errors import ConfigError
+from deploy.run import replay
+from envs import registry
+from envs.base import Observation
+from envs.child_process import found
+from envs.hosting.host import HostSettings
+from envs.tools.tool import ToolRefused
+from learner.model.lora import planned
+from learner.model.policy import model_files
+from learner.model.tiny import build_tiny
+from learner.model.tiny_vision import tiny_processor
+from rollout.agents.memory import NotebookSettings
+from rollout.agents.settings import PartSettings
+from rollout.agents.tools import ToolsSettings
+from rollout.chat.chat import Chat
+from rollout.chat.end_tokens import end_tokens
+from rollout.chat.perception import Perception
+from rollout.external.external_env import PROGRAM, ProgramOptions
+from rollout.wire.model_folder import pretrained, write_companions
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a configuration that cannot run here."""
+    observation = first_observation(config.env.id, config.env.options, config.agent.parts, config.env.host)
+    if path := config.learner.model.path:
+        check_model(path)
+        check_trainable(path)
+        check_context(path, config.rollout.context_tokens)
+        tokenizer = check_tokenizer(path)
+    else:
+        tokenizer = _tiny(config)
+    chat = _chat(config, tokenizer)
+    if observation is not None:
+        check_prompt(config, chat, observation)
+    elif config.agent.memory != "full" or config.agent.parts:
+        raise ConfigError(
+            "agent.memory and agent.parts stand between an environment and the policy; a foreign agent brings its own: "
+            "use memory = 'full' and no parts"
+        )
+    elif config.env.host.where == "ray":
+        raise ConfigError(
+            "env.host.where='ray': a foreign agent runs beside its worker, which it asks; use 'process'"
+        )
+    check_lora(config, tokenizer)
+    if config.replay is None:
+        evaluation_tasks(config)
+    else:
+        replay.check(config, tokenizer)
+    if config.warm_start:
+        registry.player(config.env.id)
+    if config.cluster.dashboard_port and not config.cluster.address:
+        check_port(config.cluster.dashboard_port)
+
+
+def first_observation(
+    env_id: str,
+    options: dict[str, Any],
+    parts: Sequence[PartSettings] = (),
+    host: HostSettings | None = None,
+) -> Observation | None:
+    """What an environment says first, with the agent's tools: they must be there, and their schemas take tokens.
+
+    None for a foreign agent, which is not started here. Raises EnvironmentUnknown.
+    """
+    if env_id == PROGRAM:
+        check_program(options)
+        return None
+    tools = [part for part in parts if isinstance(part, ToolsSettings | NotebookSettings)]
+    try:
+        with looked_at(env_id, options, host, tools) as reset:
+            return reset(0)
+    except ToolRefused as error:
+        raise ConfigError(f"agent.parts: {error}") from error
+
+
+def check_program(options: dict[str, Any]) -> None:
+    """A foreign agent's options must fit, and its command must be there."""
+    command = ProgramOptions.read(options).command
+    if command and found(command[0]) is None:
+        raise ConfigError(f"env.options.command: there is no program {command[0]!r} here")
+
+
+def check_model(path: str) -> None:
+    """A local checkpoint must have a readable configuration, weights and a tokenizer."""
+    folder = Path(path)
+    if not folder.exists():
+        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise ConfigError(f"model {path}: no such folder")
+        return  # a hub id: transformers resolves it, and says so when it cannot
+    for needed, what in (("config.json", "configuration"), ("tokenizer_config.json", "tokenizer")):
+        if not (folder / needed).is_file():
+            raise ConfigError(
+                f"model {path}: no {what} ({needed} is missing); is it a Hugging Face checkpoint?"
+            )
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(f"model {path}: no weights (*.safetensors) in it")
+    for file in weights:
+        _check_safetensors(file)
+
+
+def check_trainable(path: str) -> None:
+    """What a checkpoint will hold must be what the learner trains: quantized weights are not."""
+    method = getattr(loaded(AutoConfig, path), "quantization_config", None)
+    if method is not None:
+        raise ConfigError(
+            f"model {path}: its weights are quantized and cannot be trained; name unquantized ones"
+        )
+
+
+def check_context(path: str, context_tokens: int) -> None:
+    """The model must have a position for every token of the context."""
+    config = loaded(AutoConfig, path).get_text_config()
+    if not hasattr(config, "max_position_embeddings"):
+        raise ConfigError(
+            f"model {path}: its family {config.model_type} states no max_position_embeddings, so that nobody can say "
+            f"whether rollout.context_tokens={context_tokens} fits; choose a model of attention alone"
+        )
+    positions = config.max_position_embeddings
+    if positions < context_tokens:
+        raise ConfigError(
+            f"model {path} has {positions} positions, but rollout.context_tokens={context_tokens} "
+            "(manta eval: --context-tokens); lower it"
+        )
+
+
+def check_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The model must have a row for every token; it may have more. Returns the tokenizer.
+
+    It is loaded from the files that a checkpoint will hold, written to a scratch folder: what a save and those who read
+    it need is tried here. Placeholders of pictures and sounds that no prompt of text holds are let pass: some families
+    share a tokenizer.
+    """
+    with TemporaryDirectory(prefix="manta-saved-") as scratch:
+        write_companions(model_files(path), Path(scratch))
+        rows = loaded(AutoConfig, scratch, path).get_text_config().vocab_size
+        tokenizer: PreTrainedTokenizerBase = loaded(AutoTokenizer, scratch, path)
+    tokenizer.name_or_path = path
+    special = {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    beyond = {
+        place: token
+        for token, place in tokenizer.get_vocab().items()
+        if place >= rows
+        and (place not in special or place in used or token in str(tokenizer.chat_template or ""))
+    }
+    if beyond:
+        last = max(beyond)
+        raise ConfigError(
+            f"model {path} has a vocabulary of {rows}, but its tokenizer one of {len(tokenizer)} (token "
+            f"{beyond[last]!r} is id {last}); put the tokenizer into the folder that the model was trained with"
+        )
+    return tokenizer
+
+
+def check_prompt(config: RunConfig, chat: Chat, observation: Observation) -> None:
+    """The template must render what will be said, and the first prompt and one turn must fit into the context."""
+    prompt = rehearse(chat, observation, config.agent)
+    if prompt + 1 > config.rollout.context_tokens:
+        raise ConfigError(
+            f"the first prompt of {config.env.id} has {prompt} tokens, which does not fit into "
+            f"rollout.context_tokens={config.rollout.context_tokens}; raise it or shorten the environment's text"
+        )
+
+
+def check_lora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The model must have the layers that are to be adapted."""
+    lora = config.learner.model.lora
+    if lora is None:
+        return
+    with TemporaryDirectory() as folder:
+        path = config.learner.model.path
+        if config.tiny:  # its layers have the same names however many and wide they are
+            path = folder
+            build_tiny(Path(path), tokenizer, layers=1, width=32, heads=1, mlp=32)
+        try:
+            planned(path, lora)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def check_port(port: int) -> None:
+    """The dashboard's port must be free."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(
+                f"cluster.dashboard_port={port} is in use on this machine; choose another or 0"
+            ) from error
+
+
+def _chat(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Chat:
+    if config.tiny is None:
+        path = config.learner.model.path
+        return Chat(tokenizer, Perception.load(path), check_ends(path))
+    pixels = config.tiny.pixels
+    return Chat(tokenizer, Perception(tiny_processor(tokenizer, pixels)) if pixels else None)
+
+
+def check_ends(path: str) -> tuple[int, ...]:
+    """The files that name a model's end tokens must be readable; returns those."""
+    try:
+        return end_tokens(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {path}: {error}") from error
+
+
+def _tiny(config: RunConfig) -> PreTrainedTokenizerBase:
+    with TemporaryDirectory() as folder:
+        return tiny_tokenizer(config, Path(folder))
+
+
+def loaded(auto: Any, path: str, named: str = "") -> Any:
+    """What a transformers Auto class finds at `path`. ConfigError where it finds nothing it can read.
+
+    named: what the model is called in the error, where that is another path.
+    """
+    try:
+        return pretrained(auto, path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model {named or path}: {reason} Is it a Hugging Face folder or id?") from error
+
+
+def _check_safetensors(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as tensors:
+            tensors.keys()
+    except SafetensorError as error:
+        raise ConfigError(f"model weights {file}: broken file ({error})") from error

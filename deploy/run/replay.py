@@ -1,0 +1,160 @@
+"""A learner alone: it learns from the trajectories of a finished run, step by step as that run did, by any algorithm.
+
+Nothing is sampled, and no engine, no environment and no Ray is there. What was recorded stays off-policy by as much as
+the two learners differ: `effective_samples` says how much, and corrections weigh it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from deploy.assembly.build import load_tokenizer
+from deploy.assembly.runtime import LearnerLost, Row
+from deploy.config.config import RunConfig
+from deploy.config.config_errors import ConfigError
+from deploy.config.load import Nested
+from deploy.config.run_folder import CONFIG_FILE, read_json
+from deploy.run.local import demonstrate_to, start_learner
+from learner.training.checkpoint import MODEL, latest
+from learner.training.publish import Snapshot
+from rollout.buffer.history import History, HistoryError
+from rollout.buffer.replay_store import EpisodeRow
+from rollout.wire.metrics import joined
+from rollout.wire.trajectory import Task
+from rollout.wire.weights import Handle
+
+
+class ReplayRing:
+    """The ring without its first half; the methods are those of `deploy.assembly.runtime.Ring`."""
+
+    def __init__(self, config: RunConfig, run_folder: Path) -> None:
+        assert config.replay is not None
+        self.run_folder = run_folder
+        self._config = config
+
+    async def start(self, resume: bool) -> int:
+        self._history = _history(self._config)
+        self._learner = start_learner(self._config, self.run_folder, self._history, _nowhere, resume)
+        return self._learner.version
+
+    async def begin_imitation(self) -> int:
+        return await demonstrate_to(self._learner, self._config, self.run_folder)
+
+    async def imitate(self, steps: int) -> list[Row]:
+        return await self._learner.imitate(steps)
+
+    async def publish(self) -> Row:
+        return {}
+
+    async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
+        return []
+
+    def begin_rollouts(self) -> None:
+        pass
+
+    async def step(self, number: int) -> Row:
+        began = time.perf_counter()
+        row = await self._learner.train(number)
+        return joined(row, {"publish_s": 0.0, "step_s": time.perf_counter() - began})
+
+    async def recover(self, loss: LearnerLost) -> int:
+        raise loss
+
+    async def save(self) -> None:
+        await self._learner.save(self.run_folder)
+
+    async def counters(self) -> Row:
+        return {"tokens_sampled": 0.0}
+
+    async def counts(self) -> dict[str, int]:
+        return await self._history.counts()
+
+    async def close(self) -> None:
+        pass
+
+
+def _history(config: RunConfig) -> History:
+    assert config.replay is not None
+    try:
+        history = History(Path(config.replay))
+    except HistoryError as error:
+        raise ConfigError(f"replay: {error}") from None
+    if history.steps < config.steps:
+        raise ConfigError(
+            f"replay: {config.replay} made {history.steps} steps; say steps={history.steps} or fewer"
+        )
+    return history
+
+
+def check(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a past that is no run's or too short, or whose numbers would be wrong under these settings.
+
+    tokenizer: of the model that is to learn. More than one rank is refused too: a replay is one process.
+    """
+    assert config.replay is not None
+    if config.learner.ranks > 1:
+        raise ConfigError(
+            f"replay: a learner alone is one process, but learner.ranks={config.learner.ranks}; use 1"
+        )
+    _history(config)
+    past = Path(config.replay)
+    _require_same_conditions(config, past)
+    _require_same_tokens(config, tokenizer, past)
+
+
+def _require_same_conditions(config: RunConfig, past: Path) -> None:
+    """What was sampled must be what these settings say it was."""
+    stored = _stored(past)
+    mine = {
+        "sampling.temperature": config.sampling.temperature,
+        "rollout.group_size": config.rollout.group_size,
+        "buffer.groups_per_step": config.buffer.groups_per_step,
+    }
+    for name, value in mine.items():
+        section, option = name.split(".")
+        if (was := stored[section][option]) != value:
+            raise ConfigError(f"replay: {past} was played with {name}={was}, not {value}; say {name}={was}")
+    at_least = {
+        "buffer.max_lag": (config.buffer.max_lag, "its tokens may be as many versions old"),
+        "rollout.context_tokens": (config.rollout.context_tokens, "its conversations may be as long"),
+    }
+    for name, (value, why) in at_least.items():
+        section, option = name.split(".")
+        if (was := stored[section][option]) > value:
+            raise ConfigError(
+                f"replay: {past} was played with {name}={was} and {why}, but {name}={value}; say {was} or more"
+            )
+
+
+def _stored(past: Path) -> Nested:
+    """The configuration of the past run as it lies there; it need not be one that would be accepted today."""
+    file = past / CONFIG_FILE
+    if not file.is_file():
+        raise ConfigError(f"replay: {past} has no {CONFIG_FILE}, so nobody knows how its tokens were sampled")
+    stored = read_json(file)
+    if not isinstance(stored, dict):
+        raise ConfigError(f"replay: {file}: broken file (no table of options)")
+    return stored
+
+
+def _require_same_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, past: Path) -> None:
+    """The token ids on record must mean to this model what they meant to the one that sampled them."""
+    newest = latest(past)
+    if newest is None:
+        raise ConfigError(f"replay: {past} has no checkpoint, so nobody knows what its tokens mean")
+    mine, theirs = tokenizer.get_vocab(), load_tokenizer(str(newest / MODEL)).get_vocab()
+    if mine != theirs:
+        model = "the tiny model" if config.tiny else config.learner.model.path
+        raise ConfigError(
+            f"replay: the tokenizer of {model} is not that of {past} ({len(mine)} and {len(theirs)} tokens, or other "
+            "ids): its token ids would mean something else"
+        )
+
+
+def _nowhere(snapshot: Snapshot) -> tuple[Handle, Any]:
+    raise RuntimeError("a replay has no engines to offer weights to")

@@ -1,0 +1,72 @@
+"""What the sittings of a run have taken: one that was stopped and gone on with has several, and its figures are of all.
+
+RUN/sittings.json    one entry a sitting: when it began, seconds by phase, tokens generated
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from deploy.config.config_errors import ConfigError
+
+FILE = "sittings.json"
+
+
+class Sitting(BaseModel):
+    """From a start of the driver to its end, or as far as was recorded of it."""
+
+    began: str = Field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    seconds: dict[str, float] = {}
+    tokens_generated: int = 0
+
+
+_LIST = TypeAdapter(list[Sitting])
+
+
+class Sittings:
+    """Those of the past, and the present one, which is written again whenever it is recorded."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / FILE
+        self._all = [*_read(self._file), Sitting()]
+
+    def record(self, seconds: Mapping[str, float], tokens_generated: int) -> None:
+        """Store what the present sitting has taken up to now, in place of what it had before.
+
+        A disk that is full keeps the older record: a run does not end for that.
+        """
+        rounded = {phase: round(value, 2) for phase, value in seconds.items()}
+        present = self._all[-1].model_copy(update={"seconds": rounded, "tokens_generated": tokens_generated})
+        self._all[-1] = present
+        aside = self._file.with_name(f".{FILE}.part")
+        with suppress(OSError):
+            aside.write_bytes(_LIST.dump_json(self._all, indent=1))
+            aside.replace(self._file)
+
+    def totals(self) -> dict[str, Any]:
+        """Of all sittings: their number, seconds by phase and tokens generated."""
+        seconds: Counter[str] = Counter()
+        for sitting in self._all:
+            seconds.update(sitting.seconds)
+        return {
+            "sittings": len(self._all),
+            "seconds": {phase: round(value, 2) for phase, value in seconds.items()},
+            "tokens_generated": sum(sitting.tokens_generated for sitting in self._all),
+        }
+
+
+def _read(file: Path) -> list[Sitting]:
+    if not file.is_file():
+        return []
+    try:
+        return _LIST.validate_json(file.read_bytes())
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise ConfigError(f"{file}: broken file ({reason}); remove it, and its figures begin anew") from error

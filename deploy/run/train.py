@@ -1,0 +1,244 @@
+"""The driver of a run: phases in order, numbers out. It holds no payload and knows no hosting (see runtime.py).
+
+start -> warm start -> version 0 to the engines -> evaluate, checkpoint -> steps, checkpoints -> evaluate -> report
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deploy.assembly.build import evaluation_tasks, held_out, told_alike
+from deploy.assembly.runtime import LearnerLost, Ring, Row, first_failure
+from deploy.config.config import RunConfig
+from deploy.config.guards import Watch, with_defaults
+from deploy.report.evaluation import Evaluation, figures
+from deploy.report.metrics import MetricsLog, read_metrics, rollout_rates
+from deploy.report.phases import Phases, Startup
+from deploy.report.progress import Progress
+from deploy.report.report import write_report
+from deploy.report.reporter import Reporter
+from deploy.run.sittings import Sittings
+from learner.training.checkpoint import DiskFull, versions
+from rollout.wire.metrics import joined
+from rollout.wire.trajectory import Task
+
+IMITATION_STRIDE = 10  # imitation steps between two looks at the display
+LAST_COUNT_SECONDS = 5.0  # what workers are given to say what they have sampled
+DISK_SECONDS = 5.0  # from one attempt to land a checkpoint on a full disk to the next
+
+
+@dataclass
+class Training:
+    """One run being driven through its phases."""
+
+    config: RunConfig
+    ring: Ring
+    progress: Progress
+    startup: Startup = field(default_factory=Startup)
+    phases: Phases = field(default_factory=Phases)
+    _reports: Reporter = field(init=False)
+    _sittings: Sittings = field(init=False)
+    _tasks: asyncio.Future[list[Task]] = field(init=False)  # of evaluations
+    _tokens: int = 0  # generated in this sitting, as last heard
+    _serving: bool = False  # engines are up
+
+    async def run(self, resume: bool) -> dict[str, Any]:
+        """Drive the run to its end; returns the summary, which is also stored with the report."""
+        folder = self.ring.run_folder
+        self._reports = Reporter(folder, self.progress.say)
+        self._sittings = Sittings(folder)
+        self._tasks = asyncio.ensure_future(self._look_at_tasks())
+        self._tasks.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may go unasked
+        try:
+            with self.phases.timed("start"):
+                version = await self.ring.start(resume)
+            # A run stopped before its first checkpoint has nothing to go on from: it starts over in its folder.
+            new = not (resume and versions(folder))  # broken ones were set aside in the start
+            if new and self.config.warm_start:
+                await self._warm_start()
+            with self.phases.timed("engines"), self.startup.timed("publish"):
+                await self.ring.publish()
+            self._serving = True
+            before = await self._begin(new)
+            await self._steps(version)
+            after = await self._evaluate("after")
+            summary = await self._summary(before, after)
+        except BaseException:
+            await self._end()
+            await asyncio.to_thread(self._reports.last)
+            raise
+        await self._end()
+        self._reports.close()
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        write_report(folder)
+        return summary
+
+    async def _end(self) -> None:
+        """Record what the sitting took, and let go of everything."""
+        self._tasks.cancel()
+        try:
+            await self._count_tokens()
+        finally:
+            self._record()
+            await self.ring.close()
+
+    async def _begin(self, new: bool) -> Evaluation | None:
+        """What comes before the first step: the first evaluation, and the checkpoint of version 0 of a new run.
+
+        The checkpoint is written while engines play. The evaluation is stored behind it: where there is one of a run,
+        there is the version that it is of.
+        """
+        if not new:
+            return self._stored_evaluation(self.ring.run_folder) or await self._evaluate("before")
+        saving = asyncio.ensure_future(self._save_first())
+        try:
+            evaluating = asyncio.ensure_future(self._evaluate("before", saving))
+            evaluation = await first_failure(evaluating, [saving])
+            await saving
+        finally:
+            saving.cancel()
+        return evaluation
+
+    async def _warm_start(self) -> None:
+        with self.phases.timed("demonstrations"):
+            total = await self.ring.begin_imitation()
+        with self.phases.timed("warm_start"), self.progress.phase("imitation", total) as phase:
+            while rows := await self.ring.imitate(IMITATION_STRIDE):
+                if skipped := [row for row in rows if row.get("skipped_step")]:
+                    self.progress.say(
+                        f"ALARM: {len(skipped)} of {len(rows)} imitation steps were not finite and left out "
+                        f"(loss {skipped[-1]['loss']:g}, gradient norm {skipped[-1]['grad_norm']:g})"
+                    )
+                phase.advance(len(rows), loss=rows[-1]["loss"])
+
+    async def _look_at_tasks(self) -> list[Task]:
+        """The tasks of evaluations; which they are is found out while the parts start."""
+        if not self._evaluates:
+            return []
+        with self.startup.timed("evaluation_tasks"):
+            return await asyncio.to_thread(evaluation_tasks, self.config)
+
+    @property
+    def _evaluates(self) -> bool:
+        return bool(self.config.evaluation.tasks) and not self.config.replay
+
+    async def _evaluate(
+        self, name: str, stored_after: asyncio.Future[None] | None = None
+    ) -> Evaluation | None:
+        if not self._evaluates:
+            return None
+        tasks = await self._tasks
+        if name == "before" and (told := await asyncio.to_thread(told_alike, tasks, self.config.env.host)):
+            self.progress.say(told)
+        self.startup.episodes_begin()
+        with self.phases.timed(f"evaluate_{name}"):
+            evaluation = Evaluation.of(await self.ring.evaluate(tasks, name), held_out(self.config))
+        self.progress.say(f"{name}: {evaluation}")
+        if stored_after is not None:
+            await stored_after
+        evaluation.save(self.ring.run_folder / f"evaluation_{name}.json")
+        return evaluation
+
+    def _stored_evaluation(self, folder: Path) -> Evaluation | None:
+        stored = folder / "evaluation_before.json"
+        return Evaluation.load(stored) if stored.is_file() else None
+
+    async def _steps(self, version: int) -> None:
+        self.progress.begin_steps(version)
+        lost: LearnerLost | None = None
+        with self.phases.timed("training"):
+            while version < self.config.steps:
+                try:
+                    if lost is not None:
+                        version, lost = await self.ring.recover(lost), None
+                    await self._steps_from(version)
+                except LearnerLost as loss:
+                    lost = loss  # which may be lost again before it is back
+                else:
+                    version = self.config.steps
+
+    async def _steps_from(self, version: int) -> None:
+        """All steps after `version`; what was logged of them before is cut off."""
+        log = MetricsLog(self.ring.run_folder, resume_after=version)
+        guards = Watch(with_defaults(self.config.guards), self.progress.say)
+        try:
+            self.startup.episodes_begin()
+            self.ring.begin_rollouts()
+            before = await self.ring.counters()
+            for step in range(version + 1, self.config.steps + 1):
+                row = await self.ring.step(step)
+                self._require_fresh(row)
+                counters = await self.ring.counters()
+                row = joined(row, rollout_rates(before, counters, row["step_s"]))
+                before = counters
+                self._tokens = int(counters["tokens_sampled"])
+                log.write(step, row)
+                self._record()
+                self.progress.update(step, row)
+                guards.look(step, row)
+                if step % self.config.checkpoint.every_steps == 0 or step == self.config.steps:
+                    await self._save()
+                    if step < self.config.steps:
+                        self._reports.refresh()
+        finally:
+            log.close()
+
+    def _require_fresh(self, row: Row) -> None:
+        # The slots keep this bound; should they ever fail to, nobody is to find it out from a chart.
+        buffer = self.config.buffer
+        if row["lag_max"] > buffer.max_lag:
+            raise RuntimeError(
+                f"step {row['step']:.0f} trained a token {row['lag_max']:.0f} versions old, but "
+                f"buffer.max_lag={buffer.max_lag}: an engine samples with weights nobody replaces"
+            )
+        if buffer.reuse.groups and row.get("reused_lag_max", 0.0) > buffer.reuse.max_lag:
+            raise RuntimeError(
+                f"step {row['step']:.0f} reused a token {row['reused_lag_max']:.0f} versions old, but "
+                f"buffer.reuse.max_lag={buffer.reuse.max_lag}: it was sampled by weights older than its group"
+            )
+
+    async def _save_first(self) -> None:
+        with self.startup.timed("checkpoint"):
+            await self._save()
+
+    async def _count_tokens(self) -> None:
+        """Ask the workers once more, for a moment: the run may be ending because they do not answer."""
+        if self._serving:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_COUNT_SECONDS):
+                    counters = await self.ring.counters()
+                self._tokens = int(counters.get("tokens_sampled", self._tokens))
+
+    def _record(self) -> None:
+        self._sittings.record(self.phases.seconds, self._tokens)
+
+    async def _save(self) -> None:
+        """Land a checkpoint; a full disk holds the run up until there is room."""
+        told = ""
+        while True:
+            try:
+                return await self.ring.save()
+            except DiskFull as error:
+                if str(error) != told:
+                    told = str(error)
+                    self.progress.say(f"PAUSED: {told}")
+                await asyncio.sleep(DISK_SECONDS)
+
+    async def _summary(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+        rows = read_metrics(self.ring.run_folder)
+        await self._count_tokens()
+        self._record()
+        return figures(before, after) | {
+            "steps": len(rows),
+            **self._sittings.totals(),
+            "tokens_processed": int(sum(row["tokens_processed"] for row in rows)),
+            "first_episode_s": self.startup.first_episode_s and round(self.startup.first_episode_s, 2),
+            "startup": {phase: round(value, 2) for phase, value in self.startup.seconds.items()},
+            "ledger": await self.ring.counts(),
+            "seed": self.config.seed,
+        }

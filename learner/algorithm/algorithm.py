@@ -1,0 +1,176 @@
+"""What the learner optimizes, as a composition: credit, loss, aggregation, corrections, regularizers.
+
+    rewards -> credit -> advantages                     who deserves what                   credit.py
+    logprobs -> loss [N] x corrections [N]              how far a token is moved            losses.py, corrections.py
+            + kl + entropy [N]                          what else is wanted of it           regularizers.py
+            x weights [N] -> one number                 what a token counts                 aggregation.py
+
+Every part is a section of a recipe, chosen by its `kind`; nothing below knows an algorithm's name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from learner.algorithm.aggregation import Aggregation
+from learner.algorithm.corrections import AnyCorrection
+from learner.algorithm.credit import AnyCredit, GroupCredit
+from learner.algorithm.losses import AnyLoss, ClippedLoss
+from learner.algorithm.regularizers import KlSettings, OverlongSettings
+from learner.algorithm.schedule import OptimSettings
+
+
+class _CriticSettings(BaseModel, extra="forbid", frozen=True):
+    value_clip: float | None = Field(
+        default=0.2, gt=0, description="how far a value may move from what it was, per batch; none: freely"
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="first learner steps in which only the critic learns; the policy stays"
+    )
+
+
+class OwnCriticSettings(_CriticSettings):
+    """A second model of the policy's kind that says what a state is worth."""
+
+    kind: Literal["own"] = "own"
+    optim: OptimSettings = Field(default=OptimSettings(learning_rate=1e-5), description="its own optimizer")
+
+
+class SharedCriticSettings(_CriticSettings):
+    """A head on the policy's last hidden states that says what a state is worth, trained in the policy's own pass."""
+
+    kind: Literal["shared"] = "shared"
+    optim: OptimSettings = Field(
+        default=OptimSettings(learning_rate=1e-3), description="the head's own optimizer"
+    )
+    value_coefficient: float = Field(
+        default=0.5, gt=0, description="weight of the value loss beside the policy's"
+    )
+    detach: bool = Field(
+        default=False,
+        description="keep the value loss's gradient from the policy's own weights: only the head learns from it",
+    )
+
+
+AnyCritic = Annotated[OwnCriticSettings | SharedCriticSettings, Field(discriminator="kind")]
+
+
+class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
+    """A policy-gradient method, part by part. As it stands: GRPO with separate clips, as in DAPO."""
+
+    credit: AnyCredit = Field(default=GroupCredit(), description="from rewards to advantages")
+    loss: AnyLoss = Field(default=ClippedLoss(), description="from advantages to a loss per token")
+    aggregation: Aggregation = Field(
+        default="token",
+        description="what is averaged: all tokens, the means of the episodes, or episodes over a constant length",
+    )
+    aggregation_length: int | None = Field(
+        default=None, gt=0, description="tokens that aggregation='constant' divides by"
+    )
+    proximal: Literal["behavior", "learner"] = Field(
+        default="behavior",
+        description="what the loss's ratio is taken against: the logprobs recorded while sampling, or the "
+        "learner's own before its first update on the batch (corrections then weigh the rest)",
+    )
+    corrections: tuple[AnyCorrection, ...] = Field(
+        default=(), description="weights and masks for tokens that another policy sampled; they multiply"
+    )
+    kl: KlSettings | None = Field(default=None, description="divergence from version 0")
+    entropy_bonus: float = Field(
+        default=0.0, ge=0, description="weight of the mean token entropy added to the objective"
+    )
+    overlong: OverlongSettings | None = Field(default=None, description="punishment of long episodes")
+    critic: AnyCritic | None = Field(default=None, description="what says what states are worth")
+    minibatches: int = Field(
+        default=1, ge=1, description="optimizer steps one pass over a batch is split into"
+    )
+    epochs: int = Field(default=1, ge=1, description="passes over a batch: how often a sample is used")
+    skip_zero_advantage: bool = Field(
+        default=True,
+        description="leave sequences without any advantage out of the forward pass; they still count",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_kinds(cls, sections: Any) -> Any:
+        """A section that names no kind is about the usual one."""
+        if not isinstance(sections, dict):
+            return sections
+        usual = {"credit": {"kind": "group"}, "loss": {"kind": "ppo"}, "critic": {"kind": "own"}}
+        said = {
+            name: kind | sections[name]
+            for name, kind in usual.items()
+            if isinstance(sections.get(name), dict)
+        }
+        return sections | said
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of one learner step."""
+        return self.minibatches * self.epochs
+
+    def policy_steps(self, steps: int) -> int:
+        """Optimizer steps of the policy in so many learner steps: while the critic warms up, it makes none."""
+        waiting = 0 if self.critic is None else self.critic.warmup_steps
+        return max(0, steps - waiting) * self.updates
+
+    @property
+    def weighs_behavior(self) -> bool:
+        """Whether what sampled a token has a say in its gradient, by the loss's ratio or by a correction."""
+        corrected = any(part.needs_ratio for part in self.corrections)
+        return corrected or (self.proximal == "behavior" and self.loss.has_ratio)
+
+    @model_validator(mode="after")
+    def _loss_knows_how_far_it_is(self) -> AlgorithmSettings:
+        if self.updates > 1 and not self.loss.has_ratio:
+            raise ValueError(
+                f"loss.kind={self.loss.kind!r} has no ratio to what sampled: after the first of minibatches * epochs = "
+                f"{self.updates} optimizer steps on a batch its gradient is no more the policy's; use 1 of each, or "
+                "kind = 'cispo', the same weighed by a ratio"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> AlgorithmSettings:
+        every_token = {
+            "entropy_bonus": self.entropy_bonus > 0,
+            "kl": self.kl and self.kl.where == "loss",
+            "critic.kind='shared'": isinstance(self.critic, SharedCriticSettings),
+        }
+        for name, acts in every_token.items():
+            if acts and self.skip_zero_advantage:
+                raise ValueError(
+                    f"{name} acts on every sampled token: set skip_zero_advantage = false with it"
+                )
+        if self.aggregation == "constant" and self.aggregation_length is None:
+            raise ValueError("aggregation='constant' divides by aggregation_length; say how many tokens")
+        idle = [part.kind for part in self.corrections if part.needs_ratio]
+        if idle and self.proximal == "behavior":
+            raise ValueError(
+                f"corrections of kind {', '.join(map(repr, idle))} weigh proximal against behaviour logprobs, which "
+                "are the same with proximal='behavior'; set proximal = 'learner'"
+            )
+        if self.aggregation != "constant" and self.aggregation_length is not None:
+            raise ValueError(
+                f"aggregation={self.aggregation!r} divides by no aggregation_length; leave it away, or use 'constant'"
+            )
+        penalties = [name for name, part in (("overlong", self.overlong), ("kl", self.kl)) if part]
+        if self.kl and self.kl.where == "loss":
+            penalties.remove("kl")
+        if penalties and not self.credit.shaped:
+            raise ValueError(
+                f"credit.kind={self.credit.kind!r} reads named rewards alone, which {' and '.join(penalties)} would "
+                "not reach; leave that away, or use another estimator"
+            )
+        if self.credit.critic and self.critic is None:
+            raise ValueError(
+                f"credit.kind={self.credit.kind!r} needs a critic: add the section critic, or use an estimator without "
+                "one (group, rloo, maxrl, reinforce_pp, returns, gigpo, gdpo)"
+            )
+        if self.critic is not None and not self.credit.critic:
+            raise ValueError(
+                f"credit.kind={self.credit.kind!r} asks no critic: leave the section critic away, or use kind = 'gae'"
+            )
+        return self

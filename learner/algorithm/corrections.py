@@ -1,0 +1,118 @@
+"""Off-policy corrections: what a token's loss is multiplied with because another policy sampled it.
+
+Importance ratios are pi_proximal / pi_behavior: what the learner's own logprobs before its first update on the batch
+say, against those recorded while sampling. They carry no gradient. A mask sets a token's loss to zero but leaves the
+denominators as they are: a token left out does not make the others heavier. Several corrections multiply. Each is a
+section of the list `learner.algorithm.corrections`, its `kind` says which.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from learner.algorithm.losses import LOG_LARGEST, sequence_mean, sequence_sum
+
+
+def ratios(log_ratio_N: Tensor) -> Tensor:
+    """exp, kept finite: float [N]."""
+    return log_ratio_N.clamp(-LOG_LARGEST, LOG_LARGEST).exp()
+
+
+def truncated(log_ratio_N: Tensor, cap: float) -> Tensor:
+    """min(w, cap) for each token. Espeholt et al. 2018 (IMPALA, arXiv 1802.01561), section 4.1: its rho."""
+    return ratios(log_ratio_N).clamp(max=cap)
+
+
+def sequence_truncated(log_ratio_N: Tensor, sequence_N: Tensor, cap: float) -> Tensor:
+    """min(product of w over the sequence, cap) at each of its tokens: unbiased but for the cap."""
+    return ratios(sequence_sum(log_ratio_N, sequence_N)).clamp(max=cap)
+
+
+def within(log_ratio_N: Tensor, low: float, high: float) -> Tensor:
+    """bool [N]: the token's own ratio lies in [low, high]."""
+    ratio_N = ratios(log_ratio_N)
+    return (ratio_N >= low) & (ratio_N <= high)
+
+
+def geometric_within(log_ratio_N: Tensor, sequence_N: Tensor, low: float, high: float) -> Tensor:
+    """bool [N]: the geometric mean of the sequence's ratios lies in [low, high], whatever its length."""
+    ratio_N = ratios(sequence_mean(log_ratio_N, sequence_N))
+    return (ratio_N >= low) & (ratio_N <= high)
+
+
+def effective_sample_share(total: float, squares: float, count: float) -> float:
+    """(sum w)^2 / (N sum w^2), between 1 / N and 1: the share of the tokens that the ratios leave. Kish 1965."""
+    return total / count * (total / squares)
+
+
+class _Correction(BaseModel, extra="forbid", frozen=True):
+    needs_ratio: ClassVar[bool] = True  # is 1 everywhere where the behaviour policy is the proximal one
+    masks: ClassVar[bool] = True  # may be 0
+
+
+class TruncatedImportance(_Correction):
+    """Truncated importance sampling, per token or per sequence."""
+
+    masks: ClassVar[bool] = False
+    kind: Literal["tis"] = "tis"
+    of: Literal["token", "sequence"] = Field(
+        default="token", description="whose ratio; a sequence's is the product"
+    )
+    cap: float = Field(default=2.0, gt=0, description="upper bound of the weight")
+
+    def __call__(self, log_ratio_N: Tensor, sequence_N: Tensor, lag_N: Tensor) -> Tensor:
+        if self.of == "token":
+            return truncated(log_ratio_N, self.cap)
+        return sequence_truncated(log_ratio_N, sequence_N, self.cap)
+
+
+class ImportanceMask(_Correction):
+    """Rejection: tokens, or whole sequences by their geometric mean, whose ratio is out of bounds count nothing.
+
+    A sequence is rejected by the geometric mean in Li et al. 2025, "When Speed Kills Stability", part 3.
+    """
+
+    kind: Literal["mask"] = "mask"
+    of: Literal["token", "sequence"] = Field(
+        default="token", description="whose ratio; a sequence's is the geometric mean"
+    )
+    low: float = Field(default=0.5, ge=0, lt=1, description="lower bound")
+    high: float = Field(default=2.0, gt=1, description="upper bound")
+
+    def __call__(self, log_ratio_N: Tensor, sequence_N: Tensor, lag_N: Tensor) -> Tensor:
+        if self.of == "token":
+            inside_N = within(log_ratio_N, self.low, self.high)
+        else:
+            inside_N = geometric_within(log_ratio_N, sequence_N, self.low, self.high)
+        return inside_N.to(log_ratio_N.dtype)
+
+
+class IcePop(_Correction):
+    """The ratio itself within bounds, nothing outside. Ling team 2025 (Ring-1T, arXiv 2510.18855), section 3.1."""
+
+    kind: Literal["icepop"] = "icepop"
+    low: float = Field(default=0.5, ge=0, lt=1, description="lower bound")
+    high: float = Field(default=5.0, gt=1, description="upper bound")
+
+    def __call__(self, log_ratio_N: Tensor, sequence_N: Tensor, lag_N: Tensor) -> Tensor:
+        return torch.where(within(log_ratio_N, self.low, self.high), ratios(log_ratio_N), 0.0)
+
+
+class LagMask(_Correction):
+    """Tokens sampled by weights that are too old count nothing; the others of their episode do."""
+
+    needs_ratio: ClassVar[bool] = False
+    kind: Literal["lag"] = "lag"
+    max_lag: int = Field(ge=0, description="versions a token may be behind the learner")
+
+    def __call__(self, log_ratio_N: Tensor, sequence_N: Tensor, lag_N: Tensor) -> Tensor:
+        return (lag_N <= self.max_lag).to(log_ratio_N.dtype)
+
+
+AnyCorrection = Annotated[
+    TruncatedImportance | ImportanceMask | IcePop | LagMask, Field(discriminator="kind")
+]

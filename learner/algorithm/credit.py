@@ -1,0 +1,358 @@
+"""Who deserves what: the advantage of every sampled token, from the rewards of a step's groups.
+
+An estimator is a section of the recipe (`learner.algorithm.credit`, its `kind` says which) and a function of groups of
+episodes: a rank's own, and what is normalized over the batch is over that of all ranks. The formulas are in
+advantages.py. Only sampled tokens count: what observations add between turns moves no advantage. A truncated episode is
+worth what the critic says its last state is; without a critic what came after is taken for nothing, and the metric
+`cut_short` says how many episodes that touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+from pydantic import BaseModel, Field
+
+from learner.algorithm import advantages
+from learner.algorithm.advantages import Deviation
+from learner.algorithm.episode import Episode, Values, sides
+from learner.parallel.ranks import ALONE, Ranks
+from rollout.wire.equality import all_equal
+from rollout.wire.trajectory import Float32Array
+
+__all__ = ["AnyCredit", "Episode", "Values", "sides"]  # an estimator, and what it is called with
+
+
+Groups = Sequence[Sequence[Episode]]  # of siblings
+Credit = list[list[Float32Array]]  # for each episode, [N]
+
+
+class _Estimator(BaseModel, extra="forbid", frozen=True):
+    turns: ClassVar[bool] = False  # compares turns: nothing is gained on episodes of one
+    critic: ClassVar[bool] = False  # asks a critic
+    shaped: ClassVar[bool] = True  # reads the episode's reward, to which penalties are added
+
+    @property
+    def totals(self) -> bool:
+        """Whether it compares whole episodes' rewards with their siblings' and nothing else: equal ones say nothing."""
+        return False
+
+    @property
+    def siblings(self) -> bool:
+        """Whether its baseline is of episodes of one task: a group of one has nothing to compare with."""
+        return self.totals
+
+
+def _deviation() -> Any:
+    return Field(
+        default="population",
+        description="standard deviation of a group: of the population (squares divided by G) or of the sample (by "
+        "G - 1); of rewards 0 and 1 the former makes -1 and 1, the latter -0.707 and 0.707",
+    )
+
+
+class GroupCredit(_Estimator):
+    """GRPO: rewards compared with the siblings'; without `divide` it is Dr. GRPO.
+
+    Whether siblings earned the same is asked of what the task paid: divided by its own deviation, what their tokens
+    cost would else be the whole advantage of a group that the task says nothing of, however little it is.
+    """
+
+    kind: Literal["group"] = "group"
+    divide: bool = Field(default=True, description="by the group's standard deviation")
+    deviation: Deviation = _deviation()
+    eps: float = Field(default=1e-6, ge=0, description="added to the standard deviation")
+
+    @property
+    def totals(self) -> bool:
+        return True
+
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+        if not self.divide:
+            return [_centered(group) for group in groups]
+
+        def compare(rewards_G: ArrayLike, equal: bool) -> Float32Array:
+            return advantages.group_normalized(rewards_G, self.eps, equal, self.deviation)
+
+        return [_compared(group, compare, _paid_equal(group)) for group in groups]
+
+
+class LeaveOneOutCredit(_Estimator):
+    """RLOO: rewards against the mean of the siblings'."""
+
+    kind: Literal["rloo"] = "rloo"
+
+    @property
+    def totals(self) -> bool:
+        return True
+
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+        return [_compared(group, advantages.leave_one_out, _earned_equal(group)) for group in groups]
+
+
+class MaximumLikelihoodCredit(_Estimator):
+    """MaxRL: rewards against the group's mean, divided by it."""
+
+    kind: Literal["maxrl"] = "maxrl"
+    eps: float = Field(default=1e-6, ge=0, description="added to the mean")
+
+    @property
+    def totals(self) -> bool:
+        return True
+
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+        def compare(rewards_G: ArrayLike, equal: bool) -> Float32Array:
+            return advantages.mean_normalized(rewards_G, self.eps, equal)
+
+        return [_compared(group, compare, _paid_equal(group)) for group in groups]
+
+
+class ReinforceCredit(_Estimator):
+    """REINFORCE++, normalized over the whole batch: returns of tokens, or whole rewards against the siblings' mean.
+
+    With `group_baseline` it is the reward of the whole episode minus the mean of its siblings', at every token: the
+    return from a token on minus that mean would punish every token that follows an early reward. Hu et al. 2025.
+    """
+
+    kind: Literal["reinforce_pp"] = "reinforce_pp"
+    gamma: float = Field(
+        default=1.0, gt=0, le=1, description="discount from token to token; whole episodes have none"
+    )
+    group_baseline: bool = Field(
+        default=False,
+        description="compare the episode's reward with the mean of its siblings' (REINFORCE++-baseline)",
+    )
+
+    @property
+    def totals(self) -> bool:
+        return self.group_baseline
+
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+        episodes = [episode for group in groups for episode in group]
+        if self.group_baseline:
+            flat = [values_N for group in groups for values_N in _centered(group)]
+            sizes = [e.over_tokens(e.magnitudes.reward) for e in episodes]
+        else:
+            flat, sizes = ([self._returns(e) for e in of] for of in (episodes, _magnitudes(episodes)))
+        return _regrouped(advantages.globally_normalized(flat, ranks=ranks, magnitudes=sizes), groups)
+
+    def _returns(self, episode: Episode) -> Float32Array:
+        return advantages.returns(episode.rewards_N, self.gamma, episode.bootstrap)
+
+
+class ReturnsCredit(_Estimator):
+    """Monte Carlo: every turn is worth what followed it, discounted by turns."""
+
+    kind: Literal["returns"] = "returns"
+    gamma: float = Field(default=1.0, gt=0, le=1, description="discount from turn to turn")
+    baseline: Literal["none", "group", "turn", "batch"] = Field(
+        default="group",
+        description="what returns are compared with, and normalized over: all turns of the group; the siblings' turns "
+        "of the same number; all turns of the batch; or nothing",
+    )
+
+    @property
+    def siblings(self) -> bool:
+        return self.baseline in ("group", "turn")
+
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+        turns = [[episode.turn_returns(self.gamma) for episode in group] for group in groups]
+        if self.siblings:
+            turns = [self._of_group(group, of_group) for group, of_group in zip(groups, turns, strict=True)]
+        elif self.baseline == "batch":
+            flat = [values_K for of_group in turns for values_K in of_group]
+            sizes = [e.turn_returns(self.gamma) for group in groups for e in _magnitudes(group)]
+            normal = advantages.globally_normalized(flat, ranks=ranks, magnitudes=sizes)
+            turns = _regrouped(normal, groups)
+        return [
+            [episode.over_tokens(values_K) for episode, values_K in zip(group, of_group, strict=True)]
+            for group, of_group in zip(groups, turns, strict=True)
+        ]
+
+    def _of_group(self, group: Sequence[Episode], turns: Sequence[Float32Array]) -> list[Float32Array]:
+        """Normalized; zeros where the task paid all the same, as in `GroupCredit`."""
+        paid, sizes = _paid_returns(group, self.gamma)
+        if self.baseline == "turn":
+            longest = range(max(len(episode.tokens_K) for episode in group))
+            return advantages.turn_normalized(
+                turns, equal=all(all_equal(_turn_of(paid, k), _turn_of(sizes, k)) for k in longest)
+            )
+        if all_equal(np.concatenate(paid), np.concatenate(sizes)):
+            return [np.zeros_like(values_K) for values_K in turns]
+        return advantages.globally_normalized(turns)
+
+
+class AnchoredCredit(_Estimator):
+    """GiGPO: episodes against their siblings, plus every turn against the turns that began in the same state."""
+
+    turns: ClassVar[bool] = True
+    kind: Literal["gigpo"] = "gigpo"
+    gamma: float = Field(default=0.95, gt=0, le=1, description="discount from turn to turn")
+    weight: float = Field(default=1.0, gt=0, description="of the comparison of turns")
+    divide: bool = Field(default=True, description="by the standard deviations")
+    deviation: Deviation = _deviation()
+    eps: float = Field(default=1e-6, ge=0, description="added to the standard deviations")
+
+    @property
+    def siblings(self) -> bool:
+        return True
+
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+        whole = GroupCredit(divide=self.divide, deviation=self.deviation, eps=self.eps)(groups)
+        credit: Credit = []
+        for group, wholes in zip(groups, whole, strict=True):
+            turns = self._turns(group)
+            credit.append(
+                [
+                    whole_N + np.float32(self.weight) * episode.over_tokens(turn_K)
+                    for episode, whole_N, turn_K in zip(group, wholes, turns, strict=True)
+                ]
+            )
+        return credit
+
+    def _turns(self, group: Sequence[Episode]) -> list[Float32Array]:
+        values = [episode.turn_returns(self.gamma) for episode in group]
+        anchors = [episode.anchors_K for episode in group]
+        if self.divide:
+            judged = _paid_returns(group, self.gamma)
+        else:
+            judged = values, [episode.turn_returns(self.gamma) for episode in _magnitudes(group)]
+        return advantages.anchored(values, anchors, self.divide, self.eps, judged, self.deviation)
+
+
+class DecoupledCredit(_Estimator):
+    """GDPO: each of the environment's named rewards compared by itself, summed, normalized over the batch.
+
+    A name that an episode lacks, one that was cut off before it was given say, counts 0. ValueError, on all ranks
+    alike, for one that no episode of the batch has, and for a reward that is not finite.
+    """
+
+    shaped: ClassVar[bool] = False
+    kind: Literal["gdpo"] = "gdpo"
+    weights: dict[str, float] = Field(min_length=1, description="named reward -> weight")
+    deviation: Deviation = _deviation()
+    eps: float = Field(default=1e-6, ge=0, description="added to the standard deviations of groups")
+
+    @property
+    def siblings(self) -> bool:
+        return True
+
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+        self._require_named(groups, ranks)
+        flat: list[Float32Array] = []
+        for group in groups:
+            rewards_GR, sizes_GR = (
+                [[(named or {}).get(name, 0.0) for name in self.weights] for named in of]
+                for of in ([e.named for e in group], [e.named_magnitudes or e.named for e in group])
+            )
+            weights = list(self.weights.values())
+            flat.append(advantages.decoupled(rewards_GR, weights, self.eps, self.deviation, sizes_GR))
+        normal = advantages.globally_normalized(flat, ranks=ranks)
+        return [
+            [episode.over_tokens(value) for episode, value in zip(group, values, strict=True)]
+            for group, values in zip(groups, normal, strict=True)
+        ]
+
+    def _require_named(self, groups: Groups, ranks: Ranks) -> None:
+        own = [(episode.named or {}) for group in groups for episode in group]
+        broken = [name for named in own for name in self.weights if not np.isfinite(named.get(name, 0.0))]
+        said = ranks.gather([sorted({name for named in own for name in named}), broken])
+        given = {name for names, _ in said for name in names}
+        for name in self.weights:
+            if name not in given:
+                has = ", ".join(sorted(given)) or "none"
+                raise ValueError(
+                    f"credit.weights names the reward {name!r}, but the batch's episodes have {has}; an environment "
+                    "gives them in info['rewards']"
+                )
+            if any(name in names for _, names in said):
+                raise ValueError(f"the named reward {name!r} of an episode is not finite")
+
+
+class GaeCredit(_Estimator):
+    """PPO's generalized advantage estimation, token by token, with the critic's values."""
+
+    critic: ClassVar[bool] = True
+    kind: Literal["gae"] = "gae"
+    gamma: float = Field(default=1.0, gt=0, le=1, description="discount from token to token")
+    lam: float = Field(default=0.95, ge=0, le=1, description="how far rewards are trusted rather than values")
+    normalize: bool = Field(default=True, description="over the batch")
+
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+        return self.with_targets(groups, ranks)[0]
+
+    def with_targets(self, groups: Groups, ranks: Ranks = ALONE) -> tuple[Credit, Credit]:
+        """Advantages, and what the critic should have said: both come of one estimate."""
+        estimates = [self.estimate(episode) for group in groups for episode in group]
+        normal = flat = [advantages_N for advantages_N, _ in estimates]
+        if self.normalize:  # an advantage is a difference of a target and a value
+            sizes = [np.abs(targets_N) + np.abs(targets_N - own_N) for own_N, targets_N in estimates]
+            normal = advantages.globally_normalized(flat, ranks=ranks, magnitudes=sizes)
+        return _regrouped(normal, groups), _regrouped([targets_N for _, targets_N in estimates], groups)
+
+    def estimate(self, episode: Episode) -> tuple[Float32Array, Float32Array]:
+        """Advantages before any normalization, and the critic's targets: float32 [N] each."""
+        if episode.values is None:
+            raise ValueError("credit.kind='gae' needs the critic's values, and this episode has none")
+        before_N = episode.values.before_N
+        return advantages.gae(episode.rewards_N, before_N, episode.bootstrap, self.gamma, self.lam)
+
+
+AnyCredit = Annotated[
+    GroupCredit
+    | LeaveOneOutCredit
+    | MaximumLikelihoodCredit
+    | ReinforceCredit
+    | ReturnsCredit
+    | AnchoredCredit
+    | DecoupledCredit
+    | GaeCredit,
+    Field(discriminator="kind"),
+]
+
+
+def _compared(
+    group: Sequence[Episode], compare: Callable[[ArrayLike, bool], Float32Array], equal: bool
+) -> list[Float32Array]:
+    """One number for each episode, at all of its sampled tokens. compare: of (rewards, whether they are equal)."""
+    values = compare([episode.reward for episode in group], equal)
+    return [episode.over_tokens(value) for episode, value in zip(group, values, strict=True)]
+
+
+def _centered(group: Sequence[Episode]) -> list[Float32Array]:
+    """The episode's reward minus the mean of the group, at all of its sampled tokens."""
+    return _compared(group, advantages.group_centered, _earned_equal(group))
+
+
+def _magnitudes(group: Sequence[Episode]) -> list[Episode]:
+    return [episode.magnitudes for episode in group]
+
+
+def _paid_equal(group: Sequence[Episode]) -> bool:
+    """Whether the task paid all the same, whatever their tokens cost."""
+    return all_equal([e.paid for e in group], [e.paid for e in _magnitudes(group)])
+
+
+def _earned_equal(group: Sequence[Episode]) -> bool:
+    """Whether all earned the same, with what their tokens cost."""
+    return all_equal([e.reward for e in group], [e.reward for e in _magnitudes(group)])
+
+
+def _paid_returns(group: Sequence[Episode], gamma: float) -> tuple[list[Float32Array], list[Float32Array]]:
+    """What the task paid from each turn on, [K] for each episode, and the magnitudes of that."""
+    paid, sizes = (
+        [episode.turn_returns(gamma, costs=False) for episode in of] for of in (group, _magnitudes(group))
+    )
+    return paid, sizes
+
+
+def _turn_of(arrays: Sequence[Float32Array], turn: int) -> list[float]:
+    return [float(array[turn]) for array in arrays if len(array) > turn]
+
+
+def _regrouped(flat: Sequence[Float32Array], groups: Groups) -> Credit:
+    remaining = iter(flat)
+    return [[next(remaining) for _ in group] for group in groups]

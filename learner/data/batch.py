@@ -1,0 +1,298 @@
+"""From trajectories to packed micro-batches: whole sequences end to end in one row, no padding.
+
+A sequence is one segment of one trajectory: the prompt and action ids of its steps in order. The hidden state
+at token t - 1 predicts token t, so that only the tokens before sampled ones are scored, and the last token of
+a sequence is a target but never an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain, groupby, repeat
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from learner.parallel.ranks import Ranks
+from rollout.wire.images import images_in
+from rollout.wire.trajectory import Float32Array, Int32Array, Step, Trajectory
+
+NOT_SAMPLED = -1  # in versions_T: no weights sampled this token
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a sequence perceives: its pictures, in the order of their placeholders among its tokens."""
+
+    images: tuple[str, ...]  # data URLs
+    where: str  # of which group, episode and segment: for people
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """One segment of one trajectory, token by token; arrays are [T]."""
+
+    token_ids_T: Int32Array
+    sampled_T: NDArray[np.bool_]  # the policy chose this token
+    behavior_logprobs_T: Float32Array  # nats, 0 where not sampled
+    advantages_T: Float32Array  # 0 where not sampled
+    versions_T: Int32Array  # NOT_SAMPLED where not sampled
+    weight: float = 1.0  # of each sampled token in the loss
+    # What else is known of sampled tokens, under the names of MicroBatch's optional tensors without their _N.
+    columns: Mapping[str, Float32Array] = field(default_factory=dict)
+    seen: Seen | None = None  # None: text alone
+
+    @property
+    def num_sampled(self) -> int:
+        return int(self.sampled_T.sum())
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens it adds to a packed row."""
+        return len(self.token_ids_T) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One packed row. [T] over input tokens, [N] over scored tokens, [B] over sequences."""
+
+    input_ids_T: Tensor  # int64
+    position_ids_T: Tensor  # int64, from 0 in every sequence
+    sequence_ids_T: Tensor  # int64, 0..B-1
+    cu_seqlens_B: Tensor  # int32 [B + 1], borders of the sequences in the row
+    longest: int
+    score_index_N: Tensor  # int64, places in the row whose hidden state predicts a sampled token
+    targets_N: Tensor  # int64, those sampled tokens
+    behavior_logprobs_N: Tensor  # float32
+    advantages_N: Tensor  # float32
+    versions_N: Tensor  # int64
+    weights_N: Tensor  # float32, of each token in the loss
+    proximal_logprobs_N: Tensor | None = None  # float32; None: whatever the algorithm takes without one
+    reference_logprobs_N: Tensor | None = None  # float32; the reference policy's
+    values_N: Tensor | None = None  # float32; the critic's before the first update on the batch
+    value_targets_N: Tensor | None = None  # float32
+    seen_B: tuple[Seen | None, ...] = ()  # of every sequence; empty where none perceives anything
+    # Weight version -> how many of the scored tokens it sampled: known without asking the device.
+    tokens_by_version: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def sequence_N(self) -> Tensor:
+        """Which sequence each scored token belongs to: int64, 0..B-1."""
+        return self.sequence_ids_T[self.score_index_N]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same row on another device."""
+        if device.type == self.input_ids_T.device.type:
+            return self
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in found.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Everything one optimizer step sees."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    sampled_tokens: int  # over ALL sequences, skipped ones too
+    sequences: int
+    skipped_sequences: int  # left out of the forward pass: no advantage anywhere
+
+
+def sequences_of(
+    trajectory: Trajectory,
+    advantages_N: Float32Array,
+    weight: float = 1.0,
+    columns: Mapping[str, Float32Array] | None = None,
+) -> list[TokenSequence]:
+    """The segments of a trajectory that hold a sampled token, with what is known of each of its N sampled tokens.
+
+    advantages_N and columns: float32 [N] in the order of the tokens. ValueError for a segment that opens
+    with a sampled token: nothing predicts it.
+    """
+    segments = [list(steps) for _, steps in groupby(trajectory.steps, key=lambda step: step.segment)]
+    found = []
+    start = 0
+    for steps in segments:
+        here = slice(start, start + sum(len(step.action_ids) for step in steps))
+        start = here.stop
+        if here.start == here.stop:
+            continue
+        known = {name: column_N[here] for name, column_N in (columns or {}).items()}
+        where = f"group {trajectory.group_id}, episode {trajectory.index}"
+        images = tuple(chain.from_iterable(images_in(step.observation) for step in steps))
+        seen = Seen(images, f"{where}, segment {steps[0].segment}") if images else None
+        sequence = _sequence(steps, advantages_N[here], weight, known, seen)
+        if sequence.sampled_T[0]:
+            raise ValueError(
+                f"{where}: a segment opens with a sampled token; a prompt of at least one token must precede"
+            )
+        found.append(sequence)
+    return found
+
+
+def _sequence(
+    steps: Sequence[Step],
+    advantages_N: Float32Array,
+    weight: float,
+    columns: Mapping[str, Float32Array],
+    seen: Seen | None,
+) -> TokenSequence:
+    ids, sampled, logprobs, versions = [], [], [], []
+    for step in steps:
+        prompt, action = len(step.prompt_ids), len(step.action_ids)
+        ids += [step.prompt_ids, step.action_ids]
+        sampled += [np.zeros(prompt, bool), np.ones(action, bool)]
+        logprobs += [np.zeros(prompt, np.float32), step.behavior_logprobs]
+        versions += [np.full(prompt, NOT_SAMPLED, np.int32), step.versions]
+    sampled_T = np.concatenate(sampled)
+    return TokenSequence(
+        token_ids_T=np.concatenate(ids),
+        sampled_T=sampled_T,
+        behavior_logprobs_T=np.concatenate(logprobs),
+        advantages_T=_spread(advantages_N, sampled_T),
+        versions_T=np.concatenate(versions),
+        weight=weight,
+        columns={name: _spread(column_N, sampled_T) for name, column_N in columns.items()},
+        seen=seen,
+    )
+
+
+def _spread(values_N: Float32Array, sampled_T: NDArray[np.bool_]) -> Float32Array:
+    """Values of sampled tokens at their places, zeros at every other: [N] -> [T]."""
+    out_T = np.zeros(len(sampled_T), np.float32)
+    out_T[sampled_T] = values_N
+    return out_T
+
+
+def arrange(sizes: Sequence[int], tokens_per_row: int) -> list[list[int]]:
+    """Which items share a row of at most so many tokens (a longer one gets its own): item numbers, row by row.
+
+    First-fit-decreasing (Johnson 1973). Inside a row items stand in order of falling size, which packed attention
+    relies on for speed.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda item: sizes[item], reverse=True):
+        row = next((i for i, free in enumerate(room) if free >= sizes[item]), None)
+        if row is None:
+            rows.append([item])
+            room.append(tokens_per_row - sizes[item])
+        else:
+            rows[row].append(item)
+            room[row] -= sizes[item]
+    return rows
+
+
+def pack(
+    sequences: Sequence[TokenSequence],
+    tokens_per_microbatch: int,
+    context: int,
+    skip_zero_advantage: bool = False,
+) -> Batch:
+    """Pack sequences into rows of at most tokens_per_microbatch input tokens.
+
+    A sequence whose advantages are all zero has no gradient under the policy loss: with skip_zero_advantage it is not
+    computed, but still counted in `sampled_tokens`. ValueError for a sequence longer than the model's context.
+    """
+    longest = max((len(s.token_ids_T) for s in sequences), default=0)
+    if longest > context:
+        raise ValueError(
+            f"a sequence of {longest} tokens exceeds the model's context of {context}; shorten episodes"
+        )
+    kept = [s for s in sequences if not skip_zero_advantage or s.advantages_T.any()]
+    rows = arrange([s.num_inputs for s in kept], tokens_per_microbatch)
+    return Batch(
+        micro_batches=tuple(row_of([kept[item] for item in row]) for row in rows),
+        sampled_tokens=sum(s.num_sampled for s in sequences),
+        sequences=len(sequences),
+        skipped_sequences=len(sequences) - len(kept),
+    )
+
+
+def row_of(sequences: Sequence[TokenSequence]) -> MicroBatch:
+    """These sequences end to end; all of them know the same columns."""
+    lengths_B = np.array([s.num_inputs for s in sequences])
+    cu_seqlens_B = np.concatenate([[0], lengths_B.cumsum()])
+    sampled_T = np.concatenate([s.sampled_T[1:] for s in sequences])
+
+    def scored(arrays: list[NDArray[np.generic]]) -> NDArray[np.generic]:
+        return np.concatenate([array[1:] for array in arrays])[sampled_T]
+
+    versions_N = scored([s.versions_T for s in sequences])
+    versions, counts = np.unique(versions_N, return_counts=True)
+    return MicroBatch(
+        input_ids_T=_int64(np.concatenate([s.token_ids_T[:-1] for s in sequences])),
+        position_ids_T=_int64(np.concatenate([np.arange(length) for length in lengths_B])),
+        sequence_ids_T=_int64(np.repeat(np.arange(len(sequences)), lengths_B)),
+        cu_seqlens_B=torch.from_numpy(cu_seqlens_B.astype(np.int32)),
+        longest=int(lengths_B.max()),
+        score_index_N=_int64(np.flatnonzero(sampled_T)),
+        targets_N=_int64(scored([s.token_ids_T for s in sequences])),
+        behavior_logprobs_N=_float32(scored([s.behavior_logprobs_T for s in sequences])),
+        advantages_N=_float32(scored([s.advantages_T for s in sequences])),
+        versions_N=_int64(versions_N),
+        seen_B=tuple(s.seen for s in sequences) if any(s.seen for s in sequences) else (),
+        tokens_by_version=dict(zip(versions.tolist(), counts.tolist(), strict=True)),
+        weights_N=_float32(np.repeat([s.weight for s in sequences], [s.num_sampled for s in sequences])),
+        **{
+            f"{name}_N": _float32(scored([s.columns[name] for s in sequences]))
+            for name in sequences[0].columns
+        },
+    )
+
+
+def longest_row(longest: int, tokens_per_microbatch: int) -> MicroBatch:
+    """The row that takes most memory: filled with sequences of `longest` tokens, all but the first of each sampled."""
+    sampled_T = np.arange(longest) > 0
+    zeros_T = np.zeros(longest, np.float32)
+    ids_T = np.zeros(longest, np.int32)
+    sequence = TokenSequence(ids_T, sampled_T, zeros_T, zeros_T, ids_T)
+    return row_of([sequence] * max(1, tokens_per_microbatch // sequence.num_inputs))
+
+
+def idle_row() -> MicroBatch:
+    """A row of one token of which nothing is scored: it moves no parameter, and a rank computes it with the others."""
+    one, none_N, empty_N = (
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(0),
+    )
+    return MicroBatch(
+        input_ids_T=one,
+        position_ids_T=one,
+        sequence_ids_T=one,
+        cu_seqlens_B=torch.tensor([0, 1], dtype=torch.int32),
+        longest=1,
+        score_index_N=none_N,
+        targets_N=none_N,
+        behavior_logprobs_N=empty_N,
+        advantages_N=empty_N,
+        versions_N=none_N,
+        weights_N=empty_N,
+        proximal_logprobs_N=empty_N,
+        reference_logprobs_N=empty_N,
+        values_N=empty_N,
+        value_targets_N=empty_N,
+    )
+
+
+def level(rows: Sequence[MicroBatch], ranks: Ranks) -> Iterator[MicroBatch]:
+    """These rows, and then idle ones until every rank has computed as many: what computes a row computes on all."""
+    # Asked before the first row: ranks do the same in the same order.
+    lacking = ranks.most(len(rows)) - len(rows)
+    return chain(rows, repeat(idle_row(), lacking))
+
+
+def _int64(array: NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _float32(array: NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(array.astype(np.float32))

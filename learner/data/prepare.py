@@ -1,0 +1,118 @@
+"""From trajectories to the sequences of one learner step: what is known of each sampled token, column by column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from torch import Tensor
+
+from learner.algorithm.advantages import overlong_penalty
+from learner.algorithm.credit import Episode
+from learner.algorithm.regularizers import OverlongSettings
+from learner.data.batch import MicroBatch, TokenSequence, arrange, level, row_of, sequences_of
+from learner.parallel.ranks import ALONE, Ranks
+from rollout.wire.trajectory import Float32Array, Trajectory
+
+# Of a row's scored tokens: [N], or [N, C] for several numbers of each
+TokenFunction = Callable[[MicroBatch], Tensor]
+
+
+@dataclass(slots=True)
+class Example:
+    """One trainable episode on its way to a loss. N: its sampled tokens, in order."""
+
+    trajectory: Trajectory
+    episode: Episode
+    advantages_N: Float32Array
+    columns: dict[str, Float32Array] = field(default_factory=dict)  # [N] each: see TokenSequence.columns
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, overlong: OverlongSettings | None = None) -> Example:
+        """Its facts, with the reward shaped; nothing is known of advantages yet."""
+        episode = Episode.of(trajectory)
+        if overlong is not None:
+            if episode.sides_K:
+                raise ValueError(
+                    "algorithm.overlong punishes episodes, and self-play has two sides in one; leave it away"
+                )
+            cost = overlong.weight * overlong_penalty(
+                trajectory.num_sampled, overlong.tokens, overlong.margin
+            )
+            rewards_K = episode.rewards_K.copy()
+            rewards_K[-1] += cost
+            episode = replace(episode, rewards_K=rewards_K)
+        return cls(trajectory, episode, np.zeros(trajectory.num_sampled, np.float32))
+
+    def sequences(self, weight: float = 1.0) -> list[TokenSequence]:
+        """Its segments; `weight` is that of each sampled token in the loss."""
+        return sequences_of(self.trajectory, self.advantages_N, weight, self.columns)
+
+
+def of_tokens(
+    examples: Sequence[Example], compute: TokenFunction, tokens_per_row: int, ranks: Ranks = ALONE
+) -> list[Float32Array]:
+    """`compute` of every sampled token: float32 [N] for each example.
+
+    Where a row is computed by all ranks together, those with fewer rows compute idle ones.
+    """
+    by_example = [example.sequences() for example in examples]
+    found = _of_sequences([s for sequences in by_example for s in sequences], compute, tokens_per_row, ranks)
+    remaining = iter(found)
+    return [_joined([next(remaining) for _ in sequences]) for sequences in by_example]
+
+
+def and_after(
+    examples: Sequence[Example],
+    compute: TokenFunction,
+    tokens_per_row: int,
+    ranks: Ranks = ALONE,
+    columns: int = 1,
+) -> list[tuple[Float32Array, Float32Array]]:
+    """`compute` before every sampled token, and after the last one: float32 ([N, C], [C]) for each example.
+
+    columns: C, how many numbers of each token `compute` gives.
+
+    A token that nobody reads stands after each sequence, so that what follows its last one is a place like the others.
+    """
+    by_example = [[_followed(s) for s in example.sequences()] for example in examples]
+    found = _of_sequences([s for sequences in by_example for s in sequences], compute, tokens_per_row, ranks)
+    remaining = iter(found)
+    none_0C = np.zeros((0, columns), np.float32)
+    values = []
+    for sequences in by_example:
+        parts = [next(remaining) for _ in sequences]
+        before_NC = np.concatenate([none_0C, *(part[:-1] for part in parts)])
+        values.append((before_NC, parts[-1][-1] if parts else np.zeros(columns, np.float32)))
+    return values
+
+
+def _followed(sequence: TokenSequence) -> TokenSequence:
+    return replace(
+        sequence,
+        token_ids_T=np.append(sequence.token_ids_T, np.int32(0)),
+        sampled_T=np.append(sequence.sampled_T, True),
+        behavior_logprobs_T=np.append(sequence.behavior_logprobs_T, np.float32(0)),
+        advantages_T=np.append(sequence.advantages_T, np.float32(0)),
+        versions_T=np.append(sequence.versions_T, np.int32(0)),
+        columns={},
+    )
+
+
+def _of_sequences(
+    sequences: Sequence[TokenSequence], compute: TokenFunction, tokens_per_row: int, ranks: Ranks
+) -> list[Float32Array]:
+    found: list[Float32Array] = [np.zeros(0, np.float32)] * len(sequences)
+    rows = arrange([sequence.num_inputs for sequence in sequences], tokens_per_row)
+    micro_batches = level([row_of([sequences[place] for place in row]) for row in rows], ranks)
+    computed = [compute(micro).detach().float().cpu().numpy() for micro in micro_batches]
+    for row, computed_N in zip(rows, computed, strict=False):  # what idle rows gave is nobody's
+        borders = np.cumsum([sequences[place].num_sampled for place in row])[:-1]
+        for place, part in zip(row, np.split(computed_N, borders), strict=True):
+            found[place] = part
+    return found
+
+
+def _joined(parts: Sequence[Float32Array]) -> Float32Array:
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)

@@ -1,0 +1,286 @@
+"""Critics: one number for every token, what the state before it is worth.
+
+    V_n = head(hidden state before the n-th sampled token)
+
+The hidden states are those of a second model of the policy's kind (`OwnCritic`), or the policy's own (`SharedCritic`):
+then one forward and one backward pass serve policy and values. A head begins as zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from learner.algorithm.algorithm import AnyCritic, OwnCriticSettings, SharedCriticSettings
+from learner.algorithm.credit import Values
+from learner.data.batch import Batch, MicroBatch
+from learner.data.prepare import Example, and_after
+from learner.model.policy import Policy
+from learner.parallel.shards import gathered_state, laid_out, shard
+from learner.training.optim import Optimizer
+from learner.training.step import Auxiliary, Stats, accumulate
+from rollout.wire.metrics import joined
+
+_TRUNK, _HEAD = "trunk", "head.safetensors"
+Row = dict[str, float]
+
+
+def value_loss(values_N: Tensor, old_N: Tensor, targets_N: Tensor, clip: float | None) -> Tensor:
+    """(V - target)^2 / 2, or with a clip the larger of that and the same of V kept within `clip` of its old value.
+
+    float [N]. Schulman et al. 2016; the clip is that of the reference code of PPO (Engstrom et al. 2020, section 3).
+    """
+    loss_N = (values_N - targets_N).square()
+    if clip is not None:
+        near_N = old_N + (values_N - old_N).clamp(-clip, clip)
+        loss_N = torch.maximum(loss_N, (near_N - targets_N).square())
+    return loss_N / 2
+
+
+class ValueHead:
+    """A linear layer from hidden states to values, in float32; on several ranks it lies over all of them."""
+
+    def __init__(self, trunk: Policy) -> None:
+        self.ranks = trunk.ranks
+        self.linear = nn.Linear(trunk.width, 1, device=trunk.device)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self._sharded = None if self.ranks.size == 1 else shard(self.linear, self.ranks)
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        """Values, float32 [N]."""
+        wide_ND = hidden_ND.to(self.linear.weight.dtype)
+        values_N1: Tensor = (
+            self.linear(wide_ND) if self._sharded is None else self._sharded.use(lambda: self.linear(wide_ND))
+        )
+        return values_N1[:, 0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.linear.parameters())
+
+    def writer(self) -> Callable[[Path], None]:
+        """What writes it, as it is now, into a folder."""
+        state = gathered_state(self.linear, self.ranks)
+        return lambda folder: save_file({name: x.contiguous() for name, x in state.items()}, folder / _HEAD)
+
+    def load(self, folder: Path) -> None:
+        """Take over what was written there."""
+        own, stored = self.linear.state_dict(), load_file(folder / _HEAD)
+        self.linear.load_state_dict({name: laid_out(stored[name], like) for name, like in own.items()})
+
+
+class PolicyStep(Protocol):
+    """`train_step` of a learner's policy, which a critic may give something to learn besides, or hold back."""
+
+    def __call__(
+        self, batch: Batch, *, auxiliary: Auxiliary | None = None, agree: Callable[[], bool]
+    ) -> Row: ...
+
+
+class Critic(Protocol):
+    """What a learner asks of a critic, whichever it is. `optimizer`: of all that the policy's own does not move."""
+
+    head: ValueHead
+    optimizer: Optimizer
+
+    @property
+    def warmup_steps(self) -> int:
+        """First learner steps in which only the critic learns."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of what `writer` writes."""
+
+    def look(self, examples: Sequence[Example], tokens_per_row: int, temperature: float | None) -> None:
+        """Give each episode its values.
+
+        With a temperature somebody wants the policy's logprobs at it too: where they come of the same pass, they become
+        the column "proximal_logprobs".
+        """
+
+    def step(self, batch: Batch) -> Row:
+        """One optimizer step towards the targets; the policy stays as it is.
+
+        Metrics: "value_loss", "value", "value_error" (mean |V - target|), "value_grad_norm", "value_skipped_step".
+        """
+
+    def step_with(self, policy_step: PolicyStep, batch: Batch, whole: Batch) -> Row:
+        """The same and a step of the policy, with the metrics of both; if one of them is not finite, neither is made.
+
+        batch: what the policy needs to see; whole: what a critic does, the sequences without advantage too.
+        """
+
+    def writer(self) -> Callable[[Path], None]:
+        """What writes all that is not the policy's, as it is now; on several ranks rank 0's alone does."""
+
+
+def critic_of(
+    settings: AnyCritic, policy: Policy, total_steps: int | None = None, stored: Path | None = None
+) -> Critic:
+    """The critic of a recipe, beginning where the policy stands, or with what a writer left in the folder `stored`.
+
+    total_steps: of its optimizer, whose state is not in the folder.
+    """
+    critic: Critic
+    if isinstance(settings, SharedCriticSettings):
+        critic = SharedCritic(settings, policy, total_steps)
+    elif stored is None:
+        critic = OwnCritic(settings, policy.twin(), total_steps)
+    else:
+        trunk = Policy.restored(policy.settings, stored / _TRUNK, policy.ranks)
+        critic = OwnCritic(settings, trunk, total_steps)
+    if stored is not None:
+        critic.head.load(stored)
+    return critic
+
+
+class OwnCritic:
+    """A second model and a head on it. The trunk becomes its own; `total_steps` are its optimizer's."""
+
+    def __init__(self, settings: OwnCriticSettings, trunk: Policy, total_steps: int | None = None) -> None:
+        self.settings = settings
+        self.trunk = trunk
+        self.head = ValueHead(trunk)
+        learning = [*trunk.model.base_model.parameters(), *self.head.linear.parameters()]
+        self.optimizer = Optimizer(learning, settings.optim, total_steps)
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.settings.warmup_steps
+
+    @property
+    def nbytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.trunk.parameters()) + self.head.nbytes
+
+    def look(self, examples: Sequence[Example], tokens_per_row: int, temperature: float | None) -> None:
+        """One pass of its own model; it says nothing of the policy's logprobs."""
+
+        @torch.no_grad()
+        def seen(micro: MicroBatch) -> Tensor:
+            return self._values(micro.to(self.trunk.device))[:, None]
+
+        found = and_after(examples, seen, tokens_per_row, self.trunk.ranks)
+        for example, (before_N1, after_1) in zip(examples, found, strict=True):
+            example.episode = replace(example.episode, values=Values(before_N1[:, 0], float(after_1[0])))
+
+    def step(self, batch: Batch) -> Row:
+        self.optimizer.zero_grad()
+        loss, means = accumulate(self.trunk, batch, self._loss)
+        return joined(means, _moved(self.optimizer, math.isfinite(loss)))
+
+    def step_with(self, policy_step: PolicyStep, batch: Batch, whole: Batch) -> Row:
+        self.optimizer.zero_grad()
+        loss, means = accumulate(self.trunk, whole, self._loss)
+        finite = math.isfinite(loss) and math.isfinite(self.optimizer.grad_norm())
+        row = policy_step(batch, agree=lambda: finite)
+        return joined(row, means, _moved(self.optimizer, finite=not row["skipped_step"]))
+
+    def writer(self) -> Callable[[Path], None]:
+        weights, write_head = self.trunk.whole_state(), self.head.writer()
+
+        def write(folder: Path) -> None:
+            self.trunk.save(folder / _TRUNK, weights)
+            write_head(folder)
+
+        return write
+
+    def _values(self, micro: MicroBatch) -> Tensor:
+        return self.head(self.trunk.hidden(micro))
+
+    def _loss(self, micro: MicroBatch) -> tuple[Tensor, Stats]:
+        return _towards_targets(self._values(micro), micro, self.settings.value_clip)
+
+
+class SharedCritic:
+    """A head on the policy's own hidden states: loss = the policy's + value_coefficient * value loss.
+
+    What the value loss says of the trunk, unless `detach` keeps it away, is the policy's optimizer's to apply, within
+    its bound of the gradient's norm; the head has its own optimizer, of `total_steps`.
+    """
+
+    def __init__(
+        self, settings: SharedCriticSettings, policy: Policy, total_steps: int | None = None
+    ) -> None:
+        self.settings = settings
+        self.head = ValueHead(policy)
+        self.optimizer = Optimizer(self.head.linear.parameters(), settings.optim, total_steps)
+        self._policy = policy
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.settings.warmup_steps
+
+    @property
+    def nbytes(self) -> int:
+        return self.head.nbytes
+
+    def look(self, examples: Sequence[Example], tokens_per_row: int, temperature: float | None) -> None:
+        """One pass of the policy; logprobs, where they are wanted, come of the same one."""
+        policy = self._policy
+
+        @torch.no_grad()
+        def seen(micro: MicroBatch) -> Tensor:
+            on_device = micro.to(policy.device)
+            if temperature is None:
+                return self.head(policy.hidden(on_device))[:, None]
+            logprobs_N, _, hidden_ND = policy.read(on_device, temperature)
+            return torch.stack([self.head(hidden_ND), logprobs_N], dim=1)
+
+        found = and_after(
+            examples, seen, tokens_per_row, policy.ranks, columns=1 if temperature is None else 2
+        )
+        for example, (before_NC, after_C) in zip(examples, found, strict=True):
+            example.episode = replace(example.episode, values=Values(before_NC[:, 0], float(after_C[0])))
+            if temperature is not None:
+                example.columns["proximal_logprobs"] = before_NC[:, 1]
+
+    def step(self, batch: Batch) -> Row:
+        def loss_of(micro: MicroBatch) -> tuple[Tensor, Stats]:
+            with torch.no_grad():
+                hidden_ND = self._policy.hidden(micro)
+            return self._loss(micro, hidden_ND)
+
+        self.optimizer.zero_grad()
+        loss, means = accumulate(self._policy, batch, loss_of)
+        return joined(means, _moved(self.optimizer, math.isfinite(loss)))
+
+    def step_with(self, policy_step: PolicyStep, batch: Batch, whole: Batch) -> Row:
+        self.optimizer.zero_grad()
+        row = policy_step(
+            whole, auxiliary=self._loss, agree=lambda: math.isfinite(self.optimizer.grad_norm())
+        )
+        return joined(row, _moved(self.optimizer, finite=not row["skipped_step"]))
+
+    def writer(self) -> Callable[[Path], None]:
+        return self.head.writer()
+
+    def _loss(self, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, Stats]:
+        values_N = self.head(hidden_ND.detach() if self.settings.detach else hidden_ND)
+        loss_N, stats = _towards_targets(values_N, micro, self.settings.value_clip)
+        return self.settings.value_coefficient * loss_N, stats
+
+
+def _towards_targets(values_N: Tensor, micro: MicroBatch, clip: float | None) -> tuple[Tensor, Stats]:
+    """Value loss [N] of a row, and its statistics."""
+    old_N, targets_N = micro.values_N, micro.value_targets_N
+    assert old_N is not None and targets_N is not None
+    loss_N = value_loss(values_N, old_N, targets_N, clip)
+    error_N = (values_N.detach() - targets_N).abs()
+    return loss_N, {"value_loss": loss_N.detach(), "value": values_N.detach(), "value_error": error_N}
+
+
+def _moved(optimizer: Optimizer, finite: bool) -> Row:
+    """Apply the gradients that lie there."""
+    report = optimizer.step(finite)
+    return {
+        "value_grad_norm": report.grad_norm,
+        "value_skipped_step": float(not report.finite),
+    }

@@ -1,0 +1,388 @@
+"""The learner: groups in, one weight version more, metrics out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learner.algorithm.aggregation import Aggregation, token_weights
+from learner.algorithm.credit import GaeCredit
+from learner.algorithm.regularizers import divergence
+from learner.data.advantage_log import AdvantageLog
+from learner.data.batch import Batch, MicroBatch, TokenSequence, pack
+from learner.data.batch_checks import MOST_REFUSED, BatchRefused, require_groups, require_rewards
+from learner.data.batch_stats import describe
+from learner.data.prepare import Example, of_tokens
+from learner.model.policy import Policy
+from learner.parallel.ranks import ALONE, Ranks
+from learner.parallel.shards import gathered_tree
+from learner.settings import LearnerSettings
+from learner.training import checkpoint
+from learner.training.critic import Critic, critic_of
+from learner.training.memory_dry_run import rehearse
+from learner.training.optim import Optimizer
+from learner.training.reference_policy import Reference
+from learner.training.step import PolicyObjective, cross_entropy_objective, sizes, train_step
+from rollout.wire.metrics import joined
+from rollout.wire.partition import deal
+from rollout.wire.trajectory import Float32Array, Group
+
+# Summed over optimizer steps, not averaged.
+_COUNTS = (
+    "tokens_processed",
+    "tokens_scored",
+    "batch_tokens_sampled",
+    "skipped_step",
+    "idle_step",
+    "value_skipped_step",
+)
+
+
+class Learner:
+    """Holds the policy, its optimizer and the weight version: 0 until the first step, one more with each.
+
+    seed: of the order in which episodes are imitated and used again; temperature: that of the sampling, which the
+    learner's logprobs must share; total_steps: learner steps of the whole run, where a falling learning rate ends.
+
+    ranks: this process among those that learn together. Each is told the same things in the same order, with groups of
+    its own share; what is raised, decided and returned is the same on all, and rank 0 writes.
+    """
+
+    def __init__(
+        self,
+        settings: LearnerSettings,
+        seed: int = 0,
+        temperature: float = 1.0,
+        total_steps: int | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.settings = settings
+        self.ranks = ranks
+        _use_threads(settings.threads)
+        self.version = 0
+        self.policy = Policy(settings.model, ranks)
+        self._optimizer_steps = total_steps and total_steps * settings.algorithm.updates
+        self._policy_steps = total_steps and settings.algorithm.policy_steps(total_steps)
+        self.optimizer = Optimizer(self.policy.parameters(), settings.optim, self._policy_steps)
+        self._temperature = temperature
+        self._rng = np.random.default_rng(seed)
+        self._advantages: AdvantageLog | None = None
+        self._verdicts = False  # whether the environment was ever seen to give one
+        self._critic: Critic | None = None  # made by the first step, which finds the policy as it begins
+        self._reference = Reference(settings.model, ranks) if settings.algorithm.kl else None
+
+    def step(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Learn from groups of sibling episodes; the version becomes one higher.
+
+        Returns train_step's metrics and the critic's (means over optimizer steps; counts are sums), those of
+        `describe`, and "scored_share": of the tokens sampled, those that were computed, of which the statistics are.
+        BatchRefused where the batch gives no credit, or an optimizer step on it is not finite: parameters, moments and
+        generators are then, to the bit, what they were before the batch. Where it makes several optimizer steps, host
+        memory holds a copy of parameters and moments meanwhile.
+        """
+        _use_threads(self.settings.threads)
+        algorithm = self.settings.algorithm
+        self._begin()
+        require_groups(groups, algorithm.credit.kind if algorithm.credit.siblings else None, self.ranks)
+        described = describe(groups, self.version, self.ranks, self._verdicts)
+        self._verdicts = "success" in described
+        examples = self._credited(groups)
+        if self._fixes_proximal:
+            self._fix_proximal(examples)
+        # The first update is made only when it is known to be finite.
+        put_back = self._keep() if algorithm.updates > 1 else None
+        rows: list[dict[str, float]] = []
+        for batch, whole in self._batches(examples):
+            rows.append(row := self._update(batch, whole))
+            if row["skipped_step"] or row.get("value_skipped_step"):
+                if put_back:
+                    put_back()
+                raise BatchRefused(_not_finite(row))
+        self.version += 1
+        if self._advantages is not None:
+            self._advantages.write(self.version, groups, [example.advantages_N for example in examples])
+        merged = _merged(rows)
+        shares = {
+            "scored_share": merged["tokens_scored"] / max(merged["batch_tokens_sampled"], 1.0),
+            "zero_advantage_fraction": self._share(not example.advantages_N.any() for example in examples),
+            "cut_short": self._share(not e.episode.ended and e.episode.values is None for e in examples),
+        }
+        return joined(merged, described, shares, {"version": float(self.version)})
+
+    def keep_advantages(self, run: Path) -> None:
+        """From here on, store the advantages of every step in the run's folder, where the settings say so."""
+        if self.settings.store_advantages:
+            self._advantages = AdvantageLog(run, self.version, self.ranks.rank)
+
+    def rehearse(self, longest: int) -> None:
+        """Fail now where a step of the largest row would not fit into memory, by what memory_dry_run.py tries.
+
+        longest: tokens of the longest sequence. ModelError says what to lower.
+        """
+        rehearse(
+            self.policy, self.optimizer, self.settings, longest, self._temperature, self._optimizer_steps
+        )
+
+    def imitate(self, groups: Sequence[Group]) -> Iterator[dict[str, float]]:
+        """Raise the likelihood of the groups' recorded actions: one optimizer step per item yielded.
+
+        Every trainable episode is one example, in a new order each epoch; ranks are all given all of them, and each
+        learns from its part of a step's. It has its own optimizer, and the weight version stays: this is what comes
+        before version 0 is published. A step that is not finite changes nothing ("skipped_step"); BatchRefused after
+        four in a row.
+        """
+        imitation = self.settings.imitation
+        episodes = [trajectory for group in groups for trajectory in group.trainable]
+        examples = [Example.of(trajectory) for trajectory in episodes]
+        optimizer = Optimizer(self.policy.parameters(), imitation.optim, self.imitation_steps(len(episodes)))
+        refused = 0
+        for epoch in range(imitation.epochs):
+            order = self._rng.permutation(len(episodes))
+            for start in range(0, len(order), imitation.episodes_per_step):
+                _use_threads(imitation.threads or self.settings.threads)
+                chosen = [examples[place] for place in order[start : start + imitation.episodes_per_step]]
+                dealt = deal([example.trajectory.num_sampled for example in chosen], self.ranks.size)
+                own = [chosen[place] for place in dealt[self.ranks.rank]]
+                batch = self._pack(self._weighed(own, "token"))
+                metrics = train_step(self.policy, optimizer, batch, cross_entropy_objective, temperature=1.0)
+                refused = refused + 1 if metrics["skipped_step"] else 0
+                if refused > MOST_REFUSED:
+                    raise BatchRefused(f"{refused} imitation steps in a row: {_not_finite(metrics)}")
+                yield {**metrics, "epoch": float(epoch)}
+
+    def imitation_steps(self, episodes: int) -> int:
+        """How many optimizer steps `imitate` makes of that many trainable episodes."""
+        return self.settings.imitation.steps(episodes)
+
+    def save(self, run: Path, cursor: Mapping[str, Any] | None = None, keep: int = 2) -> Path:
+        """Write a checkpoint of this version into the run, keep the last `keep`, and return its folder.
+
+        cursor: where the task stream stands, JSON; `load` gives it back. Raises DiskFull. Of several ranks, rank 0
+        gathers everything in its memory and writes; the others are done when it has it.
+        """
+        optimizers = {"policy": self.optimizer.state_dict()}
+        weights = self.policy.whole_state()
+        parts: dict[str, Callable[[Path], None]] = {
+            checkpoint.MODEL: self.write_model
+            if weights is None
+            else partial(self.write_model, weights=weights)
+        }
+        size = sum(parameter.nbytes for parameter in self.policy.model.parameters())
+        if self._critic is not None:
+            optimizers["critic"] = self._critic.optimizer.state_dict()
+            parts[checkpoint.CRITIC] = self._critic.writer()
+            size += self._critic.nbytes
+        contents = checkpoint.Contents(
+            version=self.version,
+            cursor=dict(cursor or {}),
+            generator=self._rng.bit_generator.state,
+            optimizers=gathered_tree(optimizers, self.ranks),
+            torch_rng=torch.get_rng_state(),
+        )
+        if self._reference is not None and self.version == 0:
+            self._reference.keep(run, self.policy)
+        if self.ranks.rank:
+            return checkpoint.folder_of(run, self.version)
+        return checkpoint.save(run, contents, parts, size, keep)
+
+    def load(self, run: Path) -> dict[str, Any]:
+        """Continue from the newest whole checkpoint of a run, bit for bit; returns its cursor.
+
+        CheckpointError or ModelError, in one line, if there is none or it is broken; this learner is then of
+        no more use.
+        """
+        # Rank 0 says which: a broken one is set aside while it looks.
+        found = checkpoint.latest(run) if not self.ranks.rank else None
+        (newest, *_) = self.ranks.gather(found and str(found))
+        if newest is None:
+            raise checkpoint.CheckpointError(f"run {run} has no whole checkpoint")
+        folder = Path(newest)
+        contents = checkpoint.load(folder, verified=not self.ranks.rank)
+        self._critic = None
+        del self.policy, self.optimizer  # their memory is needed for what comes
+        self.policy = Policy.restored(self.settings.model, folder / checkpoint.MODEL, self.ranks)
+        self.optimizer = Optimizer(self.policy.parameters(), self.settings.optim, self._policy_steps)
+        self.optimizer.load_state_dict(contents.optimizers["policy"])
+        if self._reference is not None:
+            self._reference.find(run)
+        critic = self.settings.algorithm.critic
+        if critic is not None and "critic" in contents.optimizers:
+            self._critic = critic_of(critic, self.policy, self._optimizer_steps, folder / checkpoint.CRITIC)
+            self._critic.optimizer.load_state_dict(contents.optimizers["critic"])
+        self.version = contents.version
+        self._rng.bit_generator.state = contents.generator
+        torch.set_rng_state(contents.torch_rng)
+        return contents.cursor
+
+    def write_model(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write weights, config and tokenizer in Hugging Face format: what vLLM starts from.
+
+        weights: the policy's `whole_state`.
+        """
+        self.policy.save(folder, weights)
+
+    def _begin(self) -> None:
+        """What the first step finds: the critic and the reference begin where the policy does."""
+        critic = self.settings.algorithm.critic
+        if critic is not None and self._critic is None:
+            self._critic = critic_of(critic, self.policy, self._optimizer_steps)
+        if self._reference is not None and self.version == 0:
+            self._reference.copy(self.policy)
+
+    def _update(self, batch: Batch, whole: Batch) -> dict[str, float]:
+        """One optimizer step of whatever learns now."""
+        objective = PolicyObjective(self.settings.algorithm, self.version)
+        teach = partial(
+            train_step, self.policy, self.optimizer, objective=objective, temperature=self._temperature
+        )
+        if self._critic is None:
+            return teach(batch)
+        if self.version < self._critic.warmup_steps:
+            return joined({"skipped_step": 0.0}, sizes(whole, self.ranks), self._critic.step(whole))
+        return self._critic.step_with(teach, batch, whole)
+
+    def _keep(self) -> Callable[[], None]:
+        """What undoes all that updates on a batch change."""
+        optimizers = [self.optimizer, *([self._critic.optimizer] if self._critic else [])]
+        kept, drawn = [optimizer.keep() for optimizer in optimizers], self._rng.bit_generator.state
+
+        def put_back() -> None:
+            for undo in kept:
+                undo()
+            self._rng.bit_generator.state = drawn
+
+        return put_back
+
+    def _credited(self, groups: Sequence[Group]) -> list[Example]:
+        """The trainable episodes with all that is known of their tokens before the first update."""
+        algorithm, credit = self.settings.algorithm, self.settings.algorithm.credit
+        by_group = [[Example.of(t, algorithm.overlong) for t in group.trainable] for group in groups]
+        examples = [example for siblings in by_group for example in siblings]
+        self._refer(examples)
+        require_rewards(examples, self.ranks)
+        if self._critic is not None:
+            wanted = self._temperature if self._fixes_proximal else None
+            self._critic.look(examples, self.settings.tokens_per_microbatch, wanted)
+        episodes = [[example.episode for example in siblings] for siblings in by_group]
+        if isinstance(credit, GaeCredit):
+            credited, targets = credit.with_targets(episodes, self.ranks)
+            for example, targets_N in zip(examples, chain.from_iterable(targets), strict=True):
+                assert example.episode.values is not None
+                example.columns |= {"values": example.episode.values.before_N, "value_targets": targets_N}
+        else:
+            try:
+                credited = credit(episodes, self.ranks)
+            except ValueError as error:
+                raise BatchRefused(str(error)) from error
+        for example, advantages_N in zip(examples, chain.from_iterable(credited), strict=True):
+            example.advantages_N = advantages_N * example.episode.sides_N
+        return examples
+
+    def _refer(self, examples: Sequence[Example]) -> None:
+        """The reference policy's logprobs, and what it takes from rewards."""
+        kl = self.settings.algorithm.kl
+        if kl is None or self._reference is None:
+            return
+        with self._reference.beside(self.policy) as reference:
+            logprobs = self._of_tokens(examples, reference)
+        for example, reference_N in zip(examples, logprobs, strict=True):
+            example.columns["reference_logprobs"] = reference_N
+            if kl.where == "reward":
+                behavior_N = np.concatenate([s.behavior_logprobs for s in example.trajectory.steps])
+                apart_N = divergence(
+                    torch.from_numpy(behavior_N), torch.from_numpy(reference_N), kl.estimator, kl.cap
+                )
+                costs_N = (-kl.coefficient * apart_N).numpy()
+                episode = example.episode  # a token costs the side that said it
+                example.episode = replace(episode, token_rewards_N=costs_N * episode.sides_N)
+
+    @property
+    def _fixes_proximal(self) -> bool:
+        """Whether the learner's own logprobs before the first of several optimizer steps are needed."""
+        return self.settings.algorithm.proximal == "learner" and self.settings.algorithm.updates > 1
+
+    def _fix_proximal(self, examples: Sequence[Example]) -> None:
+        """Those logprobs, unless they came with values. What will be skipped needs none."""
+        if not self.ranks.most(sum("proximal_logprobs" not in example.columns for example in examples)):
+            return
+        skip = self.settings.algorithm.skip_zero_advantage
+        needed = [example for example in examples if example.advantages_N.any() or not skip]
+        found = self._of_tokens(needed, self.policy)
+        for example in examples:
+            example.columns["proximal_logprobs"] = np.zeros(example.trajectory.num_sampled, np.float32)
+        for example, logprobs_N in zip(needed, found, strict=True):
+            example.columns["proximal_logprobs"] = logprobs_N
+
+    def _of_tokens(self, examples: Sequence[Example], policy: Policy) -> list[Float32Array]:
+        """A policy's logprobs of every sampled token."""
+
+        @torch.no_grad()
+        def logprobs(micro: MicroBatch) -> Tensor:
+            return policy.score(micro.to(policy.device), self._temperature)[0]
+
+        return of_tokens(examples, logprobs, self.settings.tokens_per_microbatch, self.ranks)
+
+    def _batches(self, examples: Sequence[Example]) -> Iterator[tuple[Batch, Batch]]:
+        """Whole episodes in nearly equal parts, one for each optimizer step: what the policy sees, and the critic.
+
+        In order the first time; later passes shuffle. Every rank divides its own, into as many parts, and draws as much
+        from its generator, as the one with most: all stay alike.
+        """
+        algorithm = self.settings.algorithm
+        most = self.ranks.most(len(examples))
+        order = np.arange(len(examples))
+        for epoch in range(algorithm.epochs):
+            if epoch:
+                order = self._rng.permutation(most)
+                order = order[order < len(examples)]
+            for part in np.array_split(order, min(algorithm.minibatches, most) or 1):
+                chosen = [examples[place] for place in part]
+                sequences = self._weighed(chosen, algorithm.aggregation)
+                batch = self._pack(sequences, algorithm.skip_zero_advantage)
+                alike = self._critic is None or not batch.skipped_sequences
+                yield batch, batch if alike else self._pack(sequences)
+
+    def _weighed(self, examples: Sequence[Example], how: Aggregation) -> list[TokenSequence]:
+        length = self.settings.algorithm.aggregation_length
+        sampled_E = [example.trajectory.num_sampled for example in examples]
+        weights = token_weights(sampled_E, how, length, self.ranks)
+        pairs = zip(examples, weights, strict=True)
+        return [sequence for example, weight in pairs for sequence in example.sequences(weight)]
+
+    def _pack(self, sequences: list[TokenSequence], skip_zero_advantage: bool = False) -> Batch:
+        return pack(sequences, self.settings.tokens_per_microbatch, self.policy.context, skip_zero_advantage)
+
+    def _share(self, true: Iterable[bool]) -> float:
+        """Of the episodes of all ranks."""
+        counted = [bool(one) for one in true]
+        sums = self.ranks.sums({"true": sum(counted), "all": len(counted)})
+        return sums["true"] / max(sums["all"], 1)
+
+
+def _use_threads(count: int) -> None:
+    # Of the calling thread: OpenMP keeps the number for each, and steps run in whatever thread is free.
+    if count:
+        torch.set_num_threads(count)
+
+
+def _not_finite(row: Mapping[str, float]) -> str:
+    said = [name for name in ("loss", "grad_norm", "value_loss", "value_grad_norm") if name in row]
+    return "an optimizer step is not finite: " + ", ".join(f"{name} {row[name]:g}" for name in said)
+
+
+def _merged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of several optimizer steps as one: sums of counts, means of everything else."""
+    names = dict.fromkeys(name for step in steps for name in step)
+    merged = {}
+    for name in names:
+        values = [step[name] for step in steps if name in step]
+        merged[name] = float(np.sum(values) if name in _COUNTS else np.mean(values))
+    return merged

@@ -1,0 +1,262 @@
+"""The learner's side of the ring, one verb at a time; whoever supervises the run says when.
+
+    train     take a step's groups and learn from them: the version is one higher
+    offer     put the version where engines can load it       engines load and prove it
+    withdraw  let go of what was put                          exchange.release: new groups may start
+    save      land a checkpoint
+
+Of several ranks this is rank 0's: it alone is asked, and tells the others (follower.py) what to do with it, one thing
+at a time. So all do the same in the same order.
+
+A verb whose answer was lost may be said again: `train` names its step, `offer` gives the same version again at any time
+(an engine that joins late), `save` lands the same version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import pyarrow as pa
+
+from learner.data.batch_checks import MOST_REFUSED, BatchRefused
+from learner.parallel.ranks import RankLost, touching
+from learner.training.learner import Learner
+from learner.training.publish import Publisher, Snapshot, Staging, take_snapshot
+from rollout.wire.metrics import joined
+from rollout.wire.partition import Share
+from rollout.wire.schema import decode
+from rollout.wire.trajectory import DropReason
+from rollout.wire.weights import Handle, SyncReport, WeightUpdate
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, float]
+_LAST_WORDS_SECONDS = 10.0  # from a rank's failure until that is told
+# Puts a version where engines can load it; what it gives beside the handle is kept until the version is withdrawn.
+Place = Callable[[Snapshot], tuple[Handle, Any]]
+# Tells all other ranks one of `Follower`'s verbs and its words; gives what will be their answers, from rank 1 on.
+Tell = Callable[..., Sequence[Awaitable[Any]]]
+T = TypeVar("T")
+
+
+class Source(Protocol):
+    """Where groups come from; the exchange, near or far."""
+
+    async def take(self, version: int, timeout_s: float, share: Share) -> list[pa.RecordBatch]: ...
+    async def discard(self, version: int, reason: DropReason) -> None: ...
+    async def landed(self, version: int) -> None: ...
+    async def counts(self) -> dict[str, int]: ...
+
+
+class LearnerLoop:
+    """Joins a `Learner` to a source of groups and a place for weights. All calls come from one event loop.
+
+    `native` is for vLLM's own transfers, which send the live parameters and need no place. `tell` reaches other ranks.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        source: Source,
+        place: Place,
+        engine_dtype: str,
+        take_seconds: float,
+        keep_checkpoints: int = 2,
+        native: Publisher | None = None,
+        tell: Tell = lambda *verb: (),
+    ) -> None:
+        self._learner = learner
+        self._source = source
+        self._place = place
+        self._engine_dtype = engine_dtype
+        self._take_seconds = take_seconds
+        self._keep = keep_checkpoints
+        self._native = native
+        self._tell = tell
+        self._imitation: Iterator[Row] = iter(())
+        self._last: Row | None = None  # of the step that made the present version
+        self._saved: tuple[Path, int] | None = (
+            None  # the last checkpoint: one that has landed is not written twice
+        )
+        self._torn = False  # a step began and did not end: the parameters are no version's
+        # Three things have one user at a time: the next step, the staging buffer, and the parameters (their lock is
+        # taken last, and only while they are read or written).
+        self._training, self._offering, self._weights = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
+        self._staging = Staging()
+        self._snapshot: Snapshot | None = None  # what the staging buffer holds
+        self._placed: tuple[WeightUpdate, Any] | None = None  # of that snapshot
+
+    @property
+    def version(self) -> int:
+        return self._learner.version
+
+    async def train(self, step: int) -> Row:
+        """Learner step number `step`: the version becomes `step`. Returns its metrics; asked again, the same ones.
+
+        A batch that can not be learned from is set aside, and the step takes another one. Raises ValueError where the
+        learner stands elsewhere, BatchRefused when that does not help, and what the source's take raises.
+        """
+        async with self._training:
+            if self.version == step and self._last is not None:
+                return dict(self._last)
+            if self.version + 1 != step:
+                raise ValueError(f"step {step} was asked of a learner that stands at version {self.version}")
+            waited = {"wait_s": 0.0, "nonfinite_batches": 0.0}
+            refused = ""
+            while waited["nonfinite_batches"] <= MOST_REFUSED:
+                began = time.perf_counter()
+                # It waits for the step's groups to come together; the others' shares are there when it has its own.
+                batches = await self._source.take(self.version, self._take_seconds, self._learner.ranks.share)
+                await asyncio.gather(*self._tell("take", self.version))
+                waited["wait_s"] += time.perf_counter() - began
+                try:
+                    async with self._weights:
+                        return await self._together(("step", step), self._step, batches, waited)
+                except BatchRefused as error:
+                    refused = str(error)
+                    logger.warning("step %d: %s; its groups are set aside and others taken", step, error)
+                    await self._source.discard(self.version, DropReason.NONFINITE)
+                    waited["nonfinite_batches"] += 1
+            raise BatchRefused(
+                f"step {step}: none of {MOST_REFUSED + 1} batches in a row could be learned from; last: {refused}"
+            )
+
+    async def offer(self) -> WeightUpdate:
+        """The present version, put where engines can load it until `withdraw`.
+
+        While the next step is trained, a version that was offered before is offered again out of the staging buffer;
+        one that was not waits for the step's end. The buffer is written again by the first offer of the next version.
+        """
+        async with self._offering:
+            if self._snapshot is None or self._snapshot.manifest.version != self.version:
+                self._placed = None
+                self._snapshot = await self._take_snapshot(self._staging)
+            if self._placed is None:
+                snapshot = self._snapshot
+                handle, alive = await to_its_end(self._place, snapshot)
+                self._placed = WeightUpdate(snapshot.manifest, handle), alive
+            return self._placed[0]
+
+    async def withdraw(self) -> None:
+        """Every engine holds what was offered: let go of it. The staging buffer keeps its bytes."""
+        async with self._offering:
+            self._placed = None
+
+    async def publish_native(self) -> Row:
+        """Send the present version by vLLM's own transfer; returns when all engines have proved that they hold it."""
+        if self._native is None:
+            raise RuntimeError(
+                "this learner was given no native transfer: weights.transfer is 'object_store'"
+            )
+        async with self._offering:
+            snapshot = await self._take_snapshot(None)
+            return sync_metrics(await self._native.publish(snapshot))
+
+    async def begin_imitation(self, batches: Sequence[pa.RecordBatch]) -> int:
+        """Hand over demonstrations; returns how many imitation steps they make."""
+        await asyncio.gather(*self._tell("begin_imitation", batches))
+        groups = [decode(batch) for batch in batches]
+        self._imitation = self._learner.imitate(groups)
+        return self._learner.imitation_steps(len(groups))
+
+    async def imitate(self, steps: int) -> list[Row]:
+        """Up to `steps` imitation steps; fewer when the demonstrations are used up. They come before any offer."""
+        if self._snapshot is not None:
+            raise RuntimeError(
+                f"version {self.version} was offered already: it can not learn by imitation any more"
+            )
+        async with self._weights:
+            self._saved = None
+            return await self._together(("imitate", steps), self._imitated, steps)
+
+    async def save(self, run_folder: Path) -> None:
+        """Write a checkpoint; once it has landed, the groups it contains are trained for good. Raises DiskFull."""
+        # "issued" is where the task stream stands: group ids are its positions.
+        cursor = await self._source.counts()
+        async with self._weights:
+            self._require_whole()
+            version = self.version
+            if self._saved != (run_folder, version):
+                saving = partial(self._learner.save, run_folder, cursor, self._keep)
+                await self._together(("save", run_folder), saving)
+                self._saved = run_folder, version
+        await self._source.landed(version)
+
+    def _step(self, batches: list[pa.RecordBatch], waited: Row) -> Row:
+        self._require_whole()
+        began = time.perf_counter()
+        groups = [decode(batch) for batch in batches]
+        self._torn = True
+        try:
+            row = self._learner.step(groups)
+        except BatchRefused:
+            self._torn = False  # it has changed nothing
+            raise
+        self._torn = False
+        train_s = time.perf_counter() - began
+        speed = {"train_s": train_s, "learner_tokens_per_s": row["tokens_processed"] / train_s}
+        self._last = joined(row, waited, speed, {"step": self.version})
+        return dict(self._last)
+
+    def _require_whole(self) -> None:
+        if self._torn:
+            raise RuntimeError(
+                f"the learner's step after version {self.version} failed on its way: start it again from a checkpoint"
+            )
+
+    def _imitated(self, steps: int) -> list[Row]:
+        return [row for _, row in zip(range(steps), self._imitation, strict=False)]
+
+    async def _take_snapshot(self, staging: Staging | None) -> Snapshot:
+        """Without a staging buffer the snapshot has no bytes."""
+        async with self._weights:
+            self._require_whole()
+            policy, with_bytes = self._learner.policy, staging is not None
+            return await self._together(
+                ("snapshot",), take_snapshot, policy, self.version, self._engine_dtype, with_bytes, staging
+            )
+
+    async def _together(self, words: tuple[Any, ...], function: Callable[..., T], *args: Any) -> T:
+        """Tell the other ranks these words while this one calls the function; returns when all have ended.
+
+        A rank that fails leaves others waiting for it, this one perhaps: they are given a moment to say what they know.
+        """
+        own = asyncio.ensure_future(to_its_end(touching, self._learner.ranks, function, *args))
+        everyone = [own, *(asyncio.ensure_future(answer) for answer in self._tell(*words))]
+        try:
+            await asyncio.wait(everyone, return_when=asyncio.FIRST_EXCEPTION)
+            await asyncio.wait(everyone, timeout=_LAST_WORDS_SECONDS)
+        except asyncio.CancelledError:
+            await asyncio.wait(everyone)
+            raise
+        self._torn = self._torn or not own.done()
+        failed = [error for ended in everyone if ended.done() and (error := ended.exception())]
+        if lost := [str(error) for error in failed if isinstance(error, RankLost)]:
+            raise RankLost("; ".join(lost))
+        if failed:
+            raise failed[0]
+        return own.result()
+
+
+def sync_metrics(reports: Sequence[SyncReport]) -> Row:
+    """What the engines' acknowledgements of one version say together."""
+    return {
+        "sync_stall_ms": 1e3 * max((report.seconds_stalled for report in reports), default=0.0),
+        "probe_difference": max((report.probe_difference for report in reports), default=0.0),
+    }
+
+
+async def to_its_end(function: Callable[..., T], *args: Any) -> T:
+    """Run in a thread. A thread can not be stopped: whoever is cancelled waits for it before its locks are free."""
+    working = asyncio.ensure_future(asyncio.to_thread(function, *args))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait([working])
+        raise

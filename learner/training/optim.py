@@ -1,0 +1,148 @@
+"""AdamW with a learning-rate schedule, a bounded gradient norm, and no step on a gradient not finite, or zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learner.algorithm.schedule import OptimSettings, learning_rate
+from learner.parallel.shards import gathered, laid_out, local
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    grad_norm: float  # 2-norm before scaling
+    learning_rate: float
+    applied: bool  # False: nothing was changed
+    finite: bool = True  # False: the norm was not, or the caller's loss
+
+    @property
+    def idle(self) -> bool:
+        """Nothing was to be learned: the gradient was zero."""
+        return self.finite and not self.applied
+
+
+class Optimizer:
+    """AdamW over a model's trainable parameters. `steps` counts applied steps and drives the schedule."""
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], settings: OptimSettings, total_steps: int | None = None
+    ) -> None:
+        learning_rate(settings, 0, total_steps)  # a schedule that cannot be followed fails here, not mid-run
+        self.settings = settings
+        self._total_steps = total_steps
+        self.steps = 0
+        self._parameters = [p for p in parameters if p.requires_grad]
+        matrices = [p for p in self._parameters if p.ndim >= 2]
+        vectors = [p for p in self._parameters if p.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self._adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True,
+        )
+
+    def zero_grad(self) -> None:
+        """Set every gradient to zeros.
+
+        Zeros, not None: a parameter that no computed row reaches must still have its moments decayed, so that leaving
+        sequences without advantage out of the forward pass changes nothing.
+        """
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        torch._foreach_zero_(self._gradients)
+
+    def step(self, finite: bool = True) -> StepReport:
+        """Scale the gradients down to max_grad_norm and apply them.
+
+        The step is skipped where the norm is not finite, or the caller's loss was not; and where the gradient is zero
+        everywhere: there was nothing to learn from, and old momentum would move the parameters all the same.
+        """
+        rate = learning_rate(self.settings, self.steps, self._total_steps)
+        norm = self.grad_norm()
+        finite = finite and math.isfinite(norm)
+        if not (finite and norm):
+            return StepReport(norm, rate, applied=False, finite=finite)
+        if norm > self.settings.max_grad_norm:
+            torch._foreach_mul_(self._gradients, self.settings.max_grad_norm / norm)
+        for group in self._adamw.param_groups:
+            group["lr"] = rate
+        self._adamw.step()
+        self.steps += 1
+        return StepReport(norm, rate, applied=True)
+
+    def grad_norm(self) -> float:
+        """2-norm of the gradients that lie there, of all ranks; every rank has to ask."""
+        return float(gathered(nn.utils.get_total_norm(self._gradients)))
+
+    def moments_to_come(self) -> list[Tensor]:
+        """Room for the moments that the first step will make; nothing where they are there."""
+        return [torch.empty_like(p) for p in self._parameters for _ in range(0 if self._adamw.state else 2)]
+
+    @torch.no_grad()
+    def keep(self) -> Callable[[], None]:
+        """What puts parameters and moments back, to the bit, as they are now: host memory holds a copy of both."""
+        steps, copies = self.steps, []
+        for parameter in self._parameters:
+            moments = self._adamw.state.get(parameter, {})
+            copies.append((_copy(parameter), {name: _copy(tensor) for name, tensor in moments.items()}))
+
+        @torch.no_grad()
+        def put_back() -> None:
+            self.steps = steps
+            for parameter, (value, moments) in zip(self._parameters, copies, strict=True):
+                local(parameter).copy_(value)
+                for name, moment in moments.items():
+                    local(self._adamw.state[parameter][name]).copy_(moment)
+                if not moments:
+                    self._adamw.state.pop(parameter, None)
+
+        return put_back
+
+    @property
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._parameters if p.grad is not None]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and step count, as torch.save takes them.
+
+        Moments of parameters that lie over several ranks lie there too: see `learner.parallel.shards.gathered_tree`.
+        """
+        return {"adamw": self._adamw.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from whole tensors of an optimizer over the same parameters, keeping own settings.
+
+        They are copied: a mapped file is not held on to.
+        """
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self._adamw.param_groups]
+        parameters = [p for group in self._adamw.param_groups for p in group["params"]]
+        moments = {
+            place: {
+                name: laid_out(tensor, parameters[place]) if tensor.ndim else tensor.clone()
+                for name, tensor in entry.items()
+            }
+            for place, entry in state["adamw"]["state"].items()
+        }
+        self._adamw.load_state_dict(state["adamw"] | {"state": moments})
+        for group, options in zip(self._adamw.param_groups, own, strict=True):
+            group.update(options)
+        self.steps = int(state["steps"])
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """In host memory, of what this rank holds."""
+    return local(tensor.detach()).to("cpu", copy=True)

@@ -1,0 +1,90 @@
+"""The policy that reinforcement learning began with, kept to measure how far the learner has gone from it.
+
+RUN/reference/    its weights in Hugging Face format, written once, with the checkpoint of version 0
+
+Of a policy that trains an adapter only the adapter is kept: the base is the learner's own, and does not change.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from learner.model.policy import Policy
+from learner.parallel.ranks import ALONE, Ranks
+from learner.settings import ModelSettings
+from learner.training.checkpoint import CheckpointError
+
+_FOLDER = "reference"
+
+
+class Reference:
+    """Frozen weights; nothing is loaded before they are asked for."""
+
+    def __init__(self, settings: ModelSettings, ranks: Ranks = ALONE) -> None:
+        self._settings = settings
+        self._ranks = ranks
+        self._path: Path | None = None
+        self._policy: Policy | None = None
+        self._adapter: dict[str, Tensor] | None = None
+
+    @contextmanager
+    def beside(self, policy: Policy) -> Iterator[Policy]:
+        """The frozen model, while this lasts; a learner that trains an adapter lends its own model for that time.
+
+        CheckpointError where a run was taken up whose reference is gone.
+        """
+        if policy.adapter is None:
+            yield self._whole()
+            return
+        if self._adapter is None:
+            try:
+                self._adapter = policy.adapter.read(self._found())
+            except ValueError as error:
+                raise CheckpointError(f"the reference policy is broken: {error}") from error
+        with policy.adapter.holding(self._adapter):
+            yield policy
+
+    def copy(self, policy: Policy) -> None:
+        """Take the weights of a policy that stands at version 0."""
+        if policy.adapter is not None:
+            self._adapter = policy.adapter.copy()
+        elif self._policy is None:
+            self._policy = policy.twin()
+            self._policy.model.requires_grad_(False)
+
+    def keep(self, run: Path, policy: Policy) -> None:
+        """Write the weights of version 0 into the run, whole or not at all; rank 0 does, all have to be asked."""
+        weights = policy.whole_state()
+        if self._ranks.rank:
+            return
+        partial = run / f".partial-{_FOLDER}"
+        shutil.rmtree(partial, ignore_errors=True)
+        if policy.adapter is None:
+            policy.save(partial, weights)
+        else:
+            policy.adapter.save(partial)
+        shutil.rmtree(run / _FOLDER, ignore_errors=True)
+        partial.rename(run / _FOLDER)
+
+    def find(self, run: Path) -> None:
+        """The run is taken up: its reference is the one it was begun with."""
+        self._path, self._policy, self._adapter = run / _FOLDER, None, None
+
+    def _whole(self) -> Policy:
+        if self._policy is None:
+            stored = self._settings.model_copy(update={"path": str(self._found())})
+            self._policy = Policy(stored, self._ranks)
+            self._policy.model.requires_grad_(False)
+        return self._policy
+
+    def _found(self) -> Path:
+        if self._path is None or not self._path.is_dir():
+            raise CheckpointError(
+                f"the reference policy is missing: {self._path} was written with version 0 and is needed for kl"
+            )
+        return self._path

@@ -1,0 +1,127 @@
+"""Memory across episodes: a store of lessons, searched by similarity, that the policy fills itself.
+
+    reset           the most similar lessons are said before the first observation
+    the last step   what it earned is paid, the end held back; "What is worth remembering?" is asked
+    policy          a lesson                           a turn to this part
+                    the end that was held back
+
+The store is an SQLite file with a full-text index; similarity is its BM25 (Robertson and Zaragoza 2009) over the words
+of the first observation a lesson was learnt from. It is shared by all that name the same file, keeps the latest
+`capacity` lessons, and makes an environment nondeterministic: an episode that lost its worker starts again. Evaluations
+read lessons and leave none (learns=False): what they measure knows nothing of their tasks.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from envs.base import Info, Observation, messages_of
+from rollout.agents.part import VERDICT, Env, Outcome, Part, behind_the_end, followed, preceded
+
+WAIT_SECONDS = 30.0  # for the store, which others write too
+WORDS = 64  # of an observation that are searched for
+
+
+class LibrarySettings(BaseModel):
+    """What was learnt in one episode helps in the next."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["library"] = "library"
+    path: Path = Field(description="file of the store; made where it is not there")
+    found: int = Field(3, gt=0, description="lessons said before an episode")
+    capacity: int = Field(10_000, gt=0, description="lessons kept, the latest")
+    ask: str = Field("What is worth remembering?", description="what is said behind the end")
+    max_chars: int = Field(300, gt=0, description="a longer lesson is cut")
+    learns: bool = Field(True, description="ask for a lesson; false: those there are, as in every evaluation")
+
+    def dress(self, env: Env) -> Env:
+        """The environment as the policy has it."""
+        return Library(env, settings=self)
+
+
+class Library(Part):
+    """An environment whose policy remembers other episodes."""
+
+    nondeterministic = True  # what is found depends on who wrote before
+
+    def __init__(self, env: Env, settings: LibrarySettings) -> None:
+        super().__init__(env, settings=settings)
+        self._settings = settings
+        self._store = Store(settings.path, settings.capacity)
+        self._about = ""
+        self._held: Outcome | None = None  # the outcome of an episode whose lesson is being asked
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, Info]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._about, self._held = _said(observation), None
+        lessons = self._store.similar(self._about, self._settings.found)
+        if lessons:
+            observation = preceded("\n".join(f"Remember: {lesson}" for lesson in lessons), observation)
+        return observation, info
+
+    def step(self, action: str) -> Outcome:
+        if self._held is not None:
+            self._store.add(self._about, action.strip()[: self._settings.max_chars])
+            held, self._held = self._held, None
+            return held
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if not (self._settings.learns and (terminated or truncated)):
+            return observation, float(reward), terminated, truncated, info
+        verdict = {key: info[key] for key in VERDICT if key in info}
+        self._held = observation, 0.0, terminated, truncated, verdict | {"ended": None}
+        asked = followed(observation, self._settings.ask)
+        return asked, float(reward), False, False, behind_the_end(terminated, truncated, info)
+
+
+class Store:
+    """Lessons and what they are about, in one SQLite file; every call opens it, so that any process may."""
+
+    def __init__(self, path: Path, capacity: int) -> None:
+        self._path = path
+        self._capacity = capacity
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(self._open()) as db, db:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("CREATE VIRTUAL TABLE IF NOT EXISTS lessons USING fts5(about, lesson UNINDEXED)")
+
+    def add(self, about: str, lesson: str) -> None:
+        """Keep a lesson; beyond the capacity the oldest goes. An empty one is none."""
+        if not lesson:
+            return
+        with closing(self._open()) as db, db:
+            db.execute("INSERT INTO lessons (about, lesson) VALUES (?, ?)", (about, lesson))
+            db.execute(
+                "DELETE FROM lessons WHERE rowid <= (SELECT max(rowid) FROM lessons) - ?", (self._capacity,)
+            )
+
+    def similar(self, about: str, most: int) -> list[str]:
+        """The lessons whose subject is most like this one, the likest first; those that share a word with it."""
+        words = list(dict.fromkeys(re.findall(r"\w+", about)))[:WORDS]
+        if not words:
+            return []
+        wanted = " OR ".join(f'"{word}"' for word in words)
+        with closing(self._open()) as db:
+            rows = db.execute(
+                "SELECT lesson FROM lessons WHERE lessons MATCH ? ORDER BY bm25(lessons), rowid DESC LIMIT ?",
+                (wanted, most),
+            ).fetchall()
+        return [lesson for (lesson,) in rows]
+
+    def _open(self) -> sqlite3.Connection:
+        return sqlite3.connect(self._path, timeout=WAIT_SECONDS)
+
+
+def _said(observation: Observation) -> str:
+    """All its text."""
+    contents = [message["content"] for message in messages_of(observation)]
+    parts = [[{"text": each}] if isinstance(each, str) else each for each in contents]
+    return " ".join(part["text"] for each in parts for part in each if "text" in part)

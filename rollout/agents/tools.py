@@ -1,0 +1,111 @@
+"""Tools as a part of an agent: what a recipe names becomes a `ToolEnv` around the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from envs.tools.tool import ToolRefused
+from envs.tools.tool_calls import Style
+from envs.tools.tool_env import Source, Toolbox, ToolEnv
+from envs.user_functions import load_function
+from rollout.agents.part import Env
+
+
+class ServerSettings(BaseModel):
+    """An MCP server over stdio. Every replica of an environment starts one of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    command: str = Field(description="what starts it")
+    args: tuple[str, ...] = Field((), description="arguments of the command")
+    environment: dict[str, str] = Field(
+        {}, description="variables beside the few that are inherited (HOME, PATH and the like)"
+    )
+    start_seconds: float = Field(30.0, gt=0, description="wall clock to start and to name its tools")
+    call_seconds: float = Field(30.0, gt=0, description="wall clock for one call")
+    fresh: bool = Field(
+        False, description="start it anew for every episode; otherwise it keeps what it holds"
+    )
+    repeatable: bool = Field(
+        False,
+        description="the same calls, made again after a reset, have the same answers: an episode that lost its worker "
+        "goes on by making them again, and otherwise starts again",
+    )
+
+    def start(self) -> Source:
+        """The running server. ToolRefused where it does not start."""
+        # The package is large, and only needed where there is a server.
+        from envs.tools.mcp_tools import McpServer
+
+        return McpServer(
+            self.command,
+            self.args,
+            environment=self.environment,
+            start_seconds=self.start_seconds,
+            call_seconds=self.call_seconds,
+            fresh=self.fresh,
+            repeatable=self.repeatable,
+        )
+
+
+class ToolsSettings(BaseModel):
+    """Tools that a policy may call in any turn."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["tools"] = "tools"
+    functions: tuple[str, ...] = Field(
+        (),
+        description='typed Python functions, as "module:function"; docstrings and signatures describe them',
+    )
+    servers: tuple[ServerSettings, ...] = Field((), description="MCP servers, all of whose tools are offered")
+    style: Style = Field(
+        "hermes",
+        description='how a call is written: hermes (<tool_call> around JSON), or plain ("name(value, value)")',
+    )
+    max_calls: int = Field(16, ge=0, description="calls an episode; further ones are refused in words")
+    grace: int = Field(2, ge=0, description="refused calls that are forgiven; one more truncates the episode")
+    max_result_chars: int = Field(2000, gt=0, description="what is longer is cut, and says so")
+    call_seconds: float | None = Field(
+        10.0,
+        gt=0,
+        description="wall clock for a call of a function (a server has its own); one that takes longer is left to "
+        "itself, and not called again until it has returned",
+    )
+
+    @field_validator("functions")
+    @classmethod
+    def _named(cls, functions: tuple[str, ...]) -> tuple[str, ...]:
+        for each in functions:
+            module, _, name = each.partition(":")
+            if not module or not name:
+                raise ValueError(f'{each!r} names no function; write "module:function"')
+        return functions
+
+    def dress(self, env: Env) -> Env:
+        """The environment as the policy has it. ToolRefused for what can be no tool, or does not start."""
+        with ExitStack() as started:
+            sources = []
+            for server in self.servers:
+                sources.append(server.start())
+                started.callback(sources[-1].close)
+            toolbox = Toolbox(
+                [_tool(each) for each in self.functions],
+                sources,
+                max_result_chars=self.max_result_chars,
+                call_seconds=self.call_seconds,
+            )
+            dressed = ToolEnv(env, toolbox, style=self.style, max_calls=self.max_calls, grace=self.grace)
+            started.pop_all()  # from here on they are closed with the environment
+        return dressed
+
+
+def _tool(reference: str) -> Callable[..., Any]:
+    try:
+        return load_function(reference)
+    except ValueError as error:
+        raise ToolRefused(f"tool {error}") from error

@@ -1,0 +1,374 @@
+"""The ledger: one row per group and per episode, with its fate, in SQLite.
+
+    issued    a worker plays it           complete   its rows are on disk
+    waiting   its worker is gone: it      taken      the learner has it
+              keeps its slot and turns    trained    a checkpoint holds it
+    again     it has lost its slot, and   dropped    it will never be trained, for a reason
+              is issued anew
+
+The first five are in flight: at every moment issued = trained + dropped + in flight. Readers (viewers, tests, a person
+with sqlite3) may look on while a run writes: that is what the write-ahead log is for.
+
+Every call is one transaction. All of them survive the death of the process, and that of the machine too (one fsync,
+2-10 ms on a plain disk), save `issue`: it may be lost with the machine, and then the group is issued once more. `sync`
+makes it durable before anything else on disk may refer to it.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rollout.buffer.ledger_checks import LedgerError, check_log, examine, naming, watch
+from rollout.buffer.reuse import TABLES as _REUSES
+from rollout.buffer.reuse import ReuseLog
+from rollout.buffer.segments import Location, segment_path
+from rollout.wire.trajectory import DropReason, EndReason, Slot, Task, Trajectory
+
+_VERSION = 2
+_STATES = ("issued", "waiting", "again", "complete", "taken", "trained", "dropped")
+_TABLES = f"""
+CREATE TABLE IF NOT EXISTS groups (
+    group_id INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, env_id TEXT NOT NULL, env_options TEXT NOT NULL,
+    seed INTEGER NOT NULL, worker TEXT NOT NULL, lane INTEGER NOT NULL, issue_version INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (state IN {_STATES}),
+    reason TEXT, error TEXT, taken_version INTEGER, max_version INTEGER,
+    segment INTEGER, "offset" INTEGER, length INTEGER, checksum TEXT,
+    episodes INTEGER, tokens INTEGER, reward_sum REAL);
+CREATE INDEX IF NOT EXISTS groups_by_state ON groups (state);
+CREATE TABLE IF NOT EXISTS episodes (
+    group_id INTEGER NOT NULL, attempt INTEGER NOT NULL, episode INTEGER NOT NULL, end_reason TEXT NOT NULL,
+    reward REAL NOT NULL, success INTEGER, turns INTEGER NOT NULL, tokens INTEGER NOT NULL,
+    max_version INTEGER NOT NULL, error TEXT, PRIMARY KEY (group_id, attempt, episode));
+CREATE TABLE IF NOT EXISTS gone (worker TEXT PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS losses (group_id INTEGER PRIMARY KEY, workers INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+INSERT OR IGNORE INTO meta VALUES ('buffer_version', 0), ('journal_from', 0);
+{_REUSES}
+"""
+_ISSUE = """
+INSERT INTO groups (group_id, attempt, env_id, env_options, seed, worker, lane, issue_version, state)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'issued')
+ON CONFLICT (group_id) DO UPDATE SET attempt = excluded.attempt, worker = excluded.worker, lane = excluded.lane,
+    issue_version = excluded.issue_version, state = 'issued'
+"""
+_COMPLETE = """
+UPDATE groups SET state = 'complete', max_version = ?, segment = ?, "offset" = ?, length = ?, checksum = ?,
+    episodes = ?, tokens = ?, reward_sum = ? WHERE group_id = ?
+"""
+_COMPLETE_AGAIN = "UPDATE groups SET state = 'complete', taken_version = NULL WHERE group_id = ?"
+_WAITING = "UPDATE groups SET state = 'waiting' WHERE group_id = ?"
+_LOST_WITH = "INSERT INTO losses VALUES (?, 1) ON CONFLICT (group_id) DO UPDATE SET workers = workers + 1"
+_AGAIN = """
+UPDATE groups SET state = 'again', taken_version = NULL, max_version = NULL, segment = NULL, "offset" = NULL,
+    length = NULL, checksum = NULL, episodes = NULL, tokens = NULL, reward_sum = NULL WHERE group_id = ?
+"""
+_TAKEN = "UPDATE groups SET state = 'taken', taken_version = ? WHERE group_id = ?"
+_TRAINED = "UPDATE groups SET state = 'trained' WHERE state = 'taken' AND taken_version < ?"
+_DISCARDED = """
+UPDATE groups SET state = 'dropped', reason = ?, taken_version = NULL WHERE state = 'taken' AND group_id = ?
+"""
+_SINCE = """
+SELECT group_id, attempt, env_id, seed, env_options, issue_version, state, worker, lane, taken_version, max_version,
+    segment, "offset", length, checksum
+FROM groups WHERE state IN ('issued', 'waiting', 'again', 'complete')
+    OR (state IN ('taken', 'trained') AND taken_version >= ?) ORDER BY group_id
+"""
+_RECENT = "SELECT end_reason, error FROM episodes ORDER BY rowid DESC LIMIT ?"
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeRow:
+    """An episode as the ledger and the driver know it: outcome without payload."""
+
+    episode: int
+    end_reason: EndReason
+    reward: float
+    success: bool | None
+    turns: int
+    tokens: int  # sampled
+    max_version: int  # newest weights that sampled one of them; -1 where nothing was sampled
+    error: str | None
+
+    @property
+    def sound(self) -> bool:
+        """Whether it is evidence of the policy: infrastructure did not fail it, and nothing cancelled it."""
+        return self.end_reason not in (EndReason.FAILED, EndReason.CANCELLED)
+
+    @classmethod
+    def of(cls, trajectory: Trajectory) -> EpisodeRow:
+        sampled = [step.versions for step in trajectory.steps if len(step.versions)]
+        return cls(
+            trajectory.index,
+            trajectory.end_reason,
+            trajectory.reward,
+            trajectory.success,
+            len(trajectory.steps),
+            trajectory.num_sampled,
+            max((int(versions.max()) for versions in sampled), default=-1),
+            trajectory.error,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredGroup:
+    """A group on record whose fate may still change."""
+
+    slot: Slot
+    state: str
+    worker: str  # who holds it, or held it last
+    lane: int
+    taken_version: int | None
+    max_version: int | None  # newest weights that sampled a token of it
+    location: Location | None  # None: not complete
+
+    def fate(self, version: int, max_lag: int, segments: Path) -> str:
+        """What becomes of it where the learner goes on from `version`: complete, waiting or again."""
+        if self.state == "again" or not version - max_lag <= self.slot.version <= version:
+            return "again"
+        if self.location is None:
+            return "waiting"
+        known = self.max_version is not None and self.max_version <= version
+        return "complete" if known and segment_path(segments, self.location.segment).exists() else "again"
+
+
+class Ledger:
+    """The tables of one run. One writer; it checks nothing that its `Store` has checked."""
+
+    def __init__(self, path: Path) -> None:
+        check_log(path)
+        # The store that owns this is used by one thread at a time, but not always by the one that made it.
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._reuses = ReuseLog(self._db)
+        try:
+            with naming(path):
+                self._open(path)
+        except BaseException:
+            self._db.close()
+            raise
+        self._unsynced = True  # whether a transaction may still be lost with the machine
+
+    def _open(self, path: Path) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, _VERSION):
+            raise LedgerError(
+                f"{path}: a ledger of version {version}, but this Manta reads version {_VERSION}"
+            )
+        if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+            examine(self._db, path)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version={_VERSION};")
+        watch(self._db)
+        self._db.execute("COMMIT")
+
+    @property
+    def db(self) -> sqlite3.Connection:
+        """For `Reuse`, which reads what it chooses from."""
+        return self._db
+
+    @property
+    def buffer_version(self) -> int:
+        """The weight version that engines hold, as far as `release` and `rollback` said."""
+        return self._meta("buffer_version")
+
+    @property
+    def journal_from(self) -> int:
+        """The first journal file that counts."""
+        return self._meta("journal_from")
+
+    def issue(self, slot: Slot, worker: str, lane: int) -> None:
+        """A worker may start this group, or its next attempt. Not durable before the next other call."""
+        task = slot.task
+        identity = (slot.group_id, slot.attempt, task.env_id, task.options, task.seed)
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        try:
+            self._db.execute(_ISSUE, (*identity, worker, lane, slot.version))
+        finally:
+            self._db.execute("PRAGMA synchronous=FULL")
+        self._unsynced = True
+
+    def sync(self) -> None:
+        """Make every `issue` so far survive a crash of the machine."""
+        if self._unsynced:
+            self._set("buffer_version", self.buffer_version)
+
+    def complete(self, groups: Iterable[tuple[Slot, Location, Sequence[EpisodeRow]]]) -> None:
+        """The payloads of these groups are on disk."""
+        with self._transaction():
+            for slot, at, rows in groups:
+                self._record_episodes(slot, rows)
+                newest = max((row.max_version for row in rows), default=-1)
+                place = (at.segment, at.offset, at.length, at.checksum)
+                sums = (len(rows), sum(row.tokens for row in rows), sum(row.reward for row in rows))
+                self._db.execute(_COMPLETE, (newest, *place, *sums, slot.group_id))
+
+    def drop(self, slot: Slot, reason: DropReason, error: str, episodes: Sequence[EpisodeRow] = ()) -> None:
+        """The group will never be trained."""
+        with self._transaction():
+            self._record_episodes(slot, episodes)
+            self._db.execute(
+                "UPDATE groups SET state = 'dropped', reason = ?, error = ? WHERE group_id = ?",
+                (reason.value, error, slot.group_id),
+            )
+
+    def hand_on(self, worker: str, group_ids: Sequence[int], lost: bool = False) -> None:
+        """A worker is gone for good, and these groups of its wait for another one. lost: it did not leave in order."""
+        rows = [(group_id,) for group_id in group_ids]
+        with self._transaction():
+            self._db.execute("INSERT OR IGNORE INTO gone VALUES (?)", (worker,))
+            self._db.executemany(_WAITING, rows)
+            self._db.executemany(_LOST_WITH, rows if lost else ())
+
+    def losses(self) -> dict[int, int]:
+        """By group: workers that were lost while they held it, where there were any."""
+        return dict(self._db.execute("SELECT group_id, workers FROM losses").fetchall())
+
+    def gone(self) -> set[str]:
+        """Workers that were given up since the driver began."""
+        return {worker for (worker,) in self._db.execute("SELECT worker FROM gone")}
+
+    def take(self, group_ids: Iterable[int], version: int, reused: Iterable[int] = ()) -> None:
+        """The learner, standing at `version`, has these groups in its hands, and those of earlier steps once more."""
+        with self._transaction():
+            self._db.executemany(_TAKEN, [(version, group_id) for group_id in group_ids])
+            self._reuses.take(reused, version)
+
+    def give_back(self, group_ids: Iterable[int], version: int) -> None:
+        """The learner at `version` never got them: complete again."""
+        with self._transaction():
+            self._db.executemany(_COMPLETE_AGAIN, [(group_id,) for group_id in group_ids])
+            self._reuses.undo(version)
+
+    def discard(self, group_ids: Iterable[int], reason: DropReason, version: int) -> None:
+        """The learner at `version` took them and can make no step of them."""
+        with self._transaction():
+            self._db.executemany(_DISCARDED, [(reason.value, group_id) for group_id in group_ids])
+            self._reuses.discard(version)
+
+    def release(self, version: int) -> None:
+        """Engines hold `version`."""
+        self._set("buffer_version", version)
+
+    def landed(self, version: int) -> None:
+        """A checkpoint of `version` is on disk: what was taken before it is in it, and trained for good."""
+        with self._transaction():
+            self._db.execute(_TRAINED, (version,))
+
+    def lose(self, group_ids: Iterable[int], journal_from: int) -> None:
+        """The rows of these groups are gone: they are issued again."""
+        with self._transaction():
+            self._db.executemany(_AGAIN, [(group_id,) for group_id in group_ids])
+            self._set_meta("journal_from", journal_from)
+
+    def rollback(
+        self,
+        version: int,
+        complete: Iterable[int],
+        waiting: Iterable[int],
+        again: Iterable[int],
+        journal_from: int,
+        new_driver: bool,
+    ) -> None:
+        """The learner goes on from the checkpoint of `version`; what of its groups becomes of it."""
+        with self._transaction():
+            if new_driver:
+                self._db.execute("DELETE FROM gone")
+            self._db.execute(_TRAINED, (version,))
+            for statement, group_ids in ((_COMPLETE_AGAIN, complete), (_WAITING, waiting), (_AGAIN, again)):
+                self._db.executemany(statement, [(group_id,) for group_id in group_ids])
+            self._reuses.undo(version)
+            self._set_meta("buffer_version", version)
+            self._set_meta("journal_from", journal_from)
+
+    def since(self, version: int) -> list[StoredGroup]:
+        """Groups that no checkpoint of `version` or before holds, in order of group id; dropped ones are not."""
+        return [_stored(*row) for row in self._db.execute(_SINCE, (version,))]
+
+    def fate(self, group_id: int) -> tuple[int, str] | None:
+        """Newest attempt and state of a group."""
+        found = self._db.execute(
+            "SELECT attempt, state FROM groups WHERE group_id = ?", (group_id,)
+        ).fetchone()
+        return None if found is None else (int(found[0]), str(found[1]))
+
+    def recent_episodes(self, count: int) -> list[tuple[EndReason, str | None]]:
+        """End reason and error of the last `count` episodes, oldest first."""
+        found = self._db.execute(_RECENT, (count,)).fetchall()
+        return [(EndReason(reason), error) for reason, error in reversed(found)]
+
+    def segments_in_use(self) -> set[int]:
+        """Segments with rows that may still be read for training."""
+        query = "SELECT DISTINCT segment FROM groups WHERE state IN ('complete', 'taken')"
+        return {int(segment) for (segment,) in self._db.execute(query)}
+
+    def counts(self) -> dict[str, int]:
+        """issued (all ever given out), in_flight, and the states complete, taken, trained, dropped."""
+        states = dict(self._db.execute("SELECT state, count(*) FROM groups GROUP BY state").fetchall())
+        kept = {state: int(states.get(state, 0)) for state in ("complete", "taken", "trained", "dropped")}
+        issued = sum(states.values())
+        return {"issued": issued, "in_flight": issued - kept["trained"] - kept["dropped"]} | kept
+
+    def next_group_id(self) -> int:
+        """One past the newest group ever issued: the cursor of the task stream."""
+        (newest,) = self._db.execute("SELECT max(group_id) FROM groups").fetchone()
+        return 0 if newest is None else int(newest) + 1
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _meta(self, name: str) -> int:
+        (value,) = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return int(value)
+
+    def _set(self, name: str, value: int) -> None:
+        with self._transaction():
+            self._set_meta(name, value)
+
+    def _set_meta(self, name: str, value: int) -> None:
+        self._db.execute("UPDATE meta SET value = ? WHERE name = ?", (value, name))
+
+    def _record_episodes(self, slot: Slot, episodes: Sequence[EpisodeRow]) -> None:
+        rows = [
+            (
+                row.episode,
+                row.end_reason.value,
+                row.reward,
+                row.success,
+                row.turns,
+                row.tokens,
+                row.max_version,
+                row.error,
+            )
+            for row in episodes
+        ]
+        self._db.executemany(
+            "INSERT INTO episodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [(slot.group_id, slot.attempt, *row) for row in rows],
+        )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """COMMIT at the end of the block, which waits for the disk; ROLLBACK when it raises."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:  # a full disk has rolled back already
+                self._db.execute("ROLLBACK")
+            raise
+        self._unsynced = False
+
+
+def _stored(
+    group_id: int, attempt: int, env_id: str, seed: int, options: str, issue_version: int, *rest: Any
+) -> StoredGroup:
+    slot = Slot(group_id, attempt, Task(env_id, seed, options), issue_version)
+    state, worker, lane, taken_version, max_version, *at = rest
+    location = None if at[0] is None else Location(*at)
+    return StoredGroup(slot, state, worker, lane, taken_version, max_version, location)

@@ -1,0 +1,108 @@
+"""The tokens a conversation is built of, which nothing that is said in it may spell.
+
+A tokenizer matches its added tokens wherever their text stands: a tool's result that says `</tool_response>` would
+close the result. Text is therefore taken apart wherever the tokenizer would find one, its own normalization (case,
+width, composition) included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from envs.base import Message
+from envs.tools.tool_calls import CLOSE, OPEN, THINK, THOUGHT
+from rollout.chat.template import ChatError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_OWN = (OPEN, CLOSE, THINK, THOUGHT)  # what a policy writes itself, and reads in its own earlier turns
+_ROUNDS = 4  # of taking apart; what still spells a token then loses it whole
+
+
+class ControlTokens:
+    """Those of one tokenizer. pictured: the placeholder of pictures, which is counted where pictures are."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, pictured: int | None = None) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        tokens = {
+            place: token.content
+            for place, token in tokenizer.added_tokens_decoder.items()
+            if place != pictured and (token.special or _structures(token.content))
+        }
+        self._ids = frozenset(tokens)
+        self._own_ids = frozenset(place for place, content in tokens.items() if content in _OWN)
+        self._texts = _any_of(tokens.values(), self._normalized)
+        others = [content for content in tokens.values() if content not in _OWN]
+        self._texts_but_own = _any_of(others, self._normalized)
+
+    def among(self, ids: Sequence[int], *, own: bool) -> tuple[int, ...]:
+        """The control tokens among ids, in order; own: also those that a policy writes itself."""
+        kept = self._ids if own else self._ids - self._own_ids
+        return tuple(token for token in ids if token in kept)
+
+    def apart(self, message: Message) -> Message:
+        """A message that spells none; an assistant's content may hold calls and thoughts."""
+        own = message.get("role") == "assistant"
+        return {
+            self.plain(key): self.plain(value, own=own and key == "content") for key, value in message.items()
+        }
+
+    def plain(self, said: Any, *, own: bool = False) -> Any:
+        """Text, or all text of a JSON value, that spells none. own: those that a policy writes itself may stay."""
+        if isinstance(said, str):
+            return self._plain_text(said, own)
+        if isinstance(said, dict):
+            return {self._plain_text(key, own): self.plain(value, own=own) for key, value in said.items()}
+        return [self.plain(each, own=own) for each in said] if isinstance(said, list) else said
+
+    def _plain_text(self, said: str, own: bool) -> str:
+        pattern = self._texts_but_own if own else self._texts
+        while pattern.search(said):
+            said = pattern.sub(lambda token: _apart(token[0]), said)
+        if self._normalized(said) == said:
+            return said
+        for round in range(_ROUNDS + 1):
+            spans = self._spelled(said, own)
+            if not spans:
+                return said
+            for start, end in reversed(spans):
+                said = said[:start] + ("" if round == _ROUNDS else _apart(said[start:end])) + said[end:]
+        if self._spelled(said, own):
+            raise ChatError(f"text that the tokenizer reads as its own control tokens: {said[:80]!r}")
+        return said
+
+    def _spelled(self, said: str, own: bool) -> list[tuple[int, int]]:
+        """Where the tokenizer itself finds control tokens."""
+        try:
+            encoding = self._backend.encode(said, add_special_tokens=False)
+        except Exception:  # text its vocabulary cannot spell, which is said where the prompt is made
+            return []
+        kept = self._ids - self._own_ids if own else self._ids
+        return [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token in kept]
+
+    def _normalized(self, text: str) -> str:
+        normalizer = self._backend.normalizer
+        try:
+            return text if normalizer is None else str(normalizer.normalize_str(text))
+        except UnicodeEncodeError as error:  # half a surrogate pair
+            raise ChatError(f"text that is no Unicode: {text[:80]!r}") from error
+
+
+def _structures(content: str) -> bool:
+    """Whether an added token that is not special could structure a text: words and white space do not."""
+    return not (content.isalnum() or content.isspace())
+
+
+def _any_of(tokens: Any, normalized: Any) -> re.Pattern[str]:
+    """A pattern of any of these texts, as they are and normalized; of nothing where there is none."""
+    texts = {text for token in tokens for text in (token, normalized(token)) if text.strip()}
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def _apart(token: str) -> str:
+    first, others = token[:1], token[1:]
+    # A space beside another would leave the token whole, or make it anew.
+    return f"{first} {others}" if others and not (first.isspace() or others[0].isspace()) else ""

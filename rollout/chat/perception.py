@@ -1,0 +1,129 @@
+"""What a model makes of pictures, by its own processor: placeholders in the text, features for the engine.
+
+A template writes one placeholder for a picture; the model wants as many as the picture has features. Both numbers are
+counted where a prompt is made, so that no row is stored whose placeholders and features do not agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from io import BytesIO
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from rollout.chat.template import ChatError
+from rollout.wire.images import png_of
+from rollout.wire.model_folder import pretrained
+
+Features = dict[str, NDArray[Any]]
+
+_CACHED_IMAGES = 64  # their features: siblings see the same first picture, and every turn all of a segment's
+
+
+class PerceptionError(ChatError):
+    """Pictures that a model cannot be shown as asked."""
+
+
+class Processor(Protocol):
+    """What is used of a Hugging Face processor (`ProcessorMixin`)."""
+
+    image_processor: Any
+    image_token: str
+    image_token_id: int
+
+    def replace_image_token(self, image_inputs: Any, image_idx: int) -> str: ...
+
+
+class Perception:
+    """A model's own processor. `placeholder_id`: the token that stands for a picture's features, one for each."""
+
+    def __init__(self, processor: Processor) -> None:
+        self.placeholder_id = processor.image_token_id
+        self._token = processor.image_token
+        self._processor = processor
+        self._features = lru_cache(_CACHED_IMAGES)(self._processed)
+
+    @classmethod
+    def load(cls, path: str) -> Perception | None:
+        """The processor in a checkpoint folder or of a hub id; None for a model that reads text alone."""
+        from transformers import (
+            AutoConfig,
+            AutoProcessor,
+        )  # with all that they import, for models that see alone
+
+        if getattr(pretrained(AutoConfig, path), "vision_config", None) is None:
+            return None
+        try:
+            return cls(pretrained(AutoProcessor, path))
+        except (ImportError, AttributeError, OSError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise PerceptionError(
+                f"the processor of {path} cannot be loaded (some need torchvision): {reason}"
+            ) from error
+
+    def spelled(self, text: str, images: Sequence[str]) -> str:
+        """A rendered text with as many placeholders for each picture as it has features."""
+        pieces = text.split(self._token)
+        if len(pieces) != len(images) + 1:
+            raise PerceptionError(
+                f"{len(images)} pictures, but the rendered text has {len(pieces) - 1} times {self._token}: an "
+                "observation must not say it, and the chat template must write it once a picture"
+            )
+        places = [self._token * self.count(image) for image in images]
+        return pieces[0] + "".join(place + piece for place, piece in zip(places, pieces[1:], strict=True))
+
+    def check(self, token_ids: Sequence[int], images: Sequence[str]) -> None:
+        """PerceptionError where the placeholders among these tokens are not as many as the pictures' features."""
+        found, made = list(token_ids).count(self.placeholder_id), sum(map(self.count, images))
+        if found != made:
+            raise PerceptionError(
+                f"{found} image tokens, but the processor makes {made} features of {len(images)} pictures"
+            )
+
+    def count(self, image: str) -> int:
+        """How many tokens stand for a picture: as many as the features a model makes of it."""
+        return self._features(image)[0]
+
+    def features(self, images: Sequence[str]) -> Features:
+        """What a transformers model is given of these pictures, concatenated in order; nothing for none."""
+        found = [self._features(image)[1] for image in images]
+        names = found[0] if found else ()
+        return {name: np.concatenate([each[name] for each in found]) for name in names}
+
+    def collapsed(self, token_ids: Sequence[int], images: Sequence[str]) -> list[int]:
+        """A prompt with one placeholder a picture, which is what vLLM takes: it has a processor of its own."""
+        self.check(token_ids, images)
+        kept: list[int] = []
+        counts = iter(images)
+        passing = 0  # placeholders left of the picture we are in
+        for token in token_ids:
+            if token != self.placeholder_id:
+                kept.append(token)
+            elif passing:
+                passing -= 1
+            else:
+                kept.append(token)
+                passing = self.count(next(counts)) - 1
+        return kept
+
+    def opened(self, images: Sequence[str]) -> list[Any]:
+        """The pictures themselves, as PIL has them."""
+        return [Image.open(BytesIO(png_of(image))).convert("RGB") for image in images]
+
+    def _processed(self, image: str) -> tuple[int, Features]:
+        try:
+            inputs = self._processor.image_processor(images=self.opened([image]), return_tensors="np")
+        except (ValueError, OSError) as error:  # not a picture, or none this processor takes
+            raise PerceptionError(f"a picture cannot be read: {error}") from error
+        places = self._processor.replace_image_token(inputs, image_idx=0)
+        count = places.count(self._token)
+        if places != self._token * count:
+            raise PerceptionError(
+                f"{type(self._processor).__name__} puts other tokens than {self._token} into a picture's place; such "
+                "a family is not supported"
+            )
+        return count, {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}

@@ -1,0 +1,239 @@
+"""Plain transformers behind the Engine protocol: slow and easy to follow, for tests and for debugging.
+
+Requests take turns token by token in the event loop. A weight sync therefore falls between two tokens, and requests
+under way go on with the new weights and the cache of the old ones, as in vLLM's in-flight update.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from rollout.chat.perception import Perception
+from rollout.engines.engine import Completion, EngineFailed, FinishReason, Sampling, derive_seed
+from rollout.wire.model_folder import pretrained
+from rollout.wire.trajectory import Float32Array
+from rollout.wire.weights import (
+    ByteArray,
+    SyncReport,
+    TensorSpec,
+    WeightManifest,
+    WeightMismatch,
+    WeightUpdate,
+)
+
+
+class HfEngine:
+    """One model on CPU. A request with a seed is reproducible: it depends on nothing but prompt, sampling and weights.
+
+    `version` is -1 until the first sync: what the model's folder holds is nobody's version.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stop_token_ids: Sequence[int],
+        *,
+        name: str = "hf",
+        perception: Perception | None = None,
+    ) -> None:
+        self.name = name
+        self.version = -1
+        self._model = model.eval()
+        self._stop = frozenset(stop_token_ids)
+        self._perception = perception
+        # A tied head appears once, under the embedding's name, as in a checkpoint.
+        self._weights: dict[str, Tensor] = revert_weight_conversion(model, dict(model.named_parameters()))
+        self._base: dict[
+            str, Tensor
+        ] = {}  # the matrices that an adapter changes, as they were before it came
+
+    @classmethod
+    def load(cls, path: str, stop_token_ids: Sequence[int], *, name: str = "hf") -> Self:
+        """Load a checkpoint folder or hub id in float32."""
+        perception = Perception.load(path)
+        kind: Any = AutoModelForCausalLM if perception is None else AutoModelForImageTextToText
+        model = pretrained(kind, path, dtype=torch.float32)
+        return cls(model, stop_token_ids, name=name, perception=perception)
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
+    ) -> Completion:
+        context = self._model.config.get_text_config().max_position_embeddings
+        if len(prompt_ids) + sampling.max_tokens > context:
+            raise EngineFailed(
+                f"{self.name}: {len(prompt_ids)} prompt tokens and max_tokens={sampling.max_tokens} exceed the model's "
+                f"{context} positions"
+            )
+        random = _generator(prompt_ids, sampling)
+        ids: list[int] = []
+        logprobs: list[float] = []
+        versions: list[int] = []
+        new, cache = list(prompt_ids), None
+        beside = self._perceived(prompt_ids, images)
+        finish: FinishReason = "length"
+        while len(ids) < sampling.max_tokens:
+            logits_V, cache = self._forward(new, cache, **beside)
+            token, logprob = _sample(logits_V, sampling, random)
+            ids.append(token)
+            logprobs.append(logprob)
+            versions.append(self.version)
+            if token in self._stop:
+                finish = "stop"
+                break
+            new, beside = [token], _followed(beside)
+            await asyncio.sleep(0)  # the other requests' turn
+        return Completion(
+            np.array(ids, dtype=np.int32),
+            np.array(logprobs, dtype=np.float32),
+            np.array(versions, dtype=np.int32),
+            finish,
+        )
+
+    async def score(self, token_ids: Sequence[int]) -> Float32Array:
+        ids_T = torch.tensor(token_ids)
+        with torch.no_grad():
+            logprobs_TV = self._model(ids_T[None]).logits[0, :-1].float().log_softmax(-1)
+        chosen_T = logprobs_TV.gather(-1, ids_T[1:, None])[:, 0]
+        return np.asarray(chosen_T, dtype=np.float32)
+
+    async def sync(self, update: WeightUpdate) -> SyncReport:
+        """Copy the tensors in place, after names, shapes and checksums were found right; then check the probe."""
+        began = time.perf_counter()
+        shapes = self._wanted(update.manifest)
+        update.manifest.require_names(shapes, self.name)
+        self._require_shapes(update.manifest, shapes)
+        update.verify()
+        stalled = time.perf_counter()
+        self._load(update)
+        self._prove(update)
+        self.version = update.version
+        seconds_stalled = time.perf_counter() - stalled
+        probe = update.manifest.probe
+        difference = probe.check(self.name, self.version, await self.score(probe.token_ids))
+        seconds = time.perf_counter() - began
+        return SyncReport(self.name, self.version, len(shapes), difference, seconds, seconds_stalled)
+
+    async def ping(self) -> None:
+        pass  # it lives in the caller's process
+
+    async def close(self) -> None:
+        pass
+
+    @torch.no_grad()
+    def _forward(self, new_ids: Sequence[int], cache: Any, **beside: Tensor) -> tuple[Tensor, Any]:
+        output = self._model(
+            torch.tensor([new_ids]), past_key_values=cache, use_cache=True, logits_to_keep=1, **beside
+        )
+        logits_V = output.logits[0, -1].float()
+        if self._perception is not None:  # no placeholder is sampled: no picture would stand behind it
+            logits_V[self._perception.placeholder_id] = -torch.inf
+        return logits_V, output.past_key_values
+
+    def _perceived(self, prompt_ids: Sequence[int], images: Sequence[str]) -> dict[str, Tensor]:
+        """What the first pass is given beside ids: the pictures' features, and positions where they are not places."""
+        if not images:
+            return {}
+        if self._perception is None:
+            raise EngineFailed(f"{self.name}: asked about a picture, but the model reads text alone")
+        self._perception.check(prompt_ids, images)
+        beside = {name: torch.from_numpy(x) for name, x in self._perception.features(images).items()}
+        positions_of = getattr(self._model.base_model, "get_rope_index", None)
+        if positions_of is not None:
+            ids = torch.tensor([list(prompt_ids)])
+            grids = {name: grid for name, grid in beside.items() if name.endswith("grid_thw")}
+            kinds = (ids == self._perception.placeholder_id).int()
+            beside["position_ids"], _ = positions_of(ids, mm_token_type_ids=kinds, **grids)
+        return beside
+
+    def _wanted(self, manifest: WeightManifest) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that make up a version of its kind."""
+        adapter = manifest.adapter
+        if adapter is None:
+            return {name: tuple(weight.shape) for name, weight in self._weights.items()}
+        if missing := adapter.missing_from(self._weights):
+            raise WeightMismatch(
+                f"{self.name}: version {manifest.version} adapts {missing[0]}, which this model has not"
+            )
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer in adapter.layers:
+            out, width = self._weights[f"{layer}.weight"].shape
+            a_name, b_name = adapter.tensor_names(layer)
+            shapes |= {a_name: (adapter.rank, width), b_name: (out, adapter.rank)}
+        return shapes
+
+    def _require_shapes(self, manifest: WeightManifest, wanted: dict[str, tuple[int, ...]]) -> None:
+        for spec in manifest.tensors:
+            if spec.shape != wanted[spec.name]:
+                raise WeightMismatch(
+                    f"{self.name}: version {manifest.version}: tensor {spec.name} has shape {spec.shape}, the model's "
+                    f"is {wanted[spec.name]}"
+                )
+
+    @torch.no_grad()
+    def _load(self, update: WeightUpdate) -> None:
+        tensors = {spec.name: _as_tensor(spec, array) for spec, array in update.tensors()}
+        adapter = update.manifest.adapter
+        if adapter is None:
+            for name, tensor in tensors.items():
+                self._weights[name].copy_(tensor)
+            return
+        for layer in adapter.layers:
+            weight_VD = self._weights[f"{layer}.weight"]
+            base_VD = self._base.setdefault(layer, weight_VD.clone())
+            a_RD, b_VR = (tensors[name].to(weight_VD.dtype) for name in adapter.tensor_names(layer))
+            weight_VD.copy_(torch.addmm(base_VD, b_VR, a_RD, alpha=adapter.scale))
+
+    def _prove(self, update: WeightUpdate) -> None:
+        """Compare every tensor that the model computes with to what arrived. An adapter is the probe's to prove."""
+        if update.manifest.adapter is not None:
+            return
+        live = revert_weight_conversion(self._model, dict(self._model.named_parameters()))
+        for spec, array in update.tensors():
+            if not torch.equal(live[spec.name], _as_tensor(spec, array).to(live[spec.name].dtype)):
+                raise WeightMismatch(
+                    f"{self.name}: version {update.version}: the model computes with another {spec.name} than arrived"
+                )
+
+
+def _followed(beside: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the pass of the next token is given: the position behind all that were given."""
+    positions = beside.get("position_ids")
+    return {} if positions is None else {"position_ids": (positions.max() + 1).expand(3, 1, 1)}
+
+
+def _generator(prompt_ids: Sequence[int], sampling: Sampling) -> torch.Generator:
+    random = torch.Generator()
+    if sampling.seed is None:
+        random.seed()
+    else:
+        random.manual_seed(derive_seed(sampling.seed, hash(tuple(prompt_ids))))
+    return random
+
+
+def _sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator) -> tuple[int, float]:
+    """One token and its logprob in the distribution it was drawn from."""
+    logprobs_V = (logits_V / sampling.temperature).log_softmax(-1)
+    if sampling.top_p < 1:
+        logprobs_V = _nucleus(logprobs_V, sampling.top_p)
+    token = int(torch.multinomial(logprobs_V.exp(), 1, generator=random))
+    return token, float(logprobs_V[token])
+
+
+def _nucleus(logprobs_V: Tensor, top_p: float) -> Tensor:
+    """The smallest set of most likely tokens with at least `top_p` of the mass, renormalised."""
+    ordered_V, order_V = logprobs_V.exp().sort(descending=True)
+    outside_V = ordered_V.cumsum(-1) - ordered_V >= top_p
+    return logprobs_V.index_fill(0, order_V[outside_V], -torch.inf).log_softmax(-1)
+
+
+def _as_tensor(spec: TensorSpec, array: ByteArray) -> Tensor:
+    return torch.from_numpy(np.array(array)).view(getattr(torch, spec.dtype)).view(spec.shape)

@@ -1,0 +1,114 @@
+"""An engine without a model: a script answers, deterministically. For tests and for measuring everything else."""
+
+from __future__ import annotations
+
+import time
+from asyncio import sleep
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING
+from zlib import crc32
+
+import numpy as np
+
+from rollout.chat.chat import Chat
+from rollout.engines.engine import Completion, EngineDied, EngineFailed, Sampling, derive_seed
+from rollout.wire.trajectory import Float32Array
+from rollout.wire.weights import SyncReport, WeightUpdate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Script = Callable[
+    [str, Random], str
+]  # (prompt text, random numbers of this request) -> what the assistant says
+Latency = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked and what was answered."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    completion: Completion
+
+
+class ScriptedEngine:
+    """Answers are a pure function of (prompt ids, sampling seed, version), whatever the order of the requests.
+
+    Pictures count as part of the prompt. Logprobs are made up, between -1 and 0, under the same rule. `requests` keeps
+    every request in the order of completion, unless `record` is off. `latency` is awaited before each answer.
+    `stop_token_ids`: tokens that end a turn beside the tokenizer's own (`Chat.stops`).
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        script: Script,
+        version: int = 0,
+        latency: Latency | None = None,
+        *,
+        name: str = "scripted",
+        record: bool = True,
+        stop_token_ids: Sequence[int] = (),
+    ) -> None:
+        self.name = name
+        self.version = version
+        self.requests: list[Request] = []
+        self._backend = tokenizer.backend_tokenizer
+        own = Chat(tokenizer).stops
+        self._end = own[:1]
+        self._stops = frozenset((*own, *stop_token_ids))
+        self._script = script
+        self._latency = latency
+        self._record = record
+        self._closed = False
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
+    ) -> Completion:
+        if self._closed:
+            raise EngineFailed(f"{self.name}: a request came after close()")
+        await (self._latency() if self._latency else sleep(0))
+        shown = (crc32(image.encode()) for image in images)
+        seed = derive_seed(sampling.seed or 0, self.version, hash(tuple(prompt_ids)), *shown)
+        rng = Random(seed)
+        said = self._script(self._backend.decode(prompt_ids, skip_special_tokens=False), rng)
+        ids = [*self._backend.encode(said, add_special_tokens=False).ids, *self._end]
+        # As an engine, it ends at the first token that ends a turn, whatever the script says behind it.
+        ids = ids[: next((place for place, token in enumerate(ids, 1) if token in self._stops), None)]
+        kept = np.array(ids[: sampling.max_tokens], dtype=np.int32)
+        completion = Completion(
+            kept,
+            _logprobs(kept.tolist(), seed),
+            np.full(len(kept), self.version, dtype=np.int32),
+            "stop" if len(kept) == len(ids) else "length",
+        )
+        if self._record:
+            self.requests.append(Request(tuple(prompt_ids), sampling, completion))
+        return completion
+
+    async def score(self, token_ids: Sequence[int]) -> Float32Array:
+        return _logprobs(list(token_ids)[1:], self.version)
+
+    async def sync(self, update: WeightUpdate) -> SyncReport:
+        """Adopt the version; there is nothing to load and nothing to check."""
+        began = time.perf_counter()
+        self.version = update.version
+        return SyncReport(
+            self.name, self.version, len(update.manifest.tensors), 0.0, time.perf_counter() - began, 0.0
+        )
+
+    async def ping(self) -> None:
+        if self._closed:
+            raise EngineDied(f"{self.name}: asked after close()")
+
+    async def close(self) -> None:
+        self._closed = True
+
+
+def _logprobs(token_ids: Sequence[int], salt: int) -> Float32Array:
+    # A tuple of ints hashes alike in every process (only str and bytes are salted).
+    return np.array([-(hash((salt, token)) % 1000) / 1000 for token in token_ids], dtype=np.float32)

@@ -1,0 +1,329 @@
+"""vLLM's AsyncLLM behind the Engine protocol: token ids in; ids, logprobs and weight versions out.
+
+Weights are replaced in flight: generation is paused with its requests kept, the tensors are loaded, generation goes on.
+An engine that was started for an adapter (vllm_adapter.py) keeps its checkpoint's weights and replaces that alone.
+Prompts carry the weight version as cache salt, so a prefix computed by one version is never read by a request that
+starts under another. Every wait for vLLM ends when its engine core does (vllm_process.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from rollout.engines import vllm_images
+from rollout.engines.engine import (
+    FINITE_PROBE,
+    Completion,
+    EngineDied,
+    EngineFailed,
+    Sampling,
+    require_finite,
+)
+from rollout.engines.vllm_start import VllmSettings, start_llm
+from rollout.wire.adapter import AdapterSpec
+from rollout.wire.model_folder import pretrained
+from rollout.wire.trajectory import Float32Array
+from rollout.wire.weights import SyncReport, WeightManifest, WeightMismatch, WeightUpdate
+
+if TYPE_CHECKING:
+    from rollout.chat.perception import Perception
+    from rollout.engines.vllm_process import CoreProcess
+
+T = TypeVar("T")
+
+
+class VllmEngine:
+    """One vLLM instance. `version` is -1 until the first sync: what the model's folder holds is nobody's version."""
+
+    def __init__(
+        self,
+        llm: Any,
+        core: CoreProcess,
+        name: str,
+        stop_token_ids: Sequence[int],
+        weight_names: Sequence[str],
+        seeded: bool,
+        perception: Perception | None = None,
+    ):
+        self.version = -1
+        self.name = name
+        self._llm = llm
+        self._core = core
+        self._stop = list(stop_token_ids)
+        self._weight_names = frozenset(weight_names)
+        self._seeded = seeded
+        self._perception = perception
+        self._adapter: Any = None  # what requests ask vLLM for, once an adapter was loaded
+        self._request_ids = itertools.count()
+        self._params: dict[tuple[float, float, int], Any] = {}  # of requests without a seed of their own
+        self._transfer_ready = False
+        self._paused_at = 0.0
+
+    @classmethod
+    async def start(
+        cls,
+        name: str,
+        model: str,
+        stop_token_ids: Sequence[int],
+        context_tokens: int,
+        settings: VllmSettings,
+        *,
+        on_gpu: bool = False,
+        transfer: str = "manta",
+        adapter: AdapterSpec | None = None,
+        perception: Perception | None = None,
+    ) -> VllmEngine:
+        """Start the engine's processes (about 20 s on two cores); they end with this process and the loop's thread.
+
+        `adapter`: versions are such adapters for what `model` holds; ValueError where it has no such layers.
+        perception: of a model that sees.
+        """
+        from rollout.engines.vllm_process import CoreProcess, ending_with_us, take_names_away
+
+        names = checkpoint_names(model)
+        if adapter and (missing := adapter.missing_from(names)):
+            raise ValueError(
+                f"{name}: model {model} has no tensor {missing[0]}.weight, which the adapter changes; "
+                "use learner.model.lora.sync='merged'"
+            )
+        with ending_with_us():
+            llm = start_llm(
+                model, context_tokens, settings, on_gpu, transfer, adapter, perception is not None
+            )
+        (process,) = llm.engine_core.resources.engine_manager.processes
+        core = CoreProcess(name, process)
+        names = adapter.names if adapter else names
+        engine = cls(llm, core, name, stop_token_ids, names, settings.seeded, perception)
+        await engine.ping()
+        take_names_away(core.pid)
+        # What start-up has left in memory stays: the collector need not walk it again.
+        gc.collect()
+        gc.freeze()
+        return engine
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
+    ) -> Completion:
+        """Sample one completion; its last token is the stop token unless the length ran out."""
+        output = await self._finished(prompt_ids, self._sampling_params(sampling), images)
+        completion = output.outputs[0]
+        if completion.finish_reason not in ("stop", "length") or completion.weight_versions is None:
+            raise EngineFailed(f"{self.name}: a request ended with {completion.finish_reason!r}")
+        token_ids = np.asarray(completion.token_ids, dtype=np.int32)
+        chosen = [
+            rank[token].logprob for rank, token in zip(completion.logprobs, completion.token_ids, strict=True)
+        ]
+        versions = np.empty(len(token_ids), dtype=np.int32)
+        for span in completion.weight_versions:
+            versions[span.start : span.end] = int(span.version)
+        return Completion(token_ids, np.asarray(chosen, dtype=np.float32), versions, completion.finish_reason)
+
+    async def score(self, token_ids: Sequence[int]) -> Float32Array:
+        """[T-1] logprob of every token after the first, at temperature 1."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        output = await self._finished(token_ids, params)
+        ranks = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
+        return np.asarray([rank[token].logprob for rank, token in ranks], dtype=np.float32)
+
+    async def sync(self, update: WeightUpdate) -> SyncReport:
+        """Replace the weights in flight and prove it: names, checksums, version, probe. Raises EngineDied.
+
+        A refused version (WeightMismatch) leaves the old weights serving when it was refused before loading began, and
+        the engine paused when it was not: an engine with half a version must not sample.
+        """
+        began = time.perf_counter()
+        update.manifest.require_names(self._weight_names, self.name)
+        # Hash while generation goes on. The worker then maps the same bytes.
+        await asyncio.to_thread(update.verify)
+        sync = self._sync_adapter if update.manifest.adapter else self._sync_weights
+        report = await sync(update)
+        return replace(report, seconds=time.perf_counter() - began)
+
+    async def _sync_weights(self, update: WeightUpdate) -> SyncReport:
+        if not self._transfer_ready:
+            await self.open_transfer({})
+            self._transfer_ready = True
+        await self.begin_update(update.manifest)
+        await self._loaded(update, self.receive({"update": update.to_plain()}))
+        await self._loaded(update, self._finish(update.version))
+        return await self._serve(update.manifest)
+
+    async def _sync_adapter(self, update: WeightUpdate) -> SyncReport:
+        from rollout.engines import vllm_adapter
+
+        with TemporaryDirectory(prefix="manta-adapter-") as folder:
+            loading = await asyncio.to_thread(vllm_adapter.write, update, Path(folder))
+            await self._pause()
+            await self._loaded(update, self._asked(self._llm.add_lora(loading)))
+        self._adapter = vllm_adapter.PRESENT
+        await self._asked(self._llm.update_weight_version(str(update.version)))
+        return await self._serve(update.manifest)
+
+    async def _loaded(self, update: WeightUpdate, loading: Coroutine[Any, Any, Any]) -> None:
+        from rollout.engines.vllm_process import CallFailed
+
+        try:
+            await loading
+        except CallFailed as error:
+            raise WeightMismatch(f"{error}; version {update.version} was not loaded") from error
+
+    # The steps of a sync, one by one: vLLM's native transfers (vllm_native.py) drive them from the learner.
+
+    async def open_transfer(self, init_info: dict[str, Any]) -> None:
+        """Get ready to receive, once; `init_info` is the transfer backend's own."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._asked(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info)))
+
+    async def begin_update(self, manifest: WeightManifest) -> None:
+        """Check the tensors' names, then pause generation with its requests kept.
+
+        WeightMismatch where the names are others; nothing was paused then.
+        """
+        manifest.require_names(self._weight_names, self.name)
+        await self._pause()
+        await self._asked(self._llm.start_weight_update())
+
+    async def receive(self, update_info: Any) -> None:
+        """Load tensors; a version may come in several parts. An error leaves the engine paused."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._asked(self._llm.update_weights(WeightTransferUpdateRequest(update_info)))
+
+    async def finish_update(self, manifest: WeightManifest) -> SyncReport:
+        """Go on generating under the new version and prove it by the probe (WeightMismatch where it differs)."""
+        await self._finish(manifest.version)
+        return await self._serve(manifest)
+
+    def _finish(self, version: int) -> Coroutine[Any, Any, Any]:
+        return self._asked(self._llm.finish_weight_update(weight_version=str(version)))
+
+    async def _pause(self) -> None:
+        self._paused_at = time.perf_counter()
+        await self._asked(self._llm.pause_generation(mode="keep", clear_cache=False))
+
+    async def _serve(self, manifest: WeightManifest) -> SyncReport:
+        self.version = int(await self._asked(self._llm.get_weight_version()))
+        await self._asked(self._llm.resume_generation())
+        stalled = time.perf_counter() - self._paused_at
+        difference = manifest.probe.check(self.name, self.version, await self.score(manifest.probe.token_ids))
+        seconds = time.perf_counter() - self._paused_at
+        return SyncReport(self.name, self.version, len(manifest.tensors), difference, seconds, stalled)
+
+    async def adopt_loaded(self, version: int) -> None:
+        """Call what the engine loaded `version`: for evaluating a checkpoint. Raises WeightsNotFinite."""
+        require_finite(self.name, await self.score(FINITE_PROBE))
+        await self._asked(self._llm.update_weight_version(str(version)))
+        self.version = version
+
+    async def ping(self) -> None:
+        """A round trip to vLLM's core and on to its workers, which answer between two steps."""
+        from rollout.engines.vllm_process import CallFailed
+
+        try:
+            await self._core.answer(self._llm.collective_rpc("answer"))
+        except CallFailed as error:
+            raise EngineDied(f"{self.name}: vLLM's workers do not answer its engine core: {error}") from error
+
+    async def close(self) -> None:
+        """End vLLM's processes at once; requests under way fail with EngineDied."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self._core.close()
+        # vLLM would take the end of its core for an accident and print it.
+        if self._llm.output_handler is not None:
+            self._llm.output_handler.cancel()
+            self._llm.output_processor.propagate_error(EngineDeadError())
+        # Nothing of theirs is worth a wait. (A worker on CPU never stops by itself: vLLM would wait 5 s and kill it.)
+        await asyncio.to_thread(self._llm.shutdown, 0.0)
+        # vLLM does it again when it is collected, which may be by an interpreter that is half gone.
+        self._llm.shutdown = lambda timeout=None: None
+
+    async def _asked(self, call: Coroutine[Any, Any, T]) -> T:
+        from rollout.engines.vllm_process import CallFailed
+
+        try:
+            return await self._core.answer(call)
+        except CallFailed:
+            # vLLM says much the same of a call that failed and of a worker that died under it.
+            await self.ping()
+            raise
+
+    async def _finished(self, token_ids: Sequence[int], params: Any, images: Sequence[str] = ()) -> Any:
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        # "token" is what vLLM's renderer makes of a prompt. It says that there is nothing to tokenize, and so spares
+        # every request the way through a thread.
+        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(token_ids)}
+        if images:
+            prompt = vllm_images.prompt(self._perception, token_ids, images)
+        prompt["cache_salt"] = str(self.version)
+        request = f"{self.name}-{next(self._request_ids)}"
+        try:
+            generating = self._llm.generate(prompt, params, request, lora_request=self._adapter)
+            outputs = [out async for out in generating]
+        except EngineDeadError as error:
+            raise await self._core.death() from error
+        except EngineGenerateError as error:
+            if self._llm.errored:
+                raise await self._core.death() from error
+            raise EngineFailed(f"{self.name}: vLLM failed on a request: {error.__cause__!r}") from error
+        if not outputs:
+            raise EngineFailed(f"{self.name}: vLLM gave no output for a request of {len(token_ids)} tokens")
+        if images:
+            vllm_images.require_same(token_ids, outputs[-1].prompt_token_ids, images)
+        return outputs[-1]
+
+    def _sampling_params(self, sampling: Sampling) -> Any:
+        if self._seeded and sampling.seed is not None:
+            return self._new_params(sampling, sampling.seed)
+        key = (sampling.temperature, sampling.top_p, sampling.max_tokens)
+        if key not in self._params:
+            self._params[key] = self._new_params(sampling, None)
+        return self._params[key]
+
+    def _new_params(self, sampling: Sampling, seed: int | None) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            seed=None if seed is None else seed % 2**63,
+            stop_token_ids=self._stop,
+            logprobs=0,
+            logit_bias=vllm_images.never_sampled(self._perception),
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,  # vLLM's deep copy for every request is not needed: nobody changes these
+        )
+
+
+def checkpoint_names(model: str) -> list[str]:
+    """The tensor names of a whole version of this model, as its architecture has them: a tied one once.
+
+    Its files are not asked: they may hold a tied head besides, be no safetensors, or not be there yet.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.core_model_loading import revert_weight_conversion
+
+    config = pretrained(AutoConfig, model)
+    sees = getattr(config, "vision_config", None) is not None
+    kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    with torch.device("meta"):
+        skeleton = kind.from_config(config)
+    return list(revert_weight_conversion(skeleton, dict(skeleton.named_parameters())))

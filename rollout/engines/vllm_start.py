@@ -1,0 +1,87 @@
+"""What a vLLM engine is given, and how vLLM's processes are started with it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rollout.wire.adapter import AdapterSpec
+
+
+class VllmSettings(BaseModel):
+    """What an engine is given; everything that concerns one vLLM instance."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="compute type of the engine"
+    )
+    max_num_seqs: int = Field(256, gt=0, description="requests decoded together")
+    tensor_parallel_size: int = Field(1, gt=0, description="GPUs one engine spans")
+    memory_fraction: float = Field(
+        0.85, gt=0, le=1, description="share of a GPU's memory the engine may take"
+    )
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of an engine on CPU, GiB")
+    threads: int = Field(1, gt=0, description="compute threads of an engine on CPU")
+    enforce_eager: bool = Field(
+        True, description="run without graph capture: starts faster, decodes slower on GPUs"
+    )
+    seeded: bool = Field(False, description="give every request its own seed (reproducible, slower sampling)")
+
+
+def start_llm(
+    model: str,
+    context_tokens: int,
+    settings: VllmSettings,
+    on_gpu: bool,
+    transfer: str,
+    adapter: AdapterSpec | None = None,
+    sees: bool = False,
+) -> Any:
+    """Start vLLM's processes and return its AsyncLLM.
+
+    `transfer` names the weight-transfer backend: ours ("manta"), or vLLM's own "nccl" and "ipc" on GPUs. `sees`: the
+    model takes pictures; vLLM's processor of them needs the tokenizer.
+    """
+    if transfer == "ipc":
+        # IPC handles hold types and dtypes, which vLLM carries to its own worker processes only as pickles.
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    if not on_gpu:
+        # Left to itself vLLM binds one core and reserves another, which starves a second engine of the machine.
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+        if settings.enforce_eager:
+            # One function of vLLM's sampler is compiled all the same: with a C++ compiler, in every engine's first
+            # step, for 15 s in which it answers nobody. Computed as written it takes microseconds.
+            os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    from vllm.config.weight_transfer import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from rollout.engines import vllm_adapter
+
+    memory: dict[str, Any] = (
+        {"gpu_memory_utilization": settings.memory_fraction}
+        if on_gpu
+        else {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30)}
+    )
+    arguments = AsyncEngineArgs(
+        model=model,
+        dtype=settings.dtype,
+        max_model_len=context_tokens,
+        max_num_seqs=settings.max_num_seqs,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        enforce_eager=settings.enforce_eager,
+        enable_prefix_caching=True,
+        skip_tokenizer_init=not sees,
+        generation_config="vllm",  # sampling is ours alone: no defaults out of the model's folder
+        logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
+        weight_transfer_config=WeightTransferConfig(backend=transfer),
+        worker_extension_cls="rollout.engines.vllm_weights.WorkerExtension",
+        disable_log_stats=True,
+        **memory,
+        **(vllm_adapter.arguments(adapter) if adapter else {}),
+    )
+    return AsyncLLM.from_engine_args(arguments)

@@ -1,0 +1,105 @@
+"""Receives published weights inside vLLM's worker process.
+
+vLLM drives a weight update through a `WeightTransferEngine`. Its own backends (nccl, ipc) need a GPU; this one opens a
+`Handle` (shared memory or Ray's object store) and loads the tensors straight out of it. Naming the module as
+`worker_extension_cls` makes vLLM import it in the worker process, which is what registers the backend there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from rollout.engines.vllm_proof import LayerProof
+from rollout.wire.weights import ByteArray, TensorSpec, WeightMismatch, WeightUpdate
+
+BACKEND = "manta"
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker: importing it registers the backend in the worker's own process."""
+
+    def answer(self) -> None:
+        """What a ping asks for."""
+
+
+@dataclass
+class _Init(WeightTransferInitInfo):
+    """Nothing to agree on: every update says where its bytes lie."""
+
+
+@dataclass
+class _Update(WeightTransferUpdateInfo):
+    update: dict[str, Any]  # WeightUpdate.to_plain()
+
+
+def as_torch(spec: TensorSpec, array: ByteArray) -> torch.Tensor:
+    """View the bytes as the tensor they are: no copy, to be read only."""
+    with warnings.catch_warnings():  # torch has no read-only tensors and says so of every mapped buffer
+        warnings.simplefilter("ignore", UserWarning)
+        flat = torch.frombuffer(array.data, dtype=torch.uint8)
+    return flat.view(getattr(torch, spec.dtype)).view(spec.shape)
+
+
+class HandleTransfer(WeightTransferEngine[_Init, _Update]):
+    """Loads a version from its handle by vLLM's layerwise reload, which redoes what loading did to the layout."""
+
+    init_info_cls = _Init
+    update_info_cls = _Update
+
+    def init_transfer_engine(self, init_info: _Init) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        self._proof, self._version = LayerProof(self.model), -1
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # The base class ends with an accelerator's synchronize, which a CPU does not have.
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: _Update) -> None:
+        update = WeightUpdate.from_plain(update_info.update)
+        self._version = update.version
+        loaded = self.model.load_weights(self._on_device(update))
+        if not loaded:
+            raise WeightMismatch(f"version {update.version}: the model loaded no tensor")
+
+    def _on_device(self, update: WeightUpdate) -> Iterator[tuple[str, torch.Tensor]]:
+        for spec, array in update.tensors():
+            tensor = as_torch(spec, array).to(self.device)
+            self._proof.see(spec.name, tensor)
+            yield spec.name, tensor
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu" and self.model_config.hf_config.tie_word_embeddings:
+            self._repack_tied_head()
+        self._proof.check(self._version)
+
+    def _repack_tied_head(self) -> None:
+        # On a CPU the head keeps a packed copy of its weight. The reload refreshes packed copies layer by layer but
+        # passes over a tied head, which would go on sampling from the old embeddings.
+        for module in self.model.modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
+
+    def shutdown(self) -> None:
+        pass
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, HandleTransfer)

@@ -1,0 +1,198 @@
+"""An OpenAI-compatible server on the loopback interface, where foreign agents find the policy.
+
+    POST /v1/chat/completions    answered by the policy, streamed or not
+    POST /v1/episodes/reward     a `Verdict` as JSON, {"reward": 1.0, "success": true}: it ends the episode
+    GET  /v1/models[/NAME]       the one there is
+
+The API key says which episode a request belongs to; it is looked at before the body. Errors have OpenAI's form: 400 for
+what is not offered, 401 for an unknown key, 408 and 413 for a body that is slow or long, 409 after the episode's end.
+Clients are told not to repeat such a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from rollout.external.connection import Connection, read_body
+from rollout.external.openai_format import Refused, completion, events, read
+from rollout.external.session import Session, Verdict, ended
+
+MODEL = "policy"  # what it is called; any other name is taken too
+_LOOPBACK = "127.0.0.1"
+_BACKLOG = 2048
+_ENDED_KEPT = 4096  # keys of ended episodes that are told so
+_CLOSE_SECONDS = 2
+_HUNG_UP = 499  # nobody reads it
+_CLOSING = (401, 408, 413)  # what is left of such a request's body is not read
+_IDLE_SECONDS = 24 * 3600  # a connection the server closes first could be one that is just being used
+
+log = logging.getLogger(__name__)
+
+
+class Endpoint:
+    """The server, on the event loop it is made on and on a free port. One serves every episode of a worker."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, Session] = {}
+        self._ended: deque[str] = deque(maxlen=_ENDED_KEPT)
+        self._ignored: set[str] = set()
+        # It listens from here on; whoever connects before the server runs is served a moment later.
+        listener = socket.create_server((_LOOPBACK, 0), backlog=_BACKLOG)
+        self.base_url = f"http://{_LOOPBACK}:{listener.getsockname()[1]}/v1"
+        self._server = _Server(
+            uvicorn.Config(
+                self._app(),
+                http=Connection,
+                lifespan="off",
+                ws="none",
+                log_config=None,
+                log_level=logging.WARNING,
+                access_log=False,
+                backlog=_BACKLOG,
+                timeout_keep_alive=_IDLE_SECONDS,
+                timeout_graceful_shutdown=_CLOSE_SECONDS,
+            )
+        )
+        self._serving = asyncio.create_task(self._server.serve([listener]), name="endpoint")
+
+    def open(self) -> Session:
+        """A session under a new key."""
+        session = Session(f"episode-{secrets.token_hex(16)}")
+        self._sessions[session.key] = session
+        return session
+
+    def end(self, session: Session) -> None:
+        """Refuse what is still asked in this session and whatever comes."""
+        session.end()
+        if self._sessions.pop(session.key, None) is not None:
+            self._ended.append(session.key)
+
+    async def close(self) -> None:
+        """End every session and the server."""
+        for session in list(self._sessions.values()):
+            self.end(session)
+        self._server.should_exit = True
+        await self._serving
+
+    def _app(self) -> Starlette:
+        routes = [
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/episodes/reward", self._reward, methods=["POST"]),
+            Route("/v1/models", self._models, methods=["GET"]),
+            Route("/v1/models/{name:path}", self._model, methods=["GET"]),
+        ]
+        served = "; ".join(f"{'/'.join(sorted(route.methods or ()))} {route.path}" for route in routes)
+
+        async def elsewhere(request: Request, error: Exception) -> Response:
+            assert isinstance(error, HTTPException)
+            message = f"there is no {request.method} {request.url.path} here; served are {served}"
+            return _refusal(Refused(error.status_code, "not_found", message))
+
+        async def refused(request: Request, error: Exception) -> Response:
+            assert isinstance(error, Refused)
+            return _refusal(error)
+
+        async def left(request: Request, error: Exception) -> Response:
+            return Response(status_code=_HUNG_UP)
+
+        handlers = {HTTPException: elsewhere, Refused: refused, ClientDisconnect: left}
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    async def _chat(self, request: Request) -> Response:
+        session = self._session(request)
+        asked = read(await read_body(request))
+        self._note(asked.ignored)
+        call = session.ask(asked)
+        hung_up = asyncio.ensure_future(_hung_up(request))
+        either: tuple[asyncio.Future[Any], ...] = (call.answer, hung_up)
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            hung_up.cancel()
+        if hung_up.done():
+            call.gone = True
+            return Response(status_code=_HUNG_UP)
+        answer = call.answer.result()
+        ident, created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+        if asked.stream:
+            stream = "".join(events(asked, answer, ident, created))
+            return Response(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        return JSONResponse(completion(asked, answer, ident, created))
+
+    async def _reward(self, request: Request) -> Response:
+        session = self._session(request)
+        body = await read_body(request)
+        try:
+            session.post(Verdict.read(body))
+        except ValueError as error:
+            raise Refused(400, "invalid_request", str(error)) from None
+        return JSONResponse({"object": "episode", "ended": True})
+
+    async def _models(self, request: Request) -> Response:
+        self._session(request)
+        return JSONResponse({"object": "list", "data": [_model(MODEL)]})
+
+    async def _model(self, request: Request) -> Response:
+        self._session(request)
+        return JSONResponse(_model(request.path_params["name"]))
+
+    def _session(self, request: Request) -> Session:
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        key = key.strip()
+        if scheme.lower() == "bearer" and key in self._sessions:
+            return self._sessions[key]
+        if key in self._ended:
+            raise ended()
+        raise Refused(
+            401,
+            "invalid_api_key",
+            "the API key names no episode; use the one of OPENAI_API_KEY as it was given",
+        )
+
+    def _note(self, ignored: tuple[str, ...]) -> None:
+        new = set(ignored) - self._ignored
+        if new:
+            self._ignored |= new
+            named = ", ".join(sorted(new))
+            log.warning("a foreign agent asks for %s: not heeded, the run's own sampling holds", named)
+
+
+class _Server(uvicorn.Server):
+    """One that leaves the process's signals alone: they are for whoever runs the worker."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _hung_up(request: Request) -> None:
+    """Return when the client of a request that was read whole is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "manta"}
+
+
+def _refusal(error: Refused) -> Response:
+    # The client would repeat a 409 by itself; nothing gets better by that here.
+    headers = {"x-should-retry": "false"}
+    if error.status in _CLOSING:
+        headers["connection"] = "close"
+    return JSONResponse(error.body, error.status, headers=headers)

@@ -1,0 +1,308 @@
+"""The fleet over members that are scripted to die, freeze and refuse."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from deploy.cluster.fleet import Fleet
+from deploy.config.supervise import PartFailed, SupervisionSettings
+from deploy.report.evaluation import Evaluation
+from rollout.buffer.replay_store import EpisodeRow
+from rollout.wire.process_info import Whereabouts
+from rollout.wire.trajectory import EndReason, Task
+from rollout.wire.weights import Handle, Probe, SyncReport, WeightManifest, WeightMismatch, WeightUpdate
+
+QUICK = SupervisionSettings(
+    heartbeat_seconds=0.01, frozen_seconds=1.0, max_restarts=2, restart_window_seconds=1000, drain_seconds=1
+)
+
+
+def update(version: int) -> WeightUpdate:
+    return WeightUpdate(WeightManifest(version, (), Probe((), (), 0.0)), Handle("", ""))
+
+
+class Scripted:
+    """A member that does as it is told: `dead`, `frozen`, or refusing a version."""
+
+    def __init__(self, name: str, world: World) -> None:
+        self.name = name
+        self.world = world
+        self.version = -1
+        self.dead = self.frozen = self.drained = False
+        self.killed = asyncio.Event()
+        self.stopped = asyncio.Event()
+
+    async def _lives(self) -> None:
+        if self.dead:
+            raise ConnectionError(f"{self.name} is dead")
+        if self.frozen:
+            await asyncio.Event().wait()
+
+    async def start(self) -> Whereabouts:
+        if self.name in self.world.stillborn:
+            raise OSError(f"{self.name} finds no device")
+        await self._lives()
+        return Whereabouts("host", 1, "node", f"{self.name}.log")
+
+    async def sync(self, update: WeightUpdate) -> SyncReport:
+        await asyncio.sleep(0.005)
+        await self._lives()
+        if self.name in self.world.refusing:
+            raise WeightMismatch("tensor lm_head arrived with another checksum")
+        self.version = update.version
+        return SyncReport(self.name, update.version, 0, 0.0, 0.0, 0.0)
+
+    async def run(self) -> None:
+        self.world.ran.append((self.name, self.version))
+        self.stopped.clear()
+        while not (self.stopped.is_set() or self.drained):
+            await asyncio.sleep(0.002)
+            await self._lives()
+
+    async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
+        await asyncio.sleep(0.02)
+        await self._lives()
+        return [
+            EpisodeRow(task.seed, EndReason.TERMINATED, 1.0, True, 1, 1, self.version, None) for task in tasks
+        ]
+
+    async def ping(self) -> None:
+        await self._lives()
+
+    async def standing(self) -> str:
+        return "its event loop has stood for 30 s in step (maze.py:33)" if self.frozen else ""
+
+    async def stop(self) -> None:
+        await self._lives()
+        self.stopped.set()
+
+    async def drain(self) -> None:
+        await self._lives()
+        self.drained = True
+
+    async def counters(self) -> dict[str, float]:
+        await self._lives()
+        return {"turns": 1.0}
+
+    async def stacks(self) -> str:
+        return "here"
+
+    async def close(self) -> None:
+        await self._lives()
+
+    async def kill(self) -> None:
+        self.killed.set()
+
+
+class World:
+    """What surrounds the fleet: who was launched, what the learner lends, what the exchange heard."""
+
+    def __init__(self) -> None:
+        self.members: dict[str, Scripted] = {}
+        self.ran: list[tuple[str, int]] = []
+        self.handed_on: list[str] = []
+        self.said: list[str] = []
+        self.stillborn: set[str] = set()
+        self.refusing: set[str] = set()
+        self.version = 0
+
+    def fleet(self, settings: SupervisionSettings = QUICK) -> Fleet:
+        return Fleet(self.launch, self.lend, self.hand_on, settings, 1.0, 1.0, self.said.append)
+
+    def launch(self, name: str) -> Scripted:
+        self.members[name] = Scripted(name, self)
+        return self.members[name]
+
+    @asynccontextmanager
+    async def lend(self) -> AsyncIterator[WeightUpdate]:
+        yield update(self.version)
+
+    async def hand_on(self, worker: str) -> int:
+        assert self.members[worker].killed.is_set() or self.members[worker].drained
+        self.handed_on.append(worker)
+        return 3
+
+
+def play(script: Callable[[World, Fleet], Coroutine[Any, Any, None]], world: World | None = None) -> World:
+    world = world or World()
+
+    async def scene() -> None:
+        fleet = world.fleet()
+        try:
+            async with asyncio.timeout(20):
+                await script(world, fleet)
+        finally:
+            await fleet.close()
+
+    asyncio.run(scene())
+    assert all(member.killed.is_set() for member in world.members.values())
+    return world
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    while not holds():
+        await asyncio.sleep(0.002)
+
+
+@pytest.mark.parametrize("how", ["dead", "frozen"])
+def test_a_lost_worker_is_killed_its_groups_handed_on_and_its_seat_filled(how: str) -> None:
+    async def script(world: World, fleet: Fleet) -> None:
+        fleet.scale(2)
+        await fleet.ready()
+        fleet.play()
+        await until(lambda: len(world.ran) == 2)
+        setattr(world.members["rollout-0"], how, True)
+        await until(lambda: ("rollout-0.1", 0) in world.ran)
+        assert world.members["rollout-0"].killed.is_set()
+        assert world.handed_on == ["rollout-0"]
+        assert {member.name for member in fleet.serving} == {"rollout-0.1", "rollout-1"}
+        cause = (
+            "is dead"
+            if how == "dead"
+            else "within 1 s: its event loop has stood for 30 s in step (maze.py:33)"
+        )
+        assert any(cause in said for said in world.said)
+
+    play(script)
+
+
+def test_publishing_does_not_wait_for_the_dead_and_the_next_one_holds_the_new_version() -> None:
+    async def script(world: World, fleet: Fleet) -> None:
+        fleet.scale(3)
+        await fleet.ready()
+        fleet.play()
+        world.members["rollout-1"].dead = True
+        world.version = 1
+        reports = await fleet.publish(update(1))
+        assert {report.engine for report in reports} == {"rollout-0", "rollout-2"}
+        await fleet.ready()
+        assert {member.version for member in fleet.serving} == {1}  # type: ignore[attr-defined]
+        await until(lambda: ("rollout-1.1", 1) in world.ran)
+
+    play(script)
+
+
+def test_a_member_is_never_admitted_with_a_version_that_was_replaced_meanwhile() -> None:
+    async def script(world: World, fleet: Fleet) -> None:
+        fleet.scale(1)
+        await fleet.ready()
+        fleet.scale(4)
+        for version in range(1, 6):
+            world.version = version
+            await fleet.publish(update(version))
+            assert {member.version for member in fleet.serving} == {version}  # type: ignore[attr-defined]
+        await fleet.ready()
+        assert {member.version for member in fleet.serving} == {5}  # type: ignore[attr-defined]
+
+    play(script)
+
+
+def test_beyond_its_budget_a_part_stops_the_run_and_is_named() -> None:
+    async def script(world: World, fleet: Fleet) -> None:
+        world.stillborn |= {f"rollout-0{life}" for life in ("", ".1", ".2", ".3")}
+        fleet.scale(1)
+        with pytest.raises(PartFailed, match=r"rollout-0 was lost 3 times .* finds no device"):
+            await fleet.ready()
+
+    play(script)
+
+
+def test_a_worker_with_other_weights_stops_the_run() -> None:
+    async def script(world: World, fleet: Fleet) -> None:
+        fleet.scale(2)
+        await fleet.ready()
+        world.refusing.add("rollout-1")
+        with pytest.raises(WeightMismatch, match="lm_head"):
+            await fleet.publish(update(1))
+
+    play(script)
+
+
+def test_the_fleet_grows_and_shrinks_while_it_plays() -> None:
+    async def script(world: World, fleet: Fleet) -> None:
+        fleet.scale(2)
+        await fleet.ready()
+        fleet.play()
+        await until(lambda: len(world.ran) == 2)
+        fleet.scale(4)
+        await until(lambda: len(world.ran) == 4)
+        fleet.scale(1)
+        await until(lambda: len(world.handed_on) == 3)
+        assert all(world.members[f"rollout-{seat}"].drained for seat in (1, 2, 3))
+        assert [member.name for member in fleet.serving] == ["rollout-0"]
+        fleet.scale(2)
+        await fleet.ready()
+        assert len(fleet.serving) == 2
+
+    play(script)
+
+
+def test_after_a_pause_every_member_plays_again() -> None:
+    async def script(world: World, fleet: Fleet) -> None:
+        fleet.scale(2)
+        await fleet.ready()
+        for round_ in range(3):
+            fleet.play()
+            await until(lambda: len(world.ran) == 2 * (round_ + 1))  # noqa: B023
+            await fleet.pause()
+        assert not world.handed_on
+
+    play(script)
+
+
+def test_an_evaluation_is_whole_although_a_worker_dies_in_it() -> None:
+    async def script(world: World, fleet: Fleet) -> None:
+        fleet.scale(2)
+        await fleet.ready()
+        evaluation = asyncio.create_task(fleet.evaluate([Task.of("e", seed) for seed in range(300)], "after"))
+        await asyncio.sleep(0.005)
+        world.members["rollout-0"].dead = True
+        assert [row.episode for row in await evaluation] == list(range(300))
+
+    play(script)
+
+
+@pytest.mark.parametrize("guilty", [{3}, {3, 70}])
+def test_a_task_that_kills_every_worker_is_given_up_as_crashed_and_all_others_are_measured(
+    guilty: set[int],
+) -> None:
+    tasks = [Task.of("maze", seed) for seed in range(100)]
+    shares: list[list[int]] = []
+
+    class Dying(Scripted):
+        async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
+            seeds = [task.seed for task in tasks]
+            self.dead = bool(guilty & set(seeds))
+            if self.dead:
+                shares.append(seeds)
+            return await super().evaluate(tasks, name)
+
+    class DyingWorld(World):
+        def launch(self, name: str) -> Scripted:
+            self.members[name] = Dying(name, self)
+            return self.members[name]
+
+    async def script(world: World, fleet: Fleet) -> None:
+        fleet.scale(8)
+        await fleet.ready()
+        rows = await fleet.evaluate(tasks, "before")
+        assert [row.episode for row in rows if row.sound] == [
+            each for each in range(100) if each not in guilty
+        ]
+        for seed in guilty:
+            assert str(rows[seed].error).startswith(
+                f"crashed: 3 rollout workers were lost while they played maze (seed {seed}), the last one with no "
+                "other task; its error: ConnectionError: rollout-"
+            )
+        evaluation = Evaluation.of(rows)
+        assert (evaluation.episodes, evaluation.failed) == (100 - len(guilty), len(guilty))
+
+    play(script, DyingWorld())
+    for seed in guilty:
+        lost_with = [len(share) for share in shares if seed in share]
+        assert lost_with == [64 if seed < 64 else 36] * 2 + [1], "twice among others, then by itself"

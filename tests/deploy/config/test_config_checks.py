@@ -1,0 +1,120 @@
+"""What contradicts itself or could never act is refused in one line, and what that line recommends is accepted."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from deploy.config.config import RunConfig
+from deploy.config.config_checks import doubts
+from deploy.config.config_errors import ConfigError
+from deploy.config.load import load_config
+from tests.deploy.small_run import configured
+
+CREDIT = "learner.algorithm.credit="
+CORRECTIONS = "learner.algorithm.corrections="
+CRITIC = ("learner.algorithm.credit.kind=gae", "learner.algorithm.critic.kind=own")
+ALONE = "rollout.group_size=1"
+UNIFORM = "rollout.drop_uniform=true"
+REUSE = ("buffer.reuse.groups=1", "buffer.reuse.max_lag=3")
+FREE = ("learner.algorithm.loss.kind=reinforce",)
+
+
+def guard(metric: str) -> str:
+    return f"guards=[{{metric='{metric}', above=0.1}}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ([ALONE, CREDIT + "{kind='returns'}"], "rollout.group_size=1 leaves .*'returns' without a baseline"),
+        ([ALONE, CREDIT + "{kind='reinforce_pp', group_baseline=true}"], "'reinforce_pp' without group_baseline"),
+        ([CREDIT + "{kind='reinforce_pp', group_baseline=true, gamma=0.9}"], "gamma=0.9 discounts returns of tokens"),
+        ([ALONE, UNIFORM], "rollout.group_size=1 leaves"),
+        ([ALONE, UNIFORM, CREDIT + "{kind='reinforce_pp'}"], "rollout.drop_uniform .*'reinforce_pp'"),
+        ([UNIFORM, CREDIT + "{kind='gdpo', weights={goal=1.0}}"], "may tell such episodes apart; .*'maxrl'"),
+        ([UNIFORM, CREDIT + "{kind='gigpo'}"], "rollout.drop_uniform"),
+        ([UNIFORM, CREDIT + "{kind='returns'}"], "rollout.drop_uniform"),
+        ([UNIFORM, *CRITIC], "rollout.drop_uniform"),
+        ([*CRITIC, "learner.algorithm.critic.warmup_steps=4"], "warmup_steps=4 .*steps=4: it would never learn"),
+        (
+            [*CRITIC, "learner.algorithm.critic.warmup_steps=3", "learner.optim.schedule=linear",
+             "learner.optim.warmup_steps=1"],
+            "to the last one, 1: .*none while the critic warms up",
+        ),
+        (["learner.algorithm.minibatches=9"], "minibatches=9 .*; use 8 or fewer"),
+        (["learner.algorithm.minibatches=5", "learner.ranks=2"], "minibatches=5 .*; use 4 or fewer"),
+        (["buffer.max_lag=1", CORRECTIONS + "[{kind='lag', max_lag=1}]"], "masks nothing: .* than 1 versions"),
+        ([*REUSE, CORRECTIONS + "[{kind='lag', max_lag=3}]"], "masks nothing: .* than 3 versions"),
+        (["learner.algorithm.overlong={tokens=231, margin=31}"], "begins after 200 .* no episode has more than 200"),
+        (["learner.algorithm.overlong={tokens=50, margin=10}", "agent.memory=full"], "no episode has more than 40"),
+        ([CREDIT + "{kind='gigpo', weight=0.0}"], "credit.weight: Input should be greater than 0"),
+        ([guard("value_error")], "value_error is never out of bounds: there is no learner.algorithm.critic"),
+        ([guard("reference_kl")], "there is no learner.algorithm.kl"),
+        ([guard("value_skipped_step")], "there is no learner.algorithm.critic"),
+        ([guard("correction")], "there are no learner.algorithm.corrections"),
+        ([guard("reused_lag_max")], "buffer.reuse.groups=0"),
+        ([guard("masked_fraction")], "no learner.algorithm.corrections mask"),
+        ([guard("clip_fraction"), *FREE], "loss.kind='reinforce' clips nothing"),
+        ([guard("clip_fraction"), "learner.algorithm.loss.kind=sapo"], "'sapo' clips nothing"),
+        ([guard("clip_fraction"), "learner.algorithm.proximal=learner"], "every ratio is 1"),
+        (["replay=somewhere", UNIFORM], "a replay plays none: use rollout.drop_uniform=false"),
+        (["replay=somewhere", *REUSE], "buffer.reuse does not act in a replay"),
+    ],
+)  # fmt: skip
+def test_what_would_never_act_is_refused(overrides: list[str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        configured(*overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [ALONE, CREDIT + "{kind='returns', baseline='batch'}"],
+        [ALONE, CREDIT + "{kind='reinforce_pp'}"],
+        [ALONE, *CRITIC],
+        [UNIFORM],
+        [UNIFORM, CREDIT + "{kind='rloo'}"],
+        [UNIFORM, CREDIT + "{kind='maxrl'}"],
+        [UNIFORM, CREDIT + "{kind='reinforce_pp', group_baseline=true}"],
+        [*CRITIC, "learner.algorithm.critic.warmup_steps=3", guard("value_error")],
+        ["learner.algorithm.minibatches=8"],
+        [*REUSE, CORRECTIONS + "[{kind='lag', max_lag=2}]", guard("masked_fraction")],
+        ["replay=somewhere", CORRECTIONS + "[{kind='lag', max_lag=2}]"],  # the past may have reused
+        ["learner.algorithm.overlong={tokens=231, margin=32}"],
+        ["learner.algorithm.proximal=learner", "learner.algorithm.epochs=2", guard("clip_fraction")],
+    ],
+)
+def test_what_the_refusals_recommend_is_accepted(overrides: list[str]) -> None:
+    configured(*overrides)
+
+
+def test_guards_that_nobody_wrote_refuse_nothing_when_a_run_is_opened_again() -> None:
+    config = configured(*FREE)
+    assert any(one.metric == "clip_fraction" for one in config.guards)
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["buffer.max_lag=2", *FREE], "what weights up to 2 versions old sampled .*loss.kind='reinforce'"),
+        (
+            [*REUSE, "learner.algorithm.proximal=learner"],
+            "what weights up to 3 versions old .*proximal='learner'",
+        ),
+        (["replay=somewhere", *FREE], "what the past run sampled counts"),
+    ],
+)
+def test_what_ignores_who_sampled_is_doubted(overrides: list[str], said: str) -> None:
+    (doubt,) = doubts(configured(*overrides))
+    assert re.match(said, doubt) and "\n" not in doubt
+    weighed = ["learner.algorithm.proximal=learner", CORRECTIONS + "[{kind='tis'}]"]
+    assert doubts(configured(*overrides, *weighed)) == [], "what it recommends"
+
+
+def test_shipped_recipes_raise_no_doubt_and_neither_does_what_is_always_on_policy() -> None:
+    assert doubts(configured(*FREE)) == []
+    assert [doubts(load_config(name)) for name in ("frozen_lake", "rloo", "ppo", "cispo", "gspo")] == [[]] * 5

@@ -1,0 +1,170 @@
+"""What several ranks learn, keep and publish together is what one does alone."""
+
+from __future__ import annotations
+
+import re
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from learner.model.tiny import build_tiny
+from learner.model.tokenizer import build_tokenizer
+from learner.parallel.ranks import RankLost, Ranks
+from learner.training.checkpoint import latest
+from tests.learner.ranked import (
+    Found,
+    beyond_floats,
+    divided,
+    narrow,
+    refused,
+    resumed,
+    saved,
+    stepped,
+    without_logprobs,
+)
+from tests.learner.together import together
+
+GAE: dict[str, Any] = {"kind": "gae", "gamma": 0.9, "lam": 0.8}
+CRITIC: dict[str, Any] = {"credit": GAE, "critic": {"optim": {"learning_rate": 0.03}}}
+SHARED: dict[str, Any] = {
+    "credit": GAE,
+    "critic": {"kind": "shared", "warmup_steps": 1, "optim": {"learning_rate": 0.03}},
+    "proximal": "learner",
+    "epochs": 2,
+    "skip_zero_advantage": False,
+}
+# (recipe, learner steps, settings of the model); UNTIED stands for a model whose head is a matrix of its own
+UNTIED = "untied"
+CASES: list[Any] = [
+    ({"credit": {"kind": "group"}}, 1, {}),
+    (
+        {
+            "credit": {"kind": "reinforce_pp", "gamma": 0.9},
+            "aggregation": "constant",
+            "aggregation_length": 16,
+            "proximal": "learner",
+            "corrections": [{"kind": "tis", "cap": 1.2}],
+            "kl": {"coefficient": 0.3, "where": "loss"},
+            "skip_zero_advantage": False,
+        },
+        2,
+        {"gradient_checkpointing": True},
+    ),
+    ({"credit": {"kind": "returns", "baseline": "batch"}, "aggregation": "sequence"}, 1, {}),
+    ({"credit": {"kind": "gdpo", "weights": {"goal": 1.0, "form": 0.5}}, "loss": {"kind": "gspo"}}, 1, {}),
+    (CRITIC | {"aggregation": "sequence"}, 2, {"path": UNTIED}),
+    (SHARED, 3, {}),
+]
+
+
+def _same(one: list[Any], other: list[Any], atol: float = 0.0) -> None:
+    for left, right in zip_longest(one, other):
+        np.testing.assert_allclose(left, right, rtol=0, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """The cases, with a folder for the model that is no fixture of others."""
+    folder = tmp_path_factory.mktemp(UNTIED)
+    shape = {"layers": 1, "width": 32, "heads": 2, "mlp": 48, "context": 128}
+    build_tiny(folder, build_tokenizer(folder), **shape, tie=False, seed=2)
+    return [
+        (recipe, steps, model | ({"path": str(folder)} if model.get("path") == UNTIED else {}))
+        for recipe, steps, model in CASES
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path, cases: list[Any]) -> list[Found]:
+    """What one rank makes of every case."""
+    (found,) = together(1, stepped, tiny, cases)
+    return found
+
+
+@pytest.mark.parametrize(("size", "every"), [(2, 1), (4, 2)])
+def test_a_step_of_several_ranks_is_that_of_one(
+    size: int, every: int, tiny: Path, cases: list[Any], alone: list[Found]
+) -> None:
+    by_rank = together(size, stepped, tiny, cases[::every])
+    fewer = False
+    for case, expected in enumerate(alone[::every]):
+        found = [of_rank[case] for of_rank in by_rank]
+        fewer |= len({each["rows"] for each in found}) > 1
+        for each in found:
+            assert each["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)
+            assert each["imitated"] == [pytest.approx(row, abs=1e-6) for row in expected["imitated"]]
+            for what in ("gradients", "parameters", "critic"):
+                _same(each[what], expected[what], atol=1e-6)
+    assert fewer, "no rank ever had fewer rows than another"
+
+
+@pytest.mark.parametrize(("before", "after", "recipe"), [(2, 1, CRITIC), (1, 2, CRITIC), (2, 1, SHARED)])
+def test_a_checkpoint_is_continued_by_any_number_of_ranks(
+    before: int, after: int, recipe: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
+    wrote, *_ = together(before, saved, tiny, recipe, tmp_path)
+    same, *_ = together(before, resumed, tiny, recipe, tmp_path)
+    other, *rest = together(after, resumed, tiny, recipe, tmp_path)
+    assert same["cursor"] == other["cursor"] == {"step": 1}
+    assert same["steps"] == other["steps"] == wrote["steps"] == 2
+    for what in ("parameters", "moments"):
+        _same(same[what], wrote[what])
+        _same(other[what], wrote[what])
+    assert other["metrics"] == pytest.approx(same["metrics"], abs=1e-4)
+    # One snapshot, whoever took it; its bytes are in one place.
+    assert other["manifest"] == same["manifest"] and all(spec.checksum for spec in same["manifest"])
+    np.testing.assert_allclose(other["probe"], same["probe"], atol=1e-5)
+    assert other["bytes"] == same["bytes"] > 0
+    assert all(each["bytes"] == 0 for each in rest)
+    newest = latest(tmp_path)
+    assert newest is not None
+    assert {path.name for path in newest.iterdir()} == {"model", "critic", "optimizer.pt", "state.json"}
+
+
+def test_shards_gathered_in_bfloat16_compute_what_autocast_does_and_stay_float32(tiny: Path) -> None:
+    (expected,) = together(1, narrow, tiny)
+    found, same = together(2, narrow, tiny)
+    assert found == same
+    assert found[2] == expected[2] == {"torch.float32"}
+    assert found[:2] == pytest.approx(expected[:2], rel=0.05, abs=0.02)
+
+
+def test_ranks_of_unequal_shares_make_the_same_optimizer_steps(tiny: Path) -> None:
+    (one, found), (other, same) = together(2, divided, tiny)
+    assert {one, other} == {3, 6}
+    _same(found.pop("parameters"), same.pop("parameters"))
+    assert found == same
+    # One of the ten parts has no episode with an advantage.
+    assert found["steps"] + found["metrics"]["idle_step"] == 10 and found["metrics"]["skipped_step"] == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "spoilt", "message"),
+    [
+        (
+            {},
+            {"behavior_logprobs": without_logprobs},
+            r"^group 3, episode 2: its behaviour logprobs are not finite$",
+        ),
+        (
+            {"credit": {"kind": "group", "divide": False}, "minibatches": 3, "epochs": 2},
+            {"reward": beyond_floats},
+            r"^an optimizer step is not finite: loss .*grad_norm (inf|nan)$",
+        ),
+    ],
+)
+def test_a_batch_that_is_spoilt_on_one_rank_is_refused_by_all(
+    recipe: dict[str, Any], spoilt: dict[str, Any], message: str, tiny: Path
+) -> None:
+    said = together(2, refused, tiny, recipe, spoilt)
+    assert said[0] == said[1]
+    assert re.match(message, said[0][0]) and said[0][2]
+    assert bool(said[0][1]) == ("minibatches" in recipe), "what an update before it moved was put back"
+
+
+def test_ranks_that_do_not_come_are_missed_by_name() -> None:
+    with pytest.raises(RankLost, match=r"^rank 1 of the learner did not meet the other 1 at 127.0.0.1:9 "):
+        Ranks.join(1, 2, "127.0.0.1:9", "cpu", 1.0)

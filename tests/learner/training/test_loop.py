@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from learner.algorithm.schedule import OptimSettings
+from learner.data.batch_checks import BatchRefused
+from learner.parallel.ranks import RankLost
+from learner.settings import LearnerSettings, ModelSettings
+from learner.training.learner import Learner
+from learner.training.loop import LearnerLoop, Row
+from learner.training.publish import Snapshot
+from rollout.wire.partition import Share
+from rollout.wire.schema import encode
+from rollout.wire.trajectory import DropReason, Group, Step
+from rollout.wire.weights import Handle, WeightUpdate, write_memory
+
+Groups = Callable[..., Group]
+
+
+class Exchange:
+    """Gives the groups of each version, the same ones when asked again, and notes what it is told."""
+
+    def __init__(self, group_of: Groups) -> None:
+        self.group_of = group_of
+        self.taken: list[int] = []
+        self.landed_versions: list[int] = []
+        self.discarded: list[int] = []
+        self.broken = 0  # so many batches whose logprobs are not numbers come first
+
+    async def discard(self, version: int, reason: DropReason) -> None:
+        self.discarded.append(version)
+
+    async def take(self, version: int, timeout_s: float, share: Share) -> list[pa.RecordBatch]:
+        self.taken.append(version)
+        group = self.group_of(version, [1.0, 0.0, 0.5])
+        return [encode(_broken(group) if len(self.taken) <= self.broken else group)]
+
+    async def landed(self, version: int) -> None:
+        self.landed_versions.append(version)
+
+    async def counts(self) -> dict[str, int]:
+        return {"issued": len(self.taken)}
+
+
+def _broken(group: Group) -> Group:
+    def without_numbers(step: Step) -> Step:
+        return replace(step, behavior_logprobs=np.full_like(step.behavior_logprobs, np.nan))
+
+    episodes = [replace(t, steps=tuple(map(without_numbers, t.steps))) for t in group.trajectories]
+    return replace(group, trajectories=tuple(episodes))
+
+
+class Shelf:
+    """A place for weights that counts what lies on it."""
+
+    def __init__(self) -> None:
+        self.placed: list[int] = []
+
+    def __call__(self, snapshot: Snapshot) -> tuple[Handle, Any]:
+        self.placed.append(snapshot.manifest.version)
+        return write_memory(snapshot.arrays)
+
+
+class Setup:
+    def __init__(self, tiny: Path, group_of: Groups) -> None:
+        self.learner = Learner(
+            LearnerSettings(model=ModelSettings(path=str(tiny)), optim=OptimSettings(learning_rate=3e-3))
+        )
+        self.exchange = Exchange(group_of)
+        self.shelf = Shelf()
+        self.told: list[tuple[Any, ...]] = []  # the other ranks, of which there is one: it only listens
+        self.gone_at: str | None = None  # the verb it does not live to end
+        self.loop = LearnerLoop(
+            self.learner, self.exchange, self.shelf, "float32", take_seconds=5.0, tell=self._tell
+        )
+
+    def _tell(self, *words: Any) -> list[Any]:
+        self.told.append(words)
+        return [self._listen(words[0])]
+
+    async def _listen(self, verb: str) -> None:
+        if verb == self.gone_at:
+            raise RankLost("rank 1 is gone")
+
+    def holds(self, update: WeightUpdate) -> bool:
+        """Whether what lies at the handle is what the learner's policy holds."""
+        held = [tensor.detach().numpy() for _, tensor in self.learner.policy.named_weights()]
+        found = [array.view(np.float32) for _, array in update.tensors()]
+        return all(np.array_equal(a.ravel(), b) for a, b in zip(held, found, strict=True))
+
+
+@pytest.fixture
+def setup(tiny: Path, group_of: Groups) -> Setup:
+    return Setup(tiny, group_of)
+
+
+def test_a_step_asked_again_is_answered_again_and_trained_once(setup: Setup) -> None:
+    async def run() -> tuple[Row, Row, Row]:
+        first, same = await asyncio.gather(setup.loop.train(1), setup.loop.train(1))
+        return first, same, await setup.loop.train(2)
+
+    first, same, second = asyncio.run(run())
+    assert first == same != second
+    assert (first["step"], second["step"]) == (1, 2)
+    assert setup.exchange.taken == [0, 1]
+    assert setup.loop.version == 2
+
+
+def test_a_batch_that_can_not_be_learned_from_is_set_aside_and_the_step_takes_another(setup: Setup) -> None:
+    before = [parameter.detach().clone() for parameter in setup.learner.policy.parameters()]
+    setup.exchange.broken = 2
+    row = asyncio.run(setup.loop.train(1))
+    assert setup.exchange.taken == [0, 0, 0]
+    assert setup.exchange.discarded == [0, 0]
+    assert row["nonfinite_batches"] == 2
+    assert setup.loop.version == 1
+    unspoilt = Learner(setup.learner.settings)
+    unspoilt.step([setup.exchange.group_of(0, [1.0, 0.0, 0.5])])
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(unspoilt.policy.parameters(), setup.learner.policy.parameters(), strict=True)
+    )
+    assert not all(torch.equal(a, b) for a, b in zip(before, setup.learner.policy.parameters(), strict=True))
+
+
+def test_batches_that_never_can_be_learned_from_end_the_run_at_a_whole_version(setup: Setup) -> None:
+    setup.exchange.broken = 100
+    with pytest.raises(
+        BatchRefused, match=r"^step 1: none of 4 batches in a row .*; last: group 0, episode 0"
+    ):
+        asyncio.run(setup.loop.train(1))
+    assert setup.loop.version == 0
+    asyncio.run(setup.loop.offer())  # no half-made step: the parameters are version 0's
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_step_out_of_order_is_refused(setup: Setup, step: int) -> None:
+    with pytest.raises(ValueError, match=f"step {step} was asked of a learner that stands at version 0"):
+        asyncio.run(setup.loop.train(step))
+    assert setup.exchange.taken == []
+
+
+def test_one_version_is_offered_again_without_a_new_snapshot_until_the_next(setup: Setup) -> None:
+    async def run() -> None:
+        update = await setup.loop.offer()
+        update.verify()
+        assert setup.holds(update)
+        assert await setup.loop.offer() is update
+        await setup.loop.withdraw()
+        again = await setup.loop.offer()
+        assert again.manifest is update.manifest
+        assert setup.holds(again)
+        await setup.loop.train(1)
+        later = await setup.loop.offer()
+        later.verify()
+        assert later.version == 1
+        assert setup.holds(later)
+
+    asyncio.run(run())
+    assert setup.shelf.placed == [0, 0, 1]
+
+
+def test_a_late_engine_gets_the_old_version_whole_while_the_next_is_trained(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+    step = setup.learner.step
+
+    def held_up(groups: Any) -> dict[str, float]:
+        for parameter in setup.learner.policy.parameters():
+            parameter.data.add_(1.0)  # half a step
+        began.set()
+        assert go_on.wait(30)
+        return step(groups)
+
+    async def run() -> None:
+        await setup.loop.offer()
+        await setup.loop.withdraw()
+        training = asyncio.create_task(setup.loop.train(1))
+        await asyncio.to_thread(began.wait, 30)
+        late = await asyncio.wait_for(setup.loop.offer(), 30)
+        late.verify()
+        assert late.version == 0
+        go_on.set()
+        await training
+        next_one = await setup.loop.offer()
+        next_one.verify()
+        assert next_one.version == 1
+
+    monkeypatch.setattr(setup.learner, "step", held_up)
+    asyncio.run(run())
+
+
+def test_a_cancelled_caller_leaves_no_step_running_beside_the_next_call(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+    step = setup.learner.step
+
+    def held_up(groups: Any) -> dict[str, float]:
+        began.set()
+        assert go_on.wait(30)
+        return step(groups)
+
+    async def run() -> Row:
+        training = asyncio.create_task(setup.loop.train(1))
+        await asyncio.to_thread(began.wait, 30)
+        training.cancel()
+        asking_again = asyncio.create_task(setup.loop.train(1))
+        await asyncio.sleep(0)
+        go_on.set()
+        return await asking_again
+
+    monkeypatch.setattr(setup.learner, "step", held_up)
+    assert asyncio.run(run())["step"] == 1
+    assert setup.exchange.taken == [0]
+
+
+def test_after_a_step_that_failed_on_its_way_the_weights_go_nowhere(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(groups: Any) -> dict[str, float]:
+        raise MemoryError("halfway")
+
+    async def run() -> None:
+        with pytest.raises(MemoryError):
+            await setup.loop.train(1)
+        for verb in (setup.loop.train(1), setup.loop.offer(), setup.loop.save(tmp_path)):
+            with pytest.raises(RuntimeError, match="the learner's step after version 0 failed on its way"):
+                await verb
+
+    monkeypatch.setattr(setup.learner, "step", failing)
+    asyncio.run(run())
+
+
+def test_version_0_lands_after_imitation_and_a_save_may_be_asked_again(
+    setup: Setup, tmp_path: Path, tiny: Path, group_of: Groups
+) -> None:
+    async def run() -> None:
+        steps = await setup.loop.begin_imitation([encode(group_of(0, [1.0, 1.0]))])
+        assert len(await setup.loop.imitate(steps + 1)) == steps
+        await setup.loop.save(tmp_path)
+        await setup.loop.save(tmp_path)
+        await setup.loop.offer()
+        with pytest.raises(RuntimeError, match="was offered already"):
+            await setup.loop.imitate(1)
+
+    asyncio.run(run())
+    assert setup.exchange.landed_versions == [0, 0]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["version-00000000"]
+    resumed = Setup(tiny, group_of)
+    resumed.learner.load(tmp_path)
+    assert resumed.loop.version == 0
+    assert resumed.holds(asyncio.run(setup.loop.offer()))
+
+
+def test_other_ranks_are_told_in_order_what_is_done_and_nothing_of_what_is_said_again(
+    setup: Setup, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        for _ in range(2):
+            await setup.loop.train(1)
+            await setup.loop.offer()
+            await setup.loop.save(tmp_path)
+        await setup.loop.withdraw()
+        await setup.loop.offer()
+
+    asyncio.run(run())
+    assert setup.told == [("take", 0), ("step", 1), ("snapshot",), ("save", tmp_path)]
+
+
+def test_a_rank_that_is_gone_ends_the_wait_for_it_and_half_a_step_goes_nowhere(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def waiting(groups: Any) -> dict[str, float]:
+        assert go_on.wait(30)  # in a collective, for the one that is gone
+        raise RuntimeError("connection reset by peer")
+
+    async def run() -> None:
+        with pytest.raises(RankLost, match="rank 1 is gone"):
+            await setup.loop.train(1)
+        with pytest.raises(RuntimeError, match="failed on its way"):
+            await setup.loop.offer()
+        go_on.set()
+
+    monkeypatch.setattr("learner.training.loop._LAST_WORDS_SECONDS", 0.1)
+    monkeypatch.setattr(setup.learner, "step", waiting)
+    setup.gone_at = "step"
+    asyncio.run(run())

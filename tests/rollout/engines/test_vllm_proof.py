@@ -1,0 +1,24 @@
+"""Each layer of vLLM's model is proved by itself. The real vLLM with faults of every kind: test_vllm_engine.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rollout.engines.vllm_proof import LayerProof
+from rollout.wire.weights import WeightMismatch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_value_of_a_vector_that_is_another_is_refused_by_name(dtype: torch.dtype) -> None:
+    model = nn.ModuleDict({"norm": nn.LayerNorm(64, dtype=dtype)})
+    proof = LayerProof(model)
+    for name, tensor in model.named_parameters():
+        proof.see(name, tensor)
+    assert proof.check(3) == 2
+    weight = model["norm"].weight
+    with torch.no_grad():
+        weight[5] = torch.nextafter(weight[5], torch.tensor(2.0, dtype=dtype))
+    with pytest.raises(WeightMismatch, match=r"version 3: a layer computes with another norm\.weight"):
+        proof.check(3)
