@@ -1,6 +1,6 @@
 """Everything about learning that a recipe can say; what computes is imported by whoever computes.
 
-A command, the exchange and a rollout worker read these settings too, and need not wait for what learns.
+A command, the replay buffer and a rollout worker read these settings too, and need not wait for what learns.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How the parts of a run are made from its configuration: one recipe for the local ring and for the cluster.
 
 Every process of a run imports this. What takes seconds to import (transformers, the learner) is imported by the
-functions that need it: an exchange that is started again, and everybody who waits for it, need not wait for that.
+functions that need it: a replay buffer that is started again, and everybody who waits for it, need not wait for that.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from envs import registry
 from envs.base import Observation
 from envs.hosting import subprocess_env as hosted
 from envs.hosting.host import EnvironmentFailed, EnvironmentRefused, HostSettings
-from envs.hosting.subprocess_env import Hosted
+from envs.hosting.subprocess_env import SubprocessEnv
 from envs.own_frames import came_from, told
 from envs.tools.tool import ToolRefused
 from rollout.agents.agent import Agent
 from rollout.agents.settings import PartSettings, dressed, dressing
-from rollout.buffer.replay_buffer import Exchange
+from rollout.buffer.replay_buffer import ReplayBuffer
 from rollout.chat.chat import Chat
 from rollout.chat.end_tokens import end_tokens
 from rollout.chat.perception import Perception
@@ -34,7 +34,7 @@ from rollout.engines.vllm_engine import VllmEngine
 from rollout.episodes.demonstrations import demonstrate
 from rollout.episodes.pool import EnvironmentPool, Start
 from rollout.episodes.tasks import TaskStream
-from rollout.episodes.worker import GroupExchange, RolloutWorker
+from rollout.episodes.worker import GroupBuffer, RolloutWorker
 from rollout.external.external_env import PROGRAM
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.model_folder import pretrained
@@ -199,14 +199,14 @@ async def vllm_engine(config: RunConfig, name: str, path: str) -> Engine:
 def replica_start(host: HostSettings) -> Start:
     """How replicas are started that do not live in their worker."""
     if host.where != "ray":
-        return Hosted.start
+        return SubprocessEnv.start
     from envs.hosting.actors import Remote  # and with it Ray, which is not everywhere
 
     return Remote.start
 
 
 async def build_worker(
-    config: RunConfig, path: str, engine_factory: EngineFactory, name: str, exchange: GroupExchange
+    config: RunConfig, path: str, engine_factory: EngineFactory, name: str, replay_buffer: GroupBuffer
 ) -> RolloutWorker:
     """A rollout worker with its engine started."""
     engine = await engine_factory(config, name, path)
@@ -214,16 +214,16 @@ async def build_worker(
     agent = Agent(engine, chat, config.sampling, config.rollout.context_tokens, config.agent)
     host = config.env.host
     pool = EnvironmentPool(host=host, parts=config.agent.parts, start=replica_start(host), chat=chat)
-    return RolloutWorker(name, engine, agent, exchange, config.rollout, config.seed, pool)
+    return RolloutWorker(name, engine, agent, replay_buffer, config.rollout, config.seed, pool)
 
 
-def exchange_builder(config: RunConfig, run_folder: Path) -> Callable[[], Exchange]:
+def replay_buffer_builder(config: RunConfig, run_folder: Path) -> Callable[[], ReplayBuffer]:
     """What opens the run's buffer, over its ledger and segments on disk.
 
     It carries no configuration: a process that unpickles it imports what the buffer needs, and no torch.
     """
     return partial(
-        Exchange.over, run_folder, training_tasks(config), config.buffer, config.steps, config.seed
+        ReplayBuffer.over, run_folder, training_tasks(config), config.buffer, config.steps, config.seed
     )
 
 

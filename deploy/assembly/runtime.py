@@ -43,7 +43,7 @@ def loss_to_come() -> asyncio.Future[None]:
     return lost
 
 
-class Ring(Protocol):
+class Runtime(Protocol):
     """The parts of one run, started and joined. No method carries trajectories: they stay where they are made."""
 
     async def start(self, resume: bool) -> int:
@@ -67,7 +67,7 @@ class Ring(Protocol):
         ...
 
     def begin_rollouts(self) -> None:
-        """Let the workers play groups until the exchange has given out all the run needs."""
+        """Let the workers play groups until the replay buffer has given out all the run needs."""
         ...
 
     async def step(self, number: int) -> Row:

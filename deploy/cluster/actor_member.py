@@ -11,7 +11,7 @@ from deploy.cluster.member import Row
 from deploy.report.phases import Startup
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.episodes.actors import BESIDE
-from rollout.wire.process_info import Whereabouts
+from rollout.wire.process_info import ProcessInfo
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightUpdate
 
@@ -50,9 +50,9 @@ class ActorMember:
         self._handle = handle
         self._native = native
 
-    async def start(self) -> Whereabouts:
+    async def start(self) -> ProcessInfo:
         with self._startup.timed("engines"):
-            where: Whereabouts = await self._handle.start.remote()
+            where: ProcessInfo = await self._handle.start.remote()
         return where
 
     async def sync(self, update: WeightUpdate) -> SyncReport:

@@ -13,34 +13,34 @@ from deploy.assembly.runtime import loss_to_come
 from deploy.cluster.actor_member import actor, awaited
 from deploy.config.supervise import PartFailed, PartLost, SupervisionSettings, brief, place, within
 from deploy.report.noticed import Noticed
-from rollout.buffer.actors import ExchangeActor
-from rollout.buffer.replay_buffer import Exchange
-from rollout.wire.process_info import Whereabouts
+from rollout.buffer.actors import ReplayBufferActor
+from rollout.buffer.replay_buffer import ReplayBuffer
+from rollout.wire.process_info import ProcessInfo
 
 CLOSE_SECONDS = 30.0  # what the ledger is given to close
 
 
 class BufferPart:
-    """The exchange's actor: Ray restarts it (max_restarts) and repeats the calls under way (max_task_retries).
+    """The replay buffer's actor: Ray restarts it (max_restarts) and repeats the calls under way (max_task_retries).
 
-    seconds: limit for an answer. noticed: is told what the actor notices. `lost` fails with PartFailed once Ray does not
-    bring it back.
+    seconds: limit for an answer. noticed: is told what the actor notices. `lost` fails with PartFailed once Ray does
+    not bring it back.
     """
 
     def __init__(
         self,
-        build: Callable[[], Exchange],
+        build: Callable[[], ReplayBuffer],
         supervision: SupervisionSettings,
         seconds: float,
         say: Callable[[str], None],
         noticed: Noticed,
     ) -> None:
         self._settings, self._seconds, self._say, self._noticed = supervision, seconds, say, noticed
-        self.where: Whereabouts | None = None
+        self.where: ProcessInfo | None = None
         self.lost = loss_to_come()
         restarts: dict[str, Any] = {"max_restarts": supervision.max_restarts, "max_task_retries": -1}
         # Every loop of every worker may wait for a slot; others' calls must find a place beside them.
-        self.handle = actor(ExchangeActor, max_concurrency=100_000, **restarts).remote(build)
+        self.handle = actor(ReplayBufferActor, max_concurrency=100_000, **restarts).remote(build)
 
     async def find(self) -> None:
         """Wait until it answers, and note where it runs. PartLost where it does not in time."""
@@ -48,7 +48,7 @@ class BufferPart:
 
     async def within(self, answer: Any, limit: float | None = None) -> Any:
         """One of its answers; PartLost where it does not come within the limit (seconds)."""
-        return await within(limit or self._seconds, awaited(answer), "the exchange")
+        return await within(limit or self._seconds, awaited(answer), "the replay buffer")
 
     async def watch(self) -> None:
         """Ask for a heartbeat until it is lost for good."""
@@ -58,13 +58,15 @@ class BufferPart:
             await asyncio.sleep(self._settings.heartbeat_seconds)
             try:
                 answer = awaited(ping.remote())
-                where = await within(self._settings.frozen_seconds, answer, "the exchange (heartbeat)")
+                where = await within(self._settings.frozen_seconds, answer, "the replay buffer (heartbeat)")
                 self._noticed.hear(
-                    "exchange", await self.within(notices.remote(), self._settings.frozen_seconds)
+                    "replay buffer", await self.within(notices.remote(), self._settings.frozen_seconds)
                 )
                 if where != self.where:  # it died and came back between two heartbeats
                     self.where = where
-                    self._say(f"the exchange was lost and is back, started again from disk ({place(where)})")
+                    self._say(
+                        f"the replay buffer was lost and is back, started again from disk ({place(where)})"
+                    )
             except (PartLost, RayActorError) as error:
                 if isinstance(error, PartLost):
                     ray.kill(self.handle, no_restart=False)
@@ -73,12 +75,14 @@ class BufferPart:
 
     async def _is_back(self, loss: Exception) -> bool:
         """Wait for Ray to have started it again; beyond its restarts, or when it does not come up, the run stops."""
-        self._say(f"the exchange is lost ({brief(loss)}); it is started again from disk")
+        self._say(f"the replay buffer is lost ({brief(loss)}); it is started again from disk")
         try:
             await self.find()
         except (PartLost, RayActorError) as error:
             most, where = self._settings.max_restarts, place(self.where)
-            failure = f"the exchange could not be started again (supervision.max_restarts={most}); {where}; "
+            failure = (
+                f"the replay buffer could not be started again (supervision.max_restarts={most}); {where}; "
+            )
             self.lost.set_exception(PartFailed(f"{failure}the last error: {brief(error)}"))
             return False
         return True
@@ -88,5 +92,5 @@ class BufferPart:
         closing = asyncio.ensure_future(awaited(self.handle.close.remote()))
         await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
         if closing.done() and (error := closing.exception()):
-            self._say(f"the exchange at its end: {brief(error)}")
+            self._say(f"the replay buffer at its end: {brief(error)}")
         ray.kill(self.handle)

@@ -1,11 +1,12 @@
-"""The ring as Ray actors: one exchange, one learner, a fleet of rollout workers, on this machine or on a cluster.
+"""The ring as Ray actors: one replay buffer, one learner, a fleet of rollout workers, on this machine or on a cluster.
 
-The driver holds handles and small rows only. Groups go from a worker to the exchange and on to the learner, and weights
-from the learner to the engines, through Ray's object store.
+The driver holds handles and small rows only. Groups go from a worker to the replay buffer and on to the learner, and
+weights from the learner to the engines, through Ray's object store.
 
-What dies or freezes is replaced: rollout workers by the fleet; the exchange by Ray itself (max_restarts), which then
-repeats the calls that were under way (max_task_retries), since the exchange finds on disk what it was; the learner by
-`recover`, from its newest checkpoint. Heartbeats find what is frozen, and `ray.kill` ends a stopped process too.
+What dies or freezes is replaced: rollout workers by the fleet; the replay buffer by Ray itself (max_restarts), which
+then repeats the calls that were under way (max_task_retries), since the replay buffer finds on disk what it was; the
+learner by `recover`, from its newest checkpoint. Heartbeats find what is frozen, and `ray.kill` ends a stopped process
+too.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from ray.exceptions import RayActorError
 from deploy.assembly.build import (
     EngineFactory,
     build_worker,
-    exchange_builder,
     play_demonstrations,
+    replay_buffer_builder,
     vllm_engine,
 )
 from deploy.assembly.models import build_learner, model_path
@@ -36,7 +37,7 @@ from deploy.cluster.buffer_part import BufferPart
 from deploy.cluster.connect import require_room
 from deploy.cluster.fleet import Fleet
 from deploy.cluster.learner_part import LearnerPart
-from deploy.cluster.watchdog import Caretaker
+from deploy.cluster.watchdog import Watchdog
 from deploy.config.config import RunConfig
 from deploy.config.supervise import Budget, PartLost, brief, within
 from deploy.report.noticed import Noticed
@@ -46,7 +47,7 @@ from learner.training.checkpoint import latest
 from learner.training.learner import Learner
 from learner.training.loop import sync_metrics
 from learner.training.publish import Publisher
-from rollout.buffer.actors import RemoteExchange
+from rollout.buffer.actors import RemoteReplayBuffer
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.episodes.actors import GROUPS, RolloutActor, demonstrate
 from rollout.wire.metrics import joined
@@ -57,7 +58,7 @@ from rollout.wire.weights import Handle, Probe, WeightManifest, WeightUpdate
 T = TypeVar("T")
 
 
-class RayRing:
+class RayRuntime:
     """Every part of a run as an actor; the methods are those of `deploy.assembly.runtime.Ring`."""
 
     def __init__(
@@ -90,7 +91,7 @@ class RayRing:
         self._path = model_path(config, self.run_folder)
         self._budget = Budget(supervision)
         self._learner_lost = loss_to_come()
-        build = exchange_builder(config, self.run_folder)
+        build = replay_buffer_builder(config, self.run_folder)
         self._buffer = BufferPart(build, supervision, config.cluster.start_seconds, self._say, self._noticed)
         found = asyncio.create_task(self._find_buffer())
         self._hearts = [found]
@@ -112,18 +113,18 @@ class RayRing:
         await found
         if resume:
             await self._of_buffer("rollback", version, new_driver=True)
-        caretaker = Caretaker(self, self.run_folder, supervision, self._say)
-        watching = self._buffer.watch(), self._watch_learner(), caretaker.run()
+        watchdog = Watchdog(self, self.run_folder, supervision, self._say)
+        watching = self._buffer.watch(), self._watch_learner(), watchdog.run()
         self._hearts += [asyncio.create_task(each) for each in watching]
         return version
 
     async def _find_buffer(self) -> None:
         assert self._buffer is not None
-        with self._startup.timed("exchange"):
+        with self._startup.timed("replay buffer"):
             await self._buffer.find()
 
     async def _of_buffer(self, method: str, *arguments: Any, limit: float | None = None, **named: Any) -> Any:
-        """What a method of the exchange answers."""
+        """What a method of the replay buffer answers."""
         assert self._buffer is not None
         return await self._buffer.within(
             getattr(self._buffer.handle, method).remote(*arguments, **named), limit
@@ -136,7 +137,7 @@ class RayRing:
             native = partial(_native, config, {name: self._handle(name) for name in engines})
             build = partial(build_learner, config, self._path)
             self._learner = LearnerPart(
-                config, build, RemoteExchange(self._exchange_handle), native if self._native else None
+                config, build, RemoteReplayBuffer(self._buffer_handle), native if self._native else None
             )
         with self._startup.timed("learner"):
             version = await self._learner.start(self.run_folder, load)
@@ -144,7 +145,7 @@ class RayRing:
         return version
 
     @property
-    def _exchange_handle(self) -> Any:
+    def _buffer_handle(self) -> Any:
         assert self._buffer is not None
         return self._buffer.handle
 
@@ -159,7 +160,7 @@ class RayRing:
             room = {"num_cpus": config.rollout.cpus_per_worker, "num_gpus": config.rollout.gpus_per_worker}
             build = partial(build_worker, config, self._path, self._engine_factory)
             made = actor(RolloutActor, GROUPS, **room)
-            self._handles[name] = made.remote(name, self._exchange_handle, build)
+            self._handles[name] = made.remote(name, self._buffer_handle, build)
         return self._handles[name]
 
     def _launch(self, name: str) -> ActorMember:
@@ -254,13 +255,13 @@ class RayRing:
         self._fleet.scale(workers)
 
     async def state(self) -> dict[str, Any]:
-        """The exchange's own words about where the run stands."""
+        """The replay buffer's own words about where the run stands."""
         return dict(await self._of_buffer("state", limit=60.0))
 
     def roster(self) -> list[dict[str, Any]]:
         """Every part of the run: its name, state, host, pid and log."""
         buffer = self._buffer and self._buffer.where
-        where = ({"exchange": buffer} if buffer else {}) | (self._learner.where if self._learner else {})
+        where = ({"replay buffer": buffer} if buffer else {}) | (self._learner.where if self._learner else {})
         fixed = [{"part": part, "state": "up"} | asdict(place) for part, place in where.items()]
         return fixed + self._fleet.roster()
 
@@ -268,7 +269,7 @@ class RayRing:
         """What every part is doing; those that do not say are named so."""
         told = await self._fleet.stacks()
         learner = self._learner.handles if self._learner else {}
-        for name, handle in {"exchange": self._exchange_handle, **learner}.items():
+        for name, handle in {"replay buffer": self._buffer_handle, **learner}.items():
             try:
                 told[name] = await within(5.0, awaited(handle.stacks.remote()), name)
             except (PartLost, RayActorError) as error:
@@ -307,7 +308,7 @@ class RayRing:
         finally:
             self._borrowers -= 1
             if not self._borrowers:
-                self._lead.withdraw.remote()  # whether it hears this is of no account
+                self._lead.unpin_weights.remote()  # whether it hears this is of no account
 
     async def _offer(self) -> WeightUpdate:
         limit = self._config.cluster.start_seconds
@@ -315,7 +316,9 @@ class RayRing:
         while True:
             try:
                 await within(limit, self._learning.wait(), "the learner (restart)")
-                update: WeightUpdate = await self._within("the learner's weights", self._lead.offer.remote())
+                update: WeightUpdate = await self._within(
+                    "the learner's weights", self._lead.publish_weights.remote()
+                )
                 return update
             except (RayActorError, RankLost) as error:
                 # Of ranks that lost touch with one another every process may live: no heartbeat would say so.
@@ -340,7 +343,7 @@ class RayRing:
 
     async def _hand_on(self, worker: str, lost: str = "") -> int:
         self._handles.pop(worker, None)
-        return int(await self._of_buffer("hand_on", worker, lost))
+        return int(await self._of_buffer("reassign", worker, lost))
 
     async def _of_learner(self, what: str, call: Callable[[], Any], limit: float | None = None) -> Any:
         """An answer of the learner. LearnerLost where it died, froze, or cannot be reached."""

@@ -24,7 +24,7 @@ from deploy.cluster.evaluation_spread import spread
 from deploy.cluster.member import Member, Row
 from deploy.config.supervise import Budget, PartFailed, PartLost, SupervisionSettings, brief, within
 from rollout.buffer.replay_store import EpisodeRow
-from rollout.wire.process_info import Whereabouts
+from rollout.wire.process_info import ProcessInfo
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightMismatch, WeightUpdate
 
@@ -39,7 +39,7 @@ class _Seated:
 
     member: Member
     failed: asyncio.Future[None]
-    where: Whereabouts | None = None
+    where: ProcessInfo | None = None
     state: str = "starting"
     version: int = -1
     run: asyncio.Future[None] | None = None
@@ -54,16 +54,16 @@ class _Seated:
 class Fleet:
     """All calls come from one event loop.
 
-    `launch` makes a member by name; `lend` hands out the current version for as long as its block runs; `hand_on`
-    tells the exchange that a worker is gone, `lost` that it was lost, and by which error; `say` is told what a person
-    should know. `failed` is a future that ends with the error that stops the run.
+    `launch` makes a member by name; `lend` hands out the current version for as long as its block runs; `reassign`
+    tells the replay buffer that a worker is gone, `lost` that it was lost, and by which error; `say` is told what a
+    person should know. `failed` is a future that ends with the error that stops the run.
     """
 
     def __init__(
         self,
         launch: Callable[[str], Member],
         lend: Callable[[], AbstractAsyncContextManager[WeightUpdate]],
-        hand_on: Callable[[str], Awaitable[int]],
+        reassign: Callable[[str], Awaitable[int]],
         settings: SupervisionSettings,
         start_seconds: float,
         sync_seconds: float,
@@ -73,8 +73,8 @@ class Fleet:
     ) -> None:
         self._launch = launch
         self._lend = lend
-        self._hand_on = hand_on
-        self._hand_on_lost = lost or (lambda worker, error: hand_on(worker))
+        self._hand_on = reassign
+        self._hand_on_lost = lost or (lambda worker, error: reassign(worker))
         self._settings = settings
         self._start_seconds = start_seconds
         self._sync_seconds = sync_seconds

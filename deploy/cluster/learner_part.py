@@ -24,8 +24,8 @@ from learner.parallel.ranks import Ranks
 from learner.training.actors import Build, FollowerActor, LearnerActor
 from learner.training.learner import Learner
 from learner.training.publish import Publisher
-from rollout.buffer.actors import RemoteExchange
-from rollout.wire.process_info import Whereabouts
+from rollout.buffer.actors import RemoteReplayBuffer
+from rollout.wire.process_info import ProcessInfo
 
 
 class LearnerPart:
@@ -38,16 +38,16 @@ class LearnerPart:
         self,
         config: RunConfig,
         build: Build,
-        exchange: RemoteExchange,
+        replay_buffer: RemoteReplayBuffer,
         make_native: Callable[[Learner], Publisher] | None = None,
     ) -> None:
         self._config = config
         self._build = build
-        self._exchange = exchange
+        self._replay_buffer = replay_buffer
         self._make_native = make_native
         self._room: Any = None
         self._handles: list[Any] = []
-        self.where: dict[str, Whereabouts] = {}  # of each rank, by name
+        self.where: dict[str, ProcessInfo] = {}  # of each rank, by name
 
     @property
     def lead(self) -> Any:
@@ -58,7 +58,12 @@ class LearnerPart:
         """Start every rank, from the newest checkpoint where asked; returns the version. PartLost names who is late."""
         limit, size = self._config.cluster.start_seconds, self._config.learner.ranks
         options = await self._options(limit, size)
-        common = self._build, self._exchange, self._config.engine.dtype, self._config.cluster.step_seconds
+        common = (
+            self._build,
+            self._replay_buffer,
+            self._config.engine.dtype,
+            self._config.cluster.step_seconds,
+        )
         followers = [actor(FollowerActor, **each).remote(*common) for each in options[1:]]
         keep = self._config.checkpoint.keep
         lead = actor(LearnerActor, **options[0]).remote(*common, keep, self._make_native, followers)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from rollout.buffer.replay_store import EpisodeRow
-from rollout.wire.process_info import Whereabouts
+from rollout.wire.process_info import ProcessInfo
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightUpdate
 
@@ -21,7 +21,7 @@ class Member(Protocol):
 
     name: str
 
-    async def start(self) -> Whereabouts: ...
+    async def start(self) -> ProcessInfo: ...
     async def sync(self, update: WeightUpdate) -> SyncReport: ...
     async def run(self) -> None: ...
     async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]: ...

@@ -28,7 +28,7 @@ class Supervised(Protocol):
     async def stacks(self) -> dict[str, str]: ...
 
 
-class Caretaker:
+class Watchdog:
     """Every heartbeat: follow `manta scale`, keep the roster, say when the disk is full, notice missing progress."""
 
     def __init__(
@@ -52,7 +52,7 @@ class Caretaker:
             try:
                 state = await self._ring.state()
                 await self._look(state)
-            except PartLost as error:  # the exchange's own heartbeat deals with it
+            except PartLost as error:  # the replay buffer's own heartbeat deals with it
                 self._say(brief(error))
             await asyncio.sleep(self._settings.heartbeat_seconds)
 

@@ -40,7 +40,7 @@ def require_consistent(config: RunConfig) -> None:
         check(config)
 
 
-def doubts(config: RunConfig) -> list[str]:
+def config_warnings(config: RunConfig) -> list[str]:
     """What a run does as it was told, and its owner may not have meant."""
     algorithm, oldest = config.learner.algorithm, _oldest(config)
     if algorithm.weighs_behavior or not (oldest or config.replay):

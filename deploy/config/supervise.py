@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rollout.wire.process_info import Whereabouts
+from rollout.wire.process_info import ProcessInfo
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ class Budget:
     _losses: dict[str, deque[float]] = field(default_factory=dict)
     total: Counter[str] = field(default_factory=Counter)
 
-    def spend(self, part: str, where: Whereabouts | None, error: BaseException) -> None:
+    def spend(self, part: str, where: ProcessInfo | None, error: BaseException) -> None:
         now = self.clock()
         losses = self._losses.setdefault(part, deque())
         losses.append(now)
@@ -75,7 +75,7 @@ class Budget:
             ) from error
 
 
-def place(where: Whereabouts | None) -> str:
+def place(where: ProcessInfo | None) -> str:
     return "it never came up" if where is None else f"host {where.host}, pid {where.pid}, log {where.log}"
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from deploy.assembly.runtime import Ring
+from deploy.assembly.runtime import Runtime
 from deploy.cluster.control import driving
 from deploy.cluster.janitor import (
     make_private,
@@ -111,19 +111,19 @@ def _train(
     config: RunConfig, folder: Path, console: Console, resume: bool, local: bool, startup: Startup
 ) -> dict[str, Any]:
     with Progress(config.steps, f"{config.name}  {folder}", console) as progress:
-        ring: Ring
+        ring: Runtime
         if config.replay is not None:
-            from deploy.run.replay import ReplayRing
+            from deploy.run.replay import ReplayRuntime
 
-            ring = ReplayRing(config, folder)
+            ring = ReplayRuntime(config, folder)
         elif local:
-            from deploy.run.local import LocalRing
+            from deploy.run.local import LocalRuntime
 
-            ring = LocalRing(config, folder, startup=startup, say=progress.say)
+            ring = LocalRuntime(config, folder, startup=startup, say=progress.say)
         else:
-            from deploy.cluster.cluster import RayRing
+            from deploy.cluster.cluster import RayRuntime
 
-            ring = RayRing(config, folder, say=progress.say, startup=startup)
+            ring = RayRuntime(config, folder, say=progress.say, startup=startup)
         return asyncio.run(_interruptible(Training(config, ring, progress, startup).run(resume)))
 
 

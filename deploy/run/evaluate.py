@@ -184,7 +184,7 @@ async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) ->
     )
     pool = EnvironmentPool(host=conditions.host, parts=conditions.agent.parts, chat=chat)
     worker = RolloutWorker(
-        "evaluation", engine, agent, _NoExchange(), rollout, run_seed=conditions.seed, pool=pool
+        "evaluation", engine, agent, _NoBuffer(), rollout, run_seed=conditions.seed, pool=pool
     )
     try:
         return await worker.evaluate(tasks)
@@ -193,7 +193,7 @@ async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) ->
         await engine.close()
 
 
-class _NoExchange:
+class _NoBuffer:
     """An evaluation is asked for, not reserved."""
 
     async def reserve(self, worker: str, lane: int) -> Assignment | None:

@@ -69,7 +69,7 @@ def _wanted(asked: Asked) -> RunConfig:
 
 
 def _begin(asked: Asked, console: Console) -> None:
-    from deploy.config.config_checks import doubts
+    from deploy.config.config_checks import config_warnings
     from deploy.run import drive, preflight
 
     startup = Startup()
@@ -78,7 +78,7 @@ def _begin(asked: Asked, console: Console) -> None:
     _require_local(config, asked)
     with startup.timed("preflight"):
         preflight.check(config)
-    for doubt in doubts(config):
+    for doubt in config_warnings(config):
         write(errors(), f"note: {doubt}")
     parent = asked.run.parent if asked.run else asked.runs or RUNS
     with run_folder.parents_made(parent):

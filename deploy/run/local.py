@@ -1,7 +1,7 @@
 """The whole ring in one process, without Ray: read this first, and debug here, where breakpoint() works.
 
-    exchange.reserve -> worker plays a group -> exchange.add
-    exchange.take    -> learner.train -> offer -> engines sync -> exchange.release -> (reserve goes on)
+    buffer.reserve -> worker plays a group -> buffer.add
+    buffer.take    -> learner.train -> publish_weights -> engines sync -> buffer.release -> (reserve goes on)
 
 The same objects run in Ray actors in a cluster (cluster.py). The workers are asyncio tasks; the learner's step runs
 in a thread so that they go on meanwhile. Nobody supervises here: the first failure ends the run, with its traceback.
@@ -19,8 +19,8 @@ from typing import Any
 from deploy.assembly.build import (
     EngineFactory,
     build_worker,
-    exchange_builder,
     play_demonstrations,
+    replay_buffer_builder,
     vllm_engine,
 )
 from deploy.assembly.models import build_learner, model_path
@@ -68,7 +68,7 @@ async def demonstrate_to(learner: LearnerLoop, config: RunConfig, run_folder: Pa
     return await learner.begin_imitation(await play_demonstrations(config, model_path(config, run_folder)))
 
 
-class LocalRing:
+class LocalRuntime:
     """Every part of a run as plain objects of this process."""
 
     def __init__(
@@ -111,21 +111,21 @@ class LocalRing:
             loop.call_soon_threadsafe(self._noticed.hear, "", [text])
 
         self._started.enter_context(Notices(tell))
-        self._exchange = exchange_builder(config, self.run_folder)()
-        self._started.push_async_callback(self._exchange.close)
+        self._replay_buffer = replay_buffer_builder(config, self.run_folder)()
+        self._started.push_async_callback(self._replay_buffer.close)
         for index in range(config.rollout.workers):
             name = f"rollout-{index}"
             with self._startup.timed("engines"):
-                worker = await build_worker(config, path, self._engine_factory, name, self._exchange)
+                worker = await build_worker(config, path, self._engine_factory, name, self._replay_buffer)
             self._started.push_async_callback(worker.engine.close)
             self._started.push_async_callback(worker.close)
             self._workers.append(worker)
         # vLLM's engines have processes of their own and map the weights; others read them where they lie.
         place = _place_in_memory if self._engine_factory is vllm_engine else _place_inline
         with self._startup.timed("learner"):
-            self._learner = start_learner(config, self.run_folder, self._exchange, place, resume)
+            self._learner = start_learner(config, self.run_folder, self._replay_buffer, place, resume)
         if resume:
-            await self._exchange.rollback(self._learner.version, new_driver=True)
+            await self._replay_buffer.rollback(self._learner.version, new_driver=True)
         return self._learner.version
 
     async def begin_imitation(self) -> int:
@@ -135,16 +135,16 @@ class LocalRing:
         return await self._learner.imitate(steps)
 
     async def publish(self) -> Row:
-        update = await self._learner.offer()
+        update = await self._learner.publish_weights()
         reports = await asyncio.gather(*(worker.engine.sync(update) for worker in self._workers))
-        await self._learner.withdraw()
+        await self._learner.unpin_weights()
         return sync_metrics(reports)
 
     async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
         shares = [tasks[index :: len(self._workers)] for index in range(len(self._workers))]
         played = await asyncio.gather(*(w.evaluate(s) for w, s in zip(self._workers, shares, strict=True)))
         trajectories = [trajectory for share in played for trajectory in share]
-        await self._exchange.archive(name, [encode(group) for group in as_groups(trajectories)])
+        await self._replay_buffer.archive(name, [encode(group) for group in as_groups(trajectories)])
         return [EpisodeRow.of(trajectory) for trajectory in trajectories]
 
     def begin_rollouts(self) -> None:
@@ -159,7 +159,7 @@ class LocalRing:
         row = await self._learner.train(number)
         trained = time.perf_counter()
         published = await self.publish()
-        await self._exchange.release(number)
+        await self._replay_buffer.release(number)
         ended = time.perf_counter()
         return joined(row, published, {"publish_s": ended - trained, "step_s": ended - began})
 
@@ -174,7 +174,7 @@ class LocalRing:
         return {key: sum(row[key] for row in rows) for key in rows[0]}
 
     async def counts(self) -> dict[str, int]:
-        return await self._exchange.counts()
+        return await self._replay_buffer.counts()
 
     async def close(self) -> None:
         for run in self._runs:

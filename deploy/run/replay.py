@@ -29,7 +29,7 @@ from rollout.wire.trajectory import Task
 from rollout.wire.weights import Handle
 
 
-class ReplayRing:
+class ReplayRuntime:
     """The ring without its first half; the methods are those of `deploy.assembly.runtime.Ring`."""
 
     def __init__(self, config: RunConfig, run_folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.assembly.build import evaluation_tasks, held_out, told_alike
-from deploy.assembly.runtime import LearnerLost, Ring, Row, first_failure
+from deploy.assembly.runtime import LearnerLost, Row, Runtime, first_failure
 from deploy.config.config import RunConfig
 from deploy.config.guards import Watch, with_defaults
 from deploy.report.evaluation import Evaluation, figures
@@ -37,7 +37,7 @@ class Training:
     """One run being driven through its phases."""
 
     config: RunConfig
-    ring: Ring
+    ring: Runtime
     progress: Progress
     startup: Startup = field(default_factory=Startup)
     phases: Phases = field(default_factory=Phases)

@@ -34,7 +34,7 @@ from envs.base import text_space
 from envs.checks.findings import Finding, answered, paid, said
 from envs.checks.recording import Record, Script, Trouble, asking, first_difference, go_on, play, shown, step
 from envs.checks.subprocess_check import Unfit, made, played_apart, process
-from envs.hosting.host import Env, EnvironmentFailed, Inline
+from envs.hosting.host import Env, EnvironmentFailed, InProcessEnv
 from envs.own_frames import own_lines
 from envs.registry import Player
 
@@ -62,9 +62,9 @@ class Subject:
     nondeterministic: bool
     reward_range: tuple[float, float]  # of an episode
 
-    def replica(self) -> Inline:
+    def replica(self) -> InProcessEnv:
         with asking("making it"):
-            return Inline(self.recipe())
+            return InProcessEnv(self.recipe())
 
     def differ(self, one: Record, other: Record) -> int | None:
         """Where two episodes of one seed differ that should not."""
@@ -144,7 +144,7 @@ def _subject(recipe: Callable[[], Env], find_player: FindPlayer, seconds: float,
     with asking("its reward_range"):
         low, high = getattr(env.unwrapped, "reward_range", ANY_REWARD)
         reward_range = float(low), float(high)
-    return Subject(recipe, player, seconds, turns, Inline(env).nondeterministic, reward_range)
+    return Subject(recipe, player, seconds, turns, InProcessEnv(env).nondeterministic, reward_range)
 
 
 async def _examined(subject: Subject, elsewhere: Record | Trouble | None) -> list[Finding]:

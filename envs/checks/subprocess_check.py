@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from envs.checks.findings import Finding
 from envs.checks.recording import Record, Trouble, asking, play, shown
 from envs.hosting.host import Env, EnvironmentFailed, EnvironmentRefused, EnvironmentStuck, HostSettings
-from envs.hosting.subprocess_env import Hosted
+from envs.hosting.subprocess_env import SubprocessEnv
 from envs.registry import EnvironmentUnknown, Player
 
 START_SECONDS = 60.0  # for an interpreter, the imports and the environment to be made
@@ -40,7 +40,7 @@ def made(recipe: Callable[[], Env]) -> Env:
 @asynccontextmanager
 async def process(
     recipe: Callable[[], Env], seconds: float, findings: list[Finding]
-) -> AsyncIterator[Hosted | None]:
+) -> AsyncIterator[SubprocessEnv | None]:
     """A replica in a process of its own, or None and a finding where its recipe cannot be sent there.
 
     Raises what `made` does, and Unfit where the process is lost.
@@ -58,7 +58,7 @@ async def process(
     )
     try:
         with _losing("making it in a process of its own", START_SECONDS):
-            replica = await Hosted.start(recipe, limits)
+            replica = await SubprocessEnv.start(recipe, limits)
     except Trouble as trouble:
         if isinstance(trouble.error, EnvironmentRefused):
             raise EnvironmentUnknown(str(trouble.error)) from None
@@ -70,7 +70,7 @@ async def process(
 
 
 async def played_apart(
-    replica: Hosted,
+    replica: SubprocessEnv,
     player: Callable[[int], Player],
     seeds: Sequence[int],
     unreadable: Sequence[str],

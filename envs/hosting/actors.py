@@ -26,7 +26,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from envs.base import Observation
 from envs.hosting.host import Env, EnvironmentFailed, EnvironmentStuck, HostSettings, NoRoom, Outcome, Sampled
-from envs.hosting.subprocess_env import Hosted, RemoteTraceback
+from envs.hosting.subprocess_env import RemoteTraceback, SubprocessEnv
 
 MARGIN_SECONDS = 5.0  # beyond a limit that the actor keeps, for a call's way there and back
 _CLOSE_SECONDS = 5.0  # what an actor is given to see its process ended
@@ -37,7 +37,7 @@ class ReplicaActor:
 
     def __init__(self, settings: HostSettings) -> None:
         self._settings = settings
-        self._replica: Hosted | None = None
+        self._replica: SubprocessEnv | None = None
 
     async def place(self) -> tuple[str, int]:
         """Host and pid, which is also the word that the actor is up."""
@@ -45,7 +45,7 @@ class ReplicaActor:
 
     async def start(self, recipe: bytes) -> bool:
         """Have the environment made; returns whether it is nondeterministic."""
-        self._replica = await Hosted.start(recipe, self._settings)
+        self._replica = await SubprocessEnv.start(recipe, self._settings)
         return self._replica.nondeterministic
 
     async def reset(self, seed: int) -> Observation:
@@ -64,7 +64,7 @@ class ReplicaActor:
         if self._replica is not None:
             await self._replica.close()
 
-    def _started(self) -> Hosted:
+    def _started(self) -> SubprocessEnv:
         if self._replica is None:
             raise RuntimeError("a replica's actor was used before start()")
         return self._replica

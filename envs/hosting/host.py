@@ -145,7 +145,7 @@ class Told(Protocol):
     def sampled(self, sampled: Sampled) -> None: ...
 
 
-class Inline:
+class InProcessEnv:
     """A replica in this process. Its environment's methods may be coroutines.
 
     thread: makes the environment's calls, within the limits of `settings`. Without one they are made where they are
@@ -169,11 +169,13 @@ class Inline:
         self._snapshot: bytes | None = None
 
     @classmethod
-    async def start(cls, make: Callable[[], Env], settings: HostSettings, gate: asyncio.Semaphore) -> Inline:
+    async def start(
+        cls, make: Callable[[], Env], settings: HostSettings, gate: asyncio.Semaphore
+    ) -> InProcessEnv:
         """Make the environment in a new thread, which has all its calls; `gate` bounds how many run at once."""
         thread = CallThread(gate)
         try:
-            replica: Inline = await _within(
+            replica: InProcessEnv = await _within(
                 thread, lambda: cls(make(), settings, thread), "start", settings.start_seconds
             )
         except BaseException:

@@ -36,7 +36,7 @@ from envs.hosting.host import (
     EnvironmentRefused,
     EnvironmentStuck,
     HostSettings,
-    Inline,
+    InProcessEnv,
     Outcome,
     Sampled,
 )
@@ -60,7 +60,7 @@ class RemoteTraceback(Exception):
         return f"\n{self.args[0]}"
 
 
-class Hosted:
+class SubprocessEnv:
     """A `Replica`, one request at a time. Raises EnvironmentFailed where the process died or gave no answer."""
 
     reusable = True
@@ -76,7 +76,7 @@ class Hosted:
         self._owes_answer = False
 
     @classmethod
-    async def start(cls, recipe: Callable[[], Env] | bytes, settings: HostSettings) -> Hosted:
+    async def start(cls, recipe: Callable[[], Env] | bytes, settings: HostSettings) -> SubprocessEnv:
         """Start a process and have it make its environment by `recipe`: pickled, or what pickle is able to carry."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
@@ -180,7 +180,7 @@ class Hosted:
 def looked_at(recipe: Callable[[], Env], settings: HostSettings) -> Iterator[Callable[[int], Observation]]:
     """A replica in a process, for where no event loop runs: gives its `reset`. Raises what `Hosted` raises."""
     with asyncio.Runner() as runner:
-        replica = runner.run(Hosted.start(recipe, settings))
+        replica = runner.run(SubprocessEnv.start(recipe, settings))
         try:
             yield lambda seed: runner.run(replica.reset(seed))
         finally:
@@ -213,14 +213,14 @@ def serve(descriptor: int, parent: int) -> None:
 
 async def _serve(channel: socket.socket) -> None:
     # Nothing else runs on this loop: reading may block it.
-    replica: Inline | None = None
+    replica: InProcessEnv | None = None
     with channel, channel.makefile("rb") as requests:
         while lengths := requests.read(_LENGTHS.size):
             head_length, blob_length = _LENGTHS.unpack(lengths)
             head, blob = json.loads(requests.read(head_length)), requests.read(blob_length)
             try:
                 if replica is None:
-                    replica = Inline(pickle.loads(blob)())
+                    replica = InProcessEnv(pickle.loads(blob)())
                 answer = _framed(*await _answer(replica, head, blob))
             except SystemExit as error:
                 channel.sendall(_framed({"exits": told(error)}, b""))
@@ -235,7 +235,7 @@ async def _serve(channel: socket.socket) -> None:
         await replica.close()
 
 
-async def _answer(replica: Inline, request: dict[str, Any], blob: bytes) -> Message:
+async def _answer(replica: InProcessEnv, request: dict[str, Any], blob: bytes) -> Message:
     match request["what"]:
         case "start":
             return {"nondeterministic": replica.nondeterministic}, b""

@@ -277,8 +277,8 @@ class ToolEnv(gym.Wrapper[Observation, str, Observation, str]):
             return said, 0.0, False, True, {"tools": dict(reasons)} | verdict
         if ours and not theirs:
             return said, 0.0, False, False, {"tools": dict(reasons)}
-        handed_on = "\n".join(write_call(call, self._style) for call in theirs) if ours else action
-        observation, reward, terminated, truncated, info = self.env.step(handed_on)
+        reassigned = "\n".join(write_call(call, self._style) for call in theirs) if ours else action
+        observation, reward, terminated, truncated, info = self.env.step(reassigned)
         messages = messages_of(observation)
         if messages[0].get("forget"):
             observation = messages = self._announced(messages)

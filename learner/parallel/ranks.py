@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from rollout.wire.partition import Share
+from rollout.wire.partition import Partition
 
 T = TypeVar("T")
 
@@ -60,9 +60,9 @@ class Ranks:
         return ranks
 
     @property
-    def share(self) -> Share:
+    def share(self) -> Partition:
         """Of a step's groups."""
-        return Share(self.rank, self.size)
+        return Partition(self.rank, self.size)
 
     def gather(self, words: Any) -> list[Any]:
         """What every rank says, in order of rank: anything that is JSON; floats arrive as they are."""

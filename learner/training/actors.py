@@ -18,7 +18,7 @@ from learner.training.loop import LearnerLoop, Row, Source, Tell
 from learner.training.publish import Publisher, Snapshot
 from rollout.wire.actors import put_object
 from rollout.wire.notices import collected
-from rollout.wire.process_info import Whereabouts, here
+from rollout.wire.process_info import ProcessInfo, here
 from rollout.wire.stacks import stacks
 from rollout.wire.weights import Handle, WeightUpdate
 
@@ -35,7 +35,7 @@ class LearnerActor:
     def __init__(
         self,
         build: Build,
-        exchange: Source,
+        replay_buffer: Source,
         engine_dtype: str,
         take_seconds: float,
         keep_checkpoints: int,
@@ -43,7 +43,7 @@ class LearnerActor:
         followers: Sequence[Any] = (),
     ) -> None:
         self._build = build
-        self._exchange = exchange
+        self._replay_buffer = replay_buffer
         self._settings = engine_dtype, take_seconds, keep_checkpoints
         self._make_native = make_native
         self._tell = _teller(followers)
@@ -54,11 +54,13 @@ class LearnerActor:
         self._rendezvous = Rendezvous(ray.util.get_node_ip_address(), ranks, seconds)
         return self._rendezvous.address
 
-    async def start(self, run_folder: Path, resume: bool, join: Join) -> tuple[Whereabouts, int]:
+    async def start(self, run_folder: Path, resume: bool, join: Join) -> tuple[ProcessInfo, int]:
         """Meet the others, and load the newest checkpoint when resuming; returns where this is, and its version."""
         self._learner = _started(self._build, run_folder, resume, join)
         native = self._make_native(self._learner) if self._make_native else None
-        self._loop = LearnerLoop(self._learner, self._exchange, _place, *self._settings, native, self._tell)
+        self._loop = LearnerLoop(
+            self._learner, self._replay_buffer, _place, *self._settings, native, self._tell
+        )
         return _here(), self._learner.version
 
     async def begin_imitation(self, batches: list[pa.RecordBatch]) -> int:
@@ -70,11 +72,11 @@ class LearnerActor:
     async def train(self, step: int) -> Row:
         return await self._loop.train(step)
 
-    async def offer(self) -> WeightUpdate:
-        return await self._loop.offer()
+    async def publish_weights(self) -> WeightUpdate:
+        return await self._loop.publish_weights()
 
-    async def withdraw(self) -> None:
-        await self._loop.withdraw()
+    async def unpin_weights(self) -> None:
+        await self._loop.unpin_weights()
 
     async def publish_native(self) -> Row:
         return await self._loop.publish_native()
@@ -97,16 +99,16 @@ class LearnerActor:
 class FollowerActor:
     """Any other rank: rank 0's actor tells it what to do."""
 
-    def __init__(self, build: Build, exchange: Source, engine_dtype: str, take_seconds: float) -> None:
+    def __init__(self, build: Build, replay_buffer: Source, engine_dtype: str, take_seconds: float) -> None:
         self._build = build
-        self._exchange = exchange
+        self._replay_buffer = replay_buffer
         self._settings = engine_dtype, take_seconds
         self._notices = collected()
 
-    async def start(self, run_folder: Path, resume: bool, join: Join) -> tuple[Whereabouts, int]:
+    async def start(self, run_folder: Path, resume: bool, join: Join) -> tuple[ProcessInfo, int]:
         """As rank 0's."""
         learner = _started(self._build, run_folder, resume, join)
-        self._follower = Follower(learner, self._exchange, *self._settings)
+        self._follower = Follower(learner, self._replay_buffer, *self._settings)
         return _here(), learner.version
 
     async def follow(self, verb: str, *words: Any) -> None:
@@ -148,7 +150,7 @@ async def _answer(rank: int, reference: Any) -> None:
         raise RankLost(f"rank {rank} of the learner is gone: {str(error).splitlines()[0]}") from error
 
 
-def _here() -> Whereabouts:
+def _here() -> ProcessInfo:
     return here(ray.get_runtime_context().get_node_id())
 
 

@@ -1,15 +1,15 @@
 """The learner's side of the ring, one verb at a time; whoever supervises the run says when.
 
-    train     take a step's groups and learn from them: the version is one higher
-    offer     put the version where engines can load it       engines load and prove it
-    withdraw  let go of what was put                          exchange.release: new groups may start
-    save      land a checkpoint
+    train            take a step's groups and learn from them: the version is one higher
+    publish_weights  put the version where engines can load it       engines load and prove it
+    unpin_weights    let go of what was put                          buffer.release: new groups may start
+    save             write a checkpoint
 
 Of several ranks this is rank 0's: it alone is asked, and tells the others (follower.py) what to do with it, one thing
 at a time. So all do the same in the same order.
 
-A verb whose answer was lost may be said again: `train` names its step, `offer` gives the same version again at any time
-(an engine that joins late), `save` lands the same version.
+A verb whose answer was lost may be said again: `train` names its step, `publish_weights` gives the same version again
+at any time (an engine that joins late), `save` lands the same version.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from learner.parallel.ranks import RankLost, touching
 from learner.training.learner import Learner
 from learner.training.publish import Publisher, Snapshot, Staging, take_snapshot
 from rollout.wire.metrics import joined
-from rollout.wire.partition import Share
+from rollout.wire.partition import Partition
 from rollout.wire.schema import decode
 from rollout.wire.trajectory import DropReason
 from rollout.wire.weights import Handle, SyncReport, WeightUpdate
@@ -46,11 +46,11 @@ T = TypeVar("T")
 
 
 class Source(Protocol):
-    """Where groups come from; the exchange, near or far."""
+    """Where groups come from; the replay buffer, near or far."""
 
-    async def take(self, version: int, timeout_s: float, share: Share) -> list[pa.RecordBatch]: ...
+    async def take(self, version: int, timeout_s: float, share: Partition) -> list[pa.RecordBatch]: ...
     async def discard(self, version: int, reason: DropReason) -> None: ...
-    async def landed(self, version: int) -> None: ...
+    async def checkpointed(self, version: int) -> None: ...
     async def counts(self) -> dict[str, int]: ...
 
 
@@ -127,8 +127,8 @@ class LearnerLoop:
                 f"step {step}: none of {MOST_REFUSED + 1} batches in a row could be learned from; last: {refused}"
             )
 
-    async def offer(self) -> WeightUpdate:
-        """The present version, put where engines can load it until `withdraw`.
+    async def publish_weights(self) -> WeightUpdate:
+        """The present version, put where engines can load it until `unpin_weights`.
 
         While the next step is trained, a version that was offered before is offered again out of the staging buffer;
         one that was not waits for the step's end. The buffer is written again by the first offer of the next version.
@@ -143,7 +143,7 @@ class LearnerLoop:
                 self._placed = WeightUpdate(snapshot.manifest, handle), alive
             return self._placed[0]
 
-    async def withdraw(self) -> None:
+    async def unpin_weights(self) -> None:
         """Every engine holds what was offered: let go of it. The staging buffer keeps its bytes."""
         async with self._offering:
             self._placed = None
@@ -186,7 +186,7 @@ class LearnerLoop:
                 saving = partial(self._learner.save, run_folder, cursor, self._keep)
                 await self._together(("save", run_folder), saving)
                 self._saved = run_folder, version
-        await self._source.landed(version)
+        await self._source.checkpointed(version)
 
     def _step(self, batches: list[pa.RecordBatch], waited: Row) -> Row:
         self._require_whole()

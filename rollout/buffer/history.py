@@ -12,7 +12,7 @@ from rollout.buffer.ledger_checks import check_log, examine, naming
 from rollout.buffer.payload import Reused
 from rollout.buffer.reuse import OF_STEPS
 from rollout.buffer.segments import Location, read_batch
-from rollout.wire.partition import WHOLE, Share
+from rollout.wire.partition import WHOLE, Partition
 from rollout.wire.trajectory import DropReason
 
 _STEPS = """
@@ -55,7 +55,7 @@ class History:
         """Learner steps the run has made."""
         return len(self._steps)
 
-    async def take(self, version: int, timeout_s: float, share: Share = WHOLE) -> list[pa.RecordBatch]:
+    async def take(self, version: int, timeout_s: float, share: Partition = WHOLE) -> list[pa.RecordBatch]:
         """The groups of the step after `version`. Raises CorruptSegment, HistoryError past the last step."""
         if version >= self.steps:
             raise HistoryError(f"step {version + 1} was asked of a run that made {self.steps}")
@@ -68,7 +68,7 @@ class History:
             f"step {version + 1} can not be learned ({reason}), and the past holds no other groups"
         )
 
-    async def landed(self, version: int) -> None:
+    async def checkpointed(self, version: int) -> None:
         """A checkpoint is on disk: nothing to note."""
 
     async def counts(self) -> dict[str, int]:

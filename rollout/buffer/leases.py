@@ -107,7 +107,7 @@ class Holders:
         """What this worker plays."""
         return [group_id for group_id, held in self.playing.items() if held.worker == worker]
 
-    def hand_on(self, group_ids: Iterable[int]) -> None:
+    def reassign(self, group_ids: Iterable[int]) -> None:
         """These wait for another worker."""
         for group_id in group_ids:
             slot = self.playing[group_id].slot

@@ -137,7 +137,7 @@ class StoredGroup:
 
 
 class Ledger:
-    """The tables of one run. One writer; it checks nothing that its `Store` has checked."""
+    """The tables of one run. One writer; it checks nothing that its `ReplayStore` has checked."""
 
     def __init__(self, path: Path) -> None:
         check_log(path)
@@ -216,7 +216,7 @@ class Ledger:
                 (reason.value, error, slot.group_id),
             )
 
-    def hand_on(self, worker: str, group_ids: Sequence[int], lost: bool = False) -> None:
+    def reassign(self, worker: str, group_ids: Sequence[int], lost: bool = False) -> None:
         """A worker is gone for good, and these groups of its wait for another one. lost: it did not leave in order."""
         rows = [(group_id,) for group_id in group_ids]
         with self._transaction():
@@ -254,7 +254,7 @@ class Ledger:
         """Engines hold `version`."""
         self._set("buffer_version", version)
 
-    def landed(self, version: int) -> None:
+    def checkpointed(self, version: int) -> None:
         """A checkpoint of `version` is on disk: what was taken before it is in it, and trained for good."""
         with self._transaction():
             self._db.execute(_TRAINED, (version,))

@@ -1,4 +1,4 @@
-"""The exchange: where rollout workers and the learner meet. The asyncio front of a `Store`.
+"""The replay buffer: where rollout workers and the learner meet. The asyncio front of a `ReplayStore`.
 
     worker:  reserve (waits for a free slot) -> plays, record_turns -> add (returns when the group is durable)
     learner: take (waits for P ready groups) -> trains, publishes -> release (wakes reserve)
@@ -25,8 +25,8 @@ from typing import Any, Self, TypeVar
 import pyarrow as pa
 
 from rollout.buffer.ledger import EpisodeRow
-from rollout.buffer.replay_store import BufferSettings, Finished, Store
-from rollout.wire.partition import WHOLE, Share
+from rollout.buffer.replay_store import BufferSettings, Finished, ReplayStore
+from rollout.wire.partition import WHOLE, Partition
 from rollout.wire.trajectory import Assignment, DropReason, Slot, StaleSlot, Task
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class _Signal:
         self.now = asyncio.Event()
 
 
-class Exchange:
+class ReplayBuffer:
     """All calls come from one event loop, and all work on the store is done by one thread, one call after another.
 
     `clock` counts seconds; it tells how long a worker has held a slot.
@@ -65,7 +65,7 @@ class Exchange:
 
     def __init__(
         self,
-        store: Store,
+        store: ReplayStore,
         clock: Callable[[], float] = time.monotonic,
         retry_seconds: float = RETRY_SECONDS,
     ) -> None:
@@ -91,8 +91,8 @@ class Exchange:
     def over(
         cls, folder: Path, task_of: Callable[[int], Task], settings: BufferSettings, steps: int, seed: int
     ) -> Self:
-        """The exchange of the run in `folder`, of so many steps; `task_of` says a group's task."""
-        return cls(Store(folder, task_of, settings, total_steps=steps, seed=seed))
+        """The replay buffer of the run in `folder`, of so many steps; `task_of` says a group's task."""
+        return cls(ReplayStore(folder, task_of, settings, total_steps=steps, seed=seed))
 
     async def reserve(self, worker: str, lane: int) -> Assignment | None:
         """The next group to play; waits for a free slot. None: the run needs no more groups, or not from this caller.
@@ -100,7 +100,7 @@ class Exchange:
         lane: which of the worker's loops asks. One that holds a group and asks again gets the same assignment.
         """
         ticket = self._asking[worker, lane] = object()
-        # A call that nobody waits for any more must not be given a group: a newer one, or hand_on, has ended it.
+        # A call that nobody waits for any more must not be given a group: a newer one, or reassign, has ended it.
         while not self._closed and self._asking.get((worker, lane)) is ticket:
             if self._paused is not None:
                 await asyncio.sleep(self._retry_seconds)
@@ -140,7 +140,7 @@ class Exchange:
         self._since.pop(slot.group_id, None)
         self._wake()
 
-    async def hand_on(self, worker: str, lost: str = "") -> int:
+    async def reassign(self, worker: str, lost: str = "") -> int:
         """What this worker holds waits for others; returns how many groups. Its waiting calls are answered None.
 
         lost: the error by which it did not leave in order; the groups it held are under suspicion.
@@ -148,11 +148,11 @@ class Exchange:
         self._require_open()
         for asking in [asking for asking in self._asking if asking[0] == worker]:
             del self._asking[asking]
-        count = await self._run(partial(self._store.hand_on, worker, lost))
+        count = await self._run(partial(self._store.reassign, worker, lost))
         self._wake()
         return count
 
-    async def take(self, version: int, timeout_s: float, share: Share = WHOLE) -> list[pa.RecordBatch]:
+    async def take(self, version: int, timeout_s: float, share: Partition = WHOLE) -> list[pa.RecordBatch]:
         """The groups of the step after `version`, in order of group id; the same step asked again gets the same.
 
         Behind them come those it reuses; decode tells them apart. A rank of several gets its share, always the same
@@ -192,10 +192,10 @@ class Exchange:
         self._dropped.clear()
         self._wake()
 
-    async def landed(self, version: int) -> None:
+    async def checkpointed(self, version: int) -> None:
         """A checkpoint of `version` is on disk."""
         self._require_open()
-        await self._run(partial(self._store.landed, version))
+        await self._run(partial(self._store.checkpointed, version))
 
     async def rollback(self, version: int, new_driver: bool = False) -> None:
         """The learner goes on from the checkpoint of `version`, and everything else with it.
@@ -288,7 +288,7 @@ class Exchange:
     def _reserve(self, worker: str, lane: int) -> tuple[Assignment | None, bool]:
         return self._store.reserve(worker, lane), self._store.covered or self._store.is_gone(worker)
 
-    def _take(self, version: int, share: Share) -> tuple[list[pa.RecordBatch] | None, bool]:
+    def _take(self, version: int, share: Partition) -> tuple[list[pa.RecordBatch] | None, bool]:
         """The step's groups, and whether that is news for those who wait in `reserve`: lost rows are issued again."""
         batches = self._store.take(version, share)
         return batches, self._store.unassigned > 0
@@ -304,7 +304,7 @@ class Exchange:
         gathered = self._gathered
         if gathered is None:
             gathered = self._gathered = _Gathered()
-            gathered.commit = asyncio.create_task(self._commit(), name="exchange commits")
+            gathered.commit = asyncio.create_task(self._commit(), name="replay buffer commits")
         put(gathered)
         place = len(gathered.finished)
         assert gathered.commit is not None
@@ -316,7 +316,7 @@ class Exchange:
             gathered, self._gathered = self._gathered, None
             assert gathered is not None
             waited_for = self._store.plays_alone and gathered.finished
-            answers = await self._run(partial(self._store.hand_in, gathered.turns, gathered.finished))
+            answers = await self._run(partial(self._store.commit, gathered.turns, gathered.finished))
         for slot, *_ in gathered.finished:
             self._since.pop(slot.group_id, None)
         if gathered.finished:
@@ -332,7 +332,7 @@ class Exchange:
     def _require_open(self) -> None:
         if self._closed:
             raise RuntimeError(
-                "the exchange is closed: the run has ended, and a resumed one issues its groups again"
+                "the replay buffer is closed: the run has ended, and a resumed one issues its groups again"
             )
 
     def _facts(self) -> dict[str, Any]:

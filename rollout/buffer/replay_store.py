@@ -23,7 +23,7 @@ from rollout.buffer.leases import Held, Holders
 from rollout.buffer.ledger import EpisodeRow, Ledger
 from rollout.buffer.payload import Complete, Reused
 from rollout.buffer.reuse import Reuse
-from rollout.buffer.scheduler import ReplayBuffer
+from rollout.buffer.scheduler import StalenessScheduler
 from rollout.buffer.segments import (
     CorruptSegment,
     Location,
@@ -32,17 +32,17 @@ from rollout.buffer.segments import (
     write_once,
 )
 from rollout.buffer.settings import BufferSettings
-from rollout.wire.partition import WHOLE, Share, StepTorn
+from rollout.wire.partition import WHOLE, Partition, StepTorn
 from rollout.wire.trajectory import Assignment, DropReason, Slot, StaleSlot, Task
 
-__all__ = ["BufferSettings", "EpisodeRow", "Finished", "Store", "TooManyFailures"]
+__all__ = ["BufferSettings", "EpisodeRow", "Finished", "ReplayStore", "TooManyFailures"]
 
 log = logging.getLogger(__name__)
 
 Finished = tuple[Slot, pa.RecordBatch, Sequence[EpisodeRow]]  # a group as it is handed in
 
 
-class Store:
+class ReplayStore:
     """Everything sampled and not yet trained.
 
     `total_steps` bounds what is given out. `probe` says how many bytes are free on the disk of a folder. `seed` is the
@@ -68,7 +68,7 @@ class Store:
         self._ledger = Ledger(folder / "ledger.sqlite")
         self._reuse = Reuse(settings.reuse, seed, self._ledger.db, self._groups)
         self._next_id = self._ledger.next_group_id()
-        self._buffer = self._empty_buffer(self._ledger.buffer_version)
+        self._scheduler = self._empty_buffer(self._ledger.buffer_version)
         self._holders = Holders(self._ledger.gone(), self._ledger.losses())
         self._load()
         self._failures = FailureWindow(settings.max_failed_share, self._ledger.recent_episodes(WINDOW))
@@ -81,17 +81,17 @@ class Store:
     @property
     def version(self) -> int:
         """The weight version that engines hold."""
-        return self._buffer.version
+        return self._scheduler.version
 
     @property
     def ready(self) -> int:
         """Complete groups that no step has taken."""
-        return self._buffer.complete
+        return self._scheduler.complete
 
     @property
     def in_step(self) -> int:
         """Groups of a step that is not released yet."""
-        return len(self._buffer.taken)
+        return len(self._scheduler.taken)
 
     @property
     def holders(self) -> list[tuple[int, str]]:
@@ -130,16 +130,14 @@ class Store:
         if not self._holders.holds(slot):
             self._ledger.issue(slot, worker, lane)
             if not self._holders.keeps_place(slot.group_id):
-                self._buffer.reserve(slot.group_id)
+                self._scheduler.reserve(slot.group_id)
             self._holders.hold(Held(slot, worker, lane))
             self._next_id = max(self._next_id, slot.group_id + 1)
         return Assignment(
             slot, self._journal.turns(slot.group_id), self._holders.losses.get(slot.group_id, 0)
         )
 
-    def hand_in(
-        self, turns: Sequence[pa.RecordBatch], finished: Sequence[Finished]
-    ) -> list[StaleSlot | None]:
+    def commit(self, turns: Sequence[pa.RecordBatch], finished: Sequence[Finished]) -> list[StaleSlot | None]:
         """Store turns and finished groups, durably, with one sync of each file; what is repeated is stored once.
 
         Rows of groups and attempts that are not held are left out. Returns, for each finished group, what is wrong
@@ -153,7 +151,7 @@ class Store:
         before = self._segments.open_segment
         places = self._write(rows, new)
         for group_id, (slot, batch, episodes) in new.items():
-            self._buffer.add(group_id, Complete(slot, places[group_id], batch))
+            self._scheduler.add(group_id, Complete(slot, places[group_id], batch))
             self._failures.watch((row.end_reason, row.error) for row in episodes)
         self._let_go(new)
         if self._segments.open_segment != before:
@@ -169,11 +167,11 @@ class Store:
                 return
             raise StaleSlot.of(slot)
         self._ledger.drop(slot, reason, error, episodes)
-        self._buffer.drop(slot.group_id)
+        self._scheduler.drop(slot.group_id)
         self._failures.watch(((row.end_reason, row.error) for row in episodes), error)
         self._let_go([slot.group_id])
 
-    def hand_on(self, worker: str, lost: str = "") -> int:
+    def reassign(self, worker: str, lost: str = "") -> int:
         """What this worker holds waits for others, slots, deadlines and turns kept; returns how many groups.
 
         lost: the error by which it was lost. A group that cost others before, and this one all alone, is dropped.
@@ -181,33 +179,36 @@ class Store:
         if lost and (cause := self._holders.cause_of_loss(worker)) is not None:
             self.drop(cause, DropReason.CRASHED, lost)
         given_up = self._holders.of(worker)
-        self._ledger.hand_on(worker, given_up, bool(lost))
+        self._ledger.reassign(worker, given_up, bool(lost))
         self._holders.gone.add(worker)
         self._holders.count_loss(given_up if lost else ())
-        self._holders.hand_on(given_up)
+        self._holders.reassign(given_up)
         return len(given_up)
 
-    def take(self, version: int, share: Share = WHOLE) -> list[pa.RecordBatch] | None:
+    def take(self, version: int, share: Partition = WHOLE) -> list[pa.RecordBatch] | None:
         """The groups of the step that leads from `version` to the next, in order of group id; None while not ready.
 
         Behind them come those it reuses. The same step asked again gets the same groups, a rank the same share. Raises
         TooManyFailures and StepTorn.
         """
-        asked_again = bool(self._buffer.taken) and version == self.version
-        if version != self.version and not (self._buffer.taken and version == self.version + 1):
+        asked_again = bool(self._scheduler.taken) and version == self.version
+        if version != self.version and not (self._scheduler.taken and version == self.version + 1):
             raise ValueError(f"take({version}) does not follow version {self.version}; rollback() goes back")
-        if asked_again and (batches := self._read(self._buffer.taken, self._reuse.of(version))) is not None:
+        if (
+            asked_again
+            and (batches := self._read(self._scheduler.taken, self._reuse.of(version))) is not None
+        ):
             return share.of(batches)
         if asked_again and share != WHOLE:
             raise StepTorn(
                 f"rows of the step after version {version} are lost; its other ranks may have theirs"
             )
         self._failures.require_few()
-        while (chosen := self._buffer.choose()) is not None:
+        while (chosen := self._scheduler.choose()) is not None:
             reused = self._reuse.choose(version)
             if (batches := self._read(chosen, reused)) is not None:
                 self._ledger.take([at for at, _ in chosen], version, [each.group_id for each in reused])
-                self._buffer.take()
+                self._scheduler.take()
                 for _, group in chosen if share == WHOLE else ():
                     group.batch = None  # should the learner ask again, it is read again
                 return share.of(batches)
@@ -218,23 +219,23 @@ class Store:
 
         Their rows are set aside under RUN/discarded, whatever becomes of their segments.
         """
-        taken = self._buffer.taken if version == self.version else []
+        taken = self._scheduler.taken if version == self.version else []
         if taken and (batches := self._read(taken, self._reuse.of(version))):
             write_once(self._folder / "discarded" / f"version-{version:08d}", batches)
             self._ledger.discard([group_id for group_id, _ in taken], reason, version)
-            self._buffer.discard()
+            self._scheduler.discard()
 
     def release(self, version: int) -> None:
         """Engines hold `version`: the slots of the groups it was trained on are free."""
         if version == self.version:
             return
-        if version == self.version + 1 and self._buffer.taken:
+        if version == self.version + 1 and self._scheduler.taken:
             self._ledger.release(version)
-        self._buffer.release(version)
+        self._scheduler.release(version)
 
-    def landed(self, version: int) -> None:
+    def checkpointed(self, version: int) -> None:
         """A checkpoint of `version` is on disk."""
-        self._ledger.landed(version)
+        self._ledger.checkpointed(version)
         self._trim()
 
     def rollback(self, version: int, new_driver: bool = False) -> None:
@@ -260,7 +261,7 @@ class Store:
         complete, waiting, again = fates.values()
         self._ledger.rollback(version, complete, waiting, again, rewritten.first, new_driver)
         self._journal.adopt(rewritten)
-        self._buffer = buffer
+        self._scheduler = buffer
         self._holders = Holders(self._ledger.gone(), self._ledger.losses())
         self._holders.waiting, self._holders.again = waiting, again
 
@@ -283,7 +284,7 @@ class Store:
     # Opening ---------------------------------------------------------------------------------------------------------
 
     def _load(self) -> None:
-        restore = self._buffer.restore
+        restore = self._scheduler.restore
         for stored in self._ledger.since(self.version):
             slot, group_id = stored.slot, stored.slot.group_id
             match stored.state:
@@ -301,8 +302,8 @@ class Store:
                     # Trained before it is released: its checkpoint landed while engines were still loading.
                     restore(group_id, slot.version, group, taken=state != "complete")
 
-    def _empty_buffer(self, version: int) -> ReplayBuffer[Complete]:
-        return ReplayBuffer(self.settings.groups_per_step, self.settings.max_lag, version)
+    def _empty_buffer(self, version: int) -> StalenessScheduler[Complete]:
+        return StalenessScheduler(self.settings.groups_per_step, self.settings.max_lag, version)
 
     # Giving out ------------------------------------------------------------------------------------------------------
 
@@ -317,11 +318,11 @@ class Store:
             return None
         if (slot := holders.next_waiting(worker)) is not None:
             return slot
-        if self._buffer.outstanding >= self._buffer.capacity:
+        if self._scheduler.outstanding >= self._scheduler.capacity:
             return None
         if (slot := holders.next_again(worker, self.version)) is not None:
             return slot
-        begun = self.version * self.settings.groups_per_step + self._buffer.outstanding
+        begun = self.version * self.settings.groups_per_step + self._scheduler.outstanding
         if self._total is not None and begun >= self._total:
             return None
         return Slot(self._next_id, 0, self._task_of(self._next_id), self.version)
@@ -379,10 +380,10 @@ class Store:
 
     def _set_aside(self, error: CorruptSegment) -> None:
         # A step that asked for its groups again has none of them, or it would not ask.
-        untaken = [group_id for group_id, _ in self._buffer.taken]
+        untaken = [group_id for group_id, _ in self._scheduler.taken]
         self._ledger.give_back(untaken, self.version)
-        self._buffer.give_back()
-        complete = self._buffer.completed.items()
+        self._scheduler.give_back()
+        complete = self._scheduler.completed.items()
         lost = {at: group.slot for at, group in complete if group.location.segment == error.segment}
         aside = self._segments.set_aside(error.segment)
         log.warning("%s; set aside as %s, groups issued again: %s", error, aside.name, sorted(lost))
@@ -390,7 +391,7 @@ class Store:
         self._ledger.lose(lost, rewritten.first)
         self._journal.adopt(rewritten)
         for group_id in lost:
-            self._buffer.drop(group_id)
+            self._scheduler.drop(group_id)
         self._holders.again |= lost
 
     def _trim(self) -> None:

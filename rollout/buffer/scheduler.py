@@ -24,7 +24,7 @@ class _Waiting(Generic[Payload]):
     payload: Payload | None = None
 
 
-class ReplayBuffer(Generic[Payload]):
+class StalenessScheduler(Generic[Payload]):
     """Reserve, add, take, release. Deterministic: the outcome depends on the order of calls only."""
 
     def __init__(self, groups_per_step: int, max_lag: int, version: int = 0) -> None:

@@ -12,13 +12,13 @@ import pyarrow as pa
 import ray
 import ray._private.worker
 
-from rollout.buffer.actors import RemoteExchange
+from rollout.buffer.actors import RemoteReplayBuffer
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.engines.vllm_engine import VllmEngine
 from rollout.episodes.loop_watch import LoopWatch
 from rollout.episodes.worker import RolloutWorker, as_groups
 from rollout.wire.notices import collected
-from rollout.wire.process_info import Whereabouts, here
+from rollout.wire.process_info import ProcessInfo, here
 from rollout.wire.schema import encode
 from rollout.wire.stacks import stacks
 from rollout.wire.trajectory import Task
@@ -32,21 +32,21 @@ BESIDE = (
 GROUPS = {BESIDE: 4}
 _STACKS_SECONDS = 20.0  # of a standing loop, until the log has all stacks
 
-LEAVE_SECONDS = 60.0  # from SIGTERM to the end of the process, whatever the exchange and the engine do
+LEAVE_SECONDS = 60.0  # from SIGTERM to the end of the process, whatever the replay buffer and the engine do
 
 log = logging.getLogger(__name__)
 
 
 class RolloutActor:
-    """`build(name, exchange)` makes the worker; nothing of it exists before `start`.
+    """`build(name, buffer)` makes the worker; nothing of it exists before `start`.
 
     SIGTERM to the actor's process makes it leave: turns that are being sampled end, what is finished is durable, its
     groups wait for other workers, and the process ends.
     """
 
-    def __init__(self, name: str, exchange: Any, build: BuildWorker) -> None:
+    def __init__(self, name: str, replay_buffer: Any, build: BuildWorker) -> None:
         self._name = name
-        self._exchange = RemoteExchange(exchange)
+        self._replay_buffer = RemoteReplayBuffer(replay_buffer)
         self._build = build
         self._worker: RolloutWorker | None = None
         self._leaving: asyncio.Task[None] | None = None
@@ -55,9 +55,9 @@ class RolloutActor:
         self._watch = LoopWatch(_STACKS_SECONDS)
         _on_sigterm(lambda: loop.call_soon_threadsafe(self._begin_to_leave))
 
-    async def start(self) -> Whereabouts:
+    async def start(self) -> ProcessInfo:
         """Start the engine; returns where this actor runs."""
-        self._worker = await self._build(self._name, self._exchange)
+        self._worker = await self._build(self._name, self._replay_buffer)
         # Not before: what an engine's start holds up is no episode.
         self._notices = collected()
         return here(ray.get_runtime_context().get_node_id())
@@ -90,13 +90,13 @@ class RolloutActor:
         await self._started().stop()
 
     async def run(self) -> None:
-        """Play groups until the exchange says that the run is over."""
+        """Play groups until the replay buffer says that the run is over."""
         await self._started().run()
 
     async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
         """Play one episode a task; the rows go to the store under `name`, the outcomes to the caller."""
         trajectories = await self._started().evaluate(tasks)
-        await self._exchange.archive(name, [encode(group) for group in as_groups(trajectories)])
+        await self._replay_buffer.archive(name, [encode(group) for group in as_groups(trajectories)])
         return [EpisodeRow.of(trajectory) for trajectory in trajectories]
 
     async def sync(self, update: WeightUpdate) -> SyncReport:
@@ -134,7 +134,7 @@ class RolloutActor:
             async with asyncio.timeout(LEAVE_SECONDS):
                 if self._worker is not None:
                     await self._worker.drain()
-                    await self._exchange.hand_on(self._name)
+                    await self._replay_buffer.reassign(self._name)
                 await self.close()
         except Exception:  # the process ends in any case; why it did not leave in order is for its log
             log.exception("rollout worker %s left without handing on all it had", self._name)

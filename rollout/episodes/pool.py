@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from envs import registry
 from envs.call_thread import call_gate
-from envs.hosting.host import Env, EnvironmentFailed, HostSettings, Inline, NoRoom, Replica
-from envs.hosting.subprocess_env import Hosted
+from envs.hosting.host import Env, EnvironmentFailed, HostSettings, InProcessEnv, NoRoom, Replica
+from envs.hosting.subprocess_env import SubprocessEnv
 from envs.own_frames import told
 from rollout.agents.settings import PartSettings, dressing, evaluated
 from rollout.chat.chat import Chat
@@ -76,7 +76,7 @@ class EnvironmentPool:
         self._host = host or HostSettings()
         if self._host.where == "ray" and start is None:
             raise ValueError("replicas on a Ray cluster are started by envs.hosting.actors.Remote.start")
-        self._start = start or Hosted.start
+        self._start = start or SubprocessEnv.start
         # Interpreters that start compete for the processors: more at once would only use up each other's limit.
         self._starting = asyncio.Semaphore(len(os.sched_getaffinity(0)))
         self._calls = call_gate()
@@ -137,10 +137,10 @@ class EnvironmentPool:
         inline = self._is_inline(env_id)
         if inline and not (kind.apart and _can_be_carried(made)):
             if self._make is registry.make or self._host.where == "inline":
-                return await Inline.start(made, self._host, self._calls)
-            return Inline(made())
+                return await InProcessEnv.start(made, self._host, self._calls)
+            return InProcessEnv(made())
         async with self._starting:
-            return await (Hosted.start if inline else self._start)(made, self._host)
+            return await (SubprocessEnv.start if inline else self._start)(made, self._host)
 
     def _is_inline(self, env_id: str) -> bool:
         if self._host.where == "auto":

@@ -1,7 +1,7 @@
 """Makes finished turns durable while their group is still being played, so that a lost worker costs none of them.
 
     every turn      one row is put on a list: nothing is encoded, no task is made
-    every tick      all rows of groups that were not handed in meanwhile go to the exchange in one call
+    every tick      all rows of groups that were not handed in meanwhile go to the replay buffer in one call
 
 A group that is handed in before the next tick needs no record of its turns.
 """
@@ -16,22 +16,22 @@ import pyarrow as pa
 from rollout.wire.schema import encode_turns
 from rollout.wire.trajectory import Slot, Step, TurnEnd
 
-TICK_SECONDS = 0.45  # a turn goes to the exchange within half a second of its end
+TICK_SECONDS = 0.45  # a turn goes to the replay buffer within half a second of its end
 
 _Row = tuple[Slot, int, Step, TurnEnd | None, bytes | None]
 
 
 class TurnSink(Protocol):
-    """What the recorder needs of the exchange."""
+    """What the recorder needs of the replay buffer."""
 
     async def record_turns(self, batch: pa.RecordBatch) -> None: ...
 
 
 class Recorder:
-    """The turns of one worker. `run` hands them on until `finish`; an error of the exchange ends it."""
+    """The turns of one worker. `run` hands them on until `finish`; an error of the replay buffer ends it."""
 
-    def __init__(self, exchange: TurnSink, worker: str) -> None:
-        self._exchange = exchange
+    def __init__(self, replay_buffer: TurnSink, worker: str) -> None:
+        self._replay_buffer = replay_buffer
         self._worker = worker
         self._pending: dict[tuple[int, int], list[_Row]] = {}  # by group and attempt
         self._finishing = asyncio.Event()
@@ -77,4 +77,4 @@ class Recorder:
         pending, self._pending = self._pending, {}
         rows = [row for rows in pending.values() for row in rows]
         if rows:
-            await self._exchange.record_turns(encode_turns(rows, self._worker))
+            await self._replay_buffer.record_turns(encode_turns(rows, self._worker))

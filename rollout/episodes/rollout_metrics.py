@@ -13,7 +13,7 @@ from rollout.episodes.resume import Restart
 from rollout.wire.trajectory import EndReason, Step, Trajectory, TurnEnd
 
 
-class Tally:
+class RolloutMetrics:
     """A `Watch` that sums up, training and evaluation alike. Turns count as they end, episodes with their group."""
 
     halted = False
@@ -81,7 +81,7 @@ class Tally:
 class Recorded:
     """A `Watch` over training episodes: counted, recorded, and halted when the worker leaves."""
 
-    def __init__(self, tally: Tally, recorder: Recorder) -> None:
+    def __init__(self, tally: RolloutMetrics, recorder: Recorder) -> None:
         self.halted = False
         self.answered = tally.answered
         self.resumed = tally.resumed

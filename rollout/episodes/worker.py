@@ -1,11 +1,11 @@
-"""The rollout worker: plays the groups the exchange gives out, on one engine.
+"""The rollout worker: plays the groups the replay buffer gives out, on one engine.
 
-    while assignment := await exchange.reserve():
-        await exchange.add(slot, encode(await run_group(slot, ...)))
+    while assignment := await buffer.reserve():
+        await buffer.add(slot, encode(await run_group(slot, ...)))
 
-`concurrent_groups` such loops (lanes) run at once. Each waits for the exchange (a free slot: freed when the learner's
-new weights have reached every engine) and for the engine, and for nothing else. Beside them a recorder makes finished
-turns durable, so that a group goes on elsewhere when this worker is lost.
+`concurrent_groups` such loops (lanes) run at once. Each waits for the replay buffer (a free slot: freed when the
+learner's new weights have reached every engine) and for the engine, and for nothing else. Beside them a recorder makes
+finished turns durable, so that a group goes on elsewhere when this worker is lost.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rollout.episodes.episode import Limits, Place
 from rollout.episodes.group import concurrently, play, run_group
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.recorder import Recorder
-from rollout.episodes.rollout_metrics import Recorded, Tally
+from rollout.episodes.rollout_metrics import Recorded, RolloutMetrics
 from rollout.wire.schema import encode, restore_turns
 from rollout.wire.trajectory import (
     Assignment,
@@ -87,8 +87,8 @@ class RolloutSettings(BaseModel):
         return min(self.group_size, 2)
 
 
-class GroupExchange(Protocol):
-    """What a worker needs of the exchange, local or remote."""
+class GroupBuffer(Protocol):
+    """What a worker needs of the replay buffer, local or remote."""
 
     async def reserve(self, worker: str, lane: int) -> Assignment | None: ...
 
@@ -109,7 +109,7 @@ class RolloutWorker:
         name: str,
         engine: Engine,
         agent: Agent,
-        exchange: GroupExchange,
+        replay_buffer: GroupBuffer,
         settings: RolloutSettings,
         run_seed: int,
         pool: EnvironmentPool | None = None,
@@ -117,12 +117,12 @@ class RolloutWorker:
         self.name = name
         self.engine = engine
         self._agent = agent
-        self._exchange = exchange
+        self._replay_buffer = replay_buffer
         self._settings = settings
         self._run_seed = run_seed
         self._pool = EnvironmentPool() if pool is None else pool
-        self._tally = Tally()
-        self._recorder = Recorder(exchange, name)
+        self._tally = RolloutMetrics()
+        self._recorder = Recorder(replay_buffer, name)
         self._watch = Recorded(self._tally, self._recorder)
         self._groups: Counter[str] = Counter()
         self._asking: set[asyncio.Future[Assignment | None]] = set()  # lanes that wait for a slot
@@ -130,11 +130,11 @@ class RolloutWorker:
         self._idle = asyncio.Event()  # run() is not under way
 
     async def run(self) -> None:
-        """Play groups until the exchange says that the run is over, or until `drain` or `stop`.
+        """Play groups until the replay buffer says that the run is over, or until `drain` or `stop`.
 
-        Raises what ends a lane or the recorder (EngineDied, an exchange that is gone, a bug of ours) as it is. Turns
-        that are finished by then are handed on first, unless the exchange itself is what failed. Cancelled, it leaves
-        its slots to the ledger.
+        Raises what ends a lane or the recorder (EngineDied, a replay buffer that is gone, a bug of ours) as it is.
+        Turns that are finished by then are handed on first, unless the replay buffer itself is what failed. Cancelled,
+        it leaves its slots to the ledger.
         """
         if self._running is not None:
             raise RuntimeError(f"{self.name} is running already")
@@ -164,7 +164,7 @@ class RolloutWorker:
         """Leave: reserve nothing more, let turns that are being sampled end, and return when all turns are durable.
 
         Turns that take longer than `seconds` are given up and will be sampled again. The groups stay held. Raises what
-        the exchange raises.
+        the replay buffer raises.
         """
         self._halt()
         if self._running is not None:
@@ -174,7 +174,7 @@ class RolloutWorker:
     async def stop(self) -> None:
         """`drain` without waiting for turns that are being sampled.
 
-        `run` may be called again once the exchange has let go of what this worker holds (`rollback`, `hand_on`).
+        `run` may be called again once the replay buffer has let go of what this worker holds (`rollback`, `reassign`).
         """
         self._halt()
         if self._running is None:
@@ -233,7 +233,7 @@ class RolloutWorker:
             asking.cancel()
 
     async def _reserve(self, lane: int) -> Assignment | None:
-        asking = asyncio.ensure_future(self._exchange.reserve(self.name, lane))
+        asking = asyncio.ensure_future(self._replay_buffer.reserve(self.name, lane))
         self._asking.add(asking)
         try:
             return await asking
@@ -280,7 +280,7 @@ class RolloutWorker:
         said = "group %d is dropped, the second worker could not play it: %r\n%s"
         log.error(said, slot.group_id, error, told)
         try:
-            await self._exchange.drop(slot, DropReason.CRASHED, told)
+            await self._replay_buffer.drop(slot, DropReason.CRASHED, told)
         except StaleSlot:
             self._groups["superseded"] += 1
         else:
@@ -293,13 +293,13 @@ class RolloutWorker:
         rows = [EpisodeRow.of(trajectory) for trajectory in group.trajectories]
         if len(group.trainable) < self._settings.needed:
             errors = [trajectory.error for trajectory in group.trajectories if trajectory.error]
-            await self._exchange.drop(group.slot, DropReason.FAILED, errors[0] if errors else "", rows)
+            await self._replay_buffer.drop(group.slot, DropReason.FAILED, errors[0] if errors else "", rows)
             self._groups["dropped"] += 1
         elif self._settings.drop_uniform and group.uniform:
-            await self._exchange.drop(group.slot, DropReason.UNIFORM, "", rows)
+            await self._replay_buffer.drop(group.slot, DropReason.UNIFORM, "", rows)
             self._groups["uniform"] += 1
         else:
-            await self._exchange.add(group.slot, encode(group), rows)
+            await self._replay_buffer.add(group.slot, encode(group), rows)
             self._groups["played"] += 1
 
     async def _evaluate_one(self, place: Place, gate: asyncio.Semaphore) -> Trajectory:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Partition:
     """What one of `ranks` learner processes asks for; as it stands, everything."""
 
     rank: int = 0
@@ -22,7 +22,7 @@ class Share:
         ]
 
 
-WHOLE = Share()
+WHOLE = Partition()
 
 
 class StepTorn(RuntimeError):

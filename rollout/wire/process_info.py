@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Whereabouts:
+class ProcessInfo:
     """One process."""
 
     host: str
@@ -20,6 +20,6 @@ class Whereabouts:
         return f"pid {self.pid} on {self.host}, log {self.log}"
 
 
-def here(node: str = "") -> Whereabouts:
+def here(node: str = "") -> ProcessInfo:
     """Those of this very process."""
-    return Whereabouts(socket.gethostname(), os.getpid(), node, os.readlink("/proc/self/fd/2"))
+    return ProcessInfo(socket.gethostname(), os.getpid(), node, os.readlink("/proc/self/fd/2"))

@@ -18,8 +18,8 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from rollout.buffer.replay_store import BufferSettings, EpisodeRow, Finished, Store
-from rollout.buffer.scheduler import ReplayBuffer
+from rollout.buffer.replay_store import BufferSettings, EpisodeRow, Finished, ReplayStore
+from rollout.buffer.scheduler import StalenessScheduler
 from rollout.wire.schema import decode, encode
 from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
 
@@ -73,7 +73,7 @@ def in_memory(groups: list[Group], coded: bool) -> Callable[[], None]:
     ready = [encode(group) for group in groups]
 
     def run() -> None:
-        buffer: ReplayBuffer[pa.RecordBatch] = ReplayBuffer(len(groups), max_lag=0)
+        buffer: StalenessScheduler[pa.RecordBatch] = StalenessScheduler(len(groups), max_lag=0)
         for version in range(1, STEPS + 1):
             for index, group in enumerate(groups):
                 group_id = version * len(groups) + index
@@ -91,13 +91,15 @@ def on_disk(folder: Path, groups: list[Group], per_sync: int) -> Callable[[], No
     """The same through a store, with one fsync for every `per_sync` groups and a checkpoint at the end."""
     ready = [(encode(group), [EpisodeRow.of(t) for t in group.trajectories]) for group in groups]
     settings = BufferSettings(groups_per_step=len(groups), max_lag=0)
-    store = Store(Path(tempfile.mkdtemp(dir=folder)), lambda group_id: Task.of("bench", group_id), settings)
+    store = ReplayStore(
+        Path(tempfile.mkdtemp(dir=folder)), lambda group_id: Task.of("bench", group_id), settings
+    )
 
     def run() -> None:
         for _ in range(STEPS):
             store_step(store, ready, per_sync)
             store.release(store.version + 1)
-        store.landed(store.version)
+        store.checkpointed(store.version)
 
     return run
 
@@ -116,7 +118,9 @@ def plain_file(folder: Path, groups: list[Group]) -> Callable[[], None]:
     return run
 
 
-def store_step(store: Store, ready: list[tuple[pa.RecordBatch, list[EpisodeRow]]], per_sync: int) -> None:
+def store_step(
+    store: ReplayStore, ready: list[tuple[pa.RecordBatch, list[EpisodeRow]]], per_sync: int
+) -> None:
     """Hand in and take the groups of one step."""
     finished: list[Finished] = []
     for lane, (batch, rows) in enumerate(ready):
@@ -124,7 +128,7 @@ def store_step(store: Store, ready: list[tuple[pa.RecordBatch, list[EpisodeRow]]
         assert given is not None
         finished.append((given.slot, batch, rows))
         if len(finished) == per_sync:
-            assert store.hand_in([], finished) == [None] * per_sync
+            assert store.commit([], finished) == [None] * per_sync
             finished = []
     assert not finished
     assert store.take(store.version) is not None
@@ -139,12 +143,12 @@ def resident_growth_mb(folder: Path) -> float:
     ready = [(encode(small), [EpisodeRow.of(t) for t in small.trajectories])] * SMALL_PER_STEP
     settings = BufferSettings(groups_per_step=SMALL_PER_STEP, max_lag=0)
     with tempfile.TemporaryDirectory(dir=folder) as run_folder:
-        store = Store(Path(run_folder), lambda group_id: Task.of("bench", group_id), settings)
+        store = ReplayStore(Path(run_folder), lambda group_id: Task.of("bench", group_id), settings)
         warm = 0
         for version in range(1, SMALL_GROUPS // SMALL_PER_STEP + 1):
             store_step(store, ready, per_sync=SMALL_PER_STEP)
             store.release(version)
-            store.landed(version)
+            store.checkpointed(version)
             if version * SMALL_PER_STEP == SMALL_WARM_UP:
                 warm = process.memory_info().rss
         grown = process.memory_info().rss - warm

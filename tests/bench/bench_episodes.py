@@ -25,8 +25,8 @@ from deploy.assembly.build import load_tokenizer, replica_start
 from envs.hosting.host import HostSettings
 from learner.model.tokenizer import build_tokenizer
 from rollout.agents.agent import Agent
-from rollout.buffer.replay_buffer import Exchange
-from rollout.buffer.replay_store import BufferSettings, Store
+from rollout.buffer.replay_buffer import ReplayBuffer
+from rollout.buffer.replay_store import BufferSettings, ReplayStore
 from rollout.chat.chat import Chat
 from rollout.engines.engine import Completion, Sampling
 from rollout.episodes.pool import EnvironmentPool
@@ -77,18 +77,18 @@ class Waiting:
 
 def _worker(
     folder: Path, chat: Chat, engine: Waiting, tasks: Any, groups: int, pool: EnvironmentPool
-) -> tuple[RolloutWorker, Exchange]:
+) -> tuple[RolloutWorker, ReplayBuffer]:
     buffer = BufferSettings(groups_per_step=groups, max_lag=10_000)
-    exchange = Exchange(Store(folder, tasks, buffer))
+    replay_buffer = ReplayBuffer(ReplayStore(folder, tasks, buffer))
     settings = RolloutSettings(group_size=GROUP_SIZE, concurrent_groups=groups, context_tokens=4096)
     agent = Agent(engine, chat, Sampling(max_tokens=4), settings.context_tokens)
-    return RolloutWorker("rollout-0", engine, agent, exchange, settings, 0, pool), exchange
+    return RolloutWorker("rollout-0", engine, agent, replay_buffer, settings, 0, pool), replay_buffer
 
 
 async def _thousand(folder: Path, chat: Chat) -> dict[str, float]:
     engine = Waiting(chat, LATENCY_S)
     tasks = TaskStream("frozen_lake", OPTIONS)
-    worker, exchange = _worker(folder, chat, engine, tasks, GROUPS, EnvironmentPool())
+    worker, replay_buffer = _worker(folder, chat, engine, tasks, GROUPS, EnvironmentPool())
     before = psutil.Process().memory_info().rss
     running = asyncio.create_task(worker.run())
     await asyncio.sleep(WARM_UP_S)
@@ -98,7 +98,7 @@ async def _thousand(folder: Path, chat: Chat) -> dict[str, float]:
     grown = psutil.Process().memory_info().rss - before
     await worker.stop()
     await running
-    await exchange.close()
+    await replay_buffer.close()
     return {
         "turn_ms": 1000 * used / turns,
         "episode_kb": grown / (GROUPS * GROUP_SIZE) / 1000,
@@ -120,7 +120,7 @@ async def _few(folder: Path, chat: Chat, stuck: bool) -> float:
         return Task.of("trouble", group_id, {"turns": TURNS, "what": what})
 
     pool = EnvironmentPool(trouble.make, HostSettings(where="process", step_seconds=3600))
-    worker, exchange = _worker(folder, chat, engine, tasks, groups, pool)
+    worker, replay_buffer = _worker(folder, chat, engine, tasks, groups, pool)
     running = asyncio.create_task(worker.run())
     # Two episodes of each: by then every process has started, the stuck ones first.
     while engine.turns < 2 * TURNS * PLAYING_GROUPS * GROUP_SIZE:
@@ -131,7 +131,7 @@ async def _few(folder: Path, chat: Chat, stuck: bool) -> float:
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await pool.close()
-    await exchange.close()
+    await replay_buffer.close()
     return rate
 
 

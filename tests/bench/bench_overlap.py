@@ -1,10 +1,10 @@
 """Do rollout and learning overlap? Wall time of a step with both at work against the longer of the two alone.
 
-The actors are those of a run (exchange, learner, rollout worker, under Ray), and so are store, rows, object store and
-publishing. What they do is replaced by waiting: every request to the engine and every learner step sleeps for a fixed
-time, so that what is measured is the orchestration and not two parts fighting for the same cores. Every round plays the
-same number of groups three ways: rollout alone (a buffer with room for all of them), learner alone (that full buffer),
-and both at once one version apart, from which the first and last steps are left out. Prints JSON.
+The actors are those of a run (replay buffer, learner, rollout worker, under Ray), and so are store, rows, object store
+and publishing. What they do is replaced by waiting: every request to the engine and every learner step sleeps for a
+fixed time, so that what is measured is the orchestration and not two parts fighting for the same cores. Every round
+plays the same number of groups three ways: rollout alone (a buffer with room for all of them), learner alone (that full
+buffer), and both at once one version apart, from which the first and last steps are left out. Prints JSON.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from learner.model.policy import Policy
 from learner.parallel.ranks import Ranks
 from learner.settings import ModelSettings
 from learner.training.actors import LearnerActor
-from rollout.buffer.actors import ExchangeActor, RemoteExchange
-from rollout.buffer.replay_buffer import Exchange
-from rollout.buffer.replay_store import Store
+from rollout.buffer.actors import RemoteReplayBuffer, ReplayBufferActor
+from rollout.buffer.replay_buffer import ReplayBuffer
+from rollout.buffer.replay_store import ReplayStore
 from rollout.engines.engine import Engine
 from rollout.engines.scripted_engine import ScriptedEngine
 from rollout.episodes.actors import RolloutActor
@@ -44,8 +44,8 @@ GROUPS_PER_STEP, GROUP_SIZE, TURNS = 8, 4, 6
 LATENCY_S, STEP_S = 0.05, 0.3
 
 
-class RoundsExchange(ExchangeActor):
-    """An exchange that is made anew for every phase, so that the other actors can stay."""
+class RoundsBuffer(ReplayBufferActor):
+    """A replay buffer that is made anew for every phase, so that the other actors can stay."""
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self._folder, self._config, self._phases = folder, config, 0
@@ -53,16 +53,16 @@ class RoundsExchange(ExchangeActor):
 
     async def renew(self, version: int, steps: int, max_lag: int) -> None:
         """Begin a phase of that many steps, going on from `version`."""
-        await self._exchange.close()
-        self._exchange = self._fresh(version + steps, max_lag)
-        await self._exchange.rollback(version)
+        await self._replay_buffer.close()
+        self._replay_buffer = self._fresh(version + steps, max_lag)
+        await self._replay_buffer.rollback(version)
 
-    def _fresh(self, total_steps: int, max_lag: int) -> Exchange:
+    def _fresh(self, total_steps: int, max_lag: int) -> ReplayBuffer:
         self._phases += 1
         config, folder = self._config, self._folder / f"phase-{self._phases}"
         tasks = TaskStream(config.env.id, config.env.options, self._phases)
         buffer = config.buffer.model_copy(update={"max_lag": max_lag})
-        return Exchange(Store(folder, tasks, buffer, total_steps))
+        return ReplayBuffer(ReplayStore(folder, tasks, buffer, total_steps))
 
 
 class SleepingLearner:
@@ -105,12 +105,12 @@ class Rig:
         self._folder = folder
         self._version = 0
         self._per_step = config.buffer.groups_per_step
-        self._exchange = _actor(RoundsExchange).remote(folder, config)
+        self._replay_buffer = _actor(RoundsBuffer).remote(folder, config)
         build = partial(build_worker, config, path, factory)
-        self._worker = _actor(RolloutActor).remote("rollout-0", self._exchange, build)
+        self._worker = _actor(RolloutActor).remote("rollout-0", self._replay_buffer, build)
         self._groups = config.buffer.groups_per_step * STEPS
         self._learner = _actor(LearnerActor).remote(
-            learner, RemoteExchange(self._exchange), config.engine.dtype, 120.0, 1
+            learner, RemoteReplayBuffer(self._replay_buffer), config.engine.dtype, 120.0, 1
         )
 
     async def start(self) -> None:
@@ -127,12 +127,12 @@ class Rig:
 
     async def close(self) -> None:
         await self._worker.close.remote()
-        await self._exchange.close.remote()
+        await self._replay_buffer.close.remote()
 
     async def _alone(self) -> tuple[float, float]:
         # With a lag of STEPS there is a slot for every group: the worker plays them all without a learner, and the
         # learner then finds them all there.
-        await self._exchange.renew.remote(self._version, STEPS, STEPS)
+        await self._replay_buffer.renew.remote(self._version, STEPS, STEPS)
         playing = self._worker.run.remote()
         rollout = await _timed(self._all_complete())
         learner = await _timed(self._learn(STEPS))
@@ -140,12 +140,12 @@ class Rig:
         return rollout / STEPS, learner / STEPS
 
     async def _all_complete(self) -> None:
-        while (await self._exchange.state.remote())["ready"] < self._groups:
+        while (await self._replay_buffer.state.remote())["ready"] < self._groups:
             await asyncio.sleep(0.005)
 
     async def _together(self) -> list[float]:
         """When each step ended, in seconds since the phase began; the first entry is its beginning."""
-        await self._exchange.renew.remote(self._version, STEPS, 1)
+        await self._replay_buffer.renew.remote(self._version, STEPS, 1)
         began = time.perf_counter()
         playing = self._worker.run.remote()
         ends = [0.0]
@@ -160,11 +160,11 @@ class Rig:
             self._version += 1
             await self._learner.train.remote(self._version)
             await self._publish()
-            await self._exchange.release.remote(self._version)
+            await self._replay_buffer.release.remote(self._version)
 
     async def _publish(self) -> None:
-        await self._worker.sync.remote(await self._learner.offer.remote())
-        await self._learner.withdraw.remote()
+        await self._worker.sync.remote(await self._learner.publish_weights.remote())
+        await self._learner.unpin_weights.remote()
 
 
 def _actor(cls: type) -> Any:

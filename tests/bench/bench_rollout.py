@@ -26,8 +26,8 @@ from vllm.sampling_params import RequestOutputKind
 from deploy.assembly.build import load_tokenizer
 from deploy.config.config import RunConfig
 from rollout.agents.agent import Agent
-from rollout.buffer.replay_buffer import Exchange
-from rollout.buffer.replay_store import BufferSettings, Store
+from rollout.buffer.replay_buffer import ReplayBuffer
+from rollout.buffer.replay_store import BufferSettings, ReplayStore
 from rollout.chat.chat import Chat
 from rollout.engines.vllm_engine import VllmEngine
 from rollout.episodes.pool import EnvironmentPool
@@ -91,13 +91,17 @@ class Rig:
         )  # another version: earlier rounds' prefixes are of no use to this one
         tasks = TaskStream(config.env.id, config.env.options, seed)
         buffer = BufferSettings(groups_per_step=GROUPS_PER_STEP, max_lag=STEPS)
-        exchange = Exchange(Store(self._folder / f"run-{seed}", tasks, buffer, total_steps=STEPS))
+        replay_buffer = ReplayBuffer(
+            ReplayStore(self._folder / f"run-{seed}", tasks, buffer, total_steps=STEPS)
+        )
         agent = Agent(self._engine, self._chat, config.sampling, config.rollout.context_tokens, config.agent)
-        worker = RolloutWorker("rollout-0", self._engine, agent, exchange, config.rollout, seed, self._pool)
+        worker = RolloutWorker(
+            "rollout-0", self._engine, agent, replay_buffer, config.rollout, seed, self._pool
+        )
         began = time.perf_counter()
-        _, batches = await asyncio.gather(worker.run(), _take_all(exchange))
+        _, batches = await asyncio.gather(worker.run(), _take_all(replay_buffer))
         seconds = time.perf_counter() - began
-        await exchange.close()
+        await replay_buffer.close()
         groups = [decode(batch) for batch in batches]
         return Played(seconds, [[_requests(episode) for episode in group.trajectories] for group in groups])
 
@@ -135,11 +139,11 @@ def _exactly(count: int, temperature: float) -> Any:
     )
 
 
-async def _take_all(exchange: Exchange) -> list[pa.RecordBatch]:
+async def _take_all(replay_buffer: ReplayBuffer) -> list[pa.RecordBatch]:
     batches: list[pa.RecordBatch] = []
     for version in range(1, STEPS + 1):
-        batches += await exchange.take(version - 1, 120)
-        await exchange.release(version)
+        batches += await replay_buffer.take(version - 1, 120)
+        await replay_buffer.release(version)
     return batches
 
 

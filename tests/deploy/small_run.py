@@ -17,11 +17,11 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from deploy.assembly.build import EngineFactory, load_chat, load_tokenizer
-from deploy.assembly.runtime import Ring
+from deploy.assembly.runtime import Runtime
 from deploy.config.config import RunConfig
 from deploy.config.load import load_config
 from deploy.report.progress import Progress
-from deploy.run.local import LocalRing
+from deploy.run.local import LocalRuntime
 from deploy.run.train import Training
 from learner.training.checkpoint import MODEL, OPTIMIZER, latest
 from rollout.buffer.segments import read_rows
@@ -66,7 +66,7 @@ def train(
     engine: EngineFactory = hf_engine,
     *,
     resume: bool = False,
-    ring_type: Callable[[RunConfig, Path, EngineFactory], Ring] = LocalRing,
+    ring_type: Callable[[RunConfig, Path, EngineFactory], Runtime] = LocalRuntime,
     stop_after: int | None = None,
 ) -> dict[str, object]:
     """Drive a run from end to end; with `stop_after` it is interrupted in the wait for the step after that many."""

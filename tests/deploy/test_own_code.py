@@ -74,7 +74,7 @@ def manta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
     """The command in this process, which has no janitor; `--local` samples from a script."""
     monkeypatch.setattr(drive, "start_janitor", lambda *arguments: None)
     monkeypatch.setattr(drive, "temporary_of", lambda run: None)
-    monkeypatch.setattr(local, "LocalRing", partial(local.LocalRing, engine_factory=left))
+    monkeypatch.setattr(local, "LocalRing", partial(local.LocalRuntime, engine_factory=left))
     monkeypatch.setenv(TAG, "tests")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -135,14 +135,14 @@ def test_a_player_that_raises_is_one_line_that_names_its_line(manta: Manta, tmp_
 def test_on_a_cluster_it_is_the_same_line_through_every_process(tmp_path: Path) -> None:
     import ray
 
-    from deploy.cluster.cluster import RayRing
+    from deploy.cluster.cluster import RayRuntime
 
     recipe = written(tmp_path, "unused", tasks=0)
     changes = ["env.id=tests.envs.bad:Raises", "rollout.context_tokens=200", "sampling.max_tokens=1"]
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         with pytest.raises(TooManyFailures) as ended, failures_kept_in(tmp_path / "run"):
-            train(load_config(recipe, changes), tmp_path / "run", up_and_down, ring_type=RayRing)
+            train(load_config(recipe, changes), tmp_path / "run", up_and_down, ring_type=RayRuntime)
     finally:
         ray.shutdown()
     said = str(ended.value)

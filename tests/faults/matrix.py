@@ -62,7 +62,7 @@ class Kind:
         return f"{self.part} {self.signal.name} {self.moment}"
 
 
-PARTS = ("rollout", "environment", "exchange", "learner", "rank", "driver", "node")
+PARTS = ("rollout", "environment", "replay buffer", "learner", "rank", "driver", "node")
 MOMENTS = ("random", "sync", "checkpoint")
 KINDS = tuple(Kind(*each) for each in itertools.product(PARTS, (KILL, STOP), MOMENTS))
 
@@ -166,9 +166,9 @@ class Injector:
         replicas = [
             child
             for part in self._rollouts()
-            for nursery in children(part["pid"])
-            if "envs.hosting.fork_server" in command_of(nursery)
-            for child in children(nursery)
+            for fork_server in children(part["pid"])
+            if "envs.hosting.fork_server" in command_of(fork_server)
+            for child in children(fork_server)
             if "envs.hosting.fork_server" in command_of(child)  # and not what an environment has started
         ]
         if not replicas:
@@ -178,8 +178,8 @@ class Injector:
         # An idle one is missed by nobody until an episode asks it: what counts is that the others go on.
         return lambda: number == STOP or "Z" in _state(replica)
 
-    def _hit_exchange(self, number: signal.Signals) -> Callable[[], bool]:
-        return self._hit_fixed("exchange", number)
+    def _hit_replay_buffer(self, number: signal.Signals) -> Callable[[], bool]:
+        return self._hit_fixed("replay buffer", number)
 
     def _hit_learner(self, number: signal.Signals) -> Callable[[], bool]:
         return self._hit_fixed("learner", number)

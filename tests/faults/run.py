@@ -194,11 +194,11 @@ def accounts(driver: Driver, groups_per_step: int) -> Accounts:
             "SELECT taken_version, count(*) FROM groups WHERE state = 'trained' GROUP BY 1 ORDER BY 1"
         )
     )
-    landed = max(per_step, default=-1)
+    checkpointed = max(per_step, default=-1)
     # A step that a restarted learner made again stands in the log again: the last one is the one that counts.
     line = {(row["version"], row["rank"]): row["groups"] for row in driver.consumed()}
     surviving = Counter(
-        group for (version, _), groups in line.items() if version <= landed for group in groups
+        group for (version, _), groups in line.items() if version <= checkpointed for group in groups
     )
     in_ledger = {group for (group,) in driver.query("SELECT group_id FROM groups WHERE state = 'trained'")}
     return Accounts(
@@ -209,5 +209,5 @@ def accounts(driver: Driver, groups_per_step: int) -> Accounts:
         lost=(newest + 1 if newest is not None else 0) - issued,
         twice=sum(count - 1 for count in surviving.values()),
         stray=len(set(surviving) ^ in_ledger),
-        short_steps=sum(per_step.get(version, 0) != groups_per_step for version in range(landed + 1)),
+        short_steps=sum(per_step.get(version, 0) != groups_per_step for version in range(checkpointed + 1)),
     )

@@ -1,8 +1,8 @@
 """Hours at full rate: what the parts of a run hold, in memory and open files, as time goes by.
 
-Scripted engines answer at once, so that the ring itself is what works: two rollout workers, the exchange, the learner
-and the driver, on a local Ray, with a bounded disk. Every minute each part's resident memory and open files are read
-from /proc and appended to FOLDER.jsonl. A part is flat when it holds at the end what it held after the warm-up.
+Scripted engines answer at once, so that the ring itself is what works: two rollout workers, the replay buffer, the
+learner and the driver, on a local Ray, with a bounded disk. Every minute each part's resident memory and open files are
+read from /proc and appended to FOLDER.jsonl. A part is flat when it holds at the end what it held after the warm-up.
 
     python -m tests.faults soak --minutes 120 --folder DIR
 """

@@ -58,7 +58,7 @@ def groups_of(seed: int, count: int = 5) -> list[Group]:
 
 
 def own(ranks: Ranks, groups: list[Group]) -> list[Group]:
-    """The share of a step that the exchange would give this rank; the step has its last group once more."""
+    """The share of a step that the replay buffer would give this rank; the step has its last group once more."""
     *fresh, last = [encode(each) for each in groups]
     return [decode(batch) for batch in ranks.share.of([*fresh, as_reused(last, 2)])]
 

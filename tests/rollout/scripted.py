@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium as gym
 from transformers import PreTrainedTokenizerFast
 
-from envs.hosting.host import Inline
+from envs.hosting.host import InProcessEnv
 from rollout.agents.agent import Agent, AgentSettings
 from rollout.chat.chat import Chat
 from rollout.engines.engine import Sampling
@@ -37,7 +37,7 @@ def played(
     settings = AgentSettings(memory=memory, min_new_tokens=16)
     agent = Agent(engine, chat, Sampling(max_tokens=128), context_tokens, settings)
     place = Place(Slot(seed, 0, Task.of("code", seed), 0), index=0, seed=seed)
-    trajectory = asyncio.run(run_episode(Inline(env), agent, place, Limits(max_turns, 60.0)))
+    trajectory = asyncio.run(run_episode(InProcessEnv(env), agent, place, Limits(max_turns, 60.0)))
     assert trajectory.error is None, trajectory.error
     _assert_exact(trajectory, engine)
     if requests is not None:

@@ -11,7 +11,7 @@ import pytest
 
 from deploy.cluster import connect
 from deploy.cluster.control import ask_workers, driving, is_driven, read_roster, wanted_workers
-from deploy.cluster.watchdog import Caretaker
+from deploy.cluster.watchdog import Watchdog
 from deploy.config.config_errors import ConfigError
 from deploy.config.supervise import PartLost, SupervisionSettings, within
 from tests.deploy.small_run import configured
@@ -44,7 +44,12 @@ class FakeRing:
     def __init__(self) -> None:
         self.playing = True
         self.workers = 1
-        self.exchange: dict[str, Any] = {"version": 3, "ready": 1, "paused": None, "missing": "1 of 2 groups"}
+        self.replay_buffer: dict[str, Any] = {
+            "version": 3,
+            "ready": 1,
+            "paused": None,
+            "missing": "1 of 2 groups",
+        }
         self.turns = 0.0
 
     def scale(self, workers: int) -> None:
@@ -54,7 +59,7 @@ class FakeRing:
         return [{"part": f"rollout-{seat}", "state": "serving"} for seat in range(self.workers)]
 
     async def state(self) -> dict[str, Any]:
-        return dict(self.exchange)
+        return dict(self.replay_buffer)
 
     async def counters(self) -> dict[str, float]:
         return {"turns": self.turns}
@@ -69,7 +74,7 @@ def cared_for(folder: Path, ring: FakeRing, script: Callable[[list[str]], Any]) 
     settings = SupervisionSettings(heartbeat_seconds=0.01, no_progress_seconds=0.2)
 
     async def scene() -> None:
-        caring = asyncio.create_task(Caretaker(ring, folder, settings, said.append).run())
+        caring = asyncio.create_task(Watchdog(ring, folder, settings, said.append).run())
         async with asyncio.timeout(10):
             for holds in script(said):
                 while not holds():
@@ -147,11 +152,11 @@ def test_a_pause_is_said_once_and_is_no_missing_progress(tmp_path: Path) -> None
     ring = FakeRing()
 
     def script(said: list[str]) -> Any:
-        ring.exchange["paused"] = "the disk of RUN has 3 MiB free"
+        ring.replay_buffer["paused"] = "the disk of RUN has 3 MiB free"
         yield lambda: said
         waited = asyncio.get_running_loop().time() + 0.5
         yield lambda: asyncio.get_running_loop().time() > waited
-        ring.exchange["paused"] = None
+        ring.replay_buffer["paused"] = None
         yield lambda: len(said) == 2
 
     said = cared_for(tmp_path, ring, script)

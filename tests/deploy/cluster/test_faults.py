@@ -28,7 +28,7 @@ def test_the_whole_job_killed_again_and_again_ends_where_the_uninterrupted_one_d
 def test_parts_that_die_or_freeze_lose_nothing(tmp_path: Path) -> None:
     kinds = [
         Kind("rollout", STOP, "sync"),
-        Kind("exchange", KILL, "random"),
+        Kind("replay buffer", KILL, "random"),
         Kind("learner", KILL, "checkpoint"),
     ]
     # One rank: a lost one of several is test_ring_ranks's matter, and starting them is most of the time.

@@ -13,7 +13,7 @@ from deploy.cluster.fleet import Fleet
 from deploy.config.supervise import PartFailed, SupervisionSettings
 from deploy.report.evaluation import Evaluation
 from rollout.buffer.replay_store import EpisodeRow
-from rollout.wire.process_info import Whereabouts
+from rollout.wire.process_info import ProcessInfo
 from rollout.wire.trajectory import EndReason, Task
 from rollout.wire.weights import Handle, Probe, SyncReport, WeightManifest, WeightMismatch, WeightUpdate
 
@@ -43,11 +43,11 @@ class Scripted:
         if self.frozen:
             await asyncio.Event().wait()
 
-    async def start(self) -> Whereabouts:
+    async def start(self) -> ProcessInfo:
         if self.name in self.world.stillborn:
             raise OSError(f"{self.name} finds no device")
         await self._lives()
-        return Whereabouts("host", 1, "node", f"{self.name}.log")
+        return ProcessInfo("host", 1, "node", f"{self.name}.log")
 
     async def sync(self, update: WeightUpdate) -> SyncReport:
         await asyncio.sleep(0.005)
@@ -100,19 +100,19 @@ class Scripted:
 
 
 class World:
-    """What surrounds the fleet: who was launched, what the learner lends, what the exchange heard."""
+    """What surrounds the fleet: who was launched, what the learner lends, what the replay buffer heard."""
 
     def __init__(self) -> None:
         self.members: dict[str, Scripted] = {}
         self.ran: list[tuple[str, int]] = []
-        self.handed_on: list[str] = []
+        self.reassigned: list[str] = []
         self.said: list[str] = []
         self.stillborn: set[str] = set()
         self.refusing: set[str] = set()
         self.version = 0
 
     def fleet(self, settings: SupervisionSettings = QUICK) -> Fleet:
-        return Fleet(self.launch, self.lend, self.hand_on, settings, 1.0, 1.0, self.said.append)
+        return Fleet(self.launch, self.lend, self.reassign, settings, 1.0, 1.0, self.said.append)
 
     def launch(self, name: str) -> Scripted:
         self.members[name] = Scripted(name, self)
@@ -122,9 +122,9 @@ class World:
     async def lend(self) -> AsyncIterator[WeightUpdate]:
         yield update(self.version)
 
-    async def hand_on(self, worker: str) -> int:
+    async def reassign(self, worker: str) -> int:
         assert self.members[worker].killed.is_set() or self.members[worker].drained
-        self.handed_on.append(worker)
+        self.reassigned.append(worker)
         return 3
 
 
@@ -159,7 +159,7 @@ def test_a_lost_worker_is_killed_its_groups_handed_on_and_its_seat_filled(how: s
         setattr(world.members["rollout-0"], how, True)
         await until(lambda: ("rollout-0.1", 0) in world.ran)
         assert world.members["rollout-0"].killed.is_set()
-        assert world.handed_on == ["rollout-0"]
+        assert world.reassigned == ["rollout-0"]
         assert {member.name for member in fleet.serving} == {"rollout-0.1", "rollout-1"}
         cause = (
             "is dead"
@@ -232,7 +232,7 @@ def test_the_fleet_grows_and_shrinks_while_it_plays() -> None:
         fleet.scale(4)
         await until(lambda: len(world.ran) == 4)
         fleet.scale(1)
-        await until(lambda: len(world.handed_on) == 3)
+        await until(lambda: len(world.reassigned) == 3)
         assert all(world.members[f"rollout-{seat}"].drained for seat in (1, 2, 3))
         assert [member.name for member in fleet.serving] == ["rollout-0"]
         fleet.scale(2)
@@ -250,7 +250,7 @@ def test_after_a_pause_every_member_plays_again() -> None:
             fleet.play()
             await until(lambda: len(world.ran) == 2 * (round_ + 1))  # noqa: B023
             await fleet.pause()
-        assert not world.handed_on
+        assert not world.reassigned
 
     play(script)
 

@@ -64,14 +64,14 @@ def test_what_is_compared_bit_for_bit_has_learned(reference: Path, tmp_path: Pat
 def test_actors_change_nothing_about_a_synchronous_run(reference: Path, tmp_path: Path) -> None:
     import ray
 
-    from deploy.cluster.cluster import RayRing
+    from deploy.cluster.cluster import RayRuntime
     from deploy.cluster.connect import connect
 
     # More loops than a Ray actor answers calls at once: those that wait for a slot must not keep others out.
     config = configured("rollout.concurrent_groups=1100")
     connect(config)
     try:
-        train(config, tmp_path / "ray", ring_type=RayRing)
+        train(config, tmp_path / "ray", ring_type=RayRuntime)
     finally:
         ray.shutdown()
     assert same_bits(reference, tmp_path / "ray")

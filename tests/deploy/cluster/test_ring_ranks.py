@@ -18,7 +18,7 @@ from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.load import moved
 from deploy.report.metrics import read_metrics
-from deploy.run.local import LocalRing
+from deploy.run.local import LocalRuntime
 from tests.deploy.small_run import (
     Stopped,
     assert_balanced,
@@ -54,9 +54,9 @@ def cluster() -> Iterator[None]:
 
 
 def _ring(config: RunConfig, folder: Path, engine: EngineFactory) -> Any:
-    from deploy.cluster.cluster import RayRing
+    from deploy.cluster.cluster import RayRuntime
 
-    return RayRing(config, folder, engine)
+    return RayRuntime(config, folder, engine)
 
 
 def _assert_trained(folder: Path) -> None:
@@ -128,4 +128,4 @@ def test_a_rank_that_is_lost_takes_the_others_back_to_the_checkpoint(tmp_path: P
 
 def test_one_process_is_no_two_ranks(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^learner.ranks=2 are processes of their own: [^\n]*$"):
-        LocalRing(RANKS, tmp_path)
+        LocalRuntime(RANKS, tmp_path)

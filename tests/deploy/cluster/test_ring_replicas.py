@@ -10,7 +10,7 @@ import pytest
 
 from deploy.cluster.connect import demand
 from deploy.config.config_errors import ConfigError
-from deploy.run.local import LocalRing
+from deploy.run.local import LocalRuntime
 from deploy.run.preflight import check
 from tests.deploy.small_run import assert_balanced, configured, same_bits, train, trained_rows
 
@@ -56,7 +56,7 @@ def test_claims_that_cannot_be_made_are_refused(overrides: list[str], says: str)
 
 def test_one_process_has_no_replicas_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^env.host.where='ray' has replicas in actors: [^\n]*$"):
-        LocalRing(configured(*ON_RAY), tmp_path)
+        LocalRuntime(configured(*ON_RAY), tmp_path)
 
 
 def test_a_foreign_agent_runs_beside_its_worker() -> None:
@@ -100,11 +100,11 @@ def test_a_cluster_too_small_for_the_replicas_is_refused(cluster: None) -> None:
 def test_where_replicas_live_changes_nothing_about_a_run(cluster: None, tmp_path: Path) -> None:
     import ray
 
-    from deploy.cluster.cluster import RayRing
+    from deploy.cluster.cluster import RayRuntime
 
     # Replicas of the evaluation claim all that the cluster has for them, and those of the training go on there.
     config = configured(*ON_RAY)
-    train(config, tmp_path / "ray", ring_type=RayRing)
+    train(config, tmp_path / "ray", ring_type=RayRuntime)
     assert_balanced(tmp_path / "ray", config)
     deadline = time.monotonic() + 60
     while ray.available_resources().get("cpu_node") != 1.0:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from deploy.config.config import RunConfig
-from deploy.config.config_checks import doubts
+from deploy.config.config_checks import config_warnings
 from deploy.config.config_errors import ConfigError
 from deploy.config.load import load_config
 from tests.deploy.small_run import configured
@@ -109,12 +109,14 @@ def test_guards_that_nobody_wrote_refuse_nothing_when_a_run_is_opened_again() ->
     ],
 )
 def test_what_ignores_who_sampled_is_doubted(overrides: list[str], said: str) -> None:
-    (doubt,) = doubts(configured(*overrides))
+    (doubt,) = config_warnings(configured(*overrides))
     assert re.match(said, doubt) and "\n" not in doubt
     weighed = ["learner.algorithm.proximal=learner", CORRECTIONS + "[{kind='tis'}]"]
-    assert doubts(configured(*overrides, *weighed)) == [], "what it recommends"
+    assert config_warnings(configured(*overrides, *weighed)) == [], "what it recommends"
 
 
 def test_shipped_recipes_raise_no_doubt_and_neither_does_what_is_always_on_policy() -> None:
-    assert doubts(configured(*FREE)) == []
-    assert [doubts(load_config(name)) for name in ("frozen_lake", "rloo", "ppo", "cispo", "gspo")] == [[]] * 5
+    assert config_warnings(configured(*FREE)) == []
+    assert [
+        config_warnings(load_config(name)) for name in ("frozen_lake", "rloo", "ppo", "cispo", "gspo")
+    ] == [[]] * 5

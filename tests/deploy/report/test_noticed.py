@@ -19,7 +19,7 @@ from deploy.config.load import parse
 from deploy.config.supervise import PartLost, SupervisionSettings
 from deploy.report.noticed import FILE, Noticed
 from deploy.run.evaluate import Conditions, evaluate_checkpoint
-from deploy.run.local import LocalRing
+from deploy.run.local import LocalRuntime
 from rollout.engines.engine import Sampling
 from rollout.engines.hf_engine import HfEngine
 from rollout.engines.vllm_engine import VllmEngine
@@ -47,7 +47,7 @@ def test_what_the_workers_of_a_local_run_notice_is_said_once(tmp_path: Path) -> 
     tree["env"] |= {"id": "program", "options": {"function": f"{__name__}:unheard"}}
     tree["evaluation"] |= {"options": {}, "first_seed": 1000, "tasks": 3}
     tree["agent"]["memory"] = "full"
-    train(parse(tree, ""), tmp_path / "run", late_engine(0), ring_type=partial(LocalRing, say=said.append))
+    train(parse(tree, ""), tmp_path / "run", late_engine(0), ring_type=partial(LocalRuntime, say=said.append))
     heeded = [line for line in said if "not heeded" in line]
     assert heeded == [f"note: {UNHEARD}"], said
     failed = [line for line in said if "an episode failed" in line]

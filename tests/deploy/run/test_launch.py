@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from deploy import cli
-from deploy.assembly.build import exchange_builder
+from deploy.assembly.build import replay_buffer_builder
 from deploy.assembly.models import model_path
 from deploy.cluster.control import driving
 from deploy.commands.fresh import fresh_folder
@@ -29,7 +29,7 @@ from deploy.report.metrics import read_metrics
 from deploy.report.phases import Phases, Startup
 from deploy.report.progress import Progress
 from deploy.run import drive
-from deploy.run.local import LocalRing
+from deploy.run.local import LocalRuntime
 from deploy.run.sittings import Sittings
 from deploy.run.train import Training
 from tests.deploy.command import Manta, command
@@ -184,7 +184,7 @@ def test_a_summary_says_what_the_start_was_made_of(tmp_path: Path) -> None:
     config, startup = configured("steps=1"), Startup()
     startup.add("imports", 2.5)
     run_folder.create(config, tmp_path)
-    ring = LocalRing(config, tmp_path, hf_engine, startup)
+    ring = LocalRuntime(config, tmp_path, hf_engine, startup)
     progress = Progress(config.steps, "run", Console(file=io.StringIO()))
     asyncio.run(Training(config, ring, progress, startup).run(resume=False))
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
@@ -196,7 +196,7 @@ def test_a_summary_says_what_the_start_was_made_of(tmp_path: Path) -> None:
 
 
 def test_what_opens_the_buffer_imports_no_torch(tmp_path: Path) -> None:
-    (tmp_path / "build").write_bytes(pickle.dumps(exchange_builder(configured(), tmp_path)))
+    (tmp_path / "build").write_bytes(pickle.dumps(replay_buffer_builder(configured(), tmp_path)))
     opened = (
         "import pathlib, pickle, sys; pickle.loads(pathlib.Path('build').read_bytes())(); "
         "print({'torch', 'transformers'} & {*sys.modules})"

@@ -14,8 +14,8 @@ from deploy.config.load import parse
 from deploy.run import evaluate
 from deploy.run.preflight import first_observation
 from envs import registry
-from envs.hosting.host import HostSettings, Inline
-from envs.hosting.subprocess_env import Hosted
+from envs.hosting.host import HostSettings, InProcessEnv
+from envs.hosting.subprocess_env import SubprocessEnv
 from rollout.engines.vllm_engine import VllmEngine
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.worker import RolloutSettings
@@ -61,8 +61,8 @@ def test_replicas_of_foreign_code_are_processes_unless_the_user_says_otherwise()
             await pool.discard(task, replica)
         return [type(replica) for replica in replicas]
 
-    assert asyncio.run(kinds("auto")) == [Inline, Inline, Hosted]
-    assert asyncio.run(kinds("inline")) == [Inline] * 3
+    assert asyncio.run(kinds("auto")) == [InProcessEnv, InProcessEnv, SubprocessEnv]
+    assert asyncio.run(kinds("inline")) == [InProcessEnv] * 3
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_an_evaluation_plays_under_the_limits_of_its_run(
         pass
 
     def worker(
-        name: str, engine: object, agent: object, exchange: object, rollout: RolloutSettings, **more: Any
+        name: str, engine: object, agent: object, replay_buffer: object, rollout: RolloutSettings, **more: Any
     ) -> None:
         given.append((rollout.max_turns, rollout.episode_seconds))
         raise Started

@@ -11,13 +11,13 @@ from deploy.assembly.models import tiny_tokenizer
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.report.metrics import read_metrics
-from deploy.run.replay import ReplayRing, check
+from deploy.run.replay import ReplayRuntime, check
 from tests.deploy.small_run import configured, same_bits, train
 
 
 def replayed(past: Path, folder: Path, *overrides: str) -> RunConfig:
     config = configured(f"replay={str(past)!r}", *overrides)
-    train(config, folder, ring_type=lambda config, folder, _: ReplayRing(config, folder))
+    train(config, folder, ring_type=lambda config, folder, _: ReplayRuntime(config, folder))
     return config
 
 

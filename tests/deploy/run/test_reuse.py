@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.report.metrics import read_metrics
-from deploy.run.replay import ReplayRing
+from deploy.run.replay import ReplayRuntime
 from deploy.run.train import Training
 from learner.data.advantage_log import read_advantages
 from tests.deploy.small_run import (
@@ -129,7 +129,7 @@ def test_without_reuse_its_other_options_change_nothing(reference: Path, tmp_pat
 
 def test_a_replay_reuses_what_the_run_reused(uninterrupted: Path, tmp_path: Path) -> None:
     config = configured(f"replay={str(uninterrupted)!r}")
-    train(config, tmp_path / "again", ring_type=lambda config, folder, _: ReplayRing(config, folder))
+    train(config, tmp_path / "again", ring_type=lambda config, folder, _: ReplayRuntime(config, folder))
     assert same_bits(uninterrupted, tmp_path / "again")
 
 

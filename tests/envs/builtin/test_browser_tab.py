@@ -21,7 +21,7 @@ if shutil.which("chromium") is None:
 from envs import registry  # noqa: E402
 from envs.builtin.browser_tab import Tab, _browsers, find_chromium  # noqa: E402
 from envs.hosting.host import HostSettings  # noqa: E402
-from envs.hosting.subprocess_env import Hosted  # noqa: E402
+from envs.hosting.subprocess_env import SubprocessEnv  # noqa: E402
 
 END_SECONDS = 60
 
@@ -163,7 +163,7 @@ def test_a_browser_that_does_not_answer_is_given_up_and_the_next_tab_has_another
 def test_nothing_outlives_a_replicas_process_however_it_ends() -> None:
     async def play() -> None:
         for end in (signal.SIGKILL, None):
-            replica = await Hosted.start(registry.recipe("browser"), HostSettings(where="process"))
+            replica = await SubprocessEnv.start(registry.recipe("browser"), HostSettings(where="process"))
             try:
                 assert "heading home" in await replica.reset(0)
                 assert "heading shop" in (await replica.step("click(2)"))[0]

@@ -15,7 +15,7 @@ import pytest
 from envs.base import text_space
 from envs.hosting.fork_server import fork_server
 from envs.hosting.host import EnvironmentFailed, EnvironmentStuck, HostSettings
-from envs.hosting.subprocess_env import CHILD, Hosted
+from envs.hosting.subprocess_env import CHILD, SubprocessEnv
 
 HOST = HostSettings(where="process")
 
@@ -35,7 +35,7 @@ class Drawing(gym.Env[str, str]):
 
 def test_children_draw_for_themselves_and_hold_nothing_of_each_other() -> None:
     async def run() -> list[list[str]]:
-        replicas = [await Hosted.start(Drawing, HOST) for _ in range(3)]
+        replicas = [await SubprocessEnv.start(Drawing, HOST) for _ in range(3)]
         said = [str(await replica.reset(1)).split(" ") for replica in replicas]
         for replica in replicas:
             await replica.close()
@@ -49,7 +49,7 @@ def test_children_draw_for_themselves_and_hold_nothing_of_each_other() -> None:
 
 def test_children_find_what_is_around_those_who_start_them(monkeypatch: pytest.MonkeyPatch) -> None:
     async def said() -> str:
-        replica = await Hosted.start(Drawing, HOST)
+        replica = await SubprocessEnv.start(Drawing, HOST)
         told = str(await replica.reset(1)).split(" ")[3]
         await replica.close()
         return told
@@ -61,14 +61,14 @@ def test_children_find_what_is_around_those_who_start_them(monkeypatch: pytest.M
 
 def test_a_lost_fork_server_takes_its_children_and_is_replaced() -> None:
     async def run() -> None:
-        first = await Hosted.start(Drawing, HOST)
+        first = await SubprocessEnv.start(Drawing, HOST)
         lost = fork_server(CHILD)
         lost.kill()
         lost._process.wait(60)
         with pytest.raises(EnvironmentFailed, match=r"died with exit code -9 \(SIGKILL\)"):
             await first.reset(1)
         await first.close()
-        second = await Hosted.start(Drawing, HOST)
+        second = await SubprocessEnv.start(Drawing, HOST)
         await second.reset(1)
         await second.close()
 
@@ -80,9 +80,9 @@ def test_a_stuck_fork_server_is_replaced() -> None:
         stuck = fork_server(CHILD)
         os.kill(stuck._process.pid, signal.SIGSTOP)
         with pytest.raises(EnvironmentStuck, match="start_seconds"):
-            await Hosted.start(Drawing, HOST.model_copy(update={"start_seconds": 0.2}))
+            await SubprocessEnv.start(Drawing, HOST.model_copy(update={"start_seconds": 0.2}))
         stuck._process.wait(60)
-        replica = await Hosted.start(Drawing, HOST)
+        replica = await SubprocessEnv.start(Drawing, HOST)
         assert fork_server(CHILD) is not stuck
         await replica.close()
 

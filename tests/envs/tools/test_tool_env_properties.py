@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.base import TalkSpace, TextEnv
-from envs.hosting.host import Inline, reach
+from envs.hosting.host import InProcessEnv, reach
 from envs.tools.tool import Tool, ToolRefused
 from envs.tools.tool_calls import Call, Style, parse_calls, write_call
 from envs.tools.tool_env import Reason, Toolbox, ToolEnv, answers_by_reason
@@ -119,7 +119,7 @@ def test_it_counts_calls_so_it_is_played_again_and_not_restored() -> None:
     assert reach(Ask()) is not None
     env = ToolEnv(Ask(), box())
     assert reach(env) is None
-    assert not Inline(env).nondeterministic
+    assert not InProcessEnv(env).nondeterministic
 
 
 class Server:
@@ -177,7 +177,9 @@ def test_what_an_info_says_of_tools_is_taken_where_it_is_ours() -> None:
 def test_a_source_is_renewed_with_every_episode_and_closed_with_the_environment() -> None:
     server = Server()
     env = ToolEnv(Ask(), Toolbox([halve], [server]))
-    assert Inline(ToolEnv(env, box(fail))).nondeterministic, "its answers may change, however it is wrapped"
+    assert InProcessEnv(ToolEnv(env, box(fail))).nondeterministic, (
+        "its answers may change, however it is wrapped"
+    )
     env.reset()
     assert env.step(written(Call("double", {"number": 1})))[0][0]["content"] == "2.0"
     env.reset()

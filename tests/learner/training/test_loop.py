@@ -19,7 +19,7 @@ from learner.settings import LearnerSettings, ModelSettings
 from learner.training.learner import Learner
 from learner.training.loop import LearnerLoop, Row
 from learner.training.publish import Snapshot
-from rollout.wire.partition import Share
+from rollout.wire.partition import Partition
 from rollout.wire.schema import encode
 from rollout.wire.trajectory import DropReason, Group, Step
 from rollout.wire.weights import Handle, WeightUpdate, write_memory
@@ -27,7 +27,7 @@ from rollout.wire.weights import Handle, WeightUpdate, write_memory
 Groups = Callable[..., Group]
 
 
-class Exchange:
+class ReplayBuffer:
     """Gives the groups of each version, the same ones when asked again, and notes what it is told."""
 
     def __init__(self, group_of: Groups) -> None:
@@ -40,12 +40,12 @@ class Exchange:
     async def discard(self, version: int, reason: DropReason) -> None:
         self.discarded.append(version)
 
-    async def take(self, version: int, timeout_s: float, share: Share) -> list[pa.RecordBatch]:
+    async def take(self, version: int, timeout_s: float, share: Partition) -> list[pa.RecordBatch]:
         self.taken.append(version)
         group = self.group_of(version, [1.0, 0.0, 0.5])
         return [encode(_broken(group) if len(self.taken) <= self.broken else group)]
 
-    async def landed(self, version: int) -> None:
+    async def checkpointed(self, version: int) -> None:
         self.landed_versions.append(version)
 
     async def counts(self) -> dict[str, int]:
@@ -76,12 +76,12 @@ class Setup:
         self.learner = Learner(
             LearnerSettings(model=ModelSettings(path=str(tiny)), optim=OptimSettings(learning_rate=3e-3))
         )
-        self.exchange = Exchange(group_of)
+        self.replay_buffer = ReplayBuffer(group_of)
         self.shelf = Shelf()
         self.told: list[tuple[Any, ...]] = []  # the other ranks, of which there is one: it only listens
         self.gone_at: str | None = None  # the verb it does not live to end
         self.loop = LearnerLoop(
-            self.learner, self.exchange, self.shelf, "float32", take_seconds=5.0, tell=self._tell
+            self.learner, self.replay_buffer, self.shelf, "float32", take_seconds=5.0, tell=self._tell
         )
 
     def _tell(self, *words: Any) -> list[Any]:
@@ -112,20 +112,20 @@ def test_a_step_asked_again_is_answered_again_and_trained_once(setup: Setup) -> 
     first, same, second = asyncio.run(run())
     assert first == same != second
     assert (first["step"], second["step"]) == (1, 2)
-    assert setup.exchange.taken == [0, 1]
+    assert setup.replay_buffer.taken == [0, 1]
     assert setup.loop.version == 2
 
 
 def test_a_batch_that_can_not_be_learned_from_is_set_aside_and_the_step_takes_another(setup: Setup) -> None:
     before = [parameter.detach().clone() for parameter in setup.learner.policy.parameters()]
-    setup.exchange.broken = 2
+    setup.replay_buffer.broken = 2
     row = asyncio.run(setup.loop.train(1))
-    assert setup.exchange.taken == [0, 0, 0]
-    assert setup.exchange.discarded == [0, 0]
+    assert setup.replay_buffer.taken == [0, 0, 0]
+    assert setup.replay_buffer.discarded == [0, 0]
     assert row["nonfinite_batches"] == 2
     assert setup.loop.version == 1
     unspoilt = Learner(setup.learner.settings)
-    unspoilt.step([setup.exchange.group_of(0, [1.0, 0.0, 0.5])])
+    unspoilt.step([setup.replay_buffer.group_of(0, [1.0, 0.0, 0.5])])
     assert all(
         torch.equal(a, b)
         for a, b in zip(unspoilt.policy.parameters(), setup.learner.policy.parameters(), strict=True)
@@ -134,34 +134,34 @@ def test_a_batch_that_can_not_be_learned_from_is_set_aside_and_the_step_takes_an
 
 
 def test_batches_that_never_can_be_learned_from_end_the_run_at_a_whole_version(setup: Setup) -> None:
-    setup.exchange.broken = 100
+    setup.replay_buffer.broken = 100
     with pytest.raises(
         BatchRefused, match=r"^step 1: none of 4 batches in a row .*; last: group 0, episode 0"
     ):
         asyncio.run(setup.loop.train(1))
     assert setup.loop.version == 0
-    asyncio.run(setup.loop.offer())  # no half-made step: the parameters are version 0's
+    asyncio.run(setup.loop.publish_weights())  # no half-made step: the parameters are version 0's
 
 
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_step_out_of_order_is_refused(setup: Setup, step: int) -> None:
     with pytest.raises(ValueError, match=f"step {step} was asked of a learner that stands at version 0"):
         asyncio.run(setup.loop.train(step))
-    assert setup.exchange.taken == []
+    assert setup.replay_buffer.taken == []
 
 
 def test_one_version_is_offered_again_without_a_new_snapshot_until_the_next(setup: Setup) -> None:
     async def run() -> None:
-        update = await setup.loop.offer()
+        update = await setup.loop.publish_weights()
         update.verify()
         assert setup.holds(update)
-        assert await setup.loop.offer() is update
-        await setup.loop.withdraw()
-        again = await setup.loop.offer()
+        assert await setup.loop.publish_weights() is update
+        await setup.loop.unpin_weights()
+        again = await setup.loop.publish_weights()
         assert again.manifest is update.manifest
         assert setup.holds(again)
         await setup.loop.train(1)
-        later = await setup.loop.offer()
+        later = await setup.loop.publish_weights()
         later.verify()
         assert later.version == 1
         assert setup.holds(later)
@@ -184,16 +184,16 @@ def test_a_late_engine_gets_the_old_version_whole_while_the_next_is_trained(
         return step(groups)
 
     async def run() -> None:
-        await setup.loop.offer()
-        await setup.loop.withdraw()
+        await setup.loop.publish_weights()
+        await setup.loop.unpin_weights()
         training = asyncio.create_task(setup.loop.train(1))
         await asyncio.to_thread(began.wait, 30)
-        late = await asyncio.wait_for(setup.loop.offer(), 30)
+        late = await asyncio.wait_for(setup.loop.publish_weights(), 30)
         late.verify()
         assert late.version == 0
         go_on.set()
         await training
-        next_one = await setup.loop.offer()
+        next_one = await setup.loop.publish_weights()
         next_one.verify()
         assert next_one.version == 1
 
@@ -223,7 +223,7 @@ def test_a_cancelled_caller_leaves_no_step_running_beside_the_next_call(
 
     monkeypatch.setattr(setup.learner, "step", held_up)
     assert asyncio.run(run())["step"] == 1
-    assert setup.exchange.taken == [0]
+    assert setup.replay_buffer.taken == [0]
 
 
 def test_after_a_step_that_failed_on_its_way_the_weights_go_nowhere(
@@ -235,7 +235,7 @@ def test_after_a_step_that_failed_on_its_way_the_weights_go_nowhere(
     async def run() -> None:
         with pytest.raises(MemoryError):
             await setup.loop.train(1)
-        for verb in (setup.loop.train(1), setup.loop.offer(), setup.loop.save(tmp_path)):
+        for verb in (setup.loop.train(1), setup.loop.publish_weights(), setup.loop.save(tmp_path)):
             with pytest.raises(RuntimeError, match="the learner's step after version 0 failed on its way"):
                 await verb
 
@@ -251,17 +251,17 @@ def test_version_0_lands_after_imitation_and_a_save_may_be_asked_again(
         assert len(await setup.loop.imitate(steps + 1)) == steps
         await setup.loop.save(tmp_path)
         await setup.loop.save(tmp_path)
-        await setup.loop.offer()
+        await setup.loop.publish_weights()
         with pytest.raises(RuntimeError, match="was offered already"):
             await setup.loop.imitate(1)
 
     asyncio.run(run())
-    assert setup.exchange.landed_versions == [0, 0]
+    assert setup.replay_buffer.landed_versions == [0, 0]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["version-00000000"]
     resumed = Setup(tiny, group_of)
     resumed.learner.load(tmp_path)
     assert resumed.loop.version == 0
-    assert resumed.holds(asyncio.run(setup.loop.offer()))
+    assert resumed.holds(asyncio.run(setup.loop.publish_weights()))
 
 
 def test_other_ranks_are_told_in_order_what_is_done_and_nothing_of_what_is_said_again(
@@ -270,10 +270,10 @@ def test_other_ranks_are_told_in_order_what_is_done_and_nothing_of_what_is_said_
     async def run() -> None:
         for _ in range(2):
             await setup.loop.train(1)
-            await setup.loop.offer()
+            await setup.loop.publish_weights()
             await setup.loop.save(tmp_path)
-        await setup.loop.withdraw()
-        await setup.loop.offer()
+        await setup.loop.unpin_weights()
+        await setup.loop.publish_weights()
 
     asyncio.run(run())
     assert setup.told == [("take", 0), ("step", 1), ("snapshot",), ("save", tmp_path)]
@@ -292,7 +292,7 @@ def test_a_rank_that_is_gone_ends_the_wait_for_it_and_half_a_step_goes_nowhere(
         with pytest.raises(RankLost, match="rank 1 is gone"):
             await setup.loop.train(1)
         with pytest.raises(RuntimeError, match="failed on its way"):
-            await setup.loop.offer()
+            await setup.loop.publish_weights()
         go_on.set()
 
     monkeypatch.setattr("learner.training.loop._LAST_WORDS_SECONDS", 0.1)

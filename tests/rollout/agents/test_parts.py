@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerFast
 
 from envs.base import TextEnv, messages_of
-from envs.hosting.host import HostSettings, Inline
+from envs.hosting.host import HostSettings, InProcessEnv
 from envs.tools.tool_calls import Call, write_call
 from rollout.agents.library import LibrarySettings, Store
 from rollout.agents.memory import Notebook, NotebookSettings, SummarySettings, WindowSettings
@@ -259,7 +259,7 @@ def test_a_lesson_of_one_episode_serves_the_next(
         for _ in range(2)
     ]
     assert results == [False, True]
-    assert Inline(dressed(Code, [part])).nondeterministic
+    assert InProcessEnv(dressed(Code, [part])).nondeterministic
     assert played(chat, tokenizer, learner, Code(**NEVER), seed=6).success is False
 
 
@@ -302,7 +302,7 @@ def test_an_episode_goes_on_through_its_part(
     )
     for count in range(1, len(trajectory.steps)):
         so_far = EpisodeSoFar(trajectory.steps[:count], end=None, snapshot=None)
-        standing = asyncio.run(bring_back(Inline(make()), trajectory.task, so_far))
+        standing = asyncio.run(bring_back(InProcessEnv(make()), trajectory.task, so_far))
         assert json.loads(trajectory.steps[count].observation) == messages_of(standing.observation)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from envs.base import Message, TextEnv, messages_of
-from envs.hosting.host import HostSettings, Inline, Sampled
+from envs.hosting.host import HostSettings, InProcessEnv, Sampled
 from rollout.agents.agent import Agent
 from rollout.agents.library import LibrarySettings, Store
 from rollout.agents.memory import NotebookSettings, SummarySettings, WindowSettings
@@ -32,7 +32,7 @@ from rollout.episodes.group import run_group
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.worker import RolloutSettings, RolloutWorker
 from rollout.wire.trajectory import EndReason, EpisodeSoFar, Slot, Task
-from tests.rollout.fake_exchange import FakeExchange
+from tests.rollout.fake_replay_buffer import FakeReplayBuffer
 from tests.rollout.scripted import played
 
 Outcome = tuple[str, float, bool, bool, dict[str, Any]]
@@ -91,7 +91,7 @@ def test_an_episode_without_a_turn_to_reflect_ended_as_its_attempt_did(
     agent = Agent(ScriptedEngine(tokenizer, say), chat, Sampling(max_tokens=8), 512)
     so_far = EpisodeSoFar(second.steps[:2], end=None, snapshot=None)
     place = Place(Slot(0, 0, second.task, 0), index=0, seed=0)
-    again = asyncio.run(run_episode(Inline(make()), agent, place, Limits(2, 30.0), so_far=so_far))
+    again = asyncio.run(run_episode(InProcessEnv(make()), agent, place, Limits(2, 30.0), so_far=so_far))
     assert (again.end_reason, again.success) == (EndReason.TERMINATED, False), "also where it went on"
 
 
@@ -133,7 +133,7 @@ def test_an_evaluation_reads_lessons_and_leaves_none(
 
     async def run() -> None:
         pool = EnvironmentPool(lambda env_id: won(), parts=[LibrarySettings(path=path)])
-        worker = RolloutWorker("worker", engine, agent, FakeExchange([]), limits, 0, pool)
+        worker = RolloutWorker("worker", engine, agent, FakeReplayBuffer([]), limits, 0, pool)
         (before,) = await worker.evaluate([task])
         assert (len(before.steps), before.success) == (1, True)
         assert Store(path, 9).similar("play", 9) == []

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from envs.base import TextEnv, messages_of
 from envs.builtin.assistant import assistant
-from envs.hosting.host import Inline
+from envs.hosting.host import InProcessEnv
 from envs.tools.tool_calls import Call, write_call
 from rollout.agents.agent import AgentSettings
 from rollout.agents.library import LibrarySettings
@@ -184,7 +184,7 @@ def _assert_goes_on(trajectory: Any, make: Any) -> None:
     """Replayed from seed, actions and what is known of each turn, every observation is the same."""
     for count in range(1, len(trajectory.steps), 3):
         so_far = EpisodeSoFar(trajectory.steps[:count], end=None, snapshot=None)
-        standing = asyncio.run(bring_back(Inline(make()), trajectory.task, so_far))
+        standing = asyncio.run(bring_back(InProcessEnv(make()), trajectory.task, so_far))
         assert json.loads(trajectory.steps[count].observation) == messages_of(standing.observation)
 
 
@@ -212,7 +212,9 @@ def test_tools_are_announced_with_every_turn_that_sees_nothing_else(
     heads = {prompt.partition("<|user|>")[0] for prompt in prompts}
     assert len(heads) == 1 and "calculate(expression)" in heads.pop()
     so_far = EpisodeSoFar(trajectory.steps[:2], end=None, snapshot=None)
-    standing = asyncio.run(bring_back(Inline(assistant(style="plain", max_calls=2)), trajectory.task, so_far))
+    standing = asyncio.run(
+        bring_back(InProcessEnv(assistant(style="plain", max_calls=2)), trajectory.task, so_far)
+    )
     assert standing.observation == json.loads(trajectory.steps[2].observation), (
         "what is stored is what was said"
     )

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerFast
 
 from envs.base import TextEnv
-from envs.hosting.host import HostSettings, Inline
+from envs.hosting.host import HostSettings, InProcessEnv
 from envs.tools.tool import ToolRefused
 from rollout.agents.agent import Agent
 from rollout.agents.settings import PartSettings, dressed
@@ -25,9 +25,9 @@ from rollout.episodes.episode import Limits, Place, run_episode
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.recorder import Recorder
 from rollout.episodes.resume import bring_back
-from rollout.episodes.rollout_metrics import Recorded, Tally
+from rollout.episodes.rollout_metrics import Recorded, RolloutMetrics
 from rollout.wire.trajectory import EpisodeSoFar, Slot, Task, Trajectory
-from tests.rollout.fake_exchange import FakeExchange
+from tests.rollout.fake_replay_buffer import FakeReplayBuffer
 
 CALCULATOR = ToolsSettings(functions=("envs.builtin.assistant_data:calculate",), style="plain")
 SUMS = ["3 + 4", "12 * 12", "99 - 100", "2 * (3 + 4)", "7 / 2", "81 + 19", "5 * 5 * 5", "1 - 1"]
@@ -55,7 +55,7 @@ def asker(prompt: str, rng: Random) -> str:
 def played(chat: Chat, tokenizer: PreTrainedTokenizerFast, seed: int, parts: list[Any]) -> Trajectory:
     agent = Agent(ScriptedEngine(tokenizer, asker), chat, Sampling(max_tokens=64), 512)
     place = Place(Slot(seed, 0, Task.of("sum", seed), 0), index=0, seed=seed)
-    return asyncio.run(run_episode(Inline(dressed(Sum, parts)), agent, place, Limits(8, 30.0)))
+    return asyncio.run(run_episode(InProcessEnv(dressed(Sum, parts)), agent, place, Limits(8, 30.0)))
 
 
 def test_a_policy_that_cannot_calculate_succeeds_with_a_calculator(
@@ -73,7 +73,7 @@ def test_calls_are_turns_that_are_stored_and_played_again(
     assert [step.reward for step in trajectory.steps] == [0.0, 1.0]
     opening = tokenizer.decode(trajectory.steps[0].prompt_ids)
     assert opening == "<|system|>calculate(expression)\n<|user|>what is 12 * 12?<|assistant|>"
-    replica = Inline(dressed(Sum, [CALCULATOR]))
+    replica = InProcessEnv(dressed(Sum, [CALCULATOR]))
     so_far = EpisodeSoFar(trajectory.steps[:1], end=None, snapshot=None)
     standing = asyncio.run(bring_back(replica, trajectory.task, so_far))
     assert standing.observation == json.loads(trajectory.steps[1].observation)
@@ -83,12 +83,14 @@ def test_a_worker_counts_calls_by_what_became_of_them(chat: Chat, tokenizer: Pre
     def careless(prompt: str, rng: Random) -> str:
         return asker(prompt, rng) if "no tool" in prompt else "calculat(1)\ncalculate(1, 2)"
 
-    tally = Tally()
+    tally = RolloutMetrics()
     agent = Agent(ScriptedEngine(tokenizer, careless), chat, Sampling(max_tokens=64), 512)
     place = Place(Slot(0, 0, Task.of("sum", 0), 0), index=0, seed=0)
-    replica = Inline(dressed(Sum, [CALCULATOR]))
+    replica = InProcessEnv(dressed(Sum, [CALCULATOR]))
     asyncio.run(
-        run_episode(replica, agent, place, Limits(8, 30.0), Recorded(tally, Recorder(FakeExchange([]), "")))
+        run_episode(
+            replica, agent, place, Limits(8, 30.0), Recorded(tally, Recorder(FakeReplayBuffer([]), ""))
+        )
     )
     counted = {name: count for name, count in tally.row().items() if name.startswith("tools_") and count}
     assert counted == {"tools_unknown_tool": 1, "tools_wrong_arguments": 1}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from rollout.buffer.replay_store import EpisodeRow, Store
+from rollout.buffer.replay_store import EpisodeRow, ReplayStore
 from rollout.wire.schema import decode, encode, encode_turns
 from rollout.wire.trajectory import Assignment, Group, Slot, Step
 
@@ -17,21 +17,21 @@ def rows_of(group: Group) -> list[EpisodeRow]:
     return [EpisodeRow.of(trajectory) for trajectory in group.trajectories]
 
 
-def hand_in(store: Store, group: Group) -> None:
-    assert store.hand_in([], [(group.slot, encode(group), rows_of(group))]) == [None]
+def commit(store: ReplayStore, group: Group) -> None:
+    assert store.commit([], [(group.slot, encode(group), rows_of(group))]) == [None]
 
 
 lanes = count()
 
 
-def assignment(store: Store) -> Assignment:
+def assignment(store: ReplayStore) -> Assignment:
     """What a loop gets that has never asked before."""
     given = store.reserve("w", next(lanes))
     assert given is not None
     return given
 
 
-def reserve(store: Store) -> Slot:
+def reserve(store: ReplayStore) -> Slot:
     return assignment(store).slot
 
 

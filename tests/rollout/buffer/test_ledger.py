@@ -77,7 +77,7 @@ def test_a_checkpoint_trains_what_was_taken_before_it(tmp_path: Path, ledger: Le
     for version in range(3):
         ledger.issue(Slot(version, 0, Task.of("count", 0), version), "w", 0)
         ledger.take([version], version)
-    ledger.landed(2)
+    ledger.checkpointed(2)
     assert rows(tmp_path, "SELECT state FROM groups ORDER BY group_id") == [
         ("trained",),
         ("trained",),

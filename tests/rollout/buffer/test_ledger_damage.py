@@ -32,7 +32,7 @@ for version in range(4):
         ledger.complete([(slot, Location(0, 100 * group_id, 100, "ab" * 16), [row])])
     ledger.take([2 * version, 2 * version + 1], version)
     ledger.release(version + 1)
-    ledger.landed(version + 1)
+    ledger.checkpointed(version + 1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

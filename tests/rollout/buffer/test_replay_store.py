@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from rollout.buffer.replay_store import EpisodeRow, Store, TooManyFailures
+from rollout.buffer.replay_store import EpisodeRow, ReplayStore, TooManyFailures
 from rollout.buffer.segments import read_rows
 from rollout.wire.schema import encode
 from rollout.wire.trajectory import Assignment, DropReason, EndReason, Group, Slot, Task
-from tests.rollout.buffer.stores import assignment, group_ids, hand_in, reserve, turns
+from tests.rollout.buffer.stores import assignment, commit, group_ids, reserve, turns
 
 GroupOf = Callable[..., Group]
-Open = Callable[..., Store]
+Open = Callable[..., ReplayStore]
 
 
 def test_rows_are_on_disk_before_the_ledger_says_complete(
@@ -30,7 +30,7 @@ def test_rows_are_on_disk_before_the_ledger_says_complete(
     store, states = open_store(), list[str]()
     slot = reserve(store)
     monkeypatch.setattr(os, "fsync", state_at_sync)
-    hand_in(store, group_of(slot))
+    commit(store, group_of(slot))
     assert set(states) == {"issued"}
     assert store.counts()["complete"] == 1
     store.close()
@@ -40,13 +40,13 @@ def test_slots_are_freed_by_dropping_and_by_release_only(open_store: Open, group
     store = open_store()
     slots = [reserve(store) for _ in range(4)]
     assert store.reserve("other", 0) is None
-    hand_in(store, group_of(slots[0]))
-    hand_in(store, group_of(slots[1]))
+    commit(store, group_of(slots[0]))
+    commit(store, group_of(slots[1]))
     assert store.reserve("other", 0) is None
     store.drop(slots[2], DropReason.FAILED, "lost")
     assert reserve(store).group_id == 4
     assert group_ids(store.take(0)) == [0, 1]
-    store.landed(1)
+    store.checkpointed(1)
     assert store.reserve("other", 0) is None, "landed says nothing about what the engines hold"
     store.release(1)
     assert [reserve(store), reserve(store)] == [
@@ -64,14 +64,14 @@ def test_no_more_is_given_out_than_the_steps_need(open_store: Open, group_of: Gr
     store.drop(slots[3], DropReason.FAILED)
     slots[3] = reserve(store)
     for slot in slots:
-        hand_in(store, group_of(slot))
+        commit(store, group_of(slot))
     for version in (1, 2):
         assert not store.covered
         assert len(store.take(version - 1) or []) == 2
         store.release(version)
         assert store.reserve("other", 0) is None
     assert store.covered
-    store.landed(2)
+    store.checkpointed(2)
     assert store.counts() == {
         "issued": 5,
         "in_flight": 0,
@@ -91,7 +91,7 @@ def test_too_many_failures_stop_the_run_and_say_why(open_store: Open, group_of: 
         lost = [EpisodeRow(i, failed, 0.0, None, 0, 0, -1, "Traceback\nOSError: disk") for i in range(2)]
         store.drop(slot, DropReason.FAILED, "", lost)
     assert store.take(0) is None
-    hand_in(store, group_of(reserve(store), end_reasons=(good, failed)))
+    commit(store, group_of(reserve(store), end_reasons=(good, failed)))
     with pytest.raises(
         TooManyFailures, match=r"^21 of the last 22 episodes .* more than 10% .*: OSError: disk$"
     ):
@@ -103,7 +103,7 @@ def test_failures_of_long_ago_are_forgiven(open_store: Open, group_of: GroupOf) 
     store = open_store(groups_per_step=1, max_lag=0, max_failed_share=0.1)
     good, failed = (EndReason.TERMINATED,), (EndReason.FAILED,)
     for version, end_reasons in enumerate([failed * 20, *[good * 20] * 9, failed * 20], start=1):
-        hand_in(store, group_of(reserve(store), end_reasons=end_reasons))
+        commit(store, group_of(reserve(store), end_reasons=end_reasons))
         assert store.take(version - 1) is not None
         store.release(version)
     store.close()
@@ -112,7 +112,7 @@ def test_failures_of_long_ago_are_forgiven(open_store: Open, group_of: GroupOf) 
 def test_evaluations_are_kept_apart(open_store: Open, group_of: GroupOf, tmp_path: Path) -> None:
     store = open_store()
     trained, held_out = group_of(reserve(store)), group_of(Slot(77, 0, Task.of("count", 77), 0))
-    hand_in(store, trained)
+    commit(store, trained)
     store.archive("before", [encode(held_out)])
     store.archive("before", [encode(held_out)])  # the answer was lost
     store.close()
@@ -124,16 +124,16 @@ def test_after_a_crash_groups_go_on_or_are_issued_again_in_order(open_store: Ope
     store = open_store(groups_per_step=2, max_lag=1)
     slots = [reserve(store) for _ in range(4)]
     for slot in slots[:3]:
-        hand_in(store, group_of(slot))
+        commit(store, group_of(slot))
     assert group_ids(store.take(0)) == [0, 1]
-    store.landed(1)  # the checkpoint of version 1 holds groups 0 and 1
+    store.checkpointed(1)  # the checkpoint of version 1 holds groups 0 and 1
     store.release(1)
     four, five = reserve(store), reserve(store)
-    store.hand_in([turns(four, turn, version=version) for turn, version in enumerate([1, 1, 2])], [])
-    hand_in(store, group_of(slots[3], versions=1))
+    store.commit([turns(four, turn, version=version) for turn, version in enumerate([1, 1, 2])], [])
+    commit(store, group_of(slots[3], versions=1))
     assert group_ids(store.take(1)) == [2, 3]
     store.release(2)
-    hand_in(store, group_of(five, versions=2))  # went on while version 2 arrived
+    commit(store, group_of(five, versions=2))  # went on while version 2 arrived
     six, seven = reserve(store), reserve(store)
     # The learner is back at version 1: nothing that version 2 touched exists any more.
     for _ in range(2):  # the answer was lost

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from rollout.buffer.replay_store import BufferSettings, Store
+from rollout.buffer.replay_store import BufferSettings, ReplayStore
 from rollout.wire.schema import decode, restore_turns
 from rollout.wire.trajectory import Task
 
@@ -39,7 +39,7 @@ while True:
     playing = [given.slot for lane in range(4) if (given := store.reserve(sys.argv[2], lane))]
     for turn in range(3):
         turns = [encode_turns([(slot, 0, step(slot, turn), None, None)], "w") for slot in playing]
-        store.hand_in(turns, [])
+        store.commit(turns, [])
         for slot in playing:
             say("turn", slot.group_id, slot.attempt, turn)
     groups = [
@@ -47,14 +47,14 @@ while True:
         for slot in playing[1:]
     ]
     finished = [(group.slot, encode(group), [EpisodeRow.of(t) for t in group.trajectories]) for group in groups]
-    assert store.hand_in([], finished) == [None] * len(groups)
+    assert store.commit([], finished) == [None] * len(groups)
     for group in groups:
         say("complete", group.slot.group_id, group.slot.attempt)
     if store.take(store.version) is not None:
         store.release(store.version + 1)
         say("released", store.version)
         if store.version % 2:
-            store.landed(store.version)
+            store.checkpointed(store.version)
             say("landed", store.version)
 """
 
@@ -73,7 +73,7 @@ def killed(folder: Path, name: str, lines: int) -> list[list[str]]:
 def test_what_was_said_to_be_done_is_done(tmp_path: Path, tasks: Callable[[int], Task]) -> None:
     turns: dict[int, set[tuple[int, int]]] = {}
     complete: dict[int, int] = {}
-    released = landed = 0
+    released = checkpointed = 0
     for life in range(5):
         for what, *numbers in killed(tmp_path, f"w{life}", Random(life).randrange(1, 60)):
             group_id, *rest = map(int, numbers)
@@ -86,18 +86,18 @@ def test_what_was_said_to_be_done_is_done(tmp_path: Path, tasks: Callable[[int],
                 case "released":
                     released = group_id
                 case "landed":
-                    landed = group_id
+                    checkpointed = group_id
         with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
             fates = {row[0]: row[1:] for row in db.execute("SELECT group_id, attempt, state FROM groups")}
             late = db.execute(
-                "SELECT count(*) FROM groups WHERE state = 'taken' AND taken_version < ?", (landed,)
+                "SELECT count(*) FROM groups WHERE state = 'taken' AND taken_version < ?", (checkpointed,)
             ).fetchone()
         db.close()
-        store = Store(tmp_path, tasks, SETTINGS)
+        store = ReplayStore(tmp_path, tasks, SETTINGS)
         assert store.version >= released and late == (0,)
         for group_id, attempt in complete.items():
             assert fates[group_id][0] == attempt and fates[group_id][1] in ("complete", "taken", "trained")
-        store.hand_on(f"w{life}")
+        store.reassign(f"w{life}")
         lane = 0
         while (given := store.reserve(f"check{life}", lane)) is not None:
             lane += 1
@@ -112,5 +112,5 @@ def test_what_was_said_to_be_done_is_done(tmp_path: Path, tasks: Callable[[int],
             assert later or said <= found, f"life {life}: turns of group {given.slot.group_id} are lost"
         taken = [decode(batch).slot.group_id for batch in store.take(store.version) or []]
         assert all(fates[group_id][1] in ("complete", "taken", "trained") for group_id in taken)
-        store.hand_on(f"check{life}")
+        store.reassign(f"check{life}")
         store.close()

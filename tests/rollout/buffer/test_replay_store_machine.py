@@ -21,7 +21,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from rollout.buffer.replay_store import BufferSettings, EpisodeRow, Store
+from rollout.buffer.replay_store import BufferSettings, EpisodeRow, ReplayStore
 from rollout.buffer.samplers import AnySampler
 from rollout.buffer.settings import ReuseSettings
 from rollout.wire.schema import decode, encode, restore_turns
@@ -96,8 +96,8 @@ class StoreMachine(RuleBasedStateMachine):
     def run_folder(self) -> Path:
         return self.folder / str(self.lives)
 
-    def opened(self) -> Store:
-        return Store(self.run_folder, task_of, self.settings, seed=7)
+    def opened(self) -> ReplayStore:
+        return ReplayStore(self.run_folder, task_of, self.settings, seed=7)
 
     def note_what_is_durable(self) -> None:
         if not self.store._ledger._unsynced:
@@ -185,7 +185,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.fates)
     @rule(data=st.data())
-    def hand_in(self, data: st.DataObject) -> None:
+    def commit(self, data: st.DataObject) -> None:
         turns, meant = some_turns(data, self.fates, self.store.version)
         candidates = self.ids("issued")
         several = (
@@ -207,7 +207,7 @@ class StoreMachine(RuleBasedStateMachine):
             results[group_id] = sampled_by = data.draw(st.tuples(versions, versions))
             group = played(slot, sampled_by)
             finished.append((slot, encode(group), [EpisodeRow.of(t) for t in group.trajectories]))
-        answers = self.call(data, lambda: self.store.hand_in(turns, finished))
+        answers = self.call(data, lambda: self.store.commit(turns, finished))
         # An issue that was lost with the machine while the call was under way: the call is too late for it.
         for (slot, *_), answer in zip(finished, answers, strict=True):
             still = self.fates.get(slot.group_id)
@@ -235,7 +235,7 @@ class StoreMachine(RuleBasedStateMachine):
         if self.in_step:
             self.release(data)
         if self.ids("issued"):
-            self.hand_in(data)
+            self.commit(data)
 
     @precondition(lambda self: self.settings.max_lag > 0)
     @rule(data=st.data())
@@ -251,9 +251,9 @@ class StoreMachine(RuleBasedStateMachine):
         fate.state, fate.turns = "dropped", {}
 
     @rule(data=st.data(), worker=st.sampled_from(WORKERS))
-    def hand_on(self, data: st.DataObject, worker: str) -> None:
+    def reassign(self, data: st.DataObject, worker: str) -> None:
         name = worker + self.given_up[worker] * "+"
-        self.call(data, lambda: self.store.hand_on(name))
+        self.call(data, lambda: self.store.reassign(name))
         self.given_up[worker] += 1
         for group_id in self.ids("issued"):
             if (holder := self.fates[group_id].holder) and holder[0] == name:
@@ -268,7 +268,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def a_stale_slot_is_refused(self, data: st.DataObject) -> None:
         slot = stale_slot(data, self.fates[data.draw(st.sampled_from(sorted(self.fates)))])
-        (stale,) = self.store.hand_in([], [(slot, encode(played(slot, (0, 0))), [])])
+        (stale,) = self.store.commit([], [(slot, encode(played(slot, (0, 0))), [])])
         assert isinstance(stale, StaleSlot)
         with pytest.raises(StaleSlot, match=f"group {slot.group_id}, attempt {slot.attempt}, holds no slot"):
             self.store.drop(slot, DropReason.FAILED)
@@ -328,7 +328,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def save(self, data: st.DataObject) -> None:
-        self.call(data, lambda: self.store.landed(self.version))
+        self.call(data, lambda: self.store.checkpointed(self.version))
         self.landed_versions = sorted({*self.landed_versions, self.version})
         for group_id in self.ids("taken"):
             self.fates[group_id].state = "trained"
@@ -339,7 +339,9 @@ class StoreMachine(RuleBasedStateMachine):
         version = data.draw(st.sampled_from(self.landed_versions[-2:]))
         self.call(data, lambda: self.store.rollback(version))
         self.version = version
-        self.landed_versions = [landed for landed in self.landed_versions if landed <= version]
+        self.landed_versions = [
+            checkpointed for checkpointed in self.landed_versions if checkpointed <= version
+        ]
         del self.history[version:]
         self.reuse.go_back(version)
         for fate in self.fates.values():

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from rollout.buffer.journal import Journal
-from rollout.buffer.replay_store import Store
+from rollout.buffer.replay_store import ReplayStore
 from rollout.buffer.segments import read_rows
 from rollout.wire.schema import encode, restore_turns
 from rollout.wire.trajectory import Assignment, DropReason, Group, Slot, StaleSlot, Task
-from tests.rollout.buffer.stores import assignment, group_ids, hand_in, reserve, rows_of, turns
+from tests.rollout.buffer.stores import assignment, commit, group_ids, reserve, rows_of, turns
 
 GroupOf = Callable[..., Group]
-Open = Callable[..., Store]
+Open = Callable[..., ReplayStore]
 
 
 def test_turns_of_lost_weights_stay_lost_when_the_process_dies_right_after_going_back(
@@ -23,7 +23,7 @@ def test_turns_of_lost_weights_stay_lost_when_the_process_dies_right_after_going
 ) -> None:
     store = open_store()
     slot = reserve(store)
-    store.hand_in([turns(slot, turn, version=turn) for turn in range(3)], [])
+    store.commit([turns(slot, turn, version=turn) for turn in range(3)], [])
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "adopt", lambda *_: (_ for _ in ()).throw(SystemExit))
         with pytest.raises(SystemExit):
@@ -38,11 +38,11 @@ def test_a_checkpoint_that_turns_out_unreadable_takes_its_groups_back(
 ) -> None:
     store = open_store(groups_per_step=1, max_lag=2)
     slots = [reserve(store) for _ in range(3)]
-    hand_in(store, group_of(slots[0]))
+    commit(store, group_of(slots[0]))
     assert group_ids(store.take(0)) == [0]
     store.release(1)
-    hand_in(store, group_of(slots[1], versions=1))
-    store.landed(1)
+    commit(store, group_of(slots[1], versions=1))
+    store.checkpointed(1)
     store.rollback(1)
     assert (store.ready, store.counts()["trained"]) == (1, 1)
     store.rollback(0)
@@ -56,7 +56,7 @@ def test_a_checkpoint_that_turns_out_unreadable_takes_its_groups_back(
 def test_a_run_resumed_with_smaller_settings_does_not_stall(open_store: Open, group_of: GroupOf) -> None:
     store = open_store(groups_per_step=4, max_lag=1)
     for _ in range(7):
-        hand_in(store, group_of(reserve(store)))
+        commit(store, group_of(reserve(store)))
     reserve(store)
     store.close()
     resumed = open_store(groups_per_step=2, max_lag=1)
@@ -64,7 +64,7 @@ def test_a_run_resumed_with_smaller_settings_does_not_stall(open_store: Open, gr
     taken = []
     for version in range(1, 5):
         while given := resumed.reserve("w", 0):
-            hand_in(resumed, group_of(given.slot))
+            commit(resumed, group_of(given.slot))
         taken += group_ids(resumed.take(version - 1))
         resumed.release(version)
     assert sorted(taken) == list(range(8))
@@ -81,9 +81,9 @@ def test_a_group_goes_on_with_another_worker_from_its_durable_turns(
     given = store.reserve("gone", 0)
     assert given == Assignment(Slot(0, 0, Task.of("count", 1000), 0), None)
     kept = reserve(store)
-    store.hand_in([turns(given.slot, 0), turns(kept, 0), turns(given.slot, 1)], [])
-    assert store.hand_on("gone") == 1
-    store.hand_in([turns(given.slot, 2)], [])  # nobody holds this attempt any more
+    store.commit([turns(given.slot, 0), turns(kept, 0), turns(given.slot, 1)], [])
+    assert store.reassign("gone") == 1
+    store.commit([turns(given.slot, 2)], [])  # nobody holds this attempt any more
     taken_over = assignment(store)
     assert taken_over.slot == Slot(0, 1, given.slot.task, 0)
     assert taken_over.turns is not None
@@ -92,11 +92,11 @@ def test_a_group_goes_on_with_another_worker_from_its_durable_turns(
     assert so_far.snapshot == b"s1"
     with pytest.raises(StaleSlot, match="group 0, attempt 0, holds no slot"):
         store.drop(given.slot, DropReason.FAILED)
-    (stale,) = store.hand_in([], [(given.slot, encode(group_of(given.slot)), [])])
+    (stale,) = store.commit([], [(given.slot, encode(group_of(given.slot)), [])])
     assert isinstance(stale, StaleSlot)
     # It plays the third turn, and begins the second episode.
-    store.hand_in([turns(taken_over.slot, 2), turns(taken_over.slot, 0, episode=1)], [])
-    store.hand_on("w")
+    store.commit([turns(taken_over.slot, 2), turns(taken_over.slot, 0, episode=1)], [])
+    store.reassign("w")
     reopened = open_store()
     assert reopened.reserve("gone", 0) is None and reopened.reserve("w", 5) is None
     found = reopened.reserve("another", 0)
@@ -117,12 +117,12 @@ def test_a_loop_that_asks_again_gets_the_same_until_it_has_played(open_store: Op
     assert store.reserve("w", 3) == first
     store = open_store()  # killed
     assert store.reserve("w", 3) == first
-    store.hand_in([turns(first.slot, 0)], [])
+    store.commit([turns(first.slot, 0)], [])
     # It has recorded a turn, so it had its answer: who asks now is another process under that name.
     again = store.reserve("w", 3)
     assert again is not None and again.turns is not None
     assert again.slot == Slot(0, 1, first.slot.task, 0)
-    assert store.hand_in([turns(first.slot, 1)], []) == []
+    assert store.commit([turns(first.slot, 1)], []) == []
     again = store.reserve("w", 3)
     assert again is not None and again.turns is not None and again.turns.num_rows == 1
     assert store.counts()["issued"] == 1
@@ -133,13 +133,13 @@ def test_whatever_is_handed_in_twice_counts_once(open_store: Open, group_of: Gro
     store = open_store(max_failed_share=1.0)
     slots = [reserve(store) for _ in range(4)]
     group = (slots[0], encode(group_of(slots[0])), rows_of(group_of(slots[0])))
-    assert store.hand_in([turns(slots[1], 0)] * 2, [group, group]) == [None, None]
-    hand_in(store, group_of(slots[0]))
+    assert store.commit([turns(slots[1], 0)] * 2, [group, group]) == [None, None]
+    commit(store, group_of(slots[0]))
     store.drop(slots[2], DropReason.FAILED, "lost")
     store.drop(slots[2], DropReason.FAILED, "lost")
-    hand_in(store, group_of(slots[1]))
+    commit(store, group_of(slots[1]))
     store = open_store()  # killed
-    hand_in(store, group_of(slots[0]))
+    commit(store, group_of(slots[0]))
     store.drop(slots[2], DropReason.FAILED, "lost")
     first = store.take(0)
     assert store.take(0) == first and group_ids(first) == [0, 1]
@@ -148,11 +148,11 @@ def test_whatever_is_handed_in_twice_counts_once(open_store: Open, group_of: Gro
     assert store.take(1) is None, "the next step waits for the release"
     for _ in range(2):
         store.release(1)
-        store.landed(1)
+        store.checkpointed(1)
     store = open_store()
     store.release(1)
     assert store.version == 1
-    hand_in(store, group_of(slots[1]))
+    commit(store, group_of(slots[1]))
     assert store.counts() == {
         "issued": 4,
         "in_flight": 1,

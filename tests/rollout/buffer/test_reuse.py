@@ -11,36 +11,36 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rollout.buffer.replay_store import Store
+from rollout.buffer.replay_store import ReplayStore
 from rollout.buffer.samplers import Prioritized
 from rollout.buffer.segments import read_rows, segment_files
 from rollout.buffer.settings import BufferSettings, ReuseSettings
-from rollout.wire.partition import Share, StepTorn
+from rollout.wire.partition import Partition, StepTorn
 from rollout.wire.schema import decode, encode
 from rollout.wire.trajectory import DropReason, EndReason, Group, Trajectory
-from tests.rollout.buffer.stores import group_ids, hand_in, reserve
+from tests.rollout.buffer.stores import commit, group_ids, reserve
 
 GroupOf = Callable[..., Group]
-Open = Callable[..., Store]
+Open = Callable[..., ReplayStore]
 LARGE = 50_000  # tokens: a group is 1.2 MB, and every one has a segment of its own
 
 
-def reused(store: Store, version: int, share: Share | None = None) -> list[int]:
+def reused(store: ReplayStore, version: int, share: Partition | None = None) -> list[int]:
     """Groups that a step has once more."""
     groups = [decode(batch) for batch in store.take(version, *([share] if share else [])) or []]
     assert groups, "the step is ready"
     return [group.slot.group_id for group in groups if group.reuse]
 
 
-def step(store: Store, group_of: GroupOf, landed: bool = True, **group: Any) -> list[int]:
+def step(store: ReplayStore, group_of: GroupOf, checkpointed: bool = True, **group: Any) -> list[int]:
     """Play what a step needs, take it and go on; what it reused."""
     version = store.version
     for _ in range(store.settings.groups_per_step):
-        hand_in(store, group_of(reserve(store), **group))
+        commit(store, group_of(reserve(store), **group))
     ids = reused(store, version)
     store.release(version + 1)
-    if landed:
-        store.landed(version + 1)
+    if checkpointed:
+        store.checkpointed(version + 1)
     return ids
 
 
@@ -70,7 +70,7 @@ def test_a_reused_group_is_the_very_rows_and_says_which_reuse_it_is(
 ) -> None:
     store = open_store(groups_per_step=1, max_lag=0, reuse=ReuseSettings(groups=1, limit=2, max_lag=2))
     fresh = group_of(reserve(store))
-    hand_in(store, fresh)
+    commit(store, fresh)
     seen = []
     for version in range(3):
         groups = [decode(batch) for batch in store.take(version) or []]
@@ -78,7 +78,7 @@ def test_a_reused_group_is_the_very_rows_and_says_which_reuse_it_is(
         again = [str(group.trajectories) for group in groups if group.slot == fresh.slot]
         assert again == [str(decode(encode(fresh)).trajectories)]
         store.release(version + 1)
-        hand_in(store, group_of(reserve(store)))
+        commit(store, group_of(reserve(store)))
     assert [[reuse for _, reuse in each] for each in seen] == [[0], [0, 1], [0, 2]]
     store.close()
 
@@ -96,11 +96,11 @@ def test_prioritized_prefers_groups_whose_trainable_episodes_earned_different_re
     for earned in [(1.0, 1.0, 9.0), (0.0, 1.0, 0.5), (0.5, 0.5, 0.0)]:
         group = group_of(reserve(store), end_reasons=ends)
         episodes = [with_reward(t, reward) for t, reward in zip(group.trajectories, earned, strict=True)]
-        hand_in(store, Group(group.slot, tuple(episodes)))
+        commit(store, Group(group.slot, tuple(episodes)))
     assert reused(store, 0) == []
     store.release(1)
     for _ in range(3):
-        hand_in(store, group_of(reserve(store)))
+        commit(store, group_of(reserve(store)))
     assert reused(store, 1) == [1], "a failed episode's reward is no evidence"
     store.close()
 
@@ -113,8 +113,8 @@ def test_ranks_share_fresh_and_reused_groups_alike_by_their_tokens(
     for version in range(2):
         for _ in range(2):
             slot = reserve(store)
-            hand_in(store, group_of(slot, tokens=sizes[slot.group_id]))
-        shares = [group_ids(store.take(version, Share(rank, 2))) for rank in (0, 1)]
+            commit(store, group_of(slot, tokens=sizes[slot.group_id]))
+        shares = [group_ids(store.take(version, Partition(rank, 2))) for rank in (0, 1)]
         store.release(version + 1)
     assert shares == [[2, 1], [3, 0]]
     store.close()
@@ -126,13 +126,13 @@ def test_a_step_that_was_not_finite_takes_others_and_what_it_reused_is_reused_no
     settings = ReuseSettings(groups=1, limit=3, max_lag=3)
     store = open_store(groups_per_step=1, max_lag=0, reuse=settings)
     assert [step(store, group_of) for _ in range(2)] == [[], [0]]
-    hand_in(store, group_of(reserve(store)))
+    commit(store, group_of(reserve(store)))
     assert reused(store, 2) == [0]
     store.discard(2, DropReason.NONFINITE)
     store.discard(2, DropReason.NONFINITE)  # the answer was lost
     (folder,) = (tmp_path / "discarded").iterdir()
     assert set(read_rows(folder).column("group_id").to_pylist()) == {2, 0}
-    hand_in(store, group_of(reserve(store)))
+    commit(store, group_of(reserve(store)))
     assert reused(store, 2) == [1]
     store.release(3)
     # Done again, the step before the one that was not finite has what it had, and that one chooses as it did.
@@ -140,7 +140,7 @@ def test_a_step_that_was_not_finite_takes_others_and_what_it_reused_is_reused_no
     assert rows(tmp_path, "SELECT group_id, version, discarded FROM reuses") == [(0, 2, 1)]
     assert reused(store, 1) == [0]
     store.release(2)
-    hand_in(store, group_of(reserve(store)))
+    commit(store, group_of(reserve(store)))
     assert reused(store, 2) == [1]
     store.close()
 
@@ -161,11 +161,11 @@ def test_a_group_whose_segment_is_gone_or_damaged_is_no_candidate(
     assert paths[1].with_name(paths[1].name + ".corrupt").exists()
     assert store.counts()["trained"] == 4
     # A step that is asked for again, and whose reused group was damaged meanwhile, has another one.
-    hand_in(store, group_of(reserve(store), tokens=LARGE))
+    commit(store, group_of(reserve(store), tokens=LARGE))
     assert reused(store, 4) == [2]
     paths[2].unlink()
     with pytest.raises(StepTorn):
-        store.take(4, Share(1, 2))
+        store.take(4, Partition(1, 2))
     assert reused(store, 4) == [3]
     assert rows(tmp_path, "SELECT group_id FROM reuses WHERE version = 4") == [(3,)]
     store.close()
@@ -182,16 +182,16 @@ def test_segments_are_kept_while_their_groups_may_be_reused_by_any_step_since_th
     assert step(store, group_of, tokens=LARGE) == []
     assert step(store, group_of, tokens=LARGE) == [0]
     assert left() == [1], "group 0 was reused as often as it may be"
-    done = [step(store, group_of, landed=False, tokens=LARGE) for _ in range(3)]
+    done = [step(store, group_of, checkpointed=False, tokens=LARGE) for _ in range(3)]
     assert done == [[1], [2], [3]]
     assert left() == [1, 2, 3, 4], "a learner that goes back to version 2 reuses group 1 again"
     store.rollback(2)
     for version, ids in enumerate(done, 2):
         if version > 2:  # issued at weights that are lost: sampled anew, into the next segment
-            hand_in(store, group_of(reserve(store), tokens=LARGE))
+            commit(store, group_of(reserve(store), tokens=LARGE))
         assert reused(store, version) == ids
         store.release(version + 1)
-    store.landed(5)
+    store.checkpointed(5)
     assert left() == [6]
     store.close()
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from rollout.buffer.scheduler import ReplayBuffer
+from rollout.buffer.scheduler import StalenessScheduler
 
 SIZES = st.tuples(st.integers(1, 3), st.integers(0, 3))
 
@@ -18,7 +18,7 @@ class Driven:
     """A buffer driven by drawn choices, beside the plainest record of what must be so."""
 
     def __init__(self, groups_per_step: int, max_lag: int) -> None:
-        self.buffer: ReplayBuffer[str] = ReplayBuffer(groups_per_step, max_lag)
+        self.buffer: StalenessScheduler[str] = StalenessScheduler(groups_per_step, max_lag)
         self.playing: dict[int, int] = {}  # group id -> version at issue
         self.complete: dict[int, int] = {}
         self.in_step: list[int] = []
@@ -125,7 +125,7 @@ def test_any_order_of_calls_keeps_every_promise(sizes: tuple[int, int], data: st
 @settings(max_examples=60)
 @given(st.integers(1, 5), st.randoms(use_true_random=False))
 def test_without_lag_a_step_is_the_groups_issued_for_it(groups_per_step: int, order: object) -> None:
-    buffer: ReplayBuffer[int] = ReplayBuffer(groups_per_step, max_lag=0)
+    buffer: StalenessScheduler[int] = StalenessScheduler(groups_per_step, max_lag=0)
     for version in range(3):
         ids = list(range(version * groups_per_step, (version + 1) * groups_per_step))
         assert all(buffer.reserve(group_id) for group_id in ids)
@@ -140,7 +140,7 @@ def test_without_lag_a_step_is_the_groups_issued_for_it(groups_per_step: int, or
 
 
 def test_a_step_goes_on_without_a_straggler_until_its_deadline() -> None:
-    buffer: ReplayBuffer[str] = ReplayBuffer(groups_per_step=2, max_lag=1)
+    buffer: StalenessScheduler[str] = StalenessScheduler(groups_per_step=2, max_lag=1)
     for group_id in range(4):
         buffer.reserve(group_id)
     for group_id in (3, 2):
@@ -160,7 +160,7 @@ def test_a_step_goes_on_without_a_straggler_until_its_deadline() -> None:
 
 def test_a_group_that_came_late_does_not_make_two_others_late() -> None:
     # Three groups are due at version 1 and a step takes two: one of them must go now.
-    buffer: ReplayBuffer[str] = ReplayBuffer(groups_per_step=2, max_lag=1)
+    buffer: StalenessScheduler[str] = StalenessScheduler(groups_per_step=2, max_lag=1)
     for group_id in range(4):
         buffer.reserve(group_id)
     buffer.add(0, "")
@@ -172,7 +172,7 @@ def test_a_group_that_came_late_does_not_make_two_others_late() -> None:
 
 
 def test_a_rollback_lets_in_what_can_still_be_on_time() -> None:
-    buffer: ReplayBuffer[str] = ReplayBuffer(groups_per_step=2, max_lag=1, version=5)
+    buffer: StalenessScheduler[str] = StalenessScheduler(groups_per_step=2, max_lag=1, version=5)
     # Due at version 5: two fit into this step, a third does not.
     assert [buffer.reserve(group_id, issue_version=4) for group_id in range(3)] == [True, True, False]
     assert not buffer.reserve(3, issue_version=3), "it would be two versions old"
@@ -192,11 +192,11 @@ def test_a_rollback_lets_in_what_can_still_be_on_time() -> None:
         (lambda b: (b.take(), b.release(2)), "does not follow"),
         (lambda b: (b.take(), b.drop(1)), "group 1 holds no slot"),
         (lambda b: (b.take(), b.reserve(1)), "group 1 already holds a slot"),
-        (lambda b: ReplayBuffer(0, 1), "groups_per_step=0"),
+        (lambda b: StalenessScheduler(0, 1), "groups_per_step=0"),
     ],
 )
 def test_a_call_out_of_order_is_refused(call: object, says: str) -> None:
-    buffer: ReplayBuffer[str] = ReplayBuffer(groups_per_step=1, max_lag=1)
+    buffer: StalenessScheduler[str] = StalenessScheduler(groups_per_step=1, max_lag=1)
     buffer.reserve(0)
     buffer.reserve(1)
     buffer.add(1, "")

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rollout.buffer.replay_store import Store
+from rollout.buffer.replay_store import ReplayStore
 from rollout.wire.schema import encode
 from rollout.wire.trajectory import Assignment, DropReason, Group
 
-Open = Callable[..., Store]
+Open = Callable[..., ReplayStore]
 GroupOf = Callable[..., Group]
 LANES = 4
 
 
-def given_to(store: Store, worker: str) -> list[Assignment]:
+def given_to(store: ReplayStore, worker: str) -> list[Assignment]:
     asked = [store.reserve(worker, lane) for lane in range(LANES)]
     return [assignment for assignment in asked if assignment is not None]
 
 
-def finish(store: Store, given: list[Assignment], group_of: GroupOf) -> None:
-    store.hand_in([], [(each.slot, encode(group_of(each.slot)), []) for each in given])
+def finish(store: ReplayStore, given: list[Assignment], group_of: GroupOf) -> None:
+    store.commit([], [(each.slot, encode(group_of(each.slot)), []) for each in given])
 
 
 def test_a_group_that_kills_every_worker_is_dropped_alone_and_the_run_goes_on(
     open_store: Open, group_of: GroupOf
 ) -> None:
-    def opened() -> Store:
+    def opened() -> ReplayStore:
         return open_store(groups_per_step=4, max_lag=0, total_steps=1)
 
     store, lost, seen = opened(), 0, []
@@ -37,8 +37,8 @@ def test_a_group_that_kills_every_worker_is_dropped_alone_and_the_run_goes_on(
             finish(store, given, group_of)
             continue
         seen.append((guilty[0].losses, len(given)))
-        store.hand_on(worker, lost="it died")
-        assert store.hand_on(worker, lost="it died") == 0, "a call that is repeated counts once"
+        store.reassign(worker, lost="it died")
+        assert store.reassign(worker, lost="it died") == 0, "a call that is repeated counts once"
         lost += 1
         store.close()
         store = opened()  # what is known of a group outlives the process
@@ -57,7 +57,7 @@ def test_a_group_that_is_under_suspicion_waits_for_an_idle_worker_which_gets_not
     store = open_store(groups_per_step=4, max_lag=0)
     for worker in ("a", "b"):
         assert store.reserve(worker, 0) is not None
-        store.hand_on(worker, lost="it died")
+        store.reassign(worker, lost="it died")
     first, second = store.reserve("c", 0), store.reserve("c", 1)
     assert first is not None and first.slot.group_id == 0
     assert second is None, "the first is to be its only group"
@@ -75,7 +75,7 @@ def test_workers_that_are_killed_from_outside_or_leave_cost_no_group(
     for life in range(12):
         given = given_to(store, f"w{life}")
         finish(store, given[: len(given) // 2], group_of)
-        store.hand_on(f"w{life}", lost="it was killed" if life % 2 else "")
+        store.reassign(f"w{life}", lost="it was killed" if life % 2 else "")
         if store.take(store.version):
             store.release(store.version + 1)
     assert store.version > 1

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from envs.hosting.host import Inline
+from envs.hosting.host import InProcessEnv
 from rollout.agents.agent import Agent
 from rollout.engines.engine import EngineFailed
 from rollout.engines.scripted_engine import ScriptedEngine
@@ -30,7 +30,7 @@ def engine(tokenizer: PreTrainedTokenizerFast) -> ScriptedEngine:
 
 
 def played(env: Any, agent: Agent, limits: Limits = LIMITS) -> Trajectory:
-    return asyncio.run(run_episode(Inline(env), agent, PLACE, limits))
+    return asyncio.run(run_episode(InProcessEnv(env), agent, PLACE, limits))
 
 
 def test_the_record_is_what_environment_and_engine_said(
@@ -208,7 +208,7 @@ def test_cancellation_is_not_an_end_reason(orders: Any, agent_of: AgentOf, engin
 
         engine._latency = forever
         episode = asyncio.create_task(
-            run_episode(Inline(orders.make("count")), agent_of(engine), PLACE, LIMITS)
+            run_episode(InProcessEnv(orders.make("count")), agent_of(engine), PLACE, LIMITS)
         )
         await asked.wait()
         episode.cancel()

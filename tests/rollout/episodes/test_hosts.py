@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from deploy.assembly.build import replica_start
 from envs import registry
 from envs.hosting.host import EnvironmentFailed, HostSettings, Replica
-from envs.hosting.subprocess_env import Hosted
+from envs.hosting.subprocess_env import SubprocessEnv
 from rollout.agents.agent import Agent
 from rollout.engines.scripted_engine import ScriptedEngine
 from rollout.episodes.episode import Limits, Place
@@ -147,7 +147,7 @@ def test_what_a_replica_has_started_ends_with_it(how: str, monkeypatch: pytest.M
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
 
     async def run() -> int:
-        replica = await Hosted.start(Starter, PROCESS)
+        replica = await SubprocessEnv.start(Starter, PROCESS)
         pid, _, inherited = str(await replica.reset(1)).partition(" ")
         assert inherited == "[]"
         if how == "leaves":

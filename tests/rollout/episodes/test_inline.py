@@ -15,8 +15,8 @@ import pytest
 
 from envs import call_thread
 from envs.base import TextEnv
-from envs.hosting.host import EnvironmentFailed, EnvironmentStuck, HostSettings, Inline
-from envs.hosting.subprocess_env import Hosted
+from envs.hosting.host import EnvironmentFailed, EnvironmentStuck, HostSettings, InProcessEnv
+from envs.hosting.subprocess_env import SubprocessEnv
 from learner.model.tokenizer import build_tokenizer
 from rollout.agents.agent import Agent
 from rollout.chat.chat import Chat
@@ -72,9 +72,9 @@ def spin() -> None:
         pass
 
 
-def with_replica(env: Odd, act: Callable[[Inline], Any], **limits: float) -> Any:
+def with_replica(env: Odd, act: Callable[[InProcessEnv], Any], **limits: float) -> Any:
     async def scene() -> Any:
-        replica = await Inline.start(lambda: env, HostSettings(**limits), asyncio.Semaphore(4))  # type: ignore[arg-type]
+        replica = await InProcessEnv.start(lambda: env, HostSettings(**limits), asyncio.Semaphore(4))  # type: ignore[arg-type]
         try:
             assert await replica.reset(3) == "seed 3"
             return await act(replica)
@@ -120,7 +120,7 @@ def test_a_step_that_takes_too_long_costs_its_episode_and_says_where_it_stood(
 ) -> None:
     env = Odd(doing)
 
-    async def act(replica: Inline) -> threading.Thread:
+    async def act(replica: InProcessEnv) -> threading.Thread:
         with pytest.raises(
             EnvironmentStuck, match=r"within 0.2 s \(env.host.step_seconds\).*test_inline.py:\d+\)"
         ):
@@ -133,7 +133,7 @@ def test_a_step_that_takes_too_long_costs_its_episode_and_says_where_it_stood(
 
 
 def test_an_environment_that_exits_costs_its_episode_alone() -> None:
-    async def act(replica: Inline) -> None:
+    async def act(replica: InProcessEnv) -> None:
         with pytest.raises(EnvironmentFailed, match=r"SystemExit\(3\)"):
             await replica.step("on")
         assert await replica.reset(4) == "seed 4"
@@ -144,7 +144,7 @@ def test_an_environment_that_exits_costs_its_episode_alone() -> None:
 def test_all_an_environment_does_is_done_in_one_thread_which_ends_with_it() -> None:
     env = Odd()
 
-    async def act(replica: Inline) -> threading.Thread:
+    async def act(replica: InProcessEnv) -> threading.Thread:
         assert await replica.step("on") == ("on", 1.0, True, False, {})
         return replica._thread.thread
 
@@ -163,7 +163,7 @@ def test_an_environment_is_closed_when_it_returns_to_an_episode_that_was_given_u
 
     env = Odd(wait)
 
-    async def act(replica: Inline) -> None:
+    async def act(replica: InProcessEnv) -> None:
         step = asyncio.create_task(replica.step("on"))
         await asyncio.to_thread(entered.wait, 30)
         step.cancel()
@@ -176,7 +176,7 @@ def test_an_environment_is_closed_when_it_returns_to_an_episode_that_was_given_u
 
 
 def test_coroutines_of_an_environment_are_awaited_on_one_event_loop() -> None:
-    async def act(replica: Inline) -> Any:
+    async def act(replica: InProcessEnv) -> Any:
         return await replica.step("on")
 
     assert with_replica(Async(), act) == ("on", 1.0, True, False, {})
@@ -193,10 +193,13 @@ def test_an_environment_by_which_a_worker_may_have_died_gets_a_process() -> None
             await replica.step("on")
         await pool.discard(task, replica)
         others = [await pool.take(task, apart=apart) for apart in (False, True)]
-        assert [type(each) for each in others] == [Inline, Hosted]
+        assert [type(each) for each in others] == [InProcessEnv, SubprocessEnv]
         for each in others:
             pool.give_back(task, each)
-        assert [type(await pool.take(task, apart=apart)) for apart in (False, True)] == [Inline, Hosted]
+        assert [type(await pool.take(task, apart=apart)) for apart in (False, True)] == [
+            InProcessEnv,
+            SubprocessEnv,
+        ]
         for each in others:
             await pool.discard(task, each)
 
@@ -221,7 +224,7 @@ def test_an_episode_that_waits_behind_sleepers_has_its_whole_time_once_it_is_adm
 
     async def scene() -> Any:
         gate, limits = asyncio.Semaphore(1), Limits(max_turns=1, seconds=0.3)
-        replica = await Inline.start(Sleepers, HostSettings(), gate)
+        replica = await InProcessEnv.start(Sleepers, HostSettings(), gate)
         tokenizer = build_tokenizer(tmp_path)
         engine = ScriptedEngine(tokenizer, lambda prompt, random: "on")
         agent = Agent(engine, Chat(tokenizer), Sampling(max_tokens=4), 64)

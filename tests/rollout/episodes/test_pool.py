@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from envs.hosting.host import Env, EnvironmentFailed, HostSettings, Inline, NoRoom
+from envs.hosting.host import Env, EnvironmentFailed, HostSettings, InProcessEnv, NoRoom
 from rollout.episodes.pool import EnvironmentPool
 from rollout.wire.trajectory import Task
 from tests.rollout.trouble import make
@@ -22,7 +22,7 @@ class Cluster:
     def __init__(self, room: int) -> None:
         self.room = room
 
-    async def start(self, recipe: Callable[[], Env], settings: HostSettings) -> Inline:
+    async def start(self, recipe: Callable[[], Env], settings: HostSettings) -> InProcessEnv:
         for _ in range(5):
             await asyncio.sleep(0)
             if self.room:
@@ -31,7 +31,7 @@ class Cluster:
         raise NoRoom("there is no room")
 
 
-class Claiming(Inline):
+class Claiming(InProcessEnv):
     def __init__(self, env: Env, cluster: Cluster) -> None:
         super().__init__(env)
         self._cluster = cluster

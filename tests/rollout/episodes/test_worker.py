@@ -15,15 +15,15 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rollout.agents.agent import Agent
-from rollout.buffer.replay_buffer import Exchange
-from rollout.buffer.replay_store import BufferSettings, Store
+from rollout.buffer.replay_buffer import ReplayBuffer
+from rollout.buffer.replay_store import BufferSettings, ReplayStore
 from rollout.engines.scripted_engine import ScriptedEngine
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.tasks import TaskStream
 from rollout.episodes.worker import RolloutSettings, RolloutWorker, as_groups
 from rollout.wire.schema import decode
 from rollout.wire.trajectory import Assignment, DropReason, EndReason, Group, Slot, Task, Trajectory
-from tests.rollout.fake_exchange import FakeExchange
+from tests.rollout.fake_replay_buffer import FakeReplayBuffer
 
 AgentOf = Callable[..., Agent]
 SETTINGS = RolloutSettings(group_size=3, concurrent_groups=4, max_turns=10, episode_seconds=30.0)
@@ -60,19 +60,21 @@ class Rig:
         )
 
     def worker(
-        self, exchange: Any, settings: RolloutSettings = SETTINGS, hurry: Random | None = None
+        self, replay_buffer: Any, settings: RolloutSettings = SETTINGS, hurry: Random | None = None
     ) -> RolloutWorker:
         engine = self.engine(hurry)
         pool = EnvironmentPool(self.orders.make)
-        return RolloutWorker("w", engine, self.agent_of(engine), exchange, settings, run_seed=1, pool=pool)
+        return RolloutWorker(
+            "w", engine, self.agent_of(engine), replay_buffer, settings, run_seed=1, pool=pool
+        )
 
     def groups(
         self, given: Sequence[Slot], concurrent: int, hurry: Random | None = None
     ) -> dict[int, list[Any]]:
-        exchange = FakeExchange(given)
+        replay_buffer = FakeReplayBuffer(given)
         settings = SETTINGS.model_copy(update={"concurrent_groups": concurrent})
-        asyncio.run(self.worker(exchange, settings, hurry).run())
-        return {group_id: facts(group) for group_id, group in exchange.groups.items()}
+        asyncio.run(self.worker(replay_buffer, settings, hurry).run())
+        return {group_id: facts(group) for group_id, group in replay_buffer.groups.items()}
 
 
 @pytest.fixture
@@ -106,14 +108,14 @@ def test_a_group_survives_with_two_siblings_and_is_dropped_with_one(rig: Rig) ->
         return RuntimeError("lost the map") if seen[seed] <= failing[seed] else None
 
     rig.orders.reset_error = reset_error
-    exchange = FakeExchange(slots(3))
-    worker = rig.worker(exchange)
+    replay_buffer = FakeReplayBuffer(slots(3))
+    worker = rig.worker(replay_buffer)
     asyncio.run(worker.run())
-    assert set(exchange.groups) == {0}
+    assert set(replay_buffer.groups) == {0}
     # The failed sibling had no step and so has no row; the two others are what there is to learn from.
-    assert len(exchange.groups[0].trainable) == 2
-    assert set(exchange.dropped) == {1, 2}
-    reason, error, rows = exchange.dropped[1]
+    assert len(replay_buffer.groups[0].trainable) == 2
+    assert set(replay_buffer.dropped) == {1, 2}
+    reason, error, rows = replay_buffer.dropped[1]
     assert reason is DropReason.FAILED
     assert "lost the map" in error
     assert [row.end_reason for row in rows].count(EndReason.FAILED) == 2
@@ -127,23 +129,25 @@ def test_a_group_whose_episodes_all_earned_the_same_is_given_up_where_that_is_as
     paid = iter([0.3, 0.1 + 0.2] * 50)  # the same, but for rounding
     rig.orders.reward = lambda seed, turn: next(paid) if seed == 100 else None
     for asked, kept in ((False, {0, 1, 2}), (True, {1, 2})):
-        exchange = FakeExchange(slots(3))
-        worker = rig.worker(exchange, SETTINGS.model_copy(update={"drop_uniform": asked}))
+        replay_buffer = FakeReplayBuffer(slots(3))
+        worker = rig.worker(replay_buffer, SETTINGS.model_copy(update={"drop_uniform": asked}))
         asyncio.run(worker.run())
         uniform = {
-            i for i, group in exchange.groups.items() if np.ptp([t.reward for t in group.trajectories]) < 1e-6
+            i
+            for i, group in replay_buffer.groups.items()
+            if np.ptp([t.reward for t in group.trajectories]) < 1e-6
         }
-        assert (set(exchange.groups) == kept, bool(uniform)) == (True, not asked)
-        assert {reason for reason, _, _ in exchange.dropped.values()} == (
+        assert (set(replay_buffer.groups) == kept, bool(uniform)) == (True, not asked)
+        assert {reason for reason, _, _ in replay_buffer.dropped.values()} == (
             {DropReason.UNIFORM} if asked else set()
         )
-        assert worker.counters()["groups_uniform"] == len(exchange.dropped)
+        assert worker.counters()["groups_uniform"] == len(replay_buffer.dropped)
 
 
 def test_a_replica_is_reused_until_its_episode_fails(rig: Rig) -> None:
     rig.orders.step_error = lambda seed, turn: RuntimeError("broken") if seed == 101 else None
     settings = SETTINGS.model_copy(update={"group_size": 1, "concurrent_groups": 1})
-    asyncio.run(rig.worker(FakeExchange(slots(4)), settings).run())
+    asyncio.run(rig.worker(FakeReplayBuffer(slots(4)), settings).run())
     assert [env.resets for env in rig.orders.made] == [[100, 101], [102, 103]]
     assert [env.closed for env in rig.orders.made] == [True, False]
 
@@ -152,15 +156,15 @@ def test_an_environment_that_cannot_be_made_costs_its_episodes(rig: Rig) -> None
     def make(env_id: str, **options: Any) -> Any:
         raise ImportError("no module named tiles")
 
-    exchange = FakeExchange(slots(1))
-    worker = rig.worker(exchange)
+    replay_buffer = FakeReplayBuffer(slots(1))
+    worker = rig.worker(replay_buffer)
     worker._pool = EnvironmentPool(make)
     asyncio.run(worker.run())
-    assert "no module named tiles" in exchange.dropped[0][1]
+    assert "no module named tiles" in replay_buffer.dropped[0][1]
 
 
 def test_a_mistake_of_ours_ends_the_worker_with_that_very_error(rig: Rig) -> None:
-    worker = rig.worker(FakeExchange(slots(6)))
+    worker = rig.worker(FakeReplayBuffer(slots(6)))
 
     async def misspelt() -> None:
         raise NameError("modle")
@@ -171,13 +175,13 @@ def test_a_mistake_of_ours_ends_the_worker_with_that_very_error(rig: Rig) -> Non
 
 
 def test_a_group_that_ends_its_worker_by_an_error_ends_no_second_one(rig: Rig) -> None:
-    class LostBefore(FakeExchange):
+    class LostBefore(FakeReplayBuffer):
         async def reserve(self, worker: str, lane: int) -> Assignment | None:
             given = await super().reserve(worker, lane)
             return given and replace(given, losses=1)
 
-    exchange, asked = LostBefore(slots(6)), count()
-    worker = rig.worker(exchange)
+    replay_buffer, asked = LostBefore(slots(6)), count()
+    worker = rig.worker(replay_buffer)
 
     async def once() -> None:
         if next(asked) == 5:
@@ -185,10 +189,10 @@ def test_a_group_that_ends_its_worker_by_an_error_ends_no_second_one(rig: Rig) -
 
     worker.engine._latency = once  # type: ignore[attr-defined]
     asyncio.run(worker.run())
-    ((reason, error, _),) = exchange.dropped.values()
+    ((reason, error, _),) = replay_buffer.dropped.values()
     assert reason is DropReason.CRASHED
     assert "NameError: modle" in error and "test_worker.py" in error
-    assert len(exchange.groups) == 5
+    assert len(replay_buffer.groups) == 5
     assert worker.counters()["groups_dropped"] == 1
 
 
@@ -197,7 +201,7 @@ def test_evaluation_keeps_order_repeats_itself_and_bounds_what_runs_at_once(rig:
     settings = SETTINGS.model_copy(update={"group_size": 2, "concurrent_groups": 1})
 
     def evaluate(hurry: Random | None) -> list[Trajectory]:
-        return asyncio.run(rig.worker(FakeExchange([]), settings, hurry).evaluate(tasks))
+        return asyncio.run(rig.worker(FakeReplayBuffer([]), settings, hurry).evaluate(tasks))
 
     first, again = evaluate(None), evaluate(Random(0))
     assert [trajectory.task.seed for trajectory in first] == [3, 1, 2, 3, 9]
@@ -213,22 +217,22 @@ def test_evaluation_keeps_order_repeats_itself_and_bounds_what_runs_at_once(rig:
     ]
 
 
-def test_with_the_real_exchange_every_issued_group_is_accounted_for(rig: Rig, tmp_path: Path) -> None:
+def test_with_the_real_replay_buffer_every_issued_group_is_accounted_for(rig: Rig, tmp_path: Path) -> None:
     failing = Random(0)
     rig.orders.step_error = lambda seed, turn: OSError("disk") if failing.random() < 0.03 else None
 
     async def run() -> dict[str, int]:
         buffer = BufferSettings(groups_per_step=4, max_lag=1, max_failed_share=1.0)
-        exchange = Exchange(Store(tmp_path, TaskStream("count"), buffer, total_steps=5))
-        worker = asyncio.create_task(rig.worker(exchange, hurry=Random(1)).run())
+        replay_buffer = ReplayBuffer(ReplayStore(tmp_path, TaskStream("count"), buffer, total_steps=5))
+        worker = asyncio.create_task(rig.worker(replay_buffer, hurry=Random(1)).run())
         for version in range(1, 6):
-            for group in map(decode, await exchange.take(version - 1, timeout_s=20.0)):
+            for group in map(decode, await replay_buffer.take(version - 1, timeout_s=20.0)):
                 assert len(group.trainable) >= 2
-            await exchange.release(version)
-            await exchange.landed(version)
+            await replay_buffer.release(version)
+            await replay_buffer.checkpointed(version)
         await worker
-        counts = await exchange.counts()
-        await exchange.close()
+        counts = await replay_buffer.counts()
+        await replay_buffer.close()
         return counts
 
     counts = asyncio.run(run())

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.buffer.replay_store import Store
-from rollout.wire.partition import Share, StepTorn, deal
+from rollout.buffer.replay_store import ReplayStore
+from rollout.wire.partition import Partition, StepTorn, deal
 from rollout.wire.schema import decode, encode
 from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
-from tests.rollout.buffer.stores import group_ids, hand_in, reserve
+from tests.rollout.buffer.stores import commit, group_ids, reserve
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=7)
 
@@ -64,22 +64,22 @@ def test_ranks_get_groups_of_about_as_many_tokens_prompts_and_answers_in_order_o
     batches = [encode(_group(at, *size)) for at, size in enumerate([(2, 1), (1, 6), (2, 2), (0, 2)])]
 
     def held(rank: int) -> list[int]:
-        return [decode(batch).slot.group_id for batch in Share(rank, 2).of(batches)]
+        return [decode(batch).slot.group_id for batch in Partition(rank, 2).of(batches)]
 
     assert (held(0), held(1)) == ([1, 3], [0, 2])
-    assert [decode(batch).slot.group_id for batch in Share().of(batches)] == [0, 1, 2, 3]
+    assert [decode(batch).slot.group_id for batch in Partition().of(batches)] == [0, 1, 2, 3]
 
 
 def test_every_rank_gets_its_share_of_one_step_however_often_it_asks(
-    open_store: Callable[..., Store], group_of: Callable[..., Group]
+    open_store: Callable[..., ReplayStore], group_of: Callable[..., Group]
 ) -> None:
     store = open_store(groups_per_step=4, max_lag=0)
     for tokens in (9, 1, 5, 6):
-        hand_in(store, group_of(reserve(store), tokens=tokens))
-    shares = [group_ids(store.take(0, Share(rank, 2))) for rank in (0, 1)]
+        commit(store, group_of(reserve(store), tokens=tokens))
+    shares = [group_ids(store.take(0, Partition(rank, 2))) for rank in (0, 1)]
     assert shares == [[0, 1], [2, 3]]
     store = open_store(groups_per_step=4, max_lag=0)  # killed
-    assert [group_ids(store.take(0, Share(rank, 2))) for rank in (1, 0, 1)] == [
+    assert [group_ids(store.take(0, Partition(rank, 2))) for rank in (1, 0, 1)] == [
         shares[1],
         shares[0],
         shares[1],
@@ -89,20 +89,20 @@ def test_every_rank_gets_its_share_of_one_step_however_often_it_asks(
 
 
 def test_a_step_whose_rows_are_lost_after_some_rank_has_its_share_is_no_step(
-    open_store: Callable[..., Store], group_of: Callable[..., Group], tmp_path: Path
+    open_store: Callable[..., ReplayStore], group_of: Callable[..., Group], tmp_path: Path
 ) -> None:
     store = open_store(max_lag=0)
     for _ in range(2):
-        hand_in(store, group_of(reserve(store)))
-    assert group_ids(store.take(0, Share(0, 2))) == [0]
+        commit(store, group_of(reserve(store)))
+    assert group_ids(store.take(0, Partition(0, 2))) == [0]
     store = open_store(max_lag=0)  # killed, and what it had in memory with it
     (segment,) = (tmp_path / "groups").glob("*.arrows")
     content = bytearray(segment.read_bytes())
     content[-40] ^= 1
     segment.write_bytes(content)
     with pytest.raises(StepTorn, match="rows of the step after version 0 are lost"):
-        store.take(0, Share(1, 2))
+        store.take(0, Partition(1, 2))
     store.rollback(0)
-    assert store.take(0, Share(0, 2)) is None
+    assert store.take(0, Partition(0, 2)) is None
     assert [store.reserve("w", lane) for lane in (90, 91)].count(None) == 0
     store.close()

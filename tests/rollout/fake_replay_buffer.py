@@ -1,4 +1,4 @@
-"""An exchange in memory: a list of groups to play, a journal of turns, and who holds what."""
+"""A replay buffer in memory: a list of groups to play, a journal of turns, and who holds what."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rollout.wire.schema import JOURNAL_SCHEMA, decode
 from rollout.wire.trajectory import Assignment, DropReason, Group, Slot, StaleSlot
 
 
-class FakeExchange:
+class FakeReplayBuffer:
     """`ends`: an empty list ends the run; else whoever reserves then waits."""
 
     def __init__(self, slots: Sequence[Slot], ends: bool = True) -> None:
@@ -55,7 +55,7 @@ class FakeExchange:
         self._end(slot)
         self.dropped[slot.group_id] = (reason, error, episodes)
 
-    def hand_on(self) -> int:
+    def reassign(self) -> int:
         """All held groups wait for whoever reserves next."""
         handed = [replace(slot, attempt=slot.attempt + 1) for slot in self.held.values()]
         self.slots = sorted(handed, key=lambda slot: slot.group_id) + self.slots
