@@ -22,7 +22,7 @@ import itertools, sys
 from pathlib import Path
 import numpy as np
 from rollout.wire.schema import encode, encode_turns
-from rollout.buffer.replay_store import BufferSettings, EpisodeRow, Store
+from rollout.buffer.replay_store import BufferSettings, EpisodeRow, ReplayStore
 from rollout.wire.trajectory import EndReason, Group, Step, Task, Trajectory
 
 def step(slot, turn):
@@ -34,7 +34,7 @@ def say(*words):
     print(*words, flush=True)
 
 settings = BufferSettings(groups_per_step=2, max_lag=1, segment_mib=1)
-store = Store(Path(sys.argv[1]), lambda group_id: Task.of("count", group_id), settings)
+store = ReplayStore(Path(sys.argv[1]), lambda group_id: Task.of("count", group_id), settings)
 while True:
     playing = [given.slot for lane in range(4) if (given := store.reserve(sys.argv[2], lane))]
     for turn in range(3):
