@@ -242,7 +242,7 @@ def test_a_wrong_arrow_is_seen(path: str, source: str, fault: str) -> None:
             "from rollout.wire import schema\nfrom rollout.wire.schema import decode",
         ),
         ("learner/training/loop.py", "from rollout import wire"),
-        ("rollout/buffer/actors.py", "import ray\nfrom .replay_store import Store"),
+        ("rollout/buffer/actors.py", "import ray\nfrom .replay_store import ReplayStore"),
         (
             "rollout/engines/vllm_engine.py",
             "import vllm, torch\nfrom .engine import Engine\nfrom envs import registry",

@@ -1,9 +1,9 @@
 """A replica on any node of a Ray cluster: an actor there, and below it the process of subprocess_env.py.
 
     worker                                 actor, on a node with room          its process
-    Remote.start   recipe, pickled   ->    Hosted.start                  ->    makes the environment
+    Remote.start   recipe, pickled   ->    SubprocessEnv.start                  ->    makes the environment
     reset, step    a call            ->    the same, within its limit    ->    asks the environment
-                   <-  what Hosted returns or raises                <-   JSON and bytes
+                   <-  what SubprocessEnv returns or raises                <-   JSON and bytes
     close          a call, a kill    ->    closes it                     ->    closes the environment and ends
 
 The environment never runs in a process that speaks Ray: what comes from it was read as JSON by the actor, and travels
@@ -33,7 +33,7 @@ _CLOSE_SECONDS = 5.0  # what an actor is given to see its process ended
 
 
 class ReplicaActor:
-    """Hosts one `Hosted`; its methods are those of `Replica`, and raise what they raise."""
+    """Hosts one `SubprocessEnv`; its methods are those of `Replica`, and raise what they raise."""
 
     def __init__(self, settings: HostSettings) -> None:
         self._settings = settings
@@ -162,7 +162,7 @@ class Remote:
         except RayActorError as error:
             raise EnvironmentFailed(f"its actor ({self._place}) died, or its node") from error
         except RayTaskError as error:
-            # Only Hosted's own errors, which are words, and faults of ours come this way.
+            # Only SubprocessEnv's own errors, which are words, and faults of ours come this way.
             if not isinstance(error.cause, EnvironmentFailed):
                 raise
             said = f"{error.cause} (host {self.host})"

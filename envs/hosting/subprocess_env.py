@@ -1,7 +1,7 @@
 """A replica in a process of its own: whatever it does there, it can be cut short, and it costs its episode only.
 
     parent                                    child of a fork server (fork_server.py), in a session of its own
-    Hosted.start      recipe, pickled   ->    makes the environment
+    SubprocessEnv.start      recipe, pickled   ->    makes the environment
     reset, step       a request         ->    asks the environment
                       <-   an answer          what it says, or the error it raised, or that it exits
     close             end of file       ->    closes the environment and ends
@@ -178,7 +178,7 @@ class SubprocessEnv:
 
 @contextmanager
 def looked_at(recipe: Callable[[], Env], settings: HostSettings) -> Iterator[Callable[[int], Observation]]:
-    """A replica in a process, for where no event loop runs: gives its `reset`. Raises what `Hosted` raises."""
+    """A replica in a process, for where no event loop runs: gives its `reset`. Raises what `SubprocessEnv` raises."""
     with asyncio.Runner() as runner:
         replica = runner.run(SubprocessEnv.start(recipe, settings))
         try:

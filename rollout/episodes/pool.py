@@ -57,7 +57,7 @@ class EnvironmentPool:
     Each is dressed in the agent's parts; where these learn, evaluations have replicas of their own. host.where="auto"
     is inline for what registry.is_trusted, and for all that a `make` of one's own makes, which runs on the event loop
     itself. Where replicas are not inline, what `make` is given and is itself must be picklable, and `start` starts
-    replicas: Hosted's for "process", that of envs/hosting/actors.py for "ray".
+    replicas: SubprocessEnv's for "process", that of envs/hosting/actors.py for "ray".
 
     chat: the policy's; foreign agents are told of requests that it cannot render.
     """

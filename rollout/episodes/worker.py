@@ -205,7 +205,7 @@ class RolloutWorker:
     def counters(self) -> dict[str, float]:
         """Sums since the worker was made.
 
-        engine_seconds is wall time with at least one request in the engine. The rest is told by `Tally`.
+        engine_seconds is wall time with at least one request in the engine. The rest is told by `RolloutMetrics`.
         """
         return {
             **self._tally.row(),

@@ -74,7 +74,7 @@ def manta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
     """The command in this process, which has no janitor; `--local` samples from a script."""
     monkeypatch.setattr(drive, "start_janitor", lambda *arguments: None)
     monkeypatch.setattr(drive, "temporary_of", lambda run: None)
-    monkeypatch.setattr(local, "LocalRing", partial(local.LocalRuntime, engine_factory=left))
+    monkeypatch.setattr(local, "LocalRuntime", partial(local.LocalRuntime, engine_factory=left))
     monkeypatch.setenv(TAG, "tests")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -143,7 +143,7 @@ def main() -> None:
         config: RunConfig, folder: Path, console: Any, resume: bool, local: bool, startup: Any
     ) -> dict[str, Any]:
         hosting = importlib.import_module("deploy.run.local" if local else "deploy.cluster.cluster")
-        ring = "LocalRing" if local else "RayRing"
+        ring = "LocalRuntime" if local else "RayRuntime"
         hosting.build_learner = learner
         setattr(hosting, ring, partial(getattr(hosting, ring), engine_factory=engine))
         return train(config, folder, console, resume, local, startup)

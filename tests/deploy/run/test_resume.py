@@ -107,8 +107,8 @@ async def held(config, name, path):
     return engine
 
 hold = sys.argv.pop(1) == "hold"
-deploy.run.local.LocalRing = functools.partial(deploy.run.local.LocalRing, engine_factory=held if hold else hf_engine)
-cli.main()
+deploy.run.local.LocalRuntime = functools.partial(deploy.run.local.LocalRuntime, engine_factory=held if hold else
+hf_engine) cli.main()
 """
 
 
