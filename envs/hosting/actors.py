@@ -1,9 +1,9 @@
 """A replica on any node of a Ray cluster: an actor there, and below it the process of subprocess_env.py.
 
     worker                                 actor, on a node with room          its process
-    Remote.start   recipe, pickled   ->    SubprocessEnv.start                  ->    makes the environment
+    Remote.start   recipe, pickled   ->    SubprocessEnv.start          ->    makes the environment
     reset, step    a call            ->    the same, within its limit    ->    asks the environment
-                   <-  what SubprocessEnv returns or raises                <-   JSON and bytes
+                   <-  what SubprocessEnv returns, raises  <-   JSON and bytes
     close          a call, a kill    ->    closes it                     ->    closes the environment and ends
 
 The environment never runs in a process that speaks Ray: what comes from it was read as JSON by the actor, and travels
