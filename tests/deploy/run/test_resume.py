@@ -107,8 +107,9 @@ async def held(config, name, path):
     return engine
 
 hold = sys.argv.pop(1) == "hold"
-deploy.run.local.LocalRuntime = functools.partial(deploy.run.local.LocalRuntime, engine_factory=held if hold else
-hf_engine) cli.main()
+engine = held if hold else hf_engine
+deploy.run.local.LocalRuntime = functools.partial(deploy.run.local.LocalRuntime, engine_factory=engine)
+cli.main()
 """
 
 
