@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tests.reference_credit import Episode, Token, credit, gae_of, options, overlong
+from tests.reference_advantages import Episode, Token, advantages, gae_of, options, overlong
 
 __all__ = [
     "Episode",
     "Token",
-    "credit",
+    "advantages",
     "gae_of",
     "overlong",
 ]  # rewards to advantages, on a page of their own

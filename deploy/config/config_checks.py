@@ -97,11 +97,11 @@ def _sampling(config: RunConfig) -> None:
 
 
 def _group(config: RunConfig) -> None:
-    credit, rollout, reuse = config.learner.algorithm.credit, config.rollout, config.buffer.reuse
-    if rollout.group_size < 2 and credit.siblings:
+    estimator, rollout, reuse = config.learner.algorithm.advantage, config.rollout, config.buffer.reuse
+    if rollout.group_size < 2 and estimator.siblings:
         raise ValueError(
-            f"rollout.group_size=1 leaves learner.algorithm.credit.kind={credit.kind!r} without a baseline: an "
-            "advantage is a reward compared with its siblings'; use 2 or more, or credit of kind 'gae', 'reinforce_pp' "
+            f"rollout.group_size=1 leaves learner.algorithm.advantage.kind={estimator.kind!r} without a baseline: an "
+            "advantage is a reward compared with its siblings'; use 2 or more, or the kind 'gae', 'reinforce_pp' "
             "without group_baseline, or 'returns' with baseline='batch'"
         )
     if rollout.group_size < 2 and reuse.groups and reuse.sampler.kind == "prioritized":
@@ -109,29 +109,29 @@ def _group(config: RunConfig) -> None:
             "buffer.reuse.sampler.kind='prioritized' prefers groups whose rewards differ, but "
             "rollout.group_size=1: use 2 or more, or 'uniform'"
         )
-    if rollout.max_turns == 1 and credit.turns:
+    if rollout.max_turns == 1 and estimator.turns:
         raise ValueError(
-            f"learner.algorithm.credit.kind={credit.kind!r} compares turns, but rollout.max_turns=1; "
-            "allow more turns, or use kind = 'group'"
+            f"learner.algorithm.advantage.kind={estimator.kind!r} compares turns, but rollout.max_turns=1; "
+            "allow more turns, or use kind = 'grpo'"
         )
 
 
 def _uniform_groups(config: RunConfig) -> None:
-    credit = config.learner.algorithm.credit
-    if config.rollout.drop_uniform and not credit.totals:
+    estimator = config.learner.algorithm.advantage
+    if config.rollout.drop_uniform and not estimator.totals:
         raise ValueError(
             "rollout.drop_uniform drops groups whose episodes earned the same in all, but "
-            f"learner.algorithm.credit.kind={credit.kind!r} may tell such episodes apart; use drop_uniform=false, or "
-            "kind 'group', 'rloo', 'maxrl', or 'reinforce_pp' with group_baseline"
+            f"learner.algorithm.advantage.kind={estimator.kind!r} may tell such episodes apart; use "
+            "drop_uniform=false, or kind 'grpo', 'rloo', 'maxrl', or 'reinforce_pp' with group_baseline"
         )
 
 
 def _discount(config: RunConfig) -> None:
-    credit = config.learner.algorithm.credit
-    if credit.kind == "reinforce_pp" and credit.group_baseline and credit.gamma != 1:
+    estimator = config.learner.algorithm.advantage
+    if estimator.kind == "reinforce_pp" and estimator.group_baseline and estimator.gamma != 1:
         raise ValueError(
-            f"learner.algorithm.credit.gamma={credit.gamma:g} discounts returns of tokens, and group_baseline compares "
-            "whole episodes: leave one of the two away"
+            f"learner.algorithm.advantage.gamma={estimator.gamma:g} discounts returns of tokens, and group_baseline "
+            "compares whole episodes: leave one of the two away"
         )
 
 

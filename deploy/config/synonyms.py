@@ -66,9 +66,9 @@ _THEIRS: dict[tuple[str, ...], str] = {
     "lr_warmup_steps_ratio",
     _of_optim("schedule"): "lr_scheduler lr_scheduler_type scheduler scheduler_type lr_schedule lr_decay_style "
     "warmup_style",
-    ("learner.algorithm.credit.kind",): "adv_estimator advantage_estimator advantage algo algorithm_name",
-    ("learner.algorithm.credit.gamma",): "gamma discount discount_factor",
-    ("learner.algorithm.credit.lam",): "lam lambd lambda lambda_ gae_lambda",
+    ("learner.algorithm.advantage.kind",): "adv_estimator advantage_estimator advantage algo algorithm_name",
+    ("learner.algorithm.advantage.gamma",): "gamma discount discount_factor",
+    ("learner.algorithm.advantage.lam",): "lam lambd lambda lambda_ gae_lambda",
     ("learner.algorithm.loss.kind",): "loss_type loss_mode policy_loss_type policy_loss loss_fn",
     ("learner.algorithm.loss.clip_low",): "clip_ratio clip_ratio_low epsilon epsilon_low eps_clip eps_clip_low "
     "cliprange clip_range clip_eps clip_param clip_epsilon",

@@ -7,8 +7,8 @@ Action: a move in UCI, "e2e4", "e1g1" to castle, "e7e8q" to promote.
 Reward: at the end of a game 1 for a win, 0.5 for a draw, 0 for a loss, to the side that had the first move, which is
 the agent's; an unfinished game pays nothing. Level 1 pays 1 for mate and nothing else.
 Self-play: with opponent="self" the agent makes both sides' moves in turn. The reward is still the first side's, and
-`info["seat"]` says with every move whose it was: the learner turns the other side's credit. A text that is no move
-loses the game for the side that said it, and an unfinished game is a draw.
+`info["seat"]` says with every move whose it was: the learner turns the sign of the other side's advantages. A text that
+is no move loses the game for the side that said it, and an unfinished game is a draw.
 Horizon: `max_turns` moves of the agent, illegal ones included.
 Levels: 1 a mate in one; from 2 on a whole game, a few moves after its start, with either colour, against a player that
 2 moves at random, 3 takes the most valuable piece it can, else moves at random, 4 looks one ply deep, 5 two plies.

@@ -16,8 +16,9 @@ texts (None where the game does not say) and a numpy.random.Generator, and retur
 that has a past version of the policy, or another model (envs/suites/policy_opponent.py). An opponent whose move is none
 is an error, never a game won.
 Self-play: with "self" the agent makes the moves of both seats. The reward is that of the seat which moved first, and
-`info["seat"]` says with every move whose it was: the learner turns the other seat's credit. So that it stays a game of
-two, a move that is none loses it for whoever made it, and a game cut by `max_turns` is a draw, half to each.
+`info["seat"]` says with every move whose it was: the learner turns the sign of the other seat's advantages. So that it
+stays a game of two, a move that is none loses it for whoever made it, and a game cut by `max_turns` is a draw, half
+to each.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the learner optimizes, as a composition: credit, loss, aggregation, corrections, regularizers.
+"""What the learner optimizes, as a composition: advantage, loss, aggregation, corrections, regularizers.
 
-    rewards -> credit -> advantages                     who deserves what                   credit.py
+    rewards -> estimator -> advantages                  who deserves what                   estimators.py
     logprobs -> loss [N] x corrections [N]              how far a token is moved            losses.py, corrections.py
             + kl + entropy [N]                          what else is wanted of it           regularizers.py
             x weights [N] -> one number                 what a token counts                 aggregation.py
@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from learner.algorithm.aggregation import Aggregation
 from learner.algorithm.corrections import AnyCorrection
-from learner.algorithm.credit import AnyCredit, GroupCredit
+from learner.algorithm.estimators import AnyEstimator, GrpoAdvantage
 from learner.algorithm.losses import AnyLoss, ClippedLoss
 from learner.algorithm.regularizers import KlSettings, OverlongSettings
 from learner.algorithm.schedule import OptimSettings
@@ -60,7 +60,7 @@ AnyCritic = Annotated[OwnCriticSettings | SharedCriticSettings, Field(discrimina
 class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
     """A policy-gradient method, part by part. As it stands: GRPO with separate clips, as in DAPO."""
 
-    credit: AnyCredit = Field(default=GroupCredit(), description="from rewards to advantages")
+    advantage: AnyEstimator = Field(default=GrpoAdvantage(), description="from rewards to advantages")
     loss: AnyLoss = Field(default=ClippedLoss(), description="from advantages to a loss per token")
     aggregation: Aggregation = Field(
         default="token",
@@ -98,7 +98,7 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         """A section that names no kind is about the usual one."""
         if not isinstance(sections, dict):
             return sections
-        usual = {"credit": {"kind": "group"}, "loss": {"kind": "ppo"}, "critic": {"kind": "own"}}
+        usual = {"advantage": {"kind": "grpo"}, "loss": {"kind": "ppo"}, "critic": {"kind": "own"}}
         said = {
             name: kind | sections[name]
             for name, kind in usual.items()
@@ -159,18 +159,19 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         penalties = [name for name, part in (("overlong", self.overlong), ("kl", self.kl)) if part]
         if self.kl and self.kl.where == "loss":
             penalties.remove("kl")
-        if penalties and not self.credit.shaped:
+        if penalties and not self.advantage.shaped:
             raise ValueError(
-                f"credit.kind={self.credit.kind!r} reads named rewards alone, which {' and '.join(penalties)} would "
-                "not reach; leave that away, or use another estimator"
+                f"advantage.kind={self.advantage.kind!r} reads named rewards alone, which {' and '.join(penalties)} "
+                "would not reach; leave that away, or use another estimator"
             )
-        if self.credit.critic and self.critic is None:
+        if self.advantage.critic and self.critic is None:
             raise ValueError(
-                f"credit.kind={self.credit.kind!r} needs a critic: add the section critic, or use an estimator without "
-                "one (group, rloo, maxrl, reinforce_pp, returns, gigpo, gdpo)"
+                f"advantage.kind={self.advantage.kind!r} needs a critic: add the section critic, or use an estimator "
+                "without one (grpo, rloo, maxrl, reinforce_pp, returns, gigpo, gdpo)"
             )
-        if self.critic is not None and not self.credit.critic:
+        if self.critic is not None and not self.advantage.critic:
             raise ValueError(
-                f"credit.kind={self.credit.kind!r} asks no critic: leave the section critic away, or use kind = 'gae'"
+                f"advantage.kind={self.advantage.kind!r} asks no critic: leave the section critic away, or use "
+                "kind = 'gae'"
             )
         return self

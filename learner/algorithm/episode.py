@@ -1,4 +1,4 @@
-"""An episode as an estimator of credit sees it: rewards of its turns, costs of its tokens, values of a critic."""
+"""An episode as an advantage estimator sees it: rewards of its turns, costs of its tokens, values of a critic."""
 
 from __future__ import annotations
 

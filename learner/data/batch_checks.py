@@ -15,13 +15,13 @@ MOST_REFUSED = 3  # batches in a row
 
 
 class BatchRefused(RuntimeError):
-    """A batch can not be learned from: its numbers, its credit, its loss or a gradient; nothing was changed."""
+    """A batch can not be learned from: its numbers, its advantages, its loss or a gradient; nothing was changed."""
 
 
 def require_groups(groups: Sequence[Group], compares: str | None = None, ranks: Ranks = ALONE) -> None:
     """BatchRefused for behaviour logprobs that are not finite, and for a group that lacks siblings.
 
-    compares: the kind of credit that compares siblings; None: it compares none.
+    compares: the kind of estimator that compares siblings; None: it compares none.
     """
     _agree(chain(_alone(groups, compares) if compares else (), _unscored(groups)), ranks)
 
@@ -50,7 +50,7 @@ def _alone(groups: Sequence[Group], compares: str) -> Iterator[str]:
         if len(group.trainable) < 2:
             yield (
                 f"group {group.slot.group_id} has {len(group.trainable)} trainable episodes; "
-                f"credit.kind={compares!r} compares at least 2"
+                f"advantage.kind={compares!r} compares at least 2"
             )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from learner.algorithm.advantages import overlong_penalty
-from learner.algorithm.credit import Episode
+from learner.algorithm.estimators import Episode
 from learner.algorithm.regularizers import OverlongSettings
 from learner.data.batch import MicroBatch, TokenSequence, arrange, level, row_of, sequences_of
 from learner.parallel.ranks import ALONE, Ranks

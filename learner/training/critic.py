@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from learner.algorithm.algorithm import AnyCritic, OwnCriticSettings, SharedCriticSettings
-from learner.algorithm.credit import Values
+from learner.algorithm.estimators import Values
 from learner.data.batch import Batch, MicroBatch
 from learner.data.prepare import Example, and_after
 from learner.model.policy import Policy

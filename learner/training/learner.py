@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from learner.algorithm.aggregation import Aggregation, token_weights
-from learner.algorithm.credit import GaeCredit
+from learner.algorithm.estimators import GaeAdvantage
 from learner.algorithm.regularizers import divergence
 from learner.data.advantage_log import AdvantageLog
 from learner.data.batch import Batch, MicroBatch, TokenSequence, pack
@@ -84,17 +84,17 @@ class Learner:
 
         Returns train_step's metrics and the critic's (means over optimizer steps; counts are sums), those of
         `describe`, and "scored_share": of the tokens sampled, those that were computed, of which the statistics are.
-        BatchRefused where the batch gives no credit, or an optimizer step on it is not finite: parameters, moments and
-        generators are then, to the bit, what they were before the batch. Where it makes several optimizer steps, host
-        memory holds a copy of parameters and moments meanwhile.
+        BatchRefused where the batch gives no advantages, or an optimizer step on it is not finite: parameters, moments
+        and generators are then, to the bit, what they were before the batch. Where it makes several optimizer steps,
+        host memory holds a copy of parameters and moments meanwhile.
         """
         _use_threads(self.settings.threads)
         algorithm = self.settings.algorithm
         self._begin()
-        require_groups(groups, algorithm.credit.kind if algorithm.credit.siblings else None, self.ranks)
+        require_groups(groups, algorithm.advantage.kind if algorithm.advantage.siblings else None, self.ranks)
         described = describe(groups, self.version, self.ranks, self._verdicts)
         self._verdicts = "success" in described
-        examples = self._credited(groups)
+        examples = self._with_advantages(groups)
         if self._fixes_proximal:
             self._fix_proximal(examples)
         # The first update is made only when it is known to be finite.
@@ -261,9 +261,9 @@ class Learner:
 
         return put_back
 
-    def _credited(self, groups: Sequence[Group]) -> list[Example]:
+    def _with_advantages(self, groups: Sequence[Group]) -> list[Example]:
         """The trainable episodes with all that is known of their tokens before the first update."""
-        algorithm, credit = self.settings.algorithm, self.settings.algorithm.credit
+        algorithm, estimator = self.settings.algorithm, self.settings.algorithm.advantage
         by_group = [[Example.of(t, algorithm.overlong) for t in group.trainable] for group in groups]
         examples = [example for siblings in by_group for example in siblings]
         self._refer(examples)
@@ -272,17 +272,17 @@ class Learner:
             wanted = self._temperature if self._fixes_proximal else None
             self._critic.look(examples, self.settings.tokens_per_microbatch, wanted)
         episodes = [[example.episode for example in siblings] for siblings in by_group]
-        if isinstance(credit, GaeCredit):
-            credited, targets = credit.with_targets(episodes, self.ranks)
+        if isinstance(estimator, GaeAdvantage):
+            advantages, targets = estimator.with_targets(episodes, self.ranks)
             for example, targets_N in zip(examples, chain.from_iterable(targets), strict=True):
                 assert example.episode.values is not None
                 example.columns |= {"values": example.episode.values.before_N, "value_targets": targets_N}
         else:
             try:
-                credited = credit(episodes, self.ranks)
+                advantages = estimator(episodes, self.ranks)
             except ValueError as error:
                 raise BatchRefused(str(error)) from error
-        for example, advantages_N in zip(examples, chain.from_iterable(credited), strict=True):
+        for example, advantages_N in zip(examples, chain.from_iterable(advantages), strict=True):
             example.advantages_N = advantages_N * example.episode.sides_N
         return examples
 

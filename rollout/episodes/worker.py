@@ -61,7 +61,7 @@ class RolloutSettings(BaseModel):
     drop_uniform: bool = Field(
         False,
         description="dynamic sampling: give up a group whose episodes all earned the same, and play another one; for "
-        "credit that compares these rewards alone",
+        "an advantage that compares these rewards alone",
     )
     context_tokens: int = Field(1024, gt=1, description="longest conversation, prompt and answers, in tokens")
     max_turns: int = Field(100, gt=0, description="turns after which an episode is truncated")

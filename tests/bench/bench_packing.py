@@ -3,7 +3,7 @@
 Lengths are log-normal, as those of answers are. The padded loop is what one would write by hand: batches of
 neighbouring episodes, padded to their longest, with an attention mask. Both run on one thread, in turns, over the same
 episodes; tokens are the episodes' own. `overhead` is what `Learner.step` spends outside of forward, backward and
-optimizer: credit, packing, statistics. Prints JSON.
+optimizer: advantages, packing, statistics. Prints JSON.
 """
 
 from __future__ import annotations

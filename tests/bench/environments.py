@@ -29,7 +29,7 @@ COMPOSED = (
     "env.options.max_turns=16",
     "warm_start.episodes=512",
     "warm_start.error_rate=0.3",
-    "learner.algorithm.credit={kind='gigpo',gamma=0.9}",  # a turn among nine is seldom what decided
+    "learner.algorithm.advantage={kind='gigpo',gamma=0.9}",  # a turn among nine is seldom what decided
     "learner.optim.learning_rate=2e-3",
     "steps=60",
 )

@@ -64,9 +64,9 @@ class Dense:
         """Loss and gradients. last: only so many episodes are in the loss, the last ones; 0: all."""
         recipe = self._recipe
         shaped = [[self._shaped(story) for story in siblings] for siblings in stories]
-        credit = reference.credit(recipe["credit"], shaped)
+        advantages = reference.advantages(recipe["advantage"], shaped)
         pairs = [
-            pair for siblings in zip(shaped, credit, strict=True) for pair in zip(*siblings, strict=True)
+            pair for siblings in zip(shaped, advantages, strict=True) for pair in zip(*siblings, strict=True)
         ]
         found = [self._objective(story, advantages) for story, advantages in pairs[-last:]]
         values, moving = zip(*found, strict=True)

@@ -33,7 +33,7 @@ def test_an_export_is_a_model_that_transformers_loads(reference: Path, tmp_path:
 
 def test_a_value_head_is_neither_published_nor_exported(reference: Path, tmp_path: Path) -> None:
     # Engines compare names and checksums with their checkpoint's: a run with the head in them would not get here.
-    algorithm = "{ credit = { kind = 'gae' }, critic = { kind = 'shared' }, skip_zero_advantage = false }"
+    algorithm = "{ advantage = { kind = 'gae' }, critic = { kind = 'shared' }, skip_zero_advantage = false }"
     run, target, plain = tmp_path / "run", tmp_path / "model", tmp_path / "plain"
     train(configured(f"learner.algorithm={algorithm}", "steps=2"), run)
     assert export_model(run, target) == 2

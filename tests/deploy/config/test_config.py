@@ -65,7 +65,7 @@ def test_an_unknown_name_is_told_the_nearest(override: str, nearest: str) -> Non
         ("learner.algorithm.beta=0.1", "learner.algorithm.kl.coefficient"),
         ("learner.algorithm.loss.clip_ratio=0.1", "learner.algorithm.loss.clip_low"),
         ("learner.algorithm.ppo_epochs=2", "learner.algorithm.epochs"),
-        ("learner.algorithm.gamma=0.9", "learner.algorithm.credit.gamma"),
+        ("learner.algorithm.gamma=0.9", "learner.algorithm.advantage.gamma"),
         ("learner.optim.warmup_step=3", "learner.optim.warmup_steps"),
         ("learner.learning_rate=3", "learner.optim.learning_rate"),
         ("learner.group_size=3", "rollout.group_size"),
@@ -141,19 +141,19 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
         ([CHECKPOINT], "exactly one"),
         (["tiny.words=['Left']"], "tiny.words"),
         (["learner.algorithm.entropy_bonus=0.1"], "skip_zero_advantage"),
-        (["learner.algorithm.credit.kind=grpo"], "'group', 'rloo'"),
+        (["learner.algorithm.advantage.kind=group"], "'grpo', 'rloo'"),
         (["learner.algorithm.loss.kind=ppo2"], "'ppo', 'reinforce'"),
-        (["learner.algorithm.credit.kind=gae"], "needs a critic"),
+        (["learner.algorithm.advantage.kind=gae"], "needs a critic"),
         (
-            ["learner.algorithm.credit.kind=gae", "learner.algorithm.critic.detach=true"],
+            ["learner.algorithm.advantage.kind=gae", "learner.algorithm.critic.detach=true"],
             "learner.algorithm.critic.detach does not belong to kind='own'; it does to 'shared'",
         ),
         (
             ["learner.algorithm.corrections=[{kind='lag', max_lag=1, cap=2.0}]"],
             "learner.algorithm.corrections.cap does not belong to kind='lag'; it does to 'tis'",
         ),
-        (["learner.algorithm.credit.kind=gae", "learner.algorithm.critic.kind=both"], "'own', 'shared'"),
-        (["rollout.max_turns=1", "learner.algorithm.credit.kind=gigpo"], "compares turns"),
+        (["learner.algorithm.advantage.kind=gae", "learner.algorithm.critic.kind=both"], "'own', 'shared'"),
+        (["rollout.max_turns=1", "learner.algorithm.advantage.kind=gigpo"], "compares turns"),
         (["guards=[{metric='entrophy', below=0.1}]"], "did you mean 'entropy'"),
         (["guards=[{metric='entropy'}]"], "no bound"),
         (
@@ -175,7 +175,7 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
             [
                 "buffer.reuse={groups=1, sampler={kind='prioritized'}}",
                 "rollout.group_size=1",
-                "learner.algorithm.credit.kind=reinforce_pp",
+                "learner.algorithm.advantage.kind=reinforce_pp",
             ],
             "prefers groups whose rewards differ",
         ),
@@ -268,8 +268,8 @@ def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path: Path) ->
     assert (config.steps, config.seed, config.env) == (17, 3, base.env)
     assert config.learner.optim == base.learner.optim.model_copy(update={"betas": (0.8, 0.9)})
     algorithm, old = config.learner.algorithm, base.learner.algorithm
-    assert (algorithm.credit, algorithm.loss) == (
-        old.credit,
+    assert (algorithm.advantage, algorithm.loss) == (
+        old.advantage,
         DivergenceLoss(),
     )  # another kind: nothing of the old
     assert algorithm.critic == old.critic.model_copy(update={"value_clip": 0.5})

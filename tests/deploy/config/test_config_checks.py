@@ -12,9 +12,9 @@ from deploy.config.config_errors import ConfigError
 from deploy.config.load import load_config
 from tests.deploy.small_run import configured
 
-CREDIT = "learner.algorithm.credit="
+ADVANTAGE = "learner.algorithm.advantage="
 CORRECTIONS = "learner.algorithm.corrections="
-CRITIC = ("learner.algorithm.credit.kind=gae", "learner.algorithm.critic.kind=own")
+CRITIC = ("learner.algorithm.advantage.kind=gae", "learner.algorithm.critic.kind=own")
 ALONE = "rollout.group_size=1"
 UNIFORM = "rollout.drop_uniform=true"
 REUSE = ("buffer.reuse.groups=1", "buffer.reuse.max_lag=3")
@@ -28,14 +28,14 @@ def guard(metric: str) -> str:
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        ([ALONE, CREDIT + "{kind='returns'}"], "rollout.group_size=1 leaves .*'returns' without a baseline"),
-        ([ALONE, CREDIT + "{kind='reinforce_pp', group_baseline=true}"], "'reinforce_pp' without group_baseline"),
-        ([CREDIT + "{kind='reinforce_pp', group_baseline=true, gamma=0.9}"], "gamma=0.9 discounts returns of tokens"),
+        ([ALONE, ADVANTAGE + "{kind='returns'}"], "rollout.group_size=1 leaves .*'returns' without a baseline"),
+        ([ALONE, ADVANTAGE + "{kind='reinforce_pp', group_baseline=true}"], "'reinforce_pp' without group_baseline"),
+        ([ADVANTAGE + "{kind='reinforce_pp', group_baseline=true, gamma=0.9}"], "gamma=0.9 discounts returns of"),
         ([ALONE, UNIFORM], "rollout.group_size=1 leaves"),
-        ([ALONE, UNIFORM, CREDIT + "{kind='reinforce_pp'}"], "rollout.drop_uniform .*'reinforce_pp'"),
-        ([UNIFORM, CREDIT + "{kind='gdpo', weights={goal=1.0}}"], "may tell such episodes apart; .*'maxrl'"),
-        ([UNIFORM, CREDIT + "{kind='gigpo'}"], "rollout.drop_uniform"),
-        ([UNIFORM, CREDIT + "{kind='returns'}"], "rollout.drop_uniform"),
+        ([ALONE, UNIFORM, ADVANTAGE + "{kind='reinforce_pp'}"], "rollout.drop_uniform .*'reinforce_pp'"),
+        ([UNIFORM, ADVANTAGE + "{kind='gdpo', weights={goal=1.0}}"], "may tell such episodes apart; .*'maxrl'"),
+        ([UNIFORM, ADVANTAGE + "{kind='gigpo'}"], "rollout.drop_uniform"),
+        ([UNIFORM, ADVANTAGE + "{kind='returns'}"], "rollout.drop_uniform"),
         ([UNIFORM, *CRITIC], "rollout.drop_uniform"),
         ([*CRITIC, "learner.algorithm.critic.warmup_steps=4"], "warmup_steps=4 .*steps=4: it would never learn"),
         (
@@ -49,7 +49,7 @@ def guard(metric: str) -> str:
         ([*REUSE, CORRECTIONS + "[{kind='lag', max_lag=3}]"], "masks nothing: .* than 3 versions"),
         (["learner.algorithm.overlong={tokens=231, margin=31}"], "begins after 200 .* no episode has more than 200"),
         (["learner.algorithm.overlong={tokens=50, margin=10}", "agent.memory=full"], "no episode has more than 40"),
-        ([CREDIT + "{kind='gigpo', weight=0.0}"], "credit.weight: Input should be greater than 0"),
+        ([ADVANTAGE + "{kind='gigpo', weight=0.0}"], "advantage.weight: Input should be greater than 0"),
         ([guard("value_error")], "value_error is never out of bounds: there is no learner.algorithm.critic"),
         ([guard("reference_kl")], "there is no learner.algorithm.kl"),
         ([guard("value_skipped_step")], "there is no learner.algorithm.critic"),
@@ -72,13 +72,13 @@ def test_what_would_never_act_is_refused(overrides: list[str], named: str) -> No
 @pytest.mark.parametrize(
     "overrides",
     [
-        [ALONE, CREDIT + "{kind='returns', baseline='batch'}"],
-        [ALONE, CREDIT + "{kind='reinforce_pp'}"],
+        [ALONE, ADVANTAGE + "{kind='returns', baseline='batch'}"],
+        [ALONE, ADVANTAGE + "{kind='reinforce_pp'}"],
         [ALONE, *CRITIC],
         [UNIFORM],
-        [UNIFORM, CREDIT + "{kind='rloo'}"],
-        [UNIFORM, CREDIT + "{kind='maxrl'}"],
-        [UNIFORM, CREDIT + "{kind='reinforce_pp', group_baseline=true}"],
+        [UNIFORM, ADVANTAGE + "{kind='rloo'}"],
+        [UNIFORM, ADVANTAGE + "{kind='maxrl'}"],
+        [UNIFORM, ADVANTAGE + "{kind='reinforce_pp', group_baseline=true}"],
         [*CRITIC, "learner.algorithm.critic.warmup_steps=3", guard("value_error")],
         ["learner.algorithm.minibatches=8"],
         [*REUSE, CORRECTIONS + "[{kind='lag', max_lag=2}]", guard("masked_fraction")],

@@ -31,7 +31,7 @@ def test_the_same_algorithm_over_a_runs_past_gives_the_same_parameters_bit_for_b
 
 
 def test_another_algorithm_learns_something_else_of_the_same_past(reference: Path, tmp_path: Path) -> None:
-    replayed(reference, tmp_path / "other", "learner.algorithm.credit.kind=rloo", "steps=3")
+    replayed(reference, tmp_path / "other", "learner.algorithm.advantage.kind=rloo", "steps=3")
     rows = read_metrics(tmp_path / "other")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert not same_bits(reference, tmp_path / "other")

@@ -20,9 +20,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "'icepop'",
         "proximal = 'learner'",
     ),
-    ({"credit": {"kind": "gae"}}, "'gae'", "add the section critic"),
-    ({"critic": {}}, "'group'", "leave the section critic away"),
-    ({"credit": {"kind": "gae"}, "critic": {"kind": "shared"}}, "'shared'", "skip_zero_advantage = false"),
+    ({"advantage": {"kind": "gae"}}, "'gae'", "add the section critic"),
+    ({"critic": {}}, "'grpo'", "leave the section critic away"),
+    ({"advantage": {"kind": "gae"}, "critic": {"kind": "shared"}}, "'shared'", "skip_zero_advantage = false"),
     (
         {"kl": {"coefficient": 0.1, "estimator": "k1"}, **EVERY_TOKEN},
         "'k1' in the loss",
@@ -42,8 +42,8 @@ ACCEPTED: list[dict[str, Any]] = [
     {"aggregation": "constant", "aggregation_length": 256},
     {"corrections": [{"kind": "tis"}, {"kind": "lag", "max_lag": 2}], "proximal": "learner"},
     {"corrections": [{"kind": "lag", "max_lag": 2}]},
-    {"credit": {"kind": "gae"}, "critic": {}},
-    {"credit": {"kind": "gae"}, "critic": {"kind": "shared"}, **EVERY_TOKEN},
+    {"advantage": {"kind": "gae"}, "critic": {}},
+    {"advantage": {"kind": "gae"}, "critic": {"kind": "shared"}, **EVERY_TOKEN},
     {"kl": {"coefficient": 0.1, "estimator": "k2"}, **EVERY_TOKEN},
     {"loss": {"kind": "cispo"}, "epochs": 2, "minibatches": 2},
 ]
@@ -68,15 +68,15 @@ def test_what_the_refusals_recommend_is_accepted(recipe: dict[str, Any]) -> None
 
 def test_every_estimator_that_needs_no_critic_is_named_by_the_one_that_does() -> None:
     with pytest.raises(ValidationError) as refused:
-        AlgorithmSettings.model_validate({"credit": {"kind": "gae"}})
-    kinds = AlgorithmSettings.model_json_schema()["properties"]["credit"]["discriminator"]["mapping"]
+        AlgorithmSettings.model_validate({"advantage": {"kind": "gae"}})
+    kinds = AlgorithmSettings.model_json_schema()["properties"]["advantage"]["discriminator"]["mapping"]
     assert all(kind in str(refused.value) for kind in kinds)
 
 
 @pytest.mark.parametrize(
     ("recipe", "kinds"),
     [
-        ({"credit": {"kind": "grpo"}}, ["group", "rloo", "gae"]),
+        ({"advantage": {"kind": "group"}}, ["grpo", "rloo", "gae"]),
         ({"loss": {"kind": "clip"}}, ["ppo", "gspo", "cispo"]),
         ({"corrections": [{"kind": "cap"}]}, ["tis", "mask", "icepop", "lag"]),
     ],

@@ -18,8 +18,8 @@ from rollout.wire.trajectory import Group
 
 Groups = Callable[..., Group]
 Recipe = dict[str, Any]
-UNDIVIDED: Recipe = {"credit": {"kind": "group", "divide": False}}
-GAE: Recipe = {"credit": {"kind": "gae"}, "skip_zero_advantage": False}
+UNDIVIDED: Recipe = {"advantage": {"kind": "grpo", "divide": False}}
+GAE: Recipe = {"advantage": {"kind": "gae"}, "skip_zero_advantage": False}
 OWN: Recipe = GAE | {"critic": {"kind": "own", "optim": {"learning_rate": 1e-2}}}
 DETACHED: Recipe = GAE | {"critic": {"kind": "shared", "detach": True, "optim": {"learning_rate": 1e-2}}}
 TOO_MUCH = 3e38  # a float32, but the norm of what it weighs is none
@@ -78,17 +78,19 @@ def test_logprobs_that_are_no_numbers_are_refused_whatever_reads_them(
     assert _equal(before, _parameters(learner)) and learner.version == 0
 
 
-@pytest.mark.parametrize("credit", ["group", "rloo", "maxrl", "reinforce_pp", "returns", "gigpo"])
-def test_a_reward_that_is_no_number_is_refused_by_every_credit(
-    tiny: Path, group_of: Groups, credit: str
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "maxrl", "reinforce_pp", "returns", "gigpo"])
+def test_a_reward_that_is_no_number_is_refused_by_every_estimator(
+    tiny: Path, group_of: Groups, estimator: str
 ) -> None:
     with pytest.raises(BatchRefused, match=r"^group 7, episode 1: its reward is nan$"):
-        _learner(tiny, {"credit": {"kind": credit}}).step([_spoilt(group_of(7, [1.0, 0.0]), reward=np.nan)])
+        _learner(tiny, {"advantage": {"kind": estimator}}).step(
+            [_spoilt(group_of(7, [1.0, 0.0]), reward=np.nan)]
+        )
 
 
 def test_named_rewards_that_no_episode_has_are_refused(tiny: Path, group_of: Groups) -> None:
-    learner = _learner(tiny, {"credit": {"kind": "gdpo", "weights": {"goal": 1.0}}})
-    with pytest.raises(BatchRefused, match=r"^credit.weights names the reward 'goal'.*have none"):
+    learner = _learner(tiny, {"advantage": {"kind": "gdpo", "weights": {"goal": 1.0}}})
+    with pytest.raises(BatchRefused, match=r"^advantage.weights names the reward 'goal'.*have none"):
         learner.step([group_of(0, [1.0, 0.0])])
     learner.step([_spoilt(group_of(0, [1.0, 0.0]), named_rewards='{"goal": 1.0}')])  # one has it
 

@@ -150,7 +150,7 @@ def test_a_learner_with_an_adapter_learns(tiny: Path, group_of: Groups) -> None:
     [
         {},
         {"kl": {"coefficient": 0.1}, "skip_zero_advantage": False},
-        {"credit": {"kind": "gae"}, "critic": {"optim": {"learning_rate": 1e-2}}},
+        {"advantage": {"kind": "gae"}, "critic": {"optim": {"learning_rate": 1e-2}}},
     ],
     ids=["plain", "kl", "critic"],
 )

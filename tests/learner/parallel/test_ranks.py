@@ -28,9 +28,9 @@ from tests.learner.ranked import (
 from tests.learner.together import together
 
 GAE: dict[str, Any] = {"kind": "gae", "gamma": 0.9, "lam": 0.8}
-CRITIC: dict[str, Any] = {"credit": GAE, "critic": {"optim": {"learning_rate": 0.03}}}
+CRITIC: dict[str, Any] = {"advantage": GAE, "critic": {"optim": {"learning_rate": 0.03}}}
 SHARED: dict[str, Any] = {
-    "credit": GAE,
+    "advantage": GAE,
     "critic": {"kind": "shared", "warmup_steps": 1, "optim": {"learning_rate": 0.03}},
     "proximal": "learner",
     "epochs": 2,
@@ -39,10 +39,10 @@ SHARED: dict[str, Any] = {
 # (recipe, learner steps, settings of the model); UNTIED stands for a model whose head is a matrix of its own
 UNTIED = "untied"
 CASES: list[Any] = [
-    ({"credit": {"kind": "group"}}, 1, {}),
+    ({"advantage": {"kind": "grpo"}}, 1, {}),
     (
         {
-            "credit": {"kind": "reinforce_pp", "gamma": 0.9},
+            "advantage": {"kind": "reinforce_pp", "gamma": 0.9},
             "aggregation": "constant",
             "aggregation_length": 16,
             "proximal": "learner",
@@ -53,8 +53,8 @@ CASES: list[Any] = [
         2,
         {"gradient_checkpointing": True},
     ),
-    ({"credit": {"kind": "returns", "baseline": "batch"}, "aggregation": "sequence"}, 1, {}),
-    ({"credit": {"kind": "gdpo", "weights": {"goal": 1.0, "form": 0.5}}, "loss": {"kind": "gspo"}}, 1, {}),
+    ({"advantage": {"kind": "returns", "baseline": "batch"}, "aggregation": "sequence"}, 1, {}),
+    ({"advantage": {"kind": "gdpo", "weights": {"goal": 1.0, "form": 0.5}}, "loss": {"kind": "gspo"}}, 1, {}),
     (CRITIC | {"aggregation": "sequence"}, 2, {"path": UNTIED}),
     (SHARED, 3, {}),
 ]
@@ -150,7 +150,7 @@ def test_ranks_of_unequal_shares_make_the_same_optimizer_steps(tiny: Path) -> No
             r"^group 3, episode 2: its behaviour logprobs are not finite$",
         ),
         (
-            {"credit": {"kind": "group", "divide": False}, "minibatches": 3, "epochs": 2},
+            {"advantage": {"kind": "grpo", "divide": False}, "minibatches": 3, "epochs": 2},
             {"reward": beyond_floats},
             r"^an optimizer step is not finite: loss .*grad_norm (inf|nan)$",
         ),

@@ -23,8 +23,8 @@ from tests.reference import Episode
 TEMPERATURE, WHOLE = 0.8, 10_000
 GAE: dict[str, Any] = {"kind": "gae", "gamma": 0.9, "lam": 0.8, "normalize": True}
 CRITIC: dict[str, Any] = {"optim": {"learning_rate": 0.03, "max_grad_norm": 1e9}}
-CREDITS: list[dict[str, Any]] = [
-    {"kind": "group", "divide": True, "eps": 1e-6},
+ESTIMATORS: list[dict[str, Any]] = [
+    {"kind": "grpo", "divide": True, "eps": 1e-6},
     {"kind": "rloo"},
     {"kind": "maxrl", "eps": 1e-6},
     {"kind": "reinforce_pp", "gamma": 0.9, "group_baseline": True},
@@ -72,14 +72,14 @@ Stories = list[list[Episode]]
 
 
 def _recipes() -> Iterator[Recipe]:
-    """Every credit with every loss, and around them by turns all aggregations, corrections and extras."""
-    for number, (credit, loss) in enumerate(product(CREDITS, LOSSES)):
-        recipe = {"credit": credit, "loss": loss, **AGGREGATIONS[number % 3], **EXTRAS[number % 6]}
-        if credit["kind"] == "gdpo" and (
+    """Every estimator with every loss, and around them by turns all aggregations, corrections and extras."""
+    for number, (estimator, loss) in enumerate(product(ESTIMATORS, LOSSES)):
+        recipe = {"advantage": estimator, "loss": loss, **AGGREGATIONS[number % 3], **EXTRAS[number % 6]}
+        if estimator["kind"] == "gdpo" and (
             "overlong" in recipe or recipe.get("kl", {}).get("where") == "reward"
         ):
             recipe = {key: recipe[key] for key in recipe if key not in ("overlong", "kl")}
-        if credit["kind"] == "gae":
+        if estimator["kind"] == "gae":
             recipe["critic"] = CRITIC
         if number % 2:
             recipe |= {"proximal": "learner", "corrections": CORRECTIONS[number // 2 % 6]}
@@ -87,11 +87,11 @@ def _recipes() -> Iterator[Recipe]:
 
 
 RECIPES = list(_recipes())
-FEW = RECIPES[::5]  # every credit, loss, aggregation, correction and extra is among these twelve
+FEW = RECIPES[::5]  # every estimator, loss, aggregation, correction and extra is among these twelve
 
 
 def _name(recipe: Recipe) -> str:
-    parts = [recipe["credit"]["kind"], *recipe["loss"].values(), recipe["aggregation"]]
+    parts = [recipe["advantage"]["kind"], *recipe["loss"].values(), recipe["aggregation"]]
     parts += [part["kind"] for part in recipe.get("corrections", [])]
     return "-".join(str(part) for part in parts + [key for key in recipe if key in ("kl", "overlong")])
 
@@ -206,7 +206,7 @@ def test_only_what_predicts_a_sampled_token_has_a_gradient(tiny: Path, recipe: R
 def test_the_critics_gradient_is_the_formulas_over_each_segment_alone(
     tiny: Path, plain: PreTrainedModel, aggregation: dict[str, Any]
 ) -> None:
-    recipe = {"credit": GAE, "critic": CRITIC, "loss": LOSSES[0], **aggregation}
+    recipe = {"advantage": GAE, "critic": CRITIC, "loss": LOSSES[0], **aggregation}
     learner = _learner(tiny, recipe, tokens_per_microbatch=30)
     own = learner._critic
     assert isinstance(own, OwnCritic)

@@ -29,7 +29,7 @@ from rollout.wire.trajectory import EndReason, Group
 
 Groups = Callable[..., Group]
 Algorithm = dict[str, Any]
-GAE: Algorithm = {"credit": {"kind": "gae"}, "skip_zero_advantage": False}
+GAE: Algorithm = {"advantage": {"kind": "gae"}, "skip_zero_advantage": False}
 WITH_ALL: Algorithm = GAE | {"critic": {"kind": "own"}, "kl": {"coefficient": 0.1}}
 CORRECTED = [{"kind": "tis"}, {"kind": "lag", "max_lag": 1}]
 SHARED: Algorithm = GAE | {"critic": {"kind": "shared"}}

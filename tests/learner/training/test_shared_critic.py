@@ -30,7 +30,7 @@ Groups = Callable[..., Group]
 Recipe = dict[str, Any]
 TEMPERATURE, WHOLE = 0.8, 10_000
 GAE: Recipe = {"kind": "gae", "gamma": 0.9, "lam": 0.8, "normalize": True}
-PPO: Recipe = {"credit": GAE, "loss": {"kind": "ppo", "clip_low": 0.2, "clip_high": 0.28}}
+PPO: Recipe = {"advantage": GAE, "loss": {"kind": "ppo", "clip_low": 0.2, "clip_high": 0.28}}
 TIS: Recipe = {"corrections": [{"kind": "tis", "of": "token", "cap": 1.2}]}
 STILL = 1e-30  # a learning rate that moves nothing
 

@@ -1,7 +1,7 @@
-"""Who deserves what: the advantage of every sampled token, from the rewards of a step's groups.
+"""Advantage estimators: the advantage of every sampled token, from the rewards of a step's groups.
 
-An estimator is a section of the recipe (`learner.algorithm.credit`, its `kind` says which) and a function of groups of
-episodes: a rank's own, and what is normalized over the batch is over that of all ranks. The formulas are in
+An estimator is a section of the recipe (`learner.algorithm.advantage`, its `kind` says which) and a function of groups
+of episodes: a rank's own, and what is normalized over the batch is over that of all ranks. The formulas are in
 advantages.py. Only sampled tokens count: what observations add between turns moves no advantage. A truncated episode is
 worth what the critic says its last state is; without a critic what came after is taken for nothing, and the metric
 `cut_short` says how many episodes that touched.
@@ -23,11 +23,11 @@ from learner.parallel.ranks import ALONE, Ranks
 from rollout.wire.equality import all_equal
 from rollout.wire.trajectory import Float32Array
 
-__all__ = ["AnyCredit", "Episode", "Values", "sides"]  # an estimator, and what it is called with
+__all__ = ["AnyEstimator", "Episode", "Values", "sides"]  # an estimator, and what it is called with
 
 
 Groups = Sequence[Sequence[Episode]]  # of siblings
-Credit = list[list[Float32Array]]  # for each episode, [N]
+Advantages = list[list[Float32Array]]  # for each episode, [N]
 
 
 class _Estimator(BaseModel, extra="forbid", frozen=True):
@@ -54,14 +54,14 @@ def _deviation() -> Any:
     )
 
 
-class GroupCredit(_Estimator):
+class GrpoAdvantage(_Estimator):
     """GRPO: rewards compared with the siblings'; without `divide` it is Dr. GRPO.
 
     Whether siblings earned the same is asked of what the task paid: divided by its own deviation, what their tokens
     cost would else be the whole advantage of a group that the task says nothing of, however little it is.
     """
 
-    kind: Literal["group"] = "group"
+    kind: Literal["grpo"] = "grpo"
     divide: bool = Field(default=True, description="by the group's standard deviation")
     deviation: Deviation = _deviation()
     eps: float = Field(default=1e-6, ge=0, description="added to the standard deviation")
@@ -70,7 +70,7 @@ class GroupCredit(_Estimator):
     def totals(self) -> bool:
         return True
 
-    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Advantages:
         if not self.divide:
             return [_centered(group) for group in groups]
 
@@ -80,7 +80,7 @@ class GroupCredit(_Estimator):
         return [_compared(group, compare, _paid_equal(group)) for group in groups]
 
 
-class LeaveOneOutCredit(_Estimator):
+class RlooAdvantage(_Estimator):
     """RLOO: rewards against the mean of the siblings'."""
 
     kind: Literal["rloo"] = "rloo"
@@ -89,11 +89,11 @@ class LeaveOneOutCredit(_Estimator):
     def totals(self) -> bool:
         return True
 
-    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Advantages:
         return [_compared(group, advantages.leave_one_out, _earned_equal(group)) for group in groups]
 
 
-class MaximumLikelihoodCredit(_Estimator):
+class MaxRlAdvantage(_Estimator):
     """MaxRL: rewards against the group's mean, divided by it."""
 
     kind: Literal["maxrl"] = "maxrl"
@@ -103,14 +103,14 @@ class MaximumLikelihoodCredit(_Estimator):
     def totals(self) -> bool:
         return True
 
-    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Advantages:
         def compare(rewards_G: ArrayLike, equal: bool) -> Float32Array:
             return advantages.mean_normalized(rewards_G, self.eps, equal)
 
         return [_compared(group, compare, _paid_equal(group)) for group in groups]
 
 
-class ReinforceCredit(_Estimator):
+class ReinforceAdvantage(_Estimator):
     """REINFORCE++, normalized over the whole batch: returns of tokens, or whole rewards against the siblings' mean.
 
     With `group_baseline` it is the reward of the whole episode minus the mean of its siblings', at every token: the
@@ -130,7 +130,7 @@ class ReinforceCredit(_Estimator):
     def totals(self) -> bool:
         return self.group_baseline
 
-    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Advantages:
         episodes = [episode for group in groups for episode in group]
         if self.group_baseline:
             flat = [values_N for group in groups for values_N in _centered(group)]
@@ -143,7 +143,7 @@ class ReinforceCredit(_Estimator):
         return advantages.returns(episode.rewards_N, self.gamma, episode.bootstrap)
 
 
-class ReturnsCredit(_Estimator):
+class ReturnsAdvantage(_Estimator):
     """Monte Carlo: every turn is worth what followed it, discounted by turns."""
 
     kind: Literal["returns"] = "returns"
@@ -158,7 +158,7 @@ class ReturnsCredit(_Estimator):
     def siblings(self) -> bool:
         return self.baseline in ("group", "turn")
 
-    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Advantages:
         turns = [[episode.turn_returns(self.gamma) for episode in group] for group in groups]
         if self.siblings:
             turns = [self._of_group(group, of_group) for group, of_group in zip(groups, turns, strict=True)]
@@ -173,7 +173,7 @@ class ReturnsCredit(_Estimator):
         ]
 
     def _of_group(self, group: Sequence[Episode], turns: Sequence[Float32Array]) -> list[Float32Array]:
-        """Normalized; zeros where the task paid all the same, as in `GroupCredit`."""
+        """Normalized; zeros where the task paid all the same, as in `GrpoAdvantage`."""
         paid, sizes = _paid_returns(group, self.gamma)
         if self.baseline == "turn":
             longest = range(max(len(episode.tokens_K) for episode in group))
@@ -185,7 +185,7 @@ class ReturnsCredit(_Estimator):
         return advantages.globally_normalized(turns)
 
 
-class AnchoredCredit(_Estimator):
+class GigpoAdvantage(_Estimator):
     """GiGPO: episodes against their siblings, plus every turn against the turns that began in the same state."""
 
     turns: ClassVar[bool] = True
@@ -200,18 +200,18 @@ class AnchoredCredit(_Estimator):
     def siblings(self) -> bool:
         return True
 
-    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
-        whole = GroupCredit(divide=self.divide, deviation=self.deviation, eps=self.eps)(groups)
-        credit: Credit = []
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Advantages:
+        whole = GrpoAdvantage(divide=self.divide, deviation=self.deviation, eps=self.eps)(groups)
+        found: Advantages = []
         for group, wholes in zip(groups, whole, strict=True):
             turns = self._turns(group)
-            credit.append(
+            found.append(
                 [
                     whole_N + np.float32(self.weight) * episode.over_tokens(turn_K)
                     for episode, whole_N, turn_K in zip(group, wholes, turns, strict=True)
                 ]
             )
-        return credit
+        return found
 
     def _turns(self, group: Sequence[Episode]) -> list[Float32Array]:
         values = [episode.turn_returns(self.gamma) for episode in group]
@@ -223,7 +223,7 @@ class AnchoredCredit(_Estimator):
         return advantages.anchored(values, anchors, self.divide, self.eps, judged, self.deviation)
 
 
-class DecoupledCredit(_Estimator):
+class GdpoAdvantage(_Estimator):
     """GDPO: each of the environment's named rewards compared by itself, summed, normalized over the batch.
 
     A name that an episode lacks, one that was cut off before it was given say, counts 0. ValueError, on all ranks
@@ -240,7 +240,7 @@ class DecoupledCredit(_Estimator):
     def siblings(self) -> bool:
         return True
 
-    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Advantages:
         self._require_named(groups, ranks)
         flat: list[Float32Array] = []
         for group in groups:
@@ -265,14 +265,14 @@ class DecoupledCredit(_Estimator):
             if name not in given:
                 has = ", ".join(sorted(given)) or "none"
                 raise ValueError(
-                    f"credit.weights names the reward {name!r}, but the batch's episodes have {has}; an environment "
+                    f"advantage.weights names the reward {name!r}, but the batch's episodes have {has}; an environment "
                     "gives them in info['rewards']"
                 )
             if any(name in names for _, names in said):
                 raise ValueError(f"the named reward {name!r} of an episode is not finite")
 
 
-class GaeCredit(_Estimator):
+class GaeAdvantage(_Estimator):
     """PPO's generalized advantage estimation, token by token, with the critic's values."""
 
     critic: ClassVar[bool] = True
@@ -281,10 +281,10 @@ class GaeCredit(_Estimator):
     lam: float = Field(default=0.95, ge=0, le=1, description="how far rewards are trusted rather than values")
     normalize: bool = Field(default=True, description="over the batch")
 
-    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Credit:
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Advantages:
         return self.with_targets(groups, ranks)[0]
 
-    def with_targets(self, groups: Groups, ranks: Ranks = ALONE) -> tuple[Credit, Credit]:
+    def with_targets(self, groups: Groups, ranks: Ranks = ALONE) -> tuple[Advantages, Advantages]:
         """Advantages, and what the critic should have said: both come of one estimate."""
         estimates = [self.estimate(episode) for group in groups for episode in group]
         normal = flat = [advantages_N for advantages_N, _ in estimates]
@@ -296,20 +296,20 @@ class GaeCredit(_Estimator):
     def estimate(self, episode: Episode) -> tuple[Float32Array, Float32Array]:
         """Advantages before any normalization, and the critic's targets: float32 [N] each."""
         if episode.values is None:
-            raise ValueError("credit.kind='gae' needs the critic's values, and this episode has none")
+            raise ValueError("advantage.kind='gae' needs the critic's values, and this episode has none")
         before_N = episode.values.before_N
         return advantages.gae(episode.rewards_N, before_N, episode.bootstrap, self.gamma, self.lam)
 
 
-AnyCredit = Annotated[
-    GroupCredit
-    | LeaveOneOutCredit
-    | MaximumLikelihoodCredit
-    | ReinforceCredit
-    | ReturnsCredit
-    | AnchoredCredit
-    | DecoupledCredit
-    | GaeCredit,
+AnyEstimator = Annotated[
+    GrpoAdvantage
+    | RlooAdvantage
+    | MaxRlAdvantage
+    | ReinforceAdvantage
+    | ReturnsAdvantage
+    | GigpoAdvantage
+    | GdpoAdvantage
+    | GaeAdvantage,
     Field(discriminator="kind"),
 ]
 
@@ -353,6 +353,6 @@ def _turn_of(arrays: Sequence[Float32Array], turn: int) -> list[float]:
     return [float(array[turn]) for array in arrays if len(array) > turn]
 
 
-def _regrouped(flat: Sequence[Float32Array], groups: Groups) -> Credit:
+def _regrouped(flat: Sequence[Float32Array], groups: Groups) -> Advantages:
     remaining = iter(flat)
     return [[next(remaining) for _ in group] for group in groups]

@@ -49,13 +49,13 @@ class Episode:
 
 
 Group = Sequence[Episode]
-Credit = list[list[list[float]]]  # of each group, of each episode, of each sampled token
+Advantages = list[list[list[float]]]  # of each group, of each episode, of each sampled token
 
 
 # Rewards to advantages.
 
 
-def grpo(groups: Sequence[Group], divide: bool, eps: float, deviation: str = "population") -> Credit:
+def grpo(groups: Sequence[Group], divide: bool, eps: float, deviation: str = "population") -> Advantages:
     """DeepSeekMath 4.1: (r - mean) / (std + eps); Dr. GRPO 3.2: r - mean."""
     found = []
     for group in groups:
@@ -64,7 +64,7 @@ def grpo(groups: Sequence[Group], divide: bool, eps: float, deviation: str = "po
     return found
 
 
-def rloo(groups: Sequence[Group]) -> Credit:
+def rloo(groups: Sequence[Group]) -> Advantages:
     """RLOO, equation 5: r minus the mean of the others'."""
     found = []
     for group in groups:
@@ -75,7 +75,7 @@ def rloo(groups: Sequence[Group]) -> Credit:
     return found
 
 
-def maxrl(groups: Sequence[Group], eps: float) -> Credit:
+def maxrl(groups: Sequence[Group], eps: float) -> Advantages:
     """MaxRL, section 4: (r - mean) / mean; nothing is learned where nothing was earned."""
     found = []
     for group in groups:
@@ -86,7 +86,7 @@ def maxrl(groups: Sequence[Group], eps: float) -> Credit:
     return found
 
 
-def reinforce_pp(groups: Sequence[Group], gamma: float, group_baseline: bool) -> Credit:
+def reinforce_pp(groups: Sequence[Group], gamma: float, group_baseline: bool) -> Advantages:
     """REINFORCE++, section 3: discounted token returns, standardized over the batch.
 
     The paper's variant with a group baseline ("REINFORCE++-baseline", several responses a prompt) first has, at every
@@ -106,7 +106,7 @@ def reinforce_pp(groups: Sequence[Group], gamma: float, group_baseline: bool) ->
     return _over_batch(found)
 
 
-def returns(groups: Sequence[Group], gamma: float, baseline: str) -> Credit:
+def returns(groups: Sequence[Group], gamma: float, baseline: str) -> Advantages:
     """Monte Carlo: the discounted sum of the turns that follow, this one included."""
     by_turn = [[_discounted(_turn_rewards(episode), gamma) for episode in group] for group in groups]
     paid = [[_discounted(e.rewards, gamma) for e in group] for group in groups]
@@ -144,11 +144,11 @@ def gigpo(
     divide: bool,
     eps: float,
     deviation: str = "population",
-) -> Credit:
+) -> Advantages:
     """GiGPO, section 3: the episode's advantage plus weight times its turn's among turns of the same state."""
     found = grpo(groups, divide, eps, deviation)
-    for group, credit in zip(groups, found, strict=True):
-        for episode, numbers in zip(group, credit, strict=True):
+    for group, own in zip(groups, found, strict=True):
+        for episode, numbers in zip(group, own, strict=True):
             for place, token in enumerate(episode.sampled):
                 state, here, same, paid = episode.states[token.turn], 0, [], []
                 for other in group:
@@ -164,7 +164,7 @@ def gigpo(
 
 def gdpo(
     groups: Sequence[Group], weights: dict[str, float], eps: float, deviation: str = "population"
-) -> Credit:
+) -> Advantages:
     """GDPO, equations 4 to 6: every reward normalized by itself, the weighted sum normalized over the batch."""
     sums = []
     for group in groups:
@@ -178,7 +178,7 @@ def gdpo(
     ]
 
 
-def gae(groups: Sequence[Group], gamma: float, lam: float, normalize: bool) -> Credit:
+def gae(groups: Sequence[Group], gamma: float, lam: float, normalize: bool) -> Advantages:
     """Schulman et al. 2016, equation 16, over sampled tokens."""
     found = [[gae_of(episode, gamma, lam)[0] for episode in group] for group in groups]
     return _over_batch(found) if normalize else found
@@ -202,8 +202,8 @@ def overlong(length: int, tokens: int, margin: int) -> float:
     return -1.0
 
 
-ESTIMATORS: dict[str, Callable[..., Credit]] = {
-    "group": grpo,
+ESTIMATORS: dict[str, Callable[..., Advantages]] = {
+    "grpo": grpo,
     "rloo": rloo,
     "maxrl": maxrl,
     "reinforce_pp": reinforce_pp,
@@ -214,8 +214,8 @@ ESTIMATORS: dict[str, Callable[..., Credit]] = {
 }
 
 
-def credit(section: dict[str, Any], groups: Sequence[Group]) -> Credit:
-    """What a recipe's section `credit` means."""
+def advantages(section: dict[str, Any], groups: Sequence[Group]) -> Advantages:
+    """What a recipe's section `advantage` means."""
     return ESTIMATORS[section["kind"]](groups, **options(section))
 
 
@@ -238,7 +238,7 @@ def _compared(
     return [(x - mean) / (math.sqrt(squares) + eps if divide else 1.0) for x in numbers]
 
 
-def _over_batch(numbers: Credit, paid: Sequence[float] = ()) -> Credit:
+def _over_batch(numbers: Advantages, paid: Sequence[float] = ()) -> Advantages:
     """Standardized with epsilon on the variance, as the authors' code whitens: (x - mean) / sqrt(variance + 1e-8)."""
     whole = [x for group in numbers for part in group for x in part]
     if len(set(paid or whole)) < 2:
