@@ -59,12 +59,12 @@ def train(
     ] = "",
     overrides: Overrides = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
-    run: Annotated[
+    run_dir: Annotated[
         Path | None,
-        typer.Option(help="The run's folder itself: made where it is not there, gone on with where it is."),
+        typer.Option(help="Folder of this run: created if absent, resumed if it holds the same run."),
     ] = None,
-    runs: Annotated[
-        Path | None, typer.Option(help="Where run folders are made; none: in the folder runs.")
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder in which run folders are created; default: runs.")
     ] = None,
     replay: Annotated[
         Path | None, typer.Option(help="Learn from what this finished run has played, instead of playing.")
@@ -89,7 +89,7 @@ def train(
     """
     from deploy.run.launch import Asked, launch
 
-    launch(Asked(recipe, overrides or (), resume, run, runs, replay, local, trust), console)
+    launch(Asked(recipe, overrides or (), resume, run_dir, output_dir, replay, local, trust), console)
 
 
 @app.command("eval")
@@ -156,9 +156,9 @@ def submit(
     ],
     overrides: Overrides = None,
     address: Annotated[str, typer.Option(help="The cluster's dashboard.")] = "http://127.0.0.1:8265",
-    runs: Annotated[Path, typer.Option(help="Where run folders are made, as the cluster sees it.")] = Path(
-        "runs"
-    ),
+    output_dir: Annotated[
+        Path, typer.Option(help="Folder in which run folders are created, as a path of the cluster.")
+    ] = Path("runs"),
     working_dir: Annotated[
         Path | None,
         typer.Option(help="Folder to send, with the modules the recipe names; the job stands in it."),
@@ -171,12 +171,14 @@ def submit(
     """Submit a training run to a Ray cluster as a job.
 
     Example:
-    manta submit frozen_lake rollout.workers=8 --address http://cluster:8265 --runs /shared/runs
+    manta submit frozen_lake rollout.workers=8 --address http://cluster:8265 --output-dir /shared/runs
     """
     from deploy.commands.submit import follow, succeeded
     from deploy.commands.submit import submit as submit_job
 
-    client, job = submit_job(recipe, overrides or (), address, runs.resolve(), working_dir, py_modules or ())
+    client, job = submit_job(
+        recipe, overrides or (), address, output_dir.resolve(), working_dir, py_modules or ()
+    )
     write(console, f"submitted {job} to {address}")
     if wait:
         for text in follow(client, job):
@@ -338,7 +340,7 @@ def main() -> None:
         sys.exit(1)
     except TyperException as error:
         if said := error.format_message():  # empty where the help was shown instead
-            write(errors(), one_line(f"manta: {said} (see {_help_of(error)})"), "red")
+            write(errors(), one_line(f"manta: {_renamed_flag(error) or said} (see {_help_of(error)})"), "red")
         sys.exit(error.exit_code)
     except _mistakes() as error:
         write(errors(), one_line(f"manta: {error}"), "red")
@@ -346,6 +348,14 @@ def main() -> None:
     except _verdicts() as error:
         write(errors(), f"manta: {error}", "red")
         sys.exit(1)
+
+
+def _renamed_flag(error: TyperException) -> str:
+    """What to say of a flag that has another name now; nothing of any other error."""
+    from deploy.config.renamed import RENAMED_FLAGS
+
+    flag = getattr(error, "option_name", "")  # only unknown options have one
+    return f"option {flag} is called {RENAMED_FLAGS[flag]} now" if flag in RENAMED_FLAGS else ""
 
 
 def _help_of(error: TyperException) -> str:

@@ -43,7 +43,7 @@ class Suite:
     """Environments of another package, an optional extra of ours."""
 
     prefix: str  # of their ids
-    extra: str  # pip install 'manta[EXTRA]'
+    extra: str  # pip install 'manta-rl[EXTRA]'
     package: str  # what must be there to import
     factory: str  # "module:function" of ours, called with the id and the options; the module's IDS are all there are
     about: str
@@ -254,7 +254,7 @@ def _suite(env_id: str) -> Suite | None:
     if suite and not suite.installed:
         raise EnvironmentUnknown(
             f"environment {env_id} belongs to {suite.about}, which is not installed here: "
-            f"pip install 'manta[{suite.extra}]'"
+            f"pip install 'manta-rl[{suite.extra}]'"
         )
     return suite
 

@@ -50,7 +50,7 @@ def submit(
     run = runs / f"{run_folder.name(config)}-{secrets.token_hex(3)}"
     named = RECIPE_FILE if working_dir is None else _within(recipe, working_dir)
     require_sent(config, working_dir, py_modules)
-    arguments = ["manta", "train", named, "--run", str(run), *overrides]
+    arguments = ["manta", "train", named, "--run-dir", str(run), *overrides]
     client = _client(address)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / RECIPE_FILE).write_text(recipe_text(recipe), encoding="utf-8")

@@ -118,11 +118,11 @@ def _group(config: RunConfig) -> None:
 
 def _uniform_groups(config: RunConfig) -> None:
     estimator = config.learner.algorithm.advantage
-    if config.rollout.drop_uniform and not estimator.totals:
+    if config.rollout.dynamic_sampling and not estimator.totals:
         raise ValueError(
-            "rollout.drop_uniform drops groups whose episodes earned the same in all, but "
+            "rollout.dynamic_sampling drops groups whose episodes earned the same in all, but "
             f"learner.algorithm.advantage.kind={estimator.kind!r} may tell such episodes apart; use "
-            "drop_uniform=false, or kind 'grpo', 'rloo', 'maxrl', or 'reinforce_pp' with group_baseline"
+            "dynamic_sampling=false, or kind 'grpo', 'rloo', 'maxrl', or 'reinforce_pp' with group_baseline"
         )
 
 
@@ -138,10 +138,10 @@ def _discount(config: RunConfig) -> None:
 def _replay(config: RunConfig) -> None:
     if config.replay is None:
         return
-    if config.rollout.drop_uniform:
+    if config.rollout.dynamic_sampling:
         raise ValueError(
-            "rollout.drop_uniform plays another group for one that it drops, and a replay plays none: use "
-            "rollout.drop_uniform=false"
+            "rollout.dynamic_sampling plays another group for one that it drops, and a replay plays none: use "
+            "rollout.dynamic_sampling=false"
         )
     if config.buffer.reuse.groups:
         raise ValueError(

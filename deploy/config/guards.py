@@ -20,7 +20,7 @@ METRICS = (
     "behavior_gap",
     "clip_fraction",
     "correction",
-    "cut_short",
+    "truncated_without_bootstrap",
     "effective_samples",
     "entropy",
     "episodes",

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from deploy.config.config import RunConfig
 from deploy.config.config_checks import require_consistent
 from deploy.config.config_errors import ConfigError, explain
+from deploy.config.renamed import require_current_names
 
 Nested = dict[str, Any]
 Model = TypeVar("Model", bound=BaseModel)
@@ -43,6 +44,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     tree = _read(recipe)
     for override in overrides:
         _apply(tree, override)
+    require_current_names(tree, recipe)
     return parse(tree, recipe)
 
 

@@ -1,6 +1,6 @@
 """A run's folder: where everything a run leaves lies, and how a stopped run is found again.
 
-RUN/config.json       the resolved configuration         RUN/ledger.sqlite   every group and episode, with its fate
+RUN/config.json       resolved options, manta_version    RUN/ledger.sqlite   every group and episode, with its fate
 RUN/base/             the tiny base model, if one was built  RUN/groups/     stored rows, Arrow IPC streams
 RUN/checkpoints/      the learner's states               RUN/evaluations/    rows of the evaluations
 RUN/metrics.jsonl     one row a step                     RUN/summary.json, RUN/report.html   at the end
@@ -26,9 +26,13 @@ from typing import Any
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.load import parse
+from deploy.config.renamed import with_current_names
 from deploy.config.trust import executed, remember
+from deploy.config.version import VERSION
 
 CONFIG_FILE, LOCK = "config.json", "driver.lock"
+VERSION_KEY = "manta_version"  # beside the options: the version of Manta that wrote the file
+FIRST_TO_SAY = "0.2"  # the first version that says which it is
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
@@ -113,7 +117,8 @@ def writing(path: Path) -> Iterator[None]:
 def store(config: RunConfig, folder: Path) -> None:
     """Write a run's configuration, or replace it, at one stroke. It is its user's own: what it executes is trusted."""
     aside = folder / f".{CONFIG_FILE}.part"
-    aside.write_text(config.model_dump_json(indent=2), encoding="utf-8")
+    written = {VERSION_KEY: VERSION} | config.model_dump(mode="json")
+    aside.write_text(json.dumps(written, indent=2, ensure_ascii=False), encoding="utf-8")
     aside.rename(folder / CONFIG_FILE)
     remember(folder, executed(config))
 
@@ -124,13 +129,25 @@ def exists(folder: Path) -> bool:
 
 
 def open_existing(folder: Path) -> RunConfig:
-    """The configuration of a run that was started before."""
+    """Read the configuration of a run that was started before, by this version of Manta or an earlier one.
+
+    ConfigError, one line, where it cannot be read; it names the version that wrote the folder.
+    """
     stored = folder / CONFIG_FILE
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such run folder")
     if not stored.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}")
-    return parse(read_json(stored), str(stored))
+    tree, version = read_stored(stored)
+    return parse(tree, f"{stored} (written by Manta {version}, read by Manta {VERSION})")
+
+
+def read_stored(file: Path) -> tuple[Any, str]:
+    """Read a config.json: the options under the names of today, and the version of Manta that wrote them."""
+    tree, version = read_json(file), f"before {FIRST_TO_SAY}"
+    if isinstance(tree, dict):
+        version = str(tree.pop(VERSION_KEY, version))
+    return with_current_names(tree), version
 
 
 def read_json(file: Path) -> Any:

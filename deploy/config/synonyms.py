@@ -33,7 +33,7 @@ _THEIRS: dict[tuple[str, ...], str] = {
     "prompt_max_len max_prompt_len max_sequence_length context_length max_context_length max_total_sequence_length",
     ("rollout.max_turns",): "max_assistant_turns max_user_turns max_episode_steps num_turns max_rollout_turns "
     "max_tool_calling_iterations",
-    ("rollout.drop_uniform",): "dynamic_sampling filter_groups filter_zero_adv use_dynamic_sampling "
+    ("rollout.dynamic_sampling",): "filter_groups filter_zero_adv use_dynamic_sampling "
     "dynamic_sampling_filter filter_overlong_prompts",
     ("rollout.concurrent_groups",): "max_concurrent_rollouts max_concurrency concurrency",
     ("engine.tensor_parallel_size",): "tp tp_size tensor_model_parallel_size vllm_tensor_parallel_size "

@@ -10,7 +10,11 @@ from pathlib import Path
 Row = dict[str, float]
 
 # Names in older runs. Their tokens_sampled was written by the learner, and then over that by the rollout.
-RENAMED = {"tokens_sampled": "rollout_tokens_sampled", "tokens_trained": "tokens_processed"}
+RENAMED = {
+    "tokens_sampled": "rollout_tokens_sampled",
+    "tokens_trained": "tokens_processed",
+    "cut_short": "truncated_without_bootstrap",
+}
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 

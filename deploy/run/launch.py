@@ -26,8 +26,8 @@ class Asked:
     recipe: str = ""
     overrides: Sequence[str] = ()
     resume: Path | None = None
-    run: Path | None = None
-    runs: Path | None = None
+    run_dir: Path | None = None
+    output_dir: Path | None = None
     replay: Path | None = None
     local: bool = False
     trust: bool = False
@@ -40,8 +40,8 @@ def launch(asked: Asked, console: Console) -> None:
         # The first override stands where a recipe would.
         changes = [asked.recipe, *asked.overrides] if asked.recipe else []
         _go_on(asked.resume, changes, asked, console)
-    elif asked.run is not None and run_folder.exists(asked.run):
-        _go_on(asked.run, (), asked, console, _wanted(asked))
+    elif asked.run_dir is not None and run_folder.exists(asked.run_dir):
+        _go_on(asked.run_dir, (), asked, console, _wanted(asked))
     else:
         _begin(asked, console)
 
@@ -51,14 +51,19 @@ def _require_meant(asked: Asked) -> None:
     if asked.resume is not None:
         if asked.recipe and "=" not in asked.recipe:
             raise ConfigError("--resume goes on with a run as it was configured: leave the recipe away")
-        for name, value in (("--run", asked.run), ("--runs", asked.runs), ("--replay", asked.replay)):
+        for name, value in (
+            ("--run-dir", asked.run_dir),
+            ("--output-dir", asked.output_dir),
+            ("--replay", asked.replay),
+        ):
             if value is not None:
                 raise ConfigError(f"--resume goes on with the run in its folder: leave {name} {value} away")
     elif not asked.recipe:
         raise ConfigError("name a recipe (see deploy/recipes) or a run to --resume")
-    elif asked.run is not None and asked.runs is not None:
+    elif asked.run_dir is not None and asked.output_dir is not None:
         raise ConfigError(
-            f"--run {asked.run} is the run's folder itself: leave --runs {asked.runs} away, where folders are made"
+            f"--run-dir {asked.run_dir} is the run's folder itself, --output-dir {asked.output_dir} where a "
+            "new one is made: leave --output-dir away"
         )
 
 
@@ -80,9 +85,9 @@ def _begin(asked: Asked, console: Console) -> None:
         preflight.check(config)
     for doubt in config_warnings(config):
         write(errors(), f"note: {doubt}")
-    parent = asked.run.parent if asked.run else asked.runs or RUNS
+    parent = asked.run_dir.parent if asked.run_dir else asked.output_dir or RUNS
     with run_folder.parents_made(parent):
-        folder = asked.run or run_folder.choose(config, parent)
+        folder = asked.run_dir or run_folder.choose(config, parent)
         drive.drive(config, folder, console, resume=False, local=asked.local, startup=startup)
 
 
@@ -129,8 +134,8 @@ def _require_same(wanted: RunConfig, stored: RunConfig, folder: Path) -> None:
         return
     shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
     raise ConfigError(
-        f"--run {folder} is a run of another configuration: {shown}; name another folder, or go on with it as it is: "
-        f"manta train --resume {folder}"
+        f"--run-dir {folder} is a run of another configuration: {shown}; name another folder, or go on with it as it "
+        f"is: manta train --resume {folder}"
     )
 
 

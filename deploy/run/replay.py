@@ -18,7 +18,7 @@ from deploy.assembly.runtime import LearnerLost, Row
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.load import Nested
-from deploy.config.run_folder import CONFIG_FILE, read_json
+from deploy.config.run_folder import CONFIG_FILE, read_stored
 from deploy.run.local import demonstrate_to, start_learner
 from learner.training.checkpoint import MODEL, latest
 from learner.training.publish import Snapshot
@@ -136,7 +136,7 @@ def _stored(past: Path) -> Nested:
     file = past / CONFIG_FILE
     if not file.is_file():
         raise ConfigError(f"replay: {past} has no {CONFIG_FILE}, so nobody knows how its tokens were sampled")
-    stored = read_json(file)
+    stored, _ = read_stored(file)
     if not isinstance(stored, dict):
         raise ConfigError(f"replay: {file}: broken file (no table of options)")
     return stored

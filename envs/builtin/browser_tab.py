@@ -31,7 +31,7 @@ try:
     from playwright.sync_api import Error, sync_playwright
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
-        "browser needs an optional package: pip install 'manta[browser]'", name="playwright"
+        "browser needs an optional package: pip install 'manta-rl[browser]'", name="playwright"
     ) from missing
 
 ORIGIN = "http://site.test"  # a name that nobody can have (RFC 6761); it is never looked up

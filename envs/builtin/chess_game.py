@@ -31,7 +31,7 @@ try:
     import chess
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
-        "chess needs an optional package: pip install 'manta[chess]'", name="chess"
+        "chess needs an optional package: pip install 'manta-rl[chess]'", name="chess"
     ) from missing
 
 ILLEGAL, NO_MATE, UNREADABLE = "illegal", "no mate", "That is no move."

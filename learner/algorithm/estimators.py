@@ -4,7 +4,7 @@ An estimator is a section of the recipe (`learner.algorithm.advantage`, its `kin
 of episodes: a rank's own, and what is normalized over the batch is over that of all ranks. The formulas are in
 advantages.py. Only sampled tokens count: what observations add between turns moves no advantage. A truncated episode is
 worth what the critic says its last state is; without a critic what came after is taken for nothing, and the metric
-`cut_short` says how many episodes that touched.
+`truncated_without_bootstrap` says how many episodes that touched.
 """
 
 from __future__ import annotations

@@ -113,7 +113,9 @@ class Learner:
         shares = {
             "scored_share": merged["tokens_scored"] / max(merged["batch_tokens_sampled"], 1.0),
             "zero_advantage_fraction": self._share(not example.advantages_N.any() for example in examples),
-            "cut_short": self._share(not e.episode.ended and e.episode.values is None for e in examples),
+            "truncated_without_bootstrap": self._share(
+                not each.episode.ended and each.episode.values is None for each in examples
+            ),
         }
         return joined(merged, described, shares, {"version": float(self.version)})
 

@@ -58,7 +58,7 @@ class RolloutSettings(BaseModel):
     )
     group_size: int = Field(8, gt=0, description="sibling episodes of one task")
     concurrent_groups: int = Field(32, gt=0, description="groups one worker plays at the same time")
-    drop_uniform: bool = Field(
+    dynamic_sampling: bool = Field(
         False,
         description="dynamic sampling: give up a group whose episodes all earned the same, and play another one; for "
         "an advantage that compares these rewards alone",
@@ -295,7 +295,7 @@ class RolloutWorker:
             errors = [trajectory.error for trajectory in group.trajectories if trajectory.error]
             await self._replay_buffer.drop(group.slot, DropReason.FAILED, errors[0] if errors else "", rows)
             self._groups["dropped"] += 1
-        elif self._settings.drop_uniform and group.uniform:
+        elif self._settings.dynamic_sampling and group.uniform:
             await self._replay_buffer.drop(group.slot, DropReason.UNIFORM, "", rows)
             self._groups["uniform"] += 1
         else:

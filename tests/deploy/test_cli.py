@@ -54,7 +54,7 @@ def refused(manta: Manta, tmp_path: Path) -> Callable[..., str]:
     """What `manta train` says to a recipe it refuses; nothing of a run may exist afterwards."""
 
     def run(*arguments: str) -> str:
-        line = mistake(manta("train", *arguments, "--local", "--runs", str(tmp_path / "runs")))
+        line = mistake(manta("train", *arguments, "--local", "--output-dir", str(tmp_path / "runs")))
         assert not (tmp_path / "runs").exists()
         return line
 
@@ -260,7 +260,7 @@ def test_a_ray_that_cannot_be_had_is_refused(
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     run = str(tmp_path / "runs")
-    assert says in mistake(manta("train", RECIPE, f"cluster.address={address}", "--runs", run))
+    assert says in mistake(manta("train", RECIPE, f"cluster.address={address}", "--output-dir", run))
     assert not (tmp_path / "runs").exists()
 
 
@@ -269,7 +269,7 @@ def test_a_cluster_that_is_too_small_is_refused(
 ) -> None:
     monkeypatch.setattr(connect, "connect", lambda config, local: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    said = mistake(manta("train", RECIPE, "rollout.workers=64", "--runs", str(tmp_path / "runs")))
+    said = mistake(manta("train", RECIPE, "rollout.workers=64", "--output-dir", str(tmp_path / "runs")))
     assert "63 CPU missing (the run asks for 65 CPU)" in said and "lower rollout.workers" in said
     assert not (tmp_path / "runs").exists()
 
@@ -277,7 +277,7 @@ def test_a_cluster_that_is_too_small_is_refused(
 @pytest.mark.slow
 def test_a_machine_that_is_too_small_is_refused(manta: Manta, tmp_path: Path) -> None:
     try:
-        said = mistake(manta("train", RECIPE, "rollout.workers=4096", "--runs", str(tmp_path / "runs")))
+        said = mistake(manta("train", RECIPE, "rollout.workers=4096", "--output-dir", str(tmp_path / "runs")))
     finally:
         ray.shutdown()
     assert "the cluster is too small" in said and "asks for 4097 CPU" in said
@@ -393,6 +393,6 @@ def test_what_may_not_be_meant_is_said_and_the_run_begins(
     begun: list[Path] = []
     monkeypatch.setattr(drive, "drive", lambda config, folder, *_, **__: begun.append(folder))
     plain = ("learner.algorithm.loss.kind=reinforce", "buffer.max_lag=1", "evaluation.tasks=0")
-    code, _, err = manta("train", RECIPE, *plain, "--run", str(tmp_path / "run"))
+    code, _, err = manta("train", RECIPE, *plain, "--run-dir", str(tmp_path / "run"))
     assert (code, begun, err.count("\n")) == (0, [tmp_path / "run"], 1)
     assert err.startswith("note: what weights up to 1 versions old sampled counts as the learner's own")

@@ -103,7 +103,7 @@ def test_an_environment_that_always_raises_is_one_line_that_names_its_line_and_t
 ) -> None:
     module = f"always_{where}_{tasks}"
     recipe = written(tmp_path, module, tasks=tasks, where=where, step="raise KeyError('north')")
-    code, _, err = manta("train", recipe, "--local", "--run", str(tmp_path / "run"))
+    code, _, err = manta("train", recipe, "--local", "--run-dir", str(tmp_path / "run"))
     assert code == 1
     assert re.match(begins, err) and err.count("\n") == 1, err
     assert f"KeyError('north') ({module}.py:14 in step, {module}.py:17 in _turn)" in err
@@ -156,7 +156,7 @@ def test_a_registered_environment_that_raises_is_one_line_and_a_fault_of_mantas_
 ) -> None:
     recipe = written(tmp_path, "by_id", reset="raise OSError('no maze')")
     monkeypatch.setitem(registry._OURS, "mine", lambda: importlib.import_module("by_id").Broken())
-    code, _, err = manta("train", recipe, "env.id=mine", "--local", "--runs", str(tmp_path / "runs"))
+    code, _, err = manta("train", recipe, "env.id=mine", "--local", "--output-dir", str(tmp_path / "runs"))
     assert (code, err) == (2, "manta: environment mine: OSError('no maze') (by_id.py:10 in reset)\n")
     monkeypatch.setattr(FrozenLake, "reset", partial(as_number, None, "the reward"))
     with pytest.raises(TypeError, match="unexpected keyword"), looked_at("frozen_lake", {}, None) as reset:
@@ -181,7 +181,7 @@ def test_what_fails_before_a_run_is_one_line_that_names_its_own_line(
     manta: Manta, tmp_path: Path, module: str, lines: dict[str, str], says: str
 ) -> None:
     recipe = written(tmp_path, module, **lines)
-    code, out, err = manta("train", recipe, "--local", "--runs", str(tmp_path / "runs"))
+    code, out, err = manta("train", recipe, "--local", "--output-dir", str(tmp_path / "runs"))
     assert (code, out) == (2, "")
     assert err.startswith(f"manta: environment {module}:Broken: ") and err.count("\n") == 1, err
     assert says in err

@@ -1,6 +1,6 @@
 """The `manta` command with scripted engines (or logged real ones) and with what an injector of faults reads.
 
-    python -m tests.faults.job train RECIPE --run FOLDER ...
+    python -m tests.faults.job train RECIPE --run-dir FOLDER ...
 
 FOLDER/moments/NAME    there while an engine takes a version ("sync") or a checkpoint is being written ("checkpoint")
 FOLDER/consumed.jsonl  the group ids of every learner step, as each rank of the learner had them in its hands

@@ -39,7 +39,7 @@ class Driver:
         """Start the run, or go on with it; `stored`: as its folder says, whatever it was begun with."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         job = [sys.executable, "-m", "tests.faults.job", "train"]
-        begun = [RECIPE, "--run", str(self.folder), *self._overrides]
+        begun = [RECIPE, "--run-dir", str(self.folder), *self._overrides]
         command = [*job, "--resume", str(self.folder)] if stored else [*job, *begun]
         environment = os.environ | self._environment | {
             "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0",

@@ -25,7 +25,16 @@ SMALL = (
 
 @pytest.mark.slow
 def test_a_run_on_ray_with_two_vllm_workers(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "deploy.cli", "train", "frozen_lake", *SMALL, "--runs", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "deploy.cli",
+        "train",
+        "frozen_lake",
+        *SMALL,
+        "--output-dir",
+        str(tmp_path),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     del environment["HF_HUB_DISABLE_PROGRESS_BARS"]  # the command sees to that itself
     done = subprocess.run(

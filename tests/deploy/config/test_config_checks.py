@@ -16,7 +16,7 @@ ADVANTAGE = "learner.algorithm.advantage="
 CORRECTIONS = "learner.algorithm.corrections="
 CRITIC = ("learner.algorithm.advantage.kind=gae", "learner.algorithm.critic.kind=own")
 ALONE = "rollout.group_size=1"
-UNIFORM = "rollout.drop_uniform=true"
+UNIFORM = "rollout.dynamic_sampling=true"
 REUSE = ("buffer.reuse.groups=1", "buffer.reuse.max_lag=3")
 FREE = ("learner.algorithm.loss.kind=reinforce",)
 
@@ -32,11 +32,11 @@ def guard(metric: str) -> str:
         ([ALONE, ADVANTAGE + "{kind='reinforce_pp', group_baseline=true}"], "'reinforce_pp' without group_baseline"),
         ([ADVANTAGE + "{kind='reinforce_pp', group_baseline=true, gamma=0.9}"], "gamma=0.9 discounts returns of"),
         ([ALONE, UNIFORM], "rollout.group_size=1 leaves"),
-        ([ALONE, UNIFORM, ADVANTAGE + "{kind='reinforce_pp'}"], "rollout.drop_uniform .*'reinforce_pp'"),
+        ([ALONE, UNIFORM, ADVANTAGE + "{kind='reinforce_pp'}"], "rollout.dynamic_sampling .*'reinforce_pp'"),
         ([UNIFORM, ADVANTAGE + "{kind='gdpo', weights={goal=1.0}}"], "may tell such episodes apart; .*'maxrl'"),
-        ([UNIFORM, ADVANTAGE + "{kind='gigpo'}"], "rollout.drop_uniform"),
-        ([UNIFORM, ADVANTAGE + "{kind='returns'}"], "rollout.drop_uniform"),
-        ([UNIFORM, *CRITIC], "rollout.drop_uniform"),
+        ([UNIFORM, ADVANTAGE + "{kind='gigpo'}"], "rollout.dynamic_sampling"),
+        ([UNIFORM, ADVANTAGE + "{kind='returns'}"], "rollout.dynamic_sampling"),
+        ([UNIFORM, *CRITIC], "rollout.dynamic_sampling"),
         ([*CRITIC, "learner.algorithm.critic.warmup_steps=4"], "warmup_steps=4 .*steps=4: it would never learn"),
         (
             [*CRITIC, "learner.algorithm.critic.warmup_steps=3", "learner.optim.schedule=linear",
@@ -59,7 +59,7 @@ def guard(metric: str) -> str:
         ([guard("clip_fraction"), *FREE], "loss.kind='reinforce' clips nothing"),
         ([guard("clip_fraction"), "learner.algorithm.loss.kind=sapo"], "'sapo' clips nothing"),
         ([guard("clip_fraction"), "learner.algorithm.proximal=learner"], "every ratio is 1"),
-        (["replay=somewhere", UNIFORM], "a replay plays none: use rollout.drop_uniform=false"),
+        (["replay=somewhere", UNIFORM], "a replay plays none: use rollout.dynamic_sampling=false"),
         (["replay=somewhere", *REUSE], "buffer.reuse does not act in a replay"),
     ],
 )  # fmt: skip

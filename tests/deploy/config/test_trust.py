@@ -90,7 +90,10 @@ def test_what_a_stored_run_would_execute_is_refused_by_name(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hostile.py").write_text("open('executed', 'w')", encoding="utf-8")
     env_id = run_folder.open_existing(folder).env.id
-    commands: list[tuple[object, ...]] = [("train", "--resume", folder), ("train", RECIPE, "--run", folder)]
+    commands: list[tuple[object, ...]] = [
+        ("train", "--resume", folder),
+        ("train", RECIPE, "--run-dir", folder),
+    ]
     if what not in ("cluster", "module", "module that registers", "game of a module"):  # not of an evaluation
         commands.append(("eval", folder, "--env", env_id))
     for command in commands:
@@ -129,7 +132,7 @@ def test_a_run_of_ones_own_recipe_goes_on_without_being_asked(
     # A job that is started again on another host, where nothing is remembered, names the recipe once more.
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another host"))
     assert manta(monkeypatch, "train", "--resume", folder) == 2
-    assert manta(monkeypatch, "train", RECIPE, part, "--run", folder) == 0
+    assert manta(monkeypatch, "train", RECIPE, part, "--run-dir", folder) == 0
     # What the user moves it to is his own word.
     plain = stored(tmp_path / "plain", {})
     assert manta(monkeypatch, "train", "--resume", plain, "cluster.address='10.0.0.1:6379'") == 0

@@ -72,25 +72,25 @@ def files_of(folder: Path) -> dict[str, int]:
 def test_a_run_of_another_configuration_is_not_gone_on_with(
     manta: Manta, reference: Path, arguments: list[str], said: str
 ) -> None:
-    code, out, err = manta("train", *arguments, "--run", str(reference), "--local")
+    code, out, err = manta("train", *arguments, "--run-dir", str(reference), "--local")
     assert (code, out) == (2, "") and said in err and err.count("\n") == 1
 
 
 def test_an_equal_configuration_goes_on(manta: Manta, reference: Path) -> None:
-    code, out, err = manta("train", RECIPE, "seed=0", "--run", str(reference), "--local")
+    code, out, err = manta("train", RECIPE, "seed=0", "--run-dir", str(reference), "--local")
     assert (code, err) == (0, "") and "finished already" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--resume", "{run}", "--runs", "elsewhere"], "leave --runs elsewhere away"),
-        (["--resume", "{run}", "--run", "other"], "leave --run other away"),
+        (["--resume", "{run}", "--output-dir", "elsewhere"], "leave --output-dir elsewhere away"),
+        (["--resume", "{run}", "--run-dir", "other"], "leave --run-dir other away"),
         (["--resume", "{run}", "--replay", "other"], "leave --replay other away"),
         (["--resume", "{run}", "steps=3"], "steps=3 is fewer than the run's 4"),
         (["--resume", "{run}", "cluster.address=ray://a:1", "--local"], "leave --local away"),
-        ([RECIPE, "--run", "one", "--runs", "other"], "leave --runs other away"),
-        ([RECIPE, "cluster.address=ray://a:1", "--local", "--runs", "new"], "leave --local away"),
+        ([RECIPE, "--run-dir", "one", "--output-dir", "other"], "leave --output-dir away"),
+        ([RECIPE, "cluster.address=ray://a:1", "--local", "--output-dir", "new"], "leave --local away"),
     ],
 )
 def test_arguments_that_would_be_ignored_are_refused(
@@ -248,7 +248,7 @@ def test_whoever_comes_second_writes_nothing(manta: Manta, tmp_path: Path) -> No
     folder = tmp_path / "run"
     run_folder.make(folder)
     with driving(folder):  # another process, which has not stored its configuration yet
-        code, _, err = manta("train", RECIPE, "seed=2", "--run", str(folder), "--local")
+        code, _, err = manta("train", RECIPE, "seed=2", "--run-dir", str(folder), "--local")
     assert code == 2 and "is being driven already" in err
     assert [each.name for each in folder.iterdir()] == ["driver.lock"]
 
@@ -258,7 +258,7 @@ def test_a_run_begun_there_meanwhile_is_not_begun_again(
 ) -> None:
     folder, check = tmp_path / "run", "deploy.run.preflight.check"
     monkeypatch.setattr(check, lambda config: run_folder.create(configured("seed=1"), folder))
-    code, _, err = manta("train", RECIPE, "seed=2", "--run", str(folder), "--local")
+    code, _, err = manta("train", RECIPE, "seed=2", "--run-dir", str(folder), "--local")
     assert code == 2 and "another run was begun there meanwhile" in err
     assert run_folder.open_existing(folder).seed == 1
 

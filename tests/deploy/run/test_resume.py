@@ -128,7 +128,7 @@ def manta(*arguments: str) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_run_that_can_go_on(reference: Path, tmp_path: Path) -> None:
-    with manta("hold", "train", RECIPE, "checkpoint.every_steps=1", "--runs", str(tmp_path)) as running:
+    with manta("hold", "train", RECIPE, "checkpoint.every_steps=1", "--output-dir", str(tmp_path)) as running:
         assert running.stdout is not None
         for line in running.stdout:
             if "step 1/4" in line:

@@ -130,7 +130,7 @@ def test_a_group_whose_episodes_all_earned_the_same_is_given_up_where_that_is_as
     rig.orders.reward = lambda seed, turn: next(paid) if seed == 100 else None
     for asked, kept in ((False, {0, 1, 2}), (True, {1, 2})):
         replay_buffer = FakeReplayBuffer(slots(3))
-        worker = rig.worker(replay_buffer, SETTINGS.model_copy(update={"drop_uniform": asked}))
+        worker = rig.worker(replay_buffer, SETTINGS.model_copy(update={"dynamic_sampling": asked}))
         asyncio.run(worker.run())
         uniform = {
             i

@@ -1,0 +1,73 @@
+"""Old names and the names that replaced them: options, values of options, and flags of the command.
+
+A recipe, an override or a command line that says an old name is refused with the new one. The stored configuration of
+an earlier run is read under the new names, so that `eval`, `export`, `report` and `--resume` work on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+from deploy.config.config_errors import ConfigError
+
+# "section.option" renames an option or a whole section, "section.option=value" a value; the entries apply from top to
+# bottom, so that a value's entry names its option as it is called now. A name leads through lists of sections too.
+RENAMED = {
+    "learner.algorithm.credit": "learner.algorithm.advantage",
+    "learner.algorithm.advantage.kind=group": "learner.algorithm.advantage.kind=grpo",
+    "rollout.drop_uniform": "rollout.dynamic_sampling",
+    "guards.metric=cut_short": "guards.metric=truncated_without_bootstrap",
+}
+RENAMED_FLAGS = {"--run": "--run-dir", "--runs": "--output-dir"}
+
+
+def with_current_names(tree: Any) -> Any:
+    """A copy of a stored configuration under the names of today."""
+    return _renamed(tree)[0]
+
+
+def require_current_names(tree: Any, source: str) -> None:
+    """Refuse a configuration that says an old name. ConfigError with the new names, in one line."""
+    if notes := _renamed(tree)[1]:
+        raise ConfigError(f"{source}: " + "; ".join(notes))
+
+
+def _renamed(tree: Any) -> tuple[Any, list[str]]:
+    """The same under new names, and a note for each old one."""
+    tree, notes = deepcopy(tree), []
+    for old, new in RENAMED.items():
+        (option, _, old_value), (new_option, _, new_value) = old.partition("="), new.partition("=")
+        *sections, name = option.split(".")
+        for holder in list(_sections(tree, sections)):
+            if name not in holder or (old_value and holder[name] != old_value):
+                continue
+            if old_value:
+                holder[name] = new_value
+                notes.append(f"{option}={old_value!r} is called {new_value!r} now")
+            else:
+                _put(tree, holder, sections, new_option, holder.pop(name))
+                notes.append(f"option {option} is called {new_option} now")
+    return tree, list(dict.fromkeys(notes))
+
+
+def _sections(tree: Any, path: list[str]) -> Iterator[dict[str, Any]]:
+    """The tables that a path of sections leads to, several where it leads through a list."""
+    if isinstance(tree, list):
+        for each in tree:
+            yield from _sections(each, path)
+    elif isinstance(tree, dict) and not path:
+        yield tree
+    elif isinstance(tree, dict) and path[0] in tree:
+        yield from _sections(tree[path[0]], path[1:])
+
+
+def _put(tree: Any, holder: dict[str, Any], sections: list[str], option: str, value: Any) -> None:
+    """Store a value under its new name: beside the old one, or in another section."""
+    *others, name = option.split(".")
+    if others != sections:
+        holder = tree
+        for section in others:
+            holder = holder.setdefault(section, {})
+    holder[name] = value
