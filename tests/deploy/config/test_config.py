@@ -141,7 +141,7 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
         ([CHECKPOINT], "exactly one"),
         (["tiny.words=['Left']"], "tiny.words"),
         (["learner.algorithm.entropy_bonus=0.1"], "skip_zero_advantage"),
-        (["learner.algorithm.advantage.kind=group"], "'grpo', 'rloo'"),
+        (["learner.algorithm.advantage.kind=gppo"], "'grpo', 'rloo'"),
         (["learner.algorithm.loss.kind=ppo2"], "'ppo', 'reinforce'"),
         (["learner.algorithm.advantage.kind=gae"], "needs a critic"),
         (
