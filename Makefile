@@ -1,10 +1,10 @@
 # Everything runs from .venv, which is made once and reused until a pinned list or pyproject.toml changes.
-#   make setup | train | test | test-extras | llm | bench | faults | lint | lock | clean
+#   make setup | train | test | test-extras | llm | bench | faults | docs | lint | lock | clean
 #   ARGS="..." goes to train, test, test-extras, bench, faults
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-extras llm bench faults lint lock lock-cpu lock-gpu lock-extras clean
+.PHONY: help setup train test test-extras llm bench faults docs lint lock lock-cpu lock-gpu lock-extras clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -71,6 +71,11 @@ bench: setup
 faults: setup
 	$(BIN)/python -m tests.faults $(ARGS)
 
+# The pages of docs/ as a site in site/, built offline; a warning fails. Open site/index.html.
+docs: setup
+	$(BIN)/mkdocs build --quiet --clean -f .mkdocs.yml
+	@echo "open site/index.html"
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -105,5 +110,5 @@ lock-extras: lock-cpu
 		mv requirements/extras.txt.new requirements/extras.txt
 
 clean:
-	rm -rf $(VENV) $(EXTRAS) .llm build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(EXTRAS) .llm site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find envs rollout learner deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
