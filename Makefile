@@ -71,9 +71,9 @@ bench: setup
 faults: setup
 	$(BIN)/python -m tests.faults $(ARGS)
 
-# The pages of docs/ as a site in site/, built offline; a warning fails. Open site/index.html.
+# The pages of docs/ as a site in site/, built offline; a warning fails. Search needs a server: python -m http.server -d site
 docs: setup
-	$(BIN)/mkdocs build --quiet --clean -f .mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean -f .mkdocs.yml
 	@echo "open site/index.html"
 
 lint: setup
