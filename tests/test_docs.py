@@ -117,4 +117,4 @@ def test_the_tutorials_environment_is_sound(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "guess.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     assert check("guess:Guess") == []
-    assert check("guess:Guess", most=5) == []
+    assert check("guess:Guess", {"most": 5}) == []
