@@ -139,7 +139,7 @@ def test_on_a_cluster_it_is_the_same_line_through_every_process(tmp_path: Path) 
 
     recipe = written(tmp_path, "unused", tasks=0)
     changes = ["env.id=tests.envs.bad:Raises", "rollout.context_tokens=200", "sampling.max_tokens=1"]
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         with pytest.raises(TooManyFailures) as ended, failures_kept_in(tmp_path / "run"):
             train(load_config(recipe, changes), tmp_path / "run", up_and_down, ring_type=RayRuntime)

@@ -148,7 +148,7 @@ class Injector:
         hit = time.time()
         began = time.monotonic()
         try:
-            again = getattr(self, f"_hit_{kind.part}")(kind.signal)
+            again = getattr(self, "_hit_" + kind.part.replace(" ", "_"))(kind.signal)
             until(again, RECOVERY_SECONDS, f"the replacement after {kind.name}")
             self._steps(1)
         except (TimeoutError, LookupError) as error:

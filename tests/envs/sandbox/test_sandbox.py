@@ -163,7 +163,7 @@ print('done')
 
 
 def test_all_is_dead_when_whoever_ran_it_is_killed(token: str) -> None:
-    script = f"from envs import sandbox; sandbox.run({naming(token) + 'time.sleep(1000)'!r})"
+    script = f"from envs.sandbox import sandbox; sandbox.run({naming(token) + 'time.sleep(1000)'!r})"
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) as runner:
         deadline = time.monotonic() + 60
         while not (found := named(token)):

@@ -95,5 +95,5 @@ def test_what_another_environments_replica_claims_is_room() -> None:
 
 
 def test_a_pool_without_a_way_to_the_cluster_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"envs\.actors\.Remote\.start"):
+    with pytest.raises(ValueError, match=r"envs\.hosting\.actors\.Remote\.start"):
         EnvironmentPool(make, RAY)
