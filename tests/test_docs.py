@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import typer
 
+from deploy.cli import app
+from deploy.config.load import load_config
 from envs.checks.check import check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,6 +111,22 @@ def _said(message: str) -> bool:
 def test_a_quoted_message_is_one_that_the_code_says(message: str) -> None:
     if message not in FROM_ELSEWHERE:
         assert all(_said(part) for part in PUT_TOGETHER.get(message, (message,))), message
+
+
+def _commands() -> list[str]:
+    """Every line of a page's blocks that calls the command."""
+    found = [line for page in PAGES for line in re.findall(r"^ {4}(manta .+)$", _text(page), re.MULTILINE)]
+    return sorted({" ".join(shlex.split(line, comments=True)) for line in found})
+
+
+@pytest.mark.parametrize("line", _commands())
+def test_a_command_of_a_page_is_one_that_there_is(line: str) -> None:
+    _, name, *arguments = line.split(" ")
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    said = command.make_context(name, arguments).params
+    recipe, overrides = said.get("recipe") or "", said.get("overrides") or []
+    if recipe.islower() and "=" not in recipe and not recipe.endswith(".toml"):
+        load_config(recipe, overrides)
 
 
 def test_the_tutorials_environment_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,9 @@ def test_the_readmes_environment_is_sound(module: str) -> None:
 
 @pytest.mark.slow
 def test_the_readmes_environment_trains(module: str, tmp_path: Path) -> None:
-    asked = [f"env.id={module}:Higher", "env.options.question={} {}"]
-    config = load_config("scratch", [*asked, "steps=40", "evaluation.tasks=0", "buffer.max_lag=0"])
+    config = load_config(
+        "scratch", [f"env.id={module}:Higher", "steps=40", "evaluation.tasks=0", "buffer.max_lag=0"]
+    )
     train(config, tmp_path / "run")
     rewards = [row["reward"] for row in read_metrics(tmp_path / "run")]
     assert sum(rewards[:5]) / 5 < 0.1
@@ -46,7 +47,9 @@ def test_the_readmes_environment_trains(module: str, tmp_path: Path) -> None:
 def test_the_readmes_recipe_is_valid(module: str, tmp_path: Path) -> None:
     (recipe,) = re.findall(r"```toml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "higher.toml").write_text(recipe, encoding="utf-8")
-    assert load_config(str(tmp_path / "higher.toml")).env.id == f"{module}:Higher"
+    config = load_config(str(tmp_path / "higher.toml"))
+    assert config.env.id == f"{module}:Higher"
+    assert registry.make(config.env.id, **config.env.options).reset(seed=0)[0].startswith("Which is higher, ")
 
 
 def test_a_class_that_is_not_there_is_said_in_one_line(module: str) -> None:
