@@ -29,8 +29,7 @@ from rollout.buffer.replay_buffer import ReplayBuffer
 from rollout.chat.chat import Chat
 from rollout.chat.end_tokens import end_tokens
 from rollout.chat.perception import Perception
-from rollout.engines.engine import Engine
-from rollout.engines.vllm_engine import VllmEngine
+from rollout.engines.engine import Engine, EngineStart
 from rollout.episodes.demonstrations import demonstrate
 from rollout.episodes.pool import EnvironmentPool, Start
 from rollout.episodes.tasks import TaskStream
@@ -180,19 +179,20 @@ def sent_adapter(config: RunConfig, path: str) -> AdapterSpec | None:
     return planned(path, lora)
 
 
-async def vllm_engine(config: RunConfig, name: str, path: str) -> Engine:
-    """The engine of a real run."""
+async def start_engine(config: RunConfig, name: str, path: str) -> Engine:
+    """The engine that the configuration names."""
     perception = Perception.load(path)
-    return await VllmEngine.start(
-        name,
-        path,
-        Chat(load_tokenizer(path), perception, end_tokens(path)).stops,
-        config.rollout.context_tokens,
-        config.engine,
-        on_gpu=config.rollout.gpus_per_worker > 0,
-        transfer="manta" if config.weights.transfer == "object_store" else config.weights.transfer,
-        adapter=sent_adapter(config, path),
-        perception=perception,
+    return await config.engine.start(
+        EngineStart(
+            name,
+            path,
+            Chat(load_tokenizer(path), perception, end_tokens(path)).stops,
+            config.rollout.context_tokens,
+            on_gpu=config.rollout.gpus_per_worker > 0,
+            transfer=config.weights.transfer,
+            adapter=sent_adapter(config, path),
+            perception=perception,
+        )
     )
 
 

@@ -28,7 +28,7 @@ from deploy.assembly.build import (
     build_worker,
     play_demonstrations,
     replay_buffer_builder,
-    vllm_engine,
+    start_engine,
 )
 from deploy.assembly.models import build_learner, model_path
 from deploy.assembly.runtime import LearnerLost, Row, first_failure, loss_to_come
@@ -65,7 +65,7 @@ class RayRuntime:
         self,
         config: RunConfig,
         run_folder: Path,
-        engine_factory: EngineFactory = vllm_engine,
+        engine_factory: EngineFactory = start_engine,
         say: Callable[[str], None] = print,
         startup: Startup | None = None,
     ) -> None:
@@ -375,7 +375,7 @@ def _native(config: RunConfig, workers: dict[str, Any], learner: Learner) -> Pub
         config.weights.transfer,
         learner.policy.named_weights,
         workers,
-        config.engine.tensor_parallel_size,
+        config.engine.placement.gpus,
         ray.util.get_node_ip_address(),
         config.weights.sync_seconds,
     )

@@ -14,6 +14,7 @@ from learner.settings import LearnerSettings
 from rollout.agents.agent import AgentSettings
 from rollout.buffer.replay_store import BufferSettings
 from rollout.engines.engine import Sampling
+from rollout.engines.settings import EngineSettings
 from rollout.engines.vllm_start import VllmSettings
 from rollout.episodes.worker import RolloutSettings
 
@@ -133,7 +134,7 @@ class RunConfig(Settings):
     agent: AgentSettings = Field(default_factory=AgentSettings)
     sampling: Sampling = Field(default_factory=Sampling)
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
-    engine: VllmSettings = Field(default_factory=VllmSettings)
+    engine: EngineSettings = Field(default_factory=VllmSettings)
     buffer: BufferSettings = Field(default_factory=BufferSettings)
     learner: LearnerSettings = Field(default_factory=LearnerSettings)
     warm_start: WarmStartSettings | None = None

@@ -280,7 +280,8 @@ def _adapters(config: RunConfig) -> None:
             f"learner.model.lora.sync='adapter' does not travel by weights.transfer={config.weights.transfer!r}, "
             "which sends whole weights; use 'object_store', or sync='merged'"
         )
-    if config.rollout.gpus_per_worker and config.engine.dtype == "float32":
+    halves = config.engine.placement.half_adapters and config.engine.dtype == "float32"
+    if config.rollout.gpus_per_worker and halves:
         raise ValueError(
             "learner.model.lora.sync='adapter' needs engine.dtype='bfloat16' or 'float16' on GPUs, where vLLM "
             "multiplies adapters in half precision only; set it, or use sync='merged'"
@@ -289,6 +290,13 @@ def _adapters(config: RunConfig) -> None:
 
 def _transfer(config: RunConfig) -> None:
     transfer, gpus = config.weights.transfer, config.rollout.gpus_per_worker
+    placement = config.engine.placement
+    if unfit := placement.unfit(gpus):
+        raise ValueError(f"engine.kind={config.engine.kind!r}: {unfit}")
+    if transfer not in placement.transfers:
+        raise ValueError(
+            f"weights.transfer={transfer!r} does not reach engine.kind={config.engine.kind!r}; use 'object_store'"
+        )
     if transfer == "object_store":
         return
     if not gpus:
@@ -301,12 +309,12 @@ def _transfer(config: RunConfig) -> None:
             f"weights.transfer={transfer!r} sends from the learner's GPU, but learner.model.device='cpu'; "
             "use 'object_store' or train on 'cuda'"
         )
-    if transfer == "nccl" and gpus < config.engine.tensor_parallel_size:
+    if transfer == "nccl" and gpus < placement.gpus:
         raise ValueError(
             f"weights.transfer='nccl' needs whole GPUs, but rollout.gpus_per_worker={gpus:g} for "
-            f"engine.tensor_parallel_size={config.engine.tensor_parallel_size}; give a worker as many as it spans"
+            f"engine.tensor_parallel_size={placement.gpus}; give a worker as many as it spans"
         )
-    if transfer == "ipc" and (config.rollout.workers * gpus >= 1 or config.engine.tensor_parallel_size > 1):
+    if transfer == "ipc" and (config.rollout.workers * gpus >= 1 or placement.gpus > 1):
         raise ValueError(
             "weights.transfer='ipc' needs engines of one GPU each that share the learner's: keep rollout.workers * "
             "rollout.gpus_per_worker below 1 and engine.tensor_parallel_size at 1, or use 'nccl'"

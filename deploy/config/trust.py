@@ -22,6 +22,7 @@ from deploy.config.config_errors import ConfigError
 from envs import registry
 from rollout.agents.settings import PartSettings
 from rollout.agents.tools import ToolsSettings
+from rollout.engines.settings import EngineSettings, OwnEngineSettings
 from rollout.external.external_env import PROGRAM
 
 _SAFE_FUNCTIONS = ("envs.tools.python_tool:python",)  # in the sandbox or not at all
@@ -42,6 +43,7 @@ def executed(config: RunConfig) -> list[str]:
         *executed_options(config.env.id, config.env.options, "env.options"),
         *executed_options(config.env.id, config.evaluation.options, "evaluation.options"),
         *executed_parts(config.agent.parts),
+        *executed_engine(config.engine),
         *([_entry("cluster.address", config.cluster.address)] if config.cluster.address else []),
     ]
 
@@ -65,11 +67,18 @@ def executed_parts(parts: Sequence[PartSettings]) -> list[str]:
     return entries
 
 
+def executed_engine(engine: EngineSettings) -> list[str]:
+    """An engine of the user's own, with the arguments that start it."""
+    own = isinstance(engine, OwnEngineSettings)
+    return [_entry("engine", engine.model_dump(mode="json"))] if own else []
+
+
 def executed_by_evaluation(config: RunConfig, env_id: str) -> list[str]:
     """The part of it that an evaluation on this environment executes; the user has named the environment himself."""
     own = (("env.options", config.env.options), ("evaluation.options", config.evaluation.options))
     options = [each for name, of in own for each in executed_options(env_id, of, name)]
-    return [*(options if config.env.id == env_id else []), *executed_parts(config.agent.parts)]
+    own_code = [*executed_parts(config.agent.parts), *executed_engine(config.engine)]
+    return [*(options if config.env.id == env_id else []), *own_code]
 
 
 def require_trust(folder: Path, entries: Sequence[str], trusted: bool) -> None:

@@ -24,7 +24,14 @@ from deploy.report.console import errors, write
 from deploy.report.evaluation import Evaluation as Evaluation
 from deploy.report.noticed import Noticed
 from deploy.run.failure_log import failures_kept_in
-from deploy.run.preflight import check_context, check_ends, check_model, check_tokenizer, first_observation
+from deploy.run.preflight import (
+    check_context,
+    check_ends,
+    check_engine,
+    check_model,
+    check_tokenizer,
+    first_observation,
+)
 from deploy.run.quiet import output_kept_in
 from envs.hosting.host import HostSettings
 from learner.training.checkpoint import MODEL, latest
@@ -34,8 +41,8 @@ from rollout.buffer.segments import SegmentWriter
 from rollout.chat.chat import Chat
 from rollout.chat.end_tokens import end_tokens
 from rollout.chat.perception import Perception
-from rollout.engines.engine import Sampling, WeightsNotFinite
-from rollout.engines.vllm_engine import VllmEngine
+from rollout.engines.engine import EngineStart, Sampling, WeightsNotFinite
+from rollout.engines.settings import EngineSettings
 from rollout.engines.vllm_start import VllmSettings
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.worker import RolloutSettings, RolloutWorker, as_groups
@@ -59,7 +66,7 @@ class Conditions(BaseModel):
     max_turns: int = 100
     episode_seconds: float = 600.0
     host: HostSettings = HostSettings()
-    engine: VllmSettings = VllmSettings(dtype="float32")
+    engine: EngineSettings = VllmSettings(dtype="float32")
     on_gpu: bool = False
     seed: int = Field(0, ge=0, description="of all sampling; the same seed says the same again")
 
@@ -94,12 +101,13 @@ def conditions_of(checkpoint: str, env_id: str, trusted: bool = False) -> Condit
 def evaluate_checkpoint(
     checkpoint: str, env_id: str, seeds: range, conditions: Conditions, folder: Path | None = None
 ) -> Evaluation:
-    """Play one episode a seed with the real vLLM. `checkpoint`: a run folder (its newest checkpoint), one of its
-    checkpoints, or any Hugging Face folder or id. `folder`: a new one for the rows, the outcome and the engine's log.
+    """Play one episode a seed. `checkpoint`: a run folder (its newest checkpoint), one of its checkpoints, or any
+    Hugging Face folder or id. `folder`: a new one for the rows, the outcome and the engine's log.
     """
     if folder is not None and folder.exists():
         raise ConfigError(f"{folder} is there already; name a folder that is not")
     path = resolve_checkpoint(checkpoint)
+    check_engine(conditions.engine, conditions.on_gpu)
     check_model(path)
     check_context(path, conditions.context_tokens)
     tokenizer = check_tokenizer(path)
@@ -156,15 +164,9 @@ async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) ->
     perception = Perception.load(path)
     chat = Chat(load_tokenizer(path), perception, end_tokens(path), conditions.context_tokens)
     context = conditions.context_tokens
-    settings = conditions.engine.model_copy(update={"seeded": True})
-    engine = await VllmEngine.start(
-        "evaluation",
-        path,
-        chat.stops,
-        context,
-        settings,
-        on_gpu=conditions.on_gpu,
-        perception=perception,
+    settings = conditions.engine.reproducible()
+    engine = await settings.start(
+        EngineStart("evaluation", path, chat.stops, context, on_gpu=conditions.on_gpu, perception=perception)
     )
     try:
         await engine.adopt_loaded(version=0)
@@ -177,7 +179,7 @@ async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) ->
     agent = Agent(engine, chat, conditions.sampling, context, conditions.agent)
     rollout = RolloutSettings(
         group_size=1,
-        concurrent_groups=settings.max_num_seqs,
+        concurrent_groups=settings.placement.concurrent_requests,
         context_tokens=context,
         max_turns=conditions.max_turns,
         episode_seconds=conditions.episode_seconds,

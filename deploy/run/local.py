@@ -21,7 +21,7 @@ from deploy.assembly.build import (
     build_worker,
     play_demonstrations,
     replay_buffer_builder,
-    vllm_engine,
+    start_engine,
 )
 from deploy.assembly.models import build_learner, model_path
 from deploy.assembly.runtime import LearnerLost, Row, first_failure
@@ -75,7 +75,7 @@ class LocalRuntime:
         self,
         config: RunConfig,
         run_folder: Path,
-        engine_factory: EngineFactory = vllm_engine,
+        engine_factory: EngineFactory = start_engine,
         startup: Startup | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
@@ -120,8 +120,7 @@ class LocalRuntime:
             self._started.push_async_callback(worker.engine.close)
             self._started.push_async_callback(worker.close)
             self._workers.append(worker)
-        # vLLM's engines have processes of their own and map the weights; others read them where they lie.
-        place = _place_in_memory if self._engine_factory is vllm_engine else _place_inline
+        place = _place_in_memory if config.engine.placement.maps_weights else _place_inline
         with self._startup.timed("learner"):
             self._learner = start_learner(config, self.run_folder, self._replay_buffer, place, resume)
         if resume:

@@ -34,12 +34,15 @@ from rollout.agents.tools import ToolsSettings
 from rollout.chat.chat import Chat
 from rollout.chat.end_tokens import end_tokens
 from rollout.chat.perception import Perception
+from rollout.engines.settings import EngineSettings
 from rollout.external.external_env import PROGRAM, ProgramOptions
 from rollout.wire.model_folder import pretrained, write_companions
 
 
 def check(config: RunConfig) -> None:
     """Refuse a configuration that cannot run here."""
+    if config.replay is None:
+        check_engine(config.engine, config.rollout.gpus_per_worker > 0)
     observation = first_observation(config.env.id, config.env.options, config.agent.parts, config.env.host)
     if path := config.learner.model.path:
         check_model(path)
@@ -69,6 +72,16 @@ def check(config: RunConfig) -> None:
         registry.player(config.env.id)
     if config.cluster.dashboard_port and not config.cluster.address:
         check_port(config.cluster.dashboard_port)
+
+
+def check_engine(engine: EngineSettings, on_gpu: bool) -> None:
+    """What the engine needs must be installed, a user's own be there with the signature it is called by."""
+    try:
+        if unfit := engine.placement.unfit(float(on_gpu)):
+            raise ValueError(unfit)
+        engine.require_here()
+    except ValueError as error:
+        raise ConfigError(f"engine.kind={engine.kind!r}: {error}") from error
 
 
 def first_observation(

@@ -17,7 +17,7 @@ from rollout.agents.settings import PartSettings, check_together
 from rollout.chat.chat import Chat, ChatError, TooLong, as_json
 from rollout.chat.long_text import off_loop
 from rollout.chat.perception import PerceptionError
-from rollout.engines.engine import Completion, Engine, Sampling, derive_seed
+from rollout.engines.engine import Completion, Generates, Sampling, derive_seed
 from rollout.wire.images import MAX_EPISODE_BYTES, images_in
 from rollout.wire.trajectory import Step
 
@@ -117,7 +117,7 @@ class Agent:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Generates,
         chat: Chat,
         sampling: Sampling,
         context_tokens: int,

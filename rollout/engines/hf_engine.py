@@ -18,7 +18,17 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.core_model_loading import revert_weight_conversion
 
 from rollout.chat.perception import Perception
-from rollout.engines.engine import Completion, EngineFailed, FinishReason, Sampling, derive_seed
+from rollout.engines.engine import (
+    FINITE_PROBE,
+    Completion,
+    EngineFailed,
+    EngineStart,
+    FinishReason,
+    Sampling,
+    derive_seed,
+    require_finite,
+)
+from rollout.engines.settings import TransformersSettings
 from rollout.wire.model_folder import pretrained
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import (
@@ -29,6 +39,11 @@ from rollout.wire.weights import (
     WeightMismatch,
     WeightUpdate,
 )
+
+
+async def start(start: EngineStart, settings: TransformersSettings) -> HfEngine:
+    """Load the engine of a run."""
+    return HfEngine.load(start.model, start.stop_token_ids, name=start.name, dtype=settings.dtype)
 
 
 class HfEngine:
@@ -57,11 +72,13 @@ class HfEngine:
         ] = {}  # the matrices that an adapter changes, as they were before it came
 
     @classmethod
-    def load(cls, path: str, stop_token_ids: Sequence[int], *, name: str = "hf") -> Self:
-        """Load a checkpoint folder or hub id in float32."""
+    def load(
+        cls, path: str, stop_token_ids: Sequence[int], *, name: str = "hf", dtype: str = "float32"
+    ) -> Self:
+        """Load a checkpoint folder or hub id."""
         perception = Perception.load(path)
         kind: Any = AutoModelForCausalLM if perception is None else AutoModelForImageTextToText
-        model = pretrained(kind, path, dtype=torch.float32)
+        model = pretrained(kind, path, dtype=getattr(torch, dtype))
         return cls(model, stop_token_ids, name=name, perception=perception)
 
     async def generate(
@@ -121,6 +138,11 @@ class HfEngine:
         difference = probe.check(self.name, self.version, await self.score(probe.token_ids))
         seconds = time.perf_counter() - began
         return SyncReport(self.name, self.version, len(shapes), difference, seconds, seconds_stalled)
+
+    async def adopt_loaded(self, version: int) -> None:
+        """Call what the folder held `version`. Raises WeightsNotFinite."""
+        require_finite(self.name, await self.score(FINITE_PROBE))
+        self.version = version
 
     async def ping(self) -> None:
         pass  # it lives in the caller's process

@@ -101,6 +101,9 @@ class ScriptedEngine:
             self.name, self.version, len(update.manifest.tensors), 0.0, time.perf_counter() - began, 0.0
         )
 
+    async def adopt_loaded(self, version: int) -> None:
+        self.version = version
+
     async def ping(self) -> None:
         if self._closed:
             raise EngineDied(f"{self.name}: asked after close()")

@@ -26,6 +26,7 @@ from rollout.engines.engine import (
     Completion,
     EngineDied,
     EngineFailed,
+    EngineStart,
     Sampling,
     require_finite,
 )
@@ -40,6 +41,21 @@ if TYPE_CHECKING:
     from rollout.engines.vllm_process import CoreProcess
 
 T = TypeVar("T")
+
+
+async def start(start: EngineStart, settings: VllmSettings) -> VllmEngine:
+    """Start the engine of a run; see `VllmEngine.start`."""
+    return await VllmEngine.start(
+        start.name,
+        start.model,
+        start.stop_token_ids,
+        start.context_tokens,
+        settings,
+        on_gpu=start.on_gpu,
+        transfer="manta" if start.transfer == "object_store" else start.transfer,
+        adapter=start.adapter,
+        perception=start.perception,
+    )
 
 
 class VllmEngine:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from importlib.util import find_spec
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from envs.user_functions import load_function
+from rollout.engines.engine import Engine, EngineStart, Placement
 from rollout.wire.adapter import AdapterSpec
 
 
@@ -14,7 +17,9 @@ class VllmSettings(BaseModel):
     """What an engine is given; everything that concerns one vLLM instance."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    starter: ClassVar[str] = "rollout.engines.vllm_engine:start"
 
+    kind: Literal["vllm"] = "vllm"
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="compute type of the engine"
     )
@@ -29,6 +34,33 @@ class VllmSettings(BaseModel):
         True, description="run without graph capture: starts faster, decodes slower on GPUs"
     )
     seeded: bool = Field(False, description="give every request its own seed (reproducible, slower sampling)")
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(
+            device="any",
+            gpus=self.tensor_parallel_size,
+            maps_weights=True,  # its processes are its own
+            concurrent_requests=self.max_num_seqs,
+            transfers=("object_store", "nccl", "ipc"),
+            half_adapters=True,
+        )
+
+    def require_here(self) -> None:
+        """Raise ValueError where vLLM is not installed."""
+        if find_spec("vllm") is None:
+            raise ValueError(
+                "vLLM is not installed here; install Manta with the extra cpu or gpu, or use engine.kind='transformers'"
+            )
+
+    def reproducible(self) -> VllmSettings:
+        """Return the settings under which a request's seed decides what is sampled."""
+        return self.model_copy(update={"seeded": True})
+
+    async def start(self, start: EngineStart) -> Engine:
+        """Start vLLM's processes."""
+        engine: Engine = await load_function(self.starter)(start, self)
+        return engine
 
 
 def start_llm(

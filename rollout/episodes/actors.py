@@ -14,7 +14,7 @@ import ray._private.worker
 
 from rollout.buffer.actors import RemoteReplayBuffer
 from rollout.buffer.replay_store import EpisodeRow
-from rollout.engines.vllm_engine import VllmEngine
+from rollout.engines.engine import NativeTransfer
 from rollout.episodes.loop_watch import LoopWatch
 from rollout.episodes.worker import RolloutWorker, as_groups
 from rollout.wire.notices import collected
@@ -106,16 +106,16 @@ class RolloutActor:
     # A sync in steps, for vLLM's native transfers: `NativePublisher` drives them.
 
     async def open_transfer(self, init_info: dict[str, Any]) -> None:
-        await self._vllm().open_transfer(init_info)
+        await self._native().open_transfer(init_info)
 
     async def begin_update(self, manifest: WeightManifest) -> None:
-        await self._vllm().begin_update(manifest)
+        await self._native().begin_update(manifest)
 
     async def receive(self, update_info: Any) -> None:
-        await self._vllm().receive(update_info)
+        await self._native().receive(update_info)
 
     async def finish_update(self, manifest: WeightManifest) -> SyncReport:
-        return await self._vllm().finish_update(manifest)
+        return await self._native().finish_update(manifest)
 
     async def counters(self) -> dict[str, float]:
         return self._started().counters()
@@ -146,11 +146,12 @@ class RolloutActor:
             raise RuntimeError(f"rollout worker {self._name} was used before start()")
         return self._worker
 
-    def _vllm(self) -> VllmEngine:
+    def _native(self) -> NativeTransfer:
         engine = self._started().engine
-        if not isinstance(engine, VllmEngine):
+        if not isinstance(engine, NativeTransfer):
             raise RuntimeError(
-                f"rollout worker {self._name} has no vLLM engine: use weights.transfer='object_store'"
+                f"rollout worker {self._name} has an engine without native transfers: use "
+                "weights.transfer='object_store'"
             )
         return engine
 

@@ -18,8 +18,7 @@ from rollout.engines.engine import Completion, Sampling
 from rollout.episodes.episode import Limits, Place
 from rollout.episodes.group import play
 from rollout.episodes.pool import EnvironmentPool
-from rollout.wire.trajectory import Float32Array, Group, Slot, Step, Task
-from rollout.wire.weights import SyncReport, WeightUpdate
+from rollout.wire.trajectory import Group, Slot, Step, Task
 
 
 class Player(Protocol):
@@ -100,7 +99,7 @@ class Demonstrator:
 
 
 class _Hand:
-    """An engine that writes what the player answers to `observation`, which is set before every request."""
+    """Writes what the player answers to `observation`, which is set before every request."""
 
     def __init__(self, player: Player, chat: Chat) -> None:
         self.name = "demonstration"
@@ -121,15 +120,3 @@ class _Hand:
         cut = len(ids) > sampling.max_tokens
         zeros = np.zeros(len(kept), dtype=np.int32)
         return Completion(kept, zeros.astype(np.float32), zeros, "length" if cut else "stop")
-
-    async def score(self, token_ids: Sequence[int]) -> Float32Array:
-        raise NotImplementedError("a player has no probabilities")
-
-    async def sync(self, update: WeightUpdate) -> SyncReport:
-        raise NotImplementedError("a player has no weights")
-
-    async def ping(self) -> None:
-        pass
-
-    async def close(self) -> None:
-        pass

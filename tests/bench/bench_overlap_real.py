@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ray
 
-from deploy.assembly.build import vllm_engine
+from deploy.assembly.build import start_engine
 from deploy.assembly.models import build_learner
 from tests.bench.bench_overlap import Rig, measure, summary
 from tests.bench.player import playing_model, recipe
@@ -31,7 +31,7 @@ def main() -> dict[str, float]:
             address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
         )
         try:
-            rig = Rig(config, Path(name), path, vllm_engine, partial(build_learner, config, path))
+            rig = Rig(config, Path(name), path, start_engine, partial(build_learner, config, path))
             return summary(asyncio.run(measure(rig, ROUNDS)))
         finally:
             ray.shutdown()

@@ -22,7 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from deploy.assembly.build import load_tokenizer, vllm_engine
+from deploy.assembly.build import load_tokenizer, start_engine
 from deploy.config.config import RunConfig
 from rollout.engines.engine import Completion, Engine, Sampling
 from rollout.engines.scripted_engine import ScriptedEngine
@@ -72,6 +72,9 @@ class Logged:
             await asyncio.sleep(0.1)
             return await self._engine.sync(update)
 
+    async def adopt_loaded(self, version: int) -> None:
+        await self._engine.adopt_loaded(version)
+
     async def ping(self) -> None:
         await self._engine.ping()
 
@@ -93,7 +96,7 @@ def moment(folder: Path, name: str) -> Iterator[None]:
 async def engine(config: RunConfig, name: str, path: str) -> Engine:
     folder = Path(path).parent
     if REAL in os.environ:
-        return Logged(await vllm_engine(config, name, path), folder, float(os.environ.get(LATENCY, "0")))
+        return Logged(await start_engine(config, name, path), folder, float(os.environ.get(LATENCY, "0")))
     seconds = float(os.environ.get(LATENCY, "0.01"))
 
     def move(prompt: str, rng: Random) -> str:

@@ -184,7 +184,7 @@ def test_vllm_is_told_both_in_a_run_and_in_an_evaluation(model: str, monkeypatch
         {"name": "stops", "steps": 1, "env": {"id": "frozen_lake"}, "learner": {"model": {"path": model}}}, ""
     )
     with pytest.raises(Started):
-        asyncio.run(build.vllm_engine(config, "rollout-0", model))
+        asyncio.run(build.start_engine(config, "rollout-0", model))
     conditions = evaluate.Conditions(context_tokens=256)
     with pytest.raises(Started):
         evaluate.evaluate_checkpoint(model, "frozen_lake", range(2), conditions)
