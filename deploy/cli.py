@@ -343,11 +343,17 @@ def main() -> None:
             write(errors(), one_line(f"manta: {_renamed_flag(error) or said} (see {_help_of(error)})"), "red")
         sys.exit(error.exit_code)
     except _mistakes() as error:
-        write(errors(), one_line(f"manta: {error}"), "red")
+        write(errors(), one_line(f"manta: {_own(error)}"), "red")
         sys.exit(2)
     except _verdicts() as error:
-        write(errors(), f"manta: {error}", "red")
+        write(errors(), f"manta: {_own(error)}", "red")
         sys.exit(1)
+
+
+def _own(error: Exception) -> Exception:
+    """The error as it was raised: one that an actor raised comes with Ray's, whose text is the whole traceback."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, Exception) else error
 
 
 def _renamed_flag(error: TyperException) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from deploy.assembly.build import load_tokenizer, looked_at
 from deploy.cluster.janitor import TAG
@@ -19,6 +20,7 @@ from deploy.run.failure_log import failures_kept_in
 from envs import registry
 from envs.base import as_number
 from envs.builtin.frozen_lake import FrozenLake
+from learner.model.policy import ModelError
 from rollout.buffer.failures import TooManyFailures
 from rollout.engines.engine import Engine
 from rollout.engines.scripted_engine import ScriptedEngine
@@ -186,3 +188,18 @@ def test_what_fails_before_a_run_is_one_line_that_names_its_own_line(
     assert err.startswith(f"manta: environment {module}:Broken: ") and err.count("\n") == 1, err
     assert says in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_an_actor_refuses_is_told_in_its_own_words(
+    manta: Manta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **more: object) -> None:
+        cause = ModelError("a row of 4064 tokens does not fit")
+        raise RayTaskError(
+            "start", "Traceback (most recent call last):\n  line 1", cause
+        ).as_instanceof_cause()
+
+    monkeypatch.setattr("deploy.run.preflight.check", refuse)
+    recipe = written(tmp_path, "unused")
+    ended = manta("train", recipe, "env.id=frozen_lake", "--local", "--output-dir", str(tmp_path / "runs"))
+    assert ended == (2, "", "manta: a row of 4064 tokens does not fit\n")

@@ -79,7 +79,9 @@ def test_a_suite_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.Mon
     absent = Suite("Nowhere-", "nowhere", "package_of_nobody", f"{module}:lake", "Environments of Nobody")
     present = Suite("Here-", "here", "tests", f"{module}:lake", "a suite")
     monkeypatch.setattr(registry, "SUITES", (absent, present))
-    with pytest.raises(EnvironmentUnknown, match=r"Environments of Nobody.*pip install 'manta\[nowhere\]'"):
+    with pytest.raises(
+        EnvironmentUnknown, match=r"Environments of Nobody.*pip install 'manta-rl\[nowhere\]'"
+    ):
         registry.make("Nowhere-Easy-v0")
     with pytest.raises(EnvironmentUnknown, match="did you mean Here-Lake"):
         registry.make("Here-Laka")
@@ -194,7 +196,7 @@ def test_an_environment_whose_package_is_missing_names_its_extra(
     for ours in (module, registry._OURS[env_id].partition(":")[0]):
         monkeypatch.delitem(sys.modules, ours, raising=False)
     for asked in (registry.make, registry.words, registry.player, registry.describe):
-        with pytest.raises(EnvironmentUnknown, match=rf"pip install 'manta\[{env_id}\]'") as refused:
+        with pytest.raises(EnvironmentUnknown, match=rf"pip install 'manta-rl\[{env_id}\]'") as refused:
             asked(env_id)
         assert "\n" not in str(refused.value)
 
