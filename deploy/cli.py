@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+from deploy.commands import look
+from deploy.commands.look import EnvOptions, Overrides
 from deploy.report.console import errors, one_line, output, standard_streams, use_utf8, without_colours, write
 
 app = typer.Typer(
@@ -20,6 +22,23 @@ app = typer.Typer(
     help="Train language-model agents by reinforcement learning: Ray, vLLM and torch, on a laptop or a cluster.",
 )
 console = output()
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from deploy.config.version import VERSION
+
+        write(console, f"manta {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
 
 
 class Dtype(StrEnum):
@@ -37,18 +56,12 @@ class Memory(StrEnum):
     last = "last"
 
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.OPTION=VALUE]...", help="Change the recipe.")
-]
 Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
         help="Let the stored run execute the modules, commands and servers that it names; remembered.",
     ),
-]
-EnvOptions = Annotated[
-    list[str] | None, typer.Option("--option", help="Environment option NAME=VALUE; may be repeated.")
 ]
 
 
@@ -245,38 +258,6 @@ def report(
 
 
 @app.command()
-def envs() -> None:
-    """List the environments there are: ours, optional suites with their extras, and Gymnasium's.
-
-    Example:
-    manta envs
-    """
-    from deploy.commands.envs_command import show_environments
-
-    show_environments(console)
-
-
-@app.command("check-env")
-def check_env(
-    env: Annotated[str, typer.Argument(metavar="ID", help="Environment id.")],
-    option: EnvOptions = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Limit for a reset or a step.")] = 10.0,
-    turns: Annotated[int, typer.Option(min=1, help="Turns played an episode.")] = 30,
-) -> None:
-    """Examine an environment: seeds, isolation, limits, answers, snapshots; exit status 1 where something is wrong.
-
-    Example:
-    manta check-env Taxi-v4
-
-    manta check-env frozen_lake --option size=8 --option slippery=true
-    """
-    from deploy.commands.envs_command import check_environment
-    from deploy.run.evaluate import parse_options
-
-    raise typer.Exit(check_environment(env, parse_options(option or []), seconds, turns, console))
-
-
-@app.command()
 def demos(
     env: Annotated[str, typer.Argument(help="Environment id; it must have a scripted player.")],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
@@ -312,16 +293,7 @@ def demos(
     write(console, f"{outcome}\nwrote {out}")
 
 
-@app.command()
-def doctor() -> None:
-    """Show versions, cores and memory, and what is missing.
-
-    Example:
-    manta doctor
-    """
-    from deploy.commands.doctor import diagnose, show
-
-    raise typer.Exit(show(diagnose(), console))
+app.add_typer(look.app)
 
 
 def main() -> None:

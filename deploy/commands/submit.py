@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from deploy.config import run_folder
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
-from deploy.config.load import load_config, recipe_text
+from deploy.config.load import load_config
+from deploy.config.recipe_files import files_of, read_recipe
+from deploy.config.toml_text import toml_of
 from deploy.config.trust import executed
 
 if TYPE_CHECKING:
@@ -41,9 +43,10 @@ def submit(
 ) -> tuple[JobSubmissionClient, str]:
     """Check the recipe here, then submit `manta train` of it; returns the client and the job's id.
 
-    What travels: the recipe, the folder `working_dir`, in which the job then stands, and the packages `py_modules`.
-    Manta itself is part of the cluster's image, as vLLM is. `runs` is a path of the cluster (shared storage). The run's
-    folder is named here, so that a job that is started again finds its run.
+    What travels: the recipe with all that it extends, as one file; the folder `working_dir`, in which the job then
+    stands and in which the recipe's files lie; and the packages `py_modules`. Manta itself is part of the cluster's
+    image, as vLLM is. `runs` is a path of the cluster (shared storage). The run's folder is named here, so that a job
+    that is started again finds its run.
     """
     config = load_config(recipe, overrides)
     # The cluster's disk may be out of sight: two submitted in one second are told apart by chance.
@@ -53,7 +56,7 @@ def submit(
     arguments = ["manta", "train", named, "--run-dir", str(run), *overrides]
     client = _client(address)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / RECIPE_FILE).write_text(recipe_text(recipe), encoding="utf-8")
+        (Path(folder) / RECIPE_FILE).write_text(toml_of(read_recipe(recipe)), encoding="utf-8")
         sent: dict[str, Any] = {"working_dir": str((working_dir or Path(folder)).resolve())}
         if py_modules:
             sent["py_modules"] = [str(each.resolve()) for each in py_modules]
@@ -98,10 +101,11 @@ def _within(recipe: str, working_dir: Path) -> str:
     """A recipe as a job names it that stands in `working_dir`."""
     if not recipe.endswith(".toml"):
         return recipe
-    try:
-        return str(Path(recipe).resolve().relative_to(working_dir.resolve()))
-    except ValueError:
-        raise ConfigError(f"recipe {recipe} is not sent: put it into --working-dir {working_dir}") from None
+    sent = working_dir.resolve()
+    for file in files_of(recipe):
+        if not file.resolve().is_relative_to(sent):
+            raise ConfigError(f"recipe {file} is not sent: put it into --working-dir {working_dir}")
+    return str(Path(recipe).resolve().relative_to(sent))
 
 
 def _client(address: str) -> JobSubmissionClient:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from deploy.config.guards import DEFAULTS
+from deploy.config.lengths import longest_episode
 from learner.algorithm.schedule import learning_rate
 from rollout.external.external_env import PROGRAM
 from rollout.wire.weights import PROBE_TOKENS
@@ -226,9 +227,7 @@ def _overlong(config: RunConfig) -> None:
     overlong = config.learner.algorithm.overlong
     if overlong is None or config.agent.parts or config.env.id == PROGRAM:
         return  # parts and foreign agents may sample more than once a turn
-    most = config.rollout.max_turns * config.sampling.max_tokens
-    if config.agent.memory == "full":
-        most = min(most, config.rollout.context_tokens)
+    most = longest_episode(config.rollout, config.sampling, config.agent)
     if overlong.tokens - overlong.margin >= most:
         raise ValueError(
             f"learner.algorithm.overlong begins after {overlong.tokens - overlong.margin} sampled tokens (tokens - "

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -17,9 +15,10 @@ from pydantic import BaseModel, ValidationError
 from deploy.config.config import RunConfig
 from deploy.config.config_checks import require_consistent
 from deploy.config.config_errors import ConfigError, explain
+from deploy.config.lengths import with_lengths
+from deploy.config.recipe_files import Nested, read_recipe, with_algorithm
 from deploy.config.renamed import require_current_names
 
-Nested = dict[str, Any]
 Model = TypeVar("Model", bound=BaseModel)
 
 # What may be another when a run goes on: where, how and how far it runs, never what is played and learned.
@@ -38,14 +37,26 @@ MOVABLE = (
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe (a path, or the name of one that ships with Manta), apply overrides, check everything.
 
-    A recipe that `extends` one that ships with Manta says only what differs. An override "section=" with nothing behind
-    it leaves the section out.
+    An override "section=" with nothing behind it leaves the section out; "algorithm=NAME" chooses a preset, which acts
+    before the other overrides.
     """
-    tree = _read(recipe)
-    for override in overrides:
+    tree = read_recipe(recipe)
+    chosen, others = _algorithm(overrides)
+    if chosen:
+        tree = with_algorithm(tree, chosen, f"override algorithm={chosen}")
+    for override in others:
         _apply(tree, override)
     require_current_names(tree, recipe)
-    return parse(tree, recipe)
+    return parse(with_lengths(tree), recipe)
+
+
+def _algorithm(overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """The preset that the overrides choose, the last of several, and the others."""
+    chosen = [
+        value.strip() for name, _, value in (each.partition("=") for each in overrides) if name == "algorithm"
+    ]
+    others = [each for each in overrides if each.partition("=")[0] != "algorithm"]
+    return (str(toml_value(chosen[-1])) if chosen else ""), others
 
 
 def moved(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -69,60 +80,6 @@ def moved(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             "to end it earlier, stop it"
         )
     return changed
-
-
-def _read(recipe: str) -> Nested:
-    """A recipe over what it extends."""
-    try:
-        tree = tomllib.loads(recipe_text(recipe))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"recipe {recipe}: not valid TOML: {error}") from error
-    base = tree.pop("extends", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str) or base.endswith(".toml"):
-        raise ConfigError(f"recipe {recipe}: extends names a recipe that ships with Manta, not {base!r}")
-    return _merged(_read(base), tree)
-
-
-def _merged(base: Nested, changes: Nested) -> Nested:
-    """Options of sections that both have stand side by side; one with another `kind` or `id` is another section."""
-    merged = dict(base)
-    for name, value in changes.items():
-        old = base.get(name)
-        if isinstance(old, dict) and isinstance(value, dict):
-            other = any(key in value and value[key] != old.get(key) for key in ("kind", "id"))
-            merged[name] = value if other else _merged(old, value)
-        else:
-            merged[name] = value
-    return merged
-
-
-def recipe_text(recipe: str) -> str:
-    """The text of a recipe; an unknown name is an error that lists what there is."""
-    path = Path(recipe)
-    if path.suffix == ".toml":
-        if not path.is_file():
-            raise ConfigError(f"recipe {recipe}: no such file")
-        return _text(path)
-    shipped = {entry.name.removesuffix(".toml"): entry for entry in files("deploy.recipes").iterdir()}
-    names = sorted(name for name, entry in shipped.items() if entry.name.endswith(".toml"))
-    if recipe not in names:
-        raise ConfigError(f"recipe {recipe!r} is neither a .toml file nor one of: {', '.join(names)}")
-    return shipped[recipe].read_text(encoding="utf-8")
-
-
-def _text(path: Path) -> str:
-    """The text of a file that a user wrote: UTF-8, with or without a byte-order mark."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"recipe {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ConfigError(
-            f"recipe {path}: not UTF-8 text (byte 0x{error.object[error.start]:02x} in line {line}); save it as UTF-8"
-        ) from error
 
 
 def parse(tree: Nested, source: str) -> RunConfig:

@@ -1,0 +1,52 @@
+"""Lengths of an algorithm that follow from the job, where the recipe does not say them.
+
+Presets of algorithms leave them open, since they are no part of the algorithm: `aggregation_length`, which
+aggregation = "constant" divides by, is the most that an episode can sample; `overlong` begins at four fifths of that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from rollout.agents.agent import AgentSettings
+from rollout.engines.engine import Sampling
+from rollout.episodes.worker import RolloutSettings
+
+OVERLONG_MARGIN = 5  # the last fifth: 4096 of 20480 tokens in Yu et al. 2025 (DAPO), section 3.4
+
+
+def longest_episode(rollout: RolloutSettings, sampling: Sampling, agent: AgentSettings) -> int:
+    """Tokens that an episode samples at most, by turns, tokens a turn and, with the whole history, the context."""
+    most = rollout.max_turns * sampling.max_tokens
+    return min(most, rollout.context_tokens) if agent.memory == "full" else most
+
+
+def with_lengths(tree: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, not validated yet, with the lengths that its algorithm leaves open."""
+    learner = tree.get("learner")
+    algorithm = learner.get("algorithm") if isinstance(learner, dict) else None
+    if not isinstance(algorithm, dict):
+        return tree
+    overlong = algorithm.get("overlong")
+    has_overlong = isinstance(overlong, dict) and not {"tokens", "margin"} <= overlong.keys()
+    has_constant = algorithm.get("aggregation") == "constant" and "aggregation_length" not in algorithm
+    if not has_overlong and not has_constant:
+        return tree
+    try:
+        longest = longest_episode(
+            RolloutSettings.model_validate(tree.get("rollout", {})),
+            Sampling.model_validate(tree.get("sampling", {})),
+            AgentSettings.model_validate(tree.get("agent", {})),
+        )
+    except ValidationError:
+        return tree  # the validation of the whole says what is wrong
+    filled = dict(algorithm)
+    if has_overlong:
+        tokens = overlong.get("tokens", longest)
+        margin = max(1, tokens // OVERLONG_MARGIN) if isinstance(tokens, int) else 1
+        filled["overlong"] = {"tokens": tokens, "margin": margin} | overlong
+    if has_constant:
+        filled["aggregation_length"] = longest
+    return tree | {"learner": tree["learner"] | {"algorithm": filled}}

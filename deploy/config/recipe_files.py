@@ -1,0 +1,187 @@
+"""Read a recipe: a TOML file over what it extends, with the preset of its algorithm and its own options on top.
+
+    extends = "base.toml"             # a file, relative to this one, or the name of a recipe that ships with Manta
+    clear = ["env.options", "tiny"]   # options and sections of the base that this recipe leaves out
+    algorithm = "dapo"                # a preset: sets learner.algorithm and what else belongs to the algorithm alone
+
+These three stand at the top of a recipe. Of a base and the recipe over it, sections that both have are merged, and the
+recipe's options win; a section with another `kind` or `id` replaces the base's whole.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from deploy.config.config_errors import ConfigError
+
+Nested = dict[str, Any]
+
+# What a preset of an algorithm may set; the preset chosen last sets all of it.
+OF_ALGORITHM = ("learner.algorithm", "rollout.dynamic_sampling")
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes that ship with Manta."""
+    return sorted(_shipped(files("deploy.recipes")))
+
+
+def algorithm_names() -> list[str]:
+    """The names of the algorithm presets."""
+    return sorted(_shipped(files("deploy.recipes") / "algorithms"))
+
+
+def read_recipe(recipe: str) -> Nested:
+    """The options of a recipe, over those of what it extends. ConfigError, one line, where it cannot be read."""
+    tree: Nested = {}
+    for name, layer in reversed(_layers(recipe)):
+        tree = _over(tree, layer, name)
+    return tree
+
+
+def files_of(recipe: str) -> list[Path]:
+    """The files that a recipe is made of, its own first; recipes that ship with Manta are none."""
+    return [Path(name) for name, _ in _layers(recipe) if name.endswith(".toml")]
+
+
+def with_algorithm(tree: Nested, name: str, source: str) -> Nested:
+    """A configuration with the preset of an algorithm in place of the algorithm it had."""
+    presets = _shipped(files("deploy.recipes") / "algorithms")
+    if name not in presets:
+        raise ConfigError(f"{source}: algorithm={name!r} is none of: {', '.join(sorted(presets))}")
+    for option in OF_ALGORITHM:
+        tree = _without(tree, option)
+    return _merged(tree, tomllib.loads(presets[name].read_text(encoding="utf-8")))
+
+
+def first_line(name: str, *, algorithm: bool = False) -> str:
+    """What a recipe, or an algorithm's preset, that ships with Manta is for: the comment in its first line."""
+    folder = files("deploy.recipes") / "algorithms" if algorithm else files("deploy.recipes")
+    return _shipped(folder)[name].read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
+def _layers(recipe: str) -> list[tuple[str, Nested]]:
+    """A recipe and all that it extends, the outermost first, each with its name."""
+    layers: list[tuple[str, Nested]] = []
+    name: str | None = recipe
+    while name is not None:
+        seen = [each for each, _ in layers]
+        if any(_same(name, each) for each in seen):
+            raise ConfigError(f"recipe {recipe} extends itself: {' -> '.join([*seen, name])}")
+        tree = _parsed(name)
+        base = tree.pop("extends", None)
+        if base is not None and (not isinstance(base, str) or not base):
+            raise ConfigError(
+                f"recipe {name}: extends={base!r} is neither a .toml file nor the name of a recipe, as a text"
+            )
+        if base is None and "clear" in tree:
+            raise ConfigError(
+                f"recipe {name}: clear leaves out options of what a recipe extends; it extends none"
+            )
+        layers.append((name, tree))
+        # A file is named relative to the one that names it; joined with an absolute path, that path stands.
+        name = str(Path(name).parent / base) if base is not None and base.endswith(".toml") else base
+    return layers
+
+
+def _same(left: str, right: str) -> bool:
+    if left.endswith(".toml") and right.endswith(".toml"):
+        return Path(left).resolve() == Path(right).resolve()
+    return left == right
+
+
+def _over(base: Nested, layer: Nested, name: str) -> Nested:
+    """A recipe's own layer over the options of what it extends."""
+    tree = base
+    own = dict(layer)
+    for option in _cleared(own.pop("clear", []), name):
+        if not _holds(tree, option):
+            raise ConfigError(f"recipe {name}: clear names {option!r}, which what it extends does not set")
+        tree = _without(tree, option)
+    if isinstance(own.get("algorithm"), str):
+        tree = with_algorithm(tree, own.pop("algorithm"), f"recipe {name}")
+    return _merged(tree, own)
+
+
+def _cleared(said: Any, name: str) -> Sequence[str]:
+    if isinstance(said, list) and all(isinstance(each, str) for each in said):
+        return said
+    raise ConfigError(
+        f"recipe {name}: clear={said!r} is no list of names of options, such as ['env.options', 'tiny']"
+    )
+
+
+def _merged(base: Nested, changes: Nested) -> Nested:
+    """Options of sections that both have stand side by side; one with another `kind` or `id` is another section."""
+    merged = dict(base)
+    for name, value in changes.items():
+        old = base.get(name)
+        if isinstance(old, dict) and isinstance(value, dict):
+            other = any(key in value and value[key] != old.get(key) for key in ("kind", "id"))
+            merged[name] = value if other else _merged(old, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _holds(tree: Nested, option: str) -> bool:
+    node: Any = tree
+    for part in option.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def _without(tree: Nested, option: str) -> Nested:
+    """A copy of a configuration that leaves out an option or a section."""
+    name, _, inner = option.partition(".")
+    if not inner:
+        return {key: value for key, value in tree.items() if key != name}
+    section = tree.get(name)
+    return tree | {name: _without(section, inner)} if isinstance(section, dict) else tree
+
+
+def _shipped(folder: Traversable) -> dict[str, Traversable]:
+    return {
+        entry.name.removesuffix(".toml"): entry for entry in folder.iterdir() if entry.name.endswith(".toml")
+    }
+
+
+def _parsed(recipe: str) -> Nested:
+    try:
+        return tomllib.loads(recipe_text(recipe))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {recipe}: not valid TOML: {error}") from error
+
+
+def recipe_text(recipe: str) -> str:
+    """The text of a recipe; an unknown name is an error that lists what there is."""
+    path = Path(recipe)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise ConfigError(f"recipe {recipe}: no such file")
+        return _text(path)
+    shipped = _shipped(files("deploy.recipes"))
+    if recipe not in shipped:
+        raise ConfigError(
+            f"recipe {recipe!r} is neither a .toml file nor one of: {', '.join(sorted(shipped))} (see manta recipes)"
+        )
+    return shipped[recipe].read_text(encoding="utf-8")
+
+
+def _text(path: Path) -> str:
+    """The text of a file that a user wrote: UTF-8, with or without a byte-order mark."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"recipe {path}: not UTF-8 text (byte 0x{error.object[error.start]:02x} in line {line}); save it as UTF-8"
+        ) from error
