@@ -36,7 +36,7 @@ from rollout.episodes.tasks import TaskStream
 from rollout.episodes.worker import GroupBuffer, RolloutWorker
 from rollout.external.external_env import PROGRAM
 from rollout.wire.adapter import AdapterSpec
-from rollout.wire.model_folder import pretrained
+from rollout.wire.model_folder import ModelMissing, pretrained
 from rollout.wire.schema import encode
 from rollout.wire.trajectory import Task
 
@@ -49,15 +49,32 @@ EngineFactory = Callable[[RunConfig, str, str], Awaitable[Engine]]  # (config, w
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer. ConfigError, one line, for files that cannot be read; ModelMissing."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = pretrained(AutoTokenizer, path)
+    with _files_of(path):
+        tokenizer: PreTrainedTokenizerBase = pretrained(AutoTokenizer, path)
     return tokenizer
 
 
 def load_chat(path: str, context_tokens: int | None = None) -> Chat:
     """How messages become tokens of a model, pictures included where it sees."""
-    return Chat(load_tokenizer(path), Perception.load(path), end_tokens(path), context_tokens)
+    tokenizer = load_tokenizer(path)
+    with _files_of(path):
+        perception, ends = Perception.load(path), end_tokens(path)
+    return Chat(tokenizer, perception, ends, context_tokens)
+
+
+@contextmanager
+def _files_of(path: str) -> Iterator[None]:
+    """Tell what a library raises of a model's damaged files in one line."""
+    try:
+        yield
+    except ModelMissing:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"model {path}: a file of it cannot be read: {reason}") from error
 
 
 def training_tasks(config: RunConfig) -> TaskStream:
