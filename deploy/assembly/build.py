@@ -230,7 +230,8 @@ async def build_worker(
     chat = load_chat(path, config.rollout.context_tokens)
     agent = Agent(engine, chat, config.sampling, config.rollout.context_tokens, config.agent)
     host = config.env.host
-    pool = EnvironmentPool(host=host, parts=config.agent.parts, start=replica_start(host), chat=chat)
+    start, parts, reward = replica_start(host), config.agent.parts, config.env.reward
+    pool = EnvironmentPool(host=host, parts=parts, start=start, chat=chat, reward=reward)
     return RolloutWorker(name, engine, agent, replay_buffer, config.rollout, config.seed, pool)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from envs.base import Message, Observation
 from rollout.agents.agent import AgentSettings, as_messages
 from rollout.agents.settings import PartSettings
+from rollout.agents.thinking import ThinkSettings
 from rollout.chat.chat import Chat
 
 _SAID: Message = {"role": "assistant", "content": "left"}
@@ -46,7 +47,7 @@ def _later(first: Sequence[Message], parts: Sequence[PartSettings]) -> Iterator[
 
 def _begun_anew(first: Sequence[Message], parts: Sequence[PartSettings]) -> Iterator[list[Message]]:
     """What a conversation may begin anew with: the task and a history."""
-    if any(part.kind in _FORGETTING or (part.kind == "think" and not part.keep) for part in parts):
+    if any(part.kind in _FORGETTING or (isinstance(part, ThinkSettings) and not part.keep) for part in parts):
         for said in ([_NEXT], *([result] for result in _results(first))):
             yield [*first, _SAID, *said]
 

@@ -19,6 +19,7 @@ from deploy.config import run_folder
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.load import load_config
+from deploy.config.own_parts import check_own_parts, importable
 from deploy.config.recipe_files import files_of, read_recipe
 from deploy.config.toml_text import toml_of
 from deploy.config.trust import executed
@@ -53,6 +54,8 @@ def submit(
     run = runs / f"{run_folder.name(config)}-{secrets.token_hex(3)}"
     named = RECIPE_FILE if working_dir is None else _within(recipe, working_dir)
     require_sent(config, working_dir, py_modules)
+    with importable([*([working_dir] if working_dir else []), *(path.parent for path in py_modules)]):
+        check_own_parts(config)
     arguments = ["manta", "train", named, "--run-dir", str(run), *overrides]
     client = _client(address)
     with tempfile.TemporaryDirectory() as folder:

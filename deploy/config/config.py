@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deploy.config.guards import DEFAULTS, Guard
 from deploy.config.supervise import SupervisionSettings
+from deploy.config.trackers import OwnTracker
 from envs.hosting.host import HostSettings
 from learner.settings import LearnerSettings
 from rollout.agents.agent import AgentSettings
@@ -16,6 +17,7 @@ from rollout.buffer.replay_store import BufferSettings
 from rollout.engines.engine import Sampling
 from rollout.engines.settings import EngineSettings
 from rollout.engines.vllm_start import VllmSettings
+from rollout.episodes.reward import OwnReward
 from rollout.episodes.worker import RolloutSettings
 
 Word = Annotated[str, Field(pattern="^[a-z]+$")]
@@ -53,6 +55,9 @@ class EnvSettings(Settings):
     )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
     host: HostSettings = Field(default_factory=HostSettings, description="where its replicas live")
+    reward: OwnReward | None = Field(
+        None, description="your own reward of a whole episode, as 'module:function'; none: the environment's"
+    )
 
 
 class EvaluationSettings(Settings):
@@ -143,4 +148,7 @@ class RunConfig(Settings):
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
     supervision: SupervisionSettings = Field(default_factory=SupervisionSettings)
+    trackers: tuple[OwnTracker, ...] = Field(
+        (), description='your own metric trackers, each "module:Class", beside metrics.jsonl and TensorBoard'
+    )
     guards: tuple[Guard, ...] = Field(DEFAULTS, description="bounds of metrics that warn or end the run")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from deploy.config.guards import DEFAULTS
 from deploy.config.lengths import longest_episode
+from learner.algorithm.corrections import LagMask
+from learner.algorithm.estimators import ReinforceAdvantage
 from learner.algorithm.schedule import learning_rate
 from rollout.external.external_env import PROGRAM
 from rollout.wire.weights import PROBE_TOKENS
@@ -129,7 +131,7 @@ def _uniform_groups(config: RunConfig) -> None:
 
 def _discount(config: RunConfig) -> None:
     estimator = config.learner.algorithm.advantage
-    if estimator.kind == "reinforce_pp" and estimator.group_baseline and estimator.gamma != 1:
+    if isinstance(estimator, ReinforceAdvantage) and estimator.group_baseline and estimator.gamma != 1:
         raise ValueError(
             f"learner.algorithm.advantage.gamma={estimator.gamma:g} discounts returns of tokens, and group_baseline "
             "compares whole episodes: leave one of the two away"
@@ -216,7 +218,7 @@ def _corrections(config: RunConfig) -> None:
         return  # what the past reused is as old as that run allowed
     oldest = _oldest(config)
     for part in config.learner.algorithm.corrections:
-        if part.kind == "lag" and part.max_lag >= oldest:
+        if isinstance(part, LagMask) and part.max_lag >= oldest:
             raise ValueError(
                 f"learner.algorithm.corrections of kind 'lag' with max_lag={part.max_lag} masks nothing: no token is "
                 f"more than {oldest} versions old (buffer.max_lag, buffer.reuse.max_lag); leave it away or lower it"

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from deploy.config.synonyms import SYNONYMS
+from rollout.wire.own_part import TAGS
 
 
 class ConfigError(ValueError):
@@ -26,9 +27,10 @@ Settings = type[BaseModel]
 
 def explain(fault: Any, root: Settings) -> str:
     """One of pydantic's errors about settings of the class `root`, as a line."""
-    where = _written(fault["loc"], root)
+    location = [part for part in fault["loc"] if part not in TAGS]
+    where = _written(location, root)
     if fault["type"] == "extra_forbidden":
-        if misplaced := _of_another_kind([part for part in fault["loc"] if isinstance(part, str)], root):
+        if misplaced := _of_another_kind([part for part in location if isinstance(part, str)], root):
             return misplaced
         return unknown(where, fault["input"], root)
     if fault["type"] == "missing":

@@ -19,11 +19,13 @@ from blake3 import blake3
 
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
+from deploy.config.own_parts import own_parts
 from envs import registry
 from rollout.agents.settings import PartSettings
 from rollout.agents.tools import ToolsSettings
 from rollout.engines.settings import EngineSettings, OwnEngineSettings
 from rollout.external.external_env import PROGRAM
+from rollout.wire.own_part import OwnPart
 
 _SAFE_FUNCTIONS = ("envs.tools.python_tool:python",)  # in the sandbox or not at all
 _DANGEROUS_OPTIONS = ("allow_unsafe", "executable")
@@ -44,6 +46,7 @@ def executed(config: RunConfig) -> list[str]:
         *executed_options(config.env.id, config.evaluation.options, "evaluation.options"),
         *executed_parts(config.agent.parts),
         *executed_engine(config.engine),
+        *[_own(where, part) for where, part in own_parts(config) if not where.startswith("agent.parts[")],
         *([_entry("cluster.address", config.cluster.address)] if config.cluster.address else []),
     ]
 
@@ -56,11 +59,13 @@ def executed_options(env_id: str, options: Mapping[str, Any], name: str) -> list
 
 
 def executed_parts(parts: Sequence[PartSettings]) -> list[str]:
-    """Of an agent's parts the functions and servers of its tools."""
+    """Of an agent's parts those that are a user's own, and the functions and servers of its tools."""
     entries = []
     for place, part in enumerate(parts):
-        if isinstance(part, ToolsSettings):
-            where = f"agent.parts[{place}]"
+        where = f"agent.parts[{place}]"
+        if isinstance(part, OwnPart):
+            entries.append(_own(where, part))
+        elif isinstance(part, ToolsSettings):
             unsafe = [each for each in part.functions if each not in _SAFE_FUNCTIONS]
             entries += [_entry(f"{where}.functions", each) for each in unsafe]
             entries += [_entry(f"{where}.servers", each.model_dump(mode="json")) for each in part.servers]
@@ -77,6 +82,8 @@ def executed_by_evaluation(config: RunConfig, env_id: str) -> list[str]:
     """The part of it that an evaluation on this environment executes; the user has named the environment himself."""
     own = (("env.options", config.env.options), ("evaluation.options", config.evaluation.options))
     options = [each for name, of in own for each in executed_options(env_id, of, name)]
+    if config.env.reward is not None:
+        options.append(_own("env.reward", config.env.reward))
     own_code = [*executed_parts(config.agent.parts), *executed_engine(config.engine)]
     return [*(options if config.env.id == env_id else []), *own_code]
 
@@ -144,6 +151,10 @@ def _modules(env_id: str, options: Sequence[Mapping[str, Any]]) -> list[str]:
     of_suite = any(env_id.startswith(suite.prefix) for suite in registry.SUITES)
     known = of_suite or env_id == PROGRAM or registry.is_trusted(env_id)
     return [_entry("env.id", [env_id, *options])] if ":" in env_id or not known else []
+
+
+def _own(where: str, part: OwnPart) -> str:
+    return _entry(where, part.model_dump(mode="json"))
 
 
 def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:

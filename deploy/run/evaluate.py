@@ -45,6 +45,7 @@ from rollout.engines.engine import EngineStart, Sampling, WeightsNotFinite
 from rollout.engines.settings import EngineSettings
 from rollout.engines.vllm_start import VllmSettings
 from rollout.episodes.pool import EnvironmentPool
+from rollout.episodes.reward import OwnReward
 from rollout.episodes.worker import RolloutSettings, RolloutWorker, as_groups
 from rollout.wire.notices import Notices
 from rollout.wire.schema import encode
@@ -67,6 +68,7 @@ class Conditions(BaseModel):
     episode_seconds: float = 600.0
     host: HostSettings = HostSettings()
     engine: EngineSettings = VllmSettings(dtype="float32")
+    reward: OwnReward | None = None
     on_gpu: bool = False
     seed: int = Field(0, ge=0, description="of all sampling; the same seed says the same again")
 
@@ -87,6 +89,7 @@ def conditions_of(checkpoint: str, env_id: str, trusted: bool = False) -> Condit
             return Conditions(
                 env_options=options,
                 host=config.env.host.without_ray() if same else HostSettings(),
+                reward=config.env.reward if same else None,
                 agent=config.agent,
                 sampling=config.sampling,
                 context_tokens=config.rollout.context_tokens,
@@ -184,7 +187,8 @@ async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) ->
         max_turns=conditions.max_turns,
         episode_seconds=conditions.episode_seconds,
     )
-    pool = EnvironmentPool(host=conditions.host, parts=conditions.agent.parts, chat=chat)
+    parts, reward = conditions.agent.parts, conditions.reward
+    pool = EnvironmentPool(host=conditions.host, parts=parts, chat=chat, reward=reward)
     worker = RolloutWorker(
         "evaluation", engine, agent, _NoBuffer(), rollout, run_seed=conditions.seed, pool=pool
     )

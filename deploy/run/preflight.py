@@ -18,6 +18,7 @@ from deploy.assembly.conversations import rehearse
 from deploy.assembly.models import tiny_tokenizer
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
+from deploy.config.own_parts import check_own_parts
 from deploy.run import replay
 from envs import registry
 from envs.base import Observation
@@ -29,7 +30,7 @@ from learner.model.policy import model_files
 from learner.model.tiny import build_tiny
 from learner.model.tiny_vision import tiny_processor
 from rollout.agents.memory import NotebookSettings
-from rollout.agents.settings import PartSettings
+from rollout.agents.settings import OwnAgentPart, PartSettings
 from rollout.agents.tools import ToolsSettings
 from rollout.chat.chat import Chat
 from rollout.chat.end_tokens import end_tokens
@@ -41,6 +42,7 @@ from rollout.wire.model_folder import pretrained, write_companions
 
 def check(config: RunConfig) -> None:
     """Refuse a configuration that cannot run here."""
+    check_own_parts(config)
     if config.replay is None:
         check_engine(config.engine, config.rollout.gpus_per_worker > 0)
     observation = first_observation(config.env.id, config.env.options, config.agent.parts, config.env.host)
@@ -97,7 +99,7 @@ def first_observation(
     if env_id == PROGRAM:
         check_program(options)
         return None
-    tools = [part for part in parts if isinstance(part, ToolsSettings | NotebookSettings)]
+    tools = [part for part in parts if isinstance(part, ToolsSettings | NotebookSettings | OwnAgentPart)]
     try:
         with looked_at(env_id, options, host, tools) as reset:
             return reset(0)

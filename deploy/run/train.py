@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from deploy.assembly.build import evaluation_tasks, held_out, told_alike
 from deploy.assembly.runtime import LearnerLost, Row, Runtime, first_failure
 from deploy.config.config import RunConfig
 from deploy.config.guards import Watch, with_defaults
+from deploy.config.trackers import Trackers
 from deploy.report.evaluation import Evaluation, figures
 from deploy.report.metrics import MetricsLog, read_metrics, rollout_rates
 from deploy.report.phases import Phases, Startup
@@ -43,6 +44,7 @@ class Training:
     phases: Phases = field(default_factory=Phases)
     _reports: Reporter = field(init=False)
     _sittings: Sittings = field(init=False)
+    _trackers: Trackers = field(init=False)
     _tasks: asyncio.Future[list[Task]] = field(init=False)  # of evaluations
     _tokens: int = 0  # generated in this sitting, as last heard
     _serving: bool = False  # engines are up
@@ -52,6 +54,8 @@ class Training:
         folder = self.ring.run_folder
         self._reports = Reporter(folder, self.progress.say)
         self._sittings = Sittings(folder)
+        self._trackers = Trackers(self.config.trackers, self.progress.say)
+        self._trackers.tell("on_run_start", self.config.model_dump(mode="json"), folder)
         self._tasks = asyncio.ensure_future(self._look_at_tasks())
         self._tasks.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may go unasked
         try:
@@ -69,23 +73,25 @@ class Training:
             after = await self._evaluate("after")
             summary = await self._summary(before, after)
         except BaseException:
-            await self._end()
+            await self._end(None)
             await asyncio.to_thread(self._reports.last)
             raise
-        await self._end()
+        await self._end(summary)
         self._reports.close()
         (folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
         write_report(folder)
         return summary
 
-    async def _end(self) -> None:
-        """Record what the sitting took, and let go of everything."""
+    async def _end(self, summary: dict[str, Any] | None) -> None:
+        """Record what the sitting took, and let go of everything. summary: None of a run that was not ended."""
+        self._trackers.tell("on_run_end", summary)
         self._tasks.cancel()
         try:
             await self._count_tokens()
         finally:
             self._record()
             await self.ring.close()
+            await asyncio.to_thread(self._trackers.close)
 
     async def _begin(self, new: bool) -> Evaluation | None:
         """What comes before the first step: the first evaluation, and the checkpoint of version 0 of a new run.
@@ -139,6 +145,7 @@ class Training:
         with self.phases.timed(f"evaluate_{name}"):
             evaluation = Evaluation.of(await self.ring.evaluate(tasks, name), held_out(self.config))
         self.progress.say(f"{name}: {evaluation}")
+        self._trackers.tell("on_eval", name, asdict(evaluation))
         if stored_after is not None:
             await stored_after
         evaluation.save(self.ring.run_folder / f"evaluation_{name}.json")
@@ -178,6 +185,7 @@ class Training:
                 before = counters
                 self._tokens = int(counters["tokens_sampled"])
                 log.write(step, row)
+                self._trackers.tell("on_step", {"step": float(step), **row})
                 self._record()
                 self.progress.update(step, row)
                 guards.look(step, row)

@@ -5,7 +5,8 @@
             + kl + entropy [N]                          what else is wanted of it           regularizers.py
             x weights [N] -> one number                 what a token counts                 aggregation.py
 
-Every part is a section of a recipe, chosen by its `kind`; nothing below knows an algorithm's name.
+Every part is a section of a recipe, chosen by its `kind`: one of ours, or a user's own as "module:name" (own.py).
+Nothing below knows an algorithm's name.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from learner.algorithm.aggregation import Aggregation
 from learner.algorithm.corrections import AnyCorrection
 from learner.algorithm.estimators import AnyEstimator, GrpoAdvantage
 from learner.algorithm.losses import AnyLoss, ClippedLoss
+from learner.algorithm.own import OwnCorrection, OwnEstimator, OwnLoss, OwnRegularizer
 from learner.algorithm.regularizers import KlSettings, OverlongSettings
 from learner.algorithm.schedule import OptimSettings
+from rollout.wire.own_part import BUILT_IN, BY_KIND, OWN
 
 
 class _CriticSettings(BaseModel, extra="forbid", frozen=True):
@@ -54,14 +57,20 @@ class SharedCriticSettings(_CriticSettings):
     )
 
 
+EstimatorSettings = Annotated[
+    Annotated[AnyEstimator, BUILT_IN] | Annotated[OwnEstimator, OWN],
+    BY_KIND,
+]
+LossSettings = Annotated[Annotated[AnyLoss, BUILT_IN] | Annotated[OwnLoss, OWN], BY_KIND]
+CorrectionSettings = Annotated[Annotated[AnyCorrection, BUILT_IN] | Annotated[OwnCorrection, OWN], BY_KIND]
 AnyCritic = Annotated[OwnCriticSettings | SharedCriticSettings, Field(discriminator="kind")]
 
 
 class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
     """A policy-gradient method, part by part. As it stands: GRPO with separate clips, as in DAPO."""
 
-    advantage: AnyEstimator = Field(default=GrpoAdvantage(), description="from rewards to advantages")
-    loss: AnyLoss = Field(default=ClippedLoss(), description="from advantages to a loss per token")
+    advantage: EstimatorSettings = Field(default=GrpoAdvantage(), description="from rewards to advantages")
+    loss: LossSettings = Field(default=ClippedLoss(), description="from advantages to a loss per token")
     aggregation: Aggregation = Field(
         default="token",
         description="what is averaged: all tokens, the means of the episodes, or episodes over a constant length",
@@ -74,10 +83,13 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         description="what the loss's ratio is taken against: the logprobs recorded while sampling, or the "
         "learner's own before its first update on the batch (corrections then weigh the rest)",
     )
-    corrections: tuple[AnyCorrection, ...] = Field(
+    corrections: tuple[CorrectionSettings, ...] = Field(
         default=(), description="weights and masks for tokens that another policy sampled; they multiply"
     )
     kl: KlSettings | None = Field(default=None, description="divergence from version 0")
+    regularizers: tuple[OwnRegularizer, ...] = Field(
+        default=(), description="functions of your own whose penalties are added to every token's loss"
+    )
     entropy_bonus: float = Field(
         default=0.0, ge=0, description="weight of the mean token entropy added to the objective"
     )
@@ -117,9 +129,14 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         return max(0, steps - waiting) * self.updates
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether version 0 is kept, for its logprobs."""
+        return self.kl is not None or any(part.reference for part in self.regularizers)
+
+    @property
     def weighs_behavior(self) -> bool:
         """Whether what sampled a token has a say in its gradient, by the loss's ratio or by a correction."""
-        corrected = any(part.needs_ratio for part in self.corrections)
+        corrected = any(part.needs_ratio or isinstance(part, OwnCorrection) for part in self.corrections)
         return corrected or (self.proximal == "behavior" and self.loss.has_ratio)
 
     @model_validator(mode="after")
@@ -137,6 +154,7 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         every_token = {
             "entropy_bonus": self.entropy_bonus > 0,
             "kl": self.kl and self.kl.where == "loss",
+            "regularizers": self.regularizers,
             "critic.kind='shared'": isinstance(self.critic, SharedCriticSettings),
         }
         for name, acts in every_token.items():
@@ -169,7 +187,7 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
                 f"advantage.kind={self.advantage.kind!r} needs a critic: add the section critic, or use an estimator "
                 "without one (grpo, rloo, maxrl, reinforce_pp, returns, gigpo, gdpo)"
             )
-        if self.critic is not None and not self.advantage.critic:
+        if self.critic is not None and self.advantage.critic is False:
             raise ValueError(
                 f"advantage.kind={self.advantage.kind!r} asks no critic: leave the section critic away, or use "
                 "kind = 'gae'"

@@ -32,7 +32,7 @@ Advantages = list[list[Float32Array]]  # for each episode, [N]
 
 class _Estimator(BaseModel, extra="forbid", frozen=True):
     turns: ClassVar[bool] = False  # compares turns: nothing is gained on episodes of one
-    critic: ClassVar[bool] = False  # asks a critic
+    critic: ClassVar[bool | None] = False  # asks a critic; None: with one or without
     shaped: ClassVar[bool] = True  # reads the episode's reward, to which penalties are added
 
     @property
@@ -44,6 +44,10 @@ class _Estimator(BaseModel, extra="forbid", frozen=True):
     def siblings(self) -> bool:
         """Whether its baseline is of episodes of one task: a group of one has nothing to compare with."""
         return self.totals
+
+    def with_targets(self, groups: Groups, ranks: Ranks = ALONE) -> tuple[Advantages, Advantages]:
+        """Advantages, and what the critic should have said; of an estimator that asks one."""
+        raise TypeError(f"{type(self).__name__} asks no critic")
 
 
 def _deviation() -> Any:
@@ -275,7 +279,7 @@ class GdpoAdvantage(_Estimator):
 class GaeAdvantage(_Estimator):
     """PPO's generalized advantage estimation, token by token, with the critic's values."""
 
-    critic: ClassVar[bool] = True
+    critic: ClassVar[bool | None] = True
     kind: Literal["gae"] = "gae"
     gamma: float = Field(default=1.0, gt=0, le=1, description="discount from token to token")
     lam: float = Field(default=0.95, ge=0, le=1, description="how far rewards are trusted rather than values")

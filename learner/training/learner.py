@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from learner.algorithm.aggregation import Aggregation, token_weights
-from learner.algorithm.estimators import GaeAdvantage
 from learner.algorithm.regularizers import divergence
 from learner.data.advantage_log import AdvantageLog
 from learner.data.batch import Batch, MicroBatch, TokenSequence, pack
@@ -77,7 +76,7 @@ class Learner:
         self._advantages: AdvantageLog | None = None
         self._verdicts = False  # whether the environment was ever seen to give one
         self._critic: Critic | None = None  # made by the first step, which finds the policy as it begins
-        self._reference = Reference(settings.model, ranks) if settings.algorithm.kl else None
+        self._reference = Reference(settings.model, ranks) if settings.algorithm.needs_reference else None
 
     def step(self, groups: Sequence[Group]) -> dict[str, float]:
         """Learn from groups of sibling episodes; the version becomes one higher.
@@ -274,16 +273,16 @@ class Learner:
             wanted = self._temperature if self._fixes_proximal else None
             self._critic.look(examples, self.settings.tokens_per_microbatch, wanted)
         episodes = [[example.episode for example in siblings] for siblings in by_group]
-        if isinstance(estimator, GaeAdvantage):
-            advantages, targets = estimator.with_targets(episodes, self.ranks)
-            for example, targets_N in zip(examples, chain.from_iterable(targets), strict=True):
-                assert example.episode.values is not None
-                example.columns |= {"values": example.episode.values.before_N, "value_targets": targets_N}
-        else:
-            try:
+        try:
+            if self._critic is None:
                 advantages = estimator(episodes, self.ranks)
-            except ValueError as error:
-                raise BatchRefused(str(error)) from error
+            else:
+                advantages, targets = estimator.with_targets(episodes, self.ranks)
+                for example, targets_N in zip(examples, chain.from_iterable(targets), strict=True):
+                    assert example.episode.values is not None
+                    example.columns |= {"values": example.episode.values.before_N, "value_targets": targets_N}
+        except ValueError as error:
+            raise BatchRefused(str(error)) from error
         for example, advantages_N in zip(examples, chain.from_iterable(advantages), strict=True):
             example.advantages_N = advantages_N * example.episode.sides_N
         return examples
@@ -291,13 +290,13 @@ class Learner:
     def _refer(self, examples: Sequence[Example]) -> None:
         """The reference policy's logprobs, and what it takes from rewards."""
         kl = self.settings.algorithm.kl
-        if kl is None or self._reference is None:
+        if self._reference is None:
             return
         with self._reference.beside(self.policy) as reference:
             logprobs = self._of_tokens(examples, reference)
         for example, reference_N in zip(examples, logprobs, strict=True):
             example.columns["reference_logprobs"] = reference_N
-            if kl.where == "reward":
+            if kl is not None and kl.where == "reward":
                 behavior_N = np.concatenate([s.behavior_logprobs for s in example.trajectory.steps])
                 apart_N = divergence(
                     torch.from_numpy(behavior_N), torch.from_numpy(reference_N), kl.estimator, kl.cap

@@ -109,7 +109,7 @@ def _step(
     row = replace(row, reference_logprobs_N=nothing_N, values_N=nothing_N, value_targets_N=nothing_N)
     batch = Batch((row,), len(nothing_N), 1, 0)
     reference = Reference(settings.model, policy.ranks)
-    if algorithm.kl:
+    if algorithm.needs_reference:
         reference.copy(policy)
     critic = critic_of(algorithm.critic, policy, total_steps) if algorithm.critic else None
     room = [each.moments_to_come() for each in (optimizer, *([critic.optimizer] if critic else []))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,7 @@ class PolicyObjective:
         if proximal_N is None:  # the learner's own before this step are what it computes in this step
             proximal_N = behavior_N if settings.proximal == "behavior" else logprobs_N.detach()
         loss_N, of_loss = settings.loss(logprobs_N, proximal_N, micro.advantages_N, sequence_N)
-        stats: Stats = {**of_loss}
+        stats: Stats = {}
         with torch.no_grad():
             lag_N = self.version - micro.versions_N
             weight_N = torch.ones_like(loss_N)
@@ -56,6 +56,10 @@ class PolicyObjective:
             stats["reference_kl"] = kl_N.detach()
             if settings.kl.where == "loss":
                 loss_N = loss_N + settings.kl.coefficient * kl_N
+        stats = _joined(stats, of_loss, settings.loss.kind)
+        for regularizer in settings.regularizers:
+            penalty_N, of_penalty = regularizer(logprobs_N, entropy_N, reference_N, sequence_N)
+            loss_N, stats = loss_N + penalty_N, _joined(stats, of_penalty, regularizer.kind)
         if settings.entropy_bonus > 0:
             loss_N = loss_N - settings.entropy_bonus * entropy_N
         return loss_N, stats
@@ -76,6 +80,14 @@ class PolicyObjective:
             stats[f"behavior_gap_lag_{lag}"] = Part(torch.where(here_N, gap_N, 0.0), tokens)
             stats[f"effective_samples_lag_{lag}"] = Ratios(Part(torch.where(here_N, ratio_N, 0.0), tokens))
         return stats
+
+
+def _joined(stats: Stats, more: Mapping[str, Tensor], kind: str) -> Stats:
+    if taken := sorted(stats.keys() & more.keys()):
+        raise ValueError(
+            f"{kind} returns a statistic {taken[0]!r}, which every step has; give it another name"
+        )
+    return {**stats, **more}
 
 
 def cross_entropy_objective(micro: MicroBatch, logprobs_N: Tensor, entropy_N: Tensor) -> tuple[Tensor, Stats]:

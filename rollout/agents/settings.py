@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -15,6 +15,7 @@ from rollout.agents.planning import PlanSettings
 from rollout.agents.reflection import ReflectSettings
 from rollout.agents.thinking import ThinkSettings
 from rollout.agents.tools import ToolsSettings
+from rollout.wire.own_part import BUILT_IN, BY_KIND, OWN, OwnPart
 
 _FORGETFUL = ("window", "summary")
 # Of two parts the one that may not be listed before the other, and why.
@@ -23,7 +24,19 @@ _ORDER = (
     ("reflect", "tools", "a second attempt would begin with the calls and the servers of the first"),
 )
 
-PartSettings = Annotated[
+
+class OwnAgentPart(OwnPart):
+    """A wrapper of a user's own: (environment, text on both sides) -> the environment as the policy has it."""
+
+    CALLED_WITH: ClassVar[tuple[str, ...]] = ("env",)
+
+    def dress(self, env: Env) -> Env:
+        """The environment as the policy has it."""
+        dressed: Env = self.run(env)
+        return dressed
+
+
+_BuiltIn = Annotated[
     ThinkSettings
     | PlanSettings
     | NotebookSettings
@@ -34,6 +47,7 @@ PartSettings = Annotated[
     | ToolsSettings,
     Field(discriminator="kind"),
 ]
+PartSettings = Annotated[Annotated[_BuiltIn, BUILT_IN] | Annotated[OwnAgentPart, OWN], BY_KIND]
 
 
 def check_together(parts: Sequence[PartSettings], memory: str) -> None:

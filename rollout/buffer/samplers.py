@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from rollout.wire.equality import all_equal
+from rollout.wire.own_part import BUILT_IN, BY_KIND, OWN, OwnPart, OwnPartRefused
 
 Floats = NDArray[np.float64]
 
@@ -75,4 +76,27 @@ def spread(rewards: Sequence[float]) -> float:
     return 0.0 if all_equal(rewards) else float(np.abs(np.asarray(rewards) - np.mean(rewards)).mean())
 
 
-AnySampler = Annotated[Fifo | Uniform | Prioritized, Field(discriminator="kind")]
+class OwnSampler(OwnPart):
+    """A user's own: (candidates, uniform numbers [C]) -> candidates in the order in which they are to be reused.
+
+    A pure function: a step that is done again must choose the same again.
+    """
+
+    CALLED_WITH: ClassVar[tuple[str, ...]] = ("candidates", "uniform_C")
+
+    def __call__(self, candidates: Sequence[Candidate], uniform_C: Floats) -> list[Candidate]:
+        ordered = list(self.run(candidates, uniform_C))
+        if len(set(ordered)) != len(ordered) or not set(ordered) <= set(candidates):
+            raise OwnPartRefused(f"{self.kind} must return candidates that it was given, each at most once")
+        return ordered
+
+    def try_out(self, critic: bool) -> None:
+        self([Candidate(3, 1, (1.0, 0.0)), Candidate(5, 2, (0.5, 0.5))], np.array([0.2, 0.7]))
+        self([], np.zeros(0))
+
+
+AnySampler = Annotated[
+    Annotated[Fifo | Uniform | Prioritized, Field(discriminator="kind"), BUILT_IN]
+    | Annotated[OwnSampler, OWN],
+    BY_KIND,
+]

@@ -55,8 +55,22 @@ async def play(
     watch: Watch | None = None,
     so_far: EpisodeSoFar | None = None,
 ) -> Trajectory:
-    """One episode on a replica of the pool, from where it stands: a finished one is taken as it is."""
-    watch = watch or Unwatched()
+    """One episode on a replica of the pool, from where it stands, paid by the pool: a finished one is not played."""
+    episode = await _played(place, pool, agent, limits, watch or Unwatched(), so_far)
+    try:
+        return await pool.pay(episode)
+    except EnvironmentFailed as error:
+        return failed(place, error, episode.steps)
+
+
+async def _played(
+    place: Place,
+    pool: EnvironmentPool,
+    agent: Actor,
+    limits: Limits,
+    watch: Watch,
+    so_far: EpisodeSoFar | None,
+) -> Trajectory:
     if so_far is not None and so_far.end is not None:
         watch.resumed(so_far.steps)
         return finished(place, so_far.steps, so_far.end)

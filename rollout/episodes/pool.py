@@ -19,8 +19,9 @@ from envs.hosting.subprocess_env import SubprocessEnv
 from envs.own_frames import told
 from rollout.agents.settings import PartSettings, dressing, evaluated
 from rollout.chat.chat import Chat
+from rollout.episodes.reward import OwnReward, rewarded
 from rollout.external.external_env import PROGRAM, ForeignAgents
-from rollout.wire.trajectory import Task
+from rollout.wire.trajectory import Task, Trajectory
 
 MakeEnv = Callable[..., Env]  # (env_id, **options)
 Start = Callable[[Callable[[], Env], HostSettings], Awaitable[Replica]]  # outside of this process
@@ -59,7 +60,8 @@ class EnvironmentPool:
     itself. Where replicas are not inline, what `make` is given and is itself must be picklable, and `start` starts
     replicas: SubprocessEnv's for "process", that of envs/hosting/actors.py for "ray".
 
-    chat: the policy's; foreign agents are told of requests that it cannot render.
+    chat: the policy's; foreign agents are told of requests that it cannot render. reward: in place of what the
+    environments pay, or beside it.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class EnvironmentPool:
         parts: Sequence[PartSettings] = (),
         start: Start | None = None,
         chat: Chat | None = None,
+        reward: OwnReward | None = None,
     ) -> None:
         self._make = make
+        self._reward = reward
         self._parts = tuple(parts)
         self._evaluated = evaluated(self._parts)
         self._host = host or HostSettings()
@@ -84,6 +88,10 @@ class EnvironmentPool:
         self._alive: Counter[Kind] = Counter()  # idle or in use
         self._kinds: dict[Replica, Kind] = {}  # of all that are alive
         self._foreign = ForeignAgents(self._host, chat)
+
+    async def pay(self, episode: Trajectory) -> Trajectory:
+        """An episode that has ended, with its reward. Raises EnvironmentFailed where that cannot be told."""
+        return await rewarded(episode, self._reward, self._host.step_seconds)
 
     async def take(self, task: Task, evaluation: bool = False, apart: bool = False) -> Replica:
         """A replica for this task, to be reset by whoever takes it. Raises EnvironmentFailed when none can be made.

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.buffer.samplers import SMALLEST, AnySampler, Candidate, Fifo, Prioritized, Uniform, spread
+from rollout.buffer.samplers import (
+    SMALLEST,
+    AnySampler,
+    Candidate,
+    Fifo,
+    OwnSampler,
+    Prioritized,
+    Uniform,
+    spread,
+)
+from rollout.wire.own_part import OwnPartRefused
 
 DRAWS = 4_000
 REWARDS = st.lists(st.floats(-10, 10), max_size=4).map(tuple)
@@ -114,3 +124,11 @@ def test_a_group_whose_episodes_all_earned_the_same_comes_last_but_comes() -> No
     draws = np.random.default_rng(5).random((2000, 2))
     first = [ids(sampler(found, uniform_C))[0] for uniform_C in draws]
     assert 0 < first.count(0) < first.count(1)
+
+
+def test_an_own_sampler_orders_the_candidates_and_may_not_bring_others() -> None:
+    found = candidates((1.0,), (0.0,), (0.5,))
+    uniform_C = np.zeros(3)
+    assert ids(OwnSampler(kind="tests.own_parts:newest_first")(found, uniform_C)) == [2, 1, 0]
+    with pytest.raises(OwnPartRefused, match="each at most once"):
+        OwnSampler(kind="tests.own_parts:twice")(found, uniform_C)

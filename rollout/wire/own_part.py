@@ -1,0 +1,84 @@
+"""A user's own part of a run: a recipe names it "module:name" as a `kind`, and its options stand beside that.
+
+    loss = { kind = "mine:asymmetric", power = 0.5 }   ->   mine.asymmetric(logprobs_N, ..., power=0.5)
+
+One mechanism for every part that may be a user's own (docs/extending.md lists them): a subclass of `OwnPart` says what
+the function is called with and tries it on a small example. Reading a recipe imports nothing: a stored one is data.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
+
+_REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+class OwnPartRefused(TypeError):
+    """A user's own part does not fit its place; the message is one line for the person who wrote it."""
+
+
+class OwnPart(BaseModel, extra="allow", frozen=True):
+    """A function or class of a user's own module. A section that is only a text is its `kind`."""
+
+    CALLED_WITH: ClassVar[tuple[str, ...]] = ()  # positional arguments, before the options
+
+    kind: str = Field(
+        description='a function of your own, as "module:name"; options beside it are its keyword arguments'
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_alone(cls, section: Any) -> Any:
+        return {"kind": section} if isinstance(section, str) else section
+
+    @field_validator("kind")
+    @classmethod
+    def _is_reference(cls, kind: str) -> str:
+        if not _REFERENCE.fullmatch(kind):
+            raise ValueError(f'{kind!r} names no function; write "module:name"')
+        return kind
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the function."""
+        return dict(self.__pydantic_extra__ or {})
+
+    def run(self, *given: Any) -> Any:
+        """What the function returns; its module is imported by the first call."""
+        return pkgutil.resolve_name(self.kind)(*given, **self.options)
+
+    def check_signature(self, function: Callable[..., Any]) -> None:
+        """OwnPartRefused where the function does not take what it is called with."""
+        try:
+            inspect.signature(function).bind(*self.CALLED_WITH, **self.options)
+        except TypeError as error:
+            said = ", ".join([*self.CALLED_WITH, *(f"{name}=..." for name in self.options)])
+            name = self.kind.partition(":")[2]
+            raise OwnPartRefused(f"{self.kind} is called as {name}({said}): {error}") from None
+        except ValueError:  # compiled code without a signature
+            return
+
+    def try_out(self, critic: bool) -> None:
+        """Call the function once on a small example, where that is cheap. OwnPartRefused for what does not fit.
+
+        critic: whether the run has one.
+        """
+
+
+def _which(section: Any) -> str:
+    """The tag of a section: its `kind` has a colon or it has none."""
+    kind = section.get("kind") if isinstance(section, dict) else section
+    if isinstance(section, BaseModel):
+        kind = getattr(section, "kind", None)
+    return (OWN if isinstance(kind, str) and ":" in kind else BUILT_IN).tag
+
+
+# Annotated[Annotated[Ours, BUILT_IN] | Annotated[Own, OWN], BY_KIND]: a section that is one of ours or a user's own.
+BUILT_IN, OWN, BY_KIND = Tag("<built-in>"), Tag("<own>"), Discriminator(_which)
+TAGS = (BUILT_IN.tag, OWN.tag)  # in the locations of pydantic's errors

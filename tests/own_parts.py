@@ -1,0 +1,137 @@
+"""Parts as a user would bring them, outside of Manta's packages: formulas written again, and some that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Arrays = list[list[Any]]
+
+
+def ppo(
+    logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, sequence_N: Tensor, low: float, high: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    ratio_N = torch.exp(logprobs_N - proximal_N)
+    clipped_N = torch.clamp(ratio_N, 1 - low, 1 + high)
+    return -torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N), {"ratio": ratio_N}
+
+
+def leave_one_out(groups: Sequence[Sequence[Any]], ranks: Any) -> Arrays:
+    found: Arrays = []
+    for group in groups:
+        rewards = [episode.reward for episode in group]
+        others = [(sum(rewards) - reward) / (len(rewards) - 1) for reward in rewards]
+        found.append(
+            [np.full(sum(e.tokens_K), r - o) for e, r, o in zip(group, rewards, others, strict=True)]
+        )
+    return found
+
+
+def monte_carlo(groups: Sequence[Sequence[Any]], ranks: Any) -> tuple[Arrays, Arrays]:
+    """GAE at gamma = lambda = 1: what is still to come, minus the value."""
+    targets = [[np.cumsum(e.rewards_N[::-1])[::-1] for e in group] for group in groups]
+    advantages = [
+        [target_N - e.values.before_N for target_N, e in zip(of_group, group, strict=True)]
+        for of_group, group in zip(targets, groups, strict=True)
+    ]
+    return advantages, targets
+
+
+def capped(log_ratio_N: Tensor, sequence_N: Tensor, lag_N: Tensor, cap: float = 2.0) -> Tensor:
+    return torch.exp(log_ratio_N).clamp(max=cap)
+
+
+def half_square(
+    logprobs_N: Tensor, entropy_N: Tensor, reference_N: Tensor | None, sequence_N: Tensor, weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    assert reference_N is not None
+    return weight * (reference_N - logprobs_N) ** 2 / 2, {}
+
+
+def newest_first(candidates: Sequence[Any], uniform_C: Any) -> list[Any]:
+    return sorted(candidates, key=lambda candidate: -candidate.group_id)
+
+
+def success(episode: Any, bonus: float = 0.0) -> float:
+    return float(bool(episode.success)) + bonus
+
+
+def by_name(episode: Any) -> dict[str, float]:
+    return {"turns": -float(len(episode.steps)), "seed": float(episode.task.seed)}
+
+
+async def thoughtful(episode: Any) -> float:
+    return 0.25
+
+
+def unpayable(episode: Any) -> float:
+    raise KeyError("no judge")
+
+
+def bare(env: Any) -> Any:
+    return env
+
+
+class Heard:
+    """Keeps what it was told, as lines of a file; fails in one hook where it is told to."""
+
+    def __init__(self, path: str, fails_in: str = "") -> None:
+        self._path, self._fails_in = Path(path), fails_in
+
+    def _write(self, hook: str, what: object) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{hook} {what}\n")
+        if hook == self._fails_in:
+            raise OSError("no network")
+
+    def on_run_start(self, config: dict[str, Any], folder: Path) -> None:
+        self._write("on_run_start", (config["name"], folder.name))
+
+    def on_step(self, row: dict[str, float]) -> None:
+        self._write("on_step", row["step"])
+
+    def on_eval(self, name: str, row: dict[str, Any]) -> None:
+        self._write("on_eval", name)
+
+    def on_run_end(self, summary: dict[str, Any] | None) -> None:
+        self._write("on_run_end", summary and summary["steps"])
+
+
+# What does not fit ------------------------------------------------------------------------------------------------
+
+
+class Deaf:
+    def on_step(self, row: dict[str, float]) -> None: ...
+
+
+def reduced(logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, sequence_N: Tensor) -> Any:
+    return -(logprobs_N * advantages_N).mean(), {}
+
+
+def alone(logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, sequence_N: Tensor) -> Any:
+    return -logprobs_N * advantages_N
+
+
+def constant(logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, sequence_N: Tensor) -> Any:
+    return -advantages_N, {}
+
+
+def raises(logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, sequence_N: Tensor) -> Any:
+    return {}["missing"], {}
+
+
+def one_number(groups: Sequence[Sequence[Any]], ranks: Any) -> Any:
+    return [[episode.reward for episode in group] for group in groups]
+
+
+def flat(groups: Sequence[Sequence[Any]], ranks: Any) -> Any:
+    return [np.zeros(sum(e.tokens_K)) for group in groups for e in group]
+
+
+def twice(candidates: Sequence[Any], uniform_C: Any) -> list[Any]:
+    return [*candidates, *candidates]
