@@ -64,7 +64,7 @@ def test_the_guides_own_parts_train_and_its_tracker_hears_of_it(guide: Path, tmp
     assert all(0.0 <= row["gate_open"] <= 1.0 for row in rows) and rows[-1]["distance"] > 0.0
     assert [row.get("groups_reused", 0.0) for row in rows] == [0.0, 1.0, 1.0]
     stored = trained_rows(tmp_path / "run")
-    assert any(row["observation"].startswith("turn 1\n") for row in stored), stored[:3]
+    assert any('"turn 1' in row["observation"] for row in stored)
     assert any('"length"' in (row["named_rewards"] or "") for row in stored)
     lines = (tmp_path / "run" / "lines.txt").read_text(encoding="utf-8").splitlines()
     assert [line.split()[:2] for line in lines[1:4]] == [["step", "1"], ["step", "2"], ["step", "3"]]
