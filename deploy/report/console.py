@@ -7,6 +7,7 @@ characters are shown as escapes. `rich` is imported here alone, and nothing else
 from __future__ import annotations
 
 import codecs
+import io
 import locale
 import os
 import re
@@ -87,6 +88,11 @@ def errors() -> Console:
 def output() -> Console:
     """The console of stdout."""
     return Console(markup=False, emoji=False, highlight=False)
+
+
+def silent() -> Console:
+    """A console that shows nothing."""
+    return Console(file=io.StringIO())
 
 
 def write(console: Console, text: str, style: str = "", end: str = "\n", wrap: bool = False) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-import signal
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import typer
 
@@ -30,17 +28,12 @@ from deploy.report.phases import Startup
 from deploy.report.progress import Progress
 from deploy.run.failure_log import failures_kept_in
 from deploy.run.finished import print_outcome
+from deploy.run.interrupt import Stopped, interruptible
 from deploy.run.train import Training
 from learner.training.checkpoint import newest_version
 from rollout.buffer.ledger_checks import LEDGER, check_ledger
 
-T = TypeVar("T")
-
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
-
-
-class Stopped(Exception):
-    """SIGTERM came."""
 
 
 def drive(
@@ -53,8 +46,30 @@ def drive(
     startup: Startup | None = None,
     stored: RunConfig | None = None,
 ) -> None:
-    """Run to the end and print the outcome. typer.Exit(130) after Ctrl-C or SIGTERM; PartFailed and TooManyFailures say
-    where the logs are.
+    """`run` for the command line: print the outcome; typer.Exit(130) after Ctrl-C or SIGTERM."""
+    try:
+        summary = run(config, folder, console, resume=resume, local=local, startup=startup, stored=stored)
+    except (KeyboardInterrupt, Stopped):
+        if not run_folder.exists(folder):  # it was given up before it began
+            raise typer.Exit(INTERRUPTED) from None
+        again = f"manta train --resume {shlex.quote(str(folder))}{' --local' * local}"
+        write(errors(), f"stopped; go on with: {again}")
+        raise typer.Exit(INTERRUPTED) from None
+    print_outcome(summary, folder, console)
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    console: Console,
+    *,
+    resume: bool,
+    local: bool,
+    startup: Startup | None = None,
+    stored: RunConfig | None = None,
+) -> dict[str, Any]:
+    """Run to the end; returns the summary. Raises Stopped after SIGTERM; PartFailed and TooManyFailures say where the
+    logs are.
 
     The folder is this process's alone from before anything is written into it. startup: counts what comes before the
     first episode; stored: the configuration that a run which goes on was found with.
@@ -68,9 +83,9 @@ def drive(
             write(errors(), f"note: other users can read {folder}, and it cannot be made private")
         if resume and config.replay is None and (folder / LEDGER).is_file():
             check_ledger(folder / LEDGER, newest_version(folder), config.buffer.groups_per_step)
-        run = tag_run()
-        temporary = temporary_of(run) if alone else None
-        start_janitor(run, folder, temporary)  # before there is anything to be removed
+        tag = tag_run()
+        temporary = temporary_of(tag) if alone else None
+        start_janitor(tag, folder, temporary)  # before there is anything to be removed
         if temporary is not None:
             make_private(temporary)
         if not local:
@@ -80,14 +95,9 @@ def drive(
             run_folder.store(config, folder)  # of one that is resumed: it goes on elsewhere, from now on
         try:
             with failures_kept_in(folder):
-                summary = _train(config, folder, console, resume, local, startup)
-        except (KeyboardInterrupt, Stopped):
-            again = f"manta train --resume {shlex.quote(str(folder))}{' --local' * local}"
-            write(errors(), f"stopped; go on with: {again}")
-            raise typer.Exit(INTERRUPTED) from None
+                return _train(config, folder, console, resume, local, startup)
         except PartFailed as failure:
             raise PartFailed(_kept(str(failure), temporary, folder)) from failure.__cause__
-    print_outcome(summary, folder, console)
 
 
 def _connect(config: RunConfig, alone: bool, temporary: Path | None) -> None:
@@ -124,27 +134,7 @@ def _train(
             from deploy.cluster.cluster import RayRuntime
 
             ring = RayRuntime(config, folder, say=progress.say, startup=startup)
-        return asyncio.run(_interruptible(Training(config, ring, progress, startup).run(resume)))
-
-
-async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """SIGTERM, which `ray job stop` and a preempted machine send, ends a run as Ctrl-C does."""
-    task = asyncio.current_task()
-    assert task is not None
-    # Not by way of SIGINT: a process in the background may have been told to ignore that one.
-    told = asyncio.Event()
-
-    def stop() -> None:
-        told.set()
-        task.cancel()
-
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if told.is_set():
-            raise Stopped from None
-        raise
+        return asyncio.run(interruptible(Training(config, ring, progress, startup).run(resume)))
 
 
 def _kept(text: str, temporary: Path | None, folder: Path) -> str:

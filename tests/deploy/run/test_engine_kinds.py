@@ -43,7 +43,7 @@ def manta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
 
 def test_the_guides_engine_trains_and_its_checkpoint_is_evaluated_by_it(manta: Manta, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    code, _, err = manta("train", RECIPE, "--local", "--run", str(run), OWN)
+    code, _, err = manta("train", RECIPE, "--local", "--run-dir", str(run), OWN)
     assert (code, err) == (0, ""), err
     assert_balanced(run, configured(OWN))
     conditions = conditions_of(str(run), "frozen_lake")
@@ -116,7 +116,9 @@ def test_an_engine_in_a_place_where_it_cannot_run_is_refused(overrides: tuple[st
 def test_an_engine_that_cannot_be_started_is_one_line_before_anything_is_written(
     manta: Manta, tmp_path: Path, engine: str, says: str
 ) -> None:
-    code, out, err = manta("train", RECIPE, "--local", "--run", str(tmp_path / "run"), f"engine={{{engine}}}")
+    code, out, err = manta(
+        "train", RECIPE, "--local", "--run-dir", str(tmp_path / "run"), f"engine={{{engine}}}"
+    )
     assert (code, out) == (2, "")
     assert says in err and err.startswith("manta: engine.kind=") and err.count("\n") == 1, err
     assert not (tmp_path / "run").exists()
