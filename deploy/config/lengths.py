@@ -30,9 +30,11 @@ def with_lengths(tree: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(algorithm, dict):
         return tree
     overlong = algorithm.get("overlong")
-    has_overlong = isinstance(overlong, dict) and not {"tokens", "margin"} <= overlong.keys()
+    open_overlong = (
+        overlong if isinstance(overlong, dict) and not {"tokens", "margin"} <= overlong.keys() else None
+    )
     has_constant = algorithm.get("aggregation") == "constant" and "aggregation_length" not in algorithm
-    if not has_overlong and not has_constant:
+    if open_overlong is None and not has_constant:
         return tree
     try:
         longest = longest_episode(
@@ -43,10 +45,10 @@ def with_lengths(tree: dict[str, Any]) -> dict[str, Any]:
     except ValidationError:
         return tree  # the validation of the whole says what is wrong
     filled = dict(algorithm)
-    if has_overlong:
-        tokens = overlong.get("tokens", longest)
+    if open_overlong is not None:
+        tokens = open_overlong.get("tokens", longest)
         margin = max(1, tokens // OVERLONG_MARGIN) if isinstance(tokens, int) else 1
-        filled["overlong"] = {"tokens": tokens, "margin": margin} | overlong
+        filled["overlong"] = {"tokens": tokens, "margin": margin} | open_overlong
     if has_constant:
         filled["aggregation_length"] = longest
     return tree | {"learner": tree["learner"] | {"algorithm": filled}}
