@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -124,9 +125,11 @@ def test_interrupting_a_cell_ends_the_work_beside_it() -> None:
 
     threading.Thread(target=interrupt_main, daemon=True).start()
     loop = asyncio.new_event_loop()  # a notebook's loop leaves SIGINT to Python, as asyncio.run does not
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         loop.run_until_complete(cell())
     finally:
+        signal.signal(signal.SIGINT, before)
         loop.close()
     assert ended.is_set() and len(raised) == 1
 
