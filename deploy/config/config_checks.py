@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from deploy.config.derived import longest_episode
 from deploy.config.guards import DEFAULTS
-from deploy.config.lengths import longest_episode
 from learner.algorithm.corrections import LagMask
 from learner.algorithm.estimators import ReinforceAdvantage
 from learner.algorithm.schedule import learning_rate

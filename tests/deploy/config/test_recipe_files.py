@@ -140,6 +140,26 @@ def test_lengths_of_an_algorithm_follow_from_the_job(own: Path) -> None:
     assert said is not None and (said.tokens, said.margin) == (100, 20)
 
 
+def test_an_engine_of_another_type_than_the_learner_has_its_samples_weighed(own: Path, tmp_path: Path) -> None:
+    def algorithm(*overrides: str) -> AlgorithmSettings:
+        config = load_config(str(own), ["algorithm=grpo", *overrides])
+        printed = tmp_path / "printed.toml"
+        printed.write_text(config_text(config), encoding="utf-8")
+        assert load_config(str(printed)) == config
+        return config.learner.algorithm
+
+    differ = "engine.dtype=bfloat16", "learner.model.dtype=float32"
+    weighed = algorithm(*differ)
+    assert weighed.proximal == "learner"
+    assert [part.kind for part in weighed.corrections] == ["tis"]
+    for same in ("float32", "bfloat16"):
+        equal = algorithm(f"engine.dtype={same}", f"learner.model.dtype={same}")
+        assert (equal.proximal, equal.corrections) == ("behavior", ())
+    for said in ("proximal=behavior", "corrections=[]"):  # a recipe that decides is not corrected
+        decided = algorithm(*differ, f"learner.algorithm.{said}")
+        assert (decided.proximal, decided.corrections) == ("behavior", ())
+
+
 def test_every_algorithm_has_a_recipe_of_the_main_job() -> None:
     for algorithm in algorithm_names():
         tree = tomllib.loads((files("deploy.recipes") / f"{algorithm}.toml").read_text(encoding="utf-8"))

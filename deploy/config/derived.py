@@ -1,7 +1,12 @@
-"""Lengths of an algorithm that follow from the job, where the recipe does not say them.
+"""Options of an algorithm that follow from the job, where the recipe does not say them.
 
-Presets of algorithms leave them open, since they are no part of the algorithm: `aggregation_length`, which
-aggregation = "constant" divides by, is the most that an episode can sample; `overlong` begins at four fifths of that.
+Presets of algorithms leave them open, since they are no part of the algorithm:
+
+    aggregation_length        what aggregation = "constant" divides by: the most that an episode can sample
+    overlong                  begins at four fifths of that
+    proximal, corrections     "learner" and truncated importance sampling, where engine and learner compute in different
+                              types: what sampled is then another policy even at lag 0, and PPO's clip would take the
+                              engine's rounding for a move of the learner's and drop those tokens
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from deploy.config.config import RunConfig
 from rollout.agents.agent import AgentSettings
 from rollout.engines.engine import Sampling
 from rollout.episodes.worker import RolloutSettings
@@ -52,3 +58,18 @@ def with_lengths(tree: dict[str, Any]) -> dict[str, Any]:
     if has_constant:
         filled["aggregation_length"] = longest
     return tree | {"learner": tree["learner"] | {"algorithm": filled}}
+
+
+def with_correction(tree: dict[str, Any], config: RunConfig) -> dict[str, Any] | None:
+    """The tree that `config` was read from with the correction that its types ask for; None: it asks for none.
+
+    A recipe that says `proximal` or `corrections` has decided. Yao et al. 2025, "Your Efficient RL Framework Secretly
+    Brings You Off-Policy RL Training", is where the weight comes from.
+    """
+    learner = tree.get("learner", {})
+    algorithm = learner.get("algorithm", {})
+    same_type = config.engine.dtype == config.learner.model.dtype
+    if same_type or not {"proximal", "corrections"}.isdisjoint(algorithm):
+        return None
+    correction = {"proximal": "learner", "corrections": [{"kind": "tis"}]}
+    return tree | {"learner": learner | {"algorithm": algorithm | correction}}
