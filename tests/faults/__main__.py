@@ -1,11 +1,12 @@
 """Faults, really injected, and what they cost. Bounded: about an hour and a half for everything.
 
-    python -m tests.faults [resumes] [real] [elastic] [matrix] [soak] [--rounds N] [--kills N] [--out FILE]
+    python -m tests.faults [resumes] [real] [elastic] [matrix] [damage] [soak] [--rounds N] [--kills N] [--out FILE]
 
 matrix    every part x signal x moment on several raylets, --rounds times each
 resumes   --kills times kill -9 of the whole job at lag 0, each followed by a resume
 real      the worker killed, its engine killed and frozen, everything killed, with the real vLLM
 elastic   2 -> 4 -> 1 workers by `manta scale` while the run goes on
+damage    every file of a killed run damaged, one at a time, and the run resumed; --only names files
 soak      --minutes at full rate: what each part holds in memory and open files; only when it is named
 
 The exit status is 1 when anything was lost, trained twice, or not recovered.
@@ -22,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from deploy.report.console import errors, output, write
-from tests.faults import elastic, matrix, real, resumes, soak
+from tests.faults import damage, elastic, matrix, real, resumes, soak
 
-NAMES = ("resumes", "real", "elastic", "matrix")
+NAMES = ("resumes", "real", "elastic", "matrix", "damage")
 LONG = ("soak",)
 
 
@@ -40,7 +41,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="injections of each kind")
     parser.add_argument("--kills", type=int, default=20, help="kills of the whole job")
     parser.add_argument("--minutes", type=float, default=120, help="of the soak")
-    parser.add_argument("--only", default="", help="kinds whose name contains this")
+    parser.add_argument("--only", default="", help="kinds of the matrix, or files, whose name contains this")
     parser.add_argument("--folder", type=Path, help="keep the runs here")
     parser.add_argument("--out", type=Path, help="write everything to this file, as JSON")
     asked = parser.parse_args()
@@ -76,6 +77,11 @@ def main() -> int:
             write(output(), "\n".join(matrix.table(outcomes)))
             write(output(), f"{books} exit status of the run: {status}")
             sound &= not status and not any(outcome.error for outcome in outcomes) and books.sound
+        if "damage" in (asked.names or NAMES):
+            damaged = damage.run(folder / "damage", say, asked.only)
+            report["damage"] = asdict(damaged)
+            write(output(), str(damaged))
+            sound &= damaged.sound
         if "soak" in asked.names:
             soaked = soak.run(folder / "soak", asked.minutes, say=say)
             report["soak"] = asdict(soaked)
