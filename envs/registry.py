@@ -88,6 +88,7 @@ _OURS: dict[str, str | _Factory] = {
     "assistant": "envs.builtin.assistant:assistant",
     "browser": "envs.builtin.browser:Browser",
     "chess": "envs.builtin.chess_game:ChessGame",
+    "dataset": "envs.datasets.dataset:Dataset",
     "frozen_lake": "envs.builtin.frozen_lake:FrozenLake",
     "household": "envs.builtin.household:Household",
     "memory_corridor": "envs.builtin.memory_corridor:MemoryCorridor",
@@ -215,6 +216,33 @@ def has_splits(env_id: str) -> bool:
     entry = _entry(env_id)
     factory = _load(env_id, entry) if isinstance(entry, str) else entry
     return factory is not None and "split" in inspect.signature(factory).parameters
+
+
+def task_count(env_id: str, options: dict[str, Any]) -> int | None:
+    """The number of tasks of an environment that has a list of them; the seed modulo it says which is played.
+
+    None where every seed is another task. The class says it by a class method `count_tasks(**options)`.
+    """
+    count = _asked_of_class(env_id, "count_tasks", options)
+    return None if count is None else int(count)
+
+
+def check_tasks(env_id: str, options: dict[str, Any]) -> None:
+    """Refuse a list of tasks of which one cannot be played: the class's `check_tasks(**options)`, where it has one."""
+    _asked_of_class(env_id, "check_tasks", options)
+
+
+def _asked_of_class(env_id: str, method: str, options: dict[str, Any]) -> Any:
+    """What a class method of an environment returns; None where it has none. EnvironmentUnknown for a ValueError."""
+    entry = _entry(env_id)
+    factory = _load(env_id, entry) if isinstance(entry, str) else entry
+    asked = getattr(factory, method, None)
+    if asked is None:
+        return None
+    try:
+        return asked(**options)
+    except (ValueError, TypeError) as error:
+        raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
 
 
 def suite_ids(suite: Suite) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ ROOMS: dict[str, set[str]] = {
     "envs.sandbox": set(),
     "envs.tools": {"envs", "envs.sandbox"},
     "envs.builtin": {"envs", "envs.sandbox", "envs.tools"},
+    "envs.rewards": {"envs", "envs.sandbox"},
+    "envs.datasets": {"envs", "envs.rewards"},
     "envs.suites": {"envs"},
     "envs.hosting": {"envs", "envs.tools"},
     "envs.checks": {"envs", "envs.hosting"},

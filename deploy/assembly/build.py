@@ -79,7 +79,8 @@ def _files_of(path: str) -> Iterator[None]:
 
 def training_tasks(config: RunConfig) -> TaskStream:
     """The run's stream of tasks: a pure function of (run seed, group id)."""
-    return TaskStream(config.env.id, config.env.options, config.seed)
+    count = registry.task_count(config.env.id, config.env.options)
+    return TaskStream(config.env.id, config.env.options, config.seed, count=count)
 
 
 def evaluation_tasks(config: RunConfig) -> list[Task]:
@@ -147,8 +148,11 @@ def distinct_tasks(
 
     Raises ConfigError when 1000 seeds in a row bring nothing new: the environment does not hold that many instances.
     An environment without splits holds out nothing but seeds, which those of training never are, and its episodes may
-    differ though they begin alike (a slippery lake): its tasks are the first seeds. So are a foreign agent's.
+    differ though they begin alike (a slippery lake): its tasks are the first seeds. So are a foreign agent's, and those
+    of an environment that has a list of tasks: as many as it has at most.
     """
+    if (held := registry.task_count(env_id, options)) is not None:
+        count = min(count, held)
     first = [Task.of(env_id, seed, options) for seed in range(first_seed, first_seed + count)]
     if env_id == PROGRAM:
         return first
@@ -156,7 +160,7 @@ def distinct_tasks(
     tasks: list[Task] = []
     seed, last_new = first_seed, first_seed
     with looked_at(env_id, options, host) as reset:
-        if first and not registry.has_splits(env_id):
+        if first and (held is not None or not registry.has_splits(env_id)):
             reset(first_seed)
             return first
         while len(tasks) < count:

@@ -46,6 +46,7 @@ def check(config: RunConfig) -> None:
     if config.replay is None:
         check_engine(config.engine, config.rollout.gpus_per_worker > 0)
     observation = first_observation(config.env.id, config.env.options, config.agent.parts, config.env.host)
+    registry.check_tasks(config.env.id, config.env.options)
     if path := config.learner.model.path:
         check_model(path)
         check_trainable(path)
@@ -67,6 +68,7 @@ def check(config: RunConfig) -> None:
         )
     check_lora(config, tokenizer)
     if config.replay is None:
+        registry.check_tasks(config.env.id, config.env.options | config.evaluation.options)
         evaluation_tasks(config)
     else:
         replay.check(config, tokenizer)

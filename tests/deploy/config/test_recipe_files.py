@@ -140,7 +140,9 @@ def test_lengths_of_an_algorithm_follow_from_the_job(own: Path) -> None:
     assert said is not None and (said.tokens, said.margin) == (100, 20)
 
 
-def test_an_engine_of_another_type_than_the_learner_has_its_samples_weighed(own: Path, tmp_path: Path) -> None:
+def test_an_engine_of_another_type_than_the_learner_has_its_samples_weighed(
+    own: Path, tmp_path: Path
+) -> None:
     def algorithm(*overrides: str) -> AlgorithmSettings:
         config = load_config(str(own), ["algorithm=grpo", *overrides])
         printed = tmp_path / "printed.toml"
