@@ -43,9 +43,9 @@ def judge(
 ) -> float:
     """The judge's score divided by `most`, in [0, 1].
 
-    prompt: with {task}, {completion}, {reference} and {most}. base_url: of the server; none: OPENAI_BASE_URL or OpenAI.
-    retries, seconds: of one question. at_once: questions that a process asks at a time. The key is the playing
-    process's OPENAI_API_KEY; it stands in no recipe. JudgeFailed where the server or the answer gives no score.
+    prompt: with {task}, {completion}, {reference} and {most}; it must ask for "score: N". base_url: of the server; none:
+    OPENAI_BASE_URL or OpenAI. retries, seconds: of one question. at_once: questions that a process asks at a time. The
+    key is the playing process's OPENAI_API_KEY; it stands in no recipe. JudgeFailed where no score is given.
     """
     reference = f"Reference answer:\n{truth}\n\n" if truth is not None else ""
     asked = prompt
@@ -74,7 +74,7 @@ def _judged(
             raise JudgeFailed(f"the judge {model} did not answer: {error}") from error
     text = reply.choices[0].message.content or ""
     said = _SCORE.findall(text)
-    score = last_number(said[-1] if said else text)
+    score = last_number(said[-1]) if said else None
     if score is None or not 0 <= score <= most:
         raise JudgeFailed(f"the judge {model} said no score from 0 to {most}: {text[-80:]!r}")
     return float(score) / most
