@@ -44,7 +44,7 @@ def judge(
     """The judge's score divided by `most`, in [0, 1].
 
     prompt: with {task}, {completion}, {reference} and {most}; it must ask for "score: N". base_url: the server;
-    none: OPENAI_BASE_URL or OpenAI. retries, seconds: of one question. at_once: questions that a process asks at a time. The
+    none: OPENAI_BASE_URL or OpenAI. retries, seconds: of one question. at_once: questions at a time. The
     key is the playing process's OPENAI_API_KEY; it stands in no recipe. JudgeFailed where no score is given.
     """
     reference = f"Reference answer:\n{truth}\n\n" if truth is not None else ""
