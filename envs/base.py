@@ -51,9 +51,16 @@ PRINTABLE = "".join(map(chr, range(32, 127))) + "\n\t"
 
 
 def messages_of(observation: Observation) -> list[Message]:
-    """An observation as messages of one's own; plain text is said by the user."""
+    """Copy an observation as chat messages; plain text becomes a message of the user.
+
+    TypeError for an observation that is neither text nor a non-empty list of messages.
+    """
     if isinstance(observation, str):
         return [{"role": "user", "content": observation}]
+    if not isinstance(observation, list) or not all(isinstance(message, dict) for message in observation):
+        raise TypeError(f"an observation must be a str or a list of message dicts, got {type(observation)}")
+    if not observation:
+        raise TypeError("an observation must hold at least one message")
     return [dict(message) for message in observation]
 
 

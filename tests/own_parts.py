@@ -62,7 +62,7 @@ def success(episode: Any, bonus: float = 0.0) -> float:
 
 
 def by_name(episode: Any) -> dict[str, float]:
-    return {"turns": -float(len(episode.steps)), "seed": float(episode.task.seed)}
+    return {"turns": -float(len(episode.turns)), "seed": float(episode.task.seed)}
 
 
 async def thoughtful(episode: Any) -> float:

@@ -24,7 +24,7 @@ from envs.hosting.subprocess_env import SubprocessEnv
 from envs.own_frames import came_from, told
 from envs.tools.tool import ToolRefused
 from rollout.agents.agent import Agent
-from rollout.agents.settings import PartSettings, dressed, dressing
+from rollout.agents.settings import PartSettings, wrapped, wrapping
 from rollout.buffer.replay_buffer import ReplayBuffer
 from rollout.chat.chat import Chat
 from rollout.chat.end_tokens import end_tokens
@@ -109,13 +109,13 @@ def looked_at(
     where it fails or does not answer.
     """
     if registry.is_trusted(env_id):
-        env = _asked(env_id, lambda: dressed(partial(registry.make, env_id, **options), parts))
+        env = _asked(env_id, lambda: wrapped(partial(registry.make, env_id, **options), parts))
         try:
             yield lambda seed: _asked(env_id, lambda: env.reset(seed=seed)[0])
         finally:
             env.close()
         return
-    recipe = dressing(registry.recipe(env_id, **options), parts)
+    recipe = wrapping(registry.recipe(env_id, **options), parts)
     try:
         with hosted.looked_at(recipe, host or HostSettings()) as reset:
             yield reset

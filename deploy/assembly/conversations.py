@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from envs.base import Message, Observation
-from rollout.agents.agent import AgentSettings, as_messages
+from envs.base import Message, Observation, messages_of
+from rollout.agents.agent import AgentSettings
 from rollout.agents.settings import PartSettings
 from rollout.agents.thinking import ThinkSettings
 from rollout.chat.chat import Chat
@@ -27,7 +27,7 @@ def rehearse(chat: Chat, observation: Observation, agent: AgentSettings) -> int:
     Every role, tool and result is tried that environment and parts are known to say. Raises ChatError where the
     template refuses one, or leaves it out.
     """
-    first = as_messages(observation)
+    first = messages_of(observation)
     prompt = chat.opening(first)
     for messages in _later(first, agent.parts):
         chat.delta(messages, ())

@@ -45,7 +45,6 @@ def executed(config: RunConfig) -> list[str]:
         *executed_options(config.env.id, config.env.options, "env.options"),
         *executed_options(config.env.id, config.evaluation.options, "evaluation.options"),
         *executed_parts(config.agent.parts),
-        *executed_engine(config.engine),
         *[_own(where, part) for where, part in own_parts(config) if not where.startswith("agent.parts[")],
         *([_entry("cluster.address", config.cluster.address)] if config.cluster.address else []),
     ]

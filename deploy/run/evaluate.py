@@ -202,7 +202,7 @@ async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) ->
 class _NoBuffer:
     """An evaluation is asked for, not reserved."""
 
-    async def reserve(self, worker: str, lane: int) -> Assignment | None:
+    async def reserve(self, worker: str, worker_loop: int) -> Assignment | None:
         return None
 
     async def record_turns(self, batch: object) -> None:

@@ -40,7 +40,7 @@ class Episode:
     @classmethod
     def of(cls, trajectory: Trajectory) -> Episode:
         """The facts of a trainable trajectory."""
-        steps = trajectory.steps
+        steps = trajectory.turns
         return cls(
             rewards_K=np.array([step.reward for step in steps], np.float64),
             tokens_K=tuple(len(step.action_ids) for step in steps),

@@ -90,7 +90,7 @@ def _read(path: Path) -> pa.Table:
 
 def _batch(version: int, groups: Sequence[Group], advantages: Sequence[Float32Array]) -> pa.RecordBatch:
     trained = [(group.reuse, trajectory) for group in groups for trajectory in group.trainable]
-    turns = [(reuse, trajectory, step) for reuse, trajectory in trained for step in trajectory.steps]
+    turns = [(reuse, trajectory, step) for reuse, trajectory in trained for step in trajectory.turns]
     offsets = np.cumsum([0, *(len(step.action_ids) for *_, step in turns)]).astype(np.int32)
     values_N = np.concatenate([np.zeros(0, np.float32), *advantages])
     if len(values_N) != offsets[-1]:

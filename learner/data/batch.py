@@ -19,7 +19,7 @@ from torch import Tensor
 
 from learner.parallel.ranks import Ranks
 from rollout.wire.images import images_in
-from rollout.wire.trajectory import Float32Array, Int32Array, Step, Trajectory
+from rollout.wire.trajectory import Float32Array, Int32Array, Trajectory, Turn
 
 NOT_SAMPLED = -1  # in versions_T: no weights sampled this token
 
@@ -116,7 +116,7 @@ def sequences_of(
     advantages_N and columns: float32 [N] in the order of the tokens. ValueError for a segment that opens
     with a sampled token: nothing predicts it.
     """
-    segments = [list(steps) for _, steps in groupby(trajectory.steps, key=lambda step: step.segment)]
+    segments = [list(steps) for _, steps in groupby(trajectory.turns, key=lambda step: step.segment)]
     found = []
     start = 0
     for steps in segments:
@@ -138,7 +138,7 @@ def sequences_of(
 
 
 def _sequence(
-    steps: Sequence[Step],
+    steps: Sequence[Turn],
     advantages_N: Float32Array,
     weight: float,
     columns: Mapping[str, Float32Array],

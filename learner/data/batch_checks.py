@@ -57,7 +57,7 @@ def _alone(groups: Sequence[Group], compares: str) -> Iterator[str]:
 def _unscored(groups: Sequence[Group]) -> Iterator[str]:
     for group in groups:
         for trajectory in group.trainable:
-            if not all(np.isfinite(step.behavior_logprobs).all() for step in trajectory.steps):
+            if not all(np.isfinite(step.behavior_logprobs).all() for step in trajectory.turns):
                 yield (
                     f"group {group.slot.group_id}, episode {trajectory.index}: its behaviour logprobs are not finite"
                 )

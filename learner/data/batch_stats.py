@@ -34,7 +34,7 @@ class _Facts:
             reward=trajectory.reward,
             named=trajectory.named_rewards,
             success=trajectory.success,
-            turns=len(trajectory.steps),
+            turns=len(trajectory.turns),
             tokens=trajectory.num_sampled,
             repetition=_repetition(trajectory),
             lags=int(lags.sum()),
@@ -127,13 +127,13 @@ def _lags_of(groups: Sequence[Group], version: int) -> list[int]:
 
 def _lags(trajectory: Trajectory, version: int) -> Int32Array:
     """Of every sampled token."""
-    return version - np.concatenate([step.versions for step in trajectory.steps])
+    return version - np.concatenate([step.versions for step in trajectory.turns])
 
 
 def _repetition(trajectory: Trajectory) -> float:
     """Repeated runs of tokens, of all runs in the episode's answers; 0 where no answer is that long."""
     runs = repeated = 0
-    for step in trajectory.steps:
+    for step in trajectory.turns:
         if len(step.action_ids) >= _RUN:
             windows = np.lib.stride_tricks.sliding_window_view(step.action_ids, _RUN)
             runs += len(windows)

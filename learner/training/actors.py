@@ -18,8 +18,7 @@ from learner.training.loop import LearnerLoop, Row, Source, Tell
 from learner.training.publish import Publisher, Snapshot
 from rollout.wire.actors import put_object
 from rollout.wire.notices import collected
-from rollout.wire.process_info import ProcessInfo, here
-from rollout.wire.stacks import stacks
+from rollout.wire.process_info import ProcessInfo, here, stacks
 from rollout.wire.weights import Handle, WeightUpdate
 
 Build = Callable[[Ranks], Learner]  # makes the learner where the actor runs

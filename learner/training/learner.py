@@ -297,7 +297,7 @@ class Learner:
         for example, reference_N in zip(examples, logprobs, strict=True):
             example.columns["reference_logprobs"] = reference_N
             if kl is not None and kl.where == "reward":
-                behavior_N = np.concatenate([s.behavior_logprobs for s in example.trajectory.steps])
+                behavior_N = np.concatenate([s.behavior_logprobs for s in example.trajectory.turns])
                 apart_N = divergence(
                     torch.from_numpy(behavior_N), torch.from_numpy(reference_N), kl.estimator, kl.cap
                 )

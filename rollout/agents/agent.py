@@ -1,4 +1,4 @@
-"""One turn of an agent: observation to prompt, prompt to sampled tokens, tokens to action."""
+"""An agent: from an observation to a prompt, to sampled tokens, to an action."""
 
 from __future__ import annotations
 
@@ -7,44 +7,44 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from envs.base import Message, Observation
-from rollout.agents.clock import BusyClock
+from envs.base import Message, Observation, messages_of
 from rollout.agents.settings import PartSettings, check_together
 from rollout.chat.chat import Chat, ChatError, TooLong, as_json
 from rollout.chat.long_text import off_loop
 from rollout.chat.perception import PerceptionError
 from rollout.engines.engine import Completion, Generates, Sampling, derive_seed
 from rollout.wire.images import MAX_EPISODE_BYTES, images_in
-from rollout.wire.trajectory import Step
+from rollout.wire.trajectory import Turn
 
 
 @dataclass(slots=True)
 class Conversation:
-    """What one episode has said so far; an agent is shared by many."""
+    """State of one episode's conversation; many of them share an agent."""
 
     seed: int  # every turn samples with a seed derived from it
     ids: list[int] = field(default_factory=list)  # all tokens of the current segment
     segment: int = 0
     turn: int = 0
     sampled: list[int] = field(default_factory=list)  # the last turn's action
-    tools: list[dict[str, Any]] = field(default_factory=list)  # what was said last of what can be called
+    tools: list[dict[str, Any]] = field(default_factory=list)  # schemas of the tools that were announced last
     images: list[str] = field(default_factory=list)  # the pictures of the current segment, as data URLs
     shown_bytes: int = 0  # of all pictures so far
 
     def open_segment(self) -> None:
-        """Forget: what follows has no history. What was said stays stored as it is."""
+        """Begin a segment without history; stored segments stay unchanged."""
         self.segment += 1
         self.ids = []
         self.sampled = []
         self.images = []
 
     def show(self, images: Sequence[str]) -> None:
-        """Pictures are added to the segment. ChatError for more than an episode may hold."""
-        self.images = [*self.images, *images]  # the engine may still read the list it was given
+        """Add pictures to the segment. ChatError for more bytes than an episode may hold."""
+        self.images = [*self.images, *images]  # a new list: the engine may still read the old one
         self.shown_bytes += sum(map(len, images))
         if self.shown_bytes > MAX_EPISODE_BYTES:
             raise ChatError(
@@ -54,8 +54,8 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """What was added to a conversation, and what it means to the environment."""
+class SampledTurn:
+    """A sampled turn: the tokens added to a conversation, and the action for the environment."""
 
     segment: int
     observation: str  # chat messages as JSON
@@ -67,26 +67,26 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class ContextOverflow:
-    """There was no room for another turn; nothing was sampled."""
+    """The context has no room for another turn; nothing was sampled."""
 
-    prompt_tokens: (
-        int  # the whole prompt, history included; the least that it has where it was not encoded whole
-    )
+    prompt_tokens: int  # of the whole prompt, history included; a lower bound where it was not encoded whole
     context_tokens: int
 
 
 class Actor(Protocol):
-    """Whatever plays an episode: an `Agent`, or a scripted player in its place."""
+    """Plays an episode: an `Agent`, or a scripted player (`Demonstrator`)."""
 
     def begin(self, seed: int) -> Conversation: ...
 
-    def recall(self, conversation: Conversation, step: Step) -> None: ...
+    def recall(self, conversation: Conversation, turn: Turn) -> None: ...
 
-    async def turn(self, conversation: Conversation, observation: Observation) -> Turn | ContextOverflow: ...
+    async def turn(
+        self, conversation: Conversation, observation: Observation
+    ) -> SampledTurn | ContextOverflow: ...
 
 
 class AgentSettings(BaseModel):
-    """What an agent is composed of."""
+    """Memory and parts of an agent."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -108,11 +108,37 @@ class AgentSettings(BaseModel):
         return self
 
 
-class Agent:
-    """Engine, chat template and sampling put together.
+class BusyClock:
+    """Wall time during which at least one of many concurrent users is inside: `with clock: await request`."""
 
-    A turn may sample `sampling.max_tokens` tokens, fewer when the context holds fewer; with room for less than
-    `min_new_tokens` there is no turn but a ContextOverflow.
+    def __init__(self) -> None:
+        self._users = 0
+        self._since = 0.0
+        self._total = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time with at least one user, up to now."""
+        return self._total + (time.perf_counter() - self._since if self._users else 0.0)
+
+    def __enter__(self) -> None:
+        if not self._users:
+            self._since = time.perf_counter()
+        self._users += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._users -= 1
+        if not self._users:
+            self._total += time.perf_counter() - self._since
+
+
+class Agent:
+    """Engine, chat template and sampling.
+
+    A turn samples up to `sampling.max_tokens` tokens, or what the context has room for; with room for fewer than
+    `min_new_tokens`, `turn` returns a ContextOverflow.
     """
 
     def __init__(
@@ -133,20 +159,22 @@ class Agent:
     def begin(self, seed: int) -> Conversation:
         return Conversation(seed)
 
-    def recall(self, conversation: Conversation, step: Step) -> None:
-        """Put a conversation where it stood after `step`, having recalled all before it. Nothing is encoded again."""
-        if step.segment != conversation.segment:
+    def recall(self, conversation: Conversation, turn: Turn) -> None:
+        """Append a stored turn to a conversation, without encoding it again. Turns must be recalled in order."""
+        if turn.segment != conversation.segment:
             conversation.open_segment()
-            conversation.segment = step.segment
-        self._note_tools(conversation, json.loads(step.observation)[0])
-        conversation.sampled = step.action_ids.tolist()
-        conversation.ids += step.prompt_ids.tolist() + conversation.sampled
-        conversation.turn = step.turn + 1
-        conversation.show(images_in(step.observation))
+            conversation.segment = turn.segment
+        self._note_tools(conversation, json.loads(turn.observation)[0])
+        conversation.sampled = turn.action_ids.tolist()
+        conversation.ids += turn.prompt_ids.tolist() + conversation.sampled
+        conversation.turn = turn.turn + 1
+        conversation.show(images_in(turn.observation))
 
-    async def turn(self, conversation: Conversation, observation: Observation) -> Turn | ContextOverflow:
+    async def turn(
+        self, conversation: Conversation, observation: Observation
+    ) -> SampledTurn | ContextOverflow:
         """Sample one turn and add it to the conversation. Raises EngineFailed."""
-        messages = as_messages(observation)
+        messages = messages_of(observation)
         if conversation.ids and self._forgets(messages[0]):
             conversation.open_segment()
         self._require_told(conversation, messages[0])
@@ -169,18 +197,18 @@ class Agent:
             completion = await self.engine.generate(prompt, sampling, conversation.images)
         engine_seconds = time.perf_counter() - began
         sampled = completion.token_ids.tolist()
-        # The engine may still read the prompt it was given: extend a list of our own.
+        # A new list: the engine may still read the prompt.
         conversation.ids = prompt + sampled
         conversation.sampled = sampled
         conversation.turn += 1
         action = self.chat.text(sampled)
-        return Turn(conversation.segment, as_json(messages), action, added, completion, engine_seconds)
+        return SampledTurn(conversation.segment, as_json(messages), action, added, completion, engine_seconds)
 
     def _forgets(self, first: Message) -> bool:
         return bool(first.get("forget")) or (self._settings.memory == "last" and not first.get("go_on"))
 
     def _require_told(self, conversation: Conversation, first: Message) -> None:
-        """Tools are offered where a conversation begins: later ones would leave no trace in what the policy reads."""
+        """Raise ChatError for tools that are announced later than a segment's first message, which no prompt shows."""
         new = (
             [tool for tool in first.get("tools", ()) if tool not in conversation.tools]
             if conversation.ids
@@ -188,12 +216,12 @@ class Agent:
         )
         if new:
             raise ChatError(
-                f"turn {conversation.turn}: the environment offers {len(new)} more tools, which no "
-                "conversation that goes on can tell: say forget=true beside them, so that it begins anew"
+                f"turn {conversation.turn}: the environment announces {len(new)} more tools in the middle of a "
+                "conversation, where no prompt shows them; set forget=true beside them to restart the conversation"
             )
 
     def _note_tools(self, conversation: Conversation, first: Message) -> None:
-        """An environment says what can be called where it begins; a turn that sees nothing else is told each time."""
+        """Keep the announced tools for later segments, which repeat them."""
         if "tools" in first or first.get("forget"):
             conversation.tools = first.get("tools", [])
 
@@ -202,24 +230,10 @@ class Agent:
             tools = {"tools": conversation.tools} if conversation.tools else {}
             return self.chat.opening([messages[0] | tools, *messages[1:]])
         if messages[0].get("go_on"):
-            return self.chat.going_on(messages[0], conversation.sampled)
+            return self.chat.continue_turn(messages[0], conversation.sampled)
         return self.chat.delta(messages, conversation.sampled)
 
     def _turn_sampling(self, conversation: Conversation, messages: Sequence[Message], room: int) -> Sampling:
         seed = derive_seed(conversation.seed, conversation.turn)
         most = min(self._sampling.max_tokens, messages[0].get("max_tokens", room), room)
         return self._sampling.model_copy(update={"seed": seed, "max_tokens": most})
-
-
-def as_messages(observation: Observation) -> list[Message]:
-    """An observation as chat messages: plain text is said by the user.
-
-    TypeError for what is neither text nor a non-empty list of messages.
-    """
-    if isinstance(observation, str):
-        return [{"role": "user", "content": observation}]
-    if not isinstance(observation, list) or not all(isinstance(message, dict) for message in observation):
-        raise TypeError(f"an observation must be a str or a list of message dicts, got {type(observation)}")
-    if not observation:
-        raise TypeError("an observation must hold at least one message")
-    return observation

@@ -1,14 +1,14 @@
-"""Memory across episodes: a store of lessons, searched by similarity, that the policy fills itself.
+"""Memory across episodes: a store of lessons, written by the policy and retrieved by similarity.
 
-    reset           the most similar lessons are said before the first observation
-    the last step   what it earned is paid, the end held back; "What is worth remembering?" is asked
-    policy          a lesson                           a turn to this part
-                    the end that was held back
+    reset           the most similar lessons precede the first observation
+    the last step   its reward is paid, the end is deferred, and the policy is asked "What is worth remembering?"
+    policy          a lesson                           a turn that this part answers
+                    the deferred end
 
 The store is an SQLite file with a full-text index; similarity is its BM25 (Robertson and Zaragoza 2009) over the words
-of the first observation a lesson was learnt from. It is shared by all that name the same file, keeps the latest
-`capacity` lessons, and makes an environment nondeterministic: an episode that lost its worker starts again. Evaluations
-read lessons and leave none (learns=False): what they measure knows nothing of their tasks.
+of the first observation of a lesson's episode. All agents with the same file share it. It keeps the latest `capacity`
+lessons, and makes an environment nondeterministic: an episode that lost its worker starts again. Evaluations read
+lessons and write none (learns=False), so that they do not learn from their own tasks.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from envs.base import Info, Observation, messages_of
-from rollout.agents.part import VERDICT, Env, Outcome, Part, behind_the_end, followed, preceded
+from rollout.agents.part import VERDICT, AgentPart, Env, Outcome, defer_end, with_text_after, with_text_before
 
-WAIT_SECONDS = 30.0  # for the store, which others write too
-WORDS = 64  # of an observation that are searched for
+LOCK_TIMEOUT_SECONDS = 30.0  # of the store, which other processes write too
+WORDS = 64  # of an observation in a query
 
 
 class LibrarySettings(BaseModel):
-    """What was learnt in one episode helps in the next."""
+    """Lessons of earlier episodes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,22 +41,22 @@ class LibrarySettings(BaseModel):
     max_chars: int = Field(300, gt=0, description="a longer lesson is cut")
     learns: bool = Field(True, description="ask for a lesson; false: those there are, as in every evaluation")
 
-    def dress(self, env: Env) -> Env:
-        """The environment as the policy has it."""
+    def wrap(self, env: Env) -> Env:
+        """Wrap an environment in this part."""
         return Library(env, settings=self)
 
 
-class Library(Part):
-    """An environment whose policy remembers other episodes."""
+class Library(AgentPart):
+    """An environment with lessons of earlier episodes."""
 
-    nondeterministic = True  # what is found depends on who wrote before
+    nondeterministic = True  # the lessons found depend on earlier writes
 
     def __init__(self, env: Env, settings: LibrarySettings) -> None:
         super().__init__(env, settings=settings)
         self._settings = settings
         self._store = Store(settings.path, settings.capacity)
         self._about = ""
-        self._held: Outcome | None = None  # the outcome of an episode whose lesson is being asked
+        self._held: Outcome | None = None  # the deferred end, while a lesson is asked for
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -65,7 +65,9 @@ class Library(Part):
         self._about, self._held = _said(observation), None
         lessons = self._store.similar(self._about, self._settings.found)
         if lessons:
-            observation = preceded("\n".join(f"Remember: {lesson}" for lesson in lessons), observation)
+            observation = with_text_before(
+                "\n".join(f"Remember: {lesson}" for lesson in lessons), observation
+            )
         return observation, info
 
     def step(self, action: str) -> Outcome:
@@ -78,12 +80,12 @@ class Library(Part):
             return observation, float(reward), terminated, truncated, info
         verdict = {key: info[key] for key in VERDICT if key in info}
         self._held = observation, 0.0, terminated, truncated, verdict | {"ended": None}
-        asked = followed(observation, self._settings.ask)
-        return asked, float(reward), False, False, behind_the_end(terminated, truncated, info)
+        asked = with_text_after(observation, self._settings.ask)
+        return asked, float(reward), False, False, defer_end(terminated, truncated, info)
 
 
 class Store:
-    """Lessons and what they are about, in one SQLite file; every call opens it, so that any process may."""
+    """Lessons and their subjects in one SQLite file; every call opens it, so that all processes may use it."""
 
     def __init__(self, path: Path, capacity: int) -> None:
         self._path = path
@@ -104,7 +106,7 @@ class Store:
             )
 
     def similar(self, about: str, most: int) -> list[str]:
-        """The lessons whose subject is most like this one, the likest first; those that share a word with it."""
+        """Lessons whose subject shares words with `about`, the most similar first."""
         words = list(dict.fromkeys(re.findall(r"\w+", about)))[:WORDS]
         if not words:
             return []
@@ -117,11 +119,11 @@ class Store:
         return [lesson for (lesson,) in rows]
 
     def _open(self) -> sqlite3.Connection:
-        return sqlite3.connect(self._path, timeout=WAIT_SECONDS)
+        return sqlite3.connect(self._path, timeout=LOCK_TIMEOUT_SECONDS)
 
 
 def _said(observation: Observation) -> str:
-    """All its text."""
+    """All text of an observation."""
     contents = [message["content"] for message in messages_of(observation)]
     parts = [[{"text": each}] if isinstance(each, str) else each for each in contents]
     return " ".join(part["text"] for each in parts for part in each if "text" in part)

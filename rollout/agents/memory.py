@@ -1,15 +1,14 @@
-"""Memory within an episode: a notebook; and for conversations that outgrow their context a window, or a summary.
+"""Memory within an episode: a notebook, and for conversations longer than the context a window or a summary.
 
-notebook  tools with which the policy writes down what it wants to read again: `write`, `read` and `notes`
-window    of the conversation the last `keep` turns stay; the task (the first observation) always does
-summary   the policy is asked to say what matters so far, a turn that is stored and trained like any other; its own
-          words then stand for all that went before
+notebook  tools with which the policy keeps notes: `write`, `read` and `notes`
+window    keeps the task (the first observation) and the last `keep` turns
+summary   asks the policy for a summary, in a turn that is stored and trained like any other; the summary then replaces
+          all earlier turns
 
-What the environment itself begins anew with is the task from there on.
-The last two begin the conversation anew, as a segment of its own, when `every` turns have come together: a stored
-segment is never edited, and in between the conversation grows by what is said, so that its tokens are sampled and
-trained once.
-Summaries by the policy itself, learnt with the task: Zhou et al. 2025, MEM1, section 3.
+Window and summary restart the conversation in a new segment after `every` turns: a stored segment is never edited, and
+between two restarts the conversation grows by new messages, so that tokens are sampled and trained once. If the
+environment restarts the conversation, its messages are the task from then on. Summaries by the policy, learnt with the
+task: Zhou et al. 2025, MEM1, section 3.
 """
 
 from __future__ import annotations
@@ -22,11 +21,21 @@ from envs.base import Info, Message, Observation, messages_of
 from envs.tools.tool import Tool
 from envs.tools.tool_calls import Style
 from envs.tools.tool_env import Toolbox, ToolEnv
-from rollout.agents.part import Env, Outcome, Part, anew, answered, begins_anew, followed, goes_on, preceded
+from rollout.agents.part import (
+    AgentPart,
+    Env,
+    Outcome,
+    continues_turn,
+    part_answer,
+    reset_context,
+    resets_context,
+    with_text_after,
+    with_text_before,
+)
 
 
 class NotebookSettings(BaseModel):
-    """What the policy writes down stays, whatever the conversation forgets."""
+    """Notes that outlast restarts of the conversation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,14 +45,14 @@ class NotebookSettings(BaseModel):
     style: Style = Field("hermes", description="how its tools are called, as in the part `tools`")
     max_calls: int = Field(64, gt=0, description="calls an episode")
 
-    def dress(self, env: Env) -> Env:
-        """The environment as the policy has it."""
+    def wrap(self, env: Env) -> Env:
+        """Wrap an environment in this part."""
         toolbox = Toolbox(sources=[Notebook(self.entries, self.max_chars)], call_seconds=None)
         return ToolEnv(env, toolbox, style=self.style, max_calls=self.max_calls)
 
 
 class WindowSettings(BaseModel):
-    """What was said longest ago is forgotten."""
+    """The latest turns of a conversation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,16 +63,16 @@ class WindowSettings(BaseModel):
     @model_validator(mode="after")
     def _forgets_something(self) -> WindowSettings:
         if self.keep >= self.every:
-            raise ValueError(f"keep={self.keep} of every={self.every} turns forgets nothing; keep fewer")
+            raise ValueError(f"keep={self.keep} of every={self.every} turns removes nothing; lower keep")
         return self
 
-    def dress(self, env: Env) -> Env:
-        """The environment as the policy has it."""
+    def wrap(self, env: Env) -> Env:
+        """Wrap an environment in this part."""
         return Window(env, settings=self)
 
 
 class SummarySettings(BaseModel):
-    """The policy's own words stand for what was said."""
+    """Summaries by the policy in place of earlier turns."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,13 +81,13 @@ class SummarySettings(BaseModel):
     ask: str = Field("Write down what matters of all this.", description="how it is asked for")
     max_chars: int = Field(600, gt=0, description="a longer summary is cut")
 
-    def dress(self, env: Env) -> Env:
-        """The environment as the policy has it."""
+    def wrap(self, env: Env) -> Env:
+        """Wrap an environment in this part."""
         return Summary(env, settings=self)
 
 
 class Notebook:
-    """Notes of one episode by their keys, as a source of tools (`envs.tools.tool_env.Source`)."""
+    """Notes of one episode by key, as a source of tools (`envs.tools.tool_env.Source`)."""
 
     repeatable = True
 
@@ -105,22 +114,22 @@ class Notebook:
         return ", ".join(self._notes) or "no notes"
 
     def renew(self) -> None:
-        """An episode begins with an empty notebook."""
+        """Empty the notebook for a new episode."""
         self._notes.clear()
 
     def close(self) -> None:
         """Nothing is held."""
 
 
-class Window(Part):
-    """An environment whose policy remembers the task and the last turns."""
+class Window(AgentPart):
+    """An environment whose conversation keeps the task and the last turns."""
 
     def __init__(self, env: Env, settings: WindowSettings) -> None:
         super().__init__(env, settings=settings)
         self._settings = settings
         self._task: list[Message] = []
-        self._turns: list[list[Message]] = []  # what was done, and what came of it
-        self._begun = ""  # of a turn that goes on
+        self._turns: list[list[Message]] = []  # an action and the observation after it
+        self._begun = ""  # text of an unfinished turn
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -135,10 +144,10 @@ class Window(Part):
 
     def _remembered(self, action: str, new: list[Message]) -> list[Message]:
         done = self._begun + action
-        self._begun = f"{done}{new[0]['content']}" if goes_on(new) else ""
-        if goes_on(new):
+        self._begun = f"{done}{new[0]['content']}" if continues_turn(new) else ""
+        if continues_turn(new):
             return new
-        if begins_anew(new):
+        if resets_context(new):
             self._task, self._turns = new, []
             return new
         self._turns.append([{"role": "assistant", "content": done}, *new])
@@ -146,18 +155,18 @@ class Window(Part):
             return new
         self._turns = self._turns[len(self._turns) - self._settings.keep :]
         latest = [message for turn in self._turns for message in turn] or new
-        return anew([*self._task, *latest], new)
+        return reset_context([*self._task, *latest], new)
 
 
-class Summary(Part):
-    """An environment whose policy remembers the task, its last summary, and what came since."""
+class Summary(AgentPart):
+    """An environment whose conversation keeps the task, the last summary, and the turns after it."""
 
     def __init__(self, env: Env, settings: SummarySettings) -> None:
         super().__init__(env, settings=settings)
         self._settings = settings
         self._task: list[Message] = []
         self._turns = 0
-        self._waiting: list[Message] | None = None  # the observation that a summary is to come before
+        self._waiting: list[Message] | None = None  # the observation that follows the summary
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -171,18 +180,18 @@ class Summary(Part):
             return self._summarized(action)
         observation, reward, terminated, truncated, info = self.env.step(action)
         new = messages_of(observation)
-        if begins_anew(new):
+        if resets_context(new):
             self._task, self._turns = new, 0
-        elif not goes_on(new):
+        elif not continues_turn(new):
             self._turns += 1
-        if self._turns >= self._settings.every and not (terminated or truncated or goes_on(new)):
+        if self._turns >= self._settings.every and not (terminated or truncated or continues_turn(new)):
             self._waiting = new
-            observation = followed(observation, self._settings.ask)
+            observation = with_text_after(observation, self._settings.ask)
         return observation, float(reward), terminated, truncated, info
 
     def _summarized(self, text: str) -> Outcome:
         assert self._waiting is not None
         said = f"So far: {text.strip()[: self._settings.max_chars]}"
-        observation = anew([*self._task, *preceded(said, self._waiting)], self._waiting)
+        observation = reset_context([*self._task, *with_text_before(said, self._waiting)], self._waiting)
         self._turns, self._waiting = 0, None
-        return answered(observation)
+        return part_answer(observation)

@@ -1,17 +1,16 @@
-"""Plan first, act on the plan, revise it: the plan is a turn of the trajectory, stored and trained.
+"""Planning: the policy writes a plan before it acts, and may revise it; plans are turns, stored and trained.
 
     environment   the first observation
-    policy        a plan                          a turn to this part
+    policy        a plan                          a turn that this part answers
     environment   "Plan: ..." and the observation again
     policy        an action
     ...
-    policy        "plan: another plan"            a turn to this part, whenever what was seen contradicts the plan
+    policy        "plan: another plan"            a turn that this part answers: a revision
     environment   "Plan: another plan" and the observation again
 
-Where the conversation is kept, the plan stands in it, and is said again where it begins anew; `remind` says it with
-every observation besides, for policies that see the last observation alone. Planning as a turn of its own before
-acting: Wang et al. 2023, Plan-and-Solve Prompting, section 2; revising in the light of what was observed: Yao et al.
-2023, ReAct, section 2.
+A full conversation contains the plan, which is repeated when the conversation restarts. `remind` repeats it with every
+observation, for policies that see the last observation only. Planning in a turn before acting: Wang et al. 2023,
+Plan-and-Solve Prompting, section 2; revising after observations: Yao et al. 2023, ReAct, section 2.
 """
 
 from __future__ import annotations
@@ -21,13 +20,22 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from envs.base import Info, Observation, messages_of
-from rollout.agents.part import Env, Outcome, Part, answered, begins_anew, followed, goes_on, preceded
+from rollout.agents.part import (
+    AgentPart,
+    Env,
+    Outcome,
+    continues_turn,
+    part_answer,
+    resets_context,
+    with_text_after,
+    with_text_before,
+)
 
-REVISION = "plan:"  # what a turn begins with that revises the plan
+REVISION = "plan:"  # prefix of a turn that revises the plan
 
 
 class PlanSettings(BaseModel):
-    """A plan before the first action, and whenever the policy wants another."""
+    """A plan before the first action, and revisions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,18 +47,18 @@ class PlanSettings(BaseModel):
         4, ge=0, description="revisions an episode; a turn that wants another is an action"
     )
 
-    def dress(self, env: Env) -> Env:
-        """The environment as the policy has it."""
+    def wrap(self, env: Env) -> Env:
+        """Wrap an environment in this part."""
         return Planning(env, settings=self)
 
 
-class Planning(Part):
-    """An environment whose policy plans."""
+class Planning(AgentPart):
+    """An environment whose policy writes plans."""
 
     def __init__(self, env: Env, settings: PlanSettings) -> None:
         super().__init__(env, settings=settings)
         self._settings = settings
-        self._plan: str | None = None  # None: asked for
+        self._plan: str | None = None  # None: the policy was asked for it
         self._revisions = 0
         self._seen: Observation = ""
 
@@ -59,12 +67,12 @@ class Planning(Part):
     ) -> tuple[Observation, Info]:
         self._seen, info = self.env.reset(seed=seed, options=options)
         self._plan, self._revisions = None, 0
-        return followed(self._seen, self._settings.ask), info
+        return with_text_after(self._seen, self._settings.ask), info
 
     def step(self, action: str) -> Outcome:
         if self._plan is None:
             return self._planned(action)
-        begins = action.lower().startswith(REVISION) and not goes_on(messages_of(self._seen))
+        begins = action.lower().startswith(REVISION) and not continues_turn(messages_of(self._seen))
         if begins and self._revisions < self._settings.max_revisions:
             self._revisions += 1
             return self._planned(action[len(REVISION) :])
@@ -73,9 +81,13 @@ class Planning(Part):
 
     def _planned(self, text: str) -> Outcome:
         self._plan = text.strip()[: self._settings.max_chars]
-        return answered(self._with_plan(self._seen))
+        return part_answer(self._with_plan(self._seen))
 
     def _with_plan(self, observation: Observation) -> Observation:
         messages = messages_of(observation)
-        said = self._settings.remind or begins_anew(messages)
-        return preceded(f"Plan: {self._plan}", messages) if said and not goes_on(messages) else messages
+        said = self._settings.remind or resets_context(messages)
+        return (
+            with_text_before(f"Plan: {self._plan}", messages)
+            if said and not continues_turn(messages)
+            else messages
+        )

@@ -1,14 +1,14 @@
-"""Reflect on a failed attempt and try again: one episode is several attempts at the same instance.
+"""Reflection: after a failed attempt the policy reflects on it and tries again, several attempts per episode.
 
     attempt fails   the last observation, and "What went wrong?"
-    policy          a reflection                       a turn to this part
-    next attempt    the instance from its start, behind the reflections so far, in a conversation that begins anew
+    policy          a reflection                       a turn that this part answers
+    next attempt    the instance from its start, after the reflections so far, in a restarted conversation
 
-An attempt has failed when it ended and the environment said so: success is False. Where it gives no verdict nothing has
-failed, and the episode ends as without this part. The verdict is the last attempt's. An episode earns what its best
-attempt did: the first is paid as it goes along, a later one at its end by what it is better than the best before it. So
-the sum stays in the environment's range, and it never pays to do worse first. (To pay the last attempt alone would take
-back what was paid before, from a turn that did nothing wrong.) Shinn et al. 2023, Reflexion, section 3.
+An attempt has failed if it ended with success=False. Without a verdict of the environment there is no other attempt.
+The episode's verdict is the last attempt's. An episode earns the reward of its best attempt: the first attempt's
+rewards are paid step by step, a later one's at its end, as far as it exceeds the best before it. The sum thus stays in
+the environment's range, and doing worse first never pays. (Paying only the last attempt would take back rewards of
+turns that did nothing wrong.) Shinn et al. 2023, Reflexion, section 3.
 """
 
 from __future__ import annotations
@@ -19,11 +19,19 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from envs.base import Info, Observation, named_rewards
-from rollout.agents.part import Env, Outcome, Part, anew, behind_the_end, followed, preceded
+from rollout.agents.part import (
+    AgentPart,
+    Env,
+    Outcome,
+    defer_end,
+    reset_context,
+    with_text_after,
+    with_text_before,
+)
 
 
 class ReflectSettings(BaseModel):
-    """Another attempt after a failed one, with what was learnt from it."""
+    """More attempts after a failed one, with reflections."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,32 +40,32 @@ class ReflectSettings(BaseModel):
     ask: str = Field("That failed. What will you do otherwise?", description="what is said behind the end")
     max_chars: int = Field(400, gt=0, description="a longer reflection is cut")
 
-    def dress(self, env: Env) -> Env:
-        """The environment as the policy has it."""
+    def wrap(self, env: Env) -> Env:
+        """Wrap an environment in this part."""
         return Reflection(env, settings=self)
 
 
 @dataclass
 class Earned:
-    """What an attempt has earned."""
+    """Rewards of an attempt."""
 
     total: float = 0.0
     named: dict[str, float] = field(default_factory=dict)
 
     def add(self, reward: float, named: dict[str, float] | None) -> None:
-        """One step's reward, and what it is made of."""
+        """Add one step's reward and its components."""
         self.total += reward
         for name, value in (named or {}).items():
             self.named[name] = self.named.get(name, 0.0) + value
 
     def beyond(self, other: Earned) -> dict[str, float]:
-        """By how much each named reward is more than another attempt's."""
+        """Difference of each named reward to another attempt's."""
         names = self.named | other.named
         return {name: self.named.get(name, 0.0) - other.named.get(name, 0.0) for name in names}
 
 
-class Reflection(Part):
-    """An environment that gives another chance to a policy that says what it has learnt."""
+class Reflection(AgentPart):
+    """An environment that gives the policy several attempts."""
 
     def __init__(self, env: Env, settings: ReflectSettings) -> None:
         super().__init__(env, settings=settings)
@@ -65,7 +73,7 @@ class Reflection(Part):
         self._seed: int | None = None
         self._options: dict[str, Any] | None = None
         self._learnt: list[str] = []
-        self._failed = False  # the last attempt has, and what went wrong is being asked
+        self._failed = False  # the last attempt has failed, and the policy was asked to reflect
         self._earned = Earned()
         self._best: Earned | None = None  # of the attempts before
 
@@ -90,11 +98,11 @@ class Reflection(Part):
         self._failed = ended and success is not None and not success
         if not self._failed or len(self._learnt) + 1 >= self._settings.attempts:
             return observation, paid, terminated, truncated, info
-        told = behind_the_end(terminated, truncated, info)
-        return followed(observation, self._settings.ask), paid, False, False, told
+        told = defer_end(terminated, truncated, info)
+        return with_text_after(observation, self._settings.ask), paid, False, False, told
 
     def _paid(self, reward: float, info: Info, ended: bool) -> tuple[float, Info]:
-        """What a step pays, and its info with what that is made of."""
+        """Reward of a step, and its info with the named components."""
         self._earned.add(reward, named_rewards(info))
         best = self._best
         if best is None:
@@ -112,5 +120,5 @@ class Reflection(Part):
         self._learnt.append(text.strip()[: self._settings.max_chars])
         observation, _ = self.env.reset(seed=self._seed, options=self._options)
         lessons = "\n".join(f"Attempt {number}: {text}" for number, text in enumerate(self._learnt, 1))
-        opening = preceded(lessons, observation)
-        return anew(opening, opening), 0.0, False, False, {"ended": None}
+        opening = with_text_before(lessons, observation)
+        return reset_context(opening, opening), 0.0, False, False, {"ended": None}

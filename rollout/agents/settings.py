@@ -1,4 +1,4 @@
-"""The parts a recipe can give an agent, and an environment dressed in them."""
+"""Parts of an agent in a recipe, and environments wrapped in them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from rollout.agents.tools import ToolsSettings
 from rollout.wire.own_part import BUILT_IN, BY_KIND, OWN, OwnPart
 
 _FORGETFUL = ("window", "summary")
-# Of two parts the one that may not be listed before the other, and why.
+# (part, other, reason): `part` must not be listed before `other`.
 _ORDER = (
-    ("window", "summary", "it would forget the summaries"),
+    ("window", "summary", "it would remove the summaries"),
     ("reflect", "tools", "a second attempt would begin with the calls and the servers of the first"),
 )
 
 
 class OwnAgentPart(OwnPart):
-    """A wrapper of a user's own: (environment, text on both sides) -> the environment as the policy has it."""
+    """A user's own wrapper: environment -> wrapped environment, with text on both sides."""
 
     CALLED_WITH: ClassVar[tuple[str, ...]] = ("env",)
 
-    def dress(self, env: Env) -> Env:
-        """The environment as the policy has it."""
-        dressed: Env = self.run(env)
-        return dressed
+    def wrap(self, env: Env) -> Env:
+        """Wrap an environment in this part."""
+        wrapped: Env = self.run(env)
+        return wrapped
 
 
 _BuiltIn = Annotated[
@@ -51,20 +51,20 @@ PartSettings = Annotated[Annotated[_BuiltIn, BUILT_IN] | Annotated[OwnAgentPart,
 
 
 def check_together(parts: Sequence[PartSettings], memory: str) -> None:
-    """Refuse parts that would undo one another: a ValueError says which, and what to do.
+    """Raise ValueError, with a remedy, for parts that contradict each other.
 
-    parts: from the environment outwards. memory: that of the agent, "full" or "last".
+    parts: from the environment outwards. memory: of the agent, "full" or "last".
     """
     kinds = [part.kind for part in parts]
     twice = [kind for kind in dict.fromkeys(kinds) if kind != "tools" and kinds.count(kind) > 1]
     if twice:
-        raise ValueError(f"the part {twice[0]} is there {kinds.count(twice[0])} times; have it once")
+        raise ValueError(f"the part {twice[0]} is listed {kinds.count(twice[0])} times; list it once")
     for kind, other, why in _ORDER:
         if kind in kinds and other in kinds[kinds.index(kind) :]:
             raise ValueError(f"the part {kind} is listed before {other}: {why}; list {other} before {kind}")
     if "think" in kinds[:-1]:
         raise ValueError(
-            f"the part think is listed before {kinds[-1]}, which would hear thoughts; list think last"
+            f"the part think is listed before {kinds[-1]}, which would receive thoughts; list think last"
         )
     styles = {part.style for part in parts if isinstance(part, ToolsSettings | NotebookSettings)}
     if len(styles) > 1:
@@ -74,8 +74,8 @@ def check_together(parts: Sequence[PartSettings], memory: str) -> None:
     silent = [part for part in parts if isinstance(part, PlanSettings) and not part.remind]
     if silent and set(_FORGETFUL) & set(kinds[kinds.index("plan") :]):
         raise ValueError(
-            "the part plan with remind=false is listed before one that forgets the plan; use remind=true, or list it "
-            "behind window and summary"
+            "the part plan with remind=false is listed before one that removes the plan; use remind=true, or list it "
+            "after window and summary"
         )
     if memory == "last":
         _check_last(parts)
@@ -84,31 +84,31 @@ def check_together(parts: Sequence[PartSettings], memory: str) -> None:
 def _check_last(parts: Sequence[PartSettings]) -> None:
     for part in parts:
         if isinstance(part, PlanSettings) and not part.remind:
-            raise ValueError("memory='last' forgets a plan that remind=false says once; use remind=true")
+            raise ValueError("memory='last' loses a plan that remind=false shows once; use remind=true")
         if part.kind in _FORGETFUL or (isinstance(part, ThinkSettings) and not part.keep):
             what = "think with keep=false" if part.kind == "think" else part.kind
             raise ValueError(
-                f"memory='last' forgets everything with every turn, and the part {what} would bring it back; "
-                "leave it away, or use memory='full'"
+                f"memory='last' drops the conversation with every turn, and the part {what} would restore it; "
+                "remove the part, or use memory='full'"
             )
 
 
 def evaluated(parts: Sequence[PartSettings]) -> tuple[PartSettings, ...]:
-    """The same parts for an evaluation: what is played there teaches them nothing."""
+    """The same parts for an evaluation, in which they do not learn."""
     return tuple(
         part.model_copy(update={"learns": False}) if isinstance(part, LibrarySettings) else part
         for part in parts
     )
 
 
-def dressed(make: Callable[[], Env], parts: Sequence[PartSettings]) -> Env:
-    """A new replica in its parts, from the environment outwards."""
+def wrapped(make: Callable[[], Env], parts: Sequence[PartSettings]) -> Env:
+    """Make an environment and wrap it in its parts, from the environment outwards."""
     env = make()
     for part in parts:
-        env = part.dress(env)
+        env = part.wrap(env)
     return env
 
 
-def dressing(make: Callable[[], Env], parts: Sequence[PartSettings]) -> Callable[[], Env]:
-    """The recipe of such replicas; without parts it is `make`, whose process need not import what dresses it."""
-    return partial(dressed, make, parts) if parts else make
+def wrapping(make: Callable[[], Env], parts: Sequence[PartSettings]) -> Callable[[], Env]:
+    """Bind `wrapped` to make and parts; without parts it is `make`, whose process then need not import them."""
+    return partial(wrapped, make, parts) if parts else make

@@ -1,4 +1,4 @@
-"""Tools as a part of an agent: what a recipe names becomes a `ToolEnv` around the environment."""
+"""Tools as a part of an agent: a `ToolEnv` around the environment, with the tools that a recipe names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rollout.agents.part import Env
 
 
 class ServerSettings(BaseModel):
-    """An MCP server over stdio. Every replica of an environment starts one of its own."""
+    """An MCP server over stdio. Every replica of an environment starts its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,8 +37,8 @@ class ServerSettings(BaseModel):
     )
 
     def start(self) -> Source:
-        """The running server. ToolRefused where it does not start."""
-        # The package is large, and only needed where there is a server.
+        """Start the server. ToolRefused if it does not start."""
+        # The package is large, and needed only with a server.
         from envs.tools.mcp_tools import McpServer
 
         return McpServer(
@@ -53,7 +53,7 @@ class ServerSettings(BaseModel):
 
 
 class ToolsSettings(BaseModel):
-    """Tools that a policy may call in any turn."""
+    """Tools that the policy may call in any turn."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -86,8 +86,8 @@ class ToolsSettings(BaseModel):
                 raise ValueError(f'{each!r} names no function; write "module:function"')
         return functions
 
-    def dress(self, env: Env) -> Env:
-        """The environment as the policy has it. ToolRefused for what can be no tool, or does not start."""
+    def wrap(self, env: Env) -> Env:
+        """Wrap an environment in these tools. ToolRefused for a function that cannot be a tool, or a failed server."""
         with ExitStack() as started:
             sources = []
             for server in self.servers:
@@ -99,9 +99,9 @@ class ToolsSettings(BaseModel):
                 max_result_chars=self.max_result_chars,
                 call_seconds=self.call_seconds,
             )
-            dressed = ToolEnv(env, toolbox, style=self.style, max_calls=self.max_calls, grace=self.grace)
-            started.pop_all()  # from here on they are closed with the environment
-        return dressed
+            wrapped = ToolEnv(env, toolbox, style=self.style, max_calls=self.max_calls, grace=self.grace)
+            started.pop_all()  # the environment closes them from now on
+        return wrapped
 
 
 def _tool(reference: str) -> Callable[..., Any]:

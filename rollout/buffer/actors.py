@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import wraps
+from inspect import iscoroutinefunction
 from typing import Any
 
 import pyarrow as pa
@@ -12,90 +14,58 @@ from rollout.buffer.replay_buffer import ReplayBuffer
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.wire.notices import collected
 from rollout.wire.partition import WHOLE, Partition
-from rollout.wire.process_info import ProcessInfo, here
-from rollout.wire.stacks import stacks
+from rollout.wire.process_info import ProcessInfo, here, stacks
 from rollout.wire.trajectory import Assignment, DropReason, Slot
 
 
 class ReplayBufferActor:
-    """Hosts one `ReplayBuffer`. Every method waits inside the replay buffer, so the actor serves all workers at once.
+    """One `ReplayBuffer` as an actor, with all of its public coroutines as methods (see below the class).
 
-    Every method may be called again when its answer is lost: whoever makes the actor lets Ray restart it and repeat the
-    calls that were under way.
+    They wait inside of the replay buffer, so that all workers are served at once. Every method may be repeated when its
+    answer is lost: Ray restarts the actor and repeats the calls under way.
     """
 
     def __init__(self, build: Callable[[], ReplayBuffer]) -> None:
         self._notices = collected()
         self._replay_buffer = build()
 
-    async def reserve(self, worker: str, lane: int) -> Assignment | None:
-        return await self._replay_buffer.reserve(worker, lane)
-
-    async def record_turns(self, batch: pa.RecordBatch) -> None:
-        await self._replay_buffer.record_turns(batch)
-
-    async def add(self, slot: Slot, batch: pa.RecordBatch, episodes: Sequence[EpisodeRow]) -> None:
-        await self._replay_buffer.add(slot, batch, episodes)
-
-    async def drop(
-        self, slot: Slot, reason: DropReason, error: str = "", episodes: Sequence[EpisodeRow] = ()
-    ) -> None:
-        await self._replay_buffer.drop(slot, reason, error, episodes)
-
-    async def reassign(self, worker: str, lost: str = "") -> int:
-        return await self._replay_buffer.reassign(worker, lost)
-
-    async def take(self, version: int, timeout_s: float, share: Partition = WHOLE) -> list[pa.RecordBatch]:
-        return await self._replay_buffer.take(version, timeout_s, share)
-
-    async def discard(self, version: int, reason: DropReason) -> None:
-        await self._replay_buffer.discard(version, reason)
-
-    async def release(self, version: int) -> None:
-        await self._replay_buffer.release(version)
-
-    async def checkpointed(self, version: int) -> None:
-        await self._replay_buffer.checkpointed(version)
-
-    async def rollback(self, version: int, new_driver: bool = False) -> None:
-        await self._replay_buffer.rollback(version, new_driver)
-
-    async def archive(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
-        await self._replay_buffer.archive(name, batches)
-
-    async def counts(self) -> dict[str, int]:
-        return await self._replay_buffer.counts()
-
-    async def state(self) -> dict[str, Any]:
-        return await self._replay_buffer.state()
-
     async def ping(self) -> ProcessInfo:
-        """Where this actor runs, said when its event loop has come round to it."""
+        """Address of this actor's process; the answer shows that its event loop runs."""
         return here(ray.get_runtime_context().get_node_id())
 
     async def notices(self) -> list[str]:
-        """What this process has noticed since it was started, see `rollout.wire.notices`."""
+        """Notices of this process since its start, see `rollout.wire.notices`."""
         return self._notices.since(0)
 
     async def stacks(self) -> str:
-        """What every thread and task of the actor is doing."""
+        """Stacks of all threads and tasks of the actor."""
         return stacks()
 
-    async def close(self) -> None:
-        await self._replay_buffer.close()
+
+def _forwarded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    @wraps(method)
+    async def call(self: ReplayBufferActor, *arguments: Any, **keywords: Any) -> Any:
+        return await method(self._replay_buffer, *arguments, **keywords)
+
+    return call
+
+
+for _name, _method in vars(ReplayBuffer).items():
+    if iscoroutinefunction(_method) and not _name.startswith("_"):
+        setattr(ReplayBufferActor, _name, _forwarded(_method))
 
 
 class RemoteReplayBuffer:
     """The replay buffer's interface over a handle of its actor; payloads travel through the object store.
 
-    A call outlives the replay buffer's process: with the actor's `max_task_retries` Ray repeats it to the next one.
+    With the actor's `max_task_retries` Ray repeats a call to the restarted actor.
     """
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    async def reserve(self, worker: str, lane: int) -> Assignment | None:
-        assignment: Assignment | None = await self._actor.reserve.remote(worker, lane)
+    async def reserve(self, worker: str, worker_loop: int) -> Assignment | None:
+        assignment: Assignment | None = await self._actor.reserve.remote(worker, worker_loop)
         return assignment
 
     async def record_turns(self, batch: pa.RecordBatch) -> None:

@@ -1,7 +1,8 @@
-"""Append-only files in numbered order: what segments and journal are made of.
+"""Numbered append-only files, which segments and journal consist of.
 
-A file is never reopened for writing: a restarted writer begins the next one, so a torn tail stays a tail. A write or a
-sync that fails is undone by `rewind`, which also ends the file: after a failed fsync nobody knows what the disk has.
+A file is never reopened for writing: a restarted writer begins the next one, so that a torn record is always the last
+of its file. `rewind` undoes a failed write or sync. It also ends the file, because its content on disk is unknown after
+a failed fsync.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-CORRUPT = ".corrupt"  # added to the name of a file that is set aside
+CORRUPT = ".corrupt"  # suffix of a file that was set aside
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A place to rewind to: the newest file, and its size where it is open."""
+    """A position to rewind to: the newest file, and its size if it is open."""
 
     number: int
     size: int | None
@@ -49,16 +50,16 @@ class NumberedFiles:
 
     @property
     def open_number(self) -> int | None:
-        """The file that the next append may go to."""
+        """Number of the file that the next append may write to."""
         return self._number if self._file is not None else None
 
     @property
     def next_number(self) -> int:
-        """The file that begins next."""
+        """Number of the next new file."""
         return self._number + 1
 
     def files(self) -> list[tuple[int, Path]]:
-        """What is there, in order; files set aside are not."""
+        """List the files in order, without those set aside."""
         return numbered(self._folder, self._stem, self._suffix)
 
     def path(self, number: int) -> Path:
@@ -67,7 +68,7 @@ class NumberedFiles:
     def append(self, *parts: Any) -> tuple[int, int]:
         """Write these buffers one after another; returns file number and offset. Durable after the next `sync`.
 
-        An OSError leaves nothing of them behind.
+        An OSError leaves no part of them.
         """
         before = self.mark()
         try:
@@ -83,16 +84,16 @@ class NumberedFiles:
         return self._number, offset
 
     def sync(self) -> None:
-        """Make everything appended so far survive a crash of the machine."""
+        """Make everything that was appended survive a crash of the machine."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
     def mark(self) -> Mark:
-        """Where things stand, for `rewind`."""
+        """Return the current position, for `rewind`."""
         return Mark(self._number, None if self._file is None else self._size)
 
     def rewind(self, mark: Mark) -> None:
-        """Take back everything appended since `mark`. The next append begins another file."""
+        """Remove everything appended since `mark`. The next append begins another file."""
         self._end()
         for number, path in self.files():
             if number > mark.number:
@@ -110,7 +111,7 @@ class NumberedFiles:
                 self._end()
 
     def set_aside(self, number: int) -> Path:
-        """Give a file that cannot be trusted another name, under which nobody reads it; it may be gone already."""
+        """Rename a corrupt file, so that no reader finds it; it may be missing already."""
         if number == self.open_number:
             self._end()
         path = self.path(number)
@@ -139,7 +140,7 @@ class NumberedFiles:
     def _write(self, part: Any) -> None:
         assert self._file is not None
         left = memoryview(part)
-        while left:  # a disk that is about to be full takes a part
+        while left:  # a nearly full disk may write a part
             written = self._file.write(left)
             self._size += written
             left = left[written:]

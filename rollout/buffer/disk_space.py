@@ -1,4 +1,4 @@
-"""Room on the disk: what is free, what is wanted, and which errors mean that there is none."""
+"""Free disk space of a run: how much is required, and which errors mean that the disk is full."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _MIB = 2**20
 
 
 def free_bytes(folder: Path) -> int:
-    """What the disk of this folder has left."""
+    """Free bytes on the disk of this folder."""
     return shutil.disk_usage(folder).free
 
 
-class NoRoom(OSError):
-    """The disk has less left than is wanted."""
+class OutOfDiskSpace(OSError):
+    """The disk has less free space than buffer.min_free_mib."""
 
 
-class Room:
-    """`probe` says how many bytes are free; a test says it otherwise."""
+class DiskSpace:
+    """Free space on a folder's disk. probe: returns the free bytes; tests pass their own."""
 
     def __init__(self, folder: Path, min_free_mib: int, probe: Callable[[Path], int] = free_bytes) -> None:
         self._folder = folder
@@ -29,13 +29,13 @@ class Room:
         self._probe = probe
 
     def require(self) -> None:
-        """Raises NoRoom."""
+        """Raise OutOfDiskSpace below the required free space."""
         if self._probe(self._folder) < self._min_free_mib * _MIB:
-            raise NoRoom(errno.ENOSPC, self._say("too little room"))
+            raise OutOfDiskSpace(errno.ENOSPC, self._say("too little disk space"))
 
     def lack(self, error: OSError | sqlite3.Error) -> str | None:
-        """What to tell people where this error means that the disk has no room; None where it means another thing."""
-        if isinstance(error, NoRoom):
+        """Return a message if this error means that the disk is full, else None."""
+        if isinstance(error, OutOfDiskSpace):
             return str(error.strerror)
         if isinstance(error, sqlite3.Error):
             return self._say("the disk is full") if error.sqlite_errorcode == sqlite3.SQLITE_FULL else None
@@ -45,4 +45,4 @@ class Room:
 
     def _say(self, what: str) -> str:
         free = self._probe(self._folder) / _MIB
-        return f"{what} at {self._folder}: {free:.0f} MiB free, {self._min_free_mib} wanted (buffer.min_free_mib)"
+        return f"{what} at {self._folder}: {free:.0f} MiB free, {self._min_free_mib} required (buffer.min_free_mib)"

@@ -1,4 +1,4 @@
-"""How many episodes infrastructure fails, and when that is too many."""
+"""Share of episodes that fail by infrastructure, and the limit that stops a run."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from collections.abc import Iterable
 
 from rollout.wire.trajectory import EndReason
 
-WINDOW = 200  # episodes over which the share of infrastructure failures is judged
-
+WINDOW = 200  # episodes over which the share of infrastructure failures is computed
 
 _MODULE = re.compile(r"^(?:\w+\.)+(?=\w+:)")  # of the class that a traceback's last line names
 
 
 class TooManyFailures(RuntimeError):
-    """Environments or engines fail so often that training on the rest would be training on a biased rest.
+    """Environments or engines fail so often that the remaining episodes would be a biased sample.
 
-    message: one line, also where the error came from another process and its text is a traceback of there.
-    details: the traceback of the last episode that failed; empty where none is known.
+    message: one line, also for an error of another process, whose text is a traceback.
+    details: traceback of the last failed episode; empty if none is known.
     """
 
     def __init__(self, message: str, details: str = "") -> None:
@@ -28,22 +27,22 @@ class TooManyFailures(RuntimeError):
 
 
 def cause_of(error: str) -> str:
-    """The last line of a stored traceback, which says what an episode failed by; empty where there is none."""
+    """Last line of a stored traceback, without the module's name; empty if there is none."""
     lines = error.strip().splitlines()
     return _MODULE.sub("", lines[-1]) if lines else ""
 
 
 class FailureWindow:
-    """The last episodes' end reasons and the last error."""
+    """End reasons of the last WINDOW episodes, and the last error."""
 
     def __init__(self, allowed_share: float, before: Iterable[tuple[EndReason, str | None]] = ()) -> None:
         self._allowed = allowed_share
         self._recent: deque[bool] = deque(maxlen=WINDOW)  # True: failed
         self._last_error = ""
-        self.watch(before)
+        self.count(before)
 
-    def watch(self, episodes: Iterable[tuple[EndReason, str | None]], error: str = "") -> None:
-        """Count these episodes; `error` is that of the whole group."""
+    def count(self, episodes: Iterable[tuple[EndReason, str | None]], error: str = "") -> None:
+        """Count these episodes. error: of their whole group."""
         self._remember(error)
         for end_reason, episode_error in episodes:
             failed = end_reason is EndReason.FAILED
@@ -51,15 +50,15 @@ class FailureWindow:
             if failed:
                 self._remember(episode_error or "")
 
-    def require_few(self) -> None:
-        """Raises TooManyFailures."""
-        # A share of the whole window, so that a bad start of a few episodes does not end a run.
+    def require_below_limit(self) -> None:
+        """Raise TooManyFailures above the allowed share."""
+        # The share is of the whole window, so that a few failures at the start do not end a run.
         failed = sum(self._recent)
         if failed > self._allowed * WINDOW:
             last = cause_of(self._last_error) or "none recorded"
             raise TooManyFailures(
                 f"{failed} of the last {len(self._recent)} episodes failed by infrastructure, more than "
-                f"{self._allowed:.0%} of {WINDOW} (max_failed_share); the last error: {last}",
+                f"{self._allowed:.0%} of {WINDOW} (buffer.max_failed_share); the last error: {last}",
                 self._last_error,
             )
 

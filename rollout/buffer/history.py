@@ -1,4 +1,4 @@
-"""What a finished run has trained on, step by step: read from its ledger and segments, which stay as they are."""
+"""Groups that a finished run was trained on, step by step, read from its ledger and segments."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from rollout.buffer.ledger_checks import check_log, examine, naming
-from rollout.buffer.payload import Reused
 from rollout.buffer.reuse import OF_STEPS
-from rollout.buffer.segments import Location, read_batch
+from rollout.buffer.segments import Location, ReusedGroup, read_batch
 from rollout.wire.partition import WHOLE, Partition
 from rollout.wire.trajectory import DropReason
 
@@ -22,16 +21,18 @@ ORDER BY taken_version, group_id
 
 
 class HistoryError(ValueError):
-    """A run's past can not be learned from again; the message says why."""
+    """A run's groups cannot be trained on again; the message says why."""
 
 
 class History:
-    """A source of groups for a learner: what another learner took, at the same steps."""
+    """A source of groups for a learner: those that another learner took, at the same steps."""
 
     def __init__(self, run: Path) -> None:
         ledger = run / "ledger.sqlite"
         if not ledger.is_file():
-            raise HistoryError(f"{run}: no ledger.sqlite, so this is no run folder")
+            raise HistoryError(
+                f"{run}: no ledger.sqlite, so this is no run folder; give the folder of a finished run"
+            )
         check_log(ledger)
         uri = f"{ledger.absolute().as_uri()}?mode=ro"
         with naming(ledger), closing(sqlite3.connect(uri, uri=True)) as db:
@@ -45,34 +46,36 @@ class History:
             if version == len(self._steps):
                 self._steps.append([])
             self._steps[-1].append(Location(*place))
-        self._reused: list[list[Reused]] = [[] for _ in self._steps]
+        self._reused: list[list[ReusedGroup]] = [[] for _ in self._steps]
         for version, group_id, *place, nth in again:
             if version < len(self._steps):
-                self._reused[version].append(Reused(group_id, nth, Location(*place)))
+                self._reused[version].append(ReusedGroup(group_id, nth, Location(*place)))
 
     @property
     def steps(self) -> int:
-        """Learner steps the run has made."""
+        """Learner steps of the run."""
         return len(self._steps)
 
     async def take(self, version: int, timeout_s: float, share: Partition = WHOLE) -> list[pa.RecordBatch]:
-        """The groups of the step after `version`. Raises CorruptSegment, HistoryError past the last step."""
+        """Return the groups of the step after `version`. Raises CorruptSegment, and HistoryError past the last step."""
         if version >= self.steps:
-            raise HistoryError(f"step {version + 1} was asked of a run that made {self.steps}")
+            raise HistoryError(
+                f"the run has {self.steps} steps, and step {version + 1} was asked for; lower steps"
+            )
         fresh = [read_batch(self._groups, location) for location in self._steps[version]]
         return share.of(fresh + [reused.read(self._groups) for reused in self._reused[version]])
 
     async def discard(self, version: int, reason: DropReason) -> None:
-        """There are no other groups."""
+        """Raise HistoryError: a finished run has no other groups for a step."""
         raise HistoryError(
-            f"step {version + 1} can not be learned ({reason}), and the past holds no other groups"
+            f"step {version + 1} cannot be trained ({reason}), and a replay has no other groups"
         )
 
     async def checkpointed(self, version: int) -> None:
-        """A checkpoint is on disk: nothing to note."""
+        """Do nothing: all groups are trained already."""
 
     async def counts(self) -> dict[str, int]:
-        """As a ledger's: everything was trained long ago."""
+        """Balance as of `Ledger.counts`: all groups are trained."""
         trained = sum(map(len, self._steps))
         return {
             "issued": trained,

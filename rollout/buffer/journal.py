@@ -1,11 +1,11 @@
-"""The journal: every finished turn of every unfinished group, so that no worker's death costs a sampled token.
+"""The journal: every finished turn of every unfinished group, so that the loss of a worker costs no sampled token.
 
     record    magic, length of the payload (4 bytes, little-endian), 16 bytes of blake3 of it, payload
     payload   the Arrow IPC message of one batch of JOURNAL_SCHEMA
 
-A file is removed once none of its groups is unfinished. What no longer counts although its group is unfinished (turns
-of weights that a rollback has left behind) is got rid of by writing the rest anew: the files before `first`, which
-the ledger keeps, do not exist for a reader.
+A file is removed once all of its groups are finished. Turns of an unfinished group become invalid when a rollback
+discards their weights. The valid turns are then written to new files, and readers ignore files before `first`, a number
+that the ledger stores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow as pa
 from blake3 import blake3
 
 from rollout.buffer.append_only import Mark, NumberedFiles
-from rollout.wire.schema import JOURNAL_SCHEMA, VERSION, SchemaError, goes_on
+from rollout.wire.schema import JOURNAL_SCHEMA, VERSION, SchemaError, extends_prefix
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ Episodes = dict[int, list[_Row]]  # by episode: its turns in order, without a ga
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
-    """A journal written anew; it counts once the ledger has `first`."""
+    """A rewritten journal; it is valid once the ledger has `first`."""
 
     first: int
     rows: dict[int, Episodes]
@@ -59,9 +59,9 @@ class Rewritten:
 
 
 class Journal:
-    """One writer. `attempts` are the unfinished groups and the newest attempt of each; no other rows are read.
+    """Turns of unfinished groups, with one writer. attempts: these groups and the newest attempt of each.
 
-    `damaged`: a record in the middle does not hold. What came before it is known; the caller rewrites and adopts.
+    damaged: a record in the middle is corrupt. The turns before it are known; the caller rewrites and adopts.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Journal:
         return self._damaged is not None
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> list[tuple[int, pa.RecordBatch]]:
-        """Write these rows; they are durable after `sync` and known after `keep` of what this returns."""
+        """Write these rows; they are durable after `sync` and readable after `keep` of the returned list."""
         return [(self._files.append(*_record(batch))[0], batch) for batch in batches]
 
     def sync(self) -> None:
@@ -93,30 +93,30 @@ class Journal:
         return self._files.mark()
 
     def rewind(self, mark: Mark) -> None:
-        """Take back what was appended since `mark`."""
+        """Remove what was appended since `mark`."""
         self._files.rewind(mark)
 
     def keep(self, written: Iterable[tuple[int, pa.RecordBatch]]) -> None:
-        """Rows that are on disk are what an assignment holds from now on."""
+        """Make rows that are on disk part of assignments."""
         for number, batch in written:
             groups = self._groups.setdefault(number, set())
             columns = (batch.column(name).to_pylist() for name in ("group_id", "attempt", "episode", "turn"))
             for place, (group_id, attempt, episode, turn) in enumerate(zip(*columns, strict=True)):
                 rows = self._rows.setdefault(group_id, {}).setdefault(episode, [])
-                if goes_on(len(rows), rows[-1].attempt if rows else -1, attempt, turn):
+                if extends_prefix(len(rows), rows[-1].attempt if rows else -1, attempt, turn):
                     rows[turn:] = [_Row(attempt, batch, place)]
                     groups.add(group_id)
 
     def turns(self, group_id: int) -> pa.RecordBatch | None:
-        """All durable turns of a group: episodes in order, turns in order."""
+        """Return all durable turns of a group: episodes in order, turns in order."""
         return _together(self._rows.get(group_id, {}))
 
     def has_turns_of(self, group_id: int, attempt: int) -> bool:
-        """Whether this very attempt has recorded a turn."""
+        """Whether this attempt has recorded a turn."""
         return any(row.attempt == attempt for rows in self._rows.get(group_id, {}).values() for row in rows)
 
     def finish(self, group_ids: Iterable[int]) -> None:
-        """These groups are complete or dropped, and the ledger has it durably."""
+        """Forget groups that are complete or dropped, durably in the ledger."""
         for group_id in group_ids:
             self._rows.pop(group_id, None)
             for groups in self._groups.values():
@@ -124,7 +124,7 @@ class Journal:
         self._remove_finished()
 
     def rewrite(self, group_ids: Collection[int], up_to: int | None = None) -> Rewritten:
-        """Write the turns of these groups anew, synced: each episode up to its first token of a version > `up_to`."""
+        """Write the turns of these groups to new files, synced: each episode up to its first token above `up_to`."""
         self._files.close()
         first = self._files.next_number
         rows: dict[int, Episodes] = {}
@@ -144,7 +144,7 @@ class Journal:
         return Rewritten(first, rows, files)
 
     def adopt(self, rewritten: Rewritten) -> None:
-        """The ledger has `first`: what was written before is gone, a damaged file set aside."""
+        """Use a rewritten journal, whose `first` the ledger has: remove older files, set a damaged one aside."""
         self._rows, self._groups = rewritten.rows, rewritten.files
         if self._damaged is not None:
             self._files.set_aside(self._damaged)
@@ -171,7 +171,7 @@ class Journal:
             self._damaged = number
 
     def _remove_finished(self) -> None:
-        # A file behind a damaged one is not known by its groups, but `adopt` removes it.
+        # Groups of a file behind a damaged one are unknown; `adopt` removes it.
         for number in [number for number, groups in self._groups.items() if not groups]:
             if number not in (self._files.open_number, self._damaged):
                 self._files.path(number).unlink()
@@ -181,7 +181,7 @@ class Journal:
 def rows_of(
     batch: pa.RecordBatch, attempts: Mapping[int, int], earlier: bool = False
 ) -> pa.RecordBatch | None:
-    """The rows of these groups and exactly these attempts (or `earlier` ones too); None where there are none."""
+    """Select the rows of these groups and attempts (with `earlier`, also of previous attempts); None without rows."""
     pairs = zip(batch.column("group_id").to_pylist(), batch.column("attempt").to_pylist(), strict=True)
     limits = [(attempts.get(group_id, -1), attempt) for group_id, attempt in pairs]
     places = [
@@ -195,7 +195,7 @@ def rows_of(
 
 
 def read_journal(path: Path) -> tuple[list[pa.RecordBatch], int | None]:
-    """The whole records of a file, and the place of a damaged one behind them; a torn tail is no damage."""
+    """Read the whole records of a file, and the offset of a damaged one behind them; a torn tail is no damage."""
     data = path.read_bytes()
     batches: list[pa.RecordBatch] = []
     offset = 0
@@ -224,7 +224,7 @@ def _payload(data: bytes, offset: int) -> bytes | None:
 
 
 def _torn(data: bytes, offset: int, path: Path) -> bool:
-    """Whether what is no record is what a crash leaves at the end of a file: too few bytes, or zeros."""
+    """Whether the bytes at `offset`, which are no record, are what a crash leaves: a prefix of one, or zeros."""
     tail = data[offset:]
     if tail[:3] == _NAME and tail[3:4] not in (b"", VERSION):
         raise SchemaError(
@@ -237,7 +237,7 @@ def _torn(data: bytes, offset: int, path: Path) -> bool:
         magic, length, _ = _HEADER.unpack_from(tail)
         if magic != _MAGIC or len(tail) - _HEADER.size >= length:
             return False
-    # A damaged length would hide the records behind it.
+    # A valid record behind it shows that its length is damaged.
     follower = data.find(_MAGIC, offset + 1)
     while follower >= 0:
         if _payload(data, follower) is not None:

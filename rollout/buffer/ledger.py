@@ -1,17 +1,17 @@
-"""The ledger: one row per group and per episode, with its fate, in SQLite.
+"""The ledger: one row per group and per episode, with its state, in SQLite.
 
     issued    a worker plays it           complete   its rows are on disk
     waiting   its worker is gone: it      taken      the learner has it
-              keeps its slot and turns    trained    a checkpoint holds it
-    again     it has lost its slot, and   dropped    it will never be trained, for a reason
-              is issued anew
+              keeps its slot and turns    trained    a checkpoint contains it
+    again     it has lost its slot and    dropped    it will never be trained, for a stored reason
+              is to be reissued
 
-The first five are in flight: at every moment issued = trained + dropped + in flight. Readers (viewers, tests, a person
-with sqlite3) may look on while a run writes: that is what the write-ahead log is for.
+The first five are in flight: issued = trained + dropped + in flight, always. Other processes (viewers, tests, sqlite3)
+may read while a run writes, because the ledger has a write-ahead log.
 
-Every call is one transaction. All of them survive the death of the process, and that of the machine too (one fsync,
-2-10 ms on a plain disk), save `issue`: it may be lost with the machine, and then the group is issued once more. `sync`
-makes it durable before anything else on disk may refer to it.
+Every call is one transaction. Transactions survive a crash of the process, and of the machine too (one fsync, 2-10 ms
+on a plain disk), except `issue`: it may be lost with the machine, and the group is then issued once more. `sync` makes
+it durable before anything else on disk refers to it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from rollout.buffer.segments import Location, segment_path
 from rollout.wire.trajectory import DropReason, EndReason, Slot, Task, Trajectory
 
 _VERSION = 2
-_STATES = ("issued", "waiting", "again", "complete", "taken", "trained", "dropped")
+REISSUE = "again"  # the stored name of this state; likewise the column `lane` has the worker loop, `gone` the evicted
+_STATES = ("issued", "waiting", REISSUE, "complete", "taken", "trained", "dropped")
 _TABLES = f"""
 CREATE TABLE IF NOT EXISTS groups (
     group_id INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, env_id TEXT NOT NULL, env_options TEXT NOT NULL,
@@ -60,10 +61,10 @@ _COMPLETE = """
 UPDATE groups SET state = 'complete', max_version = ?, segment = ?, "offset" = ?, length = ?, checksum = ?,
     episodes = ?, tokens = ?, reward_sum = ? WHERE group_id = ?
 """
-_COMPLETE_AGAIN = "UPDATE groups SET state = 'complete', taken_version = NULL WHERE group_id = ?"
+_UNTAKEN = "UPDATE groups SET state = 'complete', taken_version = NULL WHERE group_id = ?"
 _WAITING = "UPDATE groups SET state = 'waiting' WHERE group_id = ?"
 _LOST_WITH = "INSERT INTO losses VALUES (?, 1) ON CONFLICT (group_id) DO UPDATE SET workers = workers + 1"
-_AGAIN = """
+_REISSUE = """
 UPDATE groups SET state = 'again', taken_version = NULL, max_version = NULL, segment = NULL, "offset" = NULL,
     length = NULL, checksum = NULL, episodes = NULL, tokens = NULL, reward_sum = NULL WHERE group_id = ?
 """
@@ -83,7 +84,7 @@ _RECENT = "SELECT end_reason, error FROM episodes ORDER BY rowid DESC LIMIT ?"
 
 @dataclass(frozen=True, slots=True)
 class EpisodeRow:
-    """An episode as the ledger and the driver know it: outcome without payload."""
+    """Outcome of an episode without its payload, for ledger and driver."""
 
     episode: int
     end_reason: EndReason
@@ -91,23 +92,23 @@ class EpisodeRow:
     success: bool | None
     turns: int
     tokens: int  # sampled
-    max_version: int  # newest weights that sampled one of them; -1 where nothing was sampled
+    max_version: int  # newest weights that sampled one of them; -1: nothing was sampled
     error: str | None
 
     @property
     def sound(self) -> bool:
-        """Whether it is evidence of the policy: infrastructure did not fail it, and nothing cancelled it."""
+        """Whether it counts as evidence of the policy: it neither failed by infrastructure nor was cancelled."""
         return self.end_reason not in (EndReason.FAILED, EndReason.CANCELLED)
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> EpisodeRow:
-        sampled = [step.versions for step in trajectory.steps if len(step.versions)]
+        sampled = [turn.versions for turn in trajectory.turns if len(turn.versions)]
         return cls(
             trajectory.index,
             trajectory.end_reason,
             trajectory.reward,
             trajectory.success,
-            len(trajectory.steps),
+            len(trajectory.turns),
             trajectory.num_sampled,
             max((int(versions.max()) for versions in sampled), default=-1),
             trajectory.error,
@@ -116,32 +117,32 @@ class EpisodeRow:
 
 @dataclass(frozen=True, slots=True)
 class StoredGroup:
-    """A group on record whose fate may still change."""
+    """A group whose state may still change."""
 
     slot: Slot
     state: str
-    worker: str  # who holds it, or held it last
-    lane: int
+    worker: str  # the one that plays it, or played it last
+    worker_loop: int
     taken_version: int | None
     max_version: int | None  # newest weights that sampled a token of it
     location: Location | None  # None: not complete
 
-    def fate(self, version: int, max_lag: int, segments: Path) -> str:
-        """What becomes of it where the learner goes on from `version`: complete, waiting or again."""
-        if self.state == "again" or not version - max_lag <= self.slot.version <= version:
-            return "again"
+    def state_after_rollback(self, version: int, max_lag: int, segments: Path) -> str:
+        """Its state when the learner continues from `version`: complete, waiting or REISSUE."""
+        if self.state == REISSUE or not version - max_lag <= self.slot.version <= version:
+            return REISSUE
         if self.location is None:
             return "waiting"
         known = self.max_version is not None and self.max_version <= version
-        return "complete" if known and segment_path(segments, self.location.segment).exists() else "again"
+        return "complete" if known and segment_path(segments, self.location.segment).exists() else REISSUE
 
 
 class Ledger:
-    """The tables of one run. One writer; it checks nothing that its `ReplayStore` has checked."""
+    """Tables of one run. One writer; preconditions are checked by its `ReplayStore`."""
 
     def __init__(self, path: Path) -> None:
         check_log(path)
-        # The store that owns this is used by one thread at a time, but not always by the one that made it.
+        # Its store is used by one thread at a time, but not always by the thread that made it.
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._reuses = ReuseLog(self._db)
         try:
@@ -156,7 +157,8 @@ class Ledger:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version not in (0, _VERSION):
             raise LedgerError(
-                f"{path}: a ledger of version {version}, but this Manta reads version {_VERSION}"
+                f"{path}: a ledger of version {version}, but this Manta reads version {_VERSION}; use the Manta that "
+                "wrote it"
             )
         if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
             examine(self._db, path)
@@ -168,26 +170,26 @@ class Ledger:
 
     @property
     def db(self) -> sqlite3.Connection:
-        """For `Reuse`, which reads what it chooses from."""
+        """The connection, for queries of `Reuse`."""
         return self._db
 
     @property
     def buffer_version(self) -> int:
-        """The weight version that engines hold, as far as `release` and `rollback` said."""
+        """Weight version of the engines, set by `release` and `rollback`."""
         return self._meta("buffer_version")
 
     @property
     def journal_from(self) -> int:
-        """The first journal file that counts."""
+        """Number of the first valid journal file."""
         return self._meta("journal_from")
 
-    def issue(self, slot: Slot, worker: str, lane: int) -> None:
-        """A worker may start this group, or its next attempt. Not durable before the next other call."""
+    def issue(self, slot: Slot, worker: str, worker_loop: int) -> None:
+        """Record that a worker may start this group, or its next attempt. Durable after the next other call."""
         task = slot.task
         identity = (slot.group_id, slot.attempt, task.env_id, task.options, task.seed)
         self._db.execute("PRAGMA synchronous=NORMAL")
         try:
-            self._db.execute(_ISSUE, (*identity, worker, lane, slot.version))
+            self._db.execute(_ISSUE, (*identity, worker, worker_loop, slot.version))
         finally:
             self._db.execute("PRAGMA synchronous=FULL")
         self._unsynced = True
@@ -198,7 +200,7 @@ class Ledger:
             self._set("buffer_version", self.buffer_version)
 
     def complete(self, groups: Iterable[tuple[Slot, Location, Sequence[EpisodeRow]]]) -> None:
-        """The payloads of these groups are on disk."""
+        """Mark groups as complete: their payloads are on disk."""
         with self._transaction():
             for slot, at, rows in groups:
                 self._record_episodes(slot, rows)
@@ -208,7 +210,7 @@ class Ledger:
                 self._db.execute(_COMPLETE, (newest, *place, *sums, slot.group_id))
 
     def drop(self, slot: Slot, reason: DropReason, error: str, episodes: Sequence[EpisodeRow] = ()) -> None:
-        """The group will never be trained."""
+        """Mark a group as dropped: it will never be trained."""
         with self._transaction():
             self._record_episodes(slot, episodes)
             self._db.execute(
@@ -217,7 +219,7 @@ class Ledger:
             )
 
     def reassign(self, worker: str, group_ids: Sequence[int], lost: bool = False) -> None:
-        """A worker is gone for good, and these groups of its wait for another one. lost: it did not leave in order."""
+        """Evict a worker and let these groups of it wait for another one. lost: it crashed or was killed."""
         rows = [(group_id,) for group_id in group_ids]
         with self._transaction():
             self._db.execute("INSERT OR IGNORE INTO gone VALUES (?)", (worker,))
@@ -225,44 +227,44 @@ class Ledger:
             self._db.executemany(_LOST_WITH, rows if lost else ())
 
     def losses(self) -> dict[int, int]:
-        """By group: workers that were lost while they held it, where there were any."""
+        """Count by group the workers that were lost while they played it."""
         return dict(self._db.execute("SELECT group_id, workers FROM losses").fetchall())
 
-    def gone(self) -> set[str]:
-        """Workers that were given up since the driver began."""
+    def evicted(self) -> set[str]:
+        """Workers that were evicted since the driver started."""
         return {worker for (worker,) in self._db.execute("SELECT worker FROM gone")}
 
     def take(self, group_ids: Iterable[int], version: int, reused: Iterable[int] = ()) -> None:
-        """The learner, standing at `version`, has these groups in its hands, and those of earlier steps once more."""
+        """Mark groups as taken by the learner at `version`, and groups of earlier steps as reused."""
         with self._transaction():
             self._db.executemany(_TAKEN, [(version, group_id) for group_id in group_ids])
             self._reuses.take(reused, version)
 
     def give_back(self, group_ids: Iterable[int], version: int) -> None:
-        """The learner at `version` never got them: complete again."""
+        """Undo `take`: the learner at `version` has not received these groups."""
         with self._transaction():
-            self._db.executemany(_COMPLETE_AGAIN, [(group_id,) for group_id in group_ids])
+            self._db.executemany(_UNTAKEN, [(group_id,) for group_id in group_ids])
             self._reuses.undo(version)
 
     def discard(self, group_ids: Iterable[int], reason: DropReason, version: int) -> None:
-        """The learner at `version` took them and can make no step of them."""
+        """Drop groups that the learner at `version` has taken and cannot train on."""
         with self._transaction():
             self._db.executemany(_DISCARDED, [(reason.value, group_id) for group_id in group_ids])
             self._reuses.discard(version)
 
     def release(self, version: int) -> None:
-        """Engines hold `version`."""
+        """Record that engines hold `version`."""
         self._set("buffer_version", version)
 
     def checkpointed(self, version: int) -> None:
-        """A checkpoint of `version` is on disk: what was taken before it is in it, and trained for good."""
+        """A checkpoint of `version` is on disk: mark the groups that were taken before it as trained."""
         with self._transaction():
             self._db.execute(_TRAINED, (version,))
 
-    def lose(self, group_ids: Iterable[int], journal_from: int) -> None:
-        """The rows of these groups are gone: they are issued again."""
+    def reissue(self, group_ids: Iterable[int], journal_from: int) -> None:
+        """Mark groups to be reissued: their rows are lost."""
         with self._transaction():
-            self._db.executemany(_AGAIN, [(group_id,) for group_id in group_ids])
+            self._db.executemany(_REISSUE, [(group_id,) for group_id in group_ids])
             self._set_meta("journal_from", journal_from)
 
     def rollback(
@@ -270,26 +272,26 @@ class Ledger:
         version: int,
         complete: Iterable[int],
         waiting: Iterable[int],
-        again: Iterable[int],
+        reissue: Iterable[int],
         journal_from: int,
         new_driver: bool,
     ) -> None:
-        """The learner goes on from the checkpoint of `version`; what of its groups becomes of it."""
+        """The learner continues from the checkpoint of `version`: set the states of all later groups."""
         with self._transaction():
             if new_driver:
                 self._db.execute("DELETE FROM gone")
             self._db.execute(_TRAINED, (version,))
-            for statement, group_ids in ((_COMPLETE_AGAIN, complete), (_WAITING, waiting), (_AGAIN, again)):
+            for statement, group_ids in ((_UNTAKEN, complete), (_WAITING, waiting), (_REISSUE, reissue)):
                 self._db.executemany(statement, [(group_id,) for group_id in group_ids])
             self._reuses.undo(version)
             self._set_meta("buffer_version", version)
             self._set_meta("journal_from", journal_from)
 
     def since(self, version: int) -> list[StoredGroup]:
-        """Groups that no checkpoint of `version` or before holds, in order of group id; dropped ones are not."""
+        """Groups that no checkpoint up to `version` contains, in order of group id, without dropped ones."""
         return [_stored(*row) for row in self._db.execute(_SINCE, (version,))]
 
-    def fate(self, group_id: int) -> tuple[int, str] | None:
+    def attempt_and_state(self, group_id: int) -> tuple[int, str] | None:
         """Newest attempt and state of a group."""
         found = self._db.execute(
             "SELECT attempt, state FROM groups WHERE group_id = ?", (group_id,)
@@ -302,19 +304,19 @@ class Ledger:
         return [(EndReason(reason), error) for reason, error in reversed(found)]
 
     def segments_in_use(self) -> set[int]:
-        """Segments with rows that may still be read for training."""
+        """Segments whose rows may still be read for training."""
         query = "SELECT DISTINCT segment FROM groups WHERE state IN ('complete', 'taken')"
         return {int(segment) for (segment,) in self._db.execute(query)}
 
     def counts(self) -> dict[str, int]:
-        """issued (all ever given out), in_flight, and the states complete, taken, trained, dropped."""
+        """Count groups: issued (all), in_flight, and the states complete, taken, trained and dropped."""
         states = dict(self._db.execute("SELECT state, count(*) FROM groups GROUP BY state").fetchall())
         kept = {state: int(states.get(state, 0)) for state in ("complete", "taken", "trained", "dropped")}
         issued = sum(states.values())
         return {"issued": issued, "in_flight": issued - kept["trained"] - kept["dropped"]} | kept
 
     def next_group_id(self) -> int:
-        """One past the newest group ever issued: the cursor of the task stream."""
+        """One past the newest group issued: the cursor of the task stream."""
         (newest,) = self._db.execute("SELECT max(group_id) FROM groups").fetchone()
         return 0 if newest is None else int(newest) + 1
 
@@ -353,13 +355,13 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """COMMIT at the end of the block, which waits for the disk; ROLLBACK when it raises."""
+        """COMMIT at the end of the block, which waits for the disk; ROLLBACK if it raises."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
             self._db.execute("COMMIT")
         except BaseException:
-            if self._db.in_transaction:  # a full disk has rolled back already
+            if self._db.in_transaction:  # SQLite rolls back by itself when the disk is full
                 self._db.execute("ROLLBACK")
             raise
         self._unsynced = False
@@ -369,6 +371,6 @@ def _stored(
     group_id: int, attempt: int, env_id: str, seed: int, options: str, issue_version: int, *rest: Any
 ) -> StoredGroup:
     slot = Slot(group_id, attempt, Task(env_id, seed, options), issue_version)
-    state, worker, lane, taken_version, max_version, *at = rest
+    state, worker, worker_loop, taken_version, max_version, *at = rest
     location = None if at[0] is None else Location(*at)
-    return StoredGroup(slot, state, worker, lane, taken_version, max_version, location)
+    return StoredGroup(slot, state, worker, worker_loop, taken_version, max_version, location)

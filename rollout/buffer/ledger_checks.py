@@ -1,10 +1,10 @@
-"""Whether a ledger is what was written: SQLite has no checksums of its pages, and drops a damaged log without a word.
+"""Integrity of a ledger: SQLite has no checksums of its pages, and silently discards a damaged log.
 
-the write-ahead log   its frames have chained checksums; SQLite takes a frame that does not fit for the log's end.
-                      A frame behind it that does fit tells a damaged log from one that a crash has cut off.
-the tables            a digest of all rows, kept up to date within every transaction by temporary triggers, and one
-                      of the tables' definitions. Opening the ledger computes both again.
-the run               a learner's checkpoint says how many groups were in its steps.
+the write-ahead log   its frames have chained checksums, and SQLite takes the first frame that does not match for the
+                      log's end. A matching frame behind it shows that the log is damaged rather than cut by a crash.
+the tables            a digest of all rows, updated within every transaction by temporary triggers, and one of the
+                      tables' definitions. Opening the ledger computes both again.
+the run               a learner's checkpoint implies how many groups each of its steps has.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ GROUP BY taken_version
 
 
 class LedgerError(ValueError):
-    """A ledger that cannot be used; the message, one line, names the file and says what to do."""
+    """A ledger that cannot be used; the message, one line, names the file and the remedy."""
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn what SQLite says of a file that is damaged, or that it may not open, into a LedgerError."""
+    """Turn SQLite's errors for a damaged or unreadable file into a LedgerError that names the file."""
     try:
         yield
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
         if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
             raise LedgerError(
-                f"{path}: cannot be opened ({error}); may this user write its folder?"
+                f"{path}: cannot be opened ({error}); give this user write access to its folder"
             ) from error
         if isinstance(error, sqlite3.OperationalError) and code != sqlite3.SQLITE_ERROR:
-            raise  # a full or failing disk, or another process at work
+            raise  # a full or failing disk, or a lock of another process
         raise _damaged(path, str(error)) from error
 
 
 def check_log(path: Path) -> None:
-    """Refuse a ledger whose write-ahead log was damaged since it was written. To be called before it is opened.
+    """Raise LedgerError if the write-ahead log is damaged. Call it before the ledger is opened.
 
-    A log that a crash has cut off is none: what was committed stands before the cut. LedgerError.
+    A log that a crash has cut off passes: committed transactions are before the cut.
     """
     log = path.with_name(f"{path.name}-wal")
     data = log.read_bytes() if log.is_file() else b""
@@ -64,7 +64,7 @@ def check_log(path: Path) -> None:
     header = np.frombuffer(data, ">u4", count=8).tolist()
     words = _WORDS.get(header[0])
     if words is None or _checksum(data[:24], words, (0, 0)) != tuple(header[6:]):
-        raise _damaged(log, "its header does not fit its checksum")
+        raise _damaged(log, "its header does not match its checksum")
     salts, size = header[4:6], _FRAME + header[2]
     before, failed = (header[6], header[7]), None  # failed: what the frame before should have been
     for offset in range(_HEADER, len(data) - size + 1, size):
@@ -76,7 +76,7 @@ def check_log(path: Path) -> None:
         )
         if failed is not None:
             if fits:
-                raise _damaged(log, f"the frame at byte {offset - size} does not fit its checksum")
+                raise _damaged(log, f"the frame at byte {offset - size} does not match its checksum")
             return
         if not fits:
             failed = [stored, _checksum(checked, words, before)]
@@ -84,7 +84,7 @@ def check_log(path: Path) -> None:
 
 
 def examine(db: sqlite3.Connection, path: Path) -> None:
-    """Compare an open ledger with its digests. LedgerError. One that has none yet passes."""
+    """Compare an open ledger with its digests; one without digests passes. Raises LedgerError."""
     with naming(path):
         (sound,) = db.execute("PRAGMA integrity_check(1)").fetchone()
         if sound != "ok":
@@ -92,13 +92,13 @@ def examine(db: sqlite3.Connection, path: Path) -> None:
         kept = dict(db.execute("SELECT name, value FROM meta").fetchall())
         digests = kept.keys() - {"buffer_version", "journal_from"}
         if digests not in (set(), {_DIGEST, _SCHEMA}):
-            raise _damaged(path, "its table meta is not what was written")
+            raise _damaged(path, "its table meta was changed")
         if digests and (_digest(db) != kept[_DIGEST] or _schema(db) != kept[_SCHEMA]):
-            raise _damaged(path, "its rows do not fit their checksum")
+            raise _damaged(path, "its rows do not match their checksum")
 
 
 def watch(db: sqlite3.Connection) -> None:
-    """Keep the digests of an examined ledger up to date from here on; it gets them where it has none."""
+    """Keep the digests of an examined ledger up to date, by triggers; a ledger without digests gets them."""
     db.create_function("row_digest", -1, _row_digest, deterministic=True)
     if not db.execute("SELECT 1 FROM meta WHERE name = ?", (_DIGEST,)).fetchone():
         db.execute("INSERT INTO meta VALUES (?, ?)", (_DIGEST, _digest(db)))
@@ -108,9 +108,9 @@ def watch(db: sqlite3.Connection) -> None:
 
 
 def check_ledger(path: Path, version: int, groups_per_step: int) -> None:
-    """Refuse a stopped run's ledger that was damaged, or lacks groups of the steps before a checkpoint of `version`.
+    """Raise LedgerError if a stopped run's ledger is damaged, or lacks groups that a checkpoint of `version` contains.
 
-    Nothing is written. LedgerError.
+    Nothing is written.
     """
     check_log(path)
     with naming(path), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
@@ -120,8 +120,8 @@ def check_ledger(path: Path, version: int, groups_per_step: int) -> None:
         if (there := trained.get(step, 0)) != groups_per_step:
             raise _damaged(
                 path,
-                f"of step {step + 1}, which the checkpoint of version {version} holds, it has {there} of "
-                f"{groups_per_step} groups",
+                f"it has {there} of {groups_per_step} groups of step {step + 1}, which the checkpoint of version "
+                f"{version} contains",
             )
 
 
@@ -131,7 +131,7 @@ def _keep_digest(db: sqlite3.Connection, table: str) -> None:
     changes = {"INSERT": f"+ row_digest('{table}', {new})", "DELETE": f"- row_digest('{table}', {old})"}
     changes["UPDATE"] = f"{changes['INSERT']} {changes['DELETE']}"
     for event, change in changes.items():
-        # The digests themselves are left out, or they would have to hold themselves.
+        # The digests are not part of the digest.
         row = "OLD" if event == "DELETE" else "NEW"
         unless = f"WHEN {row}.name NOT IN ('{_DIGEST}', '{_SCHEMA}')" if table == "meta" else ""
         db.execute(
@@ -162,7 +162,7 @@ def _tables(db: sqlite3.Connection) -> list[str]:
 
 
 def _row_digest(*values: Any) -> int:
-    # A whole number in a REAL column comes as either.
+    # SQLite returns a whole number of a REAL column as int or float.
     plain = [int(each) if isinstance(each, float) and each.is_integer() else each for each in values]
     return int.from_bytes(blake3(repr(plain).encode()).digest(length=8)) & _MASK
 
@@ -180,5 +180,5 @@ def _checksum(data: bytes, words: str, begin: tuple[int, int]) -> tuple[int, int
 def _damaged(path: Path, why: str) -> LedgerError:
     why = " ".join(why.split())[:200]  # SQLite repeats the definition that it cannot read
     return LedgerError(
-        f"{path}: damaged ({why}); restore ledger.sqlite, with the -wal beside it, from a copy, or begin a new run"
+        f"{path}: damaged ({why}); restore ledger.sqlite, with the -wal beside it, from a copy, or start a new run"
     )

@@ -1,9 +1,8 @@
-"""The store: ledger, journal and segments on disk ARE the buffer; what is in memory is a cache of them.
+"""The store of a run: ledger, journal and segments on disk ARE the buffer; memory is a cache of them.
 
-A process may be killed at any instant. Another one that opens the same folder stands where the last call that returned
-had left it, and a call that did not return may be repeated. Order matters and is always the same: rows are synced
-before the ledger refers to them, memory follows the ledger, and nobody is handed a slot or a batch before the ledger
-has it. So a call that fails has changed nothing. One user at a time.
+The process may be killed at any time. Another one that opens the same folder continues after the last call that
+returned, and a call that did not return may be repeated. Rows are synced before the ledger refers to them, memory is
+updated after the ledger, and a call returns after both. A failed call has changed nothing. One user at a time.
 """
 
 from __future__ import annotations
@@ -16,17 +15,18 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from rollout.buffer.disk_space import Room, free_bytes
+from rollout.buffer.disk_space import DiskSpace, free_bytes
 from rollout.buffer.failures import WINDOW, FailureWindow, TooManyFailures
 from rollout.buffer.journal import Journal, rows_of
-from rollout.buffer.leases import Held, Holders
-from rollout.buffer.ledger import EpisodeRow, Ledger
-from rollout.buffer.payload import Complete, Reused
+from rollout.buffer.leases import Lease, Leases
+from rollout.buffer.ledger import REISSUE, EpisodeRow, Ledger
 from rollout.buffer.reuse import Reuse
 from rollout.buffer.scheduler import StalenessScheduler
 from rollout.buffer.segments import (
+    CompleteGroup,
     CorruptSegment,
     Location,
+    ReusedGroup,
     SegmentWriter,
     remove_oldest,
     write_once,
@@ -35,18 +35,18 @@ from rollout.buffer.settings import BufferSettings
 from rollout.wire.partition import WHOLE, Partition, StepTorn
 from rollout.wire.trajectory import Assignment, DropReason, Slot, StaleSlot, Task
 
-__all__ = ["BufferSettings", "EpisodeRow", "Finished", "ReplayStore", "TooManyFailures"]
+__all__ = ["BufferSettings", "EpisodeRow", "FinishedGroup", "ReplayStore", "TooManyFailures"]
 
 log = logging.getLogger(__name__)
 
-Finished = tuple[Slot, pa.RecordBatch, Sequence[EpisodeRow]]  # a group as it is handed in
+FinishedGroup = tuple[Slot, pa.RecordBatch, Sequence[EpisodeRow]]  # a group to be committed
 
 
 class ReplayStore:
     """Everything sampled and not yet trained.
 
-    `total_steps` bounds what is given out. `probe` says how many bytes are free on the disk of a folder. `seed` is the
-    run's: of what is reused.
+    total_steps: learner steps of the run, which bound the groups issued. probe: returns the free bytes on a folder's
+    disk. seed: of the run; it decides which groups are reused.
     """
 
     def __init__(
@@ -62,25 +62,25 @@ class ReplayStore:
         self._task_of = task_of
         self.settings = settings
         self._total = None if total_steps is None else total_steps * settings.groups_per_step
-        self.room = Room(folder, settings.min_free_mib, probe)
+        self.disk_space = DiskSpace(folder, settings.min_free_mib, probe)
         self._groups = folder / "groups"
         self._segments = SegmentWriter(self._groups, settings.segment_mib * 2**20)
         self._ledger = Ledger(folder / "ledger.sqlite")
         self._reuse = Reuse(settings.reuse, seed, self._ledger.db, self._groups)
         self._next_id = self._ledger.next_group_id()
         self._scheduler = self._empty_buffer(self._ledger.buffer_version)
-        self._holders = Holders(self._ledger.gone(), self._ledger.losses())
+        self._leases = Leases(self._ledger.evicted(), self._ledger.losses())
         self._load()
         self._failures = FailureWindow(settings.max_failed_share, self._ledger.recent_episodes(WINDOW))
-        self._journal = Journal(folder / "turns", self._ledger.journal_from, self._holders.attempts)
+        self._journal = Journal(folder / "turns", self._ledger.journal_from, self._leases.attempts)
         if self._journal.damaged:
-            rewritten = self._journal.rewrite(self._holders.attempts)
-            self._ledger.lose([], rewritten.first)
+            rewritten = self._journal.rewrite(self._leases.attempts)
+            self._ledger.reissue([], rewritten.first)
             self._journal.adopt(rewritten)
 
     @property
     def version(self) -> int:
-        """The weight version that engines hold."""
+        """Weight version of the engines."""
         return self._scheduler.version
 
     @property
@@ -90,70 +90,70 @@ class ReplayStore:
 
     @property
     def in_step(self) -> int:
-        """Groups of a step that is not released yet."""
+        """Groups of a step that is not released."""
         return len(self._scheduler.taken)
 
     @property
-    def holders(self) -> list[tuple[int, str]]:
-        """The groups being played, each with its worker."""
-        return [(group_id, held.worker) for group_id, held in self._holders.playing.items()]
+    def leases(self) -> list[tuple[int, str]]:
+        """Groups being played, each with its worker."""
+        return [(group_id, lease.worker) for group_id, lease in self._leases.playing.items()]
 
     @property
     def plays_alone(self) -> bool:
-        """Whether a worker plays one group and is given no other."""
-        return self._holders.any_alone
+        """Whether a worker plays a suspected group alone (`Leases`)."""
+        return self._leases.any_alone
 
     @property
     def unassigned(self) -> int:
-        """Groups that were given out before and are due to be given out once more."""
-        return len(self._holders.waiting) + len(self._holders.again)
+        """Groups that were issued before and have no worker."""
+        return len(self._leases.waiting) + len(self._leases.reissue)
 
     @property
     def covered(self) -> bool:
-        """Whether engines hold the run's last version: until then the last step may be refused and need others."""
+        """Whether engines hold the run's last version. Before that the last step may be discarded and need groups."""
         return self._total is not None and self.version * self.settings.groups_per_step >= self._total
 
-    def is_gone(self, worker: str) -> bool:
-        """Whether this worker was given up: it may live on somewhere, with weights that nobody replaces."""
-        return worker in self._holders.gone
+    def is_evicted(self, worker: str) -> bool:
+        """Whether this worker was evicted: its process may still run, with weights that are not updated."""
+        return worker in self._leases.evicted
 
-    def reserve(self, worker: str, lane: int) -> Assignment | None:
-        """The next group for one of a worker's loops, or None while no slot is free. Raises NoRoom.
+    def reserve(self, worker: str, worker_loop: int) -> Assignment | None:
+        """Return the next group for one of a worker's loops, or None while no slot is free. Raises OutOfDiskSpace.
 
-        Groups whose worker is gone come first, then those to issue anew, each in order of group id. A loop that still
-        holds a group gets that one: its last answer was lost.
+        Groups that wait for a worker come first, then those to reissue, each in order of group id. A loop that holds a
+        group gets that one again: its last answer was lost.
         """
-        self.room.require()
-        slot = None if worker in self._holders.gone else self._next_slot(worker, lane)
+        self.disk_space.require()
+        slot = None if worker in self._leases.evicted else self._next_slot(worker, worker_loop)
         if slot is None:
             return None
-        if not self._holders.holds(slot):
-            self._ledger.issue(slot, worker, lane)
-            if not self._holders.keeps_place(slot.group_id):
+        if not self._leases.is_current(slot):
+            self._ledger.issue(slot, worker, worker_loop)
+            if not self._leases.has_slot(slot.group_id):
                 self._scheduler.reserve(slot.group_id)
-            self._holders.hold(Held(slot, worker, lane))
+            self._leases.grant(Lease(slot, worker, worker_loop))
             self._next_id = max(self._next_id, slot.group_id + 1)
-        return Assignment(
-            slot, self._journal.turns(slot.group_id), self._holders.losses.get(slot.group_id, 0)
-        )
+        return Assignment(slot, self._journal.turns(slot.group_id), self._leases.losses.get(slot.group_id, 0))
 
-    def commit(self, turns: Sequence[pa.RecordBatch], finished: Sequence[Finished]) -> list[StaleSlot | None]:
-        """Store turns and finished groups, durably, with one sync of each file; what is repeated is stored once.
+    def commit(
+        self, turns: Sequence[pa.RecordBatch], finished: Sequence[FinishedGroup]
+    ) -> list[StaleSlot | None]:
+        """Store turns and finished groups durably, with one sync of each file; repeated ones are stored once.
 
-        Rows of groups and attempts that are not held are left out. Returns, for each finished group, what is wrong
-        with it. Raises NoRoom, OSError or sqlite3.Error, having changed nothing.
+        Rows of groups and attempts without a lease are ignored. Returns the error of each finished group, or None.
+        Raises OutOfDiskSpace, OSError or sqlite3.Error, having changed nothing.
         """
-        self.room.require()
-        new, answers = self._sort_out(finished)
-        playing = self._holders.playing.items()
-        attempts = {group_id: held.slot.attempt for group_id, held in playing if group_id not in new}
-        rows = [held for batch in turns if (held := rows_of(batch, attempts)) is not None]
+        self.disk_space.require()
+        new, answers = self._accepted(finished)
+        playing = self._leases.playing.items()
+        attempts = {group_id: lease.slot.attempt for group_id, lease in playing if group_id not in new}
+        rows = [kept for batch in turns if (kept := rows_of(batch, attempts)) is not None]
         before = self._segments.open_segment
         places = self._write(rows, new)
         for group_id, (slot, batch, episodes) in new.items():
-            self._scheduler.add(group_id, Complete(slot, places[group_id], batch))
-            self._failures.watch((row.end_reason, row.error) for row in episodes)
-        self._let_go(new)
+            self._scheduler.add(group_id, CompleteGroup(slot, places[group_id], batch))
+            self._failures.count((row.end_reason, row.error) for row in episodes)
+        self._end(new)
         if self._segments.open_segment != before:
             self._trim()
         return answers
@@ -161,63 +161,61 @@ class ReplayStore:
     def drop(
         self, slot: Slot, reason: DropReason, error: str = "", episodes: Sequence[EpisodeRow] = ()
     ) -> None:
-        """Give a group up; its slot is free at once. Raises StaleSlot."""
-        if not self._holders.holds(slot):
-            if self._ledger.fate(slot.group_id) == (slot.attempt, "dropped"):
+        """Drop a group; its slot is free at once. Raises StaleSlot."""
+        if not self._leases.is_current(slot):
+            if self._ledger.attempt_and_state(slot.group_id) == (slot.attempt, "dropped"):
                 return
             raise StaleSlot.of(slot)
         self._ledger.drop(slot, reason, error, episodes)
         self._scheduler.drop(slot.group_id)
-        self._failures.watch(((row.end_reason, row.error) for row in episodes), error)
-        self._let_go([slot.group_id])
+        self._failures.count(((row.end_reason, row.error) for row in episodes), error)
+        self._end([slot.group_id])
 
     def reassign(self, worker: str, lost: str = "") -> int:
-        """What this worker holds waits for others, slots, deadlines and turns kept; returns how many groups.
+        """Let a worker's groups wait for other workers, with slots, deadlines and turns; returns how many there are.
 
-        lost: the error by which it was lost. A group that cost others before, and this one all alone, is dropped.
+        lost: the error by which the worker was lost. A suspected group that it played alone is dropped (`Leases`).
         """
-        if lost and (cause := self._holders.cause_of_loss(worker)) is not None:
+        if lost and (cause := self._leases.cause_of_loss(worker)) is not None:
             self.drop(cause, DropReason.CRASHED, lost)
-        given_up = self._holders.of(worker)
+        given_up = self._leases.of_worker(worker)
         self._ledger.reassign(worker, given_up, bool(lost))
-        self._holders.gone.add(worker)
-        self._holders.count_loss(given_up if lost else ())
-        self._holders.reassign(given_up)
+        self._leases.evicted.add(worker)
+        self._leases.count_loss(given_up if lost else ())
+        self._leases.reassign(given_up)
         return len(given_up)
 
     def take(self, version: int, share: Partition = WHOLE) -> list[pa.RecordBatch] | None:
-        """The groups of the step that leads from `version` to the next, in order of group id; None while not ready.
+        """Return the groups of the step from `version` to the next, in order of group id; None while not ready.
 
-        Behind them come those it reuses. The same step asked again gets the same groups, a rank the same share. Raises
+        The groups it reuses follow. A repeated call returns the same groups, and a rank the same share. Raises
         TooManyFailures and StepTorn.
         """
         asked_again = bool(self._scheduler.taken) and version == self.version
         if version != self.version and not (self._scheduler.taken and version == self.version + 1):
-            raise ValueError(f"take({version}) does not follow version {self.version}; rollback() goes back")
-        if (
-            asked_again
-            and (batches := self._read(self._scheduler.taken, self._reuse.of(version))) is not None
-        ):
-            return share.of(batches)
-        if asked_again and share != WHOLE:
-            raise StepTorn(
-                f"rows of the step after version {version} are lost; its other ranks may have theirs"
-            )
-        self._failures.require_few()
+            raise ValueError(f"take({version}) does not follow version {self.version}; call rollback() first")
+        if asked_again:
+            if (batches := self._read(self._scheduler.taken, self._reuse.of(version))) is not None:
+                return share.of(batches)
+            if share != WHOLE:
+                raise StepTorn(
+                    f"rows of the step after version {version} are lost, and other ranks may have their share"
+                )
+        self._failures.require_below_limit()
         while (chosen := self._scheduler.choose()) is not None:
             reused = self._reuse.choose(version)
             if (batches := self._read(chosen, reused)) is not None:
                 self._ledger.take([at for at, _ in chosen], version, [each.group_id for each in reused])
                 self._scheduler.take()
                 for _, group in chosen if share == WHOLE else ():
-                    group.batch = None  # should the learner ask again, it is read again
+                    group.batch = None  # a repeated call reads it from disk
                 return share.of(batches)
         return None
 
     def discard(self, version: int, reason: DropReason) -> None:
-        """The step after `version` can not be made of what it took: the groups are dropped, and it takes others.
+        """Drop the groups that the step after `version` has taken and cannot train on; it then takes others.
 
-        Their rows are set aside under RUN/discarded, whatever becomes of their segments.
+        Their rows are kept under RUN/discarded, even when their segments are removed.
         """
         taken = self._scheduler.taken if version == self.version else []
         if taken and (batches := self._read(taken, self._reuse.of(version))):
@@ -226,7 +224,7 @@ class ReplayStore:
             self._scheduler.discard()
 
     def release(self, version: int) -> None:
-        """Engines hold `version`: the slots of the groups it was trained on are free."""
+        """Engines hold `version`: free the slots of the groups it was trained on."""
         if version == self.version:
             return
         if version == self.version + 1 and self._scheduler.taken:
@@ -234,40 +232,40 @@ class ReplayStore:
         self._scheduler.release(version)
 
     def checkpointed(self, version: int) -> None:
-        """A checkpoint of `version` is on disk."""
+        """A checkpoint of `version` is on disk: mark the groups in it as trained."""
         self._ledger.checkpointed(version)
         self._trim()
 
     def rollback(self, version: int, new_driver: bool = False) -> None:
-        """The learner goes on from the checkpoint of `version`; with a new driver names of workers begin anew.
+        """The learner continues from the checkpoint of `version`. new_driver: names of evicted workers are free again.
 
-        Of the groups it does not hold, the complete ones stay complete when `version` or older weights sampled them and
-        they can still meet the lag bound. Those being played wait for a worker, with the turns such weights sampled,
-        under the same condition. All others are issued anew: same group id and task, next attempt.
+        Groups outside of the checkpoint that are complete stay complete if `version` or older weights sampled them and
+        they can still meet the lag bound. Groups being played wait for a worker, with the turns that such weights
+        sampled, under the same condition. All others are reissued: same group id and task, next attempt.
         """
         buffer = self._empty_buffer(version)
-        fates: dict[str, dict[int, Slot]] = {"complete": {}, "waiting": {}, "again": {}}
-        # Complete groups first: their tokens are all there. (Not all fit where a resumed run has smaller settings.)
+        by_state: dict[str, dict[int, Slot]] = {"complete": {}, "waiting": {}, REISSUE: {}}
+        # Complete groups first: all their tokens exist. (Not all fit where a resumed run has smaller settings.)
         for stored in sorted(self._ledger.since(version), key=lambda stored: stored.location is None):
             slot = stored.slot
-            state = stored.fate(version, self.settings.max_lag, self._groups)
-            if state != "again" and not buffer.reserve(slot.group_id, issue_version=slot.version):
-                state = "again"
+            state = stored.state_after_rollback(version, self.settings.max_lag, self._groups)
+            if state != REISSUE and not buffer.reserve(slot.group_id, issue_version=slot.version):
+                state = REISSUE
             if state == "complete":
                 assert stored.location is not None
-                buffer.add(slot.group_id, Complete(slot, stored.location, None))
-            fates[state][slot.group_id] = slot
-        rewritten = self._journal.rewrite(fates["waiting"], up_to=version)
-        complete, waiting, again = fates.values()
-        self._ledger.rollback(version, complete, waiting, again, rewritten.first, new_driver)
+                buffer.add(slot.group_id, CompleteGroup(slot, stored.location, None))
+            by_state[state][slot.group_id] = slot
+        rewritten = self._journal.rewrite(by_state["waiting"], up_to=version)
+        complete, waiting, reissue = by_state.values()
+        self._ledger.rollback(version, complete, waiting, reissue, rewritten.first, new_driver)
         self._journal.adopt(rewritten)
         self._scheduler = buffer
-        self._holders = Holders(self._ledger.gone(), self._ledger.losses())
-        self._holders.waiting, self._holders.again = waiting, again
+        self._leases = Leases(self._ledger.evicted(), self._ledger.losses())
+        self._leases.waiting, self._leases.reissue = waiting, reissue
 
     def archive(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
-        """Store rows that are not trained on (evaluations) under RUN/evaluations/NAME; repeated, nothing more."""
-        self.room.require()
+        """Store rows that are not trained on (evaluations) under RUN/evaluations/NAME; a repeated call does nothing."""
+        self.disk_space.require()
         write_once(self._folder / "evaluations" / name, batches)
 
     def counts(self) -> dict[str, int]:
@@ -290,64 +288,66 @@ class ReplayStore:
             match stored.state:
                 case "issued":
                     restore(group_id, slot.version, None)
-                    self._holders.hold(Held(slot, stored.worker, stored.lane))
+                    self._leases.grant(Lease(slot, stored.worker, stored.worker_loop))
                 case "waiting":
                     restore(group_id, slot.version, None)
-                    self._holders.waiting[group_id] = slot
-                case "again":
-                    self._holders.again[group_id] = slot
+                    self._leases.waiting[group_id] = slot
+                case "again":  # REISSUE
+                    self._leases.reissue[group_id] = slot
                 case state:
                     assert stored.location is not None
-                    group = Complete(slot, stored.location, None)
-                    # Trained before it is released: its checkpoint landed while engines were still loading.
+                    group = CompleteGroup(slot, stored.location, None)
+                    # A group may be trained before it is released: the checkpoint was written while engines loaded.
                     restore(group_id, slot.version, group, taken=state != "complete")
 
-    def _empty_buffer(self, version: int) -> StalenessScheduler[Complete]:
+    def _empty_buffer(self, version: int) -> StalenessScheduler[CompleteGroup]:
         return StalenessScheduler(self.settings.groups_per_step, self.settings.max_lag, version)
 
-    # Giving out ------------------------------------------------------------------------------------------------------
+    # Issuing ---------------------------------------------------------------------------------------------------------
 
-    def _next_slot(self, worker: str, lane: int) -> Slot | None:
-        holders = self._holders
-        if (slot := holders.held_by(worker, lane)) is not None:
-            # It has recorded turns, so it had the answer: this is another process of that name, and the old one must
-            # not be heard any more.
+    def _next_slot(self, worker: str, worker_loop: int) -> Slot | None:
+        leases = self._leases
+        if (slot := leases.of_loop(worker, worker_loop)) is not None:
+            # The holder has recorded turns, so it had the answer: the caller is another process of that name, and calls
+            # of the old one must be refused.
             played = self._journal.has_turns_of(slot.group_id, slot.attempt)
             return replace(slot, attempt=slot.attempt + 1) if played else slot
-        if holders.plays_alone(worker):
+        if leases.plays_alone(worker):
             return None
-        if (slot := holders.next_waiting(worker)) is not None:
+        if (slot := leases.next_waiting(worker)) is not None:
             return slot
         if self._scheduler.outstanding >= self._scheduler.capacity:
             return None
-        if (slot := holders.next_again(worker, self.version)) is not None:
+        if (slot := leases.next_reissue(worker, self.version)) is not None:
             return slot
         begun = self.version * self.settings.groups_per_step + self._scheduler.outstanding
         if self._total is not None and begun >= self._total:
             return None
         return Slot(self._next_id, 0, self._task_of(self._next_id), self.version)
 
-    def _let_go(self, group_ids: Collection[int]) -> None:
-        self._holders.let_go(group_ids)
+    def _end(self, group_ids: Collection[int]) -> None:
+        self._leases.end(group_ids)
         self._journal.finish(group_ids)
 
     # Rows ------------------------------------------------------------------------------------------------------------
 
-    def _sort_out(self, finished: Sequence[Finished]) -> tuple[dict[int, Finished], list[StaleSlot | None]]:
-        new: dict[int, Finished] = {}
+    def _accepted(
+        self, finished: Sequence[FinishedGroup]
+    ) -> tuple[dict[int, FinishedGroup], list[StaleSlot | None]]:
+        new: dict[int, FinishedGroup] = {}
         answers: list[StaleSlot | None] = []
         for group in finished:
             slot = group[0]
-            if self._holders.holds(slot):
+            if self._leases.is_current(slot):
                 new.setdefault(slot.group_id, group)
                 answers.append(None)
             else:
-                fate = self._ledger.fate(slot.group_id)
-                there = fate in [(slot.attempt, state) for state in ("complete", "taken", "trained")]
-                answers.append(None if there else StaleSlot.of(slot))
+                newest = self._ledger.attempt_and_state(slot.group_id)
+                stored = newest in [(slot.attempt, state) for state in ("complete", "taken", "trained")]
+                answers.append(None if stored else StaleSlot.of(slot))
         return new, answers
 
-    def _write(self, rows: Sequence[pa.RecordBatch], groups: dict[int, Finished]) -> dict[int, Location]:
+    def _write(self, rows: Sequence[pa.RecordBatch], groups: dict[int, FinishedGroup]) -> dict[int, Location]:
         if rows:
             self._ledger.sync()  # no turn on disk without its group
         marks = self._segments.mark(), self._journal.mark()
@@ -368,9 +368,9 @@ class ReplayStore:
         return places
 
     def _read(
-        self, groups: Sequence[tuple[int, Complete]], reused: Sequence[Reused]
+        self, groups: Sequence[tuple[int, CompleteGroup]], reused: Sequence[ReusedGroup]
     ) -> list[pa.RecordBatch] | None:
-        """The rows of these groups; None where some are lost: fresh ones are issued again, others are no more."""
+        """Read the rows of these groups; None where some are lost: fresh groups are then reissued."""
         try:
             files = self._groups
             return [*(fresh.read(files) for _, fresh in groups), *(group.read(files) for group in reused)]
@@ -379,20 +379,20 @@ class ReplayStore:
             return None
 
     def _set_aside(self, error: CorruptSegment) -> None:
-        # A step that asked for its groups again has none of them, or it would not ask.
+        # A repeated call means that the step has received none of its groups.
         untaken = [group_id for group_id, _ in self._scheduler.taken]
         self._ledger.give_back(untaken, self.version)
         self._scheduler.give_back()
         complete = self._scheduler.completed.items()
         lost = {at: group.slot for at, group in complete if group.location.segment == error.segment}
         aside = self._segments.set_aside(error.segment)
-        log.warning("%s; set aside as %s, groups issued again: %s", error, aside.name, sorted(lost))
-        rewritten = self._journal.rewrite(self._holders.attempts)  # without turns that these groups once had
-        self._ledger.lose(lost, rewritten.first)
+        log.warning("%s; set aside as %s, groups reissued: %s", error, aside.name, sorted(lost))
+        rewritten = self._journal.rewrite(self._leases.attempts)  # drops the turns of these groups
+        self._ledger.reissue(lost, rewritten.first)
         self._journal.adopt(rewritten)
         for group_id in lost:
             self._scheduler.drop(group_id)
-        self._holders.again |= lost
+        self._leases.reissue |= lost
 
     def _trim(self) -> None:
         if (limit := self.settings.disk_gib) is not None:

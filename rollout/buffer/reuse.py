@@ -1,7 +1,7 @@
-"""Reuse: which groups of earlier steps a step is trained on once more, as the ledger knows it.
+"""Reuse: groups of earlier steps that a step is trained on again, recorded in the ledger.
 
-A step's choice depends on the run's seed, its version, and what was decided before it, on nothing else. So a step that
-is done again chooses the same again.
+The choice of a step depends on the run's seed, the step's version and earlier choices only, so that a repeated step
+chooses the same groups.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from rollout.buffer.payload import Reused
 from rollout.buffer.samplers import Candidate
-from rollout.buffer.segments import Location, segment_path
+from rollout.buffer.segments import Location, ReusedGroup, segment_path
 from rollout.buffer.settings import ReuseSettings
 from rollout.wire.trajectory import EndReason
 
-# version: of the step, as in groups.taken_version; discarded: that step was not finite and took others.
+# version: of the step, as in groups.taken_version; discarded: that step could not train on its groups and took others.
 TABLES = """
 CREATE TABLE IF NOT EXISTS reuses (
     group_id INTEGER NOT NULL, version INTEGER NOT NULL, discarded INTEGER NOT NULL DEFAULT 0,
@@ -26,7 +25,7 @@ CREATE TABLE IF NOT EXISTS reuses (
 CREATE INDEX IF NOT EXISTS reuses_by_version ON reuses (version);
 """
 _INDEX = "CREATE INDEX IF NOT EXISTS groups_by_step ON groups (taken_version)"
-# taken_version is NULL but for groups that are taken or trained; it is never below issue_version.
+# taken_version is NULL unless a group is taken or trained; it is never below issue_version.
 _CANDIDATES = """
 SELECT group_id, attempt, taken_version, segment, "offset", length, checksum,
     (SELECT count(*) FROM reuses WHERE group_id = g.group_id AND version < :version AND NOT discarded) AS uses
@@ -54,27 +53,27 @@ _FIRST_TO_LAND = "SELECT coalesce(min(taken_version), ?) FROM groups WHERE state
 
 
 class ReuseLog:
-    """The table `reuses`, for a ledger to write within its own transactions."""
+    """The table `reuses`, which the ledger writes within its transactions."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
 
     def take(self, group_ids: Iterable[int], version: int) -> None:
-        """The learner, standing at `version`, has these groups once more."""
+        """Record that the learner at `version` reuses these groups."""
         rows = [(group_id, version) for group_id in group_ids]
         self._db.executemany("INSERT INTO reuses (group_id, version) VALUES (?, ?)", rows)
 
     def discard(self, version: int) -> None:
-        """It can make no step of what it took."""
+        """Mark the reuses of the step after `version` as discarded: it cannot train on its groups."""
         self._db.execute("UPDATE reuses SET discarded = 1 WHERE version = ?", (version,))
 
     def undo(self, version: int) -> None:
-        """The step after `version` and later ones are done again."""
+        """Forget the reuses of the step after `version` and of later ones, which are repeated."""
         self._db.execute("DELETE FROM reuses WHERE version >= ? AND NOT discarded", (version,))
 
 
 class Reuse:
-    """What a store reuses. `db` is its ledger's, `folder` has the segments."""
+    """Choice of reused groups. db: the ledger's connection. folder: of the segments."""
 
     def __init__(self, settings: ReuseSettings, seed: int, db: sqlite3.Connection, folder: Path) -> None:
         self._settings = settings
@@ -84,8 +83,8 @@ class Reuse:
         if settings.groups:
             db.execute(_INDEX)
 
-    def choose(self, version: int) -> list[Reused]:
-        """The groups for the step after `version`, in order of group id; fewer where there are not so many."""
+    def choose(self, version: int) -> list[ReusedGroup]:
+        """Choose groups for the step after `version`, in order of group id; fewer if candidates are too few."""
         settings = self._settings
         if not settings.groups:
             return []
@@ -95,15 +94,15 @@ class Reuse:
         chosen = {candidate.group_id for candidate in first}
         return [reused for _, reused in found if reused.group_id in chosen]
 
-    def of(self, version: int) -> list[Reused]:
-        """The groups that the step after `version` has, in order of group id."""
+    def of(self, version: int) -> list[ReusedGroup]:
+        """Return the groups that the step after `version` has chosen, in order of group id."""
         if not self._settings.groups:
             return []
         rows = self._db.execute(_OF_STEP, (version,)).fetchall()
-        return [Reused(group_id, nth, Location(*place)) for _, group_id, *place, nth in rows]
+        return [ReusedGroup(group_id, nth, Location(*place)) for _, group_id, *place, nth in rows]
 
     def segments_in_use(self, version: int) -> set[int]:
-        """Segments with groups that the step after `version`, or one that a rollback has done again, may choose."""
+        """Segments with groups that the step after `version`, or one repeated after a rollback, may choose."""
         settings = self._settings
         if not settings.groups:
             return set()
@@ -111,7 +110,7 @@ class Reuse:
         bounds = {"version": first, "oldest": first - settings.max_lag, "limit": settings.limit}
         return {int(segment) for (segment,) in self._db.execute(_NEEDED, bounds)}
 
-    def _candidates(self, version: int) -> list[tuple[Candidate, Reused]]:
+    def _candidates(self, version: int) -> list[tuple[Candidate, ReusedGroup]]:
         settings = self._settings
         bounds = {"version": version, "oldest": version - settings.max_lag, "limit": settings.limit}
         rows = self._db.execute(_CANDIDATES, bounds).fetchall()
@@ -123,5 +122,5 @@ class Reuse:
             if place[0] in there:
                 rewards = tuple(reward for (reward,) in self._db.execute(_REWARDS, (group_id, attempt)))
                 candidate = Candidate(group_id, taken_version, rewards)
-                found.append((candidate, Reused(group_id, uses + 1, Location(*place))))
+                found.append((candidate, ReusedGroup(group_id, uses + 1, Location(*place))))
         return found

@@ -1,7 +1,7 @@
-"""Which of the groups that may be reused a step reuses: `buffer.reuse.sampler`, its `kind` says how.
+"""Samplers of reused groups: `buffer.reuse.sampler`, chosen by its `kind`.
 
-A sampler orders the candidates and a step takes the first of them, so no group twice. Chance comes in as one uniform
-number a candidate, drawn by whoever asks: a sampler is a pure function.
+A sampler orders the candidates, and a step takes the first of them, so that no group comes twice. It is a pure
+function: its randomness is one uniform number per candidate, drawn by the caller.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rollout.wire.own_part import BUILT_IN, BY_KIND, OWN, OwnPart, OwnPartRefuse
 
 Floats = NDArray[np.float64]
 
-SMALLEST = 1e-6  # added to a priority, so that a group without any is still found at times
+SMALLEST = 1e-6  # added to all priorities, so that none is zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class _Sampler(BaseModel, extra="forbid", frozen=True):
 
 
 class Fifo(_Sampler):
-    """Those trained longest ago first."""
+    """Groups that were trained longest ago first."""
 
     kind: Literal["fifo"] = "fifo"
 
@@ -45,7 +45,7 @@ class Fifo(_Sampler):
 
 
 class Uniform(_Sampler):
-    """Every order is as likely."""
+    """Uniform random order."""
 
     kind: Literal["uniform"] = "uniform"
 
@@ -56,8 +56,8 @@ class Uniform(_Sampler):
 class Prioritized(_Sampler):
     """Proportional prioritization: P(i) = p_i^exponent / sum_k p_k^exponent. Schaul et al. 2016 (1511.05952), eq. 1.
 
-    Their p is the size of the last error; a group's is its mean absolute advantage, `spread`. They draw with
-    replacement. A step trains no group twice, so the next is drawn from those that are left.
+    Their p is the magnitude of the last error; here it is a group's mean absolute advantage, `spread`. They draw with
+    replacement; here each draw is from the groups that are left, since a step trains no group twice.
     """
 
     kind: Literal["prioritized"] = "prioritized"
@@ -65,21 +65,21 @@ class Prioritized(_Sampler):
 
     def __call__(self, candidates: Sequence[Candidate], uniform_C: Floats) -> list[Candidate]:
         priority_C = np.array([spread(candidate.rewards) + SMALLEST for candidate in candidates])
-        # The order of independent exponential times with these rates is that of such draws: Efraimidis and Spirakis
+        # Sorting independent exponential times with these rates gives the order of such draws: Efraimidis and Spirakis
         # 2006, algorithm A.
         times_C = -np.log1p(-uniform_C) / priority_C**self.exponent
         return [candidates[place] for place in np.argsort(times_C, kind="stable")]
 
 
 def spread(rewards: Sequence[float]) -> float:
-    """Mean |R - mean of the siblings' R|: 0 where all earned the same."""
+    """Mean |R - mean of the siblings' R|; 0 if all are equal."""
     return 0.0 if all_equal(rewards) else float(np.abs(np.asarray(rewards) - np.mean(rewards)).mean())
 
 
 class OwnSampler(OwnPart):
-    """A user's own: (candidates, uniform numbers [C]) -> candidates in the order in which they are to be reused.
+    """A user's own sampler: (candidates, uniform numbers [C]) -> candidates in the order of reuse.
 
-    A pure function: a step that is done again must choose the same again.
+    It must be a pure function: a repeated step must choose the same groups.
     """
 
     CALLED_WITH: ClassVar[tuple[str, ...]] = ("candidates", "uniform_C")

@@ -1,13 +1,13 @@
-"""The replay buffer: which groups may start, which are ready, which a step takes. No clock, no disk, no payload format.
+"""Bounded staleness: which groups may start, which are ready, which a step takes. No clock, disk or payload format.
 
 There are (S+1)*P slots for P groups a step and a maximum lag of S versions. A slot is held from `reserve` until the
 engines hold the weights of the step that took its group, or until the group is dropped. A group issued at version a
 must be taken at version a+S at the latest; that is its deadline.
 
-`take` therefore prefers what is complete, oldest first, but leaves no group behind that could miss its deadline: after
-it, for every j >= 1, at most j*P waiting groups may have a deadline within the next j steps. The bound on the slots
-makes that possible at all times: at most (S+1)*P groups wait, P for each deadline. With S = 0 every group has its
-deadline at once, and a step takes exactly the P groups issued for it, in order of issue: the synchronous trainer.
+`take` therefore prefers complete groups, oldest first, but leaves no group behind that could miss its deadline: after
+it, for every j >= 1, at most j*P waiting groups may have a deadline within the next j steps. The number of slots makes
+that possible at all times: at most (S+1)*P groups wait, P for each deadline. With S = 0 the deadline of every group is
+the next step, which takes exactly the P groups issued for it, in order of issue: the synchronous trainer.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class _Waiting(Generic[Payload]):
 
 
 class StalenessScheduler(Generic[Payload]):
-    """Reserve, add, take, release. Deterministic: the outcome depends on the order of calls only."""
+    """Slots of groups: reserve, add, take, release. Deterministic: the result depends on the order of calls only."""
 
     def __init__(self, groups_per_step: int, max_lag: int, version: int = 0) -> None:
         if groups_per_step < 1 or max_lag < 0:
-            raise ValueError(f"groups_per_step={groups_per_step} must be >= 1 and max_lag={max_lag} >= 0")
+            raise ValueError(f"groups_per_step={groups_per_step} must be >= 1, and max_lag={max_lag} >= 0")
         self.version = version
         self.groups_per_step = groups_per_step
         self.max_lag = max_lag
@@ -42,7 +42,7 @@ class StalenessScheduler(Generic[Payload]):
 
     @property
     def outstanding(self) -> int:
-        """Slots held: groups waiting for completion or for a step, and groups taken but not released."""
+        """Slots held: by groups that wait for completion or for a step, and by groups taken but not released."""
         return len(self._waiting) + len(self._taken)
 
     @property
@@ -63,9 +63,9 @@ class StalenessScheduler(Generic[Payload]):
         return [(group_id, _payload(entry)) for group_id, entry in sorted(self._taken.items())]
 
     def reserve(self, group_id: int, issue_version: int | None = None) -> bool:
-        """Hold a slot for a new group; False when none is free.
+        """Hold a slot for a new group; False if none is free.
 
-        `issue_version` is for a rollback: an older group is let in only where all can still meet their deadlines.
+        issue_version: of an older group, in a rollback; it gets a slot only if all can still meet their deadlines.
         """
         self._require_new(group_id)
         if self.outstanding >= self.capacity:
@@ -81,30 +81,30 @@ class StalenessScheduler(Generic[Payload]):
     def restore(
         self, group_id: int, issue_version: int, payload: Payload | None, taken: bool = False
     ) -> None:
-        """Hold a slot that an earlier process gave out, or a taken group's: nothing is asked, it was right then."""
+        """Hold a slot that an earlier process issued, waiting or taken, without checks."""
         self._require_new(group_id)
         (self._taken if taken else self._waiting)[group_id] = _Waiting(issue_version + self.max_lag, payload)
 
     def add(self, group_id: int, payload: Payload) -> None:
-        """The group is complete."""
+        """Mark a group as complete."""
         entry = self._waiting.get(group_id)
         if entry is None or entry.payload is not None:
             raise ValueError(f"group {group_id} is not waiting for its payload")
         entry.payload = payload
 
     def drop(self, group_id: int) -> None:
-        """The group will never be taken; its slot is free at once."""
+        """Free the slot of a group that will never be taken."""
         if self._waiting.pop(group_id, None) is None:
-            raise ValueError(f"group {group_id} holds no slot that could be dropped")
+            raise ValueError(f"group {group_id} holds no slot that can be dropped")
 
     def choose(self) -> list[tuple[int, Payload]] | None:
-        """The next step's P groups in order of group id, or None while they are not ready."""
+        """Return the next step's P groups in order of group id, or None while they are not ready."""
         if self._taken:
             return None  # the last step has not been released
         ready = sorted((self._waiting[group_id].deadline, group_id) for group_id in self.completed)
         if len(ready) < self.groups_per_step:
             return None
-        # Earliest deadlines first leaves the least behind, so if this choice is not feasible, none is.
+        # Taking the earliest deadlines leaves the fewest urgent groups: if this choice is not feasible, none is.
         chosen = {group_id for _, group_id in ready[: self.groups_per_step]}
         left = [entry.deadline for group_id, entry in self._waiting.items() if group_id not in chosen]
         if not self._can_be_met(left, first_step=self.version + 1):
@@ -112,23 +112,23 @@ class StalenessScheduler(Generic[Payload]):
         return [(group_id, _payload(self._waiting[group_id])) for group_id in sorted(chosen)]
 
     def take(self) -> list[tuple[int, Payload]] | None:
-        """What `choose` says, which the step now has."""
+        """Take the groups that `choose` returns."""
         chosen = self.choose()
         for group_id, _ in chosen or ():
             self._taken[group_id] = self._waiting.pop(group_id)
         return chosen
 
     def give_back(self) -> None:
-        """The step never got its groups: they are ready again."""
+        """Make taken groups ready again: the step has not received them."""
         self._waiting.update(self._taken)
         self._taken.clear()
 
     def discard(self) -> None:
-        """No step will be made of what was taken: its slots are free, and the same step takes other groups."""
+        """Free the slots of taken groups that the step cannot train on; the same step takes other groups."""
         self._taken.clear()
 
     def release(self, version: int) -> None:
-        """Engines hold `version`, the outcome of the step just taken: the slots of its groups are free."""
+        """Engines hold `version`, the result of the last step taken: free the slots of its groups."""
         if not self._taken or version != self.version + 1:
             raise ValueError(
                 f"release({version}) does not follow: engines held version {self.version} and "

@@ -4,9 +4,8 @@
     seal      magic, the length of the metadata (4 bytes) and of the buffers (8 bytes), CRC-32 of these three, 16
               bytes of blake3 of everything else in the message
 
-Arrow pads its metadata and reads none of the padding: there the seal lies, so that every reader of ours can tell what
-was written from what was damaged, with nothing but the file. Offsets and checksums of single batches are remembered
-besides by those who read one again.
+The seal is in the padding of Arrow's metadata, which Arrow does not read. With it a reader detects damage from the file
+alone. The ledger has offset and checksum of each batch too, for reading a single one.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ import pyarrow as pa
 from blake3 import blake3
 
 from rollout.buffer.append_only import Mark, NumberedFiles, numbered
-from rollout.wire.schema import SCHEMA, SchemaError, require_version
+from rollout.wire.schema import SCHEMA, SchemaError, as_reused, require_version
+from rollout.wire.trajectory import Slot
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _CHECKSUM_BYTES = 16
@@ -33,15 +33,15 @@ _FRAME = struct.Struct("<II")  # of a message: continuation, length of the metad
 _LENGTHS = struct.Struct("<8sIQ")
 _SEAL = struct.Struct(f"<{_LENGTHS.size}sI{_CHECKSUM_BYTES}s")
 _MAGIC = b"MTSEAL1\n"
-# A stream is the schema's message and one message a batch. Arrow's own writer holds the schema back until the first
-# batch, which would blur where that batch begins.
-_UNSEALED_HEADER = SCHEMA.serialize().to_pybytes()  # of files that an earlier Manta has written
+# A stream is the schema's message and one message per batch. Arrow's own writer delays the schema until the first
+# batch, which would hide the offset of that batch.
+_UNSEALED_HEADER = SCHEMA.serialize().to_pybytes()  # of files written by an earlier Manta
 _HEADER = SCHEMA.with_metadata({**(SCHEMA.metadata or {}), b"manta.sealed": b"1"}).serialize().to_pybytes()
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where one record batch lies: segment number, the byte range of its IPC message, and blake3 of it in hex."""
+    """Location of one record batch: segment number, byte range of its IPC message, and its blake3 in hex."""
 
     segment: int
     offset: int
@@ -49,8 +49,34 @@ class Location:
     checksum: str
 
 
+@dataclass(slots=True)
+class CompleteGroup:
+    """A complete group: the location of its rows, and the rows while they are in memory."""
+
+    slot: Slot
+    location: Location
+    batch: pa.RecordBatch | None
+
+    def read(self, folder: Path) -> pa.RecordBatch:
+        """Return the rows. Raises CorruptSegment."""
+        return self.batch or read_batch(folder, self.location)
+
+
+@dataclass(frozen=True, slots=True)
+class ReusedGroup:
+    """A group that an earlier step was trained on."""
+
+    group_id: int
+    reuse: int  # number of this reuse, from 1
+    location: Location
+
+    def read(self, folder: Path) -> pa.RecordBatch:
+        """Return the rows, marked as reused. Raises CorruptSegment."""
+        return as_reused(read_batch(folder, self.location), self.reuse)
+
+
 class CorruptSegment(RuntimeError):
-    """A batch is not what was written; the message names the file."""
+    """A batch differs from what was written; the message names the file."""
 
     def __init__(self, path: Path, offset: int, why: str) -> None:
         super().__init__(f"{path}: {why} (batch at byte {offset})")
@@ -65,28 +91,28 @@ class SegmentWriter:
 
     @property
     def open_segment(self) -> int | None:
-        """The segment that the next batch may go to."""
+        """The segment that the next batch may be appended to."""
         return self._files.open_number
 
     def append(self, batch: pa.RecordBatch) -> Location:
-        """Write one batch; it is durable after the next `sync`. An OSError leaves nothing of it behind."""
+        """Write one batch; it is durable after the next `sync`. An OSError leaves no part of it."""
         parts, checksum = _sealed(batch)
         segment, offset = self._files.append(*parts)
         return Location(segment, offset, sum(map(len, parts)), checksum)
 
     def sync(self) -> None:
-        """Make everything appended so far survive a crash of the machine."""
+        """Make all appended batches survive a crash of the machine."""
         self._files.sync()
 
     def mark(self) -> Mark:
         return self._files.mark()
 
     def rewind(self, mark: Mark) -> None:
-        """Take back what was appended since `mark`."""
+        """Remove what was appended since `mark`."""
         self._files.rewind(mark)
 
     def set_aside(self, segment: int) -> Path:
-        """Keep a corrupt file for people, under a name that no reader takes for a segment."""
+        """Rename a corrupt file so that no reader takes it for a segment; it is kept for inspection."""
         return self._files.set_aside(segment)
 
     def close(self) -> None:
@@ -99,12 +125,12 @@ def segment_path(folder: Path, number: int) -> Path:
 
 
 def segment_files(folder: Path) -> list[tuple[int, Path]]:
-    """The segments of a folder with their numbers, in order."""
+    """List the segments of a folder with their numbers, in order."""
     return numbered(folder, _STEM, _SUFFIX)
 
 
 def remove_oldest(folder: Path, limit_bytes: float, needed: Collection[int | None]) -> None:
-    """Remove segments, the oldest first, until a folder holds no more than this; those needed stay."""
+    """Remove segments, oldest first, until a folder holds at most `limit_bytes`; those in `needed` are kept."""
     sizes = {number: path.stat().st_size for number, path in segment_files(folder)}
     excess = sum(sizes.values()) - limit_bytes
     for number, size in sizes.items():
@@ -114,9 +140,9 @@ def remove_oldest(folder: Path, limit_bytes: float, needed: Collection[int | Non
 
 
 def read_batch(folder: Path, location: Location) -> pa.RecordBatch:
-    """Read back one batch by its location, checked.
+    """Read one batch by its location and verify its checksum.
 
-    Raises CorruptSegment where it is not what was written, SchemaError where the file is of another version.
+    Raises CorruptSegment for a changed or missing batch, SchemaError for a file of another version.
     """
     path = segment_path(folder, location.segment)
     try:
@@ -136,7 +162,7 @@ def read_batch(folder: Path, location: Location) -> pa.RecordBatch:
 
 
 def write_once(folder: Path, batches: Sequence[pa.RecordBatch]) -> None:
-    """Write these batches as one whole segment of their own, or leave it be where the folder has that very segment."""
+    """Write these batches as one new segment, unless the folder has an identical one."""
     folder.mkdir(parents=True, exist_ok=True)
     there = segment_files(folder)
     partial = folder / f"{_STEM}.partial"
@@ -156,9 +182,9 @@ def write_once(folder: Path, batches: Sequence[pa.RecordBatch]) -> None:
 
 
 def scan(path: Path) -> Iterator[pa.RecordBatch]:
-    """All whole batches of one segment; what a crash left half-written at the end is passed over.
+    """Yield all whole batches of one segment; a batch that a crash left incomplete at the end is skipped.
 
-    Raises CorruptSegment where something else than a crash has changed the file.
+    Raises CorruptSegment for damage that a crash does not explain.
     """
     if path.stat().st_size == 0:
         return
@@ -186,21 +212,19 @@ def scan(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def read_rows(folder: str | Path) -> pa.Table:
-    """Every row stored under a folder of segments (RUN/groups, RUN/evaluations/NAME), in the order of writing.
+    """Read all rows under a folder of segments (RUN/groups, RUN/evaluations/NAME), in the order of writing.
 
-    The columns are those of docs/stored_data.md. Empty for a folder without segments; FileNotFoundError without one.
-    A group issued again after a crash has rows of each attempt; the ledger says which one counts.
+    docs/stored_data.md lists the columns. The table is empty for a folder without segments. A group that was reissued
+    after a crash has rows of each attempt; the ledger has the valid one. Raises FileNotFoundError.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {folder}; rows are in RUN/groups and RUN/evaluations/NAME"
-        )
+        raise FileNotFoundError(f"no folder {folder}; rows are in RUN/groups and RUN/evaluations/NAME")
     batches = [batch for _, path in segment_files(Path(folder)) for batch in scan(path)]
     return pa.Table.from_batches(batches, schema=SCHEMA)
 
 
 def _sealed(batch: pa.RecordBatch) -> tuple[list[Any], str]:
-    """The parts of a batch's message, and its checksum in hex."""
+    """Return the parts of a batch's message, and its checksum in hex."""
     message = memoryview(batch.serialize())
     continuation, length = _FRAME.unpack_from(message)
     metadata, body = message[_FRAME.size : _FRAME.size + length], message[_FRAME.size + length :]
@@ -217,7 +241,7 @@ class _Seal(NamedTuple):
 
 
 def _seal_of(data: Any, offset: int) -> tuple[bytes, int]:
-    """The bytes where the message at `offset` ought to have its seal (fewer: the file ends there), and their place."""
+    """Read the seal's bytes of the message at `offset` (fewer where the file ends), and their offset."""
     frame = data[offset : offset + _FRAME.size]
     length = _FRAME.unpack(frame)[1] if len(frame) == _FRAME.size else 0
     place = offset + _FRAME.size + length - _SEAL.size
@@ -225,7 +249,7 @@ def _seal_of(data: Any, offset: int) -> tuple[bytes, int]:
 
 
 def _read_seal(seal: bytes) -> _Seal | None:
-    """What a seal says, where it is one; whether its batch fits it is not known yet."""
+    """Parse a seal; None if the bytes are none. Its batch is not verified here."""
     if len(seal) < _SEAL.size:
         return None
     lengths, checksum, digest = _SEAL.unpack(seal)
@@ -234,7 +258,7 @@ def _read_seal(seal: bytes) -> _Seal | None:
 
 
 def _whole(data: Any, offset: int) -> tuple[int, str] | None:
-    """Length and checksum of the sealed message at `offset`; None where what stands there is no such message."""
+    """Length and checksum of the sealed message at `offset`; None if there is no whole one."""
     seal, place = _seal_of(data, offset)
     said, end = _read_seal(seal), place + _SEAL.size
     if said is None or said.metadata != end - offset - _FRAME.size or len(data) < end + said.body:
@@ -245,17 +269,17 @@ def _whole(data: Any, offset: int) -> tuple[int, str] | None:
 
 
 def _is_damaged(data: mmap.mmap, offset: int) -> bool:
-    """Whether what is no whole message is more than a crash leaves: too few bytes of one, or zeros."""
+    """Whether an incomplete message at `offset` is damage: a crash leaves only a prefix of one, or zeros."""
     if not data[offset:].strip(b"\0"):
         return False
     if len(data) - offset > len(_END_OF_STREAM) and data[-len(_END_OF_STREAM) :] == _END_OF_STREAM:
-        return True  # the file was ended, so all of it was written
+        return True  # the file has its trailer, so all of it was written
     seal, expected = _seal_of(data, offset)
     if len(seal) == _SEAL.size and seal.strip(b"\0"):
         said = _read_seal(seal)
         return said is None or len(data) >= expected + _SEAL.size + said.body
     place = data.find(_MAGIC, offset)
-    while place >= 0:  # its length may be what is damaged
+    while place >= 0:  # the damage may be in its length
         if _read_seal(data[place : place + _SEAL.size]) is not None:
             return True
         place = data.find(_MAGIC, place + 1)
@@ -263,7 +287,7 @@ def _is_damaged(data: mmap.mmap, offset: int) -> bool:
 
 
 def _unsealed(data: mmap.mmap) -> Iterator[pa.RecordBatch]:
-    """The batches of a file that an earlier Manta has written; only the ledger can tell whether they were changed."""
+    """Yield the batches of a file written by an earlier Manta; their checksums are in the ledger only."""
     reader = pa.ipc.open_stream(pa.py_buffer(data))
     while True:
         try:

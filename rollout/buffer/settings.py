@@ -1,4 +1,4 @@
-"""Settings of the buffer."""
+"""Settings of the replay buffer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rollout.buffer.samplers import AnySampler, Fifo
 
 
 class ReuseSettings(BaseModel):
-    """How much of what earlier steps were trained on a step is trained on once more."""
+    """Reuse of groups that earlier steps were trained on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -21,7 +21,7 @@ class ReuseSettings(BaseModel):
 
 
 class BufferSettings(BaseModel):
-    """How many groups a step takes, how old they may be, and what of the disk they may use."""
+    """Groups per step, their staleness bound, and their disk space."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

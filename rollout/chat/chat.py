@@ -1,9 +1,9 @@
 """Messages to tokens by delta: what was sampled is never decoded and encoded again.
 
-A conversation's tokens are the opening prompt, then for every turn what was sampled and the glue up to the next
-turn. The glue is found in text, once per set of new messages: the chat template renders a stand-in conversation whose
-assistant turn has a known content, and what follows that content is the glue. History therefore stays as it was
-sampled, thoughts included, also under templates that would drop them from earlier turns.
+A conversation's tokens are the opening prompt, then for every turn the sampled tokens and the glue up to the next turn.
+The glue is derived from text, once per set of new messages: the chat template renders a stand-in conversation whose
+assistant turn has a known content, and the text after that content is the glue. The history therefore stays as it was
+sampled, thoughts included, even with templates that drop them from earlier turns.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _THOUGHT: Message = {"role": "assistant", "content": "zq8 thought zq8"}
 _NEXT: Message = {"role": "user", "content": "zq8 next zq8"}
 _CACHED_BYTES = 32 << 20  # of opening prompts, and of glue
 _CACHED_FORMS = 512  # of conversations
-_WAYS_OUT = (
-    "put a chat_template.jinja with a place for it into the model's folder (docs/agents.md, Tools), or choose a model "
-    "whose template has one"
+_REMEDY = (
+    "put a chat_template.jinja that renders it into the model's folder (docs/agents.md, Tools), or choose a model "
+    "whose template does"
 )
 
 __all__ = ["Chat", "ChatError", "Ids", "TooLong", "as_json"]
@@ -46,12 +46,12 @@ __all__ = ["Chat", "ChatError", "Ids", "TooLong", "as_json"]
 class Chat:
     """One tokenizer's chat template, applied by delta.
 
-    `end_of_turn` is the token the template puts after an assistant's content, or None where that is plain text. `stops`
-    are the tokens at which an engine has to end a turn: that one, the tokenizer's own end, and the model's.
-    Raises ChatError for a template that rewrites earlier turns when new ones come, or renders a turn by its place.
+    end_of_turn: the token that the template puts after an assistant's content, or None if that is plain text. stops:
+    the tokens at which an engine must end a turn: end_of_turn, the tokenizer's end, and the model's. Raises ChatError
+    for a template that rewrites earlier turns when new ones follow, or renders a turn by its position.
 
-    perception: of a model that sees; without one messages are text. ends: what the model's files name beside
-    (`rollout.chat.end_tokens`). context_tokens: a text that is proven to have more is not encoded but raises TooLong.
+    perception: of a model with vision; without it messages are text. ends: further end tokens from the model's files
+    (`rollout.chat.end_tokens`). context_tokens: a text with provably more tokens is not encoded, and raises TooLong.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Chat:
         ends: Sequence[int] = (),
         context_tokens: int | None = None,
     ) -> None:
-        # It takes seconds, and who makes a Chat has imported it to have a tokenizer; settings alone need none of it.
+        # The import takes seconds; a caller with a tokenizer has done it already, and settings do not need it.
         from transformers import PreTrainedTokenizerFast
 
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -87,7 +87,7 @@ class Chat:
         self.stops: tuple[int, ...] = tuple(dict.fromkeys(token for token in stops if token is not None))
         self._closes = self._closing_tokens()
         self._perception = perception
-        # Messages with pictures are megabytes: their tokens are made anew, and perception remembers the pictures.
+        # Messages with pictures are megabytes: their tokens are not cached, and perception caches the pictures.
         most_bytes = _CACHED_BYTES if perception is None else 0
         self._opening = PromptCache(self._opening_ids, most_bytes)
         self._glue = PromptCache(self._glue_ids, most_bytes)
@@ -95,44 +95,46 @@ class Chat:
         self._check_template()
 
     def images(self, messages: Sequence[Message]) -> tuple[str, ...]:
-        """The pictures in these messages, in order, as data URLs; none where the model reads text alone."""
+        """Pictures in these messages, in order, as data URLs; empty for a model without vision."""
         return () if self._perception is None else _images(messages)
 
     def opening(self, messages: Sequence[Message]) -> Ids:
-        """The tokens of a new conversation, up to where the assistant speaks; with the first message's `tools`."""
+        """Tokens of a new conversation up to the assistant's turn, with the first message's `tools`."""
         return self._opening(as_json(messages))
 
     def delta(self, messages: Sequence[Message], sampled_ids: Sequence[int]) -> Ids:
-        """The tokens between what was sampled last and where the assistant speaks next.
+        """Tokens between the last sampled turn and the assistant's next turn.
 
-        They close the sampled turn, and hold `messages` and the next generation prompt. The end-of-turn token is left
-        out where it was sampled, or another was that the template puts in its place (Llama 3.1's `<|eom_id|>`). Behind
-        an end that no template writes, as of a whole text, the turn is closed as ever.
+        They close the sampled turn, and contain `messages` and the next generation prompt. The end-of-turn token is
+        omitted if it was sampled, or another that the template uses in its place (Llama 3.1's `<|eom_id|>`). After an
+        end token that no template writes, such as the end of a text, the turn is closed as usual.
         """
         glue = self._glue(as_json(messages))
         return glue[1:] if len(sampled_ids) and sampled_ids[-1] in self._closes else glue
 
-    def going_on(self, message: Message, sampled_ids: Sequence[int]) -> Ids:
-        """The tokens of `message`, put behind what was sampled: the assistant's turn goes on.
+    def continue_turn(self, message: Message, sampled_ids: Sequence[int]) -> Ids:
+        """Tokens of `message`, appended to the assistant's unfinished turn.
 
-        A turn that was ended already can not: the message is then the user's.
+        A turn that has ended cannot continue: the message is then the user's.
         """
         if len(sampled_ids) and sampled_ids[-1] in self.stops:
             return self.delta([{"role": "user", "content": message["content"]}], sampled_ids)
         return self._encode(self._control.plain(message["content"], own=True))
 
     def text(self, sampled_ids: Sequence[int]) -> str:
-        """What was sampled, for the environment and for people: decoded without the token that ended the turn.
+        """Decode sampled tokens for environment and people, without the token that ended the turn.
 
-        Other special tokens stay visible: an action is what was sampled.
+        Other special tokens stay visible.
         """
         spoken = sampled_ids[:-1] if len(sampled_ids) and sampled_ids[-1] in self.stops else sampled_ids
         return str(self._backend.decode(spoken, skip_special_tokens=False))
 
     def encode_action(self, text: str) -> Ids:
-        """The tokens of a turn that nobody sampled (a demonstration): the text and the token that ends it."""
+        """Encode a turn that was not sampled (a demonstration): the text and the token that ends it."""
         if not self.stops:
-            raise ChatError(f"{self._name}: neither it nor the tokenizer has a token that ends a turn")
+            raise ChatError(
+                f"{self._name}: neither it nor the tokenizer has a token that ends a turn; set the eos_token"
+            )
         return (*self._encode(text), self.stops[0])
 
     def _opening_ids(self, messages_json: str) -> Ids:
@@ -142,13 +144,13 @@ class Chat:
         return self._ids(json.loads(messages_json), goes_on=True)
 
     def _ids(self, messages: Sequence[Message], goes_on: bool) -> Ids:
-        """The tokens of these messages. ChatError for what the template leaves out, or what forges its structure."""
-        if self._backend.normalizer is not None:  # then taking a text apart may encode it
+        """Tokens of these messages. ChatError for content that the template omits, or that forges its structure."""
+        if self._backend.normalizer is not None:  # then splitting control tokens may encode the text
             for message in messages:
                 if message.get("role") != "assistant" and isinstance(content := message.get("content"), str):
                     self._require_room(content.strip())  # templates trim
         said = [self._control.apart(message) for message in messages]
-        if goes_on:  # the tools were offered where the conversation began
+        if goes_on:  # the tools were announced at the start of the conversation
             said[0].pop("tools", None)
         ids = self._perceived(self._text(said, goes_on), messages)
         stand_in = StandIn.of(said)
@@ -156,7 +158,7 @@ class Chat:
         left_out, structure = self._form(as_json(stand_in.messages), goes_on, own)
         if left_out:
             what = stand_in.marks[left_out]
-            raise ChatError(f"{self._name} leaves out {what}: the policy would not read it; {_WAYS_OUT}")
+            raise ChatError(f"{self._name} leaves out {what}: the policy would not read it; {_REMEDY}")
         if structure is not None and self._control.among(ids, own=own) != structure:
             roles = [message.get("role") for message in messages]
             raise ChatError(
@@ -166,16 +168,16 @@ class Chat:
         return ids
 
     def _form_of(self, messages_json: str, goes_on: bool, own: bool) -> tuple[str, Ids | None]:
-        """Of a conversation of marks: the first one left out, and the control tokens; None where it cannot be said."""
+        """Of a stand-in conversation: the first mark left out, and the control tokens; None if they are unknown."""
         messages = json.loads(messages_json)
         try:
             text = self._text(messages, goes_on)
-        except ChatError:  # a template that wants certain words
+        except ChatError:  # a template that requires certain words
             return "", None
         left_out = StandIn.of(messages).left_out(text)
         try:
             return left_out, self._control.among(self._encode(text), own=own)
-        except ChatError:  # of a vocabulary that cannot spell the marks
+        except ChatError:  # a vocabulary that cannot encode the marks
             return left_out, None
 
     def _text(self, messages: Sequence[Message], goes_on: bool) -> str:
@@ -184,12 +186,12 @@ class Chat:
         return self._template.render(messages, prompted=True)
 
     def _perceived(self, text: str, messages: Sequence[Message]) -> Ids:
-        """The tokens of a text that these messages were rendered to, with a placeholder for every feature."""
+        """Tokens of the rendered text of these messages, with a placeholder for every image feature."""
         images = _images(messages)
         if self._perception is None:
             if images:
                 raise ChatError(
-                    f"{self._name}: an observation shows a picture, but this model reads text alone"
+                    f"{self._name}: an observation has a picture, but this model reads text only; use one with vision"
                 )
             return self._encode(text)
         ids = self._encode(self._perception.spelled(text, images))
@@ -203,35 +205,35 @@ class Chat:
         return glue
 
     def _after(self, rendered: str, what: str) -> str:
-        """The text behind the stand-in assistant's content."""
+        """The text after the stand-in assistant's content."""
         before, found, after = rendered.partition(_SAID["content"])
         if not found or _ASKED["content"] not in before:
             raise ChatError(
-                f"{self._name}: rendering {what} drops or changes an earlier message, so a history cannot be extended"
+                f"{self._name}: rendering {what} drops or changes an earlier message; a history must stay extensible"
             )
         return after
 
     def _check_template(self) -> None:
-        """A later turn must leave earlier ones alone, and a turn's glue must not depend on its place."""
+        """Raise ChatError if a later turn changes earlier ones, or if a turn's glue depends on its position."""
         heads = [
             self._template.render(messages, prompted=False).partition(_ASKED["content"])[0]
             for messages in ([_ASKED, _SAID], [_ASKED, _SAID, _NEXT])
         ]
         if heads[0] != heads[1]:
-            raise ChatError(f"{self._name}: what stands before the first message changes with a later turn")
+            raise ChatError(f"{self._name}: the text before the first message changes with a later turn")
         second_turn = self._glue_text([_ASKED, _SAID], [_NEXT])
         if self._glue_text([_ASKED, _THOUGHT, _ASKED, _SAID], [_NEXT]) != second_turn:
-            raise ChatError(f"{self._name}: a turn is rendered by its place in the conversation")
+            raise ChatError(f"{self._name}: a turn is rendered by its position in the conversation")
 
     def _closing_tokens(self) -> frozenset[int]:
-        """The tokens that close a turn as the template does: its own, and other ends that its text names."""
+        """Tokens that close a turn as the template does: end_of_turn, and other stops that its source names."""
         if self.end_of_turn is None:
             return frozenset()
         named = {end for end in self.stops if self._backend.id_to_token(end) in self._template.source}
         return frozenset({self.end_of_turn} | named)
 
     def _require_room(self, text: str) -> None:
-        """TooLong for a text that is proven not to fit the context."""
+        """Raise TooLong for a text that provably exceeds the context."""
         if self._spelling is None or self._context_tokens is None:
             return
         least = self._spelling.least_tokens(text)
@@ -240,10 +242,12 @@ class Chat:
 
     def _encode(self, text: str) -> Ids:
         self._require_room(text)
-        # The template has written every special token itself; the backend spares what transformers wraps around it.
+        # The template has written all special tokens; the backend avoids the overhead of transformers' tokenizer.
         try:
             return tuple(self._backend.encode(text, add_special_tokens=False).ids)
-        except Exception as error:  # the backend has no narrower one for text its vocabulary cannot spell
+        except (
+            Exception
+        ) as error:  # the backend raises no narrower one for text that its vocabulary cannot encode
             raise ChatError(
                 f"tokenizer {self._tokenizer.name_or_path} cannot encode {text!r}: {error}"
             ) from error
@@ -253,11 +257,11 @@ def _images(messages: Sequence[Message]) -> tuple[str, ...]:
     try:
         return images_of(messages)
     except ValueError as error:
-        raise ChatError(f"a message cannot be shown: {error}") from error
+        raise ChatError(f"a message has an invalid picture: {error}") from error
 
 
 def as_json(messages: Sequence[Message]) -> str:
-    """Messages as stored and as looked up. Raises ChatError for contents that are not JSON."""
+    """Messages as JSON, for storage and caches. Raises ChatError for contents that are not JSON."""
     try:
         return json.dumps(messages)
     except (TypeError, ValueError, RecursionError) as error:

@@ -1,8 +1,8 @@
-"""The tokens a conversation is built of, which nothing that is said in it may spell.
+"""Control tokens of a chat template, which the content of messages must not contain.
 
-A tokenizer matches its added tokens wherever their text stands: a tool's result that says `</tool_response>` would
-close the result. Text is therefore taken apart wherever the tokenizer would find one, its own normalization (case,
-width, composition) included.
+A tokenizer matches its added tokens anywhere in a text: a tool's result with `</tool_response>` would close the result.
+The text of a control token is therefore broken by a space wherever the tokenizer would match it, also after its
+normalization (case, width, composition).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from rollout.chat.template import ChatError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_OWN = (OPEN, CLOSE, THINK, THOUGHT)  # what a policy writes itself, and reads in its own earlier turns
-_ROUNDS = 4  # of taking apart; what still spells a token then loses it whole
+_OWN = (OPEN, CLOSE, THINK, THOUGHT)  # tokens that the policy writes itself, and reads in its earlier turns
+_ROUNDS = 4  # of breaking tokens up; those still matched then are removed
 
 
 class ControlTokens:
-    """Those of one tokenizer. pictured: the placeholder of pictures, which is counted where pictures are."""
+    """Control tokens of one tokenizer. pictured: the placeholder of pictures, which perception checks."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, pictured: int | None = None) -> None:
         self._backend = tokenizer.backend_tokenizer
@@ -39,19 +39,19 @@ class ControlTokens:
         self._texts_but_own = _any_of(others, self._normalized)
 
     def among(self, ids: Sequence[int], *, own: bool) -> tuple[int, ...]:
-        """The control tokens among ids, in order; own: also those that a policy writes itself."""
+        """Select the control tokens among ids, in order; own: with those that a policy writes itself."""
         kept = self._ids if own else self._ids - self._own_ids
         return tuple(token for token in ids if token in kept)
 
     def apart(self, message: Message) -> Message:
-        """A message that spells none; an assistant's content may hold calls and thoughts."""
+        """Return a message without control tokens; an assistant's content may have calls and thoughts."""
         own = message.get("role") == "assistant"
         return {
             self.plain(key): self.plain(value, own=own and key == "content") for key, value in message.items()
         }
 
     def plain(self, said: Any, *, own: bool = False) -> Any:
-        """Text, or all text of a JSON value, that spells none. own: those that a policy writes itself may stay."""
+        """Return a JSON value whose texts have no control tokens. own: keep those that a policy writes itself."""
         if isinstance(said, str):
             return self._plain_text(said, own)
         if isinstance(said, dict):
@@ -71,14 +71,16 @@ class ControlTokens:
             for start, end in reversed(spans):
                 said = said[:start] + ("" if round == _ROUNDS else _apart(said[start:end])) + said[end:]
         if self._spelled(said, own):
-            raise ChatError(f"text that the tokenizer reads as its own control tokens: {said[:80]!r}")
+            raise ChatError(
+                f"the tokenizer reads control tokens in this text, which cannot be split: {said[:80]!r}"
+            )
         return said
 
     def _spelled(self, said: str, own: bool) -> list[tuple[int, int]]:
-        """Where the tokenizer itself finds control tokens."""
+        """Spans of control tokens that the tokenizer matches."""
         try:
             encoding = self._backend.encode(said, add_special_tokens=False)
-        except Exception:  # text its vocabulary cannot spell, which is said where the prompt is made
+        except Exception:  # text that its vocabulary cannot encode is refused when the prompt is built
             return []
         kept = self._ids - self._own_ids if own else self._ids
         return [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token in kept]
@@ -88,21 +90,21 @@ class ControlTokens:
         try:
             return text if normalizer is None else str(normalizer.normalize_str(text))
         except UnicodeEncodeError as error:  # half a surrogate pair
-            raise ChatError(f"text that is no Unicode: {text[:80]!r}") from error
+            raise ChatError(f"text that is not valid Unicode: {text[:80]!r}") from error
 
 
 def _structures(content: str) -> bool:
-    """Whether an added token that is not special could structure a text: words and white space do not."""
+    """Whether an added token that is not special may structure a text; words and white space do not."""
     return not (content.isalnum() or content.isspace())
 
 
 def _any_of(tokens: Any, normalized: Any) -> re.Pattern[str]:
-    """A pattern of any of these texts, as they are and normalized; of nothing where there is none."""
+    """Pattern that matches any of these texts, raw or normalized; without texts it matches nothing."""
     texts = {text for token in tokens for text in (token, normalized(token)) if text.strip()}
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
 def _apart(token: str) -> str:
     first, others = token[:1], token[1:]
-    # A space beside another would leave the token whole, or make it anew.
+    # A space beside another could leave the token intact, or form it again.
     return f"{first} {others}" if others and not (first.isspace() or others[0].isspace()) else ""

@@ -1,4 +1,4 @@
-"""The tokens that end a model's turn by the files of its folder."""
+"""End tokens of a model's turn, from the files of its folder."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ FILES = ("generation_config.json", "config.json")
 
 
 def end_tokens(path: str) -> tuple[int, ...]:
-    """Every `eos_token_id` of a folder or Hugging Face id: one id or a list, in either file.
+    """Read every `eos_token_id` of a folder or Hugging Face id: one id or a list, in either file.
 
-    Llama 3.1 ends a call and an answer with different tokens. Raises ModelMissing, and ValueError for a file that is no
-    JSON object.
+    Llama 3.1 ends a call and an answer with different tokens. Raises ModelMissing, and ValueError for a file that is
+    not a JSON object.
     """
     require(path)
     ends: list[Any] = []
@@ -29,18 +29,18 @@ def end_tokens(path: str) -> tuple[int, ...]:
 def _read(path: str, name: str) -> dict[str, Any] | None:
     file: Path | str | None = Path(path) / name
     if not Path(path).is_dir():
-        from transformers.utils import cached_file  # of an id of the hub alone: it takes seconds to import
+        from transformers.utils import cached_file  # takes seconds, and only ids of the hub need it
 
         try:
             file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-        except OSError:  # an id out of reach: whoever loads its tokenizer or weights says so
+        except OSError:  # an unreachable id: loading its tokenizer or weights raises
             return None
     if file is None or not Path(file).is_file():
         return None
     try:
         said = json.loads(Path(file).read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no valid JSON: {error}") from error
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(said, dict):
         raise ValueError(f"{file} must hold a JSON object, not {said!r:.80}")
     return said

@@ -1,7 +1,7 @@
-"""Text that is long: proven not to fit a context before it is encoded, and encoded off the event loop.
+"""Long texts: refused without encoding if they provably exceed the context, and encoded off the event loop.
 
-Encoding takes seconds and hundreds of bytes a character; 10 MB of text would take a minute and gigabytes to learn that
-it does not fit.
+Encoding costs hundreds of bytes of memory per character: 10 MB of text would take a minute and gigabytes before it is
+found not to fit.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 _AT_ONCE_CHARACTERS = 4096  # encoded on the event loop, within a few milliseconds
 
-# What these make of a text is at least 1/n of its characters long. A composed character has at most four parts.
+# These normalizers shorten a text to 1/n of its characters at most. A composed character has at most four parts.
 _SHRINK = {"NFC": 4, "NFKC": 4, "NFD": 1, "NFKD": 1, "Lowercase": 1, "Prepend": 1}
-_KEEP_ALL = {"ByteLevel", "Metaspace", "Digits", "Split", "Punctuation"}  # but for the behavior "Removed"
+_KEEP_ALL = {"ByteLevel", "Metaspace", "Digits", "Split", "Punctuation"}  # except with the behavior "Removed"
 
 
 class TooLong(ChatError):
-    """A text does not fit the context. tokens: the least that it has."""
+    """A text does not fit the context. tokens: a lower bound of its length."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__(f"a text has {tokens} tokens or more and does not fit the context")
@@ -35,29 +35,29 @@ class TooLong(ChatError):
 
 
 async def off_loop(messages: Sequence[Message], call: Callable[[], T]) -> T:
-    """`call`, which encodes these messages; in a thread where they are long. Tokenizers release the interpreter."""
+    """Run `call`, which encodes these messages, in a thread if they are long. Tokenizers release the interpreter."""
     said = sum(len(said) for message in messages if isinstance(said := message.get("content"), str))
     return call() if said <= _AT_ONCE_CHARACTERS else await asyncio.to_thread(call)
 
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """How many characters of a text one token stands for at most, and the characters that no token stands for."""
+    """Most characters of a text per token, and the characters that yield no token."""
 
     characters: int
     silent: str
 
     def least_tokens(self, text: str) -> int:
-        """The text has at least so many tokens."""
+        """Lower bound of the text's tokens."""
         said = len(text) - sum(map(text.count, self.silent))
         return -(-said // self.characters)
 
 
 def spelling_of(backend: Tokenizer) -> Spelling | None:
-    """None where a token may stand for any number of characters.
+    """Spelling of a tokenizer; None if a token may represent any number of characters.
 
-    Such tokens are unknown-tokens, and added tokens that take the white space beside them along; a text may also be
-    normalized to less, split with a loss, or cut.
+    Such tokens are unknown-tokens, and added tokens that absorb the white space beside them. Normalization may also
+    shorten a text without bound, and a tokenizer may split with a loss or truncate.
     """
     told = json.loads(backend.to_str())
     shrink, silent = _shrink(told["normalizer"]), _silent(told)
@@ -93,9 +93,9 @@ def _keeps_all(pre_tokenizer: dict[str, Any] | None) -> bool:
 
 
 def _silent(told: dict[str, Any]) -> str | None:
-    """The characters that cost no token; None where one token may stand for any number of others."""
+    """Characters that yield no token; None if one token may represent any number of characters."""
     model = told["model"]
-    if model["type"] == "WordLevel":  # without an unknown-token it refuses what it cannot spell
+    if model["type"] == "WordLevel":  # without an unknown-token it refuses unknown words
         return None if model["unk_token"] in model["vocab"] else ""
     if model["type"] != "BPE":
         return None
@@ -106,15 +106,13 @@ def _silent(told: dict[str, Any]) -> str | None:
     if "ByteLevel" not in json.dumps(told["pre_tokenizer"]):
         return None
     missing = {byte for byte, letter in enumerate(_byte_letters()) if letter not in model["vocab"]}
-    if missing & set(
-        range(0x80, 0xC0)
-    ):  # of these every character beyond ASCII has some, whatever its first byte is
+    if missing & set(range(0x80, 0xC0)):  # continuation bytes, which every character beyond ASCII has
         return None
     return "".join(chr(byte) for byte in sorted(missing) if byte < 0x80)
 
 
 def _byte_letters() -> list[str]:
-    """The letter that ByteLevel writes for each byte: printable ones of Latin-1 are their own, others follow U+0100."""
+    """The letter of each byte in ByteLevel: printable Latin-1 bytes are their own letter, others map from U+0100 on."""
     own = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in own else next(others)) for byte in range(256)]

@@ -1,7 +1,7 @@
-"""What a model makes of pictures, by its own processor: placeholders in the text, features for the engine.
+"""Pictures for a model with vision, by its own processor: placeholders in the prompt, features for the engine.
 
-A template writes one placeholder for a picture; the model wants as many as the picture has features. Both numbers are
-counted where a prompt is made, so that no row is stored whose placeholders and features do not agree.
+A template writes one placeholder per picture; the model needs one per feature of the picture. Both are counted when a
+prompt is built, so that placeholders and features of every stored row agree.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from rollout.wire.model_folder import pretrained
 
 Features = dict[str, NDArray[Any]]
 
-_CACHED_IMAGES = 64  # their features: siblings see the same first picture, and every turn all of a segment's
+_CACHED_IMAGES = 64  # features: siblings share the first picture, and every turn needs all of its segment's
 
 
 class PerceptionError(ChatError):
-    """Pictures that a model cannot be shown as asked."""
+    """Pictures that cannot be encoded for a model."""
 
 
 class Processor(Protocol):
-    """What is used of a Hugging Face processor (`ProcessorMixin`)."""
+    """The part of a Hugging Face processor (`ProcessorMixin`) that is used here."""
 
     image_processor: Any
     image_token: str
@@ -39,7 +39,7 @@ class Processor(Protocol):
 
 
 class Perception:
-    """A model's own processor. `placeholder_id`: the token that stands for a picture's features, one for each."""
+    """A model's own processor. placeholder_id: the token that represents one feature of a picture."""
 
     def __init__(self, processor: Processor) -> None:
         self.placeholder_id = processor.image_token_id
@@ -49,7 +49,7 @@ class Perception:
 
     @classmethod
     def load(cls, path: str) -> Perception | None:
-        """The processor in a checkpoint folder or of a hub id; None for a model that reads text alone."""
+        """Load the processor of a checkpoint folder or hub id; None for a model without vision."""
         from transformers import (
             AutoConfig,
             AutoProcessor,
@@ -66,18 +66,18 @@ class Perception:
             ) from error
 
     def spelled(self, text: str, images: Sequence[str]) -> str:
-        """A rendered text with as many placeholders for each picture as it has features."""
+        """Repeat the placeholders in a rendered text: one for each feature of each picture."""
         pieces = text.split(self._token)
         if len(pieces) != len(images) + 1:
             raise PerceptionError(
                 f"{len(images)} pictures, but the rendered text has {len(pieces) - 1} times {self._token}: an "
-                "observation must not say it, and the chat template must write it once a picture"
+                "observation must not contain it, and the chat template must write it once per picture"
             )
         places = [self._token * self.count(image) for image in images]
         return pieces[0] + "".join(place + piece for place, piece in zip(places, pieces[1:], strict=True))
 
     def check(self, token_ids: Sequence[int], images: Sequence[str]) -> None:
-        """PerceptionError where the placeholders among these tokens are not as many as the pictures' features."""
+        """Raise PerceptionError unless these tokens have one placeholder for each feature of the pictures."""
         found, made = list(token_ids).count(self.placeholder_id), sum(map(self.count, images))
         if found != made:
             raise PerceptionError(
@@ -85,21 +85,21 @@ class Perception:
             )
 
     def count(self, image: str) -> int:
-        """How many tokens stand for a picture: as many as the features a model makes of it."""
+        """Number of placeholders of a picture: the number of its features."""
         return self._features(image)[0]
 
     def features(self, images: Sequence[str]) -> Features:
-        """What a transformers model is given of these pictures, concatenated in order; nothing for none."""
+        """Input arrays of these pictures for a transformers model, concatenated in order; empty without pictures."""
         found = [self._features(image)[1] for image in images]
         names = found[0] if found else ()
         return {name: np.concatenate([each[name] for each in found]) for name in names}
 
     def collapsed(self, token_ids: Sequence[int], images: Sequence[str]) -> list[int]:
-        """A prompt with one placeholder a picture, which is what vLLM takes: it has a processor of its own."""
+        """Collapse the placeholders of a prompt to one per picture, as vLLM expects: it has its own processor."""
         self.check(token_ids, images)
         kept: list[int] = []
         counts = iter(images)
-        passing = 0  # placeholders left of the picture we are in
+        passing = 0  # placeholders left of the current picture
         for token in token_ids:
             if token != self.placeholder_id:
                 kept.append(token)
@@ -111,13 +111,13 @@ class Perception:
         return kept
 
     def opened(self, images: Sequence[str]) -> list[Any]:
-        """The pictures themselves, as PIL has them."""
+        """Decode the pictures with PIL."""
         return [Image.open(BytesIO(png_of(image))).convert("RGB") for image in images]
 
     def _processed(self, image: str) -> tuple[int, Features]:
         try:
             inputs = self._processor.image_processor(images=self.opened([image]), return_tensors="np")
-        except (ValueError, OSError) as error:  # not a picture, or none this processor takes
+        except (ValueError, OSError) as error:  # not a picture, or one that this processor refuses
             raise PerceptionError(f"a picture cannot be read: {error}") from error
         places = self._processor.replace_image_token(inputs, image_idx=0)
         count = places.count(self._token)

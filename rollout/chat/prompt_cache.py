@@ -1,4 +1,4 @@
-"""Tokens of texts that come again, within a bound of bytes."""
+"""Cache of encoded texts with a bound on its bytes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections import OrderedDict
 from collections.abc import Callable
 from threading import Lock
 
-_BYTES_A_TOKEN = 40  # a place in a tuple and the number there
+_BYTES_A_TOKEN = 40  # pointer in a tuple, and the int object
 _BYTES_AN_ENTRY = 300
 
 
 class PromptCache:
-    """`encode`, with its latest results remembered up to about `most_bytes`; 0 remembers nothing. Of any thread."""
+    """`encode` with an LRU cache of about `most_bytes`; 0 disables it. Thread-safe."""
 
     def __init__(self, encode: Callable[[str], tuple[int, ...]], most_bytes: int) -> None:
         self._encode = encode
         self._most_bytes = most_bytes
-        self._known: OrderedDict[str, tuple[int, ...]] = OrderedDict()  # the latest used stands last
+        self._known: OrderedDict[str, tuple[int, ...]] = OrderedDict()  # the most recently used is last
         self._lock = Lock()
         self.bytes = 0
 

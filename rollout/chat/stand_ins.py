@@ -1,7 +1,7 @@
-"""A conversation of the same form as another, whose every word is known: what a template leaves out of it is seen.
+"""Stand-in conversations: the form of another conversation with known texts, to detect what a template omits.
 
-Contents, names of tools and of calls, and arguments are put in place by marks that no template treats specially. A mark
-that is not in the rendered text is something that no policy would read.
+Contents, names of tools and of calls, and arguments are replaced by marks that no template treats specially. A mark
+that is missing in the rendered text stands for content that the policy would not read.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ _ROLES = (
     "assistant",
     "tool",
     "function",
-)  # that templates treat each in its own way
+)  # roles that templates distinguish
 
 
 @dataclass
 class StandIn:
-    """Messages of marks, and what each mark stands for."""
+    """Messages with marks, and the meaning of each mark."""
 
     messages: list[Message] = field(default_factory=list)
     marks: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, messages: Sequence[Message]) -> StandIn:
-        """The stand-in of these messages: two conversations of one form have the same."""
+        """Build the stand-in of these messages; conversations of the same form have the same stand-in."""
         stand_in = cls()
         for message in messages:
             stand_in.messages.append(stand_in._message(message))
         return stand_in
 
     def left_out(self, text: str) -> str:
-        """The first mark that a text the messages were rendered to does not hold; empty where it holds all."""
+        """The first mark that is missing in the rendered text; empty if none is."""
         said = text.casefold()
         return next((mark for mark in self.marks if mark not in said), "")
 

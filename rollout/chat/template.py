@@ -1,7 +1,7 @@
-"""A model's chat template as foreign code: it is given one form of messages, bounded, and believed nothing.
+"""A model's chat template as foreign code: normalized input, bounded execution, checked output.
 
-Templates come with models and are written for the messages their authors thought of. Whatever one raises is a ChatError
-about these messages, never a fault of the process that renders them.
+Templates come with models and support only the messages that their authors expected. Every error of a template becomes
+a ChatError about the messages, never a failure of the process that renders them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from envs.base import DIRECTIONS, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MOST_LINES = 500_000  # of a template's code that one rendering may run, calls included: about a second
-MOST_CHARACTERS = 256_000_000  # that its lines may write
+MOST_LINES = 500_000  # of a template's code per rendering, calls included: about a second
+MOST_CHARACTERS = 256_000_000  # written per rendering
 _CODE = "<template>"  # the file name of what Jinja compiles
 
 
@@ -32,18 +32,20 @@ class Template:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
-            raise ChatError(f"tokenizer {tokenizer.name_or_path} has no chat template; set one and save it")
+            raise ChatError(
+                f"tokenizer {tokenizer.name_or_path} has no chat template; set chat_template and save it"
+            )
         self._tokenizer = tokenizer
         self.name = f"chat template of {tokenizer.name_or_path or 'this tokenizer'}"
 
     @property
     def source(self) -> str:
-        """Its text; of several, all of them."""
+        """Source text of the template; of all templates if there are several."""
         templates = self._tokenizer.chat_template
         return "\n".join(templates.values()) if isinstance(templates, dict) else str(templates)
 
     def render(self, messages: Sequence[Message], *, prompted: bool) -> str:
-        """The text of these messages, with the first one's `tools`. Raises ChatError, whatever the template does."""
+        """Render these messages, with the first one's `tools`. Every error is a ChatError."""
         shaped = [_shaped(message) for message in messages]
         tools = messages[0].get("tools") or None
         try:
@@ -51,9 +53,7 @@ class Template:
                 text = self._tokenizer.apply_chat_template(
                     shaped, tools=tools, tokenize=False, add_generation_prompt=prompted
                 )
-        except (
-            Exception
-        ) as error:  # foreign code: Jinja's own errors, and whatever filters and operators raise
+        except Exception as error:  # foreign code: Jinja's errors, and those of filters and operators
             roles = [message.get("role") for message in shaped]
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise ChatError(f"{self.name} refuses messages of the roles {roles}: {reason}") from error
@@ -61,9 +61,9 @@ class Template:
 
 
 def _shaped(message: Message) -> Message:
-    """A message as templates expect it, without directions: no content is empty text, arguments are objects.
+    """Normalize a message for templates: no directions, missing content is empty text, arguments are objects.
 
-    Clients and datasets write arguments as JSON text, and leave them away where there are none.
+    Clients and datasets may write arguments as JSON text, or omit empty ones.
     """
     shaped = {key: _bare(value) for key, value in message.items() if key not in DIRECTIONS}
     if shaped.get("content") is None:
@@ -76,7 +76,7 @@ def _shaped(message: Message) -> Message:
 
 
 def _bare(value: Any) -> Any:
-    """What a template is told of a message's content: that there is a picture, not which."""
+    """Replace pictures in a message's content by placeholders without data."""
     if not isinstance(value, list):
         return value
     return [
@@ -98,7 +98,7 @@ def _with_object(function: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_object(arguments: Any) -> Any:
-    """The arguments of a call as an object: of JSON text that is one, and of none; anything else stays."""
+    """Convert arguments of a call to an object if they are JSON text of one, or missing; others are unchanged."""
     if arguments is None:
         return {}
     if not isinstance(arguments, str):
@@ -115,22 +115,22 @@ def as_object(arguments: Any) -> Any:
 
 
 class _Spent(Exception):
-    """A template ran more lines, or wrote more, than a rendering may."""
+    """A template exceeded the limit of lines or characters."""
 
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Count what a template runs and writes in this thread, and stop it beyond the limits.
+    """Count the lines that a template runs and the characters it writes in this thread, and stop it at the limits.
 
-    Loops nest, and macros call themselves: nothing else ends them. Lines are counted, not seconds, so that a slow
-    machine refuses nothing more. Where a debugger traces, nothing is counted.
+    Nested loops and recursive macros may not end otherwise. Lines are counted, not seconds, so that the result does not
+    depend on the machine. Under a debugger's trace nothing is counted.
     """
     lines = characters = 0
 
     def count(frame: FrameType, event: str, arg: Any) -> Callable[..., Any]:
         nonlocal lines, characters
         lines += 1
-        if event == "return" and isinstance(arg, str):  # what it writes is yielded, piece by piece
+        if event == "return" and isinstance(arg, str):  # output is yielded piece by piece
             characters += len(arg)
         if lines > MOST_LINES or characters > MOST_CHARACTERS:
             raise _Spent(

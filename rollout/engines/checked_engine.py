@@ -1,8 +1,7 @@
-"""A user's own engine, held to what Manta's own engines prove of themselves.
+"""A user's own engine with checks of its answers and its syncs.
 
-A request's answer must be whole: as many logprobs and versions as tokens, all of them possible. A version is adopted
-only if its bytes have the learner's checksums, the engine says the version's number, and the probe's logprobs are the
-learner's.
+An answer must be complete and valid: as many logprobs and versions as tokens, in their ranges. A sync succeeds only if
+the bytes have the learner's checksums, the engine reports the version, and the probe's logprobs match the learner's.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ _MOST_LOGPROB = 1e-4  # a logprob may be above 0 by rounding
 
 
 class CheckedEngine:
-    """Hands every call on to the user's engine and checks what it answers."""
+    """Passes every call on to the user's engine and checks the answers."""
 
     def __init__(self, engine: Any, start: EngineStart) -> None:
         if missing := [name for name in METHODS if not callable(getattr(engine, name, None))]:
             raise TypeError(
-                f"{start.name}: {type(engine).__name__} is no Engine: it has no method {', '.join(missing)}"
+                f"{start.name}: {type(engine).__name__} is not an Engine: it has no method {', '.join(missing)}"
             )
         self.name = start.name
         self._engine: Engine = engine
@@ -42,13 +41,13 @@ class CheckedEngine:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
     ) -> Completion:
-        """Raises EngineFailed for what the user's code raises and for an answer that is not whole."""
+        """Sample a completion. Raises EngineFailed for errors of the user's code and for invalid answers."""
         before = self.version
         try:
             completion = await self._engine.generate(prompt_ids, sampling, images)
         except (EngineFailed, EngineDied):
             raise
-        except Exception as error:  # it is anybody's code
+        except Exception as error:  # foreign code
             raise EngineFailed(f"{self.name}: generate raised {told(error)}") from error
         if fault := _fault(completion, sampling, self._stops, (before, self.version)):
             raise EngineFailed(f"{self.name}: generate returned {fault}")
@@ -58,7 +57,7 @@ class CheckedEngine:
         return await self._engine.score(token_ids)
 
     async def sync(self, update: WeightUpdate) -> SyncReport:
-        """Verify the checksums, let the engine load the version, and check its number and the probe."""
+        """Verify the checksums, let the engine load the version, then check its version and the probe."""
         await asyncio.to_thread(update.verify)
         report = await self._engine.sync(update)
         if self.version != update.version:
@@ -80,12 +79,12 @@ class CheckedEngine:
 
 
 def _fault(given: Any, sampling: Sampling, stops: frozenset[int], versions: tuple[int, int]) -> str:
-    """What is wrong with an answer to a request that began and ended under these versions; empty where nothing is."""
+    """The error of an answer, or "". versions: of the engine at the start and the end of the request."""
     if not isinstance(given, Completion):
         return f"{type(given).__name__}, not a Completion"
     tokens = len(given.token_ids)
     if not 1 <= tokens <= sampling.max_tokens:
-        return f"{tokens} tokens where 1 to {sampling.max_tokens} were asked for"
+        return f"{tokens} tokens; 1 to {sampling.max_tokens} were requested"
     if len(given.logprobs) != tokens or len(given.versions) != tokens:
         return f"{tokens} tokens with {len(given.logprobs)} logprobs and {len(given.versions)} versions"
     low, high = np.min(given.logprobs), np.max(given.logprobs)
@@ -93,9 +92,9 @@ def _fault(given: Any, sampling: Sampling, stops: frozenset[int], versions: tupl
         return f"logprobs from {low:g} to {high:g}: they must be finite and at most 0"
     first, last = np.min(given.versions), np.max(given.versions)
     if first < versions[0] or last > versions[1]:
-        return f"versions {first} to {last} where {versions[0]} to {versions[1]} served"
+        return f"versions {first} to {last}; {versions[0]} to {versions[1]} were loaded"
     if given.finish_reason not in ("stop", "length"):
-        return f"finish_reason={given.finish_reason!r}: 'stop' or 'length' is possible"
+        return f"finish_reason={given.finish_reason!r}; it must be 'stop' or 'length'"
     if given.finish_reason == "stop" and int(given.token_ids[-1]) not in stops:
-        return f"finish_reason='stop' behind token {given.token_ids[-1]}, which ends no turn"
+        return f"finish_reason='stop' after token {given.token_ids[-1]}, which is no stop token"
     return ""

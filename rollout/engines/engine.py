@@ -1,4 +1,4 @@
-"""What an agent asks of whatever holds the weights: token ids in; ids, logprobs and weight versions out."""
+"""The engine interface: token ids in; sampled ids, logprobs and weight versions out."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ FinishReason = Literal["stop", "length"]
 
 
 class EngineFailed(RuntimeError):
-    """An engine could not answer a request. It costs the episode that asked, never the worker."""
+    """An engine could not answer a request: that episode fails, the worker continues."""
 
 
 class WeightsNotFinite(ValueError):
-    """A model whose weights, or what an engine's type makes of them, are NaN or infinite."""
+    """A model's weights are NaN or infinite, as stored or in the engine's dtype."""
 
 
 class EngineDied(RuntimeError):
-    """The engine itself is gone, and whoever uses it ends. It costs no episode: its groups are handed on."""
+    """The engine's process is gone: the worker ends, and its groups are reassigned."""
 
 
 class Sampling(BaseModel):
-    """How one turn is sampled. Which tokens end a turn is the engine's to know, given when it is built."""
+    """Sampling of one turn. An engine gets the tokens that end a turn when it starts."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,7 +47,7 @@ class Sampling(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled turn. A turn that ended by itself ends with its stop token, which is trained like any other."""
+    """One sampled turn. With finish_reason "stop" the last token is the stop token, which is trained like any other."""
 
     token_ids: Int32Array  # [A]
     logprobs: Float32Array  # [A] of the distribution sampled from (temperature included), nats
@@ -57,33 +57,31 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class EngineStart:
-    """Everything a run tells an engine that it starts."""
+    """Arguments of a run for the engine that it starts."""
 
     name: str  # of the engine in errors and reports, e.g. "rollout-0"
     model: str  # Hugging Face folder or id whose weights it loads
     stop_token_ids: tuple[int, ...]  # each ends a turn and is the turn's last token
     context_tokens: int  # most tokens of a prompt and its answer together
     on_gpu: bool = False
-    transfer: str = "object_store"  # how weights travel: weights.transfer of the recipe
-    adapter: AdapterSpec | None = None  # versions are such adapters for what `model` holds
-    perception: Perception | None = None  # of a model that sees pictures
+    transfer: str = "object_store"  # weights.transfer of the recipe
+    adapter: AdapterSpec | None = None  # versions are such adapters for the weights of `model`
+    perception: Perception | None = None  # of a model with vision
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What engines of some settings take of a machine, and where they read published weights."""
+    """Resources of an engine, and how it reads published weights."""
 
     device: Literal["any", "cpu", "gpu"]  # "gpu" needs rollout.gpus_per_worker above 0, "cpu" needs it at 0
-    gpus: int = 1  # that one engine spans, where it runs on them
-    maps_weights: bool = (
-        False  # from memory that other processes can map; else where they lie in this process
-    )
-    concurrent_requests: int = 16  # that are worth sending at once
-    transfers: tuple[str, ...] = ("object_store",)  # values of weights.transfer that it takes
+    gpus: int = 1  # that one engine spans, if it runs on GPUs
+    maps_weights: bool = False  # it maps them from shared memory; else it reads them within its process
+    concurrent_requests: int = 16  # useful number of requests at once
+    transfers: tuple[str, ...] = ("object_store",)  # supported values of weights.transfer
     half_adapters: bool = False  # on GPUs it multiplies adapters in half precision only
 
     def unfit(self, gpus_per_worker: float) -> str:
-        """Say why an engine cannot run with so many GPUs a worker; empty where it can."""
+        """Say why an engine cannot run with so many GPUs per worker; empty if it can."""
         if self.device == "cpu" and gpus_per_worker:
             return (
                 f"it runs on CPUs, but rollout.gpus_per_worker={gpus_per_worker:g}; use 0 or another engine"
@@ -94,68 +92,60 @@ class Placement:
 
 
 class Generates(Protocol):
-    """What an agent asks of an engine. Plain attributes serve as `name` and `version`."""
+    """The part of an engine that an agent uses. `name` and `version` may be plain attributes."""
 
     @property
     def name(self) -> str:
-        """Names the engine in errors and reports."""
-        ...
+        """Name of the engine in errors and reports."""
 
     @property
     def version(self) -> int:
-        """The version of the weights that sample now."""
-        ...
+        """Version of the current weights."""
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
     ) -> Completion:
         """Sample at least one and at most `sampling.max_tokens` tokens. Raises EngineFailed and EngineDied.
 
-        images: data URLs of the pictures whose placeholders stand in the prompt, in order. A placeholder is never
+        images: data URLs of the pictures whose placeholders are in the prompt, in order. A placeholder is never
         sampled: logprobs are of the distribution over all other tokens.
         """
-        ...
 
 
 class Engine(Generates, Protocol):
-    """Holds one version of the weights at a time and samples from it, many requests at once.
+    """Samples from one version of the weights at a time, for many concurrent requests.
 
     `version` is -1 until the first sync or `adopt_loaded`. All methods are called from one event loop.
     """
 
     async def score(self, token_ids: Sequence[int]) -> Float32Array:
         """[T-1] logprob of every token after the first, at temperature 1."""
-        ...
 
     async def sync(self, update: WeightUpdate) -> SyncReport:
-        """Replace the weights and prove it; requests that are running go on under the new ones.
+        """Replace the weights and verify them; running requests continue with the new ones.
 
-        Raises WeightMismatch where names, checksums or the probe disagree, and EngineDied.
+        Raises WeightMismatch if names, checksums or the probe differ, and EngineDied.
         """
-        ...
 
     async def adopt_loaded(self, version: int) -> None:
-        """Call the weights that were loaded at the start `version`: for evaluating a checkpoint.
+        """Give the weights that were loaded at the start this version number, to evaluate a checkpoint.
 
-        Raises WeightsNotFinite where they give logprobs that are no numbers.
+        Raises WeightsNotFinite if their logprobs are not finite.
         """
-        ...
 
     async def ping(self) -> None:
-        """Return when the process that holds the weights has answered.
+        """Return when the process with the weights has answered.
 
-        Raises EngineDied where it is gone. One that hangs never answers: the limit is the caller's.
+        Raises EngineDied if it is gone. A process that hangs never answers: the caller sets a time limit.
         """
-        ...
 
     async def close(self) -> None:
-        """Stop everything that was started; requests under way may fail."""
-        ...
+        """End all processes of the engine; requests under way may fail."""
 
 
 @runtime_checkable
 class NativeTransfer(Protocol):
-    """An engine that weights reach from GPU to GPU, step by step (weights.transfer nccl and ipc)."""
+    """An engine that receives weights from GPU to GPU, in steps (weights.transfer nccl and ipc)."""
 
     async def open_transfer(self, init_info: dict[str, Any]) -> None: ...
     async def begin_update(self, manifest: WeightManifest) -> None: ...
@@ -164,15 +154,17 @@ class NativeTransfer(Protocol):
 
 
 def derive_seed(*parts: int) -> int:
-    """A seed in [0, 2**63) that depends on every part and on their order, the same in every process."""
+    """Derive a seed in [0, 2**63) from all parts and their order, the same in every process."""
     digest = blake2b(b"".join(part.to_bytes(8, "little", signed=True) for part in parts), digest_size=8)
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-FINITE_PROBE = tuple(range(8))  # tokens that are scored once to see whether a model computes numbers at all
+FINITE_PROBE = tuple(range(8))  # tokens that are scored once, to check that logprobs are finite
 
 
 def require_finite(name: str, logprobs: Float32Array) -> None:
-    """Raise WeightsNotFinite unless all are numbers: such an engine samples without complaint, one token for ever."""
+    """Raise WeightsNotFinite unless all are finite: an engine with NaN weights samples one token, without an error."""
     if not np.isfinite(logprobs).all():
-        raise WeightsNotFinite(f"{name}: the model's logprobs are not finite numbers")
+        raise WeightsNotFinite(
+            f"{name}: the model's logprobs are not finite; its weights have NaN or infinite values"
+        )

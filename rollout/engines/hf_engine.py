@@ -1,7 +1,7 @@
-"""Plain transformers behind the Engine protocol: slow and easy to follow, for tests and for debugging.
+"""Plain transformers behind the Engine protocol: slow and easy to follow, for tests and debugging.
 
-Requests take turns token by token in the event loop. A weight sync therefore falls between two tokens, and requests
-under way go on with the new weights and the cache of the old ones, as in vLLM's in-flight update.
+Requests alternate token by token in the event loop. A weight sync therefore happens between two tokens, and running
+requests continue with the new weights and the KV cache of the old ones, as in vLLM's in-flight update.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ async def start(start: EngineStart, settings: TransformersSettings) -> HfEngine:
 
 
 class HfEngine:
-    """One model on CPU. A request with a seed is reproducible: it depends on nothing but prompt, sampling and weights.
+    """One model on CPU. A request with a seed is reproducible: it depends on prompt, sampling and weights only.
 
-    `version` is -1 until the first sync: what the model's folder holds is nobody's version.
+    `version` is -1 until the first sync or `adopt_loaded`.
     """
 
     def __init__(
@@ -67,9 +67,7 @@ class HfEngine:
         self._perception = perception
         # A tied head appears once, under the embedding's name, as in a checkpoint.
         self._weights: dict[str, Tensor] = revert_weight_conversion(model, dict(model.named_parameters()))
-        self._base: dict[
-            str, Tensor
-        ] = {}  # the matrices that an adapter changes, as they were before it came
+        self._base: dict[str, Tensor] = {}  # matrices that an adapter changes, without it
 
     @classmethod
     def load(
@@ -88,7 +86,7 @@ class HfEngine:
         if len(prompt_ids) + sampling.max_tokens > context:
             raise EngineFailed(
                 f"{self.name}: {len(prompt_ids)} prompt tokens and max_tokens={sampling.max_tokens} exceed the model's "
-                f"{context} positions"
+                f"{context} positions; lower rollout.context_tokens"
             )
         random = _generator(prompt_ids, sampling)
         ids: list[int] = []
@@ -107,7 +105,7 @@ class HfEngine:
                 finish = "stop"
                 break
             new, beside = [token], _followed(beside)
-            await asyncio.sleep(0)  # the other requests' turn
+            await asyncio.sleep(0)  # let other requests run
         return Completion(
             np.array(ids, dtype=np.int32),
             np.array(logprobs, dtype=np.float32),
@@ -123,7 +121,7 @@ class HfEngine:
         return np.asarray(chosen_T, dtype=np.float32)
 
     async def sync(self, update: WeightUpdate) -> SyncReport:
-        """Copy the tensors in place, after names, shapes and checksums were found right; then check the probe."""
+        """Verify names, shapes and checksums, copy the tensors in place, then check the probe."""
         began = time.perf_counter()
         shapes = self._wanted(update.manifest)
         update.manifest.require_names(shapes, self.name)
@@ -140,12 +138,12 @@ class HfEngine:
         return SyncReport(self.name, self.version, len(shapes), difference, seconds, seconds_stalled)
 
     async def adopt_loaded(self, version: int) -> None:
-        """Call what the folder held `version`. Raises WeightsNotFinite."""
+        """Give the loaded weights this version number. Raises WeightsNotFinite."""
         require_finite(self.name, await self.score(FINITE_PROBE))
         self.version = version
 
     async def ping(self) -> None:
-        pass  # it lives in the caller's process
+        pass  # it runs in the caller's process
 
     async def close(self) -> None:
         pass
@@ -156,16 +154,16 @@ class HfEngine:
             torch.tensor([new_ids]), past_key_values=cache, use_cache=True, logits_to_keep=1, **beside
         )
         logits_V = output.logits[0, -1].float()
-        if self._perception is not None:  # no placeholder is sampled: no picture would stand behind it
+        if self._perception is not None:  # a sampled placeholder would have no picture
             logits_V[self._perception.placeholder_id] = -torch.inf
         return logits_V, output.past_key_values
 
     def _perceived(self, prompt_ids: Sequence[int], images: Sequence[str]) -> dict[str, Tensor]:
-        """What the first pass is given beside ids: the pictures' features, and positions where they are not places."""
+        """Inputs of the first pass beside ids: the pictures' features, and position ids of multimodal RoPE."""
         if not images:
             return {}
         if self._perception is None:
-            raise EngineFailed(f"{self.name}: asked about a picture, but the model reads text alone")
+            raise EngineFailed(f"{self.name}: a request has a picture, but the model reads text only")
         self._perception.check(prompt_ids, images)
         beside = {name: torch.from_numpy(x) for name, x in self._perception.features(images).items()}
         positions_of = getattr(self._model.base_model, "get_rope_index", None)
@@ -177,13 +175,13 @@ class HfEngine:
         return beside
 
     def _wanted(self, manifest: WeightManifest) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors that make up a version of its kind."""
+        """Names and shapes of the tensors that a version must have."""
         adapter = manifest.adapter
         if adapter is None:
             return {name: tuple(weight.shape) for name, weight in self._weights.items()}
         if missing := adapter.missing_from(self._weights):
             raise WeightMismatch(
-                f"{self.name}: version {manifest.version} adapts {missing[0]}, which this model has not"
+                f"{self.name}: version {manifest.version} adapts {missing[0]}, which this model does not have"
             )
         shapes: dict[str, tuple[int, ...]] = {}
         for layer in adapter.layers:
@@ -215,19 +213,20 @@ class HfEngine:
             weight_VD.copy_(torch.addmm(base_VD, b_VR, a_RD, alpha=adapter.scale))
 
     def _prove(self, update: WeightUpdate) -> None:
-        """Compare every tensor that the model computes with to what arrived. An adapter is the probe's to prove."""
+        """Compare all of the model's tensors with those received; an adapter is verified by the probe only."""
         if update.manifest.adapter is not None:
             return
         live = revert_weight_conversion(self._model, dict(self._model.named_parameters()))
         for spec, array in update.tensors():
             if not torch.equal(live[spec.name], _as_tensor(spec, array).to(live[spec.name].dtype)):
                 raise WeightMismatch(
-                    f"{self.name}: version {update.version}: the model computes with another {spec.name} than arrived"
+                    f"{self.name}: version {update.version}: the model computes with another {spec.name} than was "
+                    "received"
                 )
 
 
 def _followed(beside: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the pass of the next token is given: the position behind all that were given."""
+    """Inputs of the next token's pass beside ids: the next position of multimodal RoPE."""
     positions = beside.get("position_ids")
     return {} if positions is None else {"position_ids": (positions.max() + 1).expand(3, 1, 1)}
 
@@ -242,7 +241,7 @@ def _generator(prompt_ids: Sequence[int], sampling: Sampling) -> torch.Generator
 
 
 def _sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator) -> tuple[int, float]:
-    """One token and its logprob in the distribution it was drawn from."""
+    """Sample one token; returns it with its logprob in the sampled distribution."""
     logprobs_V = (logits_V / sampling.temperature).log_softmax(-1)
     if sampling.top_p < 1:
         logprobs_V = _nucleus(logprobs_V, sampling.top_p)

@@ -1,4 +1,4 @@
-"""An engine without a model: a script answers, deterministically. For tests and for measuring everything else."""
+"""An engine without a model, whose answers are scripted and deterministic: for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ from rollout.wire.weights import SyncReport, WeightUpdate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Script = Callable[
-    [str, Random], str
-]  # (prompt text, random numbers of this request) -> what the assistant says
+Script = Callable[[str, Random], str]  # (prompt text, random numbers of this request) -> the assistant's text
 Latency = Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked and what was answered."""
+    """A request and its answer."""
 
     prompt_ids: tuple[int, ...]
     sampling: Sampling
@@ -36,11 +34,10 @@ class Request:
 
 
 class ScriptedEngine:
-    """Answers are a pure function of (prompt ids, sampling seed, version), whatever the order of the requests.
+    """Answers are a pure function of (prompt ids, pictures, sampling seed, version), in any order of requests.
 
-    Pictures count as part of the prompt. Logprobs are made up, between -1 and 0, under the same rule. `requests` keeps
-    every request in the order of completion, unless `record` is off. `latency` is awaited before each answer.
-    `stop_token_ids`: tokens that end a turn beside the tokenizer's own (`Chat.stops`).
+    Logprobs between -1 and 0 are derived in the same way. requests: all requests in the order of completion, if
+    `record` is on. latency: awaited before each answer. stop_token_ids: tokens that end a turn beside `Chat.stops`.
     """
 
     def __init__(
@@ -77,7 +74,7 @@ class ScriptedEngine:
         rng = Random(seed)
         said = self._script(self._backend.decode(prompt_ids, skip_special_tokens=False), rng)
         ids = [*self._backend.encode(said, add_special_tokens=False).ids, *self._end]
-        # As an engine, it ends at the first token that ends a turn, whatever the script says behind it.
+        # Like any engine, it stops at the first token that ends a turn.
         ids = ids[: next((place for place, token in enumerate(ids, 1) if token in self._stops), None)]
         kept = np.array(ids[: sampling.max_tokens], dtype=np.int32)
         completion = Completion(
@@ -94,7 +91,7 @@ class ScriptedEngine:
         return _logprobs(list(token_ids)[1:], self.version)
 
     async def sync(self, update: WeightUpdate) -> SyncReport:
-        """Adopt the version; there is nothing to load and nothing to check."""
+        """Adopt the version without loading anything."""
         began = time.perf_counter()
         self.version = update.version
         return SyncReport(
@@ -106,12 +103,12 @@ class ScriptedEngine:
 
     async def ping(self) -> None:
         if self._closed:
-            raise EngineDied(f"{self.name}: asked after close()")
+            raise EngineDied(f"{self.name}: ping() after close()")
 
     async def close(self) -> None:
         self._closed = True
 
 
 def _logprobs(token_ids: Sequence[int], salt: int) -> Float32Array:
-    # A tuple of ints hashes alike in every process (only str and bytes are salted).
+    # The hash of a tuple of ints is the same in every process (only str and bytes are salted).
     return np.array([-(hash((salt, token)) % 1000) / 1000 for token in token_ids], dtype=np.float32)

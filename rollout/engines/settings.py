@@ -1,12 +1,13 @@
-"""The engines that a recipe chooses by `engine.kind`: their settings, what they take of a machine, how one is started.
+"""Engines of a recipe, chosen by `engine.kind`: their settings, resources and starters.
 
-Each kind names its starter as "module:function", a user's own engine as much as Manta's: nothing is imported before an
-engine is started, so vLLM need not be installed where another engine is chosen.
+Each kind names its starter as "module:function", like a user's own engine. It is imported when an engine starts, so
+that vLLM need not be installed for the other kinds.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -15,12 +16,13 @@ from envs.user_functions import awaited, load_function
 from rollout.engines.checked_engine import METHODS, CheckedEngine
 from rollout.engines.engine import Engine, EngineStart, Placement
 from rollout.engines.vllm_start import VllmSettings
+from rollout.wire.own_part import OwnPart, OwnPartRefused
 
-OWN = "module:name"  # stands for the kind of every engine that is a user's own
+OWN = "module:name"  # tag of a user's own engine
 
 
 class TransformersSettings(BaseModel):
-    """Plain transformers in the worker's own process, on CPUs, without batching: for laptops and debugging."""
+    """Plain transformers in the worker's process, on CPUs, without batching: for laptops and debugging."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     starter: ClassVar[str] = "rollout.engines.hf_engine:start"
@@ -33,10 +35,10 @@ class TransformersSettings(BaseModel):
         return Placement(device="cpu")
 
     def require_here(self) -> None:
-        """Raise ValueError where this engine cannot be started on this machine; transformers is always installed."""
+        """Do nothing: transformers is always installed."""
 
     def reproducible(self) -> TransformersSettings:
-        """Return the settings under which a request's seed decides what is sampled: it always does here."""
+        """Return settings under which a request's seed determines its samples, as it always does here."""
         return self
 
     async def start(self, start: EngineStart) -> Engine:
@@ -45,16 +47,16 @@ class TransformersSettings(BaseModel):
         return engine
 
 
-class OwnEngineSettings(BaseModel):
-    """An engine of the user's own: `kind` names what starts it.
+class OwnEngineSettings(OwnPart, extra="forbid", frozen=True):
+    """A user's own engine: `kind` names the function that starts it.
 
-    It is called as `name(start, **options)` with an `EngineStart` and returns an `Engine`, or an awaitable of one. A
+    It is called as `name(start, **options)` with an `EngineStart`, and returns an `Engine` or an awaitable of one. A
     class whose constructor takes these arguments is such a function.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    CALLED_WITH: ClassVar[tuple[str, ...]] = ("start",)
 
-    kind: str = Field(OWN, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    kind: str = Field(OWN)
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="type in which weights are sent to the engine and in which it computes"
     )
@@ -70,33 +72,39 @@ class OwnEngineSettings(BaseModel):
     )
 
     @property
+    def keywords(self) -> dict[str, Any]:
+        return self.options
+
+    @property
     def placement(self) -> Placement:
         return Placement(device=self.device, maps_weights=True, concurrent_requests=self.concurrent_requests)
 
+    def check_signature(self, function: Callable[..., Any]) -> None:
+        """Raise OwnPartRefused for a function with other arguments, or a class that is no engine's."""
+        super().check_signature(function)
+        if inspect.isclass(function) and (missing := [m for m in METHODS if not hasattr(function, m)]):
+            raise OwnPartRefused(
+                f"{self.kind} has no method {', '.join(missing)} (see rollout/engines/engine.py)"
+            )
+
     def require_here(self) -> None:
-        """Raise ValueError, one line, where the function is missing, takes other arguments, or is no engine's class."""
-        starter = load_function(self.kind)
+        """Raise ValueError, one line, if the function is missing or does not fit."""
         try:
-            inspect.signature(starter).bind(None, **self.options)
-        except TypeError as error:
-            raise ValueError(
-                f"it is called as {self.kind.partition(':')[2]}(start, **engine.options), but: {error}"
-            ) from error
-        if inspect.isclass(starter) and (missing := [m for m in METHODS if not hasattr(starter, m)]):
-            raise ValueError(f"its class has no method {', '.join(missing)} (see rollout/engines/engine.py)")
+            self.check_signature(load_function(self.kind))
+        except OwnPartRefused as error:
+            raise ValueError(str(error)) from error
 
     def reproducible(self) -> OwnEngineSettings:
-        """Return the settings under which a request's seed decides what is sampled: the engine's own business here."""
+        """Return the settings unchanged: whether a request's seed determines its samples is up to the engine."""
         return self
 
     async def start(self, start: EngineStart) -> Engine:
-        """Call the user's function; the engine is held to what Manta's own engines prove."""
-        made: Any = await awaited(load_function(self.kind)(start, **self.options))
-        return CheckedEngine(made, start)
+        """Call the user's function; its engine is verified like the built-in ones."""
+        return CheckedEngine(await awaited(self.run(start)), start)
 
 
 def _kind_of(given: Any) -> str:
-    """The tag of the settings meant; a recipe without a kind means vLLM."""
+    """Tag of engine settings; the default kind is vLLM."""
     kind = given.get("kind", "vllm") if isinstance(given, dict) else getattr(given, "kind", "vllm")
     return OWN if isinstance(kind, str) and ":" in kind else str(kind)
 

@@ -1,7 +1,7 @@
-"""A published adapter as vLLM takes it: options at its start, a folder for each version, a mark on every request.
+"""Published adapters in vLLM: options at its start, a folder for each version, a LoRA request with every prompt.
 
-vLLM reads adapters from folders only. All versions have one id and are loaded in one another's place: a request keeps
-its id to the end, and so it goes on under the version that is loaded, as it does where whole weights are replaced.
+vLLM reads adapters from folders only. All versions have one id, and each replaces the one before. A request keeps its
+id, and therefore continues under the version that is loaded, as it does when whole weights are replaced.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from rollout.wire.adapter import CONFIG_FILE, TENSOR_FILE, AdapterSpec
 from rollout.wire.weights import WeightUpdate
 
 _ID, _NAME = 1, "policy"
-PRESENT = LoRARequest(_NAME, _ID, lora_path="loaded by a sync")  # of requests: whatever was loaded last
+PRESENT = LoRARequest(_NAME, _ID, lora_path="loaded by a sync")  # of requests: the version loaded last
 
 
 def arguments(adapter: AdapterSpec) -> dict[str, Any]:
-    """What an engine is started with; layers that no version changes are left as they are."""
+    """Engine arguments for an adapter; layers outside of it are not wrapped."""
     return {
         "enable_lora": True,
         "max_loras": 1,
@@ -33,7 +33,7 @@ def arguments(adapter: AdapterSpec) -> dict[str, Any]:
 
 
 def write(update: WeightUpdate, folder: Path) -> LoRARequest:
-    """Write a version into a folder; returns the request that loads it in place of the one before."""
+    """Write a version into a folder; returns the request that loads it and replaces the one before."""
     adapter = update.manifest.adapter
     assert adapter is not None
     save_file({spec.name: as_torch(spec, array) for spec, array in update.tensors()}, folder / TENSOR_FILE)

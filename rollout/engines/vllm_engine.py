@@ -1,9 +1,9 @@
 """vLLM's AsyncLLM behind the Engine protocol: token ids in; ids, logprobs and weight versions out.
 
-Weights are replaced in flight: generation is paused with its requests kept, the tensors are loaded, generation goes on.
-An engine that was started for an adapter (vllm_adapter.py) keeps its checkpoint's weights and replaces that alone.
-Prompts carry the weight version as cache salt, so a prefix computed by one version is never read by a request that
-starts under another. Every wait for vLLM ends when its engine core does (vllm_process.py).
+Weights are replaced in flight: generation is paused with its requests kept, the tensors are loaded, generation resumes.
+An engine that was started for an adapter (vllm_adapter.py) keeps its checkpoint's weights and replaces the adapter
+only. Prompts have the weight version as cache salt, so that a prefix computed by one version is never used by a request
+that starts under another. Every wait for vLLM ends when its engine core does (vllm_process.py).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ async def start(start: EngineStart, settings: VllmSettings) -> VllmEngine:
 
 
 class VllmEngine:
-    """One vLLM instance. `version` is -1 until the first sync: what the model's folder holds is nobody's version."""
+    """One vLLM instance. `version` is -1 until the first sync or `adopt_loaded`."""
 
     def __init__(
         self,
@@ -79,9 +79,9 @@ class VllmEngine:
         self._weight_names = frozenset(weight_names)
         self._seeded = seeded
         self._perception = perception
-        self._adapter: Any = None  # what requests ask vLLM for, once an adapter was loaded
+        self._adapter: Any = None  # LoRA request of prompts, once an adapter was loaded
         self._request_ids = itertools.count()
-        self._params: dict[tuple[float, float, int], Any] = {}  # of requests without a seed of their own
+        self._params: dict[tuple[float, float, int], Any] = {}  # of requests without a seed
         self._transfer_ready = False
         self._paused_at = 0.0
 
@@ -101,10 +101,10 @@ class VllmEngine:
     ) -> VllmEngine:
         """Start the engine's processes (about 20 s on two cores); they end with this process and the loop's thread.
 
-        `adapter`: versions are such adapters for what `model` holds; ValueError where it has no such layers.
-        perception: of a model that sees.
+        adapter: versions are such adapters for the weights of `model`; ValueError if it lacks one of the layers.
+        perception: of a model with vision.
         """
-        from rollout.engines.vllm_process import CoreProcess, ending_with_us, take_names_away
+        from rollout.engines.vllm_process import CoreProcess, ending_with_us, unlink_shared_memory
 
         names = checkpoint_names(model)
         if adapter and (missing := adapter.missing_from(names)):
@@ -121,8 +121,8 @@ class VllmEngine:
         names = adapter.names if adapter else names
         engine = cls(llm, core, name, stop_token_ids, names, settings.seeded, perception)
         await engine.ping()
-        take_names_away(core.pid)
-        # What start-up has left in memory stays: the collector need not walk it again.
+        unlink_shared_memory(core.pid)
+        # Objects of the start-up live as long as the process: the collector need not scan them again.
         gc.collect()
         gc.freeze()
         return engine
@@ -130,7 +130,7 @@ class VllmEngine:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
     ) -> Completion:
-        """Sample one completion; its last token is the stop token unless the length ran out."""
+        """Sample one completion; its last token is the stop token unless it was cut at max_tokens."""
         output = await self._finished(prompt_ids, self._sampling_params(sampling), images)
         completion = output.outputs[0]
         if completion.finish_reason not in ("stop", "length") or completion.weight_versions is None:
@@ -154,14 +154,14 @@ class VllmEngine:
         return np.asarray([rank[token].logprob for rank, token in ranks], dtype=np.float32)
 
     async def sync(self, update: WeightUpdate) -> SyncReport:
-        """Replace the weights in flight and prove it: names, checksums, version, probe. Raises EngineDied.
+        """Replace the weights in flight and verify names, checksums, version and probe. Raises EngineDied.
 
-        A refused version (WeightMismatch) leaves the old weights serving when it was refused before loading began, and
-        the engine paused when it was not: an engine with half a version must not sample.
+        After a WeightMismatch before loading began, the engine serves the old weights. After a later one it stays
+        paused: an engine with half a version must not sample.
         """
         began = time.perf_counter()
         update.manifest.require_names(self._weight_names, self.name)
-        # Hash while generation goes on. The worker then maps the same bytes.
+        # Hash while generation runs. The worker then maps the same bytes.
         await asyncio.to_thread(update.verify)
         sync = self._sync_adapter if update.manifest.adapter else self._sync_weights
         report = await sync(update)
@@ -198,16 +198,13 @@ class VllmEngine:
     # The steps of a sync, one by one: vLLM's native transfers (vllm_native.py) drive them from the learner.
 
     async def open_transfer(self, init_info: dict[str, Any]) -> None:
-        """Get ready to receive, once; `init_info` is the transfer backend's own."""
+        """Prepare to receive, once; init_info: of the transfer backend."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._asked(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info)))
 
     async def begin_update(self, manifest: WeightManifest) -> None:
-        """Check the tensors' names, then pause generation with its requests kept.
-
-        WeightMismatch where the names are others; nothing was paused then.
-        """
+        """Check the tensors' names, then pause generation with its requests kept. WeightMismatch before the pause."""
         manifest.require_names(self._weight_names, self.name)
         await self._pause()
         await self._asked(self._llm.start_weight_update())
@@ -219,7 +216,7 @@ class VllmEngine:
         await self._asked(self._llm.update_weights(WeightTransferUpdateRequest(update_info)))
 
     async def finish_update(self, manifest: WeightManifest) -> SyncReport:
-        """Go on generating under the new version and prove it by the probe (WeightMismatch where it differs)."""
+        """Resume generation with the new version and verify it by the probe. Raises WeightMismatch."""
         await self._finish(manifest.version)
         return await self._serve(manifest)
 
@@ -239,13 +236,13 @@ class VllmEngine:
         return SyncReport(self.name, self.version, len(manifest.tensors), difference, seconds, stalled)
 
     async def adopt_loaded(self, version: int) -> None:
-        """Call what the engine loaded `version`: for evaluating a checkpoint. Raises WeightsNotFinite."""
+        """Give the loaded weights this version number, to evaluate a checkpoint. Raises WeightsNotFinite."""
         require_finite(self.name, await self.score(FINITE_PROBE))
         await self._asked(self._llm.update_weight_version(str(version)))
         self.version = version
 
     async def ping(self) -> None:
-        """A round trip to vLLM's core and on to its workers, which answer between two steps."""
+        """Round trip to vLLM's core and its workers, which answer between two steps."""
         from rollout.engines.vllm_process import CallFailed
 
         try:
@@ -258,13 +255,13 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self._core.close()
-        # vLLM would take the end of its core for an accident and print it.
+        # vLLM would report the end of its core as an error.
         if self._llm.output_handler is not None:
             self._llm.output_handler.cancel()
             self._llm.output_processor.propagate_error(EngineDeadError())
-        # Nothing of theirs is worth a wait. (A worker on CPU never stops by itself: vLLM would wait 5 s and kill it.)
+        # No grace period: a worker on CPU never stops by itself, and vLLM would kill it after 5 s.
         await asyncio.to_thread(self._llm.shutdown, 0.0)
-        # vLLM does it again when it is collected, which may be by an interpreter that is half gone.
+        # vLLM shuts down again when it is collected, which may happen during the interpreter's exit.
         self._llm.shutdown = lambda timeout=None: None
 
     async def _asked(self, call: Coroutine[Any, Any, T]) -> T:
@@ -273,15 +270,15 @@ class VllmEngine:
         try:
             return await self._core.answer(call)
         except CallFailed:
-            # vLLM says much the same of a call that failed and of a worker that died under it.
+            # vLLM's errors of a failed call and of a dead worker look alike.
             await self.ping()
             raise
 
     async def _finished(self, token_ids: Sequence[int], params: Any, images: Sequence[str] = ()) -> Any:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        # "token" is what vLLM's renderer makes of a prompt. It says that there is nothing to tokenize, and so spares
-        # every request the way through a thread.
+        # The type "token" is the output of vLLM's renderer: nothing is left to tokenize, which saves every request a
+        # detour through a thread.
         prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(token_ids)}
         if images:
             prompt = vllm_images.prompt(self._perception, token_ids, images)
@@ -297,7 +294,9 @@ class VllmEngine:
                 raise await self._core.death() from error
             raise EngineFailed(f"{self.name}: vLLM failed on a request: {error.__cause__!r}") from error
         if not outputs:
-            raise EngineFailed(f"{self.name}: vLLM gave no output for a request of {len(token_ids)} tokens")
+            raise EngineFailed(
+                f"{self.name}: vLLM returned no output for a request of {len(token_ids)} tokens"
+            )
         if images:
             vllm_images.require_same(token_ids, outputs[-1].prompt_token_ids, images)
         return outputs[-1]
@@ -324,14 +323,14 @@ class VllmEngine:
             logit_bias=vllm_images.never_sampled(self._perception),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,  # vLLM's deep copy for every request is not needed: nobody changes these
+            skip_clone=True,  # no deep copy per request: these are never changed
         )
 
 
 def checkpoint_names(model: str) -> list[str]:
-    """The tensor names of a whole version of this model, as its architecture has them: a tied one once.
+    """Tensor names of a whole version of this model, derived from its architecture; a tied tensor appears once.
 
-    Its files are not asked: they may hold a tied head besides, be no safetensors, or not be there yet.
+    The model's files are not read: they may contain a tied head too, be no safetensors, or not be downloaded yet.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText

@@ -1,4 +1,4 @@
-"""Prompts with pictures for vLLM, which has a processor of its own: one placeholder a picture goes in."""
+"""Prompts with pictures for vLLM, which has its own processor and expects one placeholder per picture."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ if TYPE_CHECKING:
 
 
 def prompt(perception: Perception | None, token_ids: Sequence[int], images: Sequence[str]) -> dict[str, Any]:
-    """What vLLM is given of these tokens, in which a placeholder stands for every feature."""
+    """Build vLLM's prompt from tokens with one placeholder per feature."""
     if perception is None:
-        raise EngineFailed("asked about a picture, but the model reads text alone")
+        raise EngineFailed("a request has a picture, but the model reads text only")
     pictures = {"image": perception.opened(images)}
     return {"prompt_token_ids": perception.collapsed(token_ids, images), "multi_modal_data": pictures}
 
 
 def require_same(token_ids: Sequence[int], read: Sequence[int], images: Sequence[str]) -> None:
-    """EngineFailed where vLLM has put other placeholders into the prompt than were counted."""
+    """Raise EngineFailed if vLLM has expanded the placeholders differently."""
     if list(read) != list(token_ids):
         raise EngineFailed(
-            f"vLLM reads {len(read)} prompt tokens with {len(images)} pictures, where the model's processor makes "
+            f"vLLM makes {len(read)} prompt tokens with {len(images)} pictures, but the model's processor makes "
             f"{len(token_ids)}"
         )
 
 
 def never_sampled(perception: Perception | None) -> dict[int, float] | None:
-    """What is added to logits: e^-100 of a placeholder's probability is left, the least that vLLM takes."""
+    """Bias of logits that suppresses placeholders: -100 is the lowest value that vLLM accepts."""
     return None if perception is None else {perception.placeholder_id: -100.0}

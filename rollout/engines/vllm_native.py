@@ -2,9 +2,9 @@
 
     publish -> send_weights (vLLM, in a thread) -> start | update | finish -> one actor call to every engine
 
-"nccl" is for engines on GPUs of their own, "ipc" for engines of one GPU each that share the learner's. A sync ends with
-the same proof as one through the object store (names, version, probe), except that nobody hashes the tensors: they
-never leave device memory, so their content is the probe's to prove.
+"nccl" is for engines on separate GPUs, "ipc" for engines of one GPU each that share the learner's. A sync ends with the
+same proof as one through the object store (names, version, probe), except for checksums: the tensors never leave device
+memory, so that only the probe verifies their content.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class TransferFailed(RuntimeError):
 
 
 class Versioned(Protocol):
-    """A snapshot, of which the manifest alone is read here."""
+    """A snapshot, of which only the manifest is read here."""
 
     @property
     def manifest(self) -> WeightManifest: ...
 
 
 class LiveSource(WeightSource):
-    """The learner's parameters as they are now, cast one at a time to what the manifest (`specs`) promises."""
+    """The learner's current parameters, cast one at a time to the dtypes of the manifest (`specs`)."""
 
     def __init__(self, named_weights: NamedWeights) -> None:
         self.specs: tuple[TensorSpec, ...] = ()
@@ -55,7 +55,7 @@ class LiveSource(WeightSource):
 
 @dataclass
 class Round:
-    """One version on its way: which call is under way, who has not answered it, how it ended."""
+    """One transfer of a version: the current call, the engines that have not answered it, and the result."""
 
     manifest: WeightManifest
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
@@ -66,23 +66,23 @@ class Round:
     reports: list[SyncReport] = field(default_factory=list)
 
     def overdue(self, limit_s: float) -> str:
-        """Say whom the round is still waiting for."""
+        """Error message with the engines that have not answered."""
         silent = ", ".join(name for name, call in self.calls.items() if not call.done())
         who, what = (silent, self.doing) if silent else ("the learner's GPU", "finish sending")
         return f"{who} did not {what} weight version {self.manifest.version} within {limit_s:g} s"
 
     def close(self) -> None:
-        """End the round: threads that wait for an engine are let go, and no further call reaches one."""
+        """End the round: release threads that wait for an engine, and block further calls."""
         self.over.set()
         for call in self.calls.values():
             call.cancel()
 
 
 class EngineCalls:
-    """vLLM's weight-sync client over rollout actors: four blocking calls, each made to all engines at once.
+    """vLLM's weight-sync client over rollout actors: four blocking calls, each to all engines at once.
 
-    vLLM calls from the transfer's threads; the actor calls run on the learner's event loop. A call that fails ends
-    the round at once: with nccl the transfer's main thread may then wait for a peer that never comes.
+    vLLM calls from the transfer's threads; the actor calls run on the learner's event loop. A failed call ends the
+    round at once, since with nccl the transfer's main thread may then wait for a peer forever.
     """
 
     round: Round  # of the version under way, set before the transfer starts
@@ -119,7 +119,7 @@ class EngineCalls:
 
     async def _answers(self, current: Round, doing: str, call: Callable[[int, Any], Any]) -> list[Any]:
         if current.over.is_set():
-            raise TransferFailed(f"the transfer of weight version {current.manifest.version} was given up")
+            raise TransferFailed(f"the transfer of weight version {current.manifest.version} was aborted")
         current.doing = doing
         current.calls = {
             name: asyncio.ensure_future(call(position, worker))
@@ -137,8 +137,8 @@ class EngineCalls:
 class NativePublisher:
     """Publishes the learner's live parameters (`learner.training.publish.Publisher`), GPU to GPU.
 
-    workers: handles of rollout actors by name. address: where engines reach the learner's host. After an error the
-    engines stay paused and the transfer's thread may hang in a collective: the run is over, its actors are to be ended.
+    workers: handles of rollout actors by name. address: of the learner's host. After an error the engines stay paused,
+    and the transfer's thread may hang in a collective: the run must end its actors.
     """
 
     def __init__(
@@ -148,26 +148,26 @@ class NativePublisher:
         workers: dict[str, Any],
         gpus_per_engine: int,
         address: str,
-        sync_seconds: float,
+        sync_timeout_seconds: float,
     ) -> None:
         self._transfer = transfer
         self._engines = EngineCalls(workers, gpus_per_engine)
         self._source = LiveSource(named_weights)
         self._world_size = 1 + len(workers) * gpus_per_engine
         self._address = address
-        self._sync_seconds = sync_seconds
+        self._sync_timeout_seconds = sync_timeout_seconds
         self._trainer: Any = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
 
     async def publish(self, snapshot: Versioned) -> Sequence[SyncReport]:
-        """Bring the parameters to every engine. WeightMismatch, TransferFailed and TimeoutError name the engine."""
+        """Send the parameters to every engine. WeightMismatch, TransferFailed and TimeoutError name the engine."""
         current = self._engines.round = Round(snapshot.manifest)
         sending = self._thread.submit(self._send, snapshot.manifest)
         sending.add_done_callback(lambda _: current.loop.call_soon_threadsafe(current.over.set))
         try:
-            await asyncio.wait_for(current.over.wait(), self._sync_seconds)
+            await asyncio.wait_for(current.over.wait(), self._sync_timeout_seconds)
         except TimeoutError:
-            raise TimeoutError(current.overdue(self._sync_seconds)) from None
+            raise TimeoutError(current.overdue(self._sync_timeout_seconds)) from None
         finally:
             current.close()
         if current.failure:
@@ -185,7 +185,7 @@ class NativePublisher:
         if self._transfer == "nccl":
             info = NCCLTrainerInitInfo(self._address, get_open_port(), self._world_size, rank=0)
         else:
-            # Packed, so that one buffer is shared and not a cast copy of the whole model; no tensor may exceed it.
+            # Packed: one buffer is shared instead of a cast copy of the whole model. No tensor may exceed it.
             size = max(largest_bytes, IPCTrainerInitInfo.packed_buffer_size_bytes)
             info = IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=size, rank=0)
         return WeightTransferTrainerFactory.trainer_init(info, client=self._engines, source=self._source)
@@ -193,8 +193,8 @@ class NativePublisher:
 
 def _named(name: str, doing: str, error: BaseException) -> Exception:
     if isinstance(error, WeightMismatch):
-        return error  # names engine and tensor itself
-    # A remote error's text is a whole traceback: its last line says what happened.
+        return error  # its message names engine and tensor
+    # The text of a remote error is a traceback: its last line has the message.
     reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
     failure = TransferFailed(f"{name} could not {doing}: {reason}")
     failure.__cause__ = error

@@ -1,11 +1,11 @@
-"""vLLM's processes as the one that started them sees them: they end when it does, and their end is noticed.
+"""Lifetime of vLLM's processes: they end with the process that started them, and their end is detected.
 
     our process  -- starts -->  engine core  -- starts -->  a worker for every GPU (one on CPU)
 
-However our process ends, the kernel kills the core, and with the core its workers: no signal of ours is needed, and a
-core that is stopped or hangs is killed all the same. The memory that vLLM shares between them loses its names as soon
-as the engine runs, so that nothing is left in /dev/shm whoever is killed when. Its sockets lie in the folder for
-temporary files, and keep their names: they connect when they get round to it, which nobody is told.
+When our process ends in any way, the kernel kills the core, and with the core its workers, even if they are stopped or
+hang. The shared memory of vLLM is unlinked as soon as the engine runs, so that nothing is left in /dev/shm after a
+kill. Its sockets, in the folder for temporary files, keep their names, because the time of their connections is
+unknown.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from envs.child_process import end_with
 from rollout.engines.engine import EngineDied
 
 T = TypeVar("T")
-_POLL_SECONDS = 0.0002  # for what is all but there
-_END_SECONDS = 2  # from vLLM's word that its core is dead to the core's end
-_NAP_MS = 2
+_POLL_INTERVAL_SECONDS = 0.0002
+_END_TIMEOUT_SECONDS = 2  # from vLLM's report that its core is dead to the core's exit
+_SLEEP_MS = 2
 _run_engine_core, _run_worker = EngineCoreProc.run_engine_core, WorkerProc.worker_main
 
 
 class CallFailed(RuntimeError):
-    """vLLM's core is well but could not do what it was asked; the message is its own."""
+    """vLLM's core runs, but a call failed; the message is vLLM's."""
 
 
 @contextmanager
 def ending_with_us() -> Iterator[None]:
-    """Engines started inside end with this process.
+    """Context in which started engines are bound to this process.
 
-    The kernel watches the thread that starts them, which must last as long as they do: an event loop's, not a pool's.
+    The kernel watches the thread that starts them, which must outlive them: an event loop's thread, not a pool's.
     """
-    # The core must be a new process: a forked one would not share the resource tracker that `take_names_away` asks, and
-    # would be a copy of whatever threads we have.
+    # The core must be spawned: a forked one would not share the resource tracker that `unlink_shared_memory` uses, and
+    # would copy our threads' locks.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     EngineCoreProc.run_engine_core = partial(_engine_core, os.getpid())
     try:
@@ -67,7 +67,7 @@ def _engine_core(parent: int, *args: Any, **kwargs: Any) -> None:
     forked = current_platform.is_cpu()
     if forked:
         _wait_asleep()
-        # The core has no threads yet when it starts its worker: a copy of it need not import everything once more.
+        # The core has no threads yet when it starts its worker, so that forking is safe and saves the imports.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     WorkerProc.worker_main = partial(_worker, os.getpid(), forked)
     _run_engine_core(*args, **kwargs)
@@ -76,14 +76,14 @@ def _engine_core(parent: int, *args: Any, **kwargs: Any) -> None:
 def _worker(parent: int, forked: bool, *args: Any, **kwargs: Any) -> None:
     """A worker's main function, in its own process."""
     end_with(parent)
-    if not forked:  # a copy has all that its core has done
+    if not forked:  # a forked worker inherits this from its core
         _leave_nothing_named()
     _run_worker(*args, **kwargs)
 
 
 def _leave_nothing_named() -> None:
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore with a name
-    # vLLM takes its memory's names away itself at the end: ours are gone by then, and nothing is wrong.
+    tqdm.set_lock(threading.RLock())  # its default is a named semaphore
+    # vLLM unlinks its memory at the end, when it is unlinked already.
     unlink = SharedMemory.unlink
 
     def tolerant(self: SharedMemory) -> None:
@@ -94,46 +94,43 @@ def _leave_nothing_named() -> None:
 
 
 def _wait_asleep() -> None:
-    """Have vLLM's processes wait for one another asleep: for engines on CPUs.
+    """Let vLLM's processes sleep while they wait for one another, for engines on CPUs.
 
-    They poll for a second after every message, which costs nothing where a GPU computes and the cores are idle. Where
-    the cores are what computes, it takes them from everything else: the learner, the environments, each other.
+    They poll for a second after every message. With a GPU that costs nothing; on CPUs it takes cores from the learner,
+    the environments and the engines themselves.
     """
     wait = SpinCondition.wait
 
     def asleep(self: SpinCondition, timeout_ms: int | None = None) -> None:
-        self.busy_loop_s = min(self.busy_loop_s, _POLL_SECONDS)
-        # Short naps: now and then the call that is to wake it does not come (seen: it slept for ten seconds).
-        wait(self, _NAP_MS if timeout_ms is None else min(timeout_ms, _NAP_MS))
+        self.busy_loop_s = min(self.busy_loop_s, _POLL_INTERVAL_SECONDS)
+        # Short sleeps: a wake-up call is sometimes lost (observed: a sleep of ten seconds).
+        wait(self, _SLEEP_MS if timeout_ms is None else min(timeout_ms, _SLEEP_MS))
 
     SpinCondition.wait = asleep
 
 
-def take_names_away(core: int) -> None:
-    """Unlink what the core and its workers share in /dev/shm: they have mapped it, and nobody opens it later.
-
-    Only what these processes have mapped is touched.
-    """
+def unlink_shared_memory(core: int) -> None:
+    """Unlink the memory in /dev/shm that the core and its workers have mapped; it is not opened again later."""
     for pid in family(core):
         for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-            path = line[line.find("/") :]  # the last field, where there is one
+            path = line[line.find("/") :]  # the last field, if any
             if path.startswith("/dev/shm/psm_") and os.path.exists(path):
                 os.unlink(path)
-                # or the tracker complains of a leak in the end
+                # otherwise the tracker reports a leak at exit
                 resource_tracker.unregister(path.removeprefix("/dev/shm"), "shared_memory")
 
 
 def family(pid: int) -> list[int]:
-    """A process and everything it has started, that has started, ... as of now."""
+    """Process ids of a process and all of its current descendants."""
     children: list[int] = []
-    with suppress(FileNotFoundError, ProcessLookupError):  # one that ends meanwhile has no more children
+    with suppress(FileNotFoundError, ProcessLookupError):  # it may end meanwhile
         for thread in Path(f"/proc/{pid}/task").iterdir():
             children += map(int, (thread / "children").read_text(encoding="utf-8").split())
     return [pid, *(member for child in children for member in family(child))]
 
 
 class CoreProcess:
-    """The engine core's process; made on the event loop that uses the engine."""
+    """The engine core's process; it must be created on the event loop that uses the engine."""
 
     def __init__(self, engine: str, process: BaseProcess) -> None:
         assert process.pid is not None
@@ -146,38 +143,38 @@ class CoreProcess:
         self._loop.add_reader(self._descriptor, self._notice)
 
     async def answer(self, call: Coroutine[Any, Any, T]) -> T:
-        """What vLLM answers. EngineDied when the core ends first: vLLM would wait for ever. CallFailed as it says.
+        """Await a call of vLLM. Raises CallFailed, and EngineDied if the core ends, when vLLM would wait forever.
 
-        A core that hangs is not noticed here: the limit is the caller's.
+        A core that hangs is not detected: the caller sets a time limit.
         """
-        asking = asyncio.ensure_future(call)
+        calling = asyncio.ensure_future(call)
         try:
-            both: set[asyncio.Future[Any]] = {asking, self._ended}
+            both: set[asyncio.Future[Any]] = {calling, self._ended}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if not asking.done():
+            if not calling.done():
                 raise await self.death()
-            error = asking.exception()
+            error = calling.exception()
             if error is None:
-                return asking.result()
+                return calling.result()
             if isinstance(error, EngineDeadError) or self._ended.done():
                 raise await self.death() from error
-            if type(error) is Exception:  # all that is left of an error in vLLM's processes: its text
+            if type(error) is Exception:  # an error in vLLM's processes arrives as its text only
                 raise CallFailed(f"{self._engine}: {str(error).strip().splitlines()[-1]}") from error
             raise error
         finally:
-            asking.cancel()
+            calling.cancel()
 
     async def death(self) -> EngineDied:
-        """The error that says which process is gone, and how it ended where it has.
+        """Build the error that names the process and how it ended.
 
-        Whoever says first that the core is dead may be ahead of its end, and a thread of vLLM's that is just reaping
-        it makes the exit code unknown for an instant: so there is a moment's wait.
+        The exit code may not be known yet: vLLM may report the end early, or be reaping the process in a thread. So
+        this waits up to _END_TIMEOUT_SECONDS.
         """
         how = "gave up (its log says why)"
         with suppress(TimeoutError):
-            async with asyncio.timeout(_END_SECONDS):
+            async with asyncio.timeout(_END_TIMEOUT_SECONDS):
                 while (code := self._process.exitcode) is None:
-                    await asyncio.sleep(_POLL_SECONDS)
+                    await asyncio.sleep(_POLL_INTERVAL_SECONDS)
                 signalled = signal.Signals(-code).name if code < 0 else None
                 how = f"was killed by {signalled}" if signalled else f"ended with exit code {code}"
         return EngineDied(f"{self._engine}: vLLM's engine core (pid {self.pid}) {how}")

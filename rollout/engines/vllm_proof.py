@@ -1,10 +1,9 @@
-"""Proof that the layers of vLLM's model compute with the tensors that arrived, one by one.
+"""Proof that each layer of vLLM's model computes with the tensor that was published.
 
-Checksums prove that the right bytes arrive. What happens to them afterwards (renamed, fused, packed, copies that a
-reload passes over) they do not see, and logprobs see it only where it moves them further than the engine's rounding
-does: noise of 1% in one tensor of a pretrained model in bfloat16 moves them by a tenth of that. A layer by itself has
-no rounding but that of one product: for fixed random vectors it must give what the published matrix gives (Freivalds
-1977).
+Checksums prove that the right bytes arrive, but not what happens to them afterwards (renaming, fusing, packing, copies
+that a reload skips). Logprobs detect only errors beyond the engine's rounding: noise of 1% in one tensor of a
+pretrained model in bfloat16 changes them by a tenth of that rounding. A single layer has the rounding of one product
+only: for fixed random vectors its result must equal that of the published matrix (Freivalds 1977).
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from rollout.wire.weights import WeightMismatch
 
 _VECTORS = 4
-# Mean difference of two products allowed, of their mean size. Both are summed in float32 and rounded once, and differ
-# in the few values that another order of the sum rounds the other way: measured at 0.0004 of bfloat16's resolution, and
-# at 5e-7 in float32. The first is in units of the type's resolution.
+# Allowed mean difference of two products, relative to their mean magnitude. Both are summed in float32 and rounded
+# once; a different order of summation rounds a few values differently: measured at 0.0004 of bfloat16's resolution, and
+# at 5e-7 in float32. _UNITS is in units of the dtype's resolution.
 _UNITS, _LEAST = 0.02, 1e-5
-_Rows = Callable[[int, int], Tensor]  # what a layer's rows from the first to before the second give
+_Rows = Callable[[int, int], Tensor]  # results of a layer's rows from the first to before the second
 _VECTOR_PARAMETERS = (
     "weight",
     "bias",
@@ -34,11 +33,11 @@ _VECTOR_PARAMETERS = (
 
 
 class LayerProof:
-    """Remembers what published tensors give, then asks the model's layers for the same.
+    """Compares results of the published tensors with results of the model's layers.
 
-    Proved are plain linear layers, the embedding, the head, biases and the weights of normalizations, where this
-    process holds all of one. Experts in one tensor, convolutions, and layers that tensor parallelism divides are proved
-    by the probe's logprobs alone.
+    It covers plain linear layers, the embedding, the head, biases and the weights of normalizations, if this process
+    has all of one. Experts in one tensor, convolutions, and layers that tensor parallelism divides are verified by the
+    probe's logprobs only.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,7 +47,7 @@ class LayerProof:
         self._fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", None) or {}
         self._seen: dict[
             str, tuple[str, tuple[Tensor, ...]]
-        ] = {}  # by vLLM's name: published name, what it may give
+        ] = {}  # by vLLM's name: published name, possible results
 
     @torch.no_grad()
     def see(self, name: str, tensor: Tensor) -> None:
@@ -59,7 +58,7 @@ class LayerProof:
 
     @torch.no_grad()
     def check(self, version: int) -> int:
-        """Raise WeightMismatch, naming the tensor, where a layer gives something else; returns how many were proved."""
+        """Raise WeightMismatch, naming the tensor, if a layer's result differs; returns how many were compared."""
         proved = 0
         for module_name, module in self._model.named_modules():
             for parameter, rows in _responses(module):
@@ -72,7 +71,7 @@ class LayerProof:
     def _published(
         self, module_name: str, module: nn.Module, parameter: str
     ) -> list[tuple[str, tuple[Tensor, ...]]]:
-        """What was published for a module's parameter: one tensor, those that it fuses in order, or none."""
+        """The published tensors of a module's parameter: one, several that it fuses, in order, or none."""
         parent, _, own = module_name.rpartition(".")
         whole = [f"{module_name}.{parameter}"]
         if whole[0] not in self._seen:
@@ -101,7 +100,7 @@ class LayerProof:
 
 
 def _expected(tensor: Tensor) -> tuple[Tensor, ...]:
-    """What a layer that holds the tensor may give; some families store square matrices transposed."""
+    """Possible results of a layer with this tensor; some families store square matrices transposed."""
     if tensor.ndim == 1:
         return (tensor.clone(),)
     vectors_KD = _vectors(tensor.shape[1], tensor)
@@ -110,7 +109,7 @@ def _expected(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def _responses(module: nn.Module) -> Iterator[tuple[str, _Rows]]:
-    """A module's vectors, and what its matrix gives for the fixed vectors, by the names of the parameters."""
+    """A module's vectors, and the products of its matrix with the fixed vectors, by parameter name."""
     if getattr(module, "tp_size", 1) > 1:
         return
     for name, tensor in module.named_parameters(recurse=False):
@@ -143,18 +142,18 @@ def _vectors(width: int, like: Tensor) -> Tensor:
 def _require_one(
     version: int, name: str, candidates: tuple[Tensor, ...], found: Tensor, rearranged: bool
 ) -> None:
-    copied = found.ndim == 1  # a vector is kept as it is: nothing was computed that could be rounded
+    copied = found.ndim == 1  # a vector is stored unchanged: there is no product to round
     allowed = 0.0 if copied else max(_UNITS * torch.finfo(found.dtype).eps, _LEAST)
     apart = min(_apart(expected.to(found.dtype), found, rearranged) for expected in candidates)
     if not apart <= allowed:
         raise WeightMismatch(
-            f"version {version}: a layer computes with another {name} than arrived: its "
-            f"{'values' if copied else 'products'} are {apart:.2g} of their mean size apart (allowed {allowed:.2g})"
+            f"version {version}: a layer computes with another {name} than was received: its "
+            f"{'values' if copied else 'products'} differ by {apart:.2g} of their mean size (allowed {allowed:.2g})"
         )
 
 
 def _apart(expected: Tensor, found: Tensor, rearranged: bool) -> float:
-    """Mean difference of two responses, of their mean size; rearranged: of their values in order of size."""
+    """Mean difference of two results, relative to their mean size. rearranged: compare the sorted values."""
     ours, theirs = expected.float(), found.float()
     if rearranged:
         ours, theirs = ours.sort(-1).values, theirs.sort(-1).values

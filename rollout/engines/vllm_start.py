@@ -1,4 +1,4 @@
-"""What a vLLM engine is given, and how vLLM's processes are started with it."""
+"""Settings of a vLLM engine, and the start of vLLM's processes with them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rollout.wire.adapter import AdapterSpec
 
 
 class VllmSettings(BaseModel):
-    """What an engine is given; everything that concerns one vLLM instance."""
+    """Settings of one vLLM instance."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     starter: ClassVar[str] = "rollout.engines.vllm_engine:start"
@@ -40,21 +40,21 @@ class VllmSettings(BaseModel):
         return Placement(
             device="any",
             gpus=self.tensor_parallel_size,
-            maps_weights=True,  # its processes are its own
+            maps_weights=True,  # its processes are separate
             concurrent_requests=self.max_num_seqs,
             transfers=("object_store", "nccl", "ipc"),
             half_adapters=True,
         )
 
     def require_here(self) -> None:
-        """Raise ValueError where vLLM is not installed."""
+        """Raise ValueError if vLLM is not installed."""
         if find_spec("vllm") is None:
             raise ValueError(
                 "vLLM is not installed here; install Manta with the extra cpu or gpu, or use engine.kind='transformers'"
             )
 
     def reproducible(self) -> VllmSettings:
-        """Return the settings under which a request's seed decides what is sampled."""
+        """Return settings under which a request's seed determines its samples."""
         return self.model_copy(update={"seeded": True})
 
     async def start(self, start: EngineStart) -> Engine:
@@ -74,19 +74,19 @@ def start_llm(
 ) -> Any:
     """Start vLLM's processes and return its AsyncLLM.
 
-    `transfer` names the weight-transfer backend: ours ("manta"), or vLLM's own "nccl" and "ipc" on GPUs. `sees`: the
-    model takes pictures; vLLM's processor of them needs the tokenizer.
+    transfer: the weight-transfer backend: Manta's ("manta"), or vLLM's "nccl" and "ipc" on GPUs. sees: the model has
+    vision, and vLLM's processor of pictures needs the tokenizer.
     """
     if transfer == "ipc":
-        # IPC handles hold types and dtypes, which vLLM carries to its own worker processes only as pickles.
+        # IPC handles contain dtypes, which vLLM can send to its worker processes only as pickles.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if not on_gpu:
-        # Left to itself vLLM binds one core and reserves another, which starves a second engine of the machine.
+        # By default vLLM binds one core and reserves another, which would starve a second engine on the machine.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
         if settings.enforce_eager:
-            # One function of vLLM's sampler is compiled all the same: with a C++ compiler, in every engine's first
-            # step, for 15 s in which it answers nobody. Computed as written it takes microseconds.
+            # One function of vLLM's sampler would still be compiled with a C++ compiler in the first step, which blocks
+            # the engine for 15 s. Without compilation it takes microseconds.
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -108,7 +108,7 @@ def start_llm(
         enforce_eager=settings.enforce_eager,
         enable_prefix_caching=True,
         skip_tokenizer_init=not sees,
-        generation_config="vllm",  # sampling is ours alone: no defaults out of the model's folder
+        generation_config="vllm",  # no sampling defaults from the model's folder
         logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
         weight_transfer_config=WeightTransferConfig(backend=transfer),
         worker_extension_cls="rollout.engines.vllm_weights.WorkerExtension",

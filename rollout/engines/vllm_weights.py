@@ -1,8 +1,8 @@
-"""Receives published weights inside vLLM's worker process.
+"""Weight transfer backend that loads published weights in vLLM's worker process.
 
-vLLM drives a weight update through a `WeightTransferEngine`. Its own backends (nccl, ipc) need a GPU; this one opens a
-`Handle` (shared memory or Ray's object store) and loads the tensors straight out of it. Naming the module as
-`worker_extension_cls` makes vLLM import it in the worker process, which is what registers the backend there.
+vLLM performs a weight update through a `WeightTransferEngine`. Its own backends (nccl, ipc) need a GPU; this one opens
+a `Handle` (shared memory or Ray's object store) and loads the tensors from it without a copy. The module is named as
+`worker_extension_cls`, so that vLLM imports it in the worker process, which registers the backend there.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ BACKEND = "manta"
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker: importing it registers the backend in the worker's own process."""
+    """Mixin of vLLM's worker; importing this module registers the backend in the worker's process."""
 
     def answer(self) -> None:
-        """What a ping asks for."""
+        """Answer a ping."""
 
 
 @dataclass
 class _Init(WeightTransferInitInfo):
-    """Nothing to agree on: every update says where its bytes lie."""
+    """Empty: every update has the handle to its bytes."""
 
 
 @dataclass
@@ -46,15 +46,15 @@ class _Update(WeightTransferUpdateInfo):
 
 
 def as_torch(spec: TensorSpec, array: ByteArray) -> torch.Tensor:
-    """View the bytes as the tensor they are: no copy, to be read only."""
-    with warnings.catch_warnings():  # torch has no read-only tensors and says so of every mapped buffer
+    """View the bytes as a tensor, without a copy; it must not be written to."""
+    with warnings.catch_warnings():  # torch has no read-only tensors and warns about every mapped buffer
         warnings.simplefilter("ignore", UserWarning)
         flat = torch.frombuffer(array.data, dtype=torch.uint8)
     return flat.view(getattr(torch, spec.dtype)).view(spec.shape)
 
 
 class HandleTransfer(WeightTransferEngine[_Init, _Update]):
-    """Loads a version from its handle by vLLM's layerwise reload, which redoes what loading did to the layout."""
+    """Loads a version from its handle by vLLM's layerwise reload, which repeats the layout changes of loading."""
 
     init_info_cls = _Init
     update_info_cls = _Update
@@ -67,7 +67,7 @@ class HandleTransfer(WeightTransferEngine[_Init, _Update]):
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        # The base class ends with an accelerator's synchronize, which a CPU does not have.
+        # The base class calls an accelerator's synchronize, which fails on CPUs.
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
@@ -77,7 +77,7 @@ class HandleTransfer(WeightTransferEngine[_Init, _Update]):
         self._version = update.version
         loaded = self.model.load_weights(self._on_device(update))
         if not loaded:
-            raise WeightMismatch(f"version {update.version}: the model loaded no tensor")
+            raise WeightMismatch(f"version {update.version}: the model has loaded no tensor")
 
     def _on_device(self, update: WeightUpdate) -> Iterator[tuple[str, torch.Tensor]]:
         for spec, array in update.tensors():
@@ -93,7 +93,7 @@ class HandleTransfer(WeightTransferEngine[_Init, _Update]):
 
     def _repack_tied_head(self) -> None:
         # On a CPU the head keeps a packed copy of its weight. The reload refreshes packed copies layer by layer but
-        # passes over a tied head, which would go on sampling from the old embeddings.
+        # skips a tied head, which would continue to sample from the old embeddings.
         for module in self.model.modules():
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)

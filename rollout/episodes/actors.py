@@ -1,4 +1,4 @@
-"""A rollout worker as a Ray actor: a thin shell that builds a `RolloutWorker` where it runs."""
+"""A rollout worker as a Ray actor, which builds its `RolloutWorker` where it runs."""
 
 from __future__ import annotations
 
@@ -18,30 +18,27 @@ from rollout.engines.engine import NativeTransfer
 from rollout.episodes.loop_watch import LoopWatch
 from rollout.episodes.worker import RolloutWorker, as_groups
 from rollout.wire.notices import collected
-from rollout.wire.process_info import ProcessInfo, here
+from rollout.wire.process_info import ProcessInfo, here, stacks
 from rollout.wire.schema import encode
-from rollout.wire.stacks import stacks
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightManifest, WeightUpdate
 
 BuildWorker = Callable[[str, Any], Awaitable[RolloutWorker]]
 
-BESIDE = (
-    "beside"  # a concurrency group of its own, whose calls are answered where the actor's event loop stands
-)
+BESIDE = "beside"  # concurrency group whose calls are answered even while the actor's event loop is blocked
 GROUPS = {BESIDE: 4}
-_STACKS_SECONDS = 20.0  # of a standing loop, until the log has all stacks
+_STACKS_AFTER_SECONDS = 20.0  # of a standing loop, until the log has all stacks
 
-LEAVE_SECONDS = 60.0  # from SIGTERM to the end of the process, whatever the replay buffer and the engine do
+LEAVE_TIMEOUT_SECONDS = 60.0  # from SIGTERM to the end of the process, at most
 
 log = logging.getLogger(__name__)
 
 
 class RolloutActor:
-    """`build(name, buffer)` makes the worker; nothing of it exists before `start`.
+    """One rollout worker. build: called with (name, buffer) by `start`, creates the worker.
 
-    SIGTERM to the actor's process makes it leave: turns that are being sampled end, what is finished is durable, its
-    groups wait for other workers, and the process ends.
+    On SIGTERM to its process the actor leaves: turns that are being sampled end, finished turns are durable, its groups
+    wait for other workers, and the process ends.
     """
 
     def __init__(self, name: str, replay_buffer: Any, build: BuildWorker) -> None:
@@ -52,55 +49,55 @@ class RolloutActor:
         self._leaving: asyncio.Task[None] | None = None
         # An asyncio actor is made on its event loop.
         loop = asyncio.get_running_loop()
-        self._watch = LoopWatch(_STACKS_SECONDS)
+        self._watch = LoopWatch(_STACKS_AFTER_SECONDS)
         _on_sigterm(lambda: loop.call_soon_threadsafe(self._begin_to_leave))
 
     async def start(self) -> ProcessInfo:
         """Start the engine; returns where this actor runs."""
         self._worker = await self._build(self._name, self._replay_buffer)
-        # Not before: what an engine's start holds up is no episode.
+        # After the start: while an engine starts, the loop may be blocked, and no episode waits.
         self._notices = collected()
         return here(ray.get_runtime_context().get_node_id())
 
     async def ping(self) -> dict[str, float]:
-        """The worker's heartbeat: this event loop has answered, and so has the engine. Raises EngineDied."""
+        """Heartbeat: this event loop and the engine have answered. Raises EngineDied."""
         worker = self._started()
         await worker.engine.ping()
         return worker.heartbeat()
 
     async def notices(self, heard: int) -> list[str]:
-        """What this process has noticed after the first `heard` notices, see `rollout.wire.notices`."""
+        """Notices of this process after the first `heard`, see `rollout.wire.notices`."""
         self._started()
         return self._notices.since(heard)
 
     async def standing(self) -> str:
-        """How long the event loop has stood and where; empty while it goes on. To be asked in the group `BESIDE`."""
+        """For how long the event loop has been blocked and where; empty if it is not. Call it in the group `BESIDE`."""
         return self._watch.standing()
 
     async def stacks(self) -> str:
-        """What every thread and task of this process is doing."""
+        """Stacks of all threads and tasks of this process."""
         return stacks()
 
     async def drain(self) -> None:
-        """Reserve nothing more, let running turns end, and return when all turns are durable; `run` ends then."""
+        """Stop reserving groups, let running turns end, and return when all turns are durable; `run` then ends."""
         await self._started().drain()
 
     async def stop(self) -> None:
-        """`drain` without waiting for running turns; `run` may be called again when nothing is held any more."""
+        """`drain` without waiting for running turns; `run` may be called again once the worker's leases have ended."""
         await self._started().stop()
 
     async def run(self) -> None:
-        """Play groups until the replay buffer says that the run is over."""
+        """Play groups until the replay buffer has no more of them."""
         await self._started().run()
 
     async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
-        """Play one episode a task; the rows go to the store under `name`, the outcomes to the caller."""
+        """Play one episode per task; stores the rows under `name`, and returns the outcomes."""
         trajectories = await self._started().evaluate(tasks)
         await self._replay_buffer.archive(name, [encode(group) for group in as_groups(trajectories)])
         return [EpisodeRow.of(trajectory) for trajectory in trajectories]
 
     async def sync(self, update: WeightUpdate) -> SyncReport:
-        """Load one version and prove it."""
+        """Load one version and verify it."""
         return await self._started().engine.sync(update)
 
     # A sync in steps, for vLLM's native transfers: `NativePublisher` drives them.
@@ -131,13 +128,13 @@ class RolloutActor:
 
     async def _leave(self) -> None:
         try:
-            async with asyncio.timeout(LEAVE_SECONDS):
+            async with asyncio.timeout(LEAVE_TIMEOUT_SECONDS):
                 if self._worker is not None:
                     await self._worker.drain()
                     await self._replay_buffer.reassign(self._name)
                 await self.close()
-        except Exception:  # the process ends in any case; why it did not leave in order is for its log
-            log.exception("rollout worker %s left without handing on all it had", self._name)
+        except Exception:  # the process ends in any case; its log gets the reason
+            log.exception("rollout worker %s left without recording all its turns", self._name)
         finally:
             os._exit(0)
 
@@ -157,10 +154,10 @@ class RolloutActor:
 
 
 def _on_sigterm(ask: Callable[[], object]) -> None:
-    """Have `ask` called in the main thread when this process gets SIGTERM.
+    """Call `ask` in the main thread when this process gets SIGTERM.
 
-    Ray 2.60 keeps the main thread, where alone a handler can be set, and has set one that raises SystemExit through the
-    name replaced here; an asyncio actor with a call under way never ends by that.
+    Handlers can be set in the main thread only, which Ray 2.60 occupies. Ray's own handler raises SystemExit through
+    the function replaced here, and that does not end an asyncio actor with a call under way.
     """
 
     def asked(message: str, exit_code: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""Demonstrations: a scripted player in the agent's place, its episodes in the same words as sampled ones."""
+"""Demonstrations: episodes of a scripted player instead of the policy, encoded like sampled ones."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from envs.base import Observation
 from envs.hosting.host import EnvironmentFailed
 from envs.own_frames import told
 from envs.user_functions import awaited
-from rollout.agents.agent import Agent, AgentSettings, ContextOverflow, Conversation, Turn
+from rollout.agents.agent import Agent, AgentSettings, ContextOverflow, Conversation, SampledTurn
 from rollout.buffer.failures import TooManyFailures, cause_of
 from rollout.chat.chat import Chat
 from rollout.engines.engine import Completion, Sampling
-from rollout.episodes.episode import Limits, Place
+from rollout.episodes.episode import EpisodeLimits, EpisodeSpec
 from rollout.episodes.group import play
 from rollout.episodes.pool import EnvironmentPool
-from rollout.wire.trajectory import Group, Slot, Step, Task
+from rollout.wire.trajectory import Group, Slot, Task, Turn
 
 
-class Player(Protocol):
-    """Knows an environment well enough to act in it."""
+class ScriptedPlayer(Protocol):
+    """A program that plays an environment."""
 
     def act(self, observation: Observation) -> str: ...
 
 
 class DemonstrationError(TooManyFailures):
-    """No demonstration could be played to its end."""
+    """All demonstrations failed."""
 
 
 async def demonstrate(
     tasks: Sequence[Task],
-    player_factory: Callable[[int], Player],
+    player_factory: Callable[[int], ScriptedPlayer],
     chat: Chat,
     context_tokens: int,
     settings: AgentSettings | None = None,
-    limits: Limits | None = None,
+    limits: EpisodeLimits | None = None,
     pool: EnvironmentPool | None = None,
 ) -> list[Group]:
-    """Play every task once; groups of one, in order of `tasks`, with behavior logprobs and versions of 0.
+    """Play every task once; returns groups of one, in order of `tasks`, with behavior logprobs and versions of 0.
 
-    player_factory is called with a task's seed. Failed episodes are among the groups (never trainable); raises
-    DemonstrationError with the last error when there is nothing else.
+    player_factory: called with a task's seed. Failed episodes are included and never trainable. Raises
+    DemonstrationError with the last error if all failed.
     """
     played = demonstrations(tasks, player_factory, chat, context_tokens, settings, limits, pool)
     groups = [group async for group in played]
@@ -57,51 +57,53 @@ async def demonstrate(
 
 async def demonstrations(
     tasks: Sequence[Task],
-    player_factory: Callable[[int], Player],
+    player_factory: Callable[[int], ScriptedPlayer],
     chat: Chat,
     context_tokens: int,
     settings: AgentSettings | None = None,
-    limits: Limits | None = None,
+    limits: EpisodeLimits | None = None,
     pool: EnvironmentPool | None = None,
 ) -> AsyncIterator[Group]:
-    """The groups of `demonstrate` one by one, for more than fit into memory."""
-    limits = limits or Limits(max_turns=context_tokens, seconds=60.0)
+    """Yield the groups of `demonstrate` one by one, for more than fit into memory."""
+    limits = limits or EpisodeLimits(max_turns=context_tokens, timeout_seconds=60.0)
     replicas = pool or EnvironmentPool()
     try:
         for index, task in enumerate(tasks):
             slot = Slot(index, 0, task, version=0)
             actor = Demonstrator(player_factory(task.seed), chat, context_tokens, settings)
-            place = Place(slot, 0, seed=0, worker="demonstration")
-            yield Group(slot, (await play(place, replicas, actor, limits),))
+            spec = EpisodeSpec(slot, 0, seed=0, worker="demonstration")
+            yield Group(slot, (await play(spec, replicas, actor, limits),))
     finally:
         if pool is None:
             await replicas.close()
 
 
 class Demonstrator:
-    """An `Actor` whose sampled tokens are a player's words; all else is an agent's doing."""
+    """An `Actor` whose sampled tokens are a player's answers; everything else is done by an agent."""
 
     def __init__(
-        self, player: Player, chat: Chat, context_tokens: int, settings: AgentSettings | None = None
+        self, player: ScriptedPlayer, chat: Chat, context_tokens: int, settings: AgentSettings | None = None
     ) -> None:
-        self._hand = _Hand(player, chat)
-        self._agent = Agent(self._hand, chat, Sampling(max_tokens=context_tokens), context_tokens, settings)
+        self._engine = _PlayerEngine(player, chat)
+        self._agent = Agent(self._engine, chat, Sampling(max_tokens=context_tokens), context_tokens, settings)
 
     def begin(self, seed: int) -> Conversation:
         return self._agent.begin(seed)
 
-    def recall(self, conversation: Conversation, step: Step) -> None:
-        self._agent.recall(conversation, step)
+    def recall(self, conversation: Conversation, turn: Turn) -> None:
+        self._agent.recall(conversation, turn)
 
-    async def turn(self, conversation: Conversation, observation: Observation) -> Turn | ContextOverflow:
-        self._hand.observation = observation
+    async def turn(
+        self, conversation: Conversation, observation: Observation
+    ) -> SampledTurn | ContextOverflow:
+        self._engine.observation = observation
         return await self._agent.turn(conversation, observation)
 
 
-class _Hand:
-    """Writes what the player answers to `observation`, which is set before every request."""
+class _PlayerEngine:
+    """An engine that generates the player's answer to `observation`, which is set before every request."""
 
-    def __init__(self, player: Player, chat: Chat) -> None:
+    def __init__(self, player: ScriptedPlayer, chat: Chat) -> None:
         self.name = "demonstration"
         self.version = 0
         self.observation: Observation = ""
@@ -113,7 +115,7 @@ class _Hand:
     ) -> Completion:
         try:
             said = await awaited(self._player.act(self.observation))
-        except Exception as error:  # a player is anybody's code, as the environment is that it comes with
+        except Exception as error:  # foreign code, like its environment
             raise EnvironmentFailed(f"the player failed: {told(error)}") from error
         ids = self._chat.encode_action(said)
         kept = np.array(ids[: sampling.max_tokens], dtype=np.int32)

@@ -1,4 +1,4 @@
-"""One episode: environment and agent in turns until exactly one of them, or a limit, ends it."""
+"""One episode: agent and environment take turns until the environment, the context or a limit ends it."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from envs.base import Info, Observation, as_number, end_behind, named_rewards, seat_of
+from envs.base import Info, Observation, as_number, end_behind, messages_of, named_rewards, seat_of
 from envs.gate import time_limit
 from envs.hosting.host import EnvironmentFailed, Replica, Sampled
 from envs.tools.tool_env import answers_by_reason
-from rollout.agents.agent import Actor, ContextOverflow, Conversation, Turn, as_messages
+from rollout.agents.agent import Actor, ContextOverflow, Conversation, SampledTurn
 from rollout.chat.chat import ChatError
 from rollout.engines.engine import EngineFailed
-from rollout.episodes.pool import asking
-from rollout.episodes.resume import Restart, Standing, bring_back, seal
-from rollout.wire.trajectory import EndReason, EpisodeSoFar, Slot, Step, Task, Trajectory, TurnEnd
+from rollout.episodes.pool import environment_call
+from rollout.episodes.resume import EpisodeState, Restart, pack_snapshot, restore_environment
+from rollout.wire.trajectory import EndReason, PartialEpisode, Slot, Task, Trajectory, Turn, TurnEnd
 
 _LARGEST = float(np.finfo(np.float32).max)  # of a reward
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What the runner allows an episode, whatever its environment allows."""
+class EpisodeLimits:
+    """Limits of an episode beside those of its environment."""
 
     max_turns: int
-    seconds: float  # wall clock; waits for the engine count, waits at a gate (envs.gate) do not
+    timeout_seconds: float  # wall clock; waits for the engine count, waits at a gate (envs.gate) do not
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where an episode belongs: its slot, its index among its siblings, and the seed of all its sampling."""
+class EpisodeSpec:
+    """An episode to play: its slot, its index among its siblings, and the seed of its sampling."""
 
     slot: Slot
     index: int
     seed: int
     worker: str = ""
-    evaluation: bool = False  # played to be measured: no part learns from it
-    apart: bool = False  # a worker was lost while it was played: its environment gets a process of its own
+    evaluation: bool = False  # agent parts do not learn from it
+    own_process: bool = False  # a worker was lost while it was played: its environment gets its own process
 
     @property
     def task(self) -> Task:
@@ -50,46 +50,41 @@ class Place:
 
 
 class EpisodeLimitExceeded(RuntimeError):
-    """A limit of the runner was hit that says nothing about the agent: the episode is no evidence."""
+    """A limit was exceeded that says nothing about the policy: the episode has failed."""
 
 
-class Watch(Protocol):
-    """Whoever is told how an episode goes, and may ask it to stop."""
+class EpisodeListener(Protocol):
+    """Receives the events of an episode and may halt it."""
 
     @property
     def halted(self) -> bool:
-        """Whether the episode is to end before its next turn; it is then CANCELLED, and may go on elsewhere."""
-        ...
+        """Whether the episode must end before its next turn; it is then CANCELLED, and may be resumed elsewhere."""
 
-    def turn_ended(self, place: Place, step: Step, end: TurnEnd | None, snapshot: bytes | None) -> None:
-        """A turn was sampled and acted on. end: where it was the episode's last."""
-        ...
+    def turn_ended(self, spec: EpisodeSpec, turn: Turn, end: TurnEnd | None, snapshot: bytes | None) -> None:
+        """A turn was sampled and its action executed. end: if it was the episode's last."""
 
     def answered(self, calls: Mapping[str, int]) -> None:
-        """A turn's tool calls were, so many by reason (`envs.tools.tool_env.Reason`)."""
-        ...
+        """Tool calls of a turn were answered; counts by reason (`envs.tools.tool_env.Reason`)."""
 
-    def resumed(self, steps: Sequence[Step]) -> None:
-        """An episode goes on after `steps`, sampled by an earlier attempt; or they were all of it."""
-        ...
+    def resumed(self, turns: Sequence[Turn]) -> None:
+        """An episode continues after `turns` of an earlier attempt, which may be all of it."""
 
     def restarted(self, why: Restart) -> None:
-        """An episode starts again although turns of it are durable."""
-        ...
+        """An episode starts again although it has durable turns."""
 
 
-class Unwatched:
-    """A `Watch` that looks away."""
+class NullListener:
+    """An `EpisodeListener` that ignores all events."""
 
     halted = False
 
-    def turn_ended(self, place: Place, step: Step, end: TurnEnd | None, snapshot: bytes | None) -> None:
+    def turn_ended(self, spec: EpisodeSpec, turn: Turn, end: TurnEnd | None, snapshot: bytes | None) -> None:
         pass
 
     def answered(self, calls: Mapping[str, int]) -> None:
         pass
 
-    def resumed(self, steps: Sequence[Step]) -> None:
+    def resumed(self, turns: Sequence[Turn]) -> None:
         pass
 
     def restarted(self, why: Restart) -> None:
@@ -99,62 +94,63 @@ class Unwatched:
 async def run_episode(
     replica: Replica,
     agent: Actor,
-    place: Place,
-    limits: Limits,
-    watch: Watch | None = None,
-    so_far: EpisodeSoFar | None = None,
+    spec: EpisodeSpec,
+    limits: EpisodeLimits,
+    listener: EpisodeListener | None = None,
+    resume_from: PartialEpisode | None = None,
 ) -> Trajectory:
-    """Play `place.task` once; the task's seed fixes the instance. so_far: an unfinished episode to go on with.
+    """Play `spec.task` once; the task's seed fixes the instance. resume_from: an unfinished episode to continue.
 
-    Never raises for what an environment, an engine or a limit does: that is a FAILED trajectory with the traceback and
-    the steps so far. CannotGoOn where `so_far` leads nowhere. Anything else (a bug of ours, an engine that died,
-    cancellation) propagates.
+    A failure of environment or engine, or an exceeded limit, gives a FAILED trajectory with the traceback and the turns
+    so far. Raises CannotResume. Other errors (a bug in Manta, an engine that died, cancellation) propagate.
     """
-    episode = _Episode(replica, agent, place, watch or Unwatched())
+    episode = _Episode(replica, agent, spec, listener or NullListener())
     try:
         try:
-            async with time_limit(limits.seconds) as clock:
-                end_reason = await episode.play(limits.max_turns, so_far)
+            async with time_limit(limits.timeout_seconds) as clock:
+                end_reason = await episode.play(limits.max_turns, resume_from)
         except TimeoutError:
             if not clock.expired():
                 raise
             raise EpisodeLimitExceeded(
-                f"{place.task.env_id} (seed {place.task.seed}): the episode took longer than {limits.seconds:g} s "
-                f"(episode_seconds) and had played {len(episode.steps)} turns"
+                f"{spec.task.env_id} (seed {spec.task.seed}): the episode took longer than "
+                f"{limits.timeout_seconds:g} s (rollout.episode_seconds) and had played {len(episode.turns)} turns"
             ) from None
     except (EnvironmentFailed, EngineFailed, ChatError, EpisodeLimitExceeded) as error:
-        return failed(place, error, tuple(episode.steps))
-    return _trajectory(place, tuple(episode.steps), end_reason, success=episode.success)
+        return failed(spec, error, tuple(episode.turns))
+    return _trajectory(spec, tuple(episode.turns), end_reason, success=episode.success)
 
 
-def failed(place: Place, error: Exception, steps: tuple[Step, ...] = ()) -> Trajectory:
-    """The record of an episode that infrastructure ended."""
-    return _trajectory(place, steps, EndReason.FAILED, error="".join(traceback.format_exception(error)))
+def failed(spec: EpisodeSpec, error: Exception, turns: tuple[Turn, ...] = ()) -> Trajectory:
+    """Trajectory of an episode that failed by infrastructure."""
+    return _trajectory(spec, turns, EndReason.FAILED, error="".join(traceback.format_exception(error)))
 
 
-def finished(place: Place, steps: tuple[Step, ...], end: TurnEnd) -> Trajectory:
-    """The record of an episode that an earlier attempt played to its end."""
-    return _trajectory(place, steps, end.end_reason, success=end.success)
+def finished(spec: EpisodeSpec, turns: tuple[Turn, ...], end: TurnEnd) -> Trajectory:
+    """Trajectory of an episode that an earlier attempt has finished."""
+    return _trajectory(spec, turns, end.end_reason, success=end.success)
 
 
 class _Episode:
-    """The state of an episode while it runs: steps are kept here so that a failure does not lose them."""
+    """State of a running episode; it keeps the turns, so that a failure does not lose them."""
 
-    def __init__(self, replica: Replica, agent: Actor, place: Place, watch: Watch) -> None:
-        self.steps: list[Step] = []
+    def __init__(self, replica: Replica, agent: Actor, spec: EpisodeSpec, listener: EpisodeListener) -> None:
+        self.turns: list[Turn] = []
         self.success: bool | None = None
-        self._ended: Info | None = None  # an end that lies behind
+        self._ended: Info | None = None  # the environment's end, if agent parts have turns after it
         self._replica = replica
         self._agent = agent
-        self._place = place
-        self._watch = watch
+        self._spec = spec
+        self._listener = listener
         self._reset_seconds = 0.0
 
-    async def play(self, max_turns: int, so_far: EpisodeSoFar | None) -> EndReason:
-        conversation = self._agent.begin(self._place.seed)
-        observation = await (self._go_on(conversation, so_far) if so_far and so_far.steps else self._reset())
-        for number in range(len(self.steps), max_turns):
-            if self._watch.halted:
+    async def play(self, max_turns: int, resume_from: PartialEpisode | None) -> EndReason:
+        conversation = self._agent.begin(self._spec.seed)
+        observation = await (
+            self._go_on(conversation, resume_from) if resume_from and resume_from.turns else self._reset()
+        )
+        for number in range(len(self.turns), max_turns):
+            if self._listener.halted:
                 return EndReason.CANCELLED
             turn = await self._agent.turn(conversation, observation)
             if isinstance(turn, ContextOverflow):
@@ -168,59 +164,61 @@ class _Episode:
 
     async def _reset(self) -> Observation:
         began = time.perf_counter()
-        with asking(self._place.task, "reset"):
-            observation = await self._replica.reset(self._place.task.seed)
-            as_messages(observation)
+        with environment_call(self._spec.task, "reset"):
+            observation = await self._replica.reset(self._spec.task.seed)
+            messages_of(observation)
         self._reset_seconds = time.perf_counter() - began
         return observation
 
-    async def _go_on(self, conversation: Conversation, so_far: EpisodeSoFar) -> Observation:
-        standing = await bring_back(self._replica, self._place.task, so_far)
-        for step in so_far.steps:
-            self._agent.recall(conversation, step)
-        self.steps = list(so_far.steps)
-        self.success, self._ended = standing.success, standing.ended
-        self._watch.resumed(so_far.steps)
-        return standing.observation
+    async def _go_on(self, conversation: Conversation, resume_from: PartialEpisode) -> Observation:
+        state = await restore_environment(self._replica, self._spec.task, resume_from)
+        for turn in resume_from.turns:
+            self._agent.recall(conversation, turn)
+        self.turns = list(resume_from.turns)
+        self.success, self._ended = state.success, state.ended
+        self._listener.resumed(resume_from.turns)
+        return state.observation
 
     async def _act(
-        self, number: int, turn: Turn, sampled: Sampled, last: bool
+        self, number: int, sampled_turn: SampledTurn, sampled: Sampled, last: bool
     ) -> tuple[Observation, EndReason | None]:
-        """One environment step, recorded. The reset counts as the first step's environment time."""
-        task = self._place.task
+        """Execute one action and record the turn. The reset counts as environment time of the first turn."""
+        task = self._spec.task
         began = time.perf_counter() - (self._reset_seconds if number == 0 else 0.0)
         try:
-            with asking(task, f"step {number}"):
+            with environment_call(task, f"step {number}"):
                 self._replica.sampled(sampled)
-                observation, reward, terminated, truncated, info = await self._replica.step(turn.action)
+                observation, reward, terminated, truncated, info = await self._replica.step(
+                    sampled_turn.action
+                )
                 reward = as_number(reward, "the reward")
-                as_messages(observation)
+                messages_of(observation)
                 named, seat = named_rewards(info), seat_of(info)
                 _require_finite({"the reward": reward} | (named or {}))
                 end_reason = _end_reason(terminated, truncated, info)
                 snapshot = None if last or end_reason else self._replica.snapshot()
         except EnvironmentFailed:
-            # The action that broke the environment is what a person will look for; it has earned nothing.
-            self.steps.append(_step(number, turn, 0.0, time.perf_counter() - began))
+            # The action that made the environment fail is stored for debugging, without a reward.
+            self.turns.append(_turn(number, sampled_turn, 0.0, time.perf_counter() - began))
             raise
-        step = _step(number, turn, reward, time.perf_counter() - began, named, seat)
-        self.steps.append(step)
+        turn = _turn(number, sampled_turn, reward, time.perf_counter() - began, named, seat)
+        self.turns.append(turn)
         if info.get("success") is not None:
             self.success = bool(info["success"])
         self._ended = end_behind(info).get("ended", self._ended)
         if last or end_reason is not None:
             end_reason = self._end(end_reason or EndReason.TRUNCATED)
         if calls := answers_by_reason(info):
-            self._watch.answered(calls)
-        standing = Standing(observation, self.success, self._ended)
-        sealed = None if snapshot is None else seal(standing, snapshot)
+            self._listener.answered(calls)
+        state = EpisodeState(observation, self.success, self._ended)
+        sealed = None if snapshot is None else pack_snapshot(state, snapshot)
         end = None if end_reason is None else TurnEnd(end_reason, self.success)
-        self._watch.turn_ended(self._place, step, end, sealed)
+        self._listener.turn_ended(self._spec, turn, end, sealed)
         return observation, end_reason
 
     def _overflow(self, overflow: ContextOverflow) -> EndReason:
-        if not self.steps:
-            task = self._place.task
+        if not self.turns:
+            task = self._spec.task
             raise EpisodeLimitExceeded(
                 f"{task.env_id} (seed {task.seed}): the first prompt has {overflow.prompt_tokens} tokens "
                 f"and leaves no room to answer in context_tokens={overflow.context_tokens}"
@@ -228,7 +226,7 @@ class _Episode:
         return self._end(EndReason.CONTEXT_OVERFLOW)
 
     def _end(self, reason: EndReason) -> EndReason:
-        """How an episode ends that has come to this: as what lies behind already did."""
+        """The end reason; an end of the environment that agent parts deferred takes precedence."""
         ended = self._ended
         if ended is None:
             return reason
@@ -237,10 +235,10 @@ class _Episode:
 
 
 def _require_finite(rewards: dict[str, float]) -> None:
-    """ValueError for a reward that is no number, or none as it is stored."""
+    """Raise ValueError for a reward that is not finite as float32."""
     for name, reward in rewards.items():
         if not abs(reward) <= _LARGEST:
-            raise ValueError(f"{name} is {reward}; a reward has to be a finite float32")
+            raise ValueError(f"{name} is {reward}; a reward must be a finite float32")
 
 
 def _end_reason(terminated: bool, truncated: bool, info: dict[str, Any]) -> EndReason | None:
@@ -251,48 +249,48 @@ def _end_reason(terminated: bool, truncated: bool, info: dict[str, Any]) -> EndR
     return EndReason.TRUNCATED if truncated else None
 
 
-def _step(
+def _turn(
     number: int,
-    turn: Turn,
+    sampled_turn: SampledTurn,
     reward: float,
     env_seconds: float,
     named: dict[str, float] | None = None,
     seat: int | None = None,
-) -> Step:
-    return Step(
+) -> Turn:
+    return Turn(
         turn=number,
-        segment=turn.segment,
-        observation=turn.observation,
-        action=turn.action,
-        prompt_ids=np.array(turn.prompt_ids, dtype=np.int32),
-        action_ids=turn.completion.token_ids,
-        behavior_logprobs=turn.completion.logprobs,
-        versions=turn.completion.versions,
+        segment=sampled_turn.segment,
+        observation=sampled_turn.observation,
+        action=sampled_turn.action,
+        prompt_ids=np.array(sampled_turn.prompt_ids, dtype=np.int32),
+        action_ids=sampled_turn.completion.token_ids,
+        behavior_logprobs=sampled_turn.completion.logprobs,
+        versions=sampled_turn.completion.versions,
         reward=reward,
-        finish_reason=turn.completion.finish_reason,
+        finish_reason=sampled_turn.completion.finish_reason,
         env_seconds=env_seconds,
-        engine_seconds=turn.engine_seconds,
+        engine_seconds=sampled_turn.engine_seconds,
         seat=seat,
         named_rewards=None if named is None else json.dumps(named),
     )
 
 
 def _trajectory(
-    place: Place,
-    steps: tuple[Step, ...],
+    spec: EpisodeSpec,
+    turns: tuple[Turn, ...],
     end_reason: EndReason,
     *,
     success: bool | None = None,
     error: str | None = None,
 ) -> Trajectory:
     return Trajectory(
-        group_id=place.slot.group_id,
-        attempt=place.slot.attempt,
-        index=place.index,
-        task=place.task,
-        steps=steps,
+        group_id=spec.slot.group_id,
+        attempt=spec.slot.attempt,
+        index=spec.index,
+        task=spec.task,
+        turns=turns,
         end_reason=end_reason,
         success=success,
         error=error,
-        worker=place.worker,
+        worker=spec.worker,
     )

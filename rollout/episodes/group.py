@@ -1,4 +1,4 @@
-"""The siblings of one task, played at the same time."""
+"""A group: sibling episodes of one task, played at the same time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from typing import Any, TypeVar
 from envs.hosting.host import EnvironmentFailed
 from rollout.agents.agent import Actor
 from rollout.engines.engine import derive_seed
-from rollout.episodes.episode import Limits, Place, Unwatched, Watch, failed, finished, run_episode
+from rollout.episodes.episode import (
+    EpisodeLimits,
+    EpisodeListener,
+    EpisodeSpec,
+    NullListener,
+    failed,
+    finished,
+    run_episode,
+)
 from rollout.episodes.pool import EnvironmentPool
-from rollout.episodes.resume import CannotGoOn, Restart
-from rollout.wire.trajectory import EndReason, EpisodeSoFar, Group, Slot, Trajectory
+from rollout.episodes.resume import CannotResume, Restart
+from rollout.wire.trajectory import EndReason, Group, PartialEpisode, Slot, Trajectory
 
 T = TypeVar("T")
 
@@ -25,95 +33,95 @@ async def run_group(
     pool: EnvironmentPool,
     agent: Actor,
     size: int,
-    limits: Limits,
+    limits: EpisodeLimits,
     run_seed: int,
     worker: str = "",
-    watch: Watch | None = None,
-    so_far: Mapping[int, EpisodeSoFar] | None = None,
-    apart: bool = False,
+    listener: EpisodeListener | None = None,
+    resume_from: Mapping[int, PartialEpisode] | None = None,
+    own_process: bool = False,
 ) -> Group:
-    """Play `size` siblings: the same instance of the task, different sampling. so_far: by index, what is durable.
+    """Play `size` siblings: the same instance of the task, different sampling. resume_from: durable turns by index.
 
-    A sibling's sampling depends on (run seed, group id, index) alone. The attempt is left out: with a deterministic
-    engine a group that is issued again repeats itself, however its episodes are scheduled. Where `watch` halts it,
-    siblings may be CANCELLED: such a group is no group yet. apart: with environments in processes of their own.
+    A sibling's sampling depends on (run seed, group id, index) only, not on the attempt: with a deterministic engine a
+    reissued group repeats itself, independent of scheduling. If `listener` halts it, siblings may be CANCELLED, and the
+    group is not complete. own_process: give each environment its own process.
     """
-    watch, so_far = watch or Unwatched(), so_far or {}
-    places = [
-        Place(slot, index, derive_seed(run_seed, slot.group_id, index), worker, apart=apart)
+    listener, resume_from = listener or NullListener(), resume_from or {}
+    specs = [
+        EpisodeSpec(slot, index, derive_seed(run_seed, slot.group_id, index), worker, own_process=own_process)
         for index in range(size)
     ]
-    playing = (play(place, pool, agent, limits, watch, so_far.get(place.index)) for place in places)
+    playing = (play(spec, pool, agent, limits, listener, resume_from.get(spec.index)) for spec in specs)
     return Group(slot, tuple(await concurrently(playing)))
 
 
 async def play(
-    place: Place,
+    spec: EpisodeSpec,
     pool: EnvironmentPool,
     agent: Actor,
-    limits: Limits,
-    watch: Watch | None = None,
-    so_far: EpisodeSoFar | None = None,
+    limits: EpisodeLimits,
+    listener: EpisodeListener | None = None,
+    resume_from: PartialEpisode | None = None,
 ) -> Trajectory:
-    """One episode on a replica of the pool, from where it stands, paid by the pool: a finished one is not played."""
-    episode = await _played(place, pool, agent, limits, watch or Unwatched(), so_far)
+    """Play or resume one episode on a replica of the pool, and compute its own reward; a finished one is not played."""
+    episode = await _played(spec, pool, agent, limits, listener or NullListener(), resume_from)
     try:
         return await pool.pay(episode)
     except EnvironmentFailed as error:
-        return failed(place, error, episode.steps)
+        return failed(spec, error, episode.turns)
 
 
 async def _played(
-    place: Place,
+    spec: EpisodeSpec,
     pool: EnvironmentPool,
     agent: Actor,
-    limits: Limits,
-    watch: Watch,
-    so_far: EpisodeSoFar | None,
+    limits: EpisodeLimits,
+    listener: EpisodeListener,
+    resume_from: PartialEpisode | None,
 ) -> Trajectory:
-    if so_far is not None and so_far.end is not None:
-        watch.resumed(so_far.steps)
-        return finished(place, so_far.steps, so_far.end)
+    if resume_from is not None and resume_from.end is not None:
+        listener.resumed(resume_from.turns)
+        return finished(spec, resume_from.turns, resume_from.end)
     try:
-        return await _on_a_replica(place, pool, agent, limits, watch, so_far)
-    except CannotGoOn as reason:
-        watch.restarted(reason.why)
-        # That of an environment that does not repeat itself is nothing to be told of.
+        return await _on_a_replica(spec, pool, agent, limits, listener, resume_from)
+    except CannotResume as reason:
+        listener.restarted(reason.why)
+        # A restart of a nondeterministic environment is expected, and no warning.
         level = logging.INFO if reason.why is Restart.NONDETERMINISTIC else logging.WARNING
-        log.log(level, "group %d, episode %d starts again: %s", place.slot.group_id, place.index, reason)
-    return await _on_a_replica(place, pool, agent, limits, watch, None)
+        log.log(level, "group %d, episode %d starts again: %s", spec.slot.group_id, spec.index, reason)
+    return await _on_a_replica(spec, pool, agent, limits, listener, None)
 
 
 async def _on_a_replica(
-    place: Place,
+    spec: EpisodeSpec,
     pool: EnvironmentPool,
     agent: Actor,
-    limits: Limits,
-    watch: Watch,
-    so_far: EpisodeSoFar | None,
+    limits: EpisodeLimits,
+    listener: EpisodeListener,
+    resume_from: PartialEpisode | None,
 ) -> Trajectory:
-    """A replica is reused only after an episode that did not fail, and where it can be."""
+    """Play on a replica, which returns to the pool only if it is reusable and the episode did not fail."""
     try:
-        replica = await pool.take(place.task, place.evaluation, place.apart)
+        replica = await pool.take(spec.task, spec.evaluation, spec.own_process)
     except EnvironmentFailed as error:
-        return failed(place, error)
+        return failed(spec, error)
     reusable = False
     try:
-        trajectory = await run_episode(replica, agent, place, limits, watch, so_far)
+        trajectory = await run_episode(replica, agent, spec, limits, listener, resume_from)
         reusable = trajectory.end_reason is not EndReason.FAILED
-    except CannotGoOn as reason:
+    except CannotResume as reason:
         reusable = reason.why is Restart.NONDETERMINISTIC
         raise
     finally:
         if reusable and replica.reusable:
-            pool.give_back(place.task, replica)
+            pool.give_back(spec.task, replica)
         else:
-            await pool.discard(place.task, replica)
+            await pool.discard(spec.task, replica)
     return trajectory
 
 
 async def concurrently(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in order. The first failure cancels the others and is raised itself: theirs would be its echoes."""
+    """Run coroutines concurrently; returns results in order. The first failure cancels the others and is raised."""
     try:
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(coroutine) for coroutine in coroutines]

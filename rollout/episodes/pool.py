@@ -1,4 +1,4 @@
-"""Environment replicas, made once and reused by tasks of the same environment and options."""
+"""Pool of environment replicas, which are reused by tasks of the same environment and options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from envs.call_thread import call_gate
 from envs.hosting.host import Env, EnvironmentFailed, HostSettings, InProcessEnv, NoRoom, Replica
 from envs.hosting.subprocess_env import SubprocessEnv
 from envs.own_frames import told
-from rollout.agents.settings import PartSettings, dressing, evaluated
+from rollout.agents.settings import PartSettings, evaluated, wrapping
 from rollout.chat.chat import Chat
 from rollout.episodes.reward import OwnReward, rewarded
 from rollout.external.external_env import PROGRAM, ForeignAgents
@@ -27,23 +27,23 @@ MakeEnv = Callable[..., Env]  # (env_id, **options)
 Start = Callable[[Callable[[], Env], HostSettings], Awaitable[Replica]]  # outside of this process
 
 
-class Kind(NamedTuple):
-    """What replicas of have in common that may take one another's place."""
+class ReplicaKind(NamedTuple):
+    """Key of interchangeable replicas."""
 
     env_id: str
     options: str
-    measuring: bool  # dressed as evaluations are
-    apart: bool  # in a process where others are not
+    evaluation: bool  # wrapped in the parts of evaluations
+    own_process: bool  # in a process of its own where others are inline
 
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def asking(task: Task, what: str) -> Iterator[None]:
-    """Around every call into an environment: whatever it raises becomes EnvironmentFailed.
+def environment_call(task: Task, what: str) -> Iterator[None]:
+    """Context of every call into an environment: all its errors become EnvironmentFailed.
 
-    An environment is anybody's code and may raise anything, so this is the one place that catches everything.
+    An environment is foreign code that may raise any exception, so everything is caught here and only here.
     """
     try:
         yield
@@ -53,15 +53,15 @@ def asking(task: Task, what: str) -> Iterator[None]:
 
 
 class EnvironmentPool:
-    """Idle replicas by (environment, options); as many exist as were ever used at the same time.
+    """Idle replicas by kind; as many exist as were used at the same time.
 
-    Each is dressed in the agent's parts; where these learn, evaluations have replicas of their own. host.where="auto"
-    is inline for what registry.is_trusted, and for all that a `make` of one's own makes, which runs on the event loop
-    itself. Where replicas are not inline, what `make` is given and is itself must be picklable, and `start` starts
-    replicas: SubprocessEnv's for "process", that of envs/hosting/actors.py for "ray".
+    Each is wrapped in the agent's parts; if these learn, evaluations have their own replicas. host.where="auto" is
+    inline for environments that registry.is_trusted, and for a custom `make`, whose environments run on the event loop.
+    Replicas that are not inline need a picklable `make` with picklable arguments, and `start` starts them: that of
+    SubprocessEnv for "process", that of envs/hosting/actors.py for "ray".
 
-    chat: the policy's; foreign agents are told of requests that it cannot render. reward: in place of what the
-    environments pay, or beside it.
+    chat: of the policy; requests of foreign agents that it cannot render are refused. reward: a user's own, which
+    replaces the environment's rewards or is added to them.
     """
 
     def __init__(
@@ -81,69 +81,71 @@ class EnvironmentPool:
         if self._host.where == "ray" and start is None:
             raise ValueError("replicas on a Ray cluster are started by envs.hosting.actors.Remote.start")
         self._start = start or SubprocessEnv.start
-        # Interpreters that start compete for the processors: more at once would only use up each other's limit.
+        # Starting interpreters compete for the processors: more at once would only exceed their time limits.
         self._starting = asyncio.Semaphore(len(os.sched_getaffinity(0)))
         self._calls = call_gate()
-        self._idle: dict[Kind, asyncio.LifoQueue[Replica]] = defaultdict(asyncio.LifoQueue)
-        self._alive: Counter[Kind] = Counter()  # idle or in use
-        self._kinds: dict[Replica, Kind] = {}  # of all that are alive
+        self._idle: dict[ReplicaKind, asyncio.LifoQueue[Replica]] = defaultdict(asyncio.LifoQueue)
+        self._alive: Counter[ReplicaKind] = Counter()  # idle or in use
+        self._kinds: dict[Replica, ReplicaKind] = {}  # of all replicas, idle or in use
         self._foreign = ForeignAgents(self._host, chat)
 
     async def pay(self, episode: Trajectory) -> Trajectory:
-        """An episode that has ended, with its reward. Raises EnvironmentFailed where that cannot be told."""
+        """Add the user's own reward to an episode that has ended. Raises EnvironmentFailed if it cannot be computed."""
         return await rewarded(episode, self._reward, self._host.step_seconds)
 
-    async def take(self, task: Task, evaluation: bool = False, apart: bool = False) -> Replica:
-        """A replica for this task, to be reset by whoever takes it. Raises EnvironmentFailed when none can be made.
+    async def take(self, task: Task, evaluation: bool = False, own_process: bool = False) -> Replica:
+        """Return a replica for this task, which the caller resets. Raises EnvironmentFailed if none can be made.
 
-        apart: in a process of its own where it would be inline, so that it takes nothing along when it dies.
+        own_process: in its own process instead of inline, so that a crash does not end the worker.
         """
-        kind = Kind(task.env_id, task.options, evaluation and self._evaluated != self._parts, apart)
+        kind = ReplicaKind(
+            task.env_id, task.options, evaluation and self._evaluated != self._parts, own_process
+        )
         idle = self._idle[kind]
         if not idle.empty():
             return idle.get_nowait()
-        with asking(task, "make"):
+        with environment_call(task, "make"):
             return await (self._new_or_returned(kind) if self._host.where == "ray" else self._new(kind))
 
     def give_back(self, task: Task, replica: Replica) -> None:
-        """For the next episode to reuse; only after an episode that left it in a known state."""
+        """Return a replica for reuse, after an episode that left it in a known state."""
         self._idle[self._kinds[replica]].put_nowait(replica)
 
     async def discard(self, task: Task, replica: Replica) -> None:
-        """Throw away a replica in an unknown state; that it cannot even be closed is logged, not raised."""
+        """Close a replica in an unknown state; an error of closing it is logged, not raised."""
         self._alive[self._kinds.pop(replica)] -= 1
         try:
-            with asking(task, "close"):
+            with environment_call(task, "close"):
                 await replica.close()
         except EnvironmentFailed as error:
             log.warning("%s", error)
 
     async def close(self) -> None:
-        """Close every idle replica, and the endpoint where there is one."""
+        """Close every idle replica, and the endpoint of foreign agents."""
         await asyncio.gather(*(self.discard(task, replica) for task, replica in self._all_idle()))
         await self._foreign.close()
 
     def _all_idle(self) -> Iterator[tuple[Task, Replica]]:
-        """Every idle replica, which is the caller's from there on."""
+        """Take every idle replica out of the pool."""
         for kind, idle in list(self._idle.items()):
             while not idle.empty():
                 yield Task(kind.env_id, 0, kind.options), idle.get_nowait()
 
-    async def _new(self, kind: Kind) -> Replica:
+    async def _new(self, kind: ReplicaKind) -> Replica:
         replica = await self._made(kind)
         self._alive[kind] += 1
         self._kinds[replica] = kind
         return replica
 
-    async def _made(self, kind: Kind) -> Replica:
+    async def _made(self, kind: ReplicaKind) -> Replica:
         env_id = kind.env_id
-        task, parts = Task(env_id, 0, kind.options), self._evaluated if kind.measuring else self._parts
+        task, parts = Task(env_id, 0, kind.options), self._evaluated if kind.evaluation else self._parts
         if env_id == PROGRAM:
-            return self._foreign.replica(task.kwargs, kind.apart)
+            return self._foreign.replica(task.kwargs, kind.own_process)
         recipe = registry.recipe if self._make is registry.make else partial(partial, self._make)
-        made = dressing(recipe(env_id, **task.kwargs), parts)
+        made = wrapping(recipe(env_id, **task.kwargs), parts)
         inline = self._is_inline(env_id)
-        if inline and not (kind.apart and _can_be_carried(made)):
+        if inline and not (kind.own_process and _can_be_carried(made)):
             if self._make is registry.make or self._host.where == "inline":
                 return await InProcessEnv.start(made, self._host, self._calls)
             return InProcessEnv(made())
@@ -155,14 +157,14 @@ class EnvironmentPool:
             return self._make is not registry.make or registry.is_trusted(env_id)
         return self._host.where == "inline"
 
-    # On a cluster replicas claim room, and there may be less of it than episodes, a node having been lost.
+    # On a cluster replicas claim resources, which may suffice for fewer replicas than episodes when a node was lost.
 
-    async def _new_or_returned(self, kind: Kind) -> Replica:
-        """A new replica, or one that is given back while there is no room for a new one.
+    async def _new_or_returned(self, kind: ReplicaKind) -> Replica:
+        """Return a new replica, or one that is returned to the pool while there are no resources for a new one.
 
-        Raises NoRoom where none exists that could be given back. Whoever has one has it for an episode at most.
+        Raises NoRoom if no replica of this kind exists. A replica is in use for one episode at most.
         """
-        for other, replica in self._all_idle():  # none of this kind is; what another kind claims makes room
+        for other, replica in self._all_idle():  # of other kinds: closing one frees its resources
             await self.discard(other, replica)
             break
         while True:
@@ -174,13 +176,13 @@ class EnvironmentPool:
                     raise
                 log.warning("a replica of %s: %s; episodes take turns on %d", kind.env_id, error, alive)
 
-    async def _whichever_is_first(self, kind: Kind) -> Replica:
+    async def _whichever_is_first(self, kind: ReplicaKind) -> Replica:
         idle = self._idle[kind]
         returned, new = asyncio.create_task(idle.get()), asyncio.create_task(self._new(kind))
         chosen: asyncio.Task[Replica] | None = None
 
         def keep(other: asyncio.Task[Replica]) -> None:
-            if not other.cancelled() and not other.exception():  # it came all the same
+            if not other.cancelled() and not other.exception():  # it succeeded before it was cancelled
                 idle.put_nowait(other.result())
 
         try:
@@ -194,10 +196,10 @@ class EnvironmentPool:
 
 
 def _can_be_carried(made: Callable[[], Env]) -> bool:
-    """Whether another process can be told how to make it."""
+    """Whether another process can make it, that is, whether it can be pickled."""
     try:
         pickle.dumps(made)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        log.warning("a replica is played inline although a worker was lost by one like it: %s", error)
+        log.warning("a replica runs inline although a worker was lost with one like it: %s", error)
         return False
     return True

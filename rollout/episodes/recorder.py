@@ -1,9 +1,9 @@
-"""Makes finished turns durable while their group is still being played, so that a lost worker costs none of them.
+"""Makes finished turns durable while their group is being played, so that the loss of a worker costs none of them.
 
-    every turn      one row is put on a list: nothing is encoded, no task is made
-    every tick      all rows of groups that were not handed in meanwhile go to the replay buffer in one call
+    every turn      one row is appended to a list, without encoding
+    every flush     all rows of groups that are not committed go to the replay buffer in one call
 
-A group that is handed in before the next tick needs no record of its turns.
+A group that is committed before the next flush needs no record of its turns.
 """
 
 from __future__ import annotations
@@ -13,48 +13,46 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from rollout.wire.schema import encode_turns
-from rollout.wire.trajectory import Slot, Step, TurnEnd
+from rollout.wire.schema import TurnRow, encode_turns
+from rollout.wire.trajectory import Slot, Turn, TurnEnd
 
-TICK_SECONDS = 0.45  # a turn goes to the replay buffer within half a second of its end
-
-_Row = tuple[Slot, int, Step, TurnEnd | None, bytes | None]
+FLUSH_INTERVAL_SECONDS = 0.45  # a turn reaches the replay buffer within half a second of its end
 
 
 class TurnSink(Protocol):
-    """What the recorder needs of the replay buffer."""
+    """The part of the replay buffer that the recorder uses."""
 
     async def record_turns(self, batch: pa.RecordBatch) -> None: ...
 
 
 class Recorder:
-    """The turns of one worker. `run` hands them on until `finish`; an error of the replay buffer ends it."""
+    """Turns of one worker. `run` sends them until `finish`; an error of the replay buffer ends it."""
 
     def __init__(self, replay_buffer: TurnSink, worker: str) -> None:
         self._replay_buffer = replay_buffer
         self._worker = worker
-        self._pending: dict[tuple[int, int], list[_Row]] = {}  # by group and attempt
+        self._pending: dict[tuple[int, int], list[TurnRow]] = {}  # by group and attempt
         self._finishing = asyncio.Event()
         self._lag = 0.0
 
-    def note(self, slot: Slot, episode: int, step: Step, end: TurnEnd | None, snapshot: bytes | None) -> None:
-        """Keep a finished turn for the next tick."""
+    def note(self, slot: Slot, episode: int, turn: Turn, end: TurnEnd | None, snapshot: bytes | None) -> None:
+        """Keep a finished turn for the next flush."""
         group = slot.group_id, slot.attempt
         rows = self._pending.get(group)
         if rows is None:
             rows = self._pending[group] = []
-        rows.append((slot, episode, step, end, snapshot))
+        rows.append((slot, episode, turn, end, snapshot))
 
     def forget(self, slot: Slot) -> None:
-        """The group is handed in, and its rows say all that its turns would; or it is not this worker's any more."""
+        """Discard the turns of a group that is committed, or is not this worker's any more."""
         self._pending.pop((slot.group_id, slot.attempt), None)
 
     async def run(self) -> None:
-        """Hand the turns on, one call at a time, at every tick; once more after `finish`, and return."""
+        """Send the turns at every interval, one call at a time; after `finish`, send once more and return."""
         loop = asyncio.get_running_loop()
         try:
             while not self._finishing.is_set():
-                due = loop.time() + TICK_SECONDS
+                due = loop.time() + FLUSH_INTERVAL_SECONDS
                 try:
                     async with asyncio.timeout_at(due):
                         await self._finishing.wait()
@@ -65,11 +63,11 @@ class Recorder:
             self._finishing.clear()
 
     def finish(self) -> None:
-        """Nothing more is noted: let `run` hand on what there is and return."""
+        """Let `run` send the remaining turns and return; no turn follows."""
         self._finishing.set()
 
     def loop_lag(self) -> float:
-        """Seconds by which the latest tick since the last question was late: how long the event loop was held up."""
+        """Largest delay of a flush since the last call, seconds: for how long the event loop was blocked."""
         lag, self._lag = self._lag, 0.0
         return lag
 

@@ -1,9 +1,9 @@
-"""How an episode goes on from its durable turns: the environment is brought to where it stood after the last of them.
+"""Resume an episode from its durable turns: the environment's state after the last of them is restored.
 
-snapshots offered         restored from the one of the last turn
-nondeterministic          not to be brought back: the episode starts again
-any other                 reset with the task's seed, and the stored actions are played again; what it says and
-                          pays must be what is stored
+with snapshots            restored from the snapshot of the last turn
+nondeterministic          cannot be restored: the episode starts again
+any other                 reset with the task's seed, and the stored actions are replayed; observations and rewards
+                          must equal the stored ones
 """
 
 from __future__ import annotations
@@ -14,27 +14,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from envs.base import Info, Observation, end_behind
+from envs.base import Info, Observation, end_behind, messages_of
 from envs.hosting.host import EnvironmentFailed, Replica, Sampled
-from rollout.agents.agent import as_messages
 from rollout.chat.chat import as_json
-from rollout.episodes.pool import asking
+from rollout.episodes.pool import environment_call
 from rollout.wire.equality import all_equal
-from rollout.wire.trajectory import EpisodeSoFar, Step, Task
+from rollout.wire.trajectory import PartialEpisode, Task, Turn
 
-_LENGTH = struct.Struct("<I")  # of the JSON that stands before an environment's own bytes
+_LENGTH = struct.Struct("<I")  # of the JSON before the environment's own bytes
 
 
 class Restart(StrEnum):
-    """Why an episode starts again although turns of it are durable."""
+    """Why an episode starts again although it has durable turns."""
 
-    NONDETERMINISTIC = "nondeterministic"  # its environment may not repeat itself, and left no snapshot
-    DIVERGED = "diverged"  # its environment said or paid something else than before
-    FAILED = "failed"  # its environment raised on the way
+    NONDETERMINISTIC = "nondeterministic"  # its environment may not repeat itself, and has no snapshot
+    DIVERGED = "diverged"  # its environment gave another observation or reward than before
+    FAILED = "failed"  # its environment raised while its state was restored
 
 
-class CannotGoOn(RuntimeError):
-    """The durable turns of an episode lead nowhere; it is to start again."""
+class CannotResume(RuntimeError):
+    """An episode cannot be resumed from its durable turns, and must start again."""
 
     def __init__(self, why: Restart, detail: str) -> None:
         super().__init__(f"{why}: {detail}")
@@ -42,71 +41,73 @@ class CannotGoOn(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """Where an episode stands between two turns, as far as its runner knows it."""
+class EpisodeState:
+    """State of an episode between two turns, without the environment's."""
 
     observation: Observation
     success: bool | None
-    ended: Info | None = None  # an end that lies behind: see envs.base
+    ended: Info | None = None  # the environment's end, if agent parts have turns after it: see envs.base
 
 
-def seal(standing: Standing, snapshot: bytes) -> bytes:
-    """A snapshot as it is stored: what the runner must know, then the environment's own bytes."""
-    said = as_json(as_messages(standing.observation))
-    head = json.dumps({"observation": said, "success": standing.success, "ended": standing.ended}).encode()
+def pack_snapshot(state: EpisodeState, snapshot: bytes) -> bytes:
+    """Encode a snapshot for storage: the episode's state, then the environment's own bytes."""
+    said = as_json(messages_of(state.observation))
+    head = json.dumps({"observation": said, "success": state.success, "ended": state.ended}).encode()
     return _LENGTH.pack(len(head)) + head + snapshot
 
 
-def unseal(sealed: bytes) -> tuple[Standing, bytes]:
-    """The two parts of a stored snapshot."""
+def unpack_snapshot(sealed: bytes) -> tuple[EpisodeState, bytes]:
+    """Decode a stored snapshot into its two parts."""
     (length,) = _LENGTH.unpack_from(sealed)
     body = _LENGTH.size + length
     head = json.loads(sealed[_LENGTH.size : body])
-    return Standing(**head | {"observation": json.loads(head["observation"])}), sealed[body:]
+    return EpisodeState(**head | {"observation": json.loads(head["observation"])}), sealed[body:]
 
 
-async def bring_back(replica: Replica, task: Task, so_far: EpisodeSoFar) -> Standing:
-    """Bring a replica to where it stood after the last of `so_far.steps`, of which there is one at least.
+async def restore_environment(replica: Replica, task: Task, resume_from: PartialEpisode) -> EpisodeState:
+    """Restore a replica's state after the last of `resume_from.turns`, which has at least one turn.
 
-    Raises CannotGoOn; the replica is then good for nothing but a reset, and after FAILED not even that.
+    Raises CannotResume; the replica must then be reset before use, and after FAILED discarded.
     """
     try:
-        if so_far.snapshot is not None:
-            standing, snapshot = unseal(so_far.snapshot)
-            with asking(task, "restore"):
+        if resume_from.snapshot is not None:
+            state, snapshot = unpack_snapshot(resume_from.snapshot)
+            with environment_call(task, "restore"):
                 await replica.reset(task.seed)
                 await replica.restore(snapshot)
-            return standing
+            return state
         if replica.nondeterministic:
-            raise CannotGoOn(Restart.NONDETERMINISTIC, f"{task.env_id} says so of itself")
-        return await _replay(replica, task, so_far.steps)
+            raise CannotResume(Restart.NONDETERMINISTIC, f"{task.env_id} declares itself nondeterministic")
+        return await _replay(replica, task, resume_from.turns)
     except EnvironmentFailed as error:
-        raise CannotGoOn(Restart.FAILED, str(error)) from error
+        raise CannotResume(Restart.FAILED, str(error)) from error
 
 
-async def _replay(replica: Replica, task: Task, steps: Sequence[Step]) -> Standing:
+async def _replay(replica: Replica, task: Task, turns: Sequence[Turn]) -> EpisodeState:
     success: bool | None = None
     ended: Info | None = None
-    segment, tokens = 0, 0  # of the segment, up to where the policy speaks
-    with asking(task, "reset"):
+    segment, tokens = 0, 0  # tokens of the segment before the sampled ones
+    with environment_call(task, "reset"):
         observation = await replica.reset(task.seed)
-        said = as_messages(observation)
-    for step in steps:
-        if as_json(said) != step.observation:
-            raise CannotGoOn(Restart.DIVERGED, f"{task.env_id} (seed {task.seed}): another turn {step.turn}")
-        tokens = len(step.prompt_ids) + (tokens if step.segment == segment else 0)
-        segment = step.segment
-        with asking(task, f"step {step.turn}, played again"):
-            replica.sampled(Sampled(tokens, len(step.action_ids), step.finish_reason == "length"))
-            observation, reward, terminated, truncated, info = await replica.step(step.action)
-            said = as_messages(observation)
-            same = all_equal([float(reward), step.reward])
-        if terminated or truncated or not same:
-            raise CannotGoOn(
-                Restart.DIVERGED, f"{task.env_id} (seed {task.seed}): turn {step.turn} went otherwise"
+        said = messages_of(observation)
+    for turn in turns:
+        if as_json(said) != turn.observation:
+            raise CannotResume(
+                Restart.DIVERGED, f"{task.env_id} (seed {task.seed}): another turn {turn.turn}"
             )
-        tokens += len(step.action_ids)
+        tokens = len(turn.prompt_ids) + (tokens if turn.segment == segment else 0)
+        segment = turn.segment
+        with environment_call(task, f"step {turn.turn}, played again"):
+            replica.sampled(Sampled(tokens, len(turn.action_ids), turn.finish_reason == "length"))
+            observation, reward, terminated, truncated, info = await replica.step(turn.action)
+            said = messages_of(observation)
+            same = all_equal([float(reward), turn.reward])
+        if terminated or truncated or not same:
+            raise CannotResume(
+                Restart.DIVERGED, f"{task.env_id} (seed {task.seed}): turn {turn.turn} went otherwise"
+            )
+        tokens += len(turn.action_ids)
         ended = end_behind(info).get("ended", ended)
         if info.get("success") is not None:
             success = bool(info["success"])
-    return Standing(observation, success, ended)
+    return EpisodeState(observation, success, ended)

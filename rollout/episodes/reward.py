@@ -1,9 +1,9 @@
-"""A reward of a user's own: a function over a whole episode, whose number is added to the environment's or replaces it.
+"""A user's own reward: a function of an episode, whose value replaces the environment's rewards or is added to them.
 
-It is computed once, when the episode has ended, however it ended; what it gives is stored with the episode's last turn.
-A dict of numbers is their sum, and each is stored under its name, as an environment's named rewards are. The function
-may be a coroutine function. It runs in a thread, within the limit of a step of the environment (env.host.step_seconds);
-where it raises, takes longer or gives no finite number, the episode has failed: an error is never a reward.
+It is computed once, after the end of the episode, and stored with the last turn. A dict of numbers counts as their sum,
+and each is stored under its name, like an environment's named rewards. The function may be a coroutine function. It
+runs in a thread, within the time limit of an environment's step (env.host.step_seconds). If it raises, exceeds the
+limit or returns no finite number, the episode has failed: an error is never a reward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from envs.hosting.host import EnvironmentFailed
 from envs.own_frames import told
 from envs.user_functions import settled
 from rollout.wire.own_part import OwnPart
-from rollout.wire.trajectory import EndReason, Step, Trajectory
+from rollout.wire.trajectory import EndReason, Trajectory, Turn
 
 _NO_EVIDENCE = (EndReason.FAILED, EndReason.CANCELLED)
 
@@ -37,38 +37,40 @@ class OwnReward(OwnPart):
     )
 
     def __call__(self, episode: Trajectory) -> Trajectory:
-        """The episode with this reward. TypeError, ValueError for what is no finite number."""
+        """Return the episode with this reward. TypeError, ValueError for a value that is no finite number."""
         returned = settled(self.run(episode))
         named = returned if isinstance(returned, Mapping) else None
         parts = {"reward": returned} if named is None else {str(name): named[name] for name in named}
         numbers = {name: as_number(value, f"{self.kind}: {name}") for name, value in parts.items()}
         for name, number in numbers.items():
             if not math.isfinite(number):
-                raise ValueError(f"{self.kind}: {name} is {number}; a reward has to be a finite number")
-        steps = episode.steps if self.mode == "add" else tuple(map(_unpaid, episode.steps))
-        *before, last = steps
+                raise ValueError(f"{self.kind}: {name} is {number}; a reward must be a finite number")
+        turns = episode.turns if self.mode == "add" else tuple(map(_unpaid, episode.turns))
+        *before, last = turns
         own = json.loads(last.named_rewards or "{}") | (numbers if named is not None else {})
         paid = replace(
             last,
             reward=last.reward + sum(numbers.values()),
             named_rewards=json.dumps(own) if own else None,
         )
-        return replace(episode, steps=(*before, paid))
+        return replace(episode, turns=(*before, paid))
 
 
-async def rewarded(episode: Trajectory, reward: OwnReward | None, seconds: float) -> Trajectory:
-    """The episode as it is paid; one that infrastructure ended, or that has no turn, as it is."""
-    if reward is None or episode.end_reason in _NO_EVIDENCE or not episode.steps:
+async def rewarded(episode: Trajectory, reward: OwnReward | None, timeout_seconds: float) -> Trajectory:
+    """Return the episode with its reward; one that failed, was cancelled or has no turn is unchanged."""
+    if reward is None or episode.end_reason in _NO_EVIDENCE or not episode.turns:
         return episode
     where = f"{episode.task.env_id} (seed {episode.task.seed}): the reward {reward.kind}"
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(timeout_seconds):
             return await asyncio.to_thread(reward, episode)
     except TimeoutError as error:
-        raise EnvironmentFailed(f"{where} took longer than {seconds:g} s (env.host.step_seconds)") from error
-    except Exception as error:  # it is anybody's code, as an environment is
+        raise EnvironmentFailed(
+            f"{where} took longer than {timeout_seconds:g} s (env.host.step_seconds)"
+        ) from error
+    except Exception as error:  # foreign code, like an environment
         raise EnvironmentFailed(f"{where} failed: {told(error)}") from error
 
 
-def _unpaid(step: Step) -> Step:
-    return replace(step, reward=0.0, named_rewards=None)
+def _unpaid(turn: Turn) -> Turn:
+    return replace(turn, reward=0.0, named_rewards=None)

@@ -1,4 +1,4 @@
-"""What a worker's episodes come to: sums for the counters, and the way of every turn to the recorder."""
+"""Counters of a worker's episodes, and the listener that counts and records training episodes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from envs.tools.tool_env import Reason
-from rollout.episodes.episode import Place
+from rollout.episodes.episode import EpisodeSpec
 from rollout.episodes.recorder import Recorder
 from rollout.episodes.resume import Restart
-from rollout.wire.trajectory import EndReason, Step, Trajectory, TurnEnd
+from rollout.wire.trajectory import EndReason, Trajectory, Turn, TurnEnd
 
 
 class RolloutMetrics:
-    """A `Watch` that sums up, training and evaluation alike. Turns count as they end, episodes with their group."""
+    """An `EpisodeListener` that sums over training and evaluation. Turns count at once, episodes with their group."""
 
     halted = False
 
@@ -31,20 +31,20 @@ class RolloutMetrics:
         self._calls: Counter[str] = Counter()  # by reason
         self._last_turn = time.perf_counter()
 
-    def turn_ended(self, place: Place, step: Step, end: TurnEnd | None, snapshot: bytes | None) -> None:
+    def turn_ended(self, spec: EpisodeSpec, turn: Turn, end: TurnEnd | None, snapshot: bytes | None) -> None:
         self._turns += 1
-        self._tokens_sampled += len(step.action_ids)
-        self._tokens_prompt += len(step.prompt_ids)
-        self._env_seconds += step.env_seconds
+        self._tokens_sampled += len(turn.action_ids)
+        self._tokens_prompt += len(turn.prompt_ids)
+        self._env_seconds += turn.env_seconds
         self._last_turn = time.perf_counter()
 
     def answered(self, calls: Mapping[str, int]) -> None:
         self._calls.update(calls)
 
-    def resumed(self, steps: Sequence[Step]) -> None:
+    def resumed(self, turns: Sequence[Turn]) -> None:
         self._resumed += 1
-        self._turns_reused += len(steps)
-        self._tokens_reused += sum(len(step.action_ids) for step in steps)
+        self._turns_reused += len(turns)
+        self._tokens_reused += sum(len(turn.action_ids) for turn in turns)
 
     def restarted(self, why: Restart) -> None:
         self._restarted[why] += 1
@@ -53,15 +53,15 @@ class RolloutMetrics:
         self._ended[trajectory.end_reason] += 1
 
     def seconds_since_turn(self) -> float:
-        """Seconds since the last turn ended, or since the tally began."""
+        """Seconds since the last turn ended, or since the start."""
         return time.perf_counter() - self._last_turn
 
     def row(self) -> dict[str, float]:
         """The sums by name.
 
-        tokens_sampled, turns: of this worker's own doing; the reused ones were sampled by an earlier attempt.
-        tokens_prompt: added by environment and template; a prefix is counted once. env_seconds: inside environments.
-        tools_REASON: tool calls, by what became of them.
+        tokens_sampled, turns: by this worker; the reused ones were sampled by an earlier attempt. tokens_prompt: added
+        by environment and template; a prefix is counted once. env_seconds: inside environments. tools_REASON: tool
+        calls by outcome.
         """
         sums: dict[str, float] = {
             "tokens_sampled": self._tokens_sampled,
@@ -78,17 +78,17 @@ class RolloutMetrics:
         return sums | {f"episodes_{reason}": self._ended[reason] for reason in EndReason}
 
 
-class Recorded:
-    """A `Watch` over training episodes: counted, recorded, and halted when the worker leaves."""
+class RecordingListener:
+    """An `EpisodeListener` for training episodes: it counts and records turns, and halts when the worker leaves."""
 
-    def __init__(self, tally: RolloutMetrics, recorder: Recorder) -> None:
+    def __init__(self, metrics: RolloutMetrics, recorder: Recorder) -> None:
         self.halted = False
-        self.answered = tally.answered
-        self.resumed = tally.resumed
-        self.restarted = tally.restarted
-        self._tally = tally
+        self.answered = metrics.answered
+        self.resumed = metrics.resumed
+        self.restarted = metrics.restarted
+        self._metrics = metrics
         self._recorder = recorder
 
-    def turn_ended(self, place: Place, step: Step, end: TurnEnd | None, snapshot: bytes | None) -> None:
-        self._tally.turn_ended(place, step, end, snapshot)
-        self._recorder.note(place.slot, place.index, step, end, snapshot)
+    def turn_ended(self, spec: EpisodeSpec, turn: Turn, end: TurnEnd | None, snapshot: bytes | None) -> None:
+        self._metrics.turn_ended(spec, turn, end, snapshot)
+        self._recorder.note(spec.slot, spec.index, turn, end, snapshot)

@@ -16,11 +16,11 @@ SEEDS = 2**30
 
 
 class TaskStream:
-    """Group id to task: a pure function of (run seed, group id), so that a resumed run needs no position.
+    """Task of a group id: a pure function of (run seed, group id), so that a resumed run needs no cursor.
 
-    Task seeds are drawn from [first_seed, first_seed + 2**30). The default leaves every seed below 2**30 to held-out
-    tasks and stays under 2**31, which any environment's random generator accepts. Of an environment with `count` tasks,
-    numbered by the seed modulo that, each is played once before any is played again, in another order each time.
+    Task seeds are drawn from [first_seed, first_seed + 2**30). The default leaves all seeds below 2**30 to held-out
+    tasks and stays under 2**31, which any environment's random generator accepts. An environment with
+    `count` tasks, numbered by the seed modulo the count, plays each once per pass, in another order each time.
     """
 
     def __init__(
@@ -37,18 +37,18 @@ class TaskStream:
         self._count = count
 
     def __call__(self, group_id: int) -> Task:
-        place = derive_seed(self._seed, group_id) % SEEDS if self._count is None else self._counted(group_id)
-        return Task(self._base.env_id, self._first_seed + place, self._base.options)
+        offset = derive_seed(self._seed, group_id) % SEEDS if self._count is None else self._counted(group_id)
+        return Task(self._base.env_id, self._first_seed + offset, self._base.options)
 
     def _counted(self, group_id: int) -> int:
-        """The place of a task whose number, the seed modulo the count, comes once in each pass."""
+        """Offset of a task whose number (the seed modulo the count) comes once per pass."""
         assert self._count is not None
-        passes, place = divmod(group_id, self._count)
-        number = int(_order(self._seed, passes, self._count)[place])
+        passes, offset = divmod(group_id, self._count)
+        number = int(_order(self._seed, passes, self._count)[offset])
         return (number - self._first_seed) % self._count + passes % (SEEDS // self._count) * self._count
 
 
 @lru_cache(maxsize=4)
 def _order(seed: int, passes: int, count: int) -> NDArray[np.int64]:
-    """The numbers of all tasks in the order of one pass."""
+    """Task numbers in the order of one pass."""
     return np.random.default_rng(derive_seed(seed, passes)).permutation(count)

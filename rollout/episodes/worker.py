@@ -3,9 +3,9 @@
     while assignment := await buffer.reserve():
         await buffer.add(slot, encode(await run_group(slot, ...)))
 
-`concurrent_groups` such loops (lanes) run at once. Each waits for the replay buffer (a free slot: freed when the
-learner's new weights have reached every engine) and for the engine, and for nothing else. Beside them a recorder makes
-finished turns durable, so that a group goes on elsewhere when this worker is lost.
+`concurrent_groups` such loops run at once. Each waits for the replay buffer (slots are freed when the learner's new
+weights have reached every engine) and for the engine, and for nothing else. A recorder makes finished turns durable, so
+that another worker can resume a group when this one is lost.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from rollout.agents.agent import Agent
 from rollout.buffer.failures import cause_of
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.engines.engine import Engine, EngineDied, derive_seed
-from rollout.episodes.episode import Limits, Place
+from rollout.episodes.episode import EpisodeLimits, EpisodeSpec
 from rollout.episodes.group import concurrently, play, run_group
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.recorder import Recorder
-from rollout.episodes.rollout_metrics import Recorded, RolloutMetrics
+from rollout.episodes.rollout_metrics import RecordingListener, RolloutMetrics
 from rollout.wire.schema import encode, restore_turns
 from rollout.wire.trajectory import (
     Assignment,
@@ -43,11 +43,11 @@ from rollout.wire.trajectory import (
 
 log = logging.getLogger(__name__)
 
-_EVALUATION = 1  # a third part of the seed: evaluation episodes never share a training episode's sampling
+_EVALUATION = 1  # a component of the seed, which separates evaluation from training episodes
 
 
 class RolloutSettings(BaseModel):
-    """How episodes are played, and by how many workers."""
+    """How episodes are sampled, and by how many workers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -73,24 +73,24 @@ class RolloutSettings(BaseModel):
     )
 
     @property
-    def limits(self) -> Limits:
-        return Limits(self.max_turns, self.episode_seconds)
+    def limits(self) -> EpisodeLimits:
+        return EpisodeLimits(self.max_turns, self.episode_seconds)
 
     @property
     def episodes(self) -> int:
-        """Episodes that a worker plays at the same time."""
+        """Concurrent episodes of a worker."""
         return self.concurrent_groups * self.group_size
 
     @property
     def needed(self) -> int:
-        """Episodes that must survive infrastructure failures: a baseline needs a sibling."""
+        """Episodes of a group that must not fail: a baseline needs a sibling."""
         return min(self.group_size, 2)
 
 
 class GroupBuffer(Protocol):
-    """What a worker needs of the replay buffer, local or remote."""
+    """The part of the replay buffer, local or remote, that a worker uses."""
 
-    async def reserve(self, worker: str, lane: int) -> Assignment | None: ...
+    async def reserve(self, worker: str, worker_loop: int) -> Assignment | None: ...
 
     async def record_turns(self, batch: pa.RecordBatch) -> None: ...
 
@@ -102,7 +102,7 @@ class GroupBuffer(Protocol):
 
 
 class RolloutWorker:
-    """Engine, agent and environments under one name. The engine is the agent's; whoever hosts the worker syncs it."""
+    """Engine, agent and environments of one worker. The agent uses the engine; the host of the worker syncs it."""
 
     def __init__(
         self,
@@ -121,94 +121,96 @@ class RolloutWorker:
         self._settings = settings
         self._run_seed = run_seed
         self._pool = EnvironmentPool() if pool is None else pool
-        self._tally = RolloutMetrics()
+        self._metrics = RolloutMetrics()
         self._recorder = Recorder(replay_buffer, name)
-        self._watch = Recorded(self._tally, self._recorder)
+        self._listener = RecordingListener(self._metrics, self._recorder)
         self._groups: Counter[str] = Counter()
-        self._asking: set[asyncio.Future[Assignment | None]] = set()  # lanes that wait for a slot
-        self._running: tuple[asyncio.Task[list[None]], asyncio.Task[None]] | None = None  # lanes, recorder
+        self._reserving: set[asyncio.Future[Assignment | None]] = set()  # loops that wait for a slot
+        self._running: tuple[asyncio.Task[list[None]], asyncio.Task[None]] | None = None  # loops, recorder
         self._idle = asyncio.Event()  # run() is not under way
 
     async def run(self) -> None:
-        """Play groups until the replay buffer says that the run is over, or until `drain` or `stop`.
+        """Play groups until the replay buffer has no more of them, or until `drain` or `stop`.
 
-        Raises what ends a lane or the recorder (EngineDied, a replay buffer that is gone, a bug of ours) as it is.
-        Turns that are finished by then are handed on first, unless the replay buffer itself is what failed. Cancelled,
-        it leaves its slots to the ledger.
+        Raises the error that ends a loop or the recorder (EngineDied, a lost replay buffer, a bug in Manta). Finished
+        turns are recorded first, unless the replay buffer has failed. When cancelled, it leaves its slots to the
+        ledger.
         """
         if self._running is not None:
             raise RuntimeError(f"{self.name} is running already")
-        self._watch.halted = False
-        lanes = asyncio.create_task(
-            concurrently(self._play_groups(lane) for lane in range(self._settings.concurrent_groups))
+        self._listener.halted = False
+        loops = asyncio.create_task(
+            concurrently(
+                self._play_groups(worker_loop) for worker_loop in range(self._settings.concurrent_groups)
+            )
         )
         recording = asyncio.create_task(self._recorder.run())
-        self._running = lanes, recording
+        self._running = loops, recording
         self._idle.clear()
         try:
             # The recorder ends first by an error alone.
-            await asyncio.wait({lanes, recording}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({loops, recording}, return_when=asyncio.FIRST_COMPLETED)
             if not recording.done():
                 self._recorder.finish()
             await recording
         finally:
-            lanes.cancel()
+            loops.cancel()
             recording.cancel()
-            await asyncio.wait({lanes, recording})
+            await asyncio.wait({loops, recording})
             self._running = None
             self._idle.set()
-        if not lanes.cancelled():  # as `stop` does, which is no error
-            lanes.result()
+        if not loops.cancelled():  # as `stop` does, which is no error
+            loops.result()
 
-    async def drain(self, seconds: float = 30.0) -> None:
-        """Leave: reserve nothing more, let turns that are being sampled end, and return when all turns are durable.
+    async def drain(self, timeout_seconds: float = 30.0) -> None:
+        """Stop reserving groups, let turns that are being sampled end, and return when all turns are durable.
 
-        Turns that take longer than `seconds` are given up and will be sampled again. The groups stay held. Raises what
-        the replay buffer raises.
+        Turns that take longer than `timeout_seconds` are cancelled and will be sampled again. The worker keeps its
+        leases. Raises errors of the replay buffer.
         """
         self._halt()
         if self._running is not None:
-            await asyncio.wait({self._running[0]}, timeout=seconds)
+            await asyncio.wait({self._running[0]}, timeout=timeout_seconds)
         await self.stop()
 
     async def stop(self) -> None:
         """`drain` without waiting for turns that are being sampled.
 
-        `run` may be called again once the replay buffer has let go of what this worker holds (`rollback`, `reassign`).
+        `run` may be called again once the replay buffer has ended this worker's leases (`rollback`, `reassign`).
         """
         self._halt()
         if self._running is None:
             return
-        lanes, recording = self._running
-        lanes.cancel()
+        loops, recording = self._running
+        loops.cancel()
         await self._idle.wait()
         if not recording.cancelled():
             recording.result()
 
     async def evaluate(self, tasks: Sequence[Task]) -> list[Trajectory]:
-        """One episode a task, as many at once as training plays, in the order of `tasks`.
+        """Play one episode per task, as many at once as in training; returns them in the order of `tasks`.
 
-        Sampling depends on (run seed, task seed, which repetition of the task) alone, so two evaluations differ by
-        the weights only.
+        Sampling depends on (run seed, task seed, number of the task's repetition) only, so that two evaluations differ
+        by the weights only.
         """
         gate = asyncio.Semaphore(self._settings.episodes)
         repetitions: Counter[Task] = Counter()
-        places = []
+        specs = []
         for task in tasks:
             index = repetitions[task]
             repetitions[task] += 1
             seed = derive_seed(self._run_seed, task.seed, index, _EVALUATION)
             slot = Slot(task.seed, 0, task, self.engine.version)
-            places.append(Place(slot, index, seed, self.name, evaluation=True))
-        return await concurrently(self._evaluate_one(place, gate) for place in places)
+            specs.append(EpisodeSpec(slot, index, seed, self.name, evaluation=True))
+        return await concurrently(self._evaluate_one(spec, gate) for spec in specs)
 
     def counters(self) -> dict[str, float]:
-        """Sums since the worker was made.
+        """Sums since the worker was created.
 
-        engine_seconds is wall time with at least one request in the engine. The rest is told by `RolloutMetrics`.
+        engine_seconds: wall time with at least one request in the engine. The others are those of `RolloutMetrics.row`.
         """
         return {
-            **self._tally.row(),
+            **self._metrics.row(),
             "groups": self._groups["played"],
             "groups_dropped": self._groups["dropped"],
             "groups_uniform": self._groups["uniform"],
@@ -217,36 +219,36 @@ class RolloutWorker:
         }
 
     def heartbeat(self) -> dict[str, float]:
-        """Seconds since a turn last ended, and by how much the event loop was late since the last heartbeat."""
+        """Seconds since a turn last ended, and the largest delay of the event loop since the last heartbeat."""
         return {
-            "last_turn_seconds": self._tally.seconds_since_turn(),
+            "last_turn_seconds": self._metrics.seconds_since_turn(),
             "loop_lag": self._recorder.loop_lag(),
         }
 
     async def close(self) -> None:
-        """Close the idle environment replicas; the engine is closed by whoever started it."""
+        """Close the idle environment replicas; the host of the worker closes the engine."""
         await self._pool.close()
 
     def _halt(self) -> None:
-        self._watch.halted = True
-        for asking in self._asking:
-            asking.cancel()
+        self._listener.halted = True
+        for reserving in self._reserving:
+            reserving.cancel()
 
-    async def _reserve(self, lane: int) -> Assignment | None:
-        asking = asyncio.ensure_future(self._replay_buffer.reserve(self.name, lane))
-        self._asking.add(asking)
+    async def _reserve(self, worker_loop: int) -> Assignment | None:
+        reserving = asyncio.ensure_future(self._replay_buffer.reserve(self.name, worker_loop))
+        self._reserving.add(reserving)
         try:
-            return await asking
+            return await reserving
         except asyncio.CancelledError:
-            if self._watch.halted:
+            if self._listener.halted:
                 return None
             raise
         finally:
-            self._asking.discard(asking)
+            self._reserving.discard(reserving)
 
-    async def _play_groups(self, lane: int) -> None:
+    async def _play_groups(self, worker_loop: int) -> None:
         settings = self._settings
-        while not self._watch.halted and (assignment := await self._reserve(lane)):
+        while not self._listener.halted and (assignment := await self._reserve(worker_loop)):
             try:
                 group = await run_group(
                     assignment.slot,
@@ -256,9 +258,9 @@ class RolloutWorker:
                     settings.limits,
                     self._run_seed,
                     self.name,
-                    self._watch,
+                    self._listener,
                     {} if assignment.turns is None else restore_turns(assignment.turns),
-                    apart=assignment.losses > 0,
+                    own_process=assignment.losses > 0,
                 )
             except Exception as error:
                 if not assignment.losses or isinstance(error, EngineDied):
@@ -266,18 +268,18 @@ class RolloutWorker:
                 await self._give_up(assignment.slot, error)
                 continue
             if any(trajectory.end_reason is EndReason.CANCELLED for trajectory in group.trajectories):
-                return  # halted: whoever gets the group next goes on with its turns
+                return  # halted: another worker resumes the group from its turns
             try:
-                await self._hand_over(group)
+                await self._commit(group)
             except StaleSlot:
-                self._groups["superseded"] += 1  # another worker plays it, and hands it in
-            # Not before: where the call is cut short, its turns must still be recorded.
+                self._groups["superseded"] += 1  # another worker plays it, and commits it
+            # After the call: if it is cancelled, the turns must still be recorded.
             self._recorder.forget(assignment.slot)
 
     async def _give_up(self, slot: Slot, error: Exception) -> None:
-        """Drop a group by which a worker was lost before, and which would cost this one too."""
+        """Drop a group with which a worker was lost before, and which would crash this one too."""
         told = "".join(traceback.format_exception(error))
-        said = "group %d is dropped, the second worker could not play it: %r\n%s"
+        said = "group %d is dropped: a second worker could not play it: %r\n%s"
         log.error(said, slot.group_id, error, told)
         try:
             await self._replay_buffer.drop(slot, DropReason.CRASHED, told)
@@ -287,7 +289,7 @@ class RolloutWorker:
             self._groups["dropped"] += 1
         self._recorder.forget(slot)
 
-    async def _hand_over(self, group: Group) -> None:
+    async def _commit(self, group: Group) -> None:
         for trajectory in group.trajectories:
             self._note_end(trajectory)
         rows = [EpisodeRow.of(trajectory) for trajectory in group.trajectories]
@@ -295,27 +297,27 @@ class RolloutWorker:
             errors = [trajectory.error for trajectory in group.trajectories if trajectory.error]
             await self._replay_buffer.drop(group.slot, DropReason.FAILED, errors[0] if errors else "", rows)
             self._groups["dropped"] += 1
-        elif self._settings.dynamic_sampling and group.uniform:
-            await self._replay_buffer.drop(group.slot, DropReason.UNIFORM, "", rows)
+        elif self._settings.dynamic_sampling and group.equal_rewards:
+            await self._replay_buffer.drop(group.slot, DropReason.EQUAL_REWARDS, "", rows)
             self._groups["uniform"] += 1
         else:
             await self._replay_buffer.add(group.slot, encode(group), rows)
             self._groups["played"] += 1
 
-    async def _evaluate_one(self, place: Place, gate: asyncio.Semaphore) -> Trajectory:
+    async def _evaluate_one(self, spec: EpisodeSpec, gate: asyncio.Semaphore) -> Trajectory:
         async with gate:
-            trajectory = await play(place, self._pool, self._agent, self._settings.limits, self._tally)
+            trajectory = await play(spec, self._pool, self._agent, self._settings.limits, self._metrics)
         self._note_end(trajectory)
         return trajectory
 
     def _note_end(self, trajectory: Trajectory) -> None:
-        self._tally.ended(trajectory)
+        self._metrics.ended(trajectory)
         if trajectory.error:
-            log.warning("an episode failed and is left out: %s", cause_of(trajectory.error))
+            log.warning("an episode failed and is not trained on: %s", cause_of(trajectory.error))
 
 
 def as_groups(trajectories: Sequence[Trajectory]) -> list[Group]:
-    """Evaluation episodes as groups, for storage: the episodes of one task are siblings."""
+    """Collect evaluation episodes into groups, for storage: the episodes of one task are siblings."""
     siblings: dict[tuple[int, Task], list[Trajectory]] = defaultdict(list)
     for trajectory in trajectories:
         siblings[trajectory.group_id, trajectory.task].append(trajectory)
@@ -326,4 +328,4 @@ def as_groups(trajectories: Sequence[Trajectory]) -> list[Group]:
 
 
 def _first_version(trajectories: Sequence[Trajectory]) -> int:
-    return min((int(t.steps[0].versions[0]) for t in trajectories if t.steps), default=0)
+    return min((int(t.turns[0].versions[0]) for t in trajectories if t.turns), default=0)

@@ -1,12 +1,12 @@
-"""An OpenAI-compatible server on the loopback interface, where foreign agents find the policy.
+"""An OpenAI-compatible server on the loopback interface, through which foreign agents use the policy.
 
     POST /v1/chat/completions    answered by the policy, streamed or not
-    POST /v1/episodes/reward     a `Verdict` as JSON, {"reward": 1.0, "success": true}: it ends the episode
-    GET  /v1/models[/NAME]       the one there is
+    POST /v1/episodes/reward     a `EpisodeVerdict` as JSON, {"reward": 1.0, "success": true}: it ends the episode
+    GET  /v1/models[/NAME]       the policy
 
-The API key says which episode a request belongs to; it is looked at before the body. Errors have OpenAI's form: 400 for
-what is not offered, 401 for an unknown key, 408 and 413 for a body that is slow or long, 409 after the episode's end.
-Clients are told not to repeat such a request.
+The API key identifies the episode of a request, and is checked before the body is read. Errors have OpenAI's form: 400
+for unsupported requests, 401 for an unknown key, 408 and 413 for a slow or long body, 409 after the episode's end. A
+header tells clients not to repeat them.
 """
 
 from __future__ import annotations
@@ -30,28 +30,30 @@ from starlette.routing import Route
 
 from rollout.external.connection import Connection, read_body
 from rollout.external.openai_format import Refused, completion, events, read
-from rollout.external.session import Session, Verdict, ended
+from rollout.external.session import EpisodeVerdict, Session, ended
 
-MODEL = "policy"  # what it is called; any other name is taken too
+MODEL = "policy"  # name of the model; requests for any other name are served too
 _LOOPBACK = "127.0.0.1"
 _BACKLOG = 2048
-_ENDED_KEPT = 4096  # keys of ended episodes that are told so
-_CLOSE_SECONDS = 2
-_HUNG_UP = 499  # nobody reads it
-_CLOSING = (401, 408, 413)  # what is left of such a request's body is not read
-_IDLE_SECONDS = 24 * 3600  # a connection the server closes first could be one that is just being used
+_ENDED_KEPT = 4096  # keys of ended episodes, whose requests get 409
+_CLOSE_TIMEOUT_SECONDS = 2
+_HUNG_UP = 499  # status for a client that is gone
+_CLOSING = (401, 408, 413)  # the connection is closed without reading the rest of the body
+_IDLE_TIMEOUT_SECONDS = (
+    24 * 3600
+)  # long, since closing an idle connection races with the client's next request
 
 log = logging.getLogger(__name__)
 
 
 class Endpoint:
-    """The server, on the event loop it is made on and on a free port. One serves every episode of a worker."""
+    """The server, on the current event loop and a free port. One endpoint serves all episodes of a worker."""
 
     def __init__(self) -> None:
         self._sessions: dict[str, Session] = {}
         self._ended: deque[str] = deque(maxlen=_ENDED_KEPT)
         self._ignored: set[str] = set()
-        # It listens from here on; whoever connects before the server runs is served a moment later.
+        # The socket listens from here on: clients that connect before the server runs are served once it does.
         listener = socket.create_server((_LOOPBACK, 0), backlog=_BACKLOG)
         self.base_url = f"http://{_LOOPBACK}:{listener.getsockname()[1]}/v1"
         self._server = _Server(
@@ -64,20 +66,20 @@ class Endpoint:
                 log_level=logging.WARNING,
                 access_log=False,
                 backlog=_BACKLOG,
-                timeout_keep_alive=_IDLE_SECONDS,
-                timeout_graceful_shutdown=_CLOSE_SECONDS,
+                timeout_keep_alive=_IDLE_TIMEOUT_SECONDS,
+                timeout_graceful_shutdown=_CLOSE_TIMEOUT_SECONDS,
             )
         )
         self._serving = asyncio.create_task(self._server.serve([listener]), name="endpoint")
 
     def open(self) -> Session:
-        """A session under a new key."""
+        """Open a session with a new key."""
         session = Session(f"episode-{secrets.token_hex(16)}")
         self._sessions[session.key] = session
         return session
 
     def end(self, session: Session) -> None:
-        """Refuse what is still asked in this session and whatever comes."""
+        """End a session: refuse its pending and later requests."""
         session.end()
         if self._sessions.pop(session.key, None) is not None:
             self._ended.append(session.key)
@@ -100,7 +102,7 @@ class Endpoint:
 
         async def elsewhere(request: Request, error: Exception) -> Response:
             assert isinstance(error, HTTPException)
-            message = f"there is no {request.method} {request.url.path} here; served are {served}"
+            message = f"{request.method} {request.url.path} does not exist; the routes are {served}"
             return _refusal(Refused(error.status_code, "not_found", message))
 
         async def refused(request: Request, error: Exception) -> Response:
@@ -125,7 +127,7 @@ class Endpoint:
         finally:
             hung_up.cancel()
         if hung_up.done():
-            call.gone = True
+            call.hung_up = True
             return Response(status_code=_HUNG_UP)
         answer = call.answer.result()
         ident, created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
@@ -138,7 +140,7 @@ class Endpoint:
         session = self._session(request)
         body = await read_body(request)
         try:
-            session.post(Verdict.read(body))
+            session.post(EpisodeVerdict.read(body))
         except ValueError as error:
             raise Refused(400, "invalid_request", str(error)) from None
         return JSONResponse({"object": "episode", "ended": True})
@@ -161,7 +163,7 @@ class Endpoint:
         raise Refused(
             401,
             "invalid_api_key",
-            "the API key names no episode; use the one of OPENAI_API_KEY as it was given",
+            "the API key belongs to no episode; use the value of OPENAI_API_KEY unchanged",
         )
 
     def _note(self, ignored: tuple[str, ...]) -> None:
@@ -169,11 +171,11 @@ class Endpoint:
         if new:
             self._ignored |= new
             named = ", ".join(sorted(new))
-            log.warning("a foreign agent asks for %s: not heeded, the run's own sampling holds", named)
+            log.warning("a foreign agent's option is ignored: %s; the run's sampling settings apply", named)
 
 
 class _Server(uvicorn.Server):
-    """One that leaves the process's signals alone: they are for whoever runs the worker."""
+    """A uvicorn server that installs no signal handlers: signals are handled by the worker's host."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -181,7 +183,7 @@ class _Server(uvicorn.Server):
 
 
 async def _hung_up(request: Request) -> None:
-    """Return when the client of a request that was read whole is gone."""
+    """Return when the client of a fully read request has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -191,7 +193,7 @@ def _model(name: str) -> dict[str, Any]:
 
 
 def _refusal(error: Refused) -> Response:
-    # The client would repeat a 409 by itself; nothing gets better by that here.
+    # OpenAI's client would repeat a 409 by default, in vain.
     headers = {"x-should-retry": "false"}
     if error.status in _CLOSING:
         headers["connection"] = "close"

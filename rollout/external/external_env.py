@@ -1,12 +1,13 @@
 """A foreign agent as an environment: its requests are observations, the policy's completions are actions.
 
-    reset    the program is started for one episode; the first request it makes is the observation
-    step     that request is answered; the next one is the observation, or the program's verdict ends the episode
+    reset    the program is started for one episode; its first request is the observation
+    step     the action answers that request; the next request is the observation, or the program's verdict ends the
+             episode
 
-A request whose messages are those of the last one, the policy's answer as it was given, and new ones, is observed as
-the new ones: the conversation goes on by delta, and what was sampled stays as it was sampled. Any other request is
-observed whole, and begins a segment of its own; so is one after an answer that was given in part (`stop`). A request
-that the policy's chat template refuses is answered with an error, and nothing is observed.
+A request that extends the last one (its messages, the policy's answer unchanged, new messages) is observed as the new
+messages: the conversation continues by delta, and sampled tokens stay as sampled. Any other request is observed whole,
+in a new segment, and so is a request after a truncated answer (`stop`). A request that the policy's chat template
+refuses gets an error, and is not observed.
 """
 
 from __future__ import annotations
@@ -26,19 +27,26 @@ from envs.registry import EnvironmentUnknown
 from envs.user_functions import load_function, settled
 from rollout.chat.chat import Chat, ChatError, TooLong
 from rollout.chat.long_text import off_loop
-from rollout.external.openai_format import Answer, Asked, Refused, answer, plain
-from rollout.external.program import Called, Program, Running, as_command, environment, in_thread
-from rollout.external.session import Call, Left, Session, Verdict
+from rollout.external.openai_format import ChatReply, ChatRequest, Refused, answer, plain
+from rollout.external.program import (
+    FunctionAgent,
+    ProgramAgent,
+    RunningAgent,
+    as_command,
+    environment,
+    in_thread,
+)
+from rollout.external.session import EpisodeVerdict, PendingRequest, ProgramExit, Session
 
 if TYPE_CHECKING:
     from rollout.external.endpoint import Endpoint
 
 PROGRAM = "program"  # the environment's id
-_LEAVE_SECONDS = 2.0  # for a program to end by itself after its verdict
+_LEAVE_TIMEOUT_SECONDS = 2.0  # for a program to exit by itself after its verdict
 
 
 class ProgramOptions(BaseModel):
-    """The options of the environment "program"."""
+    """Options of the environment "program"."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -60,7 +68,7 @@ class ProgramOptions(BaseModel):
 
     @classmethod
     def read(cls, options: dict[str, Any]) -> ProgramOptions:
-        """Raises EnvironmentUnknown, one line, where they do not fit or name functions that are not there."""
+        """Validate options. Raises EnvironmentUnknown, one line, for invalid ones and missing functions."""
         try:
             read = cls.model_validate(options)
             for reference in filter(None, (read.function, read.reward)):
@@ -74,12 +82,12 @@ class ProgramOptions(BaseModel):
         if bool(read.command) == bool(read.function):
             raise EnvironmentUnknown(f"environment {PROGRAM}: give either command or function in its options")
         if "seed" in read.task:
-            raise EnvironmentUnknown(f"environment {PROGRAM}: task.seed is each episode's own; leave it away")
+            raise EnvironmentUnknown(f"environment {PROGRAM}: task.seed is set by each episode; remove it")
         return read
 
 
 class ForeignAgents:
-    """Makes the replicas of a worker's foreign agents, which share one endpoint; it is served from the first one on."""
+    """Creates the replicas of a worker's foreign agents, which share one endpoint; the first one starts it."""
 
     def __init__(self, host: HostSettings, chat: Chat | None = None) -> None:
         self._host = host
@@ -92,21 +100,21 @@ class ForeignAgents:
         """A replica whose program is not started yet. Raises EnvironmentUnknown. apart: a function gets a process."""
         read = ProgramOptions.read(options)
         if self._endpoint is None:
-            from rollout.external.endpoint import Endpoint  # a web server, which most runs do without
+            from rollout.external.endpoint import Endpoint  # a web server, which most runs do not need
 
             self._endpoint = Endpoint()
         host = self._host.model_copy(update={"where": "process"}) if apart else self._host
         return ForeignAgent(self._endpoint, read, host, self._starting, self._chat)
 
     async def close(self) -> None:
-        """End the endpoint; replicas are closed by whoever has them."""
+        """Close the endpoint; the pool closes the replicas."""
         endpoint, self._endpoint = self._endpoint, None
         if endpoint is not None:
             await endpoint.close()
 
 
 class ForeignAgent:
-    """A `Replica`, for one episode. chat: what requests have to be rendered by; without one none is refused for it."""
+    """A `Replica` for one episode. chat: requests that it cannot render are refused; None: all are accepted."""
 
     nondeterministic = True
     reusable = False
@@ -124,16 +132,16 @@ class ForeignAgent:
         self._host = host
         self._starting = starting
         self._chat = chat
-        self._history = History()
+        self._history = ChatHistory()
         self._task: dict[str, Any] = {}
         self._session: Session | None = None
-        self._running: Running | None = None
-        self._call: Call | None = None  # what `step` answers
+        self._running: RunningAgent | None = None
+        self._call: PendingRequest | None = None  # the request that `step` answers
         self._sampled = Sampled(0, 0, cut=False)
         self._turn = 0
 
     async def reset(self, seed: int) -> Observation:
-        """The first request. Raises EnvironmentFailed where none comes."""
+        """Start the program and return its first request. Raises EnvironmentFailed if there is none."""
         if self._task:
             raise RuntimeError("a foreign agent was reset twice; a replica is for one episode")
         self._task = self._options.task | {"seed": seed}
@@ -141,15 +149,15 @@ class ForeignAgent:
         async with admitted(self._starting):
             self._running = await self._start(self._session)
             observed = await self._observe("ask for a completion", self._host.reset_seconds, "reset_seconds")
-        if isinstance(observed, Verdict):
-            raise EnvironmentFailed("its program came to an end without asking for a completion")
+        if isinstance(observed, EpisodeVerdict):
+            raise EnvironmentFailed("its program ended without a request for a completion")
         return observed
 
     def sampled(self, sampled: Sampled) -> None:
         self._sampled = sampled
 
     async def step(self, action: str) -> Outcome:
-        """Answer the request, and hear what the program does with it."""
+        """Answer the request, and wait for the program's next one or its verdict."""
         if self._call is None:
             raise RuntimeError("step() was called where no request waits for an answer")
         call, said = self._call, self._sampled
@@ -162,9 +170,9 @@ class ForeignAgent:
         assert self._session is not None
         self._session.reply(call, answered)
         observed = await self._observe("ask again or end", self._host.step_seconds, "step_seconds")
-        if not isinstance(observed, Verdict):
+        if not isinstance(observed, EpisodeVerdict):
             return observed, 0.0, False, False, {}
-        await self.close(_LEAVE_SECONDS)
+        await self.close(_LEAVE_TIMEOUT_SECONDS)
         return _outcome(observed)
 
     def snapshot(self) -> bytes | None:
@@ -174,7 +182,7 @@ class ForeignAgent:
         raise RuntimeError("a foreign agent offers no snapshots")
 
     async def close(self, grace: float = 0.0) -> None:
-        """See the program ended, after `grace` seconds, and its key refused."""
+        """End the program, after `grace` seconds, and its session."""
         session, self._session = self._session, None
         running, self._running = self._running, None
         try:
@@ -184,35 +192,37 @@ class ForeignAgent:
             if session is not None:
                 self._endpoint.end(session)
 
-    async def _start(self, session: Session) -> Running:
+    async def _start(self, session: Session) -> RunningAgent:
         url, options, task = self._endpoint.base_url, self._options, self._task
         if options.function and self._host.where != "process":
-            return Called(load_function(options.function), url, session.key, task, session.leave)
+            return FunctionAgent(load_function(options.function), url, session.key, task, session.leave)
         command, more = as_command(options.function) if options.function else (options.command, {})
-        return await Program.start(command, environment(url, session.key, task) | more, session.leave)
+        return await ProgramAgent.start(command, environment(url, session.key, task) | more, session.leave)
 
-    async def _observe(self, what: str, seconds: float, limit: str) -> list[Message] | Verdict:
-        """What the program asks next, as far as the policy's template takes it, or what the episode came to."""
-        while isinstance(heard := await self._hear(what, seconds, limit), Call):
-            history, observed = self._history.going_on(heard.asked)
+    async def _observe(self, what: str, seconds: float, limit: str) -> list[Message] | EpisodeVerdict:
+        """Wait for the program's next request that the policy's template accepts, or for the episode's verdict."""
+        while isinstance(heard := await self._hear(what, seconds, limit), PendingRequest):
+            history, observed = self._history.with_request(heard.asked)
             try:
                 await off_loop(observed, partial(self._render, observed))
             except TooLong:
-                pass  # the agent finds it as well, and the episode ends by it
+                pass  # the agent raises it again, which ends the episode
             except ChatError as error:
                 heard.refuse(Refused(400, "invalid_request", str(error)))
                 continue
             self._call, self._history = heard, history
             return observed
-        return await self._judged(heard) if isinstance(heard, Left) else heard
+        return await self._judged(heard) if isinstance(heard, ProgramExit) else heard
 
     def _render(self, observed: list[Message]) -> None:
-        # The agent will ask for the same tokens, and be given these.
+        # The agent will need the same tokens, which are then in the chat's cache.
         if self._chat is not None:
             begins = not self._history.messages or observed[0].get("forget")
             self._chat.opening(observed) if begins else self._chat.delta(observed, ())
 
-    async def _hear(self, what: str, seconds: float, limit: str) -> Call | Verdict | Left:
+    async def _hear(
+        self, what: str, seconds: float, limit: str
+    ) -> PendingRequest | EpisodeVerdict | ProgramExit:
         assert self._session is not None
         assert self._running is not None
         try:
@@ -227,7 +237,7 @@ class ForeignAgent:
                 f"its program did not {what} within {seconds:g} s (env.host.{limit}) and was ended{said}"
             ) from None
 
-    async def _judged(self, left: Left) -> Verdict:
+    async def _judged(self, left: ProgramExit) -> EpisodeVerdict:
         if left.failure is not None:
             raise EnvironmentFailed(left.failure) from left.error
         value = left.result
@@ -238,16 +248,16 @@ class ForeignAgent:
                 'its program ended without a reward: post one, have its last line be {"reward": ...}, return one from '
                 "its function, or name a function in env.options.reward"
             )
-        return Verdict.read(value)
+        return EpisodeVerdict.read(value)
 
     async def _said_by_reward(self, output: str) -> Any:
-        """What the function `reward` returns. Raises EnvironmentFailed where it raises or does not return in time."""
+        """Call the function `reward`. Raises EnvironmentFailed if it raises or exceeds its time limit."""
         name, seconds = f"the reward function {self._options.reward}", self._options.reward_seconds
         judge = load_function(self._options.reward)
-        returned: asyncio.Future[Left] = asyncio.get_running_loop().create_future()
+        returned: asyncio.Future[ProgramExit] = asyncio.get_running_loop().create_future()
 
-        def settle(left: Left) -> None:
-            if not returned.done():  # nobody waits any more
+        def settle(left: ProgramExit) -> None:
+            if not returned.done():  # the wait may have timed out
                 returned.set_result(left)
 
         in_thread(lambda: settled(judge(self._task, self._history.messages, output)), name, settle)
@@ -266,31 +276,31 @@ class ForeignAgent:
 
 
 @dataclass(frozen=True, slots=True)
-class History:
-    """The conversation as the program last had it, the policy's answer included."""
+class ChatHistory:
+    """Messages of the program's last request, and the policy's answer to it."""
 
     messages: list[Message] = field(default_factory=list)
     tools: list[dict[str, Any]] = field(default_factory=list)
-    whole: bool = True  # the answer was given as it was sampled, to its end
+    whole: bool = True  # whether the answer is the whole sampled text
 
-    def going_on(self, asked: Asked) -> tuple[History, list[Message]]:
-        """The history with this request, and what is new to the policy in it, or everything, to begin anew with."""
+    def with_request(self, asked: ChatRequest) -> tuple[ChatHistory, list[Message]]:
+        """The history after this request, and its new messages, or all of them to restart the conversation."""
         known = len(self.messages)
         same = self.whole and asked.tools == self.tools and asked.messages[:known] == self.messages
-        goes_on = same and 0 < known < len(asked.messages)
+        continues = same and 0 < known < len(asked.messages)
         directions: Message = {} if asked.max_tokens is None else {"max_tokens": asked.max_tokens}
-        if not goes_on:
+        if not continues:
             directions |= ({"tools": asked.tools} if asked.tools else {}) | (
                 {"forget": True} if known else {}
             )
-        first, *others = asked.messages[known:] if goes_on else asked.messages
-        return History(asked.messages, asked.tools), [first | directions, *others]
+        first, *others = asked.messages[known:] if continues else asked.messages
+        return ChatHistory(asked.messages, asked.tools), [first | directions, *others]
 
-    def answered(self, given: Answer) -> History:
+    def answered(self, given: ChatReply) -> ChatHistory:
         return replace(self, messages=[*self.messages, plain(given.message)], whole=given.whole)
 
 
-def _outcome(verdict: Verdict) -> Outcome:
+def _outcome(verdict: EpisodeVerdict) -> Outcome:
     info: Info = {"malformed": True} if verdict.end == "malformed" else {}
     if verdict.success is not None:
         info["success"] = verdict.success

@@ -1,8 +1,8 @@
-"""OpenAI's chat completions as data: a request is read, an answer is written. Who answers is not known here.
+"""OpenAI's chat completions as data: requests are parsed, answers are formatted.
 
-A policy's own sampling settings hold: of what a request says about sampling, only a lower limit of tokens and `stop`,
-which ends what is given of an answer, are heeded, and the rest is let pass. What would change the form of the answer
-(several choices, logprobs, audio, the older `functions`), or force a call, is refused.
+The run's sampling settings apply. Of a request's sampling options, only a lower limit of tokens and `stop`, which
+truncates the returned text, are used; others are ignored. Options that change the form of the answer (several choices,
+logprobs, audio, the older `functions`), or force a call, are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from envs.base import Message
 from envs.tools.tool_calls import THOUGHT, Call, parse_calls
 from rollout.chat.template import as_object
 
-# What is heeded of a request, or changes nothing; of whatever else it says the agent's author is told.
+# Options that are used, or have no effect; all others are reported as ignored.
 _READ = (
     "messages", "model", "n", "tools", "tool_choice", "max_tokens", "max_completion_tokens", "stop", "stream",
     "stream_options", "modalities", "response_format", "metadata", "store", "user", "safety_identifier", "service_tier",
@@ -24,20 +24,20 @@ _READ = (
 )  # fmt: skip
 MAX_DEPTH = 64  # of a request's JSON, and of a call's arguments
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")  # of a message; all else is a client's own
-_TEXT_ALONE = "the policy writes text; leave audio and modalities away"
+_KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")  # keys of a message; clients add others
+_TEXT_ONLY = "the policy writes text only; remove audio and modalities"
 _REFUSED = {
-    "logprobs": "log-probabilities are recorded and not given out; leave logprobs away",
-    "top_logprobs": "log-probabilities are recorded and not given out; leave top_logprobs away",
+    "logprobs": "log-probabilities are not returned; remove logprobs",
+    "top_logprobs": "log-probabilities are not returned; remove top_logprobs",
     "functions": "functions are an older form of tools; use tools",
     "function_call": "functions are an older form of tools; use tools and tool_choice",
-    "audio": _TEXT_ALONE,
-    "web_search_options": "the policy has no search of its own; offer one as a tool",
+    "audio": _TEXT_ONLY,
+    "web_search_options": "the policy has no web search; offer one as a tool",
 }
 
 
 class Refused(Exception):
-    """A request that is answered by an error: HTTP status, OpenAI's `code`, and what is wrong."""
+    """A request that gets an error: HTTP status, OpenAI's `code`, and a message."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -46,39 +46,39 @@ class Refused(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """As OpenAI writes errors."""
+        """The error in OpenAI's form."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ChatRequest:
     """A request for one completion."""
 
-    messages: list[Message]  # as `plain` leaves them
+    messages: list[Message]  # normalized by `plain`
     tools: list[dict[str, Any]]
-    may_call: bool  # whether calls are read out of the answer
+    may_call: bool  # whether tool calls are parsed out of the answer
     max_tokens: int | None  # in the answer
-    stop: tuple[str, ...]  # what is given of an answer ends before the first of these
+    stop: tuple[str, ...]  # the returned text ends before the first of these
     model: str
     stream: bool
     stream_usage: bool
-    ignored: tuple[str, ...]  # what it says that is not heeded
+    ignored: tuple[str, ...]  # options without effect
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What the policy answered."""
+class ChatReply:
+    """The policy's answer to a request."""
 
-    message: Message  # the assistant's, as OpenAI writes it
+    message: Message  # the assistant's, in OpenAI's form
     finish_reason: str  # stop, length or tool_calls
     prompt_tokens: int
     completion_tokens: int
-    whole: bool = True  # nothing of what the policy said was left away
+    whole: bool = True  # the sampled text was not truncated
 
 
 def read_json(text: str | bytes | bytearray) -> Any:
-    """A JSON value, of at most MAX_DEPTH objects and lists within one another. ValueError for anything else."""
+    """Parse JSON with at most MAX_DEPTH nested objects and lists. ValueError for anything else."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -96,24 +96,24 @@ def read_json(text: str | bytes | bytearray) -> Any:
     raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
 
 
-def read(body: Any) -> Asked:
-    """A request's JSON. Raises Refused with status 400."""
+def read(body: Any) -> ChatRequest:
+    """Parse a request's JSON. Raises Refused with status 400."""
     if not isinstance(body, dict):
-        raise _bad("the request is no JSON object")
+        raise _bad("the request must be a JSON object")
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise _bad("messages must be a list with at least one message")
     if body.get("n") not in (None, 1):
-        raise _bad(f"n={body['n']!r}: one completion is sampled for a request; ask again for another")
+        raise _bad(f"n={body['n']!r}: a request gets one completion; send several requests")
     for name, why in _REFUSED.items():
         if body.get(name):
             raise _bad(why)
     if body.get("modalities") not in (None, [], ["text"]):
-        raise _bad(_TEXT_ALONE)
+        raise _bad(_TEXT_ONLY)
     tools = body.get("tools") or []
     if not isinstance(tools, list) or not all(_is_function(tool) for tool in tools):
         raise _bad(
-            "tools must be a list of {type: function, function: {name, ...}}; other types are not offered"
+            "tools must be a list of {type: function, function: {name, ...}}; other types are not supported"
         )
     limits = [body[name] for name in ("max_completion_tokens", "max_tokens") if body.get(name) is not None]
     if not all(isinstance(limit, int) and limit > 0 for limit in limits):
@@ -121,11 +121,11 @@ def read(body: Any) -> Asked:
     choice, form, streamed = (body.get(name) for name in ("tool_choice", "response_format", "stream_options"))
     if choice not in (None, "auto", "none"):
         raise _bad(
-            "whether tools are called is the policy's choice; leave tool_choice away, or 'auto' or 'none'"
+            f"tool_choice={choice!r}: the policy cannot be forced to call a tool; use 'auto' or 'none', or remove it"
         )
     ignored = [name for name, value in body.items() if value is not None and name not in (*_READ, *_REFUSED)]
     ignored += ["response_format"] if form not in (None, {"type": "text"}) else []
-    return Asked(
+    return ChatRequest(
         messages=[plain(message) for message in messages],
         tools=tools,
         may_call=bool(tools) and choice != "none",
@@ -139,10 +139,10 @@ def read(body: Any) -> Asked:
 
 
 def plain(message: Any) -> Message:
-    """A message as chat templates take it; two that mean the same come out alike. Raises Refused with status 400.
+    """Normalize a message for chat templates, so that equivalent messages are equal. Raises Refused with status 400.
 
-    Content is one text (none is the empty one), arguments of calls are objects where they are JSON, a developer is the
-    system, and keys without a value, or that mean nothing to a template, are gone.
+    Content becomes one text (missing content is empty), JSON arguments of calls become objects, the role developer
+    becomes system, and keys without a value or without meaning for templates are removed.
     """
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise _bad("a message must be an object with a role")
@@ -158,12 +158,12 @@ def plain(message: Any) -> Message:
 
 
 def answer(
-    asked: Asked, said: str, turn: int, cut: bool, prompt_tokens: int, completion_tokens: int
-) -> Answer:
-    """What the policy said, as OpenAI's answer to a request. cut: it ended at the limit of tokens, not by itself.
+    asked: ChatRequest, said: str, turn: int, cut: bool, prompt_tokens: int, completion_tokens: int
+) -> ChatReply:
+    """Format the policy's text as OpenAI's answer to a request. cut: it ended at the limit of tokens.
 
-    Calls become `tool_calls` where the request offers tools and every call can be read; else the text stays whole, and
-    the agent sees what was said. What is thought about calls is none. At a `stop` it is as if the policy had ended.
+    Calls become `tool_calls` if the request offers tools and all calls can be parsed; otherwise the agent gets the
+    whole text. Calls inside of thoughts are ignored. A `stop` counts as the policy's own end.
     """
     ends = [place for text in asked.stop if (place := said.find(text)) >= 0]
     cut, whole, said = cut and not ends, not ends, said[: min(ends, default=None)]
@@ -181,12 +181,12 @@ def answer(
             }
             for place, call in enumerate(readable)
         ]
-        return Answer(message, "tool_calls", prompt_tokens, completion_tokens, whole)
-    return Answer(message, "length" if cut else "stop", prompt_tokens, completion_tokens, whole)
+        return ChatReply(message, "tool_calls", prompt_tokens, completion_tokens, whole)
+    return ChatReply(message, "length" if cut else "stop", prompt_tokens, completion_tokens, whole)
 
 
-def completion(asked: Asked, answered: Answer, ident: str, created: int) -> dict[str, Any]:
-    """A `chat.completion`. created: seconds since 1970."""
+def completion(asked: ChatRequest, answered: ChatReply, ident: str, created: int) -> dict[str, Any]:
+    """Build a `chat.completion`. created: seconds since 1970."""
     choice = {
         "index": 0,
         "message": answered.message | {"refusal": None},
@@ -197,8 +197,8 @@ def completion(asked: Asked, answered: Answer, ident: str, created: int) -> dict
     return head | {"choices": [choice], "usage": _usage(answered)}
 
 
-def events(asked: Asked, answered: Answer, ident: str, created: int) -> Iterator[str]:
-    """The same as server-sent events: the whole message, then why it ended, then [DONE]."""
+def events(asked: ChatRequest, answered: ChatReply, ident: str, created: int) -> Iterator[str]:
+    """Build the same as server-sent events: the whole message, then the finish reason, then [DONE]."""
     head = {"id": ident, "object": "chat.completion.chunk", "created": created, "model": asked.model}
     delta = dict(answered.message)
     if "tool_calls" in delta:
@@ -211,7 +211,7 @@ def events(asked: Asked, answered: Answer, ident: str, created: int) -> Iterator
     yield "data: [DONE]\n\n"
 
 
-def _usage(answered: Answer) -> dict[str, int]:
+def _usage(answered: ChatReply) -> dict[str, int]:
     asked, said = answered.prompt_tokens, answered.completion_tokens
     return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
 
@@ -219,7 +219,7 @@ def _usage(answered: Answer) -> dict[str, int]:
 def _stop(stop: Any) -> tuple[str, ...]:
     texts = [stop] if isinstance(stop, str) else stop or []
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        raise _bad("stop must be a text that is not empty, or a list of such")
+        raise _bad("stop must be a non-empty string, or a list of them")
     return tuple(texts)
 
 
@@ -230,7 +230,7 @@ def _text(content: Any) -> str:
     texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
     if len(texts) < len(parts):
         raise _bad(
-            "a message's content must be text, or parts of the type text; images and sound are not taken"
+            "a message's content must be text, or parts of the type text; images and audio are not supported"
         )
     return "\n".join(texts)
 

@@ -1,9 +1,9 @@
-"""A foreign agent at work: a program in a process of its own, or a function of this one.
+"""A running foreign agent: a program in its own process, or a function in this one.
 
-Either finds the policy at OPENAI_BASE_URL with OPENAI_API_KEY, and its task as JSON in MANTA_TASK; a function is called
-with the three. A program lives in a session of its own, is killed with its process group, and by the kernel when the
-thread that started it ends. A function runs in a thread, on an event loop of its own where it is async; a thread cannot
-be killed, but its next request is refused.
+A program finds the policy at OPENAI_BASE_URL with OPENAI_API_KEY, and its task as JSON in MANTA_TASK; a function is
+called with these three. A program has its own session, is killed with its process group, and by the kernel when the
+thread that started it ends. A function runs in a thread, with its own event loop if it is async. A thread cannot be
+killed, but its next request is refused.
 """
 
 from __future__ import annotations
@@ -24,31 +24,29 @@ from envs.child_process import import_path, inherited, leashed
 from envs.own_frames import told
 from envs.user_functions import load_function, settled
 from rollout.external.openai_format import read_json
-from rollout.external.session import Left, Verdict
+from rollout.external.session import EpisodeVerdict, ProgramExit
 
 Function = Callable[..., Any]  # (base_url, api_key, task)
-OnLeft = Callable[[Left], None]
+OnExit = Callable[[ProgramExit], None]
 
-_KEPT_BYTES = 1 << 16  # of what a program prints, the end
-_SHOWN_CHARACTERS = 2000  # of that, in an error
-_DRAIN_SECONDS = 1.0  # for output to arrive that was printed before the end
-_CLOSE_SECONDS = 2.0  # for a killed program to be gone
+_KEPT_BYTES = 1 << 16  # of a program's output, from its end
+_SHOWN_CHARACTERS = 2000  # of these in an error
+_DRAIN_TIMEOUT_SECONDS = 1.0  # to read the output after the exit
+_CLOSE_TIMEOUT_SECONDS = 2.0  # for a killed program to exit
 
 
-class Running(Protocol):
-    """A foreign agent that was started; it says by itself how it left, once, unless `end` comes first."""
+class RunningAgent(Protocol):
+    """A foreign agent that was started; it reports its exit once, unless `end` comes first."""
 
     def said(self) -> str:
-        """The end of what it printed, for an error's text; empty where nothing is known."""
-        ...
+        """The end of its output, for an error's text; empty if there is none."""
 
     async def end(self, grace: float = 0.0) -> None:
-        """See it ended; it has `grace` seconds to end by itself."""
-        ...
+        """End it; it has `grace` seconds to exit by itself."""
 
 
 def environment(base_url: str, api_key: str, task: dict[str, Any]) -> dict[str, str]:
-    """The environment of a program: what it inherits, and where it finds the policy and its task."""
+    """Environment variables of a program: the inherited ones, the policy's address, and the task."""
     direct = [part for name in ("no_proxy", "NO_PROXY") if (part := os.environ.get(name))]
     without_proxy = ",".join([*direct[:1], "127.0.0.1"])
     return inherited() | {
@@ -61,22 +59,22 @@ def environment(base_url: str, api_key: str, task: dict[str, Any]) -> dict[str, 
 
 
 def as_command(reference: str) -> tuple[list[str], dict[str, str]]:
-    """A function as a program: the command, and what its environment needs besides."""
+    """A function as a program: its command, and additional environment variables."""
     return [sys.executable, "-m", "rollout.external.program", reference], {"PYTHONPATH": import_path()}
 
 
-class Program:
-    """A `Running` process."""
+class ProgramAgent:
+    """A `RunningAgent` process."""
 
-    def __init__(self, process: subprocess.Popen[bytes], on_left: OnLeft) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], on_exit: OnExit) -> None:
         self._process = process
-        self._on_left = on_left
+        self._on_exit = on_exit
         self._out, self._err = _Tail(), _Tail()
         self._life: asyncio.Task[None] | None = None
 
     @classmethod
-    async def start(cls, command: Sequence[str], environ: dict[str, str], on_left: OnLeft) -> Program:
-        """Start a command. OSError where the system refuses; a command that does not exist leaves with status 1."""
+    async def start(cls, command: Sequence[str], environ: dict[str, str], on_exit: OnExit) -> ProgramAgent:
+        """Start a command. OSError if the system refuses; a command that does not exist exits with status 1."""
         process = subprocess.Popen(
             leashed(command),
             stdin=subprocess.DEVNULL,
@@ -85,7 +83,7 @@ class Program:
             env=environ,
             start_new_session=True,
         )
-        program = cls(process, on_left)
+        program = cls(process, on_exit)
         program._life = asyncio.create_task(program._live(), name=f"program {process.pid}")
         loop = asyncio.get_running_loop()
         try:
@@ -110,7 +108,7 @@ class Program:
             await asyncio.wait({self._life}, timeout=grace)
         if not self._life.done():
             self._kill()
-            await asyncio.wait({self._life}, timeout=_CLOSE_SECONDS)
+            await asyncio.wait({self._life}, timeout=_CLOSE_TIMEOUT_SECONDS)
 
     async def _live(self) -> None:
         exited = asyncio.Event()
@@ -118,39 +116,39 @@ class Program:
         descriptor = os.pidfd_open(self.pid)
         loop.add_reader(descriptor, exited.set)
         try:
-            await exited.wait()  # `end` ends it
+            await exited.wait()  # until it exits, or `end` kills it
         finally:
             loop.remove_reader(descriptor)
             os.close(descriptor)
-        # Until it is waited for, its group has its id and no other process can get it.
+        # Before `wait` reaps it, its process group's id cannot be reused.
         self._kill()
         code = self._process.wait()
-        await asyncio.wait({self._out.closed, self._err.closed}, timeout=_DRAIN_SECONDS)
+        await asyncio.wait({self._out.closed, self._err.closed}, timeout=_DRAIN_TIMEOUT_SECONDS)
         self._out.close()
         self._err.close()
-        self._on_left(self._told(code))
+        self._on_exit(self._told(code))
 
-    def _told(self, code: int) -> Left:
+    def _told(self, code: int) -> ProgramExit:
         output = self._out.text
         if code == 0:
-            return Left(None, output, _last_line(output))
+            return ProgramExit(None, output, _last_line(output))
         how = f"exit code {code}" if code > 0 else f"signal {-code} ({signal.strsignal(-code)})"
-        return Left(f"its program ended with {how}{self.said()}", output)
+        return ProgramExit(f"its program ended with {how}{self.said()}", output)
 
     def _kill(self) -> None:
         if self._process.returncode is None:
-            # What has taken another user's id is not ours to kill.
+            # A process that runs as another user cannot be killed.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
 
 
-class Called:
-    """A `Running` function of this process, in a thread; coroutines run on an event loop of that thread's."""
+class FunctionAgent:
+    """A `RunningAgent` function in a thread of this process; coroutines run on an event loop of that thread."""
 
     def __init__(
-        self, function: Function, base_url: str, api_key: str, task: dict[str, Any], on_left: OnLeft
+        self, function: Function, base_url: str, api_key: str, task: dict[str, Any], on_exit: OnExit
     ) -> None:
-        self._on_left = on_left
+        self._on_exit = on_exit
         self._left = asyncio.Event()
         self._ended = False
         self._waiting: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
@@ -161,22 +159,22 @@ class Called:
 
     async def end(self, grace: float = 0.0) -> None:
         if self._waiting is None and not self._left.is_set():
-            self._ended = True  # it is no coroutine yet, and a thread cannot be killed
+            self._ended = True  # not a coroutine yet: a thread cannot be killed
             return
         if not await self._has_left(grace) and self._waiting is not None:
             loop, task = self._waiting
-            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+            with contextlib.suppress(RuntimeError):  # its loop may have ended meanwhile
                 loop.call_soon_threadsafe(task.cancel)
-            await self._has_left(_CLOSE_SECONDS)
+            await self._has_left(_CLOSE_TIMEOUT_SECONDS)
 
     async def _has_left(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._left.wait(), seconds)
         return self._left.is_set()
 
-    def _leave(self, left: Left) -> None:
+    def _leave(self, left: ProgramExit) -> None:
         self._left.set()
-        self._on_left(left)
+        self._on_exit(left)
 
     # In the thread.
 
@@ -194,7 +192,7 @@ class Called:
 
 
 class _Tail(asyncio.Protocol):
-    """The end of what comes through a pipe."""
+    """Keeps the last bytes of a pipe."""
 
     def __init__(self) -> None:
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -216,36 +214,36 @@ class _Tail(asyncio.Protocol):
             self.closed.set_result(None)
 
     def close(self) -> None:
-        """Read no more, even where something that outlived the program holds the other end."""
+        """Stop reading, even if a surviving child of the program holds the other end."""
         if self._transport is not None:
             self._transport.close()
 
 
-def in_thread(call: Callable[[], Any], what: str, on_left: OnLeft) -> None:
-    """Call foreign code in a thread of its own, and say on this event loop how it left; `what` names it in an error."""
+def in_thread(call: Callable[[], Any], what: str, on_exit: OnExit) -> None:
+    """Call foreign code in its own thread, and report its exit on this event loop. what: its name in errors."""
     loop = asyncio.get_running_loop()
 
     def run() -> None:
         try:
-            left = Left(None, "", call())
+            left = ProgramExit(None, "", call())
         except (
             Exception,
             SystemExit,
-        ) as error:  # it is anybody's code, and a thread would swallow the latter
+        ) as error:  # foreign code; a thread would swallow SystemExit
             left = _raised(what, error)
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile, and nobody asks any more
-            loop.call_soon_threadsafe(on_left, left)
+        with contextlib.suppress(RuntimeError):  # the loop may have ended meanwhile
+            loop.call_soon_threadsafe(on_exit, left)
 
-    # A daemon: one that never returns must keep neither the worker from ending nor a thread that others wait for.
+    # A daemon thread: code that never returns must not keep the worker from exiting.
     threading.Thread(target=run, name=f"foreign code: {what}"[:64], daemon=True).start()
 
 
-def _raised(what: str, error: BaseException) -> Left:
-    return Left(f"{what} raised {told(error)}", "", error=error)
+def _raised(what: str, error: BaseException) -> ProgramExit:
+    return ProgramExit(f"{what} raised {told(error)}", "", error=error)
 
 
 def _last_line(output: str) -> Any:
-    """The last line where it is a JSON object: a bare number could be anything that a program happens to print."""
+    """Parse the last line if it is a JSON object; a bare number could be any output of the program."""
     said = next((line for line in reversed(output.split("\n")) if line.strip()), "")
     try:
         result = read_json(said)
@@ -255,12 +253,12 @@ def _last_line(output: str) -> Any:
 
 
 def main(reference: str) -> None:
-    """Call a function as a program would be started; what it returns is the last line."""
+    """Run a function as a program; its result is printed as the last line."""
     task = json.loads(os.environ["MANTA_TASK"])
     function = load_function(reference)
     result = settled(function(os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"], task))
     if result is not None:
-        print("\n" + Verdict.read(result).model_dump_json())
+        print("\n" + EpisodeVerdict.read(result).model_dump_json())
 
 
 if __name__ == "__main__":

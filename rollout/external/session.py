@@ -1,13 +1,13 @@
-"""One foreign episode, between the server that hears its program and the replica that answers for the policy.
+"""The session of one foreign episode, between the server with its program's requests and the replica that answers them.
 
     server                                session                         replica
-    a request            ask    ->        calls, in order of arrival      next   ->  a call, answered by `reply`
-    a posted verdict     post   ->        behind the calls before it      next   ->  the verdict
-    the program's end    leave  ->        behind the calls before it      next   ->  how it left
+    a request            ask    ->        requests, in order of arrival   next   ->  a request, answered by `reply`
+    a posted verdict     post   ->        after the requests before it    next   ->  the verdict
+    the program's exit   leave  ->        after the requests before it    next   ->  the exit
 
-A client that hung up is not answered: its call is passed over while it waits. Where the policy is at work for it
-already, and the client asks the same again (clients repeat themselves after a timeout), it gets that very answer, also
-where it asked again before the server knew that it had hung up.
+A request whose client has disconnected is skipped while it waits. If the policy already works on it and the client
+sends the same request again (clients do after a timeout), that request gets the same answer, even if it arrived before
+the server noticed the disconnection.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
 from envs.base import as_number
-from rollout.external.openai_format import Answer, Asked, Refused
+from rollout.external.openai_format import ChatReply, ChatRequest, Refused
 
 
 def _number(value: Any) -> float:
@@ -33,8 +33,8 @@ def _number(value: Any) -> float:
 _Reward = Annotated[FiniteFloat, BeforeValidator(_number)]
 
 
-class Verdict(BaseModel):
-    """What an episode came to."""
+class EpisodeVerdict(BaseModel):
+    """A program's judgement of its episode: reward and success."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,8 +47,8 @@ class Verdict(BaseModel):
     )
 
     @classmethod
-    def read(cls, value: Any) -> Verdict:
-        """A number, or an object with the fields above. ValueError, one line, for anything else."""
+    def read(cls, value: Any) -> EpisodeVerdict:
+        """Parse a number, or an object with the fields above. ValueError, one line, for anything else."""
         try:
             return cls.model_validate({"reward": value} if isinstance(value, Number) else value)
         except ValidationError:
@@ -58,92 +58,94 @@ class Verdict(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
-    """How a program ended by itself."""
+class ProgramExit:
+    """How a program exited."""
 
-    failure: str | None  # why it is no evidence; None for one that ended well
-    output: str  # the end of what it printed
-    result: Any = None  # what it returned, or its last line where that is a JSON object
-    error: BaseException | None = None  # the cause of the failure, where there is one
+    failure: str | None  # why the episode has failed; None for a normal exit
+    output: str  # the end of its output
+    result: Any = None  # what a function returned, or the last line of output if that is a JSON object
+    error: BaseException | None = None  # the cause of the failure, if known
 
 
-class Call:
+class PendingRequest:
     """A request that waits for the policy."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: ChatRequest) -> None:
         self.asked = asked
-        self.gone = False  # its client hung up
-        self.answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.hung_up = False  # its client has disconnected
+        self.answer: asyncio.Future[ChatReply] = asyncio.get_running_loop().create_future()
 
     def refuse(self, error: Refused) -> None:
         self.answer.set_exception(error)
-        self.answer.exception()  # its client may be gone, and then nobody takes it
+        self.answer.exception()  # mark as retrieved: its client may have disconnected
 
 
 class Session:
-    """The calls of one episode. Of one event loop."""
+    """Requests of one episode, on one event loop."""
 
     def __init__(self, key: str) -> None:
         self.key = key
-        self._events: asyncio.Queue[Call | Verdict | Left] = asyncio.Queue()
-        self._open: dict[Call, None] = {}  # not answered yet, in order of arrival
-        self._taken: Call | None = None  # the last one given to the policy
-        self._over = False  # nothing may follow what is in the queue
+        self._events: asyncio.Queue[PendingRequest | EpisodeVerdict | ProgramExit] = asyncio.Queue()
+        self._open: dict[PendingRequest, None] = {}  # not answered yet, in order of arrival
+        self._taken: PendingRequest | None = None  # the last one that the policy got
+        self._over = False  # later requests are refused
 
-    def ask(self, asked: Asked) -> Call:
-        """A call for this request. Raises Refused after the end."""
+    def ask(self, asked: ChatRequest) -> PendingRequest:
+        """Queue a request. Raises Refused after the episode's end."""
         self._refuse_late()
         taken = self._taken
-        if taken is not None and taken.gone and taken.asked == asked:
-            taken.gone = False
+        if taken is not None and taken.hung_up and taken.asked == asked:
+            taken.hung_up = False
             return taken
-        call = Call(asked)
+        call = PendingRequest(asked)
         self._open[call] = None
         call.answer.add_done_callback(lambda _: self._open.pop(call))
         self._events.put_nowait(call)
         return call
 
-    def post(self, verdict: Verdict) -> None:
-        """The episode's end, as its program says it. Raises Refused after the end."""
+    def post(self, verdict: EpisodeVerdict) -> None:
+        """End the episode with the program's verdict. Raises Refused after the episode's end."""
         self._refuse_late()
         self._over = True
         self._events.put_nowait(verdict)
 
-    def leave(self, left: Left) -> None:
-        """The episode's end, where its program ended without a word."""
+    def leave(self, left: ProgramExit) -> None:
+        """End the episode with the program's exit, unless a verdict was posted."""
         if not self._over:
             self._over = True
             self._events.put_nowait(left)
 
-    async def next(self) -> Call | Verdict | Left:
-        """Whatever comes next; the limit is the caller's."""
-        while isinstance(event := await self._events.get(), Call):
-            if event.answer.done():  # with what was sampled for an earlier one
+    async def next(self) -> PendingRequest | EpisodeVerdict | ProgramExit:
+        """Wait for the next request, verdict or exit; the caller sets a time limit."""
+        while isinstance(event := await self._events.get(), PendingRequest):
+            if event.answer.done():  # by the answer to an identical earlier request
                 continue
-            if not event.gone:
+            if not event.hung_up:
                 self._taken = event
                 break
             event.answer.cancel()
         return event
 
-    def reply(self, call: Call, answer: Answer) -> None:
-        """Answer a call that `next` gave; where its client hung up, also the first call that asks the same."""
-        if call.gone and (heir := self._waiting_like(call)) is not None:
+    def reply(self, call: PendingRequest, answer: ChatReply) -> None:
+        """Answer a request that `next` returned; if its client has disconnected, also the first identical request."""
+        if call.hung_up and (heir := self._waiting_like(call)) is not None:
             heir.answer.set_result(answer)
-            call.gone = False  # somebody has it: who asks the same once more wants another
+            call.hung_up = False  # delivered: a further identical request is a new one
         call.answer.set_result(answer)
 
     def end(self) -> None:
-        """The episode is over: whoever still waits is told so."""
+        """End the episode: refuse all pending requests."""
         self._over = True
         for call in self._open:
-            if call.gone:
+            if call.hung_up:
                 call.answer.cancel()
             elif not call.answer.done():
                 call.answer.set_exception(ended())
 
-    def _waiting_like(self, call: Call) -> Call | None:
-        waiting = (each for each in self._open if each is not call and not (each.gone or each.answer.done()))
+    def _waiting_like(self, call: PendingRequest) -> PendingRequest | None:
+        waiting = (
+            each for each in self._open if each is not call and not (each.hung_up or each.answer.done())
+        )
         return next((each for each in waiting if each.asked == call.asked), None)
 
     def _refuse_late(self) -> None:
@@ -152,5 +154,5 @@ class Session:
 
 
 def ended() -> Refused:
-    """What a request is told after its episode's end."""
-    return Refused(409, "episode_ended", "this episode has ended: it was judged, cut short or given up")
+    """The error for requests after their episode's end."""
+    return Refused(409, "episode_ended", "this episode has ended; stop sending requests with this key")

@@ -1,4 +1,4 @@
-"""A low-rank adapter on the wire: which matrices it changes, and what its tensors and files are called.
+"""A low-rank adapter on the wire: the matrices it changes, and the names of its tensors and files.
 
     W + alpha / rank * B A        A [rank, D], B [V, rank]
 
@@ -24,26 +24,26 @@ class AdapterSpec:
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied with."""
+        """Factor of B A."""
         return self.alpha / self.rank
 
     @staticmethod
     def tensor_names(layer: str) -> tuple[str, str]:
-        """Of a layer's A and B."""
+        """Names of a layer's A and B."""
         return f"base_model.model.{layer}.lora_A.weight", f"base_model.model.{layer}.lora_B.weight"
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors, layer by layer."""
+        """Names of all tensors, layer by layer."""
         return [name for layer in self.layers for name in self.tensor_names(layer)]
 
     def missing_from(self, checkpoint_names: Iterable[str]) -> list[str]:
-        """Layers whose matrix a checkpoint with these tensor names does not have."""
+        """Layers whose matrix is not among the tensor names of a checkpoint."""
         held = set(checkpoint_names)
         return [layer for layer in self.layers if f"{layer}.weight" not in held]
 
     def config(self) -> dict[str, Any]:
-        """The content of adapter_config.json."""
+        """Content of adapter_config.json."""
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",

@@ -1,4 +1,4 @@
-"""Rows of metrics: numbers by name, made in several places and joined into one row a step."""
+"""Rows of metrics: numbers by name, joined into one row a step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def joined(*rows: Mapping[str, float]) -> dict[str, float]:
-    """One row of several. ValueError for a name that two of them have: one number would take the other's place."""
+    """Join several rows. ValueError for a name that two of them have: one value would overwrite the other."""
     found: dict[str, float] = {}
     for row in rows:
         if twice := sorted(found.keys() & row.keys()):

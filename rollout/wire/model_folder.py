@@ -1,7 +1,7 @@
-"""A model's folder or Hugging Face id: what stands in it beside the weights, read as it came.
+"""A model's folder or Hugging Face id: the files beside the weights, kept byte for byte.
 
-A folder that is written for others (a checkpoint, an export) holds the very files the model came with: a library that
-writes them anew validates them, drops what it does not know, and renames what it does.
+Checkpoints and exports hold the files that the model came with. A library that rewrites them would validate them, drop
+fields that it does not know, and rename others.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ COMPANIONS = (
     *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.py", "LICENSE*"),
     *("*.txt", "*.model", "*.tiktoken", "vocab.*"),  # vocabularies
 )
-_WEIGHTS = ("*.index.json", "adapter_config.json")  # they describe weights, which are written by themselves
+_WEIGHTS = ("*.index.json", "adapter_config.json")  # describe the weights, which are written separately
 _WIDE = ("dtype", "torch_dtype")
 
 
 class ModelMissing(FileNotFoundError):
-    """A model that is a folder's path, but no such folder is there (any more)."""
+    """A model is given as a folder's path, but the folder does not exist (any more)."""
 
 
 def pretrained(auto: Any, path: str, **options: Any) -> Any:
-    """What a transformers Auto class loads from `path`; code that came with the model is never run.
+    """Load `path` with a transformers Auto class; code that comes with the model is never executed.
 
-    Raises ModelMissing for a folder that is gone, which the hub's client takes for a malformed id, and what the class
+    Raises ModelMissing for a missing folder, which the hub's client would report as a malformed id, and what the class
     raises.
     """
     require(path)
@@ -35,9 +35,9 @@ def pretrained(auto: Any, path: str, **options: Any) -> Any:
 
 
 def companions(folder: Path) -> dict[str, bytes]:
-    """The files beside the weights, by their names in the folder (`COMPANIONS`).
+    """Read the files beside the weights, by their names in the folder (`COMPANIONS`).
 
-    Small enough to be held: the folder may be gone when they are written.
+    They are held in memory, because the folder may be removed before they are written.
     """
     found = {file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()}
     found -= {file for pattern in _WEIGHTS for file in folder.glob(pattern)}
@@ -45,7 +45,7 @@ def companions(folder: Path) -> dict[str, bytes]:
 
 
 def write_companions(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write them beside weights of float32: the configuration says so, everything else is to the byte what it was."""
+    """Write them beside float32 weights: config.json gets that dtype, all other files are unchanged."""
     for name, content in files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -53,14 +53,14 @@ def write_companions(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def require(path: str) -> None:
-    """Raise ModelMissing for a folder that is gone; an id of the hub is let pass."""
+    """Raise ModelMissing for a missing folder; ids of the hub pass."""
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
-        raise ModelMissing(f"model {path}: there is no such folder (any more)")
+        raise ModelMissing(f"model {path}: no such folder (any more); check the path")
 
 
 def _of_float32(config: bytes) -> bytes:
-    """A configuration that says of which type its weights are; unchanged where it says so already."""
+    """A configuration with the dtype float32; unchanged where it has that already."""
     said = json.loads(config)
     parts = [
         said,

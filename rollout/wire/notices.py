@@ -1,7 +1,7 @@
-"""Notices: what goes on without an error and the user should know, such as a request's option that is not heeded.
+"""Notices: conditions that are no error but that the user should know, such as an ignored option of a request.
 
-A notice is logged where it is noticed, as a warning of `envs`, `rollout` or `learner`. `Notices` collects the warnings
-of a process for the console, each kind once: an environment that fails in every episode is one notice. The log has all.
+A notice is a warning logged by `envs`, `rollout` or `learner`. `Notices` collects the warnings of a process for the
+console, each kind once: an environment that fails in every episode gives one notice. The log has all of them.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-MOST = 100  # notices of a process; what comes later is in its log
+MOST = 100  # notices of a process; later ones are in its log only
 MOST_CHARACTERS = 400  # of one notice
 
 _OURS = ("envs", "rollout", "learner")
 
 
 def kind(text: str) -> str:
-    """What two notices share that differ in numbers alone (seeds, seconds, line numbers)."""
+    """Key of a notice: its text without the numbers (seeds, seconds, line numbers)."""
     return re.sub(r"\d+", "#", text)
 
 
 def shortened(text: str) -> str:
-    """The first line of a text, at most MOST_CHARACTERS of it."""
+    """First line of a text, at most MOST_CHARACTERS of it."""
     line = text.strip().partition("\n")[0].rstrip().rstrip(":")
     return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 3] + "..."
 
 
 def collected() -> Notices:
-    """The notices of this process for as long as there is it; its log, standard error, has them as well."""
+    """Collect the notices of this process until it ends; its log, standard error, has them too."""
     logging.basicConfig()
     return Notices().__enter__()
 
 
 class Notices(logging.Handler):
-    """The warnings of this process since it was entered, at most MOST kinds. tell: called with each, in any thread."""
+    """Warnings of this process since `__enter__`, at most MOST kinds. tell: called with each, in any thread."""
 
     def __init__(self, tell: Callable[[str], None] | None = None) -> None:
         super().__init__(logging.WARNING)
@@ -56,11 +56,11 @@ class Notices(logging.Handler):
             logging.getLogger(name).removeHandler(self)
 
     def since(self, count: int) -> list[str]:
-        """The notices after the first `count`: whoever has heard so many asks so."""
+        """Notices after the first `count`, which the caller has already."""
         return self._texts[count:]
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Collect a record, unless there was one of its kind. Called under the handler's lock."""
+        """Collect a record unless one of its kind was collected. Called under the handler's lock."""
         text = shortened(record.getMessage())
         if len(self._texts) < MOST and kind(text) not in self._kinds:
             self._kinds.add(kind(text))

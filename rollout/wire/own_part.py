@@ -1,9 +1,9 @@
-"""A user's own part of a run: a recipe names it "module:name" as a `kind`, and its options stand beside that.
+"""A user's own part of a run: a recipe names it "module:name" as a `kind`, with its options beside it.
 
     loss = { kind = "mine:asymmetric", power = 0.5 }   ->   mine.asymmetric(logprobs_N, ..., power=0.5)
 
-One mechanism for every part that may be a user's own (docs/extending.md lists them): a subclass of `OwnPart` says what
-the function is called with and tries it on a small example. Reading a recipe imports nothing: a stored one is data.
+One mechanism for all parts that may be a user's own (docs/extending.md lists them): a subclass of `OwnPart` declares
+the positional arguments and tries the function on a small example. Reading a recipe imports no module of the user.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 class OwnPartRefused(TypeError):
-    """A user's own part does not fit its place; the message is one line for the person who wrote it."""
+    """A user's own part has a wrong signature or result; the message is one line for its author."""
 
 
 class OwnPart(BaseModel, extra="allow", frozen=True):
-    """A function or class of a user's own module. A section that is only a text is its `kind`."""
+    """A function or class of a user's own module. A section that is only a string is its `kind`."""
 
     CALLED_WITH: ClassVar[tuple[str, ...]] = ()  # positional arguments, before the options
 
@@ -45,40 +45,40 @@ class OwnPart(BaseModel, extra="allow", frozen=True):
         return kind
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of the function."""
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of the function."""
         return dict(self.__pydantic_extra__ or {})
 
     def run(self, *given: Any) -> Any:
-        """What the function returns; its module is imported by the first call."""
-        return pkgutil.resolve_name(self.kind)(*given, **self.options)
+        """Call the function; the first call imports its module."""
+        return pkgutil.resolve_name(self.kind)(*given, **self.keywords)
 
     def check_signature(self, function: Callable[..., Any]) -> None:
-        """OwnPartRefused where the function does not take what it is called with."""
+        """Raise OwnPartRefused where the function does not accept these arguments."""
         try:
-            inspect.signature(function).bind(*self.CALLED_WITH, **self.options)
+            inspect.signature(function).bind(*self.CALLED_WITH, **self.keywords)
         except TypeError as error:
-            said = ", ".join([*self.CALLED_WITH, *(f"{name}=..." for name in self.options)])
+            said = ", ".join([*self.CALLED_WITH, *(f"{name}=..." for name in self.keywords)])
             name = self.kind.partition(":")[2]
             raise OwnPartRefused(f"{self.kind} is called as {name}({said}): {error}") from None
         except ValueError:  # compiled code without a signature
             return
 
     def try_out(self, critic: bool) -> None:
-        """Call the function once on a small example, where that is cheap. OwnPartRefused for what does not fit.
+        """Call the function once on a small example where that is cheap. Raises OwnPartRefused for a wrong result.
 
-        critic: whether the run has one.
+        critic: whether the run has a critic.
         """
 
 
 def _which(section: Any) -> str:
-    """The tag of a section: its `kind` has a colon or it has none."""
+    """Tag of a section: a `kind` with a colon names a user's own part."""
     kind = section.get("kind") if isinstance(section, dict) else section
     if isinstance(section, BaseModel):
         kind = getattr(section, "kind", None)
     return (OWN if isinstance(kind, str) and ":" in kind else BUILT_IN).tag
 
 
-# Annotated[Annotated[Ours, BUILT_IN] | Annotated[Own, OWN], BY_KIND]: a section that is one of ours or a user's own.
+# Annotated[Annotated[BuiltIn, BUILT_IN] | Annotated[Own, OWN], BY_KIND]: a section that is built in or a user's own.
 BUILT_IN, OWN, BY_KIND = Tag("<built-in>"), Tag("<own>"), Discriminator(_which)
 TAGS = (BUILT_IN.tag, OWN.tag)  # in the locations of pydantic's errors

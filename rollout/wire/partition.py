@@ -1,4 +1,4 @@
-"""Which groups of a step belong to which rank of the learner: known to all, said by nobody."""
+"""Deterministic partition of a step's groups over the ranks of the learner, without communication."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pyarrow as pa
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """What one of `ranks` learner processes asks for; as it stands, everything."""
+    """Share of one of `ranks` learner processes; the default is the whole step."""
 
     rank: int = 0
     ranks: int = 1
 
     def of(self, batches: Sequence[pa.RecordBatch]) -> list[pa.RecordBatch]:
-        """Of a step's groups this rank's, in the step's order; a group is never divided."""
+        """Select this rank's groups, in the step's order; a group is never divided."""
         return [
             batches[place] for place in deal([_tokens(batch) for batch in batches], self.ranks)[self.rank]
         ]
@@ -26,14 +26,14 @@ WHOLE = Partition()
 
 
 class StepTorn(RuntimeError):
-    """Ranks can not be given shares of the same step any more: the learner has to go back to its newest checkpoint."""
+    """Ranks cannot get shares of the same step any more: the learner must go back to its newest checkpoint."""
 
 
 def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Places of the items that each rank gets, in rising order: the largest first, each to whoever has least so far.
+    """Assign items to ranks, largest first, each to the rank with the smallest load; returns sorted indices by rank.
 
-    Graham 1969: the fullest rank has at most 4/3 of what the best division would give it. Equals are dealt in order,
-    so that everyone who knows the sizes knows the division.
+    Graham 1969: the largest load is at most 4/3 of the optimal one. Ties are broken by order, so that all ranks compute
+    the same assignment from the sizes.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
@@ -45,6 +45,6 @@ def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def _tokens(batch: pa.RecordBatch) -> int:
-    """Tokens that a group's rows hold, prompts and answers."""
+    """Number of tokens in a group's rows, prompts and answers."""
     lists = (batch.column(name) for name in ("prompt_ids", "action_ids"))
     return sum(column.offsets[-1].as_py() - column.offsets[0].as_py() for column in lists)

@@ -1,10 +1,9 @@
-"""Groups as Arrow record batches: one row a step, a versioned schema, no copy on the way back.
+"""Groups as Arrow record batches: one row per turn, a versioned schema, zero-copy decoding.
 
-The columns are facts. Rows of an episode stand together in turn order; `end_reason`, `success` and `error` belong to
-the episode and stand on its last row only. An episode that failed before its first step has no row; the ledger has it.
+The rows of an episode are contiguous and in turn order. `end_reason`, `success` and `error` belong to the episode and
+are set on its last row only. An episode that failed before its first turn has no row; the ledger has it.
 
-The journal's rows are the same with one column more. They are single finished turns of unfinished groups, of any mix of
-groups and episodes.
+Rows of the journal have one more column; they are single finished turns of unfinished groups, in any order of groups.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rollout.wire.trajectory import EndReason, EpisodeSoFar, Group, Slot, Step, Task, Trajectory, TurnEnd
+from rollout.wire.trajectory import EndReason, Group, PartialEpisode, Slot, Task, Trajectory, Turn, TurnEnd
 
 VERSION = b"3"
-_REUSE = b"manta.reuse"  # metadata of a batch that a step has once more
+_REUSE = b"manta.reuse"  # metadata of a batch that a learner step reuses
 
 SCHEMA = pa.schema(
     [
@@ -51,8 +50,12 @@ SCHEMA = pa.schema(
     ],
     metadata={b"manta.schema": VERSION},
 )
-# `snapshot` is the environment's state after the turn, where the environment offers one.
+# `snapshot` is the environment's state after the turn, where the environment provides one.
 JOURNAL_SCHEMA = SCHEMA.append(pa.field("snapshot", pa.binary()))
+
+TurnRow = tuple[
+    Slot, int, Turn, TurnEnd | None, bytes | None
+]  # episode; end, if it was the last turn; snapshot after it
 
 
 class SchemaError(ValueError):
@@ -60,20 +63,21 @@ class SchemaError(ValueError):
 
 
 def require_version(schema: pa.Schema, where: str) -> None:
-    """Refuse rows of another schema version, in one line."""
+    """Raise SchemaError, one line, for rows of another schema version."""
     found = (schema.metadata or {}).get(b"manta.schema")
     if found != VERSION:
         named = "none" if found is None else found.decode()
         raise SchemaError(
-            f"{where}: rows of schema version {named}, but this Manta reads version {VERSION.decode()}"
+            f"{where}: rows of schema version {named}, but this Manta reads version {VERSION.decode()}; use the Manta "
+            "that wrote them"
         )
 
 
 def encode(group: Group) -> pa.RecordBatch:
-    """One record batch of all steps of a group."""
-    rows = [(trajectory, step) for trajectory in group.trajectories for step in trajectory.steps]
+    """Encode all turns of a group as one record batch."""
+    rows = [(trajectory, turn) for trajectory in group.trajectories for turn in trajectory.turns]
     owners = [trajectory for trajectory, _ in rows]
-    steps = [step for _, step in rows]
+    turns = [turn for _, turn in rows]
     ends = _on_last_rows(group)
     slot, task, count = group.slot, group.slot.task, len(rows)
     columns: dict[str, Any] = {
@@ -89,13 +93,11 @@ def encode(group: Group) -> pa.RecordBatch:
         "error": [end and end.error for end in ends],
         "worker": [owner.worker for owner in owners],
     }
-    return _batch(columns | _step_columns(steps), SCHEMA)
+    return _batch(columns | _turn_columns(turns), SCHEMA)
 
 
-def encode_turns(
-    turns: Sequence[tuple[Slot, int, Step, TurnEnd | None, bytes | None]], worker: str
-) -> pa.RecordBatch:
-    """One row of JOURNAL_SCHEMA a turn: (slot, episode, step, the end if this was the last turn, snapshot after it)."""
+def encode_turns(turns: Sequence[TurnRow], worker: str) -> pa.RecordBatch:
+    """Encode finished turns as one record batch of JOURNAL_SCHEMA, one row per turn."""
     slots = [slot for slot, *_ in turns]
     ends = [end for *_, end, _ in turns]
     columns: dict[str, Any] = {
@@ -112,14 +114,14 @@ def encode_turns(
         "worker": [worker] * len(turns),
         "snapshot": [snapshot for *_, snapshot in turns],
     }
-    return _batch(columns | _step_columns([step for _, _, step, *_ in turns]), JOURNAL_SCHEMA)
+    return _batch(columns | _turn_columns([turn for _, _, turn, *_ in turns]), JOURNAL_SCHEMA)
 
 
-def restore_turns(rows: pa.RecordBatch) -> dict[int, EpisodeSoFar]:
-    """The episodes of one group as far as these rows tell, by episode index; token arrays are read-only views.
+def restore_turns(rows: pa.RecordBatch) -> dict[int, PartialEpisode]:
+    """Decode the played prefix of each episode of one group, by episode index; token arrays are read-only views.
 
-    A gap ends an episode's prefix. Where attempts overlap, the later one has played the episode again from there.
-    Raises SchemaError for rows of another version.
+    A prefix ends at the first missing turn. Where attempts overlap, rows of the later attempt replace those of the
+    earlier. Raises SchemaError for rows of another version.
     """
     require_version(rows.schema, "record batch")
     plain = {name: rows.column(name).to_pylist() for name in (*_PLAIN, "attempt", "snapshot")}
@@ -130,22 +132,24 @@ def restore_turns(rows: pa.RecordBatch) -> dict[int, EpisodeSoFar]:
         episode = kept.setdefault(plain["episode"][row], [])
         newest = plain["attempt"][episode[-1]] if episode else -1
         turn = plain["turn"][row]
-        if goes_on(len(episode), newest, plain["attempt"][row], turn):
+        if extends_prefix(len(episode), newest, plain["attempt"][row], turn):
             episode[turn:] = [row]
-    return {index: _so_far(plain, lists, episode) for index, episode in sorted(kept.items()) if episode}
+    return {
+        index: _partial_episode(plain, lists, episode) for index, episode in sorted(kept.items()) if episode
+    }
 
 
-def goes_on(turns: int, newest: int, attempt: int, turn: int) -> bool:
-    """Whether a row is the next of an episode of which `turns` are known, the last of them by attempt `newest`.
+def extends_prefix(turns: int, newest: int, attempt: int, turn: int) -> bool:
+    """Whether a row extends an episode's prefix of `turns` turns, the last of them played by attempt `newest`.
 
-    The same attempt goes on at the end. A later one goes on anywhere in what it was given, and what stood there before
-    is void. Anything else is a repetition, or stands behind a gap.
+    The same attempt appends at the end. A later attempt may restart at any turn of the prefix, which discards the turns
+    from there on. Any other row is a repetition, or follows a gap.
     """
     return turn <= turns and (attempt > newest or (attempt == newest and turn == turns))
 
 
 def decode(batch: pa.RecordBatch) -> Group:
-    """The group a batch was made of; token arrays are read-only views of the batch's memory.
+    """Decode a group; token arrays are read-only views of the batch's memory.
 
     Raises SchemaError for rows of another version and ValueError for a batch without rows.
     """
@@ -163,12 +167,12 @@ def decode(batch: pa.RecordBatch) -> Group:
 
 
 def as_reused(batch: pa.RecordBatch, reuse: int) -> pa.RecordBatch:
-    """The same rows, of which `decode` says that this is the group's reuse number `reuse`, from 1 on."""
+    """Mark a batch as the group's reuse number `reuse` (from 1), which `decode` returns in `Group.reuse`."""
     return batch.replace_schema_metadata({**batch.schema.metadata, _REUSE: b"%d" % reuse})
 
 
 _LISTS = ("prompt_ids", "action_ids", "behavior_logprobs", "versions")
-_STEP_PLAIN = (
+_TURN_PLAIN = (
     "turn",
     "segment",
     "observation",
@@ -180,7 +184,7 @@ _STEP_PLAIN = (
     "env_seconds",
     "engine_seconds",
 )
-_PLAIN = (*_STEP_PLAIN, "episode", "end_reason", "success", "error", "worker")
+_PLAIN = (*_TURN_PLAIN, "episode", "end_reason", "success", "error", "worker")
 
 
 def _trajectory(
@@ -192,7 +196,7 @@ def _trajectory(
         attempt=slot.attempt,
         index=plain["episode"][last],
         task=slot.task,
-        steps=_steps(plain, lists, rows),
+        turns=_turns(plain, lists, rows),
         end_reason=EndReason(plain["end_reason"][last]),
         success=plain["success"][last],
         error=plain["error"][last],
@@ -200,37 +204,39 @@ def _trajectory(
     )
 
 
-def _so_far(plain: dict[str, list[Any]], lists: dict[str, list[Any]], rows: list[int]) -> EpisodeSoFar:
+def _partial_episode(
+    plain: dict[str, list[Any]], lists: dict[str, list[Any]], rows: list[int]
+) -> PartialEpisode:
     reason, success = plain["end_reason"][rows[-1]], plain["success"][rows[-1]]
     end = None if reason is None else TurnEnd(EndReason(reason), success)
-    return EpisodeSoFar(_steps(plain, lists, rows), end, plain["snapshot"][rows[-1]])
+    return PartialEpisode(_turns(plain, lists, rows), end, plain["snapshot"][rows[-1]])
 
 
-def _steps(plain: dict[str, list[Any]], lists: dict[str, list[Any]], rows: list[int]) -> tuple[Step, ...]:
+def _turns(plain: dict[str, list[Any]], lists: dict[str, list[Any]], rows: list[int]) -> tuple[Turn, ...]:
     return tuple(
-        Step(
-            **{name: plain[name][row] for name in _STEP_PLAIN}, **{name: lists[name][row] for name in _LISTS}
+        Turn(
+            **{name: plain[name][row] for name in _TURN_PLAIN}, **{name: lists[name][row] for name in _LISTS}
         )
         for row in rows
     )
 
 
-def _step_columns(steps: Sequence[Step]) -> dict[str, Any]:
+def _turn_columns(turns: Sequence[Turn]) -> dict[str, Any]:
     return {
-        "turn": np.asarray([step.turn for step in steps], dtype=np.int32),
-        "segment": np.asarray([step.segment for step in steps], dtype=np.int32),
-        "observation": [step.observation for step in steps],
-        "action": [step.action for step in steps],
-        "prompt_ids": _lists([step.prompt_ids for step in steps], pa.int32()),
-        "action_ids": _lists([step.action_ids for step in steps], pa.int32()),
-        "behavior_logprobs": _lists([step.behavior_logprobs for step in steps], pa.float32()),
-        "versions": _lists([step.versions for step in steps], pa.int32()),
-        "reward": np.asarray([step.reward for step in steps], dtype=np.float32),
-        "seat": [step.seat for step in steps],
-        "named_rewards": [step.named_rewards for step in steps],
-        "finish_reason": [step.finish_reason for step in steps],
-        "env_seconds": np.asarray([step.env_seconds for step in steps], dtype=np.float32),
-        "engine_seconds": np.asarray([step.engine_seconds for step in steps], dtype=np.float32),
+        "turn": np.asarray([turn.turn for turn in turns], dtype=np.int32),
+        "segment": np.asarray([turn.segment for turn in turns], dtype=np.int32),
+        "observation": [turn.observation for turn in turns],
+        "action": [turn.action for turn in turns],
+        "prompt_ids": _lists([turn.prompt_ids for turn in turns], pa.int32()),
+        "action_ids": _lists([turn.action_ids for turn in turns], pa.int32()),
+        "behavior_logprobs": _lists([turn.behavior_logprobs for turn in turns], pa.float32()),
+        "versions": _lists([turn.versions for turn in turns], pa.int32()),
+        "reward": np.asarray([turn.reward for turn in turns], dtype=np.float32),
+        "seat": [turn.seat for turn in turns],
+        "named_rewards": [turn.named_rewards for turn in turns],
+        "finish_reason": [turn.finish_reason for turn in turns],
+        "env_seconds": np.asarray([turn.env_seconds for turn in turns], dtype=np.float32),
+        "engine_seconds": np.asarray([turn.engine_seconds for turn in turns], dtype=np.float32),
     }
 
 
@@ -242,8 +248,8 @@ def _batch(columns: dict[str, Any], schema: pa.Schema) -> pa.RecordBatch:
 def _on_last_rows(group: Group) -> list[Trajectory | None]:
     ends: list[Trajectory | None] = []
     for trajectory in group.trajectories:
-        if trajectory.steps:
-            ends.extend([None] * (len(trajectory.steps) - 1))
+        if trajectory.turns:
+            ends.extend([None] * (len(trajectory.turns) - 1))
             ends.append(trajectory)
     return ends
 
@@ -255,7 +261,7 @@ def _array(column: Any, value_type: pa.DataType) -> pa.Array:
 def _lists(arrays: Sequence[np.ndarray[Any, Any]], value_type: pa.DataType) -> pa.ListArray:
     offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
     np.cumsum([len(array) for array in arrays], out=offsets[1:])
-    # Into Arrow's own memory, which is used again: fresh pages would cost as much as what is written to them.
+    # Arrow's allocator reuses memory: fresh pages would cost as much as writing to them.
     dtype, count = np.dtype(value_type.to_pandas_dtype()), int(offsets[-1])
     memory = pa.allocate_buffer(count * dtype.itemsize)
     if count:

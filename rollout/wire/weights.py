@@ -1,9 +1,9 @@
-"""Weight versions on the wire: what the learner publishes and how an engine knows that it holds it.
+"""Weight versions on the wire: what the learner publishes, and how an engine proves that it holds it.
 
-A version is published as a manifest (name, dtype, shape and checksum of every tensor, and a probe) and a handle that
-says where the bytes lie. It is all of a model's tensors, or a low-rank adapter on weights that engines hold. Whoever
-hosts the ring decides where the bytes lie: a file in memory, Ray's object store, or plain arrays in one process.
-Opening a handle gives one read-only uint8 array a tensor, in the manifest's order, without a copy.
+A version is published as a manifest (name, dtype, shape and checksum of every tensor, and a probe) and a handle to its
+bytes. It has all of a model's tensors, or a low-rank adapter for weights that engines hold. The bytes are in a file in
+memory, in Ray's object store, or in plain arrays within one process. Opening a handle returns one read-only uint8 array
+per tensor, in the manifest's order, without a copy.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class TensorSpec:
     """One tensor of a version, by its Hugging Face checkpoint name."""
 
     name: str
-    dtype: str  # torch's name without the prefix, e.g. "bfloat16": numpy has no word for it
+    dtype: str  # torch's name without the prefix, e.g. "bfloat16", which numpy lacks
     shape: tuple[int, ...]
-    checksum: str  # blake3 of the bytes, hex; empty where they went from GPU to GPU and nobody saw them
+    checksum: str  # blake3 of the bytes, hex; empty for transfers from GPU to GPU
 
     @property
     def nbytes(self) -> int:
@@ -65,8 +65,7 @@ class Probe:
     ) -> float:
         """Return the mean absolute difference to the learner's logprobs, or raise `WeightMismatch` beyond tolerance."""
         difference = float(np.abs(np.asarray(logprobs) - np.asarray(self.logprobs)).mean())
-        # written so that NaN fails too
-        if not difference <= self.tolerance:
+        if not difference <= self.tolerance:  # NaN fails too
             raise WeightMismatch(
                 f"{engine}: after the sync to version {version} the probe's logprobs differ from the learner's by "
                 f"{difference:.3g} nats on average (allowed {self.tolerance:.3g}); it computes with other weights"
@@ -76,19 +75,19 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class WeightManifest:
-    """Everything an engine must be able to prove about a version."""
+    """What an engine must prove about a version."""
 
     version: int
     tensors: tuple[TensorSpec, ...]
     probe: Probe
-    adapter: AdapterSpec | None = None  # what the tensors are, where they are not the whole model
+    adapter: AdapterSpec | None = None  # the tensors are this adapter's; None: the whole model
 
     @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.tensors)
 
     def require_names(self, expected: Iterable[str], engine: str) -> None:
-        """Refuse a version whose tensor names are not exactly the checkpoint's, before anything is loaded."""
+        """Raise WeightMismatch unless the tensor names are exactly the checkpoint's; called before loading."""
         published = {spec.name for spec in self.tensors}
         wanted = set(expected)
         if missing := sorted(wanted - published):
@@ -96,15 +95,15 @@ class WeightManifest:
                 f"{engine}: version {self.version} lacks tensor {missing[0]} ({len(missing)} missing)"
             )
         if unknown := sorted(published - wanted):
-            raise WeightMismatch(f"{engine}: version {self.version} brings unknown tensor {unknown[0]}")
+            raise WeightMismatch(f"{engine}: version {self.version} has unknown tensor {unknown[0]}")
 
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """Where the bytes of a version lie. `opener` is "module:function"; it is called with `address` and the manifest's
-    tensor sizes in bytes, and returns one uint8 array a tensor.
+    """Address of a version's bytes. `opener` is "module:function"; it is called with `address` and the tensors' sizes
+    in bytes, and returns one uint8 array per tensor.
 
-    The indirection keeps this module (and vLLM's worker process, which opens the handle too) free of Ray.
+    The indirection keeps this module, and vLLM's worker process, free of Ray.
     """
 
     opener: str
@@ -118,7 +117,7 @@ class Handle:
 
 @dataclass(frozen=True, slots=True)
 class WeightUpdate:
-    """One published version: the manifest and where to get it."""
+    """One published version: its manifest and the handle to its bytes."""
 
     manifest: WeightManifest
     handle: Handle
@@ -128,7 +127,7 @@ class WeightUpdate:
         return self.manifest.version
 
     def to_plain(self) -> dict[str, Any]:
-        """As dicts, lists and strings, for control planes that carry nothing else (the address must be a string)."""
+        """Convert to dicts, lists and strings for vLLM's control plane (the address must be a string)."""
         return asdict(self)
 
     @classmethod
@@ -143,9 +142,9 @@ class WeightUpdate:
         return cls(WeightManifest(manifest["version"], specs, checked, adapter), Handle(**plain["handle"]))
 
     def tensors(self) -> Iterator[tuple[TensorSpec, ByteArray]]:
-        """The tensors' specs and bytes (read-only, zero-copy), in the manifest's order.
+        """Yield the tensors' specs and bytes (read-only, zero-copy), in the manifest's order.
 
-        Raises WeightMismatch when the payload holds fewer or more bytes than the manifest says, naming the tensor.
+        Raises WeightMismatch, naming the tensor, where the payload's size differs from the manifest's.
         """
         specs = self.manifest.tensors
         arrays = self.handle.open([spec.nbytes for spec in specs])
@@ -177,18 +176,18 @@ class SyncReport:
     version: int
     tensors: int  # how many were checked and loaded
     probe_difference: float  # mean |logprob difference| on the probe, nats
-    seconds: float  # the whole sync as the engine saw it
-    seconds_stalled: float  # how long generation stood still
+    seconds: float  # the whole sync, measured by the engine
+    seconds_stalled: float  # while generation was paused
 
 
 def checksum(array: ByteArray) -> str:
-    """blake3 of an array's bytes, hex; large arrays are hashed on all cores."""
+    """Compute blake3 of an array's bytes, hex; large arrays are hashed on all cores."""
     threads = blake3.AUTO if array.nbytes > _THREADED_BYTES else 1
     return blake3(array.data, max_threads=threads).hexdigest()
 
 
 def inline(arrays: Sequence[ByteArray]) -> Handle:
-    """A handle to arrays of this very process; whoever opens it must copy before the learner's next step."""
+    """Return a handle to arrays of this process; engines must copy them before the learner's next step."""
     return Handle("rollout.wire.weights:open_inline", list(arrays))
 
 
@@ -198,7 +197,7 @@ def open_inline(address: Any, sizes: Sequence[int]) -> list[ByteArray]:
 
 
 class MemoryFile:
-    """A file without a name, in memory: it is gone with the last process that holds or maps it, however that ends."""
+    """An anonymous file in memory; the kernel frees it with the last process that holds or maps it."""
 
     def __init__(self, name: str) -> None:
         self._descriptor = os.memfd_create(name)
@@ -206,14 +205,14 @@ class MemoryFile:
 
     @property
     def path(self) -> str:
-        """Where processes of this user on this machine open it, while this object lives."""
+        """Path at which processes of this user on this machine open it, while this object exists."""
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
 
 def write_memory(arrays: Sequence[ByteArray]) -> tuple[Handle, MemoryFile]:
     """Write the arrays back to back into memory that any process of this user on this machine can map.
 
-    The caller keeps the file until every engine has acknowledged; what is mapped by then stays so.
+    The caller keeps the file until every engine has acknowledged; existing maps stay valid.
     """
     file = MemoryFile("manta-weights")
     with open(file.path, "wb") as writing:
@@ -223,18 +222,18 @@ def write_memory(arrays: Sequence[ByteArray]) -> tuple[Handle, MemoryFile]:
 
 
 def open_file(address: str, sizes: Sequence[int]) -> list[ByteArray]:
-    """Map the file; a short file gives short arrays, which `WeightUpdate.tensors` reports by name."""
+    """Map the file; a short file gives short arrays, which `WeightUpdate.tensors` refuses by name."""
     return parts(np.memmap(address, dtype=np.uint8, mode="r"), sizes)
 
 
 def parts(whole: ByteArray, sizes: Sequence[int]) -> list[ByteArray]:
-    """Views of consecutive parts of a buffer; where it is too short, so are they."""
+    """Return views of consecutive parts of a buffer; they are short where it is."""
     ends = np.cumsum(sizes)
     return [whole[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
 def joined(arrays: Sequence[ByteArray]) -> ByteArray:
-    """The bytes of all arrays back to back: no copy where they are the consecutive parts of one buffer."""
+    """Concatenate the bytes of all arrays, without a copy if they are the consecutive parts of one buffer."""
     whole = arrays[0].base
     if isinstance(whole, np.ndarray) and whole.dtype == np.uint8:
         ends = np.cumsum([array.nbytes for array in arrays])

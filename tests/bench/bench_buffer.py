@@ -18,10 +18,10 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from rollout.buffer.replay_store import BufferSettings, EpisodeRow, Finished, ReplayStore
+from rollout.buffer.replay_store import BufferSettings, EpisodeRow, FinishedGroup, ReplayStore
 from rollout.buffer.scheduler import StalenessScheduler
 from rollout.wire.schema import decode, encode
-from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
+from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
 
 GROUPS_PER_STEP, STEPS, ROUNDS = 32, 4, 5
 SMALL_GROUPS, SMALL_WARM_UP, SMALL_PER_STEP = 100_000, 10_000, 200
@@ -31,8 +31,8 @@ def build_group(slot: Slot, episodes: int, turns: int, prompt: int, sampled: int
     """A group of random tokens; `prompt` and `sampled` tokens and `text` characters a turn."""
     rng = np.random.default_rng(slot.group_id)
 
-    def step(turn: int) -> Step:
-        return Step(
+    def step(turn: int) -> Turn:
+        return Turn(
             turn=turn,
             segment=0,
             observation="x" * text,
@@ -122,9 +122,9 @@ def store_step(
     store: ReplayStore, ready: list[tuple[pa.RecordBatch, list[EpisodeRow]]], per_sync: int
 ) -> None:
     """Hand in and take the groups of one step."""
-    finished: list[Finished] = []
-    for lane, (batch, rows) in enumerate(ready):
-        given = store.reserve("bench", lane)
+    finished: list[FinishedGroup] = []
+    for worker_loop, (batch, rows) in enumerate(ready):
+        given = store.reserve("bench", worker_loop)
         assert given is not None
         finished.append((given.slot, batch, rows))
         if len(finished) == per_sync:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from learner.algorithm.schedule import OptimSettings
 from learner.settings import LearnerSettings, ModelSettings
 from learner.training.learner import Learner
-from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
+from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
 from tests.bench.player import untaught_model
 
 GROUPS, GROUP_SIZE, CONTEXT, PADDED_BATCH, ROUNDS = 8, 8, 512, 8, 5
@@ -37,7 +37,7 @@ def episodes(vocabulary: int) -> list[Group]:
 
     def episode(group: int, index: int) -> Trajectory:
         sampled = int(np.clip(rng.lognormal(4.2, 0.9), 4, CONTEXT - PROMPT))
-        step = Step(
+        step = Turn(
             turn=0,
             segment=0,
             observation="",
@@ -59,7 +59,7 @@ def episodes(vocabulary: int) -> list[Group]:
 def padded_loop(folder: Path, groups: list[Group]) -> Callable[[], None]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     adamw = torch.optim.AdamW(model.parameters(), lr=OPTIM.learning_rate, fused=True)
-    steps = [trajectory.steps[0] for group in groups for trajectory in group.trajectories]
+    steps = [trajectory.turns[0] for group in groups for trajectory in group.trajectories]
     total = sum(len(step.action_ids) for step in steps)
 
     def step() -> None:
@@ -131,7 +131,7 @@ def main() -> dict[str, float]:
             began = time.perf_counter()
             padded()
             took["padded"].append(time.perf_counter() - began)
-    tokens = sum(len(t.steps[0].action_ids) + PROMPT for group in groups for t in group.trajectories)
+    tokens = sum(len(t.turns[0].action_ids) + PROMPT for group in groups for t in group.trajectories)
     ratios = [slow / fast for slow, fast in zip(took["padded"], took["packed"], strict=True)]
     return {
         "ratio": round(statistics.median(ratios), 3),

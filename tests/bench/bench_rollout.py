@@ -110,12 +110,12 @@ class Rig:
         waiting = iter(played.requests)
         prompt = {"cache_salt": salt, **form}
 
-        async def lane() -> None:
+        async def worker_loop() -> None:
             for group in waiting:
                 await asyncio.gather(*(self._episode(requests, prompt) for requests in group))
 
         began = time.perf_counter()
-        await asyncio.gather(*(lane() for _ in range(self._config.rollout.concurrent_groups)))
+        await asyncio.gather(*(worker_loop() for _ in range(self._config.rollout.concurrent_groups)))
         return time.perf_counter() - began
 
     async def close(self) -> None:
@@ -150,7 +150,7 @@ async def _take_all(replay_buffer: ReplayBuffer) -> list[pa.RecordBatch]:
 def _requests(episode: Trajectory) -> list[Request]:
     requests: list[Request] = []
     segment, history = -1, list[int]()
-    for step in episode.steps:
+    for step in episode.turns:
         if step.segment != segment:
             segment, history = step.segment, []
         prompt = history + step.prompt_ids.tolist()

@@ -61,13 +61,13 @@ class Feeder:
     async def feed(self, seconds: float) -> int:
         """Groups handed in within so many seconds."""
         ends = time.perf_counter() + seconds
-        return sum(await asyncio.gather(*(self._lane(lane, ends) for lane in range(LANES))))
+        return sum(await asyncio.gather(*(self._lane(worker_loop, ends) for worker_loop in range(LANES))))
 
-    async def _lane(self, lane: int, ends: float) -> int:
+    async def _lane(self, worker_loop: int, ends: float) -> int:
         done = 0
         rows = [EpisodeRow.of(trajectory) for trajectory in self._sample.trajectories]
         while time.perf_counter() < ends:
-            assignment = await self._replay_buffer.reserve(self._name, lane)
+            assignment = await self._replay_buffer.reserve(self._name, worker_loop)
             assert assignment is not None
             group = Group(assignment.slot, self._sample.trajectories)
             await self._replay_buffer.add(assignment.slot, encode(group), rows)

@@ -11,7 +11,7 @@ import torch
 
 from learner.model.tiny import build_tiny
 from learner.model.tokenizer import build_tokenizer
-from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
+from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
 
 torch.set_num_threads(1)
 TASK = Task.of("toy", 0)
@@ -44,9 +44,9 @@ def _episode(rng: np.random.Generator, group_id: int, index: int, reward: float,
     return Trajectory(group_id, 0, index, TASK, steps, EndReason.TERMINATED, success=reward > 0)
 
 
-def _step(rng: np.random.Generator, turn: int, reward: float) -> Step:
+def _step(rng: np.random.Generator, turn: int, reward: float) -> Turn:
     prompt, action = int(rng.integers(2, 9)), int(rng.integers(1, 4))
-    return Step(
+    return Turn(
         turn=turn,
         segment=0,
         observation="",

@@ -96,11 +96,11 @@ def _eighths(noise: np.random.Generator, count: int) -> tuple[float, ...]:
     return tuple(float(x) / 8 for x in noise.integers(-8, 8, count))
 
 
-def _step(of: Episode, turn: int) -> wire.Step:
+def _step(of: Episode, turn: int) -> wire.Turn:
     here = [token for token in of.tokens if token.turn == turn]
     acted = [token for token in here if token.sampled]
     last = turn == len(of.rewards) - 1
-    return wire.Step(
+    return wire.Turn(
         turn=turn,
         segment=here[0].segment,
         observation=of.states[turn],

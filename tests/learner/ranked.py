@@ -21,7 +21,7 @@ from learner.settings import LearnerSettings
 from learner.training.learner import Learner
 from learner.training.publish import take_snapshot
 from rollout.wire.schema import as_reused, decode, encode
-from rollout.wire.trajectory import Group, Step
+from rollout.wire.trajectory import Group, Turn
 from tests.learner.episodes import group, random_groups
 
 LIMIT = 12  # tokens of a row: every rank has several
@@ -159,9 +159,9 @@ def refused(
     groups = groups_of(0)
     *others, last = groups[3].trajectories
     steps = tuple(
-        replace(step, **{name: change(step) for name, change in spoilt.items()}) for step in last.steps
+        replace(step, **{name: change(step) for name, change in spoilt.items()}) for step in last.turns
     )
-    groups[3] = replace(groups[3], trajectories=(*others, replace(last, steps=steps)))
+    groups[3] = replace(groups[3], trajectories=(*others, replace(last, turns=steps)))
     try:
         made.step(own(ranks, groups))
     except BatchRefused as error:
@@ -170,11 +170,11 @@ def refused(
     return "", len(applied), False
 
 
-def without_logprobs(step: Step) -> Any:
+def without_logprobs(step: Turn) -> Any:
     return np.full_like(step.behavior_logprobs, np.nan)
 
 
-def beyond_floats(step: Step) -> float:
+def beyond_floats(step: Turn) -> float:
     return 3e38
 
 

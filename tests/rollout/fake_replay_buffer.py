@@ -27,14 +27,16 @@ class FakeReplayBuffer:
         self.recorded = asyncio.Event()
         self.writers = 0
 
-    async def reserve(self, worker: str, lane: int) -> Assignment | None:
-        if (worker, lane) in self.held:
-            raise AssertionError(f"lane {lane} asks again before it handed in {self.held[worker, lane]}")
+    async def reserve(self, worker: str, worker_loop: int) -> Assignment | None:
+        if (worker, worker_loop) in self.held:
+            raise AssertionError(
+                f"worker_loop {worker_loop} asks again before it handed in {self.held[worker, worker_loop]}"
+            )
         if not self.slots:
             if not self.ends:
                 await asyncio.Event().wait()
             return None
-        slot = self.held[worker, lane] = self.slots.pop(0)
+        slot = self.held[worker, worker_loop] = self.slots.pop(0)
         return Assignment(slot, self.rows_of(slot.group_id))
 
     async def record_turns(self, batch: pa.RecordBatch) -> None:
@@ -78,7 +80,7 @@ class FakeReplayBuffer:
         ]
 
     def _end(self, slot: Slot) -> None:
-        lanes = [lane for lane, held in self.held.items() if held == slot]
-        if not lanes:
+        loops = [worker_loop for worker_loop, held in self.held.items() if held == slot]
+        if not loops:
             raise StaleSlot(f"group {slot.group_id} is not held by attempt {slot.attempt}")
-        del self.held[lanes[0]]
+        del self.held[loops[0]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
+from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
 
 
 def task_of(group_id: int) -> Task:
@@ -19,7 +19,7 @@ def make_group(
 ) -> Group:
     """A sibling for each end reason, of one step each; `versions` sampled all tokens (default: the slot's)."""
     sampled = np.full(tokens, slot.version if versions is None else versions, dtype=np.int32)
-    step = Step(
+    step = Turn(
         turn=0,
         segment=0,
         observation="north?",

@@ -15,7 +15,7 @@ from rollout.agents.agent import Agent, AgentSettings
 from rollout.chat.chat import Chat
 from rollout.engines.engine import Sampling
 from rollout.engines.scripted_engine import Request, ScriptedEngine
-from rollout.episodes.episode import Limits, Place, run_episode
+from rollout.episodes.episode import EpisodeLimits, EpisodeSpec, run_episode
 from rollout.wire.trajectory import Slot, Task, Trajectory
 
 Script = Callable[[str, Random], str]
@@ -36,8 +36,8 @@ def played(
     engine = ScriptedEngine(tokenizer, script)
     settings = AgentSettings(memory=memory, min_new_tokens=16)
     agent = Agent(engine, chat, Sampling(max_tokens=128), context_tokens, settings)
-    place = Place(Slot(seed, 0, Task.of("code", seed), 0), index=0, seed=seed)
-    trajectory = asyncio.run(run_episode(InProcessEnv(env), agent, place, Limits(max_turns, 60.0)))
+    place = EpisodeSpec(Slot(seed, 0, Task.of("code", seed), 0), index=0, seed=seed)
+    trajectory = asyncio.run(run_episode(InProcessEnv(env), agent, place, EpisodeLimits(max_turns, 60.0)))
     assert trajectory.error is None, trajectory.error
     _assert_exact(trajectory, engine)
     if requests is not None:
@@ -48,9 +48,9 @@ def played(
 def _assert_exact(trajectory: Trajectory, engine: ScriptedEngine) -> None:
     """What is stored of every segment is what the engine was asked and answered, token by token."""
     history: dict[int, list[int]] = {}
-    for step, request in zip(trajectory.steps, engine.requests, strict=True):
-        so_far = history.setdefault(step.segment, [])
-        so_far += step.prompt_ids.tolist()
-        assert tuple(so_far) == request.prompt_ids
-        so_far += step.action_ids.tolist()
+    for step, request in zip(trajectory.turns, engine.requests, strict=True):
+        resume_from = history.setdefault(step.segment, [])
+        resume_from += step.prompt_ids.tolist()
+        assert tuple(resume_from) == request.prompt_ids
+        resume_from += step.action_ids.tolist()
         assert step.action_ids.tolist() == request.completion.token_ids.tolist()

@@ -75,7 +75,7 @@ class Scripted:
         await self._lives()
 
     async def standing(self) -> str:
-        return "its event loop has stood for 30 s in step (maze.py:33)" if self.frozen else ""
+        return "its event loop has been blocked for 30 s in step (maze.py:33)" if self.frozen else ""
 
     async def stop(self) -> None:
         await self._lives()
@@ -164,7 +164,7 @@ def test_a_lost_worker_is_killed_its_groups_handed_on_and_its_seat_filled(how: s
         cause = (
             "is dead"
             if how == "dead"
-            else "within 1 s: its event loop has stood for 30 s in step (maze.py:33)"
+            else "within 1 s: its event loop has been blocked for 30 s in step (maze.py:33)"
         )
         assert any(cause in said for said in world.said)
 

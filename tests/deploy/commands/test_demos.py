@@ -38,7 +38,7 @@ def test_a_player_without_errors_is_written_as_it_plays(tmp_path: Path) -> None:
         (trajectory,) = decode(batch).trajectories
         env = registry.make("frozen_lake", instructions=False)
         said: Any = env.reset(seed=trajectory.task.seed)[0]
-        for step in trajectory.steps:
+        for step in trajectory.turns:
             assert said in tokenizer.decode(step.prompt_ids)
             assert tokenizer.decode(step.action_ids, skip_special_tokens=True) == step.action
             said, reward, *_ = env.step(step.action)

@@ -13,11 +13,11 @@ from learner.data.advantage_log import AdvantageLog
 from learner.model.tokenizer import build_tokenizer
 from rollout.buffer.segments import SegmentWriter
 from rollout.wire.schema import encode
-from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
+from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
 
 
-def step(turn: int, reward: float, segment: int = 0, observation: str = "SF\nFG") -> Step:
-    return Step(
+def step(turn: int, reward: float, segment: int = 0, observation: str = "SF\nFG") -> Turn:
+    return Turn(
         turn=turn,
         segment=segment,
         observation=observation,
@@ -107,7 +107,7 @@ def test_a_turn_holds_what_was_said_and_sampled(tmp_path: Path) -> None:
     ids = tokenizer("ok")["input_ids"]
     chat = '[{"role": "system", "content": "be brief"}, {"role": "user", "content": "yes?"}]'
     first = step(0, 0.0, observation=chat)
-    second = Step(
+    second = Turn(
         1,
         1,
         "not JSON",

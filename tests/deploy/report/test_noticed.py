@@ -27,7 +27,7 @@ from rollout.wire.notices import MOST
 from tests.deploy.small_run import configured, late_engine, train
 from tests.smollm2 import FOLDER, needs_smollm2
 
-UNHEARD = "a foreign agent asks for temperature, top_p: not heeded, the run's own sampling holds"
+UNHEARD = "a foreign agent's option is ignored: temperature, top_p; the run's sampling settings apply"
 
 
 def unheard(base_url: str, api_key: str, task: dict[str, Any]) -> dict[str, Any]:
@@ -48,8 +48,8 @@ def test_what_the_workers_of_a_local_run_notice_is_said_once(tmp_path: Path) -> 
     tree["evaluation"] |= {"options": {}, "first_seed": 1000, "tasks": 3}
     tree["agent"]["memory"] = "full"
     train(parse(tree, ""), tmp_path / "run", late_engine(0), ring_type=partial(LocalRuntime, say=said.append))
-    heeded = [line for line in said if "not heeded" in line]
-    assert heeded == [f"note: {UNHEARD}"], said
+    ignored = [line for line in said if "option is ignored" in line]
+    assert ignored == [f"note: {UNHEARD}"], said
     failed = [line for line in said if "an episode failed" in line]
     assert len(failed) == 1 and r"no room for \x1b[2J seed 1001" in failed[0], said
     assert (tmp_path / "run" / FILE).read_text(encoding="utf-8").splitlines() == said
@@ -139,5 +139,5 @@ def test_what_an_evaluation_of_the_real_smollm2_notices_is_said_once(
     outcome = evaluate_checkpoint(str(FOLDER), "program", range(3), conditions, tmp_path / "eval")
     assert (outcome.episodes, outcome.failed) == (2, 1)
     said = capfd.readouterr().err
-    assert said.count("not heeded") == said.count("an episode failed") == 1
+    assert said.count("option is ignored") == said.count("an episode failed") == 1
     assert (tmp_path / "eval" / FILE).read_text(encoding="utf-8") == said

@@ -17,7 +17,7 @@ from deploy.report.metrics import read_metrics
 from deploy.report.report import clock, write_report
 from rollout.buffer.segments import SegmentWriter
 from rollout.wire.schema import encode
-from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
+from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
 from tests.deploy.small_run import configured, train
 
 HOSTILE = "</script><script>alert('pwned')</script> \x1b[31m \u202e"
@@ -73,7 +73,7 @@ def run_folder(parent: Path, finished: bool = True) -> Path:
     if finished:
         (run / "summary.json").write_text(json.dumps(SUMMARY), encoding="utf-8")
     ids, logprobs = np.array([7, 8], np.int32), np.array([-0.1, -2.0], np.float32)
-    step = Step(0, 0, HOSTILE, HOSTILE, ids, ids, logprobs, np.zeros(2, np.int32), 1.0, "stop")
+    step = Turn(0, 0, HOSTILE, HOSTILE, ids, ids, logprobs, np.zeros(2, np.int32), 1.0, "stop")
     task = Task.of("lake", 5)
     trajectory = Trajectory(0, 0, 0, task, (step,), EndReason.TERMINATED, True, worker="rollout-0")
     writer = SegmentWriter(run / "groups", max_bytes=1 << 20)

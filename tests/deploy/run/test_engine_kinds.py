@@ -120,7 +120,7 @@ def test_an_engine_that_cannot_be_started_is_one_line_before_anything_is_written
         "train", RECIPE, "--local", "--run-dir", str(tmp_path / "run"), f"engine={{{engine}}}"
     )
     assert (code, out) == (2, "")
-    assert says in err and err.startswith("manta: engine.kind=") and err.count("\n") == 1, err
+    assert says in err and err.startswith("manta: engine: ") and err.count("\n") == 1, err
     assert not (tmp_path / "run").exists()
 
 

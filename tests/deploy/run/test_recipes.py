@@ -17,7 +17,7 @@ from learner.model.tiny import build_tiny
 from learner.model.tokenizer import build_tokenizer
 from learner.settings import ImitationSettings, ModelSettings
 from learner.training.learner import Learner
-from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
+from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
 
 WORDS = ("left", "down", "right", "up")
 TURNS, GROUPS, GROUP_SIZE, STEPS = 2, 8, 8, 35
@@ -43,7 +43,7 @@ class Echo:
         """`choose`: [E, T] token ids -> the next token and its logprob for each of E episodes."""
         asked = self.rng.integers(0, len(WORDS), (GROUPS, TURNS)).repeat(GROUP_SIZE, axis=0)
         history = np.zeros((len(asked), 0), np.int32)
-        steps: list[list[Step]] = [[] for _ in asked]
+        steps: list[list[Turn]] = [[] for _ in asked]
         for turn in range(TURNS):
             said = np.array(self.words, np.int32)[asked[:, turn]]
             prompts = np.stack([np.full(len(asked), 5 + turn, np.int32), said], axis=1)
@@ -54,10 +54,10 @@ class Echo:
                 reward = 0.5 * (chosen[episode] == said[episode])
                 ids, by = np.int32([chosen[episode]]), np.int32([version])
                 logprob = np.float32([logprobs[episode]])
-                mine.append(Step(turn, 0, str(said), "", prompts[episode], ids, logprob, by, reward, "stop"))
+                mine.append(Turn(turn, 0, str(said), "", prompts[episode], ids, logprob, by, reward, "stop"))
         return [self._group(number, steps) for number in range(GROUPS)]
 
-    def _group(self, number: int, steps: list[list[Step]]) -> Group:
+    def _group(self, number: int, steps: list[list[Turn]]) -> Group:
         task = Task.of("echo", number)
         mine = steps[number * GROUP_SIZE : (number + 1) * GROUP_SIZE]
         episodes = [
@@ -143,11 +143,11 @@ def against_itself(group: Group, words: list[int]) -> Group:
     """The same as a game of two sides: the first says a word, the second wins by saying it too."""
     games = []
     for episode in group.trajectories:
-        first, second = episode.steps
+        first, second = episode.turns
         said, answer = int(first.action_ids[0]), int(second.action_ids[0])
         lost = float(said in words and answer != said)
         steps = (replace(first, reward=0.0), replace(second, seat=1, reward=lost))
-        games.append(replace(episode, steps=steps))
+        games.append(replace(episode, turns=steps))
     return replace(group, trajectories=tuple(games))
 
 

@@ -45,11 +45,11 @@ def test_a_row_equals_the_hand_packed_one() -> None:
 
 def test_segments_of_an_episode_become_sequences(group_of: Callable[..., Group]) -> None:
     episode = group_of(0, [1.0, 0.0], turns=3).trajectories[0]
-    steps = tuple(replace(step, segment=0 if step.turn < 2 else 1) for step in episode.steps)
+    steps = tuple(replace(step, segment=0 if step.turn < 2 else 1) for step in episode.turns)
     count = episode.num_sampled
     columns = {"values": np.arange(count, dtype=np.float32)}
     first, second = sequences_of(
-        replace(episode, steps=steps), np.full(count, 0.5, np.float32), 0.25, columns
+        replace(episode, turns=steps), np.full(count, 0.5, np.float32), 0.25, columns
     )
     ids = [np.concatenate([s.prompt_ids, s.action_ids]) for s in steps]
     np.testing.assert_array_equal(first.token_ids_T, np.concatenate(ids[:2]))
@@ -97,6 +97,6 @@ def test_a_sequence_beyond_the_context_is_refused_in_one_line() -> None:
 
 def test_a_segment_without_a_prompt_is_refused(group_of: Callable[..., Group]) -> None:
     episode = group_of(0, [1.0, 0.0], turns=1).trajectories[0]
-    bare = replace(episode, steps=(replace(episode.steps[0], prompt_ids=np.zeros(0, np.int32)),))
+    bare = replace(episode, turns=(replace(episode.turns[0], prompt_ids=np.zeros(0, np.int32)),))
     with pytest.raises(ValueError, match="opens with a sampled token"):
         sequences_of(bare, np.ones(bare.num_sampled, np.float32))

@@ -38,13 +38,13 @@ def _learner(tiny: Path, recipe: Recipe, **fields: Any) -> Learner:
 def _spoilt(group: Group, **changes: Any) -> Group:
     """Its last episode's last turn changed."""
     *others, last = group.trajectories
-    steps = (*last.steps[:-1], replace(last.steps[-1], **changes))
-    return replace(group, trajectories=(*others, replace(last, steps=steps)))
+    steps = (*last.turns[:-1], replace(last.turns[-1], **changes))
+    return replace(group, trajectories=(*others, replace(last, turns=steps)))
 
 
 def _told(group: Group, logprob: float) -> Group:
     return _spoilt(
-        group, behavior_logprobs=np.full_like(group.trajectories[-1].steps[-1].behavior_logprobs, logprob)
+        group, behavior_logprobs=np.full_like(group.trajectories[-1].turns[-1].behavior_logprobs, logprob)
     )
 
 

@@ -87,9 +87,9 @@ def test_code_that_came_with_a_model_is_neither_run_nor_asked_about(
 
 def test_a_folder_that_is_gone_is_no_malformed_id(tmp_path: Path) -> None:
     gone = str(tmp_path / "runs" / "mine" / "base")
-    with pytest.raises(ModelMissing, match=f"model {gone}: there is no such folder"):
+    with pytest.raises(ModelMissing, match=f"model {gone}: no such folder"):
         pretrained(AutoTokenizer, gone)
-    with pytest.raises(ModelError, match="there is no such folder"):
+    with pytest.raises(ModelError, match="no such folder"):
         Policy(ModelSettings(path=gone))
 
 

@@ -17,7 +17,7 @@ from learner.model.policy import ModelError, Policy
 from learner.settings import ModelSettings
 from learner.training.publish import take_snapshot
 from rollout.engines.hf_engine import HfEngine
-from rollout.wire.trajectory import EndReason, Step, Task, Trajectory
+from rollout.wire.trajectory import EndReason, Task, Trajectory, Turn
 from rollout.wire.weights import WeightUpdate, inline
 from tests.seeing import FAMILIES, build, picture
 
@@ -142,11 +142,11 @@ def test_a_version_holds_in_an_engine_and_in_a_checkpoint(rig: Rig, tmp_path: Pa
 
 
 def test_pictures_of_a_segment_are_those_its_turns_were_shown() -> None:
-    def step(turn: int, segment: int, *images: str) -> Step:
+    def step(turn: int, segment: int, *images: str) -> Turn:
         content = [{"type": "image", "image": each} for each in images]
         said = '[{"role": "user", "content": ' + str(content).replace("'", '"') + "}]"
         one, none = np.ones(1, np.int32), np.zeros(1, np.float32)
-        return Step(turn, segment, said, "", one, one, none, one, 0.0, "stop")
+        return Turn(turn, segment, said, "", one, one, none, one, 0.0, "stop")
 
     a, b, c = picture(1), picture(2), picture(3)
     steps = (step(0, 0, a), step(1, 0), step(2, 0, b, c), step(3, 1, a))

@@ -47,8 +47,8 @@ def _settings(tiny: Path, **changes: object) -> LearnerSettings:
 def _with_versions(group: Group, version: int) -> Group:
     episodes = []
     for episode in group.trajectories:
-        steps = tuple(replace(s, versions=np.full_like(s.versions, version)) for s in episode.steps)
-        episodes.append(replace(episode, steps=steps))
+        steps = tuple(replace(s, versions=np.full_like(s.versions, version)) for s in episode.turns)
+        episodes.append(replace(episode, turns=steps))
     return replace(group, trajectories=tuple(episodes))
 
 
@@ -93,7 +93,7 @@ def test_every_named_reward_is_described_over_all_episodes(group_of: Groups) -> 
     group = group_of(0, [0.0] * 3, turns=2)
     said = [['{"goal": 1, "form": -0.5}', '{"goal": 2}'], [None, '{"goal": 0, "form": 0.25}'], [None, None]]
     episodes = [
-        replace(t, steps=tuple(replace(s, named_rewards=n) for s, n in zip(t.steps, names, strict=True)))
+        replace(t, turns=tuple(replace(s, named_rewards=n) for s, n in zip(t.turns, names, strict=True)))
         for t, names in zip(group.trajectories, said, strict=True)
     ]
     described = describe([replace(group, trajectories=tuple(episodes))], version=7)
@@ -152,7 +152,7 @@ def test_good_actions_become_likelier_and_bad_ones_less(
     group = group_of(0, [1.0, 0.0, 0.0, 1.0])
 
     def logprob(index: int) -> float:
-        steps = group.trajectories[index].steps
+        steps = group.trajectories[index].turns
         ids = np.concatenate([np.concatenate([s.prompt_ids, s.action_ids]) for s in steps])
         sampled = np.concatenate(
             [np.r_[np.zeros(len(s.prompt_ids)), np.ones(len(s.action_ids))] for s in steps]

@@ -21,7 +21,7 @@ from learner.training.loop import LearnerLoop, Row
 from learner.training.publish import Snapshot
 from rollout.wire.partition import Partition
 from rollout.wire.schema import encode
-from rollout.wire.trajectory import DropReason, Group, Step
+from rollout.wire.trajectory import DropReason, Group, Turn
 from rollout.wire.weights import Handle, WeightUpdate, write_memory
 
 Groups = Callable[..., Group]
@@ -53,10 +53,10 @@ class ReplayBuffer:
 
 
 def _broken(group: Group) -> Group:
-    def without_numbers(step: Step) -> Step:
+    def without_numbers(step: Turn) -> Turn:
         return replace(step, behavior_logprobs=np.full_like(step.behavior_logprobs, np.nan))
 
-    episodes = [replace(t, steps=tuple(map(without_numbers, t.steps))) for t in group.trajectories]
+    episodes = [replace(t, turns=tuple(map(without_numbers, t.turns))) for t in group.trajectories]
     return replace(group, trajectories=tuple(episodes))
 
 

@@ -235,8 +235,8 @@ def test_a_batch_that_is_not_finite_moves_neither_policy_nor_head(tiny: Path, gr
     good = group_of(1, [1.0, 0.0])
     spoilt, *others = good.trajectories
     steps = tuple(
-        replace(s, behavior_logprobs=np.full_like(s.behavior_logprobs, np.nan)) for s in spoilt.steps
+        replace(s, behavior_logprobs=np.full_like(s.behavior_logprobs, np.nan)) for s in spoilt.turns
     )
     with pytest.raises(BatchRefused):
-        learner.step([replace(good, trajectories=(replace(spoilt, steps=steps), *others))])
+        learner.step([replace(good, trajectories=(replace(spoilt, turns=steps), *others))])
     assert all(torch.equal(a, b) for a, b in zip(before, _parameters(learner), strict=True))

@@ -23,12 +23,12 @@ from rollout.agents.library import LibrarySettings, Store
 from rollout.agents.memory import Notebook, NotebookSettings, SummarySettings, WindowSettings
 from rollout.agents.planning import PlanSettings
 from rollout.agents.reflection import ReflectSettings
-from rollout.agents.settings import PartSettings, dressed
+from rollout.agents.settings import PartSettings, wrapped
 from rollout.agents.thinking import ThinkSettings
 from rollout.chat.chat import Chat
 from rollout.episodes.pool import EnvironmentPool
-from rollout.episodes.resume import bring_back
-from rollout.wire.trajectory import EndReason, EpisodeSoFar, Task
+from rollout.episodes.resume import restore_environment
+from rollout.wire.trajectory import EndReason, PartialEpisode, Task
 from tests.rollout.scripted import Script, played
 
 MOVES = ("left", "right")
@@ -123,7 +123,7 @@ def successes(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> Callable[..., i
     """Of the eight codes, how many a policy plays right."""
 
     def count(script: Script, part: PartSettings | None, env: dict[str, Any], **how: Any) -> int:
-        made = dressed(lambda: Code(**env), [part] if part else [])
+        made = wrapped(lambda: Code(**env), [part] if part else [])
         return sum(bool(played(chat, tokenizer, script, made, seed, **how).success) for seed in range(8))
 
     return count
@@ -149,8 +149,8 @@ def test_thoughts_are_not_heard_and_end_in_time(successes: Callable[..., int]) -
 def test_a_thought_that_is_closed_for_the_policy_goes_on_in_the_same_turn(
     chat: Chat, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    env = dressed(Code, [ThinkSettings(tokens=60)])
-    steps = played(chat, tokenizer, thinker, env, seed=5).steps
+    env = wrapped(Code, [ThinkSettings(tokens=60)])
+    steps = played(chat, tokenizer, thinker, env, seed=5).turns
     closed = steps[3]
     assert [step.finish_reason for step in steps] == ["stop", "stop", "length", "stop"]
     assert tokenizer.decode(closed.prompt_ids) == "</think>"
@@ -160,8 +160,8 @@ def test_a_thought_that_is_closed_for_the_policy_goes_on_in_the_same_turn(
 def test_forgotten_thoughts_open_a_segment_without_them(
     chat: Chat, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    env = dressed(Code, [ThinkSettings(tokens=60, keep=False)])
-    steps = played(chat, tokenizer, thinker, env, seed=5).steps
+    env = wrapped(Code, [ThinkSettings(tokens=60, keep=False)])
+    steps = played(chat, tokenizer, thinker, env, seed=5).turns
     assert [step.segment for step in steps] == [0, 1, 2, 2]
     second = tokenizer.decode(steps[1].prompt_ids)
     assert second == "<|user|>begin code right left right<|assistant|>right<|end|><|user|>move 1<|assistant|>"
@@ -186,7 +186,7 @@ def test_a_notebook_keeps_what_a_window_forgets(chat: Chat, tokenizer: PreTraine
     window = WindowSettings(every=6, keep=2)
 
     def play(parts: list[PartSettings]) -> int:
-        made = partial(dressed, partial(Code, wait=9, says=1), parts)
+        made = partial(wrapped, partial(Code, wait=9, says=1), parts)
         return sum(bool(played(chat, tokenizer, noter, made(), seed).success) for seed in range(8))
 
     assert play([NotebookSettings(), window]) == 8
@@ -209,12 +209,12 @@ def test_a_notebook_is_bounded_and_begins_empty() -> None:
 def test_a_summary_is_a_turn_that_is_trained_and_begins_a_segment(
     chat: Chat, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    env = dressed(lambda: Code(wait=3), [SummarySettings(every=2)])
+    env = wrapped(lambda: Code(wait=3), [SummarySettings(every=2)])
     trajectory = played(chat, tokenizer, summarizer, env, seed=6)
     assert trajectory.end_reason is EndReason.TERMINATED
-    assert [step.segment for step in trajectory.steps] == [0, 0, 0, 1, 1, 1, 2, 2]
-    assert [step.action for step in trajectory.steps][2::3] == ["code right right left"] * 2
-    fourth = json.loads(trajectory.steps[3].observation)
+    assert [step.segment for step in trajectory.turns] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert [step.action for step in trajectory.turns][2::3] == ["code right right left"] * 2
+    fourth = json.loads(trajectory.turns[3].observation)
     assert fourth == [
         {
             "role": "user",
@@ -239,12 +239,12 @@ def test_every_attempt_earns_what_it_earned_and_the_last_one_decides(
         chat,
         tokenizer,
         lambda prompt, rng: "left",
-        dressed(lambda: Code(**NEVER), [ReflectSettings(attempts=3)]),
+        wrapped(lambda: Code(**NEVER), [ReflectSettings(attempts=3)]),
         7,
     )
-    assert [step.segment for step in trajectory.steps] == [0] * 4 + [1] * 4 + [2] * 3
+    assert [step.segment for step in trajectory.turns] == [0] * 4 + [1] * 4 + [2] * 3
     assert (trajectory.success, trajectory.reward) == (False, 0.0)
-    third = json.loads(trajectory.steps[8].observation)
+    third = json.loads(trajectory.turns[8].observation)
     assert third == [
         {"role": "user", "content": "Attempt 1: left\nAttempt 2: left\nbegin", "forget": True},
     ]
@@ -255,11 +255,11 @@ def test_a_lesson_of_one_episode_serves_the_next(
 ) -> None:
     part = LibrarySettings(path=tmp_path / "lessons.sqlite", found=1)
     results = [
-        played(chat, tokenizer, learner, dressed(lambda: Code(**NEVER), [part]), seed=6).success
+        played(chat, tokenizer, learner, wrapped(lambda: Code(**NEVER), [part]), seed=6).success
         for _ in range(2)
     ]
     assert results == [False, True]
-    assert InProcessEnv(dressed(Code, [part])).nondeterministic
+    assert InProcessEnv(wrapped(Code, [part])).nondeterministic
     assert played(chat, tokenizer, learner, Code(**NEVER), seed=6).success is False
 
 
@@ -296,14 +296,14 @@ def test_an_episode_goes_on_through_its_part(
     chat: Chat, tokenizer: PreTrainedTokenizerFast, part: Any
 ) -> None:
     """Replayed from seed and actions, every observation the same: what a lost worker leaves is enough."""
-    make = partial(dressed, partial(Code, wait=2), [part])
+    make = partial(wrapped, partial(Code, wait=2), [part])
     trajectory = played(
         chat, tokenizer, lambda prompt, rng: rng.choice(["left", "code", "<think>a</think> left"]), make(), 3
     )
-    for count in range(1, len(trajectory.steps)):
-        so_far = EpisodeSoFar(trajectory.steps[:count], end=None, snapshot=None)
-        standing = asyncio.run(bring_back(InProcessEnv(make()), trajectory.task, so_far))
-        assert json.loads(trajectory.steps[count].observation) == messages_of(standing.observation)
+    for count in range(1, len(trajectory.turns)):
+        resume_from = PartialEpisode(trajectory.turns[:count], end=None, snapshot=None)
+        standing = asyncio.run(restore_environment(InProcessEnv(make()), trajectory.task, resume_from))
+        assert json.loads(trajectory.turns[count].observation) == messages_of(standing.observation)
 
 
 def test_parts_go_with_an_environment_into_its_process() -> None:

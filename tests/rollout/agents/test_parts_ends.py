@@ -21,17 +21,17 @@ from rollout.agents.library import LibrarySettings, Store
 from rollout.agents.memory import NotebookSettings, SummarySettings, WindowSettings
 from rollout.agents.planning import PlanSettings
 from rollout.agents.reflection import ReflectSettings
-from rollout.agents.settings import PartSettings, dressed
+from rollout.agents.settings import PartSettings, wrapped
 from rollout.agents.thinking import ThinkSettings
 from rollout.agents.tools import ToolsSettings
 from rollout.chat.chat import Chat
 from rollout.engines.engine import Sampling
 from rollout.engines.scripted_engine import ScriptedEngine
-from rollout.episodes.episode import Limits, Place, run_episode
+from rollout.episodes.episode import EpisodeLimits, EpisodeSpec, run_episode
 from rollout.episodes.group import run_group
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.worker import RolloutSettings, RolloutWorker
-from rollout.wire.trajectory import EndReason, EpisodeSoFar, Slot, Task
+from rollout.wire.trajectory import EndReason, PartialEpisode, Slot, Task
 from tests.rollout.fake_replay_buffer import FakeReplayBuffer
 from tests.rollout.scripted import played
 
@@ -69,12 +69,12 @@ def say(prompt: str, rng: Random) -> str:
 def test_a_lesson_costs_neither_reward_nor_verdict(
     chat: Chat, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    env = dressed(won, [LibrarySettings(path=tmp_path / "lessons.sqlite")])
+    env = wrapped(won, [LibrarySettings(path=tmp_path / "lessons.sqlite")])
     whole = played(chat, tokenizer, say, env, 0)
-    assert [step.reward for step in whole.steps] == [1.0, 0.0]
+    assert [step.reward for step in whole.turns] == [1.0, 0.0]
     last = played(chat, tokenizer, say, env, 0, max_turns=1)
     full = played(chat, tokenizer, say, env, 0, context_tokens=60)
-    assert [len(each.steps) for each in (whole, last, full)] == [2, 1, 1]
+    assert [len(each.turns) for each in (whole, last, full)] == [2, 1, 1]
     for each in (whole, last, full):
         assert (each.end_reason, each.reward, each.success) == (EndReason.TERMINATED, 1.0, True)
 
@@ -82,16 +82,18 @@ def test_a_lesson_costs_neither_reward_nor_verdict(
 def test_an_episode_without_a_turn_to_reflect_ended_as_its_attempt_did(
     chat: Chat, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    make = partial(dressed, lambda: Paid([[0.0, 0.5], [0.0, 1.0]], [False, True]), [ReflectSettings()])
+    make = partial(wrapped, lambda: Paid([[0.0, 0.5], [0.0, 1.0]], [False, True]), [ReflectSettings()])
     cut = played(chat, tokenizer, say, make(), 0, max_turns=2)
     assert (cut.end_reason, cut.reward, cut.success) == (EndReason.TERMINATED, 0.5, False)
     second = played(chat, tokenizer, say, make(), 0, max_turns=4)
     assert (second.end_reason, second.success) == (EndReason.TRUNCATED, None), "the attempt under way was cut"
 
     agent = Agent(ScriptedEngine(tokenizer, say), chat, Sampling(max_tokens=8), 512)
-    so_far = EpisodeSoFar(second.steps[:2], end=None, snapshot=None)
-    place = Place(Slot(0, 0, second.task, 0), index=0, seed=0)
-    again = asyncio.run(run_episode(InProcessEnv(make()), agent, place, Limits(2, 30.0), so_far=so_far))
+    resume_from = PartialEpisode(second.turns[:2], end=None, snapshot=None)
+    place = EpisodeSpec(Slot(0, 0, second.task, 0), index=0, seed=0)
+    again = asyncio.run(
+        run_episode(InProcessEnv(make()), agent, place, EpisodeLimits(2, 30.0), resume_from=resume_from)
+    )
     assert (again.end_reason, again.success) == (EndReason.TERMINATED, False), "also where it went on"
 
 
@@ -103,7 +105,7 @@ amounts = st.floats(-2, 2, width=16)
 def test_an_episode_earns_what_its_best_attempt_did(attempts: list[list[float]], wins: int) -> None:
     """The `wins`th of three attempts succeeds; the named rewards are the best one's, too."""
     verdicts: list[bool | None] = [number == wins for number in (1, 2, 3)]
-    env = dressed(lambda: Paid(attempts, verdicts), [ReflectSettings(attempts=3)])
+    env = wrapped(lambda: Paid(attempts, verdicts), [ReflectSettings(attempts=3)])
     env.reset(seed=0)
     earned, named, ended = 0.0, {"a": 0.0, "b": 0.0}, False
     while not ended:
@@ -117,9 +119,9 @@ def test_an_episode_earns_what_its_best_attempt_did(attempts: list[list[float]],
 
 
 def test_where_there_is_no_verdict_nothing_has_failed(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> None:
-    env = dressed(lambda: Paid([[1.0, 1.0], [1.0, 1.0]], [None, None]), [ReflectSettings()])
+    env = wrapped(lambda: Paid([[1.0, 1.0], [1.0, 1.0]], [None, None]), [ReflectSettings()])
     trajectory = played(chat, tokenizer, say, env, 0)
-    assert (len(trajectory.steps), trajectory.reward, trajectory.success) == (2, 2.0, None)
+    assert (len(trajectory.turns), trajectory.reward, trajectory.success) == (2, 2.0, None)
 
 
 def test_an_evaluation_reads_lessons_and_leaves_none(
@@ -135,12 +137,12 @@ def test_an_evaluation_reads_lessons_and_leaves_none(
         pool = EnvironmentPool(lambda env_id: won(), parts=[LibrarySettings(path=path)])
         worker = RolloutWorker("worker", engine, agent, FakeReplayBuffer([]), limits, 0, pool)
         (before,) = await worker.evaluate([task])
-        assert (len(before.steps), before.success) == (1, True)
+        assert (len(before.turns), before.success) == (1, True)
         assert Store(path, 9).similar("play", 9) == []
         await run_group(Slot(0, 0, task, 0), pool, agent, 2, limits.limits, 0)
         assert Store(path, 9).similar("play", 9) == ["left", "left"]
         (after,) = await worker.evaluate([task])
-        assert "Remember: left" in after.steps[0].observation
+        assert "Remember: left" in after.turns[0].observation
         assert Store(path, 9).similar("play", 9) == ["left", "left"]
         await worker.close()
 
@@ -175,7 +177,7 @@ class Directing(TextEnv):
     ids=lambda part: part.kind,
 )
 def test_a_part_lets_a_turn_go_on_and_keeps_the_environments_limit(part: PartSettings) -> None:
-    env = dressed(Directing, [part])
+    env = wrapped(Directing, [part])
     env.reset(seed=0)
     if part.kind == "plan":
         env.step("a plan")
@@ -219,9 +221,12 @@ def test_what_a_part_must_know_and_say_crosses_to_its_process(tmp_path: Path) ->
 
 
 def test_a_seal_of_before_is_read() -> None:
-    from rollout.episodes.resume import Standing, seal, unseal
+    from rollout.episodes.resume import EpisodeState, pack_snapshot, unpack_snapshot
 
-    standing = Standing(messages_of("x"), None, {"terminated": True})
-    assert unseal(seal(standing, b"state")) == (standing, b"state")
+    standing = EpisodeState(messages_of("x"), None, {"terminated": True})
+    assert unpack_snapshot(pack_snapshot(standing, b"state")) == (standing, b"state")
     head = json.dumps({"observation": '[{"role": "user", "content": "x"}]', "success": True}).encode()
-    assert unseal(len(head).to_bytes(4, "little") + head) == (Standing(messages_of("x"), True, None), b"")
+    assert unpack_snapshot(len(head).to_bytes(4, "little") + head) == (
+        EpisodeState(messages_of("x"), True, None),
+        b"",
+    )

@@ -25,13 +25,13 @@ from rollout.agents.library import LibrarySettings
 from rollout.agents.memory import NotebookSettings, SummarySettings, WindowSettings
 from rollout.agents.planning import PlanSettings
 from rollout.agents.reflection import ReflectSettings
-from rollout.agents.settings import PartSettings, dressed
+from rollout.agents.settings import PartSettings, wrapped
 from rollout.agents.thinking import ThinkSettings
 from rollout.agents.tools import ToolsSettings
 from rollout.chat.chat import Chat
 from rollout.engines.scripted_engine import Request
-from rollout.episodes.resume import bring_back
-from rollout.wire.trajectory import EndReason, EpisodeSoFar
+from rollout.episodes.resume import restore_environment
+from rollout.wire.trajectory import EndReason, PartialEpisode
 from tests.rollout.scripted import Script, played
 
 TASK = "begin: walk to the end"
@@ -105,8 +105,8 @@ def parts(folder: Path) -> dict[str, PartSettings]:
 KINDS = ("think", "plan", "notebook", "window", "summary", "reflect", "library", "tools")
 REFUSED = {
     *((("think", kind)) for kind in KINDS[1:]),
-    ("window", "summary"),  # would forget the summaries
-    ("reflect", "tools"),  # would not begin anew
+    ("window", "summary"),  # would remove the summaries
+    ("reflect", "tools"),  # would keep the first attempt
 }
 ORDERS = sorted(set(permutations(KINDS, 2)) - REFUSED)
 
@@ -126,12 +126,12 @@ def test_orders_that_undo_one_another_are_refused_in_one_line(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"parts": [{"kind": "plan"}, {"kind": "tools"}, {"kind": "plan"}]}, "plan is there 2 times"),
+        ({"parts": [{"kind": "plan"}, {"kind": "tools"}, {"kind": "plan"}]}, "plan is listed 2 times"),
         ({"parts": [{"kind": "tools", "style": "plain"}, {"kind": "notebook"}]}, "styles hermes and plain"),
         ({"parts": [{"kind": "plan", "remind": False}, {"kind": "window"}]}, "use remind=true"),
         ({"parts": [{"kind": "plan", "remind": False}], "memory": "last"}, "use remind=true"),
-        ({"parts": [{"kind": "summary"}], "memory": "last"}, "leave it away"),
-        ({"parts": [{"kind": "think", "keep": False}], "memory": "last"}, "leave it away"),
+        ({"parts": [{"kind": "summary"}], "memory": "last"}, "remove the part"),
+        ({"parts": [{"kind": "think", "keep": False}], "memory": "last"}, "remove the part"),
     ],
 )
 def test_what_would_do_nothing_or_harm_is_refused(options: dict[str, Any], says: str) -> None:
@@ -151,7 +151,7 @@ def test_two_parts_do_what_each_does_alone(
     asked: list[Request] = []
     SUMS.clear()
     chosen = [parts(tmp_path)[kind] for kind in pair]
-    make = partial(dressed, partial(Walk, 8, heard), chosen)
+    make = partial(wrapped, partial(Walk, 8, heard), chosen)
     trajectory = played(chat, tokenizer, _script(pair), make(), 1, max_turns=200, requests=asked)
 
     assert (trajectory.end_reason, trajectory.success) == (EndReason.TERMINATED, False)
@@ -169,7 +169,7 @@ def test_two_parts_do_what_each_does_alone(
         assert {request.sampling.max_tokens for request in begun} == {THOUGHT_TOKENS}
     if {"window", "summary"} & set(pair):
         longer: list[Request] = []
-        longer_env = dressed(partial(Walk, 48, heard), chosen)
+        longer_env = wrapped(partial(Walk, 48, heard), chosen)
         played(chat, tokenizer, _script(pair), longer_env, 1, max_turns=400, requests=longer)
         assert longest_prompt(longer) < 3 * longest_prompt(asked), "it does not grow six times"
     if "library" not in pair:
@@ -182,10 +182,10 @@ def _script(pair: tuple[str, str]) -> Script:
 
 def _assert_goes_on(trajectory: Any, make: Any) -> None:
     """Replayed from seed, actions and what is known of each turn, every observation is the same."""
-    for count in range(1, len(trajectory.steps), 3):
-        so_far = EpisodeSoFar(trajectory.steps[:count], end=None, snapshot=None)
-        standing = asyncio.run(bring_back(InProcessEnv(make()), trajectory.task, so_far))
-        assert json.loads(trajectory.steps[count].observation) == messages_of(standing.observation)
+    for count in range(1, len(trajectory.turns), 3):
+        resume_from = PartialEpisode(trajectory.turns[:count], end=None, snapshot=None)
+        standing = asyncio.run(restore_environment(InProcessEnv(make()), trajectory.task, resume_from))
+        assert json.loads(trajectory.turns[count].observation) == messages_of(standing.observation)
 
 
 def test_an_attempt_that_follows_another_is_told_what_was_learnt_as_long_as_it_lasts(
@@ -193,7 +193,7 @@ def test_an_attempt_that_follows_another_is_told_what_was_learnt_as_long_as_it_l
 ) -> None:
     asked: list[Request] = []
     chosen = [ReflectSettings(), WindowSettings(every=3, keep=1)]
-    env = dressed(partial(Walk, 8, []), chosen)
+    env = wrapped(partial(Walk, 8, []), chosen)
     played(chat, tokenizer, lambda prompt, rng: "left", env, 1, requests=asked)
     second = [tokenizer.decode(request.prompt_ids) for request in asked[9:]]
     assert len(second) == 8 and all("Attempt 1: left" in prompt for prompt in second)
@@ -211,10 +211,10 @@ def test_tools_are_announced_with_every_turn_that_sees_nothing_else(
     assert len(prompts) == 5
     heads = {prompt.partition("<|user|>")[0] for prompt in prompts}
     assert len(heads) == 1 and "calculate(expression)" in heads.pop()
-    so_far = EpisodeSoFar(trajectory.steps[:2], end=None, snapshot=None)
+    resume_from = PartialEpisode(trajectory.turns[:2], end=None, snapshot=None)
     standing = asyncio.run(
-        bring_back(InProcessEnv(assistant(style="plain", max_calls=2)), trajectory.task, so_far)
+        restore_environment(InProcessEnv(assistant(style="plain", max_calls=2)), trajectory.task, resume_from)
     )
-    assert standing.observation == json.loads(trajectory.steps[2].observation), (
+    assert standing.observation == json.loads(trajectory.turns[2].observation), (
         "what is stored is what was said"
     )

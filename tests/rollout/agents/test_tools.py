@@ -16,17 +16,17 @@ from envs.base import TextEnv
 from envs.hosting.host import HostSettings, InProcessEnv
 from envs.tools.tool import ToolRefused
 from rollout.agents.agent import Agent
-from rollout.agents.settings import PartSettings, dressed
+from rollout.agents.settings import PartSettings, wrapped
 from rollout.agents.tools import ServerSettings, ToolsSettings
 from rollout.chat.chat import Chat
 from rollout.engines.engine import Sampling
 from rollout.engines.scripted_engine import ScriptedEngine
-from rollout.episodes.episode import Limits, Place, run_episode
+from rollout.episodes.episode import EpisodeLimits, EpisodeSpec, run_episode
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.recorder import Recorder
-from rollout.episodes.resume import bring_back
-from rollout.episodes.rollout_metrics import Recorded, RolloutMetrics
-from rollout.wire.trajectory import EpisodeSoFar, Slot, Task, Trajectory
+from rollout.episodes.resume import restore_environment
+from rollout.episodes.rollout_metrics import RecordingListener, RolloutMetrics
+from rollout.wire.trajectory import PartialEpisode, Slot, Task, Trajectory
 from tests.rollout.fake_replay_buffer import FakeReplayBuffer
 
 CALCULATOR = ToolsSettings(functions=("envs.builtin.assistant_data:calculate",), style="plain")
@@ -54,8 +54,8 @@ def asker(prompt: str, rng: Random) -> str:
 
 def played(chat: Chat, tokenizer: PreTrainedTokenizerFast, seed: int, parts: list[Any]) -> Trajectory:
     agent = Agent(ScriptedEngine(tokenizer, asker), chat, Sampling(max_tokens=64), 512)
-    place = Place(Slot(seed, 0, Task.of("sum", seed), 0), index=0, seed=seed)
-    return asyncio.run(run_episode(InProcessEnv(dressed(Sum, parts)), agent, place, Limits(8, 30.0)))
+    place = EpisodeSpec(Slot(seed, 0, Task.of("sum", seed), 0), index=0, seed=seed)
+    return asyncio.run(run_episode(InProcessEnv(wrapped(Sum, parts)), agent, place, EpisodeLimits(8, 30.0)))
 
 
 def test_a_policy_that_cannot_calculate_succeeds_with_a_calculator(
@@ -69,30 +69,34 @@ def test_calls_are_turns_that_are_stored_and_played_again(
     chat: Chat, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     trajectory = played(chat, tokenizer, 1, [CALCULATOR])
-    assert [step.action for step in trajectory.steps] == ["calculate(12 * 12)", "144"]
-    assert [step.reward for step in trajectory.steps] == [0.0, 1.0]
-    opening = tokenizer.decode(trajectory.steps[0].prompt_ids)
+    assert [step.action for step in trajectory.turns] == ["calculate(12 * 12)", "144"]
+    assert [step.reward for step in trajectory.turns] == [0.0, 1.0]
+    opening = tokenizer.decode(trajectory.turns[0].prompt_ids)
     assert opening == "<|system|>calculate(expression)\n<|user|>what is 12 * 12?<|assistant|>"
-    replica = InProcessEnv(dressed(Sum, [CALCULATOR]))
-    so_far = EpisodeSoFar(trajectory.steps[:1], end=None, snapshot=None)
-    standing = asyncio.run(bring_back(replica, trajectory.task, so_far))
-    assert standing.observation == json.loads(trajectory.steps[1].observation)
+    replica = InProcessEnv(wrapped(Sum, [CALCULATOR]))
+    resume_from = PartialEpisode(trajectory.turns[:1], end=None, snapshot=None)
+    standing = asyncio.run(restore_environment(replica, trajectory.task, resume_from))
+    assert standing.observation == json.loads(trajectory.turns[1].observation)
 
 
 def test_a_worker_counts_calls_by_what_became_of_them(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> None:
     def careless(prompt: str, rng: Random) -> str:
         return asker(prompt, rng) if "no tool" in prompt else "calculat(1)\ncalculate(1, 2)"
 
-    tally = RolloutMetrics()
+    metrics = RolloutMetrics()
     agent = Agent(ScriptedEngine(tokenizer, careless), chat, Sampling(max_tokens=64), 512)
-    place = Place(Slot(0, 0, Task.of("sum", 0), 0), index=0, seed=0)
-    replica = InProcessEnv(dressed(Sum, [CALCULATOR]))
+    place = EpisodeSpec(Slot(0, 0, Task.of("sum", 0), 0), index=0, seed=0)
+    replica = InProcessEnv(wrapped(Sum, [CALCULATOR]))
     asyncio.run(
         run_episode(
-            replica, agent, place, Limits(8, 30.0), Recorded(tally, Recorder(FakeReplayBuffer([]), ""))
+            replica,
+            agent,
+            place,
+            EpisodeLimits(8, 30.0),
+            RecordingListener(metrics, Recorder(FakeReplayBuffer([]), "")),
         )
     )
-    counted = {name: count for name, count in tally.row().items() if name.startswith("tools_") and count}
+    counted = {name: count for name, count in metrics.row().items() if name.startswith("tools_") and count}
     assert counted == {"tools_unknown_tool": 1, "tools_wrong_arguments": 1}
 
 
@@ -150,7 +154,7 @@ def test_tools_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
 )
 def test_tools_that_are_not_there_are_refused_in_one_line(part: ToolsSettings, says: str) -> None:
     with pytest.raises(ToolRefused, match=says) as refused:
-        dressed(Sum, [part])
+        wrapped(Sum, [part])
     assert "\n" not in str(refused.value)
 
 
@@ -167,7 +171,7 @@ def test_servers_are_closed_where_a_tool_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ServerSettings, "start", lambda self: Server())
     part = ToolsSettings(functions=("no_such_module:x",), servers=(ServerSettings(command=sys.executable),))
     with pytest.raises(ToolRefused):
-        dressed(Sum, [part])
+        wrapped(Sum, [part])
     assert closed == ["closed"]
-    dressed(Sum, [part.model_copy(update={"functions": ()})])
+    wrapped(Sum, [part.model_copy(update={"functions": ()})])
     assert closed == ["closed"], "an environment closes its own"

@@ -12,7 +12,7 @@ import pyarrow as pa
 from hypothesis import strategies as st
 
 from rollout.wire.schema import encode_turns
-from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
+from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
 
 T = TypeVar("T")
 
@@ -24,11 +24,11 @@ def task_of(group_id: int) -> Task:
     return Task.of("count", 1000 + group_id)
 
 
-def step(slot: Slot, episode: int, turn: int, version: int) -> Step:
+def step(slot: Slot, episode: int, turn: int, version: int) -> Turn:
     """A turn whose tokens say whose they are."""
     tokens = np.array([slot.group_id, slot.attempt, episode, turn], dtype=np.int32)
     by = np.full(4, version, dtype=np.int32)
-    return Step(turn, 0, "?", "!", tokens, tokens, np.full(4, -1, np.float32), by, 1.0, "stop")
+    return Turn(turn, 0, "?", "!", tokens, tokens, np.full(4, -1, np.float32), by, 1.0, "stop")
 
 
 def played(slot: Slot, versions: tuple[int, int]) -> Group:
@@ -121,11 +121,11 @@ def ids(fates: dict[int, Fate], *states: str) -> list[int]:
     return sorted(group_id for group_id, fate in fates.items() if fate.state in states)
 
 
-def next_slot(fates: dict[int, Fate], worker: str, lane: int, version: int, free: bool) -> Slot | None:
+def next_slot(fates: dict[int, Fate], worker: str, worker_loop: int, version: int, free: bool) -> Slot | None:
     """What `reserve` must give."""
     for group_id in ids(fates, "issued"):
         fate = fates[group_id]
-        if fate.holder == (worker, lane):
+        if fate.holder == (worker, worker_loop):
             heard = any(attempt == fate.slot.attempt for turns in fate.turns.values() for attempt, _ in turns)
             return replace(fate.slot, attempt=fate.slot.attempt + heard)
     if waiting := ids(fates, "waiting"):

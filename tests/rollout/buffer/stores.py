@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from rollout.buffer.replay_store import EpisodeRow, ReplayStore
 from rollout.wire.schema import decode, encode, encode_turns
-from rollout.wire.trajectory import Assignment, Group, Slot, Step
+from rollout.wire.trajectory import Assignment, Group, Slot, Turn
 
 
 def rows_of(group: Group) -> list[EpisodeRow]:
@@ -21,12 +21,12 @@ def commit(store: ReplayStore, group: Group) -> None:
     assert store.commit([], [(group.slot, encode(group), rows_of(group))]) == [None]
 
 
-lanes = count()
+loops = count()
 
 
 def assignment(store: ReplayStore) -> Assignment:
     """What a loop gets that has never asked before."""
-    given = store.reserve("w", next(lanes))
+    given = store.reserve("w", next(loops))
     assert given is not None
     return given
 
@@ -37,7 +37,7 @@ def reserve(store: ReplayStore) -> Slot:
 
 def turns(slot: Slot, turn: int, episode: int = 0, version: int = 0) -> pa.RecordBatch:
     ids = np.array([slot.group_id, slot.attempt, turn], dtype=np.int32)
-    step = Step(
+    step = Turn(
         turn, 0, "?", "!", ids, ids, np.zeros(3, np.float32), np.full(3, version, np.int32), 0.0, "stop"
     )
     return encode_turns([(slot, episode, step, None, b"s%d" % turn)], "w")

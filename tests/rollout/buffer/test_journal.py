@@ -11,18 +11,18 @@ import pytest
 
 from rollout.buffer.journal import Journal, read_journal
 from rollout.wire.schema import JOURNAL_SCHEMA, VERSION, SchemaError, encode_turns, restore_turns
-from rollout.wire.trajectory import EndReason, EpisodeSoFar, Slot, Step, Task, TurnEnd
+from rollout.wire.trajectory import EndReason, PartialEpisode, Slot, Task, Turn, TurnEnd
 
-Turn = tuple[int, int, int, int]  # group, attempt, episode, turn
+Place = tuple[int, int, int, int]  # group, attempt, episode, turn
 
 
-def step(group: int, attempt: int, episode: int, turn: int, version: int = 0) -> Step:
+def step(group: int, attempt: int, episode: int, turn: int, version: int = 0) -> Turn:
     ids = np.array([group, attempt, episode, turn], dtype=np.int32)
     by = np.full(4, version, dtype=np.int32)
-    return Step(turn, 0, "?", "!", ids, ids[:2], -np.ones(4, np.float32), by, 0.5, "stop", 0.25, 0.125)
+    return Turn(turn, 0, "?", "!", ids, ids[:2], -np.ones(4, np.float32), by, 0.5, "stop", 0.25, 0.125)
 
 
-def rows(*turns: Turn, version: int = 0) -> pa.RecordBatch:
+def rows(*turns: Place, version: int = 0) -> pa.RecordBatch:
     given = [
         (Slot(turn[0], turn[1], Task.of("count", turn[0]), 0), turn[2], step(*turn, version), None, None)
         for turn in turns
@@ -39,7 +39,7 @@ def write(journal: Journal, *batches: pa.RecordBatch) -> None:
 def known(journal: Journal, group: int) -> list[list[int]]:
     found = journal.turns(group)
     episodes = {} if found is None else restore_turns(found)
-    return [s.prompt_ids.tolist() for episode in episodes.values() for s in episode.steps]
+    return [s.prompt_ids.tolist() for episode in episodes.values() for s in episode.turns]
 
 
 def test_a_turn_comes_back_as_it_was() -> None:
@@ -57,13 +57,13 @@ def test_a_turn_comes_back_as_it_was() -> None:
     found = restore_turns(batch)
     assert list(found) == [0, 2]
     assert (found[0].end, found[0].snapshot, found[2].end, found[2].snapshot) == (end, None, None, b"\0state")
-    for expected, got in zip(steps, [*found[0].steps, *found[2].steps], strict=True):
+    for expected, got in zip(steps, [*found[0].turns, *found[2].turns], strict=True):
         np.testing.assert_equal(vars_of(got), vars_of(expected))
     assert restore_turns(encode_turns([], "w")) == {}
 
 
-def vars_of(step: Step) -> dict[str, object]:
-    return {name: getattr(step, name) for name in Step.__slots__}
+def vars_of(step: Turn) -> dict[str, object]:
+    return {name: getattr(step, name) for name in Turn.__slots__}
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_an_episodes_turns_are_a_prefix_of_one_playing(
     given: list[tuple[int, int]], kept: list[tuple[int, int]]
 ) -> None:
     found = restore_turns(rows(*[(0, attempt, 0, turn) for attempt, turn in given]))
-    episode = found.get(0, EpisodeSoFar((), None, None))
-    assert [(s.prompt_ids[1], s.prompt_ids[3]) for s in episode.steps] == kept
+    episode = found.get(0, PartialEpisode((), None, None))
+    assert [(s.prompt_ids[1], s.prompt_ids[3]) for s in episode.turns] == kept
 
 
 def test_a_file_cut_anywhere_yields_its_whole_records(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_an_outsider_reads_every_fate_while_the_run_writes(
 ) -> None:
     slots = [Slot(index, 0, Task.of("count", 9, {"size": 4}), 2) for index in range(4)]
     for slot in slots:
-        ledger.issue(slot, "rollout-1", lane=4)
+        ledger.issue(slot, "rollout-1", worker_loop=4)
     group = group_of(slots[0], versions=5, end_reasons=(EndReason.TERMINATED, EndReason.FAILED))
     episodes = [EpisodeRow.of(trajectory) for trajectory in group.trajectories]
     ledger.complete([(slots[0], PLACE, episodes), (slots[1], PLACE, episodes)])
@@ -92,7 +92,7 @@ def test_issuing_again_begins_with_a_clean_row_and_keeps_the_old_episodes(
     ledger.issue(slot, "w0", 0)
     ledger.complete([(slot, PLACE, [EpisodeRow.of(t) for t in group_of(slot).trajectories])])
     ledger.take([0], 2)
-    ledger.lose([0], journal_from=7)
+    ledger.reissue([0], journal_from=7)
     assert (ledger.counts()["in_flight"], ledger.journal_from) == (1, 7)
     ledger.issue(Slot(0, 1, slot.task, 4), "w1", 0)
     assert ledger.since(0) == [StoredGroup(Slot(0, 1, slot.task, 4), "issued", "w1", 0, None, None, None)]

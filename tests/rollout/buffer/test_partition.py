@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rollout.buffer.replay_store import ReplayStore
 from rollout.wire.partition import Partition, StepTorn, deal
 from rollout.wire.schema import decode, encode
-from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
+from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
 from tests.rollout.buffer.stores import commit, group_ids, reserve
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=7)
@@ -42,7 +42,7 @@ def test_the_fullest_share_is_within_a_third_of_the_best_there_is(sizes: list[in
 
 
 def _group(group_id: int, prompt: int, action: int) -> Group:
-    step = Step(
+    step = Turn(
         turn=0,
         segment=0,
         observation="o" * 1000,
@@ -104,5 +104,5 @@ def test_a_step_whose_rows_are_lost_after_some_rank_has_its_share_is_no_step(
         store.take(0, Partition(1, 2))
     store.rollback(0)
     assert store.take(0, Partition(0, 2)) is None
-    assert [store.reserve("w", lane) for lane in (90, 91)].count(None) == 0
+    assert [store.reserve("w", worker_loop) for worker_loop in (90, 91)].count(None) == 0
     store.close()

@@ -15,9 +15,15 @@ import pyarrow as pa
 import pytest
 
 from rollout.buffer.replay_buffer import ReplayBuffer
-from rollout.buffer.replay_store import BufferSettings, EpisodeRow, Finished, ReplayStore, TooManyFailures
+from rollout.buffer.replay_store import (
+    BufferSettings,
+    EpisodeRow,
+    FinishedGroup,
+    ReplayStore,
+    TooManyFailures,
+)
 from rollout.wire.schema import decode, encode, encode_turns
-from rollout.wire.trajectory import DropReason, EndReason, Group, Slot, StaleSlot, Step, Task
+from rollout.wire.trajectory import DropReason, EndReason, Group, Slot, StaleSlot, Task, Turn
 
 GroupOf = Callable[..., Group]
 TasksOf = Callable[[int], Task]
@@ -34,7 +40,9 @@ class CountingStore(ReplayStore):
     error: OSError | None = None
     free = 1000
 
-    def commit(self, turns: Sequence[pa.RecordBatch], finished: Sequence[Finished]) -> list[StaleSlot | None]:
+    def commit(
+        self, turns: Sequence[pa.RecordBatch], finished: Sequence[FinishedGroup]
+    ) -> list[StaleSlot | None]:
         if self.gate is not None:
             assert self.gate.wait(10)
         self.syncs += 1
@@ -56,18 +64,18 @@ async def settled() -> None:
         await asyncio.sleep(0.002)
 
 
-lanes = count()
+loops = count()
 
 
 async def reserve(replay_buffer: ReplayBuffer, worker: str = "w") -> Slot:
-    given = await replay_buffer.reserve(worker, next(lanes))
+    given = await replay_buffer.reserve(worker, next(loops))
     assert given is not None
     return given.slot
 
 
 def first_turn(slot: Slot) -> pa.RecordBatch:
     ids = np.array([slot.group_id], dtype=np.int32)
-    step = Step(0, 0, "?", "!", ids, ids, np.float32([-1]), np.int32([slot.version]), 0.0, "stop")
+    step = Turn(0, 0, "?", "!", ids, ids, np.float32([-1]), np.int32([slot.version]), 0.0, "stop")
     return encode_turns([(slot, 0, step, None, None)], "w")
 
 
@@ -126,19 +134,19 @@ def test_workers_wait_until_the_last_step_is_made_for_it_may_need_other_groups(
     async def scene() -> None:
         replay_buffer = ReplayBuffer(ReplayStore(tmp_path, tasks, settings, total_steps=1))
         played = [await reserve(replay_buffer) for _ in range(2)]
-        lanes = [asyncio.create_task(replay_buffer.reserve("w", -lane)) for lane in (1, 2)]
+        loops = [asyncio.create_task(replay_buffer.reserve("w", -worker_loop)) for worker_loop in (1, 2)]
         for slot in played:
             await adding(replay_buffer, group_of(slot))
         assert len(await replay_buffer.take(0, 5.0)) == 2
         await settled()
-        assert not any(lane.done() for lane in lanes)
+        assert not any(worker_loop.done() for worker_loop in loops)
         await replay_buffer.discard(0, DropReason.NONFINITE)
-        others = [given.slot for given in await asyncio.gather(*lanes) if given is not None]
+        others = [given.slot for given in await asyncio.gather(*loops) if given is not None]
         assert [slot.group_id for slot in others] == [2, 3]
         # One of them says nothing: a third takes its place, in the last step too.
         waiting = asyncio.create_task(replay_buffer.reserve("w", -3))
         await settled()
-        await replay_buffer.drop(others[0], DropReason.UNIFORM)
+        await replay_buffer.drop(others[0], DropReason.EQUAL_REWARDS)
         third = await waiting
         assert third is not None and third.slot.group_id == 4
         for slot in (others[1], third.slot):
@@ -244,7 +252,7 @@ def test_a_late_batch_is_explained(store: CountingStore, group_of: GroupOf) -> N
         assert await replay_buffer.reassign("rollout-2") == 1
         assert "0 are in flight; 1 wait for a worker" in (await replay_buffer.state())["missing"]
         for _ in range(2):  # the one that waits, and a new one
-            await replay_buffer.drop(await reserve(replay_buffer, "rollout-3"), DropReason.UNIFORM)
+            await replay_buffer.drop(await reserve(replay_buffer, "rollout-3"), DropReason.EQUAL_REWARDS)
         with pytest.raises(TimeoutError, match=r"; 2 groups were dropped as uniform$"):
             await replay_buffer.take(1, timeout_s=0.01)
         await replay_buffer.release(1)
@@ -274,7 +282,7 @@ def test_closing_ends_every_wait_and_keeps_what_was_handed_in(
     async def run() -> None:
         replay_buffer = ReplayBuffer(store)
         slots = [await reserve(replay_buffer) for _ in range(4)]
-        reserving = asyncio.create_task(replay_buffer.reserve("w", next(lanes)))
+        reserving = asyncio.create_task(replay_buffer.reserve("w", next(loops)))
         taking = asyncio.create_task(replay_buffer.take(0, timeout_s=60))
         store.gate = threading.Event()
         handed_in = adding(replay_buffer, group_of(slots[0]))
@@ -346,7 +354,7 @@ def test_a_run_without_room_on_its_disk_waits_and_goes_on(
     lack: str, store: CountingStore, group_of: GroupOf
 ) -> None:
     async def run() -> None:
-        replay_buffer = ReplayBuffer(store, retry_seconds=0.01)
+        replay_buffer = ReplayBuffer(store, retry_interval_seconds=0.01)
         slots = [await reserve(replay_buffer) for _ in range(2)]
         if lack == "little":
             store.free = 499
@@ -361,7 +369,7 @@ def test_a_run_without_room_on_its_disk_waits_and_goes_on(
         async with asyncio.timeout(60):
             while (said := (await replay_buffer.state())["paused"]) is None:
                 await settled()
-        assert "MiB free, 500 wanted (buffer.min_free_mib)" in said
+        assert "MiB free, 500 required (buffer.min_free_mib)" in said
         taking = asyncio.create_task(replay_buffer.take(0, timeout_s=0.02))
         await settled()
         await settled()

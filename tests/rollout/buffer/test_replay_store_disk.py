@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rollout.buffer import append_only as appending
-from rollout.buffer.disk_space import NoRoom
+from rollout.buffer.disk_space import OutOfDiskSpace
 from rollout.buffer.replay_store import ReplayStore
 from rollout.buffer.segments import read_rows, segment_files
 from rollout.wire.schema import encode
@@ -138,9 +138,9 @@ def test_without_room_nothing_is_given_out_or_taken_in(open_store: Open, group_o
     store = open_store(probe=lambda folder: free, min_free_mib=512)
     slot = reserve(store)
     free = 511 * 2**20
-    with pytest.raises(NoRoom, match=r"511 MiB free, 512 wanted \(buffer\.min_free_mib\)"):
+    with pytest.raises(OutOfDiskSpace, match=r"511 MiB free, 512 required \(buffer\.min_free_mib\)"):
         reserve(store)
-    with pytest.raises(NoRoom):
+    with pytest.raises(OutOfDiskSpace):
         commit(store, group_of(slot))
     free = 512 * 2**20
     commit(store, group_of(slot))

@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 from rollout.wire.schema import encode, encode_turns
 from rollout.buffer.replay_store import BufferSettings, EpisodeRow, ReplayStore
-from rollout.wire.trajectory import EndReason, Group, Step, Task, Trajectory
+from rollout.wire.trajectory import EndReason, Group, Turn, Task, Trajectory
 
 def step(slot, turn):
     ids = np.array([slot.group_id, slot.attempt, turn] * 3_000, dtype=np.int32)
     by = np.full(len(ids), slot.version, dtype=np.int32)
-    return Step(turn, 0, "?", "!", ids, ids, np.zeros(len(ids), np.float32), by, 0.0, "stop")
+    return Turn(turn, 0, "?", "!", ids, ids, np.zeros(len(ids), np.float32), by, 0.0, "stop")
 
 def say(*words):
     print(*words, flush=True)
@@ -36,7 +36,7 @@ def say(*words):
 settings = BufferSettings(groups_per_step=2, max_lag=1, segment_mib=1)
 store = ReplayStore(Path(sys.argv[1]), lambda group_id: Task.of("count", group_id), settings)
 while True:
-    playing = [given.slot for lane in range(4) if (given := store.reserve(sys.argv[2], lane))]
+    playing = [given.slot for worker_loop in range(4) if (given := store.reserve(sys.argv[2], worker_loop))]
     for turn in range(3):
         turns = [encode_turns([(slot, 0, step(slot, turn), None, None)], "w") for slot in playing]
         store.commit(turns, [])
@@ -98,12 +98,14 @@ def test_what_was_said_to_be_done_is_done(tmp_path: Path, tasks: Callable[[int],
         for group_id, attempt in complete.items():
             assert fates[group_id][0] == attempt and fates[group_id][1] in ("complete", "taken", "trained")
         store.reassign(f"w{life}")
-        lane = 0
-        while (given := store.reserve(f"check{life}", lane)) is not None:
-            lane += 1
-            so_far = {} if given.turns is None else restore_turns(given.turns)
+        worker_loop = 0
+        while (given := store.reserve(f"check{life}", worker_loop)) is not None:
+            worker_loop += 1
+            resume_from = {} if given.turns is None else restore_turns(given.turns)
             found = {
-                tuple(map(int, step.prompt_ids[1:3])) for episode in so_far.values() for step in episode.steps
+                tuple(map(int, step.prompt_ids[1:3]))
+                for episode in resume_from.values()
+                for step in episode.turns
             }
             newest = max((attempt for attempt, _ in turns.get(given.slot.group_id, ())), default=0)
             said = {turn for turn in turns.get(given.slot.group_id, ()) if turn[0] == newest}

@@ -155,31 +155,33 @@ class StoreMachine(RuleBasedStateMachine):
 
     # Workers ----------------------------------------------------------------------------------------------------------
 
-    @rule(data=st.data(), worker=st.sampled_from(WORKERS), lane=st.integers(0, 2))
-    def reserve(self, data: st.DataObject, worker: str, lane: int) -> None:
+    @rule(data=st.data(), worker=st.sampled_from(WORKERS), worker_loop=st.integers(0, 2))
+    def reserve(self, data: st.DataObject, worker: str, worker_loop: int) -> None:
         def reserve() -> Assignment | None:
             name = worker + self.given_up[worker] * "+"
-            expected = next_slot(self.fates, name, lane, self.store.version, self.free)
-            given = self.store.reserve(name, lane)
+            expected = next_slot(self.fates, name, worker_loop, self.store.version, self.free)
+            given = self.store.reserve(name, worker_loop)
             assert (given and given.slot) == expected
             if given is not None:
                 group_id, before = given.slot.group_id, deepcopy(self.fates.get(given.slot.group_id))
                 if before is None or (before.slot, before.state) != (given.slot, "issued"):
                     self.issues.append((group_id, before))
                     turns = {} if before is None or before.state == "again" else before.turns
-                    self.fates[group_id] = Fate(given.slot, (name, lane), turns=turns)
+                    self.fates[group_id] = Fate(given.slot, (name, worker_loop), turns=turns)
             return given
 
         if (given := self.call(data, reserve)) is not None:
             self.compare_turns(given.slot.group_id, given.turns)
 
     def compare_turns(self, group_id: int, rows: pa.RecordBatch | None) -> None:
-        fate, so_far = self.fates[group_id], {} if rows is None else restore_turns(rows)
-        found = {index: [s.action_ids.tolist() for s in episode.steps] for index, episode in so_far.items()}
+        fate, resume_from = self.fates[group_id], {} if rows is None else restore_turns(rows)
+        found = {
+            index: [s.action_ids.tolist() for s in episode.turns] for index, episode in resume_from.items()
+        }
         assert found == fate.tokens
-        for index, episode in so_far.items():
-            assert episode.snapshot == b"%d after %d" % (index, len(episode.steps))
-            versions = [int(s.versions[0]) for s in episode.steps]
+        for index, episode in resume_from.items():
+            assert episode.snapshot == b"%d after %d" % (index, len(episode.turns))
+            versions = [int(s.versions[0]) for s in episode.turns]
             assert versions == [version for _, version in fate.turns[index]]
             assert all(fate.slot.version <= version <= self.store.version for version in versions)
 
@@ -226,8 +228,8 @@ class StoreMachine(RuleBasedStateMachine):
     def a_step_of_work(self, data: st.DataObject, slow: int) -> None:
         """What chance alone would hardly bring about: everyone plays, some finish, the learner goes one step on."""
         for worker in WORKERS:
-            for lane in range(3):
-                self.reserve(data, worker, lane)
+            for worker_loop in range(3):
+                self.reserve(data, worker, worker_loop)
         for group_id in self.ids("issued")[slow:]:
             if group_id in self.ids("issued"):
                 self.finish(data, [], [], [group_id])
@@ -259,10 +261,10 @@ class StoreMachine(RuleBasedStateMachine):
             if (holder := self.fates[group_id].holder) and holder[0] == name:
                 self.fates[group_id].state = "waiting"
 
-    @rule(data=st.data(), worker=st.sampled_from(WORKERS), lane=st.integers(0, 2))
-    def one_that_is_gone_is_given_nothing(self, data: st.DataObject, worker: str, lane: int) -> None:
+    @rule(data=st.data(), worker=st.sampled_from(WORKERS), worker_loop=st.integers(0, 2))
+    def one_that_is_gone_is_given_nothing(self, data: st.DataObject, worker: str, worker_loop: int) -> None:
         for life in range(self.given_up[worker]):
-            assert self.call(data, lambda: self.store.reserve(worker + life * "+", lane)) is None  # noqa: B023
+            assert self.call(data, lambda: self.store.reserve(worker + life * "+", worker_loop)) is None  # noqa: B023
 
     @precondition(lambda self: self.fates)
     @rule(data=st.data())
@@ -292,11 +294,11 @@ class StoreMachine(RuleBasedStateMachine):
             fate = self.fates[group.slot.group_id]
             assert (group.slot, fate.state, group.reuse) == (fate.slot, "complete", 0)
             mine = [fate.slot.group_id, fate.slot.attempt]
-            assert [t.steps[0].action_ids.tolist() for t in group.trajectories] == [
+            assert [t.turns[0].action_ids.tolist() for t in group.trajectories] == [
                 [*mine, 0, 0],
                 [*mine, 1, 0],
             ]
-            oldest = min(int(t.steps[0].versions.min()) for t in group.trajectories)
+            oldest = min(int(t.turns[0].versions.min()) for t in group.trajectories)
             assert self.version - oldest <= self.version - fate.slot.version <= self.settings.max_lag
             fate.state, fate.taken_at = "taken", self.version
         if self.settings.max_lag == 0:

@@ -87,9 +87,9 @@ def test_a_group_goes_on_with_another_worker_from_its_durable_turns(
     taken_over = assignment(store)
     assert taken_over.slot == Slot(0, 1, given.slot.task, 0)
     assert taken_over.turns is not None
-    (so_far,) = restore_turns(taken_over.turns).values()
-    assert [step.action_ids.tolist() for step in so_far.steps] == [[0, 0, 0], [0, 0, 1]]
-    assert so_far.snapshot == b"s1"
+    (resume_from,) = restore_turns(taken_over.turns).values()
+    assert [step.action_ids.tolist() for step in resume_from.turns] == [[0, 0, 0], [0, 0, 1]]
+    assert resume_from.snapshot == b"s1"
     with pytest.raises(StaleSlot, match="group 0, attempt 0, holds no slot"):
         store.drop(given.slot, DropReason.FAILED)
     (stale,) = store.commit([], [(given.slot, encode(group_of(given.slot)), [])])
@@ -102,7 +102,7 @@ def test_a_group_goes_on_with_another_worker_from_its_durable_turns(
     found = reopened.reserve("another", 0)
     assert found is not None and found.turns is not None
     episodes = restore_turns(found.turns)
-    assert {index: [step.action_ids.tolist()[1] for step in e.steps] for index, e in episodes.items()} == {
+    assert {index: [step.action_ids.tolist()[1] for step in e.turns] for index, e in episodes.items()} == {
         0: [0, 0, 1],
         1: [1],
     }

@@ -84,7 +84,7 @@ def test_a_reused_group_is_the_very_rows_and_says_which_reuse_it_is(
 
 
 def with_reward(trajectory: Trajectory, reward: float) -> Trajectory:
-    return replace(trajectory, steps=tuple(replace(each, reward=reward) for each in trajectory.steps))
+    return replace(trajectory, turns=tuple(replace(each, reward=reward) for each in trajectory.turns))
 
 
 def test_prioritized_prefers_groups_whose_trainable_episodes_earned_different_rewards(

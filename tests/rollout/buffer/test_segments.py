@@ -103,7 +103,7 @@ def test_rows_outlive_the_reading(tmp_path: Path, batches: list[pa.RecordBatch])
     writer.close()
     (batch,) = scan(tmp_path / "segment-000000.arrows")
     (tmp_path / "segment-000000.arrows").unlink()
-    np.testing.assert_array_equal(decode(batch).trajectories[0].steps[0].action_ids, [5, 6, 7, 8, 9])
+    np.testing.assert_array_equal(decode(batch).trajectories[0].turns[0].action_ids, [5, 6, 7, 8, 9])
 
 
 def test_a_file_of_another_version_is_refused_by_name(tmp_path: Path, batches: list[pa.RecordBatch]) -> None:

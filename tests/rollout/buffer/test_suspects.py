@@ -14,7 +14,7 @@ LANES = 4
 
 
 def given_to(store: ReplayStore, worker: str) -> list[Assignment]:
-    asked = [store.reserve(worker, lane) for lane in range(LANES)]
+    asked = [store.reserve(worker, worker_loop) for worker_loop in range(LANES)]
     return [assignment for assignment in asked if assignment is not None]
 
 

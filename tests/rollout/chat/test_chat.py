@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from envs.base import Message
 from learner.model.tokenizer import CHAT_TEMPLATE
-from rollout.agents.agent import Agent, Conversation, Turn
+from rollout.agents.agent import Agent, Conversation, SampledTurn
 from rollout.chat.chat import Chat, ChatError
 from rollout.engines.engine import Completion, Sampling
 
@@ -96,17 +96,17 @@ class Dictated:
         return Completion(ids, np.zeros(len(ids), np.float32), np.full(len(ids), 3, np.int32), "stop")
 
 
-def converse(chat: Chat, engine: Dictated, observations: Sequence[str | list[Message]]) -> list[Turn]:
-    async def run() -> list[Turn]:
+def converse(chat: Chat, engine: Dictated, observations: Sequence[str | list[Message]]) -> list[SampledTurn]:
+    async def run() -> list[SampledTurn]:
         agent = Agent(engine, chat, Sampling(), context_tokens=10**6)  # type: ignore[arg-type]
         conversation = Conversation(seed=0)
         turns = [await agent.turn(conversation, observation) for observation in observations]
-        return [turn for turn in turns if isinstance(turn, Turn)]
+        return [turn for turn in turns if isinstance(turn, SampledTurn)]
 
     return asyncio.run(run())
 
 
-def stored_ids(turns: Sequence[Turn]) -> list[int]:
+def stored_ids(turns: Sequence[SampledTurn]) -> list[int]:
     return [token for turn in turns for token in (*turn.prompt_ids, *turn.completion.token_ids.tolist())]
 
 
@@ -178,7 +178,7 @@ HISTORY_REWRITERS = {
     "drops": ("{% for m in messages[-1:] %}{{ m.content }}<|im_end|>{% endfor %}", "drops or changes"),
     "edits": ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", "drops or changes"),
     "counts": ("{{ messages | length }}" + CHATML, "before the first message"),
-    "numbers": (CHATML.replace("{{ m.role }}", "{{ m.role }} {{ loop.index }}"), "by its place"),
+    "numbers": (CHATML.replace("{{ m.role }}", "{{ m.role }} {{ loop.index }}"), "by its position"),
     "reopens": (
         CHATML.replace("<|im_end|>", "{{ '<|im_end|>' if loop.last else '<|stop|>' }}"),
         "closed differently",

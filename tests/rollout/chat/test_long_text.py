@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from learner.model.tokenizer import build_tokenizer
-from rollout.agents.agent import Agent, ContextOverflow, Turn
+from rollout.agents.agent import Agent, ContextOverflow, SampledTurn
 from rollout.chat import chat as chats
 from rollout.chat.chat import Chat, TooLong
 from rollout.chat.long_text import spelling_of
@@ -42,8 +42,8 @@ class Spy:
         return self._backend.encode(text, **options)
 
 
-def turn(tokenizer: PreTrainedTokenizerFast, observation: str) -> tuple[Turn | ContextOverflow, Spy]:
-    async def scene() -> tuple[Turn | ContextOverflow, Spy]:
+def turn(tokenizer: PreTrainedTokenizerFast, observation: str) -> tuple[SampledTurn | ContextOverflow, Spy]:
+    async def scene() -> tuple[SampledTurn | ContextOverflow, Spy]:
         chat = Chat(tokenizer, context_tokens=CONTEXT)
         spy = Spy(chat._backend)
         chat._backend = chat._control._backend = spy
@@ -90,7 +90,7 @@ def test_an_observation_of_ten_megabytes_overflows_the_context_without_being_enc
 def test_a_long_observation_that_fits_is_encoded_in_a_thread_of_its_own() -> None:
     tokenizer, text = smollm2(), " the" * 4000
     sampled, spy = turn(tokenizer, text[: 4 * (CONTEXT - 100)])
-    assert isinstance(sampled, Turn)
+    assert isinstance(sampled, SampledTurn)
     assert {thread for _, thread in spy.encoded} == {threading.get_ident()}, (
         "short texts do not leave the loop"
     )

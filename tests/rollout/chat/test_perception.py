@@ -20,18 +20,18 @@ from learner.data.batch import row_of, sequences_of
 from learner.model.policy import Policy
 from learner.settings import ModelSettings
 from rollout.agents.agent import Agent, AgentSettings, Conversation
-from rollout.agents.part import anew, followed, preceded
+from rollout.agents.part import reset_context, with_text_after, with_text_before
 from rollout.chat.chat import Chat, ChatError
 from rollout.chat.perception import Perception, PerceptionError
 from rollout.engines.engine import EngineFailed, Sampling
 from rollout.engines.hf_engine import HfEngine
 from rollout.engines.scripted_engine import ScriptedEngine
-from rollout.episodes.episode import Limits, Place
+from rollout.episodes.episode import EpisodeLimits, EpisodeSpec
 from rollout.episodes.group import play
 from rollout.episodes.pool import EnvironmentPool
 from rollout.wire import images
 from rollout.wire.schema import decode, encode
-from rollout.wire.trajectory import EpisodeSoFar, Group, Slot, Task
+from rollout.wire.trajectory import Group, PartialEpisode, Slot, Task
 from tests.seeing import CONTEXT, build, picture
 
 torch.set_num_threads(1)
@@ -84,13 +84,13 @@ def test_turn_by_turn_the_tokens_are_those_of_the_models_own_processor(rig: Rig)
 def test_what_cannot_be_shown_is_refused_in_one_line(rig: Rig, chat: Chat) -> None:
     with pytest.raises(ChatError, match="1 pictures, but the rendered text has 2 times <image>"):
         rig.chat.opening(said("look: <image>", picture(1)))
-    with pytest.raises(ChatError, match="reads text alone"):
+    with pytest.raises(ChatError, match="reads text only"):
         chat.opening(said("red", picture(1)))
     with pytest.raises(ChatError, match="a picture is a data URL"):
         rig.chat.opening(said("red", "http://somewhere/else.png"))
-    with pytest.raises(ChatError, match="a part of a message is an object with a type"):
+    with pytest.raises(ChatError, match="a part of a message has no type"):
         rig.chat.opening([{"role": "user", "content": ["red"]}])
-    with pytest.raises(ChatError, match="a picture is no PNG"):
+    with pytest.raises(ChatError, match="a picture is not a PNG"):
         rig.chat.opening(said("red", "data:image/png;base64,AAAA"))
     with pytest.raises(PerceptionError, match="a picture cannot be read"):
         rig.chat.opening(said("red", picture(1)[:80]))
@@ -183,20 +183,26 @@ def test_an_episode_with_pictures_is_stored_resumed_and_scored_as_it_was_sampled
     engine = Noted(rig.engine._model, [3], perception=rig.perception)
     engine.version = 0
 
-    def played(so_far: EpisodeSoFar | None = None) -> Group:
+    def played(resume_from: PartialEpisode | None = None) -> Group:
         async def run() -> Group:
             pool = EnvironmentPool(make=lambda env_id, **options: Lenient(**options))
-            episode = play(Place(slot, 0, seed=5), pool, rig.agent(engine), Limits(4, 60.0), so_far=so_far)
+            episode = play(
+                EpisodeSpec(slot, 0, seed=5),
+                pool,
+                rig.agent(engine),
+                EpisodeLimits(4, 60.0),
+                resume_from=resume_from,
+            )
             return Group(slot, (await episode,))
 
         return decode(encode(asyncio.run(run())))
 
     (trajectory,) = played().trajectories
-    assert trajectory.error is None and len(trajectory.steps) == 2
+    assert trajectory.error is None and len(trajectory.turns) == 2
     assert [len(pictures) for _, pictures in asked] == [1, 2]
-    (again,) = played(EpisodeSoFar(trajectory.steps[:1], None, None)).trajectories
+    (again,) = played(PartialEpisode(trajectory.turns[:1], None, None)).trajectories
     assert asked[2] == asked[1], "what goes on after a crash is shown what was shown before"
-    assert again.steps[1].action_ids.tolist() == trajectory.steps[1].action_ids.tolist()
+    assert again.turns[1].action_ids.tolist() == trajectory.turns[1].action_ids.tolist()
     policy = Policy(ModelSettings(path=rig.path))
     row = row_of(sequences_of(trajectory, np.zeros(trajectory.num_sampled, np.float32)))
     with torch.no_grad():
@@ -224,16 +230,16 @@ def test_a_scripted_engine_answers_by_what_it_is_shown(rig: Rig) -> None:
 
 def test_an_engine_without_eyes_says_so(rig: Rig) -> None:
     blind = HfEngine(rig.engine._model, [])
-    with pytest.raises(EngineFailed, match="reads text alone"):
+    with pytest.raises(EngineFailed, match="reads text only"):
         asyncio.run(blind.generate([1, 2], Sampling(max_tokens=1), [picture(1)]))
 
 
 def test_parts_of_an_agent_add_to_pictures_what_they_say() -> None:
     observation = shown(np.zeros((4, 4, 3), np.uint8), "look")
-    first = preceded("Plan: go", observation)[0]["content"]
-    last = followed(observation, "Write a plan.")[-1]["content"]
+    first = with_text_before("Plan: go", observation)[0]["content"]
+    last = with_text_after(observation, "Write a plan.")[-1]["content"]
     asked = [{"role": "user", "content": "and?"}]
-    both = anew([*observation, *asked], asked)[0]["content"]
+    both = reset_context([*observation, *asked], asked)[0]["content"]
     kinds = [[part["type"] for part in content] for content in (first, last, both)]
     assert kinds == [["text", "text", "image"], ["text", "image", "text"], ["text", "image", "text"]]
     assert first[0]["text"] == "Plan: go\n" and last[2]["text"] == "\nWrite a plan."

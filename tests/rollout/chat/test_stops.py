@@ -15,7 +15,7 @@ from deploy.config.load import parse
 from deploy.run import evaluate
 from envs.base import Message
 from learner.model.tiny import build_tiny
-from rollout.agents.agent import Agent, Turn
+from rollout.agents.agent import Agent, SampledTurn
 from rollout.chat.chat import Chat
 from rollout.chat.end_tokens import end_tokens
 from rollout.engines.engine import Engine, Sampling
@@ -39,10 +39,10 @@ def model(tmp_path: Path) -> str:
 
 
 def said(engine: Engine, chat: Chat | None = None) -> tuple[str, str | None, int]:
-    async def run() -> Turn:
+    async def run() -> SampledTurn:
         agent = Agent(engine, chat or Chat(TOKENIZER), Sampling(max_tokens=50), 256)
         turn = await agent.turn(agent.begin(0), "where to?")
-        assert isinstance(turn, Turn)
+        assert isinstance(turn, SampledTurn)
         return turn
 
     turn = asyncio.run(run())
@@ -133,7 +133,7 @@ def test_a_turn_is_closed_once_behind_whichever_token_ended_it() -> None:
     assert whole(TURN) == rendered.replace("<|stop|>", "<|im_end|>")
     # The end of a whole text is none that the template writes: it closes the turn as ever.
     assert whole(TEXT) == rendered.replace("<|stop|>", "<|end|><|im_end|>")
-    assert chat.going_on({"role": "assistant", "content": "x"}, [*spoken, CALL]) == chat.delta(
+    assert chat.continue_turn({"role": "assistant", "content": "x"}, [*spoken, CALL]) == chat.delta(
         [{"role": "user", "content": "x"}], [*spoken, CALL]
     )
 

@@ -69,14 +69,14 @@ def test_a_whole_answer_passes_untouched() -> None:
     ("answer", "says"),
     [
         ({"text": "left"}, "dict, not a Completion"),
-        (replace(WHOLE, token_ids=np.int32([])), "0 tokens where 1 to 2 were asked for"),
-        (replace(WHOLE, token_ids=np.int32([4, 4, 9])), "3 tokens where 1 to 2"),
+        (replace(WHOLE, token_ids=np.int32([])), "0 tokens; 1 to 2 were requested"),
+        (replace(WHOLE, token_ids=np.int32([4, 4, 9])), "3 tokens; 1 to 2"),
         (replace(WHOLE, logprobs=np.float32([-1.0])), "2 tokens with 1 logprobs and 2 versions"),
         (replace(WHOLE, logprobs=np.float32([-1.0, np.nan])), "must be finite"),
         (replace(WHOLE, logprobs=np.float32([-1.0, 0.7])), "at most 0"),
-        (replace(WHOLE, versions=np.int32([0, 1])), "versions 0 to 1 where 0 to 0 served"),
+        (replace(WHOLE, versions=np.int32([0, 1])), "versions 0 to 1; 0 to 0 were loaded"),
         (replace(WHOLE, finish_reason="done"), "finish_reason='done'"),
-        (replace(WHOLE, token_ids=np.int32([4, 4])), "'stop' behind token 4"),
+        (replace(WHOLE, token_ids=np.int32([4, 4])), "'stop' after token 4"),
         (KeyError("north"), r"generate raised KeyError\('north'\)"),
     ],
 )
@@ -102,5 +102,5 @@ def test_a_sync_is_believed_only_with_checksums_version_and_probe() -> None:
 
 
 def test_an_object_without_the_methods_is_no_engine() -> None:
-    with pytest.raises(TypeError, match="mine: dict is no Engine: it has no method generate, score"):
+    with pytest.raises(TypeError, match="mine: dict is not an Engine: it has no method generate, score"):
         CheckedEngine({}, START)

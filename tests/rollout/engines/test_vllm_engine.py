@@ -176,5 +176,5 @@ def test_weights_that_go_wrong_behind_their_checksums_are_refused_by_name(rig: R
         rig.sync(14)
         rig.perturb(2e-3)
         rig.loop.run_until_complete(rig.engine._llm.collective_rpc(spoil_loading, args=(kind, 0)))
-        with pytest.raises(WeightMismatch, match=r"computes with another \S+ than arrived"):
+        with pytest.raises(WeightMismatch, match=r"computes with another \S+ than was received"):
             rig.sync(15)

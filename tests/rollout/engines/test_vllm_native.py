@@ -219,7 +219,7 @@ def make_rig(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> Callable[.
             actors[name] = _actor(VllmEngine(llms[name], FakeCore(), name, [0], names, seeded=False))
         policy = Policy(ModelSettings(path=str(folders[0])))
         publisher = NativePublisher(
-            transfer, policy.named_weights, actors, 2, "learner-host", sync_seconds=100.0
+            transfer, policy.named_weights, actors, 2, "learner-host", sync_timeout_seconds=100.0
         )
         return Rig(policy, publisher, llms, wire)
 

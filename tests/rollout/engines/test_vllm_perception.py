@@ -19,7 +19,7 @@ from rollout.chat.perception import Perception
 from rollout.engines.engine import Sampling
 from rollout.engines.vllm_engine import VllmEngine
 from rollout.engines.vllm_start import VllmSettings
-from rollout.episodes.episode import Limits, Place
+from rollout.episodes.episode import EpisodeLimits, EpisodeSpec
 from rollout.episodes.group import play
 from rollout.episodes.pool import EnvironmentPool
 from rollout.wire.schema import decode, encode
@@ -54,8 +54,8 @@ def test_an_episode_with_pictures_under_new_weights(tmp_path: Path) -> None:
             agent = Agent(engine, load_chat(path), Sampling(max_tokens=4), CONTEXT)
             pool = EnvironmentPool(make=lambda env_id, **options: Lenient(**options))
             slots = [Slot(0, 0, Task.of("patches", seed, {"level": 3}), 1) for seed in range(4)]
-            places = [Place(slot, index, seed=index) for index, slot in enumerate(slots)]
-            played = [play(place, pool, agent, Limits(4, 600.0)) for place in places]
+            places = [EpisodeSpec(slot, index, seed=index) for index, slot in enumerate(slots)]
+            played = [play(place, pool, agent, EpisodeLimits(4, 600.0)) for place in places]
             return [
                 decode(encode(Group(place.slot, (trajectory,)))).trajectories[0]
                 for place, trajectory in zip(places, await asyncio.gather(*played), strict=True)
@@ -64,8 +64,8 @@ def test_an_episode_with_pictures_under_new_weights(tmp_path: Path) -> None:
             await engine.close()
 
     for trajectory in asyncio.run(run()):
-        assert trajectory.error is None and len(trajectory.steps) == 2
-        assert {version for step in trajectory.steps for version in step.versions.tolist()} == {1}
+        assert trajectory.error is None and len(trajectory.turns) == 2
+        assert {version for step in trajectory.turns for version in step.versions.tolist()} == {1}
         row = row_of(sequences_of(trajectory, np.zeros(trajectory.num_sampled, np.float32)))
         with torch.no_grad():
             scored, _ = policy.score(row, 1.0)

@@ -41,7 +41,7 @@ def test_a_players_words_become_tokens_and_rewards(chat: Chat, orders: Any) -> N
     for group, word in zip(groups, ("right", "left"), strict=True):
         (trajectory,) = decode(encode(group)).trajectories
         assert trajectory.end_reason is EndReason.TERMINATED
-        for step in trajectory.steps:
+        for step in trajectory.turns:
             assert tuple(step.action_ids) == chat.encode_action(word)
             assert not step.behavior_logprobs.any()
             assert not step.versions.any()

@@ -16,11 +16,11 @@ from envs.hosting.host import InProcessEnv
 from rollout.agents.agent import Agent
 from rollout.engines.engine import EngineFailed
 from rollout.engines.scripted_engine import ScriptedEngine
-from rollout.episodes.episode import Limits, Place, run_episode
+from rollout.episodes.episode import EpisodeLimits, EpisodeSpec, run_episode
 from rollout.wire.trajectory import EndReason, Slot, Task, Trajectory
 
-PLACE = Place(Slot(5, 2, Task.of("count", 7), 0), index=3, seed=11, worker="w")
-LIMITS = Limits(max_turns=10, seconds=30.0)
+PLACE = EpisodeSpec(Slot(5, 2, Task.of("count", 7), 0), index=3, seed=11, worker="w")
+LIMITS = EpisodeLimits(max_turns=10, timeout_seconds=30.0)
 AgentOf = Callable[..., Agent]
 
 
@@ -29,7 +29,7 @@ def engine(tokenizer: PreTrainedTokenizerFast) -> ScriptedEngine:
     return ScriptedEngine(tokenizer, lambda prompt, rng: rng.choice(["left", "right"]), version=4)
 
 
-def played(env: Any, agent: Agent, limits: Limits = LIMITS) -> Trajectory:
+def played(env: Any, agent: Agent, limits: EpisodeLimits = LIMITS) -> Trajectory:
     return asyncio.run(run_episode(InProcessEnv(env), agent, PLACE, limits))
 
 
@@ -41,15 +41,15 @@ def test_the_record_is_what_environment_and_engine_said(
     assert (trajectory.group_id, trajectory.attempt, trajectory.index, trajectory.worker) == (5, 2, 3, "w")
     assert trajectory.end_reason is EndReason.TERMINATED
     assert trajectory.success is True
-    heard = [step.action for step in trajectory.steps]
-    seen = [json.loads(step.observation)[0]["content"] for step in trajectory.steps]
+    heard = [step.action for step in trajectory.turns]
+    seen = [json.loads(step.observation)[0]["content"] for step in trajectory.turns]
     assert seen == ["seed 7", f"turn 1 heard {heard[0]}", f"turn 2 heard {heard[1]}"]
-    assert [step.reward for step in trajectory.steps] == [float(action == "right") for action in heard]
-    assert [step.turn for step in trajectory.steps] == [0, 1, 2]
+    assert [step.reward for step in trajectory.turns] == [float(action == "right") for action in heard]
+    assert [step.turn for step in trajectory.turns] == [0, 1, 2]
 
 
 def test_trained_ids_are_the_engines_ids(orders: Any, agent_of: AgentOf, engine: ScriptedEngine) -> None:
-    steps = played(orders.make("count"), agent_of(engine)).steps
+    steps = played(orders.make("count"), agent_of(engine)).turns
     history: list[int] = []
     for step, request in zip(steps, engine.requests, strict=True):
         assert (*history, *step.prompt_ids.tolist()) == request.prompt_ids
@@ -77,7 +77,7 @@ def test_end_reasons(
         setattr(orders, name, value)
     trajectory = played(orders.make("count"), agent_of(engine))
     assert trajectory.end_reason is reason
-    assert len(trajectory.steps) == min(orders.length, LIMITS.max_turns)
+    assert len(trajectory.turns) == min(orders.length, LIMITS.max_turns)
     assert trajectory.trainable
 
 
@@ -90,12 +90,12 @@ def test_a_turn_is_shortened_to_the_room_left_and_then_there_is_none(
         orders.make("count"), agent_of(engine, max_tokens=30, context_tokens=100, min_new_tokens=5)
     )
     assert trajectory.end_reason is EndReason.CONTEXT_OVERFLOW
-    used = sum(len(step.prompt_ids) + len(step.action_ids) for step in trajectory.steps)
+    used = sum(len(step.prompt_ids) + len(step.action_ids) for step in trajectory.turns)
     rooms = [100 - len(request.prompt_ids) for request in engine.requests]
     assert [request.sampling.max_tokens for request in engine.requests] == [min(30, room) for room in rooms]
     assert rooms[-1] < 30, "the last turn was shortened"
     assert used == 100
-    assert [step.finish_reason for step in trajectory.steps] == ["length", "length"]
+    assert [step.finish_reason for step in trajectory.turns] == ["length", "length"]
 
 
 def test_a_first_prompt_that_does_not_fit_names_both_lengths(
@@ -116,7 +116,7 @@ def test_an_environment_that_raises_leaves_its_traceback_and_the_steps_so_far(
     trajectory = played(orders.make("count"), agent_of(engine))
     assert trajectory.end_reason is EndReason.FAILED
     assert not trajectory.trainable
-    assert [step.turn for step in trajectory.steps] == [0, 1], "the action that broke it is kept"
+    assert [step.turn for step in trajectory.turns] == [0, 1], "the action that broke it is kept"
     assert trajectory.error is not None
     assert "ZeroDivisionError: no such tile" in trajectory.error
     assert "conftest.py" in trajectory.error, "the place in the environment's own code"
@@ -144,7 +144,7 @@ def test_a_reward_that_is_no_number_is_the_environments_failure(
     orders.info = info
     trajectory = played(orders.make("count"), agent_of(engine))
     assert trajectory.end_reason is EndReason.FAILED
-    assert [step.reward for step in trajectory.steps] == [0.5, 0.5, 0.0], "what broke it has earned nothing"
+    assert [step.reward for step in trajectory.turns] == [0.5, 0.5, 0.0], "what broke it has earned nothing"
     assert trajectory.error is not None
     assert re.search(r"failed in step 2: .*(the reward|goal) is .*finite float32", trajectory.error)
 
@@ -191,7 +191,9 @@ def test_an_episode_over_its_time_fails_and_says_how_far_it_got(
             await asyncio.Event().wait()
 
     engine._latency = forever
-    trajectory = played(orders.make("count"), agent_of(engine), Limits(max_turns=10, seconds=0.05))
+    trajectory = played(
+        orders.make("count"), agent_of(engine), EpisodeLimits(max_turns=10, timeout_seconds=0.05)
+    )
     assert trajectory.end_reason is EndReason.FAILED
     assert trajectory.error is not None
     assert "longer than 0.05 s" in trajectory.error

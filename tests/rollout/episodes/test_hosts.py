@@ -24,7 +24,7 @@ from envs.hosting.host import EnvironmentFailed, HostSettings, Replica
 from envs.hosting.subprocess_env import SubprocessEnv
 from rollout.agents.agent import Agent
 from rollout.engines.scripted_engine import ScriptedEngine
-from rollout.episodes.episode import Limits, Place
+from rollout.episodes.episode import EpisodeLimits, EpisodeSpec
 from rollout.episodes.group import concurrently, play, run_group
 from rollout.episodes.pool import EnvironmentPool
 from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory
@@ -33,7 +33,7 @@ from tests.rollout.trouble import Starter, Trouble, make
 AgentOf = Callable[..., Agent]
 PROCESS = HostSettings(where="process", step_seconds=5.0)
 RAY = HostSettings(where="ray", step_seconds=5.0, cpus_per_replica=0.01)
-LIMITS = Limits(max_turns=9, seconds=60.0)
+LIMITS = EpisodeLimits(max_turns=9, timeout_seconds=60.0)
 
 
 @pytest.fixture
@@ -77,8 +77,10 @@ def idle_of(pool: EnvironmentPool) -> list[Replica]:
     return [replica for _, replica in pool._all_idle()]
 
 
-async def played(pool: EnvironmentPool, agent: Agent, task: Task, limits: Limits = LIMITS) -> Trajectory:
-    return await play(Place(Slot(0, 0, task, 0), 0, seed=1), pool, agent, limits)
+async def played(
+    pool: EnvironmentPool, agent: Agent, task: Task, limits: EpisodeLimits = LIMITS
+) -> Trajectory:
+    return await play(EpisodeSpec(Slot(0, 0, task, 0), 0, seed=1), pool, agent, limits)
 
 
 def wait_for_the_end_of(*pids: int) -> None:
@@ -100,7 +102,7 @@ def test_a_hosted_replica_says_what_an_inline_one_says(agent: Agent, task: Task,
             await pool.close()
 
     def facts(trajectory: Trajectory) -> list[Any]:
-        steps = [(s.observation, s.action, s.reward) for s in trajectory.steps]
+        steps = [(s.observation, s.action, s.reward) for s in trajectory.turns]
         return [trajectory.end_reason, trajectory.success, steps]
 
     hosted, inline = (asyncio.run(group(each)) for each in (host, HostSettings()))
@@ -133,7 +135,7 @@ def test_whatever_happens_to_a_replica_costs_its_own_episode_only(agent: Agent, 
                 assert trajectory.end_reason is EndReason.FAILED
                 assert trajectory.error is not None
                 assert re.search(says[what], trajectory.error), trajectory.error
-                assert len(trajectory.steps) == 2, "the action that broke it is kept"
+                assert len(trajectory.turns) == 2, "the action that broke it is kept"
         (good,) = idle_of(pool)
         pool.give_back(Task.of("trouble", 1, {"what": "none"}), good)
         await pool.close()

@@ -22,7 +22,7 @@ from rollout.agents.agent import Agent
 from rollout.chat.chat import Chat
 from rollout.engines.engine import Sampling
 from rollout.engines.scripted_engine import ScriptedEngine
-from rollout.episodes.episode import Limits, Place, run_episode
+from rollout.episodes.episode import EpisodeLimits, EpisodeSpec, run_episode
 from rollout.episodes.group import concurrently
 from rollout.episodes.pool import EnvironmentPool
 from rollout.wire.trajectory import EndReason, Slot, Task
@@ -186,13 +186,13 @@ def test_an_environment_by_which_a_worker_may_have_died_gets_a_process() -> None
     async def scene() -> None:
         pool = EnvironmentPool(host=HostSettings(where="inline"))
         task = Task.of("tests.rollout.trouble:Trouble", 1, {"what": "kill"})
-        replica = await pool.take(task, apart=True)
+        replica = await pool.take(task, own_process=True)
         await replica.reset(1)
         await replica.step("on")
         with pytest.raises(EnvironmentFailed, match="SIGKILL"):
             await replica.step("on")
         await pool.discard(task, replica)
-        others = [await pool.take(task, apart=apart) for apart in (False, True)]
+        others = [await pool.take(task, own_process=own) for own in (False, True)]
         assert [type(each) for each in others] == [InProcessEnv, SubprocessEnv]
         for each in others:
             pool.give_back(task, each)
@@ -223,15 +223,15 @@ def test_an_episode_that_waits_behind_sleepers_has_its_whole_time_once_it_is_adm
             return action, 1.0, True, False, {}
 
     async def scene() -> Any:
-        gate, limits = asyncio.Semaphore(1), Limits(max_turns=1, seconds=0.3)
+        gate, limits = asyncio.Semaphore(1), EpisodeLimits(max_turns=1, timeout_seconds=0.3)
         replica = await InProcessEnv.start(Sleepers, HostSettings(), gate)
         tokenizer = build_tokenizer(tmp_path)
         engine = ScriptedEngine(tokenizer, lambda prompt, random: "on")
         agent = Agent(engine, Chat(tokenizer), Sampling(max_tokens=4), 64)
-        place = Place(Slot(0, 0, Task.of("sleepers", 1), 0), 0, 1)
+        place = EpisodeSpec(Slot(0, 0, Task.of("sleepers", 1), 0), 0, 1)
         await gate.acquire()  # by those before it
         playing = asyncio.create_task(run_episode(replica, agent, place, limits))
-        await asyncio.wait({playing}, timeout=2 * limits.seconds)
+        await asyncio.wait({playing}, timeout=2 * limits.timeout_seconds)
         assert not playing.done()
         gate.release()
         played = await playing
@@ -241,4 +241,4 @@ def test_an_episode_that_waits_behind_sleepers_has_its_whole_time_once_it_is_adm
 
     played = asyncio.run(scene())
     assert played.end_reason is (EndReason.FAILED if stuck else EndReason.TERMINATED), played.error
-    assert not stuck or "longer than 0.3 s (episode_seconds)" in (played.error or "")
+    assert not stuck or "longer than 0.3 s (rollout.episode_seconds)" in (played.error or "")

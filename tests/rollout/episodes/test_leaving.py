@@ -79,7 +79,7 @@ def slots() -> list[Slot]:
 def facts(groups: dict[int, Group]) -> dict[int, Any]:
     return {
         group_id: [
-            (t.end_reason, [(s.observation, s.action, s.reward) for s in t.steps]) for t in group.trajectories
+            (t.end_reason, [(s.observation, s.action, s.reward) for s in t.turns]) for t in group.trajectories
         ]
         for group_id, group in sorted(groups.items())
     }
@@ -87,7 +87,7 @@ def facts(groups: dict[int, Group]) -> dict[int, Any]:
 
 def handed_in(replay_buffer: FakeReplayBuffer) -> int:
     """Turns of the groups that are complete."""
-    return sum(len(t.steps) for group in replay_buffer.groups.values() for t in group.trajectories)
+    return sum(len(t.turns) for group in replay_buffer.groups.values() for t in group.trajectories)
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_after_a_drain_the_next_worker_goes_on_and_nothing_is_sampled_twice(rig:
 def test_a_worker_that_is_lost_costs_no_turn_that_was_recorded(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(recorder, "FLUSH_INTERVAL_SECONDS", 0.01)
     expected = rig.uninterrupted()
     rig.engines.clear()
 
@@ -160,7 +160,7 @@ def test_a_worker_that_is_lost_costs_no_turn_that_was_recorded(
 def test_a_group_handed_in_before_the_next_tick_is_not_recorded(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder, "TICK_SECONDS", 3600.0)
+    monkeypatch.setattr(recorder, "FLUSH_INTERVAL_SECONDS", 3600.0)
     replay_buffer = FakeReplayBuffer(slots())
     asyncio.run(rig.worker(replay_buffer).run())
     assert set(replay_buffer.groups) == {0, 1, 2, 3}
@@ -183,7 +183,7 @@ def test_stopped_it_gives_up_running_turns_and_can_run_again(rig: Rig) -> None:
         run = asyncio.create_task(worker.run())
         while len(replay_buffer.groups) < GROUPS:
             await asyncio.sleep(0)
-        await worker.stop()  # while its lanes wait for a slot
+        await worker.stop()  # while its loops wait for a slot
         await run
         assert worker.counters()["turns_reused"] == 20
         return replay_buffer
@@ -195,7 +195,7 @@ def test_a_group_that_another_worker_has_now_is_counted_and_left_to_it(rig: Rig)
     class Fenced(FakeReplayBuffer):
         async def add(self, slot: Slot, *rest: Any) -> None:
             if slot.group_id == 1:
-                del self.held[next(lane for lane, held in self.held.items() if held == slot)]
+                del self.held[next(worker_loop for worker_loop, held in self.held.items() if held == slot)]
                 raise StaleSlot("group 1 is held by attempt 1")
             await super().add(slot, *rest)
 
@@ -228,7 +228,7 @@ def test_an_engine_that_died_ends_the_worker_and_fails_no_episode(rig: Rig) -> N
 def test_a_replay_buffer_that_takes_no_turns_ends_the_worker(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(recorder, "FLUSH_INTERVAL_SECONDS", 0.01)
 
     class Gone(FakeReplayBuffer):
         async def record_turns(self, batch: pa.RecordBatch) -> None:

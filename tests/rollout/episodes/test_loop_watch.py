@@ -19,8 +19,8 @@ def stand(until: threading.Event) -> None:
 def test_a_loop_that_stands_is_named_with_its_line_of_code(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(loop_watch, "_NOTICE_SECONDS", 0.3)
-    monkeypatch.setattr(loop_watch, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(loop_watch, "_BLOCKED_AFTER_SECONDS", 0.3)
+    monkeypatch.setattr(loop_watch, "_BEAT_INTERVAL_SECONDS", 0.05)
     caplog.set_level(logging.WARNING, logger=loop_watch.__name__)
     seen: list[str] = []
 
@@ -29,7 +29,7 @@ def test_a_loop_that_stands_is_named_with_its_line_of_code(
         go_on = threading.Event()
 
         def look() -> None:
-            while not (told := watch.standing()) or "has stood" not in caplog.text:
+            while not (told := watch.standing()) or "has been blocked" not in caplog.text:
                 pass
             seen.append(told)
             go_on.set()
@@ -37,7 +37,7 @@ def test_a_loop_that_stands_is_named_with_its_line_of_code(
         assert watch.standing() == ""
         threading.Thread(target=look, daemon=True).start()
         stand(go_on)
-        while "goes on" not in caplog.text:
+        while "runs again" not in caplog.text:
             await asyncio.sleep(0.01)
         assert watch.standing() == ""
         watch.close()

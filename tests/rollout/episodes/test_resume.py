@@ -22,18 +22,18 @@ from rollout.agents.agent import Agent, AgentSettings
 from rollout.chat.chat import Chat
 from rollout.engines.engine import Sampling
 from rollout.engines.scripted_engine import Request, ScriptedEngine
-from rollout.episodes.episode import Limits, Place, Unwatched
+from rollout.episodes.episode import EpisodeLimits, EpisodeSpec, NullListener
 from rollout.episodes.group import run_group
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.resume import Restart
 from rollout.wire.schema import encode_turns, restore_turns
-from rollout.wire.trajectory import EndReason, EpisodeSoFar, Group, Slot, Step, Task, Trajectory, TurnEnd
+from rollout.wire.trajectory import EndReason, Group, PartialEpisode, Slot, Task, Trajectory, Turn, TurnEnd
 
 SIZE = 4
-Row = tuple[Slot, int, Step, TurnEnd | None, bytes | None]
+Row = tuple[Slot, int, Turn, TurnEnd | None, bytes | None]
 
 
-class Notes(Unwatched):
+class Notes(NullListener):
     """Every finished turn, as the recorder would note it, and what became of the durable ones."""
 
     def __init__(self) -> None:
@@ -41,10 +41,10 @@ class Notes(Unwatched):
         self.reused = 0
         self.restarts: list[Restart] = []
 
-    def turn_ended(self, place: Place, step: Step, end: TurnEnd | None, snapshot: bytes | None) -> None:
+    def turn_ended(self, place: EpisodeSpec, step: Turn, end: TurnEnd | None, snapshot: bytes | None) -> None:
         self.rows.append((place.slot, place.index, step, end, snapshot))
 
-    def resumed(self, steps: Sequence[Step]) -> None:
+    def resumed(self, steps: Sequence[Turn]) -> None:
         self.reused += len(steps)
 
     def restarted(self, why: Restart) -> None:
@@ -62,18 +62,18 @@ class Rig:
         self.make: Any = registry.make
         self.notes = Notes()
 
-    def play(self, so_far: dict[int, EpisodeSoFar] | None = None) -> tuple[Group, list[Request]]:
+    def play(self, resume_from: dict[int, PartialEpisode] | None = None) -> tuple[Group, list[Request]]:
         engine = ScriptedEngine(self.tokenizer, lambda prompt, rng: rng.choice(self.words), version=3)
         settings = AgentSettings.model_validate({"memory": self.memory})
         agent = Agent(engine, Chat(self.tokenizer), Sampling(max_tokens=8), self.context, settings)
         self.notes = Notes()
         pool = EnvironmentPool(self.make)
-        slot = replace(self.slot, attempt=self.slot.attempt + (so_far is not None))
-        limits = Limits(max_turns=9, seconds=30.0)
-        group = asyncio.run(run_group(slot, pool, agent, SIZE, limits, 5, "w", self.notes, so_far))
+        slot = replace(self.slot, attempt=self.slot.attempt + (resume_from is not None))
+        limits = EpisodeLimits(max_turns=9, timeout_seconds=30.0)
+        group = asyncio.run(run_group(slot, pool, agent, SIZE, limits, 5, "w", self.notes, resume_from))
         return group, engine.requests
 
-    def cut(self, rows: Sequence[Row], turns: Sequence[int]) -> dict[int, EpisodeSoFar]:
+    def cut(self, rows: Sequence[Row], turns: Sequence[int]) -> dict[int, PartialEpisode]:
         """The first `turns[index]` turns of every episode, as they come back from the journal."""
         kept = [row for row in rows if row[2].turn < turns[row[1]]]
         return restore_turns(encode_turns(kept, "w"))
@@ -85,7 +85,7 @@ def facts(trajectory: Trajectory) -> list[Any]:
     arrays = ("prompt_ids", "action_ids", "behavior_logprobs", "versions")
     steps = [
         [getattr(step, name) for name in plain] + [getattr(step, name).tolist() for name in arrays]
-        for step in trajectory.steps
+        for step in trajectory.turns
     ]
     return [trajectory.index, trajectory.end_reason, trajectory.success, trajectory.error, steps]
 
@@ -116,7 +116,7 @@ def test_an_episode_cut_anywhere_goes_on_as_if_nothing_had_happened(
     rig = Rig(tokenizer, task, words, memory, context)
     whole, requests = rig.play()
     rows = rig.notes.rows
-    lengths = [len(trajectory.steps) for trajectory in whole.trajectories]
+    lengths = [len(trajectory.turns) for trajectory in whole.trajectories]
     assert max(lengths) > 1
     assert context > 1000 or EndReason.CONTEXT_OVERFLOW in {t.end_reason for t in whole.trajectories}
     cuts = random.Random(1)
@@ -196,11 +196,11 @@ def test_a_snapshot_is_gone_on_from_through_the_usual_wrappers(tokenizer: PreTra
             "the time limit counts the turns of the earlier attempt"
         )
         assert facts(before)[-1][:turns] == facts(after)[-1][:turns]
-        said = [int(step.observation.split("total ")[1].split('"')[0]) for step in after.steps[1:]]
+        said = [int(step.observation.split("total ")[1].split('"')[0]) for step in after.turns[1:]]
         assert said == sorted(set(said)), "the total grows from where it stood"
         if 0 < turns < 6:
             # What the environment said last is what the next turn is asked with.
-            assert after.steps[turns].observation == before.steps[turns].observation
+            assert after.turns[turns].observation == before.turns[turns].observation
 
 
 def test_what_may_not_repeat_itself_and_left_no_snapshot_starts_again(
@@ -213,7 +213,7 @@ def test_what_may_not_repeat_itself_and_left_no_snapshot_starts_again(
     assert rig.notes.restarts == [Restart.NONDETERMINISTIC]
     assert rig.notes.reused == 6, "a finished episode is taken as it is"
     assert len(missing) == 18
-    assert [len(t.steps) for t in group.trajectories] == [6] * 4
+    assert [len(t.turns) for t in group.trajectories] == [6] * 4
 
 
 @pytest.mark.parametrize(
@@ -228,11 +228,11 @@ def test_an_environment_that_does_not_repeat_itself_is_noticed(
 ) -> None:
     rig = Rig(tokenizer, LAKE, MOVES[:4], "full", 4096)
     whole, _ = rig.play()
-    so_far = rig.cut(rig.notes.rows, [2, 2, 2, 2])
-    cut = next(index for index, episode in so_far.items() if episode.end is None)
-    steps = so_far[cut].steps
-    so_far[cut] = replace(so_far[cut], steps=(steps[0], replace(steps[1], **change)))
-    group, _ = rig.play(so_far)
+    resume_from = rig.cut(rig.notes.rows, [2, 2, 2, 2])
+    cut = next(index for index, episode in resume_from.items() if episode.end is None)
+    steps = resume_from[cut].turns
+    resume_from[cut] = replace(resume_from[cut], turns=(steps[0], replace(steps[1], **change)))
+    group, _ = rig.play(resume_from)
     assert rig.notes.restarts == [why]
     assert [facts(t) for t in group.trajectories] == [facts(t) for t in whole.trajectories]
 
@@ -241,7 +241,7 @@ def test_a_replay_that_raises_costs_a_replica_and_not_the_episode(tokenizer: Pre
     made: list[Dice] = []
     rig = dice_rig(tokenizer, made, offers=False)
     rig.play()
-    so_far = rig.cut(rig.notes.rows, [2, 6, 6, 6])
+    resume_from = rig.cut(rig.notes.rows, [2, 6, 6, 6])
     broken: list[Dice] = []
 
     def make_first_broken(env_id: str) -> Any:
@@ -249,7 +249,7 @@ def test_a_replay_that_raises_costs_a_replica_and_not_the_episode(tokenizer: Pre
         return TimeLimit(broken[-1], max_episode_steps=6)
 
     rig.make = make_first_broken
-    group, _ = rig.play(so_far)
+    group, _ = rig.play(resume_from)
     assert rig.notes.restarts == [Restart.FAILED]
     assert len(broken) == 2
     assert group.trajectories[0].end_reason is EndReason.TRUNCATED

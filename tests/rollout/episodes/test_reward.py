@@ -13,11 +13,11 @@ from rollout.agents.agent import Agent
 from rollout.chat.chat import Chat
 from rollout.engines.engine import Sampling
 from rollout.engines.scripted_engine import ScriptedEngine
-from rollout.episodes.episode import Limits, Place
+from rollout.episodes.episode import EpisodeLimits, EpisodeSpec
 from rollout.episodes.group import play
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.reward import OwnReward
-from rollout.wire.trajectory import EndReason, EpisodeSoFar, Slot, Task, Trajectory, TurnEnd
+from rollout.wire.trajectory import EndReason, PartialEpisode, Slot, Task, Trajectory, TurnEnd
 
 SEED = 9
 TASK = Task.of("frozen_lake", SEED, {"size": 3})
@@ -29,13 +29,15 @@ def agent(tokenizer: PreTrainedTokenizerFast, chat: Chat) -> Agent:
     return Agent(engine, chat, Sampling(max_tokens=8), 4096)
 
 
-def paid(agent: Agent, reward: dict[str, Any] | None, so_far: EpisodeSoFar | None = None) -> Trajectory:
+def paid(
+    agent: Agent, reward: dict[str, Any] | None, resume_from: PartialEpisode | None = None
+) -> Trajectory:
     async def run() -> Trajectory:
         own = None if reward is None else OwnReward.model_validate(reward)
         pool = EnvironmentPool(host=HostSettings(), reward=own)
         try:
-            place = Place(Slot(0, 0, TASK, 0), 0, seed=1)
-            return await play(place, pool, agent, Limits(4, 60.0), so_far=so_far)
+            place = EpisodeSpec(Slot(0, 0, TASK, 0), 0, seed=1)
+            return await play(place, pool, agent, EpisodeLimits(4, 60.0), resume_from=resume_from)
         finally:
             await pool.close()
 
@@ -43,7 +45,7 @@ def paid(agent: Agent, reward: dict[str, Any] | None, so_far: EpisodeSoFar | Non
 
 
 def rewards(episode: Trajectory) -> list[float]:
-    return [step.reward for step in episode.steps]
+    return [step.reward for step in episode.turns]
 
 
 def test_it_stands_in_place_of_the_environments_or_is_added_to_it(agent: Agent) -> None:
@@ -51,14 +53,14 @@ def test_it_stands_in_place_of_the_environments_or_is_added_to_it(agent: Agent) 
     own = {"kind": "tests.own_parts:success", "bonus": 0.5}
     value = float(bool(plain.success)) + 0.5
     replaced, added = paid(agent, own), paid(agent, own | {"mode": "add"})
-    assert rewards(replaced) == [0.0] * (len(plain.steps) - 1) + [value]
+    assert rewards(replaced) == [0.0] * (len(plain.turns) - 1) + [value]
     assert rewards(added) == [*rewards(plain)[:-1], rewards(plain)[-1] + value]
-    assert [step.action for step in replaced.steps] == [step.action for step in plain.steps]
+    assert [step.action for step in replaced.turns] == [step.action for step in plain.turns]
 
 
 def test_named_numbers_are_summed_and_kept_by_name(agent: Agent) -> None:
     episode = paid(agent, {"kind": "tests.own_parts:by_name"})
-    turns = len(episode.steps)
+    turns = len(episode.turns)
     assert episode.named_rewards == {"turns": -turns, "seed": SEED}
     assert episode.reward == SEED - turns
 
@@ -69,9 +71,9 @@ def test_a_coroutine_function_may_pay(agent: Agent) -> None:
 
 def test_an_episode_that_an_earlier_attempt_ended_is_paid_alike(agent: Agent) -> None:
     plain = paid(agent, None)
-    so_far = EpisodeSoFar(plain.steps, TurnEnd(plain.end_reason, plain.success), None)
+    resume_from = PartialEpisode(plain.turns, TurnEnd(plain.end_reason, plain.success), None)
     own = {"kind": "tests.own_parts:by_name"}
-    assert rewards(paid(agent, own, so_far)) == rewards(paid(agent, own))
+    assert rewards(paid(agent, own, resume_from)) == rewards(paid(agent, own))
 
 
 def test_a_reward_that_fails_costs_its_episode_and_names_its_line(agent: Agent) -> None:

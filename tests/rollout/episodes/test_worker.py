@@ -40,7 +40,7 @@ def facts(group: Group) -> list[Any]:
             t.index,
             t.end_reason,
             t.reward,
-            [(s.action, s.prompt_ids.tolist(), s.action_ids.tolist()) for s in t.steps],
+            [(s.action, s.prompt_ids.tolist(), s.action_ids.tolist()) for s in t.turns],
         )
         for t in group.trajectories
     ]
@@ -139,7 +139,7 @@ def test_a_group_whose_episodes_all_earned_the_same_is_given_up_where_that_is_as
         }
         assert (set(replay_buffer.groups) == kept, bool(uniform)) == (True, not asked)
         assert {reason for reason, _, _ in replay_buffer.dropped.values()} == (
-            {DropReason.UNIFORM} if asked else set()
+            {DropReason.EQUAL_REWARDS} if asked else set()
         )
         assert worker.counters()["groups_uniform"] == len(replay_buffer.dropped)
 
@@ -176,8 +176,8 @@ def test_a_mistake_of_ours_ends_the_worker_with_that_very_error(rig: Rig) -> Non
 
 def test_a_group_that_ends_its_worker_by_an_error_ends_no_second_one(rig: Rig) -> None:
     class LostBefore(FakeReplayBuffer):
-        async def reserve(self, worker: str, lane: int) -> Assignment | None:
-            given = await super().reserve(worker, lane)
+        async def reserve(self, worker: str, worker_loop: int) -> Assignment | None:
+            given = await super().reserve(worker, worker_loop)
             return given and replace(given, losses=1)
 
     replay_buffer, asked = LostBefore(slots(6)), count()
@@ -206,7 +206,7 @@ def test_evaluation_keeps_order_repeats_itself_and_bounds_what_runs_at_once(rig:
     first, again = evaluate(None), evaluate(Random(0))
     assert [trajectory.task.seed for trajectory in first] == [3, 1, 2, 3, 9]
     assert [trajectory.index for trajectory in first] == [0, 0, 0, 1, 0]
-    assert [[s.action for s in t.steps] for t in first] == [[s.action for s in t.steps] for t in again]
+    assert [[s.action for s in t.turns] for t in first] == [[s.action for s in t.turns] for t in again]
     assert len(rig.orders.made) == 4, "two replicas for each of the two evaluations"
     groups = as_groups(first)
     assert [(group.slot.group_id, len(group.trajectories)) for group in groups] == [

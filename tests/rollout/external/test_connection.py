@@ -117,8 +117,8 @@ def test_what_is_nested_too_deep_is_refused_or_left_as_text(where: str, deep: in
 
 
 def test_who_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
-    monkeypatch.setattr(connection, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "BODY_TIMEOUT_SECONDS", 0.2)
 
     async def scene(connect: Open, session: Session) -> None:
         silent, half, slow = [await connect() for _ in range(3)]

@@ -22,16 +22,16 @@ from rollout.agents.agent import Agent
 from rollout.chat.chat import Chat
 from rollout.engines.engine import Sampling
 from rollout.engines.scripted_engine import ScriptedEngine
-from rollout.episodes.episode import Limits, Place
+from rollout.episodes.episode import EpisodeLimits, EpisodeSpec
 from rollout.episodes.group import concurrently, play
 from rollout.episodes.pool import EnvironmentPool
 from rollout.external.endpoint import Endpoint
-from rollout.external.openai_format import Answer, read
+from rollout.external.openai_format import ChatReply, read
 from rollout.external.session import Session
 from rollout.wire.trajectory import EndReason, Slot, Task, Trajectory
 from tests.rollout import callers
 
-LIMITS = Limits(max_turns=20, seconds=60.0)
+LIMITS = EpisodeLimits(max_turns=20, timeout_seconds=60.0)
 HOST = HostSettings(reset_seconds=30.0, step_seconds=30.0)
 MOVES = ["extend", "parts", "shorten", "edit", "again", "anew"]
 
@@ -43,14 +43,14 @@ def task_of(function: str, seed: int = 1, options: dict[str, Any] | None = None,
 
 
 def played(
-    agent: Agent, *tasks: Task, host: HostSettings = HOST, limits: Limits = LIMITS
+    agent: Agent, *tasks: Task, host: HostSettings = HOST, limits: EpisodeLimits = LIMITS
 ) -> list[Trajectory]:
     """The tasks' episodes, all at once."""
 
     async def run() -> list[Trajectory]:
         pool = EnvironmentPool(host=host, chat=agent.chat)
         try:
-            places = [Place(Slot(place, 0, task, 0), 0, seed=place) for place, task in enumerate(tasks)]
+            places = [EpisodeSpec(Slot(place, 0, task, 0), 0, seed=place) for place, task in enumerate(tasks)]
             return await concurrently(play(place, pool, agent, limits) for place in places)
         finally:
             await pool.close()
@@ -81,7 +81,7 @@ def contexts(trajectory: Trajectory) -> list[list[int]]:
     """What the policy had before each turn, put together from the stored rows alone."""
     segments: dict[int, list[int]] = {}
     before = []
-    for step in trajectory.steps:
+    for step in trajectory.turns:
         ids = segments.setdefault(step.segment, [])
         ids += step.prompt_ids.tolist()
         before.append(list(ids))
@@ -112,10 +112,10 @@ def test_what_is_stored_is_what_the_program_asked_and_what_was_sampled(
         assert trajectory.end_reason is EndReason.TERMINATED, trajectory.error
         assert trajectory.reward == 0.5
         told = callers.heard[seed]
-        assert len(trajectory.steps) == len(told) == len(plans[seed])
+        assert len(trajectory.turns) == len(told) == len(plans[seed])
         segment, before = -1, [("nobody", "")]
         for step, context, (messages, said, usage) in zip(
-            trajectory.steps, contexts(trajectory), told, strict=True
+            trajectory.turns, contexts(trajectory), told, strict=True
         ):
             asked = flat(messages)
             # Rendered at once or by delta: the same tokens, where a template's histories are prefixes.
@@ -144,8 +144,8 @@ def test_calls_are_read_where_they_can_be_and_go_back_by_delta(scripted: Scripte
     assert calls[0].id != calls[1].id
     assert (second.finish_reason, second.message.content, second.message.tool_calls) == ("stop", bad, None)
     assert third.message.content == "right"
-    assert [step.segment for step in trajectory.steps] == [0, 0, 0]
-    observed = [json.loads(step.observation) for step in trajectory.steps]
+    assert [step.segment for step in trajectory.turns] == [0, 0, 0]
+    observed = [json.loads(step.observation) for step in trajectory.turns]
     assert observed[0][0]["tools"][0]["function"]["name"] == "left"
     assert [(message["role"], message["content"]) for message in observed[1]] == [
         ("tool", '{"turn": 7}'),
@@ -163,14 +163,14 @@ def test_a_stream_says_what_was_sampled(scripted: Scripted) -> None:
     assert "".join(choice.delta.content or "" for choice in choices) == "left turn"
     assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["stop"]
     assert counted.choices == []
-    assert counted.usage.completion_tokens == len(trajectory.steps[0].action_ids)
+    assert counted.usage.completion_tokens == len(trajectory.turns[0].action_ids)
 
 
 def test_a_turn_cut_short_says_so(scripted: Scripted) -> None:
     _, agent = scripted("right right right", "right right right", max_tokens=3)
     (trajectory,) = played(agent, task_of("tools", turns=2, limits=[4, 2]))
     assert [choice.finish_reason for choice in callers.heard[1]] == ["length", "length"]
-    assert [len(step.action_ids) for step in trajectory.steps] == [3, 2], (
+    assert [len(step.action_ids) for step in trajectory.turns] == [3, 2], (
         "a request may lower the recipe's limit"
     )
 
@@ -178,8 +178,8 @@ def test_a_turn_cut_short_says_so(scripted: Scripted) -> None:
 def test_requests_at_once_are_answered_in_order_each_with_its_own(scripted: Scripted) -> None:
     _, agent = scripted()
     (trajectory,) = played(agent, task_of("at_once"))
-    assert [step.segment for step in trajectory.steps] == [0, 1]
-    by_prompt = {flat(json.loads(step.observation))[0][1]: step.action for step in trajectory.steps}
+    assert [step.segment for step in trajectory.turns] == [0, 1]
+    by_prompt = {flat(json.loads(step.observation))[0][1]: step.action for step in trajectory.turns}
     assert [by_prompt["turn 0"], by_prompt["turn 1"]] == callers.heard[1]
     assert (trajectory.reward, trajectory.success) == (1.0, True)
     assert trajectory.named_rewards == {"speed": 0.25, "truth": 0.75}
@@ -192,7 +192,7 @@ def test_a_posted_reward_ends_the_episode(scripted: Scripted, end: str) -> None:
     body = {"reward": 0.75, "success": False, "end": end}
     (trajectory,) = played(agent, task_of("posting", body=body))
     assert (trajectory.end_reason, trajectory.reward, trajectory.success) == (EndReason(end), 0.75, False)
-    assert len(trajectory.steps) == 1
+    assert len(trajectory.turns) == 1
     assert callers.gate.wait(callers.PATIENT)
     posted, late = callers.heard[1]
     assert posted["ended"]
@@ -237,11 +237,11 @@ def test_what_is_not_offered_is_refused_in_the_clients_own_errors(
 ) -> None:
     _, agent = scripted()
     (trajectory,) = played(agent, task_of("refused"))
-    assert len(trajectory.steps) == 1, "nothing was sampled for a refused request"
+    assert len(trajectory.turns) == 1, "nothing was sampled for a refused request"
     *errors, listed, found = callers.heard[1]
     assert [(type(error), said in str(error)) for error, said in zip(errors, (
-        "names no episode", "n=2", "logprobs", "at least one message", "images", "/v1/chat/completions", "a reward is",
-        "the policy's choice", "'wizard'", "stop must be", "größer",
+        "belongs to no episode", "n=2", "logprobs", "at least one message", "images", "/v1/chat/completions",
+        "a reward is", "cannot be forced", "'wizard'", "stop must be", "größer",
     ), strict=True)] == [
         (openai.AuthenticationError, True),
         (openai.BadRequestError, True),
@@ -253,22 +253,22 @@ def test_what_is_not_offered_is_refused_in_the_clients_own_errors(
     ]  # fmt: skip
     assert errors[0].code == "invalid_api_key"
     assert (listed, found) == ("policy", "policy")
-    assert "asks for chat_template_kwargs, temperature, top_k: not heeded" in caplog.text
+    assert "option is ignored: chat_template_kwargs, temperature, top_k;" in caplog.text
 
 
 def test_an_answer_ends_for_the_program_where_it_asks_for_it(scripted: Scripted) -> None:
     _, agent = scripted("left right turn heard", "left", "heard right heard")
     (trajectory,) = played(agent, task_of("stopping"))
     assert callers.heard[1] == [("left right", "stop"), ("left", "stop"), ("", "stop")]
-    assert [step.action for step in trajectory.steps] == [
+    assert [step.action for step in trajectory.turns] == [
         "left right turn heard",
         "left",
         "heard right heard",
     ]
-    assert [step.segment for step in trajectory.steps] == [0, 1, 1], (
+    assert [step.segment for step in trajectory.turns] == [0, 1, 1], (
         "the rest of an answer is nobody's history"
     )
-    assert flat(json.loads(trajectory.steps[1].observation)) == [
+    assert flat(json.loads(trajectory.turns[1].observation)) == [
         ("user", "turn"),
         ("assistant", "left right"),
         ("user", "turn"),
@@ -283,20 +283,20 @@ def test_a_client_that_lost_patience_gets_the_answer_that_was_sampled(scripted: 
 
     engine, agent = scripted(latency=until_the_client_is_gone)
     (trajectory,) = played(agent, task_of("impatient"))
-    assert len(trajectory.steps) == len(engine.requests) == 1
-    assert callers.heard[1] == [trajectory.steps[0].action]
+    assert len(trajectory.turns) == len(engine.requests) == 1
+    assert callers.heard[1] == [trajectory.turns[0].action]
 
 
 def test_whoever_asks_again_before_the_hang_up_is_known_gets_that_answer() -> None:
     asked, other = (read({"messages": [callers.user(text)]}) for text in ("turn", "left"))
-    said = Answer({"role": "assistant", "content": "right"}, "stop", 1, 1)
+    said = ChatReply({"role": "assistant", "content": "right"}, "stop", 1, 1)
 
     async def run() -> None:
         session = Session("key")
         lost = session.ask(asked)
         assert await session.next() is lost
         between, again, twin = (session.ask(each) for each in (other, asked, asked))
-        lost.gone = True
+        lost.hung_up = True
         session.reply(lost, said)
         assert await again.answer is said
         assert await session.next() is between
@@ -310,7 +310,7 @@ def test_whoever_asks_again_before_the_hang_up_is_known_gets_that_answer() -> No
     ("function", "judge", "turns", "says"),
     [
         ("raising", "", 1, "no such tile') (tests/rollout/callers.py:166 in raising)"),
-        ("silent", "", 0, "came to an end without asking"),
+        ("silent", "", 0, "ended without a request"),
         ("rewardless", "", 1, "ended without a reward: post one"),
         (
             "rewardless",
@@ -332,14 +332,14 @@ def test_an_agent_that_fails_is_no_evidence(
     assert trajectory.end_reason is EndReason.FAILED
     assert trajectory.error is not None
     assert says in trajectory.error
-    assert len(trajectory.steps) == turns
+    assert len(trajectory.turns) == turns
 
 
 def test_rows_hold_the_engines_logprobs_and_versions(scripted: Scripted) -> None:
     engine, agent = scripted()
     engine.version = 3
     (trajectory,) = played(agent, task_of("planned", plan=["extend", "extend"]))
-    for step, request in zip(trajectory.steps, engine.requests, strict=True):
+    for step, request in zip(trajectory.turns, engine.requests, strict=True):
         np.testing.assert_array_equal(step.behavior_logprobs, request.completion.logprobs)
         assert set(step.versions.tolist()) == {3}
 

@@ -25,17 +25,17 @@ from rollout.agents.agent import Agent
 from rollout.chat.chat import Chat
 from rollout.engines.engine import Sampling
 from rollout.engines.scripted_engine import ScriptedEngine
-from rollout.episodes.episode import Limits, Place, Unwatched
+from rollout.episodes.episode import EpisodeLimits, EpisodeSpec, NullListener
 from rollout.episodes.group import play, run_group
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.resume import Restart
 from rollout.external.external_env import ProgramOptions
 from rollout.external.program import environment
-from rollout.wire.trajectory import EndReason, EpisodeSoFar, Group, Slot, Task, Trajectory
+from rollout.wire.trajectory import EndReason, Group, PartialEpisode, Slot, Task, Trajectory
 
 GUIDE = (Path(__file__).parents[3] / "docs" / "foreign_agents.md").read_text(encoding="utf-8")
 HOST = HostSettings(reset_seconds=60.0, step_seconds=60.0)
-LIMITS = Limits(max_turns=9, seconds=120.0)
+LIMITS = EpisodeLimits(max_turns=9, timeout_seconds=120.0)
 # An agent without a client, which starts in a tenth of the time; it says whom it started.
 RAW = """
 import json, os, subprocess, sys, time, urllib.request
@@ -64,11 +64,11 @@ def raw(tmp_path: Path, then: str, **options: Any) -> Task:
     return Task.of("program", 3, {"command": command, "task": {"file": str(tmp_path / "pids")}} | options)
 
 
-def played(agent: Agent, task: Task, host: HostSettings = HOST, limits: Limits = LIMITS) -> Trajectory:
+def played(agent: Agent, task: Task, host: HostSettings = HOST, limits: EpisodeLimits = LIMITS) -> Trajectory:
     async def run() -> Trajectory:
         pool = EnvironmentPool(host=host)
         try:
-            return await play(Place(Slot(0, 0, task, 0), 0, 1), pool, agent, limits)
+            return await play(EpisodeSpec(Slot(0, 0, task, 0), 0, 1), pool, agent, limits)
         finally:
             await pool.close()
 
@@ -98,8 +98,8 @@ def test_an_assistant_of_the_openai_client_is_recorded_as_ours_is(
     theirs = Task.of("program", 5, {"function": "tests.bench.openai_assistant:play", "task": options})
     one, other = played(agent, ours), played(agent, theirs)
     assert (one.end_reason, one.reward) == (other.end_reason, other.reward) == (EndReason.TERMINATED, 0.0)
-    assert len(one.steps) == len(other.steps) == 2
-    for mine, foreign in zip(one.steps, other.steps, strict=True):
+    assert len(one.turns) == len(other.turns) == 2
+    for mine, foreign in zip(one.turns, other.turns, strict=True):
         assert mine.prompt_ids.tolist() == foreign.prompt_ids.tolist()
         assert mine.action_ids.tolist() == foreign.action_ids.tolist()
         assert mine.segment == foreign.segment == 0
@@ -123,15 +123,15 @@ def test_the_guides_own_agent_plays_and_learns_nothing_of_us(agent: Agent, tmp_p
     for trajectory in group.trajectories:
         assert trajectory.end_reason is EndReason.TERMINATED, trajectory.error
         assert trajectory.success == (trajectory.reward == 1.0)
-        assert {step.segment for step in trajectory.steps} == {0}
-        guesses = [int(step.action) for step in trajectory.steps]
+        assert {step.segment for step in trajectory.turns} == {0}
+        guesses = [int(step.action) for step in trajectory.turns]
         assert len(guesses) == 3 or trajectory.success
     hints = {
         (int(step.action), "higher" in after.observation)
         for trajectory in group.trajectories
-        for step, after in zip(trajectory.steps, trajectory.steps[1:], strict=False)
+        for step, after in zip(trajectory.turns, trajectory.turns[1:], strict=False)
     }
-    secrets = {int(t.steps[-1].action) for t in group.trajectories if t.success}
+    secrets = {int(t.turns[-1].action) for t in group.trajectories if t.success}
     assert len(secrets) <= 1, "siblings play the same instance"
     bounds = [guess for guess, higher in hints if higher], [guess for guess, higher in hints if not higher]
     assert max(bounds[0], default=0) < min(bounds[1], default=10)
@@ -189,7 +189,7 @@ def test_a_program_that_fails_is_no_evidence_and_leaves_nothing(
     assert trajectory.error is not None
     assert says in trajectory.error
     assert ("here I wait" in trajectory.error) == waits
-    assert len(trajectory.steps) == turns
+    assert len(trajectory.turns) == turns
     assert left(tmp_path) == []
 
 
@@ -201,9 +201,9 @@ def test_the_last_line_is_the_reward_whatever_else_is_printed(agent: Agent, tmp_
 
 
 def test_an_episode_at_its_limit_ends_the_program(agent: Agent, tmp_path: Path) -> None:
-    trajectory = played(agent, raw(tmp_path, "while True: ask()"), limits=Limits(3, 60.0))
+    trajectory = played(agent, raw(tmp_path, "while True: ask()"), limits=EpisodeLimits(3, 60.0))
     assert (trajectory.end_reason, trajectory.reward) == (EndReason.TRUNCATED, 0.0)
-    assert len(trajectory.steps) == 3
+    assert len(trajectory.turns) == 3
     assert left(tmp_path) == []
 
 
@@ -213,7 +213,7 @@ def test_a_function_can_be_a_program(agent: Agent) -> None:
     )
     trajectory = played(agent, task, HOST.model_copy(update={"where": "process"}))
     assert (trajectory.end_reason, trajectory.reward) == (EndReason.TERMINATED, 0.5), trajectory.error
-    assert [step.segment for step in trajectory.steps] == [0, 0]
+    assert [step.segment for step in trajectory.turns] == [0, 0]
 
 
 def test_an_unfinished_episode_starts_again(agent: Agent, tmp_path: Path) -> None:
@@ -221,21 +221,23 @@ def test_an_unfinished_episode_starts_again(agent: Agent, tmp_path: Path) -> Non
     before = played(agent, task)
     restarts: list[Restart] = []
 
-    class Watch(Unwatched):
+    class Listener(NullListener):
         def restarted(self, why: Restart) -> None:
             restarts.append(why)
 
     async def run() -> Trajectory:
         pool = EnvironmentPool(host=HOST)
-        so_far = EpisodeSoFar(before.steps[:1], None, None)
+        resume_from = PartialEpisode(before.turns[:1], None, None)
         try:
-            return await play(Place(Slot(0, 1, task, 0), 0, 1), pool, agent, LIMITS, Watch(), so_far)
+            return await play(
+                EpisodeSpec(Slot(0, 1, task, 0), 0, 1), pool, agent, LIMITS, Listener(), resume_from
+            )
         finally:
             await pool.close()
 
     again = asyncio.run(run())
     assert restarts == [Restart.NONDETERMINISTIC]
-    assert [step.action for step in again.steps] == [step.action for step in before.steps]
+    assert [step.action for step in again.turns] == [step.action for step in before.turns]
 
 
 def test_a_program_finds_its_way_past_a_proxy(
@@ -247,4 +249,4 @@ def test_a_program_finds_its_way_past_a_proxy(
     trajectory = played(agent, raw(tmp_path, 'ask()\nprint(json.dumps({"reward": 1}))'))
     assert trajectory.reward == 1.0, trajectory.error
     assert os.environ.get("no_proxy") is None
-    assert json.loads(trajectory.steps[0].observation) == [{"role": "user", "content": "turn"}]
+    assert json.loads(trajectory.turns[0].observation) == [{"role": "user", "content": "turn"}]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rollout.buffer.samplers import spread
 from rollout.wire.equality import all_equal
-from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
+from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
 
 # Ways to earn the same (or not) in parts, as an environment says them.
 EQUAL = [
@@ -39,7 +39,7 @@ def _group(ways: list[list[float]], stored: bool) -> Group:
         Trajectory(
             0, 0, index, task,
             tuple(
-                Step(turn, 0, "", "", none, none, none.astype(np.float32), none,
+                Turn(turn, 0, "", "", none, none, none.astype(np.float32), none,
                      float(np.float32(reward)) if stored else reward, "stop")
                 for turn, reward in enumerate(rewards)
             ),
@@ -55,7 +55,7 @@ def _group(ways: list[list[float]], stored: bool) -> Group:
 def test_episodes_that_earned_the_same_in_other_parts_are_uniform(
     ways: list[list[float]], equal: bool, stored: bool
 ) -> None:
-    assert _group(ways, stored).uniform == equal
+    assert _group(ways, stored).equal_rewards == equal
 
 
 @given(

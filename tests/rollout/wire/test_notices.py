@@ -38,8 +38,8 @@ def test_notices_are_bounded_in_count_and_length() -> None:
 
 
 def test_the_line_of_code_by_which_all_episodes_wait_is_a_notice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_watch, "_NOTICE_SECONDS", 0.3)
-    monkeypatch.setattr(loop_watch, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(loop_watch, "_BLOCKED_AFTER_SECONDS", 0.3)
+    monkeypatch.setattr(loop_watch, "_BEAT_INTERVAL_SECONDS", 0.05)
     noticed = threading.Event()
 
     def stand() -> None:
@@ -52,7 +52,9 @@ def test_the_line_of_code_by_which_all_episodes_wait_is_a_notice(monkeypatch: py
 
     with Notices(lambda text: noticed.set()) as notices:
         asyncio.run(scene())
-    assert notices.since(0)[0].startswith("all episodes of a worker wait: its event loop has stood for")
+    assert notices.since(0)[0].startswith(
+        "all episodes of a worker wait: its event loop has been blocked for"
+    )
     assert f"stand ({__file__}:" in notices.since(0)[0]
 
 

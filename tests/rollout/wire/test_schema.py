@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from rollout.wire.schema import SCHEMA, SchemaError, decode, encode
-from rollout.wire.trajectory import EndReason, Group, Slot, Step, Task, Trajectory
+from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
 
 texts = st.text(st.characters(codec="utf-8"), max_size=8)
 int32s = st.integers(-(2**31), 2**31 - 1)
@@ -27,9 +27,9 @@ def int32_arrays(length: st.SearchStrategy[int] | int) -> st.SearchStrategy[np.n
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> Step:
+def steps(draw: st.DrawFn) -> Turn:
     sampled = draw(st.integers(0, 4))
-    return Step(
+    return Turn(
         turn=draw(counts),
         segment=draw(counts),
         observation=draw(texts),
@@ -74,7 +74,7 @@ def plain(value: object) -> object:
         return value.dtype.str, value.tobytes()
     if isinstance(value, tuple):
         return tuple(map(plain, value))
-    if isinstance(value, Group | Trajectory | Step):
+    if isinstance(value, Group | Trajectory | Turn):
         return tuple((field.name, plain(getattr(value, field.name))) for field in fields(value))
     return value
 
@@ -82,11 +82,11 @@ def plain(value: object) -> object:
 @settings(max_examples=60)
 @given(groups(), st.booleans())
 def test_a_group_comes_back_as_it_was(group: Group, through_a_pickle: bool) -> None:
-    with_rows = Group(group.slot, tuple(t for t in group.trajectories if t.steps))
+    with_rows = Group(group.slot, tuple(t for t in group.trajectories if t.turns))
     batch = encode(group)
     batch.validate(full=True)
     assert batch.schema.equals(SCHEMA, check_metadata=True)
-    assert batch.num_rows == sum(len(trajectory.steps) for trajectory in group.trajectories)
+    assert batch.num_rows == sum(len(trajectory.turns) for trajectory in group.trajectories)
     if not with_rows.trajectories:
         with pytest.raises(ValueError, match="holds no group"):
             decode(batch)
@@ -100,7 +100,7 @@ def test_token_arrays_are_views_that_nobody_can_write_to(group_of: Callable[...,
     for name in ("prompt_ids", "action_ids", "behavior_logprobs", "versions"):
         memory = batch.column(name).values.to_numpy()
         for trajectory in decode(batch).trajectories:
-            array = getattr(trajectory.steps[0], name)
+            array = getattr(trajectory.turns[0], name)
             assert np.shares_memory(array, memory)
             with pytest.raises(ValueError, match="read-only"):
                 array[0] = 0
@@ -118,7 +118,7 @@ def test_one_row_of_many_groups_is_found_where_it_lies(group_of: Callable[..., G
 
 def test_what_belongs_to_the_episode_stands_on_its_last_row_only(group_of: Callable[..., Group]) -> None:
     (first, second) = group_of(Slot(4, 0, Task.of("count", 1), 0)).trajectories
-    long = Trajectory(4, 0, 0, first.task, first.steps * 3, EndReason.FAILED, False, "lost", "w")
+    long = Trajectory(4, 0, 0, first.task, first.turns * 3, EndReason.FAILED, False, "lost", "w")
     batch = encode(Group(Slot(4, 0, first.task, 0), (long, second)))
     assert batch.column("end_reason").to_pylist() == [None, None, "failed", "truncated"]
     assert batch.column("success").to_pylist() == [None, None, False, None]
