@@ -81,23 +81,31 @@ def run(folder: Path, say: Callable[[str], None] = print, only: str = "", seed: 
 
 def manta(log: Path, *command: str, dies: bool = False) -> tuple[int, str]:
     """Run a command of the local runtime in a forked process: its exit status, and what it said on standard error."""
-    child = os.fork()
-    if not child:
+
+    def run_command() -> None:
         with log.open("wb") as out:
             os.dup2(out.fileno(), 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         deploy.run.local.LocalRuntime = _dying if dies else _plain  # type: ignore[misc, assignment]
         sys.argv = ["manta", *command, "--local"]
+        cli.main()
+
+    return _forked(run_command), log.read_text(encoding="utf-8", errors="replace").strip()
+
+
+def _forked(call: Callable[[], None]) -> int:
+    """The exit status of a call in a forked process. The parent computes nothing: no thread of torch is lost."""
+    child = os.fork()
+    if not child:
         try:
-            cli.main()
+            call()
         except SystemExit as end:
             os._exit(int(end.code or 0))
         except BaseException:
             sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
             os._exit(70)
         os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return status, log.read_text(encoding="utf-8", errors="replace").strip()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 class _Dying(LocalRuntime):
@@ -137,4 +145,8 @@ def _damages(rng: random.Random) -> Iterator[tuple[str, Callable[[bytes], bytes]
 def _verdict(folder: Path, case: Path, status: int, said: str) -> str:
     if status:
         return TRACEBACK if "Traceback" in said or status < 0 else REFUSED
-    return SAME if same_bits(folder / "reference", case) else OTHER
+
+    def compare() -> None:
+        sys.exit(not same_bits(folder / "reference", case))
+
+    return SAME if not _forked(compare) else OTHER
