@@ -352,9 +352,10 @@ def _mistakes() -> tuple[type[Exception], ...]:
     from rollout.buffer.ledger_checks import LedgerError
     from rollout.buffer.segments import CorruptSegment
     from rollout.chat.chat import ChatError
+    from rollout.wire.model_folder import ModelDamaged
 
     stored = CheckpointError, HistoryError, LedgerError, CorruptSegment
-    return ConfigError, EnvironmentUnknown, ModelError, ChatError, *stored
+    return ConfigError, EnvironmentUnknown, ModelError, ModelDamaged, ChatError, *stored
 
 
 def _verdicts() -> tuple[type[Exception], ...]:

@@ -202,12 +202,14 @@ def sent_adapter(config: RunConfig, path: str) -> AdapterSpec | None:
 
 async def start_engine(config: RunConfig, name: str, path: str) -> Engine:
     """The engine that the configuration names."""
-    perception = Perception.load(path)
+    tokenizer = load_tokenizer(path)
+    with _files_of(path):
+        perception, ends = Perception.load(path), end_tokens(path)
     return await config.engine.start(
         EngineStart(
             name,
             path,
-            Chat(load_tokenizer(path), perception, end_tokens(path)).stops,
+            Chat(tokenizer, perception, ends).stops,
             config.rollout.context_tokens,
             on_gpu=config.rollout.gpus_per_worker > 0,
             transfer=config.weights.transfer,

@@ -2,26 +2,63 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
 
+from blake3 import blake3
 from transformers import PreTrainedTokenizerBase
 
 from deploy.config.config import RunConfig
+from deploy.config.config_errors import ConfigError
 from envs import registry
 from learner.model.tiny import build_tiny
 from learner.model.tiny_vision import build_tiny_vision
 from learner.model.tokenizer import build_tokenizer
 from learner.parallel.ranks import ALONE, Ranks
 from learner.training.learner import Learner
+from rollout.wire.model_folder import companions
+
+COMPANIONS_FILE = "model.json"  # in a run folder: checksums of the files beside its base model's weights
 
 
 def model_path(config: RunConfig, run_folder: Path) -> str:
-    """Where the base model lies; a tiny one is built into the run folder first."""
+    """Where the base model lies; a tiny one is built into the run folder first.
+
+    ConfigError for a folder whose tokenizer or configuration is not what the run began with: the same text would be
+    other tokens from here on.
+    """
+    path = config.learner.model.path if config.tiny is None else _tiny(config, run_folder)
+    if Path(path).is_dir():
+        _require_unchanged(Path(path), run_folder / COMPANIONS_FILE)
+    return path
+
+
+def _require_unchanged(model: Path, kept: Path) -> None:
+    """Compare the files beside a model's weights with their checksums, which are kept when the run first asks."""
+    found = {name: blake3(content).hexdigest() for name, content in companions(model).items()}
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        aside = kept.with_suffix(f".{os.getpid()}.part")  # several processes of a run may ask first
+        aside.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        aside.replace(kept)
+        return
+    try:
+        began = json.loads(kept.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{kept}: broken file ({error}); remove it if the model is unchanged") from error
+    if other := sorted(name for name in began.keys() | found.keys() if began.get(name) != found.get(name)):
+        raise ConfigError(
+            f"model {model}: {other[0]} is not what this run began with; restore it, or begin another run"
+        )
+
+
+def _tiny(config: RunConfig, run_folder: Path) -> str:
+    """The folder of a tiny model, built where it is not there."""
     tiny = config.tiny
-    if tiny is None:
-        return config.learner.model.path
+    assert tiny is not None
     folder = run_folder / "base"
     if not folder.is_dir():
         aside = run_folder / ".base.part"  # a process that ends on its way leaves no half of a model

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from deploy.config.config_errors import ConfigError
 from deploy.report.statistics import bootstrap_interval, wilson_interval
 from rollout.buffer.failures import TooManyFailures, cause_of
 from rollout.buffer.replay_store import EpisodeRow
@@ -73,8 +74,13 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        """Read what `save` wrote. ConfigError for a file that is damaged."""
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{path}: broken file ({error}); remove it, and the run goes on without it"
+            ) from error
 
 
 def said(name: str, value: float, interval: Sequence[float] | None) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from math import isfinite, nan
 from pathlib import Path
 
+from deploy.config.config_errors import ConfigError
+
 Row = dict[str, float]
 
 # Names in older runs. Their tokens_sampled was written by the learner, and then over that by the rollout.
@@ -49,16 +51,30 @@ class MetricsLog:
 
 
 def read_metrics(folder: str | Path) -> list[Row]:
-    """The stored rows of a run in order of steps, under today's names; null reads as NaN. Empty before the first."""
+    """The stored rows of a run in order of steps, under today's names; null reads as NaN. Empty before the first.
+
+    ConfigError for a damaged line.
+    """
     path = Path(folder) / METRICS_FILE
     if not path.is_file():
         return []
     # What follows the last newline is the torn row of a run that was killed while it wrote.
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     return [
-        {RENAMED.get(name, name): nan if value is None else value for name, value in json.loads(line).items()}
-        for line in lines
+        {RENAMED.get(name, name): nan if value is None else value for name, value in row.items()}
+        for row in _parsed(path, lines)
     ]
+
+
+def _parsed(path: Path, lines: list[str]) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["step"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path}:{number}: broken line ({error!r}); remove the line") from error
+    return rows
 
 
 def rollout_rates(before: Row, after: Row, seconds: float) -> Row:
@@ -81,8 +97,8 @@ def rollout_rates(before: Row, after: Row, seconds: float) -> Row:
 def _cut(path: Path, last_step: int) -> None:
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    kept = [line for line in lines if json.loads(line)["step"] <= last_step]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    kept = [line for line, row in zip(lines, _parsed(path, lines), strict=True) if row["step"] <= last_step]
     aside = path.with_suffix(".part")
     aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     aside.replace(path)

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -29,7 +30,7 @@ from rollout.engines.engine import (
     require_finite,
 )
 from rollout.engines.settings import TransformersSettings
-from rollout.wire.model_folder import pretrained
+from rollout.wire.model_folder import ModelDamaged, pretrained
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import (
     ByteArray,
@@ -73,10 +74,13 @@ class HfEngine:
     def load(
         cls, path: str, stop_token_ids: Sequence[int], *, name: str = "hf", dtype: str = "float32"
     ) -> Self:
-        """Load a checkpoint folder or hub id."""
+        """Load a checkpoint folder or hub id. ModelDamaged for files that cannot be read."""
         perception = Perception.load(path)
         kind: Any = AutoModelForCausalLM if perception is None else AutoModelForImageTextToText
-        model = pretrained(kind, path, dtype=getattr(torch, dtype))
+        try:
+            model = pretrained(kind, path, dtype=getattr(torch, dtype))
+        except (ValueError, RuntimeError, SafetensorError) as error:
+            raise ModelDamaged(f"model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
         return cls(model, stop_token_ids, name=name, perception=perception)
 
     async def generate(

@@ -24,6 +24,10 @@ class ModelMissing(FileNotFoundError):
     """A model is given as a folder's path, but the folder does not exist (any more)."""
 
 
+class ModelDamaged(ValueError):
+    """A model's files cannot be loaded; the message is one line."""
+
+
 def pretrained(auto: Any, path: str, **options: Any) -> Any:
     """Load `path` with a transformers Auto class; code that comes with the model is never executed.
 

@@ -23,10 +23,10 @@ import torch
 import deploy.run.local
 from deploy import cli
 from deploy.run.local import LocalRuntime
-from tests.deploy.small_run import RECIPE, hf_engine, same_bits
+from tests.deploy.small_run import RECIPE, same_bits
 
 KILLED_AT = 3  # the learner step that SIGKILL comes in
-OVERRIDES = ("checkpoint.every_steps=1",)
+OVERRIDES = ("checkpoint.every_steps=1", "engine.kind=transformers")
 SAME, REFUSED, TRACEBACK, OTHER = "the same bits", "refused in a line", "traceback", "another state"
 NOT_READ = (".lock", "-shm")  # empty, or rebuilt by SQLite itself
 
@@ -86,7 +86,8 @@ def manta(log: Path, *command: str, dies: bool = False) -> tuple[int, str]:
         with log.open("wb") as out:
             os.dup2(out.fileno(), 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        deploy.run.local.LocalRuntime = _dying if dies else _plain  # type: ignore[misc, assignment]
+        if dies:
+            deploy.run.local.LocalRuntime = _Dying  # type: ignore[misc]
         sys.argv = ["manta", *command, "--local"]
         cli.main()
 
@@ -115,14 +116,6 @@ class _Dying(LocalRuntime):
         if number == KILLED_AT:
             os.kill(os.getpid(), signal.SIGKILL)
         return await super().step(number)
-
-
-def _plain(*parts: Any, **options: Any) -> LocalRuntime:
-    return LocalRuntime(*parts, **options | {"engine_factory": hf_engine})
-
-
-def _dying(*parts: Any, **options: Any) -> LocalRuntime:
-    return _Dying(*parts, **options | {"engine_factory": hf_engine})
 
 
 def _files(killed: Path) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.assembly.build import held_out
+from deploy.config.config_errors import ConfigError
 from deploy.config.load import load_config
 from deploy.report.evaluation import Evaluation, figures, stored_figures
 from rollout.buffer.failures import TooManyFailures
@@ -71,6 +72,10 @@ def test_an_evaluation_is_read_as_it_was_stored(tmp_path: Path) -> None:
     assert (found["success_before"], found["reward_before_interval"]) == (0.5, None)
     # The environment gives verdicts: an evaluation in which no episode came to one is one without success.
     assert (found["success_after"], found["reward_after"], found["held_out"]) == (0.0, 0.5, True)
+    for broken in ('{"succ', '{"successes": 1}', "[]"):
+        (tmp_path / "evaluation_before.json").write_text(broken, encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"evaluation_before\.json: broken file .*; remove it"):
+            stored_figures(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from deploy.config.config_errors import ConfigError
 from deploy.report.metrics import MetricsLog, read_metrics, rollout_rates
 from rollout.wire.metrics import joined
 
@@ -52,6 +53,14 @@ def test_a_torn_last_row_is_passed_over(tmp_path: Path) -> None:
     log.write(2, {"reward": 2.0})
     log.close()
     assert [row["reward"] for row in read_metrics(tmp_path)] == [1.0, 2.0]
+
+
+def test_a_damaged_row_is_named(tmp_path: Path) -> None:
+    for broken in ('{"step": 2, "rew\n', "[2]\n", '{"stfp": 2}\n'):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + broken, encoding="utf-8")
+        for read in (read_metrics, lambda folder: MetricsLog(folder, resume_after=2)):
+            with pytest.raises(ConfigError, match=r"metrics\.jsonl:2: broken line"):
+                read(tmp_path)
 
 
 def test_an_older_runs_metrics_read_under_the_names_of_today(tmp_path: Path) -> None:
