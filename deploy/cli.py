@@ -38,7 +38,7 @@ def every_command(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Options that stand before a command."""
+    """Options before a command."""
 
 
 class Dtype(StrEnum):
@@ -60,7 +60,8 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Let the stored run execute the modules, commands and servers that it names; remembered.",
+        help="Allow the stored run to execute the modules, commands and servers that its configuration names. "
+        "The answer is remembered.",
     ),
 ]
 
@@ -71,21 +72,26 @@ def train(
         str, typer.Argument(help="A .toml file, or the name of a recipe that ships with Manta.")
     ] = "",
     overrides: Overrides = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Run folder to continue from its newest checkpoint.")
+    ] = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder of this run: created if absent, resumed if it holds the same run."),
+        typer.Option(help="Run folder: created if absent, resumed if it holds the same run."),
     ] = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder in which run folders are created; default: runs.")
+        Path | None, typer.Option(help="Folder in which the run folder is created; default: runs.")
     ] = None,
     replay: Annotated[
-        Path | None, typer.Option(help="Learn from what this finished run has played, instead of playing.")
+        Path | None,
+        typer.Option(help="Folder of a finished run to train on its trajectories; nothing is played."),
     ] = None,
-    local: Annotated[bool, typer.Option("--local", help="Everything in this process, without Ray.")] = False,
+    local: Annotated[
+        bool, typer.Option("--local", help="Run everything in this process, without Ray.")
+    ] = False,
     trust: Trust = False,
 ) -> None:
-    """Train from a recipe, or go on with a run.
+    """Train from a recipe, or continue a run.
 
     Examples:
     manta train frozen_lake
@@ -108,28 +114,44 @@ def train(
 @app.command("eval")
 def evaluate(
     checkpoint: Annotated[
-        str, typer.Argument(help="A run folder, one of its checkpoints, or a Hugging Face folder or id.")
+        str, typer.Argument(help="Run folder, one of its checkpoints, or a Hugging Face folder or id.")
     ],
     env: Annotated[str, typer.Option(help="Environment id.")],
-    seeds: Annotated[str, typer.Option(help="Seeds A:B, B excluded.")] = "0:256",
+    seeds: Annotated[
+        str, typer.Option(help="Seeds of the tasks, A:B from A to B - 1; one episode each.")
+    ] = "0:256",
     option: EnvOptions = None,
-    context_tokens: Annotated[int | None, typer.Option(help="Context length of the engine.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens an agent may sample a turn.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
-    memory: Annotated[Memory | None, typer.Option(help="What a turn sees of the conversation.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Compute type of the engine.")] = None,
-    gpu: Annotated[bool | None, typer.Option("--gpu/--cpu", help="Where the engine runs.")] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option(help="Context length, tokens; default: the run's.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens sampled per turn; default: the run's.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature; default: the run's.")
+    ] = None,
+    memory: Annotated[
+        Memory | None, typer.Option(help="What a turn sees of the conversation; default: as in the run.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Data type of the engine; default: the run's.")] = None,
+    gpu: Annotated[
+        bool | None,
+        typer.Option("--gpu/--cpu", help="Run the engine on a GPU or on CPU; default: as in the run."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all sampling.")] = 0,
     episodes: Annotated[
         Path | None,
-        typer.Option(help="New folder for the episodes' rows and the engine's log; none: in runs/."),
+        typer.Option(
+            help="Folder to create for the episodes and the engine's log; default: a new one in runs/."
+        ),
     ] = None,
-    show: Annotated[int, typer.Option(min=0, help="Episodes to print as transcripts.")] = 0,
+    show: Annotated[int, typer.Option(min=0, help="Number of episodes to print as transcripts.")] = 0,
     trust: Trust = False,
 ) -> None:
-    """Measure a checkpoint on an environment, one episode a seed: success or reward with its 95% interval.
+    """Evaluate a checkpoint on an environment: success rate, or mean reward, with its 95% confidence interval.
 
-    What is not said is as in the run the checkpoint belongs to. The same seed plays the same episodes again.
+    Conditions that are not given are those of the run that the checkpoint belongs to. The same seed plays the same
+    episodes again.
 
     Example:
     manta eval runs/frozen_lake-20260101-120000 --env frozen_lake --seeds 0:256
@@ -168,18 +190,18 @@ def submit(
         str, typer.Argument(help="A .toml file, or the name of a recipe that ships with Manta.")
     ],
     overrides: Overrides = None,
-    address: Annotated[str, typer.Option(help="The cluster's dashboard.")] = "http://127.0.0.1:8265",
+    address: Annotated[str, typer.Option(help="URL of the cluster's dashboard.")] = "http://127.0.0.1:8265",
     output_dir: Annotated[
-        Path, typer.Option(help="Folder in which run folders are created, as a path of the cluster.")
+        Path, typer.Option(help="Folder in which the run folder is created; a path on the cluster.")
     ] = Path("runs"),
     working_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder to send, with the modules the recipe names; the job stands in it."),
+        typer.Option(help="Folder to upload, with the modules that the recipe names; the job runs in it."),
     ] = None,
     py_modules: Annotated[
-        list[Path] | None, typer.Option(help="Package folder or wheel to send; may be repeated.")
+        list[Path] | None, typer.Option(help="Package folder or wheel to upload; may be repeated.")
     ] = None,
-    wait: Annotated[bool, typer.Option(help="Follow the job and exit as it does.")] = True,
+    wait: Annotated[bool, typer.Option(help="Follow the job and exit with its status.")] = True,
 ) -> None:
     """Submit a training run to a Ray cluster as a job.
 
@@ -202,10 +224,10 @@ def submit(
 
 @app.command()
 def scale(
-    run: Annotated[Path, typer.Argument(help="The folder of a run that is going on.")],
-    workers: Annotated[int, typer.Option(help="Rollout workers wanted from now on.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a running run.")],
+    workers: Annotated[int, typer.Option(help="New number of rollout workers.")],
 ) -> None:
-    """Change the number of rollout workers of a running job; nothing is restarted and nothing is lost.
+    """Change the number of rollout workers of a running job, without a restart or lost episodes.
 
     Example:
     manta scale runs/frozen_lake-20260101-120000 --workers 4
@@ -226,13 +248,13 @@ def scale(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    target: Annotated[Path, typer.Argument(help="The folder to write; it must not be there yet.")],
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    target: Annotated[Path, typer.Argument(help="Folder to create; it must not exist.")],
     version: Annotated[
-        int | None, typer.Option(help="Weight version of a checkpoint; none: the newest.")
+        int | None, typer.Option(help="Weight version of the checkpoint; default: the newest.")
     ] = None,
 ) -> None:
-    """Write a checkpoint's model in Hugging Face format: what transformers, vLLM and `manta eval` load.
+    """Export the model of a checkpoint in Hugging Face format, as transformers, vLLM and `manta eval` load it.
 
     Example:
     manta export runs/frozen_lake-20260101-120000 my_model
@@ -245,9 +267,9 @@ def export(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder; the run may be going on.")],
+    run: Annotated[Path, typer.Argument(help="Run folder; the run may still be running.")],
 ) -> None:
-    """Write a run's report.html from what the run has stored so far.
+    """Write the report.html of a run from the data that it has stored so far.
 
     Example:
     manta report runs/frozen_lake-20260101-120000
@@ -259,26 +281,26 @@ def report(
 
 @app.command()
 def demos(
-    env: Annotated[str, typer.Argument(help="Environment id; it must have a scripted player.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="Episodes, each of a seed of its own.")] = 10_000,
+    env: Annotated[
+        str, typer.Argument(help="Environment id; the environment must have a scripted player (manta envs).")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to create; it must not exist.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Number of episodes, each with its own seed.")] = 10_000,
     error_rate: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the player's turns that are random.")
+        float, typer.Option(min=0.0, max=1.0, help="Fraction of the player's turns that are random.")
     ] = 0.0,
     option: EnvOptions = None,
-    first_seed: Annotated[int, typer.Option(min=0, help="Seeds go from here on.")] = 0,
+    first_seed: Annotated[int, typer.Option(min=0, help="Seed of the first episode; the others follow.")] = 0,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Hugging Face folder or id whose tokenizer spells the ids; none: a tiny one is built."
-        ),
+        typer.Option(help="Hugging Face folder or id of the tokenizer; default: a tiny one is built."),
     ] = None,
     memory: Annotated[Memory, typer.Option(help="What a turn sees of the conversation.")] = Memory.full,
     context_tokens: Annotated[
-        int, typer.Option(min=1, help="An episode that does not fit ends there.")
+        int, typer.Option(min=1, help="Context length, tokens; an episode that exceeds it ends.")
     ] = 32768,
 ) -> None:
-    """Write a scripted player's episodes as rows of the trajectory schema.
+    """Record episodes of a scripted player as rows of the stored schema.
 
     Example:
     manta demos frozen_lake -n 10000 --out demonstrations --error-rate 0.2 --option size=6

@@ -17,41 +17,52 @@ class LoraSettings(BaseModel, extra="forbid", frozen=True):
     """Train a low-rank adapter; the model's own weights stay as they are."""
 
     rank: int = Field(
-        default=8, gt=0, le=512, description="of the product B A that is learned beside a matrix"
+        default=8,
+        gt=0,
+        le=512,
+        description="rank of the adapter: inner dimension of the product B A added to each adapted matrix",
     )
-    alpha: int = Field(default=16, gt=0, description="the product is multiplied with alpha / rank")
+    alpha: int = Field(
+        default=16, gt=0, description="scale of the adapter: the product is multiplied by alpha / rank"
+    )
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear",
         min_length=1,
-        description="names of the linear layers to adapt, such as q_proj; 'all-linear': every one but the head",
+        description='linear layers that are adapted, by name ("q_proj"); "all-linear" adapts every one except '
+        "the output head",
     )
     sync: Literal["merged", "adapter"] = Field(
         default="merged",
-        description="what engines get: whole weights with the product added, or the adapter alone: little to send, "
-        "more to compute for every token",
+        description="what is sent to the engines. merged: full weights with the adapter added. adapter: only "
+        "the adapter, which is much smaller to send but adds work to every sampled token",
     )
 
 
 class ModelSettings(BaseModel, extra="forbid", frozen=True):
     """Which model, and how it is computed."""
 
-    path: str = Field(default="", description="folder of a Hugging Face checkpoint, or the id of one")
+    path: str = Field(
+        default="",
+        description="Hugging Face folder or id of the model to train; empty only with the section tiny",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="precision of the matrix products; weights and optimizer state stay float32",
+        description="data type of matrix products. Weights, gradients and optimizer state stay float32 in "
+        "either case; bfloat16 is faster on processors that support it",
     )
-    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the learner computes")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="device that the learner computes on")
     logit_block: int = Field(
         default=2**25,
         ge=1,
-        description="logits held at a time, whatever vocabulary and length; bounds memory",
+        description="most logits (tokens x vocabulary) held in memory at once. Lower it if the learner runs "
+        "out of memory; results do not change",
     )
     gradient_checkpointing: bool = Field(
         default=False,
-        description="recompute each layer in the backward pass: less memory, about a third more time",
+        description="recompute activations in the backward pass: less memory, about a third more time",
     )
     lora: LoraSettings | None = Field(
-        default=None, description="train a low-rank adapter; without this section every weight is trained"
+        default=None, description="train a low-rank adapter; without this section all weights are trained"
     )
 
 
@@ -73,23 +84,32 @@ class ImitationSettings(BaseModel, extra="forbid", frozen=True):
 class LearnerSettings(BaseModel, extra="forbid", frozen=True):
     """Everything about learning."""
 
-    model: ModelSettings = Field(default=ModelSettings(), description="which model, and how it is computed")
-    optim: OptimSettings = Field(
-        default=OptimSettings(), description="the optimizer of reinforcement learning"
+    model: ModelSettings = Field(
+        default=ModelSettings(), description="model to train, and how it is computed"
     )
-    algorithm: AlgorithmSettings = Field(default=AlgorithmSettings(), description="what is optimized")
+    optim: OptimSettings = Field(default=OptimSettings(), description="optimizer of reinforcement learning")
+    algorithm: AlgorithmSettings = Field(
+        default=AlgorithmSettings(),
+        description="what is optimized: advantage, loss, aggregation, corrections and regularizers",
+    )
     imitation: ImitationSettings = Field(
         default=ImitationSettings(), description="learning from recorded episodes"
     )
     tokens_per_microbatch: int = Field(
-        default=4096, ge=1, description="tokens computed at a time; bounds memory, not the loss"
+        default=4096,
+        ge=1,
+        description="tokens per forward and backward pass; gradients are accumulated over all passes. Lower "
+        "it if the learner runs out of memory; the result does not change",
     )
     store_advantages: bool = Field(
         default=True,
-        description="keep the advantage of every trained token in RUN/advantages: 4 bytes a token, which "
-        "buffer.disk_gib does not bound",
+        description="store the advantage of every trained token in RUN/advantages, 4 bytes a token. "
+        "buffer.disk_gib does not bound this folder",
     )
-    threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0 leaves torch's own choice")
+    threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0 keeps torch's default")
     ranks: int = Field(
-        default=1, ge=1, description="processes that learn together, each with a part of every parameter"
+        default=1,
+        ge=1,
+        description="learner processes that train together; parameters, gradients and optimizer state are "
+        "sharded over them (FSDP)",
     )

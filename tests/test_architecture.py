@@ -39,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "rollout.episodes": {"all rollout", "all envs"},
     "learner.parallel": {"rollout.wire"},
     "learner.algorithm": {"learner.parallel", "rollout.wire"},
-    "learner": {"learner.algorithm"},
+    "learner": {"learner.algorithm", "rollout.wire"},
     "learner.data": {"learner.algorithm", "learner.parallel", "rollout.wire"},
     "learner.model": {"learner", "learner.data", "learner.parallel", "rollout.wire"},
     "learner.training": {"all learner", "rollout.wire"},

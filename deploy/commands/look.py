@@ -1,27 +1,30 @@
-"""Commands that show something and change nothing: recipes, options, environments, and what this machine lacks."""
+"""Commands that describe: recipes, options, environments, what this machine lacks, and the reference pages."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
-from deploy.report.console import output, write
+from deploy.report.console import errors, output, write
 
 app = typer.Typer()
 console = output()
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.OPTION=VALUE]...", help="Change the recipe.")
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.OPTION=VALUE]...", help="Options of the recipe to override."),
 ]
 EnvOptions = Annotated[
-    list[str] | None, typer.Option("--option", help="Environment option NAME=VALUE; may be repeated.")
+    list[str] | None, typer.Option("--option", help="Option of the environment, NAME=VALUE; may be repeated.")
 ]
 
 
 @app.command()
 def recipes() -> None:
-    """List the recipes and the presets of algorithms that ship with Manta, each with what it is for.
+    """List the recipes and algorithm presets that ship with Manta, with their purpose.
 
     Example:
     manta recipes
@@ -38,7 +41,7 @@ def config(
     ],
     overrides: Overrides = None,
 ) -> None:
-    """Print a resolved recipe as TOML: every option with its description, and its default where they differ.
+    """Print a resolved recipe as TOML: every option with its description, and its default where it differs.
 
     Example:
     manta config frozen_lake
@@ -53,7 +56,7 @@ def config(
 
 @app.command()
 def envs() -> None:
-    """List the environments there are: ours, optional suites with their extras, and Gymnasium's.
+    """List the available environments: Manta's own, optional suites with their extras, and Gymnasium's.
 
     Example:
     manta envs
@@ -67,10 +70,12 @@ def envs() -> None:
 def check_env(
     env: Annotated[str, typer.Argument(metavar="ID", help="Environment id.")],
     option: EnvOptions = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Limit for a reset or a step.")] = 10.0,
-    turns: Annotated[int, typer.Option(min=1, help="Turns played an episode.")] = 30,
+    seconds: Annotated[
+        float, typer.Option(min=0.01, help="Time limit for a reset or a step, seconds.")
+    ] = 10.0,
+    turns: Annotated[int, typer.Option(min=1, help="Most turns played per episode.")] = 30,
 ) -> None:
-    """Examine an environment: seeds, isolation, limits, answers, snapshots; exit status 1 where something is wrong.
+    """Check an environment: seeding, isolation, time limits, answers, snapshots. Exits with status 1 on a finding.
 
     Example:
     manta check-env Taxi-v4
@@ -85,7 +90,7 @@ def check_env(
 
 @app.command()
 def doctor() -> None:
-    """Show versions, cores and memory, and what is missing.
+    """Check this machine: package versions, cores, memory, GPUs, and what is missing.
 
     Example:
     manta doctor
@@ -93,3 +98,35 @@ def doctor() -> None:
     from deploy.commands.doctor import diagnose, show
 
     raise typer.Exit(show(diagnose(), console))
+
+
+@app.command()
+def docs(
+    context: typer.Context,
+    out: Annotated[
+        Path, typer.Argument(metavar="[FOLDER]", help="Folder to write the pages into; created if absent.")
+    ] = Path("docs/reference"),
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Write nothing; name the pages that are out of date, with exit status 1."
+        ),
+    ] = False,
+) -> None:
+    """Write the reference pages: every option of a recipe, every metric of a run, every command.
+
+    Example:
+    manta docs
+
+    manta docs --check
+    """
+    from deploy.commands.reference import stale_pages, write_pages
+
+    manta = context.find_root().command
+    assert isinstance(manta, TyperGroup)
+    if not check:
+        for page in write_pages(manta, out):
+            write(console, f"wrote {page}")
+    elif stale := stale_pages(manta, out):
+        write(errors(), f"manta: out of date: {', '.join(map(str, stale))}; run manta docs {out}", "red")
+        raise typer.Exit(1)

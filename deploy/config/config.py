@@ -32,31 +32,43 @@ class Settings(BaseModel):
 class TinySettings(Settings):
     """A small random model and tokenizer, built where the run starts: nothing is downloaded."""
 
-    layers: int = Field(4, gt=0)
+    layers: int = Field(4, gt=0, description="transformer layers")
     width: int = Field(128, gt=0, description="hidden size")
-    heads: int = Field(4, gt=0)
+    heads: int = Field(4, gt=0, description="attention heads")
     head_width: int = Field(
-        32, gt=0, multiple_of=32, description="of each head; vLLM on CPUs wants multiples of 32"
+        32, gt=0, multiple_of=32, description="size of each head; vLLM on CPU supports multiples of 32"
     )
-    mlp: int = Field(384, gt=0, description="width of the feed-forward layers")
-    tie: bool = Field(True, description="share input and output embeddings")
+    mlp: int = Field(384, gt=0, description="hidden size of the feed-forward layers")
+    tie: bool = Field(True, description="share the weights of input embedding and output head")
     pixels: int = Field(
-        0, ge=0, multiple_of=8, description="wide and high: a model that sees such pictures; 0: text alone"
+        0,
+        ge=0,
+        multiple_of=8,
+        description="width and height of the images that the model accepts, pixels; 0: text only",
     )
-    words: tuple[Word, ...] = Field((), description="lower-case words that are one token each")
-    environment_words: bool = Field(False, description="besides them all that the environment says")
+    words: tuple[Word, ...] = Field(
+        (),
+        description="lower-case words that the tokenizer encodes as one token each; all other text is encoded "
+        "by characters",
+    )
+    environment_words: bool = Field(False, description="add all words that the environment uses to these")
 
 
 class EnvSettings(Settings):
     """The environment trained on."""
 
     id: str = Field(
-        description='one of ours, "program" (a foreign agent), or any gymnasium.make id (see manta envs)'
+        description="environment: the name of one that ships with Manta (`manta envs` lists them), any "
+        'gymnasium.make id, "module:Class" of your own, or "program" for an external agent'
     )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
-    host: HostSettings = Field(default_factory=HostSettings, description="where its replicas live")
+    host: HostSettings = Field(
+        default_factory=HostSettings, description="where environment replicas run, and their time limits"
+    )
     reward: OwnReward | None = Field(
-        None, description="your own reward of a whole episode, as 'module:function'; none: the environment's"
+        None,
+        description='reward function of your own for whole episodes, "module:function"; without it the '
+        "environment's reward counts",
     )
 
 
@@ -64,12 +76,16 @@ class EvaluationSettings(Settings):
     """How success is measured before and after."""
 
     tasks: int = Field(
-        256, ge=0, description="tasks; their first observations differ where there is a split; 0: none"
+        256,
+        ge=0,
+        description="tasks played before and after training, one episode each; 0: no evaluation. In "
+        "environments with a train/held-out split their first observations all differ",
     )
-    seconds: float = Field(1800.0, gt=0, description="limit for one evaluation")
-    first_seed: int = Field(0, ge=0, description="seeds are tried from here on")
+    seconds: float = Field(1800.0, gt=0, description="time limit for one evaluation, seconds")
+    first_seed: int = Field(0, ge=0, description="seed of the first task; the others follow")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="environment options that differ from training"
+        default_factory=dict,
+        description="environment options that differ from those of training, such as {split = 'heldout'}",
     )
 
 
@@ -83,29 +99,42 @@ class WarmStartSettings(Settings):
 class CheckpointSettings(Settings):
     """When the learner's state lands on disk."""
 
-    every_steps: int = Field(10, gt=0)
-    keep: int = Field(2, gt=0, description="checkpoints kept, the newest")
+    every_steps: int = Field(
+        10, gt=0, description="learner steps between two checkpoints; the last step always has one"
+    )
+    keep: int = Field(2, gt=0, description="newest checkpoints that are kept")
 
 
 class ClusterSettings(Settings):
     """How Ray is reached and how long anything may take."""
 
-    address: str = Field("", description="Ray cluster to join; empty: start a local one")
+    address: str = Field(
+        "", description="address of the Ray cluster to join; empty: start Ray on this machine"
+    )
     learner_cpus: float = Field(
         1.0,
         ge=0,
-        description="CPUs that each rank of the learner claims; it claims a GPU where it trains on one",
+        description="CPUs reserved per learner rank; fractions allowed. A rank that trains on a GPU reserves "
+        "one GPU as well",
     )
     dashboard_port: int = Field(
-        0, ge=0, le=65535, description="port of a local Ray's dashboard; 0: no dashboard"
+        0, ge=0, le=65535, description="port of the dashboard of a local Ray; 0: no dashboard"
     )
-    start_seconds: float = Field(300.0, gt=0, description="limit for starting engines and the learner")
+    start_seconds: float = Field(
+        300.0,
+        gt=0,
+        description="time limit for engines and learner to start, seconds. Raise it for models that load "
+        "slowly",
+    )
     step_seconds: float = Field(
         600.0,
         gt=0,
-        description="limit for a step's groups to come together, and as long again for the step itself",
+        description="time limit for the groups of a step to arrive, seconds; the learner step itself has the "
+        "same limit again",
     )
-    capacity_seconds: float = Field(30.0, gt=0, description="how long to wait for missing cluster resources")
+    capacity_seconds: float = Field(
+        30.0, gt=0, description="time to wait for missing cluster resources, seconds; then the run is refused"
+    )
 
     @property
     def joins(self) -> bool:
@@ -117,38 +146,71 @@ class WeightSyncSettings(Settings):
     """How new weights travel."""
 
     transfer: Literal["object_store", "nccl", "ipc"] = Field(
-        "object_store", description="nccl and ipc need GPUs"
+        "object_store",
+        description="how weights reach the engines. object_store: through Ray's shared memory, on any "
+        "hardware. nccl and ipc: between GPUs; the set of workers is then fixed",
     )
-    sync_seconds: float = Field(120.0, gt=0, description="limit for one engine to load one version")
+    sync_seconds: float = Field(
+        120.0, gt=0, description="time limit for one engine to load one version, seconds"
+    )
 
 
 class RunConfig(Settings):
     """Everything a run does. Stored with the run as config.json."""
 
-    name: str = Field("run", description="first part of the run folder's name")
-    seed: int = Field(0, ge=0)
-    steps: int = Field(gt=0, description="learner steps, each one weight version")
+    name: str = Field("run", description="name of the run; its folder is NAME-DATE-TIME")
+    seed: int = Field(
+        0, ge=0, description="seed of everything random: tasks, sampling, initialization, shuffling"
+    )
+    steps: int = Field(gt=0, description="learner steps; each makes one weight version")
     replay: str | None = Field(
         None,
-        description="folder of a finished run whose trajectories are learned from; nothing is played then",
+        description="folder of a finished run whose trajectories are trained on; nothing is played then. "
+        "`manta train --replay` sets it",
     )
     tiny: TinySettings | None = Field(
-        None, description="build a tiny model instead of loading learner.model.path"
+        None,
+        description="build a small random model and tokenizer instead of loading learner.model.path; for "
+        "tests and demonstrations",
     )
-    env: EnvSettings
-    agent: AgentSettings = Field(default_factory=AgentSettings)
-    sampling: Sampling = Field(default_factory=Sampling)
-    rollout: RolloutSettings = Field(default_factory=RolloutSettings)
-    engine: EngineSettings = Field(default_factory=VllmSettings)
-    buffer: BufferSettings = Field(default_factory=BufferSettings)
-    learner: LearnerSettings = Field(default_factory=LearnerSettings)
+    env: EnvSettings = Field(description="environment that is trained on")
+    agent: AgentSettings = Field(
+        default_factory=AgentSettings, description="how the policy plays the environment"
+    )
+    sampling: Sampling = Field(default_factory=Sampling, description="how a turn is sampled")
+    rollout: RolloutSettings = Field(
+        default_factory=RolloutSettings, description="rollout workers, and the episodes that they play"
+    )
+    engine: EngineSettings = Field(
+        default_factory=VllmSettings, description="inference engine of the rollout workers"
+    )
+    buffer: BufferSettings = Field(
+        default_factory=BufferSettings, description="replay buffer: batch size, staleness and disk space"
+    )
+    learner: LearnerSettings = Field(
+        default_factory=LearnerSettings, description="model, optimizer and algorithm"
+    )
     warm_start: WarmStartSettings | None = None
-    weights: WeightSyncSettings = Field(default_factory=WeightSyncSettings)
-    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
-    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
-    cluster: ClusterSettings = Field(default_factory=ClusterSettings)
-    supervision: SupervisionSettings = Field(default_factory=SupervisionSettings)
-    trackers: tuple[OwnTracker, ...] = Field(
-        (), description='your own metric trackers, each "module:Class", beside metrics.jsonl and TensorBoard'
+    weights: WeightSyncSettings = Field(
+        default_factory=WeightSyncSettings, description="transfer of new weights to the engines"
     )
-    guards: tuple[Guard, ...] = Field(DEFAULTS, description="bounds of metrics that warn or end the run")
+    evaluation: EvaluationSettings = Field(
+        default_factory=EvaluationSettings, description="evaluation before and after training"
+    )
+    checkpoint: CheckpointSettings = Field(
+        default_factory=CheckpointSettings, description="checkpoints of the learner"
+    )
+    cluster: ClusterSettings = Field(
+        default_factory=ClusterSettings, description="connection to Ray, reserved resources, and time limits"
+    )
+    supervision: SupervisionSettings = Field(
+        default_factory=SupervisionSettings, description="detection and replacement of lost parts"
+    )
+    trackers: tuple[OwnTracker, ...] = Field(
+        (), description='metric trackers of your own, "module:Class", beside metrics.jsonl and TensorBoard'
+    )
+    guards: tuple[Guard, ...] = Field(
+        DEFAULTS,
+        description="bounds on metrics; a guard warns or stops the run when its metric is out of bounds. A "
+        "guard here replaces the default for its metric",
+    )

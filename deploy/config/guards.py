@@ -9,63 +9,13 @@ that it was within them nor that it was not. Where a metric stays away, that is 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-METRICS = (
-    "batch_tokens_sampled",
-    "behavior_gap",
-    "clip_fraction",
-    "correction",
-    "truncated_without_bootstrap",
-    "effective_samples",
-    "entropy",
-    "episodes",
-    "grad_norm",
-    "groups_reused",
-    "idle_step",
-    "kl",
-    "lag_max",
-    "lag_mean",
-    "learning_rate",
-    "loss",
-    "masked_fraction",
-    "nonfinite_batches",
-    "reference_kl",
-    "repetition",
-    "reused_lag_max",
-    "reused_lag_mean",
-    "reward",
-    "reward_max",
-    "reward_min",
-    "reward_std",
-    "rollout_tokens_per_s",
-    "rollout_tokens_sampled",
-    "sampled_per_episode",
-    "sampled_per_episode_max",
-    "sampled_per_episode_p50",
-    "sampled_per_episode_p95",
-    "scored_share",
-    "skipped_step",
-    "success",
-    "tokens_processed",
-    "tokens_scored",
-    "turns",
-    "turns_max",
-    "turns_p50",
-    "turns_p95",
-    "untrainable_episodes",
-    "value",
-    "value_error",
-    "value_grad_norm",
-    "value_loss",
-    "value_skipped_step",
-    "zero_advantage_fraction",
-)
-_NAMED = re.compile(r"(behavior_gap|effective_samples)_lag_\d+|rewards/.+/(mean|std|min|max)")
+from deploy.config.declared_metrics import METRICS, is_declared
+
 MISSING_STEPS = 10  # without a metric, until that is said
 
 
@@ -76,16 +26,26 @@ class GuardTripped(RuntimeError):
 class Guard(BaseModel, extra="forbid", frozen=True):
     """Bounds of one metric."""
 
-    metric: str = Field(description="a metric of the learner's steps")
-    below: float | None = Field(default=None, description="out of bounds when smaller")
-    above: float | None = Field(default=None, description="out of bounds when larger")
-    action: Literal["warn", "stop"] = Field(default="warn", description="say so, or end the run")
-    steps: int = Field(default=1, ge=1, description="steps in a row that it takes")
+    metric: str = Field(description="name of a metric")
+    below: float | None = Field(
+        default=None, description="lower bound; the metric is out of bounds when it is smaller"
+    )
+    above: float | None = Field(
+        default=None, description="upper bound; the metric is out of bounds when it is larger"
+    )
+    action: Literal["warn", "stop"] = Field(
+        default="warn",
+        description="what the guard does. warn: print an alarm. stop: end the run, with exit status 1",
+    )
+    steps: int = Field(
+        default=1, ge=1, description="consecutive learner steps out of bounds before the guard acts"
+    )
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:
-        if self.metric not in METRICS and not _NAMED.fullmatch(self.metric):
-            close = difflib.get_close_matches(self.metric, METRICS, n=1, cutoff=0.3) or METRICS
+        if not is_declared(self.metric):
+            names = [metric.name for metric in METRICS if not metric.is_open]
+            close = difflib.get_close_matches(self.metric, names, n=1, cutoff=0.3) or names
             raise ValueError(f"guards: no metric {self.metric!r}; did you mean {close[0]!r}?")
         if self.below is None and self.above is None:
             raise ValueError(f"guards: {self.metric} has no bound; give below, above or both")

@@ -23,23 +23,25 @@ class SupervisionSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    heartbeat_seconds: float = Field(2.0, gt=0, description="pause between two heartbeats of a part")
+    heartbeat_seconds: float = Field(2.0, gt=0, description="interval between heartbeats of a part, seconds")
     frozen_seconds: float = Field(
-        30.0, gt=0, description="a part that leaves a heartbeat unanswered for so long is killed and replaced"
+        30.0,
+        gt=0,
+        description="time limit for the answer to a heartbeat, seconds; a part that exceeds it is killed and "
+        "replaced",
     )
     max_restarts: int = Field(
-        5, ge=0, description="losses of one part within the window before the run stops"
+        5, ge=0, description="times that one part may be lost within the window; beyond it the run stops"
     )
-    restart_window_seconds: float = Field(
-        1800.0, gt=0, description="the window over which losses are counted"
-    )
+    restart_window_seconds: float = Field(1800.0, gt=0, description="length of that window, seconds")
     drain_seconds: float = Field(
-        30.0, gt=0, description="what running turns are given to end when a worker leaves"
+        30.0, gt=0, description="time that a worker has to finish running turns when it is removed, seconds"
     )
     no_progress_seconds: float = Field(
         180.0,
         gt=0,
-        description="without a turn or a step for so long, all stacks are written to the run folder",
+        description="time without a finished turn or step after which the stacks of all processes are written "
+        "to the run folder, seconds",
     )
 
 

@@ -70,7 +70,7 @@ class Conditions(BaseModel):
     engine: EngineSettings = VllmSettings(dtype="float32")
     reward: OwnReward | None = None
     on_gpu: bool = False
-    seed: int = Field(0, ge=0, description="of all sampling; the same seed says the same again")
+    seed: int = Field(0, ge=0, description="seed of all sampling; the same seed samples the same tokens")
 
 
 def conditions_of(checkpoint: str, env_id: str, trusted: bool = False) -> Conditions:

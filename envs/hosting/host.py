@@ -38,28 +38,37 @@ class HostSettings(BaseModel):
 
     where: Literal["auto", "inline", "process", "ray"] = Field(
         "auto",
-        description="inline: in the rollout worker, each replica in a thread of its own, left behind when it does not "
-        "answer in time; process: each replica in a process of its own, killed when it does not answer in time; ray: "
-        "in such a process on any node of the cluster; auto: inline for Manta's and Gymnasium's own environments, "
-        "process for all others",
+        description="where environment replicas run. inline: in the rollout worker, a thread each; a replica "
+        "that exceeds a time limit is abandoned. process: in a process each, which is killed when "
+        "it exceeds a time limit. ray: in such a process on any node of the cluster. auto: "
+        "inline for Manta's and Gymnasium's own environments, process for all others",
     )
     cpus_per_replica: float = Field(
-        1.0, ge=0, description="where='ray': CPUs a replica claims from the cluster, of which a part will do"
+        1.0,
+        ge=0,
+        description="CPUs reserved on the Ray cluster per replica; fractions allowed. Only with where='ray'",
     )
     resources: dict[str, Amount] = Field(
         default_factory=dict,
-        description="where='ray': what else a replica claims, {cpu_node = 0.01} say; it is put on no node without it",
+        description="custom Ray resources reserved per replica, as in {cpu_node = 0.01}; a replica is placed "
+        "only on a node that offers them. Only with where='ray'",
     )
-    start_seconds: float = Field(60.0, gt=0, description="wall clock for a replica to start")
+    start_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="time limit for a replica to start, seconds. Raise it for environments that load large "
+        "files",
+    )
     reset_seconds: float = Field(
         60.0,
         gt=0,
-        description="wall clock for a replica to reset; for a foreign agent to ask for its first completion",
+        description="time limit for a reset, seconds; for an external agent, the time until its first request",
     )
     step_seconds: float = Field(
         60.0,
         gt=0,
-        description="wall clock for a replica to take a step; for a foreign agent to ask again or to end",
+        description="time limit for a step, seconds; for an external agent, the time until its next request "
+        "or its end. An episode that exceeds it has failed",
     )
 
     @model_validator(mode="after")

@@ -54,15 +54,24 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    cpu_seconds: int = Field(5, ge=1, description="processor time of each process")
-    wall_seconds: float = Field(10.0, gt=0, description="wall clock, from the program's start")
-    memory_bytes: int = Field(256 << 20, ge=64 << 20, description="address space of each process")
-    processes: int = Field(
-        4, ge=1, description="processes and threads at a time, the program itself included"
+    cpu_seconds: int = Field(5, ge=1, description="CPU time that each process may use, seconds")
+    wall_seconds: float = Field(
+        10.0, gt=0, description="wall-clock time that the program may take, seconds from its start"
     )
-    open_files: int = Field(64, ge=16, description="open files of each process")
-    disk_bytes: int = Field(16 << 20, ge=1 << 16, description="what /tmp holds, and so the largest file")
-    output_bytes: int = Field(64 << 10, ge=0, description="of standard output and of standard error, each")
+    memory_bytes: int = Field(256 << 20, ge=64 << 20, description="address space of each process, bytes")
+    processes: int = Field(
+        4, ge=1, description="processes and threads that may exist at once, the program itself included"
+    )
+    open_files: int = Field(64, ge=16, description="files that each process may have open")
+    disk_bytes: int = Field(
+        16 << 20, ge=1 << 16, description="capacity of the program's /tmp, bytes; no file can be larger"
+    )
+    output_bytes: int = Field(
+        64 << 10,
+        ge=0,
+        description="bytes that may be written to standard output and to standard error, each; a program that "
+        "writes more is killed",
+    )
 
 
 class Reason(StrEnum):

@@ -27,10 +27,15 @@ from rollout.wire.own_part import BUILT_IN, BY_KIND, OWN
 
 class _CriticSettings(BaseModel, extra="forbid", frozen=True):
     value_clip: float | None = Field(
-        default=0.2, gt=0, description="how far a value may move from what it was, per batch; none: freely"
+        default=0.2,
+        gt=0,
+        description="PPO's value clipping: largest change of a predicted value per batch, in units of reward. "
+        "Not set: no clipping",
     )
     warmup_steps: int = Field(
-        default=0, ge=0, description="first learner steps in which only the critic learns; the policy stays"
+        default=0,
+        ge=0,
+        description="first learner steps in which only the critic is trained and the policy stays fixed",
     )
 
 
@@ -38,7 +43,9 @@ class OwnCriticSettings(_CriticSettings):
     """A second model of the policy's kind that says what a state is worth."""
 
     kind: Literal["own"] = "own"
-    optim: OptimSettings = Field(default=OptimSettings(learning_rate=1e-5), description="its own optimizer")
+    optim: OptimSettings = Field(
+        default=OptimSettings(learning_rate=1e-5), description="optimizer of the critic"
+    )
 
 
 class SharedCriticSettings(_CriticSettings):
@@ -46,14 +53,15 @@ class SharedCriticSettings(_CriticSettings):
 
     kind: Literal["shared"] = "shared"
     optim: OptimSettings = Field(
-        default=OptimSettings(learning_rate=1e-3), description="the head's own optimizer"
+        default=OptimSettings(learning_rate=1e-3), description="optimizer of the value head"
     )
     value_coefficient: float = Field(
-        default=0.5, gt=0, description="weight of the value loss beside the policy's"
+        default=0.5, gt=0, description="weight of the value loss relative to the policy loss"
     )
     detach: bool = Field(
         default=False,
-        description="keep the value loss's gradient from the policy's own weights: only the head learns from it",
+        description="stop the gradient of the value loss at the policy's hidden states, so that only the head "
+        "learns from it",
     )
 
 
@@ -69,39 +77,62 @@ AnyCritic = Annotated[OwnCriticSettings | SharedCriticSettings, Field(discrimina
 class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
     """A policy-gradient method, part by part. As it stands: GRPO with separate clips, as in DAPO."""
 
-    advantage: EstimatorSettings = Field(default=GrpoAdvantage(), description="from rewards to advantages")
-    loss: LossSettings = Field(default=ClippedLoss(), description="from advantages to a loss per token")
+    advantage: EstimatorSettings = Field(
+        default=GrpoAdvantage(),
+        description="advantage estimator: from the rewards of a step's groups to an advantage per token",
+    )
+    loss: LossSettings = Field(default=ClippedLoss(), description="policy loss per token")
     aggregation: Aggregation = Field(
         default="token",
-        description="what is averaged: all tokens, the means of the episodes, or episodes over a constant length",
+        description="how token losses are averaged. token: over all tokens of the batch. sequence: first over "
+        "each episode, then over episodes. constant: sum of an episode divided by "
+        "aggregation_length, then over episodes",
     )
     aggregation_length: int | None = Field(
-        default=None, gt=0, description="tokens that aggregation='constant' divides by"
+        default=None,
+        gt=0,
+        description="divisor of aggregation='constant', tokens; usually the longest possible episode",
     )
     proximal: Literal["behavior", "learner"] = Field(
         default="behavior",
-        description="what the loss's ratio is taken against: the logprobs recorded while sampling, or the "
-        "learner's own before its first update on the batch (corrections then weigh the rest)",
+        description="policy in the denominator of the loss's importance ratio. behavior: logprobs recorded "
+        "while sampling. learner: the learner's own logprobs before its first update on the "
+        "batch; corrections then account for the difference to the sampling policy",
     )
     corrections: tuple[CorrectionSettings, ...] = Field(
-        default=(), description="weights and masks for tokens that another policy sampled; they multiply"
+        default=(), description="off-policy corrections; their weights multiply. The default is none"
     )
-    kl: KlSettings | None = Field(default=None, description="divergence from version 0")
+    kl: KlSettings | None = Field(
+        default=None,
+        description="penalty on the divergence from the initial policy (version 0); without this section "
+        "there is none",
+    )
     regularizers: tuple[OwnRegularizer, ...] = Field(
-        default=(), description="functions of your own whose penalties are added to every token's loss"
+        default=(),
+        description="regularizers of your own, whose penalties are added to the loss of every token",
     )
     entropy_bonus: float = Field(
-        default=0.0, ge=0, description="weight of the mean token entropy added to the objective"
+        default=0.0,
+        ge=0,
+        description="coefficient of the mean token entropy, subtracted from the loss; 0: no bonus",
     )
-    overlong: OverlongSettings | None = Field(default=None, description="punishment of long episodes")
-    critic: AnyCritic | None = Field(default=None, description="what says what states are worth")
+    overlong: OverlongSettings | None = Field(
+        default=None, description="reward penalty for long episodes; without this section there is none"
+    )
+    critic: AnyCritic | None = Field(
+        default=None,
+        description="value model, for advantages that need one (gae); without this section there is none",
+    )
     minibatches: int = Field(
-        default=1, ge=1, description="optimizer steps one pass over a batch is split into"
+        default=1,
+        ge=1,
+        description="optimizer steps per pass over the batch, each on an equal part of the episodes",
     )
-    epochs: int = Field(default=1, ge=1, description="passes over a batch: how often a sample is used")
+    epochs: int = Field(default=1, ge=1, description="passes over the batch per learner step")
     skip_zero_advantage: bool = Field(
         default=True,
-        description="leave sequences without any advantage out of the forward pass; they still count",
+        description="leave sequences whose advantage is zero out of the forward pass. They still count in the "
+        "denominators, so that the gradient is the same; metrics of tokens are over the others",
     )
 
     @model_validator(mode="before")

@@ -60,7 +60,9 @@ class TruncatedImportance(_Correction):
     masks: ClassVar[bool] = False
     kind: Literal["tis"] = "tis"
     of: Literal["token", "sequence"] = Field(
-        default="token", description="whose ratio; a sequence's is the product"
+        default="token",
+        description="which importance ratio is the weight. token: the token's own. sequence: the product of "
+        "the ratios of its sequence",
     )
     cap: float = Field(default=2.0, gt=0, description="upper bound of the weight")
 
@@ -78,10 +80,12 @@ class ImportanceMask(_Correction):
 
     kind: Literal["mask"] = "mask"
     of: Literal["token", "sequence"] = Field(
-        default="token", description="whose ratio; a sequence's is the geometric mean"
+        default="token",
+        description="which importance ratio is compared. token: the token's own. sequence: the geometric mean "
+        "of the ratios of its sequence",
     )
-    low: float = Field(default=0.5, ge=0, lt=1, description="lower bound")
-    high: float = Field(default=2.0, gt=1, description="upper bound")
+    low: float = Field(default=0.5, ge=0, lt=1, description="smallest ratio that is not masked")
+    high: float = Field(default=2.0, gt=1, description="largest ratio that is not masked")
 
     def __call__(self, log_ratio_N: Tensor, sequence_N: Tensor, lag_N: Tensor) -> Tensor:
         if self.of == "token":
@@ -95,8 +99,8 @@ class IcePop(_Correction):
     """The ratio itself within bounds, nothing outside. Ling team 2025 (Ring-1T, arXiv 2510.18855), section 3.1."""
 
     kind: Literal["icepop"] = "icepop"
-    low: float = Field(default=0.5, ge=0, lt=1, description="lower bound")
-    high: float = Field(default=5.0, gt=1, description="upper bound")
+    low: float = Field(default=0.5, ge=0, lt=1, description="smallest ratio that is not masked")
+    high: float = Field(default=5.0, gt=1, description="largest ratio that is not masked")
 
     def __call__(self, log_ratio_N: Tensor, sequence_N: Tensor, lag_N: Tensor) -> Tensor:
         return torch.where(within(log_ratio_N, self.low, self.high), ratios(log_ratio_N), 0.0)
@@ -107,7 +111,7 @@ class LagMask(_Correction):
 
     needs_ratio: ClassVar[bool] = False
     kind: Literal["lag"] = "lag"
-    max_lag: int = Field(ge=0, description="versions a token may be behind the learner")
+    max_lag: int = Field(ge=0, description="largest lag of a token that is not masked, weight versions")
 
     def __call__(self, log_ratio_N: Tensor, sequence_N: Tensor, lag_N: Tensor) -> Tensor:
         return (lag_N <= self.max_lag).to(log_ratio_N.dtype)

@@ -53,8 +53,8 @@ class _Estimator(BaseModel, extra="forbid", frozen=True):
 def _deviation() -> Any:
     return Field(
         default="population",
-        description="standard deviation of a group: of the population (squares divided by G) or of the sample (by "
-        "G - 1); of rewards 0 and 1 the former makes -1 and 1, the latter -0.707 and 0.707",
+        description="which standard deviation of a group's rewards divides. population: squares divided by G; "
+        "sample: by G - 1. For rewards of 0 and 1 in equal numbers, the former gives -1 and 1",
     )
 
 
@@ -66,9 +66,13 @@ class GrpoAdvantage(_Estimator):
     """
 
     kind: Literal["grpo"] = "grpo"
-    divide: bool = Field(default=True, description="by the group's standard deviation")
+    divide: bool = Field(
+        default=True, description="divide by the standard deviation of the group. False is Dr. GRPO"
+    )
     deviation: Deviation = _deviation()
-    eps: float = Field(default=1e-6, ge=0, description="added to the standard deviation")
+    eps: float = Field(
+        default=1e-6, ge=0, description="constant added to the standard deviation, for numerical stability"
+    )
 
     @property
     def totals(self) -> bool:
@@ -101,7 +105,9 @@ class MaxRlAdvantage(_Estimator):
     """MaxRL: rewards against the group's mean, divided by it."""
 
     kind: Literal["maxrl"] = "maxrl"
-    eps: float = Field(default=1e-6, ge=0, description="added to the mean")
+    eps: float = Field(
+        default=1e-6, ge=0, description="constant added to the mean of the group, for numerical stability"
+    )
 
     @property
     def totals(self) -> bool:
@@ -123,11 +129,12 @@ class ReinforceAdvantage(_Estimator):
 
     kind: Literal["reinforce_pp"] = "reinforce_pp"
     gamma: float = Field(
-        default=1.0, gt=0, le=1, description="discount from token to token; whole episodes have none"
+        default=1.0, gt=0, le=1, description="discount factor per token; with group_baseline it must be 1"
     )
     group_baseline: bool = Field(
         default=False,
-        description="compare the episode's reward with the mean of its siblings' (REINFORCE++-baseline)",
+        description="subtract the mean reward of the group from the episode's reward (REINFORCE++-baseline). "
+        "False uses returns of tokens without a group",
     )
 
     @property
@@ -151,11 +158,11 @@ class ReturnsAdvantage(_Estimator):
     """Monte Carlo: every turn is worth what followed it, discounted by turns."""
 
     kind: Literal["returns"] = "returns"
-    gamma: float = Field(default=1.0, gt=0, le=1, description="discount from turn to turn")
+    gamma: float = Field(default=1.0, gt=0, le=1, description="discount factor per turn")
     baseline: Literal["none", "group", "turn", "batch"] = Field(
         default="group",
-        description="what returns are compared with, and normalized over: all turns of the group; the siblings' turns "
-        "of the same number; all turns of the batch; or nothing",
+        description="turns over which returns are normalized. group: all turns of the group. turn: turns of "
+        "the same number in the group. batch: all turns of the batch. none: returns as they are",
     )
 
     @property
@@ -194,11 +201,15 @@ class GigpoAdvantage(_Estimator):
 
     turns: ClassVar[bool] = True
     kind: Literal["gigpo"] = "gigpo"
-    gamma: float = Field(default=0.95, gt=0, le=1, description="discount from turn to turn")
-    weight: float = Field(default=1.0, gt=0, description="of the comparison of turns")
-    divide: bool = Field(default=True, description="by the standard deviations")
+    gamma: float = Field(default=0.95, gt=0, le=1, description="discount factor per turn")
+    weight: float = Field(
+        default=1.0, gt=0, description="weight of the turn-level advantage relative to the episode-level one"
+    )
+    divide: bool = Field(default=True, description="divide both advantages by their standard deviations")
     deviation: Deviation = _deviation()
-    eps: float = Field(default=1e-6, ge=0, description="added to the standard deviations")
+    eps: float = Field(
+        default=1e-6, ge=0, description="constant added to the standard deviations, for numerical stability"
+    )
 
     @property
     def siblings(self) -> bool:
@@ -236,9 +247,15 @@ class GdpoAdvantage(_Estimator):
 
     shaped: ClassVar[bool] = False
     kind: Literal["gdpo"] = "gdpo"
-    weights: dict[str, float] = Field(min_length=1, description="named reward -> weight")
+    weights: dict[str, float] = Field(
+        min_length=1, description="weight of each named reward in the sum, by name"
+    )
     deviation: Deviation = _deviation()
-    eps: float = Field(default=1e-6, ge=0, description="added to the standard deviations of groups")
+    eps: float = Field(
+        default=1e-6,
+        ge=0,
+        description="constant added to the standard deviations of the groups, for numerical stability",
+    )
 
     @property
     def siblings(self) -> bool:
@@ -281,9 +298,17 @@ class GaeAdvantage(_Estimator):
 
     critic: ClassVar[bool | None] = True
     kind: Literal["gae"] = "gae"
-    gamma: float = Field(default=1.0, gt=0, le=1, description="discount from token to token")
-    lam: float = Field(default=0.95, ge=0, le=1, description="how far rewards are trusted rather than values")
-    normalize: bool = Field(default=True, description="over the batch")
+    gamma: float = Field(default=1.0, gt=0, le=1, description="discount factor per token")
+    lam: float = Field(
+        default=0.95,
+        ge=0,
+        le=1,
+        description="GAE's lambda: 1 uses returns (no bias, high variance), 0 the critic's one-step "
+        "differences (bias, low variance)",
+    )
+    normalize: bool = Field(
+        default=True, description="normalize advantages over the batch to mean 0 and standard deviation 1"
+    )
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Advantages:
         return self.with_targets(groups, ranks)[0]

@@ -171,8 +171,8 @@ def _dual_clip() -> Any:
     return Field(
         default=None,
         gt=1,
-        description="bound of the ratio under negative advantages, 3 in the paper; a token beyond it has no gradient. "
-        "none: such a token may weigh as much as its ratio",
+        description="upper bound of the ratio for negative advantages (dual-clip PPO; 3 in the paper); a "
+        "token beyond it has no gradient. Not set: no bound",
     )
 
 
@@ -180,8 +180,15 @@ class ClippedLoss(_PolicyLoss):
     """PPO's and GRPO's clipped surrogate."""
 
     kind: Literal["ppo"] = "ppo"
-    clip_low: float = Field(default=0.2, gt=0, lt=1, description="the ratio is clipped below at 1 - clip_low")
-    clip_high: float = Field(default=0.28, gt=0, description="the ratio is clipped above at 1 + clip_high")
+    clip_low: float = Field(
+        default=0.2, gt=0, lt=1, description="lower clip: the ratio is clipped below at 1 - clip_low"
+    )
+    clip_high: float = Field(
+        default=0.28,
+        gt=0,
+        description="upper clip: the ratio is clipped above at 1 + clip_high; larger than clip_low is DAPO's "
+        "clip-higher",
+    )
     dual_clip: float | None = _dual_clip()
 
     def __call__(self, logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, _: Tensor) -> Loss:
@@ -204,9 +211,11 @@ class SequenceClippedLoss(_PolicyLoss):
 
     kind: Literal["gspo"] = "gspo"
     clip_low: float = Field(
-        default=3e-4, gt=0, lt=1, description="the ratio is clipped below at 1 - clip_low"
+        default=3e-4, gt=0, lt=1, description="lower clip of the sequence's ratio, at 1 - clip_low"
     )
-    clip_high: float = Field(default=4e-4, gt=0, description="the ratio is clipped above at 1 + clip_high")
+    clip_high: float = Field(
+        default=4e-4, gt=0, description="upper clip of the sequence's ratio, at 1 + clip_high"
+    )
     dual_clip: float | None = _dual_clip()
 
     def __call__(
@@ -222,10 +231,13 @@ class CispoLoss(_PolicyLoss):
 
     kind: Literal["cispo"] = "cispo"
     clip_low: float = Field(
-        default=1.0, gt=0, le=1, description="weights are clipped below at 1 - clip_low; 1: not at all"
+        default=1.0,
+        gt=0,
+        le=1,
+        description="lower clip of the importance weight, at 1 - clip_low; 1: no lower clip",
     )
     clip_high: float = Field(
-        default=0.28, gt=0, description="weights are clipped above at 1 + clip_high: 0.28 bounds them at 1.28"
+        default=0.28, gt=0, description="upper clip of the importance weight, at 1 + clip_high"
     )
 
     def __call__(self, logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, _: Tensor) -> Loss:
@@ -237,8 +249,17 @@ class SoftGatedLoss(_PolicyLoss):
 
     clips: ClassVar[bool] = False
     kind: Literal["sapo"] = "sapo"
-    positive: float = Field(default=1.0, gt=0, description="temperature of the gate for positive advantages")
-    negative: float = Field(default=1.05, gt=0, description="and for negative ones, which disturb more")
+    positive: float = Field(
+        default=1.0,
+        gt=0,
+        description="temperature of the gate for positive advantages; larger values narrow the gate",
+    )
+    negative: float = Field(
+        default=1.05,
+        gt=0,
+        description="temperature of the gate for negative advantages; slightly larger, as their gradients are "
+        "less stable",
+    )
 
     def __call__(self, logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, _: Tensor) -> Loss:
         return soft_gated(logprobs_N, proximal_N, advantages_N, self.positive, self.negative)
@@ -249,18 +270,21 @@ class DivergenceLoss(_PolicyLoss):
 
     kind: Literal["dppo"] = "dppo"
     divergence: Literal["tv", "kl"] = Field(
-        default="tv", description="total variation, or Kullback and Leibler's"
+        default="tv",
+        description="measure of the distance between a token's probabilities: tv, total variation; kl, "
+        "Kullback-Leibler divergence",
     )
     threshold: float = Field(
         default=0.15,
         gt=0,
-        description="from where on a token has no gradient; left away: the paper's 0.15 for tv, 0.05 for kl",
+        description="distance beyond which a token has no gradient, if the update would increase it. With "
+        "divergence='kl' the default is 0.05",
     )
     ratio_cap: float | None = Field(
         default=None,
         gt=1,
-        description="what a token's ratio counts at most, 20 say; a token that was rare may have a ratio of thousands. "
-        "none: no bound",
+        description="upper bound of a token's importance ratio, such as 20; rare tokens can have ratios of "
+        "thousands. Not set: no bound",
     )
 
     @model_validator(mode="before")

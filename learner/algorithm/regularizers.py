@@ -47,20 +47,23 @@ def divergence(
 class KlSettings(BaseModel, extra="forbid", frozen=True):
     """How far the policy may go from the one that reinforcement learning began with (version 0)."""
 
-    coefficient: float = Field(gt=0, description="weight of the divergence")
+    coefficient: float = Field(gt=0, description="coefficient of the divergence")
     estimator: Estimator = Field(
         default="k3",
-        description="Schulman's k1, k2 or k3, or k3+: the value of k3 with the gradient of k2. In the loss k2 and k3+ "
-        "have the gradient of KL(policy, reference), k3 that of KL(reference, policy)",
+        description="estimator of the divergence: Schulman's k1, k2 or k3, or k3+, the value of k3 with the "
+        "gradient of k2. In the loss, k2 and k3+ have the gradient of KL(policy, reference), k3 "
+        "that of KL(reference, policy)",
     )
     cap: float | None = Field(
         default=CAP,
         gt=0,
-        description="upper bound of k3 for one token, nats; a token beyond it has no gradient of k3. none: no bound",
+        description="upper bound of k3 for one token, nats; a token beyond it has no gradient. Not set: no "
+        "bound",
     )
     where: Literal["loss", "reward"] = Field(
         default="loss",
-        description="added to every token's loss, or taken from every token's reward before advantages",
+        description="where the divergence enters. loss: added to the loss of every token. reward: subtracted "
+        "from the reward of every token, before advantages",
     )
 
     @model_validator(mode="after")
@@ -84,9 +87,15 @@ class KlSettings(BaseModel, extra="forbid", frozen=True):
 class OverlongSettings(BaseModel, extra="forbid", frozen=True):
     """DAPO's soft punishment of episodes that come near a length."""
 
-    tokens: int = Field(gt=0, description="sampled tokens of an episode at which the whole weight is taken")
-    margin: int = Field(gt=0, description="tokens before that where it begins")
-    weight: float = Field(default=1.0, gt=0, description="reward taken at most")
+    tokens: int = Field(gt=0, description="sampled tokens of an episode from which the whole penalty applies")
+    margin: int = Field(
+        gt=0,
+        description="length of the ramp before that, tokens: the penalty rises linearly from tokens - margin "
+        "on",
+    )
+    weight: float = Field(
+        default=1.0, gt=0, description="largest penalty, subtracted from the episode's reward"
+    )
 
     @model_validator(mode="after")
     def _begins_above_zero(self) -> OverlongSettings:

@@ -15,21 +15,37 @@ class OptimSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
 
     learning_rate: float = Field(default=1e-6, gt=0, description="peak learning rate")
     betas: tuple[Decay, Decay] = Field(
-        default=(0.9, 0.999), description="decay of the gradient's first and second moments"
+        default=(0.9, 0.999), description="decay rates of AdamW's first and second moments"
     )
-    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    eps: float = Field(
+        default=1e-8,
+        gt=0,
+        description="constant added to the root of the second moment, for numerical stability",
+    )
     weight_decay: float = Field(
-        default=0.0, ge=0, description="decoupled decay of matrices; vectors are never decayed"
+        default=0.0,
+        ge=0,
+        description="decoupled weight decay; applied to matrices, never to vectors (biases, norms)",
     )
     max_grad_norm: float = Field(
-        default=1.0, gt=0, description="gradients of a larger 2-norm are scaled down to it"
+        default=1.0,
+        gt=0,
+        description="gradient clipping: largest 2-norm of the gradient; larger ones are scaled down",
     )
-    warmup_steps: int = Field(default=0, ge=0, description="steps of linear rise to the peak")
+    warmup_steps: int = Field(
+        default=0,
+        ge=0,
+        description="optimizer steps in which the learning rate rises linearly to its peak; 0: no warm-up",
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="what follows the warm-up"
+        default="constant",
+        description="shape of the learning rate after the warm-up: constant, or falling until the last step",
     )
     final_share: float = Field(
-        default=0.0, ge=0, le=1, description="share of the peak that a falling schedule ends at"
+        default=0.0,
+        ge=0,
+        le=1,
+        description="learning rate at the end of a falling schedule, as a fraction of the peak",
     )
 
 

@@ -92,14 +92,20 @@ class AgentSettings(BaseModel):
 
     memory: Literal["full", "last"] = Field(
         "full",
-        description="what a turn sees: the whole conversation, or the last observation alone (for environments whose "
-        "observation says everything); then every turn is a segment of its own",
+        description="what the prompt of a turn contains. full: the whole conversation. last: only the latest "
+        "observation, so that every turn is a segment of its own; for environments whose "
+        "observation is the complete state",
     )
     parts: tuple[PartSettings, ...] = Field(
-        (), description="what stands between the environment and the policy, from the environment outwards"
+        (),
+        description="agent parts that wrap the environment, from the innermost to the outermost. The default "
+        "is none",
     )
     min_new_tokens: int = Field(
-        1, gt=0, description="with room for fewer tokens the episode ends: context overflow"
+        1,
+        gt=0,
+        description="tokens that must be free in the context before a turn; with fewer, the episode ends as a "
+        "context overflow",
     )
 
     @model_validator(mode="after")

@@ -34,12 +34,21 @@ class LibrarySettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["library"] = "library"
-    path: Path = Field(description="file of the store; made where it is not there")
-    found: int = Field(3, gt=0, description="lessons said before an episode")
-    capacity: int = Field(10_000, gt=0, description="lessons kept, the latest")
-    ask: str = Field("What is worth remembering?", description="what is said behind the end")
-    max_chars: int = Field(300, gt=0, description="a longer lesson is cut")
-    learns: bool = Field(True, description="ask for a lesson; false: those there are, as in every evaluation")
+    path: Path = Field(
+        description="SQLite file that holds the lessons, shared by all replicas; created if absent"
+    )
+    found: int = Field(3, gt=0, description="most lessons shown before the first observation of an episode")
+    capacity: int = Field(10_000, gt=0, description="most lessons stored; beyond it the oldest are deleted")
+    ask: str = Field(
+        "What is worth remembering?",
+        description="text that asks for a lesson, appended to the last observation of an episode",
+    )
+    max_chars: int = Field(300, gt=0, description="longest lesson, characters; a longer one is cut")
+    learns: bool = Field(
+        True,
+        description="ask for a lesson after every episode. False reads stored lessons only, as evaluations "
+        "always do",
+    )
 
     def wrap(self, env: Env) -> Env:
         """Wrap an environment in this part."""

@@ -40,10 +40,16 @@ class NotebookSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["notebook"] = "notebook"
-    entries: int = Field(32, gt=0, description="notes kept; one more is refused")
-    max_chars: int = Field(200, gt=0, description="a longer note is cut, and so is a longer key")
-    style: Style = Field("hermes", description="how its tools are called, as in the part `tools`")
-    max_calls: int = Field(64, gt=0, description="calls an episode")
+    entries: int = Field(32, gt=0, description="most notes of an episode; writing one more is refused")
+    max_chars: int = Field(
+        200, gt=0, description="longest note and longest key, characters; longer ones are cut"
+    )
+    style: Style = Field(
+        "hermes", description='syntax of tool calls, as in the part tools: "hermes" or "plain"'
+    )
+    max_calls: int = Field(
+        64, gt=0, description="most calls of the notebook's tools per episode; further ones are refused"
+    )
 
     def wrap(self, env: Env) -> Env:
         """Wrap an environment in this part."""
@@ -57,8 +63,15 @@ class WindowSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["window"] = "window"
-    every: int = Field(8, gt=0, description="turns that come together before the conversation begins anew")
-    keep: int = Field(4, ge=0, description="of them the last so many stay")
+    every: int = Field(
+        8,
+        gt=0,
+        description="turns after which the conversation is shortened to the task and the last turns, in a new "
+        "segment",
+    )
+    keep: int = Field(
+        4, ge=0, description="most recent turns that the shortened conversation keeps; fewer than every"
+    )
 
     @model_validator(mode="after")
     def _forgets_something(self) -> WindowSettings:
@@ -77,9 +90,17 @@ class SummarySettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["summary"] = "summary"
-    every: int = Field(8, gt=0, description="turns that come together before a summary is asked for")
-    ask: str = Field("Write down what matters of all this.", description="how it is asked for")
-    max_chars: int = Field(600, gt=0, description="a longer summary is cut")
+    every: int = Field(
+        8,
+        gt=0,
+        description="turns after which the policy is asked for a summary, which replaces the conversation so "
+        "far",
+    )
+    ask: str = Field(
+        "Write down what matters of all this.",
+        description="text that asks for the summary, appended to the observation",
+    )
+    max_chars: int = Field(600, gt=0, description="longest summary, characters; a longer one is cut")
 
     def wrap(self, env: Env) -> Env:
         """Wrap an environment in this part."""

@@ -40,11 +40,20 @@ class PlanSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["plan"] = "plan"
-    ask: str = Field("First write a plan.", description="what is said behind the first observation")
-    remind: bool = Field(True, description="say the plan with every observation")
-    max_chars: int = Field(400, gt=0, description="a longer plan is cut")
+    ask: str = Field(
+        "First write a plan.", description="text that asks for a plan, appended to the first observation"
+    )
+    remind: bool = Field(
+        True,
+        description="repeat the plan with every observation. False shows it once; only for a conversation "
+        "that is kept whole",
+    )
+    max_chars: int = Field(400, gt=0, description="longest plan, characters; a longer one is cut")
     max_revisions: int = Field(
-        4, ge=0, description="revisions an episode; a turn that wants another is an action"
+        4,
+        ge=0,
+        description='most revisions of the plan per episode, turns that begin with "plan:"; a further one is '
+        "taken as an action",
     )
 
     def wrap(self, env: Env) -> Env:

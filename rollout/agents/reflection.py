@@ -36,9 +36,17 @@ class ReflectSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["reflect"] = "reflect"
-    attempts: int = Field(2, gt=1, description="attempts an episode, the first one included")
-    ask: str = Field("That failed. What will you do otherwise?", description="what is said behind the end")
-    max_chars: int = Field(400, gt=0, description="a longer reflection is cut")
+    attempts: int = Field(
+        2,
+        gt=1,
+        description="most attempts per episode, the first included. Another attempt follows one that the "
+        "environment calls unsuccessful",
+    )
+    ask: str = Field(
+        "That failed. What will you do otherwise?",
+        description="text that asks for a reflection, appended to the last observation of a failed attempt",
+    )
+    max_chars: int = Field(400, gt=0, description="longest reflection, characters; a longer one is cut")
 
     def wrap(self, env: Env) -> Env:
         """Wrap an environment in this part."""

@@ -42,12 +42,17 @@ class ThinkSettings(BaseModel):
     tokens: int = Field(
         256,
         gt=0,
-        description="a turn, thought and action; one that is still thinking after so many is stopped thinking",
+        description="most tokens of a turn, thought and action together; a thought that is still open then is "
+        "closed",
     )
     answer_tokens: int = Field(
-        64, gt=0, description="what a turn that was cut there is then given for the action"
+        64, gt=0, description="tokens added for the action of a turn that reached the limit"
     )
-    keep: bool = Field(True, description="let thoughts stay in the conversation")
+    keep: bool = Field(
+        True,
+        description="keep thoughts in the conversation. False removes each one after its action, as the chat "
+        "templates of reasoning models do; every turn is then a segment of its own",
+    )
 
     def wrap(self, env: Env) -> Env:
         """Wrap an environment in this part."""

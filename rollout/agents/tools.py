@@ -20,20 +20,28 @@ class ServerSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    command: str = Field(description="what starts it")
+    command: str = Field(
+        description="executable that starts the server; each environment replica starts its own"
+    )
     args: tuple[str, ...] = Field((), description="arguments of the command")
     environment: dict[str, str] = Field(
-        {}, description="variables beside the few that are inherited (HOME, PATH and the like)"
+        {},
+        description="environment variables of the server, beside the few that are inherited (HOME, PATH and "
+        "similar)",
     )
-    start_seconds: float = Field(30.0, gt=0, description="wall clock to start and to name its tools")
-    call_seconds: float = Field(30.0, gt=0, description="wall clock for one call")
+    start_seconds: float = Field(
+        30.0, gt=0, description="time limit for the server to start and list its tools, seconds"
+    )
+    call_seconds: float = Field(30.0, gt=0, description="time limit for one call, seconds")
     fresh: bool = Field(
-        False, description="start it anew for every episode; otherwise it keeps what it holds"
+        False,
+        description="start a new server for every episode. False keeps one server and its state over all "
+        "episodes of the replica",
     )
     repeatable: bool = Field(
         False,
-        description="the same calls, made again after a reset, have the same answers: an episode that lost its worker "
-        "goes on by making them again, and otherwise starts again",
+        description="declare that the same calls after a reset give the same answers. An episode that lost "
+        "its worker then continues by repeating its calls; with false it starts again",
     )
 
     def start(self) -> Source:
@@ -60,21 +68,35 @@ class ToolsSettings(BaseModel):
     kind: Literal["tools"] = "tools"
     functions: tuple[str, ...] = Field(
         (),
-        description='typed Python functions, as "module:function"; docstrings and signatures describe them',
+        description='Python functions offered as tools, each "module:function"; type hints and docstring '
+        "describe it to the policy",
     )
-    servers: tuple[ServerSettings, ...] = Field((), description="MCP servers, all of whose tools are offered")
+    servers: tuple[ServerSettings, ...] = Field(
+        (), description="MCP servers (stdio); all of their tools are offered"
+    )
     style: Style = Field(
         "hermes",
-        description='how a call is written: hermes (<tool_call> around JSON), or plain ("name(value, value)")',
+        description="syntax of a tool call. hermes: JSON within <tool_call> tags. plain: one line, "
+        '"name(value, value)", for models too small for JSON',
     )
-    max_calls: int = Field(16, ge=0, description="calls an episode; further ones are refused in words")
-    grace: int = Field(2, ge=0, description="refused calls that are forgiven; one more truncates the episode")
-    max_result_chars: int = Field(2000, gt=0, description="what is longer is cut, and says so")
+    max_calls: int = Field(
+        16, ge=0, description="most tool calls per episode; further ones are refused with a text"
+    )
+    grace: int = Field(
+        2, ge=0, description="refused calls that are tolerated; one more truncates the episode"
+    )
+    max_result_chars: int = Field(
+        2000,
+        gt=0,
+        description="longest result shown to the policy, characters; a longer one is cut, and the text says "
+        "so",
+    )
     call_seconds: float | None = Field(
         10.0,
         gt=0,
-        description="wall clock for a call of a function (a server has its own); one that takes longer is left to "
-        "itself, and not called again until it has returned",
+        description="time limit for a call of a function, seconds; not set: no limit. A function that exceeds "
+        "it continues in its thread and is not called again until it returns. Servers have their "
+        "own limit",
     )
 
     @field_validator("functions")

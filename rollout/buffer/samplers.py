@@ -61,7 +61,12 @@ class Prioritized(_Sampler):
     """
 
     kind: Literal["prioritized"] = "prioritized"
-    exponent: float = Field(0.6, ge=0, description="how much the spread of rewards matters; 0: uniform")
+    exponent: float = Field(
+        0.6,
+        ge=0,
+        description="exponent of the priority, the mean absolute deviation of a group's rewards; 0 is uniform "
+        "sampling, larger values prefer groups with unequal rewards",
+    )
 
     def __call__(self, candidates: Sequence[Candidate], uniform_C: Floats) -> list[Candidate]:
         priority_C = np.array([spread(candidate.rewards) + SMALLEST for candidate in candidates])

@@ -14,10 +14,18 @@ class ReuseSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    groups: int = Field(0, ge=0, description="groups of earlier steps in a step, beside its own; 0: none")
-    limit: int = Field(1, ge=1, description="how often a group may be reused in all")
-    max_lag: int = Field(4, ge=1, description="weight versions a reused group may be behind when trained")
-    sampler: AnySampler = Field(Fifo(), description="which of the groups that may be reused are")
+    groups: int = Field(
+        0,
+        ge=0,
+        description="groups of earlier steps added to each learner step, beside its own groups; 0: no reuse",
+    )
+    limit: int = Field(1, ge=1, description="most times that a group is reused")
+    max_lag: int = Field(
+        4, ge=1, description="staleness bound of a reused group, weight versions; above buffer.max_lag"
+    )
+    sampler: AnySampler = Field(
+        Fifo(), description="how reused groups are chosen among those within the bounds"
+    )
 
 
 class BufferSettings(BaseModel):
@@ -25,28 +33,43 @@ class BufferSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    groups_per_step: int = Field(32, gt=0, description="groups of one learner step")
+    groups_per_step: int = Field(
+        32,
+        gt=0,
+        description="groups that a learner step trains on; times rollout.group_size it is the batch size in "
+        "episodes",
+    )
     max_lag: int = Field(
-        1, ge=0, description="weight versions a group may be behind when trained; 0: synchronous"
+        1,
+        ge=0,
+        description="staleness bound: how many weight versions behind the learner a trained group may be. 0 "
+        "is synchronous training; larger values keep the engines busy while the learner works",
     )
     segment_mib: int = Field(
-        64, gt=0, description="size at which a segment file of stored rows is closed, MiB"
+        64, gt=0, description="size of a file of stored rows, MiB, beyond which the next file begins"
     )
     max_failed_share: float = Field(
         0.2,
         ge=0,
         le=1,
-        description="share of the last 200 episodes that infrastructure may fail before the run stops",
+        description="fraction of the last 200 episodes that may fail for reasons of infrastructure; beyond it "
+        "the run stops",
     )
     disk_gib: float | None = Field(
         None,
         gt=0,
-        description="GiB of stored groups beyond which the oldest trained ones are removed; none: keep everything",
+        description="bound on the stored groups, GiB; beyond it the oldest trained groups are deleted. Not "
+        "set: keep all",
     )
     min_free_mib: int = Field(
-        512, ge=0, description="MiB that must be free on the run's disk; with less, the run waits"
+        512,
+        ge=0,
+        description="free space that the run's disk must have, MiB; below it the run pauses until there is "
+        "room",
     )
-    reuse: ReuseSettings = Field(ReuseSettings(), description="training on groups of earlier steps again")
+    reuse: ReuseSettings = Field(
+        ReuseSettings(), description="training on groups of earlier steps again; the default is no reuse"
+    )
 
     @model_validator(mode="after")
     def _reuse_finds_groups(self) -> Self:

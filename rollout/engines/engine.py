@@ -37,12 +37,27 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    temperature: float = Field(1.0, gt=0, description="divides the logits; behavior logprobs include it")
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="temperature that divides the logits; stored logprobs include it, and the learner "
+        "computes with the same value",
+    )
     top_p: float = Field(
-        1.0, gt=0, le=1, description="nucleus; below 1 it changes the support: not for training"
+        1.0,
+        gt=0,
+        le=1,
+        description="nucleus sampling: probability mass that is sampled from. Training requires 1, as a lower "
+        "value removes tokens from the distribution",
     )
     max_tokens: int = Field(256, gt=0, description="most tokens sampled in one turn, the stop token included")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="of one request; None: not reproducible")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        lt=2**63,
+        description="seed of a single request, derived by Manta from the run's seed; leave it unset in a "
+        "recipe",
+    )
 
 
 @dataclass(frozen=True, slots=True)

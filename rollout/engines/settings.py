@@ -28,7 +28,9 @@ class TransformersSettings(BaseModel):
     starter: ClassVar[str] = "rollout.engines.hf_engine:start"
 
     kind: Literal["transformers"] = "transformers"
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute type of the engine")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="data type of the engine's weights and computation"
+    )
 
     @property
     def placement(self) -> Placement:
@@ -56,16 +58,17 @@ class OwnEngineSettings(OwnPart, extra="forbid", frozen=True):
 
     CALLED_WITH: ClassVar[tuple[str, ...]] = ("start",)
 
-    kind: str = Field(OWN)
+    kind: str = Field(OWN, description='function or class that starts the engine, as "module:name"')
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="type in which weights are sent to the engine and in which it computes"
+        "float32", description="data type in which the engine computes and in which it receives weights"
     )
     device: Literal["any", "cpu", "gpu"] = Field(
         "any",
-        description='where the engine runs: "gpu" needs rollout.gpus_per_worker above 0, "cpu" needs it at 0',
+        description="where the engine runs. gpu requires rollout.gpus_per_worker above 0, cpu requires it to "
+        "be 0, any accepts both",
     )
     concurrent_requests: int = Field(
-        16, gt=0, description="requests an evaluation sends to the engine at once"
+        16, gt=0, description="requests that an evaluation sends to the engine at once"
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of the function that starts the engine"

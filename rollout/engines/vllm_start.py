@@ -21,19 +21,34 @@ class VllmSettings(BaseModel):
 
     kind: Literal["vllm"] = "vllm"
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="compute type of the engine"
+        "bfloat16",
+        description="data type of the engine's weights and computation. float32 matches a float32 learner "
+        "more closely and is slower",
     )
-    max_num_seqs: int = Field(256, gt=0, description="requests decoded together")
-    tensor_parallel_size: int = Field(1, gt=0, description="GPUs one engine spans")
+    max_num_seqs: int = Field(
+        256,
+        gt=0,
+        description="most sequences decoded in one batch. Lower it if the KV cache overflows, raise it for "
+        "throughput on large GPUs",
+    )
+    tensor_parallel_size: int = Field(1, gt=0, description="GPUs per engine, over which the model is sharded")
     memory_fraction: float = Field(
-        0.85, gt=0, le=1, description="share of a GPU's memory the engine may take"
+        0.85,
+        gt=0,
+        le=1,
+        description="fraction of a GPU's memory that the engine may use, weights and KV cache. Lower it where "
+        "a learner shares the GPU",
     )
-    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of an engine on CPU, GiB")
+    kv_cache_gib: float = Field(1.0, gt=0, description="size of the KV cache of an engine on CPU, GiB")
     threads: int = Field(1, gt=0, description="compute threads of an engine on CPU")
     enforce_eager: bool = Field(
-        True, description="run without graph capture: starts faster, decodes slower on GPUs"
+        True,
+        description="run without CUDA graphs: starts faster, decodes slower. Set it to false for long runs on "
+        "GPUs",
     )
-    seeded: bool = Field(False, description="give every request its own seed (reproducible, slower sampling)")
+    seeded: bool = Field(
+        False, description="seed every request, so that a run samples the same tokens again; slower"
+    )
 
     @property
     def placement(self) -> Placement:

@@ -33,7 +33,9 @@ class OwnReward(OwnPart):
     CALLED_WITH: ClassVar[tuple[str, ...]] = ("episode",)
 
     mode: Literal["add", "replace"] = Field(
-        "replace", description="in place of the environment's rewards, or added to them"
+        "replace",
+        description="how the reward is used. replace: the function's reward is the episode's reward. add: it "
+        "is added to the environment's",
     )
 
     def __call__(self, episode: Trajectory) -> Trajectory:

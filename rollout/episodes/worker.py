@@ -51,25 +51,45 @@ class RolloutSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    workers: int = Field(1, gt=0, description="rollout workers, each with an engine of its own")
-    cpus_per_worker: float = Field(1.0, ge=0, description="CPUs a worker claims from the cluster")
-    gpus_per_worker: float = Field(
-        0.0, ge=0, description="GPUs a worker claims from the cluster; 0: engine on CPU"
+    workers: int = Field(
+        1,
+        gt=0,
+        description="rollout workers, each with an engine of its own. `manta scale` changes it during a run",
     )
-    group_size: int = Field(8, gt=0, description="sibling episodes of one task")
-    concurrent_groups: int = Field(32, gt=0, description="groups one worker plays at the same time")
+    cpus_per_worker: float = Field(
+        1.0, ge=0, description="CPUs reserved on the Ray cluster per worker; fractions allowed"
+    )
+    gpus_per_worker: float = Field(
+        0.0,
+        ge=0,
+        description="GPUs reserved on the Ray cluster per worker; fractions allowed. 0 runs the engine on CPU",
+    )
+    group_size: int = Field(
+        8, gt=0, description="episodes played of each task; group-relative advantages compare them"
+    )
+    concurrent_groups: int = Field(
+        32,
+        gt=0,
+        description="groups that one worker plays at once; times group_size it is the number of concurrent "
+        "episodes. Raise it until the engine is saturated",
+    )
     dynamic_sampling: bool = Field(
         False,
-        description="dynamic sampling: give up a group whose episodes all earned the same, and play another one; for "
-        "an advantage that compares these rewards alone",
+        description="dynamic sampling (DAPO): drop a group whose episodes all earned the same reward, and "
+        "play another task instead. For advantages that compare the rewards of a group",
     )
-    context_tokens: int = Field(1024, gt=1, description="longest conversation, prompt and answers, in tokens")
+    context_tokens: int = Field(
+        1024,
+        gt=1,
+        description="context length, tokens of a prompt and its answer together. An episode without room for "
+        "another turn ends as a context overflow",
+    )
     max_turns: int = Field(100, gt=0, description="turns after which an episode is truncated")
     episode_seconds: float = Field(
         600.0,
         gt=0,
-        description="wall clock after which an episode has failed; its waits for room to run an environment's call "
-        "do not count",
+        description="time limit for an episode, seconds; beyond it the episode has failed. Time spent waiting "
+        "for a free slot to call the environment does not count",
     )
 
     @property

@@ -50,20 +50,24 @@ class ProgramOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    command: tuple[str, ...] = Field(
-        (), description="the program and its arguments, started anew for each episode"
-    )
+    command: tuple[str, ...] = Field((), description="program and its arguments; started once per episode")
     function: str = Field(
-        "", description='in place of a command: "module:function", called with (base_url, api_key, task)'
+        "",
+        description='alternative to command: a function "module:function", called with (base_url, api_key, '
+        "task)",
     )
     reward: str = Field(
         "",
-        description='"module:function", called with (task, messages, output) after the program ended well, for what '
-        "the episode came to; without one the program says it",
+        description='function "module:function" that returns the reward, called with (task, messages, output) '
+        "when the program has ended without an error. Not set: the program reports its reward",
     )
-    reward_seconds: float = Field(60.0, gt=0, description="wall clock for the function `reward` to return")
+    reward_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="time limit for the reward function, seconds; an episode that exceeds it has failed",
+    )
     task: dict[str, Any] = Field(
-        default_factory=dict, description="what is given to the program beside the seed"
+        default_factory=dict, description="values passed to the program as its task, beside the seed"
     )
 
     @classmethod

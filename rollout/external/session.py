@@ -38,12 +38,17 @@ class EpisodeVerdict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    reward: _Reward
-    success: bool | None = Field(None, description="where there is such a thing")
-    rewards: dict[str, _Reward] | None = Field(None, description="what the reward is made of")
+    reward: _Reward = Field(description="reward of the episode")
+    success: bool | None = Field(
+        None, description="whether the task was solved; null where that is undefined"
+    )
+    rewards: dict[str, _Reward] | None = Field(
+        None, description="named components of the reward, recorded as metrics"
+    )
     end: Literal["terminated", "truncated", "malformed"] = Field(
         "terminated",
-        description="truncated: a limit of the program's own cut it; malformed: it could not read",
+        description="how the episode ended. terminated: in a final state. truncated: at a limit of the "
+        "program. malformed: the program could not read the policy's answer",
     )
 
     @classmethod

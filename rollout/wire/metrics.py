@@ -1,8 +1,44 @@
-"""Rows of metrics: numbers by name, joined into one row a step."""
+"""Metrics: declarations of what is counted, and rows of numbers by name, joined into one row a step."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+
+# What a declared name leaves open, as a pattern.
+_OPEN = {"{LAG}": r"\d+", "{NAME}": r".+", "{REASON}": r"[a-z_]+"}
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A declared metric. In its name {LAG}, {NAME} or {REASON} is left open: one declaration for several metrics."""
+
+    name: str
+    unit: str
+    about: str  # what it counts, over what
+    when: str = ""  # the condition for a row to have it; empty: every row does
+
+    @property
+    def is_open(self) -> bool:
+        return "{" in self.name
+
+    def covers(self, name: str) -> bool:
+        """Whether this declares the metric of that name."""
+        pattern = re.escape(self.name)
+        for part, values in _OPEN.items():
+            pattern = pattern.replace(re.escape(part), values)
+        return re.fullmatch(pattern, name) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class MetricGroup:
+    """Metrics that one part of a run writes."""
+
+    title: str
+    writer: str  # the file that computes them
+    about: str
+    metrics: tuple[Metric, ...]
 
 
 def joined(*rows: Mapping[str, float]) -> dict[str, float]:

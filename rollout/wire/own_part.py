@@ -29,7 +29,8 @@ class OwnPart(BaseModel, extra="allow", frozen=True):
     CALLED_WITH: ClassVar[tuple[str, ...]] = ()  # positional arguments, before the options
 
     kind: str = Field(
-        description='a function of your own, as "module:name"; options beside it are its keyword arguments'
+        description='function or class of your own module, as "module:name"; all other options of the section '
+        "are its keyword arguments"
     )
 
     @model_validator(mode="before")

@@ -16,6 +16,7 @@ from deploy.assembly.build import EngineFactory
 from deploy.cluster.control import read_roster
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
+from deploy.config.declared_metrics import is_declared
 from deploy.config.load import moved
 from deploy.report.metrics import read_metrics
 from deploy.run.local import LocalRuntime
@@ -72,6 +73,7 @@ def _assert_trained(folder: Path) -> None:
         assert row["sampled_per_episode"] == pytest.approx(sampled / len(episodes))
         assert row["reward"] == pytest.approx(sum(r["reward"] for r in taken) / len(episodes))
         assert np.isfinite(row["grad_norm"])
+        assert row["workers"] == RANKS.rollout.workers and all(map(is_declared, row))
     assert any(row["grad_norm"] > 0 for row in rows)
 
 

@@ -180,7 +180,7 @@ def test_what_is_printed_of_a_recipe_is_that_recipe(recipe: str, tmp_path: Path)
 def test_what_is_printed_describes_options_and_names_defaults() -> None:
     lines = config_text(load_config("dapo", ["seed=3", 'env.options.note="a\\u007f\\u0001é"'])).splitlines()
     at = lines.index("dynamic_sampling = true  # default: false")
-    assert lines[at - 2].startswith("# dynamic sampling: give up a group")
+    assert lines[at - 2].startswith("# dynamic sampling (DAPO): drop a group")
     assert "seed = 3  # default: 0" in lines
     assert "steps = 100  # no default" in lines and "max_turns = 100" in lines
     assert "# replay is not set" in lines
