@@ -126,11 +126,13 @@ UPDATE = MetricGroup(
     "the forward pass computed. A step of several optimizer steps (`minibatches`, `epochs`) has the mean over them, "
     "and the sum where a metric is a count.",
     (
-        Metric("loss", "nats", "Value of the loss: weighted sum over tokens, penalties included", _TRAINED),
+        Metric(
+            "loss", "no unit", "Value of the loss: weighted sum over tokens, penalties included", _TRAINED
+        ),
         Metric(
             "grad_norm", "2-norm", "Norm of the gradient before it is clipped to `max_grad_norm`", _TRAINED
         ),
-        Metric("learning_rate", "per step", "Learning rate of the optimizer step", _TRAINED),
+        Metric("learning_rate", "no unit", "Learning rate of the optimizer step", _TRAINED),
         Metric(
             "skipped_step",
             "optimizer steps",

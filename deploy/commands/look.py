@@ -104,7 +104,7 @@ def doctor() -> None:
 def docs(
     context: typer.Context,
     out: Annotated[
-        Path, typer.Argument(metavar="[FOLDER]", help="Folder to write the pages into; created if absent.")
+        Path, typer.Argument(metavar="FOLDER", help="Folder to write the pages into; created if absent.")
     ] = Path("docs/reference"),
     check: Annotated[
         bool,
