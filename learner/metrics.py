@@ -10,8 +10,9 @@ from rollout.wire.metrics import Metric, MetricGroup
 
 _SHARE, _NATS = "share, 0 to 1", "nats per token"
 _SCORED = "a token was scored"
-_TRAINED = "not while only the critic learns (`critic.warmup_steps`)"
-_REUSED = "`buffer.reuse.groups` is above 0 and a group was reused"
+_TRAINED = "the policy is trained, not the critic alone (`critic.warmup_steps`)"
+_REUSED = "the step reuses a group (`buffer.reuse.groups`)"
+_CRITIC = "`critic` is configured"
 
 
 def _distribution(name: str, unit: str, what: str) -> tuple[Metric, ...]:
@@ -181,7 +182,7 @@ UPDATE = MetricGroup(
             "clip_fraction",
             _SHARE,
             "Tokens whose gradient the loss's clip or mask removed; of `cispo`, tokens whose weight was clipped",
-            "the kind of loss clips (ppo, gspo, cispo, dppo), and a token was scored",
+            "the loss clips (ppo, gspo, cispo, dppo) and a token was scored",
         ),
         Metric("correction", "factor", "Product of the corrections' weights", "`corrections` are configured"),
         Metric(
@@ -209,22 +210,22 @@ UPDATE = MetricGroup(
 CRITIC = MetricGroup(
     "Critic",
     "learner/training/critic.py",
-    "Means over the sampled tokens of all ranks. Only runs with `learner.algorithm.critic` have them.",
+    "Means over the sampled tokens of all ranks.",
     (
         Metric(
             "value_loss",
             "squared reward",
             "Value loss, half the squared error, clipped as configured",
-            "with a critic",
+            _CRITIC,
         ),
-        Metric("value", "reward", "Value that the critic predicts", "with a critic"),
-        Metric("value_error", "reward", "Absolute difference between value and target", "with a critic"),
-        Metric("value_grad_norm", "2-norm", "Norm of the critic's gradient before clipping", "with a critic"),
+        Metric("value", "reward", "Value that the critic predicts", _CRITIC),
+        Metric("value_error", "reward", "Absolute difference between value and target", _CRITIC),
+        Metric("value_grad_norm", "2-norm", "Norm of the critic's gradient before clipping", _CRITIC),
         Metric(
             "value_skipped_step",
             "optimizer steps",
             "The critic's optimizer steps left out because they were not finite; 0 in a stored row, as `skipped_step`",
-            "with a critic",
+            _CRITIC,
         ),
     ),
 )
@@ -259,14 +260,14 @@ SYNC = MetricGroup(
             "sync_stall_ms",
             "ms",
             "Time in which generation was paused to load the version, maximum over the engines",
-            "not in a replay",
+            "the run plays (no `--replay`)",
         ),
         Metric(
             "probe_difference",
             "nats",
             "Mean absolute difference between engine and learner on the logprobs of the probe prompt, maximum over the "
             "engines",
-            "not in a replay",
+            "the run plays (no `--replay`)",
         ),
     ),
 )

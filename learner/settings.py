@@ -62,7 +62,7 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
         description="recompute activations in the backward pass: less memory, about a third more time",
     )
     lora: LoraSettings | None = Field(
-        default=None, description="train a low-rank adapter; without this section all weights are trained"
+        default=None, description="train a low-rank adapter (LoRA) instead of all weights"
     )
 
 
@@ -87,7 +87,10 @@ class LearnerSettings(BaseModel, extra="forbid", frozen=True):
     model: ModelSettings = Field(
         default=ModelSettings(), description="model to train, and how it is computed"
     )
-    optim: OptimSettings = Field(default=OptimSettings(), description="optimizer of reinforcement learning")
+    optim: OptimSettings = Field(
+        default=OptimSettings(),
+        description="optimizer of reinforcement learning: AdamW and its learning-rate schedule",
+    )
     algorithm: AlgorithmSettings = Field(
         default=AlgorithmSettings(),
         description="what is optimized: advantage, loss, aggregation, corrections and regularizers",

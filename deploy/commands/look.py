@@ -15,7 +15,7 @@ console = output()
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.OPTION=VALUE]...", help="Options of the recipe to override."),
+    typer.Argument(metavar="SECTION.OPTION=VALUE", help="Options of the recipe to override."),
 ]
 EnvOptions = Annotated[
     list[str] | None, typer.Option("--option", help="Option of the environment, NAME=VALUE; may be repeated.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from deploy.commands.markdown import GENERATED, code, link, prose, sentence, table
 from deploy.config.declared_metrics import GROUPS
-from deploy.config.guards import DEFAULTS, Guard
 from rollout.wire.metrics import Metric, MetricGroup
 
 _INTRODUCTION = """\
@@ -34,7 +33,7 @@ def metrics_page() -> str:
         for group in GROUPS
     )
     sections = "".join(map(_section, GROUPS))
-    return f"# Metrics\n\n{GENERATED}{_INTRODUCTION}{index}\n{sections}{_guards()}"
+    return f"# Metrics\n\n{GENERATED}{_INTRODUCTION}{index}\n{sections}".rstrip() + "\n"
 
 
 def _section(group: MetricGroup) -> str:
@@ -48,18 +47,5 @@ def _section(group: MetricGroup) -> str:
 
 def _meaning(metric: Metric) -> str:
     about = metric.about if "](" in metric.about else prose(metric.about)
-    condition = f" Only if: {prose(metric.when)}." if metric.when else ""
+    condition = f" Only if {prose(metric.when)}." if metric.when else ""
     return sentence(about) + condition
-
-
-def _guards() -> str:
-    rows = [(code(guard.metric), _bound(guard), str(guard.steps), guard.action) for guard in DEFAULTS]
-    return (
-        "## Default guards\n\nA default guard acts when its metric was out of bounds for so many steps in a row. "
-        "A guard in a recipe replaces the default for its metric.\n\n"
-        f"{table(('metric', 'out of bounds', 'steps', 'action'), rows)}"
-    ).rstrip() + "\n"
-
-
-def _bound(guard: Guard) -> str:
-    return str(guard).removeprefix(f"{guard.metric} ")

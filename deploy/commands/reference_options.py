@@ -82,9 +82,7 @@ class _Page:
             self.index[-1] += f": {', '.join(links)}"
             yield f"{_listed(node)} one of these kinds: {', '.join(links)}.\n\n"
         if isinstance(usual, list) and usual:
-            yield "The default, an entry a line:\n\n" + "".join(
-                f"    {value_text(_short(each, by_kind))}\n" for each in usual
-            )
+            yield "The default:\n\n" + "".join(f"    {value_text(_short(each, by_kind))}\n" for each in usual)
             yield "\n"
         for kind, each in by_kind.items() if len(classes) > 1 else ():
             within = place.of_kind(kind)
@@ -95,7 +93,7 @@ class _Page:
     def _options(self, place: _Place, table_: Schema, usual: Any, about: str) -> Iterator[str]:
         """What a settings class holds: its options as a table, and then the sections within it."""
         explained = table_.get("description", "").partition("\n\n")[0]
-        if explained and sentence(explained) != sentence(about):
+        if explained and ("kind" in table_["properties"] or not about):
             yield f"{prose(sentence(explained))}\n\n"
         defaults = _defaults(table_, usual)
         if id(table_) in self.written:
@@ -176,8 +174,7 @@ def configuration_page() -> str:
     """The page: an index of all sections, then each with a table of its options."""
     schema = RunConfig.model_json_schema()
     page = _Page(schema)
-    # Without what is required: every other option as a recipe has it that says nothing of it.
-    usual = RunConfig.model_construct().model_dump(mode="json")
+    usual = RunConfig.model_validate({"steps": 1, "env": {"id": "any"}}).model_dump(mode="json")
     top = "".join(page._options(_Place(), schema, usual, ""))
     index = "\n".join([f"- {link(TOP, TOP)}", *page.index])
     return f"# Configuration\n\n{GENERATED}{_INTRODUCTION}{index}\n\n## {TOP}\n\n{top}".rstrip() + "\n"
@@ -232,11 +229,11 @@ def _bounds(node: Schema) -> str:
     least, most = (above if low is None else low), (below if high is None else high)
     text = ""
     if least is not None and most is not None:
-        text = f" in {'(' if low is None else '['}{least:g}, {most:g}{')' if high is None else ']'}"
+        text = f" in {'(' if low is None else '['}{least}, {most}{')' if high is None else ']'}"
     elif least is not None:
-        text = f" {'>' if low is None else '≥'} {least:g}"
+        text = f" {'>' if low is None else '≥'} {least}"
     elif most is not None:
-        text = f" {'<' if high is None else '≤'} {most:g}"
+        text = f" {'<' if high is None else '≤'} {most}"
     if "multipleOf" in node:
         text += f", a multiple of {node['multipleOf']}"
     return text + (f" that matches {code(node['pattern'])}" if "pattern" in node else "")

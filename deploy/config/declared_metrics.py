@@ -16,7 +16,7 @@ STEP = MetricGroup(
             "workers",
             "rollout workers",
             "Rollout workers that serve",
-            "the run is on Ray, not with `--local`",
+            "the run is on Ray (no `--local`)",
         ),
     ),
 )

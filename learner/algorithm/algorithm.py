@@ -104,8 +104,7 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
     )
     kl: KlSettings | None = Field(
         default=None,
-        description="penalty on the divergence from the initial policy (version 0); without this section "
-        "there is none",
+        description="penalty on the divergence from the initial policy (version 0)",
     )
     regularizers: tuple[OwnRegularizer, ...] = Field(
         default=(),
@@ -117,11 +116,11 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         description="coefficient of the mean token entropy, subtracted from the loss; 0: no bonus",
     )
     overlong: OverlongSettings | None = Field(
-        default=None, description="reward penalty for long episodes; without this section there is none"
+        default=None, description="reward penalty for long episodes (DAPO)"
     )
     critic: AnyCritic | None = Field(
         default=None,
-        description="value model, for advantages that need one (gae); without this section there is none",
+        description="value model, for advantages that need one (gae)",
     )
     minibatches: int = Field(
         default=1,

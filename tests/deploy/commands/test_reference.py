@@ -108,7 +108,7 @@ def test_the_defaults_of_the_page_are_those_of_a_recipe_that_says_nothing() -> N
         "buffer.max_lag",
         "rollout.group_size",
         "learner.optim.betas",
-        "engine.dtype",
+        "supervision.max_restarts",
         "agent.memory",
     ):
         value = bare
