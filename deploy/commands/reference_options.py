@@ -184,13 +184,12 @@ def _defaults(table_: Schema, usual: Any) -> Schema:
     """The value of every option in a recipe that leaves it out. usual: the section's own; None: its class's."""
     if isinstance(usual, dict):
         return usual
-    found = {}
-    for name, option in table_["properties"].items():
-        if "const" in option or name in table_.get("required", ()):
-            continue
-        empty = {} if option.get("type") == "object" else None
-        found[name] = option.get("default", empty)
-    return found
+    required = table_.get("required", ())
+    return {
+        name: option.get("default", {} if option.get("type") == "object" else None)
+        for name, option in table_["properties"].items()
+        if "const" not in option and name not in required
+    }
 
 
 def _kind_of(table_: Schema) -> str:
