@@ -117,26 +117,16 @@ def evaluate(
         str, typer.Argument(help="Run folder, one of its checkpoints, or a Hugging Face folder or id.")
     ],
     env: Annotated[str, typer.Option(help="Environment id.")],
-    seeds: Annotated[
-        str, typer.Option(help="Seeds of the tasks, A:B from A to B - 1; one episode each.")
-    ] = "0:256",
+    seeds: Annotated[str, typer.Option(help="Seeds of the tasks, A:B, B excluded.")] = "0:256",
     option: EnvOptions = None,
-    context_tokens: Annotated[
-        int | None, typer.Option(help="Context length, tokens; default: the run's.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens sampled per turn; default: the run's.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Sampling temperature; default: the run's.")
-    ] = None,
-    memory: Annotated[
-        Memory | None, typer.Option(help="What a turn sees of the conversation; default: as in the run.")
-    ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Data type of the engine; default: the run's.")] = None,
+    context_tokens: Annotated[int | None, typer.Option(help="Context length, tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens sampled per turn.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
+    memory: Annotated[Memory | None, typer.Option(help="What a turn sees of the conversation.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Data type of the engine.")] = None,
     gpu: Annotated[
         bool | None,
-        typer.Option("--gpu/--cpu", help="Run the engine on a GPU or on CPU; default: as in the run."),
+        typer.Option("--gpu/--cpu", help="Run the engine on a GPU or on CPU."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all sampling.")] = 0,
     episodes: Annotated[
