@@ -18,20 +18,20 @@ _CRITIC = "`critic` is configured"
 def _distribution(name: str, unit: str, what: str) -> tuple[Metric, ...]:
     """The mean of a quantity of an episode, its median, 95th percentile and maximum."""
     return (
-        Metric(name, unit, f"{what}, mean over the episodes"),
-        Metric(f"{name}_p50", unit, f"{what}, median"),
-        Metric(f"{name}_p95", unit, f"{what}, 95th percentile"),
-        Metric(f"{name}_max", unit, f"{what}, maximum"),
+        Metric(name, unit, f"{what}: mean over the episodes"),
+        Metric(f"{name}_p50", unit, f"{what}: median"),
+        Metric(f"{name}_p95", unit, f"{what}: 95th percentile"),
+        Metric(f"{name}_max", unit, f"{what}: maximum"),
     )
 
 
 def _moments(name: str, named: str, what: str, when: str = "") -> tuple[Metric, ...]:
     """Mean, standard deviation, minimum and maximum over episodes. named: the names of all but the mean begin so."""
     return (
-        Metric(name, "reward", f"{what}, mean over the episodes", when),
-        Metric(f"{named}std", "reward", f"{what}, population standard deviation", when),
-        Metric(f"{named}min", "reward", f"{what}, minimum", when),
-        Metric(f"{named}max", "reward", f"{what}, maximum", when),
+        Metric(name, "reward", f"{what}: mean over the episodes", when),
+        Metric(f"{named}std", "reward", f"{what}: population standard deviation", when),
+        Metric(f"{named}min", "reward", f"{what}: minimum", when),
+        Metric(f"{named}max", "reward", f"{what}: maximum", when),
     )
 
 
@@ -42,11 +42,11 @@ EPISODES = MetricGroup(
     "did not fail for reasons of infrastructure, however else they ended. Rewards are the environment's, before "
     "penalties.",
     (
-        *_moments("reward", "reward_", "Reward of an episode, the sum over its turns"),
+        *_moments("reward", "reward_", "Reward of an episode (sum over its turns)"),
         *_moments(
             "rewards/{NAME}/mean",
             "rewards/{NAME}/",
-            'Named reward NAME (`info["rewards"]`) of an episode, the sum over its turns; 0 where an episode lacks it',
+            'Reward NAME of `info["rewards"]`, summed over the turns of an episode (0 if absent)',
             "an episode of the step has a reward of that name",
         ),
         Metric(

@@ -13,7 +13,9 @@ A run writes one row a learner step into `RUN/metrics.jsonl`, one JSON object a 
 
     from deploy.report.metrics import read_metrics
 
-    rows = read_metrics("RUN")                      # a list of dicts; null reads as NaN
+    rows = read_metrics("RUN")  # a list of dicts; null reads as NaN
+
+SQL reads the file as it is:
 
     import duckdb
 
