@@ -196,7 +196,7 @@ def test_an_environment_by_which_a_worker_may_have_died_gets_a_process() -> None
         assert [type(each) for each in others] == [InProcessEnv, SubprocessEnv]
         for each in others:
             pool.give_back(task, each)
-        assert [type(await pool.take(task, apart=apart)) for apart in (False, True)] == [
+        assert [type(await pool.take(task, own_process=own)) for own in (False, True)] == [
             InProcessEnv,
             SubprocessEnv,
         ]

@@ -158,7 +158,7 @@ def test_the_guides_recipe_is_one(tmp_path: Path) -> None:
         ({"function": "tests.rollout.callers"}, "not of the form module:function"),
         ({"function": "tests.rollout.callers:nobody"}, "has no function 'nobody'"),
         ({"command": ["true"], "reward": "no.such:thing"}, "cannot be imported"),
-        ({"command": ["true"], "task": {"seed": 1}}, "each episode's own"),
+        ({"command": ["true"], "task": {"seed": 1}}, "set by each episode"),
         ({"command": ["no-such-program"]}, "no program 'no-such-program'"),
     ],
 )
