@@ -7,10 +7,10 @@ from typing import Any
 
 import ray
 
-from deploy.cluster.member import Row
 from deploy.report.phases import Startup
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.episodes.actors import BESIDE
+from rollout.wire.metrics import Row
 from rollout.wire.process_info import ProcessInfo
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightUpdate

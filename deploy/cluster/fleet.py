@@ -21,9 +21,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from deploy.cluster.evaluation_spread import spread
-from deploy.cluster.member import Member, Row
+from deploy.cluster.member import Member
 from deploy.config.supervise import Budget, PartFailed, PartLost, SupervisionSettings, brief, within
 from rollout.buffer.replay_store import EpisodeRow
+from rollout.wire.metrics import Row
 from rollout.wire.process_info import ProcessInfo
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightMismatch, WeightUpdate

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from rollout.buffer.replay_store import EpisodeRow
+from rollout.wire.metrics import Row
 from rollout.wire.process_info import ProcessInfo
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightUpdate
-
-Row = dict[str, float]
 
 
 class Member(Protocol):

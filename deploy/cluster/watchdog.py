@@ -11,8 +11,7 @@ from typing import Any, Protocol
 from deploy.cluster.control import wanted_workers, write_roster
 from deploy.config.config_errors import ConfigError
 from deploy.config.supervise import PartLost, SupervisionSettings, brief
-
-Row = dict[str, float]
+from rollout.wire.metrics import Row
 
 
 class Supervised(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from deploy.report.metrics import Row
+from rollout.wire.metrics import Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any
 
 from deploy.report.bottleneck import Shares
-from deploy.report.metrics import Row
+from rollout.wire.metrics import Row
 
 SMOOTHED_PARTS = 20  # a smoothed curve averages over this part of the run
 MOST_NAMED = 24  # charts of named rewards; metrics.jsonl has them all

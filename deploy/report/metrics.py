@@ -8,8 +8,7 @@ from math import isfinite, nan
 from pathlib import Path
 
 from deploy.config.config_errors import ConfigError
-
-Row = dict[str, float]
+from rollout.wire.metrics import Row
 
 # Names in older runs. Their tokens_sampled was written by the learner, and then over that by the rollout.
 RENAMED = {

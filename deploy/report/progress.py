@@ -17,7 +17,7 @@ from typing import Self
 from deploy.report import console as door
 from deploy.report.bottleneck import Shares
 from deploy.report.console import Bars, Console, LiveDisplay, Numbers, Part
-from deploy.report.metrics import Row
+from rollout.wire.metrics import Row
 
 SHOWN_STEPS = 10  # rows of the table; the verdict is over the same steps
 PLAIN_STRIDE = 5  # steps from one plain line to the next

@@ -22,7 +22,8 @@ from deploy.report.charts import drawn
 from deploy.report.console import visible
 from deploy.report.episodes import chosen_episodes
 from deploy.report.evaluation import WHEN, stored_figures
-from deploy.report.metrics import Row, read_metrics
+from deploy.report.metrics import read_metrics
+from rollout.wire.metrics import Row
 
 REPORT_FILE = "report.html"
 

@@ -42,14 +42,14 @@ class History:
             again = db.execute(OF_STEPS).fetchall() if known else []
         self._groups = run / "groups"
         self._steps: list[list[Location]] = []
-        for version, *place in rows:
+        for version, *location in rows:
             if version == len(self._steps):
                 self._steps.append([])
-            self._steps[-1].append(Location(*place))
+            self._steps[-1].append(Location(*location))
         self._reused: list[list[ReusedGroup]] = [[] for _ in self._steps]
-        for version, group_id, *place, nth in again:
+        for version, group_id, *location, nth in again:
             if version < len(self._steps):
-                self._reused[version].append(ReusedGroup(group_id, nth, Location(*place)))
+                self._reused[version].append(ReusedGroup(group_id, nth, Location(*location)))
 
     @property
     def steps(self) -> int:

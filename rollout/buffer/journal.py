@@ -34,15 +34,15 @@ _HEADER = struct.Struct("<4sI16s")
 class _Row(NamedTuple):
     attempt: int
     batch: pa.RecordBatch
-    place: int  # in the batch
+    position: int  # in the batch
 
     @property
     def slice(self) -> pa.RecordBatch:
-        return self.batch.slice(self.place, 1)
+        return self.batch.slice(self.position, 1)
 
     @property
     def newest_version(self) -> int:
-        versions = self.batch.column("versions")[self.place].values.to_numpy()
+        versions = self.batch.column("versions")[self.position].values.to_numpy()
         return int(versions.max()) if len(versions) else -1
 
 
@@ -101,10 +101,10 @@ class Journal:
         for number, batch in written:
             groups = self._groups.setdefault(number, set())
             columns = (batch.column(name).to_pylist() for name in ("group_id", "attempt", "episode", "turn"))
-            for place, (group_id, attempt, episode, turn) in enumerate(zip(*columns, strict=True)):
+            for index, (group_id, attempt, episode, turn) in enumerate(zip(*columns, strict=True)):
                 rows = self._rows.setdefault(group_id, {}).setdefault(episode, [])
                 if extends_prefix(len(rows), rows[-1].attempt if rows else -1, attempt, turn):
-                    rows[turn:] = [_Row(attempt, batch, place)]
+                    rows[turn:] = [_Row(attempt, batch, index)]
                     groups.add(group_id)
 
     def turns(self, group_id: int) -> pa.RecordBatch | None:
@@ -184,14 +184,14 @@ def rows_of(
     """Select the rows of these groups and attempts (with `earlier`, also of previous attempts); None without rows."""
     pairs = zip(batch.column("group_id").to_pylist(), batch.column("attempt").to_pylist(), strict=True)
     limits = [(attempts.get(group_id, -1), attempt) for group_id, attempt in pairs]
-    places = [
-        place
-        for place, (limit, attempt) in enumerate(limits)
+    indices = [
+        index
+        for index, (limit, attempt) in enumerate(limits)
         if attempt == limit or (earlier and attempt < limit)
     ]
-    if len(places) == batch.num_rows:
-        return batch if places else None
-    return batch.take(pa.array(places, type=pa.int32())) if places else None
+    if len(indices) == batch.num_rows:
+        return batch if indices else None
+    return batch.take(pa.array(indices, type=pa.int32())) if indices else None
 
 
 def read_journal(path: Path) -> tuple[list[pa.RecordBatch], int | None]:

@@ -205,9 +205,9 @@ class Ledger:
             for slot, at, rows in groups:
                 self._record_episodes(slot, rows)
                 newest = max((row.max_version for row in rows), default=-1)
-                place = (at.segment, at.offset, at.length, at.checksum)
+                location = (at.segment, at.offset, at.length, at.checksum)
                 sums = (len(rows), sum(row.tokens for row in rows), sum(row.reward for row in rows))
-                self._db.execute(_COMPLETE, (newest, *place, *sums, slot.group_id))
+                self._db.execute(_COMPLETE, (newest, *location, *sums, slot.group_id))
 
     def drop(self, slot: Slot, reason: DropReason, error: str, episodes: Sequence[EpisodeRow] = ()) -> None:
         """Mark a group as dropped: it will never be trained."""

@@ -149,9 +149,9 @@ class ReplayStore:
         attempts = {group_id: lease.slot.attempt for group_id, lease in playing if group_id not in new}
         rows = [kept for batch in turns if (kept := rows_of(batch, attempts)) is not None]
         before = self._segments.open_segment
-        places = self._write(rows, new)
+        locations = self._write(rows, new)
         for group_id, (slot, batch, episodes) in new.items():
-            self._scheduler.add(group_id, CompleteGroup(slot, places[group_id], batch))
+            self._scheduler.add(group_id, CompleteGroup(slot, locations[group_id], batch))
             self._failures.count((row.end_reason, row.error) for row in episodes)
         self._end(new)
         if self._segments.open_segment != before:
@@ -352,20 +352,20 @@ class ReplayStore:
             self._ledger.sync()  # no turn on disk without its group
         marks = self._segments.mark(), self._journal.mark()
         try:
-            places = {group_id: self._segments.append(batch) for group_id, (_, batch, _) in groups.items()}
+            locations = {group_id: self._segments.append(batch) for group_id, (_, batch, _) in groups.items()}
             written = self._journal.append(rows)
-            if places:
+            if locations:
                 self._segments.sync()
             if written:
                 self._journal.sync()
-            if places:
-                self._ledger.complete([(slot, places[at], rows) for at, (slot, _, rows) in groups.items()])
+            if locations:
+                self._ledger.complete([(slot, locations[at], rows) for at, (slot, _, rows) in groups.items()])
         except (OSError, sqlite3.Error):
             self._segments.rewind(marks[0])
             self._journal.rewind(marks[1])
             raise
         self._journal.keep(written)
-        return places
+        return locations
 
     def _read(
         self, groups: Sequence[tuple[int, CompleteGroup]], reused: Sequence[ReusedGroup]

@@ -99,7 +99,7 @@ class Reuse:
         if not self._settings.groups:
             return []
         rows = self._db.execute(_OF_STEP, (version,)).fetchall()
-        return [ReusedGroup(group_id, nth, Location(*place)) for _, group_id, *place, nth in rows]
+        return [ReusedGroup(group_id, nth, Location(*location)) for _, group_id, *location, nth in rows]
 
     def segments_in_use(self, version: int) -> set[int]:
         """Segments with groups that the step after `version`, or one repeated after a rollback, may choose."""
@@ -118,9 +118,9 @@ class Reuse:
             segment for segment in {row[3] for row in rows} if segment_path(self._folder, segment).exists()
         }
         found = []
-        for group_id, attempt, taken_version, *place, uses in rows:
-            if place[0] in there:
+        for group_id, attempt, taken_version, *location, uses in rows:
+            if location[0] in there:
                 rewards = tuple(reward for (reward,) in self._db.execute(_REWARDS, (group_id, attempt)))
                 candidate = Candidate(group_id, taken_version, rewards)
-                found.append((candidate, ReusedGroup(group_id, uses + 1, Location(*place))))
+                found.append((candidate, ReusedGroup(group_id, uses + 1, Location(*location))))
         return found

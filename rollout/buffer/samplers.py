@@ -50,7 +50,7 @@ class Uniform(_Sampler):
     kind: Literal["uniform"] = "uniform"
 
     def __call__(self, candidates: Sequence[Candidate], uniform_C: Floats) -> list[Candidate]:
-        return [candidates[place] for place in np.argsort(uniform_C, kind="stable")]
+        return [candidates[index] for index in np.argsort(uniform_C, kind="stable")]
 
 
 class Prioritized(_Sampler):
@@ -73,7 +73,7 @@ class Prioritized(_Sampler):
         # Sorting independent exponential times with these rates gives the order of such draws: Efraimidis and Spirakis
         # 2006, algorithm A.
         times_C = -np.log1p(-uniform_C) / priority_C**self.exponent
-        return [candidates[place] for place in np.argsort(times_C, kind="stable")]
+        return [candidates[index] for index in np.argsort(times_C, kind="stable")]
 
 
 def spread(rewards: Sequence[float]) -> float:

@@ -244,8 +244,8 @@ def _seal_of(data: Any, offset: int) -> tuple[bytes, int]:
     """Read the seal's bytes of the message at `offset` (fewer where the file ends), and their offset."""
     frame = data[offset : offset + _FRAME.size]
     length = _FRAME.unpack(frame)[1] if len(frame) == _FRAME.size else 0
-    place = offset + _FRAME.size + length - _SEAL.size
-    return (data[place : place + _SEAL.size] if length >= _SEAL.size else b""), place
+    seal_offset = offset + _FRAME.size + length - _SEAL.size
+    return (data[seal_offset : seal_offset + _SEAL.size] if length >= _SEAL.size else b""), seal_offset
 
 
 def _read_seal(seal: bytes) -> _Seal | None:
@@ -259,12 +259,16 @@ def _read_seal(seal: bytes) -> _Seal | None:
 
 def _whole(data: Any, offset: int) -> tuple[int, str] | None:
     """Length and checksum of the sealed message at `offset`; None if there is no whole one."""
-    seal, place = _seal_of(data, offset)
-    said, end = _read_seal(seal), place + _SEAL.size
+    seal, seal_offset = _seal_of(data, offset)
+    said, end = _read_seal(seal), seal_offset + _SEAL.size
     if said is None or said.metadata != end - offset - _FRAME.size or len(data) < end + said.body:
         return None
     view = memoryview(data)
-    parts = view[offset:place], view[place : place + _LENGTHS.size], view[end : end + said.body]
+    parts = (
+        view[offset:seal_offset],
+        view[seal_offset : seal_offset + _LENGTHS.size],
+        view[end : end + said.body],
+    )
     return (end + said.body - offset, said.digest.hex()) if _digest(*parts) == said.digest else None
 
 
@@ -278,11 +282,11 @@ def _is_damaged(data: mmap.mmap, offset: int) -> bool:
     if len(seal) == _SEAL.size and seal.strip(b"\0"):
         said = _read_seal(seal)
         return said is None or len(data) >= expected + _SEAL.size + said.body
-    place = data.find(_MAGIC, offset)
-    while place >= 0:  # the damage may be in its length
-        if _read_seal(data[place : place + _SEAL.size]) is not None:
+    candidate = data.find(_MAGIC, offset)
+    while candidate >= 0:  # the damage may be in its length
+        if _read_seal(data[candidate : candidate + _SEAL.size]) is not None:
             return True
-        place = data.find(_MAGIC, place + 1)
+        candidate = data.find(_MAGIC, candidate + 1)
     return False
 
 

@@ -28,12 +28,12 @@ class ControlTokens:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, pictured: int | None = None) -> None:
         self._backend = tokenizer.backend_tokenizer
         tokens = {
-            place: token.content
-            for place, token in tokenizer.added_tokens_decoder.items()
-            if place != pictured and (token.special or _structures(token.content))
+            token_id: token.content
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            if token_id != pictured and (token.special or _structures(token.content))
         }
         self._ids = frozenset(tokens)
-        self._own_ids = frozenset(place for place, content in tokens.items() if content in _OWN)
+        self._own_ids = frozenset(token_id for token_id, content in tokens.items() if content in _OWN)
         self._texts = _any_of(tokens.values(), self._normalized)
         others = [content for content in tokens.values() if content not in _OWN]
         self._texts_but_own = _any_of(others, self._normalized)

@@ -73,8 +73,10 @@ class Perception:
                 f"{len(images)} pictures, but the rendered text has {len(pieces) - 1} times {self._token}: an "
                 "observation must not contain it, and the chat template must write it once per picture"
             )
-        places = [self._token * self.count(image) for image in images]
-        return pieces[0] + "".join(place + piece for place, piece in zip(places, pieces[1:], strict=True))
+        placeholders = [self._token * self.count(image) for image in images]
+        return pieces[0] + "".join(
+            placeholder + piece for placeholder, piece in zip(placeholders, pieces[1:], strict=True)
+        )
 
     def check(self, token_ids: Sequence[int], images: Sequence[str]) -> None:
         """Raise PerceptionError unless these tokens have one placeholder for each feature of the pictures."""
@@ -119,9 +121,9 @@ class Perception:
             inputs = self._processor.image_processor(images=self.opened([image]), return_tensors="np")
         except (ValueError, OSError) as error:  # not a picture, or one that this processor refuses
             raise PerceptionError(f"a picture cannot be read: {error}") from error
-        places = self._processor.replace_image_token(inputs, image_idx=0)
-        count = places.count(self._token)
-        if places != self._token * count:
+        placeholders = self._processor.replace_image_token(inputs, image_idx=0)
+        count = placeholders.count(self._token)
+        if placeholders != self._token * count:
             raise PerceptionError(
                 f"{type(self._processor).__name__} puts other tokens than {self._token} into a picture's place; such "
                 "a family is not supported"

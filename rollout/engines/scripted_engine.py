@@ -75,7 +75,7 @@ class ScriptedEngine:
         said = self._script(self._backend.decode(prompt_ids, skip_special_tokens=False), rng)
         ids = [*self._backend.encode(said, add_special_tokens=False).ids, *self._end]
         # Like any engine, it stops at the first token that ends a turn.
-        ids = ids[: next((place for place, token in enumerate(ids, 1) if token in self._stops), None)]
+        ids = ids[: next((index for index, token in enumerate(ids, 1) if token in self._stops), None)]
         kept = np.array(ids[: sampling.max_tokens], dtype=np.int32)
         completion = Completion(
             kept,

@@ -165,7 +165,7 @@ def answer(
     Calls become `tool_calls` if the request offers tools and all calls can be parsed; otherwise the agent gets the
     whole text. Calls inside of thoughts are ignored. A `stop` counts as the policy's own end.
     """
-    ends = [place for text in asked.stop if (place := said.find(text)) >= 0]
+    ends = [end for text in asked.stop if (end := said.find(text)) >= 0]
     cut, whole, said = cut and not ends, not ends, said[: min(ends, default=None)]
     thought, closed, spoken = said.rpartition(THOUGHT)
     rest, calls = parse_calls(spoken) if asked.may_call else ("", [])
@@ -175,11 +175,11 @@ def answer(
         message["content"] = thought + closed + rest or None
         message["tool_calls"] = [
             {
-                "id": f"call_{turn}_{place}",
+                "id": f"call_{turn}_{index}",
                 "type": "function",
                 "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
             }
-            for place, call in enumerate(readable)
+            for index, call in enumerate(readable)
         ]
         return ChatReply(message, "tool_calls", prompt_tokens, completion_tokens, whole)
     return ChatReply(message, "length" if cut else "stop", prompt_tokens, completion_tokens, whole)
@@ -202,7 +202,7 @@ def events(asked: ChatRequest, answered: ChatReply, ident: str, created: int) ->
     head = {"id": ident, "object": "chat.completion.chunk", "created": created, "model": asked.model}
     delta = dict(answered.message)
     if "tool_calls" in delta:
-        delta["tool_calls"] = [{"index": place} | call for place, call in enumerate(delta["tool_calls"])]
+        delta["tool_calls"] = [{"index": index} | call for index, call in enumerate(delta["tool_calls"])]
     for said, reason in ((delta, None), ({}, answered.finish_reason)):
         choice = {"index": 0, "delta": said, "logprobs": None, "finish_reason": reason}
         yield f"data: {json.dumps(head | {'choices': [choice]})}\n\n"

@@ -41,9 +41,12 @@ class MetricGroup:
     metrics: tuple[Metric, ...]
 
 
-def joined(*rows: Mapping[str, float]) -> dict[str, float]:
+Row = dict[str, float]
+
+
+def joined(*rows: Mapping[str, float]) -> Row:
     """Join several rows. ValueError for a name that two of them have: one value would overwrite the other."""
-    found: dict[str, float] = {}
+    found: Row = {}
     for row in rows:
         if twice := sorted(found.keys() & row.keys()):
             raise ValueError(

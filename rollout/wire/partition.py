@@ -18,7 +18,7 @@ class Partition:
     def of(self, batches: Sequence[pa.RecordBatch]) -> list[pa.RecordBatch]:
         """Select this rank's groups, in the step's order; a group is never divided."""
         return [
-            batches[place] for place in deal([_tokens(batch) for batch in batches], self.ranks)[self.rank]
+            batches[index] for index in deal([_tokens(batch) for batch in batches], self.ranks)[self.rank]
         ]
 
 
@@ -37,10 +37,10 @@ def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
-    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         rank = min(range(ranks), key=lambda rank: (loads[rank], len(shares[rank])))
-        shares[rank].append(place)
-        loads[rank] += sizes[place]
+        shares[rank].append(index)
+        loads[rank] += sizes[index]
     return [sorted(share) for share in shares]
 
 
