@@ -1,30 +1,31 @@
-"""The contract between environments and agents: a `gymnasium.Env` that talks.
+"""The contract between environments and agents: a `gymnasium.Env` with text or chat messages as observations.
 
-An observation is text, or chat messages; an action is the text the agent wrote. `terminated` says that the environment
-reached a final state, `truncated` that a limit cut the episode: they are never the same thing. An environment draws
-from its own generator (`self.np_random`) only, so replicas are independent and a seed fixes the instance.
+An action is the text that the agent sampled. `terminated` means that the environment reached a final state, `truncated`
+that a limit cut the episode; never both. An environment draws from its own generator (`self.np_random`) only, so
+replicas are independent and a seed fixes the instance.
 
-A message is a dict with `role` and `content`, as chat templates take them: text, or a list of parts where it shows
-pictures (envs/images.py). The first one of an observation may direct
-the agent besides (DIRECTIONS, which the model never sees):
+A message is a dict with `role` and `content`, as chat templates take them; the content is text, or a list of parts if
+it holds images (envs/images.py). The first message of an observation may carry directions to the agent (DIRECTIONS),
+which the model does not see:
 
-    tools       list of JSON schemas: what can be called, for the chat template's own tool section
-    forget      true: the conversation begins anew with these messages, as a segment of its own
-    go_on       true: the content is put behind what the agent wrote last, whose turn goes on from there
-    max_tokens  the next turn may sample so many tokens at most, where the recipe allows more
+    tools          list of JSON schemas: the callable tools, for the tool section of the chat template
+    reset_context  true: the context is cleared, and a new segment begins with these messages
+    continue_turn  true: the content is appended to the agent's last turn, which continues from there
+    max_tokens     upper bound on the tokens of the next turn, within the limit of the recipe
 
-Keys of `info` that mean something to Manta:
+Keys of `info` that Manta reads:
 
-    success    bool, on the last step: the environment's own verdict, where it has one
-    malformed  bool: the action could not be read (whether that ends the episode is the environment's choice)
-    rewards    dict, name -> number: what the step's reward is made of, for methods that weigh the parts
-    tools      dict, reason -> number: what became of the calls in this turn (Reason in envs/tools/tool_env.py)
-    ended      dict: there has been an end, with these `terminated`, `truncated`, `success` and `malformed`, and further
-               turns are about it (a part asks for them). An episode that has no such turn left, or is cut in them,
-               ended so. None takes it back.
+    success    bool, on the last step: the environment's own verdict, if it has one
+    malformed  bool: the action could not be parsed (the environment decides whether that ends the episode)
+    rewards    dict, name -> number: the components of the step's reward, for methods that weight them
+    seat       0 or 1, in self-play: who made the move (see `seat_of`)
+    tools      dict, outcome -> number: outcomes of the tool calls in this turn (CallOutcome, envs/tools/tool_env.py)
+    ended      dict with `terminated`, `truncated`, `success` and `malformed` of an end that further turns follow (an
+               agent part asks for them). If the episode is cut in those turns, it counts as ended like this. None
+               revokes it.
 
-An episode goes on after its worker is lost. An environment whose seed fixes all it does needs nothing for that: its
-actions are played again. One that is slow or does not repeat itself may offer `Snapshots`.
+If a worker is lost, its episodes are resumed elsewhere. If the seed fixes everything an environment does, its actions
+are replayed, and it needs nothing else. A slow or nondeterministic environment may implement `Snapshots`.
 """
 
 from __future__ import annotations
@@ -43,17 +44,18 @@ Info = dict[str, Any]
 Split = Literal["all", "train", "heldout"]
 Instance = TypeVar("Instance")
 
-DIRECTIONS = ("tools", "forget", "go_on", "max_tokens")
-_END = ("terminated", "truncated", "success", "malformed")  # what `ended` of an info may say
-HELD_OUT = 8  # one instance in so many is held out
-MAX_DRAWS = 10_000  # instances tried for one that fits; options that leave none must fail, not wait
+DIRECTIONS = ("tools", "reset_context", "continue_turn", "max_tokens")
+RENAMED_DIRECTIONS = {"forget": "reset_context", "go_on": "continue_turn"}  # refused with the new name
+_END_KEYS = ("terminated", "truncated", "success", "malformed")  # of `ended` in an info
+HELD_OUT = 8  # one of this many instances is held out
+MAX_DRAWS = 10_000  # attempts at drawing an instance; options that admit none must fail instead of hanging
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n\t"
 
 
 def messages_of(observation: Observation) -> list[Message]:
     """Copy an observation as chat messages; plain text becomes a message of the user.
 
-    TypeError for an observation that is neither text nor a non-empty list of messages.
+    TypeError for an observation that is neither text nor a non-empty list of messages; ValueError for an old direction.
     """
     if isinstance(observation, str):
         return [{"role": "user", "content": observation}]
@@ -61,18 +63,20 @@ def messages_of(observation: Observation) -> list[Message]:
         raise TypeError(f"an observation must be a str or a list of message dicts, got {type(observation)}")
     if not observation:
         raise TypeError("an observation must hold at least one message")
+    for old in RENAMED_DIRECTIONS.keys() & observation[0].keys():
+        raise ValueError(f"the key {old!r} of a message is called {RENAMED_DIRECTIONS[old]!r} now")
     return [dict(message) for message in observation]
 
 
 def as_number(value: Any, what: str) -> float:
-    """A reward as a float, whatever type of number it has. TypeError for text, also where it says a number."""
+    """Convert a reward of any numeric type to float. TypeError for text, even if it spells a number."""
     if isinstance(value, str | bytes | bytearray):
         raise TypeError(f"{what} is the text {value!r:.80}; give a number")
     return float(value)
 
 
 def named_rewards(info: Info) -> dict[str, float] | None:
-    """The parts of a step's reward; None where the environment names none. TypeError, ValueError for junk."""
+    """The components of a step's reward; None if the info names none. TypeError or ValueError for other values."""
     named = info.get("rewards")
     return (
         None
@@ -81,21 +85,20 @@ def named_rewards(info: Info) -> dict[str, float] | None:
     )
 
 
-def end_behind(info: Info) -> Info:
-    """What an info says of an end that lies behind, as {"ended": None or four bools at most}; empty: nothing."""
+def earlier_end(info: Info) -> Info:
+    """The `ended` entry of an info, reduced to bools: {"ended": None or up to four bools}; empty without an entry."""
     ended = info.get("ended")
     if isinstance(ended, dict):
-        ended = {key: bool(ended[key]) for key in _END if ended.get(key) is not None}
-    elif ended is not None:  # another's word for something else
+        ended = {key: bool(ended[key]) for key in _END_KEYS if ended.get(key) is not None}
+    elif ended is not None:  # a key of the environment's own with another meaning
         return {}
     return {"ended": ended} if "ended" in info else {}
 
 
 def seat_of(info: Info) -> int | None:
-    """Who made a step's move where the agent moves for both sides: 0, whom rewards are for; 1, whom they are against.
+    """The player who made this step's move in self-play: 0, to whom the rewards belong, or 1, the opponent.
 
-    None where the environment does not say. ValueError for another seat: what is good for one is bad for the other only
-    where there are two.
+    None if the info does not name one. ValueError for other values: only two-player games are zero-sum.
     """
     seat = info.get("seat")
     if seat not in (None, 0, 1):
@@ -104,53 +107,53 @@ def seat_of(info: Info) -> int | None:
 
 
 def held_out(content: str) -> bool:
-    """Whether an instance belongs to the held-out part: decided by its content, the same everywhere."""
+    """Whether an instance is held out: a hash of its content decides, so it is the same on every machine."""
     return hashlib.sha256(content.encode()).digest()[0] % HELD_OUT == 0
 
 
 def in_split(content: str, split: Split) -> bool:
-    """Whether an instance with this content belongs to the split; "all" holds both parts."""
+    """Whether an instance with this content belongs to the split; "all" contains both parts."""
     return split == "all" or held_out(content) == (split == "heldout")
 
 
-def drawn(
+def draw_valid(
     attempt: Callable[[], Instance | None], content: Callable[[Instance], str], split: Split
 ) -> Instance:
-    """The first attempt that gives an instance (None: it came to nothing) of the split; ValueError after MAX_DRAWS."""
+    """The first instance drawn that belongs to the split; an attempt may return None. ValueError after MAX_DRAWS."""
     for _ in range(MAX_DRAWS):
         instance = attempt()
         if instance is not None and in_split(content(instance), split):
             return instance
-    raise ValueError(f"none of {MAX_DRAWS} instances drawn fits and lies in split={split}; use other options")
+    raise ValueError(f"none of {MAX_DRAWS} drawn instances is valid and in split={split}; use other options")
 
 
 def check_options(level: int, levels: Collection[int], split: str, max_turns: int | None) -> None:
-    """Refuse wrong values of the options that every environment with levels has: a ValueError says what is right."""
+    """Check the options shared by all environments with levels. ValueError names the valid values."""
     if level not in levels:
-        raise ValueError(f"level={level!r} must be {', '.join(map(str, levels))}")
+        raise ValueError(f"level={level!r} must be one of {', '.join(map(str, levels))}")
     if split not in get_args(Split):
         raise ValueError(f"split={split!r} must be all, train or heldout")
     if max_turns is not None and max_turns < 1:
         raise ValueError(f"max_turns={max_turns} leaves no turn to play; use 1 or more")
 
 
-def lower_case_words(texts: Iterable[str]) -> tuple[str, ...]:
-    """The words of two lower-case letters and more that stand in these texts, each once, in order of the alphabet.
+def vocabulary(texts: Iterable[str]) -> tuple[str, ...]:
+    """The distinct words of at least two lower-case letters in these texts, sorted.
 
-    For an environment's WORDS: what observations without the rules, and a player's actions, are made of, so that a
-    small tokenizer can have a token for each. A lone letter is a character like any other.
+    For an environment's WORDS: the vocabulary of its observations (without instructions) and actions, so that a small
+    tokenizer can hold a token for each. Single letters are ordinary characters.
     """
     found = (re.findall("(?<![A-Za-z])[a-z]{2,}(?![A-Za-z])", text) for text in texts)
     return tuple(sorted({word for words in found for word in words}))
 
 
 def text_space(max_length: int = 4096) -> spaces.Text:
-    """Printable ASCII text of at most `max_length` characters, the empty text included."""
+    """Printable ASCII text of 0 to `max_length` characters."""
     return spaces.Text(min_length=0, max_length=max_length, charset=PRINTABLE)
 
 
 class ChoiceSpace(spaces.Text):
-    """Text of which some texts are actions: anything may be said, and what is drawn at random is one of them."""
+    """Text space that contains any text and samples from a list of valid actions."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         super().__init__(256, min_length=0, charset=PRINTABLE)
@@ -161,7 +164,7 @@ class ChoiceSpace(spaces.Text):
 
 
 class TalkSpace(spaces.Space[Observation]):
-    """Whatever an environment may say: text, or chat messages whose contents are text or parts."""
+    """Space of all observations: text, or chat messages whose contents are text or parts."""
 
     def contains(self, x: Any) -> bool:
         messages = [{"role": "user", "content": x}] if isinstance(x, str) else x
@@ -190,9 +193,9 @@ def _is_content(content: Any) -> bool:
 
 
 class TextEnv(gym.Env[str, str]):
-    """Base of environments that are text from the start: text in, text out.
+    """Base class of text environments: text observations, text actions.
 
-    reward_range: the least and the most that the rewards of an episode come to; a class with another says so.
+    reward_range: lower and upper bound on the return of an episode; override it in the class if it differs.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own convention
@@ -204,10 +207,10 @@ class TextEnv(gym.Env[str, str]):
 
 @runtime_checkable
 class Snapshots(Protocol):
-    """What an environment may offer: its whole state as bytes that another replica can go on from.
+    """Optional interface of an environment: its whole state as bytes, from which another replica can continue.
 
-    `snapshot` is asked for after every step that did not end the episode. `restore` is called on a replica that was
-    just reset with the same seed; what was said so far is not said again.
+    `snapshot` is called after every step that does not end the episode. `restore` is called on a replica that was just
+    reset with the same seed; earlier observations are not repeated.
     """
 
     def snapshot(self) -> bytes: ...

@@ -1,4 +1,4 @@
-"""Child processes: they end with the thread that starts them, however it ends, and import what is imported here."""
+"""Child processes that are killed with the thread that started them, and that import the same modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1
 _SECRET = "RAY_AUTH_"
-# It imports nothing that takes time. 1 and 9 are PR_SET_PDEATHSIG and SIGKILL.
+# Only fast imports. 1 and 9 are PR_SET_PDEATHSIG and SIGKILL.
 _LAUNCHER = (
     "import ctypes, os, sys\n"
     "ctypes.CDLL(None).prctl(1, 9)\n"
@@ -21,39 +21,38 @@ _LAUNCHER = (
 )
 
 
-def end_with(parent: int) -> None:
-    """Have the kernel kill this process when the thread of `parent` that started it is gone."""
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the thread of `parent` that started it ends."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:  # it went before we could ask
+    if os.getppid() != parent:  # the parent ended before the call
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def leashed(command: Sequence[str]) -> list[str]:
-    """A command that becomes `command` and is killed when the thread that starts it is gone.
+def bound_to_parent(command: Sequence[str]) -> list[str]:
+    """A command line that executes `command` and is killed when the thread that starts it ends.
 
-    A command that does not exist leaves with status 1 and says so.
+    If the program does not exist, it exits with status 1 and a message.
     """
     program, *arguments = command
-    resolved = found(program) or program
+    resolved = find_program(program) or program
     return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), resolved, *arguments]
 
 
-def found(program: str) -> str | None:
-    """Path of a program; None where there is none.
+def find_program(program: str) -> str | None:
+    """The path of a program, or None.
 
-    "python" and "python3" are the interpreter that runs Manta, whose packages a user expects there: the one on PATH
-    may be another.
+    "python" and "python3" are the interpreter that runs Manta, with its packages; the one on PATH may be another.
     """
     return sys.executable if program in ("python", "python3") else shutil.which(program)
 
 
-def inherited() -> dict[str, str]:
-    """The environment variables that foreign code is started with: ours, without the token of our Ray."""
+def child_environment() -> dict[str, str]:
+    """The environment variables for user code: those of this process, without Ray's token."""
     return {name: value for name, value in os.environ.items() if not name.startswith(_SECRET)}
 
 
 def import_path() -> str:
-    """PYTHONPATH with which a new interpreter imports what this one does."""
+    """The PYTHONPATH with which a new interpreter finds the modules that this one does."""
     return os.pathsep.join(path or os.getcwd() for path in sys.path)

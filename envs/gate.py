@@ -1,6 +1,6 @@
-"""Gates bound how much runs at once. Time spent waiting at one counts against no time limit.
+"""Semaphores ("gates") that bound concurrency; waiting at one does not count against an episode's time limit.
 
-Many calls that are slow or stuck may hold a gate for minutes; an episode that waits behind them has not used its time.
+Slow or stuck calls can hold a gate for minutes. An episode that waits behind them has not used its own time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _LIMIT: ContextVar[asyncio.Timeout | None] = ContextVar("time limit of the episo
 
 @asynccontextmanager
 async def time_limit(seconds: float) -> AsyncIterator[asyncio.Timeout]:
-    """`asyncio.timeout`, of which the wait in `admitted` uses nothing."""
+    """`asyncio.timeout`, suspended while waiting in `admitted`."""
     async with asyncio.timeout(seconds) as limit:
         token = _LIMIT.set(limit)
         try:
@@ -26,7 +26,7 @@ async def time_limit(seconds: float) -> AsyncIterator[asyncio.Timeout]:
 
 @asynccontextmanager
 async def admitted(gate: asyncio.Semaphore) -> AsyncIterator[None]:
-    """Pass the gate; the time limit around it, where there is one, is suspended until then."""
+    """Acquire the gate; an enclosing `time_limit` is suspended meanwhile."""
     limit = _LIMIT.get()
     if not gate.locked() or limit is None or limit.expired() or (end := limit.when()) is None:
         await gate.acquire()

@@ -1,4 +1,4 @@
-"""Pictures as parts of messages: uint8 pixels <-> a PNG as a data URL, which is JSON and goes wherever messages go."""
+"""Images as parts of messages: uint8 pixels <-> a PNG as a data URL, which is valid JSON like the rest of a message."""
 
 from __future__ import annotations
 
@@ -17,47 +17,47 @@ Pixels = NDArray[np.uint8]
 _PNG = "data:image/png;base64,"
 
 
-def image(pixels: Pixels) -> dict[str, Any]:
-    """A part of a message: uint8 [H, W], [H, W, 1] or [H, W, 3], as a PNG. ValueError for anything else."""
-    if not is_picture(pixels.dtype, pixels.shape):
+def image_part(pixels: Pixels) -> dict[str, Any]:
+    """A message part from pixels: uint8 [H, W], [H, W, 1] or [H, W, 3], encoded as PNG. ValueError for others."""
+    if not is_image(pixels.dtype, pixels.shape):
         raise ValueError(
-            f"a picture is uint8 [H, W], [H, W, 1] or [H, W, 3], got {pixels.dtype} {pixels.shape}"
+            f"an image must be uint8 [H, W], [H, W, 1] or [H, W, 3], got {pixels.dtype} {pixels.shape}"
         )
     flat = pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
-    written = io.BytesIO()
-    # One level of compression for good: the same pixels are the same bytes when an episode is played again.
-    Image.fromarray(np.ascontiguousarray(flat)).save(written, "png", compress_level=6)
-    return png(written.getvalue())
+    buffer = io.BytesIO()
+    # A fixed compression level, so that the same pixels give the same bytes when an episode is replayed.
+    Image.fromarray(np.ascontiguousarray(flat)).save(buffer, "png", compress_level=6)
+    return png_part(buffer.getvalue())
 
 
-def png(written: bytes) -> dict[str, Any]:
-    """A part of a message: a picture that is a PNG already."""
-    return {"type": "image", "image": _PNG + base64.b64encode(written).decode()}
+def png_part(encoded: bytes) -> dict[str, Any]:
+    """A message part from the bytes of a PNG."""
+    return {"type": "image", "image": _PNG + base64.b64encode(encoded).decode()}
 
 
-def text(said: str) -> dict[str, Any]:
-    """A part of a message that is text."""
-    return {"type": "text", "text": said}
+def text_part(text: str) -> dict[str, Any]:
+    """A message part with text."""
+    return {"type": "text", "text": text}
 
 
-def shown(pixels: Pixels, said: str = "") -> list[Message]:
-    """An observation: the user says something, unless it is empty, and shows a picture."""
-    return [{"role": "user", "content": [*([text(said)] if said else []), image(pixels)]}]
+def image_observation(pixels: Pixels, text: str = "") -> list[Message]:
+    """An observation of one user message: the text, unless it is empty, and the image."""
+    return [{"role": "user", "content": [*([text_part(text)] if text else []), image_part(pixels)]}]
 
 
-def pixels_of(part: dict[str, Any]) -> Pixels:
-    """The picture of a part: uint8 [H, W, 3]. For players and tests: a model has a processor of its own."""
+def decode_image(part: dict[str, Any]) -> Pixels:
+    """The pixels of an image part, uint8 [H, W, 3]. For players and tests; models use their own processors."""
     opened = Image.open(io.BytesIO(base64.b64decode(part["image"].removeprefix(_PNG))))
     return np.asarray(opened.convert("RGB"))
 
 
-def is_picture(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
-    """Whether an array like this is a picture: grey or red, green and blue."""
+def is_image(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
+    """Whether an array of this dtype and shape is a greyscale or RGB image."""
     return (
         dtype == np.uint8 and 0 not in shape and (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3)))
     )
 
 
-def are_pictures(space: Any) -> bool:
-    """Whether a space's values are pictures."""
-    return isinstance(space, spaces.Box) and is_picture(space.dtype, space.shape)
+def is_image_space(space: Any) -> bool:
+    """Whether the values of a space are images."""
+    return isinstance(space, spaces.Box) and is_image(space.dtype, space.shape)

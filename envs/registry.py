@@ -1,7 +1,7 @@
-"""Environments by id: ours, those of optional suites, anybody's as "module:Class", and any that `gymnasium.make` knows.
+"""Environments by id: Manta's own, optional suites, user code as "module:Class", and every id of `gymnasium.make`.
 
-Modules are imported when their environment is first asked for, those of a suite when one of its ids is, or their list.
-What has no text on both sides is adapted to it. A module of anybody's may hold a `Player` and its WORDS, as ours do.
+Modules are imported when one of their environments is requested, suites also when their ids are listed. Environments
+without text on both sides get a TextAdapter. A user's module may define a `Player` and WORDS, as Manta's modules do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import gymnasium as gym
 from gymnasium import spaces
 
 from envs.adapters import TextAdapter
-from envs.own_frames import came_from
+from envs.code_lines import user_lines_suffix
 from envs.user_functions import imported
 
 Env = gym.Env[Any, str]
@@ -29,38 +29,38 @@ _Factory = Callable[..., Env]
 
 
 class EnvironmentUnknown(ValueError):
-    """There is no such environment, or it cannot be made as asked; the message says what there is."""
+    """No such environment, or wrong options for it; the message lists what exists."""
 
 
 class Player(Protocol):
-    """A scripted player: one an episode, asked once a turn."""
+    """A scripted policy: one instance per episode, called once per turn."""
 
     def act(self, observation: Any) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Environments of another package, an optional extra of ours."""
+    """Environments of another package, installed as an optional extra of Manta."""
 
-    prefix: str  # of their ids
+    prefix: str  # of the ids
     extra: str  # pip install 'manta-rl[EXTRA]'
-    package: str  # what must be there to import
-    factory: str  # "module:function" of ours, called with the id and the options; the module's IDS are all there are
+    package: str  # the package that must be importable
+    factory: str  # "module:function" of Manta, called with id and options; its module lists all ids as IDS
     about: str
 
     @property
     def installed(self) -> bool:
-        """Whether its package is there; nothing is imported to know it."""
+        """Whether the package can be imported; checked without importing it."""
         return importlib.util.find_spec(self.package) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What there is to know of an environment of ours without making it."""
+    """Facts about an environment of Manta, found without making it."""
 
     env_id: str
     about: str  # the first line of its docstring
-    levels: str  # what the docstring says of them; empty where there are none
+    levels: str  # the docstring's section on levels; empty if there is none
     has_player: bool
 
 
@@ -97,37 +97,29 @@ _OURS: dict[str, str | _Factory] = {
     "sokoban": "envs.builtin.sokoban:Sokoban",
     "twenty_questions": "envs.builtin.twenty_questions:TwentyQuestions",
 }
-_PLAYERS: dict[str, str] = {
-    "arithmetic": "envs.builtin.arithmetic:Player",
-    "assistant": "envs.builtin.assistant:Player",
-    "browser": "envs.builtin.browser:Player",
-    "chess": "envs.builtin.chess_game:Player",
-    "frozen_lake": "envs.builtin.frozen_lake:Player",
-    "household": "envs.builtin.household:Player",
-    "memory_corridor": "envs.builtin.memory_corridor:Player",
-    "patches": "envs.builtin.patches:Player",
-    "programming": "envs.builtin.programming:Player",
-    "sokoban": "envs.builtin.sokoban:Player",
-    "twenty_questions": "envs.builtin.twenty_questions:Player",
+_PLAYERS = {  # every module of envs.builtin has one
+    env_id: f"{entry.partition(':')[0]}:Player"
+    for env_id, entry in _OURS.items()
+    if isinstance(entry, str) and entry.startswith("envs.builtin.")
 }
 
 
 def register(env_id: str, factory: _Factory) -> None:
-    """Add an environment under an id of one's own; `factory(**options)` makes a replica."""
+    """Register an environment under an id; `factory(**options)` makes a replica."""
     _OURS[env_id] = factory
 
 
 def registered() -> list[str]:
-    """The ids that are Manta's or were registered; every `gymnasium.make` id works besides."""
+    """The ids of Manta and those registered; `make` accepts every `gymnasium.make` id as well."""
     return sorted(_OURS)
 
 
 def make(env_id: str, **options: Any) -> Env:
-    """A new replica with text on both sides.
+    """Make a replica with text on both sides.
 
-    Environments of Gymnasium take two options more: text_digits, the significant digits of a Box's numbers, and
-    picture, what is shown of it (see `TextAdapter`). Raises EnvironmentUnknown for a wrong id, wrong options or spaces
-    that have no text form.
+    Gymnasium environments take two additional options: text_digits (significant digits of a Box's numbers) and picture
+    (what is shown as an image; see `TextAdapter`). Raises EnvironmentUnknown for a wrong id, wrong options, or spaces
+    without a text form.
     """
     if (entry := _entry(env_id)) is not None:
         env = _make_ours(env_id, entry, options)
@@ -143,7 +135,7 @@ def make(env_id: str, **options: Any) -> Env:
 
 
 def make_gymnasium(env_id: str, options: dict[str, Any]) -> gym.Env[Any, Any]:
-    """What `gymnasium.make` makes, as it is. EnvironmentUnknown, one line, where it makes nothing of it."""
+    """Call `gymnasium.make`, without an adapter. Its errors become EnvironmentUnknown, one line."""
     try:
         return gym.make(env_id, **options)
     except gym.error.UnregisteredEnv:
@@ -152,121 +144,121 @@ def make_gymnasium(env_id: str, options: dict[str, Any]) -> gym.Env[Any, Any]:
         TypeError,
         ValueError,
         KeyError,
-    ) as error:  # an option it does not have, or a value it does not take
+    ) as error:  # an unknown option or an invalid value
         have = ", ".join(inspect.signature(_creator(env_id)).parameters)
         raise EnvironmentUnknown(
-            f"environment {env_id} cannot take {options}: {error}{came_from(error)}; its options: {have}"
+            f"environment {env_id} does not accept {options}: {error}{user_lines_suffix(error)}; its options: {have}"
         ) from error
     except (gym.error.Error, ImportError) as error:  # a deprecated version, a missing package, a malformed id
         raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
 
 
 def _unknown(env_id: str) -> str:
-    """What is said of an id that nobody knows; its module, where it names one, has been imported."""
+    """The message for an unknown id; a module that it names has already been imported."""
     module, _, name = env_id.partition(":")
     if not name:
         close = difflib.get_close_matches(env_id, [*_OURS, *gym.registry], n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"ours are {', '.join(registered())}"
+        hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(registered())}"
         return f"unknown environment {env_id!r}; {hint}"
-    there = vars(_own_module(env_id)).items()
-    have = [each for each, found in there if inspect.isclass(found) and issubclass(found, gym.Env)]
+    attributes = vars(_user_module(env_id)).items()
+    have = [each for each, found in attributes if inspect.isclass(found) and issubclass(found, gym.Env)]
     close = difflib.get_close_matches(name, have, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(close)}?" if close else "name a class of its, or an id it registers"
-    return f"environment {env_id}: module {module} has no {name}, and registers none; {hint}"
+    hint = f"did you mean {' or '.join(close)}?" if close else "name a class in it, or an id it registers"
+    return f"environment {env_id}: module {module} neither defines nor registers {name}; {hint}"
 
 
 def _adapted(env_id: str, env: gym.Env[Any, Any], adapting: dict[str, Any]) -> Env:
     try:
         return TextAdapter(env, **adapting)
-    except ValueError as error:  # UnsupportedSpace among them
+    except ValueError as error:  # includes UnsupportedSpace
         env.close()
         raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
 
 
-def recipe(env_id: str, **options: Any) -> Callable[[], Env]:
-    """`make` for another process to call, as far as pickle can carry what was registered here."""
+def env_factory(env_id: str, **options: Any) -> Callable[[], Env]:
+    """A picklable call of `make`, for another process; registered factories must be picklable themselves."""
     entry = _OURS.get(env_id)
     if entry is None or isinstance(entry, str):
         return partial(make, env_id, **options)
-    return partial(_made_elsewhere, env_id, entry, options)
+    return partial(_register_and_make, env_id, entry, options)
 
 
 def is_trusted(env_id: str) -> bool:
-    """Whether an environment's code is Manta's, registered here, or Gymnasium's own: trusted to end every step."""
+    """Whether the code is Manta's, registered here, or Gymnasium's own, so that every step is trusted to return."""
     spec = gym.registry.get(env_id)
     return env_id in _OURS or (spec is not None and str(spec.entry_point).startswith("gymnasium.envs."))
 
 
 def has_player(env_id: str) -> bool:
-    """Whether a scripted player of this environment exists."""
+    """Whether the environment has a scripted player."""
     return _player(env_id) is not None
 
 
 def player(env_id: str) -> Callable[[float, int], Player]:
-    """The scripted player of an environment, made with (error rate, seed)."""
+    """The class of an environment's scripted player, called with (error rate, seed)."""
     if (reference := _player(env_id)) is None:
         have = ", ".join(sorted(_PLAYERS))
-        raise EnvironmentUnknown(f"environment {env_id} has no scripted player; those that have: {have}")
-    made: Callable[[float, int], Player] = _load(env_id, reference)
-    return made
+        raise EnvironmentUnknown(f"environment {env_id} has no scripted player; use one of: {have}")
+    loaded: Callable[[float, int], Player] = _load(env_id, reference)
+    return loaded
 
 
 def has_splits(env_id: str) -> bool:
-    """Whether an environment divides its instances by an option `split`."""
+    """Whether the environment has an option `split`."""
     entry = _entry(env_id)
     factory = _load(env_id, entry) if isinstance(entry, str) else entry
     return factory is not None and "split" in inspect.signature(factory).parameters
 
 
 def task_count(env_id: str, options: dict[str, Any]) -> int | None:
-    """The number of tasks of an environment that has a list of them; the seed modulo it says which is played.
+    """The number of tasks of an environment with a list of tasks; the seed modulo this number selects one.
 
-    None where every seed is another task. The class says it by a class method `count_tasks(**options)`.
+    None if every seed is another task. The class defines it by a class method `count_tasks(**options)`.
     """
-    count = _asked_of_class(env_id, "count_tasks", options)
+    count = _call_class_method(env_id, "count_tasks", options)
     return None if count is None else int(count)
 
 
 def check_tasks(env_id: str, options: dict[str, Any]) -> None:
-    """Refuse a list of tasks of which one cannot be played: the class's `check_tasks(**options)`, where it has one."""
-    _asked_of_class(env_id, "check_tasks", options)
+    """Check that every task can be played, with the class method `check_tasks(**options)` if the class has one."""
+    _call_class_method(env_id, "check_tasks", options)
 
 
-def _asked_of_class(env_id: str, method: str, options: dict[str, Any]) -> Any:
-    """What a class method of an environment returns; None where it has none. EnvironmentUnknown for a ValueError."""
+def _call_class_method(env_id: str, method: str, options: dict[str, Any]) -> Any:
+    """The result of a class method of an environment; None without one. Its ValueError becomes EnvironmentUnknown."""
     entry = _entry(env_id)
     factory = _load(env_id, entry) if isinstance(entry, str) else entry
-    asked = getattr(factory, method, None)
-    if asked is None:
+    found = getattr(factory, method, None)
+    if found is None:
         return None
     try:
-        return asked(**options)
+        return found(**options)
     except (ValueError, TypeError) as error:
         raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
 
 
 def suite_ids(suite: Suite) -> tuple[str, ...]:
-    """The ids of an installed suite, as its package lists them. EnvironmentUnknown where it cannot be imported."""
+    """The ids of an installed suite, as its package lists them. EnvironmentUnknown if it cannot be imported."""
     ids: tuple[str, ...] = _load(suite.prefix, f"{suite.factory.partition(':')[0]}:IDS")
     return tuple(each for each in ids if each.startswith(suite.prefix))
 
 
 def words(env_id: str) -> tuple[str, ...]:
-    """Every lower-case word that is said in an environment, for tokenizers of whole words: its module's WORDS."""
+    """The lower-case words that occur in an environment (its module's WORDS), for word-level tokenizers."""
     suite = _suite(env_id)
     entry = suite.factory if suite else _entry(env_id)
     module = entry.partition(":")[0] if isinstance(entry, str) else ""
-    said = getattr(_module(env_id, module), "WORDS", None) if module else None
-    if said is None:
-        raise EnvironmentUnknown(f"environment {env_id} does not say its WORDS; list them in tiny.words")
-    return tuple(said)
+    found = getattr(_module(env_id, module), "WORDS", None) if module else None
+    if found is None:
+        raise EnvironmentUnknown(f"environment {env_id} defines no WORDS; list its words in tiny.words")
+    return tuple(found)
 
 
 def describe(env_id: str) -> Description:
-    """What an environment of ours says of itself. EnvironmentUnknown where a package it needs is missing."""
+    """The description of one of Manta's environments. EnvironmentUnknown if a package it needs is missing."""
     entry = _OURS[env_id]
-    told = _module(env_id, entry.partition(":")[0]) if isinstance(entry, str) else entry
-    text = inspect.getdoc(told) or ""
+    documented = _module(env_id, entry.partition(":")[0]) if isinstance(entry, str) else entry
+    text = inspect.getdoc(documented) or ""
     levels = re.search(r"^Levels: (.+?)(?=\n\w+:|\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
     return Description(
         env_id,
@@ -277,7 +269,7 @@ def describe(env_id: str) -> Description:
 
 
 def _suite(env_id: str) -> Suite | None:
-    """The suite an id belongs to. EnvironmentUnknown where its package is missing."""
+    """The suite that an id belongs to. EnvironmentUnknown if its package is not installed."""
     suite = next((each for each in SUITES if env_id.startswith(each.prefix)), None)
     if suite and not suite.installed:
         raise EnvironmentUnknown(
@@ -287,27 +279,27 @@ def _suite(env_id: str) -> Suite | None:
     return suite
 
 
-def _made_elsewhere(env_id: str, factory: _Factory, options: dict[str, Any]) -> Env:
+def _register_and_make(env_id: str, factory: _Factory, options: dict[str, Any]) -> Env:
     register(env_id, factory)
     return make(env_id, **options)
 
 
 def _entry(env_id: str) -> str | _Factory | None:
-    """What makes an environment that is ours, registered, of a suite, or named by its class; None for Gymnasium's."""
+    """The factory of an environment (Manta's, registered, of a suite, or named by class); None for Gymnasium's ids."""
     if suite := _suite(env_id):
         return partial(_load(env_id, suite.factory), env_id)
     if env_id in _OURS or ":" not in env_id:
         return _OURS.get(env_id)
-    found = getattr(_own_module(env_id), env_id.partition(":")[2], None)
+    found = getattr(_user_module(env_id), env_id.partition(":")[2], None)
     return env_id if callable(found) else None
 
 
-def _own_module(env_id: str) -> ModuleType:
-    """The module that an id names; EnvironmentUnknown where there is none, or it cannot be imported."""
+def _user_module(env_id: str) -> ModuleType:
+    """The user module that an id names. EnvironmentUnknown if it is missing or cannot be imported."""
     module, _, name = env_id.partition(":")
     if not name or ":" in name or not all(part.isidentifier() for part in module.split(".")):
         raise EnvironmentUnknown(
-            f"environment {env_id}: one of your own is module:Class, and this names neither"
+            f"environment {env_id}: not of the form module:Class, which names an environment of your own"
         )
     try:
         return imported(module)
@@ -316,12 +308,12 @@ def _own_module(env_id: str) -> ModuleType:
 
 
 def _player(env_id: str) -> str | None:
-    """Where the scripted player of an environment is: among ours, or in the module that an id names."""
+    """The reference "module:Player" of an environment's scripted player, or None."""
     if env_id in _OURS or ":" not in env_id or _suite(env_id):
         return _PLAYERS.get(env_id)
-    own = vars(_own_module(env_id)).get("Player")
-    mere_type = own is None or own is Player  # the protocol above, imported to be named
-    return None if mere_type else f"{env_id.partition(':')[0]}:Player"
+    own = vars(_user_module(env_id)).get("Player")
+    only_protocol = own is None or own is Player  # the protocol above, imported for annotations
+    return None if only_protocol else f"{env_id.partition(':')[0]}:Player"
 
 
 def _make_ours(env_id: str, entry: str | _Factory, options: dict[str, Any]) -> Env:
@@ -337,18 +329,18 @@ def _make_ours(env_id: str, entry: str | _Factory, options: dict[str, Any]) -> E
     try:
         env = factory(**options)
     except ValueError as error:
-        raise EnvironmentUnknown(f"environment {env_id}: {error}{came_from(error)}") from error
-    except TypeError as error:  # of another type than it is for, and the error rarely says which
+        raise EnvironmentUnknown(f"environment {env_id}: {error}{user_lines_suffix(error)}") from error
+    except TypeError as error:  # a value of the wrong type; the error rarely names the option
         odd = [
-            f"{name}={value!r} (by default {parameters[name].default!r})"
+            f"{name}={value!r} (default: {parameters[name].default!r})"
             for name, value in options.items()
             if name in parameters and not _is_like(value, parameters[name].default)
         ]
-        taken = f" does not take {', '.join(odd)}" if odd else ""
-        raise EnvironmentUnknown(f"environment {env_id}{taken}: {error}{came_from(error)}") from error
+        wrong = f" does not accept {', '.join(odd)}" if odd else ""
+        raise EnvironmentUnknown(f"environment {env_id}{wrong}: {error}{user_lines_suffix(error)}") from error
     if not isinstance(env, gym.Env):
         raise EnvironmentUnknown(
-            f"environment {env_id}: a {type(env).__name__} is made, and no gymnasium.Env"
+            f"environment {env_id}: the factory returned a {type(env).__name__}; return a gymnasium.Env"
         )
     for space in ("action_space", "observation_space"):
         if not isinstance(getattr(env, space, None), spaces.Space):
@@ -360,7 +352,7 @@ def _make_ours(env_id: str, entry: str | _Factory, options: dict[str, Any]) -> E
 
 
 def _check_text(env_id: str, name: str, value: Any, parameter: inspect.Parameter) -> None:
-    """Refuse a value for an option that takes text alone: TOML reads 1_1_1, true or 2024-01-01 as something else."""
+    """Require text for an option that takes text: TOML parses 1_1_1, true and 2024-01-01 as other types."""
     annotated = parameter.annotation
     if annotated is inspect.Parameter.empty:
         annotated = type(parameter.default)
@@ -372,7 +364,7 @@ def _check_text(env_id: str, name: str, value: Any, parameter: inspect.Parameter
 
 
 def _is_like(value: Any, default: Any) -> bool:
-    """Whether a value is of its default's type; of one without a type to go by, any is."""
+    """Whether a value has the type of its default; always if the default does not tell a type."""
     whole_for_any = isinstance(default, float) and type(value) is int
     return default in (None, inspect.Parameter.empty) or type(value) is type(default) or whole_for_any
 
@@ -388,7 +380,7 @@ def _load(env_id: str, reference: str) -> Any:
 
 
 def _module(env_id: str, name: str) -> ModuleType:
-    """A module of an environment; EnvironmentUnknown where a package it needs is missing."""
+    """Import a module of an environment. EnvironmentUnknown if a package it needs is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,16 +1,16 @@
-"""Gymnasium's spaces as text: how a value is written, how an action is described, and how one is read.
+"""Values of Gymnasium spaces as text: writing, describing and parsing them.
 
     Discrete                     3
-    MultiDiscrete, MultiBinary   [3, 0, 1]; brackets in brackets where there are several axes
-    Box                          [0.12, -3.1e-05]; the number alone where the box has no axis
-    Text                         as it is; inside of another space in double quotes, escaped as in JSON
+    MultiDiscrete, MultiBinary   [3, 0, 1]; nested brackets for several axes
+    Box                          [0.12, -3.1e-05]; a bare number for a box without axes
+    Text                         verbatim; inside another space in double quotes, escaped as in JSON
     Tuple                        (3, [0, 1])
-    Dict                         {"goal": 3, "hand": [0, 1]}, in the order of the space
+    Dict                         {"goal": 3, "hand": [0, 1]}, keys in the order of the space
     Sequence                     [3, 1, 4, 1]
 
-Reading is strict: one value of the space and nothing else, with white space between its parts only. Numbers are
-decimal, in ASCII digits, finite, within their bounds and as many as the space has. A value that is written and read
-again is the same value; of floats a stated number of significant digits is kept.
+Parsing is strict: exactly one value of the space, with white space only between its parts. Numbers are decimal, in
+ASCII digits, finite, within their bounds, and as many as the space has. Writing and parsing a value gives the same
+value; floats keep a fixed number of significant digits.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import concatenate, create_empty_array, iterate
 
-DIGITS = 4  # significant ones of a float
-MAX_DIGITS = 17  # tell every float64 from its neighbours
-MAX_NUMBERS = 64  # in one value: pictures are no text
+DIGITS = 4  # significant digits of a float
+MAX_DIGITS = 17  # enough to distinguish any two float64
+MAX_NUMBERS = 64  # per value; larger ones (images) are not written as text
 
-# No longer than the numbers of a dtype: of thousands of digits int() and float() make errors of their own.
+# Bounded lengths: int() and float() raise errors of their own for thousands of digits.
 _WHOLE = re.compile(r"-?[0-9]{1,20}")
 _NUMBER = re.compile(r"-?[0-9]{1,40}(?:\.[0-9]{1,40})?(?:[eE][+-]?[0-9]{1,3})?")
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -43,43 +43,43 @@ Cells = np.ndarray[Any, np.dtype[Any]]
 
 
 class UnsupportedSpace(ValueError):
-    """A space that has no text form here."""
+    """A space without a text form."""
 
 
-class _NotAnAction(ValueError):
-    """The text is not what the space writes."""
+class _ParseError(ValueError):
+    """The text is not a value of the space."""
 
 
 def require_text_form(space: gym.Space[Any], what: str) -> None:
-    """UnsupportedSpace, one line that begins with `what`, for a space that has no text form."""
+    """Raise UnsupportedSpace, one line beginning with `what`, if the space has no text form."""
     count = _count(space, what)
     if count > MAX_NUMBERS:
         raise UnsupportedSpace(
-            f"{what} of {count} numbers have no text form: {MAX_NUMBERS} are the most that are written; "
-            "leave some away in a wrapper"
+            f"{what} of {count} numbers have no text form (at most {MAX_NUMBERS} are written); "
+            "reduce them in a wrapper"
         )
 
 
-def written(space: gym.Space[Any], value: Any, digits: int = DIGITS) -> str:
-    """A value as text. ValueError for an array of another shape than the space's."""
+def to_text(space: gym.Space[Any], value: Any, digits: int = DIGITS) -> str:
+    """Write a value as text. ValueError for an array of the wrong shape."""
     return str(value) if isinstance(space, spaces.Text) else _write(space, value, digits)
 
 
-def parsed(space: gym.Space[Any], text: str) -> Any:
-    """The value of the space that a text stands for; None where it stands for none. Never raises."""
+def from_text(space: gym.Space[Any], text: str) -> Any:
+    """Parse a value of the space; None if the text is not one. Never raises."""
     if isinstance(space, spaces.Text):
         return text if space.contains(text) else None
     reader = _Reader(text.strip())
     try:
         value = reader.value(space)
         reader.end()
-    except _NotAnAction:
+    except _ParseError:
         return None
     return value if space.contains(value) else None
 
 
-def grammar(space: gym.Space[Any]) -> str:
-    """What an action must look like: one line for the agent."""
+def action_format(space: gym.Space[Any]) -> str:
+    """One line for the agent that describes what an action looks like."""
     if isinstance(space, spaces.Discrete):
         return f"Answer with one {_form(space)} and nothing else."
     if isinstance(space, spaces.Text):
@@ -87,12 +87,12 @@ def grammar(space: gym.Space[Any]) -> str:
     drawn = deepcopy(space)
     drawn.seed(0)
     return (
-        f"Answer with {_form(space)} and nothing else, for example {written(space, drawn.sample(), digits=2)}"
+        f"Answer with {_form(space)} and nothing else, for example {to_text(space, drawn.sample(), digits=2)}"
     )
 
 
 def _count(space: gym.Space[Any], what: str) -> int:
-    """The numbers of one value; those of a Sequence's items are counted once."""
+    """The number of numbers in a value; items of a Sequence count once."""
     match space:
         case spaces.Discrete():
             return 1
@@ -106,7 +106,7 @@ def _count(space: gym.Space[Any], what: str) -> int:
             return sum(_count(part, what) for part in space.spaces)
         case spaces.Dict():
             if not all(isinstance(key, str) for key in space.spaces):
-                raise UnsupportedSpace(f"{what} of Dict have a text form only where every key is text")
+                raise UnsupportedSpace(f"{what} of Dict have a text form only if every key is text")
             return sum(_count(part, what) for part in space.spaces.values())
         case spaces.Sequence():
             inner = space.feature_space
@@ -139,7 +139,7 @@ def _write(space: gym.Space[Any], value: Any, digits: int) -> str:
             return f"[{', '.join(_write(space.feature_space, item, digits) for item in items)}]"
     array = np.asarray(value)
     if array.shape != space.shape:
-        raise ValueError(f"an array of shape {array.shape} is no value of a space of shape {space.shape}")
+        raise ValueError(f"expected an array of shape {space.shape}, got {array.shape}")
     if _is_whole(space):
         return _nested((str(int(cell)) for cell in array.ravel()), array.shape)
     cells = zip(array.ravel(), *_bounds(space), strict=True)
@@ -147,7 +147,7 @@ def _write(space: gym.Space[Any], value: Any, digits: int) -> str:
 
 
 def _nested(cells: Iterator[str], shape: tuple[int, ...]) -> str:
-    """The next cells in brackets, as many as `shape` takes."""
+    """Take cells from the iterator and put them into nested brackets of this shape."""
     if not shape:
         return next(cells)
     return f"[{', '.join(_nested(cells, shape[1:]) for _ in range(shape[0]))}]"
@@ -163,14 +163,14 @@ def _float(value: float, low: Any, high: Any, digits: int) -> str:
 
 
 class _Reader:
-    """A place in a text, from which values are read one after another. Raises _NotAnAction."""
+    """A cursor over a text, from which values are parsed one after another. Raises _ParseError."""
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._place = 0
+        self._position = 0
 
     def value(self, space: gym.Space[Any]) -> Any:
-        """The value of a space at this place. Its whole numbers may lie outside of it: ask `space.contains`."""
+        """Parse a value of a space. Discrete values may be out of range: check `space.contains`."""
         match space:
             case spaces.Discrete():
                 return int(self._match(_WHOLE))
@@ -187,10 +187,10 @@ class _Reader:
         return self._array(space)
 
     def end(self) -> None:
-        """There is nothing more."""
+        """Require the end of the text."""
         self._blank()
-        if self._place != len(self._text):
-            raise _NotAnAction
+        if self._position != len(self._text):
+            raise _ParseError
 
     def _array(self, space: gym.Space[Any]) -> Cells:
         pattern, number = (_WHOLE, int) if _is_whole(space) else (_NUMBER, float)
@@ -199,16 +199,16 @@ class _Reader:
         self._cells(space.shape, lambda: cells.append(number(self._match(pattern))))
         low, high = _bounds(space)
         if _is_whole(space):
-            # As Python's integers: the dtype may hold none of these.
+            # Compared as Python integers, which may not fit the dtype.
             if not all(
                 int(least) <= cell <= int(most) for cell, least, most in zip(cells, low, high, strict=True)
             ):
-                raise _NotAnAction
+                raise _ParseError
             return np.array(cells, dtype=space.dtype).reshape(space.shape)
         with np.errstate(over="ignore"):
             array = np.array(cells, dtype=np.float64).astype(space.dtype).reshape(space.shape)
         if not np.isfinite(array).all():
-            raise _NotAnAction
+            raise _ParseError
         return array
 
     def _cells(self, shape: tuple[int, ...], read: Callable[[], None]) -> None:
@@ -223,7 +223,7 @@ class _Reader:
         if not space.stack:
             return tuple(items)
         if not all(inner.contains(item) for item in items):
-            raise _NotAnAction
+            raise _ParseError
         empty: Any = create_empty_array(inner, len(items))
         return concatenate(inner, items, empty) if items else empty
 
@@ -232,7 +232,7 @@ class _Reader:
             yield read
 
     def _list(self, brackets: str, items: Iterable[Callable[[], Any]]) -> list[Any]:
-        """What `items` read one after another, between brackets and with commas in between."""
+        """Parse a comma-separated list of `items` in brackets."""
         self._take(brackets[0])
         values: list[Any] = []
         for item in items:
@@ -244,44 +244,44 @@ class _Reader:
 
     def _entry(self, key: str, space: gym.Space[Any]) -> tuple[str, Any]:
         if self._string() != key:
-            raise _NotAnAction
+            raise _ParseError
         self._take(":")
         return key, self.value(space)
 
     def _string(self) -> str:
         if not self._at('"'):
-            raise _NotAnAction
+            raise _ParseError
         try:
-            value, self._place = _JSON.raw_decode(self._text, self._place)
+            value, self._position = _JSON.raw_decode(self._text, self._position)
         except json.JSONDecodeError:
-            raise _NotAnAction from None
+            raise _ParseError from None
         return str(value)
 
     def _match(self, pattern: re.Pattern[str]) -> str:
         self._blank()
-        found = pattern.match(self._text, self._place)
+        found = pattern.match(self._text, self._position)
         if found is None:
-            raise _NotAnAction
-        self._place = found.end()
+            raise _ParseError
+        self._position = found.end()
         return found.group()
 
     def _take(self, token: str) -> None:
         if not self._at(token):
-            raise _NotAnAction
-        self._place += len(token)
+            raise _ParseError
+        self._position += len(token)
 
     def _at(self, token: str) -> bool:
         self._blank()
-        return self._text.startswith(token, self._place)
+        return self._text.startswith(token, self._position)
 
     def _blank(self) -> None:
-        found = _BLANK.match(self._text, self._place)
+        found = _BLANK.match(self._text, self._position)
         assert found is not None
-        self._place = found.end()
+        self._position = found.end()
 
 
 def _form(space: gym.Space[Any]) -> str:
-    """What a value looks like, in words and the brackets it is written with."""
+    """The form of a value, in words and with the brackets it is written in."""
     match space:
         case spaces.Discrete():
             return f"whole number from {int(space.start)} to {int(space.start) + int(space.n) - 1}"
@@ -333,7 +333,7 @@ def _characters(space: spaces.Text) -> str:
 
 
 def _runs(characters: Iterable[str]) -> Iterator[str]:
-    """Neighbours as "a-z", others one by one; what is no graphic character as Python would write it."""
+    """Consecutive characters as ranges "a-z", others one by one; non-graphic ones as Python escapes."""
     runs: list[list[str]] = []
     for character in characters:
         if runs and ord(runs[-1][-1]) + 1 == ord(character):
@@ -353,7 +353,7 @@ def _is_whole(space: gym.Space[Any]) -> bool:
 
 
 def _bounds(space: gym.Space[Any]) -> tuple[Cells, Cells]:
-    """The least and the greatest value of every number of an array, flat, both included."""
+    """Lower and upper bound (inclusive) of every number of an array, flattened."""
     match space:
         case spaces.MultiDiscrete():
             return space.start.ravel(), (space.start + (space.nvec - 1)).ravel()

@@ -1,4 +1,4 @@
-"""A user's own modules and functions, as recipes name them ("module:function"), and what they return."""
+"""User modules and functions, named "module:function" in recipes, and their results, which may be awaitable."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Awaitable, Callable
 from types import ModuleType
 from typing import Any
 
-from envs.own_frames import told
+from envs.code_lines import describe_error
 
 
 def load_function(reference: str) -> Callable[..., Any]:
-    """The function meant by "module:function". ValueError, one line, where there is none."""
+    """The function named "module:function". ValueError, one line, if it does not exist."""
     module, colon, name = reference.partition(":")
     if not (module and colon and name):
         raise ValueError(f"{reference!r} is not of the form module:function")
@@ -29,40 +29,40 @@ def load_function(reference: str) -> Callable[..., Any]:
 
 
 def imported(module: str) -> ModuleType:
-    """A user's own module. ValueError, one line, where it is not there, raises or exits; names the line that did."""
+    """Import a user module. ValueError, one line with the failing line of code, if it is missing, raises or exits."""
     try:
         return importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # it is anybody's code
+    except (Exception, SystemExit) as error:  # user code may raise anything
         missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
         if missing:
             raise ValueError(f"there is no module {module} to import here") from None
-        raise ValueError(f"importing module {module} raised {told(error)}") from error
+        raise ValueError(f"importing module {module} raised {describe_error(error)}") from error
 
 
 async def awaited(value: Any) -> Any:
-    """What a function returned; where that is awaitable, what it comes to. Coroutine functions are not told apart."""
+    """The result of a function, awaited if it is awaitable."""
     return await value if inspect.isawaitable(value) else value
 
 
 def settled(value: Any) -> Any:
-    """`awaited` for a thread that does not await: a coroutine runs to its end on an event loop of its own."""
+    """`awaited` for synchronous callers: a coroutine runs to completion on an event loop of its own."""
     if not inspect.isawaitable(value):
         return value
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(awaited(value))
-    return _elsewhere(value)
+    return _run_in_thread(value)
 
 
-def _elsewhere(value: Awaitable[Any]) -> Any:
-    """A thread runs one event loop at a time: where one runs, another thread has the coroutine's."""
+def _run_in_thread(value: Awaitable[Any]) -> Any:
+    """Run an awaitable in a new thread, because this thread's event loop is already running."""
     outcome: list[Any] = []
 
     def run() -> None:
         try:
             outcome.extend((asyncio.run(awaited(value)), None))
-        except BaseException as error:  # for the caller's thread, where it is raised
+        except BaseException as error:  # re-raised in the caller's thread
             outcome.extend((None, error))
 
     thread = threading.Thread(target=run, daemon=True)

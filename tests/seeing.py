@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from envs.images import image
+from envs.images import image_part
 from learner.model.tiny_vision import build_tiny_vision
 from learner.model.tokenizer import build_tokenizer
 
@@ -87,4 +87,4 @@ def build(family: str, folder: Path, head_width: int = 16) -> None:
 def picture(seed: int, height: int = 16, width: int = 16) -> str:
     """A picture of noise, as a data URL."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    return str(image(pixels)["image"])
+    return str(image_part(pixels)["image"])

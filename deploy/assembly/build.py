@@ -18,10 +18,9 @@ from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from envs import registry
 from envs.base import Observation
-from envs.hosting import subprocess_env as hosted
+from envs.code_lines import describe_error, user_lines_suffix
 from envs.hosting.host import EnvironmentFailed, EnvironmentRefused, HostSettings
-from envs.hosting.subprocess_env import SubprocessEnv
-from envs.own_frames import came_from, told
+from envs.hosting.subprocess_env import SubprocessEnv, resets_in_subprocess
 from envs.tools.tool import ToolRefused
 from rollout.agents.agent import Agent
 from rollout.agents.settings import PartSettings, wrapped, wrapping
@@ -115,9 +114,9 @@ def looked_at(
         finally:
             env.close()
         return
-    recipe = wrapping(registry.recipe(env_id, **options), parts)
+    recipe = wrapping(registry.env_factory(env_id, **options), parts)
     try:
-        with hosted.looked_at(recipe, host or HostSettings()) as reset:
+        with resets_in_subprocess(recipe, host or HostSettings()) as reset:
             yield reset
     except EnvironmentRefused as error:
         raise ConfigError(str(error)) from error
@@ -132,9 +131,9 @@ def _asked(env_id: str, call: Callable[[], T]) -> T:
     except (registry.EnvironmentUnknown, ToolRefused):
         raise
     except (Exception, SystemExit) as error:
-        if env_id in registry.registered() and not came_from(error):
+        if env_id in registry.registered() and not user_lines_suffix(error):
             raise  # a fault of Manta's own environment keeps its traceback
-        raise ConfigError(f"environment {env_id}: {told(error)}") from error
+        raise ConfigError(f"environment {env_id}: {describe_error(error)}") from error
 
 
 def distinct_tasks(
@@ -223,9 +222,9 @@ def replica_start(host: HostSettings) -> Start:
     """How replicas are started that do not live in their worker."""
     if host.where != "ray":
         return SubprocessEnv.start
-    from envs.hosting.actors import Remote  # and with it Ray, which is not everywhere
+    from envs.hosting.actors import RemoteEnv  # and with it Ray, which is not everywhere
 
-    return Remote.start
+    return RemoteEnv.start
 
 
 async def build_worker(

@@ -15,7 +15,7 @@ from deploy.report.console import Cell, Console, busy, write, write_table
 from envs import registry
 from envs.adapters import RandomPlayer
 from envs.checks.check import check
-from envs.checks.findings import Finding
+from envs.checks.findings import Issue
 from envs.registry import EnvironmentUnknown
 from rollout.external import external_env as foreign
 from rollout.external.external_env import PROGRAM
@@ -126,7 +126,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
 
-def show_findings(env_id: str, findings: Sequence[Finding], console: Console) -> None:
+def show_findings(env_id: str, findings: Sequence[Issue], console: Console) -> None:
     """A row a finding, or one line where there is none."""
     if not findings:
         write(console, f"{env_id}: sound", "green")

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
-from envs.own_frames import told
+from envs.code_lines import describe_error
 from envs.user_functions import load_function
 from rollout.wire.own_part import OwnPart, OwnPartRefused
 
@@ -46,7 +46,9 @@ def check_own_parts(config: RunConfig) -> None:
         except OwnPartRefused as error:
             raise ConfigError(f"{where}: {error}") from error
         except Exception as error:  # it is anybody's code
-            raise ConfigError(f"{where}: {part.kind} failed on a small example: {told(error)}") from error
+            raise ConfigError(
+                f"{where}: {part.kind} failed on a small example: {describe_error(error)}"
+            ) from error
 
 
 @contextmanager

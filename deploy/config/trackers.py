@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from envs.own_frames import told
+from envs.code_lines import describe_error
 from rollout.wire.own_part import OwnPart, OwnPartRefused
 
 HOOKS = ("on_run_start", "on_step", "on_eval", "on_run_end")
@@ -95,7 +95,7 @@ class Trackers:
             if place not in self._told:
                 self._told.add(place)
                 kind = self._settings[place].kind
-                self._say(f"tracker {kind} failed in {hook}, and the run goes on: {told(error)}")
+                self._say(f"tracker {kind} failed in {hook}, and the run goes on: {describe_error(error)}")
             return None
 
 

@@ -22,7 +22,7 @@ from deploy.config.own_parts import check_own_parts
 from deploy.run import replay
 from envs import registry
 from envs.base import Observation
-from envs.child_process import found
+from envs.child_process import find_program
 from envs.hosting.host import HostSettings
 from envs.tools.tool import ToolRefused
 from learner.model.lora import planned
@@ -112,7 +112,7 @@ def first_observation(
 def check_program(options: dict[str, Any]) -> None:
     """A foreign agent's options must fit, and its command must be there."""
     command = ProgramOptions.read(options).command
-    if command and found(command[0]) is None:
+    if command and find_program(command[0]) is None:
         raise ConfigError(f"env.options.command: there is no program {command[0]!r} here")
 
 

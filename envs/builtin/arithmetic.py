@@ -1,13 +1,13 @@
-r"""Arithmetic with answers that can be checked: sums, expressions, and word problems from templates.
+r"""Arithmetic with verifiable answers: sums, expressions, and word problems from templates.
 
 Observation: the problem on one line, "3 + 4"; with an `answer` other than "whole" a second line shows its form. After
-a wrong answer that may be tried again: "wrong".
+a wrong answer that may be retried: "wrong".
 Action: an integer in digits, "-" before it if it is negative, and nothing else. With answer="last" any text whose only
-line that begins with "answer:" is its last and says "answer: 7"; with answer="boxed" any text with one \boxed{7} in it.
-Reward: 1 for the right number, else 0. Horizon: one answer; `max_turns` above 1 lets a wrong one be tried again.
+line that begins with "answer:" is the last and reads "answer: 7"; with answer="boxed" any text with one \boxed{7}.
+Reward: 1 for the right number, else 0. Horizon: one answer; `max_turns` above 1 allows retries.
 Levels: 1 sums of small numbers, 2 two operations, 3 brackets and larger numbers, 4 word problems of one step, 5 of two
 or three.
-Ends: the right answer, or a wrong one with no turn left (terminated: either is judged), anything else (malformed).
+Ends: the right answer, or a wrong one with no turn left (terminated), anything else (malformed).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from envs.base import Info, Split, TextEnv, check_options, drawn, lower_case_words, text_space
+from envs.base import Info, Split, TextEnv, check_options, draw_valid, text_space, vocabulary
 
 LEVELS = (1, 2, 3, 4, 5)
-Style = Literal["whole", "last", "boxed"]
+AnswerForm = Literal["whole", "last", "boxed"]
 
 _INTEGER = "0|-?[1-9][0-9]{0,8}"
 _RULES = "Work out the answer, a whole number. "
@@ -60,7 +60,7 @@ RANGES = {
     "u": (2, 9),
 }
 
-# What is said, and its value. Gaps: names a and b, things, signs p and q, numbers by the letters of RANGES.
+# Text and value of each template. Gaps: names a and b, things, signs p and q, numbers by the letters of RANGES.
 PROBLEMS: dict[int, tuple[tuple[str, str], ...]] = {
     1: (("{i} + {j}", "{i} + {j}"),),
     2: tuple(
@@ -125,7 +125,7 @@ PROBLEMS: dict[int, tuple[tuple[str, str], ...]] = {
     ),
 }
 _GAP = re.compile("{([a-z]+)}")
-WORDS = lower_case_words(
+WORDS = vocabulary(
     (
         *(_GAP.sub("", said) for level in PROBLEMS.values() for said, _ in level),
         *NAMES,
@@ -142,8 +142,8 @@ class Arithmetic(TextEnv):
     """The environment.
 
     level: see above. answer: the form of an action, see above; "last" and "boxed" leave room for reasoning before it.
-    max_turns: answers that may be tried. split: "train" and "heldout" divide the problems by their text, whatever the
-    seed; "all" takes any. instructions: begin with the rules in English. Raises ValueError for other values.
+    max_turns: attempts per problem. split: "train" and "heldout" divide the problems by text, regardless of the seed;
+    "all" contains both. instructions: begin with the rules in English. Raises ValueError for other values.
     """
 
     action_space = text_space()
@@ -151,13 +151,13 @@ class Arithmetic(TextEnv):
     def __init__(
         self,
         level: int = 1,
-        answer: Style = "whole",
+        answer: AnswerForm = "whole",
         max_turns: int = 1,
         split: Split = "all",
         instructions: bool = True,
     ) -> None:
         check_options(level, LEVELS, split, max_turns)
-        if answer not in get_args(Style):
+        if answer not in get_args(AnswerForm):
             raise ValueError(f"answer={answer!r} must be whole, last or boxed")
         self._level = level
         self._style = answer
@@ -175,8 +175,8 @@ class Arithmetic(TextEnv):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         super().reset(seed=seed)
-        self._problem, self._answer = drawn(
-            lambda: _posed(self._level, self.np_random), lambda posed: posed[0], self._split
+        self._problem, self._answer = draw_valid(
+            lambda: _draw_problem(self._level, self.np_random), lambda problem: problem[0], self._split
         )
         self._turns = 0
         cue = CUES[self._style]
@@ -194,8 +194,8 @@ class Arithmetic(TextEnv):
         return RIGHT if right else WRONG, float(right), final, False, {"success": right} if final else {}
 
 
-def said(action: str, style: Style) -> int | None:
-    """The one integer an action answers with; None where its form is another or it names several."""
+def said(action: str, style: AnswerForm) -> int | None:
+    """The one integer that an action answers with; None if it has another form or several answers."""
     text = action.strip()
     if style == "last":
         lines = [line.strip().lower() for line in text.splitlines()]
@@ -212,7 +212,7 @@ def said(action: str, style: Style) -> int | None:
 
 
 class Player:
-    """Works the answer out, but says a random number below 100 with probability `error_rate`. One an episode."""
+    """Computes the answer; says a random number below 100 with probability `error_rate`. One per episode."""
 
     def __init__(self, error_rate: float, seed: int) -> None:
         self._error_rate = error_rate
@@ -221,7 +221,7 @@ class Player:
         self._style = "whole"
 
     def act(self, observation: str) -> str:
-        """An answer in the form asked for, from an observation of any style; the first one brings the problem."""
+        """An answer in the requested form, from an observation of any style; the first contains the problem."""
         if observation != WRONG:
             *_, above, last = ["", *observation.splitlines()]
             self._style = next((style for style, cue in CUES.items() if cue == last), "whole")
@@ -235,7 +235,7 @@ class Player:
 
 
 def solved(problem: str) -> int:
-    """The answer to a problem of any level, from its text. ValueError for a text that is no problem of ours."""
+    """The answer to a problem of any level, from its text. ValueError for any other text."""
     for pattern, value in _patterns():
         if match := pattern.fullmatch(problem):
             return int(value_of(value.format(**match.groupdict())))
@@ -243,13 +243,13 @@ def solved(problem: str) -> int:
 
 
 def value_of(expression: str) -> Fraction:
-    """The exact value of an expression of whole numbers, + - * / and brackets."""
+    """The exact value of an expression of integers, + - * / and brackets."""
     tokens = re.findall(r"\d+|[-+*/()]", expression)[::-1]
     return _sum(tokens)
 
 
 def _sum(tokens: list[str]) -> Fraction:
-    """The value of the terms that come next; `tokens` are in reverse, and those that were read are taken away."""
+    """The value of the next terms; `tokens` is reversed, and parsed tokens are popped."""
     value = _product(tokens)
     while tokens and tokens[-1] in "+-":
         sign = 1 if tokens.pop() == "+" else -1
@@ -275,8 +275,8 @@ def _atom(tokens: list[str]) -> Fraction:
     return value
 
 
-def _posed(level: int, rng: np.random.Generator) -> tuple[str, int] | None:
-    """A problem and its answer; None where the numbers drawn make no sense in it."""
+def _draw_problem(level: int, rng: np.random.Generator) -> tuple[str, int] | None:
+    """A problem and its answer; None if the numbers drawn do not fit the template."""
     text, value = PROBLEMS[level][rng.integers(len(PROBLEMS[level]))]
     first, second = rng.choice(len(NAMES), size=2, replace=False)
     gaps = {letter: str(rng.integers(low, high + 1)) for letter, (low, high) in RANGES.items()}
@@ -291,7 +291,7 @@ def _posed(level: int, rng: np.random.Generator) -> tuple[str, int] | None:
 
 @lru_cache(maxsize=1)
 def _patterns() -> list[tuple[re.Pattern[str], str]]:
-    """Every template as a pattern with a named group a gap, and its value."""
+    """Every template as a pattern with a named group per gap, and its value."""
     return [(_pattern(text), value) for level in PROBLEMS.values() for text, value in level]
 
 

@@ -1,11 +1,10 @@
-"""A tool-using assistant: questions over local data that nobody can answer without looking things up.
+"""A tool-using assistant: questions over local data that can only be answered by looking things up.
 
-Observation: "what is the temperature in arlen on may 12?", then what the tools say (see
+Observation: "what is the temperature in arlen on may 12?", then the tools' results (see
 envs/builtin/assistant_data.py).
-Action: calls of the tools weather, calculate, convert and search, as many a turn as one likes (see
-envs/tools/tool_env.py), or the answer: a number or a name, and nothing else. Reward: 1 for the right answer, else 0; a
-number may be off by 0.06, so that one rounded to one decimal is right, and names may be written in any case. The answer
-stands in no question.
+Action: calls of the tools weather, calculate, convert and search, any number per turn (see envs/tools/tool_env.py), or
+the answer: a number or a name, and nothing else. Reward: 1 for the right answer, else 0. A number may be off by 0.06,
+so that rounding to one decimal is right; names are case-insensitive. No question contains its answer.
 Horizon: `max_calls` calls, and the answer.
 Levels: how many calls a question needs, 1 to 4. One: a look at the weather, a search, a sum, a conversion. More: what
 one call answers is what the next one is about, "the birthplace of the mayor of arlen", or two are compared.
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import Info, Observation, Split, TextEnv, check_options, drawn
+from envs.base import Info, Observation, Split, TextEnv, check_options, draw_valid
 from envs.builtin.assistant_data import (
     BIRTHPLACES,
     DAYS,
@@ -42,7 +41,7 @@ from envs.builtin.assistant_data import (
     evaluated,
     measured,
 )
-from envs.tools.tool_calls import Call, Style, write_call
+from envs.tools.tool_calls import Style, ToolCall, write_call
 from envs.tools.tool_env import Toolbox, ToolEnv
 
 LEVELS = 4
@@ -64,7 +63,7 @@ INSTRUCTIONS = {
     "plain": "Use the tools to answer the question. Call one by a line like this: name(value, value). "
     "Answer with a number or a name and nothing else.\n",
 }
-# What a tokenizer with whole words wants to know.
+# The vocabulary, for word-level tokenizers.
 WORDS = (
     *("what", "is", "the", "of", "in", "on", "times", "minus"),
     *("mayor", "birthplace", "trade", "height", "tower"),
@@ -96,10 +95,10 @@ def assistant(
 ) -> ToolEnv:
     """The environment with its tools.
 
-    level: calls a question needs. split: "train" and "heldout" divide the questions by their text; "all" takes any.
-    instructions: begin with what is to be done. style: how calls are written, see `envs.tools.tool_calls`; "plain" is
-    for models too small for JSON. max_calls: calls an episode, and two more that are refused. Raises ValueError for
-    wrong values.
+    level: calls a question needs. split: "train" and "heldout" divide the questions by text; "all" contains both.
+    instructions: begin with the task. style: how calls are written, see `envs.tools.tool_calls`; "plain" is for models
+    too small for JSON. max_calls: calls per episode; two more are refused before the episode is truncated. Raises
+    ValueError for wrong values.
     """
     toolbox = Toolbox(TOOLS, call_seconds=None)
     env = Assistant(level, split, INSTRUCTIONS.get(style, "") if instructions else "")
@@ -107,7 +106,7 @@ def assistant(
 
 
 class Assistant(TextEnv):
-    """The question and the answer; see `assistant` for the whole."""
+    """The question and the answer; `assistant` adds the tools."""
 
     def __init__(self, level: int, split: Split, opening: str) -> None:
         check_options(level, range(1, LEVELS + 1), split, max_turns=None)
@@ -118,7 +117,7 @@ class Assistant(TextEnv):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         super().reset(seed=seed)
-        question, self._answer = drawn(self._attempt, itemgetter(0), self._split)
+        question, self._answer = draw_valid(self._attempt, itemgetter(0), self._split)
         return self._opening + question, {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
@@ -131,14 +130,14 @@ class Assistant(TextEnv):
         return "right" if right else "wrong", float(right), True, False, {"success": right}
 
     def _attempt(self) -> tuple[str, Answer] | None:
-        """A question with its answer; None where the one gives the other away."""
-        asked, answer = _drawn(self._level, self.np_random)
+        """A question and its answer; None if the question contains the answer."""
+        asked, answer = _draw_question(self._level, self.np_random)
         question = f"what is {asked}?"
-        return None if stands_in(answer, question) else (question, answer)
+        return None if contains_answer(answer, question) else (question, answer)
 
 
 def read(action: str) -> Answer | None:
-    """The answer that was given; None for anything but one number or one name."""
+    """Parse an answer; None for anything but one number or one name."""
     text = action.strip().lower()
     if text in NAMES:
         return text
@@ -146,24 +145,24 @@ def read(action: str) -> Answer | None:
 
 
 def agree(said: Answer, right: Answer) -> bool:
-    """Whether an answer is the right one."""
+    """Whether an answer is right."""
     if isinstance(said, Fraction) and isinstance(right, Fraction):
         return abs(said - right) <= TOLERANCE
     return said == right
 
 
-def stands_in(answer: Answer, question: str) -> bool:
-    """Whether a word of the question, said back, would be the answer."""
+def contains_answer(answer: Answer, question: str) -> bool:
+    """Whether a word of the question, repeated, would be the answer."""
     said = (read(word) for word in re.findall(r"[a-z]+|-?[0-9.]+", question))
     return any(each is not None and agree(each, answer) for each in said)
 
 
-# Questions: a text and its answer, drawn so that so many calls lead to it -----------------------------------------
+# Questions: a text and its answer, drawn to need a given number of calls ------------------------------------------
 
 _Rng = np.random.Generator
 
 
-def _drawn(calls: int, rng: _Rng) -> tuple[str, Answer]:
+def _draw_question(calls: int, rng: _Rng) -> tuple[str, Answer]:
     draws = [_name, _measure, *([_literal] if calls == 1 else [_in_other_unit, _times])]
     if calls >= 3:
         draws.append(_difference)
@@ -247,7 +246,7 @@ def _literal(calls: int, rng: _Rng) -> tuple[str, Answer]:
 # The scripted player ----------------------------------------------------------------------------------------------
 
 _FACT = r" is (\S+?)(?: metres)?\.$"
-_FORMS: tuple[tuple[str, str], ...] = (  # the first that fits says what a phrase is about
+_FORMS: tuple[tuple[str, str], ...] = (  # the first match decides what a phrase asks for
     ("difference", r"(.+) minus (.+)"),
     ("times", r"([0-9]+) times (.+)"),
     ("sum", r"([0-9 +*-]+)"),
@@ -259,18 +258,18 @@ _FORMS: tuple[tuple[str, str], ...] = (  # the first that fits says what a phras
 
 
 @dataclass(frozen=True)
-class _Ask:
-    """A call that would say what a phrase stands for, and where in the tool's answer that is."""
+class _Lookup:
+    """A call that finds what a phrase stands for, and the pattern of the value in the tool's result."""
 
     phrase: str
-    call: Call
+    call: ToolCall
     pattern: str = r"(-?[0-9.]+)$"
 
 
 class Player:
-    """Takes a question apart from the inside out, a call a turn; errs with probability `error_rate` a turn.
+    """Resolves a question from the inside out, one call per turn; errs with probability `error_rate` per turn.
 
-    An error is a call or an answer drawn at random. One an episode.
+    An error is a random call or answer. One per episode.
     """
 
     def __init__(self, error_rate: float, seed: int) -> None:
@@ -279,28 +278,28 @@ class Player:
         self._style: Style = "hermes"
         self._question = ""
         self._known: dict[str, str] = {}
-        self._asked: _Ask | None = None
+        self._pending: _Lookup | None = None
 
     def act(self, observation: Observation) -> str:
-        """The next call or the answer, from what the environment said last."""
-        assert not isinstance(observation, str), "an environment with tools speaks in messages"
-        heard = observation[-1]["content"]
+        """The next call or the answer, from the last observation."""
+        assert not isinstance(observation, str), "observations of an environment with tools are messages"
+        content = observation[-1]["content"]
         if tools := observation[0].get("tools"):
             self._style = tools[0].get("style", "hermes")
-            self._question = heard[heard.rindex("what is ") + len("what is ") :].rstrip("?")
-        elif self._asked is not None and (found := re.search(self._asked.pattern, heard)):
-            self._known[self._asked.phrase] = found[1]
-        self._asked = None
-        if self._rng.random() < self._error_rate or heard.endswith("answer without tools."):
-            return self._anything()
+            self._question = content[content.rindex("what is ") + len("what is ") :].rstrip("?")
+        elif self._pending is not None and (found := re.search(self._pending.pattern, content)):
+            self._known[self._pending.phrase] = found[1]
+        self._pending = None
+        if self._rng.random() < self._error_rate or content.endswith("answer without tools."):
+            return self._random_action()
         step = self._solved(self._question)
         if isinstance(step, str):
             return step
-        self._asked = step
+        self._pending = step
         return write_call(step.call, self._style)
 
-    def _solved(self, phrase: str) -> str | _Ask:
-        """What a phrase stands for, or what must be asked first."""
+    def _solved(self, phrase: str) -> str | _Lookup:
+        """The value of a phrase, or the call that has to come first."""
         if phrase in self._known or phrase in NAMES:
             return self._known.get(phrase, phrase)
         kind, parts = next(
@@ -316,40 +315,42 @@ class Player:
         values = []
         for each in inner.get(kind, ()):
             value = self._solved(each)
-            if isinstance(value, _Ask):
+            if isinstance(value, _Lookup):
                 return value
             values.append(value)
         match kind:
             case "difference":
-                return _Ask(phrase, Call("calculate", {"expression": " - ".join(values)}))
+                return _Lookup(phrase, ToolCall("calculate", {"expression": " - ".join(values)}))
             case "times":
-                return _Ask(phrase, Call("calculate", {"expression": f"{parts[0]} * {values[0]}"}))
+                return _Lookup(phrase, ToolCall("calculate", {"expression": f"{parts[0]} * {values[0]}"}))
             case "sum":
-                return _Ask(phrase, Call("calculate", {"expression": phrase}))
+                return _Lookup(phrase, ToolCall("calculate", {"expression": phrase}))
             case "amount":
-                return _Ask(phrase, _conversion(*parts))
+                return _Lookup(phrase, _conversion(*parts))
             case "unit":
                 unit = next(unit for unit, to in _OTHER_UNIT.values() if to == parts[1])
-                return _Ask(phrase, _conversion(values[0], unit, parts[1]))
+                return _Lookup(phrase, _conversion(values[0], unit, parts[1]))
             case "weather":
-                call = Call("weather", {"place": values[0], "date": parts[2]})
-                return _Ask(phrase, call, rf"{parts[0]} (-?[0-9]+)")
-        return _Ask(phrase, Call("search", {"words": f"{parts[0]} of {values[0]}"}), _FACT)
+                call = ToolCall("weather", {"place": values[0], "date": parts[2]})
+                return _Lookup(phrase, call, rf"{parts[0]} (-?[0-9]+)")
+        return _Lookup(phrase, ToolCall("search", {"words": f"{parts[0]} of {values[0]}"}), _FACT)
 
-    def _anything(self) -> str:
+    def _random_action(self) -> str:
         rng = self._rng
         place, person = _one_of(PLACES, rng), _one_of(PEOPLE, rng)
         number = int(rng.integers(-20, 100))
         calls = (
-            Call("weather", {"place": place, "date": f"{_one_of(MONTHS, rng)} {rng.integers(1, DAYS + 1)}"}),
-            Call("calculate", {"expression": f"{number} * 2"}),
+            ToolCall(
+                "weather", {"place": place, "date": f"{_one_of(MONTHS, rng)} {rng.integers(1, DAYS + 1)}"}
+            ),
+            ToolCall("calculate", {"expression": f"{number} * 2"}),
             _conversion(str(number), *_PAIRS[rng.integers(len(_PAIRS))]),
-            Call("search", {"words": person}),
+            ToolCall("search", {"words": person}),
         )
         if rng.random() < 0.5:
             return write_call(calls[rng.integers(len(calls))], self._style)
         return _one_of([place, person, _one_of(TRADES, rng), str(number)], rng)
 
 
-def _conversion(amount: str, unit: str, to: str) -> Call:
-    return Call("convert", {"amount": json.loads(amount), "unit": unit, "to": to})
+def _conversion(amount: str, unit: str, to: str) -> ToolCall:
+    return ToolCall("convert", {"amount": json.loads(amount), "unit": unit, "to": to})

@@ -1,7 +1,7 @@
-"""The data that the assistant's tools look things up in, and the tools: the same everywhere, drawn from hashes.
+"""The assistant's tools and their data, which are the same everywhere because they are drawn from hashes.
 
 Sixteen invented places and as many people; the weather of every day of a year in each place; and 64 documents of one
-sentence each, about who is mayor where, where people were born, what they do, and how high the towers are.
+sentence each: mayors of places, birthplaces and trades of people, and heights of towers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] 
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-_SIZES = {  # unit -> what it measures, and how many of the first unit of that kind it is
+_SIZES = {  # unit -> (quantity, size in the first unit of that quantity)
     "metres": ("length", Fraction(1)),
     "feet": ("length", Fraction("0.3048")),
     "km": ("length", Fraction(1000)),
@@ -54,7 +54,7 @@ UNITS = (*_SIZES, "celsius", "fahrenheit")
 
 
 def _drawn(key: str, low: int, high: int) -> int:
-    """A whole number from `low` to `high`, decided by `key` alone."""
+    """An integer from `low` to `high`, determined by `key`."""
     return low + int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % (high - low + 1)
 
 
@@ -75,12 +75,12 @@ DOCUMENTS = (
 
 
 def measured(quantity: str, place: str, date: str) -> int:
-    """One quantity of the weather: degrees celsius, metres a second, or millimetres."""
+    """One quantity of the weather: degrees celsius, metres per second, or millimetres."""
     return _drawn(f"{quantity} {place} {date}", *QUANTITIES[quantity])
 
 
 def converted(amount: Fraction, unit: str, to: str) -> Fraction:
-    """An amount in another unit. ValueError for units that are unknown, or of different things."""
+    """An amount in another unit. ValueError for unknown units, or units of different quantities."""
     if (unit, to) == ("celsius", "fahrenheit"):
         return amount * 9 / 5 + 32
     if (unit, to) == ("fahrenheit", "celsius"):
@@ -97,7 +97,7 @@ def converted(amount: Fraction, unit: str, to: str) -> Fraction:
 def evaluated(expression: str) -> Fraction:
     """The exact value of an expression of numbers, + - * / and brackets, of at most 100 characters.
 
-    ValueError for anything else, ZeroDivisionError for a division by nothing.
+    ValueError for anything else, ZeroDivisionError for a division by zero.
     """
     if not _EXPRESSION.fullmatch(expression):
         raise ValueError("an expression is made of numbers, + - * / and brackets, at most 100 characters")
@@ -108,7 +108,7 @@ def evaluated(expression: str) -> Fraction:
 
 
 def written(number: Fraction) -> str:
-    """A number to two decimals, without zeros at its end."""
+    """A number with up to two decimals, without trailing zeros."""
     text = f"{float(round(number, 2)):.2f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 
@@ -145,7 +145,7 @@ _FUNCTIONS: tuple[Callable[..., str], ...] = (weather, calculate, convert, searc
 TOOLS = tuple(map(Tool.of, _FUNCTIONS))
 
 _SAID = [frozenset(re.findall("[a-z]+", document)) for document in DOCUMENTS]
-# How rare a word is (inverse document frequency): one that stands in every document says nothing.
+# Inverse document frequency: a word that occurs in every document has weight 0.
 _WEIGHTS = {
     word: math.log(len(DOCUMENTS) / count)
     for word, count in Counter(w for said in _SAID for w in said).items()

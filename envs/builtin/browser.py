@@ -1,15 +1,15 @@
 """A shop's pages in a real browser: links to follow, a form to send, a table to search.
 
-Observation, line by line: "task: " and what is asked; then the page as a screen reader has it, roles and names being
-those that Chromium computes: "heading order", "text page 1 of 4", "row ann berg, baker, arlen, 4711", and with a number
-before it what can be acted on: "3 link people", "5 textbox name: ann", "8 combobox colour: red of choose, red, green",
-"9 radio post: off", "12 checkbox wrapping: on", "13 button send". After an action that did nothing "nothing happens"
-stands above. With observe="screenshot" the task is followed by a picture of the page, 640 by 480 pixels, in which the
-same numbers are drawn beside what can be acted on (set-of-mark prompting, Yang et al. 2023, arXiv:2310.11441).
+Observation, line by line: "task: " and the task; then the page as in a screen reader, with the roles and names that
+Chromium computes: "heading order", "text page 1 of 4", "row ann berg, baker, arlen, 4711", and with a number before it
+each interactive element: "3 link people", "5 textbox name: ann", "8 combobox colour: red of choose, red, green",
+"9 radio post: off", "12 checkbox wrapping: on", "13 button send". After an action without effect, the first line is
+"nothing happens". With observe="screenshot" the task is followed by an image of the page, 640 by 480 pixels, with the
+same numbers drawn beside the elements (set-of-mark prompting, Yang et al. 2023, arXiv:2310.11441).
 Action: one call in the plain form of envs/tools/tool_calls.py: click(3), type(5, ann), select(8, red), back(), done(),
 done(4711).
-Reward: 1 where the page that was asked for is open when done() is said; where done says the answer that was asked for,
-in any case; where the form was sent once, every field of it as asked; else 0. Horizon: `max_turns`.
+Reward: 1 if the requested page is open at done(), if done has the requested answer (in any case), or if the form was
+sent once with all fields as requested; else 0. Horizon: `max_turns`.
 Levels: 1 links to a page; 2 a form whose contents are told; 3 a fact in a table of several pages, by a name that can be
 searched for, or by trade and town; 4 a form whose contents have to be found by links and in the table.
 Ends: done, and a form that was sent, right or wrong (terminated); turns used up (truncated); an action outside the
@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from envs import images
-from envs.base import Info, Observation, Split, TalkSpace, TextEnv, check_options, drawn, lower_case_words
+from envs.base import Info, Observation, Split, TalkSpace, TextEnv, check_options, draw_valid, vocabulary
 from envs.builtin.browser_pages import (
     COLOURS,
     COLUMNS,
@@ -44,7 +44,7 @@ from envs.builtin.browser_pages import (
     paid,
 )
 from envs.builtin.browser_tab import Element, Tab, find_chromium
-from envs.tools.tool_calls import Call, parse_calls
+from envs.tools.tool_calls import ToolCall, parse_calls
 
 NOTHING, RIGHT, WRONG, UNREAD = "nothing happens", "right", "wrong", "no such action"
 MAX_TYPED = 60  # characters of a text
@@ -60,7 +60,7 @@ SHOWN = {
 }
 ROLES = ("heading", "text", "row", "link", "button", "textbox", "combobox", "radio", "checkbox")
 CALLS = ("click", "type", "select", "back", "done")
-WORDS = lower_case_words(
+WORDS = vocabulary(
     (
         *(
             "task open the page of what is phone who order number in for by with without",
@@ -81,9 +81,9 @@ class Browser(TextEnv):
     """The environment.
 
     level: 1 to 4, see above. observe: "text" or "screenshot". max_turns: actions before truncation. split: "train" and
-    "heldout" divide the tasks by their text, whatever the seed; "all" takes any. instructions: begin with the rules in
-    English. executable: of Chromium; None looks for it on the PATH. Raises ValueError for other values, and where there
-    is no Chromium. It waits for the browser at every turn: env.host.where="process" keeps others from waiting with it.
+    "heldout" divide the tasks by text, regardless of the seed; "all" contains both. instructions: begin with the rules
+    in English. executable: of Chromium; None searches the PATH. Raises ValueError for other values, or if there is no
+    Chromium. Every turn waits for the browser: with env.host.where="process" other episodes do not.
     """
 
     def __init__(
@@ -106,18 +106,18 @@ class Browser(TextEnv):
         self._executable = executable or find_chromium()
         if self._pictures:
             self.observation_space = TalkSpace()
-        # Here, since starting a browser takes seconds, which a reset has no limit for.
+        # Started here, because starting a browser takes seconds, which should not count as a reset.
         self._tab: Tab | None = Tab(self._executable)
         self._site = Site((), ())
         self._goal = Goal("")
         self._elements: dict[int, Element] = {}
         self._turns = 0
 
-    def reset(  # type: ignore[override]  # a picture is no text
+    def reset(  # type: ignore[override]  # observations may hold images
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, Info]:
         super().reset(seed=seed)
-        self._site, self._goal = drawn(
+        self._site, self._goal = draw_valid(
             lambda: draw(self.np_random, self._level), lambda made: made[1].task, self._split
         )
         self._turns = 0
@@ -149,7 +149,7 @@ class Browser(TextEnv):
             self._tab = None
 
     def _act(self, tab: Tab, name: str, given: Sequence[str]) -> bool:
-        """Do what a call says, where the page has that; whether it has."""
+        """Execute a call; return whether the page has the element for it."""
         if name == "back":
             return tab.back()
         element = self._elements.get(int(given[0]))
@@ -172,13 +172,13 @@ class Browser(TextEnv):
         task = f"{before}task: {self._goal.task}"
         if not self._pictures:
             return "\n".join((task, *map(line_of, elements)))
-        return [{"role": "user", "content": [images.text(task), images.png(tab.picture())]}]
+        return [{"role": "user", "content": [images.text_part(task), images.png_part(tab.picture())]}]
 
 
 def read(action: str) -> tuple[str, ...] | None:
-    """The call that an action is, with its arguments as text; None for anything else."""
+    """Parse an action as one call with text arguments; None for anything else."""
     outside, calls = parse_calls(action.strip(), "plain")
-    if outside or len(calls) != 1 or not isinstance(call := calls[0], Call):
+    if outside or len(calls) != 1 or not isinstance(call := calls[0], ToolCall):
         return None
     values = list(call.arguments.values())
     if any(isinstance(value, bool) or not isinstance(value, int | str) for value in values):
@@ -214,8 +214,8 @@ _OPEN, _ASK = re.compile(r"open the page of the (.+)"), re.compile(r"(what is th
 _ORDER = re.compile(rf"order (.) of (.+) in (.+) for (.+) by (.+) (with|without) {WRAPPING}")
 
 
-class Seen:
-    """What an observation in text says."""
+class PageView:
+    """The content of a text observation."""
 
     def __init__(self, observation: str) -> None:
         task, *lines = observation[observation.index("task: ") :].splitlines()
@@ -223,91 +223,91 @@ class Seen:
         self.elements = []
         for line in lines:
             found = _LINE.fullmatch(line)
-            assert found is not None, f"no line of an observation: {line!r}"
+            assert found is not None, f"not a line of an observation: {line!r}"
             handle, role, name, value, options = found.groups()
             options = options.split(", ") if options else []
             self.elements.append(Element(int(handle or 0), role, name, value or "", options))
 
     def named(self, role: str, name: str) -> Element | None:
-        """The first element of that role and name."""
+        """The first element with this role and name."""
         return next((each for each in self.elements if (each.role, each.name) == (role, name)), None)
 
     def click(self, role: str, *names: str) -> str:
-        """The call that clicks on the first of these that is there."""
+        """The call that clicks the first of these elements that is there."""
         return next(f"click({found.handle})" for name in names if (found := self.named(role, name)))
 
     def text(self, beginning: str) -> str | None:
-        """The rest of a text that begins so."""
+        """The rest of the first text that begins with `beginning`."""
         texts = (each.name for each in self.elements if each.role == "text")
         return next((text.removeprefix(beginning) for text in texts if text.startswith(beginning)), None)
 
     def person(self, who: str) -> list[str] | None:
-        """The row of a person meant by name or by "the TRADE of TOWN", where it is on the page."""
+        """The row of a person, given by name or as "the TRADE of TOWN", if it is on the page."""
         rows = (each.name.split(", ") for each in self.elements if each.role == "row")
         return next((row for row in rows if who in (row[0], f"the {row[1]} of {row[2]}")), None)
 
 
 class Player:
-    """Goes where what it still needs to know is found, then says or sends it; errs with probability `error_rate`.
+    """Goes where missing facts are found, then answers or sends the form; errs with probability `error_rate`.
 
-    An error is anything that could be done on the page, or done with anything that stands there. One an episode; it
-    reads text, not pictures.
+    An error is any possible action on the page, or done with any word on it. One per episode; it reads text, not
+    images.
     """
 
     def __init__(self, error_rate: float, seed: int) -> None:
         self._error_rate = error_rate
         self._rng = np.random.default_rng(seed)
-        self._known: dict[str, str] = {}  # numbers of items and names of people, as the task speaks of them
+        self._known: dict[str, str] = {}  # phrase of the task -> item number or person name
 
     def act(self, observation: Observation) -> str:
-        """The next call. ValueError for a picture."""
+        """The next call. ValueError for an image."""
         if not isinstance(observation, str):
-            raise ValueError('the scripted player reads text alone: use observe="text"')
-        seen = Seen(observation)
+            raise ValueError('the scripted player reads text only; use observe="text"')
+        view = PageView(observation)
         if self._rng.random() < self._error_rate:
-            return self._anything(seen)
-        if found := _OPEN.fullmatch(seen.task):
-            return "done()" if seen.named("heading", found[1]) else _towards_item(seen, found[1])
-        if found := _ASK.fullmatch(seen.task):
-            if row := seen.person(found[2]):
+            return self._random_action(view)
+        if found := _OPEN.fullmatch(view.task):
+            return "done()" if view.named("heading", found[1]) else _towards_item(view, found[1])
+        if found := _ASK.fullmatch(view.task):
+            if row := view.person(found[2]):
                 return f"done({row[0] if found[1] == 'who is' else row[3]})"
-            return _towards_person(seen, found[2])
-        found = _ORDER.fullmatch(seen.task)
-        assert found is not None, f"no task is {seen.task!r}"
-        return self._order(seen, *found.groups())
+            return _towards_person(view, found[2])
+        found = _ORDER.fullmatch(view.task)
+        assert found is not None, f"unknown task: {view.task!r}"
+        return self._order(view, *found.groups())
 
     def _order(
-        self, seen: Seen, count: str, what: str, colour: str, who: str, delivery: str, wrapped: str
+        self, view: PageView, count: str, what: str, colour: str, who: str, delivery: str, wrapped: str
     ) -> str:
         item = what.removeprefix("the ")
         if what.startswith("number "):
             self._known[what] = what.removeprefix("number ")
-        elif seen.named("heading", item) and (number := seen.text("number ")):
+        elif view.named("heading", item) and (number := view.text("number ")):
             self._known[what] = number
         if not who.startswith("the "):
             self._known[who] = who
-        elif row := seen.person(who):
+        elif row := view.person(who):
             self._known[who] = row[0]
         if what not in self._known:
-            return _towards_item(seen, item)
+            return _towards_item(view, item)
         if who not in self._known:
-            return _towards_person(seen, who)
-        if not seen.named("button", "send"):
-            return seen.click("link", "order")
+            return _towards_person(view, who)
+        if not view.named("button", "send"):
+            return view.click("link", "order")
         filled = {"number": self._known[what], "name": self._known[who], "count": count, "colour": colour}
         filled |= {delivery: "on", WRAPPING: "on" if wrapped == "with" else "off"}
-        for each in seen.elements:
+        for each in view.elements:
             wanted = filled.get(each.name, each.value)
             if wanted != each.value and each.handle:
                 form = {"textbox": "type({}, {})", "combobox": "select({}, {})"}.get(each.role, "click({})")
                 return form.format(each.handle, wanted)
-        return seen.click("button", "send")
+        return view.click("button", "send")
 
-    def _anything(self, seen: Seen) -> str:
-        words = [*seen.task.split(), *(cell for each in seen.elements for cell in each.name.split(", "))]
+    def _random_action(self, view: PageView) -> str:
+        words = [*view.task.split(), *(cell for each in view.elements for cell in each.name.split(", "))]
         word = words[self._rng.integers(len(words))]
         calls = ["back()", "done()", f"done({word})"]
-        for each in seen.elements:
+        for each in view.elements:
             if each.role == "textbox":
                 calls.append(f"type({each.handle}, {word})")
             elif each.role == "combobox":
@@ -317,15 +317,15 @@ class Player:
         return calls[self._rng.integers(len(calls))]
 
 
-def _towards_item(seen: Seen, item: str) -> str:
+def _towards_item(view: PageView, item: str) -> str:
     section = next(section for section, kinds in SECTIONS.items() if item.split()[-1] in kinds)
-    return seen.click("link", item, section, "shop")
+    return view.click("link", item, section, "shop")
 
 
-def _towards_person(seen: Seen, who: str) -> str:
-    box = seen.named("textbox", "name")
-    if not seen.named("heading", "people") or box is None:
-        return seen.click("link", "people")
+def _towards_person(view: PageView, who: str) -> str:
+    box = view.named("textbox", "name")
+    if not view.named("heading", "people") or box is None:
+        return view.click("link", "people")
     if who.startswith("the "):
-        return seen.click("link", "next", "people")
-    return seen.click("button", "search") if box.value == who else f"type({box.handle}, {who})"
+        return view.click("link", "next", "people")
+    return view.click("button", "search") if box.value == who else f"type({box.handle}, {who})"

@@ -1,6 +1,6 @@
-"""The pages of a small shop, a new one for every seed, and what is asked for there.
+"""The pages of a small shop, new for every seed, and the tasks in it.
 
-A site is a function from requests to pages in HTML, without scripts: what a visitor can change is what it has sent.
+A site is a function from requests to HTML pages without scripts. The only state that a visitor changes is the orders.
 
     /  home     /shop     /shop/kitchen     /shop/kitchen/copper-kettle     /people?name=ann&page=2     /order
 """
@@ -31,17 +31,17 @@ DELIVERIES = ("post", "courier", "pickup")
 COLUMNS = ("name", "trade", "town", "phone")
 LEVELS = {1: "links", 2: "form", 3: "table", 4: "composition"}
 
-LOOKED = 5  # items of a section
+ITEMS_PER_SECTION = 5
 PEOPLE = 24
 PAGE_ROWS = 6
-WRAPPING = "wrapping"  # the checkbox; it is sent as "on", or not at all
+WRAPPING = "wrapping"  # the checkbox; sent as "on", or not at all
 
 Fields = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Something in the shop."""
+    """An item of the shop."""
 
     name: str
     section: str
@@ -55,7 +55,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """A row of the table of people: no two share a name, a phone, or both trade and town."""
+    """A row of the table of people. Names, phones, and pairs of trade and town are unique."""
 
     name: str
     trade: str
@@ -65,7 +65,7 @@ class Person:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What is asked for: a page to be on when done is said, what is said with it, or one form to be sent."""
+    """The task: a page that must be open at done, an answer, or one form to send."""
 
     task: str
     page: str = ""
@@ -74,7 +74,7 @@ class Goal:
 
 
 def paid(goal: Goal, page: str, answer: str, sent: Sequence[Fields]) -> float:
-    """The reward at the end: where the visitor is, what it answers (nothing: ""), and all that it has sent."""
+    """The reward at the end, from the open page, the answer ("" for none), and all orders sent."""
     if goal.order is not None:
         return float(list(sent) == [goal.order])
     return float(not sent and page == (goal.page or page) and answer == goal.answer)
@@ -82,14 +82,14 @@ def paid(goal: Goal, page: str, answer: str, sent: Sequence[Fields]) -> float:
 
 @dataclass(slots=True)
 class Site:
-    """A shop with its items and people, and the orders that were sent to it."""
+    """A shop with its items, people, and the orders sent so far."""
 
     items: tuple[Item, ...]
     people: tuple[Person, ...]
     sent: list[Fields] = field(default_factory=list)
 
     def respond(self, method: str, path: str, fields: Fields) -> str:
-        """The page that answers a request, in HTML; an order is remembered as it is."""
+        """The HTML page for a request; an order is stored verbatim."""
         place = [part for part in path.split("/") if part]
         match place:
             case []:
@@ -123,7 +123,7 @@ class Site:
 
 
 def draw(rng: np.random.Generator, level: int) -> tuple[Site, Goal]:
-    """A site, and what is asked for there at a level."""
+    """A site and a task of a level."""
     items, people = _items(rng), _people(rng)
     item, person = items[rng.integers(len(items))], people[rng.integers(len(people))]
     if LEVELS[level] == "links":
@@ -140,7 +140,7 @@ def draw(rng: np.random.Generator, level: int) -> tuple[Site, Goal]:
 
 
 def _question(person: Person, kind: int) -> Goal:
-    """By name, which can be searched for, or by trade and town, for which the table has to be paged through."""
+    """Ask by name, which can be searched for, or by trade and town, which requires paging through the table."""
     if kind == 0:
         return Goal(f"what is the phone of {person.name}", answer=person.phone)
     who = f"the {person.trade} of {person.town}"
@@ -168,11 +168,11 @@ def _order(rng: np.random.Generator, item: Item, person: Person, what: str, who:
 
 
 def _items(rng: np.random.Generator) -> tuple[Item, ...]:
-    numbers = iter(rng.permutation(np.arange(100, 1000))[: LOOKED * len(SECTIONS)])
+    numbers = iter(rng.permutation(np.arange(100, 1000))[: ITEMS_PER_SECTION * len(SECTIONS)])
     items = []
     for section, kinds in SECTIONS.items():
         names = [f"{look} {kind}" for look, kind in product(LOOKS, kinds)]
-        for index in rng.permutation(len(names))[:LOOKED]:
+        for index in rng.permutation(len(names))[:ITEMS_PER_SECTION]:
             items.append(Item(names[index], section, str(next(numbers)), str(rng.integers(5, 100))))
     return tuple(items)
 

@@ -1,14 +1,14 @@
-"""A page in Chromium that sees nothing but what one function answers, driven by Playwright (extra browser).
+"""A page in Chromium whose requests are answered by one function, driven by Playwright (extra browser).
 
-    environment, any thread         the one thread that Playwright is called from          driver, Chromium
-    Tab.click, .read, ...   job ->  one after another                              pipes ->   a context a tab
+    environment, any thread         the one thread that calls Playwright                   driver, Chromium
+    Tab.click, .read, ...   job ->  one after another                              pipes ->   a context per tab
                             <- result or error
 
-Playwright refuses to be called where an event loop runs, which is where replicas are played: hence the thread. A
-process has one browser, started with its first tab and stopped soon after its last; each tab has a context of its own.
-Requests are answered by the tab's own function or aborted, so that nothing reaches a network, and nothing listens.
-Driver and browser end when their pipes close, that is, with this process, however it ends; a driver that is killed
-with it leaves Chromium's profile, a megabyte, in the temporary folder.
+Playwright cannot be called in a thread with a running event loop, where replicas are played: hence the extra thread. A
+process has one browser, started with its first tab and stopped soon after its last; each tab has its own context.
+Requests are answered by the tab's function or aborted, so nothing reaches a network, and nothing listens. Driver and
+browser end when their pipes close, that is, with this process. A driver that is killed with it leaves Chromium's
+profile (a megabyte) in the temporary folder.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ except ModuleNotFoundError as missing:
         "browser needs an optional package: pip install 'manta-rl[browser]'", name="playwright"
     ) from missing
 
-ORIGIN = "http://site.test"  # a name that nobody can have (RFC 6761); it is never looked up
+ORIGIN = "http://site.test"  # a reserved name (RFC 6761), never resolved
 VIEWPORT = {"width": 640, "height": 480}
 START_SECONDS = 120.0  # for the driver and Chromium
-CALL_SECONDS = 60.0  # for one thing done in a tab
+CALL_SECONDS = 60.0  # limit for one operation in a tab
 END_SECONDS = 5.0
-LINGER_SECONDS = 5.0  # that a browser without tabs waits for another: to start it anew takes seconds
+LINGER_SECONDS = 5.0  # a browser without tabs is kept this long, because starting one takes seconds
 EXECUTABLES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     "--disable-gpu",
@@ -48,13 +48,13 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    "--host-resolver-rules=MAP * ~NOTFOUND",  # for what no route catches: connecting ahead of a click
+    "--host-resolver-rules=MAP * ~NOTFOUND",  # for what no route catches: preconnecting before a click
     "--enable-blink-features=ComputedAccessibilityInfo",  # roles and names as the browser itself computes them
 )
 Respond = Callable[[str, str, dict[str, str]], str]  # method, path, fields -> HTML
 _Result = TypeVar("_Result")
 
-# Everything that can be read or acted on, in the order of the page; what can be acted on is numbered from 1.
+# All readable and interactive elements, in page order; interactive ones are numbered from 1.
 _READ = """() => {
     let handle = 0;
     return Array.from(document.querySelectorAll("h1, p, tr, a, button, input, select"), each => {
@@ -90,21 +90,21 @@ _UNMARK = """() => document.querySelectorAll("b.mark").forEach(mark => mark.remo
 
 
 def find_chromium() -> str:
-    """The path of Chromium or Chrome on this machine. ValueError, one line, where there is none."""
+    """The path of Chromium or Chrome on this machine. ValueError, one line, if there is none."""
     found = next((path for name in EXECUTABLES if (path := shutil.which(name))), None)
     if found is None:
         raise ValueError(
             "there is no Chromium here: install your system's package (Debian: apt-get install chromium) "
-            "or say where it is by executable"
+            "or name its path with the option executable"
         )
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """What a page says: role and name as Chromium computes them for screen readers, and its state."""
+    """An element of a page: role and name as Chromium computes them for screen readers, and its state."""
 
-    handle: int  # by which it is acted on; 0 for what can only be read
+    handle: int  # number for actions; 0 for elements that can only be read
     role: str
     name: str
     value: str  # of a textbox or combobox; on or off of a radio or checkbox
@@ -112,7 +112,7 @@ class Element:
 
 
 class _Browser:
-    """Chromium and the thread that it is driven from. All but `post` and `ask` runs in that thread."""
+    """Chromium and the thread that drives it. All methods but `post` and `ask` run in that thread."""
 
     def __init__(self, executable: str) -> None:
         self.stuck = False
@@ -124,27 +124,27 @@ class _Browser:
         threading.Thread(target=self._work, name="chromium", daemon=True).start()
 
     def post(self, job: Callable[[], _Result]) -> Future[_Result]:
-        """Have something done, without waiting for it; may be called by the garbage collector."""
+        """Schedule a job without waiting; may be called by the garbage collector."""
         done: Future[_Result] = Future()
         self._jobs.put((done, job))
         return done
 
     def ask(self, job: Callable[[], _Result], seconds: float) -> _Result:
-        """Have something done and wait for it. Raises what it raises, RuntimeError where no answer comes in time."""
+        """Run a job and wait. Raises what it raises, RuntimeError if there is no answer in time."""
         return self.wait(self.post(job), seconds)
 
     def wait(self, done: Future[_Result], seconds: float) -> _Result:
-        """What comes of something posted, as `ask` has it."""
+        """Wait for a posted job, like `ask`."""
         try:
             return done.result(0 if self.stuck else seconds)
         except TimeoutError:
-            self.stuck = True  # the thread cannot be stopped; the next tab has another browser
+            self.stuck = True  # the thread cannot be stopped; the next tab starts another browser
             raise RuntimeError(
                 f"the browser {self._executable} gave no answer within {seconds:g} s"
             ) from None
 
     def join(self) -> Any:
-        """A new context, in a browser that is started where none runs, or where the one that ran has died."""
+        """A new context; starts the browser if none runs or the last one died."""
         context = None
         if self._chromium is not None:
             with suppress(Error):
@@ -157,13 +157,13 @@ class _Browser:
         return context
 
     def leave(self, context: Any) -> None:
-        """Close a context; without any the browser is stopped soon."""
+        """Close a context; a browser without contexts is stopped soon."""
         with suppress(Error):
             context.close()
         self._contexts.discard(context)
 
     def end(self) -> None:
-        """Stop, with this process: an interpreter must not end in the midst of a call to Playwright."""
+        """Stop at interpreter exit, which must not happen during a call to Playwright."""
         with suppress(RuntimeError):
             self.ask(self._stop, END_SECONDS)
 
@@ -176,15 +176,15 @@ class _Browser:
                 continue
             try:
                 done.set_result(job())
-            except BaseException as error:  # it is for whoever waits
+            except BaseException as error:  # re-raised in the waiting thread
                 done.set_exception(error)
-            del done, job  # they hold a tab's context while the thread waits for the next
+            del done, job  # so that an idle thread does not keep a tab's context alive
 
     def _context(self) -> Any:
         return self._chromium.new_context(viewport=VIEWPORT, offline=True, service_workers="block")
 
     def _start(self) -> None:
-        state = random.getstate()  # Playwright names its calls by the global generator, which is everybody's
+        state = random.getstate()  # Playwright draws from the global generator, which must not be disturbed
         self._playwright = sync_playwright().start()
         random.setstate(state)
         try:
@@ -224,8 +224,8 @@ def _browser(executable: str) -> _Browser:
 
 
 @dataclass
-class _Served:
-    """What answers a tab's requests. Playwright holds it, so it must not lead back to the tab."""
+class _Router:
+    """Answers a tab's requests. Playwright holds it, so it must not reference the tab."""
 
     respond: Respond | None = None
 
@@ -242,37 +242,37 @@ class _Served:
 
 @dataclass(frozen=True)
 class _Opened:
-    """What a tab has in the browser."""
+    """A tab's objects in the browser."""
 
     context: Any
     page: Any
-    protocol: Any  # Chromium's own, for what Playwright has no call for
-    served: _Served
+    protocol: Any  # DevTools session, for operations that Playwright lacks
+    router: _Router
 
 
 class Tab:
-    """One page in a context of its own. Its calls may come from any thread, one at a time.
+    """One page in its own context. Methods may be called from any thread, one at a time.
 
-    Raises RuntimeError where the browser does not start or gives no answer in time, Playwright's own errors where it is
-    gone. A tab that is dropped is closed.
+    Raises RuntimeError if the browser does not start or answer in time, Playwright's errors if it is gone. A tab is
+    closed when it is garbage collected.
     """
 
     def __init__(self, executable: str) -> None:
-        # What Playwright is asked to do must not lead back to the tab, which could then never be dropped.
+        # Jobs must not reference the tab, or it could never be garbage collected.
         browser = self._browser = _browser(executable)
         self._opened = browser.ask(lambda: _opened(browser), START_SECONDS)
         context = self._opened.context
-        self._left = weakref.finalize(self, lambda: browser.post(lambda: browser.leave(context)))
-        self._left.atexit = False  # they end with this process anyway
+        self._finalizer = weakref.finalize(self, lambda: browser.post(lambda: browser.leave(context)))
+        self._finalizer.atexit = False  # contexts end with this process anyway
 
     @property
     def path(self) -> str:
-        """Where the page is from."""
+        """The path of the current page."""
         return urlsplit(self._do(lambda page: page.url)).path
 
     def open(self, respond: Respond, path: str) -> None:
-        """Begin anew at a page, with no history; from now on `respond` answers."""
-        self._opened.served.respond = respond
+        """Open a page with an empty history; from now on `respond` answers."""
+        self._opened.router.respond = respond
         protocol = self._opened.protocol
 
         def job(page: Any) -> None:
@@ -282,11 +282,11 @@ class Tab:
         self._do(job)
 
     def read(self) -> list[Element]:
-        """Headings, paragraphs, rows of tables and all that can be acted on, in the order of the page."""
+        """Headings, paragraphs, table rows and all interactive elements, in page order."""
         return [Element(**each) for each in self._do(lambda page: page.evaluate(_READ))]
 
     def click(self, element: Element) -> None:
-        """Click at the middle of an element; a link's or a button's page is there when this returns."""
+        """Click at the centre of an element; waits for the page of a link or button."""
         leads_on = element.role in ("link", "button")
 
         def job(page: Any) -> None:
@@ -297,26 +297,26 @@ class Tab:
         self._do(job)
 
     def type(self, element: Element, text: str) -> None:
-        """Put a text into a textbox, in place of what stands there."""
+        """Replace the text of a textbox."""
         self._do(lambda page: page.locator(f'[data-handle="{element.handle}"]').fill(text))
 
     def select(self, element: Element, option: str) -> None:
-        """Choose one of a combobox's options."""
+        """Choose an option of a combobox."""
         self._do(lambda page: page.locator(f'[data-handle="{element.handle}"]').select_option(label=option))
 
     def back(self) -> bool:
-        """Go back a page; whether there is one."""
+        """Go back one page; returns whether there was one."""
 
         def job(page: Any) -> bool:
-            there_is = bool(page.evaluate("navigation.canGoBack"))
-            if there_is:
+            can_go_back = bool(page.evaluate("navigation.canGoBack"))
+            if can_go_back:
                 page.go_back()
-            return there_is
+            return can_go_back
 
         return self._do(job)
 
     def picture(self) -> bytes:
-        """What is to be seen, VIEWPORT in size, as PNG; what was numbered by `read` has its number beside it."""
+        """A screenshot as PNG, VIEWPORT in size, with the numbers of `read` beside the elements."""
 
         def job(page: Any) -> bytes:
             page.evaluate(_MARK)
@@ -327,8 +327,8 @@ class Tab:
         return self._do(job)
 
     def close(self) -> None:
-        """Close the page and its context; with the last one of this process the browser ends."""
-        done = self._left()
+        """Close the page and its context; the browser ends with its last tab."""
+        done = self._finalizer()
         if done is not None:
             self._browser.wait(done, CALL_SECONDS)
 
@@ -339,12 +339,12 @@ class Tab:
 
 def _opened(browser: _Browser) -> _Opened:
     context = browser.join()
-    served = _Served()
+    router = _Router()
     try:
-        context.route("**/*", served.handle)
-        context.set_default_timeout(CALL_SECONDS * 500)  # milliseconds: half of what whoever asks waits
+        context.route("**/*", router.handle)
+        context.set_default_timeout(CALL_SECONDS * 500)  # milliseconds: half of the caller's limit
         page = context.new_page()
-        return _Opened(context, page, context.new_cdp_session(page), served)
+        return _Opened(context, page, context.new_cdp_session(page), router)
     except Error:
         browser.leave(context)
         raise

@@ -1,19 +1,19 @@
-"""Chess by the rules of python-chess: mates in one, then whole games against a scripted opponent or against oneself.
+"""Chess by the rules of python-chess: mates in one, and whole games against a scripted opponent or in self-play.
 
 Observation: the board from rank 8 down to rank 1 in FEN's letters (white in capitals, "." for an empty square), then
-who is to move, castling rights and en passant square as in FEN: "white KQkq -". With `legal` a last line lists the
-legal moves, "legal e2e4 ...". After a move that is none of them "illegal" stands above; at the end, the reason below.
+the side to move, castling rights and en passant square as in FEN: "white KQkq -". With `legal` a last line lists the
+legal moves, "legal e2e4 ...". After an illegal move the first line is "illegal"; at the end the last names the reason.
 Action: a move in UCI, "e2e4", "e1g1" to castle, "e7e8q" to promote.
-Reward: at the end of a game 1 for a win, 0.5 for a draw, 0 for a loss, to the side that had the first move, which is
-the agent's; an unfinished game pays nothing. Level 1 pays 1 for mate and nothing else.
-Self-play: with opponent="self" the agent makes both sides' moves in turn. The reward is still the first side's, and
-`info["seat"]` says with every move whose it was: the learner turns the sign of the other side's advantages. A text that
-is no move loses the game for the side that said it, and an unfinished game is a draw.
+Reward: at the end of a game 1 for a win, 0.5 for a draw, 0 for a loss, for the side that moved first, which is the
+agent's; an unfinished game pays 0. Level 1 pays 1 for mate and 0 otherwise.
+Self-play: with opponent="self" the agent makes both sides' moves in turn. The reward still belongs to the first side,
+and `info["seat"]` names the player of every move; the learner flips the sign of the other side's advantages. Text that
+is not a move loses the game for its side, and an unfinished game is a draw.
 Horizon: `max_turns` moves of the agent, illegal ones included.
 Levels: 1 a mate in one; from 2 on a whole game, a few moves after its start, with either colour, against a player that
 2 moves at random, 3 takes the most valuable piece it can, else moves at random, 4 looks one ply deep, 5 two plies.
-Ends: mate, stalemate, insufficient material, 75 moves without progress, a position met five times, and in level 1 any
-legal move (terminated); turns used up (truncated); text that is no move in UCI (malformed).
+Ends: mate, stalemate, insufficient material, 75 moves without progress, fivefold repetition, and in level 1 any legal
+move (terminated); turns used up (truncated); text that is not a move in UCI (malformed).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from envs.base import Info, Split, TextEnv, check_options, drawn, lower_case_words
+from envs.base import Info, Split, TextEnv, check_options, draw_valid, vocabulary
 
 try:
     import chess
@@ -46,7 +46,7 @@ TASKS = {
 }
 ENDS = ("CHECKMATE", "STALEMATE", "INSUFFICIENT_MATERIAL", "SEVENTYFIVE_MOVES", "FIVEFOLD_REPETITION")
 SIDES = {chess.WHITE: "white", chess.BLACK: "black"}
-WORDS = lower_case_words(
+WORDS = vocabulary(
     (
         *(end.lower().replace("_", " ") for end in ENDS),
         *SIDES.values(),
@@ -56,29 +56,29 @@ WORDS = lower_case_words(
 
 VALUES = {chess.PAWN: 100, chess.KNIGHT: 300, chess.BISHOP: 310, chess.ROOK: 500, chess.QUEEN: 900}
 MATE = 100_000
-PLAYER_PLIES = 3  # what the scripted player looks ahead
-ATTACKERS = ("Q", "RR", "QR", "QN", "QB", "RBN")  # beside the king, of the side that mates in one
+PLAYER_PLIES = 3  # search depth of the scripted player
+ATTACKERS = ("Q", "RR", "QR", "QN", "QB", "RBN")  # besides the king, of the side that mates in one
 
 _UCI = re.compile("[a-h][1-8][a-h][1-8][qrbn]?")
-Reply = Callable[[chess.Board, np.random.Generator], chess.Move]
+Opponent = Callable[[chess.Board, np.random.Generator], chess.Move]
 
 
 def moves_at_random(board: chess.Board, rng: np.random.Generator) -> chess.Move:
-    """Any legal move."""
+    """A random legal move."""
     moves = list(board.legal_moves)
     return moves[rng.integers(len(moves))]
 
 
 def takes_the_most(board: chess.Board, rng: np.random.Generator) -> chess.Move:
-    """The capture of the most valuable piece, where there is one, else any move; ties at random."""
+    """A capture of the most valuable piece if there is one, else any move; ties at random."""
     moves = list(board.legal_moves)
     most = max(_captured(board, move) for move in moves)
     best = [move for move in moves if _captured(board, move) == most]
     return best[rng.integers(len(best))]
 
 
-def looks_ahead(plies: int) -> Reply:
-    """A player that makes one of the moves that are best to so many plies."""
+def looks_ahead(plies: int) -> Opponent:
+    """An opponent that plays a best move of a search to this depth."""
 
     def reply(board: chess.Board, rng: np.random.Generator) -> chess.Move:
         best = best_moves(board, plies)
@@ -88,28 +88,28 @@ def looks_ahead(plies: int) -> Reply:
 
 
 @dataclass(frozen=True)
-class Level:
-    """Who answers the agent's moves (nobody, where one move decides), and how many turns it has."""
+class GameLevel:
+    """The opponent (None if one move decides) and the number of turns."""
 
-    reply: Reply | None
+    opponent: Opponent | None
     max_turns: int
 
 
 LEVELS = {
-    1: Level(None, 3),
-    2: Level(moves_at_random, 80),
-    3: Level(takes_the_most, 80),
-    4: Level(looks_ahead(1), 100),
-    5: Level(looks_ahead(2), 100),
+    1: GameLevel(None, 3),
+    2: GameLevel(moves_at_random, 80),
+    3: GameLevel(takes_the_most, 80),
+    4: GameLevel(looks_ahead(1), 100),
+    5: GameLevel(looks_ahead(2), 100),
 }
 
 
 class ChessGame(TextEnv):
     """The environment.
 
-    level: see above. max_turns: the agent's moves before truncation; the level's own if None. opponent: "scripted" or
-    "self". legal: list the legal moves. split: "train" and "heldout" divide the positions at the start, whatever the
-    seed; "all" takes any. instructions: begin with the rules in English. Raises ValueError for other values.
+    level: see above. max_turns: the agent's moves before truncation; None for the level's own. opponent: "scripted" or
+    "self". legal: list the legal moves. split: "train" and "heldout" divide the starting positions, regardless of the
+    seed; "all" contains both. instructions: begin with the rules in English. Raises ValueError for other values.
     """
 
     def __init__(
@@ -126,23 +126,23 @@ class ChessGame(TextEnv):
             raise ValueError(f"opponent={opponent!r} must be scripted or self")
         if level == 1 and opponent == "self":
             raise ValueError(
-                "opponent='self' plays games, and level 1 is a mate in one; use level 2 or higher"
+                "opponent='self' needs whole games, and level 1 is a mate in one; use level 2 or higher"
             )
         self._puzzle = level == 1
-        self._alone = opponent == "self"
-        self._reply = None if self._alone else LEVELS[level].reply
+        self._self_play = opponent == "self"
+        self._play_opponent = None if self._self_play else LEVELS[level].opponent
         self._max_turns = max_turns or LEVELS[level].max_turns
         self._legal = legal
         self._split = split
-        task = TASKS["mate" if self._puzzle else "self" if self._alone else "game"]
+        task = TASKS["mate" if self._puzzle else "self" if self._self_play else "game"]
         self._opening = INSTRUCTIONS.format(task=task) if instructions else ""
         self._board: chess.Board | None = None
-        self._side = chess.WHITE
+        self._first_side = chess.WHITE
         self._turns = 0
 
     @property
     def board(self) -> chess.Board:
-        """The position now."""
+        """The current position."""
         if self._board is None:
             raise RuntimeError("there is no position before reset()")
         return self._board
@@ -150,18 +150,18 @@ class ChessGame(TextEnv):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         super().reset(seed=seed)
         attempt = mate_in_one if self._puzzle else early_position
-        self._board = drawn(lambda: attempt(self.np_random), lambda board: str(board.epd()), self._split)
-        self._side = self._board.turn
+        self._board = draw_valid(lambda: attempt(self.np_random), lambda board: str(board.epd()), self._split)
+        self._first_side = self._board.turn
         self._turns = 0
         return self._opening + self._observed(), {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
         board = self.board
         word = action.strip().lower()
-        others = self._alone and board.turn != self._side
-        whose: Info = {"seat": int(others)} if self._alone else {}
+        by_second = self._self_play and board.turn != self._first_side
+        seat: Info = {"seat": int(by_second)} if self._self_play else {}
         if not _UCI.fullmatch(word):
-            return UNREADABLE, float(others), True, False, {"malformed": True, "success": False} | whose
+            return UNREADABLE, float(by_second), True, False, {"malformed": True, "success": False} | seat
         self._turns += 1
         move = next((each for each in board.legal_moves if each.uci() == word), None)
         if move is not None:
@@ -169,19 +169,19 @@ class ChessGame(TextEnv):
             outcome = board.outcome()
             if outcome or self._puzzle:
                 end = outcome.termination.name.lower().replace("_", " ") if outcome else NO_MATE
-                won = outcome is not None and outcome.winner == self._side
+                won = outcome is not None and outcome.winner == self._first_side
                 reward = paid(won, outcome is not None and outcome.winner is None, self._puzzle)
-                return f"{_rows(board)}\n{end}", reward, True, False, {"success": won} | whose
+                return f"{_rows(board)}\n{end}", reward, True, False, {"success": won} | seat
         observation = self._observed() if move else f"{ILLEGAL}\n{self._observed()}"
         if self._turns < self._max_turns:
-            return observation, 0.0, False, False, whose
-        return observation, 0.5 if self._alone else 0.0, False, True, {"success": False} | whose
+            return observation, 0.0, False, False, seat
+        return observation, 0.5 if self._self_play else 0.0, False, True, {"success": False} | seat
 
     def _play(self, move: chess.Move) -> None:
-        """Make a move and, where the game goes on and somebody answers, the answer."""
+        """Make a move and, if the game continues against an opponent, the opponent's reply."""
         self.board.push(move)
-        if self._reply and not self.board.is_game_over():
-            self.board.push(self._reply(self.board, self.np_random))
+        if self._play_opponent and not self.board.is_game_over():
+            self.board.push(self._play_opponent(self.board, self.np_random))
 
     def _observed(self) -> str:
         board = self.board
@@ -193,12 +193,12 @@ class ChessGame(TextEnv):
 
 
 def paid(won: bool, drawn_game: bool, puzzle: bool) -> float:
-    """The reward of a finished game, to the side that had the first move; a puzzle has no draws."""
+    """The reward of a finished game for the side that moved first; a puzzle has no draws."""
     return 1.0 if won else 0.5 if drawn_game and not puzzle else 0.0
 
 
 def early_position(rng: np.random.Generator) -> chess.Board | None:
-    """A position after a few random moves, with either side to move; None where the game is decided by then."""
+    """A position after a few random moves, with either side to move; None if the game is over by then."""
     board = chess.Board()
     for _ in range(rng.integers(2, 8)):
         if board.is_game_over():
@@ -209,7 +209,7 @@ def early_position(rng: np.random.Generator) -> chess.Board | None:
 
 
 def mate_in_one(rng: np.random.Generator) -> chess.Board | None:
-    """A lone king on the edge and a side that is to move and can mate at once; None where it cannot."""
+    """A lone king on the edge, and a side to move that can mate at once; None if it cannot."""
     pieces = ATTACKERS[rng.integers(len(ATTACKERS))]
     side = bool(rng.integers(2))
     hunted, king, *squares = map(int, rng.choice(64, size=len(pieces) + 2, replace=False))
@@ -228,26 +228,26 @@ def mate_in_one(rng: np.random.Generator) -> chess.Board | None:
 
 
 class Player:
-    """Looks `PLAYER_PLIES` ahead for the side to move; with probability `error_rate` makes any move. One an episode.
+    """Searches `PLAYER_PLIES` plies for the side to move; errs with probability `error_rate`. One per episode.
 
-    It mates in one always. Games it wins as a rule: of 20 against each level's player it drew two, both of level 5.
+    It always finds a mate in one; of 20 games against each level's opponent it drew two (level 5) and won the others.
     """
 
     def __init__(self, error_rate: float, seed: int) -> None:
         self._error_rate = error_rate
         self._rng = np.random.default_rng(seed)
-        self._left: set[str] = set()  # positions it has brought about, to make progress when it is winning
+        self._visited: set[str] = set()  # reached before; avoided to make progress
 
     def act(self, observation: str) -> str:
-        """The next move, from any observation: each draws the whole board."""
+        """The next move, from any observation: each shows the whole board."""
         board = board_of(observation)
         if self._rng.random() < self._error_rate:
             return str(moves_at_random(board, self._rng).uci())
         best = best_moves(board, PLAYER_PLIES)
         after = {move: self._reached(board, move) for move in best}
-        fresh = [move for move in best if after[move] not in self._left] or best
+        fresh = [move for move in best if after[move] not in self._visited] or best
         move = fresh[self._rng.integers(len(fresh))]
-        self._left.add(after[move])
+        self._visited.add(after[move])
         return str(move.uci())
 
     @staticmethod
@@ -259,7 +259,7 @@ class Player:
 
 
 def board_of(observation: str) -> chess.Board:
-    """The position that an observation of a game that goes on shows."""
+    """The position shown by an observation of a running game."""
     lines = observation.splitlines()
     *above, last = lines if not lines[-1].startswith("legal") else lines[:-1]
     ranks = "/".join(re.sub(r"\.+", lambda empty: str(len(empty[0])), row) for row in above[-8:])
@@ -268,7 +268,7 @@ def board_of(observation: str) -> chess.Board:
 
 
 def best_moves(board: chess.Board, plies: int) -> list[chess.Move]:
-    """The legal moves of the highest value to so many plies, all that share it; alpha-beta."""
+    """All legal moves of the highest value at this search depth; alpha-beta."""
     best = -MATE * 2
     found: list[chess.Move] = []
     for move in _ordered(board):
@@ -283,7 +283,7 @@ def best_moves(board: chess.Board, plies: int) -> list[chess.Move]:
 
 
 def _value(board: chess.Board, plies: int, alpha: int, beta: int) -> int:
-    """What a position is worth to the side to move, in hundredths of a pawn, exact between alpha and beta."""
+    """The value of a position for the side to move, in centipawns; exact between alpha and beta."""
     if board.is_insufficient_material():
         return 0
     if plies == 0:
@@ -297,13 +297,13 @@ def _value(board: chess.Board, plies: int, alpha: int, beta: int) -> int:
         alpha = max(alpha, best)
         if alpha >= beta:
             return best
-    if best == -MATE * 2:  # there is no move
-        return -MATE - plies if board.is_check() else 0  # the sooner, the worse
+    if best == -MATE * 2:  # no legal move
+        return -MATE - plies if board.is_check() else 0  # an earlier mate is worse
     return best
 
 
 def _worth(board: chess.Board) -> int:
-    """Material, pawns that have advanced, and, for a side that is well ahead, how far the other king is driven."""
+    """Material, advanced pawns, and, for a side that is well ahead, how far the enemy king is driven to the edge."""
     ours = _material(board, board.turn) - _material(board, not board.turn)
     if abs(ours) < 400:
         return ours
@@ -321,12 +321,12 @@ def _material(board: chess.Board, side: chess.Color) -> int:
 
 
 def _ordered(board: chess.Board) -> list[chess.Move]:
-    """Captures first, the most valuable before others: what alpha-beta prunes best by."""
+    """Captures first, most valuable first: good move ordering for alpha-beta."""
     return sorted(board.legal_moves, key=lambda move: _captured(board, move), reverse=True)
 
 
 def _captured(board: chess.Board, move: chess.Move) -> int:
-    """The value of what a move takes."""
+    """The value of the piece that a move captures."""
     if board.is_en_passant(move):
         return VALUES[chess.PAWN]
     piece = board.piece_type_at(move.to_square)

@@ -1,10 +1,10 @@
 """FrozenLake in words, over Gymnasium's own FrozenLake: a new solvable map for every seed.
 
-Observation: the first one draws the whole map, a letter a cell, one line a row (S start, F frozen, H hole, G goal), and
-like every later one ends with where the player stands: "row,column" and what lies to the left, below, to the right and
-above ("-" is the edge): "1,0 -FHS". With view="map" every observation draws the map with the player as P instead.
+Observation: the first one shows the whole map, a letter per cell, a line per row (S start, F frozen, H hole, G goal);
+it and every later one end with the player's position, "row,column", and the cells to the left, below, to the right and
+above ("-" is the edge): "1,0 -FHS". With view="map" every observation is the map with the player as P instead.
 Action: left, down, right or up. Reward: 1 for reaching the goal, else 0. Horizon: `max_turns`.
-Ends: goal or hole (terminated), turns used up (truncated), an action that is none of the four (malformed).
+Ends: goal or hole (terminated), turns used up (truncated), any other action (malformed).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 
-from envs.base import MAX_DRAWS, Info, Split, TextEnv, in_split
+from envs.base import MAX_DRAWS, Info, Split, TextEnv, check_options, in_split
 
 ACTIONS = WORDS = ("left", "down", "right", "up")  # in Gymnasium's order
 MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))
@@ -38,11 +38,11 @@ Cell = tuple[int, int]
 class FrozenLake(TextEnv):
     """The environment.
 
-    size: cells a side. frozen_probability: of a cell that is neither start nor goal. slippery: Gymnasium's slipping,
-    one third ahead and one third to each side. max_turns: moves before truncation. split: "train" and "heldout" divide
-    the maps by their content, whatever the seed, so that a held-out map is never trained on; "all" takes any.
-    instructions: begin with the rules in English. view: what is shown, see above. Raises ValueError for values that
-    leave nothing to play. A seed fixes map and slipping; siblings that act differently slip differently.
+    size: cells per side. frozen_probability: of a cell other than start and goal. slippery: Gymnasium's slipping, one
+    third ahead and one third to each side. max_turns: moves before truncation. split: "train" and "heldout" divide the
+    maps by content, regardless of the seed, so a held-out map is never trained on; "all" contains both. instructions:
+    begin with the rules in English. view: what is shown, see above. Raises ValueError for values that leave nothing to
+    play. A seed fixes map and slipping; siblings that act differently slip differently.
     """
 
     def __init__(
@@ -57,12 +57,9 @@ class FrozenLake(TextEnv):
     ) -> None:
         if size < 2:
             raise ValueError(f"size={size} leaves no room for start and goal; use 2 or more")
-        if max_turns < 1:
-            raise ValueError(f"max_turns={max_turns} leaves no turn to play; use 1 or more")
+        check_options(1, (1,), split, max_turns)
         if not 0 < frozen_probability <= 1:
             raise ValueError(f"frozen_probability={frozen_probability} must lie in (0, 1]")
-        if split not in ("all", "train", "heldout"):
-            raise ValueError(f"split={split!r} must be all, train or heldout")
         if view not in INSTRUCTIONS:
             raise ValueError(f"view={view!r} must be {' or '.join(INSTRUCTIONS)}")
         self._size = size
@@ -75,24 +72,22 @@ class FrozenLake(TextEnv):
         self._lake: FrozenLakeEnv | None = None
         self._drawn: Map = ()
         self._turns = 0
-        self._draw(
-            np.random.default_rng(0)
-        )  # options that leave no map are refused here, before a run begins
+        self._draw(np.random.default_rng(0))  # fails here, before a run begins, if the options admit no map
 
     @property
     def map(self) -> Map:
-        """The current map, one text a row."""
+        """The current map, one string per row."""
         return self._drawn
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         super().reset(seed=seed)
         drawn = self._draw(self.np_random)
         if drawn != self._drawn or self._lake is None:
-            # A copy has its own player and its own slips, and shares the table of moves, which nobody changes.
+            # A copy has its own player and slips, and shares the table of transitions, which is never changed.
             self._lake = copy(_fresh_lake(drawn, self._slippery))
             self._drawn = drawn
         self._turns = 0
-        # The slips have a stream of their own, drawn after the map.
+        # Slips use a generator of their own, seeded after the map is drawn.
         self._position, _ = self._lake.reset(seed=int(self.np_random.integers(2**31)))
         return self._opening + self._observed(first=True), {}
 
@@ -117,8 +112,8 @@ class FrozenLake(TextEnv):
             if in_split("\n".join(drawn), self._split) and distances(drawn)[0, 0] >= 0:
                 return drawn
         raise ValueError(
-            f"none of {MAX_DRAWS} maps of size={self._size} with frozen_probability={self._frozen} can be crossed and "
-            f"lies in split={self._split}; use larger or other maps"
+            f"none of {MAX_DRAWS} maps of size={self._size} with frozen_probability={self._frozen} is solvable and "
+            f"in split={self._split}; raise size or frozen_probability"
         )
 
     def _observed(self, first: bool) -> str:
@@ -133,7 +128,7 @@ class FrozenLake(TextEnv):
 
 
 class Player:
-    """Plays a shortest safe path, but moves at random with probability `error_rate`. One an episode."""
+    """Plays a shortest safe path; moves at random with probability `error_rate`. One per episode."""
 
     def __init__(self, error_rate: float, seed: int) -> None:
         self._error_rate = error_rate
@@ -142,7 +137,7 @@ class Player:
         self._distances = np.zeros((0, 0), dtype=np.int32)
 
     def act(self, observation: str) -> str:
-        """The next move, from an observation of either view; the first one brings the map."""
+        """The next move, from an observation of either view; the first observation contains the map."""
         row, column = self._read(observation.splitlines())
         if self._rng.random() < self._error_rate:
             return ACTIONS[self._rng.integers(len(ACTIONS))]
@@ -152,7 +147,7 @@ class Player:
         return ACTIONS[self._rng.choice([index for distance, index in reachable if distance == nearest])]
 
     def _read(self, lines: list[str]) -> Cell:
-        """Remember the map where there is one; where the player stands."""
+        """Remember the map if there is one; return the player's cell."""
         *above, last = lines
         if "," in last:
             if above:
@@ -174,12 +169,12 @@ class Player:
 
 @lru_cache(maxsize=1024)
 def _fresh_lake(drawn: Map, slippery: bool) -> FrozenLakeEnv:
-    """Gymnasium's environment of a map. To make one costs more than to play it, and siblings play the same map."""
+    """Gymnasium's environment of a map; cached, because making one costs more than playing it."""
     return FrozenLakeEnv(desc=list(drawn), is_slippery=slippery)
 
 
 def distances(drawn: Map) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """[size, size] safe moves from each cell to the goal; -1 where there is no way (and on holes)."""
+    """[size, size] safe moves from each cell to the goal; -1 for holes and cells without a path."""
     size = len(drawn)
     found = np.full((size, size), -1, dtype=np.int32)
     found[-1, -1] = 0

@@ -1,14 +1,14 @@
 """A home and an instruction: from "turn on the light" to errands through several rooms.
 
-Observation, line by line: "task: " and what is left of the instruction (every turn; without `remind` at first only);
-the room the player is in; each device there ("light off"); each place there and what lies on it ("table: cup");
-"carried: " and what is; "exits: " and the ways to rooms entered before; "new: " and the ways to others. What the task
-names without a room is in this one. After a command that changed nothing the first line is "nothing happens".
+Observation, line by line: "task: " and the unfinished parts of the instruction (every turn; without `remind` only at
+first); the player's room; each device in it ("light off"); each place in it and what lies on it ("table: cup");
+"carried: " and what is carried; "exits: " and the ways to rooms entered before; "new: " and the ways to others. What
+the task names without a room is in this room. After a command without effect, the first line is "nothing happens".
 Action: go ROOM, turn on DEVICE, turn off DEVICE, open DEVICE, close DEVICE, take THING, put THING PLACE; all but go act
-in the room the player is in. Reward: 1 when all that the instruction asks for holds, else 0. Horizon: `max_turns`.
+in the player's room. Reward: 1 when everything the instruction asks for holds, else 0. Horizon: `max_turns`.
 Levels: 1 asks for a device in the room one stands in, 2 for one elsewhere, 3 for two or three in several rooms ("every
 light" counts as one), 4 for one or two things to be brought to other rooms, and a device or every one of a kind.
-Ends: all that is asked for holds (terminated, success), the player changed something that the instruction does not name
+Ends: everything asked for holds (terminated, success), the player changed something that the instruction does not name
 (terminated), turns used up (truncated), an action outside the grammar (malformed).
 """
 
@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from envs.base import Info, Split, TextEnv, check_options, drawn
+from envs.base import Info, Split, TextEnv, check_options, draw_valid
 
-HALL = "hall"  # every other room opens off the hall, and off nothing else
-FITTINGS = {  # besides a light; a room has two of these
+HALL = "hall"  # every other room is connected to the hall only
+FITTINGS = {  # in addition to a light; a room has two of these
     HALL: ("door", "heater", "radio"),
     "kitchen": ("window", "heater", "fan", "radio"),
     "bedroom": ("window", "curtain", "heater", "fan"),
@@ -43,7 +43,7 @@ ROOMS = tuple(PLACES)
 THINGS = ("cup", "book", "key", "towel", "plate")
 SWITCHED = ("light", "heater", "fan", "radio")
 OPENED = ("window", "curtain", "door")
-# The state a command brings about, and the command that ends a state.
+# The state that a command causes, and the command that changes a state.
 BRINGS = {"turn on": "on", "turn off": "off", "open": "open", "close": "closed"}
 CHANGES = {"on": "turn off", "off": "turn on", "open": "close", "closed": "open"}
 
@@ -51,7 +51,7 @@ Command = tuple[str, ...]  # verb, object and, for put, place
 Device = tuple[str, str]  # room, kind
 Spot = tuple[str, str]  # room, place
 CARRIED: Spot = ("", "")
-EVERYWHERE = ""  # the room of a wish that means every device of a kind
+EVERYWHERE = ""  # the room of a goal about every device of a kind
 _Item = TypeVar("_Item")
 
 
@@ -68,7 +68,7 @@ def _grammar() -> dict[str, Command]:
 COMMANDS = _grammar()
 NOTHING, DONE = "nothing happens", "done"
 UNASKED, UNREAD = "that was not asked", "no such command"
-# Every word that an observation without the instructions, or an action, can contain.
+# The words of observations (without instructions) and actions.
 WORDS = tuple(
     dict.fromkeys(
         f"task and the every bring to carried exits new {NOTHING} {DONE} {UNASKED} {UNREAD} "
@@ -85,7 +85,7 @@ INSTRUCTIONS = (
 
 @dataclass(slots=True)
 class Home:
-    """What is where and how it stands: the environment's, or as much of it as a player knows."""
+    """Where everything is and its state: the environment's, or as much of it as a player knows."""
 
     here: str
     rooms: dict[str, bool]  # whether it was entered
@@ -101,7 +101,7 @@ class Home:
         return [room for room in self.rooms if room != HALL] if self.here == HALL else [HALL]
 
     def seen(self) -> list[str]:
-        """The room the player is in, line by line."""
+        """The player's room, line by line."""
         here, ways = self.here, self.exits()
         lines = [here, *(f"{kind} {state}" for (room, kind), state in self.devices.items() if room == here)]
         for place in PLACES[here]:
@@ -126,7 +126,7 @@ class Home:
         return can
 
     def obey(self, command: Command) -> bool:
-        """Carry a command out where it can be; whether anything changed."""
+        """Execute a command if it is possible; return whether anything changed."""
         if " ".join(command) not in self.possible():
             return False
         verb, what = command[:2]
@@ -143,8 +143,8 @@ class Home:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """One part of an instruction: a state for a device (or for every one of a kind), or a place for a thing."""
+class Subgoal:
+    """One part of an instruction: a state of a device (or of every one of a kind), or a place for a thing."""
 
     verb: str  # of `BRINGS`, or "bring"
     what: str
@@ -160,11 +160,11 @@ class Wish:
         return home.devices.get((self.room, self.what)) == state
 
     def names(self, what: str, room: str) -> bool:
-        """Whether it is about what one changes in a room."""
+        """Whether it is about this object in this room."""
         return what == self.what and (bool(self.place) or self.room in (EVERYWHERE, room))
 
     def said(self, here: str) -> str:
-        """In words, to one who is `here`."""
+        """The goal in words, as told in room `here`."""
         if self.room == EVERYWHERE:
             return f"{self.verb} every {self.what}"
         room = "" if self.room == here else f"{self.room} "
@@ -173,8 +173,8 @@ class Wish:
         return f"{self.verb} the {room}{self.what}"
 
     @classmethod
-    def read(cls, text: str, here: str) -> Wish:
-        """The wish of which `said(here)` is the text."""
+    def read(cls, text: str, here: str) -> Subgoal:
+        """Parse a goal from the text of `said(here)`."""
         words = text.split()
         room = words[-2] if words[-2] in ROOMS else here
         if words[0] == "bring":
@@ -183,23 +183,23 @@ class Wish:
         return cls(verb, words[-1], EVERYWHERE if "every" in words else room)
 
 
-def fulfilled(wishes: Sequence[Wish], home: Home) -> bool:
-    """Whether all that was asked for holds: what the reward is paid for."""
-    return all(wish.holds(home) for wish in wishes)
+def fulfilled(goals: Sequence[Subgoal], home: Home) -> bool:
+    """Whether everything asked for holds; then the reward is paid."""
+    return all(goal.holds(home) for goal in goals)
 
 
-def left(wishes: Sequence[Wish], home: Home) -> list[Wish]:
-    """What a player cannot know to hold: what does not, and what is wished for everywhere while rooms are new."""
+def left(goals: Sequence[Subgoal], home: Home) -> list[Subgoal]:
+    """The goals that a player cannot know to hold: unmet ones, and those about every room while rooms are new."""
     unsure = bool(home.new)
-    return [wish for wish in wishes if not wish.holds(home) or (unsure and wish.room == EVERYWHERE)]
+    return [goal for goal in goals if not goal.holds(home) or (unsure and goal.room == EVERYWHERE)]
 
 
 class Household(TextEnv):
     """The environment.
 
-    level: 1 to 4, see above. remind: say what is left of the instruction with every observation, so that the last one
-    alone is enough to act on; else the whole is said once. max_turns: commands before truncation. split: "train" and
-    "heldout" divide the instances by what the player sees at first, instruction included; "all" takes any.
+    level: 1 to 4, see above. remind: repeat the unfinished parts of the instruction in every observation, so that the
+    last one suffices; else the whole instruction is given once. max_turns: commands before truncation. split: "train"
+    and "heldout" divide the instances by the first observation, instruction included; "all" contains both.
     instructions: begin with the rules in English. Raises ValueError for values that leave nothing to play.
     """
 
@@ -218,17 +218,17 @@ class Household(TextEnv):
         self._split = split
         self._opening = INSTRUCTIONS if instructions else ""
         self._home: Home | None = None
-        self._wishes: tuple[Wish, ...] = ()
+        self._goals: tuple[Subgoal, ...] = ()
         self._turns = 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         super().reset(seed=seed)
         self._turns = 0
-        return self._opening + drawn(self._drawn_opening, str, self._split), {}
+        return self._opening + draw_valid(self._drawn_opening, str, self._split), {}
 
     def _drawn_opening(self) -> str:
         self._home = draw_home(self.np_random)
-        self._wishes = draw_wishes(self.np_random, self._home, self._level)
+        self._goals = draw_goals(self.np_random, self._home, self._level)
         return self._observed(self._home, task=True)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
@@ -243,10 +243,10 @@ class Household(TextEnv):
         if (
             changed
             and command[0] != "go"
-            and not any(each.names(command[1], home.here) for each in self._wishes)
+            and not any(each.names(command[1], home.here) for each in self._goals)
         ):
             return UNASKED, 0.0, True, False, {"success": False}
-        if fulfilled(self._wishes, home):
+        if fulfilled(self._goals, home):
             return DONE, 1.0, True, False, {"success": True}
         truncated = self._turns >= self._max_turns
         observation = self._observed(home, task=self._remind)
@@ -257,23 +257,23 @@ class Household(TextEnv):
     def _observed(self, home: Home, task: bool) -> str:
         lines = home.seen()
         if task:
-            said = " and ".join(wish.said(home.here) for wish in left(self._wishes, home))
+            said = " and ".join(goal.said(home.here) for goal in left(self._goals, home))
             lines.insert(0, f"task: {said}")
         return "\n".join(lines)
 
 
 class Player:
-    """Does what can be done in this room, else goes where the first wish leads; errs with probability `error_rate`.
+    """Does what is possible in this room, else goes where the first goal leads; errs with probability `error_rate`.
 
-    What it has not seen it looks for in new rooms. An error is any command that would change something here. It
-    remembers the home, yet with `remind` a new player every turn does as well.
+    Unseen objects are looked for in new rooms. An error is any command that would change something here. The player
+    remembers the home; with `remind`, a new player every turn works as well.
     """
 
     def __init__(self, error_rate: float, seed: int) -> None:
         self._error_rate = error_rate
         self._rng = np.random.default_rng(seed)
         self._home = Home("", {}, {}, {})
-        self._wishes: list[Wish] = []
+        self._goals: list[Subgoal] = []
 
     def act(self, observation: str) -> str:
         """The next command."""
@@ -281,11 +281,11 @@ class Player:
         if self._rng.random() < self._error_rate:
             possible = self._home.possible()
             return possible[self._rng.integers(len(possible))]
-        wishes = left(self._wishes, self._home)
-        for wish in wishes:
-            if command := self._at_hand(wish):
+        goals = left(self._goals, self._home)
+        for goal in goals:
+            if command := self._at_hand(goal):
                 return command
-        room = next((room for wish in wishes if (room := self._where(wish))), HALL)
+        room = next((room for goal in goals if (room := self._where(goal))), HALL)
         return f"go {room if self._home.here == HALL else HALL}"
 
     def _read(self, observation: str) -> None:
@@ -306,32 +306,32 @@ class Player:
                 home.things.update((thing, (home.here, name)) for thing in said.split())
             elif kind in SWITCHED + OPENED:
                 home.devices[home.here, kind] = state
-        if task and not self._wishes:
-            self._wishes = [Wish.read(each, home.here) for each in task.split(" and ")]
+        if task and not self._goals:
+            self._goals = [Subgoal.read(each, home.here) for each in task.split(" and ")]
 
-    def _at_hand(self, wish: Wish) -> str:
-        """What can be done for a wish in this room; empty where nothing can."""
+    def _at_hand(self, goal: Subgoal) -> str:
+        """The command for a goal in this room; empty if there is none."""
         home = self._home
-        if wish.place:
-            spot = home.things.get(wish.what)
+        if goal.place:
+            spot = home.things.get(goal.what)
             if spot == CARRIED:
-                return f"put {wish.what} {wish.place}" if home.here == wish.room else ""
-            return f"take {wish.what}" if spot and spot[0] == home.here else ""
-        state = home.devices.get((home.here, wish.what))
-        wrong = state is not None and state != BRINGS[wish.verb]
-        return f"{wish.verb} {wish.what}" if wrong and wish.names(wish.what, home.here) else ""
+                return f"put {goal.what} {goal.place}" if home.here == goal.room else ""
+            return f"take {goal.what}" if spot and spot[0] == home.here else ""
+        state = home.devices.get((home.here, goal.what))
+        wrong = state is not None and state != BRINGS[goal.verb]
+        return f"{goal.verb} {goal.what}" if wrong and goal.names(goal.what, home.here) else ""
 
-    def _where(self, wish: Wish) -> str:
-        """The room a wish leads to; empty where that is not known."""
+    def _where(self, goal: Subgoal) -> str:
+        """The room that a goal leads to; empty if it is unknown."""
         home = self._home
         unknown = next(iter(home.new), "")
-        if wish.place:
-            spot = home.things.get(wish.what)
-            return wish.room if spot == CARRIED else spot[0] if spot else unknown
-        if wish.room != EVERYWHERE:
-            return wish.room
-        seen = (room for room, kind in home.devices if kind == wish.what)
-        return next((room for room in seen if home.devices[room, wish.what] != BRINGS[wish.verb]), unknown)
+        if goal.place:
+            spot = home.things.get(goal.what)
+            return goal.room if spot == CARRIED else spot[0] if spot else unknown
+        if goal.room != EVERYWHERE:
+            return goal.room
+        seen = (room for room, kind in home.devices if kind == goal.what)
+        return next((room for room in seen if home.devices[room, goal.what] != BRINGS[goal.verb]), unknown)
 
 
 def draw_home(rng: np.random.Generator) -> Home:
@@ -348,8 +348,8 @@ def draw_home(rng: np.random.Generator) -> Home:
     return Home(here, {room: room == here for room in rooms}, devices, things)
 
 
-def draw_wishes(rng: np.random.Generator, home: Home, level: int) -> tuple[Wish, ...]:
-    """An instruction of a level, none of whose parts holds yet."""
+def draw_goals(rng: np.random.Generator, home: Home, level: int) -> tuple[Subgoal, ...]:
+    """An instruction of a level; none of its parts holds yet."""
     devices = _some(rng, list(home.devices), len(home.devices))
     if level <= 2:
         here = level == 1
@@ -358,23 +358,23 @@ def draw_wishes(rng: np.random.Generator, home: Home, level: int) -> tuple[Wish,
     first = _change(home, devices[0])
     several = sum(each[1] == kind for each in devices) > 1
     if several and rng.integers(2):
-        wishes = [Wish(first.verb, kind, EVERYWHERE)]
+        goals = [Subgoal(first.verb, kind, EVERYWHERE)]
         others, more = [each for each in devices if each[1] != kind], 1
     else:
-        wishes = [first]
+        goals = [first]
         others, more = [each for each in devices if each[0] != room], int(rng.integers(1, 3))
     if level == 3:
-        wishes += [_change(home, each) for each in others[:more]]
+        goals += [_change(home, each) for each in others[:more]]
     else:
         for thing in _some(rng, list(home.things), int(rng.integers(1, 3))):
             target = _spot(rng, [each for each in home.rooms if each != home.things[thing][0]])
-            wishes.append(Wish("bring", thing, *target))
-    return tuple(_some(rng, wishes, len(wishes)))
+            goals.append(Subgoal("bring", thing, *target))
+    return tuple(_some(rng, goals, len(goals)))
 
 
-def _change(home: Home, device: Device) -> Wish:
+def _change(home: Home, device: Device) -> Subgoal:
     room, kind = device
-    return Wish(CHANGES[home.devices[device]], kind, room)
+    return Subgoal(CHANGES[home.devices[device]], kind, room)
 
 
 def _spot(rng: np.random.Generator, rooms: list[str]) -> Spot:
@@ -383,5 +383,5 @@ def _spot(rng: np.random.Generator, rooms: list[str]) -> Spot:
 
 
 def _some(rng: np.random.Generator, items: Sequence[_Item], count: int) -> list[_Item]:
-    """`count` of the items, in a drawn order."""
+    """`count` of the items, in random order."""
     return [items[index] for index in rng.permutation(len(items))[:count]]

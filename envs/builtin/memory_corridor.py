@@ -1,12 +1,12 @@
 """A corridor with a door at its end that asks for what was said at its beginning.
 
-Observation: at the start a line for each fact ("ann chose red"), after every step one thing that is passed and means
-nothing ("a lamp marked two"), and at the door the question ("what did ann choose"). Nothing is said twice, so that who
-sees the last observation alone guesses at the door, one in as many as there are values.
-Action: walk, or one of the values, which is an answer where it is asked for; elsewhere "nothing happens".
-Reward: 1 for the right answer, else 0. Horizon: `max_turns`, of which the door is `LEVELS` steps away.
+Observation: at the start a line per fact ("ann chose red"), after every step an irrelevant object that is passed ("a
+lamp marked two"), and at the door the question ("what did ann choose"). Nothing is repeated, so an agent that sees only
+the last observation has to guess at the door, with probability one over the number of values.
+Action: walk, or one of the values, which is an answer at the door; elsewhere "nothing happens".
+Reward: 1 for the right answer, else 0. Horizon: `max_turns`; the door is `LEVELS` steps away.
 Levels: 1 to 4, ever more steps and facts to keep apart, of which one is asked for (`LEVELS`).
-Ends: an answer at the door (terminated), turns used up (truncated), an action that is no such word (malformed).
+Ends: an answer at the door (terminated), turns used up (truncated), any other word (malformed).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import Info, Split, TextEnv, check_options, drawn
+from envs.base import Info, Split, TextEnv, check_options, draw_valid
 
 LEVELS = {1: (3, 1), 2: (6, 2), 3: (12, 3), 4: (24, 4)}  # steps to the door, facts
 NAMES = ("ann", "bob", "eve", "tom")
@@ -24,7 +24,7 @@ OBJECTS = ("lamp", "chair", "clock", "plant", "carpet", "mirror", "statue", "vas
 WALK = "walk"
 ACTIONS = (WALK, *VALUES)
 NOTHING, OPENS, SHUT, UNREAD = "nothing happens", "the door opens", "the door stays shut", "no such word"
-# Every word that an observation without the instructions, or an action, can contain.
+# The words of observations (without instructions) and actions.
 WORDS = tuple(
     dict.fromkeys(
         f"{' '.join((*ACTIONS, *NAMES, *OBJECTS))} chose a marked what did choose "
@@ -46,9 +46,9 @@ def paid(answer: str, asked: str, facts: dict[str, str]) -> float:
 class MemoryCorridor(TextEnv):
     """The environment.
 
-    level: 1 to 4, see above. max_turns: words before truncation. split: "train" and "heldout" divide the instances by
-    what is passed on the way. The facts have no part in that, or an answer would be likelier in one part than in the
-    other and could be guessed. instructions: begin with the rules in English. Raises ValueError for values that
+    level: 1 to 4, see above. max_turns: actions before truncation. split: "train" and "heldout" divide the instances by
+    the objects that are passed. The facts are drawn independently of the split; else some answers would be likelier in
+    one part and could be guessed. instructions: begin with the rules in English. Raises ValueError for values that
     leave nothing to play.
     """
 
@@ -76,7 +76,7 @@ class MemoryCorridor(TextEnv):
         names, values = (rng.permutation(len(each))[: self._told].tolist() for each in (NAMES, VALUES))
         self._facts = {NAMES[name]: VALUES[value] for name, value in zip(names, values, strict=True)}
         self._asked = NAMES[names[rng.integers(self._told)]]
-        self._passed = drawn(lambda: _draw_passed(rng, self._steps - 1), "\n".join, self._split)
+        self._passed = draw_valid(lambda: _draw_passed(rng, self._steps - 1), "\n".join, self._split)
         self._place = self._turns = 0
         return self._opening + self._observed(), {}
 
@@ -106,7 +106,7 @@ class MemoryCorridor(TextEnv):
 
 
 class Player:
-    """Remembers the facts; with probability `error_rate` it answers the door with any of the values. One an episode."""
+    """Remembers the facts; with probability `error_rate` it answers with a random value. One per episode."""
 
     def __init__(self, error_rate: float, seed: int) -> None:
         self._error_rate = error_rate
@@ -114,7 +114,7 @@ class Player:
         self._facts: dict[str, str] = {}
 
     def act(self, observation: str) -> str:
-        """The next word. On the way there is nothing to err in: only walking changes anything."""
+        """The next word. Before the door it never errs: only walking changes anything."""
         for line in observation.splitlines():
             name, _, value = line.partition(" chose ")
             if name in NAMES:

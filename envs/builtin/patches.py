@@ -1,10 +1,10 @@
-"""A coloured patch in a picture: what is asked is seen in the picture and said nowhere.
+"""A coloured patch in an image: the answer is visible in the image and given nowhere else.
 
-Observation: a question and a picture of 16 x 16 pixels, a patch of 8 x 8 at one of four places on a dark, noisy ground.
+Observation: a question and an image of 16 x 16 pixels, a patch of 8 x 8 at one of four places on a dark, noisy ground.
 Action: the answer in one word: a colour (red, green, blue, yellow), at level 2 a place (top, bottom, left, right).
 Reward: 1 for the right answer, else 0. Horizon: one turn, at level 3 two.
 Levels: 1 the colour, 2 the place, 3 the colour of the picture before: the first answer only brings the second picture.
-Ends: an answer to the last question (terminated), a word that is no answer (malformed).
+Ends: an answer to the last question (terminated), any other word (malformed).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from envs.base import Info, Observation, Split, TalkSpace, check_options, drawn, text_space
-from envs.images import Pixels, pixels_of, shown
+from envs.base import Info, Observation, Split, TalkSpace, check_options, draw_valid, text_space
+from envs.images import Pixels, decode_image, image_observation
 
 LEVELS = (1, 2, 3)
 SIZE, PATCH = 16, 8
@@ -29,17 +29,17 @@ PLACES = {
 }  # row and column of the patch's corner
 COLOUR, PLACE, BEFORE = "which colour", "which place", "which colour before"
 RIGHT, WRONG, UNREADABLE = "right", "wrong", "no such word"
-# Every word that an observation, or an action, can contain.
+# The words of observations and actions.
 WORDS = tuple(
     dict.fromkeys(
         f"{COLOUR} {PLACE} {BEFORE} {' '.join((*COLOURS, *PLACES))} {RIGHT} {UNREADABLE} {WRONG}".split()
     )
 )
-_NOISE = 60  # brightest ground
+_NOISE = 60  # maximum brightness of the ground
 
 
 def picture(colour: str, place: str, noise: Pixels) -> Pixels:
-    """uint8 [16, 16, 3]: the patch on this ground, of the same shape."""
+    """uint8 [16, 16, 3]: the patch on a ground of noise, of the same shape."""
     pixels = noise.copy()
     row, column = PLACES[place]
     pixels[row : row + PATCH, column : column + PATCH] = COLOURS[colour]
@@ -49,7 +49,7 @@ def picture(colour: str, place: str, noise: Pixels) -> Pixels:
 class Patches(gym.Env[Observation, str]):
     """The environment.
 
-    level: 1 to 3, see above. split: "train" and "heldout" divide the pictures by their pixels. Raises ValueError for
+    level: 1 to 3, see above. split: "train" and "heldout" divide the images by their pixels. Raises ValueError for
     other values.
     """
 
@@ -63,26 +63,26 @@ class Patches(gym.Env[Observation, str]):
         self._level = level
         self._split = split
         self._answer = ""
-        self._asked: list[str] = []  # the questions to come, the last one first
+        self._questions: list[str] = []  # remaining questions, in reverse order
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, Info]:
         super().reset(seed=seed)
-        self._asked = [BEFORE, COLOUR] if self._level == 3 else [PLACE if self._level == 2 else COLOUR]
+        self._questions = [BEFORE, COLOUR] if self._level == 3 else [PLACE if self._level == 2 else COLOUR]
         colour, place, pixels = self._drawn()
         self._answer = place if self._level == 2 else colour
-        return shown(pixels, self._asked[-1]), {}
+        return image_observation(pixels, self._questions[-1]), {}
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, Info]:
-        if not self._asked:
+        if not self._questions:
             raise RuntimeError("step() was called before reset()")
         word = action.strip().lower()
         if word not in (PLACES if self._level == 2 else COLOURS):
             return UNREADABLE, 0.0, True, False, {"malformed": True, "success": False}
-        if len(self._asked) > 1:
-            self._asked.pop()
-            return shown(self._drawn()[2], self._asked[-1]), 0.0, False, False, {}
+        if len(self._questions) > 1:
+            self._questions.pop()
+            return image_observation(self._drawn()[2], self._questions[-1]), 0.0, False, False, {}
         reward = paid(word, self._answer)
         return RIGHT if reward else WRONG, reward, True, False, {"success": reward > 0}
 
@@ -93,7 +93,7 @@ class Patches(gym.Env[Observation, str]):
             colour, place = (list(each)[rng.integers(len(each))] for each in (COLOURS, PLACES))
             return colour, place, picture(colour, place, rng.integers(0, _NOISE, (SIZE, SIZE, 3), np.uint8))
 
-        return drawn(attempt, lambda found: found[2].tobytes().hex(), self._split)
+        return draw_valid(attempt, lambda found: found[2].tobytes().hex(), self._split)
 
 
 def paid(answer: str, right: str) -> float:
@@ -102,7 +102,7 @@ def paid(answer: str, right: str) -> float:
 
 
 class Player:
-    """Looks at the picture; with probability `error_rate` it says any word that could be right. One an episode."""
+    """Reads the image; with probability `error_rate` it says a random valid word. One per episode."""
 
     def __init__(self, error_rate: float, seed: int) -> None:
         self._error_rate = error_rate
@@ -110,10 +110,10 @@ class Player:
         self._before = ""
 
     def act(self, observation: Observation) -> str:
-        """The answer to the last question asked, in one word."""
+        """The answer to the last question, in one word."""
         assert not isinstance(observation, str)
         question, shown_part = observation[-1]["content"]
-        colour, place = seen(pixels_of(shown_part))
+        colour, place = seen(decode_image(shown_part))
         before, self._before = self._before, colour
         answers: dict[str, tuple[str, Iterable[str]]] = {
             COLOUR: (colour, COLOURS),
@@ -128,7 +128,7 @@ class Player:
 
 
 def seen(pixels: Pixels) -> tuple[str, str]:
-    """Colour and place of the patch in a picture."""
+    """Colour and place of the patch in an image."""
     for colour, value in COLOURS.items():
         rows, columns = np.nonzero((pixels == value).all(-1))
         if len(rows) >= PATCH**2:

@@ -1,11 +1,11 @@
-"""The kinds of programming tasks of level 4: several steps of the lower levels in one function."""
+"""Families of programming tasks of level 4: several steps of the lower levels in one function."""
 
 from __future__ import annotations
 
 from string import ascii_lowercase
 
 from envs.builtin.programming_functions import ANY, ENDINGS, NUMBERS, WORDS
-from envs.builtin.programming_tasks import Kind, Rng, letters, numbers_between, several, whole
+from envs.builtin.programming_tasks import Family, Rng, letters, numbers_between, several, whole
 
 NUMBER_TESTS = {
     "that are even": "number % 2 == 0",
@@ -47,7 +47,7 @@ ROW_SUMMARIES = {"sum": "sum(row)", "largest number": "max(row)", "last number":
 
 
 def _formula(rng: Rng) -> str:
-    """Digits, + and * such that each sign finds two values on the pile, and one is left."""
+    """Digits, + and * such that each operator finds two values on the stack, and one is left."""
     written, height = "", 0
     while height != 1 or len(written) < 5:
         if height < 2 or (height < 4 and rng.random() < 0.5):
@@ -63,7 +63,7 @@ def _span(rng: Rng) -> list[int]:
 
 
 COMPOSITIONS = (
-    Kind(
+    Family(
         4,
         "number_steps",
         "$summary, times $k, of those numbers $test, each first $change",
@@ -74,7 +74,7 @@ COMPOSITIONS = (
         """,
         {"summary": SUMMARIES, "k": numbers_between(1, 9), "test": NUMBER_TESTS, "change": NUMBER_CHANGES},
     ),
-    Kind(
+    Family(
         4,
         "word_steps",
         "those words $test, each $change, written with $between between them",
@@ -82,7 +82,7 @@ COMPOSITIONS = (
         "return $between.join($change for word in words if $test)",
         {"test": WORD_TESTS, "change": WORD_CHANGES, "between": ENDINGS},
     ),
-    Kind(
+    Family(
         4,
         "ranked",
         "a list of the first $k of words when they are ordered by how many $a they hold, the most first, then by "
@@ -91,7 +91,7 @@ COMPOSITIONS = (
         "return sorted(words, key=lambda word: (-word.count($a), len(word), word))[:$k]",
         {"k": numbers_between(1, 3), "a": ANY},
     ),
-    Kind(
+    Family(
         4,
         "grouped",
         "a list of $k numbers, of which the one at index r is $b plus the sum of those numbers whose remainder divided "
@@ -105,7 +105,7 @@ COMPOSITIONS = (
         """,
         {"k": numbers_between(2, 5), "b": numbers_between(0, 12)},
     ),
-    Kind(
+    Family(
         4,
         "rows",
         "a list with the $summary, plus $k, of each of the rows $test",
@@ -113,7 +113,7 @@ COMPOSITIONS = (
         "return [$summary + $k for row in rows if $test]",
         {"summary": ROW_SUMMARIES, "k": numbers_between(0, 20), "test": ROW_TESTS},
     ),
-    Kind(
+    Family(
         4,
         "obeyed",
         'what x becomes when the letters of orders are obeyed one by one: "u" adds $a, "d" subtracts $b, "m" '
@@ -137,7 +137,7 @@ COMPOSITIONS = (
             "m": numbers_between(20, 99),
         },
     ),
-    Kind(
+    Family(
         4,
         "rebased",
         "what n is when its digits in base $a are written from the last to the first and read in base $b, plus $k",
@@ -154,7 +154,7 @@ COMPOSITIONS = (
         """,
         {"a": numbers_between(2, 5), "b": numbers_between(5, 10), "k": numbers_between(0, 9)},
     ),
-    Kind(
+    Family(
         4,
         "secret",
         'an alphabetical list of words, each with its letters moved $k places on in the alphabet, in which "a" comes '
@@ -168,7 +168,7 @@ COMPOSITIONS = (
         """,
         {"k": numbers_between(1, 25), "end": ENDINGS},
     ),
-    Kind(
+    Family(
         4,
         "next_primes",
         "the sum of the $k smallest prime numbers greater than n, times $b",
@@ -183,7 +183,7 @@ COMPOSITIONS = (
         """,
         {"k": numbers_between(2, 5), "b": numbers_between(1, 9)},
     ),
-    Kind(
+    Family(
         4,
         "pile",
         'what is left of formula, plus $k: each digit is put on a pile, "+" and "*" take the two on top and put their '
@@ -201,7 +201,7 @@ COMPOSITIONS = (
         """,
         {"m": numbers_between(11, 60), "k": numbers_between(0, 9)},
     ),
-    Kind(
+    Family(
         4,
         "covered",
         "how many whole numbers lie in at least $k of spans, each a list of its first and its last number; times $b",
@@ -214,7 +214,7 @@ COMPOSITIONS = (
         """,
         {"k": numbers_between(1, 3), "b": numbers_between(1, 15)},
     ),
-    Kind(
+    Family(
         4,
         "climb",
         "how many numbers the longest stretch of numbers has in which each is at least $k greater than the one before, "

@@ -1,10 +1,10 @@
-"""The kinds of programming tasks of levels 1 (one line), 2 (loops and text) and 3 (small algorithms)."""
+"""Families of programming tasks of levels 1 (one line), 2 (loops and text) and 3 (small algorithms)."""
 
 from __future__ import annotations
 
 from string import ascii_lowercase
 
-from envs.builtin.programming_tasks import Kind, letters, numbers_between, quoted, several, whole
+from envs.builtin.programming_tasks import Family, letters, numbers_between, quoted, several, whole
 
 X = {"x": whole(-30, 30)}
 N = {"n": whole(0, 60)}
@@ -18,9 +18,9 @@ ENDINGS = quoted([a + b for a in "klmno" for b in "pqrst"])
 
 FUNCTIONS = (
     # Level 1.
-    Kind(1, "plus", "x plus $k", X, "return x + $k", {"k": numbers_between(2, 99)}),
-    Kind(1, "times", "x times $k", X, "return x * $k", {"k": numbers_between(2, 99)}),
-    Kind(
+    Family(1, "plus", "x plus $k", X, "return x + $k", {"k": numbers_between(2, 99)}),
+    Family(1, "times", "x times $k", X, "return x * $k", {"k": numbers_between(2, 99)}),
+    Family(
         1,
         "line",
         "$a times x plus $b",
@@ -28,7 +28,7 @@ FUNCTIONS = (
         "return $a * x + $b",
         {"a": numbers_between(2, 9), "b": numbers_between(1, 30)},
     ),
-    Kind(
+    Family(
         1,
         "power",
         "x to the power of $k, plus $b",
@@ -36,14 +36,16 @@ FUNCTIONS = (
         "return x ** $k + $b",
         {"k": numbers_between(2, 5), "b": numbers_between(0, 9)},
     ),
-    Kind(
+    Family(
         1, "remainder", "the remainder of n divided by $k", N, "return n % $k", {"k": numbers_between(2, 25)}
     ),
-    Kind(
+    Family(
         1, "divides", "whether n can be divided by $k", N, "return n % $k == 0", {"k": numbers_between(2, 12)}
     ),
-    Kind(1, "at_least", "x, but $k where x is less", X, "return max(x, $k)", {"k": numbers_between(-15, 15)}),
-    Kind(
+    Family(
+        1, "at_least", "x, but $k where x is less", X, "return max(x, $k)", {"k": numbers_between(-15, 15)}
+    ),
+    Family(
         1,
         "between",
         "whether x lies from $a to $b, both included",
@@ -51,7 +53,7 @@ FUNCTIONS = (
         "return $a <= x <= $b",
         {"a": numbers_between(-15, -1), "b": numbers_between(0, 15)},
     ),
-    Kind(
+    Family(
         1,
         "distance",
         "how far x is from $k, never less than 0",
@@ -59,7 +61,7 @@ FUNCTIONS = (
         "return abs(x - $k)",
         {"k": numbers_between(-15, 15)},
     ),
-    Kind(
+    Family(
         1,
         "total",
         "the sum of numbers, plus $k",
@@ -67,7 +69,7 @@ FUNCTIONS = (
         "return sum(numbers) + $k",
         {"k": numbers_between(0, 50)},
     ),
-    Kind(
+    Family(
         1,
         "largest",
         "the largest of numbers, times $k",
@@ -75,7 +77,7 @@ FUNCTIONS = (
         "return max(numbers) * $k",
         {"k": numbers_between(2, 30)},
     ),
-    Kind(
+    Family(
         1,
         "repeated",
         "word written $k times, followed by $end",
@@ -83,8 +85,8 @@ FUNCTIONS = (
         "return word * $k + $end",
         {"k": numbers_between(2, 5), "end": ENDINGS},
     ),
-    Kind(1, "extended", "word followed by $end", WORD, "return word + $end", {"end": ENDINGS}),
-    Kind(
+    Family(1, "extended", "word followed by $end", WORD, "return word + $end", {"end": ENDINGS}),
+    Family(
         1,
         "cut",
         "word without its first $k letters, followed by $end",
@@ -93,7 +95,7 @@ FUNCTIONS = (
         {"k": numbers_between(1, 3), "end": ENDINGS},
     ),
     # Level 2.
-    Kind(
+    Family(
         2,
         "count_letters",
         "how many letters of word are $a or $b",
@@ -101,7 +103,7 @@ FUNCTIONS = (
         "return sum(letter in ($a, $b) for letter in word)",
         {"a": EARLY, "b": LATE},
     ),
-    Kind(
+    Family(
         2,
         "replaced",
         "word with every $a replaced by $b",
@@ -109,7 +111,7 @@ FUNCTIONS = (
         "return word.replace($a, $b)",
         {"a": ANY, "b": quoted("vwxyz")},
     ),
-    Kind(
+    Family(
         2,
         "without",
         "word without any $a or $b",
@@ -117,7 +119,7 @@ FUNCTIONS = (
         'return "".join(letter for letter in word if letter not in ($a, $b))',
         {"a": EARLY, "b": LATE},
     ),
-    Kind(
+    Family(
         2,
         "mirrored",
         "word, then $middle, then word from its end to its beginning",
@@ -125,7 +127,7 @@ FUNCTIONS = (
         "return word + $middle + word[::-1]",
         {"middle": ENDINGS},
     ),
-    Kind(
+    Family(
         2,
         "joined",
         "words from the last to the first, with $between between them",
@@ -133,7 +135,7 @@ FUNCTIONS = (
         "return $between.join(reversed(words))",
         {"between": ENDINGS},
     ),
-    Kind(
+    Family(
         2,
         "long_words",
         "how many of words have more than $k letters, plus $b",
@@ -141,7 +143,7 @@ FUNCTIONS = (
         "return sum(len(word) > $k for word in words) + $b",
         {"k": numbers_between(2, 4), "b": numbers_between(0, 9)},
     ),
-    Kind(
+    Family(
         2,
         "each_plus",
         "a list of numbers with $k added to each",
@@ -149,7 +151,7 @@ FUNCTIONS = (
         "return [number + $k for number in numbers]",
         {"k": numbers_between(2, 99)},
     ),
-    Kind(
+    Family(
         2,
         "those_below",
         "a list of those numbers that are less than $k, in their order",
@@ -157,7 +159,7 @@ FUNCTIONS = (
         "return [number for number in numbers if number < $k]",
         {"k": numbers_between(-12, 12)},
     ),
-    Kind(
+    Family(
         2,
         "count_above",
         "how many of numbers are greater than $k",
@@ -165,7 +167,7 @@ FUNCTIONS = (
         "return sum(number > $k for number in numbers)",
         {"k": numbers_between(-12, 12)},
     ),
-    Kind(
+    Family(
         2,
         "sum_divisible",
         "the sum of those numbers that can be divided by $k, plus $b",
@@ -173,7 +175,7 @@ FUNCTIONS = (
         "return sum(number for number in numbers if number % $k == 0) + $b",
         {"k": numbers_between(2, 5), "b": numbers_between(0, 9)},
     ),
-    Kind(
+    Family(
         2,
         "product",
         "the product of numbers, divided by $k: the remainder, which is never less than 0",
@@ -186,7 +188,7 @@ FUNCTIONS = (
         """,
         {"k": numbers_between(5, 60)},
     ),
-    Kind(
+    Family(
         2,
         "digit_sum",
         "the sum of the decimal digits of n, times $k",
@@ -195,7 +197,7 @@ FUNCTIONS = (
         {"k": numbers_between(2, 40)},
     ),
     # Level 3.
-    Kind(
+    Family(
         3,
         "common_divisor",
         "the greatest common divisor of n and $k",
@@ -208,7 +210,7 @@ FUNCTIONS = (
         """,
         {"k": numbers_between(12, 120)},
     ),
-    Kind(
+    Family(
         3,
         "sequence",
         "item n of the sequence that begins with $a, $b and goes on with the sum of the last two; $a is item 0",
@@ -221,7 +223,7 @@ FUNCTIONS = (
         """,
         {"a": numbers_between(0, 7), "b": numbers_between(1, 9)},
     ),
-    Kind(
+    Family(
         3,
         "halving",
         "what n becomes in $k steps, of which each halves it if it is even, else triples it and adds $b",
@@ -233,7 +235,7 @@ FUNCTIONS = (
         """,
         {"k": numbers_between(2, 12), "b": {"1": "1", "3": "3", "5": "5"}},
     ),
-    Kind(
+    Family(
         3,
         "count_primes",
         "how many prime numbers p there are with $a <= p <= n",
@@ -246,7 +248,7 @@ FUNCTIONS = (
         """,
         {"a": numbers_between(2, 40)},
     ),
-    Kind(
+    Family(
         3,
         "in_base",
         "n written in base $k, as text of at least $m digits with zeros in front where it takes them",
@@ -259,7 +261,7 @@ FUNCTIONS = (
         """,
         {"k": numbers_between(2, 9), "m": numbers_between(1, 8)},
     ),
-    Kind(
+    Family(
         3,
         "rotated",
         "a list of numbers in which each has moved $k places towards the front, those in front to the end",
@@ -270,7 +272,7 @@ FUNCTIONS = (
         """,
         {"k": numbers_between(1, 40)},
     ),
-    Kind(
+    Family(
         3,
         "shifted",
         'word with each letter moved $k places on in the alphabet, in which "a" comes after "z"',
@@ -280,7 +282,7 @@ FUNCTIONS = (
         """,
         {"k": numbers_between(1, 25)},
     ),
-    Kind(
+    Family(
         3,
         "runs",
         "word with each run of equal letters written as the letter, how long the run is, and $mark",
@@ -295,7 +297,7 @@ FUNCTIONS = (
         """,
         {"mark": ENDINGS},
     ),
-    Kind(
+    Family(
         3,
         "pair",
         "whether two of numbers at different places add up to $k",
@@ -310,7 +312,7 @@ FUNCTIONS = (
         """,
         {"k": numbers_between(-15, 15)},
     ),
-    Kind(
+    Family(
         3,
         "window",
         "the largest sum of $k numbers that stand next to one another, plus $b",
@@ -318,7 +320,7 @@ FUNCTIONS = (
         "return max(sum(numbers[i:i + $k]) for i in range(len(numbers) - $k + 1)) + $b",
         {"k": numbers_between(2, 4), "b": numbers_between(0, 12)},
     ),
-    Kind(
+    Family(
         3,
         "remainders",
         "a list of the remainders of numbers divided by $k, each once, in the order in which they come first",
@@ -326,7 +328,7 @@ FUNCTIONS = (
         "return list(dict.fromkeys(number % $k for number in numbers))",
         {"k": numbers_between(3, 25)},
     ),
-    Kind(
+    Family(
         3,
         "coins",
         "the smallest number of coins worth 1, $a and $b that are worth n together",
@@ -339,7 +341,7 @@ FUNCTIONS = (
         """,
         {"a": numbers_between(3, 8), "b": numbers_between(9, 16)},
     ),
-    Kind(
+    Family(
         3,
         "merged",
         "one ascending list of what is in first and second, which are ascending, without numbers greater than $k",

@@ -1,7 +1,7 @@
-"""Mutants: functions that are nearly a solution, each with one comparison, bound, sign, call or statement changed.
+"""Mutants: variants of a solution with one comparison, bound, sign, call or statement changed.
 
-Inputs on which every mutant is wrong tell a solution from programs that err at a boundary (DeMillo, Lipton and Sayward
-1978, "Hints on test data selection: help for the practicing programmer").
+Inputs on which every mutant fails distinguish a solution from programs with boundary errors (DeMillo, Lipton and
+Sayward 1978, "Hints on test data selection: help for the practicing programmer").
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import ast
 from collections.abc import Callable, Iterator
 from typing import Any
 
-MAX_ROUNDS = 300  # of all the `while` loops of a call; a mutant that goes on is wrong
+MAX_ROUNDS = 300  # iterations of all `while` loops in a call; a mutant that exceeds it is wrong
 
 Function = Callable[..., Any]
 _WRONG = (ArithmeticError, AttributeError, LookupError, NameError, TypeError, ValueError)
 
-# Operators that are mistaken for one another.
+# Operators that are easily confused.
 _COMPARED: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Lt: (ast.LtE, ast.Gt, ast.NotEq), ast.LtE: (ast.Lt, ast.GtE, ast.Eq),
     ast.Gt: (ast.GtE, ast.Lt, ast.NotEq), ast.GtE: (ast.Gt, ast.LtE, ast.Eq),
@@ -34,7 +34,7 @@ class _Endless(ValueError):
 
 
 def is_right(function: Function, arguments: tuple[Any, ...], expected: str) -> bool:
-    """Whether a mutant gives what is expected, as the environment compares it: as text."""
+    """Whether a mutant returns the expected result, compared as text like in the environment."""
     try:
         return ascii(function(*arguments)) == expected
     except _WRONG:
@@ -42,7 +42,7 @@ def is_right(function: Function, arguments: tuple[Any, ...], expected: str) -> b
 
 
 def mutants(solution: str, name: str) -> Iterator[Function]:
-    """Functions that differ from a solution in one place. One whose loop does not end raises ValueError."""
+    """Functions that differ from a solution in one place. A non-terminating loop raises ValueError."""
     tree: ast.Module = _Bounded().visit(ast.parse(solution))
     for parent in list(ast.walk(tree)):
         for field, value in list(ast.iter_fields(parent)):
@@ -56,7 +56,7 @@ def mutants(solution: str, name: str) -> Iterator[Function]:
 
 
 def _of_list(tree: ast.Module, name: str, items: list[Any]) -> Iterator[Function]:
-    """One item changed, one dropped, two neighbours swapped."""
+    """Variants with one item changed, one dropped, or two neighbours swapped."""
     original = list(items)
     others = [
         [*original[:at], other, *original[at + 1 :]]
@@ -74,7 +74,7 @@ def _of_list(tree: ast.Module, name: str, items: list[Any]) -> Iterator[Function
         items[:] = other
         try:
             yield _function(tree, name)
-        except (SyntaxError, ValueError, TypeError):  # it makes no program
+        except (SyntaxError, ValueError, TypeError):  # not a valid program
             continue
         finally:
             items[:] = original
@@ -101,7 +101,7 @@ def _function(tree: ast.Module, name: str) -> Function:
 
 
 class _Bounded(ast.NodeTransformer):
-    """Loops that count their rounds."""
+    """Loops that count their iterations."""
 
     def visit_While(self, node: ast.While) -> ast.While:
         self.generic_visit(node)
@@ -162,7 +162,7 @@ def _replacements(node: Any) -> Iterator[ast.AST]:
 
 
 def _other_calls(node: ast.Call) -> Iterator[ast.AST]:
-    """Another function, arguments left away or given in another order, or what the call was made on."""
+    """Another function, arguments dropped or reordered, or the receiver of the call."""
     function, given = node.func, node.args
     name = (
         function.id

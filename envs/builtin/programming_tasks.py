@@ -1,6 +1,6 @@
-"""What a programming task is, and how one is drawn from kinds: a sentence with parameters, inputs, and a solution.
+"""Programming tasks, drawn from families: a sentence with parameters, inputs, and a reference solution.
 
-A kind's solution is what tells right from wrong; tests compare each with a second one, written another way.
+The reference solution decides what is right; tests compare it with a second implementation.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import MAX_DRAWS, Split, drawn
+from envs.base import MAX_DRAWS, Split, draw_valid
 from envs.builtin.programming_mutants import Function, is_right, mutants
 
 MAX_PROBES = 500  # distinct inputs that are tried
-MAX_IN_VAIN = 1000  # runs of mutants of which none was wrong; what is left computes the same, most likely
+MAX_IN_VAIN = 1000  # runs of mutants without a failure; the remaining mutants are most likely equivalent
 
 Rng = np.random.Generator
-Choices = Mapping[str, str]  # what the sentence says -> what the solution says
+Choices = Mapping[str, str]  # text in the sentence -> code in the solution
 Arguments = tuple[Any, ...]
-Draw = Callable[[Rng], Any]  # of a value for an argument
+Draw = Callable[[Rng], Any]  # draws a value for an argument
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A family of tasks; `$name` stands for a parameter in `says` and `body`.
+class Family:
+    """A family of tasks; `$name` is a parameter in `says` and `body`.
 
-    says: what the function returns, in English. takes: argument -> how a value is drawn. body: of the solution, as
-    Python. chosen: parameter -> its choices.
+    says: what the function returns, in English. takes: argument -> how a value is drawn. body: the solution's body,
+    Python code. chosen: parameter -> its choices.
     """
 
     level: int
@@ -43,15 +43,15 @@ class Kind:
     body: str
     chosen: Mapping[str, Choices]
 
-    def filled(self, chosen: Mapping[str, str]) -> Task:
-        """The task of these parameters, as the sentence says them."""
+    def filled(self, chosen: Mapping[str, str]) -> ProgrammingTask:
+        """The task with these parameters, as worded in the sentence."""
         code = {name: self.chosen[name][phrase] for name, phrase in chosen.items()}
         body = indent(dedent(Template(self.body).substitute(code)).strip("\n"), "    ")
         says = Template(self.says).substitute(chosen)
-        return Task(self, chosen, says, f"def {self.name}({', '.join(self.takes)}):\n{body}\n")
+        return ProgrammingTask(self, chosen, says, f"def {self.name}({', '.join(self.takes)}):\n{body}\n")
 
-    def recognized(self, says: str) -> Task:
-        """The task whose sentence this is. ValueError if it is not of this kind."""
+    def recognized(self, says: str) -> ProgrammingTask:
+        """The task with this sentence. ValueError if it does not belong to the family."""
         pattern, known = re.escape(self.says), set[str]()
         for name in re.findall(r"\$(\w+)", self.says):
             group = f"(?P={name})" if name in known else f"(?P<{name}>.+?)"
@@ -64,55 +64,57 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Task:
-    """A function to be written; `chosen` are the kind's parameters as `says` has them."""
+class ProgrammingTask:
+    """A function to be written; `chosen` are the family's parameters as worded in `says`."""
 
-    kind: Kind
+    family: Family
     chosen: Mapping[str, str]
     says: str
     solution: str
 
     @property
     def name(self) -> str:
-        return self.kind.name
+        return self.family.name
 
     @property
     def signature(self) -> str:
-        return f"{self.name}({', '.join(self.kind.takes)})"
+        return f"{self.name}({', '.join(self.family.takes)})"
 
     def expected(self, arguments: Arguments) -> Any:
-        """What the function must return."""
+        """The result that the function must return."""
         return _compiled(self.solution, self.name)(*arguments)
 
 
 @lru_cache(maxsize=256)
 def _compiled(solution: str, name: str) -> Callable[..., Any]:
     scope: dict[str, Any] = {}
-    exec(solution, scope)  # from the tables of this repository, never from an action
+    exec(solution, scope)  # only code from this repository, never from an action
     function: Callable[..., Any] = scope[name]
     return function
 
 
-def draw_task(kinds: Sequence[Kind], split: Split, rng: Rng) -> Task:
-    """A task of one of these kinds; the sentence decides which split it belongs to."""
+def draw_task(families: Sequence[Family], split: Split, rng: Rng) -> ProgrammingTask:
+    """A task of one of these families; its sentence decides the split."""
 
-    def attempt() -> Task:
-        kind = kinds[int(rng.integers(len(kinds)))]
-        return kind.filled({name: pick(list(choices))(rng) for name, choices in kind.chosen.items()})
+    def attempt() -> ProgrammingTask:
+        family = families[int(rng.integers(len(families)))]
+        return family.filled({name: pick(list(choices))(rng) for name, choices in family.chosen.items()})
 
-    return drawn(attempt, lambda task: f"{task.name}: {task.says}", split)
+    return draw_valid(attempt, lambda task: f"{task.name}: {task.says}", split)
 
 
-def draw_inputs(task: Task, examples: int, hidden: int, rng: Rng) -> tuple[list[Arguments], list[Arguments]]:
-    """Inputs to be shown and inputs to be hidden, no two alike.
+def draw_inputs(
+    task: ProgrammingTask, examples: int, hidden: int, rng: Rng
+) -> tuple[list[Arguments], list[Arguments]]:
+    """Visible and hidden inputs, all distinct.
 
-    The hidden ones hold the task's probes. They ask for at least two different results, and some for another than an
-    argument itself: no constant, no table of the examples and no argument given back is right on all of them.
+    The hidden ones include the task's probes. They have at least two different results, and at least one result that is
+    not an argument: no constant, no table of the examples and no returned argument passes all of them.
     """
-    probed = probes(task.name, task.says, task.solution, tuple(task.kind.takes.values()))[:hidden]
+    probed = probes(task.name, task.says, task.solution, tuple(task.family.takes.values()))[:hidden]
     for _ in range(MAX_DRAWS):
         drawn = {repr(arguments): arguments for arguments in probed}
-        for arguments in _draws(task.kind.takes.values(), rng, 4 * (examples + hidden)):
+        for arguments in _draws(task.family.takes.values(), rng, 4 * (examples + hidden)):
             drawn.setdefault(repr(arguments), arguments)
             if len(drawn) == examples + hidden:
                 break
@@ -121,19 +123,19 @@ def draw_inputs(task: Task, examples: int, hidden: int, rng: Rng) -> tuple[list[
         kept = [inputs[place] for place in at]
         results = [ascii(task.expected(each)) for each in kept]
         echoes = [{ascii(argument) for argument in each} for each in kept]
-        told = len(set(results)) > 1 and any(
+        informative = len(set(results)) > 1 and any(
             result not in echo for result, echo in zip(results, echoes, strict=True)
         )
-        if len(kept) == hidden and told:
+        if len(kept) == hidden and informative:
             return inputs[hidden:], kept
     raise ValueError(f"no inputs for {task.name}: {task.says}")
 
 
 @lru_cache(maxsize=256)
 def probes(name: str, says: str, solution: str, takes: tuple[Draw, ...]) -> tuple[Arguments, ...]:
-    """The inputs on which a task's mutants are wrong, as few as are needed; the same for every episode of the task.
+    """A small set of inputs on which all of a task's mutants fail; the same for every episode of the task.
 
-    Those come first that others stand in for the least. Takes some hundredths of a second to some tenths.
+    Inputs that the others replace least come first. Takes some hundredths to some tenths of a second.
     """
     left, in_vain = list(mutants(solution, name)), 0
     kept: list[tuple[Arguments, str, list[Function]]] = []
@@ -152,7 +154,7 @@ def probes(name: str, says: str, solution: str, takes: tuple[Draw, ...]) -> tupl
             kept.append((arguments, expected, wrong))
             left = [mutant for mutant in left if mutant not in wrong]
         in_vain = 0 if wrong else in_vain + len(left)
-    # A later input was found for what earlier ones had left. What it is wrong on as well needs no other.
+    # Each input was kept for mutants that earlier inputs missed. Mutants that it catches too need no other input.
     needed, known = [], set[Function]()
     for at, (arguments, expected, wrong) in reversed(list(enumerate(kept))):
         if not known.issuperset(wrong):
@@ -167,7 +169,7 @@ def _draws(takes: Iterable[Draw], rng: Rng, count: int) -> Iterator[Arguments]:
     return (tuple(draw(rng) for draw in draws) for _ in range(count))
 
 
-# What parameters are chosen from.
+# Choices of parameters.
 
 
 def numbers_between(first: int, last: int) -> Choices:
@@ -178,7 +180,7 @@ def quoted(texts: Sequence[str]) -> Choices:
     return {f'"{text}"': f'"{text}"' for text in texts}
 
 
-# What arguments are drawn from.
+# Distributions of arguments.
 
 
 def pick(values: Sequence[Any]) -> Draw:

@@ -1,12 +1,12 @@
-"""Sokoban: push every box onto a goal. Boards are made by playing backwards from the solved one, so each can be solved.
+"""Sokoban: push every box onto a goal. Boards are made by playing backwards from the solved one, so each is solvable.
 
-Observation: the board, one line a row, in the usual letters: # wall, - floor, @ player, $ box, . goal, * box on a goal,
-+ player on a goal. After a move that nothing came of, "blocked" stands above it.
-Action: up, down, left or right. Reward: 1 when all boxes stand on goals, else 0. Horizon: `max_turns`.
+Observation: the board, one line per row, in the usual letters: # wall, - floor, @ player, $ box, . goal, * box on a
+goal, + player on a goal. After a move without effect, the first line is "blocked".
+Action: up, down, left or right. Reward: 1 when all boxes are on goals, else 0. Horizon: `max_turns`.
 Levels: 1 one box, one or two pushes, no inner walls; 2 one box farther off, among walls; 3 two boxes; 4 three; 5 three,
 farther off on a larger board.
-Ends: all boxes on goals (terminated), turns used up (truncated), an action that is none of the four (malformed). A box
-that can be moved no more ends nothing.
+Ends: all boxes on goals (terminated), turns used up (truncated), any other action (malformed). A box that can no longer
+be moved does not end the episode.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import Info, Split, TextEnv, check_options, drawn, lower_case_words
+from envs.base import Info, Split, TextEnv, check_options, draw_valid, vocabulary
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 BLOCKED, UNREADABLE = "blocked", "That is no direction."
@@ -29,9 +29,9 @@ INSTRUCTIONS = (
     "goal, + is you on a goal. You push a box by walking against it, if the cell behind it is free; you cannot pull. "
     "Answer with one word: up, down, left or right.\n"
 )
-WORDS = lower_case_words((*MOVES, BLOCKED, UNREADABLE))
-ONWARD = 0.9  # how often backwards play leads away from the goals where it can
-MAX_EXPANDED = 100_000  # boards looked at by the solver: as many as there are to the largest of these levels
+WORDS = vocabulary((*MOVES, BLOCKED, UNREADABLE))
+AWAY_FROM_GOALS = 0.9  # probability that backwards play moves a box away from the goals, if it can
+MAX_EXPANDED = 100_000  # boards that the solver expands: enough for the largest level
 
 Cell = tuple[int, int]
 Cells = frozenset[Cell]
@@ -39,8 +39,8 @@ _State = tuple[Cell, Cells]  # player, boxes
 
 
 @dataclass(frozen=True)
-class Level:
-    """A kind of board: cells a side with the outer wall, inner walls, boxes, `least_pushes`, and turns to solve it."""
+class BoardLevel:
+    """A level of difficulty: cells per side including the outer wall, inner walls, boxes, `least_pushes`, and turns."""
 
     size: int
     walls: int
@@ -50,17 +50,17 @@ class Level:
 
 
 LEVELS = {
-    1: Level(size=6, walls=0, boxes=1, pushes=range(1, 3), max_turns=24),
-    2: Level(size=6, walls=3, boxes=1, pushes=range(3, 7), max_turns=32),
-    3: Level(size=7, walls=5, boxes=2, pushes=range(4, 9), max_turns=64),
-    4: Level(size=7, walls=5, boxes=3, pushes=range(5, 11), max_turns=80),
-    5: Level(size=8, walls=7, boxes=3, pushes=range(8, 14), max_turns=96),
+    1: BoardLevel(size=6, walls=0, boxes=1, pushes=range(1, 3), max_turns=24),
+    2: BoardLevel(size=6, walls=3, boxes=1, pushes=range(3, 7), max_turns=32),
+    3: BoardLevel(size=7, walls=5, boxes=2, pushes=range(4, 9), max_turns=64),
+    4: BoardLevel(size=7, walls=5, boxes=3, pushes=range(5, 11), max_turns=80),
+    5: BoardLevel(size=8, walls=7, boxes=3, pushes=range(8, 14), max_turns=96),
 }
 
 
 @dataclass(frozen=True)
 class Board:
-    """Where everything stands. Walls are the cells that are not floor; goals never change."""
+    """Positions of everything. Walls are the cells that are not floor; goals never change."""
 
     size: int
     floor: Cells
@@ -73,7 +73,7 @@ class Board:
         return self.boxes == self.goals
 
     def after(self, move: str) -> Board | None:
-        """The board after a move; None where a wall or a box that cannot be pushed is in the way."""
+        """The board after a move; None if a wall or an immovable box is in the way."""
         moved = _moved(self.floor, self.player, self.boxes, MOVES[move])
         return replace(self, player=moved[0], boxes=moved[1]) if moved else None
 
@@ -92,7 +92,7 @@ class Board:
 
 
 def board_of(rows: list[str]) -> Board:
-    """The board that such rows draw."""
+    """Parse a board from its rows."""
     cells = {(row, column): letter for row, line in enumerate(rows) for column, letter in enumerate(line)}
     holding = {
         letters: frozenset(cell for cell, each in cells.items() if each in letters)
@@ -106,8 +106,8 @@ def board_of(rows: list[str]) -> Board:
 class Sokoban(TextEnv):
     """The environment.
 
-    level: see above. max_turns: moves before truncation; the level's own if None. split: "train" and "heldout" divide
-    the boards by their content, whatever the seed; "all" takes any. instructions: begin with the rules in English.
+    level: see above. max_turns: moves before truncation; None for the level's own. split: "train" and "heldout" divide
+    the boards by content, regardless of the seed; "all" contains both. instructions: begin with the rules in English.
     Raises ValueError for other values.
     """
 
@@ -124,14 +124,14 @@ class Sokoban(TextEnv):
 
     @property
     def board(self) -> Board:
-        """Where everything stands now."""
+        """The current board."""
         if self._board is None:
             raise RuntimeError("there is no board before reset()")
         return self._board
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         super().reset(seed=seed)
-        self._board = drawn(lambda: _attempt(self._level, self.np_random), str, self._split)
+        self._board = draw_valid(lambda: _attempt(self._level, self.np_random), str, self._split)
         self._turns = 0
         return f"{self._opening}{self._board}", {}
 
@@ -150,8 +150,8 @@ class Sokoban(TextEnv):
         return observation, float(solved), solved, truncated, info
 
 
-def _attempt(level: Level, rng: np.random.Generator) -> Board | None:
-    """A board by playing backwards from boxes on goals, pulls in place of pushes. None where it came to nothing."""
+def _attempt(level: BoardLevel, rng: np.random.Generator) -> Board | None:
+    """A board from backwards play (pulls instead of pushes) from boxes on goals; None if that fails."""
     inside = [(row, column) for row in range(1, level.size - 1) for column in range(1, level.size - 1)]
     mixed = [inside[place] for place in rng.permutation(len(inside))]
     free = mixed[level.walls :]
@@ -171,16 +171,16 @@ def _attempt(level: Level, rng: np.random.Generator) -> Board | None:
         pulls = [pull for pull in _pulls(board) if pull[0] in walks]
         if not pulls or (made and least_pushes(made) >= wanted):
             break
-        # Few steps back towards a goal: undirected play leaves most boxes where they began.
+        # Prefer pulls away from the goals: undirected play leaves most boxes near their start.
         onward = [(at, each) for at, each in pulls if least_pushes(each) > least_pushes(board)]
-        pulls = onward if onward and rng.random() < ONWARD else pulls
+        pulls = onward if onward and rng.random() < AWAY_FROM_GOALS else pulls
         at, board = pulls[rng.integers(len(pulls))]
         moves += walks[at] + 1
     return made
 
 
 def _pulls(board: Board) -> Iterator[tuple[Cell, Board]]:
-    """Where the player would have to stand, beside a box, and the board after it has pulled the box one cell."""
+    """For each possible pull: the cell where the player stands, beside a box, and the board after it."""
     free = board.floor - board.boxes
     for box in sorted(board.boxes):
         for down, right in MOVES.values():
@@ -190,9 +190,9 @@ def _pulls(board: Board) -> Iterator[tuple[Cell, Board]]:
 
 
 class Player:
-    """Plays a solution with the fewest moves, but moves at random with probability `error_rate`. One an episode.
+    """Plays a solution with the fewest moves; moves at random with probability `error_rate`. One per episode.
 
-    When an error has left no solution, or none within the solver's bound, it moves at random from there on.
+    If an error leaves no solution, or none within the solver's bound, it moves at random from then on.
     """
 
     def __init__(self, error_rate: float, seed: int) -> None:
@@ -202,7 +202,7 @@ class Player:
         self._lost = False
 
     def act(self, observation: str) -> str:
-        """The next move, from any observation: each draws the whole board."""
+        """The next move, from any observation: each shows the whole board."""
         lines = observation.splitlines()
         rows = lines[-len(lines[-1]) :]
         if self._lost or self._rng.random() < self._error_rate:
@@ -216,16 +216,16 @@ class Player:
 
 @lru_cache(maxsize=4096)
 def solution(text: str) -> tuple[tuple[str, str], ...]:
-    """Boards, as text, and the move made on each, of a solution with the fewest moves; empty where none was found.
+    """A solution with the fewest moves, as pairs of board (text) and move; empty if none was found.
 
-    A* over the boards, with `least_pushes` as what is left at least; at most MAX_EXPANDED boards are looked at.
+    A* over boards with `least_pushes` as the heuristic; expands at most MAX_EXPANDED boards.
     """
     board = board_of(text.split("\n"))
     start: _State = (board.player, board.boxes)
     goals = tuple(sorted(board.goals))
     came: dict[_State, tuple[_State, str] | None] = {start: None}
     moves = {start: 0}
-    order = 0  # the first found of equals, since states have no order of their own
+    order = 0  # tie-breaker, because states are not ordered
     queue = [(least_pushes(board), order, start)]
     expanded: set[_State] = set()
     while queue and len(expanded) < MAX_EXPANDED:
@@ -242,7 +242,7 @@ def solution(text: str) -> tuple[tuple[str, str], ...]:
                 continue
             left = _least_pushes(board.floor, goals, after[1])
             if left < 0:
-                continue  # there is no way on from here
+                continue  # unsolvable from here
             moves[after], came[after] = made, (state, name)
             order += 1
             heapq.heappush(queue, (made + left, order, after))
@@ -250,7 +250,7 @@ def solution(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def _moved(floor: Cells, player: Cell, boxes: Cells, move: Cell) -> _State | None:
-    """Where player and boxes are after a move; None where a wall or a box that cannot be pushed is in the way."""
+    """Player and boxes after a move; None if a wall or an immovable box is in the way."""
     to = (player[0] + move[0], player[1] + move[1])
     if to not in floor:
         return None
@@ -269,7 +269,7 @@ def _retraced(
 
 
 def least_pushes(board: Board) -> int:
-    """Pushes that are needed at least, as if no box were in another's way; -1 where a box has no way to a goal."""
+    """Lower bound on the pushes needed, as if boxes did not block each other; -1 if a box cannot reach a goal."""
     return _least_pushes(board.floor, tuple(sorted(board.goals)), board.boxes)
 
 
@@ -277,7 +277,7 @@ def least_pushes(board: Board) -> int:
 def _least_pushes(floor: Cells, goals: tuple[Cell, ...], boxes: Cells) -> int:
     away = [[_pushes_away(floor, goal).get(box, -1) for goal in goals] for box in boxes]
     least = -1
-    for order in permutations(range(len(goals))):  # which goal each box goes to
+    for order in permutations(range(len(goals))):  # assignment of boxes to goals
         each = [away[box][goal] for box, goal in enumerate(order)]
         if -1 not in each and (least < 0 or sum(each) < least):
             least = sum(each)
@@ -286,7 +286,7 @@ def _least_pushes(floor: Cells, goals: tuple[Cell, ...], boxes: Cells) -> int:
 
 @lru_cache(maxsize=4096)
 def _pushes_away(floor: Cells, goal: Cell) -> dict[Cell, int]:
-    """Pushes from each cell to a goal, for a box alone; cells without a way are left out."""
+    """Pushes from each cell to a goal, for a single box; unreachable cells are left out."""
     away, edge = {goal: 0}, [goal]
     for cell in edge:
         for down, right in MOVES.values():
@@ -298,7 +298,7 @@ def _pushes_away(floor: Cells, goal: Cell) -> dict[Cell, int]:
 
 
 def _walks(start: Cell, free: Cells) -> dict[Cell, int]:
-    """The cells one can walk to, and in how many moves."""
+    """The reachable cells, with their distances in moves."""
     walks, edge = {start: 0}, [start]
     for cell in edge:
         for move in MOVES.values():

@@ -1,9 +1,9 @@
-"""Twenty questions: find out by yes and no which thing is meant, then name it. Asking well is what gets there in time.
+"""Twenty questions: find out by yes-or-no questions which thing is meant, then name it, within few turns.
 
 Observation: the first one lists the candidates, "drum ant bell ..."; every later one is "yes" or "no".
-Action: "is it PROPERTY", one of fifteen, to ask, or "it is THING", any of the 64, to guess: there is one guess.
-Reward: 1 for the right guess, else 0; with `cost`, the right guess is paid 1 - cost for each question before it, 0 at
-the least. Horizon: `max_turns`, the guess included.
+Action: "is it PROPERTY", one of fifteen, to ask, or "it is THING", any of the 64, to guess; only one guess.
+Reward: 1 for the right guess, else 0; with `cost`, a right guess is paid 1 - cost per earlier question, at least 0.
+Horizon: `max_turns`, the guess included.
 Levels: 1, 2, 3 and 4 have 8, 16, 32 and 64 candidates and 5, 6, 7 and 9 turns: one more than exact halving and
 the guess take, and two more at level 4.
 Ends: the guess (terminated), turns used up (truncated), an action that is neither question nor guess (malformed).
@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import Info, Split, TextEnv, check_options, drawn, lower_case_words
+from envs.base import Info, Split, TextEnv, check_options, draw_valid, vocabulary
 
 CANDIDATES = {1: 8, 2: 16, 3: 32, 4: 64}
 TURNS = {1: 5, 2: 6, 3: 7, 4: 9}
 
-# Every property with all the things that have it; no two things have the same ones.
+# Each property -> the things that have it; no two things have the same set of properties.
 PROPERTIES: dict[str, frozenset[str]] = {
     named: frozenset(things.split())
     for named, things in {
@@ -55,7 +55,7 @@ INSTRUCTIONS = (
     f'"{GUESS}{THINGS[0]}". '
     "You have {turns} turns, the guess included.\n"
 )
-WORDS = lower_case_words((ASK, GUESS, YES, NO, UNREADABLE, *PROPERTIES, *THINGS))
+WORDS = vocabulary((ASK, GUESS, YES, NO, UNREADABLE, *PROPERTIES, *THINGS))
 
 Things = frozenset[str]
 
@@ -63,11 +63,11 @@ Things = frozenset[str]
 class TwentyQuestions(TextEnv):
     """The environment.
 
-    level: see above. max_turns: questions and guess before truncation; the level's own if None. cost: of a question, 0
-    to 0.1. things: how many of the 64 are ever candidates, taken evenly: fewer leave less to know. split: "train" and
-    "heldout" divide the lists of candidates as they are shown, whatever the seed; "all" takes any. The thing meant has
-    no part in that, or a part would never mean some things and could be played by knowing which. instructions: begin
-    with the rules in English. Raises ValueError for other values.
+    level: see above. max_turns: questions and guess before truncation; None for the level's own. cost: per question, 0
+    to 0.1. things: how many of the 64 are ever candidates, spread evenly: fewer are easier to learn. split: "train" and
+    "heldout" divide the lists of candidates as shown, regardless of the seed; "all" contains both. The thing meant is
+    drawn independently of the split; else a part would exclude some things, and a policy could exploit that.
+    instructions: begin with the rules in English. Raises ValueError for other values.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class TwentyQuestions(TextEnv):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         super().reset(seed=seed)
-        listed = drawn(self._attempt, str, self._split)
+        listed = draw_valid(self._attempt, str, self._split)
         self._meant = listed.split()[self.np_random.integers(CANDIDATES[self._level])]
         self._turns = 0
         return self._opening + listed, {}
@@ -125,20 +125,20 @@ class TwentyQuestions(TextEnv):
         return answer, 0.0, False, truncated, {"success": False} if truncated else {}
 
     def _attempt(self) -> str | None:
-        """A list of candidates; None where they cannot be told apart within the level's turns."""
+        """A list of candidates; None if the level's turns do not suffice to tell them apart."""
         listed = self.np_random.choice(self._things, size=CANDIDATES[self._level], replace=False).tolist()
         return " ".join(listed) if questions_needed(frozenset(listed)) < TURNS[self._level] else None
 
 
 def paid(right: bool, questions: int, cost: float) -> float:
-    """The reward of a guess after so many questions, in [0, 1]."""
+    """The reward of a guess after this many questions, in [0, 1]."""
     return max(0.0, 1.0 - cost * questions) if right else 0.0
 
 
 class Player:
-    """Asks what halves the candidates; with probability `error_rate` asks, or one time in sixteen guesses, anything.
+    """Asks the question that halves the candidates; with probability `error_rate` it acts at random.
 
-    One an episode.
+    A random action is a guess one time in sixteen. One per episode.
     """
 
     def __init__(self, error_rate: float, seed: int) -> None:
@@ -149,7 +149,7 @@ class Player:
         self._asked = ""
 
     def act(self, observation: str) -> str:
-        """A question or the guess, from an observation; the first one brings the candidates."""
+        """A question or the guess; the first observation contains the candidates."""
         if observation in (YES, NO):
             having = PROPERTIES[self._asked]
             self._left = self._left & having if observation == YES else self._left - having
@@ -172,13 +172,13 @@ class Player:
 
 @lru_cache(maxsize=65536)
 def halving(left: Things) -> str:
-    """The property that divides these things most evenly, the first of equals."""
+    """The property that divides these things most evenly; the first one on ties."""
     return min(PROPERTIES, key=lambda name: abs(2 * len(PROPERTIES[name] & left) - len(left)))
 
 
 @lru_cache(maxsize=65536)
 def questions_needed(left: Things) -> int:
-    """How many questions `halving` asks at most until one of these things is left."""
+    """The maximum number of questions that `halving` asks until one of these things is left."""
     if len(left) == 1:
         return 0
     having = PROPERTIES[halving(left)] & left

@@ -1,12 +1,12 @@
-"""What an environment promises, examined: Gymnasium's own checker and ours. `manta check-env ID` shows the findings.
+"""Checks of an environment against its contract, by Gymnasium and by Manta. `manta check-env ID` prints the result.
 
-    in a process of its own   it starts, answers within the limit, says there what it says here
-    (envs/checks/subprocess_check.py) an episode of each seed   observations, rewards, ends and verdicts are what they
-    must be actions nobody can read   are answered, not raised, and earn nothing
-    the same seed again       the same instance, and the same episode, unless it says `nondeterministic`
-    beside another replica, after other episodes, from a snapshot   the same episode still
+    in a child process        it starts, answers within the limit, and behaves as it does here (subprocess_check.py)
+    an episode per seed       observations, rewards, ends and verdicts are well formed
+    unparsable actions        are answered instead of raised, and earn nothing
+    the same seed again       gives the same instance and the same episode, unless it is `nondeterministic`
+    with other episodes       beside another replica, after other episodes, from a snapshot: the same episode
 
-Checks that would only repeat an earlier finding in other words are left out.
+Checks whose failure would only repeat an earlier finding are skipped.
 """
 
 from __future__ import annotations
@@ -31,44 +31,44 @@ from gymnasium.utils.env_checker import check_env
 from envs import registry
 from envs.adapters import RandomPlayer
 from envs.base import text_space
-from envs.checks.findings import Finding, answered, paid, said
-from envs.checks.recording import Record, Script, Trouble, asking, first_difference, go_on, play, shown, step
-from envs.checks.subprocess_check import Unfit, made, played_apart, process
+from envs.checks.findings import Issue, check_record, check_return, check_turn
+from envs.checks.recording import EnvRaised, Record, Script, env_call, first_diff, play, resume, shown, step
+from envs.checks.subprocess_check import CheckAborted, child_replica, make_env, play_in_child
+from envs.code_lines import user_lines
 from envs.hosting.host import Env, EnvironmentFailed, InProcessEnv
-from envs.own_frames import own_lines
 from envs.registry import Player
 
-SECONDS = 10.0  # for a reset or a step, unless it is said
-TURNS = 30  # played an episode, unless it is said
+SECONDS = 10.0  # default limit for a reset or a step
+TURNS = 30  # default turns per episode
 SEEDS = (0, 1, 2**31 - 1)
-ERROR_RATE = 0.5  # of a scripted player, so that it sees more than the shortest way
+ERROR_RATE = 0.5  # of a scripted player, so that it leaves the shortest path
 UNREADABLE = ("", "\x00", "zq nobody says this", "1.5.5", "1_0", "\u0661", "9" * 5000, "[" * 5000, '{"a": ')
-ANY_REWARD = (-math.inf, math.inf)  # of an environment that does not say its reward_range
-_TOLERATED = ("generators", "time")  # findings that make no later one an echo
-_EXPECTED = ("is different from the unwrapped version",)  # what Gymnasium warns of and is meant so here
+ANY_REWARD = (-math.inf, math.inf)  # for environments without a reward_range
+_TOLERATED = ("generators", "time")  # violations that do not cause later ones
+_EXPECTED = ("is different from the unwrapped version",)  # Gymnasium warnings that do not apply here
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
-FindPlayer = Callable[[], Callable[[int], Player] | None]  # asked only when the environment could be made
+FindPlayer = Callable[[], Callable[[int], Player] | None]  # called only after the environment could be made
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is examined: how a replica is made, who plays on it, and how long a reset or a step may take."""
+    """The environment under test: its factory, its player, and the limits."""
 
-    recipe: Callable[[], Env]
+    factory: Callable[[], Env]
     player: Callable[[int], Player]
     seconds: float
-    turns: int  # played an episode
+    turns: int  # per episode
     nondeterministic: bool
-    reward_range: tuple[float, float]  # of an episode
+    reward_range: tuple[float, float]  # of an episode's return
 
     def replica(self) -> InProcessEnv:
-        with asking("making it"):
-            return InProcessEnv(self.recipe())
+        with env_call("making it"):
+            return InProcessEnv(self.factory())
 
     def differ(self, one: Record, other: Record) -> int | None:
-        """Where two episodes of one seed differ that should not."""
-        place = first_difference(one, other)
+        """The first position at which two episodes that should be equal differ, or None."""
+        place = first_diff(one, other)
         return None if place and self.nondeterministic else place
 
 
@@ -77,92 +77,92 @@ def check(
     options: dict[str, Any] | None = None,
     seconds: float = SECONDS,
     turns: int = TURNS,
-    apart: bool = True,
-) -> list[Finding]:
-    """What there is to say against an environment of the registry, played by its scripted player where it has one.
+    in_subprocess: bool = True,
+) -> list[Issue]:
+    """Check an environment of the registry, played by its scripted player if it has one; returns the violations.
 
-    Others as of `check_recipe`. EnvironmentUnknown for a wrong id or option.
+    Other parameters as in `check_factory`. EnvironmentUnknown for a wrong id or option.
     """
 
     def scripted() -> Callable[[int], Player] | None:
         return partial(registry.player(env_id), ERROR_RATE) if registry.has_player(env_id) else None
 
-    return _checked(registry.recipe(env_id, **(options or {})), scripted, seconds, turns, apart)
+    return _checked(registry.env_factory(env_id, **(options or {})), scripted, seconds, turns, in_subprocess)
 
 
-def check_recipe(
-    recipe: Callable[[], Env],
+def check_factory(
+    factory: Callable[[], Env],
     player: Callable[[int], Player] | None = None,
     seconds: float = SECONDS,
     turns: int = TURNS,
-    apart: bool = True,
-) -> list[Finding]:
-    """What there is to say against what `recipe` makes; empty for a sound environment.
+    in_subprocess: bool = True,
+) -> list[Issue]:
+    """Check the environment that `factory` makes; returns the violations, none for a sound environment.
 
-    player: made with a seed for each episode; without one, actions are drawn from the action space. seconds: for a
-    reset or a step. turns: played an episode. apart: also in a process of its own, killed when it takes longer; without
-    that an environment that never answers is waited for.
+    player: called with a seed for each episode; without one, actions are sampled from the action space. seconds: limit
+    for a reset or a step. turns: per episode. in_subprocess: also run it in a child process, which is killed if it
+    exceeds the limit; without that, a call that never returns blocks.
     """
-    return _checked(recipe, lambda: player, seconds, turns, apart)
+    return _checked(factory, lambda: player, seconds, turns, in_subprocess)
 
 
 def _checked(
-    recipe: Callable[[], Env], find_player: FindPlayer, seconds: float, turns: int, apart: bool
-) -> list[Finding]:
+    factory: Callable[[], Env], find_player: FindPlayer, seconds: float, turns: int, in_subprocess: bool
+) -> list[Issue]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Gymnasium's, which are findings below
-        return asyncio.run(_check(recipe, find_player, seconds, turns, apart))
+        warnings.simplefilter("ignore")  # Gymnasium's warnings are collected below
+        return asyncio.run(_check(factory, find_player, seconds, turns, in_subprocess))
 
 
 async def _check(
-    recipe: Callable[[], Env], find_player: FindPlayer, seconds: float, turns: int, apart: bool
-) -> list[Finding]:
-    findings: list[Finding] = []
+    factory: Callable[[], Env], find_player: FindPlayer, seconds: float, turns: int, in_subprocess: bool
+) -> list[Issue]:
+    findings: list[Issue] = []
     try:
-        async with process(recipe, seconds, findings) if apart else nullcontext() as there:
-            subject = _subject(recipe, find_player, seconds, turns)  # here only after it could be made there
+        async with child_replica(factory, seconds, findings) if in_subprocess else nullcontext() as child:
+            subject = _subject(factory, find_player, seconds, turns)  # after it could be made in the child
             elsewhere = None
-            if there is not None:
-                elsewhere = await played_apart(there, subject.player, SEEDS, UNREADABLE, turns, seconds)
-        findings += await _examined(subject, elsewhere)
-    except Unfit as unfit:
-        findings.append(unfit.finding)
-    except Trouble as trouble:
-        apart_only = isinstance(trouble.error, EnvironmentFailed)  # its words are those of the error there
-        text = str(trouble.error) if apart_only else repr(trouble.error)
-        findings.append(Finding("raises", shown(text, 400), _place(trouble)))
+            if child is not None:
+                elsewhere = await play_in_child(child, subject.player, SEEDS, UNREADABLE, turns, seconds)
+        findings += await _run_checks(subject, elsewhere)
+    except CheckAborted as aborted:
+        findings.append(aborted.violation)
+    except EnvRaised as failed:
+        in_child_only = isinstance(failed.error, EnvironmentFailed)  # the text of the child's error
+        text = str(failed.error) if in_child_only else repr(failed.error)
+        findings.append(Issue("raises", shown(text, 400), _place(failed)))
     return list({finding.kind: finding for finding in reversed(findings)}.values())[
         ::-1
     ]  # the first of each kind
 
 
-def _subject(recipe: Callable[[], Env], find_player: FindPlayer, seconds: float, turns: int) -> Subject:
-    env = made(recipe)
-    with asking("its player"):
+def _subject(factory: Callable[[], Env], find_player: FindPlayer, seconds: float, turns: int) -> Subject:
+    env = make_env(factory)
+    with env_call("its player"):
         player = find_player() or partial(RandomPlayer, env)
         player(SEEDS[0])
-    with asking("its reward_range"):
+    with env_call("its reward_range"):
         low, high = getattr(env.unwrapped, "reward_range", ANY_REWARD)
         reward_range = float(low), float(high)
-    return Subject(recipe, player, seconds, turns, InProcessEnv(env).nondeterministic, reward_range)
+    return Subject(factory, player, seconds, turns, InProcessEnv(env).nondeterministic, reward_range)
 
 
-async def _examined(subject: Subject, elsewhere: Record | Trouble | None) -> list[Finding]:
+async def _run_checks(subject: Subject, elsewhere: Record | EnvRaised | None) -> list[Issue]:
     before = _generators()
     records = [await _episode(subject, seed) for seed in SEEDS]
     findings = [
-        Finding("generators", f"the global generator of {name} was used", "playing")
+        Issue("generators", f"the global generator of {name} was used", "playing")
         for name, state in _generators().items()
         if state != before[name]
     ]
     for record in records:
-        findings += said(record, subject.seconds)
-    if _conclusive(findings):
+        findings += check_record(record, subject.seconds)
+    if _stop_early(findings):
         return findings
     for record in records:
-        findings += paid(record, *subject.reward_range)
+        findings += check_return(record, *subject.reward_range)
     findings += await _unreadable(subject)
-    if _conclusive(findings):
+    if _stop_early(findings):
         return findings
     findings += [*_gymnasium(subject), *await _closed(subject), *await _again(subject, records)]
     if any(finding.kind in ("seeding", "repetition") for finding in findings):
@@ -170,62 +170,62 @@ async def _examined(subject: Subject, elsewhere: Record | Trouble | None) -> lis
     findings += await _beside(subject, records[0], records[1].seed)
     findings += await _reused(subject, records[0], records[1])
     findings += await _restored(subject, records[0])
-    return [*findings, *_told_there(subject, records[0], elsewhere)]
+    return [*findings, *_elsewhere(subject, records[0], elsewhere)]
 
 
-def _conclusive(findings: list[Finding]) -> bool:
+def _stop_early(findings: list[Issue]) -> bool:
     return any(finding.kind not in _TOLERATED for finding in findings)
 
 
 async def _episode(subject: Subject, seed: int, actions: list[str] | None = None) -> Record:
-    """An episode on a replica of its own, by the player or with these actions."""
+    """An episode on a new replica, by the player or with these actions."""
     replica = subject.replica()
     if actions is None:
         record = await play(replica, seed, subject.player(seed), subject.turns)
     else:
         record = await play(replica, seed, Script(actions), len(actions))
-    with asking("close"):
+    with env_call("close"):
         await replica.close()
     return record
 
 
-async def _unreadable(subject: Subject) -> list[Finding]:
+async def _unreadable(subject: Subject) -> list[Issue]:
     replica = subject.replica()
     for action in UNREADABLE:
-        with asking(f"reset, seed {SEEDS[0]}"):
+        with env_call(f"reset, seed {SEEDS[0]}"):
             await replica.reset(SEEDS[0])
         where = f"step 1, seed {SEEDS[0]}, action {shown(repr(action))}"
         try:
             turn = await step(replica, action, where)
-        except Trouble as trouble:
-            return [Finding("unreadable", f"it raised {shown(repr(trouble.error), 200)}", _place(trouble))]
-        findings = list(answered(turn, where, subject.seconds))
-        if not findings and turn.told[4].get("malformed") and turn.told[1] != 0:
-            findings = [Finding("unreadable", f"it paid {float(turn.told[1]):g}", where)]
+        except EnvRaised as failed:
+            return [Issue("unreadable", f"it raised {shown(repr(failed.error), 200)}", _place(failed))]
+        findings = list(check_turn(turn, where, subject.seconds))
+        if not findings and turn.outcome[4].get("malformed") and turn.outcome[1] != 0:
+            findings = [Issue("unreadable", f"its reward was {float(turn.outcome[1]):g}", where)]
         if findings:
             return findings
     return []
 
 
-def _gymnasium(subject: Subject) -> list[Finding]:
+def _gymnasium(subject: Subject) -> list[Issue]:
     where, texts = "gymnasium.utils.env_checker", []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            with asking(where):
-                words = _InWords(subject.recipe(), subject.nondeterministic)
+            with env_call(where):
+                words = _InWords(subject.factory(), subject.nondeterministic)
                 check_env(words, skip_render_check=True, skip_close_check=True)
-        except Trouble as trouble:
-            texts.append(str(trouble.error))
+        except EnvRaised as failed:
+            texts.append(str(failed.error))
     for warning in caught:
         text = _COLOUR.sub("", str(warning.message))
         if text.startswith("WARN: ") and not any(expected in text for expected in _EXPECTED):
             texts.append(text.removeprefix("WARN: "))
-    return [Finding("gymnasium", shown(text, 300), where) for text in texts]
+    return [Issue("gymnasium", shown(text, 300), where) for text in texts]
 
 
 class _InWords(gym.Wrapper[str, str, Any, str]):
-    """Messages as JSON, since Gymnasium's checker knows no space of messages; what it goes by is the spec."""
+    """Messages as JSON text, because Gymnasium's checker has no space for messages; carries the spec that it reads."""
 
     def __init__(self, env: Env, nondeterministic: bool) -> None:
         super().__init__(env)
@@ -248,42 +248,42 @@ class _InWords(gym.Wrapper[str, str, Any, str]):
         return json.dumps(observation)
 
 
-async def _closed(subject: Subject) -> list[Finding]:
+async def _closed(subject: Subject) -> list[Issue]:
     replica = subject.replica()
     try:
-        with asking("close, called twice"):
+        with env_call("close, called twice"):
             await replica.reset(SEEDS[0])
             await replica.close()
             await replica.close()
-    except Trouble as trouble:
-        return [Finding("closing", shown(repr(trouble.error), 200), _place(trouble))]
+    except EnvRaised as failed:
+        return [Issue("closing", shown(repr(failed.error), 200), _place(failed))]
     return []
 
 
-def _place(trouble: Trouble) -> str:
-    """When an environment raised, and in which lines of its own."""
-    lines = own_lines(trouble.error)
-    return f"{trouble.where}, {lines}" if lines else trouble.where
+def _place(failed: EnvRaised) -> str:
+    """Where an environment raised, and in which of its own lines."""
+    lines = user_lines(failed.error)
+    return f"{failed.where}, {lines}" if lines else failed.where
 
 
-async def _again(subject: Subject, records: list[Record]) -> list[Finding]:
+async def _again(subject: Subject, records: list[Record]) -> list[Issue]:
     for record in records:
         place = subject.differ(record, await _episode(subject, record.seed, record.actions))
         if place == 0:
-            return [Finding("seeding", "two replicas begin differently with one seed", record.where(0))]
+            return [Issue("seeding", "two replicas start differently with the same seed", record.where(0))]
         if place is not None:
-            what = "the same seed and actions led elsewhere in another replica"
-            return [Finding("repetition", what, record.where(place))]
+            what = "the same seed and actions gave another episode in another replica"
+            return [Issue("repetition", what, record.where(place))]
     return []
 
 
-async def _beside(subject: Subject, record: Record, other_seed: int) -> list[Finding]:
-    """An episode while another replica plays, a turn each."""
+async def _beside(subject: Subject, record: Record, other_seed: int) -> list[Issue]:
+    """An episode while another replica plays, turn by turn."""
     neighbour = subject.replica()
-    plays: list[tuple[Player, Any]] = []  # who plays there, and what was seen last; empty between episodes
+    plays: list[tuple[Player, Any]] = []  # its player and last observation; empty between episodes
 
     async def between() -> None:
-        with asking("playing beside another replica"):
+        with env_call("playing beside another replica"):
             if not plays:
                 plays.append((subject.player(other_seed), await neighbour.reset(other_seed)))
                 return
@@ -297,59 +297,59 @@ async def _beside(subject: Subject, record: Record, other_seed: int) -> list[Fin
     place = subject.differ(record, again)
     if place is None:
         return []
-    return [Finding("isolation", "it goes differently while another replica plays", record.where(place))]
+    return [Issue("isolation", "the episode differs while another replica plays", record.where(place))]
 
 
-async def _reused(subject: Subject, record: Record, other: Record) -> list[Finding]:
+async def _reused(subject: Subject, record: Record, other: Record) -> list[Issue]:
     """The same episode on a replica that has played others."""
     replica = subject.replica()
     await play(replica, other.seed, Script(other.actions), len(other.actions) - 1)
     again = await play(replica, record.seed, Script(record.actions), len(record.actions))
     if (place := subject.differ(record, again)) is not None:
-        what = "it goes differently after an episode that was given up"
-        return [Finding("reuse", what, record.where(place))]
+        what = "the episode differs after an abandoned one"
+        return [Issue("reuse", what, record.where(place))]
     last = await play(replica, other.seed, Script(other.actions), len(other.actions))
-    with suppress(Trouble):  # a step behind the end may be refused
-        await step(replica, last.actions[-1], "a step behind the end")
+    with suppress(EnvRaised):  # a step after the end may raise
+        await step(replica, last.actions[-1], "a step after the end")
     again = await play(replica, record.seed, Script(record.actions), len(record.actions))
     if (place := subject.differ(record, again)) is not None:
-        what = "it goes differently after an episode with a step behind its end"
-        return [Finding("reuse", what, record.where(place))]
+        what = "the episode differs after one with a step after its end"
+        return [Issue("reuse", what, record.where(place))]
     return []
 
 
-async def _restored(subject: Subject, record: Record) -> list[Finding]:
-    """Episodes that go on from a snapshot in another replica."""
+async def _restored(subject: Subject, record: Record) -> list[Issue]:
+    """Episodes continued from a snapshot in another replica."""
     taken = [number for number, turn in enumerate(record.turns, start=1) if turn.snapshot is not None]
     for number in dict.fromkeys((*taken[:1], *taken[len(taken) // 2 :][:1], *taken[-1:])):
         done, left = record.turns[:number], record.actions[number:]
         replica = subject.replica()
-        with asking(f"restore, {record.where(number)}"):
+        with env_call(f"restore, {record.where(number)}"):
             await replica.reset(record.seed)
             assert done[-1].snapshot is not None
             await replica.restore(done[-1].snapshot)
         resumed = Record(record.seed, record.opening, 0.0, list(done))
-        await go_on(replica, resumed, done[-1].told[0], Script(left), len(left))
+        await resume(replica, resumed, done[-1].outcome[0], Script(left), len(left))
         if (place := subject.differ(record, resumed)) is not None:
-            what = f"it goes on differently from its snapshot after step {number}"
-            return [Finding("snapshots", what, record.where(place))]
+            what = f"the episode differs when continued from the snapshot after step {number}"
+            return [Issue("snapshots", what, record.where(place))]
     return []
 
 
-def _told_there(subject: Subject, record: Record, elsewhere: Record | Trouble | None) -> list[Finding]:
+def _elsewhere(subject: Subject, record: Record, elsewhere: Record | EnvRaised | None) -> list[Issue]:
     if elsewhere is None:
         return []
-    if isinstance(elsewhere, Trouble):
+    if isinstance(elsewhere, EnvRaised):
         return [
-            Finding("elsewhere", f"it raised there only: {shown(str(elsewhere.error), 200)}", elsewhere.where)
+            Issue("elsewhere", f"it raised there only: {shown(str(elsewhere.error), 200)}", elsewhere.where)
         ]
     place = subject.differ(record, elsewhere)
     if place is None:
         return []
-    return [Finding("elsewhere", "in another process it says something else", record.where(place))]
+    return [Issue("elsewhere", "the episode differs in another process", record.where(place))]
 
 
 def _generators() -> dict[str, Any]:
-    """The states of the global generators."""
+    """The states of Python's and NumPy's global generators."""
     state = np.random.get_state(legacy=False)["state"]
     return {"random": random.getstate(), "numpy.random": (state["key"].tobytes(), state["pos"])}

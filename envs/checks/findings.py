@@ -1,4 +1,4 @@
-"""What can be found against an environment, and what a recorded episode alone tells of it."""
+"""Violations of the environment contract: kinds, advice, and checks of a single recorded episode."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from typing import Any
 import numpy as np
 
 from envs.base import named_rewards
-from envs.checks.recording import Record, Turn, shown
+from envs.checks.recording import Record, RecordedTurn, shown
 
-_ROUNDING = 1e-6  # of a sum of rewards, relative to the sum of their magnitudes
+_ROUNDING = 1e-6  # tolerance of a sum of rewards, relative to the sum of their magnitudes
 
 ADVICE = {
-    "time": "make it faster, or raise the limit here (--seconds) and in the recipe (env.host)",
+    "time": "make it faster, or raise the limit here (--seconds) and in the factory (env.host)",
     "death": "find out why: run it under a debugger, or python -X faulthandler",
-    "pickling": "register a function or class of a module, no lambda and nothing local",
-    "raises": "answer every action and every seed; raise only what is a bug",
-    "observation": "say text, or a non-empty list of messages with role and content, in JSON's types",
-    "reward": "pay finite numbers, and say in reward_range what an episode's come to",
-    "ends": "return terminated, truncated as bools, terminated for a final state, truncated for a limit, never both",
-    "info": "return a dict; success is said with the last step only, rewards maps names to numbers",
-    "sharing": "give away a copy of every observation and info",
-    "unreadable": "answer what cannot be read with info['malformed'] and reward 0",
+    "pickling": "register a module-level function or class, not a lambda or a local one",
+    "raises": "accept every action and every seed; raise for bugs only",
+    "observation": "return text, or a non-empty list of messages with role and content, of JSON types",
+    "reward": "return finite numbers, and declare the range of an episode's return in reward_range",
+    "ends": "return terminated and truncated as bools: the first for a final state, the second for a limit, never both",
+    "info": "return a dict; set success with the last step only; rewards maps names to numbers",
+    "sharing": "return a copy of every observation and info",
+    "unreadable": "answer an action that cannot be parsed with info['malformed'] and reward 0",
     "gymnasium": "see https://gymnasium.farama.org/introduction/create_custom_env",
-    "closing": "let close() be called twice",
+    "closing": "make close() safe to call twice",
     "generators": "draw from self.np_random only",
-    "seeding": "call super().reset(seed=seed), draw from self.np_random only, and keep nothing from episode to episode",
-    "repetition": "draw from self.np_random only, or say nondeterministic = True in the class",
-    "isolation": "keep all state in self: nothing in the class, the module or a default argument",
-    "reuse": "have reset() put back all that an episode changes",
-    "snapshots": "put all that the next steps depend on into the snapshot, the generator included",
-    "elsewhere": "depend on nothing of the process: the order of sets, hash(), the time, files, variables",
+    "seeding": "call super().reset(seed=seed), draw from self.np_random only, and keep no state between episodes",
+    "repetition": "draw from self.np_random only, or set nondeterministic = True in the class",
+    "isolation": "keep all state in self: none in the class, the module or a default argument",
+    "reuse": "have reset() restore everything that an episode changes",
+    "snapshots": "include everything that later steps depend on in the snapshot, the generator too",
+    "elsewhere": "depend on nothing of the process: order of sets, hash(), time, files, environment variables",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """Something an environment does not keep to."""
+class Issue:
+    """A rule of the contract that an environment breaks."""
 
     kind: str  # a key of ADVICE
     what: str
@@ -49,60 +49,60 @@ class Finding:
 
     @property
     def advice(self) -> str:
-        """What to do about it."""
+        """How to fix it."""
         return ADVICE[self.kind]
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.what} ({self.where}); {self.advice}"
 
 
-def said(record: Record, seconds: float) -> Iterator[Finding]:
-    """Findings of a recorded episode, of which no reset and no step may take longer than `seconds`."""
+def check_record(record: Record, seconds: float) -> Iterator[Issue]:
+    """Violations in a recorded episode whose reset and steps may take at most `seconds` each."""
     if record.reset_seconds > seconds:
-        yield Finding("time", f"it took {record.reset_seconds:.1f} s", record.where(0))
-    if fault := _misspoken(record.opening):
-        yield Finding("observation", fault, record.where(0))
+        yield Issue("time", f"it took {record.reset_seconds:.1f} s", record.where(0))
+    if fault := _observation_fault(record.opening):
+        yield Issue("observation", fault, record.where(0))
     for number, turn in enumerate(record.turns, start=1):
-        yield from answered(turn, record.where(number), seconds)
+        yield from check_turn(turn, record.where(number), seconds)
     for number, turn in enumerate(record.turns, start=1):
-        if repr(turn.given) != repr(turn.told):
-            yield Finding("sharing", "what it gave was changed by a later step", record.where(number))
+        if repr(turn.original) != repr(turn.outcome):
+            yield Issue("sharing", "a returned object was changed by a later step", record.where(number))
 
 
-def answered(turn: Turn, where: str, seconds: float) -> Iterator[Finding]:
-    """Findings of one step's answer."""
-    told: tuple[Any, ...] = turn.told  # of whatever types
-    observation, reward, terminated, truncated, info = told
+def check_turn(turn: RecordedTurn, where: str, seconds: float) -> Iterator[Issue]:
+    """Violations in the result of one step."""
+    outcome: tuple[Any, ...] = turn.outcome  # of any types
+    observation, reward, terminated, truncated, info = outcome
     if turn.seconds > seconds:
-        yield Finding("time", f"it took {turn.seconds:.1f} s", where)
-    if fault := _misspoken(observation):
-        yield Finding("observation", fault, where)
+        yield Issue("time", f"it took {turn.seconds:.1f} s", where)
+    if fault := _observation_fault(observation):
+        yield Issue("observation", fault, where)
     if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
-        yield Finding("reward", f"{shown(repr(reward))} is no finite number", where)
+        yield Issue("reward", f"{shown(repr(reward))} is not a finite number", where)
     if not isinstance(terminated, bool | np.bool_) or not isinstance(truncated, bool | np.bool_):
-        yield Finding("ends", f"terminated={terminated!r}, truncated={truncated!r} are no bools", where)
+        yield Issue("ends", f"terminated={terminated!r}, truncated={truncated!r} are not bools", where)
     elif terminated and truncated:
-        yield Finding("ends", "it says terminated and truncated", where)
+        yield Issue("ends", "terminated and truncated are both set", where)
     if not isinstance(info, dict):
-        yield Finding("info", f"{shown(repr(info))} is no dict", where)
+        yield Issue("info", f"{shown(repr(info))} is not a dict", where)
         return
     if not turn.ended and info.get("success") is not None:
-        yield Finding("info", "it says success before the end", where)
+        yield Issue("info", "success is set before the end", where)
     try:
         named_rewards(info)
     except (TypeError, ValueError, AttributeError) as error:
-        yield Finding("info", f"its rewards are not names and numbers: {error}", where)
+        yield Issue("info", f"rewards does not map names to numbers: {error}", where)
 
 
-def _misspoken(observation: Any) -> str:
-    """Why this is no observation; empty where it is one."""
+def _observation_fault(observation: Any) -> str:
+    """Why a value is not an observation; empty if it is one."""
     if isinstance(observation, str):
         return ""
     if not isinstance(observation, list) or not observation:
-        return f"{type(observation).__name__} {shown(repr(observation))} is no text and no list of messages"
+        return f"{type(observation).__name__} {shown(repr(observation))} is neither text nor messages"
     for message in observation:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            return f"{shown(repr(message))} is no message with role and content"
+            return f"{shown(repr(message))} is not a message with role and content"
     try:
         json.dumps(observation)
     except TypeError as error:
@@ -110,9 +110,9 @@ def _misspoken(observation: Any) -> str:
     return ""
 
 
-def paid(record: Record, low: float, high: float) -> Iterator[Finding]:
-    """Findings of what an episode earned."""
-    slack = _ROUNDING * sum(abs(float(turn.told[1])) for turn in record.turns)
+def check_return(record: Record, low: float, high: float) -> Iterator[Issue]:
+    """Check an episode's return against the environment's reward_range."""
+    slack = _ROUNDING * sum(abs(float(turn.outcome[1])) for turn in record.turns)
     if not low - slack <= record.reward <= high + slack:
-        earned = f"an episode earned {record.reward:g}, outside of [{low:g}, {high:g}]"
-        yield Finding("reward", earned, record.where(len(record.turns)))
+        what = f"the return of an episode, {record.reward:g}, is outside of [{low:g}, {high:g}]"
+        yield Issue("reward", what, record.where(len(record.turns)))

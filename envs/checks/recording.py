@@ -1,4 +1,4 @@
-"""Episodes on a replica, recorded so that two of them can be compared."""
+"""Recorded episodes of a replica, for comparison."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from envs.hosting.host import EnvironmentFailed, Outcome, Replica
 from envs.registry import Player
 
 
-class Trouble(RuntimeError):
-    """An environment raised, or said what nobody could go on with."""
+class EnvRaised(RuntimeError):
+    """An environment raised, or returned something that cannot be used."""
 
     def __init__(self, where: str, error: Exception) -> None:
         super().__init__(f"{where}: {shown(repr(error))}")
@@ -26,31 +26,31 @@ class Trouble(RuntimeError):
 
 
 @dataclass(slots=True)
-class Turn:
-    """One step as it was told, kept as a copy: the environment may go on changing what it gave away."""
+class RecordedTurn:
+    """The outcome of one step, and a copy of it: the environment may keep changing the object it returned."""
 
     action: str
-    given: Outcome
-    told: Outcome = field(init=False)
+    original: Outcome
+    outcome: Outcome = field(init=False)
     seconds: float
     snapshot: bytes | None
 
     def __post_init__(self) -> None:
-        self.told = deepcopy(self.given)
+        self.outcome = deepcopy(self.original)
 
     @property
     def ended(self) -> bool:
-        return bool(self.told[2]) or bool(self.told[3])
+        return bool(self.outcome[2]) or bool(self.outcome[3])
 
 
 @dataclass(slots=True)
 class Record:
-    """An episode, from its reset to its end or to the last turn that was asked for."""
+    """A recorded episode, from its reset to its end or to the last turn requested."""
 
     seed: int
     opening: Any
     reset_seconds: float
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[RecordedTurn] = field(default_factory=list)
 
     @property
     def actions(self) -> list[str]:
@@ -58,10 +58,10 @@ class Record:
 
     @property
     def reward(self) -> float:
-        return float(sum(float(turn.told[1]) for turn in self.turns))
+        return float(sum(float(turn.outcome[1]) for turn in self.turns))
 
     def where(self, turn: int) -> str:
-        """Words for a place in the episode: 0 is the reset, k the k-th step."""
+        """Describe a position in the episode: 0 is the reset, k the k-th step."""
         if turn == 0:
             return f"reset, seed {self.seed}"
         action = f", action {shown(repr(self.turns[turn - 1].action))}" if turn <= len(self.turns) else ""
@@ -69,7 +69,7 @@ class Record:
 
 
 class Script:
-    """A player that repeats actions."""
+    """A player that repeats recorded actions."""
 
     def __init__(self, actions: Sequence[str]) -> None:
         self._actions = iter(actions)
@@ -85,16 +85,16 @@ async def play(
     turns: int,
     between: Callable[[], Awaitable[object]] | None = None,
 ) -> Record:
-    """Reset with a seed and play to the end, or for so many turns; `between` is awaited before each. Raises Trouble."""
+    """Reset with a seed and play at most `turns` turns; `between` is awaited before each. Raises EnvRaised."""
     began = time.perf_counter()
-    with asking(f"reset, seed {seed}"):
+    with env_call(f"reset, seed {seed}"):
         opening = await replica.reset(seed)
     record = Record(seed, deepcopy(opening), time.perf_counter() - began)
-    await go_on(replica, record, opening, player, turns, between)
+    await resume(replica, record, opening, player, turns, between)
     return record
 
 
-async def go_on(
+async def resume(
     replica: Replica,
     record: Record,
     observation: Any,
@@ -102,58 +102,58 @@ async def go_on(
     turns: int,
     between: Callable[[], Awaitable[object]] | None = None,
 ) -> None:
-    """Add to a record what follows, from where the replica stands."""
+    """Extend a record, from the current state of the replica."""
     for _ in range(turns):
         if between is not None:
             await between()
         where = f"step {len(record.turns) + 1}, seed {record.seed}"
-        with asking(f"the player, {where}"):
+        with env_call(f"the player, {where}"):
             action = player.act(observation)
         record.turns.append(await step(replica, action, where))
         if record.turns[-1].ended:
             return
-        observation = record.turns[-1].given[0]
+        observation = record.turns[-1].original[0]
 
 
-async def step(replica: Replica, action: str, where: str) -> Turn:
-    """One step. Raises Trouble, also for an answer that is none (the replica says so)."""
+async def step(replica: Replica, action: str, where: str) -> RecordedTurn:
+    """One step. Raises EnvRaised, also for a result of the wrong form (the replica checks it)."""
     began = time.perf_counter()
-    with asking(f"{where}, action {shown(repr(action))}"):
-        given = await replica.step(action)
+    with env_call(f"{where}, action {shown(repr(action))}"):
+        original = await replica.step(action)
         seconds = time.perf_counter() - began
-        ended = bool(given[2]) or bool(given[3])
-        return Turn(action, given, seconds=seconds, snapshot=None if ended else replica.snapshot())
+        ended = bool(original[2]) or bool(original[3])
+        return RecordedTurn(action, original, seconds=seconds, snapshot=None if ended else replica.snapshot())
 
 
-def first_difference(one: Record, other: Record) -> int | None:
-    """The first place at which two records differ (0: the reset, k: the k-th step), or None."""
+def first_diff(one: Record, other: Record) -> int | None:
+    """The first position at which two records differ (0: the reset, k: the k-th step), or None."""
     if json.dumps(one.opening) != json.dumps(other.opening):
         return 0
     for number, (turn, twin) in enumerate(zip_longest(one.turns, other.turns), start=1):
-        if turn is None or twin is None or _facts(turn.told) != _facts(twin.told):
+        if turn is None or twin is None or _facts(turn.outcome) != _facts(twin.outcome):
             return number
     return None
 
 
 @contextmanager
-def asking(where: str) -> Iterator[None]:
-    """Around every call into an environment: it is anybody's code and may raise anything."""
+def env_call(where: str) -> Iterator[None]:
+    """Wrap calls into an environment: user code may raise anything, which becomes EnvRaised."""
     try:
         yield
     except EnvironmentFailed:
         raise
     except Exception as error:
-        raise Trouble(where, error) from error
+        raise EnvRaised(where, error) from error
 
 
-def shown(text: str, most: int = 80) -> str:
-    """A text short enough for a message, on one line."""
+def shown(text: str, max_length: int = 80) -> str:
+    """A text on one line, truncated for a message."""
     line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[:most]}..."
+    return line if len(line) <= max_length else f"{line[:max_length]}..."
 
 
 def _facts(outcome: Outcome) -> str:
-    """What Manta goes by, as text: two that are NaN are the same."""
+    """The parts of an outcome that Manta uses, as text, so that NaN equals NaN."""
     observation, reward, terminated, truncated, info = outcome
     verdicts = [info.get("success"), info.get("malformed")]
     known = [verdict if verdict is None else bool(verdict) for verdict in verdicts]

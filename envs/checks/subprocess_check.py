@@ -1,7 +1,7 @@
-"""An environment in a process of its own, which can be killed: whether it can be sent there, answers in time, lives on.
+"""Checks of an environment in a child process, which can be killed: pickling, time limits, and survival.
 
-Whatever is asked of an environment in this process was asked there before, where that can be: an answer that never
-comes is then a finding, and nobody waits for it here.
+Everything that is called in this process is called in the child first, if possible. A call that never returns is then a
+violation, and this process does not hang.
 """
 
 from __future__ import annotations
@@ -10,58 +10,56 @@ import pickle
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 
-from envs.checks.findings import Finding
-from envs.checks.recording import Record, Trouble, asking, play, shown
-from envs.hosting.host import Env, EnvironmentFailed, EnvironmentRefused, EnvironmentStuck, HostSettings
+from envs.checks.findings import Issue
+from envs.checks.recording import EnvRaised, Record, env_call, play, shown
+from envs.hosting.host import Env, EnvironmentFailed, EnvironmentRefused, EnvironmentTimeout, HostSettings
 from envs.hosting.subprocess_env import SubprocessEnv
 from envs.registry import EnvironmentUnknown, Player
 
-START_SECONDS = 60.0  # for an interpreter, the imports and the environment to be made
+START_SECONDS = 60.0  # to start an interpreter, import, and make the environment
 
 
-class Unfit(Exception):
-    """Nothing more can be examined."""
+class CheckAborted(Exception):
+    """No further checks are possible."""
 
-    def __init__(self, finding: Finding) -> None:
-        self.finding = finding
+    def __init__(self, violation: Issue) -> None:
+        self.violation = violation
 
 
-def made(recipe: Callable[[], Env]) -> Env:
-    """What a recipe makes, here. Raises Trouble, and EnvironmentUnknown as it is: a person's mistake is no finding."""
+def make_env(factory: Callable[[], Env]) -> Env:
+    """Call a factory in this process. Raises EnvRaised; EnvironmentUnknown (a user's mistake) passes through."""
     try:
-        with asking("making it"):
-            return recipe()
-    except Trouble as trouble:
-        if isinstance(trouble.error, EnvironmentUnknown):
-            raise trouble.error from None
+        with env_call("making it"):
+            return factory()
+    except EnvRaised as failed:
+        if isinstance(failed.error, EnvironmentUnknown):
+            raise failed.error from None
         raise
 
 
 @asynccontextmanager
-async def process(
-    recipe: Callable[[], Env], seconds: float, findings: list[Finding]
+async def child_replica(
+    factory: Callable[[], Env], seconds: float, findings: list[Issue]
 ) -> AsyncIterator[SubprocessEnv | None]:
-    """A replica in a process of its own, or None and a finding where its recipe cannot be sent there.
+    """A replica in a child process; None and a violation if its factory cannot be pickled.
 
-    Raises what `made` does, and Unfit where the process is lost.
+    Raises what `make_env` does, and CheckAborted if the process dies.
     """
     try:
-        pickle.dumps(recipe)
+        pickle.dumps(factory)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        findings.append(
-            Finding("pickling", f"its recipe cannot be pickled: {shown(str(error))}", "making it")
-        )
+        findings.append(Issue("pickling", f"its factory cannot be pickled: {shown(str(error))}", "making it"))
         yield None
         return
     limits = HostSettings(
         where="process", start_seconds=START_SECONDS, reset_seconds=seconds, step_seconds=seconds
     )
     try:
-        with _losing("making it in a process of its own", START_SECONDS):
-            replica = await SubprocessEnv.start(recipe, limits)
-    except Trouble as trouble:
-        if isinstance(trouble.error, EnvironmentRefused):
-            raise EnvironmentUnknown(str(trouble.error)) from None
+        with _process_errors("making it in a child process", START_SECONDS):
+            replica = await SubprocessEnv.start(factory, limits)
+    except EnvRaised as failed:
+        if isinstance(failed.error, EnvironmentRefused):
+            raise EnvironmentUnknown(str(failed.error)) from None
         raise
     try:
         yield replica
@@ -69,42 +67,42 @@ async def process(
         await replica.close()
 
 
-async def played_apart(
+async def play_in_child(
     replica: SubprocessEnv,
     player: Callable[[int], Player],
     seeds: Sequence[int],
     unreadable: Sequence[str],
     turns: int,
     seconds: float,
-) -> Record | Trouble:
-    """The first seed's episode there, or the first error: what is raised there is looked at here, too.
+) -> Record | EnvRaised:
+    """The first seed's episode in the child process, or the first error there.
 
-    Every seed is played, every action that nobody can read is said, and a step is taken behind the end.
+    Plays every seed, sends every unparsable action, and takes a step after the end.
     """
-    told: list[Record | Trouble] = []
+    results: list[Record | EnvRaised] = []
     for seed in seeds:
         try:
-            with _losing(f"in a process of its own, seed {seed}", seconds):
-                told.append(await play(replica, seed, player(seed), turns))
-        except Trouble as trouble:
-            told.append(trouble)
+            with _process_errors(f"in a child process, seed {seed}", seconds):
+                results.append(await play(replica, seed, player(seed), turns))
+        except EnvRaised as failed:
+            results.append(failed)
     for action in unreadable:
-        where = f"in a process of its own, seed {seeds[0]}, action {shown(repr(action))}"
-        with suppress(Trouble), _losing(where, seconds):
+        where = f"in a child process, seed {seeds[0]}, action {shown(repr(action))}"
+        with suppress(EnvRaised), _process_errors(where, seconds):
             await replica.reset(seeds[0])
             await replica.step(action)
             await replica.step(action)
-    return next((each for each in told if isinstance(each, Trouble)), told[0])
+    return next((each for each in results if isinstance(each, EnvRaised)), results[0])
 
 
 @contextmanager
-def _losing(where: str, seconds: float) -> Iterator[None]:
-    """Around requests to a process: Trouble for what the environment raised, Unfit where the process is lost."""
+def _process_errors(where: str, seconds: float) -> Iterator[None]:
+    """Wrap calls into the child: EnvRaised if the environment raised, CheckAborted if the process is lost."""
     try:
         yield
-    except EnvironmentStuck:
-        raise Unfit(Finding("time", f"no answer within {seconds:g} s", where)) from None
+    except EnvironmentTimeout:
+        raise CheckAborted(Issue("time", f"no answer within {seconds:g} s", where)) from None
     except EnvironmentFailed as error:
         if error.__cause__ is not None:  # the environment's own error
-            raise Trouble(where, error) from error
-        raise Unfit(Finding("death", str(error), where)) from None
+            raise EnvRaised(where, error) from error
+        raise CheckAborted(Issue("death", str(error), where)) from None

@@ -14,7 +14,7 @@ from typing import Any
 
 from envs.base import Message
 from envs.datasets.files import DataError, Row
-from envs.images import text as text_part
+from envs.images import text_part
 
 PROMPTS = ("prompt", "messages", "conversations", "question", "problem", "input", "instruction", "query")
 ANSWERS = (

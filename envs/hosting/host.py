@@ -1,4 +1,4 @@
-"""Where a replica of an environment lives; whoever plays on it awaits its answers wherever that is."""
+"""Hosting of environment replicas: the interface to one, settings, errors, and a replica in this process."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from envs.adapters import TextAdapter
 from envs.base import Info, Observation, Snapshots
-from envs.call_thread import CallThread, Overdue
-from envs.own_frames import told
+from envs.call_thread import CallThread, CallTimeout
+from envs.code_lines import describe_error
 from envs.user_functions import awaited
 
-Env = gym.Env[Any, str]  # text or chat messages in, text out: see envs.base
+Env = gym.Env[Any, str]  # observations are text or chat messages, actions text: see envs.base
 Outcome = tuple[Observation, float, bool, bool, Info]  # as gymnasium.Env.step returns it
-Amount = Annotated[float, Field(ge=0.0001)]  # of a resource; Ray counts in ten thousandths
+Amount = Annotated[float, Field(ge=0.0001)]  # of a resource; Ray's resolution
 
-_CLOSE_SECONDS = 2.0  # what an environment is given to close
-_STATELESS = (TextAdapter, OrderEnforcing, PassiveEnvChecker)  # once reset
+CLOSE_SECONDS = 2.0  # limit for an environment to close
+_STATELESS = (TextAdapter, OrderEnforcing, PassiveEnvChecker)  # wrappers without state after reset
 
 
 class HostSettings(BaseModel):
-    """Where replicas live. A process costs memory and about a tenth of a millisecond a step; it can be killed.
+    """Where replicas run. A process costs memory and about 0.1 ms per step; it can be killed.
 
-    On a Ray cluster such a process has an actor before it: about 70 MB more, and some milliseconds a step.
+    On a Ray cluster an actor owns the process, at about 70 MB more and some milliseconds per step.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,93 +72,93 @@ class HostSettings(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _claims_are_made_of_a_cluster(self) -> Self:
+    def _resources_need_a_cluster(self) -> Self:
         if self.where != "ray" and (self.resources or self.cpus_per_replica != 1.0):
             raise ValueError(
                 f"cpus_per_replica and resources are claimed from a Ray cluster, but where={self.where!r}; "
-                "use where='ray', or leave them away"
+                "use where='ray', or omit them"
             )
         if known := sorted({"CPU", "GPU", "memory", "object_store_memory"} & set(self.resources)):
             raise ValueError(
-                f"resources are those that the cluster's nodes were given names for, and {known[0]} is Ray's own; "
-                "CPUs are cpus_per_replica"
+                f"resources are custom resources of the cluster's nodes, and {known[0]} is built into Ray; "
+                "for CPUs use cpus_per_replica"
             )
         return self
 
     def without_ray(self) -> HostSettings:
-        """The same limits where there is no cluster: a process of this machine in place of an actor's."""
+        """The same limits without a cluster: where="ray" becomes "process"."""
         if self.where != "ray":
             return self
         return self.model_copy(update={"where": "process", "resources": {}, "cpus_per_replica": 1.0})
 
     @property
     def claims(self) -> dict[str, float]:
-        """What each replica claims from a cluster, in Ray's names."""
+        """The resources that each replica claims from a cluster, in Ray's names."""
         return {"CPU": self.cpus_per_replica} | self.resources
 
 
 class EnvironmentFailed(RuntimeError):
-    """An environment raised, died or gave no answer. It costs one episode and that replica."""
+    """An environment raised, died or did not answer. It costs one episode and that replica."""
 
 
 class EnvironmentRefused(EnvironmentFailed):
-    """It was not made, being asked for wrongly: the message is for whoever asked."""
+    """The environment was not made because it was requested wrongly; the message is for the user."""
 
 
-class EnvironmentStuck(EnvironmentFailed):
-    """It gave no answer in time."""
+class EnvironmentTimeout(EnvironmentFailed):
+    """The environment did not answer in time."""
 
 
-class NoRoom(EnvironmentFailed):
-    """No node of the cluster had room for it in time."""
+class ClusterFull(EnvironmentFailed):
+    """No node of the cluster had room for the replica in time."""
 
 
 class Replica(Protocol):
-    """One environment, used by one episode at a time. Raises whatever the environment raises."""
+    """One environment, used by one episode at a time. Raises what the environment raises."""
 
-    nondeterministic: bool  # the same seed and actions may lead elsewhere, as the environment says of itself
-    reusable: bool  # whether another episode may follow on it
+    nondeterministic: bool  # declared by the environment: the same seed and actions may give another episode
+    reusable: bool  # whether it may be reset for another episode
 
     async def reset(self, seed: int) -> Observation: ...
 
     async def step(self, action: str) -> Outcome: ...
 
-    def sampled(self, sampled: Sampled) -> None:
-        """How the turn came about that the next step brings."""
+    def sampled(self, sampled: TokenUsage) -> None:
+        """Record the token usage of the turn that the next step executes."""
         ...
 
     def snapshot(self) -> bytes | None:
-        """The state after the last step, which did not end the episode; None where the environment offers none."""
+        """The state after the last step, which did not end the episode; None if the environment has no snapshots."""
         ...
 
     async def restore(self, snapshot: bytes) -> None:
-        """Go on from a snapshot of another replica; after a reset with the same seed."""
+        """Continue from a snapshot of another replica, after a reset with the same seed."""
         ...
 
     async def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
-    """How a turn came about."""
+class TokenUsage:
+    """Token counts of a sampled turn."""
 
-    prompt_tokens: int  # everything the policy had before it
+    prompt_tokens: int  # the whole context before the turn
     completion_tokens: int
-    cut: bool  # it ended at the limit of tokens, not by itself
+    cut: bool  # ended by the token limit (finish reason "length")
 
 
 @runtime_checkable
-class Told(Protocol):
-    """What an environment may offer: to hear how a turn came about, before the step that brings what was said."""
+class SamplingAware(Protocol):
+    """Optional interface of an environment: receives the token usage of a turn before its step."""
 
-    def sampled(self, sampled: Sampled) -> None: ...
+    def sampled(self, sampled: TokenUsage) -> None: ...
 
 
 class InProcessEnv:
-    """A replica in this process. Its environment's methods may be coroutines.
+    """A replica in this process. The environment's methods may be coroutines.
 
-    thread: makes the environment's calls, within the limits of `settings`. Without one they are made where they are
-    awaited, with nothing between and nothing that could stop them.
+    thread: makes the environment's calls, within the limits of `settings`. Without one, they are made directly in the
+    event loop's thread, without limits.
     """
 
     reusable = True
@@ -167,21 +167,21 @@ class InProcessEnv:
         self, env: Env, settings: HostSettings | None = None, thread: CallThread | None = None
     ) -> None:
         spec = env.unwrapped.spec
-        said = env.has_wrapper_attr("nondeterministic") and env.get_wrapper_attr("nondeterministic")
-        self.nondeterministic = bool(said) or (spec is not None and spec.nondeterministic)
+        declared = env.has_wrapper_attr("nondeterministic") and env.get_wrapper_attr("nondeterministic")
+        self.nondeterministic = bool(declared) or (spec is not None and spec.nondeterministic)
         self._env = env
-        self._told = env if isinstance(env, Told) else None
-        self._state = reach(env)
+        self._sampling_aware = env if isinstance(env, SamplingAware) else None
+        self._snapshots = find_snapshots(env)
         self._settings = settings or HostSettings()
         self._thread = thread
-        self._sampled: Sampled | None = None
+        self._sampled: TokenUsage | None = None
         self._snapshot: bytes | None = None
 
     @classmethod
     async def start(
         cls, make: Callable[[], Env], settings: HostSettings, gate: asyncio.Semaphore
     ) -> InProcessEnv:
-        """Make the environment in a new thread, which has all its calls; `gate` bounds how many run at once."""
+        """Make the environment in a new thread, which makes all its calls; `gate` bounds concurrent calls."""
         thread = CallThread(gate)
         try:
             replica: InProcessEnv = await _within(
@@ -204,19 +204,19 @@ class InProcessEnv:
         outcome, self._snapshot = await self._call(step, "step", self._settings.step_seconds)
         return outcome
 
-    def sampled(self, sampled: Sampled) -> None:
-        self._sampled = sampled  # it goes with the step
+    def sampled(self, sampled: TokenUsage) -> None:
+        self._sampled = sampled  # passed on with the next step
 
     def snapshot(self) -> bytes | None:
         return self._snapshot
 
     async def restore(self, snapshot: bytes) -> None:
-        if (state := self._state) is None:
-            raise RuntimeError("the environment offers no snapshots, so it can not go on from one")
+        if (state := self._snapshots) is None:
+            raise RuntimeError("restore() was called, but the environment has no snapshots")
         await self._call(lambda: state.restore(snapshot), "restore", self._settings.reset_seconds)
 
     async def close(self) -> None:
-        """Let the environment close; where it still owes an answer, as soon as it returns."""
+        """Close the environment, after the current call if one is still running."""
         close: Callable[[], Any] = self._env.close
         if self._thread is None:
             await awaited(close())
@@ -224,28 +224,28 @@ class InProcessEnv:
             self._thread.end(last=close)
         else:
             try:
-                await _within(self._thread, close, "close", _CLOSE_SECONDS)
+                await _within(self._thread, close, "close", CLOSE_SECONDS)
             finally:
                 self._thread.end()
 
     def _step(self, action: str) -> Any:
-        """The outcome and the state behind it, or a coroutine that gives them."""
-        if self._told is not None and self._sampled is not None:
-            self._told.sampled(self._sampled)
+        """The outcome and the snapshot after it, or a coroutine of both."""
+        if self._sampling_aware is not None and self._sampled is not None:
+            self._sampling_aware.sampled(self._sampled)
         outcome: Any = self._env.step(action)
-        return self._stepped(outcome) if inspect.isawaitable(outcome) else (outcome, self._kept(outcome))
+        return self._stepped(outcome) if inspect.isawaitable(outcome) else (outcome, self._state_of(outcome))
 
     async def _stepped(self, pending: Awaitable[Outcome]) -> tuple[Outcome, bytes | None]:
         outcome = await pending
-        return outcome, self._kept(outcome)
+        return outcome, self._state_of(outcome)
 
-    def _kept(self, outcome: Outcome) -> bytes | None:
+    def _state_of(self, outcome: Outcome) -> bytes | None:
         if not isinstance(outcome, tuple) or len(outcome) != 5:
             raise TypeError(
-                f"step() gave {outcome!r:.80}, not (observation, reward, terminated, truncated, info)"
+                f"step() returned {outcome!r:.80}; return (observation, reward, terminated, truncated, info)"
             )
         _, _, terminated, truncated, _ = outcome
-        return None if self._state is None or terminated or truncated else self._state.snapshot()
+        return None if self._snapshots is None or terminated or truncated else self._snapshots.snapshot()
 
     async def _call(self, call: Callable[[], Any], what: str, seconds: float) -> Any:
         if self._thread is None:
@@ -253,22 +253,26 @@ class InProcessEnv:
         return await _within(self._thread, call, what, seconds)
 
 
+def limit_text(call: str, seconds: float) -> str:
+    """A time limit with its option, for an error: "60 s (env.host.step_seconds)"."""
+    option = {"start": "start_seconds", "step": "step_seconds"}.get(call, "reset_seconds")
+    return f"{seconds:g} s (env.host.{option})"
+
+
 async def _within(thread: CallThread, call: Callable[[], Any], what: str, seconds: float) -> Any:
     try:
         return await thread.ask(call, seconds)
-    except Overdue as where:
-        limit = {"start": "start_seconds", "step": "step_seconds"}.get(what, "reset_seconds")
-        raise EnvironmentStuck(
-            f"it did not {what} within {seconds:g} s (env.host.{limit}); its thread was left behind in {where}"
-        ) from None
+    except CallTimeout as where:
+        late = f"it did not {what} within {limit_text(what, seconds)}"
+        raise EnvironmentTimeout(f"{late}; its thread was abandoned in {where}") from None
     except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
-        raise EnvironmentFailed(f"it ended with {told(error)}") from error
+        raise EnvironmentFailed(f"it ended with {describe_error(error)}") from error
 
 
-def reach(env: Env) -> Snapshots | None:
-    """What an environment offers of `Snapshots`, through Gymnasium's usual wrappers; None where it offers none.
+def find_snapshots(env: Env) -> Snapshots | None:
+    """The `Snapshots` of an environment, seen through Gymnasium's stateless wrappers; None if it has none.
 
-    A wrapper of another kind may hold a state of its own: it must offer `Snapshots` itself.
+    A wrapper of another kind may hold state: it must implement `Snapshots` itself.
     """
     limits = []
     while not isinstance(env, Snapshots):
@@ -277,11 +281,11 @@ def reach(env: Env) -> Snapshots | None:
         elif not isinstance(env, _STATELESS):
             return None
         env = env.env
-    return _Counted(env, tuple(limits)) if limits else env
+    return _WithElapsedSteps(env, tuple(limits)) if limits else env
 
 
-class _Counted:
-    """An environment's snapshots, with the turns that the time limits around it have counted."""
+class _WithElapsedSteps:
+    """An environment's snapshots, together with the step counts of the TimeLimit wrappers around it."""
 
     def __init__(self, inner: Snapshots, limits: tuple[TimeLimit[Any, Any], ...]) -> None:
         self._inner = inner

@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 
 from envs.rewards.answers import answer_in
-from envs.sandbox.sandbox import Limits, Reason, SandboxFailed, refusal, run
+from envs.sandbox.sandbox import ExitReason, SandboxFailed, SandboxLimits, refusal, run
 
 _FENCED = re.compile(r"```[\w+-]*\n(.*?)```", re.DOTALL)
 
@@ -49,17 +49,19 @@ def code(completion: str, truth: Any, *, seconds: float = 10.0, memory_mib: int 
     ):  # as APPS and verl's code datasets store them
         tests = [{"input": i, "output": o} for i, o in zip(tests["inputs"], tests["outputs"], strict=True)]
     tests = tests if isinstance(tests, list) else [tests]
-    limits = Limits(cpu_seconds=max(1, round(seconds)), wall_seconds=seconds, memory_bytes=memory_mib << 20)
+    limits = SandboxLimits(
+        cpu_seconds=max(1, round(seconds)), wall_seconds=seconds, memory_bytes=memory_mib << 20
+    )
     program = _last_block(completion)
     return sum(_passes(program, test, limits) for test in tests) / len(tests) if tests else 0.0
 
 
-def _passes(program: str, test: Any, limits: Limits) -> bool:
+def _passes(program: str, test: Any, limits: SandboxLimits) -> bool:
     typed = isinstance(test, dict)
     result = run(program if typed else f"{program}\n\n{test}\n", str(test["input"]) if typed else "", limits)
-    if result.reason is Reason.REFUSED:
+    if result.reason is ExitReason.REFUSED:
         raise SandboxFailed(refusal() or "no isolation")
-    if result.reason is not Reason.OK:
+    if result.reason is not ExitReason.OK:
         return False
     return not typed or result.stdout.split() == str(test["output"]).split()
 

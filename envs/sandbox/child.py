@@ -1,12 +1,12 @@
-"""The inside of the sandbox: what stands between the host and a program that nobody trusts. Standard library only.
+"""The processes inside the sandbox that start an untrusted program. Standard library only.
 
-    keep      outside; starts init, ends it when told to or with its parent, and leaves when nothing is left
-    init      process 1 of the sandbox; builds the file system, starts the program, reports how it ended
-    program   gives up every right, takes its limits, and becomes the untrusted program
+    supervise   outside; starts init, ends it on request or with its parent, and exits when no process is left
+    init        process 1 of the sandbox; builds the file system, starts the program, reports how it ended
+    program     drops all privileges, sets its limits, and executes the untrusted program
 
-`envs.sandbox.sandbox` starts this file by its path, or hands its text to a Python inside bubblewrap, with descriptors
-for the order (JSON), for reports ("started", "ended STATUS CPU_SECONDS", "failed WHY", a line each) and for the lease:
-whoever ordered holds its other end, and the sandbox ends when that is closed. The program gets none of the three.
+`envs.sandbox.sandbox` runs this file by path, or passes its text to a Python inside bubblewrap, with descriptors for
+the order (JSON), the reports ("started", "ended STATUS CPU_SECONDS", "failed WHY", one per line) and the lease: the
+caller holds its other end, and the sandbox ends when that is closed. The program inherits none of the three.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 NOBODY = 65534  # the program's user and group
-CAPABILITIES = 64  # more than any kernel knows
+CAPABILITIES = 64  # upper bound on capability numbers
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _NEW_NAMESPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x04000000 | 0x02000000
@@ -34,14 +34,14 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 1, 4, 2
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_SET_THP_DISABLE = 36, 38, 41
 _SECCOMP_MODE_FILTER = 2
 
-_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}  # a system call without a function in the C library
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}  # the C library has no function for this system call
 
 Order = dict[str, Any]
 
 
-def keep(order: Order, order_fd: int, reports: int, lease: int) -> None:
-    """Start the sandbox, wait for its end or for the lease's, and see everything dead."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what loses its parent becomes this process's to kill
+def supervise(order: Order, order_fd: int, reports: int, lease: int) -> None:
+    """Start the sandbox, wait for its end or that of the lease, and kill all that is left."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans are reparented to this process, which kills them
     children = os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY)
     if order["isolation"] == "bubblewrap":
         child = _fork(lambda: _become_bubblewrap(order, order_fd, reports), reports)
@@ -53,19 +53,19 @@ def keep(order: Order, order_fd: int, reports: int, lease: int) -> None:
     select.select([os.pidfd_open(child), lease], [], [])
     while True:
         for pid in os.pread(children, 1 << 16, 0).split():
-            os.kill(int(pid), signal.SIGKILL)  # not reaped yet, so the number is still its own
+            os.kill(int(pid), signal.SIGKILL)  # not reaped yet, so the pid cannot have been reused
         try:
-            os.waitpid(-1, 0)  # of process 1 it returns when all in its namespace are gone
+            os.waitpid(-1, 0)  # for process 1, returns when its pid namespace is empty
         except ChildProcessError:
             return
 
 
 def init(order: Order, reports: int, parent: int | None) -> None:
-    """Start the program in a file system of its own and report its end; everything else ends with this process."""
-    _prctl(_PR_SET_DUMPABLE, 0)  # the program may run as the same user: it must not look in here
+    """Start the program in its own file system and report its end; all other processes end with this one."""
+    _prctl(_PR_SET_DUMPABLE, 0)  # the program may run as the same user and must not trace this process
     if parent is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if select.select([parent], [], [], 0)[0]:  # it was gone before the kernel was told
+        if select.select([parent], [], [], 0)[0]:  # the parent ended before the prctl call
             os._exit(1)
     if order["isolation"] == "namespaces":
         _build_root(order)
@@ -79,7 +79,7 @@ def init(order: Order, reports: int, parent: int | None) -> None:
 
 
 def program(order: Order, reports: int) -> None:
-    """Become the program, with no right left that it could use."""
+    """Drop all privileges and execute the program."""
     os.setsid()
     for name, limit in order["limits"].items():
         which = getattr(resource, name)
@@ -98,7 +98,7 @@ def program(order: Order, reports: int) -> None:
 
 
 def _fork(work: Callable[[], None], reports: int) -> int:
-    """A process that does `work` and nothing after it, and reports the system's refusal if there is one."""
+    """Fork a process that calls `work`, reports an OSError, and exits."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -122,10 +122,10 @@ def _become_bubblewrap(order: Order, order_fd: int, reports: int) -> None:
 
 
 def _enter_namespaces(reports: int) -> None:
-    """Namespaces of one's own for users, mounts, network, IPC, host name and control groups; for children, of pids.
+    """Enter new user, mount, network, IPC, UTS, cgroup and (for children) pid namespaces.
 
-    Started by root, the program is nobody outside as inside: processes of the host's root are never counted, so that no
-    limit on their number would hold. That takes two users in the namespace, which only a process outside may map.
+    If started by root, the program runs as nobody outside as well as inside: RLIMIT_NPROC does not count processes of
+    the host's root. That requires mapping two users, which only a process outside the namespace may do.
     """
     if os.geteuid() != 0:
         user, group = os.geteuid(), os.getegid()
@@ -147,11 +147,11 @@ def _enter_namespaces(reports: int) -> None:
     _call("unshare", _libc.unshare(_NEW_NAMESPACES))
     os.write(enter, b".")
     if os.waitpid(mapper, 0)[1]:
-        os._exit(1)  # it has reported why
+        os._exit(1)  # the mapper has reported the error
 
 
 def _build_root(order: Order) -> None:
-    """A file system in memory that shows what `order` names, read-only, and /tmp; the host's is gone from here on."""
+    """Build an in-memory root: the files in `order`, read-only, and /tmp; the host's file system is detached."""
     _call("sethostname", _libc.sethostname(b"sandbox", 7))
     _mount("none", "/", _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", "/tmp", _MS_NOSUID | _MS_NODEV, "mode=755,size=1m,nr_inodes=4096")
@@ -180,7 +180,7 @@ def _show(source: str, target: str) -> None:
         with open(target, "x", encoding="utf-8"):
             pass
     _mount(source, target, _MS_BIND | _MS_REC)
-    # What the host's mount forbids stays forbidden: the kernel insists. Flags of statvfs are those of mount.
+    # The kernel requires keeping the restrictions of the host's mount. statvfs and mount use the same flags.
     flags = os.statvfs(target).f_flag & (_MS_NODEV | _MS_NOEXEC)
     if not target.startswith("/dev/"):
         flags |= _MS_NODEV
@@ -190,7 +190,7 @@ def _show(source: str, target: str) -> None:
 def _give_up_rights(rules: bytes) -> None:
     for capability in range(CAPABILITIES):
         if _libc.prctl(_PR_CAPBSET_DROP, *map(ctypes.c_ulong, (capability, 0, 0, 0))):
-            break  # one more than the kernel has; or, in bubblewrap, there is no right to drop any
+            break  # beyond the last capability; or, in bubblewrap, dropping is not permitted
     if os.getuid() != NOBODY:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -198,7 +198,7 @@ def _give_up_rights(rules: bytes) -> None:
     header, none = struct.pack("=Ii", 0x20080522, 0), bytes(24)
     _call("capset", _libc.capset(header, none))
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    # A huge page stays whole while one page of it is mapped, so that no limit would count the rest.
+    # A huge page stays allocated while one page of it is mapped, which no limit would count.
     _prctl(_PR_SET_THP_DISABLE, 1)
     array = ctypes.create_string_buffer(rules, len(rules))
     descriptor = struct.pack("@HP", len(rules) // 8, ctypes.addressof(array))
@@ -234,8 +234,8 @@ def main() -> None:
         os.set_inheritable(descriptor, False)
     order = json.loads(os.pread(order_fd, os.fstat(order_fd).st_size, 0))
     try:
-        if role == "keep":
-            keep(order, order_fd, reports, *lease)
+        if role == "supervise":
+            supervise(order, order_fd, reports, *lease)
         else:
             init(order, reports, None)
     except OSError as error:

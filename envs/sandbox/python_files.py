@@ -1,4 +1,4 @@
-"""What of the host a sandbox shows: the Python installation, as the files that running it takes, and no package."""
+"""The host files that a sandbox shows: those needed to run the Python installation, without packages."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from functools import cache
 from pathlib import Path
 
 LISTING_SECONDS = 60.0
-# Not /dev/zero: mapped as shared it is memory that stays whole while one page of it is mapped.
+# Not /dev/zero: a shared mapping of it stays allocated while one of its pages is mapped.
 DEVICES = ("/dev/null", "/dev/full", "/dev/random", "/dev/urandom")
-# Neither site nor the working directory nor user packages; nothing is compiled to disk; text is UTF-8 everywhere.
+# No site, working directory or user packages on the path; no bytecode files; UTF-8 mode.
 FLAGS = ("-S", "-s", "-P", "-B", "-X", "utf8")
 
-# Load what the standard library can load, then ask the loader which files that took.
+# Loads all extension modules of the standard library, then asks the dynamic loader which files that needed.
 _LISTING = """
 import ctypes, json, os, sys
 
@@ -45,18 +45,18 @@ print(json.dumps([folders, files]))
 
 @dataclass(frozen=True)
 class Installation:
-    """Python as a sandbox shows it."""
+    """A Python installation as the sandbox shows it."""
 
     executable: str
-    shown: tuple[tuple[str, str], ...]  # (path on the host without links, path in the sandbox), folders first
-    covered: tuple[str, ...]  # folders of `shown` that are shown empty
+    shown: tuple[tuple[str, str], ...]  # (resolved host path, path in the sandbox), folders first
+    covered: tuple[str, ...]  # folders inside `shown` that appear empty
 
 
 @cache
 def installation() -> Installation:
     """The Python that runs this, without its virtual environment. Raises OSError, subprocess.TimeoutExpired."""
     executable = os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
-    asked = subprocess.run(
+    listing = subprocess.run(
         [executable, *FLAGS, "-c", _LISTING],
         env={},
         stdin=subprocess.DEVNULL,
@@ -65,14 +65,14 @@ def installation() -> Installation:
         timeout=LISTING_SECONDS,
         encoding="utf-8",
     )
-    if asked.returncode:
-        said = asked.stderr.strip().rpartition("\n")[2]
-        raise OSError(f"{executable} could not list its files (exit status {asked.returncode}): {said}")
-    listed, loaded = json.loads(asked.stdout)
+    if listing.returncode:
+        why = listing.stderr.strip().rpartition("\n")[2]
+        raise OSError(f"{executable} could not list its files (exit status {listing.returncode}): {why}")
+    listed, loaded = json.loads(listing.stdout)
     folders = sorted({os.path.realpath(folder) for folder in listed})
     folders = [each for each in folders if not each.startswith(tuple(f"{other}/" for other in folders))]
     packages = [Path(folder, name) for folder in folders for name in ("site-packages", "dist-packages")]
-    # A name without a slash is the program itself or what the kernel maps; the cache says where libraries lie.
+    # Names without a slash are the program itself or kernel mappings; the loader's cache locates libraries.
     files = {name for name in loaded if name.startswith("/")} | {executable, "/etc/ld.so.cache", *DEVICES}
     shown = [(folder, folder) for folder in folders]
     shown += [

@@ -1,13 +1,13 @@
-"""Python source that nobody trusts, run where it can reach nothing and use no more than its limits.
+"""Execution of untrusted Python programs, isolated from the host and within resource limits.
 
     host                                     sandbox
-    run      order, lease, pipes   ->        keep -> init -> the program        (envs.sandbox.child)
-             <-  output, reports             all of it dies with the lease or with init
+    run      order, lease, pipes   ->        supervise -> init -> the program   (envs.sandbox.child)
+             <-  output, reports             everything is killed when the lease is closed or init ends
 
-Isolation is bubblewrap's where that is installed and works for this user, else Linux namespaces entered by hand. Both
-end in the same place: users, processes, network, IPC and host name of its own, an empty file system in memory with the
-Python installation (no packages) read-only and /tmp to write to, no capabilities, and a filter of system calls. Which
-of them works is found out by running a small program in it, once a process. docs/security.md says what holds.
+Isolation is bubblewrap, if it is installed and works for this user, else Linux namespaces entered by the sandbox
+itself. Both give the program its own users, processes, network, IPC and host name; an empty in-memory file system with
+the Python installation (no packages) read-only and a writable /tmp; no capabilities; and a system call filter. The
+method is chosen by running a small program in it, once per process. docs/security.md states the guarantees.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from envs.sandbox import child as sandbox_child
 from envs.sandbox.python_files import FLAGS, installation
 from envs.sandbox.system_calls import seccomp_filter
 
-START_SECONDS = 30.0  # for the sandbox to be there, before the program's own time begins
-END_SECONDS = 10.0  # for everything in it to be dead
+START_SECONDS = 30.0  # to build the sandbox, before the program's own time begins
+END_SECONDS = 10.0  # to kill everything in it
 MAX_FILES = 1024  # in /tmp
-MAX_SIGNALS = 64  # queued and not delivered yet
+MAX_SIGNALS = 64  # pending
 _PIECE = 1 << 16
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-# The same order of sets and dicts every time; nothing else is in a program's environment.
+# A program's whole environment: a fixed hash seed makes the order of sets reproducible.
 _ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 
 Isolation = Literal["bubblewrap", "namespaces", "process"]
 
 
-class Limits(BaseModel):
-    """What a program may use: `processes * memory_bytes + disk_bytes` of memory, beside the kernel's tables for it.
+class SandboxLimits(BaseModel):
+    """Resource limits of a program. Memory is bounded by `processes * memory_bytes + disk_bytes` plus kernel tables.
 
-    docs/security.md adds up what the kernel may need in the worst case.
+    docs/security.md adds up the kernel's memory in the worst case.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,51 +74,53 @@ class Limits(BaseModel):
     )
 
 
-class Reason(StrEnum):
+class ExitReason(StrEnum):
     """Why a program ended."""
 
     OK = "ok"  # exit status 0
     ERROR = "error"  # another exit status
     TIMED_OUT = "timed_out"
-    MEMORY = "memory"  # a MemoryError that it did not catch
+    MEMORY = "memory"  # an uncaught MemoryError
     OUTPUT = "output"
     KILLED = "killed"  # by a signal
-    REFUSED = "refused"  # it was not run: there is no isolation here
+    REFUSED = "refused"  # not run, because no isolation is available
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a program wrote, cut at the limit, and its exit status: None where it did not end by itself."""
+class SandboxResult:
+    """Output of a program, truncated at the limit, and its exit status; None if it did not exit by itself."""
 
     stdout: str
     stderr: str
     status: int | None
-    reason: Reason
+    reason: ExitReason
 
 
 class SandboxFailed(RuntimeError):
-    """The sandbox, not the program in it, failed; the message says at what."""
+    """The sandbox itself failed, not the program; the message says which operation."""
 
 
-def run(source: str, stdin: str = "", limits: Limits | None = None, allow_unsafe: bool = False) -> Result:
-    """Run a Python program and wait for its end. Everything it started is dead when this returns.
+def run(
+    source: str, stdin: str = "", limits: SandboxLimits | None = None, allow_unsafe: bool = False
+) -> SandboxResult:
+    """Run a Python program and wait for it to end. All processes it started are dead when this returns.
 
-    Where no isolation is possible the result is `refused` and its stderr says why in one line; with `allow_unsafe` the
-    program then runs as the present user with the limits alone. Raises SandboxFailed where isolation is possible and
-    the sandbox broke none the less: that says nothing about the program.
+    If no isolation is available, the reason is REFUSED and stderr explains it in one line; with `allow_unsafe` the
+    program is run as the current user with resource limits only. Raises SandboxFailed if isolation is available but the
+    sandbox broke, which says nothing about the program.
     """
-    isolation, _ = isolated()
+    isolation, _ = find_isolation()
     if isolation is None:
         if not allow_unsafe:
-            return Result("", refusal() or "", None, Reason.REFUSED)
+            return SandboxResult("", refusal() or "", None, ExitReason.REFUSED)
         with tempfile.TemporaryDirectory(prefix="manta-unsafe-") as home:
-            return _play("process", source, stdin, limits or Limits(), home)
-    return _play(isolation, source, stdin, limits or Limits(), "/tmp")
+            return _run_in("process", source, stdin, limits or SandboxLimits(), home)
+    return _run_in(isolation, source, stdin, limits or SandboxLimits(), "/tmp")
 
 
 def refusal() -> str | None:
-    """One line that says why nothing is run here and what can be done; None where isolation is possible."""
-    isolation, why = isolated()
+    """One line that explains why programs are not run, and what to do; None if isolation is available."""
+    isolation, why = find_isolation()
     if isolation is not None:
         return None
     return (
@@ -128,19 +130,19 @@ def refusal() -> str | None:
 
 
 @cache
-def isolated() -> tuple[Isolation | None, str]:
-    """The isolation that works here, found by trying; where none does, None and what was tried."""
-    # To root's sandbox bubblewrap would give root's own user, whose processes no limit counts.
+def find_isolation() -> tuple[Isolation | None, str]:
+    """The isolation that works here, found by trying; if none does, None and the attempts."""
+    # For root, bubblewrap would keep the user root, whose processes RLIMIT_NPROC does not count.
     bubblewrap = shutil.which("bwrap") is not None and os.geteuid() != 0
     ways: tuple[Isolation, ...] = ("bubblewrap", "namespaces") if bubblewrap else ("namespaces",)
     tried = []
     for way in ways:
         try:
-            result = _play(way, _PROBE, "", Limits(), "/tmp")
+            result = _run_in(way, _PROBE, "", SandboxLimits(), "/tmp")
         except (SandboxFailed, OSError, subprocess.SubprocessError) as error:
             tried.append(f"{way}: {str(error).splitlines()[0]}")
             continue
-        if result.reason is Reason.OK:
+        if result.reason is ExitReason.OK:
             return way, ""
         tried.append(
             f"{way}: the probe ended as {result.reason}: {result.stderr.strip().rpartition(chr(10))[2]}"
@@ -162,13 +164,13 @@ else:
 """
 
 
-def _play(isolation: Isolation, source: str, stdin: str, limits: Limits, home: str) -> Result:
+def _run_in(isolation: Isolation, source: str, stdin: str, limits: SandboxLimits, home: str) -> SandboxResult:
     order = _sealed(json.dumps(_order(isolation, source, limits, home)))
-    (reports, told), (lease, held) = _pipe(), _pipe()
-    with order, reports, told, lease, held:
-        handed = (order.fileno(), told.fileno(), lease.fileno())
+    (reports, report_end), (lease, held) = _pipe(), _pipe()
+    with order, reports, report_end, lease, held:
+        handed = (order.fileno(), report_end.fileno(), lease.fileno())
         process = subprocess.Popen(
-            [installation().executable, *FLAGS, sandbox_child.__file__, "keep", *map(str, handed)],
+            [installation().executable, *FLAGS, sandbox_child.__file__, "supervise", *map(str, handed)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -179,24 +181,24 @@ def _play(isolation: Isolation, source: str, stdin: str, limits: Limits, home: s
         )
         with process:
             try:
-                told.close()  # so that reports end with whoever reports
-                seen = _watch(process, stdin.encode(), reports.fileno(), limits)
+                report_end.close()  # so that the pipe ends with its last writer in the sandbox
+                outputs = _watch(process, stdin.encode(), reports.fileno(), limits)
             finally:
                 _end(process, held)
-    return _judged(*seen, limits)
+    return _judge(*outputs, limits)
 
 
 def _watch(
-    process: subprocess.Popen[bytes], stdin: bytes, reports: int, limits: Limits
-) -> tuple[bytes, bytes, str, Reason | None]:
-    """Standard output, standard error, reports; and why it was cut short, if it was."""
+    process: subprocess.Popen[bytes], stdin: bytes, reports: int, limits: SandboxLimits
+) -> tuple[bytes, bytes, str, ExitReason | None]:
+    """Read until the program ends or exceeds a limit: stdout, stderr, reports, and the exceeded limit if any."""
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
     into, out, err = process.stdin.fileno(), process.stdout.fileno(), process.stderr.fileno()
     read = {out: bytearray(), err: bytearray(), reports: bytearray()}
     given = memoryview(stdin)
     os.set_blocking(into, False)
     started, deadline = False, time.monotonic() + START_SECONDS
-    cut: Reason | None = None
+    cut: ExitReason | None = None
     with selectors.DefaultSelector() as selector:
         selector.register(into, selectors.EVENT_WRITE)
         for descriptor in read:
@@ -204,7 +206,7 @@ def _watch(
         while not read.keys().isdisjoint(selector.get_map()) and cut is None:
             left = deadline - time.monotonic()
             if left <= 0:
-                cut = Reason.TIMED_OUT
+                cut = ExitReason.TIMED_OUT
                 break
             for key, _ in selector.select(left):
                 if key.fd == into:
@@ -218,7 +220,7 @@ def _watch(
                 if not piece:
                     selector.unregister(key.fd)
             if max(len(read[out]), len(read[err])) > limits.output_bytes:
-                cut = Reason.OUTPUT
+                cut = ExitReason.OUTPUT
             if not started and b"started\n" in read[reports]:
                 started, deadline = True, time.monotonic() + limits.wall_seconds
     kept = slice(0, limits.output_bytes)
@@ -239,35 +241,37 @@ def _end(process: subprocess.Popen[bytes], lease: FileIO) -> None:
         process.wait(END_SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        raise SandboxFailed(f"a sandbox was not dead {END_SECONDS:g} s after it was told to end") from None
+        raise SandboxFailed(f"a sandbox did not end within {END_SECONDS:g} s of being stopped") from None
 
 
-def _judged(out: bytes, err: bytes, reports: str, cut: Reason | None, limits: Limits) -> Result:
+def _judge(
+    out: bytes, err: bytes, reports: str, cut: ExitReason | None, limits: SandboxLimits
+) -> SandboxResult:
     stdout, stderr = out.decode(errors="replace"), err.decode(errors="replace")
     lines = dict(line.partition(" ")[::2] for line in reports.splitlines())
     if "failed" in lines:
         raise SandboxFailed(lines["failed"])
     if "started" not in lines:
-        late = f"it was not there after {START_SECONDS:g} s" if cut else "it ended before the program began"
+        late = f"it was not ready within {START_SECONDS:g} s" if cut else "it ended before the program"
         raise SandboxFailed(f"{late}: {stderr.strip()[-500:]}")
     if cut is not None:
-        return Result(stdout, stderr, None, cut)
+        return SandboxResult(stdout, stderr, None, cut)
     if "ended" not in lines:  # process 1 itself was killed
-        return Result(stdout, stderr, None, Reason.KILLED)
+        return SandboxResult(stdout, stderr, None, ExitReason.KILLED)
     status, cpu_seconds = lines["ended"].split()
     code = os.waitstatus_to_exitcode(int(status))
     if code == 0:
-        return Result(stdout, stderr, 0, Reason.OK)
+        return SandboxResult(stdout, stderr, 0, ExitReason.OK)
     if code > 0:
-        last = stderr.strip().rpartition("\n")[2]
-        return Result(stdout, stderr, code, Reason.MEMORY if last.startswith("MemoryError") else Reason.ERROR)
+        memory = stderr.strip().rpartition("\n")[2].startswith("MemoryError")
+        return SandboxResult(stdout, stderr, code, ExitReason.MEMORY if memory else ExitReason.ERROR)
     slow = code == -signal.SIGXCPU or (code == -signal.SIGKILL and float(cpu_seconds) >= limits.cpu_seconds)
-    return Result(stdout, stderr, None, Reason.TIMED_OUT if slow else Reason.KILLED)
+    return SandboxResult(stdout, stderr, None, ExitReason.TIMED_OUT if slow else ExitReason.KILLED)
 
 
-def _order(isolation: Isolation, source: str, limits: Limits, home: str) -> dict[str, Any]:
+def _order(isolation: Isolation, source: str, limits: SandboxLimits, home: str) -> dict[str, Any]:
     python = installation()
-    # The sandbox's own processes count where the program's user is theirs too.
+    # The sandbox's own processes count towards the limit if they run as the program's user.
     own = {"namespaces": 0 if os.geteuid() == 0 else 2, "bubblewrap": 1, "process": 0}[isolation]
     return {
         "isolation": isolation,
@@ -282,7 +286,7 @@ def _order(isolation: Isolation, source: str, limits: Limits, home: str) -> dict
             "RLIMIT_NPROC": limits.processes + own,
             "RLIMIT_NOFILE": limits.open_files,
             "RLIMIT_FSIZE": limits.disk_bytes,
-            "RLIMIT_CORE": 1,  # too small for a file; and of 0 a host's crash handler would take no notice
+            "RLIMIT_CORE": 1,  # disables core files and, unlike 0, pipes to a crash handler
             "RLIMIT_MEMLOCK": 0,
             "RLIMIT_SIGPENDING": MAX_SIGNALS,
         },
@@ -294,8 +298,8 @@ def _order(isolation: Isolation, source: str, limits: Limits, home: str) -> dict
     }
 
 
-def _bubblewrap(limits: Limits) -> list[str]:
-    """Its command line, up to the descriptors that are told last; the sandbox's inside comes as text."""
+def _bubblewrap(limits: SandboxLimits) -> list[str]:
+    """The bubblewrap command line without the final descriptors; the child program is passed as text."""
     python = installation()
     command = [
         shutil.which("bwrap") or "bwrap",
@@ -304,7 +308,7 @@ def _bubblewrap(limits: Limits) -> list[str]:
         "--die-with-parent",
         "--as-pid-1",
     ]
-    # For init, which limits the number of files in /tmp: bubblewrap has no option for it. The program gives it up.
+    # CAP_SYS_ADMIN is for init, which limits the number of files in /tmp (bubblewrap has no option for it).
     command += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
     command += ["--clearenv", "--hostname", "sandbox"]
     command += ["--uid", str(sandbox_child.NOBODY), "--gid", str(sandbox_child.NOBODY)]
@@ -325,7 +329,7 @@ def _bubblewrap(limits: Limits) -> list[str]:
 
 
 def _sealed(text: str) -> FileIO:
-    """A file in memory that nobody can change, read from its beginning."""
+    """An immutable in-memory file (sealed memfd), positioned at its beginning."""
     file = FileIO(os.memfd_create("manta", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+")
     left = memoryview(text.encode())
     while left:

@@ -1,19 +1,19 @@
-"""The system calls that a program in the sandbox may make, as a seccomp filter. Every other call is refused.
+"""The seccomp filter of the sandbox: an allow-list of system calls; all others are refused.
 
-The list holds what CPython and its standard library take, and of that only calls whose kernel memory one of the
-sandbox's limits bounds: number of processes, address space and open files of each, size and number of files in /tmp.
-Refused by its absence is what allocates at the program's wish (extended attributes, watches of files, shared memory,
-message queues, keys, timers, asynchronous I/O, rules of landlock), what reaches other processes, namespaces and mounts,
-and what is rarely used. Where an argument decides, the filter reads it:
+The list holds the calls that CPython and its standard library need, restricted to those whose kernel memory is bounded
+by a limit of the sandbox: number of processes, address space and open files of each, size and number of files in /tmp.
+Calls are left out if they allocate at the program's wish (extended attributes, file watches, shared memory, message
+queues, keys, timers, asynchronous I/O, landlock rules), reach other processes, namespaces or mounts, or are rarely
+used. If an argument decides, the filter reads it:
 
-    clone           no new namespace; clone3, whose flags lie in memory, is answered as on an older kernel
-    mmap, mremap    no shared memory without a file: it stays whole while one page of it is mapped; no fixed address
-                    that would take a fifth level of page tables
-    socketpair      Unix sockets only. A pair is all there is of sockets: what waits at a listening one has no limit
-    fcntl           neither larger pipes, nor leases, nor notices. A lock on a part of a file is answered as granted and
-                    has no effect, since the number of such locks has no limit; flock has its effect
-    ...xattr        answered as on a file system without extended attributes
-    ioctl, prctl    of terminals, blocking and closing; of names, the parent's end, and dumps
+    clone           no new namespaces; clone3, whose flags are in memory, gets ENOSYS as on older kernels
+    mmap, mremap    no shared anonymous memory, which stays allocated while one page of it is mapped; no fixed address
+                    that would need a fifth level of page tables
+    socketpair      Unix sockets only. Other sockets are refused: the backlog of a listening one is unbounded
+    fcntl           no larger pipes, leases or notifications. Record locks succeed without effect, because the kernel
+                    does not limit their number; flock works
+    ...xattr        ENOTSUP, as on a file system without extended attributes
+    ioctl, prctl    terminals, blocking and close-on-exec; names, parent-death signal and dumpable flag
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import struct
 
 Rule = tuple[int, int, int, int]  # operation, jump if true, jump if false, operand: classic BPF
 
-# Audit's name of the machine, column of the tables below.
+# AUDIT_ARCH constant, and column of the tables below.
 _MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
-_FIRST_UNKNOWN = 452  # calls that came after these tables were written are answered as on an older kernel
+_FIRST_UNKNOWN = 452  # calls newer than these tables get ENOSYS, as on an older kernel
 
 ALLOWED: dict[str, tuple[int, int | None]] = {
     # open files
@@ -82,7 +82,7 @@ ALLOWED: dict[str, tuple[int, int | None]] = {
     "uname": (63, 160), "sysinfo": (99, 179), "getrandom": (318, 278),
 }  # fmt: skip
 
-# Calls of which an argument decides, and those that are refused in a way from which programs know how to go on.
+# Calls decided by an argument, and calls refused with an error that programs can handle.
 DECIDED = {
     "clone": (56, 220), "clone3": (435, 435), "mmap": (9, 222), "mremap": (25, 216), "socket": (41, 198),
     "socketpair": (53, 199), "fcntl": (72, 25), "ioctl": (16, 29), "prctl": (157, 167),
@@ -132,9 +132,9 @@ _KILL: Rule = (_ANSWER, 0, 0, 0x80000000)
 
 
 def seccomp_filter() -> bytes:
-    """The filter for this machine: instructions of classic BPF over (number, architecture, arguments).
+    """The filter for this machine, as classic BPF over (number, architecture, arguments).
 
-    Raises OSError for a machine of which there is no table.
+    Raises OSError for a machine without a table.
     """
     machine = os.uname().machine
     if machine not in _MACHINES:
@@ -152,7 +152,7 @@ def seccomp_filter() -> bytes:
 
 
 def _decisions() -> dict[str, list[Rule]]:
-    """The rules behind a call's number. Each list ends in an answer: the number is gone once an argument is read."""
+    """The rules per call. Each list ends with a return: reading an argument overwrites the call's number."""
     attributes = [call for call in DECIDED if call.endswith("xattr")]
     locks = [_argument(1), *_if_among(_LOCKS, _refuse(0))]
     return {
@@ -179,7 +179,7 @@ def _argument(index: int, upper: bool = False) -> Rule:
 
 
 def _if_among(values: tuple[int, ...], answer: Rule) -> list[Rule]:
-    """Answer where the value that was read is one of these, else go on."""
+    """Return `answer` if the loaded value is among `values`, else continue."""
     last = len(values) - 1
     return [*((_EQUAL, last - at, int(at == last), value) for at, value in enumerate(values)), answer]
 

@@ -1,8 +1,8 @@
-"""Answers that somebody's scorer will evaluate as Python: which of them may be handed to it.
+"""Answers that a scorer will evaluate as Python code: checks that make this safe.
 
-A scorer that calls `eval`, or a parser that does so within, runs whatever a policy has written, with all that the
-process may do. What passes here is a literal, sums and products of numbers, or a formula of known functions, small
-enough to be worked out: a power like 9**9**9 is code, too.
+A scorer that calls `eval`, directly or through a parser, executes anything that a policy writes, with all rights of the
+process. Only literals, sums and products of numbers, and formulas of known functions pass here, and only small ones,
+because evaluating a power like 9**9**9 takes forever.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 MAX_CHARACTERS = 2000
 MAX_NUMBER = 10**12
-MAX_POWER = 30  # as an exponent, and in a fraction that is one
-MAX_POWERS_DEEP = 3
+MAX_POWER = 30  # of exponents, and of the parts of a fractional one
+MAX_NESTED_POWERS = 3
 FUNCTIONS = frozenset(
     (
         *("sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan"),
@@ -27,11 +27,11 @@ _LONG_NUMBER = re.compile(r"[0-9]{10}")
 _HUGE_EXPONENT = re.compile(r"[0-9.][eE][+-]?[0-9]{4}")
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div)
 
-Judge = Callable[[str], bool]
+AnswerCheck = Callable[[str], bool]
 
 
 def holds_no_huge_number(answer: str) -> bool:
-    """Whether no number has an exponent of four digits, whose exact value nobody can hold."""
+    """Whether no number has an exponent of four digits, whose exact value would not fit in memory."""
     return not _HUGE_EXPONENT.search(answer)
 
 
@@ -45,7 +45,7 @@ def is_literal(answer: str) -> bool:
 
 
 def is_sum(answer: str) -> bool:
-    """Whether it is made of whole numbers of up to nine digits, brackets, + - * and /."""
+    """Whether it consists of integers of up to nine digits, brackets, + - * and /."""
     return (
         len(answer) <= MAX_CHARACTERS
         and _SUM.fullmatch(answer) is not None
@@ -55,12 +55,12 @@ def is_sum(answer: str) -> bool:
 
 
 def is_formula(answer: str) -> bool:
-    """Whether it is a formula in variables of one letter, with FUNCTIONS, and powers small or of a variable."""
+    """Whether it is a formula of one-letter variables and FUNCTIONS, with small or variable exponents."""
     if len(answer) > MAX_CHARACTERS:
         return False
     try:
         tree = ast.parse(answer.strip(), mode="eval")
-        return _formula(tree.body, MAX_POWERS_DEEP)
+        return _formula(tree.body, MAX_NESTED_POWERS)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return False
 

@@ -1,12 +1,12 @@
-"""MiniGrid and BabyAI in words: the task, what is carried, and what stands in view. Needs the extra minigrid.
+"""MiniGrid and BabyAI in words: the task, the carried object, and the visible objects. Needs the extra minigrid.
 
-Observation: "task: " and the mission; the direction one faces and what is carried; then a line for each thing in view,
-the nearest first, with how far ahead and to which side it is; then walls and lava, straight runs of them in one line.
-What is told is all that the package's own partial view shows but coloured floor; cells not told are free or hidden.
+Observation: "task: " and the mission; the direction faced and the carried object; then a line for each visible object,
+nearest first, with its distance ahead and to the side; then walls and lava, one line per straight run. It contains
+everything in the package's partial view except coloured floor; cells that are not listed are free or hidden.
 Action: one of the package's own actions by name, of those that the environment has.
 Reward: the package's own: on success 1 - 0.9 * steps / max_steps, else 0; -1 for running into a moving obstacle.
-Horizon: the package's own max_steps. `info["success"]` is whether the last step was paid.
-Ends: where the environment ends (terminated), steps used up (truncated), no action of these (malformed).
+Horizon: the package's own max_steps. `info["success"]` is whether the last step's reward was positive.
+Ends: where the environment ends (terminated), steps used up (truncated), any other action (malformed).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
-from envs.base import ChoiceSpace, Info, lower_case_words, text_space
+from envs.base import ChoiceSpace, Info, text_space, vocabulary
 from envs.registry import Env, make_gymnasium
-from envs.suites.rng_isolation import quiet
+from envs.suites.rng_isolation import suppress_stdout
 
-os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "hide")  # pygame greets on stdout
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "hide")  # pygame prints a greeting
 
 from minigrid.core.actions import Actions
 from minigrid.core.constants import IDX_TO_COLOR, IDX_TO_OBJECT, STATE_TO_IDX
@@ -31,7 +31,7 @@ from minigrid.core.constants import IDX_TO_COLOR, IDX_TO_OBJECT, STATE_TO_IDX
 IDS = tuple(env_id for env_id in gym.registry if env_id.startswith(("MiniGrid-", "BabyAI-")))
 DIRECTIONS = ("east", "south", "west", "north")  # in MiniGrid's order
 STATES = {index: state for state, index in STATE_TO_IDX.items()}
-NOT_TOLD = ("unseen", "empty", "floor")
+NOT_SHOWN = ("unseen", "empty", "floor")
 COLOURLESS = IN_RUNS = ("wall", "lava")
 UNREADABLE = "That is no action."
 INSTRUCTIONS = (
@@ -39,11 +39,11 @@ INSTRUCTIONS = (
     "cells are free or hidden. left and right turn you; pickup, drop and toggle act on the cell 1 ahead. "
     "Answer with one word: {actions}.\n"
 )
-_MISSIONS = (  # the words of the packages' missions, beside colours and things
+_MISSIONS = (  # words of the packages' missions besides colours and objects
     "go to pick up open put next the object an on your left right in front of you behind then after and door square "
     "get avoid find use matching at end hallway must fetch from traverse rooms goal square reach unlock room"
 )
-WORDS = lower_case_words(
+WORDS = vocabulary(
     (
         *("task facing carrying nothing ahead", _MISSIONS, UNREADABLE),
         *(*DIRECTIONS, *STATES.values(), *IDX_TO_COLOR.values(), *IDX_TO_OBJECT.values()),
@@ -57,12 +57,12 @@ Run = tuple[Cell, Cell]  # its first and last cell
 
 def minigrid(env_id: str, instructions: bool = True, **options: Any) -> Env:
     """A replica. instructions: begin with the rules in English. Other options are the environment's own."""
-    with quiet():
+    with suppress_stdout():
         return MiniGridInWords(make_gymnasium(env_id, options), instructions)
 
 
 class MiniGridInWords(gym.Wrapper[str, str, Any, Any], RecordConstructorArgs):
-    """Text around an environment whose observations and actions are MiniGrid's."""
+    """Text wrapper around an environment with MiniGrid's observations and actions."""
 
     def __init__(self, env: gym.Env[Any, Any], instructions: bool = True) -> None:
         RecordConstructorArgs.__init__(self, instructions=instructions)
@@ -74,9 +74,9 @@ class MiniGridInWords(gym.Wrapper[str, str, Any, Any], RecordConstructorArgs):
         self._instructions = instructions
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
-        with quiet():  # BabyAI tells of instances that it rejects
+        with suppress_stdout():  # BabyAI prints the instances that it rejects
             observation: Any = self.env.reset(seed=seed, options=options)[0]
-        return self._opening(observation) + told(observation), {}
+        return self._opening(observation) + describe(observation), {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
         word = action.strip().lower()
@@ -84,9 +84,9 @@ class MiniGridInWords(gym.Wrapper[str, str, Any, Any], RecordConstructorArgs):
             return UNREADABLE, 0.0, True, False, {"malformed": True, "success": False}
         observation: Any
         observation, reward, terminated, truncated, _ = self.env.step(Actions[word].value)
-        truncated = truncated and not terminated  # the package says both of a last step that ends it
+        truncated = truncated and not terminated  # the package sets both if the last step solves it
         info: Info = {"success": float(reward) > 0} if terminated or truncated else {}
-        return told(observation), float(reward), bool(terminated), bool(truncated), info
+        return describe(observation), float(reward), bool(terminated), bool(truncated), info
 
     def _opening(self, observation: dict[str, Any]) -> str:
         if not self._instructions:
@@ -96,10 +96,10 @@ class MiniGridInWords(gym.Wrapper[str, str, Any, Any], RecordConstructorArgs):
         return INSTRUCTIONS.format(ahead=size - 1, side=size // 2, actions=f"{', '.join(others)} or {last}")
 
 
-def told(observation: dict[str, Any]) -> str:
-    """An observation of MiniGrid's, a dict of mission, direction and image [column, row, (type, colour, state)]."""
+def describe(observation: dict[str, Any]) -> str:
+    """A MiniGrid observation (a dict of mission, direction and image [column, row, (type, colour, state)]) in words."""
     seen = _seen(observation["image"])
-    carried = seen.pop((0, 0), "nothing")  # the view shows what is carried where the player stands
+    carried = seen.pop((0, 0), "nothing")  # the view shows the carried object in the player's own cell
     things = [(cell, cell, what) for cell, what in seen.items() if what not in IN_RUNS]
     ordered = sorted(things, key=lambda thing: (abs(thing[0][0]) + thing[0][1], thing[0]))
     for what in IN_RUNS:
@@ -114,14 +114,14 @@ def told(observation: dict[str, Any]) -> str:
 
 
 def _seen(image: np.ndarray[Any, np.dtype[Any]]) -> dict[Cell, str]:
-    """What stands in each cell of a view that has anything to tell."""
+    """The object in each visible cell that has one."""
     columns, rows, _ = image.shape
     seen = {}
     for column in range(columns):
         for row in range(rows):
             kind, colour, state = map(int, image[column, row])
             what = IDX_TO_OBJECT[kind]
-            if what in NOT_TOLD:
+            if what in NOT_SHOWN:
                 continue
             if what not in COLOURLESS:
                 what = f"{IDX_TO_COLOR[colour]} {what}"
@@ -132,7 +132,7 @@ def _seen(image: np.ndarray[Any, np.dtype[Any]]) -> dict[Cell, str]:
 
 
 def runs(cells: Iterable[Cell]) -> list[Run]:
-    """The cells as straight runs, the longest first, each cell in one of them."""
+    """Partition cells into straight runs, longest first."""
     left = set(cells)
     found = []
     while left:
@@ -143,7 +143,7 @@ def runs(cells: Iterable[Cell]) -> list[Run]:
 
 
 def _run(cells: set[Cell], cell: Cell, step: Cell) -> list[Cell]:
-    """From this cell on, as far as there are cells."""
+    """The run of cells from this cell in one direction."""
     run = []
     while cell in cells:
         run.append(cell)
@@ -152,7 +152,7 @@ def _run(cells: set[Cell], cell: Cell, step: Cell) -> list[Cell]:
 
 
 def place(first: Cell, last: Cell) -> str:
-    """Where a cell is, or a straight run of them: "2 ahead, 1 left", "3 ahead, 2 left to 1 right", "0 to 4 ahead"."""
+    """The position of a cell or straight run: "2 ahead, 1 left", "3 ahead, 2 left to 1 right", "0 to 4 ahead"."""
     (west, near), (east, far) = first, last
     parts = []
     if near != far:

@@ -1,14 +1,14 @@
-"""An opponent that a server has: a past version of the policy, or any other model.
+"""An opponent behind an OpenAI-compatible server: a past version of the policy, or any other model.
 
     manta export RUN MODEL --version 40
     vllm serve MODEL --port 8001                  -> opponent = "http://127.0.0.1:8001/v1"
 
-What the opponent's seat sees is the one message of a request to `/chat/completions`, as with agent.memory="last"; the
-server's first model answers. Where the game lists its legal moves, an answer that is none of them is replaced by any of
-them: a game is not won because the other could not speak.
+The observation of the opponent's seat is the only message of a request to `/chat/completions`, as with
+agent.memory="last"; the server's first model answers. If the game lists legal moves, an answer that is not one of them
+is replaced by a random legal move, so that games are not won by unparsable answers.
 
-Seeds are sent along, yet servers seldom answer the same twice: environments with such an opponent are nondeterministic.
-A request blocks; replicas belong into processes (env.host.where = "process"), or all episodes of a worker wait for it.
+Seeds are sent, but servers rarely give reproducible answers: environments with such an opponent are nondeterministic. A
+request blocks; run replicas in processes (env.host.where = "process"), or all episodes of a worker wait for it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from typing import Any
 
 import numpy as np
 
-SECONDS = 60.0  # for an answer
+SECONDS = 60.0  # limit for an answer
 MAX_TOKENS = 64
-_SHOWN = 200  # characters of what a server said, in an error
+_SHOWN = 200  # characters of a server's answer in an error
 
 
 class OpponentFailed(RuntimeError):
-    """A server did not answer, or with something else than a completion."""
+    """A server did not answer, or not with a completion."""
 
 
-class Served:
-    """Moves of the first model at an OpenAI-compatible endpoint. url: with its /v1. The key is OPENAI_API_KEY."""
+class PolicyOpponent:
+    """Plays with the first model at an OpenAI-compatible endpoint. url: including /v1. The key is OPENAI_API_KEY."""
 
     def __init__(self, url: str, seconds: float = SECONDS) -> None:
         self._url = url.rstrip("/")
@@ -54,8 +54,8 @@ class Served:
     def _model(self) -> str:
         return self._read("/models", "data", 0, "id")
 
-    def _read(self, path: str, *where: str | int, body: Mapping[str, Any] | None = None) -> str:
-        """The text at a place in the JSON that is answered. Raises OpponentFailed."""
+    def _read(self, path: str, *path_in_json: str | int, body: Mapping[str, Any] | None = None) -> str:
+        """The text at a path in the JSON answer. Raises OpponentFailed."""
         request = urllib.request.Request(
             self._url + path,
             None if body is None else json.dumps(body).encode(),
@@ -66,20 +66,20 @@ class Served:
         )
         try:
             with urllib.request.urlopen(request, timeout=self._seconds) as answer:
-                told = answer.read()
-            found = json.loads(told)
-            for step in where:
+                answered = answer.read()
+            found = json.loads(answered)
+            for step in path_in_json:
                 found = found[step]
         except urllib.error.HTTPError as error:
-            said = error.read()[:_SHOWN].decode(errors="replace")
+            shown = error.read()[:_SHOWN].decode(errors="replace")
             raise OpponentFailed(
-                f"the opponent at {request.full_url} answered {error.code}: {said}"
+                f"the opponent at {request.full_url} answered {error.code}: {shown}"
             ) from error
         except (OSError, http.client.HTTPException) as error:
             raise OpponentFailed(
                 f"the opponent at {request.full_url} did not answer within {self._seconds:g} s: {error}"
             ) from error
         except (ValueError, LookupError, TypeError) as error:
-            said = told[:_SHOWN].decode(errors="replace")
-            raise OpponentFailed(f"the opponent at {request.full_url} sent no completion: {said}") from error
+            shown = answered[:_SHOWN].decode(errors="replace")
+            raise OpponentFailed(f"the opponent at {request.full_url} sent no completion: {shown}") from error
         return "" if found is None else str(found)

@@ -1,4 +1,4 @@
-"""Calls into packages that print and draw from the global generators: outside of the call nothing is seen of it."""
+"""Isolation of packages that print or draw from the global random generators."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ import numpy as np
 States = tuple[Any, Any]  # of random, of numpy.random
 
 
-class _Nowhere(TextIOBase):
+class _NullStream(TextIOBase):
     def write(self, text: str) -> int:
         return len(text)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """What Python code prints is lost."""
-    with redirect_stdout(_Nowhere()):
+def suppress_stdout() -> Iterator[None]:
+    """Discard what Python code prints."""
+    with redirect_stdout(_NullStream()):
         yield
 
 
-class Generators:
-    """Global generators of one's own: a replica's, whoever else draws from the global ones between its steps.
+class IsolatedRng:
+    """Private states of Python's and NumPy's global generators, one per replica.
 
-    To be entered around every call that may draw, and never while another is. Nothing is printed there either.
+    Enter it around every call that may draw, never nested. Output is discarded as well.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.seed(seed)
 
     def seed(self, seed: int) -> None:
-        """Begin anew; a seed is any whole number from 0 up."""
+        """Seed both generators; a seed is any integer from 0 up."""
         self._own: States = (
             random.Random(seed).getstate(),
             np.random.RandomState(seed % 2**32).get_state(legacy=False),
@@ -43,21 +43,21 @@ class Generators:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """What is drawn from Python's and NumPy's global generators within is drawn from these."""
-        outside = _taken()
-        _put(self._own)
+        """Swap the private states in for the duration of the block."""
+        outside = _get_states()
+        _set_states(self._own)
         try:
-            with quiet():
+            with suppress_stdout():
                 yield
         finally:
-            self._own = _taken()
-            _put(outside)
+            self._own = _get_states()
+            _set_states(outside)
 
 
-def _taken() -> States:
+def _get_states() -> States:
     return random.getstate(), np.random.get_state(legacy=False)
 
 
-def _put(states: States) -> None:
+def _set_states(states: States) -> None:
     random.setstate(states[0])
     np.random.set_state(states[1])

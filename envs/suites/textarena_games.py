@@ -1,14 +1,14 @@
-"""TextArena's games for one and two, unmodified, as one seat plays them. Needs the extra textarena.
+"""TextArena's games for one and two players, unmodified, played from one seat. Needs the extra textarena.
 
-Observation: what the game has said to the agent's seat since its last move, a line "[GAME] ..." or "[Player 1] ..."
-each; first of all the game's own prompt. The agent's own words are not said back. The package's wrappers that put the
-whole history into every observation are left away, since an agent keeps its own; those of actions stay.
-Action: whatever the game reads, mostly something in square brackets.
-Reward, Horizon, Moves, Opponents: see `envs/suites/turn_taking.py`. A game for one is paid what it pays, within [0, 1];
-one for two, 1 for a win, 0.5 for a draw, 0 for a loss. The games judge moves themselves: most warn once, then end.
+Observation: the game's messages to the agent's seat since its last move, each as a line "[GAME] ..." or
+"[Player 1] ..."; the first holds the game's own prompt. The agent's own words are not repeated. The package's
+observation wrappers, which repeat the whole history, are left out; its action wrappers stay.
+Action: any text that the game parses, mostly something in square brackets.
+Reward, Horizon, Moves, Opponents: see `envs/suites/turn_taking.py`. A game for one pays its own reward, in [0, 1]; a
+game for two pays 1 for a win, 0.5 for a draw, 0 for a loss. Games judge moves themselves: most warn once, then end.
 
-The package draws from the global generators and prints; both are kept from others. NLTK's downloads come to nothing:
-word games need its data on the machine, and games that ask a model over the network cannot be played.
+The package draws from the global generators and prints; both are isolated. NLTK's downloads are disabled: word games
+need its data on the machine, and games that query a model over the network cannot be played.
 """
 
 from __future__ import annotations
@@ -22,21 +22,19 @@ from typing import Any
 import nltk
 
 from envs.registry import Env
-from envs.suites.rng_isolation import Generators, quiet
-from envs.suites.turn_taking import RANDOM, Result, TurnGame, Verdict, scaled
+from envs.suites.rng_isolation import IsolatedRng, suppress_stdout
+from envs.suites.turn_taking import RANDOM, GameResult, MoveStatus, TurnGame, scaled
 
-with quiet():
+with suppress_stdout():
     import textarena
     from textarena.envs.registration import ENV_REGISTRY
 
 PREFIX = "textarena/"
-_GAMES = sorted(
-    name for name in ENV_REGISTRY if re.search(r"-v\d+$", name)
-)  # their variants have longer names
+_GAMES = sorted(name for name in ENV_REGISTRY if re.search(r"-v\d+$", name))  # variants have longer names
 IDS = tuple(f"{PREFIX}{name}" for name in _GAMES)
 WORD_LISTS = ("words", "averaged_perceptron_tagger_eng")
 
-# What games raise that lack a key for a model, files, another package or a newer Python, or do not take an option.
+# Raised by games that lack an API key, files, a dependency or a newer Python, or that reject an option.
 _UNMADE = (ValueError, TypeError, LookupError, AttributeError, ImportError, OSError, SyntaxError)
 _LISTED = re.compile(r"(?:available|valid) (?:moves|actions): (.+)", re.IGNORECASE)
 _BRACKETED = re.compile(r"\[[^\[\]]+\]")
@@ -48,22 +46,22 @@ def textarena_game(
 ) -> Env:
     """A replica of "textarena/" and the package's own id. options: the game's own; others: see TurnGame.
 
-    opponent="random" works where the game lists the moves that are available; it has no meaning in games for one.
+    opponent="random" works if the game lists the available moves; it has no effect in games for one.
     """
     return TurnGame(TextArenaGame(env_id.removeprefix(PREFIX), options), seat, opponent, max_turns)
 
 
 class TextArenaGame:
-    """A `Game` of TextArena. ValueError for a name, an option, or a game that cannot be played here."""
+    """A `Game` of TextArena. ValueError for an unknown name or option, or a game that cannot be played here."""
 
     def __init__(self, name: str, options: dict[str, Any]) -> None:
         self.name = name
-        self._generators = Generators()
-        with self._generators.entered(), _nothing_downloaded():
-            self._game = _made(name, options)
+        self._generators = IsolatedRng()
+        with self._generators.entered(), _no_downloads():
+            self._game = _make(name, options)
             self.seats = self._seats()
         self._env = self._game
-        self._told: dict[int, str] = {}  # to each seat, what was last
+        self._last_shown: dict[int, str] = {}  # last observation of each seat
 
     def start(self, seed: int) -> None:
         self._generators.seed(seed)
@@ -73,13 +71,13 @@ class TextArenaGame:
                 self._env = wrapper(self._env)
         with self._generators.entered():
             self._env.reset(num_players=self.seats, seed=seed)
-        self._told = dict.fromkeys(range(self.seats), "")
+        self._last_shown = dict.fromkeys(range(self.seats), "")
 
     @property
     def to_move(self) -> int:
         return int(self._game.state.current_player_id)
 
-    def told(self, seat: int) -> str:
+    def observation(self, seat: int) -> str:
         state, alone = self._game.state, self.seats == 1
         if seat == self.to_move and not state.done:
             with self._generators.entered():
@@ -93,21 +91,21 @@ class TextArenaGame:
         ]
         if state.done:
             said.append(f"[GAME] {state.game_info[seat].get('reason', '')}")
-        self._told[seat] = "\n".join(said)
-        return self._told[seat]
+        self._last_shown[seat] = "\n".join(said)
+        return self._last_shown[seat]
 
-    def moves(self) -> list[str] | None:
-        listed = _LISTED.findall(self._told[self.to_move])
+    def legal_moves(self) -> list[str] | None:
+        listed = _LISTED.findall(self._last_shown[self.to_move])
         return _BRACKETED.findall(listed[-1]) or None if listed else None
 
-    def judged(self, move: str) -> Verdict:
+    def check_move(self, move: str) -> MoveStatus:
         return "fine" if move and not _LONG_NUMBER.search(move) else "unreadable"
 
     def play(self, move: str) -> None:
         with self._generators.entered():
             self._env.step(action=move)
 
-    def result(self, seat: int) -> Result | None:
+    def result(self, seat: int) -> GameResult | None:
         state = self._game.state
         if not state.done:
             return None
@@ -115,11 +113,11 @@ class TextArenaGame:
             raise RuntimeError(f"{self.name} ended without a reward")
         reward = float(state.rewards.get(seat, 0.0))
         at_fault = bool(state.game_info[seat].get("invalid_move"))
-        return Result(scaled(reward, 0.0 if self.seats == 1 else -1.0, 1.0), at_fault)
+        return GameResult(scaled(reward, 0.0 if self.seats == 1 else -1.0, 1.0), at_fault)
 
     def _seats(self) -> int:
-        """For how many the game is: two, or one."""
-        for seats in (2, 1):  # some made for two take one, and come to nothing
+        """The number of players that the game is for: two or one."""
+        for seats in (2, 1):  # some games for two accept one player but do not work
             try:
                 self._game.reset(num_players=seats, seed=0)
             except (AssertionError, ValueError):
@@ -128,7 +126,7 @@ class TextArenaGame:
         raise ValueError(f"{self.name} is not for one or two players")
 
 
-def _made(name: str, options: dict[str, Any]) -> Any:
+def _make(name: str, options: dict[str, Any]) -> Any:
     """The game without its wrappers."""
     if name not in ENV_REGISTRY:
         close = difflib.get_close_matches(name, ENV_REGISTRY, n=3, cutoff=0.4) or ["TicTacToe-v0"]
@@ -148,8 +146,8 @@ def _made(name: str, options: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _nothing_downloaded() -> Iterator[None]:
-    """Games load NLTK's data when they are imported and made; what is not on the machine stays away."""
+def _no_downloads() -> Iterator[None]:
+    """Disable NLTK's downloads, which games start when they are imported and made."""
     download = nltk.download
     nltk.download = lambda *args, **options: False
     try:

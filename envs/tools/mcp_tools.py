@@ -1,10 +1,10 @@
-"""The tools of an MCP server (Model Context Protocol), which runs as a process of its own and is spoken to over stdio.
+"""Tools of an MCP server (Model Context Protocol), a child process connected over stdio.
 
-    any thread        start, call, close: they wait, with a limit
-    a thread          its event loop, the client, and the life of the connection from start to close
-    a process         the server; the kernel kills it when that thread ends, however it ends
+    any thread        start, call, close: they block, with a limit
+    one thread        the event loop, the client, and the connection from start to close
+    a process         the server; the kernel kills it when that thread ends
 
-One server belongs to one replica of an environment. What it holds is its own: a reset does not reset it.
+One server belongs to one replica of an environment. Its state is its own; a reset of the environment does not reset it.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from mcp import Client, MCPError, StdioServerParameters, stdio_client
 from mcp import Tool as McpTool
 from mcp_types import CONNECTION_CLOSED, INVALID_PARAMS, CallToolResult, TextContent
 
-from envs.child_process import found, leashed
-from envs.tools.tool import Tool, ToolGone, ToolRefused, WrongArguments, line
+from envs.child_process import bound_to_parent, find_program
+from envs.tools.tool import InvalidArguments, Tool, ToolRefused, ToolUnavailable, line
 
 log = logging.getLogger(__name__)
-server_log = logging.getLogger("mcp_server")  # what it says is no warning of ours
+server_log = logging.getLogger("mcp_server")  # the server's own output
 
 T = TypeVar("T")
 
-CLOSE_SECONDS = 10.0  # the client itself kills a server that does not end by itself, within about seven
-MOST_PAGES = 100  # of a list of tools that never ends
+CLOSE_SECONDS = 10.0  # the client kills a server that does not end, within about seven seconds
+MAX_PAGES = 100  # of the list of tools, which might not end
 
-# Beside what the client lets a server inherit: by these a run's processes and their files are found when it is over.
+# Inherited in addition to the client's defaults: identifies a run's processes and files for clean-up.
 _INHERITED = ("MANTA_RUN", "TMPDIR")
 
 
 class McpServer:
-    """A server that was started with `command` and `args`, and its tools.
+    """A server started with `command` and `args`, and its tools.
 
-    start_seconds: wall clock to start and to name its tools. call_seconds: for one call; the server is told that a call
-    which took longer is no longer wanted. fresh: start the server anew for every episode. repeatable: see
-    `envs.tools.tool_env.Source`. environment: variables beside the few that a server inherits (HOME, PATH and the
-    like). Raises ToolRefused when it does not start.
+    start_seconds: wall-clock limit to start and list its tools. call_seconds: limit per call; the server is told that a
+    call which exceeded it is cancelled. fresh: start a new server for every episode. repeatable: see
+    `envs.tools.tool_env.ToolSource`. environment: variables in addition to the few that a server inherits (HOME, PATH
+    and the like). Raises ToolRefused if it does not start.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class McpServer:
         self._fresh = fresh
         self._call_seconds = call_seconds
         name = " ".join([command, *args])
-        if found(command) is None:
-            raise ToolRefused(f"MCP server {name!r} can not be started: there is no command {command!r}")
-        # Nothing else would end a server that does not mind its input being closed.
-        program, *arguments = leashed([command, *args])
+        if find_program(command) is None:
+            raise ToolRefused(f"MCP server {name!r} cannot be started: no command {command!r} on the PATH")
+        # Otherwise a server that ignores the end of its input would never end.
+        program, *arguments = bound_to_parent([command, *args])
         inherited = {each: os.environ[each] for each in _INHERITED if each in os.environ}
         parameters = StdioServerParameters(
             command=program, args=arguments, env=inherited | (environment or {}), cwd=os.getcwd()
@@ -80,14 +80,14 @@ class McpServer:
         ]
 
     def renew(self) -> None:
-        """Start a server that has ended anew, and with `fresh` any that was called."""
+        """Restart a server that has ended, and with `fresh` any that was called."""
         if self._connection.gone or (self._fresh and self._called):
             self._connection.close()
             self._connection = self._connect()
             self._called = False
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """What a tool says. Raises ToolGone, TimeoutError, WrongArguments; RuntimeError where the tool failed."""
+        """Call a tool. Raises ToolUnavailable, TimeoutError, InvalidArguments; RuntimeError if the tool failed."""
         self._called = True
         result = self._connection.call(name, arguments, self._call_seconds)
         if result.is_error:
@@ -95,12 +95,12 @@ class McpServer:
         return _text(result)
 
     def close(self) -> None:
-        """End the server."""
+        """Stop the server."""
         self._connection.close()
 
 
 class _Connection:
-    """One process of a server, and the thread that speaks with it."""
+    """One server process and the thread that communicates with it."""
 
     def __init__(self, name: str, parameters: StdioServerParameters, start_seconds: float) -> None:
         self.gone = False
@@ -113,66 +113,66 @@ class _Connection:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"mcp {name}", daemon=True)
         self._thread.start()
-        self._life = self._begin(self._live())
+        self._connected = self._begin(self._serve_connection())
         self.tools = self._wait_for_tools(start_seconds)
 
     def call(self, name: str, arguments: dict[str, Any], seconds: float) -> CallToolResult:
         if self.gone or self._client is None:
-            raise ToolGone("its server has ended")
-        asked = self._begin(self._client.call_tool(name, arguments))
+            raise ToolUnavailable("its server has ended")
+        pending = self._begin(self._client.call_tool(name, arguments))
         try:
-            return asked.result(seconds)
+            return pending.result(seconds)
         except TimeoutError:
-            asked.cancel()
+            pending.cancel()
             raise TimeoutError(f"its server was given {seconds:g} s") from None
         except MCPError as error:
             if error.code == CONNECTION_CLOSED:
                 self.gone = True
-                raise ToolGone("its server has ended") from error
+                raise ToolUnavailable("its server has ended") from error
             if error.code == INVALID_PARAMS:
-                raise WrongArguments(error.message) from error
+                raise InvalidArguments(error.message) from error
             raise
 
     def close(self) -> None:
-        """End the server and the thread; what does not end in time is logged and left to the kernel."""
+        """Stop the server and the thread; a process that outlives the limit is logged and left to the kernel."""
         self.gone = True
         if not self._thread.is_alive():
             return
         self._loop.call_soon_threadsafe(self._closing.set)
-        wait([self._life], CLOSE_SECONDS)
+        wait([self._connected], CLOSE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_SECONDS)
-        if self._thread.is_alive() or not self._life.done():
+        if self._thread.is_alive() or not self._connected.done():
             log.warning("MCP server %s did not end within %g s", self._name, CLOSE_SECONDS)
         else:
             self._loop.close()
 
-    async def _live(self) -> None:
-        # Entered and left by one task, as the client demands; calls are other tasks of the same loop.
+    async def _serve_connection(self) -> None:
+        # The client must be entered and left by one task; calls are other tasks of the same loop.
         with self._stderr.writing() as stderr:
             async with Client(stdio_client(self._parameters, errlog=stderr)) as self._client:
-                self._started.set_result(await _listed(self._client))
+                self._started.set_result(await _list_tools(self._client))
                 await self._closing.wait()
 
     def _begin(self, doing: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(doing, self._loop)
 
     def _wait_for_tools(self, seconds: float) -> list[McpTool]:
-        either: list[Future[Any]] = [self._started, self._life]
+        either: list[Future[Any]] = [self._started, self._connected]
         wait(either, seconds, FIRST_COMPLETED)
         if self._started.done():
             return self._started.result()
-        if self._life.done():
-            why = self._stderr.last_line(1.0) or line(repr(_innermost(self._life.exception())))
+        if self._connected.done():
+            why = self._stderr.last_line(1.0) or line(repr(_innermost(self._connected.exception())))
         else:
-            why = f"it named no tools within {seconds:g} s"
-            self._life.cancel()
+            why = f"it listed no tools within {seconds:g} s"
+            self._connected.cancel()
         self.close()
         raise ToolRefused(f"MCP server {self._name!r} did not start: {why}")
 
 
 class _Stderr:
-    """What a server writes to stderr: logged as it comes, with the last line kept for an error."""
+    """Standard error of a server: logged line by line; the last line is kept for errors."""
 
     def __init__(self) -> None:
         self._last = ""
@@ -180,46 +180,46 @@ class _Stderr:
 
     @contextmanager
     def writing(self) -> Iterator[TextIO]:
-        """The end of a pipe for one process; a thread reads the other end until nobody can write any more."""
+        """The write end of a pipe for one process; a thread reads the other end until all writers are closed."""
         reading, writing = os.pipe()
-        threading.Thread(target=self._pass_on, args=(reading,), name="mcp stderr", daemon=True).start()
+        threading.Thread(target=self._forward, args=(reading,), name="mcp stderr", daemon=True).start()
         with open(writing, "w", encoding="utf-8") as end:
             yield end
 
     def last_line(self, seconds: float) -> str:
-        """The last line that says something, once the process has ended; it may take `seconds` to be read."""
+        """The last non-empty line once the process has ended; waits up to `seconds` for it."""
         self._ended.wait(seconds)
         return line(self._last)
 
-    def _pass_on(self, reading: int) -> None:
+    def _forward(self, reading: int) -> None:
         with open(reading, encoding="utf-8", errors="replace") as lines:
             for text in lines:
                 self._last = text.strip() or self._last
-                server_log.warning("an MCP server writes: %r", text.rstrip())
+                server_log.warning("MCP server: %r", text.rstrip())
         self._ended.set()
 
 
 def _innermost(error: BaseException | None) -> BaseException | None:
-    """The first error of nested groups: task groups wrap what went wrong."""
+    """The first leaf of nested exception groups, as task groups raise them."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
-async def _listed(client: Client) -> list[McpTool]:
+async def _list_tools(client: Client) -> list[McpTool]:
     tools: list[McpTool] = []
     cursor: str | None = None
-    for _ in range(MOST_PAGES):
+    for _ in range(MAX_PAGES):
         page = await client.list_tools(cursor=cursor)
         tools += page.tools
         cursor = page.next_cursor
         if cursor is None:
             return tools
-    raise RuntimeError(f"its list of tools has more than {MOST_PAGES} pages")
+    raise RuntimeError(f"its list of tools has more than {MAX_PAGES} pages")
 
 
 def _text(result: CallToolResult) -> str:
-    """The text of a result; other kinds of content are named."""
+    """The text of a result; other content types are named in brackets."""
     if not result.content and result.structured_content is not None:
         return json.dumps(result.structured_content, ensure_ascii=False)
     return "\n".join(

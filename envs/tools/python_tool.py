@@ -1,21 +1,21 @@
-"""A Python interpreter as a tool: a program goes in, what it printed comes out.
+"""A Python interpreter as a tool: takes a program and returns what it prints.
 
-Two functions, so that a configuration says which one it means: `python` needs isolation and refuses without it;
-`python_unsafe` runs with limits alone where none is possible.
+Two functions, so that the configuration states the choice: `python` requires isolation and refuses to run without it;
+`python_unsafe` falls back to resource limits only.
 """
 
 from __future__ import annotations
 
 from envs.sandbox import sandbox
-from envs.sandbox.sandbox import Limits, Reason, Result
+from envs.sandbox.sandbox import ExitReason, SandboxLimits, SandboxResult
 
-LIMITS = Limits(cpu_seconds=5, wall_seconds=30.0, output_bytes=4096)
+LIMITS = SandboxLimits(cpu_seconds=5, wall_seconds=30.0, output_bytes=4096)
 
 _CUT = {
-    Reason.TIMED_OUT: f"It was ended: it took longer than {LIMITS.cpu_seconds} s.",
-    Reason.MEMORY: f"It was ended: it needed more than {LIMITS.memory_bytes >> 20} MiB.",
-    Reason.OUTPUT: f"It was ended: it printed more than {LIMITS.output_bytes} characters.",
-    Reason.KILLED: "It was ended by a signal.",
+    ExitReason.TIMED_OUT: f"It was ended: it took longer than {LIMITS.cpu_seconds} s.",
+    ExitReason.MEMORY: f"It was ended: it needed more than {LIMITS.memory_bytes >> 20} MiB.",
+    ExitReason.OUTPUT: f"It was ended: it printed more than {LIMITS.output_bytes} characters.",
+    ExitReason.KILLED: "It was ended by a signal.",
 }
 
 
@@ -24,18 +24,18 @@ def python(source: str) -> str:
 
     Raises RuntimeError, one line, where no isolation is possible.
     """
-    return _told(sandbox.run(source, limits=LIMITS))
+    return _to_text(sandbox.run(source, limits=LIMITS))
 
 
 def python_unsafe(source: str) -> str:
     """Run a Python program and return what it prints."""
-    return _told(sandbox.run(source, limits=LIMITS, allow_unsafe=True))
+    return _to_text(sandbox.run(source, limits=LIMITS, allow_unsafe=True))
 
 
-def _told(result: Result) -> str:
-    if result.reason is Reason.REFUSED:
+def _to_text(result: SandboxResult) -> str:
+    if result.reason is ExitReason.REFUSED:
         raise RuntimeError(result.stderr)
-    if result.reason is Reason.OK:
+    if result.reason is ExitReason.OK:
         return result.stdout
     error = result.stderr.strip().rpartition("\n")[2] or f"It ended with exit status {result.status}."
     return result.stdout + _CUT.get(result.reason, error)

@@ -1,4 +1,4 @@
-"""One tool: a name, the JSON schema of its arguments, what is done with them; most often a typed Python function."""
+"""One tool: a name, the JSON schema of its arguments, and a callable; usually made from a typed Python function."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from typing_extensions import TypedDict
 
 Schema = dict[str, Any]
 
-_ECHOED = 40  # characters of a policy's own words that an answer repeats
-_ERRORS_TOLD = 3
+_ECHOED = 40  # characters of a policy's text that a result repeats
+_MAX_ERRORS = 3
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class ToolRefused(ValueError):
-    """What was given can be no tool; the message says why."""
+    """A value cannot be used as a tool, or a tool server cannot be used; the message says why."""
 
 
-class WrongArguments(ValueError):
-    """A tool cannot take these arguments; one line that says which and why."""
+class InvalidArguments(ValueError):
+    """The arguments do not match the tool's schema; one line that says which and why."""
 
 
-class ToolGone(RuntimeError):
-    """What a tool belongs to is no more; it will not work again in this replica."""
+class ToolUnavailable(RuntimeError):
+    """The backend of a tool has ended; the tool will not work again in this replica."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A name, what it says of itself, the JSON schema of its arguments, and what is done with them.
+    """A name, a description, the JSON schema of the arguments, and the callable.
 
-    run: takes the arguments by name, as they were written, and gives any value; text is shown as it is, nothing as
-    "done", anything else as JSON. Raises WrongArguments, ToolGone, TimeoutError, or whatever it likes.
+    run: takes the arguments by name, as parsed from JSON, and returns any value: text is shown verbatim, None as
+    "done", anything else as JSON. May raise InvalidArguments, ToolUnavailable, TimeoutError, or any other error.
     """
 
     name: str
@@ -49,14 +49,14 @@ class Tool:
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Tool:
-        """A tool of a function whose parameters are all annotated; its docstring is the description.
+        """A tool from a function with annotated parameters; its docstring is the description.
 
-        Arguments are checked strictly, as JSON: no text for a number, no number for text. ToolRefused where it is no
-        named function that returns its result, or can not be called with named values of types that JSON has.
+        Arguments are validated strictly, as JSON: no text for a number, no number for text. ToolRefused unless it is a
+        named, synchronous function whose parameters can be passed by name and have types that JSON can represent.
         """
         if not inspect.isroutine(function) or not _NAME.fullmatch(function.__name__):
             raise ToolRefused(
-                f"{function!r} can be no tool; give a function with a name of letters, digits and _"
+                f"{function!r} cannot be a tool; give a function with a name of letters, digits and _"
             )
         name = function.__name__
         if inspect.iscoroutinefunction(function):
@@ -72,49 +72,49 @@ class Tool:
 
     @property
     def schema(self) -> Schema:
-        """The tool as chat templates take it: OpenAI's form for functions."""
+        """The tool in the form that chat templates take (OpenAI's function schema)."""
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {"type": "function", "function": function}
 
 
 def _arguments_type(name: str, function: Callable[..., Any]) -> Any:
-    """A type that holds a function's arguments by name. TypeError for a parameter that can have none."""
+    """A TypedDict type of a function's arguments. TypeError for a parameter that cannot be passed by name."""
     hints = typing.get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise TypeError(f"parameter {parameter} can not be given by name")
+            raise TypeError(f"parameter {parameter} cannot be passed by name; make it a named parameter")
         if parameter.name not in hints:
             raise TypeError(f"parameter {parameter.name} has no type; annotate it")
         hint = hints[parameter.name]
         fields[parameter.name] = hint if parameter.default is parameter.empty else NotRequired[hint]
-    typed_dict: Any = TypedDict  # mypy knows those alone that are written out
+    typed_dict: Any = TypedDict  # mypy only understands literal definitions
     arguments = typed_dict(name, fields)
     arguments.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
     return arguments
 
 
 class _Untitled(GenerateJsonSchema):
-    """Schemas without the titles that only repeat names."""
+    """JSON schemas without titles, which would only repeat the names."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
 
 def _checked(adapter: TypeAdapter[Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the types that a function declares, read as the JSON they were."""
+    """Validate arguments against the annotated types, as JSON."""
     try:
         checked: dict[str, Any] = adapter.validate_json(json.dumps(given))
     except ValidationError as error:
-        told = error.errors(include_url=False, include_context=False, include_input=False)
-        more = [f"and {len(told) - _ERRORS_TOLD} more"] if len(told) > _ERRORS_TOLD else []
-        said = [_told(each["type"], each["loc"], each["msg"]) for each in told[:_ERRORS_TOLD]]
-        raise WrongArguments("; ".join([*said, *more])) from error
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        more = [f"and {len(errors) - _MAX_ERRORS} more"] if len(errors) > _MAX_ERRORS else []
+        listed = [_describe(each["type"], each["loc"], each["msg"]) for each in errors[:_MAX_ERRORS]]
+        raise InvalidArguments("; ".join([*listed, *more])) from error
     return checked
 
 
-def _told(kind: str, place: Sequence[int | str], message: str) -> str:
-    where = ".".join(map(str, place))
+def _describe(kind: str, path: Sequence[int | str], message: str) -> str:
+    where = ".".join(map(str, path))
     if kind == "missing":
         return f"argument {echo(where)} is missing"
     if kind == "extra_forbidden":
@@ -123,10 +123,10 @@ def _told(kind: str, place: Sequence[int | str], message: str) -> str:
 
 
 def line(text: str) -> str:
-    """One line of printable ASCII, without its full stop."""
+    """The text on one line of printable ASCII, without its final full stop."""
     return " ".join(text.encode("ascii", "backslashreplace").decode().split()).rstrip(".")
 
 
 def echo(text: str) -> str:
-    """What a policy wrote, for it to see: quoted, ASCII, and short."""
+    """A policy's text for the policy to see: quoted, ASCII, and short."""
     return ascii(text if len(text) <= _ECHOED else f"{text[:_ECHOED]}...")

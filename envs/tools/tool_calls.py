@@ -1,21 +1,21 @@
-"""Tool calls in what a policy wrote, in one of two forms.
+"""Parsing of tool calls in sampled text, in one of two styles.
 
-hermes, as chat templates of the Hermes and Qwen families have it; around calls there may be any text:
+hermes, as in the chat templates of the Hermes and Qwen families; any text may surround the calls:
 
     <tool_call>
     {"name": "weather", "arguments": {"place": "arlen", "day": 3}}
     </tool_call>
 
-plain, for models too small for JSON: a line that begins with a name and a bracket is a call, and closes it at its end.
+plain, for models too small for JSON: a line that begins with a name and a bracket is a call and ends with a bracket.
 
     weather(arlen, 3)
 
-    line  = name "(" [ value *( "," value ) ] ")"           white space around line and values does not count
+    line  = name "(" [ value *( "," value ) ] ")"           white space around line and values is ignored
     value = a JSON number, true, false, null, a JSON string, or words: any text without comma and double quote
 
-Arguments of the plain form have no names; they are read under their places, "1", "2", ... What begins as a call and is
-none is a `BadCall` with a reason: nothing is guessed, nothing raises, and the time taken is linear in the text. What is
-thought of calls is no call: `spoken` takes thoughts out first.
+Plain arguments are positional; they are parsed under the keys "1", "2", ... Text that begins like a call but is not one
+is a `MalformedCall` with a reason. Nothing is guessed, nothing raises, and parsing takes linear time. Calls inside
+thoughts do not count: remove thoughts with `spoken` first.
 """
 
 from __future__ import annotations
@@ -32,82 +32,82 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 THINK, THOUGHT = "<think>", "</think>"
 
 
-class Fault(StrEnum):
-    """Why a call could not be read."""
+class CallFault(StrEnum):
+    """Why a call could not be parsed."""
 
     UNCLOSED = "unclosed"
     INVALID_JSON = "invalid_json"
     NOT_AN_OBJECT = "not_an_object"
-    NO_NAME = "no_name"  # missing, empty, or no text
-    BAD_ARGUMENTS = "bad_arguments"  # hermes: missing, or no object; plain: an empty value, or a stray quote
+    NO_NAME = "no_name"  # missing, empty, or not text
+    BAD_ARGUMENTS = "bad_arguments"  # hermes: missing or not an object; plain: empty, or a stray quote
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call as it was written; whether there is such a tool is another matter."""
+class ToolCall:
+    """A parsed call; the tool need not exist."""
 
     name: str
     arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class BadCall:
-    """What began as a call: its text without the brackets of the form, and what is wrong with it."""
+class MalformedCall:
+    """Text that begins like a call, without the delimiters of the style, and what is wrong with it."""
 
     text: str
-    why: Fault
+    why: CallFault
 
 
 def spoken(text: str) -> str:
-    """What stands behind the last thought, and before one that is not closed; templates may open the first one."""
+    """The text after the last closed thought and before an open one; chat templates may open the first thought."""
     return text.rpartition(THOUGHT)[2].partition(THINK)[0]
 
 
-def parse_calls(text: str, style: Style = "hermes") -> tuple[str, list[Call | BadCall]]:
-    """The text outside of calls, without white space around it, and the calls in their order."""
+def parse_calls(text: str, style: Style = "hermes") -> tuple[str, list[ToolCall | MalformedCall]]:
+    """The text outside calls, stripped, and the calls in order."""
     return _parse_hermes(text) if style == "hermes" else _parse_plain(text)
 
 
-def write_call(call: Call, style: Style = "hermes") -> str:
-    """A call as a policy would write it; the plain form drops the names of arguments.
+def write_call(call: ToolCall, style: Style = "hermes") -> str:
+    """Write a call as a policy would; the plain style drops argument names.
 
-    ValueError for what has no such form: numbers that are not finite; in plain also lists, objects, and names that are
-    no identifiers.
+    ValueError for values without such a form: non-finite numbers; in plain also lists, objects, and names that are not
+    identifiers.
     """
     if style == "hermes":
         written = json.dumps(
             {"name": call.name, "arguments": call.arguments}, ensure_ascii=False, allow_nan=False
         )
-        # The brackets of the form may not stand inside it; here they could only be part of a JSON string.
+        # The delimiters must not occur inside a call; here they can only be part of a JSON string.
         inside = written.replace("tool_call>", "tool_call\\u003e")
         return f"{OPEN}\n{inside}\n{CLOSE}"
     if not _NAME.fullmatch(call.name):
-        raise ValueError(f"a call of {call.name!r} has no plain form; its name must be letters, digits and _")
+        raise ValueError(f"a call of {call.name!r} has no plain form; use a name of letters, digits and _")
     return f"{call.name}({', '.join(map(_written, call.arguments.values()))})"
 
 
-def _refused(literal: str) -> NoReturn:
-    raise ValueError(f"{literal} is no JSON")
+def _reject(literal: str) -> NoReturn:
+    raise ValueError(f"{literal} is not JSON")
 
 
 def _finite(literal: str) -> float:
     number = float(literal)
-    return number if abs(number) != float("inf") else _refused(literal)
+    return number if abs(number) != float("inf") else _reject(literal)
 
 
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_refused)
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_reject)
 
 
-def _parse_hermes(text: str) -> tuple[str, list[Call | BadCall]]:
+def _parse_hermes(text: str) -> tuple[str, list[ToolCall | MalformedCall]]:
     outside: list[str] = []
-    calls: list[Call | BadCall] = []
+    calls: list[ToolCall | MalformedCall] = []
     place = 0
     while (begin := text.find(OPEN, place)) >= 0:
         outside.append(text[place:begin])
         begin += len(OPEN)
         end = text.find(CLOSE, begin)
         if end < 0:
-            calls.append(BadCall(text[begin:], Fault.UNCLOSED))
+            calls.append(MalformedCall(text[begin:], CallFault.UNCLOSED))
             place = len(text)
         else:
             calls.append(_hermes_call(text[begin:end]))
@@ -116,22 +116,22 @@ def _parse_hermes(text: str) -> tuple[str, list[Call | BadCall]]:
     return "".join(outside).strip(), calls
 
 
-def _hermes_call(text: str) -> Call | BadCall:
+def _hermes_call(text: str) -> ToolCall | MalformedCall:
     try:
         said = _DECODER.decode(text)
     except (
         ValueError,
         RecursionError,
-    ):  # a number too long for an int, and nesting too deep, are no JSON here
-        return BadCall(text, Fault.INVALID_JSON)
+    ):  # also for numbers too long for int() and for too deep nesting
+        return MalformedCall(text, CallFault.INVALID_JSON)
     if not isinstance(said, dict):
-        return BadCall(text, Fault.NOT_AN_OBJECT)
+        return MalformedCall(text, CallFault.NOT_AN_OBJECT)
     name, arguments = said.get("name"), said.get("arguments")
     if not isinstance(name, str) or not name:
-        return BadCall(text, Fault.NO_NAME)
+        return MalformedCall(text, CallFault.NO_NAME)
     if not isinstance(arguments, dict):
-        return BadCall(text, Fault.BAD_ARGUMENTS)
-    return Call(name, arguments)
+        return MalformedCall(text, CallFault.BAD_ARGUMENTS)
+    return ToolCall(name, arguments)
 
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -140,28 +140,28 @@ _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _WORDS = {"true": True, "false": False, "null": None}
 
 
-def _parse_plain(text: str) -> tuple[str, list[Call | BadCall]]:
+def _parse_plain(text: str) -> tuple[str, list[ToolCall | MalformedCall]]:
     outside: list[str] = []
-    calls: list[Call | BadCall] = []
+    calls: list[ToolCall | MalformedCall] = []
     for line in text.split("\n"):
         said = line.strip()
         beginning = _BEGINNING.match(said)
         if beginning is None:
             outside.append(line)
         elif not said.endswith(")"):
-            calls.append(BadCall(said, Fault.UNCLOSED))
+            calls.append(MalformedCall(said, CallFault.UNCLOSED))
         else:
             calls.append(_plain_call(beginning[1], said, beginning.end()))
     return "\n".join(outside).strip(), calls
 
 
-def _plain_call(name: str, said: str, place: int) -> Call | BadCall:
+def _plain_call(name: str, said: str, place: int) -> ToolCall | MalformedCall:
     inside = said[place:-1]
     try:
         values = _values(inside) if inside.strip() else []
     except ValueError:
-        return BadCall(said, Fault.BAD_ARGUMENTS)
-    return Call(name, {str(place): value for place, value in enumerate(values, start=1)})
+        return MalformedCall(said, CallFault.BAD_ARGUMENTS)
+    return ToolCall(name, {str(place): value for place, value in enumerate(values, start=1)})
 
 
 def _values(inside: str) -> list[Any]:
@@ -175,7 +175,7 @@ def _values(inside: str) -> list[Any]:
             end = inside.find(",", place)
             end = len(inside) if end < 0 else end
             if inside[place:end].strip():
-                raise ValueError("something stands behind a string")
+                raise ValueError("text follows a string")
             values.append(value)
         else:
             end = inside.find(",", place)
@@ -186,9 +186,9 @@ def _values(inside: str) -> list[Any]:
 
 
 def _bare(text: str) -> Any:
-    """A value without quotes. ValueError for none at all, and for one that holds a quote."""
+    """Parse a value without quotes. ValueError for an empty one, and for one that contains a quote."""
     if not text or '"' in text:
-        raise ValueError("a value is missing, or a quote stands inside it")
+        raise ValueError("a value is empty or contains a quote")
     if text in _WORDS:
         return _WORDS[text]
     number = _NUMBER.fullmatch(text)
@@ -198,7 +198,7 @@ def _bare(text: str) -> Any:
 
 
 def _written(value: Any) -> str:
-    """A value of the plain form: words as they are where they read back as themselves, anything else as JSON."""
+    """Write a value in the plain style: text verbatim if it parses back as itself, anything else as JSON."""
     if isinstance(value, str):
         quoted = not value or value != value.strip() or any(mark in value for mark in ',"\n')
         return json.dumps(value, ensure_ascii=False) if quoted or _is_other(value) else value

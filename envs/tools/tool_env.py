@@ -1,11 +1,11 @@
-"""Tools: typed Python functions that a policy may call, and the wrapper that answers its calls.
+"""Toolbox and ToolEnv: the tools of a replica, and the wrapper that answers a policy's tool calls.
 
     policy -- text with calls -->  ToolEnv  -- text without -->  environment
            <-- tool messages ----      |
-                                    Toolbox: unknown, wrong, failed, too slow, too long: each an answer with its reason
+                                    Toolbox: every call gets a result, also if it is unknown, invalid, failed or slow
 
-Whatever a policy writes and whatever a tool does becomes an observation. What is said of a mistake is printable ASCII,
-since it repeats what the policy wrote, and no tokenizer may choke on that.
+Anything a policy writes and anything a tool does becomes an observation. Texts about errors are printable ASCII, since
+they repeat the policy's words and every tokenizer must be able to encode them.
 """
 
 from __future__ import annotations
@@ -23,54 +23,54 @@ from typing import Any, Protocol
 import gymnasium as gym
 
 from envs.base import Info, Message, Observation, TalkSpace, messages_of, text_space
-from envs.call_thread import LeftBehind, leave_behind
-from envs.tools.tool import Schema, Tool, ToolGone, ToolRefused, WrongArguments, echo, line
-from envs.tools.tool_calls import BadCall, Call, Fault, Style, parse_calls, spoken, write_call
+from envs.call_thread import CallAbandoned, abandon
+from envs.tools.tool import InvalidArguments, Schema, Tool, ToolRefused, ToolUnavailable, echo, line
+from envs.tools.tool_calls import CallFault, MalformedCall, Style, ToolCall, parse_calls, spoken, write_call
 from envs.user_functions import settled
 
 _FAULTS = {
-    Fault.UNCLOSED: "it is not closed",
-    Fault.INVALID_JSON: "it is not valid JSON",
-    Fault.NOT_AN_OBJECT: "it is not a JSON object",
-    Fault.NO_NAME: "it has no name",
-    Fault.BAD_ARGUMENTS: "its arguments cannot be read",
+    CallFault.UNCLOSED: "it is not closed",
+    CallFault.INVALID_JSON: "it is not valid JSON",
+    CallFault.NOT_AN_OBJECT: "it is not a JSON object",
+    CallFault.NO_NAME: "it has no name",
+    CallFault.BAD_ARGUMENTS: "its arguments cannot be read",
 }
 
 
-class Reason(StrEnum):
-    """What became of a call."""
+class CallOutcome(StrEnum):
+    """Outcome of a tool call; the values are names of metrics."""
 
     OK = "ok"
-    CUT = "cut"  # the result was too long, and is shown in part
-    INVALID = "invalid"  # not to be read as a call
+    CUT = "cut"  # the result was too long and is truncated
+    INVALID = "invalid"  # the call could not be parsed
     UNKNOWN_TOOL = "unknown_tool"
     WRONG_ARGUMENTS = "wrong_arguments"
     FAILED = "failed"  # the tool raised
     TIMED_OUT = "timed_out"
-    GONE = "gone"  # what the tool belongs to (a server) is no more
-    SPENT = "spent"  # the episode's calls are used up
+    GONE = "gone"  # the tool's server has ended
+    SPENT = "spent"  # the episode's budget of calls is used up
 
 
-def answers_by_reason(info: Info) -> dict[str, int]:
-    """How many calls an info says were answered, by `Reason`; what else may be under that name is left out."""
+def call_outcomes(info: Info) -> dict[str, int]:
+    """The numbers of answered calls in an info, by `CallOutcome`; unknown keys are ignored."""
     counts = info.get("tools")
     if not isinstance(counts, Mapping):
         return {}
-    return {reason.value: count for reason in Reason if isinstance(count := counts.get(reason.value), int)}
+    return {each.value: count for each in CallOutcome if isinstance(count := counts.get(each.value), int)}
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a policy is told of a call."""
+class ToolResult:
+    """The text that a policy gets for a call, and the outcome."""
 
     text: str
-    reason: Reason
+    outcome: CallOutcome
 
 
-class Source(Protocol):
-    """Something that brings tools with it and must be closed: a server.
+class ToolSource(Protocol):
+    """Provider of tools with a lifetime of its own, such as a server.
 
-    How long a call may take is its own affair: its tools raise TimeoutError, and no other limit is put on them.
+    A source enforces its own time limits: its tools raise TimeoutError, and no other limit applies to them.
     """
 
     @property
@@ -78,30 +78,30 @@ class Source(Protocol):
 
     @property
     def repeatable(self) -> bool:
-        """Whether its tools answer the same calls, in the same order after a reset, in the same way."""
+        """Whether its tools return the same results for the same sequence of calls after a reset."""
         ...
 
     def renew(self) -> None:
-        """Make ready for an episode: start again what has ended. Raises where that is impossible."""
+        """Prepare for an episode: restart what has ended. Raises if that is impossible."""
         ...
 
     def close(self) -> None: ...
 
 
 class Toolbox:
-    """The tools of one replica, and what a policy is told when it calls them.
+    """The tools of one replica, and the results of their calls.
 
-    max_result_chars: of an answer; what is longer is cut, and says so. call_seconds: wall clock for a call of one of
-    `tools` (a source keeps its own limit); None has no limit and costs nothing. With a limit a call runs in a thread of
-    its own, and one that takes longer is left behind: it ends when it next executes Python, and inside a call into C it
-    goes on beside the episode, with whatever it holds or changes, until that returns. Until then the same tool is not
-    called again. Tools that need more than that belong in an environment with a process of its own, or behind a server.
+    max_result_chars: longer results are truncated, with a note. call_seconds: wall-clock limit for a call of one of
+    `tools` (sources have their own limits); None for no limit and no overhead. With a limit, a call runs in a thread of
+    its own. A call that exceeds it is abandoned: its thread ends when it next executes Python bytecode, and a call into
+    C continues beside the episode until it returns. Until then the same tool is not called again. Tools that need
+    stronger isolation belong in an environment with a process of its own, or behind a server.
     """
 
     def __init__(
         self,
         tools: Iterable[Tool | Callable[..., Any]] = (),
-        sources: Sequence[Source] = (),
+        sources: Sequence[ToolSource] = (),
         *,
         max_result_chars: int = 2000,
         call_seconds: float | None = 10.0,
@@ -112,103 +112,107 @@ class Toolbox:
         given += [tool for source in self._sources for tool in source.tools]
         self._tools = {tool.name: tool for tool in given}
         if len(self._tools) < len(given):
-            twice = [name for name, count in Counter(tool.name for tool in given).items() if count > 1]
-            raise ToolRefused(f"two tools are called {' and '.join(twice)}; a name must be one tool's")
+            duplicates = [name for name, count in Counter(tool.name for tool in given).items() if count > 1]
+            raise ToolRefused(f"two tools are named {' and '.join(duplicates)}; give each a name of its own")
         if max_result_chars < 1:
             raise ValueError(f"max_result_chars={max_result_chars} shows nothing; use 1 or more")
         if call_seconds is not None and not 0 < call_seconds <= threading.TIMEOUT_MAX:
             raise ValueError(f"call_seconds={call_seconds} must be more than 0, or None for no limit")
         self._max_chars = max_result_chars
         self._seconds = call_seconds
-        self._left_behind: dict[str, threading.Thread] = {}
+        self._abandoned: dict[str, threading.Thread] = {}
 
     @property
     def repeatable(self) -> bool:
-        """Whether every source is; functions are taken to be."""
+        """Whether every source is repeatable; functions are assumed to be."""
         return all(source.repeatable for source in self._sources)
 
     def schemas(self) -> list[Schema]:
-        """All tools in the form chat templates take; the caller's own copy."""
+        """The schemas of all tools in the form that chat templates take; a fresh copy."""
         copied: list[Schema] = json.loads(json.dumps([tool.schema for tool in self._tools.values()]))
         return copied
 
-    def has(self, call: Call | BadCall) -> bool:
-        """Whether there is a tool of the name that is called."""
-        return isinstance(call, Call) and call.name in self._tools
+    def has(self, call: ToolCall | MalformedCall) -> bool:
+        """Whether a tool of the called name exists."""
+        return isinstance(call, ToolCall) and call.name in self._tools
 
-    def named(self, call: Call | BadCall) -> Call | BadCall:
-        """A call of the plain form with its arguments under their names instead of their places."""
-        if isinstance(call, BadCall) or call.name not in self._tools:
+    def named(self, call: ToolCall | MalformedCall) -> ToolCall | MalformedCall:
+        """A plain call with argument names in place of positions."""
+        if isinstance(call, MalformedCall) or call.name not in self._tools:
             return call
         properties = self._tools[call.name].parameters.get("properties", ())
         places = {str(place): name for place, name in enumerate(properties, start=1)}
-        return Call(call.name, {places.get(key, key): value for key, value in call.arguments.items()})
+        return ToolCall(call.name, {places.get(key, key): value for key, value in call.arguments.items()})
 
-    def answer(self, call: Call | BadCall) -> Answer:
-        """Do what a call asks for. Raises nothing that a call or a tool could bring about."""
+    def answer(self, call: ToolCall | MalformedCall) -> ToolResult:
+        """Execute a call. Errors of the call or the tool become results; nothing is raised."""
         answer = self._answer(call)
-        # A tokenizer can spell any text but half a surrogate pair, which JSON's escapes can bring in.
+        # Tokenizers cannot encode lone surrogates, which JSON escapes can introduce.
         shown = answer.text[: self._max_chars].encode("utf-8", "replace").decode()
         if len(answer.text) <= self._max_chars:
-            return Answer(shown, answer.reason)
-        said = f"{shown}... ({len(answer.text)} characters, cut to {self._max_chars})"
-        return Answer(said, Reason.CUT if answer.reason is Reason.OK else answer.reason)
+            return ToolResult(shown, answer.outcome)
+        text = f"{shown}... ({len(answer.text)} characters, cut to {self._max_chars})"
+        return ToolResult(text, CallOutcome.CUT if answer.outcome is CallOutcome.OK else answer.outcome)
 
     def renew(self) -> None:
-        """Make ready for an episode."""
+        """Prepare all sources for an episode."""
         for source in self._sources:
             source.renew()
 
     def close(self) -> None:
-        """Close what the tools belong to."""
+        """Close all sources."""
         for source in self._sources:
             source.close()
 
-    def _answer(self, call: Call | BadCall) -> Answer:
-        if isinstance(call, BadCall):
-            return Answer(f"That is no call: {_FAULTS[call.why]}.", Reason.INVALID)
+    def _answer(self, call: ToolCall | MalformedCall) -> ToolResult:
+        if isinstance(call, MalformedCall):
+            return ToolResult(f"That is no call: {_FAULTS[call.why]}.", CallOutcome.INVALID)
         tool = self._tools.get(call.name)
         if tool is None:
             have = ", ".join(self._tools) or "none"
-            return Answer(f"There is no tool {echo(call.name)}; there is: {have}.", Reason.UNKNOWN_TOOL)
+            return ToolResult(
+                f"There is no tool {echo(call.name)}; there is: {have}.", CallOutcome.UNKNOWN_TOOL
+            )
         if self._seconds is None or call.name not in self._functions:
             return _run(tool, call.arguments)
         return self._run_within(tool, call.arguments, self._seconds)
 
-    def _run_within(self, tool: Tool, arguments: dict[str, Any], seconds: float) -> Answer:
-        before = self._left_behind.get(tool.name)
+    def _run_within(self, tool: Tool, arguments: dict[str, Any], seconds: float) -> ToolResult:
+        before = self._abandoned.get(tool.name)
         if before is not None and before.is_alive():
-            return Answer(f"{tool.name} is still busy with an earlier call.", Reason.TIMED_OUT)
-        answers: list[Answer] = []
+            return ToolResult(f"{tool.name} is still busy with an earlier call.", CallOutcome.TIMED_OUT)
+        answers: list[ToolResult] = []
 
         def run() -> None:
-            with suppress(LeftBehind):
+            with suppress(CallAbandoned):
                 answers.append(_run(tool, arguments))
 
-        # A daemon: an interpreter that ends does not wait for it.
+        # A daemon, so that interpreter exit does not wait for it.
         thread = threading.Thread(target=run, name=f"tool-{tool.name}", daemon=True)
         thread.start()
         thread.join(seconds)
         if answers:
             return answers[0]
-        self._left_behind[tool.name] = thread
-        leave_behind(thread)
-        return Answer(f"{tool.name} took longer than {seconds:g} s.", Reason.TIMED_OUT)
+        self._abandoned[tool.name] = thread
+        abandon(thread)
+        return ToolResult(f"{tool.name} took longer than {seconds:g} s.", CallOutcome.TIMED_OUT)
 
 
-def _run(tool: Tool, arguments: dict[str, Any]) -> Answer:
+def _run(tool: Tool, arguments: dict[str, Any]) -> ToolResult:
     try:
-        return Answer(_shown(settled(tool.run(arguments))), Reason.OK)
-    except WrongArguments as error:
-        return Answer(f"{tool.name} was not called: {line(str(error))}.", Reason.WRONG_ARGUMENTS)
-    except ToolGone as error:
-        return Answer(f"{tool.name} is gone: {line(str(error))}.", Reason.GONE)
+        return ToolResult(_shown(settled(tool.run(arguments))), CallOutcome.OK)
+    except InvalidArguments as error:
+        return ToolResult(f"{tool.name} was not called: {line(str(error))}.", CallOutcome.WRONG_ARGUMENTS)
+    except ToolUnavailable as error:
+        return ToolResult(f"{tool.name} is gone: {line(str(error))}.", CallOutcome.GONE)
     except TimeoutError as error:
-        return Answer(f"{tool.name} took too long: {line(str(error))}.", Reason.TIMED_OUT)
+        return ToolResult(f"{tool.name} took too long: {line(str(error))}.", CallOutcome.TIMED_OUT)
     except (Exception, SystemExit) as error:
-        # A tool is anybody's code, called with anything, and may raise whatever there is. A policy must be able to read
-        # of that and go on: this is the one place that catches everything for tools.
-        return Answer(f"{tool.name} failed: {line(f'{type(error).__name__}: {error}')}.", Reason.FAILED)
+        # A tool is user code and may raise anything. The policy must be able to read that and continue: this is the one
+        # place that catches everything for tools.
+        return ToolResult(
+            f"{tool.name} failed: {line(f'{type(error).__name__}: {error}')}.", CallOutcome.FAILED
+        )
 
 
 def _shown(result: Any) -> str:
@@ -218,20 +222,19 @@ def _shown(result: Any) -> str:
 
 
 class ToolEnv(gym.Wrapper[Observation, str, Observation, str]):
-    """Gives an environment tools. Turns that call some are answered here; the environment sees all others.
+    """Wrapper that gives an environment tools. It answers turns with tool calls; all other turns go to the environment.
 
-    The tools' schemas stand on the first message of every conversation: after a reset, and where the environment has it
-    begin anew; in the plain style each says so, under "style". A turn with calls, those in thoughts left out, is
-    answered with a message a call, `{"role": "tool", "name": ..., "content": ...}`; what else was written in it is said
-    to nobody. It pays nothing and ends nothing, and `info["tools"]` counts its answers by reason. Calls of tools that
-    the environment itself announces go on to it: one ToolEnv may stand around another, if they differ in names and
-    agree in style.
+    The tools' schemas are attached to the first message of every conversation: after a reset, and when the environment
+    resets the context; plain schemas carry "style". A turn with calls (outside thoughts) is answered with one message
+    per call, `{"role": "tool", "name": ..., "content": ...}`; other text in it is dropped. Such a turn has no reward
+    and does not end the episode, and `info["tools"]` counts the outcomes. Calls of tools that the environment itself
+    announces are passed on: ToolEnvs may be nested if their tools differ in names and agree in style.
 
-    max_calls: of an episode. Further ones are not made, and the answer says so; `grace` of them are forgiven, one more
-    truncates the episode. verdict: the environment says whether an episode succeeded, so one truncated here did not.
+    max_calls: calls per episode. Further calls are not executed, and the result says so; `grace` of them are tolerated,
+    the next one truncates the episode. verdict: the environment reports success, so an episode truncated here failed.
 
-    What a ToolEnv holds is how many calls were made, and what its tools hold: it offers no snapshots. An episode goes
-    on after a loss by playing its actions again, which makes its calls again, unless a source is not `repeatable`.
+    The state of a ToolEnv is the number of calls and the state of its tools, so it offers no snapshots. An episode is
+    resumed by replaying its actions, calls included, unless a source is not `repeatable`.
     """
 
     def __init__(
@@ -254,39 +257,39 @@ class ToolEnv(gym.Wrapper[Observation, str, Observation, str]):
         self._toolbox = toolbox
         self._style = style
         self._max_calls = max_calls
-        self._most = max_calls + grace
+        self._max_with_grace = max_calls + grace
         self._verdict = verdict
-        self._asked = 0
-        self._theirs: frozenset[str] = frozenset()
+        self._call_count = 0
+        self._inner_tools: frozenset[str] = frozenset()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, Info]:
         self._toolbox.renew()
         observation, info = self.env.reset(seed=seed, options=options)
-        self._asked = 0
-        return self._announced(messages_of(observation)), info
+        self._call_count = 0
+        return self._with_schemas(messages_of(observation)), info
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, Info]:
         _, calls = parse_calls(spoken(action), self._style)
-        theirs = [call for call in calls if isinstance(call, Call) and self._is_theirs(call)]
-        ours = [call for call in calls if not (isinstance(call, Call) and self._is_theirs(call))]
-        said, reasons = self._answered(ours)
-        if self._asked > self._most:
+        inner = [call for call in calls if isinstance(call, ToolCall) and self._is_inner(call)]
+        own = [call for call in calls if not (isinstance(call, ToolCall) and self._is_inner(call))]
+        results, outcomes = self._answer_all(own)
+        if self._call_count > self._max_with_grace:
             verdict = {"success": False} if self._verdict else {}
-            return said, 0.0, False, True, {"tools": dict(reasons)} | verdict
-        if ours and not theirs:
-            return said, 0.0, False, False, {"tools": dict(reasons)}
-        reassigned = "\n".join(write_call(call, self._style) for call in theirs) if ours else action
-        observation, reward, terminated, truncated, info = self.env.step(reassigned)
+            return results, 0.0, False, True, {"tools": dict(outcomes)} | verdict
+        if own and not inner:
+            return results, 0.0, False, False, {"tools": dict(outcomes)}
+        passed_on = "\n".join(write_call(call, self._style) for call in inner) if own else action
+        observation, reward, terminated, truncated, info = self.env.step(passed_on)
         messages = messages_of(observation)
-        if messages[0].get("forget"):
-            observation = messages = self._announced(messages)
-        if not ours:
+        if messages[0].get("reset_context"):
+            observation = messages = self._with_schemas(messages)
+        if not own:
             return observation, float(reward), terminated, truncated, info
-        info |= {"tools": dict(reasons + Counter(answers_by_reason(info)))}
-        # Theirs come first: their first message may direct the agent (see envs.base).
-        return [*messages, *said], float(reward), terminated, truncated, info
+        info |= {"tools": dict(outcomes + Counter(call_outcomes(info)))}
+        # The environment's messages come first: the first may carry directions to the agent (see envs.base).
+        return [*messages, *results], float(reward), terminated, truncated, info
 
     def close(self) -> None:
         try:
@@ -296,46 +299,48 @@ class ToolEnv(gym.Wrapper[Observation, str, Observation, str]):
 
     @property
     def nondeterministic(self) -> bool:
-        """Whether the same calls may be answered otherwise, here or by what is wrapped; see envs.hosting.host."""
+        """Whether results may differ between runs, here or in the wrapped environment; see envs.hosting.host."""
         inside = self.env.has_wrapper_attr("nondeterministic") and self.env.get_wrapper_attr(
             "nondeterministic"
         )
         return bool(inside) or not self._toolbox.repeatable
 
-    def _announced(self, messages: list[Message]) -> list[Message]:
-        """A conversation's beginning with all tools there are. ToolRefused where theirs and ours do not go together."""
+    def _with_schemas(self, messages: list[Message]) -> list[Message]:
+        """Attach all tools to the first message. ToolRefused if the environment's tools and these conflict."""
         first, *others = messages
-        theirs = first.get("tools", [])
-        self._theirs = frozenset(schema["function"]["name"] for schema in theirs)
+        inner = first.get("tools", [])
+        self._inner_tools = frozenset(schema["function"]["name"] for schema in inner)
         schemas = self._toolbox.schemas()
-        if twice := sorted(self._theirs & {schema["function"]["name"] for schema in schemas}):
-            raise ToolRefused(f"two tools are called {' and '.join(twice)}; a name must be one tool's")
-        if any(schema.get("style", "hermes") != self._style for schema in theirs):
+        if duplicates := sorted(self._inner_tools & {schema["function"]["name"] for schema in schemas}):
+            raise ToolRefused(f"two tools are named {' and '.join(duplicates)}; give each a name of its own")
+        if any(schema.get("style", "hermes") != self._style for schema in inner):
             raise ToolRefused(
-                f"tools around an environment whose own are called otherwise than style={self._style!r}; use its style"
+                f"style={self._style!r} differs from the style of the environment's own tools; use theirs"
             )
         if self._style == "plain":
             schemas = [schema | {"style": "plain"} for schema in schemas]
-        return [first | {"tools": [*theirs, *schemas]}, *others]
+        return [first | {"tools": [*inner, *schemas]}, *others]
 
-    def _is_theirs(self, call: Call) -> bool:
-        return call.name in self._theirs and not self._toolbox.has(call)
+    def _is_inner(self, call: ToolCall) -> bool:
+        return call.name in self._inner_tools and not self._toolbox.has(call)
 
-    def _answered(self, calls: list[Call | BadCall]) -> tuple[list[Message], Counter[str]]:
-        said: list[Message] = []
-        reasons: Counter[str] = Counter()
+    def _answer_all(self, calls: list[ToolCall | MalformedCall]) -> tuple[list[Message], Counter[str]]:
+        results: list[Message] = []
+        outcomes: Counter[str] = Counter()
         for call in calls:
-            self._asked += 1
+            self._call_count += 1
             answer = self._answer(self._toolbox.named(call) if self._style == "plain" else call)
-            # The name of what is no tool is not repeated: it is the policy's, and might be anything.
-            name = call.name if isinstance(call, Call) and self._toolbox.has(call) else ""
-            said.append({"role": "tool", "name": name, "content": answer.text})
-            reasons[answer.reason.value] += 1
-            if self._asked > self._most:
+            # An unknown tool's name is not repeated, since the policy may have written anything.
+            name = call.name if isinstance(call, ToolCall) and self._toolbox.has(call) else ""
+            results.append({"role": "tool", "name": name, "content": answer.text})
+            outcomes[answer.outcome.value] += 1
+            if self._call_count > self._max_with_grace:
                 break
-        return said, reasons
+        return results, outcomes
 
-    def _answer(self, call: Call | BadCall) -> Answer:
-        if self._asked > self._max_calls:
-            return Answer(f"All {self._max_calls} calls are made: answer without tools.", Reason.SPENT)
+    def _answer(self, call: ToolCall | MalformedCall) -> ToolResult:
+        if self._call_count > self._max_calls:
+            return ToolResult(
+                f"All {self._max_calls} calls are made: answer without tools.", CallOutcome.SPENT
+            )
         return self._toolbox.answer(call)

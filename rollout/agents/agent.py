@@ -211,7 +211,9 @@ class Agent:
         return SampledTurn(conversation.segment, as_json(messages), action, added, completion, engine_seconds)
 
     def _forgets(self, first: Message) -> bool:
-        return bool(first.get("forget")) or (self._settings.memory == "last" and not first.get("go_on"))
+        return bool(first.get("reset_context")) or (
+            self._settings.memory == "last" and not first.get("continue_turn")
+        )
 
     def _require_told(self, conversation: Conversation, first: Message) -> None:
         """Raise ChatError for tools that are announced later than a segment's first message, which no prompt shows."""
@@ -223,19 +225,19 @@ class Agent:
         if new:
             raise ChatError(
                 f"turn {conversation.turn}: the environment announces {len(new)} more tools in the middle of a "
-                "conversation, where no prompt shows them; set forget=true beside them to restart the conversation"
+                "conversation, where no prompt shows them; set reset_context=true beside them to begin a new one"
             )
 
     def _note_tools(self, conversation: Conversation, first: Message) -> None:
         """Keep the announced tools for later segments, which repeat them."""
-        if "tools" in first or first.get("forget"):
+        if "tools" in first or first.get("reset_context"):
             conversation.tools = first.get("tools", [])
 
     def _added(self, conversation: Conversation, messages: Sequence[Message]) -> Sequence[int]:
         if not conversation.ids:
             tools = {"tools": conversation.tools} if conversation.tools else {}
             return self.chat.opening([messages[0] | tools, *messages[1:]])
-        if messages[0].get("go_on"):
+        if messages[0].get("continue_turn"):
             return self.chat.continue_turn(messages[0], conversation.sampled)
         return self.chat.delta(messages, conversation.sampled)
 

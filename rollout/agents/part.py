@@ -62,12 +62,12 @@ def with_text_after(observation: Observation, text: str) -> list[Message]:
 
 def resets_context(messages: list[Message]) -> bool:
     """Whether these messages restart the conversation."""
-    return bool(messages[0].get("forget"))
+    return bool(messages[0].get("reset_context"))
 
 
 def continues_turn(messages: list[Message]) -> bool:
     """Whether these messages continue the policy's last turn."""
-    return bool(messages[0].get("go_on"))
+    return bool(messages[0].get("continue_turn"))
 
 
 def reset_context(messages: list[Message], latest: list[Message]) -> list[Message]:
@@ -84,7 +84,7 @@ def reset_context(messages: list[Message], latest: list[Message]) -> list[Messag
         else:
             said.append(plain)
     tools = next((message["tools"] for message in messages if "tools" in message), None)
-    said[0] |= {"forget": True} | ({} if tools is None else {"tools": tools})
+    said[0] |= {"reset_context": True} | ({} if tools is None else {"tools": tools})
     if "max_tokens" in latest[0]:
         said[0]["max_tokens"] = latest[0]["max_tokens"]
     return said

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from envs.base import Info, Message, Observation, messages_of
-from envs.hosting.host import Sampled
+from envs.hosting.host import TokenUsage
 from envs.tools.tool_calls import THOUGHT
 from rollout.agents.part import (
     AgentPart,
@@ -77,8 +77,8 @@ class Thinking(AgentPart):
         self._history, self._cut, self._acting, self._said = messages_of(observation), False, None, ""
         return self._budgeted(messages_of(observation)), info
 
-    def sampled(self, sampled: Sampled) -> None:
-        """Receive how the next step's turn was sampled (`envs.hosting.host.Told`)."""
+    def sampled(self, sampled: TokenUsage) -> None:
+        """Receive how the next step's turn was sampled (`envs.hosting.host.SamplingAware`)."""
         self._cut = sampled.cut
 
     def step(self, action: str) -> Outcome:
@@ -86,7 +86,9 @@ class Thinking(AgentPart):
         if self._acting is None and not (closed and not self._cut):
             self._acting = spoken if closed else ""
             close, limit = "" if closed else THOUGHT, self._settings.answer_tokens
-            return part_answer([{"role": "assistant", "content": close, "go_on": True, "max_tokens": limit}])
+            return part_answer(
+                [{"role": "assistant", "content": close, "continue_turn": True, "max_tokens": limit}]
+            )
         spoken = ((self._acting or "") + spoken).strip()
         observation, reward, terminated, truncated, info = self.env.step(spoken)
         return self._heard(spoken, messages_of(observation)), float(reward), terminated, truncated, info

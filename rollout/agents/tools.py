@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from envs.tools.tool import ToolRefused
 from envs.tools.tool_calls import Style
-from envs.tools.tool_env import Source, Toolbox, ToolEnv
+from envs.tools.tool_env import Toolbox, ToolEnv, ToolSource
 from envs.user_functions import load_function
 from rollout.agents.part import Env
 
@@ -44,7 +44,7 @@ class ServerSettings(BaseModel):
         "its worker then continues by repeating its calls; with false it starts again",
     )
 
-    def start(self) -> Source:
+    def start(self) -> ToolSource:
         """Start the server. ToolRefused if it does not start."""
         # The package is large, and needed only with a server.
         from envs.tools.mcp_tools import McpServer

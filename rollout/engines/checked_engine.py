@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.own_frames import told
+from envs.code_lines import describe_error
 from rollout.engines.engine import Completion, Engine, EngineDied, EngineFailed, EngineStart, Sampling
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import SyncReport, WeightMismatch, WeightUpdate
@@ -48,7 +48,7 @@ class CheckedEngine:
         except (EngineFailed, EngineDied):
             raise
         except Exception as error:  # foreign code
-            raise EngineFailed(f"{self.name}: generate raised {told(error)}") from error
+            raise EngineFailed(f"{self.name}: generate raised {describe_error(error)}") from error
         if fault := _fault(completion, sampling, self._stops, (before, self.version)):
             raise EngineFailed(f"{self.name}: generate returned {fault}")
         return completion

@@ -30,7 +30,7 @@ from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.multiproc_executor import WorkerProc
 
-from envs.child_process import end_with
+from envs.child_process import die_with_parent
 from rollout.engines.engine import EngineDied
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ def ending_with_us() -> Iterator[None]:
 
 def _engine_core(parent: int, *args: Any, **kwargs: Any) -> None:
     """The engine core's main function, in its own process."""
-    end_with(parent)
+    die_with_parent(parent)
     _leave_nothing_named()
     forked = current_platform.is_cpu()
     if forked:
@@ -75,7 +75,7 @@ def _engine_core(parent: int, *args: Any, **kwargs: Any) -> None:
 
 def _worker(parent: int, forked: bool, *args: Any, **kwargs: Any) -> None:
     """A worker's main function, in its own process."""
-    end_with(parent)
+    die_with_parent(parent)
     if not forked:  # a forked worker inherits this from its core
         _leave_nothing_named()
     _run_worker(*args, **kwargs)

@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from envs.base import Observation
+from envs.code_lines import describe_error
 from envs.hosting.host import EnvironmentFailed
-from envs.own_frames import told
 from envs.user_functions import awaited
 from rollout.agents.agent import Agent, AgentSettings, ContextOverflow, Conversation, SampledTurn
 from rollout.buffer.failures import TooManyFailures, cause_of
@@ -116,7 +116,7 @@ class _PlayerEngine:
         try:
             said = await awaited(self._player.act(self.observation))
         except Exception as error:  # foreign code, like its environment
-            raise EnvironmentFailed(f"the player failed: {told(error)}") from error
+            raise EnvironmentFailed(f"the player failed: {describe_error(error)}") from error
         ids = self._chat.encode_action(said)
         kept = np.array(ids[: sampling.max_tokens], dtype=np.int32)
         cut = len(ids) > sampling.max_tokens

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from envs.base import Info, Observation, as_number, end_behind, messages_of, named_rewards, seat_of
+from envs.base import Info, Observation, as_number, earlier_end, messages_of, named_rewards, seat_of
 from envs.gate import time_limit
-from envs.hosting.host import EnvironmentFailed, Replica, Sampled
-from envs.tools.tool_env import answers_by_reason
+from envs.hosting.host import EnvironmentFailed, Replica, TokenUsage
+from envs.tools.tool_env import call_outcomes
 from rollout.agents.agent import Actor, ContextOverflow, Conversation, SampledTurn
 from rollout.chat.chat import ChatError
 from rollout.engines.engine import EngineFailed
@@ -64,7 +64,7 @@ class EpisodeListener(Protocol):
         """A turn was sampled and its action executed. end: if it was the episode's last."""
 
     def answered(self, calls: Mapping[str, int]) -> None:
-        """Tool calls of a turn were answered; counts by reason (`envs.tools.tool_env.Reason`)."""
+        """Tool calls of a turn were answered; counts by reason (`envs.tools.tool_env.CallOutcome`)."""
 
     def resumed(self, turns: Sequence[Turn]) -> None:
         """An episode continues after `turns` of an earlier attempt, which may be all of it."""
@@ -156,7 +156,7 @@ class _Episode:
             if isinstance(turn, ContextOverflow):
                 return self._overflow(turn)
             said, cut = len(turn.completion.token_ids), turn.completion.finish_reason == "length"
-            sampled = Sampled(len(conversation.ids) - said, said, cut)
+            sampled = TokenUsage(len(conversation.ids) - said, said, cut)
             observation, end_reason = await self._act(number, turn, sampled, last=number + 1 == max_turns)
             if end_reason is not None:
                 return end_reason
@@ -180,7 +180,7 @@ class _Episode:
         return state.observation
 
     async def _act(
-        self, number: int, sampled_turn: SampledTurn, sampled: Sampled, last: bool
+        self, number: int, sampled_turn: SampledTurn, sampled: TokenUsage, last: bool
     ) -> tuple[Observation, EndReason | None]:
         """Execute one action and record the turn. The reset counts as environment time of the first turn."""
         task = self._spec.task
@@ -205,10 +205,10 @@ class _Episode:
         self.turns.append(turn)
         if info.get("success") is not None:
             self.success = bool(info["success"])
-        self._ended = end_behind(info).get("ended", self._ended)
+        self._ended = earlier_end(info).get("ended", self._ended)
         if last or end_reason is not None:
             end_reason = self._end(end_reason or EndReason.TRUNCATED)
-        if calls := answers_by_reason(info):
+        if calls := call_outcomes(info):
             self._listener.answered(calls)
         state = EpisodeState(observation, self.success, self._ended)
         sealed = None if snapshot is None else pack_snapshot(state, snapshot)

@@ -15,7 +15,7 @@ import time
 import traceback
 from types import FrameType
 
-from envs.standing import stands_in
+from envs.code_lines import executing_line
 
 _BEAT_INTERVAL_SECONDS = 0.5
 _BLOCKED_AFTER_SECONDS = 3.0
@@ -44,7 +44,7 @@ class LoopWatch:
         seconds = time.monotonic() - self._beaten
         if seconds < _BLOCKED_AFTER_SECONDS:
             return ""
-        return f"its event loop has been blocked for {seconds:.0f} s in {stands_in(self._thread)}"
+        return f"its event loop has been blocked for {seconds:.0f} s in {executing_line(self._thread)}"
 
     def close(self) -> None:
         """Stop watching. Call it on the loop."""

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from envs import registry
 from envs.call_thread import call_gate
-from envs.hosting.host import Env, EnvironmentFailed, HostSettings, InProcessEnv, NoRoom, Replica
+from envs.code_lines import describe_error
+from envs.hosting.host import ClusterFull, Env, EnvironmentFailed, HostSettings, InProcessEnv, Replica
 from envs.hosting.subprocess_env import SubprocessEnv
-from envs.own_frames import told
 from rollout.agents.settings import PartSettings, evaluated, wrapping
 from rollout.chat.chat import Chat
 from rollout.episodes.reward import OwnReward, rewarded
@@ -48,7 +48,7 @@ def environment_call(task: Task, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = str(error) if isinstance(error, EnvironmentFailed) else told(error)
+        said = str(error) if isinstance(error, EnvironmentFailed) else describe_error(error)
         raise EnvironmentFailed(f"{task.env_id} (seed {task.seed}) failed in {what}: {said}") from error
 
 
@@ -142,7 +142,7 @@ class EnvironmentPool:
         task, parts = Task(env_id, 0, kind.options), self._evaluated if kind.evaluation else self._parts
         if env_id == PROGRAM:
             return self._foreign.replica(task.kwargs, kind.own_process)
-        recipe = registry.recipe if self._make is registry.make else partial(partial, self._make)
+        recipe = registry.env_factory if self._make is registry.make else partial(partial, self._make)
         made = wrapping(recipe(env_id, **task.kwargs), parts)
         inline = self._is_inline(env_id)
         if inline and not (kind.own_process and _can_be_carried(made)):
@@ -162,7 +162,7 @@ class EnvironmentPool:
     async def _new_or_returned(self, kind: ReplicaKind) -> Replica:
         """Return a new replica, or one that is returned to the pool while there are no resources for a new one.
 
-        Raises NoRoom if no replica of this kind exists. A replica is in use for one episode at most.
+        Raises ClusterFull if no replica of this kind exists. A replica is in use for one episode at most.
         """
         for other, replica in self._all_idle():  # of other kinds: closing one frees its resources
             await self.discard(other, replica)
@@ -170,7 +170,7 @@ class EnvironmentPool:
         while True:
             try:
                 return await self._whichever_is_first(kind)
-            except NoRoom as error:
+            except ClusterFull as error:
                 alive = self._alive[kind]
                 if not alive:
                     raise

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from envs.base import Info, Observation, end_behind, messages_of
-from envs.hosting.host import EnvironmentFailed, Replica, Sampled
+from envs.base import Info, Observation, earlier_end, messages_of
+from envs.hosting.host import EnvironmentFailed, Replica, TokenUsage
 from rollout.chat.chat import as_json
 from rollout.episodes.pool import environment_call
 from rollout.wire.equality import all_equal
@@ -98,7 +98,7 @@ async def _replay(replica: Replica, task: Task, turns: Sequence[Turn]) -> Episod
         tokens = len(turn.prompt_ids) + (tokens if turn.segment == segment else 0)
         segment = turn.segment
         with environment_call(task, f"step {turn.turn}, played again"):
-            replica.sampled(Sampled(tokens, len(turn.action_ids), turn.finish_reason == "length"))
+            replica.sampled(TokenUsage(tokens, len(turn.action_ids), turn.finish_reason == "length"))
             observation, reward, terminated, truncated, info = await replica.step(turn.action)
             said = messages_of(observation)
             same = all_equal([float(reward), turn.reward])
@@ -107,7 +107,7 @@ async def _replay(replica: Replica, task: Task, turns: Sequence[Turn]) -> Episod
                 Restart.DIVERGED, f"{task.env_id} (seed {task.seed}): turn {turn.turn} went otherwise"
             )
         tokens += len(turn.action_ids)
-        ended = end_behind(info).get("ended", ended)
+        ended = earlier_end(info).get("ended", ended)
         if info.get("success") is not None:
             success = bool(info["success"])
     return EpisodeState(observation, success, ended)

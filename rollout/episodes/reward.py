@@ -18,8 +18,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from envs.base import as_number
+from envs.code_lines import describe_error
 from envs.hosting.host import EnvironmentFailed
-from envs.own_frames import told
 from envs.user_functions import settled
 from rollout.wire.own_part import OwnPart
 from rollout.wire.trajectory import EndReason, Trajectory, Turn
@@ -71,7 +71,7 @@ async def rewarded(episode: Trajectory, reward: OwnReward | None, timeout_second
             f"{where} took longer than {timeout_seconds:g} s (env.host.step_seconds)"
         ) from error
     except Exception as error:  # foreign code, like an environment
-        raise EnvironmentFailed(f"{where} failed: {told(error)}") from error
+        raise EnvironmentFailed(f"{where} failed: {describe_error(error)}") from error
 
 
 def _unpaid(turn: Turn) -> Turn:

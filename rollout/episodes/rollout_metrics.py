@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from envs.tools.tool_env import Reason
+from envs.tools.tool_env import CallOutcome
 from rollout.episodes.episode import EpisodeSpec
 from rollout.episodes.recorder import Recorder
 from rollout.episodes.resume import Restart
@@ -74,7 +74,7 @@ class RolloutMetrics:
             "episodes_resumed": self._resumed,
         }
         sums |= {f"episodes_restarted_{why}": self._restarted[why] for why in Restart}
-        sums |= {f"tools_{reason}": self._calls[reason] for reason in Reason}
+        sums |= {f"tools_{reason}": self._calls[reason] for reason in CallOutcome}
         return sums | {f"episodes_{reason}": self._ended[reason] for reason in EndReason}
 
 

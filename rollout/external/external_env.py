@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from envs.base import Info, Message, Observation
 from envs.gate import admitted
-from envs.hosting.host import EnvironmentFailed, HostSettings, Outcome, Sampled
+from envs.hosting.host import EnvironmentFailed, HostSettings, Outcome, TokenUsage
 from envs.registry import EnvironmentUnknown
 from envs.user_functions import load_function, settled
 from rollout.chat.chat import Chat, ChatError, TooLong
@@ -141,7 +141,7 @@ class ForeignAgent:
         self._session: Session | None = None
         self._running: RunningAgent | None = None
         self._call: PendingRequest | None = None  # the request that `step` answers
-        self._sampled = Sampled(0, 0, cut=False)
+        self._sampled = TokenUsage(0, 0, cut=False)
         self._turn = 0
 
     async def reset(self, seed: int) -> Observation:
@@ -157,7 +157,7 @@ class ForeignAgent:
             raise EnvironmentFailed("its program ended without a request for a completion")
         return observed
 
-    def sampled(self, sampled: Sampled) -> None:
+    def sampled(self, sampled: TokenUsage) -> None:
         self._sampled = sampled
 
     async def step(self, action: str) -> Outcome:
@@ -221,7 +221,7 @@ class ForeignAgent:
     def _render(self, observed: list[Message]) -> None:
         # The agent will need the same tokens, which are then in the chat's cache.
         if self._chat is not None:
-            begins = not self._history.messages or observed[0].get("forget")
+            begins = not self._history.messages or observed[0].get("reset_context")
             self._chat.opening(observed) if begins else self._chat.delta(observed, ())
 
     async def _hear(
@@ -295,7 +295,7 @@ class ChatHistory:
         directions: Message = {} if asked.max_tokens is None else {"max_tokens": asked.max_tokens}
         if not continues:
             directions |= ({"tools": asked.tools} if asked.tools else {}) | (
-                {"forget": True} if known else {}
+                {"reset_context": True} if known else {}
             )
         first, *others = asked.messages[known:] if continues else asked.messages
         return ChatHistory(asked.messages, asked.tools), [first | directions, *others]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from envs.base import Message
-from envs.tools.tool_calls import THOUGHT, Call, parse_calls
+from envs.tools.tool_calls import THOUGHT, ToolCall, parse_calls
 from rollout.chat.template import as_object
 
 # Options that are used, or have no effect; all others are reported as ignored.
@@ -169,7 +169,7 @@ def answer(
     cut, whole, said = cut and not ends, not ends, said[: min(ends, default=None)]
     thought, closed, spoken = said.rpartition(THOUGHT)
     rest, calls = parse_calls(spoken) if asked.may_call else ("", [])
-    readable = [call for call in calls if isinstance(call, Call)]
+    readable = [call for call in calls if isinstance(call, ToolCall)]
     message: Message = {"role": "assistant", "content": said}
     if readable and len(readable) == len(calls):
         message["content"] = thought + closed + rest or None

@@ -20,8 +20,8 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
-from envs.child_process import import_path, inherited, leashed
-from envs.own_frames import told
+from envs.child_process import bound_to_parent, child_environment, import_path
+from envs.code_lines import describe_error
 from envs.user_functions import load_function, settled
 from rollout.external.openai_format import read_json
 from rollout.external.session import EpisodeVerdict, ProgramExit
@@ -49,7 +49,7 @@ def environment(base_url: str, api_key: str, task: dict[str, Any]) -> dict[str, 
     """Environment variables of a program: the inherited ones, the policy's address, and the task."""
     direct = [part for name in ("no_proxy", "NO_PROXY") if (part := os.environ.get(name))]
     without_proxy = ",".join([*direct[:1], "127.0.0.1"])
-    return inherited() | {
+    return child_environment() | {
         "OPENAI_BASE_URL": base_url,
         "OPENAI_API_KEY": api_key,
         "MANTA_TASK": json.dumps(task),
@@ -76,7 +76,7 @@ class ProgramAgent:
     async def start(cls, command: Sequence[str], environ: dict[str, str], on_exit: OnExit) -> ProgramAgent:
         """Start a command. OSError if the system refuses; a command that does not exist exits with status 1."""
         process = subprocess.Popen(
-            leashed(command),
+            bound_to_parent(command),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -239,7 +239,7 @@ def in_thread(call: Callable[[], Any], what: str, on_exit: OnExit) -> None:
 
 
 def _raised(what: str, error: BaseException) -> ProgramExit:
-    return ProgramExit(f"{what} raised {told(error)}", "", error=error)
+    return ProgramExit(f"{what} raised {describe_error(error)}", "", error=error)
 
 
 def _last_line(output: str) -> Any:

@@ -9,24 +9,24 @@ import sys
 
 import numpy as np
 
-from envs.builtin.programming import KINDS, Programming
+from envs.builtin.programming import FAMILIES, Programming
 from envs.builtin.programming_tasks import draw_inputs, draw_task
 from tests.envs.near_misses import FRESH, accepted
 
 
 def main(tasks: int) -> None:
     env = Programming()
-    print(f"level  kind                near misses  same on {FRESH} inputs  passed")
+    print(f"level  family                near misses  same on {FRESH} inputs  passed")
     sums = [0, 0, 0]
-    for kind in KINDS:
+    for family in FAMILIES:
         counts = [0, 0, 0]
         for seed in range(tasks):
             rng = np.random.default_rng(seed)
-            task = draw_task([kind], "all", rng)
+            task = draw_task([family], "all", rng)
             shown, hidden = draw_inputs(task, *env._counts, rng)
             others, same, passed = accepted(task, [*shown, *hidden])
             counts = [before + now for before, now in zip(counts, (others, same, len(passed)), strict=True)]
-        print(f"{kind.level:5}  {kind.name:18} {counts[0]:12} {counts[1]:21} {counts[2]:7}", flush=True)
+        print(f"{family.level:5}  {family.name:18} {counts[0]:12} {counts[1]:21} {counts[2]:7}", flush=True)
         sums = [before + now for before, now in zip(sums, counts, strict=True)]
     print(f"all    {'':18} {sums[0]:12} {sums[1]:21} {sums[2]:7}   ({sums[2] / sums[0]:.2%})")
 

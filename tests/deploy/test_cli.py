@@ -353,7 +353,7 @@ def test_a_sound_environment_is_told_so_and_one_that_is_not_row_by_row(
 def test_what_cannot_be_made_is_a_finding_and_an_id_that_is_none_a_mistake(manta: Manta) -> None:
     code, out, err = manta("check-env", "tests.envs.bad:CannotBeMade")
     assert (code, err) == (1, "") and "raises" in out and "words.txt" in out
-    assert "one of your own is module:Class" in mistake(manta("check-env", ":Foo"))
+    assert "not of the form module:Class" in mistake(manta("check-env", ":Foo"))
     assert "did you mean Sound" in mistake(manta("check-env", "tests.envs.bad:Sond"))
 
 

@@ -1,4 +1,4 @@
-"""A small sound environment, and one for everything that can be wrong with it."""
+"""A small sound environment, and a variant for every issue that the checks find."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from envs.tools.tool_calls import Call
-from envs.tools.tool_env import Answer, Toolbox
+from envs.tools.tool_calls import ToolCall
+from envs.tools.tool_env import Toolbox, ToolResult
 
 
 class Unit(Enum):
@@ -47,5 +47,5 @@ def box(*tools: Any, **options: Any) -> Toolbox:
     return Toolbox(tools or (weather, double, lengthen, total, fail), **{"call_seconds": None, **options})
 
 
-def answer(name: str, **arguments: Any) -> Answer:
-    return box().answer(Call(name, arguments))
+def answer(name: str, **arguments: Any) -> ToolResult:
+    return box().answer(ToolCall(name, arguments))

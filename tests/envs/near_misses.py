@@ -1,4 +1,4 @@
-"""Programs that are nearly a solution: one token or one line of its text is another. They are ours, and run here.
+"""Near misses of a solution: one token or one line is changed. They are generated here and run without a sandbox.
 
 What one computes is compared with the solution on `FRESH` inputs that are drawn as a task's are; one that agrees on all
 is held to be the same function.
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.builtin.programming_tasks import Arguments, Task
+from envs.builtin.programming_tasks import Arguments, ProgrammingTask
 
 FRESH = 2000
 SECONDS = 2.0  # for one near miss on all inputs; one that takes longer is wrong
@@ -35,7 +35,7 @@ TOKENS = {
 }  # fmt: skip
 
 
-def near_misses(task: Task) -> Iterator[str]:
+def near_misses(task: ProgrammingTask) -> Iterator[str]:
     """Programs other than the task's solution, of which Python at least accepts the text."""
     seen = {task.solution}
     for program in (*_other_tokens(task.solution), *_other_lines(task.solution)):
@@ -110,7 +110,7 @@ def _limited() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def agrees(program: str, task: Task, inputs: Sequence[Arguments]) -> bool:
+def agrees(program: str, task: ProgrammingTask, inputs: Sequence[Arguments]) -> bool:
     """Whether a program gives what the solution gives on all of these inputs, as the environment compares it."""
     scope: dict[str, Any] = {}
     try:
@@ -123,10 +123,10 @@ def agrees(program: str, task: Task, inputs: Sequence[Arguments]) -> bool:
         return False
 
 
-def accepted(task: Task, tests: Sequence[Arguments]) -> tuple[int, int, list[str]]:
+def accepted(task: ProgrammingTask, tests: Sequence[Arguments]) -> tuple[int, int, list[str]]:
     """Of a task's near misses: how many compute something else, how many the same, and which others pass."""
     rng = np.random.default_rng(2**31)
-    fresh = [tuple(draw(rng) for draw in task.kind.takes.values()) for _ in range(FRESH)]
+    fresh = [tuple(draw(rng) for draw in task.family.takes.values()) for _ in range(FRESH)]
     others, same, passed = 0, 0, []
     for program in near_misses(task):
         passes = agrees(program, task, tests)

@@ -1,4 +1,4 @@
-"""Opponents as a user would write them, for games of turns: functions named in a recipe."""
+"""Opponents as a user would write them, for turn-taking games: functions named in a recipe."""
 
 from __future__ import annotations
 

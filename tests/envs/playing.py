@@ -1,4 +1,4 @@
-"""What environments can be played here, and a scripted player's whole episode with what each keeps to on the way."""
+"""Environments that can be played on this machine, and a checked episode of a scripted player."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from envs.sandbox import sandbox
 
 
 def here() -> list[str]:
-    """The registered ids for which this machine has what they need: a sandbox, a package of an extra."""
+    """The registered ids for which this machine has what they need: files, a sandbox, a package of an extra."""
     there = {
         "programming": sandbox.refusal() is None,
         "chess": find_spec("chess") is not None,
+        "dataset": False,  # needs files, see tests/envs/datasets
         "browser": find_spec("playwright") is not None and shutil.which("chromium") is not None,
     }
     return [env_id for env_id in registry.registered() if there.get(env_id, True)]
@@ -34,7 +35,7 @@ class Episode:
 
     @property
     def words(self) -> set[str]:
-        """Every lower-case word, of two letters and more, that was said by either side."""
+        """Every lower-case word of at least two letters in observations and actions."""
         text = "\n".join([*self.observations, *self.actions])
         return set(re.findall("(?<![A-Za-z])[a-z]{2,}(?![A-Za-z])", text))
 

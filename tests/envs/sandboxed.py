@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 
 from envs.sandbox import sandbox
-from envs.sandbox.sandbox import Limits, Reason, Result
+from envs.sandbox.sandbox import ExitReason, SandboxLimits, SandboxResult
 
-SMALL = Limits(
+SMALL = SandboxLimits(
     cpu_seconds=20,
     wall_seconds=60,
     memory_bytes=128 << 20,
@@ -17,12 +17,12 @@ SMALL = Limits(
 )
 
 
-def attempt(source: str, stdin: str = "", allow_unsafe: bool = False, **limits: float) -> Result:
+def attempt(source: str, stdin: str = "", allow_unsafe: bool = False, **limits: float) -> SandboxResult:
     return sandbox.run(textwrap.dedent(source), stdin, SMALL.model_copy(update=limits), allow_unsafe)
 
 
 def answers(source: str, **limits: float) -> str:
     """What a program prints, which must end well."""
     result = attempt(source, **limits)
-    assert result.reason is Reason.OK, result
+    assert result.reason is ExitReason.OK, result
     return result.stdout

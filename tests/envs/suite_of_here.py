@@ -1,4 +1,4 @@
-"""A suite as another package would bring it: a function that makes an environment of an id."""
+"""A suite like those of other packages: a function that makes an environment from an id."""
 
 from typing import Any
 

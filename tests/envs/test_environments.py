@@ -1,4 +1,4 @@
-"""Environments by id. What each of them promises is examined by `envs.checks.check`, see test_check.py."""
+"""Environments by id. Each one's contract is checked by `envs.checks.check`, see test_check.py."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gymnasium.wrappers import FrameStackObservation, TimeLimit
 
 from envs import registry
 from envs.adapters import TextAdapter
+from envs.base import messages_of
 from envs.registry import EnvironmentUnknown, Suite
 from tests.envs.playing import here
 
@@ -39,6 +40,14 @@ def test_an_action_that_cannot_be_read_ends_the_episode_and_says_so(env_id: str,
     env.reset(seed=0)
     _, reward, terminated, truncated, info = env.step(action)
     assert (reward, terminated, truncated, info["malformed"]) == (0.0, True, False, True)
+
+
+@pytest.mark.parametrize(("old", "new"), [("forget", "reset_context"), ("go_on", "continue_turn")])
+def test_an_old_key_of_a_message_is_refused_with_the_new_name(old: str, new: str) -> None:
+    message = {"role": "user", "content": "x"}
+    assert messages_of([message | {new: True}]) == [message | {new: True}]
+    with pytest.raises(ValueError, match=f"the key '{old}' of a message is called '{new}' now"):
+        messages_of([message | {old: True}])
 
 
 def test_an_adapted_environment_says_what_it_says_to_others() -> None:
@@ -88,7 +97,7 @@ def test_a_suite_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.Mon
     with pytest.raises(EnvironmentUnknown, match="no option 'sise'; its options: slippery"):
         registry.make("Here-Lake", sise=4)
     assert "Answer with" in registry.make("Here-Lake", slippery=False).reset(seed=0)[0]
-    with pytest.raises(EnvironmentUnknown, match="does not say its WORDS"):
+    with pytest.raises(EnvironmentUnknown, match="defines no WORDS"):
         registry.words("Here-Lake")
 
 
@@ -146,12 +155,16 @@ def test_a_time_limit_truncates() -> None:
     [
         ("frozen_lak", {}, "did you mean frozen_lake"),
         ("CartPole-v1", {"text_digits": 0}, "text_digits=0 must be a whole number from 1 to 17"),
-        ("tests.envs.test_environments:Picture-v0", {}, "observations of 75 numbers have no text form: 64"),
+        (
+            "tests.envs.test_environments:Picture-v0",
+            {},
+            "observations of 75 numbers have no text form .at most 64",
+        ),
         ("frozen_lake", {"text_digits": 3}, "its options: size"),
         ("frozen_lake", {"sise": 4}, "its options: size"),
         ("frozen_lake", {"size": 1}, "use 2 or more"),
-        ("frozen_lake", {"size": "4"}, r"frozen_lake does not take size='4' \(by default 4\)"),
-        ("frozen_lake", {"size": 4.5, "max_turns": 9}, r"does not take size=4\.5 \(by default 4\): '?float"),
+        ("frozen_lake", {"size": "4"}, r"frozen_lake does not accept size='4' \(default: 4\)"),
+        ("frozen_lake", {"size": 4.5, "max_turns": 9}, r"does not accept size=4\.5 \(default: 4\): '?float"),
         ("frozen_lake", {"max_turns": 0}, "use 1 or more"),
         ("FrozenLake-v1", {"sise": 4}, "sise.*its options: .*is_slippery"),
         ("FrozenLake-v1", {"map_name": "9x9"}, "9x9"),
@@ -159,14 +172,14 @@ def test_a_time_limit_truncates() -> None:
         (
             "tests.envs.bad:Sond",
             {},
-            "module tests.envs.bad has no Sond, and registers none; did you mean Sound",
+            "module tests.envs.bad neither defines nor registers Sond; did you mean Sound",
         ),
         *(
-            (each, {}, "environment .*: one of your own is module:Class")
+            (each, {}, "environment .*: not of the form module:Class")
             for each in (":", ":Foo", ".x:Foo", "a:b:c", "json:")
         ),
-        ("tests.envs.bad:MAX_TURNS", {}, "module tests.envs.bad has no MAX_TURNS"),
-        ("fractions:Fraction", {}, "a Fraction is made, and no gymnasium.Env"),
+        ("tests.envs.bad:MAX_TURNS", {}, "module tests.envs.bad neither defines nor registers MAX_TURNS"),
+        ("fractions:Fraction", {}, "the factory returned a Fraction; return a gymnasium.Env"),
         (
             "tests.envs.bad:WithoutSpaces",
             {},

@@ -1,4 +1,4 @@
-"""Pictures as parts of messages, and environments of pixels that are shown as pictures."""
+"""Images as parts of messages, and environments of pixels that are shown as images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gymnasium import spaces
 
 from envs import registry
 from envs.base import TalkSpace
-from envs.images import image, pixels_of, shown
+from envs.images import decode_image, image_observation, image_part
 from envs.registry import EnvironmentUnknown
 
 
@@ -48,17 +48,17 @@ gym.register("Lamp-v0", entry_point=Lamp)
 def test_pixels_come_back_as_they_were(shape: tuple[int, ...]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     wide = np.broadcast_to(pixels.reshape(5, 7, -1), (5, 7, 3))
-    np.testing.assert_array_equal(pixels_of(image(pixels)), wide)
-    assert image(pixels) == image(pixels.copy()), "the same pixels are the same part"
-    assert shown(pixels) in TalkSpace() and shown(pixels, "look") in TalkSpace()
+    np.testing.assert_array_equal(decode_image(image_part(pixels)), wide)
+    assert image_part(pixels) == image_part(pixels.copy()), "the same pixels are the same part"
+    assert image_observation(pixels) in TalkSpace() and image_observation(pixels, "look") in TalkSpace()
 
 
 @pytest.mark.parametrize(
     "pixels", [np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4)), np.zeros((0, 4), np.uint8)]
 )
 def test_what_is_no_picture_is_refused(pixels: Any) -> None:
-    with pytest.raises(ValueError, match=r"a picture is uint8 \[H, W\]"):
-        image(pixels)
+    with pytest.raises(ValueError, match=r"an image must be uint8 \[H, W\]"):
+        image_part(pixels)
 
 
 @pytest.mark.parametrize("options", [{}, {"pixels": False, "picture": "render"}, {"picture": "observation"}])
@@ -70,7 +70,7 @@ def test_an_environment_of_pixels_is_shown_as_it_is(options: dict[str, Any]) -> 
         (message,), _ = env.reset(seed=seed)
         text, picture = message["content"]
         assert text["text"] == "Answer with one whole number from 0 to 2 and nothing else.\n"
-        np.testing.assert_array_equal(pixels_of(picture), pixels)
+        np.testing.assert_array_equal(decode_image(picture), pixels)
         (message,), reward, terminated, _, _ = env.step(str(plain.number))
         assert (reward, terminated, len(message["content"])) == (1.0, True, 1)
 
@@ -79,7 +79,7 @@ def test_an_environment_of_pixels_is_shown_as_it_is(options: dict[str, Any]) -> 
     ("env_id", "picture", "says"),
     [
         ("Lamp-v0", "drawing", "picture='drawing' must be observation or render"),
-        ("CartPole-v1", "observation", "are no uint8 pixels: use picture='render'"),
+        ("CartPole-v1", "observation", "needs uint8 pixels, got .*; use picture='render'"),
     ],
 )
 def test_what_cannot_be_shown_is_said(env_id: str, picture: str, says: str) -> None:

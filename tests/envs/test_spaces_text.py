@@ -1,4 +1,4 @@
-"""Spaces as text: what is written reads back, what is read lies in the space, and nothing else is read."""
+"""Spaces as text: written values parse back, parsed values lie in the space, and nothing else is parsed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gymnasium import spaces
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from envs.spaces_text import UnsupportedSpace, grammar, parsed, require_text_form, written
+from envs.spaces_text import UnsupportedSpace, action_format, from_text, require_text_form, to_text
 
 # Gymnasium's own: it asks a scalar of a stacked sequence whether it lies in a box.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Casting input x to numpy array")
@@ -100,8 +100,8 @@ def same(one: Any, other: Any, digits: int) -> bool:
 def test_what_is_written_reads_back(space: gym.Space[Any], seed: int, digits: int) -> None:
     space.seed(seed)
     value = space.sample()
-    text = written(space, value, digits)
-    back = parsed(space, text)
+    text = to_text(space, value, digits)
+    back = from_text(space, text)
     assert back is not None, text
     assert space.contains(back)
     assert same(value, back, digits), (value, text, back)
@@ -114,18 +114,18 @@ def test_what_is_written_reads_back(space: gym.Space[Any], seed: int, digits: in
 @example(spaces.Text(3), "[" * 100_000)
 @example(spaces.Sequence(spaces.Discrete(3)), "[" * 100_000)
 def test_any_text_is_a_value_of_the_space_or_none(space: gym.Space[Any], text: str) -> None:
-    value = parsed(space, text)
+    value = from_text(space, text)
     assert value is None or space.contains(value)
 
 
 @given(NESTED, st.integers(0, 2**31), st.data())
 def test_no_broken_text_leaves_the_space(space: gym.Space[Any], seed: int, data: st.DataObject) -> None:
     space.seed(seed)
-    text = written(space, space.sample())
+    text = to_text(space, space.sample())
     start = data.draw(st.integers(0, len(text)))
     end = data.draw(st.integers(start, len(text)))
     put = data.draw(st.sampled_from(["", "9", "-", ",", "]", '"', "e9", "\u0663", " ", "nan", "0" * 50]))
-    value = parsed(space, text[:start] + put + text[end:])
+    value = from_text(space, text[:start] + put + text[end:])
     assert value is None or space.contains(value)
 
 
@@ -152,27 +152,27 @@ REFUSED = [
 
 @pytest.mark.parametrize(("space", "text"), [(space, text) for space, texts in REFUSED for text in texts])
 def test_what_is_not_the_grammar_is_refused(space: gym.Space[Any], text: str) -> None:
-    assert parsed(space, text) is None
+    assert from_text(space, text) is None
 
 
 def test_white_space_between_parts_is_none_of_the_value() -> None:
-    assert parsed(HAND, '\n{ "goal" :-1,"hand": [ 0,1 ] , "say":"abc"}\t') is not None
-    assert parsed(spaces.Text(3, charset="a "), " a") == " a"
+    assert from_text(HAND, '\n{ "goal" :-1,"hand": [ 0,1 ] , "say":"abc"}\t') is not None
+    assert from_text(spaces.Text(3, charset="a "), " a") == " a"
 
 
 def test_a_float_is_written_inside_of_its_bounds() -> None:
     space = spaces.Box(np.float64(-0.12345), np.float64(0.12395), (1,), np.float64)
     edge = np.array([0.12394])
-    assert written(space, edge, digits=2) == "[0.12]"
-    assert written(space, edge, digits=3) == "[0.12394]", "rounded it would be 0.124"
+    assert to_text(space, edge, digits=2) == "[0.12]"
+    assert to_text(space, edge, digits=3) == "[0.12394]", "rounded it would be 0.124"
 
 
 def test_what_an_environment_says_outside_of_its_space_is_still_written() -> None:
     space = spaces.Box(-1, 1, (3,))
-    assert written(space, np.array([math.nan, math.inf, -7.0])) == "[nan, inf, -7]"
-    assert written(space, [0.1, -1e-9, -0.0]) == "[0.1, -1e-09, 0]"
+    assert to_text(space, np.array([math.nan, math.inf, -7.0])) == "[nan, inf, -7]"
+    assert to_text(space, [0.1, -1e-9, -0.0]) == "[0.1, -1e-09, 0]"
     with pytest.raises(ValueError, match="shape"):
-        written(space, np.zeros(2))
+        to_text(space, np.zeros(2))
 
 
 @pytest.mark.parametrize(
@@ -195,15 +195,15 @@ def test_what_an_environment_says_outside_of_its_space_is_still_written() -> Non
     ],
 )
 def test_the_grammar_is_one_line(space: gym.Space[Any], line: str) -> None:
-    assert grammar(space) == line
+    assert action_format(space) == line
 
 
 @given(NESTED)
 def test_the_grammars_example_is_an_action(space: gym.Space[Any]) -> None:
-    line = grammar(space)
+    line = action_format(space)
     assert "\n" not in line
     if "for example " in line:
-        assert parsed(space, line.split("for example ")[1]) is not None
+        assert from_text(space, line.split("for example ")[1]) is not None
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import asyncio
 import os
 from functools import partial
 
-from envs.hosting.actors import Remote
+from envs.hosting.actors import RemoteEnv
 from envs.hosting.host import HostSettings
 from tests.rollout.trouble import make
 
@@ -16,7 +16,7 @@ class Owner:
 
     async def begin(self, host: HostSettings) -> tuple[int, int]:
         """Pids of this process and of its replica's actor."""
-        self.replica = await Remote.start(partial(make, "trouble", what="sleep"), host)
+        self.replica = await RemoteEnv.start(partial(make, "trouble", what="sleep"), host)
         await self.replica.reset(1)
         await self.replica.step("a")
         self.waiting = asyncio.ensure_future(self.replica.step("sleep for ever"))

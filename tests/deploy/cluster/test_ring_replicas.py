@@ -41,7 +41,7 @@ def test_a_run_claims_a_replica_for_every_episode_that_is_played_at_once() -> No
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["env.host.resources={cpu_node=1}"], "where='auto'; use where='ray', or leave them away"),
+        (["env.host.resources={cpu_node=1}"], "where='auto'; use where='ray', or omit them"),
         (["env.host.where=process", "env.host.cpus_per_replica=2"], "where='process'; use where='ray'"),
         (["env.host.where=ray", "env.host.resources={CPU=1}"], "CPU is Ray's own; CPUs are cpus_per_replica"),
         (["env.host.where=ray", "env.host.resources={cpu_node=0.00001}"], "env.host.resources.cpu_node"),

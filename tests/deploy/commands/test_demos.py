@@ -75,7 +75,7 @@ def test_ids_are_those_of_the_tokenizer_that_is_named(tmp_path: Path) -> None:
     [
         (
             {"env_id": "Taxi-v4", "options": {}},
-            "Taxi-v4 has no scripted player; those that have: .*frozen_lake",
+            "Taxi-v4 has no scripted player; use one of: .*frozen_lake",
         ),
         ({"options": {"sise": 4}}, "no option 'sise'"),
         ({"model": "absent/model/folder"}, "model absent/model/folder"),

@@ -22,7 +22,7 @@ from deploy.commands.doctor import Verdict, show
 from deploy.commands.envs_command import show_findings
 from deploy.report.console import busy, one_line, visible, write, write_table
 from deploy.report.progress import Progress
-from envs.checks.findings import Finding
+from envs.checks.findings import Issue
 from tests.test_architecture import PACKAGES, ROOT, files
 
 HOSTILE = (
@@ -92,7 +92,7 @@ def waiting(console: Console) -> None:
             lambda console: show([Diagnosis(HOSTILE, HOSTILE, Verdict.BAD, HOSTILE)], console), id="doctor"
         ),
         pytest.param(
-            lambda console: show_findings(HOSTILE, [Finding("raises", HOSTILE, HOSTILE)], console),
+            lambda console: show_findings(HOSTILE, [Issue("raises", HOSTILE, HOSTILE)], console),
             id="check-env",
         ),
     ],

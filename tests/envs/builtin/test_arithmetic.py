@@ -1,4 +1,4 @@
-"""Arithmetic against Python's own and against problems worked by hand, and attempts to be paid for nothing."""
+"""Arithmetic against Python's and against problems solved by hand, and attempts to game the reward."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_every_word_said_is_among_words() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"level": 6}, "level=6 must be 1, 2, 3, 4, 5"),
+        ({"level": 6}, "level=6 must be one of 1, 2, 3, 4, 5"),
         ({"max_turns": 0}, "use 1 or more"),
         ({"split": "test"}, "must be all, train or heldout"),
         ({"answer": "first"}, "must be whole, last or boxed"),

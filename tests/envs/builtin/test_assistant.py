@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.base import held_out
-from envs.builtin.assistant import NAMES, WORDS, Player, agree, assistant, read, stands_in
+from envs.builtin.assistant import NAMES, WORDS, Player, agree, assistant, contains_answer, read
 from envs.builtin.assistant_data import (
     DOCUMENTS,
     MONTHS,
@@ -53,7 +53,7 @@ def play(
 
 
 def test_the_data_are_the_same_everywhere() -> None:
-    # Written down once: whoever changes them makes other tasks of the same seeds.
+    # Fixed: changing them gives other tasks for the same seeds.
     assert weather("arlen", "may 13") == "temperature -18, wind 30, rain 16"
     assert search("mayor of arlen") == "the mayor of arlen is corin."
     assert len(DOCUMENTS) == len(set(DOCUMENTS)) == 64
@@ -196,9 +196,9 @@ def test_an_answer_is_one_number_or_one_name(said: str, means: str | Fraction | 
 def test_a_number_may_be_rounded_and_a_name_may_not() -> None:
     assert agree(Fraction("157.5"), Fraction("157.44")) and not agree(Fraction("157.5"), Fraction("157.43"))
     assert agree("arlen", "arlen") and not agree("arlen", "brone") and not agree(Fraction(1), "arlen")
-    assert stands_in(Fraction(12), "what is the rain in arlen on may 12?")
-    assert stands_in("arlen", "what is the birthplace of the mayor of arlen?")
-    assert not stands_in(Fraction(1), "what is the rain in arlen on may 12?")
+    assert contains_answer(Fraction(12), "what is the rain in arlen on may 12?")
+    assert contains_answer("arlen", "what is the birthplace of the mayor of arlen?")
+    assert not contains_answer(Fraction(1), "what is the rain in arlen on may 12?")
 
 
 EXPRESSIONS = st.recursive(
@@ -291,7 +291,7 @@ def test_a_search_finds_what_it_is_about() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"level": 5}, "must be 1, 2, 3, 4"),
+        ({"level": 5}, "must be one of 1, 2, 3, 4"),
         ({"split": "test"}, "all, train or heldout"),
         ({"style": "xml"}, "hermes or plain"),
         ({"max_calls": -1}, "0 or more"),

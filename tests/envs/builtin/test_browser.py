@@ -1,4 +1,4 @@
-"""A shop in a real Chromium: what is observed, done and paid. Needs the extra browser, and Chromium."""
+"""A shop in a real Chromium: observations, actions and rewards. Needs the extra browser, and Chromium."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if shutil.which("chromium") is None:
     pytest.skip("there is no Chromium here", allow_module_level=True)
 
 from envs import registry
-from envs.builtin.browser import NOTHING, WORDS, Browser, Player, Seen, line_of, read
+from envs.builtin.browser import NOTHING, WORDS, Browser, PageView, Player, line_of, read
 from envs.builtin.browser_pages import LEVELS, draw
 from envs.builtin.browser_tab import Tab, find_chromium
 from envs.registry import EnvironmentUnknown
@@ -238,7 +238,7 @@ def test_what_a_line_says_is_read_back(form: Browser) -> None:
     form.reset(seed=0)
     for action in ("click(4)", "type(6, ann)", "click(12)", "click(3)"):
         observation = form.step(action)[0]
-        assert "\n".join(map(line_of, Seen(observation).elements)) == page_of(observation)
+        assert "\n".join(map(line_of, PageView(observation).elements)) == page_of(observation)
 
 
 def test_train_and_heldout_tasks_never_meet() -> None:
@@ -294,7 +294,7 @@ def test_every_page_fits_into_a_picture() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"level": 5}, "must be 1, 2, 3, 4"),
+        ({"level": 5}, "must be one of 1, 2, 3, 4"),
         ({"observe": "html"}, "must be text or screenshot"),
         ({"split": "test"}, "must be all, train or heldout"),
         ({"max_turns": 0}, "use 1 or more"),

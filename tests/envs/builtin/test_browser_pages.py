@@ -1,4 +1,4 @@
-"""The shop of the browser, without one: links lead somewhere, the table is complete, and what is paid for."""
+"""The browser's shop, without a browser: valid links, a complete table, and the reward."""
 
 from __future__ import annotations
 

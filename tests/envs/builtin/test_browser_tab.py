@@ -163,7 +163,9 @@ def test_a_browser_that_does_not_answer_is_given_up_and_the_next_tab_has_another
 def test_nothing_outlives_a_replicas_process_however_it_ends() -> None:
     async def play() -> None:
         for end in (signal.SIGKILL, None):
-            replica = await SubprocessEnv.start(registry.recipe("browser"), HostSettings(where="process"))
+            replica = await SubprocessEnv.start(
+                registry.env_factory("browser"), HostSettings(where="process")
+            )
             try:
                 assert "heading home" in await replica.reset(0)
                 assert "heading shop" in (await replica.step("click(2)"))[0]

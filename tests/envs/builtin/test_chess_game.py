@@ -1,4 +1,4 @@
-"""Chess against games and positions written down by hand and a search without pruning. Needs the extra chess."""
+"""Chess against games and positions written by hand and a search without pruning. Needs the extra chess."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def standing(fen: str = chess.STARTING_FEN, **options: Any) -> ChessGame:
     env = ChessGame(instructions=False, **options)
     env.reset(seed=0)
     env._board = chess.Board(fen)
-    env._side = env._board.turn
+    env._first_side = env._board.turn
     return env
 
 
@@ -178,7 +178,7 @@ def test_opponents_do_what_their_level_says() -> None:
     guarded = chess.Board("4k3/8/3p4/4p3/8/8/8/K3R3 w - - 0 1")  # the pawn on e5 is defended
     assert [move.uci() for move in best_moves(guarded, 1)] == ["e1e5"]
     assert "e1e5" not in {move.uci() for move in best_moves(guarded, 2)}
-    assert {LEVELS[4].reply(guarded, rng).uci(), takes_the_most(guarded, rng).uci()} == {"e1e5"}
+    assert {LEVELS[4].opponent(guarded, rng).uci(), takes_the_most(guarded, rng).uci()} == {"e1e5"}
 
 
 def test_a_player_without_errors_mates_in_one_always_and_one_of_errors_only_seldom() -> None:
@@ -187,7 +187,7 @@ def test_a_player_without_errors_mates_in_one_always_and_one_of_errors_only_seld
     for seed in range(100):
         episode = played(env, Player(0.0, seed), seed)
         assert (episode.reward, episode.turns, episode.success) == (1.0, 1, True)
-        sides.add(env._side)
+        sides.add(env._first_side)
     assert sides == {chess.WHITE, chess.BLACK}
     assert sum(played(env, Player(1.0, seed), seed).reward for seed in range(200)) < 0.2 * 200
 
@@ -228,7 +228,7 @@ def test_every_word_said_is_among_words() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"level": 6}, "must be 1, 2, 3, 4, 5"),
+        ({"level": 6}, "must be one of 1, 2, 3, 4, 5"),
         ({"opponent": "human"}, "must be scripted or self"),
         ({"opponent": "self"}, "use level 2 or higher"),
     ],

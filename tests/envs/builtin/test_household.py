@@ -1,4 +1,4 @@
-"""The household against a home written down by hand, its scripted player, and attempts to be paid for nothing."""
+"""The household against a home written by hand, its scripted player, and attempts to game the reward."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envs.builtin.household import CARRIED, COMMANDS, PLACES, WORDS, Home, Household, Player, Wish, fulfilled
+from envs.builtin.household import (
+    CARRIED,
+    COMMANDS,
+    PLACES,
+    WORDS,
+    Home,
+    Household,
+    Player,
+    Subgoal,
+    fulfilled,
+)
 
 SEEDS = range(200)
 LEVELS = (1, 2, 3, 4)
 
 
-def at_home(wishes: tuple[Wish, ...], **options: Any) -> Household:
+def at_home(goals: tuple[Subgoal, ...], **options: Any) -> Household:
     """Hall, kitchen and bedroom; the player in the bedroom, a cup in its drawer, a book on the kitchen shelf."""
     env = Household(instructions=False, **options)
     env.reset(seed=0)
@@ -23,13 +33,13 @@ def at_home(wishes: tuple[Wish, ...], **options: Any) -> Household:
     devices |= {("bedroom", "light"): "on", ("bedroom", "window"): "closed"}
     things = {"cup": ("bedroom", "drawer"), "book": ("kitchen", "shelf")}
     env._home = Home("bedroom", {"hall": False, "kitchen": False, "bedroom": True}, devices, things)
-    env._wishes = wishes
+    env._goals = goals
     return env
 
 
-CUP = Wish("bring", "cup", "kitchen", "table")
-LIGHTS = Wish("turn off", "light", "")
-DOOR = Wish("close", "door", "hall")
+CUP = Subgoal("bring", "cup", "kitchen", "table")
+LIGHTS = Subgoal("turn off", "light", "")
+DOOR = Subgoal("close", "door", "hall")
 
 
 def played(env: Household, player: Player | None, seed: int) -> tuple[float, int, list[str]]:
@@ -89,7 +99,7 @@ def test_what_was_not_asked_ends_the_episode(command: str) -> None:
 
 
 def test_what_was_asked_can_be_made_good() -> None:
-    env = at_home((Wish("turn off", "light", "bedroom"), DOOR))
+    env = at_home((Subgoal("turn off", "light", "bedroom"), DOOR))
     commands = ["turn off light", "turn on light", "go hall", "close door", "go bedroom", "turn off light"]
     assert [env.step(each)[1] for each in commands] == [0, 0, 0, 0, 0, 1]
 
@@ -162,7 +172,7 @@ def test_the_home_does_what_it_is_told_and_nothing_else(seed: int, level: int, c
     env = Household(level, instructions=False, max_turns=100)
     player, done = Player(0.0, 0), False
     observation, _ = env.reset(seed=seed)
-    assert not any(wish.holds(env._home) for wish in env._wishes), "nothing is done beforehand"
+    assert not any(goal.holds(env._home) for goal in env._goals), "nothing is done beforehand"
     while not done:
         player.act(observation)
         home, known = env._home, player._home
@@ -185,7 +195,7 @@ def test_the_home_does_what_it_is_told_and_nothing_else(seed: int, level: int, c
             for part in range(3)
         )
         assert changes == possible == (not observation.startswith("nothing happens"))
-        assert reward == fulfilled(env._wishes, home) or observation == "that was not asked"
+        assert reward == fulfilled(env._goals, home) or observation == "that was not asked"
 
 
 def test_turns_run_out_as_truncation() -> None:

@@ -1,4 +1,4 @@
-"""The memory corridor: only who remembers its beginning can answer at its end."""
+"""The memory corridor: only an agent that remembers its beginning can answer at its end."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_turns_run_out_as_truncation() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"level": 5}, "level=5 must be 1, 2, 3, 4"),
+        ({"level": 5}, "level=5 must be one of 1, 2, 3, 4"),
         ({"level": 2, "max_turns": 6}, "use 7 or more"),
         ({"split": "test"}, "must be all"),
     ],

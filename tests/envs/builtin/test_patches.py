@@ -1,4 +1,4 @@
-"""Coloured patches: who sees answers, and who is told alone guesses."""
+"""Coloured patches: an agent that sees answers, and one that only reads has to guess."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from envs import registry
 from envs.builtin.patches import COLOURS, LEVELS, PLACES, Patches, Player, picture, seen
-from envs.images import pixels_of
+from envs.images import decode_image
 
 SEEDS = range(100)
 
@@ -61,7 +61,7 @@ def test_a_patch_is_where_and_what_it_is_said_to_be(colour: str, place: str) -> 
 
 def test_the_second_question_is_about_the_first_picture() -> None:
     env = Patches(3)
-    first = seen(pixels_of(env.reset(seed=1)[0][0]["content"][1]))[0]
+    first = seen(decode_image(env.reset(seed=1)[0][0]["content"][1]))[0]
     observation, reward, terminated, _, info = env.step("red")
     assert (reward, terminated, info) == (0.0, False, {})
     assert observation[0]["content"][0]["text"] == "which colour before"

@@ -1,4 +1,4 @@
-"""The programming environment: what solves a task, what is said about what does not, and what tries to cheat."""
+"""The programming environment: solutions, messages about wrong programs, and attempts to cheat."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_what_is_expected_never_enters_the_sandbox(monkeypatch: pytest.MonkeyPat
     entered: list[dict[str, Any]] = []
     run = sandbox.run
 
-    def recorded(source: str, stdin: str, *rest: Any) -> sandbox.Result:
+    def recorded(source: str, stdin: str, *rest: Any) -> sandbox.SandboxResult:
         assert source == programming._HARNESS
         entered.append(json.loads(stdin))
         return run(source, stdin, *rest)
@@ -214,7 +214,7 @@ def test_a_task_can_be_solved_after_a_wrong_program_and_from_a_snapshot() -> Non
 
 
 def test_without_isolation_it_is_refused_when_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "isolated", lambda: (None, "user namespaces are switched off"))
+    monkeypatch.setattr(sandbox, "find_isolation", lambda: (None, "user namespaces are switched off"))
     with pytest.raises(EnvironmentUnknown, match=r"switched off.*allow_unsafe=true") as refused:
         registry.make("programming")
     assert "\n" not in str(refused.value)

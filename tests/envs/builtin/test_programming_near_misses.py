@@ -1,18 +1,18 @@
-"""Programs that are nearly right earn nothing: the hidden inputs lie where they are wrong."""
+"""Programs that are nearly right earn nothing: hidden inputs are drawn where they fail."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from envs.builtin.programming import KINDS, LEVELS
-from envs.builtin.programming_tasks import Arguments, Task, draw_inputs, draw_task
+from envs.builtin.programming import FAMILIES, LEVELS
+from envs.builtin.programming_tasks import Arguments, ProgrammingTask, draw_inputs, draw_task
 from tests.envs.near_misses import accepted, agrees
 
 
-def drawn(name: str, seed: int) -> tuple[Task, list[Arguments]]:
+def drawn(name: str, seed: int) -> tuple[ProgrammingTask, list[Arguments]]:
     rng = np.random.default_rng(seed)
-    task = draw_task([kind for kind in KINDS if kind.name == name], "all", rng)
+    task = draw_task([family for family in FAMILIES if family.name == name], "all", rng)
     shown, hidden = draw_inputs(task, 3, 8, rng)
     return task, [*shown, *hidden]
 
@@ -66,9 +66,9 @@ def test_a_prime_is_not_greater_than_itself_in_any_task() -> None:
 def test_at_most_one_near_miss_in_a_hundred_passes(level: int) -> None:
     """`python -m tests.bench.mutants` counts them over more tasks."""
     others, passed = 0, []
-    for seed, kind in enumerate(KINDS):
-        if kind.level == level:
-            made, _, wrongly = accepted(*drawn(kind.name, seed))
+    for seed, family in enumerate(FAMILIES):
+        if family.level == level:
+            made, _, wrongly = accepted(*drawn(family.name, seed))
             others, passed = others + made, passed + wrongly
     assert others > 100
     assert len(passed) <= others / 100, passed

@@ -1,4 +1,4 @@
-"""The tasks of the programming environment: each solution against a second one, written another way."""
+"""The tasks of the programming environment: each solution against a second implementation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from envs.base import Split
-from envs.builtin.programming import KINDS, LEVELS
-from envs.builtin.programming_tasks import Task, draw_inputs, draw_task
+from envs.builtin.programming import FAMILIES, LEVELS
+from envs.builtin.programming_tasks import ProgrammingTask, draw_inputs, draw_task
 
 A = ord("a")
 Expected = Callable[..., Any]
@@ -105,7 +105,7 @@ def number_steps(ns: list[int], summary: str, k: int, test: str, change: str) ->
     return (by(SUMMARY, summary)(kept) if kept else 0) * k
 
 
-# By name of the kind: arguments first, then the parameters in the order of their names, quotes and all taken away.
+# By name of the family: arguments first, then the parameters in the order of their names, quotes and all taken away.
 SECOND: dict[str, Expected] = {
     "plus": lambda x, k: sum([x, k]),
     "times": lambda x, k: sum([x] * k),
@@ -169,7 +169,7 @@ SECOND: dict[str, Expected] = {
 }
 
 
-def parameters(task: Task) -> list[Any]:
+def parameters(task: ProgrammingTask) -> list[Any]:
     return [read(task.chosen[name]) for name in sorted(task.chosen)]
 
 
@@ -177,27 +177,27 @@ def read(phrase: str) -> Any:
     return int(phrase) if phrase.lstrip("-").isdigit() else phrase.strip('"')
 
 
-def drawn(level: int, split: Split = "all", count: int = 300) -> list[Task]:
-    kinds = [kind for kind in KINDS if kind.level == level]
-    return [draw_task(kinds, split, np.random.default_rng(seed)) for seed in range(count)]
+def drawn(level: int, split: Split = "all", count: int = 300) -> list[ProgrammingTask]:
+    families = [family for family in FAMILIES if family.level == level]
+    return [draw_task(families, split, np.random.default_rng(seed)) for seed in range(count)]
 
 
-def each_kind(level: int) -> Iterator[tuple[Task, np.random.Generator]]:
-    for kind in KINDS:
-        for seed in range(30 if kind.level == level else 0):
+def each_family(level: int) -> Iterator[tuple[ProgrammingTask, np.random.Generator]]:
+    for family in FAMILIES:
+        for seed in range(30 if family.level == level else 0):
             rng = np.random.default_rng(seed)
-            yield draw_task([kind], "all", rng), rng
+            yield draw_task([family], "all", rng), rng
 
 
-def test_there_are_over_forty_kinds_and_each_has_a_name_of_its_own() -> None:
-    assert len({kind.name for kind in KINDS}) == len(KINDS) >= 40
-    assert set(Counter(kind.level for kind in KINDS)) == set(range(1, LEVELS + 1))
-    assert set(SECOND) == {kind.name for kind in KINDS}
+def test_there_are_over_forty_families_and_each_has_a_name_of_its_own() -> None:
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES) >= 40
+    assert set(Counter(family.level for family in FAMILIES)) == set(range(1, LEVELS + 1))
+    assert set(SECOND) == {family.name for family in FAMILIES}
 
 
 @pytest.mark.parametrize("level", range(1, LEVELS + 1))
 def test_a_solution_agrees_with_one_written_another_way(level: int) -> None:
-    for task, rng in each_kind(level):
+    for task, rng in each_family(level):
         shown, hidden = draw_inputs(task, 3, 8, rng)
         for arguments in (*shown, *hidden):
             before = repr(arguments)
@@ -208,20 +208,20 @@ def test_a_solution_agrees_with_one_written_another_way(level: int) -> None:
 
 @pytest.mark.parametrize("level", range(1, LEVELS + 1))
 def test_a_sentence_says_the_whole_task(level: int) -> None:
-    for task, _ in each_kind(level):
-        assert task.kind.recognized(task.says) == task
+    for task, _ in each_family(level):
+        assert task.family.recognized(task.says) == task
         assert task.says.isascii() and task.says.isprintable() and "$" not in task.says
 
 
 @pytest.mark.parametrize("level", range(1, LEVELS + 1))
 def test_nothing_that_was_seen_and_no_constant_is_right_on_hidden_inputs(level: int) -> None:
-    for task, rng in each_kind(level):
+    for task, rng in each_family(level):
         shown, hidden = draw_inputs(task, 3, 8, rng)
         assert (len(shown), len(hidden)) == (3, 8)
         assert not set(map(repr, shown)) & set(map(repr, hidden))
         expected = [task.expected(each) for each in hidden]
         assert len({repr(each) for each in expected}) > 1
-        for place in range(len(task.kind.takes)):
+        for place in range(len(task.family.takes)):
             assert [arguments[place] for arguments in hidden] != expected
 
 
@@ -234,5 +234,7 @@ def test_what_is_held_out_is_never_trained_on(level: int) -> None:
 
 
 @pytest.mark.parametrize("level", range(1, LEVELS + 1))
-def test_every_kind_of_a_level_is_drawn(level: int) -> None:
-    assert {task.name for task in drawn(level)} == {kind.name for kind in KINDS if kind.level == level}
+def test_every_family_of_a_level_is_drawn(level: int) -> None:
+    assert {task.name for task in drawn(level)} == {
+        family.name for family in FAMILIES if family.level == level
+    }

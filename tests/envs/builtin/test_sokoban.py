@@ -1,4 +1,4 @@
-"""Sokoban against boards played by hand and a plain breadth-first search, and attempts to be paid for nothing."""
+"""Sokoban against boards played by hand and a breadth-first search, and attempts to game the reward."""
 
 from __future__ import annotations
 
@@ -154,5 +154,5 @@ def test_every_word_said_is_among_words() -> None:
 
 
 def test_wrong_options_are_refused() -> None:
-    with pytest.raises(ValueError, match="level=6 must be 1, 2, 3, 4, 5"):
+    with pytest.raises(ValueError, match="level=6 must be one of 1, 2, 3, 4, 5"):
         Sokoban(level=6)

@@ -1,4 +1,4 @@
-"""Twenty questions: the table tells all things apart, halving finds them in time, and nothing else does."""
+"""Twenty questions: the table distinguishes all things, and only halving finds them in time."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_every_word_said_is_among_words() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"level": 0}, "must be 1, 2, 3, 4"),
+        ({"level": 0}, "must be one of 1, 2, 3, 4"),
         ({"cost": 0.2}, r"cost=0.2 must lie in \[0, 0.1\]"),
         ({"level": 2, "things": 15}, "things=15 must lie between the level's candidates, 16, and 64"),
     ],

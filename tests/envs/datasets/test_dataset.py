@@ -15,7 +15,7 @@ import pytest
 from envs import registry
 from envs.datasets.dataset import Dataset
 from envs.datasets.files import DataError
-from envs.images import image, pixels_of
+from envs.images import decode_image, image_part
 from envs.registry import EnvironmentUnknown
 from rollout.episodes.tasks import TaskStream
 
@@ -99,12 +99,12 @@ def test_a_prompt_is_made_of_columns_and_a_system_message(tmp_path: Path) -> Non
 
 def test_pictures_stand_where_they_are_marked(tmp_path: Path) -> None:
     pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    png = base64.b64decode(image(pixels)["image"].partition(",")[2])
+    png = base64.b64decode(image_part(pixels)["image"].partition(",")[2])
     row = {"prompt": "Is <image> blue?", "images": [{"bytes": png, "path": None}], "answer": "no"}
     ((message,), _) = Dataset(parquet(tmp_path, [row])).reset(seed=0)
     before, picture, after = message["content"]
     assert (before["text"], after["text"]) == ("Is ", " blue?")
-    assert np.array_equal(pixels_of(picture), pixels)
+    assert np.array_equal(decode_image(picture), pixels)
 
 
 def test_splits_share_no_row_and_filters_leave_rows_out(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where replicas' processes are forked: what becomes of them when it is lost or stuck, and what they do not share."""
+"""The fork server of replicas: what happens to children when it dies or hangs, and what they do not share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from envs.base import text_space
 from envs.hosting.fork_server import fork_server
-from envs.hosting.host import EnvironmentFailed, EnvironmentStuck, HostSettings
+from envs.hosting.host import EnvironmentFailed, EnvironmentTimeout, HostSettings
 from envs.hosting.subprocess_env import CHILD, SubprocessEnv
 
 HOST = HostSettings(where="process")
@@ -79,7 +79,7 @@ def test_a_stuck_fork_server_is_replaced() -> None:
     async def run() -> None:
         stuck = fork_server(CHILD)
         os.kill(stuck._process.pid, signal.SIGSTOP)
-        with pytest.raises(EnvironmentStuck, match="start_seconds"):
+        with pytest.raises(EnvironmentTimeout, match="start_seconds"):
             await SubprocessEnv.start(Drawing, HOST.model_copy(update={"start_seconds": 0.2}))
         stuck._process.wait(60)
         replica = await SubprocessEnv.start(Drawing, HOST)

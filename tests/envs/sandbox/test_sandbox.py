@@ -1,4 +1,4 @@
-"""How programs end in the sandbox: honest ones by themselves, others at their limits, and nothing is left of either."""
+"""How programs end in the sandbox: by themselves or at a limit, without leaving processes behind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from envs.sandbox import sandbox
 from envs.sandbox.python_files import Installation, installation
-from envs.sandbox.sandbox import Reason, Result, SandboxFailed
+from envs.sandbox.sandbox import ExitReason, SandboxFailed, SandboxResult
 from tests.envs.sandboxed import SMALL, answers, attempt
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -62,7 +62,7 @@ def test_an_honest_program_gets_its_input_and_gives_its_output() -> None:
     result = attempt(
         "import sys; print(sum(map(int, sys.stdin))); print('aside', file=sys.stderr)", "1\n2\n39\n"
     )
-    assert result == Result("42\n", "aside\n", 0, Reason.OK)
+    assert result == SandboxResult("42\n", "aside\n", 0, ExitReason.OK)
 
 
 def test_the_standard_library_is_there_and_nothing_is_installed() -> None:
@@ -83,14 +83,14 @@ def test_the_standard_library_is_there_and_nothing_is_installed() -> None:
 @pytest.mark.parametrize(
     ("source", "status", "reason", "last"),
     [
-        ("raise SystemExit(7)", 7, Reason.ERROR, ""),
-        ("print(1 / 0)", 1, Reason.ERROR, "ZeroDivisionError: division by zero"),
-        ("print(", 1, Reason.ERROR, "SyntaxError: '(' was never closed"),
-        ("import os; os.kill(os.getpid(), 9)", None, Reason.KILLED, ""),
-        ("import os; os.abort()", None, Reason.KILLED, ""),
+        ("raise SystemExit(7)", 7, ExitReason.ERROR, ""),
+        ("print(1 / 0)", 1, ExitReason.ERROR, "ZeroDivisionError: division by zero"),
+        ("print(", 1, ExitReason.ERROR, "SyntaxError: '(' was never closed"),
+        ("import os; os.kill(os.getpid(), 9)", None, ExitReason.KILLED, ""),
+        ("import os; os.abort()", None, ExitReason.KILLED, ""),
     ],
 )
-def test_how_a_program_ended_is_told(source: str, status: int | None, reason: Reason, last: str) -> None:
+def test_how_a_program_ended_is_told(source: str, status: int | None, reason: ExitReason, last: str) -> None:
     result = attempt(source)
     assert (result.status, result.reason) == (status, reason)
     assert result.stderr.strip().rpartition("\n")[2] == last
@@ -101,7 +101,7 @@ def test_sets_have_one_order() -> None:
 
 
 def test_an_infinite_loop_is_ended_by_its_processor_time() -> None:
-    assert attempt("while True: pass", cpu_seconds=1).reason is Reason.TIMED_OUT
+    assert attempt("while True: pass", cpu_seconds=1).reason is ExitReason.TIMED_OUT
 
 
 def test_what_ignores_every_signal_is_ended_by_the_clock() -> None:
@@ -112,12 +112,12 @@ def test_what_ignores_every_signal_is_ended_by_the_clock() -> None:
         print("deaf", flush=True)
         time.sleep(1000)
         """
-    assert attempt(source, wall_seconds=1.0) == Result("deaf\n", "", None, Reason.TIMED_OUT)
+    assert attempt(source, wall_seconds=1.0) == SandboxResult("deaf\n", "", None, ExitReason.TIMED_OUT)
 
 
 def test_a_fork_bomb_has_as_many_processes_as_allowed_and_leaves_none(token: str) -> None:
     bomb = naming(token) + "while True:\n    try: os.fork()\n    except OSError: pass"
-    assert attempt(bomb, wall_seconds=0.5).reason is Reason.TIMED_OUT
+    assert attempt(bomb, wall_seconds=0.5).reason is ExitReason.TIMED_OUT
     assert named(token) == []
     counted = """
         import os, time
@@ -133,8 +133,8 @@ def test_a_fork_bomb_has_as_many_processes_as_allowed_and_leaves_none(token: str
 
 
 def test_a_memory_bomb_hits_the_limit() -> None:
-    assert attempt("held = []\nwhile True: held.append(bytearray(1 << 20))").reason is Reason.MEMORY
-    assert attempt("bytearray(1 << 40)").reason is Reason.MEMORY
+    assert attempt("held = []\nwhile True: held.append(bytearray(1 << 20))").reason is ExitReason.MEMORY
+    assert attempt("bytearray(1 << 40)").reason is ExitReason.MEMORY
 
 
 @pytest.mark.parametrize("stream", [1, 2])
@@ -142,7 +142,7 @@ def test_a_gigabyte_of_output_is_cut_at_the_limit(stream: int) -> None:
     result = attempt(
         f"import os\nfor _ in range(1 << 14): os.write({stream}, b'x' * (1 << 16))", output_bytes=5000
     )
-    assert (result.reason, result.status) == (Reason.OUTPUT, None)
+    assert (result.reason, result.status) == (ExitReason.OUTPUT, None)
     assert (result.stdout, result.stderr)[stream - 1] == "x" * 5000
 
 
@@ -193,27 +193,27 @@ def test_the_disk_and_the_largest_file_have_limits() -> None:
 
 
 def test_where_no_isolation_is_possible_nothing_is_run(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
-    monkeypatch.setattr(sandbox, "isolated", lambda: (None, "namespaces: Operation not permitted"))
+    monkeypatch.setattr(sandbox, "find_isolation", lambda: (None, "namespaces: Operation not permitted"))
     result = attempt("print('it ran')")
-    assert (result.stdout, result.status, result.reason) == ("", None, Reason.REFUSED)
+    assert (result.stdout, result.status, result.reason) == ("", None, ExitReason.REFUSED)
     assert "allow_unsafe=true" in result.stderr and "\n" not in result.stderr
-    assert attempt("print('it ran')", allow_unsafe=True) == Result("it ran\n", "", 0, Reason.OK)
+    assert attempt("print('it ran')", allow_unsafe=True) == SandboxResult("it ran\n", "", 0, ExitReason.OK)
 
 
 def test_without_isolation_limits_and_the_end_of_all_still_hold(
     monkeypatch: pytest.MonkeyPatch, token: str
 ) -> None:
-    monkeypatch.setattr(sandbox, "isolated", lambda: (None, "nothing"))
+    monkeypatch.setattr(sandbox, "find_isolation", lambda: (None, "nothing"))
     monkeypatch.setenv("MANTA_SECRET", "for nobody's eyes")
     unsafe = {"allow_unsafe": True}
     assert attempt("import os; print('MANTA_SECRET' in os.environ)", **unsafe).stdout == "False\n"
-    assert attempt("bytearray(1 << 40)", **unsafe).reason is Reason.MEMORY
-    assert attempt("import time; time.sleep(1000)", wall_seconds=0.5, **unsafe).reason is Reason.TIMED_OUT
+    assert attempt("bytearray(1 << 40)", **unsafe).reason is ExitReason.MEMORY
+    assert attempt("import time; time.sleep(1000)", wall_seconds=0.5, **unsafe).reason is ExitReason.TIMED_OUT
     if os.geteuid() == 0:  # another user's processes are all counted, so that it may not fork at all
         daemon = (
             naming(token) + "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(1000)"
         )
-        assert attempt(daemon, **unsafe).reason is Reason.OK
+        assert attempt(daemon, **unsafe).reason is ExitReason.OK
         assert named(token) == []
 
 

@@ -1,4 +1,4 @@
-"""Programs that ask the kernel for memory which no limit counts are refused or bounded; what honest ones take works."""
+"""Kernel memory that no limit counts is refused or bounded; ordinary programs work."""
 
 from __future__ import annotations
 

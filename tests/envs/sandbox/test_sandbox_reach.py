@@ -1,4 +1,4 @@
-"""Programs that try to reach out of the sandbox: to files, sockets, processes, rights."""
+"""Attempts to reach out of the sandbox: to files, sockets, processes, privileges."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be handed to a scorer that evaluates it: every kind of answer it may get, and no code."""
+"""Checks of answers that a scorer evaluates: valid answers of every kind pass, code does not."""
 
 from __future__ import annotations
 

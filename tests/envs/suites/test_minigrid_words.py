@@ -1,4 +1,4 @@
-"""MiniGrid and BabyAI in words against the package's own grid of objects, and its own bot. Needs the extra minigrid."""
+"""MiniGrid and BabyAI in words, against the package's grid of objects and its bot. Needs the extra minigrid."""
 
 from __future__ import annotations
 

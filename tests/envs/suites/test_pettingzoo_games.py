@@ -1,4 +1,4 @@
-"""PettingZoo's own games, seen from a seat, against the package's own loop over agents. Needs the extra pettingzoo."""
+"""PettingZoo's games, played from one seat, against the package's own agent loop. Needs the extra pettingzoo."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytest.importorskip("pygame")
 import pettingzoo
 
 from envs import registry
-from envs.checks.check import check, check_recipe
+from envs.checks.check import check, check_factory
 from envs.registry import EnvironmentUnknown
 from envs.suites.turn_taking import TurnGame
 
@@ -122,7 +122,7 @@ def test_an_aec_game_of_ones_own_is_named_by_its_function() -> None:
 @pytest.mark.parametrize("env_id", [TICTACTOE, CONNECT_FOUR])
 def test_it_keeps_what_environments_promise(env_id: str) -> None:
     assert check(env_id, seconds=60) == []
-    assert check_recipe(registry.recipe(env_id), Legal, seconds=60, apart=False) == []
+    assert check_factory(registry.env_factory(env_id), Legal, seconds=60, in_subprocess=False) == []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""reasoning-gym's questions: paid what its scorers give and nothing that is gamed. Needs the extra reasoning."""
+"""reasoning-gym's questions: the reward is the scorer's, and gaming it pays nothing. Needs the extra reasoning."""
 
 from __future__ import annotations
 
@@ -168,9 +168,9 @@ def test_it_keeps_what_environments_promise(name: str) -> None:
     [
         ("chain_sun", {}, "did you mean chain_sum"),
         ("composite", {}, "use its parts by their names"),
-        ("chain_sum", {"terms": 3}, "no option 'terms'; its own are .*min_terms"),
+        ("chain_sum", {"terms": 3}, "no option 'terms'; its options: .*min_terms"),
         ("chain_sum", {"seed": 3}, "no option 'seed'"),
-        ("chain_sum", {"min_terms": 9, "max_terms": 2}, "are refused: "),
+        ("chain_sum", {"min_terms": 9, "max_terms": 2}, "the dataset rejects .*min_terms"),
         ("chain_sum", {"split": "test"}, "must be all, train or heldout"),
         ("chain_sum", {"answer": "last"}, "must be whole or tagged"),
     ],

@@ -1,4 +1,4 @@
-"""TextArena's own games, seen from a seat: what is said to whom, and paid. Needs the extra textarena."""
+"""TextArena's games, played from one seat: observations and rewards. Needs the extra textarena."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import nltk
 import textarena
 
 from envs import registry
-from envs.checks.check import check, check_recipe
+from envs.checks.check import check, check_factory
 from envs.registry import EnvironmentUnknown
 from envs.suites.textarena_games import TextArenaGame
 from tests.envs.opponents import nim
@@ -122,7 +122,7 @@ def test_at_random_needs_a_game_that_lists_its_moves() -> None:
             move = seen.rpartition("Available Moves: '")[2].partition("'")[0]
             seen, paid, done, _, info = env.step(move)
         assert paid in (0.0, 0.5, 1.0) and "malformed" not in info
-    with pytest.raises(ValueError, match="does not say which moves are legal"):
+    with pytest.raises(ValueError, match="does not list legal moves"):
         begun(NIM, seat=1)
 
 
@@ -201,8 +201,8 @@ def test_nim_keeps_what_environments_promise_when_it_is_played() -> None:
         def act(self, observation: str) -> str:
             return nim(observation, None, self._rng)
 
-    recipe = registry.recipe(NIM, opponent=EXPERT)
-    assert check_recipe(recipe, Expert, seconds=60, apart=False) == []
+    recipe = registry.env_factory(NIM, opponent=EXPERT)
+    assert check_factory(recipe, Expert, seconds=60, in_subprocess=False) == []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Taking turns, on a game written here: who moves, what a seat sees, what it is paid, and whose fault an end is."""
+"""Turn taking, with a game written here: order of moves, observations, rewards, and fault for an end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from envs.suites import turn_taking as turns
-from envs.suites.turn_taking import Result, TurnGame, Verdict, scaled
+from envs.suites.turn_taking import GameResult, MoveStatus, TurnGame, scaled
 
 
 class Counting:
@@ -36,13 +36,13 @@ class Counting:
         self.log, self._winner, self._fault = [], None, None
         self.to_move = 0
 
-    def told(self, seat: int) -> str:
+    def observation(self, seat: int) -> str:
         return f"seat {seat}: {self.left} left"
 
-    def moves(self) -> list[str] | None:
+    def legal_moves(self) -> list[str] | None:
         return [str(number) for number in (1, 2, 3) if number <= self.left]
 
-    def judged(self, move: str) -> Verdict:
+    def check_move(self, move: str) -> MoveStatus:
         if move == "odd":
             return "fine"
         return (
@@ -59,10 +59,10 @@ class Counting:
             self._winner = self.to_move
         self.to_move = (self.to_move + 1) % self.seats
 
-    def result(self, seat: int) -> Result | None:
+    def result(self, seat: int) -> GameResult | None:
         if self._winner is None and self._fault is None:
             return None
-        return Result(float(self._winner == seat or self._fault not in (None, seat)), self._fault == seat)
+        return GameResult(float(self._winner == seat or self._fault not in (None, seat)), self._fault == seat)
 
 
 def threes(observation: str, moves: list[str] | None, rng: np.random.Generator) -> str:
@@ -153,9 +153,9 @@ def test_an_unfinished_game_is_truncated_unpaid_and_a_finished_one_in_its_last_t
 
 def test_a_limit_of_the_games_own_truncates_and_pays_what_it_pays_and_a_fault_terminates() -> None:
     class Cut(Counting):
-        def result(self, seat: int) -> Result | None:
+        def result(self, seat: int) -> GameResult | None:
             over = len(self.log) == 2
-            return Result(0.75, at_fault=self._fault == seat, truncated=True) if over else None
+            return GameResult(0.75, at_fault=self._fault == seat, truncated=True) if over else None
 
     env, _ = begun(Cut(left=9), opponent="self")
     assert env.step("1")[1:] == (0.0, False, False, {"seat": 0})
@@ -166,7 +166,8 @@ def test_a_limit_of_the_games_own_truncates_and_pays_what_it_pays_and_a_fault_te
 
 
 @pytest.mark.parametrize(
-    ("opponent", "says"), [("loses", "lost by 'odd', which is no move"), ("nobody", "which is no legal move")]
+    ("opponent", "says"),
+    [("loses", "lost by 'odd', which is not a move"), ("nobody", "which is not a legal move")],
 )
 def test_what_an_opponent_does_wrong_is_no_game_won(opponent: str, says: str) -> None:
     module = HERE if opponent == "loses" else "tests.envs.opponents:"
@@ -176,7 +177,7 @@ def test_what_an_opponent_does_wrong_is_no_game_won(opponent: str, says: str) ->
 
 
 class Model(BaseHTTPRequestHandler):
-    """A server whose model says what it is told to, one thing after the other."""
+    """A server whose model gives scripted answers."""
 
     says: ClassVar[list[str]]
     heard: ClassVar[list[Any]]
@@ -266,7 +267,7 @@ def test_no_step_without_a_game() -> None:
     ("options", "says"),
     [
         ({"seat": 2}, "seat=2 must be from 0 to 1"),
-        ({"seat": 0, "opponent": "self"}, "leave seat away"),
+        ({"seat": 0, "opponent": "self"}, "omit seat"),
         ({"max_turns": 0}, "use 1 or more"),
         ({"opponent": "stockfish"}, "is not of the form module:function"),
         ({"opponent": "tests.envs.opponents:stockfish"}, "has no function 'stockfish'"),

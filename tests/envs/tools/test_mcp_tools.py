@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 from mcp_types import CallToolResult
 
-from envs.child_process import leashed
+from envs.child_process import bound_to_parent
 from envs.tools import mcp_tools
 from envs.tools.mcp_tools import McpServer
 from envs.tools.tool import ToolRefused
-from envs.tools.tool_calls import Call
-from envs.tools.tool_env import Answer, Reason, Toolbox
+from envs.tools.tool_calls import ToolCall
+from envs.tools.tool_env import CallOutcome, Toolbox, ToolResult
 
 SCRIPT = '''
 import os, time
@@ -69,23 +69,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[McpServer]:
     server.close()
 
 
-def answer(server: McpServer, tool: str, **arguments: object) -> Answer:
-    return Toolbox(sources=[server], call_seconds=None).answer(Call(tool, arguments))
+def answer(server: McpServer, tool: str, **arguments: object) -> ToolResult:
+    return Toolbox(sources=[server], call_seconds=None).answer(ToolCall(tool, arguments))
 
 
 def test_a_servers_tools_are_tools(server: McpServer) -> None:
     add = next(schema["function"] for schema in Toolbox(sources=[server]).schemas() if "sum" in str(schema))
     assert (add["name"], add["description"]) == ("add", "The sum of two numbers.")
     assert add["parameters"]["required"] == ["a", "b"]
-    assert answer(server, "add", a=2, b=3) == Answer("5", Reason.OK)
+    assert answer(server, "add", a=2, b=3) == ToolResult("5", CallOutcome.OK)
 
 
 def test_what_a_server_refuses_is_told_apart(server: McpServer) -> None:
-    assert answer(server, "multiply", a=2).reason is Reason.UNKNOWN_TOOL
+    assert answer(server, "multiply", a=2).outcome is CallOutcome.UNKNOWN_TOOL
     failed = answer(server, "fail")
-    assert failed.reason is Reason.FAILED and "on purpose" in failed.text
+    assert failed.outcome is CallOutcome.FAILED and "on purpose" in failed.text
     wrong = answer(server, "add", a="two", b=3)
-    assert wrong.reason is Reason.FAILED and "two" in wrong.text, (
+    assert wrong.outcome is CallOutcome.FAILED and "two" in wrong.text, (
         "the server judges its arguments, as it says"
     )
     assert "\n" not in failed.text + wrong.text
@@ -96,16 +96,16 @@ def test_a_call_that_takes_too_long_is_given_up_and_the_server_goes_on(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(server, "_call_seconds", 0.2)
-        assert answer(server, "hang").reason is Reason.TIMED_OUT
-    assert answer(server, "add", a=2, b=3) == Answer("5", Reason.OK)
+        assert answer(server, "hang").outcome is CallOutcome.TIMED_OUT
+    assert answer(server, "add", a=2, b=3) == ToolResult("5", CallOutcome.OK)
 
 
 def test_a_dead_server_is_an_answer_and_starts_again_for_the_next_episode(server: McpServer) -> None:
     assert answer(server, "keep", word="one").text == "one"
     server.renew()
     assert answer(server, "keep", word="two").text == "one two", "a server that lives is left alone"
-    assert answer(server, "die").reason is Reason.GONE
-    assert answer(server, "add", a=2, b=3).reason is Reason.GONE
+    assert answer(server, "die").outcome is CallOutcome.GONE
+    assert answer(server, "add", a=2, b=3).outcome is CallOutcome.GONE
     server.renew()
     assert answer(server, "keep", word="three").text == "three"
 
@@ -116,7 +116,7 @@ def test_closing_ends_the_process(server: McpServer) -> None:
     server.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    assert answer(server, "add", a=2, b=3).reason is Reason.GONE
+    assert answer(server, "add", a=2, b=3).outcome is CallOutcome.GONE
 
 
 def test_a_fresh_server_is_started_anew_once_it_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_a_fresh_server_is_started_anew_once_it_was_called(monkeypatch: pytest.M
             30.0,
             "did not start: ModuleNotFoundError: .*fastmcp",
         ),
-        (sys.executable, ["-c", "import time; time.sleep(600)"], 1.0, "named no tools within 1 s"),
+        (sys.executable, ["-c", "import time; time.sleep(600)"], 1.0, "listed no tools within 1 s"),
     ],
 )
 def test_a_server_that_does_not_start_is_refused(
@@ -166,7 +166,7 @@ def test_python_is_the_interpreter_that_runs_manta(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for name in ("python", "python3"):
         told = subprocess.run(
-            leashed([name, "-c", "import sys; print(sys.executable)"]),
+            bound_to_parent([name, "-c", "import sys; print(sys.executable)"]),
             capture_output=True,
             encoding="utf-8",
             check=True,

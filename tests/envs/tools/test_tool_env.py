@@ -1,4 +1,4 @@
-"""Tools from functions, what a policy is told of its calls, and the wrapper that answers them."""
+"""Tools from functions, the results of calls, and the wrapper that answers them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from envs.tools.tool import Tool, ToolRefused
-from envs.tools.tool_calls import BadCall, Call, Fault
-from envs.tools.tool_env import Answer, Reason, Toolbox
+from envs.tools.tool_calls import CallFault, MalformedCall, ToolCall
+from envs.tools.tool_env import CallOutcome, Toolbox, ToolResult
 from tests.envs.example_tools import answer, box, double, weather
 
 
@@ -38,10 +38,10 @@ def test_a_schema_says_what_a_signature_says() -> None:
 
 
 def test_a_result_is_text_or_json() -> None:
-    assert answer("weather", place="arlen", day=3) == Answer("arlen 3 celsius", Reason.OK)
-    assert answer("double", number=2) == Answer("4.0", Reason.OK)
+    assert answer("weather", place="arlen", day=3) == ToolResult("arlen 3 celsius", CallOutcome.OK)
+    assert answer("double", number=2) == ToolResult("4.0", CallOutcome.OK)
     assert answer("total", numbers=[1, 2], json=True).text == '{"sum": 3, "first": "up", "json": true}'
-    assert answer("fail", how="nothing") == Answer("done", Reason.OK)
+    assert answer("fail", how="nothing") == ToolResult("done", CallOutcome.OK)
 
 
 @pytest.mark.parametrize(
@@ -66,39 +66,41 @@ def test_a_result_is_text_or_json() -> None:
 )
 def test_wrong_arguments_are_told_in_one_line(name: str, arguments: dict[str, Any], says: str) -> None:
     told = answer(name, **arguments)
-    assert told.reason is Reason.WRONG_ARGUMENTS
+    assert told.outcome is CallOutcome.WRONG_ARGUMENTS
     assert says in told.text and told.text.isprintable() and told.text.isascii()
 
 
 @pytest.mark.parametrize("how", ["exit", "deep", "caf\u00e9"])
 def test_a_tool_that_raises_is_an_answer(how: str) -> None:
     told = answer("fail", how=how)
-    assert told.reason is Reason.FAILED
+    assert told.outcome is CallOutcome.FAILED
     assert told.text.startswith("fail failed: ") and told.text.isprintable() and told.text.isascii()
 
 
 def test_what_cannot_be_called_has_its_own_reason() -> None:
     told = answer("caf\u00e9\n" * 50)
-    assert told.reason is Reason.UNKNOWN_TOOL
+    assert told.outcome is CallOutcome.UNKNOWN_TOOL
     assert "there is: weather, double, lengthen, total, fail" in told.text
     assert told.text.isprintable() and told.text.isascii() and len(told.text) < 200
-    for fault in Fault:
-        assert box().answer(BadCall("{", fault)).reason is Reason.INVALID
+    for fault in CallFault:
+        assert box().answer(MalformedCall("{", fault)).outcome is CallOutcome.INVALID
 
 
 def test_a_long_answer_is_cut_and_says_so() -> None:
     tools = box(max_result_chars=10)
-    assert tools.answer(Call("lengthen", {"text": "ab", "times": 5})) == Answer("ab" * 5, Reason.OK)
-    cut = tools.answer(Call("lengthen", {"text": "ab", "times": 500_000}))
-    assert cut == Answer("ababababab... (1000000 characters, cut to 10)", Reason.CUT)
-    failed = tools.answer(Call("fail", {"how": "x"}))
-    assert failed.reason is Reason.FAILED and "cut to 10" in failed.text, "a mistake stays one"
+    assert tools.answer(ToolCall("lengthen", {"text": "ab", "times": 5})) == ToolResult(
+        "ab" * 5, CallOutcome.OK
+    )
+    cut = tools.answer(ToolCall("lengthen", {"text": "ab", "times": 500_000}))
+    assert cut == ToolResult("ababababab... (1000000 characters, cut to 10)", CallOutcome.CUT)
+    failed = tools.answer(ToolCall("fail", {"how": "x"}))
+    assert failed.outcome is CallOutcome.FAILED and "cut to 10" in failed.text, "a mistake stays one"
 
 
 def test_half_a_surrogate_pair_never_reaches_a_tokenizer() -> None:
     raw = Tool("echo", "", {"type": "object", "properties": {}}, lambda given: given["text"])
-    told = box(raw).answer(Call("echo", {"text": "a\ud800b"}))
-    assert told == Answer("a?b", Reason.OK)
+    told = box(raw).answer(ToolCall("echo", {"text": "a\ud800b"}))
+    assert told == ToolResult("a?b", CallOutcome.OK)
 
 
 @pytest.fixture
@@ -118,12 +120,14 @@ def test_a_call_over_its_time_is_left_behind_and_not_made_again_beside_itself(ga
         return "waited"
 
     tools = box(wait, double, call_seconds=0.05)
-    assert tools.answer(Call("wait", {})) == Answer("wait took longer than 0.05 s.", Reason.TIMED_OUT)
-    assert tools.answer(Call("wait", {})).text == "wait is still busy with an earlier call."
+    assert tools.answer(ToolCall("wait", {})) == ToolResult(
+        "wait took longer than 0.05 s.", CallOutcome.TIMED_OUT
+    )
+    assert tools.answer(ToolCall("wait", {})).text == "wait is still busy with an earlier call."
     assert len(begun) == 1 and begun[0].daemon
     gate.set()
     begun[0].join()
-    assert box(wait, call_seconds=60.0).answer(Call("wait", {})) == Answer("waited", Reason.OK)
+    assert box(wait, call_seconds=60.0).answer(ToolCall("wait", {})) == ToolResult("waited", CallOutcome.OK)
 
 
 async def later(x: int) -> int:
@@ -160,7 +164,7 @@ def test_what_can_be_no_tool_is_refused_in_one_line(function: Any, says: str) ->
 
 
 def test_two_tools_of_one_name_are_refused() -> None:
-    with pytest.raises(ToolRefused, match="two tools are called double"):
+    with pytest.raises(ToolRefused, match="two tools are named double"):
         box(double, double)
 
 
@@ -173,6 +177,6 @@ def test_the_thread_of_a_tool_that_does_not_return_is_ended() -> None:
         while True:
             pass
 
-    assert Toolbox([spin], call_seconds=0.2).answer(Call("spin", {})).reason is Reason.TIMED_OUT
+    assert Toolbox([spin], call_seconds=0.2).answer(ToolCall("spin", {})).outcome is CallOutcome.TIMED_OUT
     threads[0].join(30)
     assert not threads[0].is_alive()

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.base import TalkSpace, TextEnv
-from envs.hosting.host import InProcessEnv, reach
+from envs.hosting.host import InProcessEnv, find_snapshots
 from envs.tools.tool import Tool, ToolRefused
-from envs.tools.tool_calls import Call, Style, parse_calls, write_call
-from envs.tools.tool_env import Reason, Toolbox, ToolEnv, answers_by_reason
+from envs.tools.tool_calls import Style, ToolCall, parse_calls, write_call
+from envs.tools.tool_env import CallOutcome, Toolbox, ToolEnv, call_outcomes
 from tests.envs.example_tools import box, double, fail
 
 
 class Ask(TextEnv):
-    """Wants to be told 42; says everything back."""
+    """Expects the answer 42; repeats every action."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Any]:
         return "what?", {}
@@ -34,7 +34,7 @@ class Ask(TextEnv):
         pass
 
 
-def written(*calls: Call, style: Style = "hermes") -> str:
+def written(*calls: ToolCall, style: Style = "hermes") -> str:
     return "\n".join(write_call(call, style) for call in calls)
 
 
@@ -42,7 +42,7 @@ def test_turns_with_calls_are_answered_and_all_others_go_to_the_environment() ->
     env = ToolEnv(Ask(), box())
     (first,), _ = env.reset(seed=0)
     assert (first["role"], first["content"], first["tools"]) == ("user", "what?", box().schemas())
-    turn = f"Hm.\n{written(Call('double', {'number': 21}), Call('nothing', {}))}\n<tool_call>"
+    turn = f"Hm.\n{written(ToolCall('double', {'number': 21}), ToolCall('nothing', {}))}\n<tool_call>"
     said, reward, terminated, truncated, info = env.step(turn)
     assert [(each["role"], each["name"], each["content"]) for each in said] == [
         ("tool", "double", "42.0"),
@@ -65,12 +65,12 @@ def test_plain_calls_have_their_arguments_by_place() -> None:
         "double was not called: there is no argument '2'.",
         "arlen 3 celsius",
     ]
-    assert env.step(written(Call("double", {"number": 1})))[0].startswith("heard <tool_call>")
+    assert env.step(written(ToolCall("double", {"number": 1})))[0].startswith("heard <tool_call>")
 
 
 def test_a_budget_is_told_forgiven_and_then_ends_the_episode() -> None:
     env = ToolEnv(Ask(), box(), max_calls=2, grace=1, verdict=True)
-    call = Call("double", {"number": 1})
+    call = ToolCall("double", {"number": 1})
     for _ in range(2):  # a new episode has a new budget
         env.reset()
         said, _, _, truncated, info = env.step(written(call, call, call))
@@ -97,11 +97,11 @@ def test_one_toolbox_may_stand_around_another() -> None:
     env = ToolEnv(ToolEnv(Ask(), box(double)), box(halve))
     (first,), _ = env.reset()
     assert [each["function"]["name"] for each in first["tools"]] == ["double", "halve"]
-    both = written(Call("halve", {"number": 3}), Call("double", {"number": 3}), Call("third", {}))
+    both = written(ToolCall("halve", {"number": 3}), ToolCall("double", {"number": 3}), ToolCall("third", {}))
     said, _, _, _, info = env.step(both)
     assert [each["name"] for each in said] == ["double", "halve", ""]
     assert info == {"tools": {"ok": 2, "unknown_tool": 1}}
-    assert env.step(written(Call("double", {"number": 1})))[0][0]["content"] == "2.0"
+    assert env.step(written(ToolCall("double", {"number": 1})))[0][0]["content"] == "2.0"
     assert env.step("42")[1] == 1.0
 
 
@@ -116,14 +116,14 @@ def test_directions_of_the_environment_are_kept() -> None:
 
 
 def test_it_counts_calls_so_it_is_played_again_and_not_restored() -> None:
-    assert reach(Ask()) is not None
+    assert find_snapshots(Ask()) is not None
     env = ToolEnv(Ask(), box())
-    assert reach(env) is None
+    assert find_snapshots(env) is None
     assert not InProcessEnv(env).nondeterministic
 
 
 class Server:
-    """A source of tools that is told what is done with it."""
+    """A source of tools that records how it is used."""
 
     repeatable = False
 
@@ -142,15 +142,15 @@ def test_a_call_of_a_source_has_the_sources_own_limit() -> None:
     server, threads = Server(), []
     server.tools = [Tool("where", "", {}, lambda given: threads.append(threading.current_thread()))]
     tools = Toolbox([halve], [server], call_seconds=0.05)
-    assert tools.answer(Call("where", {})).reason is Reason.OK
+    assert tools.answer(ToolCall("where", {})).outcome is CallOutcome.OK
     assert threads == [threading.current_thread()], "the toolbox waits as long as the source does"
 
 
 def test_tools_that_do_not_go_with_the_environments_own_are_refused_in_one_line() -> None:
     plain = ToolEnv(Ask(), box(double), style="plain")
     for env, says in (
-        (ToolEnv(plain, box(halve)), "use its style"),
-        (ToolEnv(plain, box(double), style="plain"), "two tools are called double"),
+        (ToolEnv(plain, box(halve)), "differs from the style of the environment's own tools"),
+        (ToolEnv(plain, box(double), style="plain"), "two tools are named double"),
     ):
         with pytest.raises(ToolRefused, match=says) as refused:
             env.reset()
@@ -160,7 +160,7 @@ def test_tools_that_do_not_go_with_the_environments_own_are_refused_in_one_line(
 def test_what_is_thought_of_a_call_is_no_call() -> None:
     env = ToolEnv(Ask(), box(double))
     env.reset()
-    call = written(Call("double", {"number": 1}))
+    call = written(ToolCall("double", {"number": 1}))
     for turn in (f"<think>{call}</think>42", f"<think>{call}", f"{call}</think>"):
         assert env.step(turn)[0] == f"heard {turn}"
     assert env.step(f"{call}</think>{call}<think>{call}")[0] == [
@@ -169,9 +169,9 @@ def test_what_is_thought_of_a_call_is_no_call() -> None:
 
 
 def test_what_an_info_says_of_tools_is_taken_where_it_is_ours() -> None:
-    assert answers_by_reason({"tools": {"ok": 2, "lost": 1, "failed": "often"}}) == {"ok": 2}
+    assert call_outcomes({"tools": {"ok": 2, "lost": 1, "failed": "often"}}) == {"ok": 2}
     for others in ({}, {"tools": ["hammer"]}, {"tools": None}):
-        assert answers_by_reason(others) == {}
+        assert call_outcomes(others) == {}
 
 
 def test_a_source_is_renewed_with_every_episode_and_closed_with_the_environment() -> None:
@@ -181,7 +181,7 @@ def test_a_source_is_renewed_with_every_episode_and_closed_with_the_environment(
         "its answers may change, however it is wrapped"
     )
     env.reset()
-    assert env.step(written(Call("double", {"number": 1})))[0][0]["content"] == "2.0"
+    assert env.step(written(ToolCall("double", {"number": 1})))[0][0]["content"] == "2.0"
     env.reset()
     env.close()
     assert server.told == ["renew", "renew", "close"]
@@ -189,9 +189,9 @@ def test_a_source_is_renewed_with_every_episode_and_closed_with_the_environment(
 
 pieces = st.sampled_from(
     [
-        written(Call("double", {"number": 1})),
-        written(Call("weather", {"place": "\ud800", "day": 1})),
-        written(Call("fail", {"how": "deep"})),
+        written(ToolCall("double", {"number": 1})),
+        written(ToolCall("weather", {"place": "\ud800", "day": 1})),
+        written(ToolCall("fail", {"how": "deep"})),
         "weather(arlen, 3)\n",
         "fail(exit)\n",
         "double(",

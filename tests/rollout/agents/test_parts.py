@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from envs.base import TextEnv, messages_of
 from envs.hosting.host import HostSettings, InProcessEnv
-from envs.tools.tool_calls import Call, write_call
+from envs.tools.tool_calls import ToolCall, write_call
 from rollout.agents.library import LibrarySettings, Store
 from rollout.agents.memory import Notebook, NotebookSettings, SummarySettings, WindowSettings
 from rollout.agents.planning import PlanSettings
@@ -106,9 +106,9 @@ def noter(prompt: str, rng: Random) -> str:
     """Writes a code down when it is said, and reads it again when it is in sight no more."""
     said = codes_in(prompt.rsplit("<|user|>", 1)[-1])
     if said and "move" in prompt.rsplit("<|user|>", 1)[-1]:
-        return write_call(Call("write", {"key": "k", "text": f"code {' '.join(said[0])}"}))
+        return write_call(ToolCall("write", {"key": "k", "text": f"code {' '.join(said[0])}"}))
     if "move" in prompt and not codes_in(prompt):
-        return write_call(Call("read", {"key": "k"}))
+        return write_call(ToolCall("read", {"key": "k"}))
     return move(prompt, rng)
 
 
@@ -219,7 +219,7 @@ def test_a_summary_is_a_turn_that_is_trained_and_begins_a_segment(
         {
             "role": "user",
             "content": "begin code right right left\nSo far: code right right left\nmove -1",
-            "forget": True,
+            "reset_context": True,
         }
     ]
 
@@ -246,7 +246,7 @@ def test_every_attempt_earns_what_it_earned_and_the_last_one_decides(
     assert (trajectory.success, trajectory.reward) == (False, 0.0)
     third = json.loads(trajectory.turns[8].observation)
     assert third == [
-        {"role": "user", "content": "Attempt 1: left\nAttempt 2: left\nbegin", "forget": True},
+        {"role": "user", "content": "Attempt 1: left\nAttempt 2: left\nbegin", "reset_context": True},
     ]
 
 

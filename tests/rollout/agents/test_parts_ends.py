@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from envs.base import Message, TextEnv, messages_of
-from envs.hosting.host import HostSettings, InProcessEnv, Sampled
+from envs.hosting.host import HostSettings, InProcessEnv, TokenUsage
 from rollout.agents.agent import Agent
 from rollout.agents.library import LibrarySettings, Store
 from rollout.agents.memory import NotebookSettings, SummarySettings, WindowSettings
@@ -159,7 +159,7 @@ class Directing(TextEnv):
     def step(self, action: str) -> tuple[list[Message], float, bool, bool, dict[str, Any]]:
         self.turn += 1
         if self.turn == 1:
-            return [{"role": "assistant", "content": "!", "go_on": True}], 0.0, False, False, {}
+            return [{"role": "assistant", "content": "!", "continue_turn": True}], 0.0, False, False, {}
         return [{"role": "user", "content": f"heard {action}", "max_tokens": 5}], 0.0, False, False, {}
 
 
@@ -181,7 +181,7 @@ def test_a_part_lets_a_turn_go_on_and_keeps_the_environments_limit(part: PartSet
     env.reset(seed=0)
     if part.kind == "plan":
         env.step("a plan")
-    assert env.step("</think>le")[0] == [{"role": "assistant", "content": "!", "go_on": True}]
+    assert env.step("</think>le")[0] == [{"role": "assistant", "content": "!", "continue_turn": True}]
     said, *_ = env.step("ft")
     if part.kind == "summary":
         assert "max_tokens" not in said[0], "a summary is no answer to the environment"
@@ -203,15 +203,15 @@ def test_what_a_part_must_know_and_say_crosses_to_its_process(tmp_path: Path) ->
         replica = await pool.take(task)
         try:
             await replica.reset(0)
-            replica.sampled(Sampled(9, 9, cut=True))
+            replica.sampled(TokenUsage(9, 9, cut=True))
             told = [await replica.step("<think>so</think>calculate(2")]
-            replica.sampled(Sampled(9, 9, cut=False))
+            replica.sampled(TokenUsage(9, 9, cut=False))
             return [*told, await replica.step(" + 3)"), await replica.step("</think>swim")]
         finally:
             await pool.discard(task, replica)
 
     cut, called, ended = asyncio.run(run())
-    assert cut[0][0] == {"role": "assistant", "content": "", "go_on": True, "max_tokens": 64}
+    assert cut[0][0] == {"role": "assistant", "content": "", "continue_turn": True, "max_tokens": 64}
     assert (called[0][0]["content"], called[4]) == ("5", {"tools": {"ok": 1}})
     assert ended[2:] == (
         False,

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from envs.base import TextEnv, messages_of
 from envs.builtin.assistant import assistant
 from envs.hosting.host import InProcessEnv
-from envs.tools.tool_calls import Call, write_call
+from envs.tools.tool_calls import ToolCall, write_call
 from rollout.agents.agent import AgentSettings
 from rollout.agents.library import LibrarySettings
 from rollout.agents.memory import NotebookSettings, SummarySettings, WindowSettings
@@ -63,10 +63,10 @@ class Walk(TextEnv):
 
 
 CALLS = [
-    write_call(Call("calculate", {"expression": "3 + 4"})),
-    write_call(Call("write", {"key": "k", "text": "x"})),
+    write_call(ToolCall("calculate", {"expression": "3 + 4"})),
+    write_call(ToolCall("write", {"key": "k", "text": "x"})),
 ]
-IN_THOUGHT = write_call(Call("calculate", {"expression": "0 + 0"}))
+IN_THOUGHT = write_call(ToolCall("calculate", {"expression": "0 + 0"}))
 SAID = ["left", "right", "plan: left", *CALLS]
 
 

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from envs import registry
 from envs.builtin.patches import Patches
 from envs.hosting.host import HostSettings
-from envs.images import shown
+from envs.images import image_observation
 from learner.data.batch import row_of, sequences_of
 from learner.model.policy import Policy
 from learner.settings import ModelSettings
@@ -235,7 +235,7 @@ def test_an_engine_without_eyes_says_so(rig: Rig) -> None:
 
 
 def test_parts_of_an_agent_add_to_pictures_what_they_say() -> None:
-    observation = shown(np.zeros((4, 4, 3), np.uint8), "look")
+    observation = image_observation(np.zeros((4, 4, 3), np.uint8), "look")
     first = with_text_before("Plan: go", observation)[0]["content"]
     last = with_text_after(observation, "Write a plan.")[-1]["content"]
     asked = [{"role": "user", "content": "and?"}]
@@ -243,7 +243,7 @@ def test_parts_of_an_agent_add_to_pictures_what_they_say() -> None:
     kinds = [[part["type"] for part in content] for content in (first, last, both)]
     assert kinds == [["text", "text", "image"], ["text", "image", "text"], ["text", "image", "text"]]
     assert first[0]["text"] == "Plan: go\n" and last[2]["text"] == "\nWrite a plan."
-    assert observation == shown(np.zeros((4, 4, 3), np.uint8), "look")
+    assert observation == image_observation(np.zeros((4, 4, 3), np.uint8), "look")
 
 
 def test_a_replica_in_a_process_of_its_own_shows_the_same() -> None:

@@ -309,7 +309,7 @@ def test_replicas_live_on_nodes_that_have_what_they_claim_and_are_lost_with_them
         pool = pool_of(claiming.model_copy(update={"start_seconds": 1.0}))
         error = (await played(pool, agent, task)).error
         assert error is not None
-        assert "no node of the cluster took it within 1 s (env.host.start_seconds)" in error
+        assert "no node of the cluster had room for it within 1 s (env.host.start_seconds)" in error
         assert "it claims 0 CPU, 0.5 cpu_node" in error
 
     asyncio.run(run())

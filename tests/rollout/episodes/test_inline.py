@@ -15,7 +15,7 @@ import pytest
 
 from envs import call_thread
 from envs.base import TextEnv
-from envs.hosting.host import EnvironmentFailed, EnvironmentStuck, HostSettings, InProcessEnv
+from envs.hosting.host import EnvironmentFailed, EnvironmentTimeout, HostSettings, InProcessEnv
 from envs.hosting.subprocess_env import SubprocessEnv
 from learner.model.tokenizer import build_tokenizer
 from rollout.agents.agent import Agent
@@ -122,7 +122,7 @@ def test_a_step_that_takes_too_long_costs_its_episode_and_says_where_it_stood(
 
     async def act(replica: InProcessEnv) -> threading.Thread:
         with pytest.raises(
-            EnvironmentStuck, match=r"within 0.2 s \(env.host.step_seconds\).*test_inline.py:\d+\)"
+            EnvironmentTimeout, match=r"within 0.2 s \(env.host.step_seconds\).*test_inline.py:\d+\)"
         ):
             await replica.step("on")
         return replica._thread.thread

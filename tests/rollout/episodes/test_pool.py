@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from envs.hosting.host import Env, EnvironmentFailed, HostSettings, InProcessEnv, NoRoom
+from envs.hosting.host import ClusterFull, Env, EnvironmentFailed, HostSettings, InProcessEnv
 from rollout.episodes.pool import EnvironmentPool
 from rollout.wire.trajectory import Task
 from tests.rollout.trouble import make
@@ -28,7 +28,7 @@ class Cluster:
             if self.room:
                 self.room -= 1
                 return Claiming(recipe(), self)
-        raise NoRoom("there is no room")
+        raise ClusterFull("there is no room")
 
 
 class Claiming(InProcessEnv):

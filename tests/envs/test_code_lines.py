@@ -1,4 +1,4 @@
-"""A user's own code that fails is told in one line, with its cause and its own line of code; the rest is in a file."""
+"""Errors of user code are one line, with the cause and the line of user code; the traceback is in a file."""
 
 from __future__ import annotations
 
