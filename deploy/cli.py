@@ -106,9 +106,9 @@ def train(
 
     manta train rloo --replay runs/frozen_lake-20260101-120000
     """
-    from deploy.run.launch import Asked, launch
+    from deploy.run.launch import TrainRequest, launch
 
-    launch(Asked(recipe, overrides or (), resume, run_dir, output_dir, replay, local, trust), console)
+    launch(TrainRequest(recipe, overrides or (), resume, run_dir, output_dir, replay, local, trust), console)
 
 
 @app.command("eval")
@@ -375,8 +375,9 @@ def _verdicts() -> tuple[type[Exception], ...]:
     from deploy.config.guards import GuardTripped
     from deploy.config.supervise import PartFailed
     from rollout.buffer.failures import TooManyFailures
+    from rollout.wire.own_part import OwnPartError
 
-    return PartFailed, GuardTripped, TooManyFailures
+    return PartFailed, GuardTripped, TooManyFailures, OwnPartError
 
 
 if __name__ == "__main__":

@@ -93,10 +93,9 @@ PUT_TOGETHER = {
         "ALARM: ",
         "step ...: ... is ... (... for ... steps)",
     ),
-    "note: what weights up to ... versions old sampled counts as the learner's own: ...": (
+    "note: off-policy samples (...) are treated as on-policy: ...": (
         "note: ...",
-        "weights up to ... versions old",
-        "sampled counts as the learner's own: ",
+        "off-policy samples (...) are treated as on-policy: ",
     ),
 }
 

@@ -1,7 +1,7 @@
-"""How the parts of a run are made from its configuration: one recipe for the local ring and for the cluster.
+"""Builders of a run's parts from its configuration, for the local runtime and for the cluster.
 
-Every process of a run imports this. What takes seconds to import (transformers, the learner) is imported by the
-functions that need it: a replay buffer that is started again, and everybody who waits for it, need not wait for that.
+Every process of a run imports this module. Modules that take seconds to import (transformers, the learner) are imported
+inside the functions that need them, so that a restarted replay buffer does not wait for them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ EngineFactory = Callable[[RunConfig, str, str], Awaitable[Engine]]  # (config, w
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """A model's tokenizer. ConfigError, one line, for files that cannot be read; ModelMissing."""
+    """Load a model's tokenizer. ConfigError, one line, for unreadable files; ModelMissing if there is no model."""
     from transformers import AutoTokenizer
 
     with _files_of(path):
@@ -57,7 +57,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_chat(path: str, context_tokens: int | None = None) -> Chat:
-    """How messages become tokens of a model, pictures included where it sees."""
+    """Load the chat of a model, which renders messages to tokens, and pictures for a vision model."""
     tokenizer = load_tokenizer(path)
     with _files_of(path):
         perception, ends = Perception.load(path), end_tokens(path)
@@ -66,14 +66,14 @@ def load_chat(path: str, context_tokens: int | None = None) -> Chat:
 
 @contextmanager
 def _files_of(path: str) -> Iterator[None]:
-    """Tell what a library raises of a model's damaged files in one line."""
+    """Turn a library's error about a model's files into ConfigError, one line."""
     try:
         yield
     except ModelMissing:
         raise
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"model {path}: a file of it cannot be read: {reason}") from error
+        raise ConfigError(f"model {path}: one of its files cannot be read: {reason}") from error
 
 
 def training_tasks(config: RunConfig) -> TaskStream:
@@ -83,14 +83,14 @@ def training_tasks(config: RunConfig) -> TaskStream:
 
 
 def evaluation_tasks(config: RunConfig) -> list[Task]:
-    """The tasks of an evaluation: the first seeds whose first observations are all different, see `distinct_tasks`."""
+    """The tasks of an evaluation: the first seeds with different first observations, see `distinct_tasks`."""
     options = config.env.options | config.evaluation.options
     first, count = config.evaluation.first_seed, config.evaluation.tasks
     return distinct_tasks(config.env.id, options, first, count, config.env.host)
 
 
 def held_out(config: RunConfig) -> bool:
-    """Whether evaluation plays instances of a split that training cannot draw from; a foreign agent's task names it."""
+    """Whether evaluation uses a split that training does not draw from; a foreign agent's task names its split."""
     trained, evaluated = config.env.options, config.env.options | config.evaluation.options
     if config.env.id == PROGRAM:
         trained, evaluated = trained.get("task", {}), evaluated.get("task", {})
@@ -99,13 +99,13 @@ def held_out(config: RunConfig) -> bool:
 
 
 @contextmanager
-def looked_at(
+def probe_environment(
     env_id: str, options: dict[str, Any], host: HostSettings | None, parts: Sequence[PartSettings] = ()
 ) -> Iterator[Callable[[int], Observation]]:
-    """A replica to be looked at before a run: gives its `reset`.
+    """Start a replica before a run and yield its `reset`.
 
-    Whatever is not Manta's or Gymnasium's own code has a process and the limits of `host`: ConfigError, one line,
-    where it fails or does not answer.
+    Environments that are neither Manta's nor Gymnasium's get a process and the limits of `host`. ConfigError, one line,
+    if the environment fails or does not answer.
     """
     if registry.is_trusted(env_id):
         env = _asked(env_id, lambda: wrapped(partial(registry.make, env_id, **options), parts))
@@ -125,7 +125,7 @@ def looked_at(
 
 
 def _asked(env_id: str, call: Callable[[], T]) -> T:
-    """The answer of an environment of this process; an error of other people's code becomes ConfigError, one line."""
+    """Call an environment in this process; an error of a user's code becomes ConfigError, one line."""
     try:
         return call()
     except (registry.EnvironmentUnknown, ToolRefused):
@@ -143,12 +143,12 @@ def distinct_tasks(
     count: int,
     host: HostSettings | None = None,
 ) -> list[Task]:
-    """`count` tasks that begin with different observations, trying seeds from `first_seed` on.
+    """`count` tasks with different first observations, for seeds from `first_seed` on.
 
-    Raises ConfigError when 1000 seeds in a row bring nothing new: the environment does not hold that many instances.
-    An environment without splits holds out nothing but seeds, which those of training never are, and its episodes may
-    differ though they begin alike (a slippery lake): its tasks are the first seeds. So are a foreign agent's, and those
-    of an environment that has a list of tasks: as many as it has at most.
+    ConfigError if 1000 seeds in a row give no new observation: the environment has too few instances. An environment
+    without splits holds out seeds alone, which training never uses, and its episodes may differ after equal starts (a
+    slippery lake): its tasks are the first seeds. So are a foreign agent's, and those of an environment with a list of
+    tasks: at most as many as the list has.
     """
     if (held := registry.task_count(env_id, options)) is not None:
         count = min(count, held)
@@ -158,7 +158,7 @@ def distinct_tasks(
     seen: set[str] = set()
     tasks: list[Task] = []
     seed, last_new = first_seed, first_seed
-    with looked_at(env_id, options, host) as reset:
+    with probe_environment(env_id, options, host) as reset:
         if first and (held is not None or not registry.has_splits(env_id)):
             reset(first_seed)
             return first
@@ -170,27 +170,28 @@ def distinct_tasks(
                 last_new = seed
             elif seed - last_new >= 1000:
                 raise ConfigError(
-                    f"evaluation.tasks={count} is more than there is: {env_id} begins in only {len(tasks)} different "
-                    f"ways with these options (seeds {first_seed} to {seed}); lower it or change evaluation.options"
+                    f"evaluation.tasks={count} is too large: {env_id} has only {len(tasks)} different first "
+                    f"observations with these options (seeds {first_seed} to {seed}); lower it or change "
+                    "evaluation.options"
                 )
             seed += 1
     return tasks
 
 
-def told_alike(tasks: list[Task], host: HostSettings | None = None) -> str:
-    """One line where several tasks begin with the same observation, all of them; else empty."""
+def identical_starts(tasks: list[Task], host: HostSettings | None = None) -> str:
+    """A notice, one line, if all of several tasks have the same first observation; otherwise empty."""
     if len(tasks) < 2 or tasks[0].env_id == PROGRAM:
         return ""
     env_id = tasks[0].env_id
-    with looked_at(env_id, tasks[0].kwargs, host) as reset:
+    with probe_environment(env_id, tasks[0].kwargs, host) as reset:
         first = str(reset(tasks[0].seed))
         alike = all(str(reset(task.seed)) == first for task in tasks[1:])
-    told = f"{env_id} begins alike with all {len(tasks)} seeds it is evaluated on; what follows may differ"
-    return told if alike else ""
+    notice = f"{env_id} has the same first observation for all {len(tasks)} evaluation seeds; later turns may differ"
+    return notice if alike else ""
 
 
 def sent_adapter(config: RunConfig, path: str) -> AdapterSpec | None:
-    """The adapter that engines are sent in place of whole weights, where the run says so."""
+    """The adapter that is sent to engines instead of whole weights; None if whole weights are sent."""
     lora = config.learner.model.lora
     if lora is None or lora.sync != "adapter":
         return None
@@ -200,7 +201,7 @@ def sent_adapter(config: RunConfig, path: str) -> AdapterSpec | None:
 
 
 async def start_engine(config: RunConfig, name: str, path: str) -> Engine:
-    """The engine that the configuration names."""
+    """Start the engine of the configuration."""
     tokenizer = load_tokenizer(path)
     with _files_of(path):
         perception, ends = Perception.load(path), end_tokens(path)
@@ -219,10 +220,10 @@ async def start_engine(config: RunConfig, name: str, path: str) -> Engine:
 
 
 def replica_start(host: HostSettings) -> Start:
-    """How replicas are started that do not live in their worker."""
+    """The start function of replicas outside of their worker's process."""
     if host.where != "ray":
         return SubprocessEnv.start
-    from envs.hosting.actors import RemoteEnv  # and with it Ray, which is not everywhere
+    from envs.hosting.actors import RemoteEnv  # imports Ray, which is optional here
 
     return RemoteEnv.start
 
@@ -230,7 +231,7 @@ def replica_start(host: HostSettings) -> Start:
 async def build_worker(
     config: RunConfig, path: str, engine_factory: EngineFactory, name: str, replay_buffer: GroupBuffer
 ) -> RolloutWorker:
-    """A rollout worker with its engine started."""
+    """Start an engine and build the rollout worker over it."""
     engine = await engine_factory(config, name, path)
     chat = load_chat(path, config.rollout.context_tokens)
     agent = Agent(engine, chat, config.sampling, config.rollout.context_tokens, config.agent)
@@ -241,9 +242,9 @@ async def build_worker(
 
 
 def replay_buffer_builder(config: RunConfig, run_folder: Path) -> Callable[[], ReplayBuffer]:
-    """What opens the run's buffer, over its ledger and segments on disk.
+    """A function that opens the run's replay buffer from its ledger and segments on disk.
 
-    It carries no configuration: a process that unpickles it imports what the buffer needs, and no torch.
+    It holds no configuration, so that a process that unpickles it does not import torch.
     """
     return partial(
         ReplayBuffer.over, run_folder, training_tasks(config), config.buffer, config.steps, config.seed
@@ -251,10 +252,10 @@ def replay_buffer_builder(config: RunConfig, run_folder: Path) -> Callable[[], R
 
 
 async def play_demonstrations(config: RunConfig, path: str) -> list[pa.RecordBatch]:
-    """Demonstrations of the environment's scripted player, as rows. ValueError for a run without a warm start."""
+    """Play demonstrations of the environment's scripted player; returns rows. ValueError without a warm start."""
     warm_start = config.warm_start
     if warm_start is None:
-        raise ValueError("this run has no section warm_start, so there is nothing to demonstrate")
+        raise ValueError("this run has no section warm_start, which demonstrations need")
     stream = TaskStream(config.env.id, config.env.options, config.seed + 1)
     player = registry.player(config.env.id)
     groups = await demonstrate(

@@ -1,4 +1,4 @@
-"""The conversations an agent will have, tried on the model's chat template before anything is started."""
+"""Trial rendering of an agent's conversations with the model's chat template, before a run starts."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _ASKING = (
     "summary",
     "reflect",
     "library",
-)  # parts that say something of their own behind an observation
-_FORGETTING = ("window", "summary", "reflect")  # parts with which a conversation begins anew
+)  # parts that add a message of their own after an observation
+_RESTARTING = ("window", "summary", "reflect")  # parts that start a new conversation
 
 
-def rehearse(chat: Chat, observation: Observation, agent: AgentSettings) -> int:
-    """Render the first observation and every form of a later one; returns the tokens of the first prompt.
+def try_conversations(chat: Chat, observation: Observation, agent: AgentSettings) -> int:
+    """Render the first observation and every form of a later one; returns the number of tokens of the first prompt.
 
-    Every role, tool and result is tried that environment and parts are known to say. Raises ChatError where the
-    template refuses one, or leaves it out.
+    Covers every role, tool and result that environment and parts may use. ChatError if the template refuses a message
+    or leaves it out.
     """
     first = messages_of(observation)
     prompt = chat.opening(first)
     for messages in _later(first, agent.parts):
         chat.delta(messages, ())
-    for history in _begun_anew(first, agent.parts):
+    for history in _restarted(first, agent.parts):
         chat.opening(history)
     return len(prompt)
 
 
 def _later(first: Sequence[Message], parts: Sequence[PartSettings]) -> Iterator[list[Message]]:
-    """What may be said to a turn where the conversation goes on."""
+    """The messages that may follow a turn in the same conversation."""
     yield [_NEXT]
     for result in _results(first):
         yield [result]
@@ -45,14 +45,14 @@ def _later(first: Sequence[Message], parts: Sequence[PartSettings]) -> Iterator[
             yield [result, _NEXT]
 
 
-def _begun_anew(first: Sequence[Message], parts: Sequence[PartSettings]) -> Iterator[list[Message]]:
-    """What a conversation may begin anew with: the task and a history."""
-    if any(part.kind in _FORGETTING or (isinstance(part, ThinkSettings) and not part.keep) for part in parts):
+def _restarted(first: Sequence[Message], parts: Sequence[PartSettings]) -> Iterator[list[Message]]:
+    """The messages that may start a new conversation: the task and a history."""
+    if any(part.kind in _RESTARTING or (isinstance(part, ThinkSettings) and not part.keep) for part in parts):
         for said in ([_NEXT], *([result] for result in _results(first))):
             yield [*first, _SAID, *said]
 
 
 def _results(first: Sequence[Message]) -> Iterator[Message]:
-    """One result of a tool, where tools are offered: they are of one form."""
+    """One result of a tool if there are tools; all results have the same form."""
     for tool in first[0].get("tools", [])[:1]:
         yield {"role": "tool", "name": tool["function"]["name"], "content": "done"}

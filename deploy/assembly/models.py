@@ -1,4 +1,4 @@
-"""The model that a run begins with, built where none is named, and the learner over it."""
+"""The base model of a run, built if no checkpoint is named, and the learner over it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ COMPANIONS_FILE = "model.json"  # in a run folder: checksums of the files beside
 
 
 def model_path(config: RunConfig, run_folder: Path) -> str:
-    """Where the base model lies; a tiny one is built into the run folder first.
+    """The path of the base model; a tiny model is first built in the run folder.
 
-    ConfigError for a folder whose tokenizer or configuration is not what the run began with: the same text would be
-    other tokens from here on.
+    ConfigError for a folder whose tokenizer or configuration has changed since the run began, since the same text would
+    then have other tokens.
     """
     path = config.learner.model.path if config.tiny is None else _tiny(config, run_folder)
     if Path(path).is_dir():
@@ -37,11 +37,11 @@ def model_path(config: RunConfig, run_folder: Path) -> str:
 
 
 def _require_unchanged(model: Path, kept: Path) -> None:
-    """Compare the files beside a model's weights with their checksums, which are kept when the run first asks."""
+    """Compare a model's files besides its weights with their checksums, which the first call stores."""
     found = {name: blake3(content).hexdigest() for name, content in companions(model).items()}
     if not kept.is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        aside = kept.with_suffix(f".{os.getpid()}.part")  # several processes of a run may ask first
+        aside = kept.with_suffix(f".{os.getpid()}.part")  # several processes of a run may be the first
         aside.write_text(json.dumps(found, indent=1), encoding="utf-8")
         aside.replace(kept)
         return
@@ -51,17 +51,17 @@ def _require_unchanged(model: Path, kept: Path) -> None:
         raise ConfigError(f"{kept}: broken file ({error}); remove it if the model is unchanged") from error
     if other := sorted(name for name in began.keys() | found.keys() if began.get(name) != found.get(name)):
         raise ConfigError(
-            f"model {model}: {other[0]} is not what this run began with; restore it, or begin another run"
+            f"model {model}: {other[0]} has changed since this run began; restore it, or start another run"
         )
 
 
 def _tiny(config: RunConfig, run_folder: Path) -> str:
-    """The folder of a tiny model, built where it is not there."""
+    """The folder of a tiny model, built unless it exists."""
     tiny = config.tiny
     assert tiny is not None
     folder = run_folder / "base"
     if not folder.is_dir():
-        aside = run_folder / ".base.part"  # a process that ends on its way leaves no half of a model
+        aside = run_folder / ".base.part"  # an interrupted build leaves no incomplete model
         shutil.rmtree(aside, ignore_errors=True)
         tokenizer = tiny_tokenizer(config, aside)
         build = partial(build_tiny_vision, pixels=tiny.pixels) if tiny.pixels else build_tiny
@@ -89,7 +89,7 @@ def tiny_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
 
 
 def build_learner(config: RunConfig, path: str, ranks: Ranks = ALONE) -> Learner:
-    """The learner of a run, with the largest row it can meet tried once. ModelError where that does not fit."""
+    """Build the learner of a run and run its largest possible row once. ModelError if that exceeds memory."""
     model = config.learner.model.model_copy(update={"path": path})
     settings = config.learner.model_copy(update={"model": model})
     learner = Learner(settings, config.seed, config.sampling.temperature, config.steps, ranks)

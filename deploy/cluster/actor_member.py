@@ -8,31 +8,39 @@ from typing import Any
 import ray
 
 from deploy.report.phases import Startup
-from rollout.buffer.replay_store import EpisodeRow
 from rollout.episodes.actors import BESIDE
 from rollout.wire.metrics import Row
 from rollout.wire.process_info import ProcessInfo
-from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightUpdate
 
-Hear = Callable[[str, Sequence[str]], None]  # a part's name, and its notices
+Hear = Callable[[str, Sequence[str]], None]  # (name of a part, its notices)
 
 
 def actor(cls: type, groups: dict[str, int] | None = None, **options: Any) -> Any:
-    """The class as an actor that claims nothing but what is asked for; groups: its concurrency groups."""
+    """The class as an actor without default resources. groups: its concurrency groups."""
     made = ray.remote(concurrency_groups=groups)(cls) if groups else ray.remote(cls)
     return made.options(**({"num_cpus": 0} | options))
 
 
 async def awaited(reference: Any) -> Any:
-    """A reference as a coroutine, which is what asyncio's functions want."""
+    """A Ray reference as a coroutine, for asyncio's functions."""
     return await reference
 
 
-class ActorMember:
-    """`deploy.cluster.member.Member` over a handle. With `native` weights the learner reaches the engines itself.
+def _forwarded(method: str) -> Any:
+    """A method that awaits the actor's method of this name."""
 
-    hear: told of what the worker notices, with every heartbeat and at its end.
+    async def call(self: ActorMember, *arguments: Any) -> Any:
+        return await getattr(self._handle, method).remote(*arguments)
+
+    return call
+
+
+class ActorMember:
+    """`deploy.cluster.member.Member` over an actor's handle.
+
+    native: the learner sends weights to the engines itself, by vLLM's own transfer. hear: receives the worker's
+    notices, with every heartbeat and at the end.
     """
 
     def __init__(
@@ -50,6 +58,10 @@ class ActorMember:
         self._handle = handle
         self._native = native
 
+    run, evaluate, stop, drain, counters, stacks = map(
+        _forwarded, ("run", "evaluate", "stop", "drain", "counters", "stacks")
+    )
+
     async def start(self) -> ProcessInfo:
         with self._startup.timed("engines"):
             where: ProcessInfo = await self._handle.start.remote()
@@ -61,13 +73,6 @@ class ActorMember:
         report: SyncReport = await self._handle.sync.remote(update)
         return report
 
-    async def run(self) -> None:
-        await self._handle.run.remote()
-
-    async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
-        rows: list[EpisodeRow] = await self._handle.evaluate.remote(tasks, name)
-        return rows
-
     async def ping(self) -> None:
         await self._handle.ping.remote()
         await self._listen()
@@ -76,26 +81,12 @@ class ActorMember:
         text: str = await self._handle.standing.options(concurrency_group=BESIDE).remote()
         return text
 
-    async def stop(self) -> None:
-        await self._handle.stop.remote()
-
-    async def drain(self) -> None:
-        await self._handle.drain.remote()
-
-    async def counters(self) -> Row:
-        row: Row = await self._handle.counters.remote()
-        return row
-
-    async def stacks(self) -> str:
-        text: str = await self._handle.stacks.remote()
-        return text
-
     async def close(self) -> None:
         await self._listen()
         await self._handle.close.remote()
 
     async def kill(self) -> None:
-        # The handle is no more once its actor has ended; killing a stopped process takes the raylet some seconds.
+        # Killing a stopped process takes the raylet some seconds.
         ray.kill(self._handle)
 
     async def _listen(self) -> None:

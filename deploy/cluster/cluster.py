@@ -92,7 +92,9 @@ class RayRuntime:
         self._budget = Budget(supervision)
         self._learner_lost = loss_to_come()
         build = replay_buffer_builder(config, self.run_folder)
-        self._buffer = BufferPart(build, supervision, config.cluster.start_seconds, self._say, self._noticed)
+        self._buffer = BufferPart(
+            build, supervision, config.cluster.start_timeout_seconds, self._say, self._noticed
+        )
         found = asyncio.create_task(self._find_buffer())
         self._hearts = [found]
         self._fleet = Fleet(
@@ -100,8 +102,8 @@ class RayRuntime:
             self._lend,
             self._hand_on,
             supervision,
-            config.cluster.start_seconds,
-            config.weights.sync_seconds,
+            config.cluster.start_timeout_seconds,
+            config.weights.sync_timeout_seconds,
             self._say,
             self._budget,
             lost=self._hand_on,
@@ -192,7 +194,7 @@ class RayRuntime:
 
     async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
         return await within(
-            self._config.evaluation.seconds, self._fleet.evaluate(tasks, name), f"evaluation {name!r}"
+            self._config.evaluation.timeout_seconds, self._fleet.evaluate(tasks, name), f"evaluation {name!r}"
         )
 
     def begin_rollouts(self) -> None:
@@ -200,8 +202,8 @@ class RayRuntime:
 
     async def step(self, number: int) -> Row:
         began = time.perf_counter()
-        # The learner waits step_seconds for its groups and says what is missing; twice that is for the learner itself.
-        limit = 2 * self._config.cluster.step_seconds
+        # The learner waits one step_timeout_seconds for its groups and names the missing ones; the step has another.
+        limit = 2 * self._config.cluster.step_timeout_seconds
         row: Row = await self._of_learner(
             "the learner's step", lambda: self._lead.train.remote(number), limit
         )
@@ -233,7 +235,7 @@ class RayRuntime:
             try:
                 return await self._start_learner(load=True)
             except (RayActorError, PartLost, RankLost) as error:
-                loss = LearnerLost(part.obituary(error))
+                loss = LearnerLost(part.loss_message(error))
 
     async def save(self) -> None:
         await self._of_learner("the checkpoint", lambda: self._lead.save.remote(self.run_folder))
@@ -311,7 +313,7 @@ class RayRuntime:
                 self._lead.unpin_weights.remote()  # whether it hears this is of no account
 
     async def _offer(self) -> WeightUpdate:
-        limit = self._config.cluster.start_seconds
+        limit = self._config.cluster.start_timeout_seconds
         deadline = time.monotonic() + limit
         while True:
             try:
@@ -323,7 +325,7 @@ class RayRuntime:
             except (RayActorError, RankLost) as error:
                 # Of ranks that lost touch with one another every process may live: no heartbeat would say so.
                 if isinstance(error, RankLost) and self._learner and not self._learner_lost.done():
-                    self._learner_lost.set_exception(LearnerLost(self._learner.obituary(error)))
+                    self._learner_lost.set_exception(LearnerLost(self._learner.loss_message(error)))
                 if time.monotonic() > deadline:
                     raise PartLost(
                         f"the learner offered no weights within {limit:g} s: {brief(error)}"
@@ -351,7 +353,7 @@ class RayRuntime:
             return await self._watched(self._within(what, call(), limit))
         except (RayActorError, RankLost, StepTorn) as error:
             assert self._learner is not None
-            raise LearnerLost(self._learner.obituary(error)) from error
+            raise LearnerLost(self._learner.loss_message(error)) from error
 
     async def _watched(self, pending: Awaitable[T]) -> T:
         # The hearts too: one that stops beating is a fault of ours, and must not go unseen.
@@ -360,7 +362,7 @@ class RayRuntime:
         return await first_failure(asyncio.ensure_future(pending), parts)
 
     async def _within(self, what: str, pending: Any, limit: float | None = None) -> Any:
-        return await within(limit or self._config.cluster.start_seconds, awaited(pending), what)
+        return await within(limit or self._config.cluster.start_timeout_seconds, awaited(pending), what)
 
 
 # What a member is lent where vLLM's own transfer brings the weights.
@@ -377,7 +379,7 @@ def _native(config: RunConfig, workers: dict[str, Any], learner: Learner) -> Pub
         workers,
         config.engine.placement.gpus,
         ray.util.get_node_ip_address(),
-        config.weights.sync_seconds,
+        config.weights.sync_timeout_seconds,
     )
 
 

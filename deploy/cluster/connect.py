@@ -1,4 +1,4 @@
-"""Reaching a Ray cluster, or starting a local one, and asking whether it can hold a run."""
+"""Connection to Ray: join a cluster or start a local one, and check that it has room for a run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from deploy.config.config_errors import ConfigError
 
 
 def connect(config: RunConfig, temporary: Path | None = None) -> None:
-    """Join the cluster named by the configuration or by the job that runs us, or start a local Ray.
+    """Join the cluster named by the configuration or by the Ray job of this process, or start a local Ray.
 
-    A local Ray keeps its sockets and logs below `temporary`, where one is given. ConfigError where Ray cannot be had.
+    temporary: folder for the sockets and logs of a local Ray. ConfigError if Ray cannot be reached or started.
     """
     if ray.is_initialized():
         return
@@ -28,7 +28,7 @@ def connect(config: RunConfig, temporary: Path | None = None) -> None:
         address = config.cluster.address or "auto"
         _init(
             f"the Ray cluster at cluster.address={address!r} cannot be joined",
-            "see that it runs there (ray status) with the same version of Ray, or say cluster.address= to start one",
+            "check that it runs there (ray status) with the same version of Ray, or use cluster.address= to start one",
             address=address,
             **options,
         )
@@ -39,14 +39,14 @@ def connect(config: RunConfig, temporary: Path | None = None) -> None:
             options["_temp_dir"] = str(ray_folder(temporary))
         _init(
             "Ray did not start on this machine",
-            "wait for processors and memory to be free and try again, or train without Ray: --local",
+            "free processors and memory and try again, or train without Ray: --local",
             address="local",
             **options,
         )
 
 
 def _init(what: str, remedy: str, **options: Any) -> None:
-    """Call `ray.init`. ConfigError, one line, where it fails: of a node that is late Ray raises Exception itself."""
+    """Call `ray.init`. ConfigError, one line, for any failure: for a late node Ray raises a plain Exception."""
     try:
         ray.init(**options)
     except Exception as error:
@@ -55,9 +55,9 @@ def _init(what: str, remedy: str, **options: Any) -> None:
 
 
 def require_capacity(config: RunConfig) -> None:
-    """Refuse a request that the cluster cannot hold, saying what is missing."""
+    """ConfigError if the cluster has too few resources for the run; the message lists the missing ones."""
     wanted = demand(config)
-    deadline = time.monotonic() + config.cluster.capacity_seconds
+    deadline = time.monotonic() + config.cluster.capacity_timeout_seconds
     while True:
         held = ray.cluster_resources()
         missing = {
@@ -73,8 +73,8 @@ def require_capacity(config: RunConfig) -> None:
             lower = "lower rollout.workers or rollout.cpus_per_worker"
             if replicas := replicas_elsewhere(config):
                 lower += (
-                    f", what each of {replicas} replicas claims (env.host.cpus_per_replica, resources) or their number "
-                    "(rollout.concurrent_groups * rollout.group_size a worker)"
+                    f", the resources of each of {replicas} replicas (env.host.cpus_per_replica, env.host.resources) "
+                    "or their number (rollout.concurrent_groups * rollout.group_size a worker)"
                 )
             raise ConfigError(
                 f"the cluster is too small: {lacking} missing (the run asks for {asked}); {lower}, or add nodes"
@@ -83,7 +83,7 @@ def require_capacity(config: RunConfig) -> None:
 
 
 def require_room(config: RunConfig, workers: int) -> None:
-    """Refuse more rollout workers than a cluster that never grows can hold. ConfigError says how many it can."""
+    """ConfigError for more rollout workers than a cluster of fixed size has room for; the message has the maximum."""
     if not _fixed_size(config):
         return
     held = ray.cluster_resources()
@@ -95,11 +95,13 @@ def require_room(config: RunConfig, workers: int) -> None:
 
     if not fits(workers):
         most = next((count for count in range(workers, 0, -1) if fits(count)), 0)
-        raise ConfigError(f"{workers} rollout workers were asked for, but this machine has room for {most}")
+        raise ConfigError(
+            f"{workers} rollout workers requested, but this machine has room for {most}; ask for fewer"
+        )
 
 
 def demand(config: RunConfig) -> dict[str, float]:
-    """The resources all actors of a run need together, in Ray's names."""
+    """The resources of all actors of a run together, by Ray's names."""
     workers, rollout = config.rollout.workers, config.rollout
     ranks = config.learner.ranks
     wanted = {"CPU": workers * rollout.cpus_per_worker + ranks * config.cluster.learner_cpus}
@@ -107,18 +109,18 @@ def demand(config: RunConfig) -> dict[str, float]:
         wanted["GPU"] = gpus
     if replicas := replicas_elsewhere(config):
         for name, amount in config.env.host.claims.items():
-            # Sums as Ray makes them, which counts in ten thousandths.
+            # Rounded as in Ray, which counts in units of 1e-4.
             wanted[name] = round(wanted.get(name, 0.0) + replicas * amount, 4)
     return wanted
 
 
 def replicas_elsewhere(config: RunConfig) -> int:
-    """How many replicas of the environment are actors of their own: one for each episode that is played at once."""
+    """The number of environment replicas that are actors: one for each concurrent episode."""
     return config.rollout.workers * config.rollout.episodes if config.env.host.where == "ray" else 0
 
 
 def learner_gpus(config: RunConfig) -> float:
-    """A rank's GPU: whole; with "ipc", which hands over a GPU's own memory, what engines leave of the one shared."""
+    """GPUs of a rank: one; with "ipc", which shares a GPU's memory, the part of that GPU that engines leave free."""
     if config.learner.model.device != "cuda":
         return 0
     shared = config.weights.transfer == "ipc"
@@ -126,5 +128,5 @@ def learner_gpus(config: RunConfig) -> float:
 
 
 def _fixed_size(config: RunConfig) -> bool:
-    # A local Ray never grows; an autoscaled cluster may, so it is given time.
+    # A local Ray never grows; an autoscaled cluster may, so its capacity is awaited.
     return not config.cluster.joins

@@ -1,7 +1,7 @@
-"""How a running job is spoken to: small files in its run folder, which every node sees and no port is needed for.
+"""Control of a running job through small files in its run folder, which is shared by all nodes and needs no port.
 
-RUN/driver.lock    held by the driver while it lives; names its host and pid
-RUN/wanted.json    what `manta scale` asks for
+RUN/driver.lock    locked by the driver while it runs; holds its host and pid
+RUN/wanted.json    the request of `manta scale`
 RUN/roster.json    every part of the run: name, state, host, pid, log
 """
 
@@ -20,12 +20,12 @@ from deploy.config.config_errors import ConfigError
 from deploy.config.run_folder import LOCK, read_json, writing
 
 WANTED, ROSTER = "wanted.json", "roster.json"
-MOST_WORKERS = 1024  # that one driver looks after
+MOST_WORKERS = 1024  # limit of one driver
 
 
 @contextmanager
 def driving(folder: Path) -> Iterator[None]:
-    """Be the one driver of a run; ConfigError where another is. The system lets go of it however we end."""
+    """Hold the lock of a run's only driver; ConfigError if another process holds it. The system frees it at any end."""
     with writing(folder):
         lock_file = (folder / LOCK).open("a+", encoding="utf-8")
     with lock_file as lock:
@@ -37,11 +37,11 @@ def driving(folder: Path) -> Iterator[None]:
                 f"{folder} is being driven already ({lock.read().strip()}): stop that one first"
             ) from None
         if not _is_file_of(lock.fileno(), folder / LOCK):
-            raise ConfigError(f"{folder} was given up and removed just now: say it again")
+            raise ConfigError(f"{folder} was just removed by another process; run the command again")
         lock.truncate(0)
         lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
         lock.flush()
-        (folder / WANTED).unlink(missing_ok=True)  # what was asked of an earlier driver
+        (folder / WANTED).unlink(missing_ok=True)  # a request to an earlier driver
         yield
 
 
@@ -65,24 +65,24 @@ def is_driven(folder: Path) -> bool:
 
 
 def ask_workers(folder: Path, workers: int) -> None:
-    """Ask the driver of a run for so many rollout workers. ConfigError for a number that no driver looks after."""
+    """Ask the driver of a run for a number of rollout workers. ConfigError for a number out of range."""
     if not 1 <= workers <= MOST_WORKERS:
-        raise ConfigError(f"--workers {workers}: name a number from 1 to {MOST_WORKERS}")
+        raise ConfigError(f"--workers {workers}: use a number from 1 to {MOST_WORKERS}")
     if not is_driven(folder):
-        raise ConfigError(f"{folder}: no driver is running it, so there is nothing to scale")
+        raise ConfigError(
+            f"{folder}: no driver is running, so there is nothing to scale; resume the run first"
+        )
     _replace(folder / WANTED, {"workers": workers})
 
 
 def wanted_workers(folder: Path) -> int | None:
-    """What was asked for last, or None. ConfigError for what is no number of workers."""
+    """The last requested number of workers, or None. ConfigError for an invalid file."""
     asked = _read(folder / WANTED)
     if asked is None:
         return None
     workers = asked.get("workers") if isinstance(asked, dict) else None
     if type(workers) is not int or not 1 <= workers <= MOST_WORKERS:
-        raise ConfigError(
-            f'{folder / WANTED}: holds no {{"workers": 1..{MOST_WORKERS}}}; ask with manta scale'
-        )
+        raise ConfigError(f'{folder / WANTED}: must hold {{"workers": 1..{MOST_WORKERS}}}; use manta scale')
     return workers
 
 
@@ -91,7 +91,7 @@ def write_roster(folder: Path, roster: list[dict[str, Any]]) -> None:
 
 
 def read_roster(folder: Path) -> list[dict[str, Any]]:
-    """Empty before the run's parts have started."""
+    """The stored roster; empty before the run's parts have started."""
     return _read(folder / ROSTER) or []
 
 

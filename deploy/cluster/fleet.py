@@ -1,13 +1,14 @@
-"""The fleet: the rollout workers of a run, started, given the current weights, watched, replaced, grown and shrunk.
+"""The fleet: start, weight sync, supervision, replacement and scaling of a run's rollout workers.
 
-Plain asyncio over `Member`s; what a member is (a Ray actor, an object of this process) is the ring's to know.
+Plain asyncio over `Member`s, which are Ray actors or objects of this process.
 
-    seat        a place for one worker; its members live there one after the other: rollout-1, rollout-1.1, rollout-1.2
-    admitted    a member that holds the current version, proven by checksums and probe; only such members sample
-    lost        it died, raised, or did not answer a heartbeat in time: it is killed, what it held is handed on to the
-                others, and the seat starts its next member while its budget of restarts lasts
+    index       the number of a worker; its successive members are rollout-1, rollout-1.1, rollout-1.2
+    admitted    a member that holds the current version, proved by checksums and probe; only such members sample
+    lost        a member that died, raised, or did not answer a heartbeat in time: it is killed, its groups are
+    reassigned,
+                and the index starts its next member within the restart budget
 
-Publishing waits for every admitted member or for its loss, so a step never waits for the dead.
+Publishing waits for every admitted member or for its loss, so a step never waits for a lost one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from deploy.cluster.evaluation_spread import spread
+from deploy.assembly.runtime import first_failure
+from deploy.cluster.distributed_evaluation import evaluate_on
 from deploy.cluster.member import Member
 from deploy.config.supervise import Budget, PartFailed, PartLost, SupervisionSettings, brief, within
 from rollout.buffer.replay_store import EpisodeRow
@@ -35,8 +37,8 @@ _WHY_SECONDS = 2.0
 
 
 @dataclass
-class _Seated:
-    """A member in its seat."""
+class _Entry:
+    """A member and its state."""
 
     member: Member
     failed: asyncio.Future[None]
@@ -44,20 +46,20 @@ class _Seated:
     state: str = "starting"
     version: int = -1
     run: asyncio.Future[None] | None = None
-    counters: Row = field(default_factory=dict)  # as last heard
+    counters: Row = field(default_factory=dict)  # the last known ones
 
     def lose(self, error: BaseException) -> None:
         if not self.failed.done():
             self.failed.set_exception(error)
-            self.failed.exception()  # it may be that nobody is waiting for it
+            self.failed.exception()  # retrieved: possibly no task waits for it
 
 
 class Fleet:
-    """All calls come from one event loop.
+    """The rollout workers of a run. All calls come from one event loop.
 
-    `launch` makes a member by name; `lend` hands out the current version for as long as its block runs; `reassign`
-    tells the replay buffer that a worker is gone, `lost` that it was lost, and by which error; `say` is told what a
-    person should know. `failed` is a future that ends with the error that stops the run.
+    launch: makes a member by name; lend: provides the current version for the time of a block; reassign: tells the
+    replay buffer that a worker has left; lost: that it was lost, with the error; say: prints a message for the user.
+    `failed` is a future that ends with the error that stops the run.
     """
 
     def __init__(
@@ -74,25 +76,24 @@ class Fleet:
     ) -> None:
         self._launch = launch
         self._lend = lend
-        self._hand_on = reassign
-        self._hand_on_lost = lost or (lambda worker, error: reassign(worker))
+        self._reassign = reassign
+        self._reassign_lost = lost or (lambda worker, error: reassign(worker))
         self._settings = settings
         self._start_seconds = start_seconds
         self._sync_seconds = sync_seconds
         self._say = say
         self.budget = budget or Budget(settings)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._seats: dict[int, asyncio.Task[None]] = {}
-        self._seated: dict[int, _Seated] = {}
+        self._keepers: dict[int, asyncio.Task[None]] = {}
+        self._entries: dict[int, _Entry] = {}
         self._wanted = 0
         self._version = -1
-        self._weights = asyncio.Lock()  # a version does not advance while a member is being admitted to it
-        self._changed = asyncio.Event()  # set, and replaced, whenever anything below changes
+        self._weights = asyncio.Lock()  # the version does not advance while a member is admitted to it
+        self._changed = asyncio.Event()  # set and replaced at every change of the state below
         self._playing = False
-        self._round = (
-            0  # how often play() was called: a run() that has ended is not begun again in the same round
-        )
-        self._retired: Counter[str] = Counter()  # counters of members that are gone
+        # Number of play() calls: a run() that has ended does not start again in the same round.
+        self._round = 0
+        self._retired: Counter[str] = Counter()  # counters of members that have ended
 
     # Size ---------------------------------------------------------------------------------------------------------
 
@@ -103,81 +104,79 @@ class Fleet:
     @property
     def serving(self) -> list[Member]:
         """Members that hold the current version."""
-        return [seated.member for seated in self._seated.values() if seated.state == "serving"]
+        return [entry.member for entry in self._entries.values() if entry.state == "serving"]
 
     def scale(self, wanted: int) -> None:
-        """Fill seats up to `wanted`, or have the last ones drain; returns at once."""
+        """Start members up to `wanted`, or drain the last ones; returns at once."""
         self._wanted = wanted
-        for seat in range(wanted):
-            if seat not in self._seats or self._seats[seat].done():
-                self._seats[seat] = asyncio.create_task(self._keep(seat), name=f"seat {seat}")
+        for index in range(wanted):
+            if index not in self._keepers or self._keepers[index].done():
+                self._keepers[index] = asyncio.create_task(self._keep(index), name=f"index {index}")
         self._wake()
 
     async def ready(self) -> None:
-        """Wait until every wanted seat has a serving member; ends with the error that stops the run."""
+        """Wait until every wanted index has a serving member; raises the error that stops the run."""
         await self._until(lambda: len(self.serving) >= self._wanted)
 
     def roster(self) -> list[dict[str, Any]]:
-        """Who sits where, for people and tools."""
+        """Name, state, version and process of every member."""
         return [
             {"part": s.member.name, "state": s.state, "version": s.version}
             | ({} if s.where is None else asdict(s.where))
-            for _, s in sorted(self._seated.items())
+            for _, s in sorted(self._entries.items())
         ]
 
     # Work ---------------------------------------------------------------------------------------------------------
 
     async def publish(self, update: WeightUpdate) -> list[SyncReport]:
-        """Every serving member holds `update` when this returns, or is lost. WeightMismatch stops the run."""
+        """Sync every serving member to `update`, or lose it. WeightMismatch stops the run."""
         async with self._weights:
             self._version = update.version
-            members = [seated for seated in self._seated.values() if seated.state == "serving"]
-            reports = await asyncio.gather(*(self._sync(seated, update) for seated in members))
+            members = [entry for entry in self._entries.values() if entry.state == "serving"]
+            reports = await asyncio.gather(*(self._sync(entry, update) for entry in members))
         return [report for report in reports if report is not None]
 
     def play(self) -> None:
-        """Have the members play groups, now and whenever one joins."""
+        """Start playing groups on all members, also on later ones."""
         self._playing = True
         self._round += 1
         self._wake()
 
     async def pause(self) -> None:
-        """Have all members leave their groups where they are: the learner has gone back to a checkpoint."""
+        """Stop playing on all members, with groups unfinished: the learner has gone back to a checkpoint."""
         self._playing = False
-        stopping = [s for s in self._seated.values() if s.state == "serving"]
-        for seated, outcome in zip(
-            stopping,
-            await asyncio.gather(
-                *(within(self._settings.drain_seconds, s.member.stop(), s.member.name) for s in stopping),
-                return_exceptions=True,
-            ),
-            strict=True,
-        ):
+        stopping = [s for s in self._entries.values() if s.state == "serving"]
+        limit = self._settings.drain_timeout_seconds
+        stops = (within(limit, each.member.stop(), each.member.name) for each in stopping)
+        outcomes = await asyncio.gather(*stops, return_exceptions=True)
+        for entry, outcome in zip(stopping, outcomes, strict=True):
             if isinstance(outcome, BaseException):
-                seated.lose(outcome)
+                entry.lose(outcome)
 
     async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
-        """One episode a task with the current weights; what a lost member was playing is played by another."""
-        return await spread(tasks, name, lambda: self.serving, self._lose, self.failed)
+        """Play one episode a task with the current weights; tasks of a lost member move to others."""
+        return await evaluate_on(tasks, name, lambda: self.serving, self._lose, self.failed)
 
     async def counters(self) -> Row:
-        """Sums over all members, those that are gone included (as last heard)."""
+        """Sums of counters over all members, ended ones included (their last known values)."""
 
-        async def ask(seated: _Seated) -> None:
+        async def ask(entry: _Entry) -> None:
             try:
-                told = within(self._settings.frozen_seconds, seated.member.counters(), seated.member.name)
-                seated.counters = await told
+                told = within(
+                    self._settings.heartbeat_timeout_seconds, entry.member.counters(), entry.member.name
+                )
+                entry.counters = await told
             except Exception as error:
-                seated.lose(await _explained(error, seated.member))
+                entry.lose(await _explained(error, entry.member))
 
-        await asyncio.gather(*(ask(s) for s in self._seated.values() if s.state == "serving"))
+        await asyncio.gather(*(ask(s) for s in self._entries.values() if s.state == "serving"))
         total: Counter[str] = Counter(self._retired)
-        for seated in self._seated.values():
-            total.update(seated.counters)
+        for entry in self._entries.values():
+            total.update(entry.counters)
         return dict(total)
 
     async def stacks(self) -> dict[str, str]:
-        """What every member is doing; those that do not say are named so."""
+        """Stack traces of every member; an error text for those that do not answer."""
 
         async def ask(member: Member) -> str:
             try:
@@ -185,193 +184,187 @@ class Fleet:
             except Exception as error:
                 return brief(error)
 
-        members = [seated.member for seated in self._seated.values()]
+        members = [entry.member for entry in self._entries.values()]
         told = await asyncio.gather(*(ask(member) for member in members))
         return {member.name: text for member, text in zip(members, told, strict=True)}
 
     async def close(self) -> None:
-        """End every member in order, those that do not answer by force."""
-        for task in self._seats.values():
+        """Close every member, and kill those that do not answer."""
+        for task in self._keepers.values():
             task.cancel()
-        await asyncio.gather(*self._seats.values(), return_exceptions=True)
-        await asyncio.gather(*(self._end(seated) for seated in self._seated.values()))
-        self._seated.clear()
+        await asyncio.gather(*self._keepers.values(), return_exceptions=True)
+        await asyncio.gather(*(self._end(entry) for entry in self._entries.values()))
+        self._entries.clear()
         if self.failed.done() and not self.failed.cancelled():
-            self.failed.exception()  # it was told to whoever waited
+            self.failed.exception()  # retrieved: it was raised in every wait
         self.failed.cancel()
 
-    # A seat's life ------------------------------------------------------------------------------------------------
+    # One index ----------------------------------------------------------------------------------------------------
 
-    async def _keep(self, seat: int) -> None:
+    async def _keep(self, index: int) -> None:
         for life in itertools.count():
-            name = f"rollout-{seat}" + (f".{life}" if life else "")
-            seated = _Seated(self._launch(name), asyncio.get_running_loop().create_future())
-            self._seated[seat] = seated
+            name = f"rollout-{index}" + (f".{life}" if life else "")
+            entry = _Entry(self._launch(name), asyncio.get_running_loop().create_future())
+            self._entries[index] = entry
             try:
-                await self._live(seat, seated)
-                await self._leave(seat, seated)
+                await self._live(index, entry)
+                await self._leave(index, entry)
                 return
             except WeightMismatch as error:
                 self._stop_run(error)
                 return
-            except Exception as error:  # whatever a member dies of, the seat goes on
-                if not await self._replace(seat, seated, error):
+            except Exception as error:  # any error of a member: its index continues
+                if not await self._replace(index, entry, error):
                     return
 
-    async def _live(self, seat: int, seated: _Seated) -> None:
-        member = seated.member
+    async def _live(self, index: int, entry: _Entry) -> None:
+        member = entry.member
         try:
-            seated.where = await self._or_lost(
-                seated, within(self._start_seconds, member.start(), f"{member.name} (start)")
+            entry.where = await self._or_lost(
+                entry, within(self._start_seconds, member.start(), f"{member.name} (start)")
             )
-            heart = asyncio.create_task(self._watch(seated))
+            heart = asyncio.create_task(self._watch(entry))
             try:
-                await self._or_lost(seated, self._work(seat, seated))
+                await self._or_lost(entry, self._work(index, entry))
             finally:
                 heart.cancel()
         except Exception as error:
-            seated.lose(error)  # whoever else waits for this member (a sync) is told as well
+            entry.lose(error)  # raised in other waits for this member too, such as a sync
             raise
 
-    async def _work(self, seat: int, seated: _Seated) -> None:
-        await self._admit(seated)
+    async def _work(self, index: int, entry: _Entry) -> None:
+        await self._admit(entry)
         played = 0
 
         def unwanted() -> bool:
-            return seat >= self._wanted
+            return index >= self._wanted
 
         def due() -> bool:
             return self._playing and self._round > played
 
         def idle() -> bool:
-            return seated.run is None or seated.run.done()
+            return entry.run is None or entry.run.done()
 
         while not unwanted():
             await self._until(lambda: unwanted() or due())
             if not unwanted():
                 played = self._round
-                # It ends when all groups are played, and when the fleet is paused.
-                seated.run = asyncio.ensure_future(seated.member.run())
-                await self._until(lambda: unwanted() or idle(), seated.run)
-                if seated.run.done():
-                    seated.run.result()
+                # run() ends when all groups are played or the fleet is paused.
+                entry.run = asyncio.ensure_future(entry.member.run())
+                await self._until(lambda: unwanted() or idle(), entry.run)
+                if entry.run.done():
+                    entry.run.result()
 
-    async def _watch(self, seated: _Seated) -> None:
-        settings, member = self._settings, seated.member
+    async def _watch(self, entry: _Entry) -> None:
+        settings, member = self._settings, entry.member
         while True:
-            await asyncio.sleep(settings.heartbeat_seconds)
+            await asyncio.sleep(settings.heartbeat_interval_seconds)
             try:
-                await within(settings.frozen_seconds, member.ping(), f"{member.name} (heartbeat)")
+                await within(settings.heartbeat_timeout_seconds, member.ping(), f"{member.name} (heartbeat)")
             except Exception as error:
-                seated.lose(await _explained(error, member))
+                entry.lose(await _explained(error, member))
                 return
 
-    async def _admit(self, seated: _Seated) -> None:
-        seated.state = "syncing"
+    async def _admit(self, entry: _Entry) -> None:
+        entry.state = "syncing"
         while True:
             async with self._lend() as update:
                 report = await within(
-                    self._sync_seconds, seated.member.sync(update), f"{seated.member.name} (sync)"
+                    self._sync_seconds, entry.member.sync(update), f"{entry.member.name} (sync)"
                 )
             async with self._weights:
                 if report.version == self._version or self._version < 0:
-                    self._version, seated.version = report.version, report.version
-                    seated.state = "serving"
+                    self._version, entry.version = report.version, report.version
+                    entry.state = "serving"
                     break
         self._wake()
 
-    async def _sync(self, seated: _Seated, update: WeightUpdate) -> SyncReport | None:
-        member = seated.member
+    async def _sync(self, entry: _Entry, update: WeightUpdate) -> SyncReport | None:
+        member = entry.member
         what = f"{member.name} (sync to version {update.version})"
         try:
-            report = await self._or_lost(seated, within(self._sync_seconds, member.sync(update), what))
+            report = await self._or_lost(entry, within(self._sync_seconds, member.sync(update), what))
         except WeightMismatch:
             raise
         except Exception as error:
-            seated.lose(error)
-            seated.state = "lost"
+            entry.lose(error)
+            entry.state = "lost"
             return None
-        seated.version = report.version
+        entry.version = report.version
         return report
 
-    async def _replace(self, seat: int, seated: _Seated, error: Exception) -> bool:
-        member, where = seated.member, seated.where
-        seated.state = "lost"
-        self._forget(seated)
+    async def _replace(self, index: int, entry: _Entry, error: Exception) -> bool:
+        member, where = entry.member, entry.where
+        entry.state = "lost"
+        self._forget(entry)
         await self._quietly(member.kill(), member)
-        groups = await self._hand_on_lost(member.name, brief(error))
-        self._say(f"{member.name} is lost ({brief(error)}); {groups} groups are handed on")
-        if seat >= self._wanted:
-            del self._seated[seat]
+        groups = await self._reassign_lost(member.name, brief(error))
+        self._say(f"{member.name} is lost ({brief(error)}); {groups} groups are reassigned")
+        if index >= self._wanted:
+            del self._entries[index]
             return False
         if where is None and isinstance(error, PartLost) and self.serving:
-            return True  # the cluster has no room for it yet: the run goes on with those it has
+            return True  # the cluster has no room yet: the run continues with the others
         try:
-            self.budget.spend(f"rollout-{seat}", where, error)
+            self.budget.spend(f"rollout-{index}", where, error)
         except PartFailed as failure:
             self._stop_run(failure)
             return False
         return True
 
-    async def _leave(self, seat: int, seated: _Seated) -> None:
-        """The seat is wanted no more: running turns end, the rest is handed on."""
-        member = seated.member
-        seated.state = "leaving"
-        await self._quietly(within(self._settings.drain_seconds, member.drain(), member.name), member)
-        groups = await self._hand_on(member.name)
-        self._say(f"{member.name} has left; {groups} groups are handed on")
-        await self._end(seated)
-        if self._seated.get(seat) is seated:
-            del self._seated[seat]
+    async def _leave(self, index: int, entry: _Entry) -> None:
+        """Scale this index down: running turns finish, other work is reassigned."""
+        member = entry.member
+        entry.state = "leaving"
+        await self._quietly(within(self._settings.drain_timeout_seconds, member.drain(), member.name), member)
+        groups = await self._reassign(member.name)
+        self._say(f"{member.name} has left; {groups} groups are reassigned")
+        await self._end(entry)
+        if self._entries.get(index) is entry:
+            del self._entries[index]
 
-    async def _end(self, seated: _Seated) -> None:
-        member = seated.member
-        if seated.state in ("serving", "leaving"):
+    async def _end(self, entry: _Entry) -> None:
+        member = entry.member
+        if entry.state in ("serving", "leaving"):
             try:
-                seated.counters = await within(2.0, member.counters(), member.name)
+                entry.counters = await within(2.0, member.counters(), member.name)
             except Exception as error:
-                self._say(f"{member.name} at its end: {brief(error)}")
-            await self._quietly(within(self._settings.drain_seconds, member.close(), member.name), member)
-        self._forget(seated)
+                self._say(f"{member.name} did not end cleanly: {brief(error)}")
+            await self._quietly(
+                within(self._settings.drain_timeout_seconds, member.close(), member.name), member
+            )
+        self._forget(entry)
         await self._quietly(member.kill(), member)
 
-    def _forget(self, seated: _Seated) -> None:
-        self._retired.update(seated.counters)
-        seated.counters = {}
-        if seated.run is not None:
-            seated.run.cancel()
+    def _forget(self, entry: _Entry) -> None:
+        self._retired.update(entry.counters)
+        entry.counters = {}
+        if entry.run is not None:
+            entry.run.cancel()
 
     async def _quietly(self, ending: Awaitable[object], member: Member) -> None:
-        # What is being ended may be dead, frozen or half-made: how it takes its end is no news that stops anything.
+        # A member that is ended may be dead, frozen or half started; its errors do not stop the run.
         try:
             await ending
         except Exception as error:
-            self._say(f"{member.name} at its end: {brief(error)}")
+            self._say(f"{member.name} did not end cleanly: {brief(error)}")
 
     def _lose(self, member: Member, error: BaseException) -> None:
-        for seated in self._seated.values():
-            if seated.member is member:
-                seated.lose(error)
+        for entry in self._entries.values():
+            if entry.member is member:
+                entry.lose(error)
 
     def _stop_run(self, error: BaseException) -> None:
         if not self.failed.done():
             self.failed.set_exception(error)
         self._wake()
 
-    async def _or_lost(self, seated: _Seated, pending: Coroutine[Any, Any, T]) -> T:
-        """The answer, or the error by which the member is lost meanwhile."""
-        answer = asyncio.ensure_future(pending)
-        try:
-            awaited: set[asyncio.Future[Any]] = {answer, seated.failed}
-            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                seated.failed.result()
-            return answer.result()
-        finally:
-            answer.cancel()
+    async def _or_lost(self, entry: _Entry, pending: Coroutine[Any, Any, T]) -> T:
+        """Await an answer; raises the member's error if it is lost meanwhile."""
+        return await first_failure(asyncio.ensure_future(pending), [entry.failed])
 
     async def _until(self, holds: Callable[[], bool], also: asyncio.Future[Any] | None = None) -> None:
-        """Wait until something holds; `also` wakes the wait, and so does the end of the run, which is raised."""
+        """Wait until a condition holds. also: rechecks it when done. Raises the error that stops the run."""
         while not holds():
             if self.failed.done():
                 self.failed.result()
@@ -387,11 +380,11 @@ class Fleet:
 
 
 async def _explained(error: Exception, member: Member) -> Exception:
-    """The error by which a member is lost; where it did not answer, with what its other threads say of it."""
+    """The error of a lost member; for one that did not answer, with a report of its other threads."""
     if not isinstance(error, PartLost):
         return error
     try:
         told = await within(_WHY_SECONDS, member.standing(), member.name)
-    except Exception:  # whatever it died of, or is frozen by: the loss is told in any case
-        told = "its other threads do not answer either: its process was stopped, or a call into C keeps the interpreter"
-    return PartLost(f"{error}: {told or 'its event loop goes on, its engine does not answer'}")
+    except Exception:  # any error: the loss is reported in any case
+        told = "its other threads do not answer either: its process was stopped, or a call into C holds the interpreter"
+    return PartLost(f"{error}: {told or 'its event loop runs, but its engine does not answer'}")

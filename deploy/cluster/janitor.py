@@ -1,9 +1,9 @@
-"""What a run puts on the host it is started from, and how it is gone afterwards, however the run ends.
+"""Clean-up of the driver's host after a run, for any end of the run.
 
-Every process of a run carries MANTA_RUN=<id> in its environment. A janitor, a small process of its own, waits for the
-driver's end: whatever still carries the id after a grace is killed, Ray's logs are moved into the run folder and the
-temporary folder is removed. It touches nothing that does not carry the id. It needs no manual step, not even after
-kill -9 of the driver.
+Every process of a run has MANTA_RUN=<id> in its environment. The janitor, a small separate process, waits for the
+driver's end. After a grace period it kills processes that still have the id, moves Ray's logs into the run folder and
+removes the temporary folder. It touches nothing without the id, and needs no manual step even after kill -9 of the
+driver.
 """
 
 from __future__ import annotations
@@ -22,65 +22,65 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TAG = "MANTA_RUN"
-GRACE_SECONDS = 15.0  # what Ray and vLLM are given to end by themselves once the driver is gone
+GRACE_SECONDS = 15.0  # for Ray and vLLM to end by themselves after the driver
 _POLL_SECONDS = 0.5
 _LONGEST_TEMPORARY = 24
-_REMOVALS = 20  # attempts, _POLL_SECONDS apart, while something still writes into the folder
+_REMOVALS = 20  # attempts to remove the folder, _POLL_SECONDS apart, while a process still writes into it
 
 
 def tag_run() -> str:
-    """Mark this process, and with it every process it starts, as belonging to a new run; returns the id.
+    """Mark this process and every process it starts as belonging to a new run; returns the id.
 
-    An id that was inherited is another run's, or somebody's who exported it, and their processes are none of ours.
+    An inherited id belongs to another run or was exported by the user, and is replaced.
     """
-    # Ray's agents and vLLM's processes give themselves titles, and would write them over the environment that the
-    # janitor knows them by: whichever variables come first, in an order that differs from start to start.
+    # Ray's agents and vLLM's processes set process titles, which would overwrite the start of the environment that the
+    # janitor reads; the order of variables differs from start to start.
     os.environ["SPT_NOENV"] = "1"
     run = os.environ[TAG] = secrets.token_hex(8)
     return run
 
 
 def temporary_of(run: str) -> Path:
-    """Where the temporary files of a run's processes on this host will lie; nothing is made."""
-    # Ray's sockets lie 66 bytes below, and a socket's path has room for 107.
+    """The folder for temporary files of a run's processes on this host; it is not created."""
+    # Ray's sockets are 66 bytes deeper, and a socket's path is limited to 107.
     parent = tempfile.gettempdir()
     return Path(parent if len(parent) <= _LONGEST_TEMPORARY else "/tmp") / f"manta-{run[:8]}"
 
 
 def make_private(temporary: Path) -> None:
-    """Make the folder for all temporary files of this process and those it starts; the janitor removes it.
+    """Make the folder for all temporary files of this process and its children; the janitor removes it.
 
-    Its mode is 700: no other user reaches what lies in it, whatever modes that has. FileExistsError where it is there.
+    Its mode is 700: other users cannot reach its files, for any modes of those. FileExistsError if it exists.
     """
     temporary.mkdir(mode=0o700)
     os.environ["TMPDIR"] = str(temporary)
 
 
 def ray_folder(temporary: Path) -> Path:
-    """Where a local Ray keeps its sockets and logs: one level down, since Ray makes its folder mode 0777."""
+    """The folder for sockets and logs of a local Ray: one level deeper, since Ray makes its folder mode 0777."""
     return temporary / "r"
 
 
 def prepare_local_ray() -> None:
-    """Set what a local Ray reads from the environment; to be called before ray is imported.
+    """Set the environment of a local Ray; call it before ray is imported.
 
-    It listens on the loopback interface alone, asks for a token that lives in these processes' environment only, and
-    ends the process group of a worker that died.
+    Ray then listens on the loopback interface alone, requires a token that exists only in the environment of these
+    processes, and ends the process group of a worker that died.
     """
-    if "ray" in sys.modules:  # it has read its settings already, and must not be given half of them
+    if "ray" in sys.modules:  # its settings are already read, and must not be changed in part
         return
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # what makes Ray's own address 127.0.0.1
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # sets Ray's own address to 127.0.0.1
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def start_janitor(run: str, folder: Path, temporary: Path | None) -> subprocess.Popen[bytes]:
-    """Start the janitor of this process: it acts when this process has ended."""
+    """Start the janitor of this process; it acts after this process has ended."""
     command = [sys.executable, "-m", "deploy.cluster.janitor", run, str(os.getpid()), str(folder.resolve())]
     command += [str(temporary)] if temporary else []
     environment = {name: value for name, value in os.environ.items() if name != TAG}
-    # A session of its own: Ctrl-C in the terminal and the end of a Ray job's process group must not reach it.
+    # In its own session, out of reach of Ctrl-C and of the end of a Ray job's process group.
     return subprocess.Popen(
         command,
         env=environment,
@@ -92,20 +92,20 @@ def start_janitor(run: str, folder: Path, temporary: Path | None) -> subprocess.
 
 
 def processes_of(run: str) -> Iterator[int]:
-    """The processes on this host that carry a run's id."""
+    """The processes of a run on this host, by its id in their environment."""
     wanted = f"{TAG}={run}".encode()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 found = wanted in (entry / "environ").read_bytes().split(b"\0")
-            except OSError:  # gone meanwhile, or somebody else's
+            except OSError:  # it has ended, or belongs to another user
                 continue
             if found:
                 yield int(entry.name)
 
 
 def clean_up(run: str, folder: Path, temporary: Path | None, grace: float = GRACE_SECONDS) -> None:
-    """End what is left of a run and take its temporary files away; its logs go to RUN/logs."""
+    """Kill the remaining processes of a run and remove its temporary files; logs are moved to RUN/logs."""
     deadline = time.monotonic() + grace
     while any(processes_of(run)) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
@@ -120,12 +120,12 @@ def clean_up(run: str, folder: Path, temporary: Path | None, grace: float = GRAC
         try:
             if folder.is_dir():
                 keep_logs(temporary, folder)
-        finally:  # also where they cannot be kept
+        finally:  # also if the logs cannot be moved
             remove(temporary)
 
 
 def remove(temporary: Path) -> None:
-    """Remove a folder, again where something wrote into it meanwhile."""
+    """Remove a folder, with further attempts while a process writes into it."""
     for _ in range(_REMOVALS):
         shutil.rmtree(temporary, ignore_errors=True)
         if not temporary.exists():
@@ -144,10 +144,10 @@ def keep_logs(temporary: Path, folder: Path) -> None:
 
 
 def with_kept_logs(text: str, temporary: Path, folder: Path) -> str:
-    """A message that names a local Ray's logs, naming them where they will be found after the run."""
+    """Replace paths of a local Ray's logs in a message by their paths after the run."""
     return re.sub(
         rf"{re.escape(str(ray_folder(temporary)))}/(session_[^/]+)/logs/",
-        lambda found: f"{folder}/logs/{found[1]}/",  # a folder's name may hold a backslash
+        lambda found: f"{folder}/logs/{found[1]}/",  # a function, since a folder's name may have a backslash
         text,
     )
 
@@ -160,7 +160,7 @@ def main(arguments: list[str]) -> None:
     except ProcessLookupError:
         pass
     else:
-        select.select([waiting], [], [])  # until the driver has ended, which is what this process is for
+        select.select([waiting], [], [])  # blocks until the driver has ended
     clean_up(run, folder, Path(arguments[3]) if len(arguments) > 3 else None)
 
 

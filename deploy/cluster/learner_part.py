@@ -1,7 +1,7 @@
-"""The learner as the ring has it: one part, of however many ranks. Whichever is lost, all start again together.
+"""The learner as one supervised part of one or several ranks. When a rank is lost, all restart together.
 
-Ranks are plain actors. What ends one is found as for every other part (its calls fail, a heartbeat stays unanswered),
-and what is done about it belongs to the run: its ledger goes back to the checkpoint that the ranks go on from.
+Ranks are plain actors. A loss is detected as for every other part: calls fail, or a heartbeat is not answered. Recovery
+is the run's: its ledger rolls back to the checkpoint from which the ranks continue.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from rollout.wire.process_info import ProcessInfo
 
 
 class LearnerPart:
-    """Rank 0's actor, which is told everything, and those of the others, which it tells.
+    """Rank 0's actor, which receives every call, and the actors of the other ranks, which rank 0 calls.
 
-    Room for several ranks is taken once and kept while the part lives: a restart never waits for it.
+    The placement group of several ranks is kept over restarts, so that a restart never waits for resources.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class LearnerPart:
         self._make_native = make_native
         self._room: Any = None
         self._handles: list[Any] = []
-        self.where: dict[str, ProcessInfo] = {}  # of each rank, by name
+        self.where: dict[str, ProcessInfo] = {}  # process of each rank, by name
 
     @property
     def lead(self) -> Any:
@@ -55,14 +55,14 @@ class LearnerPart:
         return self._handles[0]
 
     async def start(self, run_folder: Path, load: bool) -> int:
-        """Start every rank, from the newest checkpoint where asked; returns the version. PartLost names who is late."""
-        limit, size = self._config.cluster.start_seconds, self._config.learner.ranks
+        """Start every rank, with `load` from the newest checkpoint; returns the version. PartLost names a late rank."""
+        limit, size = self._config.cluster.start_timeout_seconds, self._config.learner.ranks
         options = await self._options(limit, size)
         common = (
             self._build,
             self._replay_buffer,
             self._config.engine.dtype,
-            self._config.cluster.step_seconds,
+            self._config.cluster.step_timeout_seconds,
         )
         followers = [actor(FollowerActor, **each).remote(*common) for each in options[1:]]
         keep = self._config.checkpoint.keep
@@ -71,7 +71,7 @@ class LearnerPart:
         joins: list[Callable[[], Ranks]] = [Ranks]
         if size > 1:
             address = await within(limit, awaited(lead.open.remote(size, limit)), "the learner's rank 0")
-            device, seconds = self._config.learner.model.device, self._config.cluster.step_seconds
+            device, seconds = self._config.learner.model.device, self._config.cluster.step_timeout_seconds
             joins = [partial(Ranks.join, rank, size, address, device, seconds) for rank in range(size)]
         starts = [
             within(limit, awaited(handle.start.remote(run_folder, load, join)), f"the {name} (start)")
@@ -82,35 +82,37 @@ class LearnerPart:
         return int(started[0][1])
 
     async def lost(self, settings: SupervisionSettings, hear: Hear) -> str:
-        """Heartbeats, until a rank leaves one unanswered: which, where it was, and why it counts as lost.
+        """Send heartbeats until a rank does not answer; returns the message with its name, process and error.
 
-        hear: told of what each rank notices.
+        hear: receives the notices of each rank.
         """
         while True:
-            await asyncio.sleep(settings.heartbeat_seconds)
+            await asyncio.sleep(settings.heartbeat_interval_seconds)
             beats = [
-                within(settings.frozen_seconds, _beat(name, handle, hear), f"the {name} (heartbeat)")
+                within(
+                    settings.heartbeat_timeout_seconds, _beat(name, handle, hear), f"the {name} (heartbeat)"
+                )
                 for name, handle in zip(self._names, self._handles, strict=True)
             ]
             for name, answer in zip(
                 self._names, await asyncio.gather(*beats, return_exceptions=True), strict=True
             ):
                 if isinstance(answer, RayActorError | PartLost):
-                    return self.obituary(answer, name)
+                    return self.loss_message(answer, name)
                 if answer is not None:
                     raise answer
 
-    def obituary(self, error: BaseException, name: str = "learner") -> str:
-        """That a rank is lost, in one line."""
+    def loss_message(self, error: BaseException, name: str = "learner") -> str:
+        """The message that a rank is lost, one line."""
         return f"the {name} is lost ({place(self.where.get(name))}): {brief(error)}"
 
     def kill(self) -> None:
-        """End every rank; their room stays."""
+        """Kill every rank; the placement group stays."""
         for handle in self._handles:
             ray.kill(handle)
 
     def close(self) -> None:
-        """End every rank for good."""
+        """Kill every rank and free the placement group."""
         self.kill()
         if self._room is not None:
             ray.util.remove_placement_group(self._room)
@@ -125,7 +127,7 @@ class LearnerPart:
         return ["learner", *(f"learner-{rank}" for rank in range(1, len(self._handles)))]
 
     async def _options(self, limit: float, size: int) -> list[dict[str, Any]]:
-        """What each rank's actor claims, and where."""
+        """Resources and placement of each rank's actor."""
         claims = {"CPU": self._config.cluster.learner_cpus, "GPU": learner_gpus(self._config)}
         options = {"num_cpus": claims["CPU"], "num_gpus": claims["GPU"]}
         bundle = {name: amount for name, amount in claims.items() if amount}

@@ -1,4 +1,4 @@
-"""One rollout worker as the fleet sees it, wherever it lives."""
+"""The interface of a rollout worker for the fleet, independent of where it runs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rollout.wire.weights import SyncReport, WeightUpdate
 
 
 class Member(Protocol):
-    """Calls raise whatever the worker raises, or that it is dead. `kill` ends a frozen one too.
+    """A rollout worker. Calls raise the worker's error, or an error that it is dead. `kill` also ends a frozen one.
 
-    `standing` says for how long the worker's event loop has stood, and in which line of code; empty where it goes on.
+    standing: how long the worker's event loop has been blocked, and in which line of code; empty if it is not.
     """
 
     name: str

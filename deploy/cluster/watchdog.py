@@ -1,4 +1,4 @@
-"""Looks after a run beside its steps: what was asked of it, what it waits for, whether it still moves."""
+"""Watchdog of a run: scaling requests, the roster, pauses for a full disk, and missing progress."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rollout.wire.metrics import Row
 
 
 class Supervised(Protocol):
-    """What a caretaker asks of a ring."""
+    """The methods of a runtime that the watchdog calls."""
 
     @property
     def playing(self) -> bool: ...
@@ -28,7 +28,7 @@ class Supervised(Protocol):
 
 
 class Watchdog:
-    """Every heartbeat: follow `manta scale`, keep the roster, say when the disk is full, notice missing progress."""
+    """At every heartbeat: apply `manta scale`, write the roster, report a full disk and missing progress."""
 
     def __init__(
         self, ring: Supervised, folder: Path, settings: SupervisionSettings, say: Callable[[str], None]
@@ -38,22 +38,22 @@ class Watchdog:
         self._settings = settings
         self._say = say
         self._wanted: int | None = None
-        self._refused = ""  # what was said of a wish that cannot be met
+        self._refused = ""  # the message about a request that cannot be met
         self._roster: list[dict[str, Any]] = []
         self._paused: str | None = None
         self._mark: tuple[Any, ...] = ()
         self._moved = time.monotonic()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run until cancelled."""
         while True:
-            self._follow()  # at once: a run may be shorter than a heartbeat
+            self._follow()  # before the first sleep: a run may be shorter than a heartbeat
             try:
                 state = await self._ring.state()
                 await self._look(state)
-            except PartLost as error:  # the replay buffer's own heartbeat deals with it
+            except PartLost as error:  # handled by the replay buffer's own heartbeat
                 self._say(brief(error))
-            await asyncio.sleep(self._settings.heartbeat_seconds)
+            await asyncio.sleep(self._settings.heartbeat_interval_seconds)
 
     def _follow(self) -> None:
         try:
@@ -61,8 +61,8 @@ class Watchdog:
             if wanted is not None and wanted != self._wanted:
                 self._wanted = wanted
                 self._ring.scale(wanted)
-                self._say(f"{wanted} rollout workers are wanted from now on")
-        except ConfigError as error:  # the run goes on as it is
+                self._say(f"scaling to {wanted} rollout workers")
+        except ConfigError as error:  # the run continues unchanged
             if str(error) != self._refused:
                 self._say(str(error))
             self._refused = str(error)
@@ -72,7 +72,7 @@ class Watchdog:
         if roster != self._roster:
             try:
                 write_roster(self._folder, roster)
-            except OSError as error:  # a full disk: the next heartbeat tries again
+            except OSError as error:  # a full disk; retried at the next heartbeat
                 self._say(f"{self._folder}: the roster could not be written: {error.strerror}")
             else:
                 self._roster = roster
@@ -80,13 +80,15 @@ class Watchdog:
     async def _look(self, state: dict[str, Any]) -> None:
         if state["paused"] != self._paused:
             self._paused = state["paused"]
-            self._say(f"PAUSED: {self._paused}" if self._paused else "goes on: there is room again")
+            self._say(
+                f"PAUSED: {self._paused}" if self._paused else "RESUMED: there is room on the disk again"
+            )
         turns = (await self._ring.counters()).get("turns", 0)
         mark = (state["version"], state["ready"], turns, bool(self._paused))
         now = time.monotonic()
         if mark != self._mark or self._paused or not self._ring.playing:
             self._mark, self._moved = mark, now
-        elif now - self._moved > self._settings.no_progress_seconds:
+        elif now - self._moved > self._settings.progress_timeout_seconds:
             self._moved = now
             await self._dump(state)
 
@@ -96,6 +98,6 @@ class Watchdog:
         text = "".join(f"==== {part}\n{told}\n" for part, told in stacks.items())
         path.write_text(f"{state}\n{self._ring.roster()}\n\n{text}", encoding="utf-8")
         self._say(
-            f"no turn and no step for {self._settings.no_progress_seconds:g} s: {state['missing']}; "
+            f"no turn and no step for {self._settings.progress_timeout_seconds:g} s: {state['missing']}; "
             f"all stacks are in {path}"
         )

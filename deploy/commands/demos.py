@@ -1,8 +1,8 @@
-"""Demonstrations as a folder: a scripted player's episodes in the trajectory schema, and the tokenizer of their ids.
+"""Write demonstrations: a scripted player's episodes in the trajectory schema, and the tokenizer of their ids.
 
 FOLDER/segment-NNNNNN.arrows   rows, one a turn, a record batch an episode: rollout.buffer.segments.read_rows(FOLDER)
-FOLDER/tokenizer/              what the ids mean, where it was built here
-FOLDER/demonstrations.json     how they were played, and what came of it
+FOLDER/tokenizer/              the tokenizer, if a tiny one was built
+FOLDER/demonstrations.json     the options, and the resulting success and reward
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from deploy.assembly.build import looked_at
-from deploy.commands.fresh import fresh_folder
+from deploy.assembly.build import probe_environment
+from deploy.commands.export import fresh_folder
 from deploy.report.console import Console
 from deploy.report.evaluation import Evaluation
 from deploy.report.progress import Progress
@@ -38,24 +38,24 @@ SEGMENT_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Demonstrations:
-    """What is to be played, and how its ids are spelled."""
+    """The demonstrations to play, and their tokenizer."""
 
     env_id: str
     options: dict[str, Any]
     episodes: int
-    first_seed: int = 0  # an episode a seed, from here on
+    first_seed: int = 0  # of the first episode; each has the next seed
     error_rate: float = 0.0
     model: str | None = (
-        None  # Hugging Face folder or id of the tokenizer; None: a tiny one is built, a token a character
+        None  # of the tokenizer, a Hugging Face folder or id; None: a tiny one, a token a character
     )
-    memory: str = "full"  # what a turn sees: see AgentSettings
-    context_tokens: int = 32768  # an episode that does not fit ends there
+    memory: str = "full"  # see AgentSettings
+    context_tokens: int = 32768  # limit of an episode
 
 
 def write_demonstrations(asked: Demonstrations, folder: Path, console: Console) -> Evaluation:
-    """Play them and write `folder`, whole or not at all. ConfigError, EnvironmentUnknown where that cannot be done."""
+    """Play demonstrations and write `folder` atomically. ConfigError and EnvironmentUnknown for the user's mistakes."""
     player = registry.player(asked.env_id)
-    with looked_at(asked.env_id, asked.options, None) as reset:
+    with probe_environment(asked.env_id, asked.options, None) as reset:
         reset(asked.first_seed)
     with fresh_folder(folder) as partial_folder:
         chat = Chat(_tokenizer(asked, partial_folder))
@@ -84,7 +84,7 @@ async def _written(played: AsyncIterator[Group], folder: Path, total: int, progr
     with progress.phase("demonstrations", total) as phase:
         async for group in played:
             batch = encode(group)
-            if batch.num_rows:  # an episode that failed in its reset has none
+            if batch.num_rows:  # an episode that failed in its reset has no rows
                 writer.append(batch)
             rows += [EpisodeRow.of(trajectory) for trajectory in group.trajectories]
             if rows[-1].sound:

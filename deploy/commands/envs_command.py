@@ -1,4 +1,4 @@
-"""What `manta envs` and `manta check-env` show: the environments there are, and what is wrong with one."""
+"""Output of `manta envs` and `manta check-env`: the available environments, and the check of one."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ SHOWN_CHARACTERS = 2000  # of a prompt and of an action
 
 
 def show_environments(console: Console) -> None:
-    """Ours, the suites with their extras and, where they are installed, their ids, and Gymnasium's with a text form."""
+    """List Manta's environments, the suites with their extras and ids, and Gymnasium's with a text form."""
     ours: list[tuple[Cell, ...]] = []
     for env_id in registry.registered():
         try:
             told = registry.describe(env_id)
-        except EnvironmentUnknown as error:  # a package of its is missing
+        except EnvironmentUnknown as error:  # one of its packages is missing
             ours.append((env_id, (str(error), "yellow"), "", ""))
         else:
             ours.append((env_id, told.about, told.levels, "yes" if told.has_player else ""))
@@ -39,14 +39,14 @@ def show_environments(console: Console) -> None:
     known, fit = newest_of_gymnasium(), gymnasium_ids()
     write(
         console,
-        f"Any gymnasium.make id works that has a text form; here {len(fit)} of {len(known)} do "
-        f"(others need packages of their own, or show pictures): {', '.join(fit)}",
+        f"Any gymnasium.make id with a text form works; here {len(fit)} of {len(known)} "
+        f"(others need further packages, or show pictures): {', '.join(fit)}",
         wrap=True,
     )
 
 
 def _show_suites(console: Console) -> None:
-    """Where each can be had, and what is in those that are here, which imports them."""
+    """List each suite's extra, and the ids of installed ones, which imports them."""
     suites: list[tuple[Cell, ...]] = []
     listed: list[str] = []
     for suite in registry.SUITES:
@@ -66,7 +66,7 @@ def _show_suites(console: Console) -> None:
 
 
 def newest_of_gymnasium() -> list[str]:
-    """The ids that Gymnasium knows, of each the newest version."""
+    """The registered Gymnasium ids, each in its newest version."""
     newest: dict[tuple[str | None, str], EnvSpec] = {}
     for spec in gym.registry.values():
         key = (spec.namespace, spec.name)
@@ -76,7 +76,7 @@ def newest_of_gymnasium() -> list[str]:
 
 
 def gymnasium_ids() -> list[str]:
-    """Those of them that can be made here and have a text form."""
+    """The newest Gymnasium ids that can be made here and have a text form."""
     fit = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -92,16 +92,15 @@ def gymnasium_ids() -> list[str]:
 def check_environment(
     env_id: str, options: dict[str, Any], seconds: float, turns: int, console: Console
 ) -> int:
-    """Examine an environment and show what is wrong; the exit status is 1 where something is, else 0.
+    """Check an environment and print the findings; returns the exit status, 1 if there are any.
 
     EnvironmentUnknown for a wrong id or option.
     """
     if env_id == PROGRAM:
         raise EnvironmentUnknown(
-            f"environment {PROGRAM} is an agent of your own, played by a run: there is nothing of it to examine alone; "
-            "docs/foreign_agents.md says how to bring one"
+            f"environment {PROGRAM} is an agent of your own, which only a run can check; see docs/foreign_agents.md"
         )
-    with busy(console, f"{env_id} is examined"):
+    with busy(console, f"checking {env_id}"):
         findings = check(env_id, options, seconds=seconds, turns=turns)
     show_findings(env_id, findings, console)
     if not findings:
@@ -110,7 +109,7 @@ def check_environment(
 
 
 def show_first_turn(env_id: str, options: dict[str, Any], console: Console) -> None:
-    """The first prompt of a sound environment, and an action that may follow it."""
+    """Print the first prompt of a sound environment and an example action."""
     env = registry.make(env_id, **options)
     try:
         observation, _ = env.reset(seed=0)
@@ -127,10 +126,10 @@ def _shortened(text: str) -> str:
 
 
 def show_findings(env_id: str, findings: Sequence[Issue], console: Console) -> None:
-    """A row a finding, or one line where there is none."""
+    """Print one row for each issue, or one line without any."""
     if not findings:
         write(console, f"{env_id}: sound", "green")
         return
     rows = [((finding.kind, "red"), finding.what, finding.where, finding.advice) for finding in findings]
     write_table(console, ("found", "what", "where", "what to do"), rows)
-    write(console, f"{env_id}: {len(findings)} found", "red")
+    write(console, f"{env_id}: {len(findings)} problem{'s' * (len(findings) != 1)} found", "red")

@@ -1,27 +1,55 @@
-"""A checkpoint's model as a folder of its own."""
+"""Export a checkpoint's model to a Hugging Face folder; output folders, written atomically and never over others."""
 
 from __future__ import annotations
 
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from deploy.commands.fresh import fresh_folder
 from deploy.config import run_folder
 from deploy.config.config_errors import ConfigError
 from learner.training import checkpoint
 
 
 def export_model(run: Path, target: Path, version: int | None = None) -> int:
-    """Copy a verified checkpoint's model, whole or not at all; returns its version. ConfigError, CheckpointError."""
+    """Copy a verified checkpoint's model atomically; returns its version. ConfigError, CheckpointError."""
     run_folder.open_existing(run)
     folder = checkpoint.latest(run) if version is None else checkpoint.whole(run, version)
     if folder is None:
         kept = ", ".join(map(str, checkpoint.versions(run))) or "none"
         asked = "no whole checkpoint" if version is None else f"no checkpoint of version {version}"
-        raise ConfigError(f"{run} has {asked}; versions kept: {kept}")
+        raise ConfigError(f"{run} has {asked}; stored versions: {kept}")
     with fresh_folder(target) as partial:
-        for name in checkpoint.model_files(folder):  # nothing that was put beside them later
+        for name in checkpoint.model_files(folder):  # only files of the checkpoint, no later ones
             copy = partial / Path(name).relative_to(checkpoint.MODEL)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, copy, follow_symlinks=False)
     return checkpoint.version_of(folder)
+
+
+@contextmanager
+def fresh_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder to write into that becomes `target` at the end of the block, or is removed after an error.
+
+    ConfigError if `target` exists; of several processes that write it at once, one succeeds.
+    """
+    if target.exists():
+        raise _taken(target)
+    partial = target.with_name(f".partial-{target.name}-{secrets.token_hex(4)}")
+    with run_folder.writing(target):
+        partial.mkdir(parents=True)
+    try:
+        yield partial
+        try:
+            target.mkdir()  # succeeds in exactly one process; the rename then replaces the empty folder
+        except FileExistsError:
+            raise _taken(target) from None
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _taken(target: Path) -> ConfigError:
+    return ConfigError(f"{target} exists already; choose a new folder")

@@ -1,4 +1,4 @@
-"""Commands that describe: recipes, options, environments, what this machine lacks, and the reference pages."""
+"""Commands without side effects: recipes, options, environments, this machine, and the reference pages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def recipes() -> None:
     Example:
     manta recipes
     """
-    from deploy.commands.recipe_list import show_recipes
+    from deploy.commands.show_config import show_recipes
 
     show_recipes(console)
 

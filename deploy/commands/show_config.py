@@ -1,4 +1,4 @@
-"""What `manta config` prints: a resolved recipe, every option with its description, as TOML that is a recipe itself."""
+"""Output of `manta recipes` and `manta config`: the shipped recipes, and a resolved recipe with descriptions."""
 
 from __future__ import annotations
 
@@ -10,19 +10,34 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from deploy.config.config import RunConfig
+from deploy.config.recipe_files import algorithm_names, first_line, recipe_names
 from deploy.config.toml_text import key_text, value_text
+from deploy.report.console import Console, write, write_table
 
 WIDTH = 100  # characters of a comment's line
 
 
+def show_recipes(console: Console) -> None:
+    """Print the names of recipes and algorithm presets, each with its purpose."""
+    write_table(console, ("recipe", "purpose"), [(name, first_line(name)) for name in recipe_names()])
+    presets = [(name, first_line(name, algorithm=True)) for name in algorithm_names()]
+    write_table(console, ("algorithm", "description"), presets)
+    write(
+        console,
+        'A recipe extends another one with extends = "NAME" and chooses an algorithm with algorithm = "NAME"; '
+        "manta config NAME prints all of its options.",
+        wrap=True,
+    )
+
+
 def config_text(config: RunConfig) -> str:
-    """Every option with its description above it; an option that differs from its default names that default."""
-    head = "# Every option as it is resolved. An option that differs from its default has that behind it.\n"
+    """Every option with its description above it, and its default behind it if they differ."""
+    head = "# Every option with its resolved value, followed by the default if they differ.\n"
     return head + "".join(_section(config, None, ""))
 
 
 def _section(settings: BaseModel, usual: Any, name: str) -> Iterator[str]:
-    """The lines of a section, and then those of the sections within it. usual: the settings that it has by default."""
+    """The lines of a section, then those of its inner sections. usual: the section's default settings."""
     of_default = usual if type(usual) is type(settings) else None
     if name:
         yield f"\n[{name}]\n"
@@ -57,7 +72,7 @@ def _difference(value: Any, default: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Settings and tuples of them as tables and lists."""
+    """Convert settings and tuples of them to tables and lists."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     return [plain(each) for each in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""Hand a run to a Ray cluster as a job."""
+"""Submit a run to a Ray cluster as a job."""
 
 from __future__ import annotations
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 RECIPE_FILE = "recipe.toml"
-
-
 _OWN = ("envs", "rollout", "learner", "deploy")
 _REFERENCE = re.compile(r'"([A-Za-z_]\w*)(?:\.\w+)*:[A-Za-z_][\w.-]*"')  # module:name, as JSON has it
 
@@ -42,15 +40,14 @@ def submit(
     working_dir: Path | None = None,
     py_modules: Sequence[Path] = (),
 ) -> tuple[JobSubmissionClient, str]:
-    """Check the recipe here, then submit `manta train` of it; returns the client and the job's id.
+    """Check the recipe here, then submit `manta train` with it; returns the client and the job's id.
 
-    What travels: the recipe with all that it extends, as one file; the folder `working_dir`, in which the job then
-    stands and in which the recipe's files lie; and the packages `py_modules`. Manta itself is part of the cluster's
-    image, as vLLM is. `runs` is a path of the cluster (shared storage). The run's folder is named here, so that a job
-    that is started again finds its run.
+    Sent are the recipe with its bases, as one file; or the folder `working_dir`, which holds the recipe's files and is
+    the job's working directory; and the packages `py_modules`. Manta and vLLM are part of the cluster's image. runs: a
+    path of the cluster (shared storage). The run's folder is named here, so that a restarted job finds its run.
     """
     config = load_config(recipe, overrides)
-    # The cluster's disk may be out of sight: two submitted in one second are told apart by chance.
+    # A random suffix: the cluster's disk may not be visible here, and two jobs may be submitted in one second.
     run = runs / f"{run_folder.name(config)}-{secrets.token_hex(3)}"
     named = RECIPE_FILE if working_dir is None else _within(recipe, working_dir)
     require_sent(config, working_dir, py_modules)
@@ -66,17 +63,19 @@ def submit(
         try:
             job = client.submit_job(entrypoint=shlex.join(arguments), runtime_env=sent)
         except (RuntimeError, ValueError) as error:  # ValueError: a folder that is too large to send
-            raise ConfigError(f"the Ray cluster at {address} did not take the job: {error}") from error
+            raise ConfigError(f"the Ray cluster at {address} refused the job: {error}") from error
     return client, job
 
 
 def require_sent(config: RunConfig, working_dir: Path | None, py_modules: Sequence[Path]) -> None:
-    """Refuse a recipe that names modules which are neither installed nor sent. ConfigError."""
+    """ConfigError for a recipe with modules that are neither installed nor sent."""
     if working_dir is not None and not working_dir.is_dir():
-        raise ConfigError(f"--working-dir {working_dir}: no such folder")
+        raise ConfigError(f"--working-dir {working_dir}: no such folder; check the path")
     for path in py_modules:
         if not path.is_dir() and path.suffix != ".whl":
-            raise ConfigError(f"--py-modules {path}: neither a package's folder nor a wheel")
+            raise ConfigError(
+                f"--py-modules {path} is neither the folder of a package nor a wheel; check the path"
+            )
     for module in dict.fromkeys(name for entry in executed(config) for name in _REFERENCE.findall(entry)):
         there = working_dir is not None and _holds(working_dir, module)
         wheel = any(path.name.startswith(f"{module}-") for path in py_modules)
@@ -84,8 +83,8 @@ def require_sent(config: RunConfig, working_dir: Path | None, py_modules: Sequen
             there or wheel or module in {path.resolve().name for path in py_modules} or _installed(module)
         ):
             raise ConfigError(
-                f"module {module}, which the recipe names, is not sent to the cluster: send the folder that it lies in "
-                "with --working-dir FOLDER, or a package with --py-modules FOLDER"
+                f"module {module}, which the recipe names, is not sent to the cluster: send its folder with "
+                "--working-dir FOLDER, or a package with --py-modules FOLDER"
             )
 
 
@@ -94,14 +93,14 @@ def _holds(folder: Path, module: str) -> bool:
 
 
 def _installed(module: str) -> bool:
-    """Whether a module is Manta's, Python's or an installed package's: the cluster's image is taken to have it."""
+    """Whether a module is Manta's, Python's or an installed package's, which the cluster's image has to contain."""
     if module in _OWN or module in sys.stdlib_module_names:
         return True
     return any(_holds(Path(sysconfig.get_path(each)), module) for each in ("purelib", "platlib"))
 
 
 def _within(recipe: str, working_dir: Path) -> str:
-    """A recipe as a job names it that stands in `working_dir`."""
+    """The path of a recipe relative to `working_dir`, the job's working directory."""
     if not recipe.endswith(".toml"):
         return recipe
     sent = working_dir.resolve()
@@ -112,9 +111,9 @@ def _within(recipe: str, working_dir: Path) -> str:
 
 
 def _client(address: str) -> JobSubmissionClient:
-    # Ray's client shows the token it has only when told to, and reads that setting when Ray is first imported.
+    # Ray's client sends its token only if RAY_AUTH_MODE says so, which is read at the first import of Ray.
     token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path("~/.ray/auth_token"))
-    with suppress(RuntimeError):  # a user without a home folder has no token in it
+    with suppress(RuntimeError):  # a user without a home folder has no token file
         token_file = token_file.expanduser()
     if "RAY_AUTH_TOKEN" in os.environ or token_file.is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -125,16 +124,16 @@ def _client(address: str) -> JobSubmissionClient:
         return JobSubmissionClient(address)
     except ConnectionError as error:
         raise ConfigError(
-            f"no Ray cluster answers at {address}: is its dashboard (port 8265) reachable?"
+            f"no Ray cluster answers at {address}; check the address and that its dashboard (port 8265) is reachable"
         ) from error
     except AuthenticationError as error:
         raise ConfigError(
-            f"the Ray cluster at {address} wants a token: put it into RAY_AUTH_TOKEN or {token_file}"
+            f"the Ray cluster at {address} requires a token; put it into RAY_AUTH_TOKEN or {token_file}"
         ) from error
 
 
 def follow(client: JobSubmissionClient, job: str, poll_seconds: float = 1.0) -> Iterator[str]:
-    """Yield the job's output as it comes, until the job has ended."""
+    """Yield the job's new output until the job has ended."""
     shown = 0
     while True:
         ended = client.get_job_status(job).is_terminal()
@@ -147,7 +146,7 @@ def follow(client: JobSubmissionClient, job: str, poll_seconds: float = 1.0) -> 
 
 
 def succeeded(client: JobSubmissionClient, job: str) -> bool:
-    """Whether an ended job ended well."""
+    """Whether an ended job succeeded."""
     from ray.job_submission import JobStatus
 
     return client.get_job_status(job) == JobStatus.SUCCEEDED

@@ -1,4 +1,4 @@
-"""A run's configuration: each package's own settings side by side."""
+"""The configuration of a run: the settings of each package side by side."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Settings(BaseModel):
 
 
 class TinySettings(Settings):
-    """A small random model and tokenizer, built where the run starts: nothing is downloaded."""
+    """A small random model and tokenizer, built at the start of the run without a download."""
 
     layers: int = Field(4, gt=0, description="transformer layers")
     width: int = Field(128, gt=0, description="hidden size")
@@ -55,7 +55,7 @@ class TinySettings(Settings):
 
 
 class EnvSettings(Settings):
-    """The environment trained on."""
+    """The training environment."""
 
     id: str = Field(
         description="environment: the name of one that ships with Manta (`manta envs` lists them), any "
@@ -73,7 +73,7 @@ class EnvSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """How success is measured before and after."""
+    """Evaluation before and after training."""
 
     tasks: int = Field(
         256,
@@ -81,7 +81,7 @@ class EvaluationSettings(Settings):
         description="tasks played before and after training, one episode each; 0: no evaluation. In "
         "environments with a train/held-out split their first observations all differ",
     )
-    seconds: float = Field(1800.0, gt=0, description="time limit for one evaluation, seconds")
+    timeout_seconds: float = Field(1800.0, gt=0, description="time limit for one evaluation, seconds")
     first_seed: int = Field(0, ge=0, description="seed of the first task; the others follow")
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -97,7 +97,7 @@ class WarmStartSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """When the learner's state lands on disk."""
+    """When the learner's state is written to disk."""
 
     every_steps: int = Field(
         10, gt=0, description="learner steps between two checkpoints; the last step always has one"
@@ -106,7 +106,7 @@ class CheckpointSettings(Settings):
 
 
 class ClusterSettings(Settings):
-    """How Ray is reached and how long anything may take."""
+    """Connection to Ray, resources of the learner, and time limits."""
 
     address: str = Field(
         "", description="address of the Ray cluster to join; empty: start Ray on this machine"
@@ -120,43 +120,43 @@ class ClusterSettings(Settings):
     dashboard_port: int = Field(
         0, ge=0, le=65535, description="port of the dashboard of a local Ray; 0: no dashboard"
     )
-    start_seconds: float = Field(
+    start_timeout_seconds: float = Field(
         300.0,
         gt=0,
         description="time limit for engines and learner to start, seconds. Raise it for models that load "
         "slowly",
     )
-    step_seconds: float = Field(
+    step_timeout_seconds: float = Field(
         600.0,
         gt=0,
         description="time limit for the groups of a step to arrive, seconds; the learner step itself has the "
         "same limit again",
     )
-    capacity_seconds: float = Field(
+    capacity_timeout_seconds: float = Field(
         30.0, gt=0, description="time to wait for missing cluster resources, seconds; then the run is refused"
     )
 
     @property
     def joins(self) -> bool:
-        """Whether a cluster that is there is joined, named here or by the Ray job that runs us."""
+        """Whether an existing cluster is joined, named here or by the Ray job that this process belongs to."""
         return bool(self.address) or "RAY_ADDRESS" in os.environ
 
 
 class WeightSyncSettings(Settings):
-    """How new weights travel."""
+    """Transfer of new weights to engines."""
 
     transfer: Literal["object_store", "nccl", "ipc"] = Field(
         "object_store",
         description="how weights reach the engines. object_store: through Ray's shared memory, on any "
         "hardware. nccl and ipc: between GPUs; the set of workers is then fixed",
     )
-    sync_seconds: float = Field(
+    sync_timeout_seconds: float = Field(
         120.0, gt=0, description="time limit for one engine to load one version, seconds"
     )
 
 
 class RunConfig(Settings):
-    """Everything a run does. Stored with the run as config.json."""
+    """The whole configuration of a run. Stored with the run as config.json."""
 
     name: str = Field("run", description="name of the run; its folder is NAME-DATE-TIME")
     seed: int = Field(

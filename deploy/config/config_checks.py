@@ -1,7 +1,7 @@
-"""Settings that contradict one another, or of which one could never act: a line for each, saying what would fit.
+"""Checks of a whole configuration: options that contradict one another, and options without any effect.
 
-A check reads a whole configuration and raises ValueError. What is unwise but means something is a doubt: it is said,
-and the run begins.
+A check raises ValueError with one line: the options, their values, and values that would fit. An option that is risky
+but valid is a warning; the run starts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def require_consistent(config: RunConfig) -> None:
-    """Make every check below."""
+    """Run every check. ValueError for the first contradiction."""
     for check in (
         _model,
         _sampling,
@@ -44,20 +44,21 @@ def require_consistent(config: RunConfig) -> None:
 
 
 def config_warnings(config: RunConfig) -> list[str]:
-    """What a run does as it was told, and its owner may not have meant."""
+    """Warnings about valid options whose effect the user may not intend, one line each."""
     algorithm, oldest = config.learner.algorithm, _oldest(config)
     if algorithm.weighs_behavior or not (oldest or config.replay):
         return []
-    who = "the past run" if config.replay else f"weights up to {oldest} versions old"
+    which = "of the past run" if config.replay else f"up to {oldest} versions old"
     why = "proximal='learner'" if algorithm.loss.has_ratio else f"loss.kind={algorithm.loss.kind!r}"
     return [
-        f"what {who} sampled counts as the learner's own: {why} without a correction of kind tis, mask or icepop does "
-        "not ask whose it is; consider learner.algorithm.proximal='learner' and corrections=[{kind='tis'}]"
+        f"off-policy samples ({which}) are treated as on-policy: {why} without a correction of kind tis, mask or "
+        "icepop has no importance weight; add one with learner.algorithm.proximal='learner' and "
+        "corrections=[{kind='tis'}]"
     ]
 
 
 def _oldest(config: RunConfig) -> int:
-    """Versions that a trained token may be behind."""
+    """The largest lag of a trained token, in versions."""
     reuse = config.buffer.reuse
     return max(config.buffer.max_lag, reuse.max_lag if reuse.groups else 0)
 
@@ -68,8 +69,8 @@ def _oldest(config: RunConfig) -> int:
 def _model(config: RunConfig) -> None:
     if bool(config.learner.model.path) == (config.tiny is not None):
         raise ValueError(
-            "give exactly one of learner.model.path (a checkpoint) and the section tiny (one is built; tiny= "
-            "leaves it out)"
+            "set exactly one of learner.model.path (a checkpoint) and the section tiny (a small random model); the "
+            "override tiny= removes the section"
         )
 
 
@@ -77,45 +78,45 @@ def _sampling(config: RunConfig) -> None:
     sampling, context = config.sampling, config.rollout.context_tokens
     if sampling.top_p < 1:
         raise ValueError(
-            "sampling.top_p<1 changes what can be sampled, and the learner's logprobs would be of another "
-            "distribution; use sampling.top_p=1"
+            f"sampling.top_p={sampling.top_p:g} truncates the sampling distribution, but the learner computes logprobs "
+            "of the whole one; use sampling.top_p=1"
         )
     if sampling.seed is not None:
         raise ValueError(
-            "sampling.seed is one request's seed, which the run derives from its own: leave it away and set seed"
+            "sampling.seed is derived for each request from the run's seed; remove it and set seed"
         )
     if context <= PROBE_TOKENS:
         raise ValueError(
-            f"rollout.context_tokens={context} must exceed {PROBE_TOKENS}, the length of the probe that proves every "
-            "weight sync"
+            f"rollout.context_tokens={context} must exceed {PROBE_TOKENS}, the length of the probe that verifies every "
+            "weight sync; raise it"
         )
     if sampling.max_tokens >= context:
         raise ValueError(
             f"sampling.max_tokens={sampling.max_tokens} leaves no room for a prompt in "
-            f"rollout.context_tokens={context}"
+            f"rollout.context_tokens={context}; lower the former or raise the latter"
         )
 
 
-# Who deserves what --------------------------------------------------------------------------------------------------
+# Advantages --------------------------------------------------------------------------------------------------
 
 
 def _group(config: RunConfig) -> None:
     estimator, rollout, reuse = config.learner.algorithm.advantage, config.rollout, config.buffer.reuse
     if rollout.group_size < 2 and estimator.siblings:
         raise ValueError(
-            f"rollout.group_size=1 leaves learner.algorithm.advantage.kind={estimator.kind!r} without a baseline: an "
-            "advantage is a reward compared with its siblings'; use 2 or more, or the kind 'gae', 'reinforce_pp' "
-            "without group_baseline, or 'returns' with baseline='batch'"
+            f"rollout.group_size=1 leaves learner.algorithm.advantage.kind={estimator.kind!r} without a baseline: it "
+            "compares the rewards of siblings; use a group of 2 or more, or the kind 'gae', 'reinforce_pp' without "
+            "group_baseline, or 'returns' with baseline='batch'"
         )
     if rollout.group_size < 2 and reuse.groups and reuse.sampler.kind == "prioritized":
         raise ValueError(
             "buffer.reuse.sampler.kind='prioritized' prefers groups whose rewards differ, but "
-            "rollout.group_size=1: use 2 or more, or 'uniform'"
+            "rollout.group_size=1; use 2 or more, or kind 'uniform'"
         )
     if rollout.max_turns == 1 and estimator.turns:
         raise ValueError(
             f"learner.algorithm.advantage.kind={estimator.kind!r} compares turns, but rollout.max_turns=1; "
-            "allow more turns, or use kind = 'grpo'"
+            "allow more turns, or use kind 'grpo'"
         )
 
 
@@ -123,7 +124,7 @@ def _uniform_groups(config: RunConfig) -> None:
     estimator = config.learner.algorithm.advantage
     if config.rollout.dynamic_sampling and not estimator.totals:
         raise ValueError(
-            "rollout.dynamic_sampling drops groups whose episodes earned the same in all, but "
+            "rollout.dynamic_sampling drops groups whose episodes have equal total rewards, but "
             f"learner.algorithm.advantage.kind={estimator.kind!r} may tell such episodes apart; use "
             "dynamic_sampling=false, or kind 'grpo', 'rloo', 'maxrl', or 'reinforce_pp' with group_baseline"
         )
@@ -133,8 +134,8 @@ def _discount(config: RunConfig) -> None:
     estimator = config.learner.algorithm.advantage
     if isinstance(estimator, ReinforceAdvantage) and estimator.group_baseline and estimator.gamma != 1:
         raise ValueError(
-            f"learner.algorithm.advantage.gamma={estimator.gamma:g} discounts returns of tokens, and group_baseline "
-            "compares whole episodes: leave one of the two away"
+            f"learner.algorithm.advantage.gamma={estimator.gamma:g} discounts returns of tokens, but group_baseline "
+            "compares whole episodes; remove one of the two"
         )
 
 
@@ -143,25 +144,25 @@ def _replay(config: RunConfig) -> None:
         return
     if config.rollout.dynamic_sampling:
         raise ValueError(
-            "rollout.dynamic_sampling plays another group for one that it drops, and a replay plays none: use "
+            "rollout.dynamic_sampling replaces each group that it drops with a new one, but a replay plays none: use "
             "rollout.dynamic_sampling=false"
         )
     if config.buffer.reuse.groups:
         raise ValueError(
-            "buffer.reuse does not act in a replay, whose every step has the groups of the past one, reused ones too: "
-            "use buffer.reuse.groups=0"
+            "buffer.reuse does not act in a replay: each step takes the groups of the past run's step, reused ones "
+            "included; use buffer.reuse.groups=0"
         )
 
 
-# How it is learned --------------------------------------------------------------------------------------------------
+# Optimization ------------------------------------------------------------------------------------------------------
 
 
 def _ranks(config: RunConfig) -> None:
     ranks, groups = config.learner.ranks, config.buffer.groups_per_step
     if ranks > groups:
         raise ValueError(
-            f"learner.ranks={ranks} share the groups of a step, but buffer.groups_per_step={groups}: a group is "
-            "not divided; have at least as many groups as ranks"
+            f"learner.ranks={ranks} exceeds buffer.groups_per_step={groups}, and a group is not divided over ranks; "
+            "have at least as many groups as ranks"
         )
     if ranks > 1 and config.learner.model.lora is not None:
         raise ValueError(
@@ -179,8 +180,9 @@ def _updates(config: RunConfig) -> None:
     episodes = config.buffer.groups_per_step * config.rollout.group_size
     if minibatches > episodes // ranks:
         raise ValueError(
-            f"learner.algorithm.minibatches={minibatches} divide the episodes of a step, but there are {episodes} "
-            f"(buffer.groups_per_step * rollout.group_size) for learner.ranks={ranks}; use {episodes // ranks} or fewer"
+            f"learner.algorithm.minibatches={minibatches} exceeds the episodes of a step on one rank: {episodes} "
+            f"(buffer.groups_per_step * rollout.group_size) over learner.ranks={ranks}; use {episodes // ranks} or "
+            "fewer"
         )
 
 
@@ -188,8 +190,8 @@ def _critic(config: RunConfig) -> None:
     critic = config.learner.algorithm.critic
     if critic is not None and critic.warmup_steps >= config.steps:
         raise ValueError(
-            f"learner.algorithm.critic.warmup_steps={critic.warmup_steps} are steps in which the policy stays, and "
-            f"steps={config.steps}: it would never learn; lower them or train longer"
+            f"learner.algorithm.critic.warmup_steps={critic.warmup_steps} leaves the policy no step of "
+            f"steps={config.steps}; lower the former or raise the latter"
         )
 
 
@@ -210,7 +212,7 @@ def _schedules(config: RunConfig) -> None:
             raise ValueError(f"{name}: {error}{waits}; lower {name}.warmup_steps or train longer") from error
 
 
-# What would never act -----------------------------------------------------------------------------------------------
+# Options without effect ---------------------------------------------------------------------------------------------
 
 
 def _corrections(config: RunConfig) -> None:
@@ -221,7 +223,7 @@ def _corrections(config: RunConfig) -> None:
         if isinstance(part, LagMask) and part.max_lag >= oldest:
             raise ValueError(
                 f"learner.algorithm.corrections of kind 'lag' with max_lag={part.max_lag} masks nothing: no token is "
-                f"more than {oldest} versions old (buffer.max_lag, buffer.reuse.max_lag); leave it away or lower it"
+                f"more than {oldest} versions old (buffer.max_lag, buffer.reuse.max_lag); remove it or lower max_lag"
             )
 
 
@@ -234,22 +236,22 @@ def _overlong(config: RunConfig) -> None:
         raise ValueError(
             f"learner.algorithm.overlong begins after {overlong.tokens - overlong.margin} sampled tokens (tokens - "
             f"margin), but no episode has more than {most} (rollout.max_turns, sampling.max_tokens and "
-            "rollout.context_tokens); lower tokens or leave the section away"
+            "rollout.context_tokens); lower tokens or remove the section"
         )
 
 
 def _guards(config: RunConfig) -> None:
     idle = dict(_idle_metrics(config))
     for guard in config.guards:
-        # Those of the default belong to every algorithm, whatever it does not say.
+        # The default guards are the same for every algorithm, also where it lacks their metrics.
         if guard.metric in idle and guard not in DEFAULTS:
             raise ValueError(
-                f"guards: {guard.metric} is never out of bounds: {idle[guard.metric]}; leave that guard away"
+                f"guards: {guard.metric} is never out of bounds: {idle[guard.metric]}; remove that guard"
             )
 
 
 def _idle_metrics(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Metrics that this algorithm does not have, or that never move, each with the reason."""
+    """Metrics that this algorithm does not report, or that are constant, each with the reason."""
     algorithm = config.learner.algorithm
     if algorithm.critic is None:
         for metric in ("value", "value_error", "value_grad_norm", "value_loss", "value_skipped_step"):
@@ -269,7 +271,7 @@ def _idle_metrics(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "clip_fraction", "with proximal='learner' and one optimizer step on a batch every ratio is 1"
 
 
-# How weights travel -------------------------------------------------------------------------------------------------
+# Weight transfer ----------------------------------------------------------------------------------------------------
 
 
 def _adapters(config: RunConfig) -> None:
@@ -278,7 +280,7 @@ def _adapters(config: RunConfig) -> None:
         return
     if config.weights.transfer != "object_store":
         raise ValueError(
-            f"learner.model.lora.sync='adapter' does not travel by weights.transfer={config.weights.transfer!r}, "
+            f"learner.model.lora.sync='adapter' cannot be sent by weights.transfer={config.weights.transfer!r}, "
             "which sends whole weights; use 'object_store', or sync='merged'"
         )
     halves = config.engine.placement.half_adapters and config.engine.dtype == "float32"
@@ -296,7 +298,7 @@ def _transfer(config: RunConfig) -> None:
         raise ValueError(f"engine.kind={config.engine.kind!r}: {unfit}")
     if transfer not in placement.transfers:
         raise ValueError(
-            f"weights.transfer={transfer!r} does not reach engine.kind={config.engine.kind!r}; use 'object_store'"
+            f"engine.kind={config.engine.kind!r} does not support weights.transfer={transfer!r}; use 'object_store'"
         )
     if transfer == "object_store":
         return

@@ -1,4 +1,4 @@
-"""What is said of a recipe that is wrong: one line for each fault, naming the option, and what would fit."""
+"""Error messages for a wrong recipe: one line for each fault, with the option and a fix."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rollout.wire.own_part import TAGS
 
 
 class ConfigError(ValueError):
-    """A recipe or an override is wrong; the message is for the person who wrote it."""
+    """A mistake of the user in a recipe, an override, a path or a command; the message is one line."""
 
 
-SPELLED_SCORE = 0.55  # least likeness, 0 to 1, of what is named as meant
+SPELLED_SCORE = 0.55  # least similarity, 0 to 1, of a suggestion
 
-# What a text becomes whose writer left its quotes away.
+# Types that text without quotes may be read as.
 UNQUOTED = (bool, int, float, date, time)
 
 Settings = type[BaseModel]
 
 
 def explain(fault: Any, root: Settings) -> str:
-    """One of pydantic's errors about settings of the class `root`, as a line."""
+    """Turn one of pydantic's errors about settings of the class `root` into a line."""
     location = [part for part in fault["loc"] if part not in TAGS]
     where = _written(location, root)
     if fault["type"] == "extra_forbidden":
@@ -46,9 +46,9 @@ def explain(fault: Any, root: Settings) -> str:
 
 
 def unknown(where: str, value: Any, root: Settings) -> str:
-    """What to say of an option that does not exist: peers' names first, then spelling, over the whole tree.
+    """The message for an unknown option, with a suggestion: by names in other trainers first, then by spelling.
 
-    value: what was written there; of an unknown section its first option is looked for.
+    value: of the option; for an unknown section the suggestion is for its first option.
     """
     names = list(dict.fromkeys(option_names(root)))
     sections = [name for name in names if any(each.startswith(f"{name}.") for each in names)]
@@ -60,14 +60,14 @@ def unknown(where: str, value: Any, root: Settings) -> str:
 
 
 def _synonym(where: str, names: Sequence[str]) -> str:
-    """The option that a peer's name means, of several the one in sections most like those written."""
+    """The option with this name in another trainer; of several, the one in the most similar section."""
     *sections, last = where.split(".")
     ours = [name for name in SYNONYMS.get(last.lower().replace("-", "_"), ()) if name in names]
     return max(ours, key=lambda name: _alike(".".join(sections), name.rpartition(".")[0]), default="")
 
 
 def _spelled(where: str, names: Sequence[str]) -> str:
-    """The option spelled most like this one: its last part counts most, then its sections, then being near the root."""
+    """The option with the most similar spelling: by its last part first, then its sections, then its depth."""
     section, _, last = where.rpartition(".")
 
     def score(name: str) -> float:
@@ -88,7 +88,7 @@ def _alike(left: str, right: str) -> float:
 
 
 def _written(location: Sequence[Any], root: Settings) -> str:
-    """An option's dotted name as a recipe has it: without the kinds that pydantic puts behind sections of several."""
+    """An option's dotted name as in a recipe, without the kinds that pydantic adds for sections of a union."""
     names, parts = set(option_names(root)), [str(part) for part in location]
     kept: list[str] = []
     for place, part in enumerate(parts):
@@ -105,7 +105,7 @@ def option_names(root: Settings) -> list[str]:
 
 
 def models_in(annotation: Any) -> list[Settings]:
-    """The settings classes of an annotation, those of unions and sequences too."""
+    """The settings classes of an annotation, also inside unions and sequences."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     arguments = getattr(annotation, "__args__", ())
@@ -121,9 +121,9 @@ def _options(root: Settings, prefix: str = "") -> Iterator[tuple[str, Settings]]
 
 
 def _of_another_kind(names: Sequence[str], root: Settings) -> str:
-    """What to say of an option that its section has under another `kind`; nothing, where it has it under none.
+    """The message for an option that belongs to another `kind` of its section; empty if it belongs to none.
 
-    names: of the section, its kind, and the option.
+    names: the section, its kind, and the option.
     """
     *section, kind, option = ["", *names]
     dotted = ".".join([*section[1:], option])
@@ -134,4 +134,4 @@ def _of_another_kind(names: Sequence[str], root: Settings) -> str:
     ]
     if not kinds:
         return ""
-    return f"{dotted} does not belong to kind={kind!r}; it does to {', '.join(map(repr, kinds))}"
+    return f"{dotted} does not belong to kind={kind!r}; it belongs to {', '.join(map(repr, kinds))}"

@@ -1,12 +1,12 @@
-"""Options of an algorithm that follow from the job, where the recipe does not say them.
+"""Defaults of an algorithm that depend on the job. Options set in the recipe take precedence.
 
-Presets of algorithms leave them open, since they are no part of the algorithm:
+Presets of algorithms leave these options open:
 
-    aggregation_length        what aggregation = "constant" divides by: the most that an episode can sample
-    overlong                  begins at four fifths of that
-    proximal, corrections     "learner" and truncated importance sampling, where engine and learner compute in different
-                              types: what sampled is then another policy even at lag 0, and PPO's clip would take the
-                              engine's rounding for a move of the learner's and drop those tokens
+    aggregation_length        divisor of aggregation = "constant": the most tokens that an episode can sample
+    overlong                  the last fifth of that length
+    proximal, corrections     "learner" and truncated importance sampling, if engine and learner compute in different
+                              types: the behavior policy then differs even at lag 0, and PPO's clip would drop tokens
+                              for the engine's rounding
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ OVERLONG_MARGIN = 5  # the last fifth: 4096 of 20480 tokens in Yu et al. 2025 (D
 
 
 def longest_episode(rollout: RolloutSettings, sampling: Sampling, agent: AgentSettings) -> int:
-    """Tokens that an episode samples at most, by turns, tokens a turn and, with the whole history, the context."""
+    """The most tokens that an episode samples, by turns, tokens a turn and, with the whole history, the context."""
     most = rollout.max_turns * sampling.max_tokens
     return min(most, rollout.context_tokens) if agent.memory == "full" else most
 
 
 def with_lengths(tree: dict[str, Any]) -> dict[str, Any]:
-    """A configuration, not validated yet, with the lengths that its algorithm leaves open."""
+    """Fill the open lengths of the algorithm in a configuration that is not validated yet."""
     learner = tree.get("learner")
     algorithm = learner.get("algorithm") if isinstance(learner, dict) else None
     if not isinstance(algorithm, dict):
@@ -49,7 +49,7 @@ def with_lengths(tree: dict[str, Any]) -> dict[str, Any]:
             AgentSettings.model_validate(tree.get("agent", {})),
         )
     except ValidationError:
-        return tree  # the validation of the whole says what is wrong
+        return tree  # reported by the validation of the whole
     filled = dict(algorithm)
     if open_overlong is not None:
         tokens = open_overlong.get("tokens", longest)
@@ -61,10 +61,10 @@ def with_lengths(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_correction(tree: dict[str, Any], config: RunConfig) -> dict[str, Any] | None:
-    """The tree that `config` was read from with the correction that its types ask for; None: it asks for none.
+    """The tree of `config` with the correction for different compute types; None if it needs none.
 
-    A recipe that says `proximal` or `corrections` has decided. Yao et al. 2025, "Your Efficient RL Framework Secretly
-    Brings You Off-Policy RL Training", is where the weight comes from.
+    A recipe that sets `proximal` or `corrections` is left unchanged. The weight is that of Yao et al. 2025, "Your
+    Efficient RL Framework Secretly Brings You Off-Policy RL Training".
     """
     learner = tree.get("learner", {})
     algorithm = learner.get("algorithm", {})

@@ -1,9 +1,9 @@
-"""Guard rails: metrics that must stay within bounds, each with a warning or an end of the run.
+"""Guards: bounds of metrics, each with a warning or the end of the run.
 
     guards = [{ metric = "entropy", below = 0.05, action = "stop", steps = 20 }]
 
-A guard speaks when its metric was out of bounds for so many steps in a row; a step without the metric says neither
-that it was within them nor that it was not. Where a metric stays away, that is said too.
+A guard acts when its metric was out of bounds for `steps` steps in a row. A step without the metric counts neither as
+within bounds nor as outside. A metric that is missing for many steps is reported.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pydantic import BaseModel, Field, model_validator
 
 from deploy.config.declared_metrics import METRICS, is_declared
 
-MISSING_STEPS = 10  # without a metric, until that is said
+MISSING_STEPS = 10  # steps without a metric before that is reported
 
 
 class GuardTripped(RuntimeError):
-    """A guard ended the run; the message says which, and what it saw."""
+    """A guard ended the run; the message names its metric, value and bound."""
 
 
 class Guard(BaseModel, extra="forbid", frozen=True):
@@ -46,13 +46,13 @@ class Guard(BaseModel, extra="forbid", frozen=True):
         if not is_declared(self.metric):
             names = [metric.name for metric in METRICS if not metric.is_open]
             close = difflib.get_close_matches(self.metric, names, n=1, cutoff=0.3) or names
-            raise ValueError(f"guards: no metric {self.metric!r}; did you mean {close[0]!r}?")
+            raise ValueError(f"guards: unknown metric {self.metric!r}; did you mean {close[0]!r}?")
         if self.below is None and self.above is None:
-            raise ValueError(f"guards: {self.metric} has no bound; give below, above or both")
+            raise ValueError(f"guards: {self.metric} has no bound; set below, above or both")
         return self
 
     def broken_by(self, value: float) -> bool:
-        """Whether this is out of bounds; what is not a number always is."""
+        """Whether a value is out of bounds; NaN always is."""
         low = self.below is not None and not value >= self.below
         return low or (self.above is not None and not value <= self.above)
 
@@ -77,16 +77,16 @@ DEFAULTS = (
 
 
 def with_defaults(guards: Sequence[Guard]) -> tuple[Guard, ...]:
-    """These, and the defaults of metrics that none of them bounds."""
+    """These guards, and the default guards of metrics that they do not bound."""
     bounded = {guard.metric for guard in guards}
     return (*guards, *(guard for guard in DEFAULTS if guard.metric not in bounded))
 
 
-class Watch:
-    """Looks at every step. Speaks once when a guard trips, and again only after its metric was within bounds.
+class GuardMonitor:
+    """Checks every step. A guard is reported once when it trips, and again only after its metric was within bounds.
 
-    Speaks too, once, when a metric stays away for MISSING_STEPS steps, if it was there before or it was asked to be
-    bounded: a default guard of what an algorithm never says is no news.
+    A metric that is missing for MISSING_STEPS steps is reported once, if it was there before or a guard of the recipe
+    bounds it; a default guard may bound a metric that the algorithm never reports.
     """
 
     def __init__(self, guards: Sequence[Guard], say: Callable[[str], None]) -> None:
@@ -96,14 +96,15 @@ class Watch:
         self._missing = dict.fromkeys(range(len(guards)), 0)  # steps in a row
         self._expected = [guard not in DEFAULTS for guard in guards]
 
-    def look(self, step: int, row: Mapping[str, float]) -> None:
-        """Take in one step's metrics. Raises GuardTripped."""
+    def observe(self, step: int, row: Mapping[str, float]) -> None:
+        """Check one step's metrics. Raises GuardTripped."""
         for place, guard in enumerate(self._guards):
             if guard.metric not in row:
                 self._missing[place] += 1
                 if self._missing[place] == MISSING_STEPS and self._expected[place]:
                     self._say(
-                        f"ALARM: step {step}: {guard.metric} was not said for {MISSING_STEPS} steps: nothing guards it"
+                        f"ALARM: step {step}: {guard.metric} was missing for {MISSING_STEPS} steps; its guard cannot "
+                        "act"
                     )
                 continue
             self._missing[place], self._expected[place] = 0, True
@@ -112,5 +113,5 @@ class Watch:
             if self._broken[place] == guard.steps:
                 said = f"step {step}: {guard.metric} is {value:.4g} ({guard} for {guard.steps} steps)"
                 if guard.action == "stop":
-                    raise GuardTripped(f"stopped by a guard: {said}; checkpoints and rows are as they were")
+                    raise GuardTripped(f"stopped by a guard: {said}; checkpoints and rows are unchanged")
                 self._say(f"ALARM: {said}")

@@ -1,7 +1,7 @@
-"""A run's configuration from a TOML recipe and `a.b=c` overrides.
+"""Load a run's configuration from a TOML recipe and `a.b=c` overrides.
 
-Nothing is configured twice and nothing is ignored: an unknown key is an error that names the nearest valid one, and so
-is a pair that contradicts itself (config_checks.py).
+No option is ignored: an unknown option is an error that names the nearest valid one, and so are options that contradict
+one another (config_checks.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from deploy.config.renamed import require_current_names
 
 Model = TypeVar("Model", bound=BaseModel)
 
-# What may be another when a run goes on: where, how and how far it runs, never what is played and learned.
+# Options that may change when a run continues: where, how and how long it runs, never what is played and learned.
 MOVABLE = (
     "cluster",
     "supervision",
@@ -35,10 +35,10 @@ MOVABLE = (
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe (a path, or the name of one that ships with Manta), apply overrides, check everything.
+    """Read a recipe (a path, or the name of one that ships with Manta), apply overrides, check the result.
 
-    An override "section=" with nothing behind it leaves the section out; "algorithm=NAME" chooses a preset, which acts
-    before the other overrides.
+    An override "section=" without a value removes the section; "algorithm=NAME" chooses a preset and is applied before
+    the other overrides.
     """
     tree = read_recipe(recipe)
     chosen, others = _algorithm(overrides)
@@ -54,7 +54,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _algorithm(overrides: Sequence[str]) -> tuple[str, list[str]]:
-    """The preset that the overrides choose, the last of several, and the others."""
+    """The preset chosen by the overrides, the last of several, and the other overrides."""
     chosen = [
         value.strip() for name, _, value in (each.partition("=") for each in overrides) if name == "algorithm"
     ]
@@ -63,30 +63,30 @@ def _algorithm(overrides: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def moved(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """A stored run's configuration for going on elsewhere or for longer.
+    """The configuration of a stored run that continues elsewhere or for more steps.
 
-    ConfigError for overrides of anything that is not MOVABLE, and for fewer steps.
+    ConfigError for an override of an option that is not MOVABLE, and for fewer steps.
     """
     tree = config.model_dump(mode="json")
     for override in overrides:
         name = override.partition("=")[0].strip()
         if not any(name == each or name.startswith(f"{each}.") for each in MOVABLE):
             raise ConfigError(
-                f"override {override!r}: a run goes on playing and learning what it did; what may differ: "
-                f"{', '.join(MOVABLE)}"
+                f"override {override!r}: a resumed run keeps its environment, model and algorithm; options that may "
+                f"change: {', '.join(MOVABLE)}"
             )
         _apply(tree, override)
     changed = parse(tree, f"run {config.name}")
     if changed.steps < config.steps:
         raise ConfigError(
-            f"steps={changed.steps} is fewer than the run's {config.steps}: a run that goes on may be given more; "
-            "to end it earlier, stop it"
+            f"steps={changed.steps} is less than the run's {config.steps}; a resumed run may be given more steps; to "
+            "end it earlier, stop it"
         )
     return changed
 
 
 def parse(tree: Nested, source: str) -> RunConfig:
-    """Validate a nested dict; all faults together become one line."""
+    """Validate a nested dict; ConfigError with all faults in one line."""
     config = validated(RunConfig, tree, source)
     try:
         require_consistent(config)
@@ -96,7 +96,7 @@ def parse(tree: Nested, source: str) -> RunConfig:
 
 
 def validated(model: type[Model], tree: Nested, source: str) -> Model:
-    """The same for any settings."""
+    """Validate a nested dict as settings of any class; ConfigError with all faults in one line."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -121,7 +121,7 @@ def _apply(tree: Nested, override: str) -> None:
 
 
 def toml_value(text: str) -> Any:
-    """A TOML value where the text reads as one (numbers, booleans, lists, quoted strings), else the text itself."""
+    """Parse a text as a TOML value (number, boolean, list, quoted string); the text itself if it is none."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -1,4 +1,4 @@
-"""The parts of a configuration that are a user's own ("module:name"): which there are, and whether they fit."""
+"""A user's own parts ("module:name") of a configuration: found, and checked against their signatures."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from pydantic import BaseModel
 
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
-from envs.code_lines import describe_error
 from envs.user_functions import load_function
-from rollout.wire.own_part import OwnPart, OwnPartRefused
+from rollout.wire.own_part import OwnPart, OwnPartFailed, OwnPartRefused
 
 
 def own_parts(settings: Any, where: str = "") -> Iterator[tuple[str, OwnPart]]:
-    """Every part that is a user's own, with the name of its section. Nothing is imported to know it."""
+    """Every own part, with the name of its section. Nothing is imported."""
     if isinstance(settings, OwnPart):
         yield where, settings
     elif isinstance(settings, BaseModel):
@@ -31,29 +30,24 @@ def own_parts(settings: Any, where: str = "") -> Iterator[tuple[str, OwnPart]]:
 
 
 def check_own_parts(config: RunConfig) -> None:
-    """Import each part, look at its signature, and try it on a small example where that is cheap.
+    """Import each part, check its signature, and call it on a small example where that is cheap.
 
-    ConfigError, one line that names the section, for a part that is not there or does not fit.
+    ConfigError, one line that names the section, for a part that cannot be imported, does not fit, or fails.
     """
     critic = config.learner.algorithm.critic is not None
     for where, part in own_parts(config):
         try:
             part.check_signature(load_function(part.kind))
+            part.try_out(critic)
+        except OwnPartFailed as error:
+            raise ConfigError(f"{where}, called on a small example: {error}") from error
         except (OwnPartRefused, ValueError) as error:
             raise ConfigError(f"{where}: {error}") from error
-        try:
-            part.try_out(critic)
-        except OwnPartRefused as error:
-            raise ConfigError(f"{where}: {error}") from error
-        except Exception as error:  # it is anybody's code
-            raise ConfigError(
-                f"{where}: {part.kind} failed on a small example: {describe_error(error)}"
-            ) from error
 
 
 @contextmanager
 def importable(folders: Sequence[Path]) -> Iterator[None]:
-    """Have modules in these folders found, before all others."""
+    """Put these folders first in the module search path."""
     before = list(sys.path)
     sys.path[:0] = [os.fspath(folder.resolve()) for folder in folders]
     try:

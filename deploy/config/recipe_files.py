@@ -1,11 +1,11 @@
-"""Read a recipe: a TOML file over what it extends, with the preset of its algorithm and its own options on top.
+"""Read a recipe: a TOML file merged over the recipe that it extends and the preset of its algorithm.
 
     extends = "base.toml"             # a file, relative to this one, or the name of a recipe that ships with Manta
-    clear = ["env.options", "tiny"]   # options and sections of the base that this recipe leaves out
-    algorithm = "dapo"                # a preset: sets learner.algorithm and what else belongs to the algorithm alone
+    clear = ["env.options", "tiny"]   # options and sections of the base that this recipe removes
+    algorithm = "dapo"                # a preset: sets learner.algorithm and other options of the algorithm alone
 
-These three stand at the top of a recipe. Of a base and the recipe over it, sections that both have are merged, and the
-recipe's options win; a section with another `kind` or `id` replaces the base's whole.
+These three are top-level keys. Sections of both the base and the recipe are merged, and the recipe's options take
+precedence; a section with another `kind` or `id` replaces the base's section.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from deploy.config.config_errors import ConfigError
 
 Nested = dict[str, Any]
 
-# What a preset of an algorithm may set; the preset chosen last sets all of it.
+# Options that a preset of an algorithm may set; the preset chosen last replaces all of them.
 OF_ALGORITHM = ("learner.algorithm", "rollout.dynamic_sampling")
 
 
@@ -36,7 +36,7 @@ def algorithm_names() -> list[str]:
 
 
 def read_recipe(recipe: str) -> Nested:
-    """The options of a recipe, over those of what it extends. ConfigError, one line, where it cannot be read."""
+    """The options of a recipe, merged over its bases. ConfigError, one line, if it cannot be read."""
     tree: Nested = {}
     for name, layer in reversed(_layers(recipe)):
         tree = _over(tree, layer, name)
@@ -44,28 +44,30 @@ def read_recipe(recipe: str) -> Nested:
 
 
 def files_of(recipe: str) -> list[Path]:
-    """The files that a recipe is made of, its own first; recipes that ship with Manta are none."""
+    """The files of a recipe and its bases, its own first, without recipes that ship with Manta."""
     return [Path(name) for name, _ in _layers(recipe) if name.endswith(".toml")]
 
 
 def with_algorithm(tree: Nested, name: str, source: str) -> Nested:
-    """A configuration with the preset of an algorithm in place of the algorithm it had."""
+    """Replace the algorithm of a configuration by a preset."""
     presets = _shipped(files("deploy.recipes") / "algorithms")
     if name not in presets:
-        raise ConfigError(f"{source}: algorithm={name!r} is none of: {', '.join(sorted(presets))}")
+        raise ConfigError(
+            f"{source}: unknown algorithm={name!r}; choose one of: {', '.join(sorted(presets))}"
+        )
     for option in OF_ALGORITHM:
         tree = _without(tree, option)
     return _merged(tree, tomllib.loads(presets[name].read_text(encoding="utf-8")))
 
 
 def first_line(name: str, *, algorithm: bool = False) -> str:
-    """What a recipe, or an algorithm's preset, that ships with Manta is for: the comment in its first line."""
+    """The purpose of a shipped recipe or algorithm preset: the comment in its first line."""
     folder = files("deploy.recipes") / "algorithms" if algorithm else files("deploy.recipes")
     return _shipped(folder)[name].read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
 
 
 def _layers(recipe: str) -> list[tuple[str, Nested]]:
-    """A recipe and all that it extends, the outermost first, each with its name."""
+    """A recipe and its bases, the recipe first, each with its name."""
     layers: list[tuple[str, Nested]] = []
     name: str | None = recipe
     while name is not None:
@@ -76,14 +78,15 @@ def _layers(recipe: str) -> list[tuple[str, Nested]]:
         base = tree.pop("extends", None)
         if base is not None and (not isinstance(base, str) or not base):
             raise ConfigError(
-                f"recipe {name}: extends={base!r} is neither a .toml file nor the name of a recipe, as a text"
+                f"recipe {name}: extends={base!r} must be the path of a .toml file or the name of a recipe, as a string"
             )
         if base is None and "clear" in tree:
             raise ConfigError(
-                f"recipe {name}: clear leaves out options of what a recipe extends; it extends none"
+                f"recipe {name}: clear removes options of a base recipe, but extends is not set; set it, or remove "
+                "clear"
             )
         layers.append((name, tree))
-        # A file is named relative to the one that names it; joined with an absolute path, that path stands.
+        # Relative to the file that names it; an absolute path stays absolute when joined.
         name = str(Path(name).parent / base) if base is not None and base.endswith(".toml") else base
     return layers
 
@@ -95,12 +98,14 @@ def _same(left: str, right: str) -> bool:
 
 
 def _over(base: Nested, layer: Nested, name: str) -> Nested:
-    """A recipe's own layer over the options of what it extends."""
+    """Merge a recipe's own layer over the options of its base."""
     tree = base
     own = dict(layer)
     for option in _cleared(own.pop("clear", []), name):
         if not _holds(tree, option):
-            raise ConfigError(f"recipe {name}: clear names {option!r}, which what it extends does not set")
+            raise ConfigError(
+                f"recipe {name}: clear names {option!r}, which its base does not set; remove it from clear"
+            )
         tree = _without(tree, option)
     if isinstance(own.get("algorithm"), str):
         tree = with_algorithm(tree, own.pop("algorithm"), f"recipe {name}")
@@ -111,12 +116,12 @@ def _cleared(said: Any, name: str) -> Sequence[str]:
     if isinstance(said, list) and all(isinstance(each, str) for each in said):
         return said
     raise ConfigError(
-        f"recipe {name}: clear={said!r} is no list of names of options, such as ['env.options', 'tiny']"
+        f"recipe {name}: clear={said!r} must be a list of option names, such as ['env.options', 'tiny']"
     )
 
 
 def _merged(base: Nested, changes: Nested) -> Nested:
-    """Options of sections that both have stand side by side; one with another `kind` or `id` is another section."""
+    """Merge sections of both trees; a section with another `kind` or `id` is replaced."""
     merged = dict(base)
     for name, value in changes.items():
         old = base.get(name)
@@ -138,7 +143,7 @@ def _holds(tree: Nested, option: str) -> bool:
 
 
 def _without(tree: Nested, option: str) -> Nested:
-    """A copy of a configuration that leaves out an option or a section."""
+    """A copy of a configuration without an option or a section."""
     name, _, inner = option.partition(".")
     if not inner:
         return {key: value for key, value in tree.items() if key != name}
@@ -160,11 +165,11 @@ def _parsed(recipe: str) -> Nested:
 
 
 def recipe_text(recipe: str) -> str:
-    """The text of a recipe; an unknown name is an error that lists what there is."""
+    """The text of a recipe; ConfigError for an unknown name lists the names."""
     path = Path(recipe)
     if path.suffix == ".toml":
         if not path.is_file():
-            raise ConfigError(f"recipe {recipe}: no such file")
+            raise ConfigError(f"recipe {recipe}: no such file; check the path")
         return _text(path)
     shipped = _shipped(files("deploy.recipes"))
     if recipe not in shipped:
@@ -175,7 +180,7 @@ def recipe_text(recipe: str) -> str:
 
 
 def _text(path: Path) -> str:
-    """The text of a file that a user wrote: UTF-8, with or without a byte-order mark."""
+    """The text of a user's file: UTF-8, with or without a byte-order mark."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:

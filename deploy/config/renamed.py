@@ -1,7 +1,7 @@
 """Old names and the names that replaced them: options, values of options, and flags of the command.
 
-A recipe, an override or a command line that says an old name is refused with the new one. The stored configuration of
-an earlier run is read under the new names, so that `eval`, `export`, `report` and `--resume` work on it.
+A recipe, an override or a command line with an old name is refused, with the new name in the message. The stored
+configuration of an earlier run is read under the new names: `eval`, `export`, `report` and `--resume` work on it.
 """
 
 from __future__ import annotations
@@ -12,30 +12,39 @@ from typing import Any
 
 from deploy.config.config_errors import ConfigError
 
-# "section.option" renames an option or a whole section, "section.option=value" a value; the entries apply from top to
-# bottom, so that a value's entry names its option as it is called now. A name leads through lists of sections too.
+# "section.option" renames an option or a whole section, "section.option=value" a value. Entries apply from top to
+# bottom, so a value's entry uses its option's present name. Names also reach into lists of sections.
 RENAMED = {
     "learner.algorithm.credit": "learner.algorithm.advantage",
     "learner.algorithm.advantage.kind=group": "learner.algorithm.advantage.kind=grpo",
     "rollout.drop_uniform": "rollout.dynamic_sampling",
     "guards.metric=cut_short": "guards.metric=truncated_without_bootstrap",
+    "cluster.start_seconds": "cluster.start_timeout_seconds",
+    "cluster.step_seconds": "cluster.step_timeout_seconds",
+    "cluster.capacity_seconds": "cluster.capacity_timeout_seconds",
+    "weights.sync_seconds": "weights.sync_timeout_seconds",
+    "evaluation.seconds": "evaluation.timeout_seconds",
+    "supervision.heartbeat_seconds": "supervision.heartbeat_interval_seconds",
+    "supervision.frozen_seconds": "supervision.heartbeat_timeout_seconds",
+    "supervision.drain_seconds": "supervision.drain_timeout_seconds",
+    "supervision.no_progress_seconds": "supervision.progress_timeout_seconds",
 }
 RENAMED_FLAGS = {"--run": "--run-dir", "--runs": "--output-dir"}
 
 
 def with_current_names(tree: Any) -> Any:
-    """A copy of a stored configuration under the names of today."""
+    """A copy of a stored configuration under the present names."""
     return _renamed(tree)[0]
 
 
 def require_current_names(tree: Any, source: str) -> None:
-    """Refuse a configuration that says an old name. ConfigError with the new names, in one line."""
+    """Refuse a configuration with an old name. ConfigError, one line, with the new names."""
     if notes := _renamed(tree)[1]:
         raise ConfigError(f"{source}: " + "; ".join(notes))
 
 
 def _renamed(tree: Any) -> tuple[Any, list[str]]:
-    """The same under new names, and a note for each old one."""
+    """The tree under new names, and a note for each old name."""
     tree, notes = deepcopy(tree), []
     for old, new in RENAMED.items():
         (option, _, old_value), (new_option, _, new_value) = old.partition("="), new.partition("=")
@@ -53,7 +62,7 @@ def _renamed(tree: Any) -> tuple[Any, list[str]]:
 
 
 def _sections(tree: Any, path: list[str]) -> Iterator[dict[str, Any]]:
-    """The tables that a path of sections leads to, several where it leads through a list."""
+    """The tables at a path of sections; several if the path contains a list."""
     if isinstance(tree, list):
         for each in tree:
             yield from _sections(each, path)
@@ -64,7 +73,7 @@ def _sections(tree: Any, path: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _put(tree: Any, holder: dict[str, Any], sections: list[str], option: str, value: Any) -> None:
-    """Store a value under its new name: beside the old one, or in another section."""
+    """Store a value under its new name, in the same section or another one."""
     *others, name = option.split(".")
     if others != sections:
         holder = tree

@@ -1,15 +1,15 @@
-"""A run's folder: where everything a run leaves lies, and how a stopped run is found again.
+"""The folder of a run: its files, how it is made, and how a stored configuration is read.
 
 RUN/config.json       resolved options, manta_version    RUN/ledger.sqlite   every group and episode, with its fate
 RUN/base/             the tiny base model, if one was built  RUN/groups/     stored rows, Arrow IPC streams
 RUN/checkpoints/      the learner's states               RUN/evaluations/    rows of the evaluations
 RUN/metrics.jsonl     one row a step                     RUN/summary.json, RUN/report.html   at the end
-RUN/advantages/       of trained tokens, a file a version
+RUN/advantages/       advantages of trained tokens, a file a version
 RUN/turns/            turns of unfinished groups         RUN/logs/       of a local Ray, once the run has ended
-RUN/driver.lock, roster.json, wanted.json                who drives the run, its parts, what was asked of it
-RUN/notices.log       what its workers noticed and the console said, a line each
-RUN/failure.log       of a run whose episodes failed too often: the traceback of the last one
-RUN/sittings.json     what each sitting took: a run that was stopped and gone on with has several
+RUN/driver.lock, roster.json, wanted.json                the driver's process, the run's parts, a wanted scale
+RUN/notices.log       warnings of all parts, a line each
+RUN/failure.log       the traceback of the failure that ended the run: of an episode, or of a user's own part
+RUN/sittings.json     the time of each sitting: a run that was stopped and resumed has several
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from deploy.config.trust import executed, remember
 from deploy.config.version import VERSION
 
 CONFIG_FILE, LOCK = "config.json", "driver.lock"
-VERSION_KEY = "manta_version"  # beside the options: the version of Manta that wrote the file
-FIRST_TO_SAY = "0.2"  # the first version that says which it is
+VERSION_KEY = "manta_version"  # in config.json: the version of Manta that wrote the file
+FIRST_TO_SAY = "0.2"  # the first version that stores its number
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 def name(config: RunConfig) -> str:
-    """A new run's name by the clock: that of its folder, unless there is one already."""
+    """The name of a new run by the clock."""
     return f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def choose(config: RunConfig, parent: Path) -> Path:
-    """Make a private folder (mode 700) for a new run under a name that nothing else has, and return it."""
+    """Make a private folder (mode 700) with a unique name for a new run, and return it."""
     first = parent / name(config)
     others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
     with writing(parent):
@@ -57,20 +57,20 @@ def choose(config: RunConfig, parent: Path) -> Path:
 
 
 def create(config: RunConfig, folder: Path) -> None:
-    """Make a private run folder (mode 700), where it is not there yet, and store the configuration in it."""
+    """Make a private run folder (mode 700), unless it exists, and store the configuration in it."""
     make(folder)
     store(config, folder)
 
 
 def make(folder: Path) -> None:
-    """Make a private folder (mode 700) with all above it, where it is not there yet. ConfigError where it cannot be."""
+    """Make a private folder (mode 700) and its parents, unless they exist. ConfigError if that is not possible."""
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def make_private(folder: Path) -> bool:
-    """Keep other users out of a run folder, whoever made it; False where its file system does not allow that."""
+    """Make an existing run folder private; False if its file system does not support that."""
     with suppress(OSError):
         folder.chmod(0o700)
     return not folder.stat().st_mode & 0o077
@@ -78,21 +78,21 @@ def make_private(folder: Path) -> bool:
 
 @contextmanager
 def parents_made(folder: Path) -> Iterator[None]:
-    """Make this folder and all above it; what of them was made here and is empty at the end of the block is removed."""
+    """Make this folder and its parents; those made here and still empty at the end of the block are removed."""
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
-        with suppress(OSError):  # it holds something
+        with suppress(OSError):  # not empty
             for each in made:
                 each.rmdir()
 
 
 @contextmanager
 def removed_unless_begun(folder: Path) -> Iterator[None]:
-    """Remove the folder at the end of the block where no run was begun in it; the caller holds its lock."""
+    """Remove the folder at the end of the block if no run was started in it; the caller holds its lock."""
     try:
         yield
     finally:
@@ -103,19 +103,19 @@ def removed_unless_begun(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says of a place that this user may not write into a ConfigError."""
+    """Turn an OSError for a path that this user may not write into a ConfigError."""
     try:
         yield
     except OSError as error:
         if error.errno not in _NOT_WRITABLE:
             raise
         raise ConfigError(
-            f"{error.filename or path}: {error.strerror}; name a folder that this user may write"
+            f"{error.filename or path}: {error.strerror}; choose a folder that you may write"
         ) from error
 
 
 def store(config: RunConfig, folder: Path) -> None:
-    """Write a run's configuration, or replace it, at one stroke. It is its user's own: what it executes is trusted."""
+    """Write or replace a run's configuration atomically. It is the user's own, so what it executes is trusted."""
     aside = folder / f".{CONFIG_FILE}.part"
     written = {VERSION_KEY: VERSION} | config.model_dump(mode="json")
     aside.write_text(json.dumps(written, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -124,18 +124,18 @@ def store(config: RunConfig, folder: Path) -> None:
 
 
 def exists(folder: Path) -> bool:
-    """Whether a run was started here; a folder without a configuration was given up before it began."""
+    """Whether a run was started here, which stores the configuration first."""
     return (folder / CONFIG_FILE).is_file()
 
 
 def open_existing(folder: Path) -> RunConfig:
-    """Read the configuration of a run that was started before, by this version of Manta or an earlier one.
+    """Read the configuration of an existing run, written by this version of Manta or an earlier one.
 
-    ConfigError, one line, where it cannot be read; it names the version that wrote the folder.
+    ConfigError, one line, if it cannot be read; the line names the version that wrote the folder.
     """
     stored = folder / CONFIG_FILE
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such run folder")
+        raise ConfigError(f"{folder}: no such run folder; check the path")
     if not stored.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}")
     tree, version = read_stored(stored)
@@ -143,7 +143,7 @@ def open_existing(folder: Path) -> RunConfig:
 
 
 def read_stored(file: Path) -> tuple[Any, str]:
-    """Read a config.json: the options under the names of today, and the version of Manta that wrote them."""
+    """Read a config.json: the options under the present names, and the version of Manta that wrote them."""
     tree, version = read_json(file), f"before {FIRST_TO_SAY}"
     if isinstance(tree, dict):
         version = str(tree.pop(VERSION_KEY, version))
@@ -151,12 +151,12 @@ def read_stored(file: Path) -> tuple[Any, str]:
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file of a run folder. ConfigError, one line, where it cannot be read."""
+    """The content of a JSON file of a run folder. ConfigError, one line, if it cannot be read."""
     try:
         if not file.is_file():
-            raise ValueError("no plain file")  # a pipe would be waited for, a device read for ever
+            raise ValueError("not a regular file")  # reading a pipe or a device might never end
         return json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or not even text
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON or not text
         raise ConfigError(
             f"{file}: broken file ({error}); restore it from a copy of the run folder"
         ) from error

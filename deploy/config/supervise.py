@@ -1,4 +1,4 @@
-"""When a part of a run counts as lost, how often it may be, and how its end is told."""
+"""Supervision of a run's parts: when a part counts as lost, its restart budget, and error texts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ _OVERRUN_SECONDS = 2.0
 
 
 class SupervisionSettings(BaseModel):
-    """When a part counts as lost, and how often it may be."""
+    """When a part counts as lost, and how often it may be restarted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    heartbeat_seconds: float = Field(2.0, gt=0, description="interval between heartbeats of a part, seconds")
-    frozen_seconds: float = Field(
+    heartbeat_interval_seconds: float = Field(
+        2.0, gt=0, description="interval between heartbeats of a part, seconds"
+    )
+    heartbeat_timeout_seconds: float = Field(
         30.0,
         gt=0,
         description="time limit for the answer to a heartbeat, seconds; a part that exceeds it is killed and "
@@ -34,10 +36,10 @@ class SupervisionSettings(BaseModel):
         5, ge=0, description="times that one part may be lost within the window; beyond it the run stops"
     )
     restart_window_seconds: float = Field(1800.0, gt=0, description="length of that window, seconds")
-    drain_seconds: float = Field(
+    drain_timeout_seconds: float = Field(
         30.0, gt=0, description="time that a worker has to finish running turns when it is removed, seconds"
     )
-    no_progress_seconds: float = Field(
+    progress_timeout_seconds: float = Field(
         180.0,
         gt=0,
         description="time without a finished turn or step after which the stacks of all processes are written "
@@ -46,16 +48,16 @@ class SupervisionSettings(BaseModel):
 
 
 class PartLost(RuntimeError):
-    """A part died, or did not answer in time; its place may be filled again."""
+    """A part died or did not answer in time; it may be restarted."""
 
 
 class PartFailed(RuntimeError):
-    """A part was lost more often than its budget allows: the run stops. The message names part, host, log and error."""
+    """A part was lost more often than its budget allows; the run stops. The message names part, host, log and error."""
 
 
 @dataclass
 class Budget:
-    """How often a part may be lost within the window; `spend` raises PartFailed beyond it."""
+    """Restart budget of each part within the window; `spend` raises PartFailed beyond it."""
 
     settings: SupervisionSettings
     clock: Callable[[], float] = time.monotonic
@@ -78,21 +80,21 @@ class Budget:
 
 
 def place(where: ProcessInfo | None) -> str:
-    return "it never came up" if where is None else f"host {where.host}, pid {where.pid}, log {where.log}"
+    return "it never started" if where is None else f"host {where.host}, pid {where.pid}, log {where.log}"
 
 
 def brief(error: BaseException) -> str:
-    """An error in one line: of a remote traceback the last line that says something."""
+    """An error in one line; of a remote traceback its last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = lines[-1] if lines else ""
     return named if type(error).__name__ in named else f"{type(error).__name__}: {named}"
 
 
 async def within(seconds: float, pending: Awaitable[T], what: str) -> T:
-    """Wait for an answer, but not longer: PartLost names who owed it.
+    """Wait for an answer at most `seconds`; PartLost names the part that owes it.
 
-    A wait that overran its limit by far says that this very process was stopped meanwhile (Ctrl-Z, a frozen machine):
-    then the other one is given its time again.
+    A wait far beyond its limit means that this process itself was stopped (Ctrl-Z, a frozen machine); the limit then
+    starts again.
     """
     answer = asyncio.ensure_future(pending)
     try:

@@ -1,6 +1,7 @@
-"""What peers call our options: the last part of a name in verl, TRL, SkyRL, OpenRLHF and others -> ours.
+"""Names of options in other trainers (verl, TRL, SkyRL, OpenRLHF and others), by their last part -> ours.
 
-Of several, likeliest first, the one in sections most like those written is meant: `critic.optim.lr` is the critic's.
+Of several options, likeliest first, the one in the most similar section is suggested: `critic.optim.lr` is the
+critic's.
 """
 
 from __future__ import annotations

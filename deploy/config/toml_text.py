@@ -1,4 +1,4 @@
-"""Write TOML: the options of a configuration as text that a recipe may hold."""
+"""Write the options of a configuration as TOML text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def toml_of(tree: Mapping[str, Any], section: str = "") -> str:
-    """Nested tables as TOML; what is None is left out. section: the dotted name of the table itself."""
+    """Nested tables as TOML, without None values. section: the dotted name of the table itself."""
     options = {
         name: value for name, value in tree.items() if value is not None and not isinstance(value, Mapping)
     }
@@ -26,7 +26,7 @@ def toml_of(tree: Mapping[str, Any], section: str = "") -> str:
 
 
 def value_text(value: Any) -> str:
-    """One value as TOML has it, tables inline."""
+    """One value as TOML, with tables inline."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -42,5 +42,5 @@ def value_text(value: Any) -> str:
 
 
 def key_text(name: str) -> str:
-    """A key as TOML has it: bare where it can be."""
+    """A key as TOML, bare if possible."""
     return name if _BARE.fullmatch(name) else value_text(name)

@@ -1,9 +1,9 @@
-"""What a stored configuration would execute, and whether the user has said that it may.
+"""Trust in a stored configuration: what it would execute, and whether the user has allowed that.
 
-A run folder may come from somebody else. Its config.json is data until the user gives his word: by a recipe of his own,
-from which the run was started here, or by `--trust`. The word is remembered outside the folder, under
-$XDG_STATE_HOME/manta/trusted (default ~/.local/state), for this folder and exactly these commands, functions, modules
-and servers. A copied or moved folder, another host, or a changed configuration asks again.
+A run folder may come from another person. Its config.json is only data until the user trusts it, either by starting the
+run here from a recipe or by `--trust`. Trust is stored outside the folder, under $XDG_STATE_HOME/manta/trusted (default
+~/.local/state), for this folder and exactly these commands, functions, modules and servers. A copied or moved folder,
+another host, or a changed configuration is not trusted.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from rollout.wire.own_part import OwnPart
 
 _SAFE_FUNCTIONS = ("envs.tools.python_tool:python",)  # in the sandbox or not at all
 _DANGEROUS_OPTIONS = ("allow_unsafe", "executable")
-_SHOWN_CHARACTERS = 160  # of one entry, in a refusal
+_SHOWN_CHARACTERS = 160  # of one entry in an error
 _SHOWN_ENTRIES = 5
 
 
 def executed(config: RunConfig) -> list[str]:
-    """Everything a run of this configuration executes that is not Manta's own, one line an entry.
+    """Everything besides Manta that a run of this configuration executes, one line an entry.
 
-    Modules, functions and commands; servers that are started or asked; options that lift the sandbox; a Ray cluster,
-    whose members execute what the others send. Each entry holds all arguments. Nothing is imported to know it.
+    Modules, functions and commands; servers that are started or called; options that disable the sandbox; a Ray
+    cluster, whose nodes execute code of one another. Each entry has all arguments. Nothing is imported.
     """
     evaluated = config.env.options | config.evaluation.options
     return [
@@ -51,14 +51,14 @@ def executed(config: RunConfig) -> list[str]:
 
 
 def executed_options(env_id: str, options: Mapping[str, Any], name: str) -> list[str]:
-    """Of an environment's options those that execute or reach something. name: of the section."""
+    """The options of an environment that execute code or reach a server. name: of the section."""
     if env_id == PROGRAM:
         return [_entry(name, options)] if options else []
     return [_entry(where, value) for where, value in _leaves(options, name) if _executes(where, value)]
 
 
 def executed_parts(parts: Sequence[PartSettings]) -> list[str]:
-    """Of an agent's parts those that are a user's own, and the functions and servers of its tools."""
+    """The own parts of an agent, and the functions and servers of its tools."""
     entries = []
     for place, part in enumerate(parts):
         where = f"agent.parts[{place}]"
@@ -72,13 +72,13 @@ def executed_parts(parts: Sequence[PartSettings]) -> list[str]:
 
 
 def executed_engine(engine: EngineSettings) -> list[str]:
-    """An engine of the user's own, with the arguments that start it."""
+    """A user's own engine, with the arguments that start it."""
     own = isinstance(engine, OwnEngineSettings)
     return [_entry("engine", engine.model_dump(mode="json"))] if own else []
 
 
 def executed_by_evaluation(config: RunConfig, env_id: str) -> list[str]:
-    """The part of it that an evaluation on this environment executes; the user has named the environment himself."""
+    """What an evaluation on this environment executes; the environment itself is named by the user."""
     own = (("env.options", config.env.options), ("evaluation.options", config.evaluation.options))
     options = [each for name, of in own for each in executed_options(env_id, of, name)]
     if config.env.reward is not None:
@@ -88,9 +88,9 @@ def executed_by_evaluation(config: RunConfig, env_id: str) -> list[str]:
 
 
 def require_trust(folder: Path, entries: Sequence[str], trusted: bool) -> None:
-    """Ask whether the user has said that this folder may execute these. ConfigError, one line, where he has not.
+    """Require that the user trusts this folder with these entries. ConfigError, one line, otherwise.
 
-    trusted: he says so now, and it is remembered.
+    trusted: the user trusts it now, which is remembered.
     """
     if trusted:
         remember(folder, entries)
@@ -103,21 +103,19 @@ def require_trust(folder: Path, entries: Sequence[str], trusted: bool) -> None:
         more = f"; and {len(shown) - _SHOWN_ENTRIES} more" if len(shown) > _SHOWN_ENTRIES else ""
         raise ConfigError(
             f"{folder}: its stored configuration executes {'; '.join(shown[:_SHOWN_ENTRIES])}{more}; "
-            "if you know what this does and trust whoever wrote the folder, say --trust"
+            "if you know what this does and trust the author of the folder, add --trust"
         )
 
 
 def remember(folder: Path, entries: Sequence[str]) -> None:
-    """Keep the user's word that this folder may execute these. Where it cannot be kept (a read-only home) it is asked
-    for again.
-    """
+    """Store that the user trusts this folder with these entries. Nothing is stored in a read-only home."""
     if not entries:
         return
     try:
         record = _record(folder)
         record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with record.with_suffix(".lock").open("a", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two commands that are given their word at once: both are kept
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once: both are stored
             known = _remembered(folder)
             if all(each in known for each in entries):
                 return
@@ -139,14 +137,14 @@ def _remembered(folder: Path) -> list[str]:
 def _record(folder: Path) -> Path:
     try:
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    except RuntimeError as error:  # a user id that nobody knows, and no HOME
+    except RuntimeError as error:  # an unknown user id and no HOME
         raise FileNotFoundError("no home folder to remember in") from error
     name = blake3(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest(length=16)
     return Path(state) / "manta" / "trusted" / f"{name}.json"
 
 
 def _modules(env_id: str, options: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The environment itself, where its id names a module or its code is that of another package."""
+    """The environment itself, if its id names a module or its code is another package's."""
     of_suite = any(env_id.startswith(suite.prefix) for suite in registry.SUITES)
     known = of_suite or env_id == PROGRAM or registry.is_trusted(env_id)
     return [_entry("env.id", [env_id, *options])] if ":" in env_id or not known else []
@@ -174,5 +172,5 @@ def _executes(where: str, value: Any) -> bool:
 
 
 def _entry(where: str, value: Any) -> str:
-    # JSON in ASCII: one line without control characters, whatever the folder's author wrote.
+    # ASCII JSON: one line without control characters, for any content of the folder.
     return f"{json.dumps(where)[1:-1]}={json.dumps(value, sort_keys=True, default=str)}"

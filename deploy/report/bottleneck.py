@@ -1,4 +1,4 @@
-"""What the learner's time went into, and what therefore holds a run back."""
+"""The bottleneck of a run, from the shares of the learner's time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rollout.wire.metrics import Row
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Shares of the wall clock of steps, 0..1: waiting for groups, training, publishing weights, and the rest."""
+    """Shares of the wall clock of steps, 0..1: waiting for rollouts, training, publishing weights, and the rest."""
 
     wait: float
     train: float
@@ -18,11 +18,11 @@ class Shares:
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> Shares:
-        """Over all the given steps together: long steps count more. ValueError when they took no time."""
+        """Shares over all given steps together, weighted by their duration. ValueError if they took no time."""
         rows = list(rows)
         total = sum(row["step_s"] for row in rows)
         if total <= 0:
-            raise ValueError(f"the shares of {len(rows)} steps that took {total} s are not defined")
+            raise ValueError(f"shares are undefined for {len(rows)} steps of {total} s in total")
         wait, train, publish = (
             sum(row[name] for row in rows) / total for name in ("wait_s", "train_s", "publish_s")
         )
@@ -34,9 +34,9 @@ class Shares:
 
     @property
     def verdict(self) -> str:
-        """One line: what bounds the run, what it waited for, and what would help."""
+        """The bottleneck in one line, with the shares and what would help."""
         if self.wait >= max(self.train, self.publish):
-            return f"rollout-bound: waited for rollouts {self.wait:.0%} of the time; more workers help"
+            return f"rollout-bound: waited for rollouts {self.wait:.0%} of the time; more workers would help"
         if self.train >= self.publish:
             return f"learner-bound: trained {self.train:.0%} of the time, waited for rollouts {self.wait:.0%}"
         return f"sync-bound: published weights {self.publish:.0%} of the time, waited for rollouts {self.wait:.0%}"

@@ -1,4 +1,4 @@
-"""Which curves a report draws from a run's metrics."""
+"""The charts of a report, from a run's metrics."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from typing import Any
 from deploy.report.bottleneck import Shares
 from rollout.wire.metrics import Row
 
-SMOOTHED_PARTS = 20  # a smoothed curve averages over this part of the run
-MOST_NAMED = 24  # charts of named rewards; metrics.jsonl has them all
+SMOOTHED_PARTS = 20  # a smoothed curve averages over this fraction of the run
+MOST_NAMED = 24  # charts of named rewards at most; metrics.jsonl has all of them
 
 Values = list[float | None]  # None: a gap in the curve
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One picture: curves over the learner's steps."""
+    """One chart: curves over the learner's steps."""
 
     title: str
-    note: str  # what is seen, and in which unit
+    note: str  # the quantity and its unit
     series: dict[str, str]  # key of the row -> name
     format: str = ""  # d3 format of the values
-    smooth: bool = False  # noisy: draw the mean of the last steps over the faint values
+    smooth: bool = False  # draw a moving mean over the faint values
     spread: dict[str, str] = field(default_factory=dict)  # key of a curve -> key of its standard deviation
 
 
 CHARTS = (
     Chart(
         "Reward and success",
-        "mean of the trained episodes",
+        "mean over trained episodes",
         {"reward": "reward", "success": "success"},
         ".3f",
         True,
         {"reward": "reward_std"},
     ),
     Chart(
-        "Turns of an episode",
-        "of the trained episodes",
+        "Turns per episode",
+        "trained episodes",
         {"turns_p50": "median", "turns_p95": "95th percentile", "turns_max": "max"},
         ".1f",
     ),
     Chart(
-        "Sampled tokens of an episode",
-        "of the trained episodes",
+        "Sampled tokens per episode",
+        "trained episodes",
         {
             "sampled_per_episode_p50": "median",
             "sampled_per_episode_p95": "95th percentile",
@@ -55,14 +55,14 @@ CHARTS = (
     ),
     Chart(
         "Episodes without advantage",
-        "share that teaches nothing, as where all siblings earned the same",
+        "share of episodes without a learning signal, for example with equal rewards in a group",
         {"zero_advantage_fraction": "share"},
         ".1%",
     ),
-    Chart("Entropy", "of the policy, nats per token", {"entropy": "entropy"}, ".3f"),
+    Chart("Entropy", "policy entropy, nats per token", {"entropy": "entropy"}, ".3f"),
     Chart(
         "Distance to the sampling policy",
-        "nats per token: KL divergence, and mean |difference of logprobs|",
+        "nats per token: KL divergence and mean absolute difference of logprobs",
         {"kl": "KL", "behavior_gap": "logprob gap"},
         ".4f",
     ),
@@ -74,15 +74,20 @@ CHARTS = (
     ),
     Chart("Learning rate", "of the policy", {"learning_rate": "rate"}, ".3~g"),
     Chart("Gradient", "norm before clipping", {"grad_norm": "norm"}, ".3f"),
-    Chart("Clipped tokens", "share whose probability ratio was clipped", {"clip_fraction": "clipped"}, ".2%"),
+    Chart(
+        "Clipped tokens",
+        "share of tokens with a clipped probability ratio",
+        {"clip_fraction": "clipped"},
+        ".2%",
+    ),
     Chart(
         "Throughput",
-        "tokens a second",
-        {"rollout_tokens_per_s": "sampled", "learner_tokens_per_s": "trained"},
+        "tokens per second",
+        {"rollout_tokens_per_s": "sampled", "learner_tokens_per_s": "processed by the learner"},
         ",.0f",
         True,
     ),
-    Chart("Weight sync", "milliseconds that generation stood still", {"sync_stall_ms": "stall"}, ".0f"),
+    Chart("Weight sync", "pause of generation, milliseconds", {"sync_stall_ms": "stall"}, ".0f"),
 )
 TIME_NAMES = {
     "wait": "waiting for rollouts",
@@ -93,7 +98,7 @@ TIME_NAMES = {
 
 
 def drawn(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Every chart the rows have numbers for, as plain data for the page: JSON, no NaN."""
+    """Every chart with values in the rows, as plain JSON data without NaN."""
     steps = [row["step"] for row in rows]
     first, *others = (_plain(chart, rows, steps) for chart in CHARTS)
     charts = [first, *(_plain(chart, rows, steps) for chart in named_rewards(rows)), *others]
@@ -103,12 +108,12 @@ def drawn(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def named_rewards(rows: Sequence[Row]) -> list[Chart]:
-    """A chart of each part of the reward that the environment names, by name; at most MOST_NAMED."""
+    """A chart for each named reward of the environment, by name; at most MOST_NAMED."""
     keys = {key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")}
     return [
         Chart(
             f"Reward: {key.removeprefix('rewards/').removesuffix('/mean')}",
-            "mean of the trained episodes",
+            "mean over trained episodes",
             {key: "mean"},
             ".3f",
             True,
@@ -119,7 +124,7 @@ def named_rewards(rows: Sequence[Row]) -> list[Chart]:
 
 
 def moving_mean(values: Values, window: int) -> Values:
-    """The mean of the last `window` values, gaps left out; a gap where there is nothing to average."""
+    """Mean of the last `window` values without gaps; a gap if all of them are gaps."""
     means: Values = []
     for end in range(1, len(values) + 1):
         seen = [value for value in values[max(0, end - window) : end] if value is not None]
@@ -138,8 +143,8 @@ def _plain(chart: Chart, rows: Sequence[Row], steps: list[float]) -> dict[str, A
             band = _band(smoothed or values, moving_mean(_column(rows, chart.spread.get(key, "")), window))
             shaded |= band is not None
             series.append({"name": name, "y": values, "smoothed": smoothed, "band": band})
-    note = chart.note + (f"; bold: mean of {window} steps" if chart.smooth and window > 1 else "")
-    note += "; shade: one standard deviation of the episodes" if shaded else ""
+    note = chart.note + (f"; bold: mean over {window} steps" if chart.smooth and window > 1 else "")
+    note += "; shaded: one standard deviation over episodes" if shaded else ""
     return _chart(chart.title, note, steps, series, chart.format, stacked=False)
 
 
@@ -148,7 +153,7 @@ def _column(rows: Sequence[Row], key: str) -> Values:
 
 
 def _band(values: Values, deviations: Values) -> tuple[Values, Values] | None:
-    """The lower and the upper end of a curve's shade; None where no step has one."""
+    """The lower and upper ends of a curve's shaded band; None if no step has one."""
     if not any(deviation is not None for deviation in deviations):
         return None
     both = [
@@ -170,7 +175,7 @@ def _time(rows: Sequence[Row], steps: list[float]) -> dict[str, Any]:
         {"name": TIME_NAMES[key], "y": values, "smoothed": None, "band": None}
         for key, values in columns.items()
     ]
-    return _chart("Where the learner's time went", "share of each step", steps, series, ".0%", stacked=True)
+    return _chart("Time of the learner", "share of each step", steps, series, ".0%", stacked=True)
 
 
 def _chart(

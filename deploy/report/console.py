@@ -1,7 +1,7 @@
-"""The one door to the terminal: text of environments, models, files and errors is printed as text, never interpreted.
+"""All output to the terminal: text of environments, models, files and errors is printed literally.
 
-Foreign text is neither markup, nor an emoji code, nor a terminal command: `[/path]` stays as it is, and control
-characters are shown as escapes. `rich` is imported here alone, and nothing else of ours prints; tests hold both.
+Such text is never interpreted as markup, emoji codes or terminal commands: `[/path]` stays unchanged, and control
+characters are shown as escapes. `rich` is imported here alone, and no other module prints; tests enforce both.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from rich.text import Text
 
 Cell: TypeAlias = str | tuple[str, str]  # a text, or a text and its style
 
-# Characters that a terminal or a reader's eye would obey: C0 and C1 controls except newline and tab, marks that turn
-# the direction of text, invisible ones, line separators, lone surrogates, tags.
+# Characters that act on a terminal or mislead a reader: C0 and C1 controls except newline and tab, marks of text
+# direction, invisible characters, line separators, lone surrogates, tags.
 _OBEYED = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -50,7 +50,7 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """`visible`, with one space for line breaks and tabs: foreign text cannot begin a line of its own."""
+    """`visible` on one line: line breaks and tabs become a space, so that foreign text starts no line of its own."""
     return re.sub(r"[ ]*[\n\t][ \n\t]*", " ", visible(text).strip())
 
 
@@ -60,10 +60,10 @@ def without_colours(text: str) -> str:
 
 
 def use_utf8() -> None:
-    """Start this command again in Python's UTF-8 mode, where the locale or PYTHONUTF8=0 name another encoding.
+    """Restart this command in Python's UTF-8 mode if the locale or PYTHONUTF8=0 sets another encoding.
 
-    Arguments, paths, files and what other processes and libraries are told are UTF-8 then. What the terminal is
-    written stays in its own encoding.
+    Arguments, paths, files and the input of other processes and libraries are UTF-8 then. Output to the terminal keeps
+    the terminal's encoding.
     """
     used = {sys.getfilesystemencoding(), locale.getpreferredencoding(False)}
     if {codecs.lookup(each).name for each in used} == {"utf-8"} or os.environ.get("PYTHONUTF8") == "1":
@@ -74,9 +74,9 @@ def use_utf8() -> None:
 
 
 def standard_streams() -> None:
-    """Make stdout and stderr write what their encoding lacks as escapes (ASCII locales) instead of failing."""
+    """Write characters that the encoding of stdout and stderr lacks (ASCII locales) as escapes instead of failing."""
     for stream in (sys.stdout, sys.stderr):
-        if reconfigure := getattr(stream, "reconfigure", None):  # a test's or a notebook's stream has none
+        if reconfigure := getattr(stream, "reconfigure", None):  # streams of tests and notebooks lack it
             reconfigure(errors="backslashreplace")
 
 
@@ -96,12 +96,12 @@ def silent() -> Console:
 
 
 def write(console: Console, text: str, style: str = "", end: str = "\n", wrap: bool = False) -> None:
-    """Print a text in one style. A line stays one line, however wide, unless `wrap` folds it to the terminal."""
+    """Print a text in one style. Lines are not wrapped to the terminal's width unless `wrap` is set."""
     console.print(_plain(text, style), end=end, highlight=False, soft_wrap=not wrap)
 
 
 def write_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
-    """Print a table; cells fold rather than being cut."""
+    """Print a table; long cells are folded, not cut."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(_plain(column), overflow="fold")
@@ -111,7 +111,7 @@ def write_table(console: Console, columns: Sequence[str], rows: Iterable[Sequenc
 
 
 def busy(console: Console, text: str) -> AbstractContextManager[object]:
-    """Show that something is under way while the context is open; nothing where there is no terminal."""
+    """Show a status line while the context is open; nothing without a terminal."""
     return console.status(_plain(text))
 
 
@@ -142,7 +142,7 @@ class Bars:
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """A table of right-aligned numbers; the last row stands out."""
+    """A table of right-aligned numbers with a highlighted last row."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -152,18 +152,18 @@ Part: TypeAlias = Cell | Bars | Numbers
 
 
 class LiveDisplay:
-    """A part of the terminal that is drawn again and again: texts, bars, numbers."""
+    """A live part of the terminal: texts, bars, numbers."""
 
     def __init__(self, console: Console, draw: Callable[[], Sequence[Part]]) -> None:
         self._draw = draw
         self._live = Live(console=console, get_renderable=self._render)
 
     def start(self) -> None:
-        """Begin to draw."""
+        """Start drawing."""
         self._live.start()
 
     def stop(self) -> None:
-        """Draw once more and leave it there."""
+        """Draw a last time and stop; the output stays."""
         self._live.stop()
 
     def _render(self) -> Group:

@@ -1,4 +1,4 @@
-"""Whole episodes out of stored rows, for people to read: which ones to show, and what happened turn by turn."""
+"""Episodes shown in a report: their choice, and their turns from stored rows."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from rollout.buffer.segments import read_rows
 from rollout.wire.schema import SCHEMA
 from rollout.wire.trajectory import EndReason
 
-TokenText = Callable[[int], str]  # what one token id reads as
+TokenText = Callable[[int], str]  # the text of one token id
 IntArray = NDArray[np.int64]
 Advantages = Mapping[tuple[int, ...], Sequence[float]]  # (group, attempt, episode, turn) -> [sampled tokens]
 
 MAX_FAILED = 3
-MAX_SIBLINGS = 4  # of the group that is shown whole
-SPACED_FROM = 16  # episodes from which on some between the first and the last are shown
+MAX_SIBLINGS = 4  # of one group
+SPACED_FROM = 16  # number of episodes from which some between the first and the last are shown
 SPACED = {"a quarter": 0.25, "half": 0.5, "three quarters": 0.75}  # of the way through training
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
+class ShownToken:
     """One sampled token."""
 
     id: int
     text: str
     logprob: float  # nats, recorded while sampling
     version: int  # the weights that sampled it
-    advantage: float | None = None  # as the loss saw it; None where none is stored, as of evaluations
+    advantage: float | None = None  # of the loss; None if none is stored, as for evaluations
 
     @property
     def probability(self) -> float:
@@ -46,27 +46,27 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """One turn: what the environment said, what was sampled, what came back."""
+class ShownTurn:
+    """One turn: messages of the environment, the sampled answer, its reward."""
 
     number: int
     messages: tuple[tuple[str, str], ...]  # role, text
-    action: str  # what was sampled, as one text
-    tokens: tuple[Token, ...]
+    action: str  # the sampled text
+    tokens: tuple[ShownToken, ...]
     reward: float
     finish_reason: str
-    rewritten: bool  # a segment begins here that is not the first: the agent rewrote its history
+    rewritten: bool  # a later segment begins here: the agent rewrote its history
 
     @property
     def advantage(self) -> float | None:
-        """The mean over its tokens; None where none is stored."""
+        """Mean over the turn's tokens; None if none is stored."""
         known = [token.advantage for token in self.tokens if token.advantage is not None]
         return sum(known) / len(known) if known else None
 
 
 @dataclass(frozen=True, slots=True)
-class Episode:
-    """One episode and why it is shown."""
+class ShownEpisode:
+    """One episode and the reason why it is shown."""
 
     why: str
     env_id: str
@@ -78,15 +78,15 @@ class Episode:
     success: bool | None
     reward: float
     error: str | None
-    turns: tuple[Turn, ...]
+    turns: tuple[ShownTurn, ...]
 
 
-def chosen_episodes(run_folder: Path, task: str = "held-out task") -> list[Episode]:
-    """The episodes a report shows: one task evaluated before and after training, then telling ones of training.
+def chosen_episodes(run_folder: Path, task: str = "held-out task") -> list[ShownEpisode]:
+    """The episodes of a report: one task evaluated before and after training, then a selection of training episodes.
 
-    Of training: the first, the best, the worst, one of each other end, some on the way, siblings of the last group that
-    earned different rewards, and some that failed. Of equals the latest is shown. An episode that failed before its
-    first turn has no rows; the ledger counts it.
+    Of training: the first, the best, the worst, one of each other end reason, some in between, siblings of the last
+    group with different rewards, and some that failed. Of equal ones the latest is shown. An episode that failed before
+    its first turn has no rows; the ledger counts it.
     """
     text = token_text(run_folder)
     evaluations = run_folder / "evaluations"
@@ -102,12 +102,12 @@ def chosen_episodes(run_folder: Path, task: str = "held-out task") -> list[Episo
 
 
 def _stored(folder: Path) -> pa.Table:
-    """The rows of a folder that a run which has not come so far does not have yet."""
+    """The rows of a folder; an empty table if the run has not made it yet."""
     return read_rows(folder) if folder.is_dir() else SCHEMA.empty_table()
 
 
 def token_text(run_folder: Path) -> TokenText:
-    """How the run's own tokenizer spells single tokens; ids in brackets where the run keeps no tokenizer."""
+    """Text of single tokens by the run's tokenizer; ids in brackets if the run keeps none."""
     kept = sorted(run_folder.rglob("tokenizer.json"))
     if not kept:
         return lambda token: f"[{token}]"
@@ -117,7 +117,7 @@ def token_text(run_folder: Path) -> TokenText:
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """A table of rows and where its episodes lie: rows of one stand together, and only its last has an end reason."""
+    """A table of rows with the spans of its episodes: rows of one are contiguous, and its last has the end reason."""
 
     rows: pa.Table
     first: IntArray  # [episodes]
@@ -127,7 +127,7 @@ class Spans:
 
     @classmethod
     def of(cls, rows: pa.Table) -> Spans:
-        """Find the episodes. Rows after the last end belong to a batch that was cut off, and are passed over."""
+        """Find the episodes. Rows after the last end belong to an incomplete batch and are skipped."""
         ended = rows["end_reason"].is_valid().to_numpy()
         last = np.flatnonzero(ended)
         first = np.concatenate([np.zeros(1, np.int64), last + 1])[: len(last)]
@@ -139,16 +139,18 @@ class Spans:
         return len(self.last)
 
     def column(self, name: str) -> list[Any]:
-        """A column that belongs to the episode: its value on the last rows."""
+        """A column of the episode: its value in each last row."""
         values: list[Any] = self.rows[name].take(self.last).to_pylist()
         return values
 
-    def episode(self, place: int, why: str, text: TokenText, advantages: Advantages | None = None) -> Episode:
+    def episode(
+        self, place: int, why: str, text: TokenText, advantages: Advantages | None = None
+    ) -> ShownEpisode:
         """The `place`-th episode of the table."""
         first, last = int(self.first[place]), int(self.last[place])
         rows = self.rows.slice(first, last - first + 1).to_pylist()
         end = rows[-1]
-        return Episode(
+        return ShownEpisode(
             why=why,
             env_id=end["env_id"],
             seed=end["seed"],
@@ -167,7 +169,7 @@ class Spans:
 
 
 def _learned(before: Spans, after: Spans) -> tuple[int, int] | None:
-    # Where the first task that was lost before and won after lies in both; without verdicts, the one that gained most.
+    # Positions of the first task that failed before and succeeded after; without verdicts, of the largest gain.
     places = {task: place for place, task in enumerate(_tasks(before))}
     pairs = [(places[task], place) for place, task in enumerate(_tasks(after)) if task in places]
     lost, won = before.column("success"), after.column("success")
@@ -183,7 +185,7 @@ def _tasks(spans: Spans) -> list[tuple[Any, ...]]:
 
 
 def _telling(spans: Spans) -> Iterator[tuple[int, str]]:
-    # Places in the table, and why each is shown; no place twice.
+    # Positions in the table and the reason for each; no position twice.
     unfit = (EndReason.FAILED.value, EndReason.CANCELLED.value)
     fit = [place for place, reason in enumerate(spans.end_reasons) if reason not in unfit]
     failed = [place for place, reason in enumerate(spans.end_reasons) if reason == EndReason.FAILED.value]
@@ -203,7 +205,7 @@ def _telling(spans: Spans) -> Iterator[tuple[int, str]]:
             (fit[int(len(fit) * part)], f"after {name} of training") for name, part in SPACED.items()
         ]
     candidates += [
-        (place, "sibling in the last group of different rewards") for place in _siblings(spans, fit)
+        (place, "sibling in the last group with different rewards") for place in _siblings(spans, fit)
     ]
     candidates += [(place, "failed") for place in failed[-MAX_FAILED:]]
     for place, why in candidates:
@@ -213,7 +215,7 @@ def _telling(spans: Spans) -> Iterator[tuple[int, str]]:
 
 
 def _siblings(spans: Spans, fit: Sequence[int]) -> list[int]:
-    """Places of siblings of the last group whose rewards differ: which learns from their comparison."""
+    """Positions of siblings of the last group whose rewards differ."""
     groups: dict[tuple[int, int], list[int]] = {}
     issued = list(zip(spans.column("group_id"), spans.column("attempt"), strict=True))
     for place in fit:
@@ -223,16 +225,14 @@ def _siblings(spans: Spans, fit: Sequence[int]) -> list[int]:
 
 
 def _advantages(run_folder: Path, spans: Spans, places: Sequence[int]) -> Advantages:
-    """Of the turns of these episodes, as far as they are stored; of a group that was reused the first ones."""
+    """Stored advantages of the turns of these episodes; of a reused group the first ones."""
     groups = spans.rows["group_id"].take(spans.last[list(places)]) if places else pa.array([], pa.int64())
     try:
         stored = read_advantages(run_folder)
     except ValueError as error:
-        from deploy.config.config_errors import (
-            ConfigError,  # it imports torch, which a report need not wait for
-        )
+        from deploy.config.config_errors import ConfigError  # imported here, since it imports torch
 
-        raise ConfigError(f"{error}; remove it for a report without its advantages") from error
+        raise ConfigError(f"{error}; remove the file for a report without its advantages") from error
     found: dict[tuple[int, ...], Sequence[float]] = {}
     for row in stored.filter(pc.is_in(stored["group_id"], groups)).to_pylist():
         found.setdefault(_turn_key(row), row["advantages"])
@@ -245,15 +245,15 @@ def _turn_key(row: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _turn(
     row: dict[str, Any], previous: dict[str, Any] | None, text: TokenText, advantages: Sequence[float]
-) -> Turn:
+) -> ShownTurn:
     known = advantages if len(advantages) == len(row["action_ids"]) else [None] * len(row["action_ids"])
     sampled = zip(row["action_ids"], row["behavior_logprobs"], row["versions"], known, strict=True)
-    return Turn(
+    return ShownTurn(
         number=row["turn"],
         messages=_messages(row["observation"]),
         action=row["action"],
         tokens=tuple(
-            Token(token, text(token), logprob, version, advantage)
+            ShownToken(token, text(token), logprob, version, advantage)
             for token, logprob, version, advantage in sampled
         ),
         reward=row["reward"],
@@ -263,7 +263,7 @@ def _turn(
 
 
 def _messages(observation: str) -> tuple[tuple[str, str], ...]:
-    # Chat messages as JSON; what is none of that is shown as it is.
+    # Chat messages as JSON; any other text is shown unchanged.
     try:
         said = json.loads(observation)
     except json.JSONDecodeError:

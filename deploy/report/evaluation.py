@@ -1,6 +1,6 @@
-"""What an evaluation came to: success where the environment says one, reward, each with an interval.
+"""The result of an evaluation: success (if the environment gives verdicts) and reward, each with an interval.
 
-RUN/evaluation_before.json and evaluation_after.json hold one each.
+RUN/evaluation_before.json and evaluation_after.json store one each.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ WHEN = ("before", "after")  # of training
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What came out of one episode a task. Episodes lost to infrastructure are no evidence and are left out."""
+    """The result of one episode a task. Episodes that failed by infrastructure are left out."""
 
-    successes: int | None  # None: the environment gave no episode a verdict
+    successes: int | None  # None: no episode has a verdict
     episodes: int
     mean_reward: float
     failed: int
@@ -32,7 +32,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, rows: Sequence[EpisodeRow], held_out: bool = False) -> Self:
-        """Raises TooManyFailures when every episode was lost, with the last error."""
+        """The result of stored episodes. TooManyFailures, with the last error, if every episode failed."""
         sound = [row for row in rows if row.sound]
         if not sound:
             error = rows[-1].error or ""
@@ -52,12 +52,12 @@ class Evaluation:
 
     @property
     def success(self) -> float | None:
-        """Share of the sound episodes that succeeded; None without a verdict."""
+        """Share of the sound episodes with success; None without verdicts."""
         return None if self.successes is None else self.successes / self.episodes
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95% Wilson interval of the success; None without a verdict."""
+        """95% Wilson interval of the success; None without verdicts."""
         return None if self.successes is None else wilson_interval(self.successes, self.episodes)
 
     def __str__(self) -> str:
@@ -74,27 +74,24 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote. ConfigError for a file that is damaged."""
+        """Read a stored result. ConfigError for a damaged file."""
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise ConfigError(
-                f"{path}: broken file ({error}); remove it, and the run goes on without it"
-            ) from error
+            raise ConfigError(f"{path}: broken file ({error}); remove it to continue without it") from error
 
 
 def said(name: str, value: float, interval: Sequence[float] | None) -> str:
-    """A figure with its 95% interval, as it is printed."""
+    """A number with its 95% interval, as text."""
     return f"{name} {value:.3f}" + (
         f" (95% interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
     )
 
 
 def figures(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
-    """The evaluations as keys of summary.json: success_WHEN and reward_WHEN, each with its _interval; or None.
+    """The evaluations as keys of summary.json: success_WHEN and reward_WHEN, each with its _interval, or None.
 
-    Where one of them had verdicts, the environment gives them: the other, in which no episode came to one, has a
-    success of 0.
+    If one of them has verdicts, the environment gives them, and the other one without any has a success of 0.
     """
     if any(each.successes is not None for each in (before, after) if each):
         before, after = (each and replace(each, successes=each.successes or 0) for each in (before, after))
@@ -110,7 +107,7 @@ def figures(before: Evaluation | None, after: Evaluation | None) -> dict[str, An
 
 
 def stored_figures(run_folder: Path) -> dict[str, Any]:
-    """The figures of a run that has not ended: of the evaluations it has made so far."""
+    """The results of the evaluations that an unfinished run has made so far."""
     paths = [run_folder / f"evaluation_{when}.json" for when in WHEN]
     before, after = (Evaluation.load(path) if path.is_file() else None for path in paths)
     return figures(before, after)

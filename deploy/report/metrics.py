@@ -1,4 +1,4 @@
-"""The numbers of a run, one row a learner step: RUN/metrics.jsonl, and the same for TensorBoard in RUN/tensorboard."""
+"""Metrics of a run, one row a learner step: RUN/metrics.jsonl, and the same for TensorBoard in RUN/tensorboard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from deploy.config.config_errors import ConfigError
 from rollout.wire.metrics import Row
 
-# Names in older runs. Their tokens_sampled was written by the learner, and then over that by the rollout.
+# Names in older runs. Their tokens_sampled of the learner was replaced by that of the rollout.
 RENAMED = {
     "tokens_sampled": "rollout_tokens_sampled",
     "tokens_trained": "tokens_processed",
@@ -21,14 +21,14 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class MetricsLog:
-    """Appends one row a step. A row is on its way to disk when `write` returns.
+    """Appends one row a step, flushed when `write` returns.
 
-    A run that is resumed does the steps after its checkpoint again: rows of steps beyond `resume_after` are cut off
-    first, so that every step stands in the file once.
+    A resumed run repeats the steps after its checkpoint: rows of steps after `resume_after` are removed first, so that
+    every step is in the file once.
     """
 
     def __init__(self, folder: Path, resume_after: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # seconds that a reader of metrics need not wait
+        from torch.utils.tensorboard import SummaryWriter  # imported here: it takes seconds
 
         path = folder / METRICS_FILE
         _cut(path, resume_after)
@@ -36,7 +36,7 @@ class MetricsLog:
         self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=resume_after + 1)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Store the metrics of one step. What is not finite becomes null in the file: JSON has no word for it."""
+        """Store the metrics of one step. A value that is not finite becomes null, since JSON has no NaN."""
         plain = {"step": step} | {name: value if isfinite(value) else None for name, value in row.items()}
         self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
@@ -50,14 +50,14 @@ class MetricsLog:
 
 
 def read_metrics(folder: str | Path) -> list[Row]:
-    """The stored rows of a run in order of steps, under today's names; null reads as NaN. Empty before the first.
+    """The stored rows of a run in order of steps, under present names; null reads as NaN. Empty before the first.
 
     ConfigError for a damaged line.
     """
     path = Path(folder) / METRICS_FILE
     if not path.is_file():
         return []
-    # What follows the last newline is the torn row of a run that was killed while it wrote.
+    # Text after the last newline is an incomplete row of a run that was killed while writing.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     return [
         {RENAMED.get(name, name): nan if value is None else value for name, value in row.items()}
@@ -77,12 +77,12 @@ def _parsed(path: Path, lines: list[str]) -> list[Row]:
 
 
 def rollout_rates(before: Row, after: Row, seconds: float) -> Row:
-    """What was played during a step, out of the workers' sums before and after it (see
+    """Metrics of the rollouts during a step, from the workers' counters before and after it (see
     `rollout.episodes.rollout_metrics`).
 
-    rollout_tokens_sampled: by the workers meanwhile, for this step and later ones, evaluations and groups that are
-    dropped included; what the step was trained on is the learner's batch_tokens_sampled. tools_REASON: tool calls for
-    each episode that ended in the step, in a run that has made any.
+    rollout_tokens_sampled: sampled by the workers during the step, for this step and later ones, including evaluations
+    and dropped groups; the tokens of the step's batch are the learner's batch_tokens_sampled. tools_REASON: tool calls
+    per episode that ended in the step, in a run with tool calls.
     """
     sampled = after["tokens_sampled"] - before["tokens_sampled"]
     row = {"rollout_tokens_sampled": sampled, "rollout_tokens_per_s": sampled / seconds}

@@ -1,4 +1,4 @@
-"""What the parts of a run noticed (rollout/wire/notices.py), said once on the console and kept in RUN/notices.log."""
+"""Notices of a run's parts (rollout/wire/notices.py), printed once on the console and stored in RUN/notices.log."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ FILE = "notices.log"
 
 
 class Noticed:
-    """The notices of one sitting of a run, or of an evaluation, of all parts: each kind once, at most MOST.
+    """The notices of all parts of a run or an evaluation since its start: each kind once, at most MOST.
 
-    folder: where FILE is kept; None: nowhere.
+    folder: where FILE is stored; None: nowhere.
     """
 
     def __init__(self, folder: Path | None, say: Callable[[str], None]) -> None:
@@ -24,7 +24,7 @@ class Noticed:
         self._kinds: set[str] = set()
 
     def hear(self, part: str, texts: Iterable[str]) -> None:
-        """Say what no part has noticed before."""
+        """Print and store notices of kinds that no part has reported before."""
         for text in texts:
             if kind(text) in self._kinds or len(self._kinds) == MOST:
                 continue
@@ -36,6 +36,6 @@ class Noticed:
     def _keep(self, said: str) -> None:
         if self._folder is None:
             return
-        # A full disk pauses a run and does not end it; the console was told.
+        # A full disk pauses a run and does not end it; the console has the notice.
         with suppress(OSError), (self._folder / FILE).open("a", encoding="utf-8") as log:
             log.write(said + "\n")

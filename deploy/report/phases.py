@@ -1,4 +1,4 @@
-"""Where the time of a run goes: seconds by phase, and what passes from the command to the first episode."""
+"""Time of a run: seconds by phase, and the start-up from the command to the first episode."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def since_command() -> float:
 
 
 class Phases:
-    """Seconds by phase. Of a phase that is entered several times at once, the time in which it was entered at all."""
+    """Seconds by phase. A phase entered several times at once counts its time once."""
 
     def __init__(self) -> None:
         self._ended: dict[str, float] = {}
-        self._open: dict[str, tuple[int, float]] = {}  # how often it is entered, and since when
+        self._open: dict[str, tuple[int, float]] = {}  # number of current entries, and the start
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Count what passes until the end of the block to the phase."""
+        """Add the duration of the block to the phase."""
         entered, began = self._open.get(phase, (0, time.perf_counter()))
         self._open[phase] = entered + 1, began
         try:
@@ -36,12 +36,12 @@ class Phases:
                 self.add(phase, time.perf_counter() - began)
 
     def add(self, phase: str, seconds: float) -> None:
-        """Count so many seconds more to the phase."""
+        """Add seconds to the phase."""
         self._ended[phase] = self._ended.get(phase, 0.0) + seconds
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of every phase, up to now where it has not ended."""
+        """Seconds of every phase, up to now for open ones."""
         now = time.perf_counter()
         going_on = {phase: now - began for phase, (_, began) in self._open.items()}
         names = {**self._ended, **going_on}
@@ -49,7 +49,7 @@ class Phases:
 
 
 class Startup(Phases):
-    """The phases before the first episode, several of which overlap: they add up to more than there was."""
+    """The phases before the first episode. They overlap, so their sum exceeds the elapsed time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Startup(Phases):
         self.first_episode_s: float | None = None  # from the command on
 
     def episodes_begin(self) -> None:
-        """The first episode is about to be played; nothing is counted from here on."""
+        """End the start-up: the first episode begins, and later times are not counted."""
         if self._kept is None:
             self.first_episode_s, self._kept = since_command(), super().seconds
 

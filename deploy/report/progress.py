@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on: live in a terminal, one plain line now and then elsewhere.
+"""Progress of a run: a live display in a terminal, otherwise occasional plain lines.
 
-A run enters `Progress`, opens a `phase` for each part that is not a step, then says `begin_steps` once and `update`
+A run enters `Progress`, opens a `phase` for each part that is not a step, then calls `begin_steps` once and `update`
 after every step.
 """
 
@@ -19,12 +19,12 @@ from deploy.report.bottleneck import Shares
 from deploy.report.console import Bars, Console, LiveDisplay, Numbers, Part
 from rollout.wire.metrics import Row
 
-SHOWN_STEPS = 10  # rows of the table; the verdict is over the same steps
-PLAIN_STRIDE = 5  # steps from one plain line to the next
-PLAIN_SECONDS = 60.0  # most silence in a log
+SHOWN_STEPS = 10  # rows of the table, and steps of the bottleneck's verdict
+PLAIN_STRIDE = 5  # steps between plain lines
+PLAIN_SECONDS = 60.0  # longest time without a plain line
 PLAIN_PARTS = 4  # plain lines of a phase
 
-# Column, key of the row, how it is written.
+# Column, key of the row, format.
 COLUMNS = (
     ("step", "step", "{:.0f}"),
     ("reward", "reward", "{:.3f}"),
@@ -41,7 +41,7 @@ ABSENT = "–"  # an environment without a verdict has no success
 
 
 class Phase:
-    """One bar besides the steps, or its plain lines."""
+    """A part of the run besides its steps: a bar, or plain lines."""
 
     def __init__(self, progress: Progress, name: str, total: int) -> None:
         self._progress = progress
@@ -51,7 +51,7 @@ class Phase:
         self._bar = progress.bars.add(name, total)
 
     def advance(self, n: int = 1, **shown: float) -> None:
-        """n more of the total are done; `shown` are numbers worth seeing beside the bar."""
+        """Advance by n units. shown: numbers printed beside the bar."""
         before, self._done = self._done, self._done + n
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self._progress.bars.move(self._bar, self._done, text)
@@ -61,9 +61,9 @@ class Phase:
 
 
 class Progress:
-    """The display of one run. Everything is called from the driver's one thread.
+    """The display of one run. All methods are called from the driver's thread.
 
-    Without a terminal a second thread says what is being done whenever nothing was said for PLAIN_SECONDS.
+    Without a terminal a second thread prints the current activity after PLAIN_SECONDS without a line.
     """
 
     def __init__(self, total_steps: int, title: str, console: Console | None = None) -> None:
@@ -99,18 +99,18 @@ class Progress:
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Phase]:
-        """A part of the run that is not its steps, `total` units long."""
+        """Open a part of the run besides its steps. total: its number of units."""
         self.doing = f"{name}  0/{total}"
         yield Phase(self, name, total)
         self.doing = f"after {name}"
 
     def begin_steps(self, done: int = 0) -> None:
-        """The steps begin; `done` of them were done before the run was resumed."""
+        """Start the steps' bar. done: steps made before the run was resumed."""
         self._steps_bar = self.bars.add("steps", self._total_steps, done)
         self.doing = f"step {done + 1}/{self._total_steps}"
 
     def update(self, step: int, row: Row) -> None:
-        """One step is done; see COLUMNS for the keys that are shown."""
+        """Show a finished step by the keys in COLUMNS."""
         if self._steps_bar is None:
             raise ValueError(f"step {step} was shown before begin_steps()")
         row = {"step": step} | row
@@ -126,25 +126,25 @@ class Progress:
             self.plain_line(f"step {step}/{self._total_steps}  {shown}  {bound}")
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print one permanent line."""
         if self._live:
             door.write(self._console, text, wrap=True)
         else:
             self.plain_line(text)
 
     def plain_line(self, text: str) -> None:
-        """A line with the run's clock, where there is no live display."""
+        """Print a line with the run's clock, unless there is a live display."""
         if not self._live:
             clock = f"[{time.monotonic() - self._began:7.1f} s] "
             door.write(self._console, clock + text.rstrip())
             self._said = time.monotonic()
 
     def silent_seconds(self) -> float:
-        """How long no plain line was written."""
+        """Seconds since the last plain line."""
         return time.monotonic() - self._said
 
     def break_silence(self) -> float:
-        """Say what is being done if nothing was said for PLAIN_SECONDS; returns the seconds until the next look."""
+        """Print the current activity after PLAIN_SECONDS without a line; returns the seconds until the next check."""
         if self.silent_seconds() >= PLAIN_SECONDS:
             self.plain_line(f"{self.doing.rstrip()}: under way")
         return PLAIN_SECONDS - self.silent_seconds()

@@ -1,7 +1,7 @@
-"""RUN/report.html: one file that shows a run, readable offline for as long as there are browsers.
+"""RUN/report.html: the report of a run in one self-contained file, readable offline.
 
-Everything it needs is inside: the numbers, the pictures' code (plotly.js, once), the episodes. It is written from what
-the run left in its folder alone, so it can be written again at any time.
+It includes the numbers, the charts' code (plotly.js) and the episodes. It is made from the run's folder alone, so it
+can be written again at any time.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Summary = dict[str, Any]
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write the report of a run, finished or not, and return its path. ConfigError where the folder is no run's.
+    """Write the report of a run, finished or not, and return its path. ConfigError if the folder is not a run's.
 
-    Read are config.json, metrics.jsonl, summary.json (absent while the run goes on), groups/ and evaluations/.
+    It reads config.json, metrics.jsonl, summary.json (absent in a running run), groups/ and evaluations/.
     """
     config = _config(run_folder)
     stored = run_folder / "summary.json"
@@ -57,31 +57,31 @@ def write_report(run_folder: Path) -> Path:
         plotly=get_plotlyjs(),
     )
     path = run_folder / REPORT_FILE
-    aside = run_folder / f".{REPORT_FILE}.part"  # who reads it while it is written again reads the one before
+    aside = run_folder / f".{REPORT_FILE}.part"  # readers see the old report until the new one is complete
     aside.write_text(text, encoding="utf-8", errors="backslashreplace")
     aside.replace(path)
     return path
 
 
 def _config(run_folder: Path) -> dict[str, Any]:
-    """The configuration as it is stored: a report shows it, so it need not be one that this version would run."""
+    """The stored configuration, not validated: this version need not be able to run it."""
     path = run_folder / "config.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(stored, dict):
             return stored
-        fault = f"{path}: broken file (it holds no table of options)"
+        fault = f"{path}: broken file (it has no table of options)"
     except (FileNotFoundError, NotADirectoryError):
         fault = f"{run_folder} is not a run folder: it has no {path.name}"
     except ValueError as error:
         fault = f"{path}: broken file ({error})"
-    from deploy.config.config_errors import ConfigError  # it imports torch, which a report need not wait for
+    from deploy.config.config_errors import ConfigError  # imported here, since it imports torch
 
     raise ConfigError(fault)
 
 
 def outcomes(summary: Summary, task: str) -> list[dict[str, Any]]:
-    """A card for success, where the environment gives verdicts, and one for reward: before and after with intervals."""
+    """Cards for success (if the environment gives verdicts) and reward, before and after, with intervals."""
     cards = []
     for name, method, form in (("success", "Wilson", "{:.1%}"), ("reward", "bootstrap", "{:.3g}")):
         measured = [when for when in WHEN if summary.get(f"{name}_{when}_interval") is not None]
@@ -105,22 +105,22 @@ def outcomes(summary: Summary, task: str) -> list[dict[str, Any]]:
             }
             for when, interval in zip(measured, intervals, strict=True)
         ]
-        note = f"bars: 95% {method} intervals, on a scale from {form.format(least)} to {form.format(most)}"
+        note = f"bars: 95% {method} intervals, scale from {form.format(least)} to {form.format(most)}"
         cards.append({"title": f"{name.capitalize()} on {task}s", "bars": bars, "note": note})
     return cards
 
 
 def _scale(intervals: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """The ends of an axis that holds all intervals and zero, never both the same."""
+    """The two different ends of an axis with all intervals and zero."""
     least, most = min(0.0, *(low for low, _ in intervals)), max(0.0, *(high for _, high in intervals))
     return least, most if most > least else least + 1.0
 
 
 def facts(rows: Sequence[Row], summary: Summary) -> list[tuple[str, str]]:
-    """The headline numbers: name and value."""
+    """The key figures: name and value."""
     shown = [("learner steps", f"{len(rows):,}")]
     if summary:
-        # Older runs call them trained; prompts are among them.
+        # In older runs it is called tokens_trained; prompts are included.
         processed = summary["tokens_processed" if "tokens_processed" in summary else "tokens_trained"]
         shown += [
             ("wall clock", clock(sum(summary["seconds"].values()))),
@@ -134,7 +134,7 @@ def facts(rows: Sequence[Row], summary: Summary) -> list[tuple[str, str]]:
 
 
 def phases(summary: Summary) -> list[dict[str, Any]]:
-    """How the wall clock was spent: name, duration as text, share of the whole 0..1."""
+    """The wall clock by phase: name, duration as text, share of the whole 0..1."""
     seconds: dict[str, float] = summary.get("seconds", {})
     total = sum(seconds.values())
     return [
@@ -145,7 +145,7 @@ def phases(summary: Summary) -> list[dict[str, Any]]:
 
 
 def clock(seconds: float) -> str:
-    """A duration as a person says it: 8.2 s, 3 min 05 s, 2 h 07 min."""
+    """A duration as text: 8.2 s, 3 min 05 s, 2 h 07 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -155,8 +155,7 @@ def clock(seconds: float) -> str:
 
 
 def _templates() -> Environment:
-    # What an environment or a model wrote is text here: autoescape keeps it from being markup, and control
-    # characters are made visible.
+    # Text of environments and models is never markup: autoescape escapes it, and control characters are made visible.
     templates = Environment(
         loader=PackageLoader("deploy.report"),
         autoescape=True,
@@ -165,8 +164,8 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # How unsure the policy was of a token, 0 (certain) .. 1: the depth of its shade.
-    templates.filters["doubt"] = lambda logprob: f"{1 - exp(min(0.0, logprob)):.3f}"
+    # 1 - probability of a token, 0 (certain) to 1: the depth of its shading.
+    templates.filters["uncertainty"] = lambda logprob: f"{1 - exp(min(0.0, logprob)):.3f}"
     return templates
 
 

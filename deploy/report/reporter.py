@@ -1,7 +1,7 @@
-"""RUN/report.html kept up to date while a run goes on, in a process of its own: the driver never waits for a report.
+"""Reports during a run, written by a separate process: the driver never waits for them.
 
-A report reads every stored row, so its cost grows with the run. One is written at a time, at low priority, and the next
-no sooner than SHARE allows: reports cost one core at most that share of the run.
+A report reads every stored row, so its cost grows with the run. One report is written at a time, at low priority, and
+the next one only when SHARE allows: reports take at most that share of one core.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 from deploy.report.evaluation import WHEN
 from deploy.report.metrics import METRICS_FILE
 
-ERR_FILE = "report.err"  # stderr of the process that writes it; kept where it failed
-FIRST_SECONDS = 10.0  # a run that is over sooner has its report at its end
+ERR_FILE = "report.err"  # stderr of the writing process; kept if it failed
+FIRST_SECONDS = 10.0  # no report earlier; shorter runs have one at their end
 SHARE = 0.05  # of one core's time
-LAST_SECONDS = 120.0  # limit of the report of a run that stops
+LAST_SECONDS = 120.0  # limit for the report of a stopped run
 
 
 class Reporter:
-    """Writes the reports of one run. What goes wrong with one is said in a line and ends nothing."""
+    """Writes the reports of one run. A failure is reported in one line and does not end the run."""
 
     def __init__(self, run_folder: Path, say: Callable[[str], None]) -> None:
         self._folder = run_folder
@@ -32,7 +32,7 @@ class Reporter:
         self._rest_until = time.monotonic() + FIRST_SECONDS
 
     def refresh(self) -> None:
-        """Begin a report unless one is being written or the last was just now; returns at once."""
+        """Start a report unless one is being written or the last one is too recent; returns at once."""
         now = time.monotonic()
         if self._process is not None and self._process.poll() is not None:
             self._rest_until = self._began + (now - self._began) / SHARE
@@ -41,7 +41,7 @@ class Reporter:
             self._begin()
 
     def last(self) -> None:
-        """Write the report of a run that stops and wait for it, at most LAST_SECONDS; nothing before a first figure."""
+        """Write the report of a stopped run and wait at most LAST_SECONDS; nothing without any stored number."""
         self.close()
         shown = [METRICS_FILE, *(f"evaluation_{when}.json" for when in WHEN)]
         if not any((self._folder / name).is_file() for name in shown):
@@ -51,13 +51,13 @@ class Reporter:
         try:
             self._process.wait(LAST_SECONDS)
         except subprocess.TimeoutExpired:
-            self._say(f"no report within {LAST_SECONDS:g} s; write it later: manta report RUN")
+            self._say(f"no report within {LAST_SECONDS:g} s; write it later with manta report RUN")
             self.close()
         else:
             self._ended()
 
     def close(self) -> None:
-        """Stop what is being written; the report before stays."""
+        """Stop the current report; the previous one stays."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -71,7 +71,7 @@ class Reporter:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=err,
-                cwd=Path(__file__).parents[2],  # where this very package lies
+                cwd=Path(__file__).parents[2],  # the folder of this package
                 start_new_session=True,  # Ctrl-C in the terminal must not reach it
             )
 

@@ -1,4 +1,4 @@
-"""Intervals for what was counted or measured."""
+"""Confidence intervals of proportions and means."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESAMPLES = 2000
 def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
     """The Wilson score interval of a success probability, given `successes` of `n` independent trials.
 
-    Unlike the interval of the normal approximation it stays within 0..1 and has a width at 0 and n successes too.
+    Unlike the normal approximation it stays within 0..1 and has a positive width at 0 and n successes.
     ValueError unless 0 <= successes <= n and n > 0.
 
     E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927);
@@ -33,7 +33,7 @@ def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, flo
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of the mean of independent values; the same for the same values and seed.
+    """The 95% percentile bootstrap interval of the mean of independent values; deterministic for a seed.
 
     Fewer than about 20 values make it too narrow. ValueError without values.
 

@@ -1,23 +1,23 @@
-"""Episodes of an evaluation as text for a terminal: who said what, turn by turn."""
+"""Transcripts of evaluated episodes for a terminal: roles and texts, turn by turn."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from deploy.report.console import Console, write
-from deploy.report.episodes import Episode, Spans, token_text
+from deploy.report.episodes import ShownEpisode, Spans, token_text
 from rollout.buffer.segments import read_rows
 
 
 def show_transcripts(console: Console, folder: Path, count: int) -> None:
-    """Print the first `count` episodes of a folder of stored rows; one that ended in its reset has none."""
+    """Print the first `count` episodes of a folder of stored rows; an episode that failed in its reset has no rows."""
     spans = Spans.of(read_rows(folder))
     text = token_text(folder)
     for place in range(min(count, len(spans))):
         _show(console, spans.episode(place, "", text))
 
 
-def _show(console: Console, episode: Episode) -> None:
+def _show(console: Console, episode: ShownEpisode) -> None:
     verdict = {True: ", success", False: ", no success", None: ""}[episode.success]
     turns = f"{len(episode.turns)} turn{'s' * (len(episode.turns) != 1)}"
     end = episode.end_reason.replace("_", " ")
@@ -33,6 +33,6 @@ def _show(console: Console, episode: Episode) -> None:
 
 
 def _say(console: Console, role: str, text: str, style: str) -> None:
-    """A role on the left, what it said beside it, later lines indented below."""
+    """Print a role on the left and its text beside it, with later lines indented."""
     write(console, f"{role:>10}  ", style, end="")
     write(console, text.replace("\n", "\n" + " " * 12))

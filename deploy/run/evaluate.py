@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from deploy.assembly.build import load_tokenizer
-from deploy.assembly.conversations import rehearse
+from deploy.assembly.conversations import try_conversations
 from deploy.config import run_folder
 from deploy.config.config_errors import ConfigError
 from deploy.config.load import toml_value
@@ -118,7 +118,7 @@ def evaluate_checkpoint(
     observation = first_observation(env_id, conditions.env_options, conditions.agent.parts, conditions.host)
     chat = Chat(tokenizer, Perception.load(path), check_ends(path))
     if observation is not None:
-        rehearse(chat, observation, conditions.agent)
+        try_conversations(chat, observation, conditions.agent)
     tasks = [Task.of(env_id, seed, conditions.env_options) for seed in seeds]
     if folder is None:
         with _notices_said(None):

@@ -94,8 +94,8 @@ def train(
     on with the run in run_dir, which must be of this configuration. quiet: show no progress.
 
     Works where an event loop is running already, as in a notebook. Raises ConfigError for what can be known to be wrong
-    before the start, PartFailed, GuardTripped and TooManyFailures for what ends a run on purpose, Stopped for SIGTERM,
-    and KeyboardInterrupt; a run that was interrupted can be resumed.
+    before the start, PartFailed, GuardTripped, TooManyFailures and OwnPartError for what ends a run on purpose, Stopped
+    for SIGTERM, and KeyboardInterrupt; a run that was interrupted can be resumed.
     """
     folder = None if run_dir is None else Path(run_dir)
     if resume and folder is None:

@@ -20,7 +20,7 @@ RUNS = Path("runs")
 
 
 @dataclass(frozen=True)
-class Asked:
+class TrainRequest:
     """The command line of `manta train`; None and empty: not said."""
 
     recipe: str = ""
@@ -33,7 +33,7 @@ class Asked:
     trust: bool = False
 
 
-def launch(asked: Asked, console: Console) -> None:
+def launch(asked: TrainRequest, console: Console) -> None:
     """Train as asked. ConfigError where the arguments contradict one another or the run that they name."""
     _require_meant(asked)
     if asked.resume is not None:
@@ -46,7 +46,7 @@ def launch(asked: Asked, console: Console) -> None:
         _begin(asked, console)
 
 
-def _require_meant(asked: Asked) -> None:
+def _require_meant(asked: TrainRequest) -> None:
     """Refuse arguments that would be ignored."""
     if asked.resume is not None:
         if asked.recipe and "=" not in asked.recipe:
@@ -67,13 +67,13 @@ def _require_meant(asked: Asked) -> None:
         )
 
 
-def _wanted(asked: Asked) -> RunConfig:
+def _wanted(asked: TrainRequest) -> RunConfig:
     """The configuration that recipe, overrides and --replay say."""
     past = [] if asked.replay is None else [f"replay={str(asked.replay.resolve())!r}"]
     return load_config(asked.recipe, [*asked.overrides, *past])
 
 
-def _begin(asked: Asked, console: Console) -> None:
+def _begin(asked: TrainRequest, console: Console) -> None:
     from deploy.config.config_checks import config_warnings
     from deploy.run import drive, preflight
 
@@ -92,7 +92,11 @@ def _begin(asked: Asked, console: Console) -> None:
 
 
 def _go_on(
-    folder: Path, changes: Sequence[str], asked: Asked, console: Console, wanted: RunConfig | None = None
+    folder: Path,
+    changes: Sequence[str],
+    asked: TrainRequest,
+    console: Console,
+    wanted: RunConfig | None = None,
 ) -> None:
     """wanted: what the user's own recipe says, which is his word for what it executes; the run must be the same."""
     stored = run_folder.open_existing(folder)
@@ -119,7 +123,7 @@ def _go_on(
     drive.drive(config, folder, console, resume=True, local=asked.local, startup=startup, stored=stored)
 
 
-def _require_local(config: RunConfig, asked: Asked) -> None:
+def _require_local(config: RunConfig, asked: TrainRequest) -> None:
     if asked.local and config.cluster.address:
         raise ConfigError(
             f"--local runs everything in this process, but cluster.address={config.cluster.address!r} names a Ray "

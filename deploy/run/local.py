@@ -59,7 +59,7 @@ def start_learner(
     if resume and latest(run_folder) is not None:
         learner.load(run_folder)
     learner.keep_advantages(run_folder)
-    seconds, keep = config.cluster.step_seconds, config.checkpoint.keep
+    seconds, keep = config.cluster.step_timeout_seconds, config.checkpoint.keep
     return LearnerLoop(learner, source, place, config.engine.dtype, seconds, keep)
 
 

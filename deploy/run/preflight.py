@@ -1,6 +1,6 @@
-"""What can be known to be wrong before anything is started or written.
+"""Checks before a run starts or writes anything.
 
-Each check raises one of the errors that are meant for the person at the keyboard, saying what, where and what to do.
+Each check raises an error for the user: what is wrong, where, and how to fix it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from deploy.assembly.build import evaluation_tasks, looked_at
-from deploy.assembly.conversations import rehearse
+from deploy.assembly.build import evaluation_tasks, probe_environment
+from deploy.assembly.conversations import try_conversations
 from deploy.assembly.models import tiny_tokenizer
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
@@ -41,7 +41,7 @@ from rollout.wire.model_folder import pretrained, write_companions
 
 
 def check(config: RunConfig) -> None:
-    """Refuse a configuration that cannot run here."""
+    """Run every check of a configuration on this machine."""
     check_own_parts(config)
     if config.replay is None:
         check_engine(config.engine, config.rollout.gpus_per_worker > 0)
@@ -59,12 +59,12 @@ def check(config: RunConfig) -> None:
         check_prompt(config, chat, observation)
     elif config.agent.memory != "full" or config.agent.parts:
         raise ConfigError(
-            "agent.memory and agent.parts stand between an environment and the policy; a foreign agent brings its own: "
-            "use memory = 'full' and no parts"
+            "agent.memory and agent.parts do not apply to a foreign agent, which has its own: use memory = 'full' and "
+            "no parts"
         )
     elif config.env.host.where == "ray":
         raise ConfigError(
-            "env.host.where='ray': a foreign agent runs beside its worker, which it asks; use 'process'"
+            "env.host.where='ray': a foreign agent must run on its worker's node; use 'process'"
         )
     check_lora(config, tokenizer)
     if config.replay is None:
@@ -79,7 +79,7 @@ def check(config: RunConfig) -> None:
 
 
 def check_engine(engine: EngineSettings, on_gpu: bool) -> None:
-    """What the engine needs must be installed, a user's own be there with the signature it is called by."""
+    """Require the engine's packages; of a user's own engine its module and signature."""
     try:
         if unfit := engine.placement.unfit(float(on_gpu)):
             raise ValueError(unfit)
@@ -94,7 +94,7 @@ def first_observation(
     parts: Sequence[PartSettings] = (),
     host: HostSettings | None = None,
 ) -> Observation | None:
-    """What an environment says first, with the agent's tools: they must be there, and their schemas take tokens.
+    """The first observation of an environment with the agent's tools, whose schemas are part of the prompt.
 
     None for a foreign agent, which is not started here. Raises EnvironmentUnknown.
     """
@@ -103,26 +103,28 @@ def first_observation(
         return None
     tools = [part for part in parts if isinstance(part, ToolsSettings | NotebookSettings | OwnAgentPart)]
     try:
-        with looked_at(env_id, options, host, tools) as reset:
+        with probe_environment(env_id, options, host, tools) as reset:
             return reset(0)
     except ToolRefused as error:
         raise ConfigError(f"agent.parts: {error}") from error
 
 
 def check_program(options: dict[str, Any]) -> None:
-    """A foreign agent's options must fit, and its command must be there."""
+    """Require valid options of a foreign agent, and its command."""
     command = ProgramOptions.read(options).command
     if command and find_program(command[0]) is None:
-        raise ConfigError(f"env.options.command: there is no program {command[0]!r} here")
+        raise ConfigError(
+            f"env.options.command: program {command[0]!r} not found; install it or give its path"
+        )
 
 
 def check_model(path: str) -> None:
-    """A local checkpoint must have a readable configuration, weights and a tokenizer."""
+    """Require configuration, weights and tokenizer files of a local checkpoint."""
     folder = Path(path)
     if not folder.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise ConfigError(f"model {path}: no such folder")
-        return  # a hub id: transformers resolves it, and says so when it cannot
+            raise ConfigError(f"model {path}: no such folder; check the path")
+        return  # a hub id: transformers resolves it or raises
     for needed, what in (("config.json", "configuration"), ("tokenizer_config.json", "tokenizer")):
         if not (folder / needed).is_file():
             raise ConfigError(
@@ -130,27 +132,27 @@ def check_model(path: str) -> None:
             )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise ConfigError(f"model {path}: no weights (*.safetensors) in it")
+        raise ConfigError(f"model {path}: no weights (*.safetensors); is it a Hugging Face checkpoint?")
     for file in weights:
         _check_safetensors(file)
 
 
 def check_trainable(path: str) -> None:
-    """What a checkpoint will hold must be what the learner trains: quantized weights are not."""
+    """ConfigError for quantized weights, which cannot be trained."""
     method = getattr(loaded(AutoConfig, path), "quantization_config", None)
     if method is not None:
         raise ConfigError(
-            f"model {path}: its weights are quantized and cannot be trained; name unquantized ones"
+            f"model {path}: its weights are quantized and cannot be trained; use the unquantized checkpoint"
         )
 
 
 def check_context(path: str, context_tokens: int) -> None:
-    """The model must have a position for every token of the context."""
+    """Require a position of the model for every token of the context."""
     config = loaded(AutoConfig, path).get_text_config()
     if not hasattr(config, "max_position_embeddings"):
         raise ConfigError(
-            f"model {path}: its family {config.model_type} states no max_position_embeddings, so that nobody can say "
-            f"whether rollout.context_tokens={context_tokens} fits; choose a model of attention alone"
+            f"model {path}: its family {config.model_type} states no max_position_embeddings, so it is unknown whether "
+            f"rollout.context_tokens={context_tokens} fits; choose a pure attention model"
         )
     positions = config.max_position_embeddings
     if positions < context_tokens:
@@ -161,11 +163,10 @@ def check_context(path: str, context_tokens: int) -> None:
 
 
 def check_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The model must have a row for every token; it may have more. Returns the tokenizer.
+    """Require a row of the model for every token; the model may have more rows. Returns the tokenizer.
 
-    It is loaded from the files that a checkpoint will hold, written to a scratch folder: what a save and those who read
-    it need is tried here. Placeholders of pictures and sounds that no prompt of text holds are let pass: some families
-    share a tokenizer.
+    The tokenizer is loaded from the files that a checkpoint will contain, written to a scratch folder. Placeholders of
+    pictures and sounds that no text prompt contains may lack a row: some families share a tokenizer.
     """
     with TemporaryDirectory(prefix="manta-saved-") as scratch:
         write_companions(model_files(path), Path(scratch))
@@ -184,14 +185,14 @@ def check_tokenizer(path: str) -> PreTrainedTokenizerBase:
         last = max(beyond)
         raise ConfigError(
             f"model {path} has a vocabulary of {rows}, but its tokenizer one of {len(tokenizer)} (token "
-            f"{beyond[last]!r} is id {last}); put the tokenizer into the folder that the model was trained with"
+            f"{beyond[last]!r} is id {last}); put the model's own tokenizer into the folder"
         )
     return tokenizer
 
 
 def check_prompt(config: RunConfig, chat: Chat, observation: Observation) -> None:
-    """The template must render what will be said, and the first prompt and one turn must fit into the context."""
-    prompt = rehearse(chat, observation, config.agent)
+    """Require that the template renders all messages, and that the first prompt and one token fit into the context."""
+    prompt = try_conversations(chat, observation, config.agent)
     if prompt + 1 > config.rollout.context_tokens:
         raise ConfigError(
             f"the first prompt of {config.env.id} has {prompt} tokens, which does not fit into "
@@ -200,13 +201,13 @@ def check_prompt(config: RunConfig, chat: Chat, observation: Observation) -> Non
 
 
 def check_lora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The model must have the layers that are to be adapted."""
+    """Require the layers of the model that are to be adapted."""
     lora = config.learner.model.lora
     if lora is None:
         return
     with TemporaryDirectory() as folder:
         path = config.learner.model.path
-        if config.tiny:  # its layers have the same names however many and wide they are
+        if config.tiny:  # layers have the same names in any size
             path = folder
             build_tiny(Path(path), tokenizer, layers=1, width=32, heads=1, mlp=32)
         try:
@@ -216,14 +217,14 @@ def check_lora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_port(port: int) -> None:
-    """The dashboard's port must be free."""
+    """Require a free port for the dashboard."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise ConfigError(
-                f"cluster.dashboard_port={port} is in use on this machine; choose another or 0"
+                f"cluster.dashboard_port={port} is in use on this machine; choose another port, or 0 for no dashboard"
             ) from error
 
 
@@ -236,7 +237,7 @@ def _chat(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Chat:
 
 
 def check_ends(path: str) -> tuple[int, ...]:
-    """The files that name a model's end tokens must be readable; returns those."""
+    """Read a model's end tokens. ConfigError for unreadable files."""
     try:
         return end_tokens(path)
     except (OSError, ValueError) as error:
@@ -249,9 +250,9 @@ def _tiny(config: RunConfig) -> PreTrainedTokenizerBase:
 
 
 def loaded(auto: Any, path: str, named: str = "") -> Any:
-    """What a transformers Auto class finds at `path`. ConfigError where it finds nothing it can read.
+    """Load with a transformers Auto class from `path`. ConfigError if that fails.
 
-    named: what the model is called in the error, where that is another path.
+    named: the model's name in the error, if it differs from path.
     """
     try:
         return pretrained(auto, path)

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy.assembly.build import evaluation_tasks, held_out, told_alike
+from deploy.assembly.build import evaluation_tasks, held_out, identical_starts
 from deploy.assembly.runtime import LearnerLost, Row, Runtime, first_failure
 from deploy.config.config import RunConfig
-from deploy.config.guards import Watch, with_defaults
+from deploy.config.guards import GuardMonitor, with_defaults
 from deploy.config.trackers import Trackers
 from deploy.report.evaluation import Evaluation, figures
 from deploy.report.metrics import MetricsLog, read_metrics, rollout_rates
@@ -139,7 +139,9 @@ class Training:
         if not self._evaluates:
             return None
         tasks = await self._tasks
-        if name == "before" and (told := await asyncio.to_thread(told_alike, tasks, self.config.env.host)):
+        if name == "before" and (
+            told := await asyncio.to_thread(identical_starts, tasks, self.config.env.host)
+        ):
             self.progress.say(told)
         self.startup.episodes_begin()
         with self.phases.timed(f"evaluate_{name}"):
@@ -172,7 +174,7 @@ class Training:
     async def _steps_from(self, version: int) -> None:
         """All steps after `version`; what was logged of them before is cut off."""
         log = MetricsLog(self.ring.run_folder, resume_after=version)
-        guards = Watch(with_defaults(self.config.guards), self.progress.say)
+        guards = GuardMonitor(with_defaults(self.config.guards), self.progress.say)
         try:
             self.startup.episodes_begin()
             self.ring.begin_rollouts()
@@ -188,7 +190,7 @@ class Training:
                 self._trackers.tell("on_step", {"step": float(step), **row})
                 self._record()
                 self.progress.update(step, row)
-                guards.look(step, row)
+                guards.observe(step, row)
                 if step % self.config.checkpoint.every_steps == 0 or step == self.config.steps:
                     await self._save()
                     if step < self.config.steps:

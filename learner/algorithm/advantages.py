@@ -1,4 +1,4 @@
-"""From rewards to advantages: pure functions on numpy arrays, float64 inside, float32 out.
+"""Formulas from rewards to advantages: pure functions on numpy arrays, float64 inside, float32 out.
 
 G: siblings of a group; K: turns of an episode; N: sampled tokens of an episode, in order; M: anything.
 """
@@ -17,8 +17,6 @@ from rollout.wire.equality import all_equal, bounds
 from rollout.wire.trajectory import Float32Array
 
 Float64Array = NDArray[np.float64]
-
-
 Deviation = Literal["population", "sample"]
 
 
@@ -30,19 +28,19 @@ def group_normalized(
 ) -> Float32Array:
     """Group-relative advantages (r - mean) / (std + eps), Shao et al. 2024 (DeepSeekMath), section 4.1.
 
-    The paper leaves open which standard deviation it takes: "population" divides the squares by G, "sample" by G - 1.
-    A group whose rewards are all equal says nothing about its episodes and gets exact zeros.
+    The paper does not say which standard deviation it uses: "population" divides the squares by G, "sample" by G - 1.
+    A group of equal rewards has no learning signal and gets exact zeros.
 
-    rewards_G: [G] reward of each sibling, at least two; equal: whether the task paid all the same (None: asked of the
-    rewards), since a small cost beside equal pay would be divided by its own deviation. Returns float32 [G].
-    ValueError for a smaller group or a reward that is not finite; so do the other group baselines.
+    rewards_G: [G] reward of each sibling, at least two; equal: whether the task's rewards are all equal (None: computed
+    from rewards_G), since a small cost beside equal rewards would be divided by its own deviation. Returns float32 [G].
+    All group baselines raise ValueError for a smaller group and for a reward that is not finite.
     """
     exact_G = _group(rewards_G)
     return _divided(exact_G - exact_G.mean(), _std(exact_G, deviation) + eps, _equal(exact_G, equal))
 
 
 def group_centered(rewards_G: ArrayLike, equal: bool | None = None) -> Float32Array:
-    """r - mean: without the division, which favours groups of little variance. Liu et al. 2025 (Dr. GRPO), 3.2."""
+    """r - mean, without the division that favours groups of little variance. Liu et al. 2025 (Dr. GRPO), 3.2."""
     exact_G = _group(rewards_G)
     return _divided(exact_G - exact_G.mean(), 1.0, _equal(exact_G, equal))
 
@@ -57,7 +55,7 @@ def leave_one_out(rewards_G: ArrayLike, equal: bool | None = None) -> Float32Arr
 def mean_normalized(rewards_G: ArrayLike, eps: float = 1e-6, equal: bool | None = None) -> Float32Array:
     """(r - mean) / (mean + eps): hard tasks weigh more. Tajwar et al. 2026 (MaxRL, arXiv 2602.02710), section 4.
 
-    Made for rewards that are never negative; a group whose mean is not positive, or a rounding error, gets zeros.
+    For rewards that are never negative; a group whose mean is not positive, or only a rounding error, gets zeros.
     equal: as in `group_normalized`.
     """
     exact_G = _group(rewards_G)
@@ -74,10 +72,10 @@ def decoupled(
     deviation: Deviation = "population",
     magnitudes_GR: ArrayLike | None = None,
 ) -> Float32Array:
-    """Every named reward normalized in its group by itself, then their weighted sum: float32 [G].
+    """Weighted sum of the named rewards, each normalized within the group: float32 [G].
 
-    Liu et al. 2026 (GDPO, arXiv 2601.05242), equations 4 and 5; the batch's normalization that follows there is
-    `globally_normalized`. rewards_GR: [G, R], weights_R: [R], magnitudes_GR: of the rewards, see wire/equality.py.
+    Liu et al. 2026 (GDPO, arXiv 2601.05242), equations 4 and 5; the batch normalization that follows there is
+    `globally_normalized`. rewards_GR: [G, R]; weights_R: [R]; magnitudes_GR: of the rewards, see wire/equality.py.
     """
     columns = np.asarray(rewards_GR, np.float64).T
     sizes = np.abs(columns) if magnitudes_GR is None else np.asarray(magnitudes_GR, np.float64).T
@@ -95,10 +93,10 @@ def globally_normalized(
     ranks: Ranks = ALONE,
     magnitudes: Sequence[ArrayLike] | None = None,
 ) -> list[Float32Array]:
-    """(x - mean) / sqrt(variance + eps) over all entries of all arrays of all ranks: the batch's own baseline.
+    """(x - mean) / sqrt(variance + eps) over all entries of all arrays on all ranks; zeros where all are equal.
 
-    Equal entries: zeros. Hu et al. 2025 (REINFORCE++, arXiv 2501.03262), section 3.2. eps: added to the variance, which
-    floors the deviation at 1e-4: a batch that differs by less (costs of 1e-9 beside equal pay) keeps small advantages.
+    Hu et al. 2025 (REINFORCE++, arXiv 2501.03262), section 3.2. eps: added to the variance, which floors the deviation
+    at 1e-4: a batch that differs by less (costs of 1e-9 beside equal rewards) keeps small advantages.
     magnitudes: of the values, entry by entry, see wire/equality.py; None: the values' own.
     """
     own_M = _flat(values)
@@ -111,12 +109,11 @@ def globally_normalized(
 def turn_normalized(
     values: Sequence[ArrayLike], eps: float = 1e-8, equal: bool = False
 ) -> list[Float32Array]:
-    """Each turn against the siblings' turns of the same number: one float32 [K] for each episode.
+    """Values minus the mean of the siblings' values at the same turn number: one float32 [K] for each episode.
 
-    The mean of the siblings' values at turn k is taken from those at turn k, so that late turns, whose returns are
-    small for all, are not compared with early ones. All are then divided by sqrt(variance + eps) of the whole group. A
-    turn that one episode alone reached has no one to compare with: zero. equal: whether the task paid all the same, as
-    in `group_normalized`.
+    Late turns, whose returns are small in all episodes, are so not compared with early ones. All differences are
+    divided by sqrt(variance + eps) of the whole group. A turn reached by one episode alone gets zero. equal: whether
+    the task's rewards are all equal, as in `group_normalized`.
     """
     exact = [np.asarray(array, np.float64) for array in values]
     centered = [np.zeros(len(array)) for array in exact]
@@ -130,9 +127,9 @@ def turn_normalized(
 
 
 def returns(rewards: ArrayLike, gamma: float = 1.0, bootstrap: float = 0.0) -> Float32Array:
-    """Discounted sum of what follows each place, itself included: R_k = r_k + gamma R_(k+1), float32 [K].
+    """Discounted returns R_k = r_k + gamma R_(k+1), float32 [K].
 
-    bootstrap: value of the state after the last place, 0 where the episode ended there.
+    bootstrap: value of the state after the last entry, 0 where the episode ended there.
     """
     exact_K = np.asarray(rewards, np.float64)
     out_K, following = np.empty_like(exact_K), bootstrap
@@ -146,9 +143,9 @@ def gae(
 ) -> tuple[Float32Array, Float32Array]:
     """Generalized advantage estimation and the critic's targets, float32 [N] each. Schulman et al. 2016, eq. 16.
 
-    delta_n = r_n + gamma V_(n+1) - V_n and A_n = delta_n + gamma lam A_(n+1), over SAMPLED tokens only: what an
-    observation adds between two turns is no step of the policy's. bootstrap: V after the last token, 0 where the
-    episode ended. The targets are A + V.
+    delta_n = r_n + gamma V_(n+1) - V_n and A_n = delta_n + gamma lam A_(n+1), over SAMPLED tokens only: tokens of an
+    observation between two turns are no steps of the policy. bootstrap: V after the last token, 0 where the episode
+    ended. The targets are A + V.
     """
     exact_N, value_N = np.asarray(rewards_N, np.float64), np.asarray(values_N, np.float64)
     out_N, following, value_after = np.empty_like(exact_N), 0.0, bootstrap
@@ -167,13 +164,13 @@ def anchored(
     judged: tuple[Sequence[ArrayLike], Sequence[ArrayLike]] | None = None,
     deviation: Deviation = "population",
 ) -> list[Float32Array]:
-    """Every turn against all turns of its group that began in the same state: one float32 [K] for each episode.
+    """Returns of turns normalized over all turns of the group that began in the same state: float32 [K] per episode.
 
     Feng et al. 2025 (GiGPO, arXiv 2505.10978), section 3.3: A = (R - mean) / (std + eps) among the discounted returns
-    of one anchor state. divide=False leaves the division away. A state met once has no one to compare with: zero.
+    of one anchor state. divide=False omits the division. A state that occurs once gets zero.
 
-    values: [K] of each sibling, its discounted returns; anchors: the state each of those turns began in; judged: of
-    these returns, [K] of each sibling with their magnitudes, it is asked whether all are equal (None: of the values).
+    values: [K] discounted returns of each sibling; anchors: the state in which each of these turns began; judged:
+    returns and their magnitudes, [K] of each sibling, whose equality makes zeros (None: values themselves).
     """
     met: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)
     for episode, states in enumerate(anchors):
@@ -193,12 +190,12 @@ def anchored(
 
 
 def overlong_penalty(length: int, limit: int, margin: int) -> float:
-    """Soft punishment of length, 0 down to -1 within the last `margin` tokens. Yu et al. 2025 (DAPO), equation 13."""
+    """Soft length penalty, from 0 to -1 over the last `margin` tokens. Yu et al. 2025 (DAPO), equation 13."""
     return -min(1.0, max(0.0, (length - (limit - margin)) / margin))
 
 
 def _moments(own_M: Float64Array, sizes_M: Float64Array, ranks: Ranks) -> tuple[float, float, bool]:
-    """Mean and variance of what all ranks hold together, and whether all of it is equal; zeros of nothing."""
+    """Mean and variance over the values of all ranks, and whether all values are equal; (0, 0, True) without any."""
     low_M, high_M = bounds(own_M, sizes_M)
     own = [own_M.size, float(own_M.sum()), float(low_M.max()), float(high_M.min())] if own_M.size else []
     held = [said for said in ranks.gather(own) if said]
@@ -206,7 +203,7 @@ def _moments(own_M: Float64Array, sizes_M: Float64Array, ranks: Ranks) -> tuple[
         return 0.0, 0.0, True
     counts, sums, lows, highs = zip(*held, strict=True)
     mean = sum(sums) / sum(counts)
-    # Around the mean, not around zero, where the difference of two large numbers would be what is left.
+    # Squares around the mean: around zero the result would be the difference of two large numbers.
     squares = ranks.sums({"squares": float(((own_M - mean) ** 2).sum())})["squares"]
     return mean, squares / sum(counts), max(lows) <= min(highs)
 
@@ -231,7 +228,7 @@ def _std(exact_M: Float64Array, deviation: Deviation) -> float:
 
 
 def _divided(centered: Float64Array, scale: float, equal: bool) -> Float32Array:
-    """Exact zeros where all were equal: their centre may be a rounding error away from them."""
+    """Divide; exact zeros where all values were equal, whose mean may differ from them by a rounding error."""
     if equal or scale == 0:
         return np.zeros(centered.size, np.float32)
     return (centered / scale).astype(np.float32)

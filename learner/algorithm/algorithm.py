@@ -1,12 +1,12 @@
-"""What the learner optimizes, as a composition: advantage, loss, aggregation, corrections, regularizers.
+"""The training objective as a composition: advantage, loss, aggregation, corrections, regularizers.
 
-    rewards -> estimator -> advantages                  who deserves what                   estimators.py
-    logprobs -> loss [N] x corrections [N]              how far a token is moved            losses.py, corrections.py
-            + kl + entropy [N]                          what else is wanted of it           regularizers.py
-            x weights [N] -> one number                 what a token counts                 aggregation.py
+    rewards -> estimator -> advantages                  credit of each token                estimators.py
+    logprobs -> loss [N] x corrections [N]              policy loss, off-policy weights     losses.py, corrections.py
+            + kl + entropy [N]                          penalties and bonuses               regularizers.py
+            x weights [N] -> one number                 weight of each token                aggregation.py
 
-Every part is a section of a recipe, chosen by its `kind`: one of ours, or a user's own as "module:name" (own.py).
-Nothing below knows an algorithm's name.
+Every part is a section of a recipe, chosen by its `kind`: a built-in one, or a user's own as "module:name" (own.py).
+No code depends on an algorithm's name.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _CriticSettings(BaseModel, extra="forbid", frozen=True):
 
 
 class OwnCriticSettings(_CriticSettings):
-    """A second model of the policy's kind that says what a state is worth."""
+    """A critic of its own: a second model of the policy's architecture with a value head."""
 
     kind: Literal["own"] = "own"
     optim: OptimSettings = Field(
@@ -49,7 +49,7 @@ class OwnCriticSettings(_CriticSettings):
 
 
 class SharedCriticSettings(_CriticSettings):
-    """A head on the policy's last hidden states that says what a state is worth, trained in the policy's own pass."""
+    """A value head on the policy's last hidden states, trained in the policy's own backward pass."""
 
     kind: Literal["shared"] = "shared"
     optim: OptimSettings = Field(
@@ -75,7 +75,7 @@ AnyCritic = Annotated[OwnCriticSettings | SharedCriticSettings, Field(discrimina
 
 
 class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
-    """A policy-gradient method, part by part. As it stands: GRPO with separate clips, as in DAPO."""
+    """A policy-gradient method, part by part. The default is GRPO with separate clips, as in DAPO."""
 
     advantage: EstimatorSettings = Field(
         default=GrpoAdvantage(),
@@ -137,7 +137,7 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
     @model_validator(mode="before")
     @classmethod
     def _usual_kinds(cls, sections: Any) -> Any:
-        """A section that names no kind is about the usual one."""
+        """Give a section without a kind the default kind."""
         if not isinstance(sections, dict):
             return sections
         usual = {"advantage": {"kind": "grpo"}, "loss": {"kind": "ppo"}, "critic": {"kind": "own"}}
@@ -154,18 +154,18 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         return self.minibatches * self.epochs
 
     def policy_steps(self, steps: int) -> int:
-        """Optimizer steps of the policy in so many learner steps: while the critic warms up, it makes none."""
+        """Optimizer steps of the policy in so many learner steps; the steps of the critic's warm-up have none."""
         waiting = 0 if self.critic is None else self.critic.warmup_steps
         return max(0, steps - waiting) * self.updates
 
     @property
     def needs_reference(self) -> bool:
-        """Whether version 0 is kept, for its logprobs."""
+        """Whether the reference policy (version 0) is kept for its logprobs."""
         return self.kl is not None or any(part.reference for part in self.regularizers)
 
     @property
     def weighs_behavior(self) -> bool:
-        """Whether what sampled a token has a say in its gradient, by the loss's ratio or by a correction."""
+        """Whether a token's gradient depends on the behavior policy, by the loss's ratio or by a correction."""
         corrected = any(part.needs_ratio or isinstance(part, OwnCorrection) for part in self.corrections)
         return corrected or (self.proximal == "behavior" and self.loss.has_ratio)
 
@@ -173,9 +173,9 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
     def _loss_knows_how_far_it_is(self) -> AlgorithmSettings:
         if self.updates > 1 and not self.loss.has_ratio:
             raise ValueError(
-                f"loss.kind={self.loss.kind!r} has no ratio to what sampled: after the first of minibatches * epochs = "
-                f"{self.updates} optimizer steps on a batch its gradient is no more the policy's; use 1 of each, or "
-                "kind = 'cispo', the same weighed by a ratio"
+                f"loss.kind={self.loss.kind!r} has no importance ratio: after the first of minibatches * epochs = "
+                f"{self.updates} optimizer steps on a batch the batch is off-policy and its gradient biased; use 1 of "
+                "each, or kind = 'cispo', which adds a ratio"
             )
         return self
 
@@ -190,19 +190,20 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         for name, acts in every_token.items():
             if acts and self.skip_zero_advantage:
                 raise ValueError(
-                    f"{name} acts on every sampled token: set skip_zero_advantage = false with it"
+                    f"{name} acts on every sampled token, but skip_zero_advantage=true leaves some out; set "
+                    "skip_zero_advantage = false"
                 )
         if self.aggregation == "constant" and self.aggregation_length is None:
-            raise ValueError("aggregation='constant' divides by aggregation_length; say how many tokens")
+            raise ValueError("aggregation='constant' divides by aggregation_length; set it, in tokens")
         idle = [part.kind for part in self.corrections if part.needs_ratio]
         if idle and self.proximal == "behavior":
             raise ValueError(
-                f"corrections of kind {', '.join(map(repr, idle))} weigh proximal against behaviour logprobs, which "
-                "are the same with proximal='behavior'; set proximal = 'learner'"
+                f"corrections of kind {', '.join(map(repr, idle))} weigh a token by pi_proximal / pi_behavior, which "
+                "is 1 with proximal='behavior'; set proximal = 'learner'"
             )
         if self.aggregation != "constant" and self.aggregation_length is not None:
             raise ValueError(
-                f"aggregation={self.aggregation!r} divides by no aggregation_length; leave it away, or use 'constant'"
+                f"aggregation={self.aggregation!r} does not use aggregation_length; remove it, or use 'constant'"
             )
         penalties = [name for name, part in (("overlong", self.overlong), ("kl", self.kl)) if part]
         if self.kl and self.kl.where == "loss":
@@ -210,7 +211,7 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         if penalties and not self.advantage.shaped:
             raise ValueError(
                 f"advantage.kind={self.advantage.kind!r} reads named rewards alone, which {' and '.join(penalties)} "
-                "would not reach; leave that away, or use another estimator"
+                "cannot change; remove that section, or use another estimator"
             )
         if self.advantage.critic and self.critic is None:
             raise ValueError(
@@ -219,7 +220,7 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
             )
         if self.critic is not None and self.advantage.critic is False:
             raise ValueError(
-                f"advantage.kind={self.advantage.kind!r} asks no critic: leave the section critic away, or use "
+                f"advantage.kind={self.advantage.kind!r} uses no critic; remove the section critic, or use "
                 "kind = 'gae'"
             )
         return self

@@ -1,9 +1,9 @@
-"""Off-policy corrections: what a token's loss is multiplied with because another policy sampled it.
+"""Off-policy corrections: factors on the loss of tokens that another policy sampled.
 
-Importance ratios are pi_proximal / pi_behavior: what the learner's own logprobs before its first update on the batch
-say, against those recorded while sampling. They carry no gradient. A mask sets a token's loss to zero but leaves the
-denominators as they are: a token left out does not make the others heavier. Several corrections multiply. Each is a
-section of the list `learner.algorithm.corrections`, its `kind` says which.
+Importance ratios are pi_proximal / pi_behavior: the learner's own logprobs before its first update on the batch against
+those recorded while sampling. They carry no gradient. A mask sets a token's loss to zero and leaves the denominators
+unchanged, so that masked tokens do not make the others heavier. Several corrections multiply. Each is a section of the
+list `learner.algorithm.corrections`, chosen by `kind`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def truncated(log_ratio_N: Tensor, cap: float) -> Tensor:
 
 
 def sequence_truncated(log_ratio_N: Tensor, sequence_N: Tensor, cap: float) -> Tensor:
-    """min(product of w over the sequence, cap) at each of its tokens: unbiased but for the cap."""
+    """min(product of w over the sequence, cap) at each of its tokens; unbiased except for the cap."""
     return ratios(sequence_sum(log_ratio_N, sequence_N)).clamp(max=cap)
 
 
@@ -39,19 +39,19 @@ def within(log_ratio_N: Tensor, low: float, high: float) -> Tensor:
 
 
 def geometric_within(log_ratio_N: Tensor, sequence_N: Tensor, low: float, high: float) -> Tensor:
-    """bool [N]: the geometric mean of the sequence's ratios lies in [low, high], whatever its length."""
+    """bool [N]: the geometric mean of the sequence's ratios lies in [low, high]; independent of its length."""
     ratio_N = ratios(sequence_mean(log_ratio_N, sequence_N))
     return (ratio_N >= low) & (ratio_N <= high)
 
 
 def effective_sample_share(total: float, squares: float, count: float) -> float:
-    """(sum w)^2 / (N sum w^2), between 1 / N and 1: the share of the tokens that the ratios leave. Kish 1965."""
+    """Effective sample size as a share of the tokens: (sum w)^2 / (N sum w^2), between 1 / N and 1. Kish 1965."""
     return total / count * (total / squares)
 
 
 class _Correction(BaseModel, extra="forbid", frozen=True):
-    needs_ratio: ClassVar[bool] = True  # is 1 everywhere where the behaviour policy is the proximal one
-    masks: ClassVar[bool] = True  # may be 0
+    needs_ratio: ClassVar[bool] = True  # 1 everywhere if the behavior policy is the proximal one
+    masks: ClassVar[bool] = True  # weights may be 0
 
 
 class TruncatedImportance(_Correction):
@@ -73,9 +73,9 @@ class TruncatedImportance(_Correction):
 
 
 class ImportanceMask(_Correction):
-    """Rejection: tokens, or whole sequences by their geometric mean, whose ratio is out of bounds count nothing.
+    """Rejection of tokens, or of sequences by their geometric mean, whose ratio is out of bounds.
 
-    A sequence is rejected by the geometric mean in Li et al. 2025, "When Speed Kills Stability", part 3.
+    Li et al. 2025, "When Speed Kills Stability", part 3, reject sequences by the geometric mean.
     """
 
     kind: Literal["mask"] = "mask"
@@ -96,7 +96,7 @@ class ImportanceMask(_Correction):
 
 
 class IcePop(_Correction):
-    """The ratio itself within bounds, nothing outside. Ling team 2025 (Ring-1T, arXiv 2510.18855), section 3.1."""
+    """The ratio itself within bounds, 0 outside. Ling team 2025 (Ring-1T, arXiv 2510.18855), section 3.1."""
 
     kind: Literal["icepop"] = "icepop"
     low: float = Field(default=0.5, ge=0, lt=1, description="smallest ratio that is not masked")
@@ -107,7 +107,7 @@ class IcePop(_Correction):
 
 
 class LagMask(_Correction):
-    """Tokens sampled by weights that are too old count nothing; the others of their episode do."""
+    """Mask of tokens sampled by weights that are too old; other tokens of their episode stay."""
 
     needs_ratio: ClassVar[bool] = False
     kind: Literal["lag"] = "lag"

@@ -1,4 +1,4 @@
-"""An episode as an advantage estimator sees it: rewards of its turns, costs of its tokens, values of a critic."""
+"""An episode as input of an advantage estimator: rewards of turns, costs of tokens, values of a critic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rollout.wire.trajectory import EndReason, Float32Array, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """What the critic says of an episode: before each sampled token (float32 [N]) and after the last one."""
+    """The critic's values of an episode: before each sampled token (float32 [N]) and after the last one."""
 
     before_N: Float32Array
     after: float
@@ -23,19 +23,17 @@ class Values:
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """One episode as an estimator sees it. K turns, N sampled tokens."""
+    """One episode of K turns and N sampled tokens."""
 
     rewards_K: Float64Array  # of the turns, shaped
     tokens_K: tuple[int, ...]  # sampled in each turn
-    ended: bool  # False: cut off in a state that was not final
+    ended: bool  # False: truncated in a state that was not final
     anchors_K: tuple[str, ...] = ()  # the state each turn began in
     named: Mapping[str, float] | None = None  # sums of the environment's named rewards
-    named_magnitudes: Mapping[str, float] | None = (
-        None  # sums of their absolute values; None: theirs as they are
-    )
-    token_rewards_N: Float32Array | None = None  # what the divergence from a reference costs each token
+    named_magnitudes: Mapping[str, float] | None = None  # sums of absolute values; None: the named rewards
+    token_rewards_N: Float32Array | None = None  # KL penalty of each token
     values: Values | None = None
-    sides_K: tuple[float, ...] = ()  # what a turn's advantage counts, see `sides`; (): 1 everywhere
+    sides_K: tuple[float, ...] = ()  # sign of each turn's advantage, see `sides`; (): 1 everywhere
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> Episode:
@@ -53,18 +51,18 @@ class Episode:
 
     @property
     def paid(self) -> float:
-        """What the task paid for the whole episode, whatever its tokens cost."""
+        """The task's reward of the whole episode, without the costs of its tokens."""
         return float(self.rewards_K.sum())
 
     @property
     def reward(self) -> float:
-        """Of the whole episode."""
+        """Reward of the whole episode, costs of its tokens included."""
         extra = 0.0 if self.token_rewards_N is None else float(self.token_rewards_N.sum(dtype=np.float64))
         return self.paid + extra
 
     @property
     def magnitudes(self) -> Episode:
-        """The same with the absolute value of every reward and value: its sums bound the rounding of sums."""
+        """The episode with the absolute value of every reward and value; its sums bound the rounding of sums."""
         tokens_N, values = self.token_rewards_N, self.values
         return replace(
             self,
@@ -75,30 +73,30 @@ class Episode:
 
     @property
     def rewards_N(self) -> Float64Array:
-        """Each turn's reward at its last sampled token, and what tokens cost."""
+        """Rewards of tokens: each turn's reward at its last sampled token, plus the costs of tokens."""
         size = sum(self.tokens_K)
         rewards_N = np.zeros(size)
-        if size:  # a turn without a token leaves its reward to the one before
+        if size:  # the reward of a turn without a token goes to the token before it
             np.add.at(rewards_N, np.maximum(np.cumsum(self.tokens_K) - 1, 0), self.rewards_K)
         return rewards_N if self.token_rewards_N is None else rewards_N + self.token_rewards_N
 
     @property
     def bootstrap(self) -> float:
-        """Value of the state it was cut off in, as far as a critic knows."""
+        """The critic's value of the last state of a truncated episode; 0 without a critic or after a real end."""
         return 0.0 if self.ended or self.values is None else self.values.after
 
     @property
     def sides_N(self) -> Float32Array:
-        """What an advantage counts for each sampled token."""
+        """Sign of the advantage at each sampled token."""
         return self.over_tokens(self.sides_K or 1)
 
     def over_tokens(self, values_K: ArrayLike) -> Float32Array:
-        """A number for each turn, or one for all, at each sampled token: float32 [N]."""
+        """Repeat a number for each turn, or one for all, at each sampled token: float32 [N]."""
         wide_K = np.broadcast_to(np.asarray(values_K, np.float32), (len(self.tokens_K),))
         return np.repeat(wide_K, self.tokens_K)
 
     def turn_returns(self, gamma: float, costs: bool = True) -> Float32Array:
-        """Discounted by turns, float32 [K]; what tokens cost belongs to their turn, and may be left away."""
+        """Returns discounted by turns, float32 [K]; costs of tokens are added to their turn unless costs=False."""
         rewards_K = self.rewards_K
         if costs and self.token_rewards_N is not None:
             borders = np.cumsum(self.tokens_K)[:-1]
@@ -109,11 +107,11 @@ class Episode:
 
 
 def sides(seats_K: Sequence[int | None]) -> tuple[float, ...]:
-    """What each turn's advantage counts in a game the agent plays with itself: 1 for seat 0, -1 for seat 1.
+    """Sign of each turn's advantage in self-play: 1 for player 0, -1 for player 1.
 
-    Rewards and values are the first side's. In a game of two whose gains are each other's losses, whatever an
-    estimator makes of them is the other side's with its sign turned. A turn that no move was made in (a thought, a
-    call of a tool) belongs to the move that follows; where none does, to nobody: 0. No seat anywhere: ().
+    Rewards and values are player 0's. In a zero-sum game of two the advantage of player 1 is that of player 0 with its
+    sign turned. A turn without a move (a thought, a tool call) belongs to the player of the next move; without a next
+    move its sign is 0. Without any player: ().
     """
     if not any(seat is not None for seat in seats_K):
         return ()

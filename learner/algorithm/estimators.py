@@ -1,10 +1,10 @@
 """Advantage estimators: the advantage of every sampled token, from the rewards of a step's groups.
 
-An estimator is a section of the recipe (`learner.algorithm.advantage`, its `kind` says which) and a function of groups
-of episodes: a rank's own, and what is normalized over the batch is over that of all ranks. The formulas are in
-advantages.py. Only sampled tokens count: what observations add between turns moves no advantage. A truncated episode is
-worth what the critic says its last state is; without a critic what came after is taken for nothing, and the metric
-`truncated_without_bootstrap` says how many episodes that touched.
+An estimator is a section of the recipe (`learner.algorithm.advantage`, chosen by `kind`) and a function of a rank's
+groups of episodes; a normalization over the batch is over the batches of all ranks. The formulas are in advantages.py.
+Only sampled tokens count: tokens of observations move no advantage. A truncated episode bootstraps from the critic's
+value of its last state; without a critic that value is 0, and the metric `truncated_without_bootstrap` is the share of
+such episodes.
 """
 
 from __future__ import annotations
@@ -25,29 +25,28 @@ from rollout.wire.trajectory import Float32Array
 
 __all__ = ["AnyEstimator", "Episode", "Values", "sides"]  # an estimator, and what it is called with
 
-
 Groups = Sequence[Sequence[Episode]]  # of siblings
 Advantages = list[list[Float32Array]]  # for each episode, [N]
 
 
 class _Estimator(BaseModel, extra="forbid", frozen=True):
-    turns: ClassVar[bool] = False  # compares turns: nothing is gained on episodes of one
-    critic: ClassVar[bool | None] = False  # asks a critic; None: with one or without
+    turns: ClassVar[bool] = False  # compares turns, so needs episodes of several
+    critic: ClassVar[bool | None] = False  # needs a critic; None: works with one or without
     shaped: ClassVar[bool] = True  # reads the episode's reward, to which penalties are added
 
     @property
     def totals(self) -> bool:
-        """Whether it compares whole episodes' rewards with their siblings' and nothing else: equal ones say nothing."""
+        """Whether it compares total rewards of siblings alone, so that equal totals have no learning signal."""
         return False
 
     @property
     def siblings(self) -> bool:
-        """Whether its baseline is of episodes of one task: a group of one has nothing to compare with."""
+        """Whether its baseline is computed from siblings, so that a group of one is refused."""
         return self.totals
 
     def with_targets(self, groups: Groups, ranks: Ranks = ALONE) -> tuple[Advantages, Advantages]:
-        """Advantages, and what the critic should have said; of an estimator that asks one."""
-        raise TypeError(f"{type(self).__name__} asks no critic")
+        """Advantages and the critic's targets; only of an estimator that uses a critic."""
+        raise TypeError(f"{type(self).__name__} uses no critic")
 
 
 def _deviation() -> Any:
@@ -59,10 +58,10 @@ def _deviation() -> Any:
 
 
 class GrpoAdvantage(_Estimator):
-    """GRPO: rewards compared with the siblings'; without `divide` it is Dr. GRPO.
+    """GRPO: rewards normalized over the siblings; Dr. GRPO with divide=False.
 
-    Whether siblings earned the same is asked of what the task paid: divided by its own deviation, what their tokens
-    cost would else be the whole advantage of a group that the task says nothing of, however little it is.
+    Siblings count as equal if the task's rewards are equal: divided by their own deviation, even tiny costs of tokens
+    would otherwise become the whole advantage of a group without a learning signal.
     """
 
     kind: Literal["grpo"] = "grpo"
@@ -89,7 +88,7 @@ class GrpoAdvantage(_Estimator):
 
 
 class RlooAdvantage(_Estimator):
-    """RLOO: rewards against the mean of the siblings'."""
+    """RLOO: rewards minus the mean reward of the other siblings."""
 
     kind: Literal["rloo"] = "rloo"
 
@@ -102,7 +101,7 @@ class RlooAdvantage(_Estimator):
 
 
 class MaxRlAdvantage(_Estimator):
-    """MaxRL: rewards against the group's mean, divided by it."""
+    """MaxRL: rewards minus the group's mean, divided by that mean."""
 
     kind: Literal["maxrl"] = "maxrl"
     eps: float = Field(
@@ -121,10 +120,10 @@ class MaxRlAdvantage(_Estimator):
 
 
 class ReinforceAdvantage(_Estimator):
-    """REINFORCE++, normalized over the whole batch: returns of tokens, or whole rewards against the siblings' mean.
+    """REINFORCE++, normalized over the whole batch: returns of tokens, or total rewards minus the siblings' mean.
 
-    With `group_baseline` it is the reward of the whole episode minus the mean of its siblings', at every token: the
-    return from a token on minus that mean would punish every token that follows an early reward. Hu et al. 2025.
+    With `group_baseline` every token gets the episode's total reward minus the mean of its siblings' totals: the return
+    from a token on minus that mean would punish every token after an early reward. Hu et al. 2025.
     """
 
     kind: Literal["reinforce_pp"] = "reinforce_pp"
@@ -155,7 +154,7 @@ class ReinforceAdvantage(_Estimator):
 
 
 class ReturnsAdvantage(_Estimator):
-    """Monte Carlo: every turn is worth what followed it, discounted by turns."""
+    """Monte Carlo: every turn gets its return, discounted by turns."""
 
     kind: Literal["returns"] = "returns"
     gamma: float = Field(default=1.0, gt=0, le=1, description="discount factor per turn")
@@ -184,7 +183,7 @@ class ReturnsAdvantage(_Estimator):
         ]
 
     def _of_group(self, group: Sequence[Episode], turns: Sequence[Float32Array]) -> list[Float32Array]:
-        """Normalized; zeros where the task paid all the same, as in `GrpoAdvantage`."""
+        """Normalize the returns of a group; zeros where the task's rewards are all equal, as in `GrpoAdvantage`."""
         paid, sizes = _paid_returns(group, self.gamma)
         if self.baseline == "turn":
             longest = range(max(len(episode.tokens_K) for episode in group))
@@ -197,7 +196,7 @@ class ReturnsAdvantage(_Estimator):
 
 
 class GigpoAdvantage(_Estimator):
-    """GiGPO: episodes against their siblings, plus every turn against the turns that began in the same state."""
+    """GiGPO: GRPO over episodes, plus returns of turns normalized over turns that began in the same state."""
 
     turns: ClassVar[bool] = True
     kind: Literal["gigpo"] = "gigpo"
@@ -239,10 +238,10 @@ class GigpoAdvantage(_Estimator):
 
 
 class GdpoAdvantage(_Estimator):
-    """GDPO: each of the environment's named rewards compared by itself, summed, normalized over the batch.
+    """GDPO: each named reward normalized within the group, weighted sum, normalized over the batch.
 
-    A name that an episode lacks, one that was cut off before it was given say, counts 0. ValueError, on all ranks
-    alike, for one that no episode of the batch has, and for a reward that is not finite.
+    A name that an episode lacks counts 0, as in an episode truncated before that reward. ValueError, on all ranks
+    alike, for a name that no episode of the batch has and for a reward that is not finite.
     """
 
     shaped: ClassVar[bool] = False
@@ -286,11 +285,13 @@ class GdpoAdvantage(_Estimator):
             if name not in given:
                 has = ", ".join(sorted(given)) or "none"
                 raise ValueError(
-                    f"advantage.weights names the reward {name!r}, but the batch's episodes have {has}; an environment "
-                    "gives them in info['rewards']"
+                    f"advantage.weights names the reward {name!r}, but the batch's episodes have: {has}; fix the name, "
+                    "or return that reward in info['rewards']"
                 )
             if any(name in names for _, names in said):
-                raise ValueError(f"the named reward {name!r} of an episode is not finite")
+                raise ValueError(
+                    f"the named reward {name!r} of an episode is not finite; fix the environment"
+                )
 
 
 class GaeAdvantage(_Estimator):
@@ -314,7 +315,7 @@ class GaeAdvantage(_Estimator):
         return self.with_targets(groups, ranks)[0]
 
     def with_targets(self, groups: Groups, ranks: Ranks = ALONE) -> tuple[Advantages, Advantages]:
-        """Advantages, and what the critic should have said: both come of one estimate."""
+        """Advantages and the critic's targets, from one estimate."""
         estimates = [self.estimate(episode) for group in groups for episode in group]
         normal = flat = [advantages_N for advantages_N, _ in estimates]
         if self.normalize:  # an advantage is a difference of a target and a value
@@ -325,7 +326,7 @@ class GaeAdvantage(_Estimator):
     def estimate(self, episode: Episode) -> tuple[Float32Array, Float32Array]:
         """Advantages before any normalization, and the critic's targets: float32 [N] each."""
         if episode.values is None:
-            raise ValueError("advantage.kind='gae' needs the critic's values, and this episode has none")
+            raise ValueError("advantage.kind='gae' needs the critic's values, but this episode has none")
         before_N = episode.values.before_N
         return advantages.gae(episode.rewards_N, before_N, episode.bootstrap, self.gamma, self.lam)
 
@@ -346,13 +347,13 @@ AnyEstimator = Annotated[
 def _compared(
     group: Sequence[Episode], compare: Callable[[ArrayLike, bool], Float32Array], equal: bool
 ) -> list[Float32Array]:
-    """One number for each episode, at all of its sampled tokens. compare: of (rewards, whether they are equal)."""
+    """One number for each episode, repeated at its sampled tokens. compare: (rewards, whether equal) -> numbers."""
     values = compare([episode.reward for episode in group], equal)
     return [episode.over_tokens(value) for episode, value in zip(group, values, strict=True)]
 
 
 def _centered(group: Sequence[Episode]) -> list[Float32Array]:
-    """The episode's reward minus the mean of the group, at all of its sampled tokens."""
+    """The episode's reward minus the group's mean, repeated at its sampled tokens."""
     return _compared(group, advantages.group_centered, _earned_equal(group))
 
 
@@ -361,17 +362,17 @@ def _magnitudes(group: Sequence[Episode]) -> list[Episode]:
 
 
 def _paid_equal(group: Sequence[Episode]) -> bool:
-    """Whether the task paid all the same, whatever their tokens cost."""
+    """Whether the task's rewards of the siblings are equal, without the costs of tokens."""
     return all_equal([e.paid for e in group], [e.paid for e in _magnitudes(group)])
 
 
 def _earned_equal(group: Sequence[Episode]) -> bool:
-    """Whether all earned the same, with what their tokens cost."""
+    """Whether the rewards of the siblings are equal, costs of tokens included."""
     return all_equal([e.reward for e in group], [e.reward for e in _magnitudes(group)])
 
 
 def _paid_returns(group: Sequence[Episode], gamma: float) -> tuple[list[Float32Array], list[Float32Array]]:
-    """What the task paid from each turn on, [K] for each episode, and the magnitudes of that."""
+    """Returns of the task's rewards, [K] for each episode, and the returns of their magnitudes."""
     paid, sizes = (
         [episode.turn_returns(gamma, costs=False) for episode in of] for of in (group, _magnitudes(group))
     )

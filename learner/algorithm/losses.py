@@ -1,9 +1,9 @@
-"""Policy losses per token and what is logged beside them: pure functions on torch tensors.
+"""Policy losses per token and their statistics: pure functions on torch tensors.
 
-All inputs are [N] over sampled tokens, logprobs in nats; `proximal` is the policy that the ratio is taken against and
-carries no gradient. Losses come back per token and unreduced (aggregation.py says what each token weighs), so that any
-split into micro-batches has the same gradient. A loss is a section of the recipe (`learner.algorithm.loss`, its `kind`
-says which) and calls its function with its numbers.
+All inputs are [N] over sampled tokens, logprobs in nats; `proximal` is the denominator of the ratio and carries no
+gradient. Losses are returned per token, not reduced (aggregation.py has the weights), so that any split into
+micro-batches has the same gradient. A loss is a section of the recipe (`learner.algorithm.loss`, chosen by `kind`) that
+calls its function with its options.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-LOG_LARGEST = 20.0  # a ratio of half a billion says all there is to say
+LOG_LARGEST = 20.0  # bound of a log ratio: exp(20) is half a billion
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # [N] with gradient; statistics without
 
@@ -29,16 +29,16 @@ def clipped(
 ) -> Loss:
     """PPO's clipped surrogate -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = pi / pi_proximal.
 
-    Schulman et al. 2017, equation 7; separate bounds: Yu et al. 2025 (DAPO), equation 8. dual_clip bounds what a
-    negative advantage can cost at -dual_clip A: Ye et al. 2020 (arXiv 1912.09729), equation 5.
+    Schulman et al. 2017, equation 7; separate bounds: Yu et al. 2025 (DAPO), equation 8. dual_clip bounds the loss
+    under a negative advantage at -dual_clip A: Ye et al. 2020 (arXiv 1912.09729), equation 5.
 
-    Statistics: "clip_fraction", where a clip stopped the gradient.
+    Statistics: "clip_fraction", 1 where a clip stopped the gradient.
     """
     return _clipped(ratio(logprobs_N, proximal_N), advantages_N, clip_low, clip_high, dual_clip)
 
 
 def policy_gradient(logprobs_N: Tensor, advantages_N: Tensor) -> Loss:
-    """-A log pi, Williams 1992 (REINFORCE); off policy with an importance weight beside it."""
+    """-A log pi, Williams 1992 (REINFORCE); off-policy samples need a correction beside it."""
     return -advantages_N * logprobs_N, {}
 
 
@@ -53,9 +53,9 @@ def sequence_clipped(
 ) -> Loss:
     """GSPO: one ratio for a sequence, s = exp(mean of log r over its tokens), clipped as PPO's.
 
-    Zheng et al. 2025 (arXiv 2507.18071), section 4.3 (GSPO-token): its value is the sequence's ratio everywhere and
-    its gradient that of the token's own logprob, so that advantages may differ from turn to turn. Equal advantages
-    make it equation 5. sequence_N: int64, which sequence a token belongs to. dual_clip: as in `clipped`.
+    Zheng et al. 2025 (arXiv 2507.18071), section 4.3 (GSPO-token): the value at every token is the sequence's ratio,
+    the gradient is that of the token's own logprob, so that advantages may differ from turn to turn. With equal
+    advantages it is equation 5. sequence_N: int64, the sequence of each token. dual_clip: as in `clipped`.
     """
     mean_N = sequence_mean(logprobs_N - proximal_N, sequence_N).detach()
     own_N = logprobs_N - logprobs_N.detach()  # zero, with a gradient
@@ -66,9 +66,9 @@ def sequence_clipped(
 def cispo(
     logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, clip_low: float, clip_high: float
 ) -> Loss:
-    """CISPO: -sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi: the weight is clipped, no token loses its gradient.
+    """CISPO: -sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi; the weight is clipped, every token has a gradient.
 
-    Chen et al. 2025 (MiniMax-M1, arXiv 2506.13585), equations 4 and 5. Statistics: "clip_fraction", where the weight
+    Chen et al. 2025 (MiniMax-M1, arXiv 2506.13585), equations 4 and 5. Statistics: "clip_fraction", 1 where the weight
     was clipped.
     """
     with torch.no_grad():
@@ -81,7 +81,7 @@ def cispo(
 def soft_gated(
     logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, positive: float, negative: float
 ) -> Loss:
-    """SAPO: -A (4 / tau) sigmoid(tau (r - 1)): the gradient fades with the distance instead of being cut off.
+    """SAPO: -A (4 / tau) sigmoid(tau (r - 1)); the gradient decays with the distance instead of a cut.
 
     tau is `positive` for positive advantages and `negative` for the others. Gao et al. 2025 (arXiv 2511.20347),
     equations 5 and 6.
@@ -99,16 +99,16 @@ def divergence_masked(
     threshold: float,
     ratio_cap: float | None = None,
 ) -> Loss:
-    """DPPO: -r A, but no gradient where the token's distribution is too far from the proximal one and would go on.
+    """DPPO: -r A, without a gradient where the token's distribution is outside the trust region and A moves it away.
 
-    Both distributions are seen as "this token or another", with p and q the token's probabilities: the total
-    variation is |p - q|, the divergence ("kl") q log(q / p) + (1 - q) log((1 - q) / (1 - p)). A token is masked
-    where that exceeds the threshold and A pushes r further from 1. Qi et al. 2026 (arXiv 2602.04879), section 4.
+    Both distributions are taken as binary, "this token or another", with p and q the token's probabilities: the total
+    variation is |p - q|, the divergence ("kl") q log(q / p) + (1 - q) log((1 - q) / (1 - p)). A token is masked where
+    that exceeds the threshold and A pushes r further from 1. Qi et al. 2026 (arXiv 2602.04879), section 4.
 
-    A token that was rare when it was sampled may have a large r and is pushed back with that weight. ratio_cap: r
-    counts at most so much, in loss and slope alike: such a token keeps a gradient (truncated importance sampling).
+    A token that was rare when sampled may have a large r, which is then its weight on the way back. ratio_cap: upper
+    bound of r in loss and slope; such a token keeps a gradient (truncated importance sampling).
 
-    Statistics: "clip_fraction", the tokens masked.
+    Statistics: "clip_fraction", 1 for masked tokens.
     """
     ratio_N = ratio(logprobs_N, proximal_N)
     weight_N = ratio_N
@@ -130,7 +130,7 @@ def divergence_masked(
 
 
 def ratio(logprobs_N: Tensor, proximal_N: Tensor) -> Tensor:
-    """pi / pi_proximal, kept finite: where it would overflow it is constant, and its gradient zero rather than none."""
+    """pi / pi_proximal, bounded at exp(LOG_LARGEST); beyond the bound it is constant with zero gradient."""
     return (logprobs_N - proximal_N).clamp(-LOG_LARGEST, LOG_LARGEST).exp()
 
 
@@ -140,12 +140,12 @@ def cross_entropy(logprobs_N: Tensor) -> Tensor:
 
 
 def sequence_mean(values_N: Tensor, sequence_N: Tensor) -> Tensor:
-    """The mean of a token's sequence, at each of its tokens: float [N]."""
+    """Mean over each token's sequence, repeated at its tokens: float [N]."""
     return sequence_sum(values_N, sequence_N) / sequence_sum(torch.ones_like(values_N), sequence_N)
 
 
 def sequence_sum(values_N: Tensor, sequence_N: Tensor) -> Tensor:
-    """The sum over a token's sequence, at each of its tokens: float [N]."""
+    """Sum over each token's sequence, repeated at its tokens: float [N]."""
     count = int(sequence_N.max()) + 1 if len(sequence_N) else 0
     return values_N.new_zeros(count).index_add(0, sequence_N, values_N)[sequence_N]
 
@@ -163,8 +163,8 @@ def _clipped(ratio_N: Tensor, advantages_N: Tensor, low: float, high: float, dua
 
 
 class _PolicyLoss(BaseModel, extra="forbid", frozen=True):
-    has_ratio: ClassVar[bool] = True  # weighs how far the policy has moved from the proximal one
-    clips: ClassVar[bool] = True  # cuts something off at a distance, and says how often
+    has_ratio: ClassVar[bool] = True  # uses the ratio pi / pi_proximal
+    clips: ClassVar[bool] = True  # clips at a distance and reports clip_fraction
 
 
 def _dual_clip() -> Any:
@@ -207,7 +207,7 @@ class PolicyGradientLoss(_PolicyLoss):
 
 
 class SequenceClippedLoss(_PolicyLoss):
-    """GSPO: a sequence has one ratio."""
+    """GSPO: the clipped surrogate with one ratio a sequence."""
 
     kind: Literal["gspo"] = "gspo"
     clip_low: float = Field(
@@ -266,7 +266,7 @@ class SoftGatedLoss(_PolicyLoss):
 
 
 class DivergenceLoss(_PolicyLoss):
-    """DPPO: a trust region of the probabilities in place of the ratio's."""
+    """DPPO: a trust region on probabilities in place of clipped ratios."""
 
     kind: Literal["dppo"] = "dppo"
     divergence: Literal["tv", "kl"] = Field(

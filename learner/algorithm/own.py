@@ -1,13 +1,13 @@
 """Parts of an algorithm from a user's own module: loss, advantage estimator, correction, regularizer.
 
-Each has the signature of Manta's own of its kind, tensors in and tensors out, and its options as keyword arguments.
-What a function returns is checked at every call. N: the sampled tokens of a micro-batch, or of an episode.
+Each has the signature of the built-in parts of its kind, tensors in and tensors out, with its options as keyword
+arguments. Returned values are checked at every call. N: sampled tokens of a micro-batch or of an episode.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from learner.algorithm.episode import Episode, Values
 from learner.algorithm.estimators import Advantages, Groups
 from learner.algorithm.losses import Loss
-from learner.parallel.ranks import ALONE, Ranks
+from learner.parallel.ranks import ALONE, RankLost, Ranks
 from rollout.wire.own_part import OwnPart, OwnPartRefused
 from rollout.wire.trajectory import Float32Array
 
@@ -30,13 +30,13 @@ class OwnLoss(OwnPart):
     """A policy loss: (logprobs [N], proximal [N], advantages [N], sequence [N]) -> (loss [N], statistics)."""
 
     CALLED_WITH: ClassVar[tuple[str, ...]] = ("logprobs_N", "proximal_N", "advantages_N", "sequence_N")
-    has_ratio: ClassVar[bool] = True  # only its author knows whether it does, and whether it clips
+    has_ratio: ClassVar[bool] = True  # assumed, as is clips: the function is not inspected
     clips: ClassVar[bool] = True
 
     def __call__(
         self, logprobs_N: Tensor, proximal_N: Tensor, advantages_N: Tensor, sequence_N: Tensor
     ) -> Loss:
-        return _with_statistics(self, self.run(logprobs_N, proximal_N, advantages_N, sequence_N), logprobs_N)
+        return _with_statistics(self, self.call(logprobs_N, proximal_N, advantages_N, sequence_N), logprobs_N)
 
     def try_out(self, critic: bool) -> None:
         logprobs_N = torch.tensor(_LOGPROBS_N, requires_grad=True)
@@ -48,23 +48,23 @@ class OwnLoss(OwnPart):
 class OwnEstimator(OwnPart):
     """An advantage estimator: (groups of episodes, ranks) -> for each group, for each episode, advantages [N].
 
-    In a run with a critic, whose values the episodes then have, it returns a pair: advantages, and the values that the
-    critic should have given, in the same shape.
+    In a run with a critic the episodes have its values, and the estimator returns a pair: advantages, and the critic's
+    targets in the same shape.
     """
 
     CALLED_WITH: ClassVar[tuple[str, ...]] = ("groups", "ranks")
     turns: ClassVar[bool] = False
     critic: ClassVar[bool | None] = None  # with one or without
     shaped: ClassVar[bool] = True
-    siblings: ClassVar[bool] = False  # only its author knows; groups of one are for it to judge
+    siblings: ClassVar[bool] = False  # unknown: the function has to handle groups of one
     totals: ClassVar[bool] = True
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Advantages:
-        return self._checked(self.run(groups, ranks), groups, "advantages")
+        return self._checked(self.call(groups, ranks, passed=(RankLost,)), groups, "advantages")
 
     def with_targets(self, groups: Groups, ranks: Ranks = ALONE) -> tuple[Advantages, Advantages]:
-        """Advantages, and what the critic should have said."""
-        returned = self.run(groups, ranks)
+        """Advantages and the critic's targets."""
+        returned = self.call(groups, ranks, passed=(RankLost,))
         if not isinstance(returned, tuple) or len(returned) != 2:
             raise OwnPartRefused(
                 f"{self.kind} must return (advantages, targets) in a run with a critic, not {_shown(returned)}"
@@ -81,7 +81,12 @@ class OwnEstimator(OwnPart):
             raise OwnPartRefused(f"{self.kind} returned advantages that are not finite")
 
     def _checked(self, returned: Any, groups: Groups, what: str) -> Advantages:
-        if [len(group) for group in groups] != [len(group) for group in returned]:
+        sizes = (
+            [len(group) if isinstance(group, Sized) else -1 for group in returned]
+            if isinstance(returned, Iterable)
+            else []
+        )
+        if [len(group) for group in groups] != sizes:
             raise OwnPartRefused(
                 f"{self.kind} must return {what} for every episode of every group, in their order"
             )
@@ -104,11 +109,11 @@ class OwnCorrection(OwnPart):
     """An off-policy correction: (log ratio [N], sequence [N], lag [N]) -> weight of each token's loss [N]."""
 
     CALLED_WITH: ClassVar[tuple[str, ...]] = ("log_ratio_N", "sequence_N", "lag_N")
-    needs_ratio: ClassVar[bool] = False  # it may look at lags alone
+    needs_ratio: ClassVar[bool] = False  # it may use lags alone
     masks: ClassVar[bool] = True
 
     def __call__(self, log_ratio_N: Tensor, sequence_N: Tensor, lag_N: Tensor) -> Tensor:
-        weight_N = self.run(log_ratio_N, sequence_N, lag_N)
+        weight_N = self.call(log_ratio_N, sequence_N, lag_N)
         return _per_token(self, weight_N, log_ratio_N, "weights").to(log_ratio_N.dtype)
 
     def try_out(self, critic: bool) -> None:
@@ -116,8 +121,8 @@ class OwnCorrection(OwnPart):
 
 
 class OwnRegularizer(OwnPart):
-    """What is added to each token's loss: (logprobs [N], entropy [N], reference [N] or None, sequence [N]) ->
-    (penalty [N], statistics).
+    """A penalty on each token: (logprobs [N], entropy [N], reference [N] or None, sequence [N]) -> (penalty [N],
+    statistics).
     """
 
     CALLED_WITH: ClassVar[tuple[str, ...]] = ("logprobs_N", "entropy_N", "reference_N", "sequence_N")
@@ -131,7 +136,7 @@ class OwnRegularizer(OwnPart):
         self, logprobs_N: Tensor, entropy_N: Tensor, reference_N: Tensor | None, sequence_N: Tensor
     ) -> Loss:
         reference_N = reference_N if self.reference else None
-        return _with_statistics(self, self.run(logprobs_N, entropy_N, reference_N, sequence_N), logprobs_N)
+        return _with_statistics(self, self.call(logprobs_N, entropy_N, reference_N, sequence_N), logprobs_N)
 
     def try_out(self, critic: bool) -> None:
         logprobs_N = torch.tensor(_LOGPROBS_N, requires_grad=True)
@@ -177,7 +182,7 @@ def _shown(returned: Any) -> str:
 
 
 def _small_episode(critic: bool, reward: float) -> Episode:
-    """Two turns, three sampled tokens, and any reward that is asked for by name."""
+    """An episode of two turns and three sampled tokens; every named reward exists."""
     named: Mapping[str, float] = defaultdict(lambda: reward)
     values = Values(np.array([0.1, 0.2, 0.3], np.float32), 0.0) if critic else None
     return Episode(

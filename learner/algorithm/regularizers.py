@@ -4,9 +4,9 @@ Schulman 2020, "Approximating KL Divergence": with r = pi_reference / pi on toke
 k3 = (r - 1) - log r have KL(pi || reference) as their mean, k2 = (log r)^2 / 2 is close to it; k2 and k3 are never
 negative.
 
-A mean and its gradient are two things. In a loss, the mean gradient of k2 is that of KL(pi || reference), that of k3 is
-the gradient of KL(reference || pi), that of k1 is zero. "k3+" has the value of k3 and the gradient of k2. All of that
-holds for tokens that pi itself sampled; nothing weighs back what an older policy sampled.
+An estimator's mean and the mean of its gradient differ. In a loss, the mean gradient of k2 is that of
+KL(pi || reference), that of k3 is the gradient of KL(reference || pi), that of k1 is zero. "k3+" has the value of k3
+and the gradient of k2. All of this holds for on-policy tokens; samples of an older policy are not reweighted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from learner.algorithm.losses import LOG_LARGEST
 
 Estimator = Literal["k1", "k2", "k3", "k3+"]
-CAP = 10.0  # nats of k3, as is usual; it is there at log r = 2.6 and at -11
+CAP = 10.0  # nats of k3, a usual value; reached at log r = 2.6 and at -11
 
 
 def divergence(
@@ -28,9 +28,9 @@ def divergence(
 ) -> Tensor:
     """Per-token estimate of KL(pi || reference); its gradient is that of the formula, as in a loss.
 
-    log r is held within LOG_LARGEST, 20 nats, and has no gradient beyond: an engine may say -9999 of a token that it
-    gave no chance, and k3 of one such token would be infinite. cap: k3 of one token is held there, and has no gradient
-    beyond: at log r = 14 its slope is a million, and one token would be the whole batch. None: no cap.
+    log r is clamped to LOG_LARGEST, 20 nats, without a gradient beyond: an engine may report -9999 for a token of zero
+    probability, whose k3 would be infinite. cap: upper bound of k3 of one token, without a gradient beyond: at
+    log r = 14 its slope is a million, and one token would dominate the batch. None: no cap.
     """
     log_ratio_N = (reference_N - logprobs_N).clamp(-LOG_LARGEST, LOG_LARGEST)
     if estimator == "k1":
@@ -45,7 +45,7 @@ def divergence(
 
 
 class KlSettings(BaseModel, extra="forbid", frozen=True):
-    """How far the policy may go from the one that reinforcement learning began with (version 0)."""
+    """Penalty on the divergence of the policy from the reference policy (version 0)."""
 
     coefficient: float = Field(gt=0, description="coefficient of the divergence")
     estimator: Estimator = Field(
@@ -70,22 +70,22 @@ class KlSettings(BaseModel, extra="forbid", frozen=True):
     def _pulls_back(self) -> KlSettings:
         if self.estimator == "k1" and self.where == "loss":
             raise ValueError(
-                "kl.estimator='k1' in the loss holds nothing back: its gradient is that of log pi, which averages to "
-                "zero over what pi samples; use 'k2', 'k3' or 'k3+', or where='reward'"
+                "kl.estimator='k1' has no effect in the loss: its gradient is that of log pi, whose mean over samples "
+                "of pi is zero; use 'k2', 'k3' or 'k3+', or where='reward'"
             )
         if self.estimator == "k3+" and self.where == "reward":
             raise ValueError(
-                "kl.estimator='k3+' differs from 'k3' by its gradient, and a reward has none; use 'k3'"
+                "kl.estimator='k3+' differs from 'k3' only in its gradient, and a reward has none; use 'k3'"
             )
         if self.estimator in ("k1", "k2") and self.cap != CAP:
             raise ValueError(
-                f"kl.cap={self.cap} bounds k3, and kl.estimator={self.estimator!r}; leave it away"
+                f"kl.cap={self.cap} bounds k3 alone, but kl.estimator={self.estimator!r}; remove kl.cap"
             )
         return self
 
 
 class OverlongSettings(BaseModel, extra="forbid", frozen=True):
-    """DAPO's soft punishment of episodes that come near a length."""
+    """DAPO's soft penalty on episodes near a maximum length."""
 
     tokens: int = Field(gt=0, description="sampled tokens of an episode from which the whole penalty applies")
     margin: int = Field(
@@ -101,6 +101,6 @@ class OverlongSettings(BaseModel, extra="forbid", frozen=True):
     def _begins_above_zero(self) -> OverlongSettings:
         if self.margin > self.tokens:
             raise ValueError(
-                f"overlong.margin={self.margin} begins below zero tokens: let it be at most tokens={self.tokens}"
+                f"overlong.margin={self.margin} exceeds overlong.tokens={self.tokens}; lower margin to at most tokens"
             )
         return self

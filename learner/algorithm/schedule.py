@@ -1,4 +1,4 @@
-"""The optimizer's settings, and the learning rate they mean for every step."""
+"""Settings of the optimizer, and the learning rate of every step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moment: at 1 nothing new comes in
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moment; 1 would ignore new gradients
 
 
 class OptimSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -50,9 +50,9 @@ class OptimSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def learning_rate(settings: OptimSettings, step: int, total_steps: int | None = None) -> float:
-    """Learning rate of the step with this index, counted from 0; `total_steps` is where a falling schedule ends.
+    """Learning rate of a step, counted from 0. total_steps: the step at which a falling schedule ends.
 
-    Raises ValueError for a falling schedule without an end, or with one inside the warm-up.
+    ValueError for a falling schedule without an end, or with an end inside the warm-up.
     """
     if settings.schedule != "constant" and (total_steps is None or total_steps <= settings.warmup_steps):
         raise ValueError(

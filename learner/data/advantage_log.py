@@ -1,13 +1,12 @@
 """RUN/advantages: the advantage of every trained token, beside the version that trained it.
 
-    version-00000012.arrow            what the step that made version 12 gave the tokens of its groups
-    version-00000012-rank-1.arrow     the share of another rank of the learner
+    version-00000012.arrow            advantages of the step that made version 12
+    version-00000012-rank-1.arrow     those of another rank of the learner
 
-Stored rows are facts of an episode, written by workers before any advantage is known. What a step makes of them depends
-on the whole batch, so it is a file of its own, an Arrow IPC file, one row a turn: joined with the stored rows by
-group_id, attempt, episode and turn. A group that is reused stands in the file of every step that was trained on it. A
-step that is done again, from an earlier checkpoint on, replaces its file; versions that the checkpoint lacks are
-removed when the learner starts.
+Workers store the rows of an episode before any advantage is known. Advantages depend on the whole batch of a step, so
+they have a file of their own: Arrow IPC, one row a turn, joined with the stored rows by group_id, attempt, episode and
+turn. A reused group is in the file of every step that trained on it. A step repeated from an earlier checkpoint
+replaces its file; files of versions after the checkpoint are removed when the learner starts.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ SCHEMA = pa.schema(
 
 
 class AdvantageLog:
-    """One rank's files in a run's folder. Opened at `version`: later ones are of steps that are done again."""
+    """One rank's files in a run's folder. Opening at `version` removes files of later versions."""
 
     def __init__(self, run_folder: Path, version: int, rank: int = 0) -> None:
         self._folder = run_folder / FOLDER
@@ -51,9 +50,9 @@ class AdvantageLog:
                 path.unlink(missing_ok=True)
 
     def write(self, version: int, groups: Sequence[Group], advantages: Sequence[Float32Array]) -> None:
-        """Store what made `version`: for each trainable episode of the groups, in order, float32 [N] over its tokens.
+        """Store the advantages that made `version`: for each trainable episode of the groups, in order, float32 [N].
 
-        A file that cannot be written is a warning: the step is made, and nothing else depends on it.
+        A file that cannot be written is a warning: the step is already made, and nothing else needs the file.
         """
         path = self._folder / f"version-{version:08d}{self._suffix}.arrow"
         aside = path.with_suffix(_PARTIAL)
@@ -71,12 +70,12 @@ class AdvantageLog:
 
 
 def read_advantages(run_folder: str | Path) -> pa.Table:
-    """All stored advantages of a run, in order of version. Empty where the run stored none.
+    """All stored advantages of a run, in order of version; empty if the run stored none.
 
-    FileNotFoundError where there is no such folder; ValueError, which names the file, where one is damaged.
+    FileNotFoundError if the folder does not exist; ValueError, which names the file, for a damaged one.
     """
     if not Path(run_folder).is_dir():
-        raise FileNotFoundError(f"there is no run folder {run_folder}")
+        raise FileNotFoundError(f"{run_folder}: no such run folder")
     files = sorted((Path(run_folder) / FOLDER).glob("version-*.arrow"), key=lambda path: path.stem)
     return pa.concat_tables([SCHEMA.empty_table(), *map(_read, files)])
 
@@ -94,7 +93,7 @@ def _batch(version: int, groups: Sequence[Group], advantages: Sequence[Float32Ar
     offsets = np.cumsum([0, *(len(step.action_ids) for *_, step in turns)]).astype(np.int32)
     values_N = np.concatenate([np.zeros(0, np.float32), *advantages])
     if len(values_N) != offsets[-1]:
-        raise ValueError(f"{len(values_N)} advantages are not those of {offsets[-1]} sampled tokens")
+        raise ValueError(f"{len(values_N)} advantages do not match {offsets[-1]} sampled tokens")
     columns = {
         "version": np.full(len(turns), version, np.int32),
         "group_id": [trajectory.group_id for _, trajectory, _ in turns],

@@ -1,8 +1,8 @@
-"""From trajectories to packed micro-batches: whole sequences end to end in one row, no padding.
+"""Packing of trajectories into micro-batches: whole sequences end to end in one row, without padding.
 
-A sequence is one segment of one trajectory: the prompt and action ids of its steps in order. The hidden state
-at token t - 1 predicts token t, so that only the tokens before sampled ones are scored, and the last token of
-a sequence is a target but never an input.
+A sequence is one segment of one trajectory: the prompt and action ids of its turns in order. The hidden state at token
+t - 1 predicts token t: only tokens before sampled ones are scored, and the last token of a sequence is a target but
+never an input.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from learner.parallel.ranks import Ranks
 from rollout.wire.images import images_in
 from rollout.wire.trajectory import Float32Array, Int32Array, Trajectory, Turn
 
-NOT_SAMPLED = -1  # in versions_T: no weights sampled this token
+NOT_SAMPLED = -1  # in versions_T: a token that was not sampled
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What a sequence perceives: its pictures, in the order of their placeholders among its tokens."""
+class SequencePictures:
+    """The pictures of a sequence, in the order of their placeholders among its tokens."""
 
     images: tuple[str, ...]  # data URLs
-    where: str  # of which group, episode and segment: for people
+    where: str  # group, episode and segment, for messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +37,14 @@ class TokenSequence:
     """One segment of one trajectory, token by token; arrays are [T]."""
 
     token_ids_T: Int32Array
-    sampled_T: NDArray[np.bool_]  # the policy chose this token
+    sampled_T: NDArray[np.bool_]  # sampled by the policy
     behavior_logprobs_T: Float32Array  # nats, 0 where not sampled
     advantages_T: Float32Array  # 0 where not sampled
     versions_T: Int32Array  # NOT_SAMPLED where not sampled
     weight: float = 1.0  # of each sampled token in the loss
-    # What else is known of sampled tokens, under the names of MicroBatch's optional tensors without their _N.
+    # Further values of sampled tokens, by the names of MicroBatch's optional tensors without their _N.
     columns: Mapping[str, Float32Array] = field(default_factory=dict)
-    seen: Seen | None = None  # None: text alone
+    pictures: SequencePictures | None = None  # None: text only
 
     @property
     def num_sampled(self) -> int:
@@ -52,7 +52,7 @@ class TokenSequence:
 
     @property
     def num_inputs(self) -> int:
-        """Tokens it adds to a packed row."""
+        """Tokens that the sequence adds to a packed row."""
         return len(self.token_ids_T) - 1
 
 
@@ -65,23 +65,23 @@ class MicroBatch:
     sequence_ids_T: Tensor  # int64, 0..B-1
     cu_seqlens_B: Tensor  # int32 [B + 1], borders of the sequences in the row
     longest: int
-    score_index_N: Tensor  # int64, places in the row whose hidden state predicts a sampled token
+    score_index_N: Tensor  # int64, positions in the row whose hidden state predicts a sampled token
     targets_N: Tensor  # int64, those sampled tokens
     behavior_logprobs_N: Tensor  # float32
     advantages_N: Tensor  # float32
     versions_N: Tensor  # int64
     weights_N: Tensor  # float32, of each token in the loss
-    proximal_logprobs_N: Tensor | None = None  # float32; None: whatever the algorithm takes without one
+    proximal_logprobs_N: Tensor | None = None  # float32; None: the algorithm's default (`proximal`)
     reference_logprobs_N: Tensor | None = None  # float32; the reference policy's
     values_N: Tensor | None = None  # float32; the critic's before the first update on the batch
     value_targets_N: Tensor | None = None  # float32
-    seen_B: tuple[Seen | None, ...] = ()  # of every sequence; empty where none perceives anything
-    # Weight version -> how many of the scored tokens it sampled: known without asking the device.
+    pictures_B: tuple[SequencePictures | None, ...] = ()  # of every sequence; empty if none has pictures
+    # Weight version -> number of scored tokens that it sampled; on the host, without a device synchronization.
     tokens_by_version: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def sequence_N(self) -> Tensor:
-        """Which sequence each scored token belongs to: int64, 0..B-1."""
+        """The sequence of each scored token: int64, 0..B-1."""
         return self.sequence_ids_T[self.score_index_N]
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -97,7 +97,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Everything one optimizer step sees."""
+    """The input of one optimizer step."""
 
     micro_batches: tuple[MicroBatch, ...]
     sampled_tokens: int  # over ALL sequences, skipped ones too
@@ -111,10 +111,10 @@ def sequences_of(
     weight: float = 1.0,
     columns: Mapping[str, Float32Array] | None = None,
 ) -> list[TokenSequence]:
-    """The segments of a trajectory that hold a sampled token, with what is known of each of its N sampled tokens.
+    """The segments of a trajectory that hold a sampled token, with the values of its N sampled tokens.
 
-    advantages_N and columns: float32 [N] in the order of the tokens. ValueError for a segment that opens
-    with a sampled token: nothing predicts it.
+    advantages_N and columns: float32 [N] in the order of the tokens. ValueError for a segment that begins with a
+    sampled token, which no hidden state predicts.
     """
     segments = [list(steps) for _, steps in groupby(trajectory.turns, key=lambda step: step.segment)]
     found = []
@@ -127,11 +127,11 @@ def sequences_of(
         known = {name: column_N[here] for name, column_N in (columns or {}).items()}
         where = f"group {trajectory.group_id}, episode {trajectory.index}"
         images = tuple(chain.from_iterable(images_in(step.observation) for step in steps))
-        seen = Seen(images, f"{where}, segment {steps[0].segment}") if images else None
-        sequence = _sequence(steps, advantages_N[here], weight, known, seen)
+        pictures = SequencePictures(images, f"{where}, segment {steps[0].segment}") if images else None
+        sequence = _sequence(steps, advantages_N[here], weight, known, pictures)
         if sequence.sampled_T[0]:
             raise ValueError(
-                f"{where}: a segment opens with a sampled token; a prompt of at least one token must precede"
+                f"{where}: a segment begins with a sampled token; a prompt of at least one token must precede it"
             )
         found.append(sequence)
     return found
@@ -142,7 +142,7 @@ def _sequence(
     advantages_N: Float32Array,
     weight: float,
     columns: Mapping[str, Float32Array],
-    seen: Seen | None,
+    pictures: SequencePictures | None,
 ) -> TokenSequence:
     ids, sampled, logprobs, versions = [], [], [], []
     for step in steps:
@@ -160,22 +160,22 @@ def _sequence(
         versions_T=np.concatenate(versions),
         weight=weight,
         columns={name: _spread(column_N, sampled_T) for name, column_N in columns.items()},
-        seen=seen,
+        pictures=pictures,
     )
 
 
 def _spread(values_N: Float32Array, sampled_T: NDArray[np.bool_]) -> Float32Array:
-    """Values of sampled tokens at their places, zeros at every other: [N] -> [T]."""
+    """Scatter values of sampled tokens to their positions, with zeros elsewhere: [N] -> [T]."""
     out_T = np.zeros(len(sampled_T), np.float32)
     out_T[sampled_T] = values_N
     return out_T
 
 
 def arrange(sizes: Sequence[int], tokens_per_row: int) -> list[list[int]]:
-    """Which items share a row of at most so many tokens (a longer one gets its own): item numbers, row by row.
+    """Bin packing of items into rows of at most tokens_per_row tokens; a longer item gets its own row.
 
-    First-fit-decreasing (Johnson 1973). Inside a row items stand in order of falling size, which packed attention
-    relies on for speed.
+    First-fit-decreasing (Johnson 1973). Returns item numbers, row by row. Items of a row are in order of decreasing
+    size, which makes packed attention fast.
     """
     rows: list[list[int]] = []
     room: list[int] = []
@@ -198,13 +198,13 @@ def pack(
 ) -> Batch:
     """Pack sequences into rows of at most tokens_per_microbatch input tokens.
 
-    A sequence whose advantages are all zero has no gradient under the policy loss: with skip_zero_advantage it is not
-    computed, but still counted in `sampled_tokens`. ValueError for a sequence longer than the model's context.
+    A sequence whose advantages are all zero has no gradient under the policy loss: with skip_zero_advantage it is left
+    out of the forward pass but counted in `sampled_tokens`. ValueError for a sequence longer than the model's context.
     """
     longest = max((len(s.token_ids_T) for s in sequences), default=0)
     if longest > context:
         raise ValueError(
-            f"a sequence of {longest} tokens exceeds the model's context of {context}; shorten episodes"
+            f"a sequence of {longest} tokens exceeds the model's context of {context}; lower rollout.context_tokens"
         )
     kept = [s for s in sequences if not skip_zero_advantage or s.advantages_T.any()]
     rows = arrange([s.num_inputs for s in kept], tokens_per_microbatch)
@@ -217,7 +217,7 @@ def pack(
 
 
 def row_of(sequences: Sequence[TokenSequence]) -> MicroBatch:
-    """These sequences end to end; all of them know the same columns."""
+    """Pack these sequences end to end into one row; all have the same columns."""
     lengths_B = np.array([s.num_inputs for s in sequences])
     cu_seqlens_B = np.concatenate([[0], lengths_B.cumsum()])
     sampled_T = np.concatenate([s.sampled_T[1:] for s in sequences])
@@ -238,7 +238,7 @@ def row_of(sequences: Sequence[TokenSequence]) -> MicroBatch:
         behavior_logprobs_N=_float32(scored([s.behavior_logprobs_T for s in sequences])),
         advantages_N=_float32(scored([s.advantages_T for s in sequences])),
         versions_N=_int64(versions_N),
-        seen_B=tuple(s.seen for s in sequences) if any(s.seen for s in sequences) else (),
+        pictures_B=tuple(s.pictures for s in sequences) if any(s.pictures for s in sequences) else (),
         tokens_by_version=dict(zip(versions.tolist(), counts.tolist(), strict=True)),
         weights_N=_float32(np.repeat([s.weight for s in sequences], [s.num_sampled for s in sequences])),
         **{
@@ -249,7 +249,7 @@ def row_of(sequences: Sequence[TokenSequence]) -> MicroBatch:
 
 
 def longest_row(longest: int, tokens_per_microbatch: int) -> MicroBatch:
-    """The row that takes most memory: filled with sequences of `longest` tokens, all but the first of each sampled."""
+    """The row of the largest memory: full of sequences of `longest` tokens, all sampled except the first of each."""
     sampled_T = np.arange(longest) > 0
     zeros_T = np.zeros(longest, np.float32)
     ids_T = np.zeros(longest, np.int32)
@@ -258,34 +258,15 @@ def longest_row(longest: int, tokens_per_microbatch: int) -> MicroBatch:
 
 
 def idle_row() -> MicroBatch:
-    """A row of one token of which nothing is scored: it moves no parameter, and a rank computes it with the others."""
-    one, none_N, empty_N = (
-        torch.zeros(1, dtype=torch.int64),
-        torch.zeros(0, dtype=torch.int64),
-        torch.zeros(0),
-    )
-    return MicroBatch(
-        input_ids_T=one,
-        position_ids_T=one,
-        sequence_ids_T=one,
-        cu_seqlens_B=torch.tensor([0, 1], dtype=torch.int32),
-        longest=1,
-        score_index_N=none_N,
-        targets_N=none_N,
-        behavior_logprobs_N=empty_N,
-        advantages_N=empty_N,
-        versions_N=none_N,
-        weights_N=empty_N,
-        proximal_logprobs_N=empty_N,
-        reference_logprobs_N=empty_N,
-        values_N=empty_N,
-        value_targets_N=empty_N,
-    )
+    """A row of one token without scored tokens: its gradient is zero, and it keeps ranks in step."""
+    ids_T, zeros_T = np.zeros(2, np.int32), np.zeros(2, np.float32)
+    columns = dict.fromkeys(("proximal_logprobs", "reference_logprobs", "values", "value_targets"), zeros_T)
+    return row_of([TokenSequence(ids_T, ids_T > 0, zeros_T, zeros_T, ids_T, columns=columns)])
 
 
 def level(rows: Sequence[MicroBatch], ranks: Ranks) -> Iterator[MicroBatch]:
-    """These rows, and then idle ones until every rank has computed as many: what computes a row computes on all."""
-    # Asked before the first row: ranks do the same in the same order.
+    """These rows, followed by idle ones until all ranks have as many; ranks compute rows together."""
+    # Gathered before the first row: all ranks do the same in the same order.
     lacking = ranks.most(len(rows)) - len(rows)
     return chain(rows, repeat(idle_row(), lacking))
 

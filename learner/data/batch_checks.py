@@ -1,4 +1,4 @@
-"""What keeps a batch from being learned from, found before anything is changed; every rank finds the same."""
+"""Validation of a batch before the optimizer step; all ranks reach the same verdict."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from learner.data.prepare import Example
 from learner.parallel.ranks import ALONE, Ranks
 from rollout.wire.trajectory import Group
 
-MOST_REFUSED = 3  # batches in a row
+MOST_REFUSED = 3  # refused batches in a row before the run ends
 
 
 class BatchRefused(RuntimeError):
-    """A batch can not be learned from: its numbers, its advantages, its loss or a gradient; nothing was changed."""
+    """A batch cannot be trained on (its numbers, advantages, loss or a gradient); the learner's state is unchanged."""
 
 
 def require_groups(groups: Sequence[Group], compares: str | None = None, ranks: Ranks = ALONE) -> None:
-    """BatchRefused for behaviour logprobs that are not finite, and for a group that lacks siblings.
+    """BatchRefused for behavior logprobs that are not finite and for groups without siblings.
 
-    compares: the kind of estimator that compares siblings; None: it compares none.
+    compares: the kind of the estimator if it compares siblings, else None.
     """
     _agree(chain(_alone(groups, compares) if compares else (), _unscored(groups)), ranks)
 
 
 def require_rewards(examples: Sequence[Example], ranks: Ranks = ALONE) -> None:
-    """BatchRefused for a reward, shaped as it is, that is not finite."""
+    """BatchRefused for a shaped reward that is not finite."""
     _agree(
         (
             f"group {each.trajectory.group_id}, episode {each.trajectory.index}: its reward is {each.episode.reward}"
@@ -39,7 +39,7 @@ def require_rewards(examples: Sequence[Example], ranks: Ranks = ALONE) -> None:
 
 
 def _agree(wrong: Iterator[str], ranks: Ranks) -> None:
-    # Asked of all, whoever found something: the others would wait for this rank in the next thing they do together.
+    # All ranks gather and raise together: otherwise the others would wait for this rank in the next collective call.
     for said in ranks.gather(next(wrong, None)):
         if said:
             raise BatchRefused(said)
@@ -50,7 +50,7 @@ def _alone(groups: Sequence[Group], compares: str) -> Iterator[str]:
         if len(group.trainable) < 2:
             yield (
                 f"group {group.slot.group_id} has {len(group.trainable)} trainable episodes; "
-                f"advantage.kind={compares!r} compares at least 2"
+                f"advantage.kind={compares!r} needs at least 2"
             )
 
 
@@ -59,5 +59,5 @@ def _unscored(groups: Sequence[Group]) -> Iterator[str]:
         for trajectory in group.trainable:
             if not all(np.isfinite(step.behavior_logprobs).all() for step in trajectory.turns):
                 yield (
-                    f"group {group.slot.group_id}, episode {trajectory.index}: its behaviour logprobs are not finite"
+                    f"group {group.slot.group_id}, episode {trajectory.index}: its behavior logprobs are not finite"
                 )

@@ -1,4 +1,4 @@
-"""What a step's groups were, whatever is learned of them."""
+"""Statistics of a step's groups, independent of the algorithm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RUN = 4  # tokens
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """One fresh, trainable episode, in numbers that ranks can tell one another."""
+    """Numbers of one fresh, trainable episode, as ranks exchange them."""
 
     reward: float
     named: dict[str, float]
@@ -45,16 +45,16 @@ class _Facts:
 def describe(
     groups: Sequence[Group], version: int, ranks: Ranks = ALONE, verdicts: bool = False
 ) -> dict[str, float]:
-    """What the trained groups of all ranks were. Shares and means are over all trainable episodes: those that
-    infrastructure did not fail, however else they ended. So does an evaluation count.
+    """Statistics of the trained groups of all ranks. Shares and means are over all trainable episodes: those that no
+    infrastructure failure ended, as in an evaluation.
 
     Of the fresh groups: "reward" with "reward_std", "reward_min", "reward_max"; "success" (an episode without a verdict
-    is none; absent where no episode has one, unless `verdicts` says that the environment gives them); "turns" and
-    "sampled_per_episode" (tokens), each with "_p50", "_p95", "_max"; "episodes", "untrainable_episodes"; "lag_mean",
-    "lag_max": `version`, the learner's, minus the weight version that sampled each token; "repetition": the share of
-    the runs of four tokens in an answer that stood in it before; "rewards/NAME/mean", "/std", "/min", "/max" of every
-    named reward (an episode that lacks it counts 0). Of the reused ones, which say nothing about the present policy:
-    "groups_reused", "reused_lag_mean", "reused_lag_max", all absent where nothing was reused.
+    counts as no success; absent if no episode has one, unless `verdicts` says that the environment gives them); "turns"
+    and "sampled_per_episode" (tokens), each with "_p50", "_p95", "_max"; "episodes", "untrainable_episodes";
+    "lag_mean", "lag_max": `version`, the learner's, minus the weight version that sampled each token; "repetition": the
+    share of 4-grams of tokens in an answer that occurred in it before; "rewards/NAME/mean", "/std", "/min", "/max" of
+    every named reward (an episode that lacks it counts 0). Of reused groups, which do not describe the present policy:
+    "groups_reused", "reused_lag_mean", "reused_lag_max", all absent without reuse.
     """
     fresh = [group for group in groups if not group.reuse]
     reused = [group for group in groups if group.reuse]
@@ -102,7 +102,7 @@ def _of_lengths(facts: Sequence[_Facts]) -> dict[str, float]:
 
 
 def _of_reuse(lags: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Of what every rank says by `_lags_of`."""
+    """Metrics of reuse from the `_lags_of` of every rank."""
     again, tokens, total, largest = zip(*lags, strict=True)
     if not sum(again):
         return {}
@@ -114,24 +114,24 @@ def _of_reuse(lags: Sequence[Sequence[int]]) -> dict[str, float]:
 
 
 def _moments(values: Sequence[float]) -> tuple[float, float, float, float]:
-    """Mean, standard deviation of the population, least, most."""
+    """Mean, population standard deviation, minimum, maximum."""
     return float(np.mean(values)), float(np.std(values)), float(min(values)), float(max(values))
 
 
 def _lags_of(groups: Sequence[Group], version: int) -> list[int]:
-    """Number of groups and of sampled tokens; sum and maximum of the lags of these."""
+    """Number of groups and of sampled tokens, and sum and maximum of the tokens' lags."""
     lags = [_lags(trajectory, version) for group in groups for trajectory in group.trainable]
     lags_N = np.concatenate(lags) if lags else np.zeros(0, np.int32)
     return [len(groups), len(lags_N), int(lags_N.sum()), int(lags_N.max(initial=0))]
 
 
 def _lags(trajectory: Trajectory, version: int) -> Int32Array:
-    """Of every sampled token."""
+    """Lag of every sampled token, in versions."""
     return version - np.concatenate([step.versions for step in trajectory.turns])
 
 
 def _repetition(trajectory: Trajectory) -> float:
-    """Repeated runs of tokens, of all runs in the episode's answers; 0 where no answer is that long."""
+    """Share of repeated 4-grams in the episode's answers; 0 if no answer has four tokens."""
     runs = repeated = 0
     for step in trajectory.turns:
         if len(step.action_ids) >= _RUN:

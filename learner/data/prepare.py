@@ -1,4 +1,4 @@
-"""From trajectories to the sequences of one learner step: what is known of each sampled token, column by column."""
+"""Examples of one learner step: a trajectory, its episode, and columns of values of each sampled token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from learner.data.batch import MicroBatch, TokenSequence, arrange, level, row_of
 from learner.parallel.ranks import ALONE, Ranks
 from rollout.wire.trajectory import Float32Array, Trajectory
 
-# Of a row's scored tokens: [N], or [N, C] for several numbers of each
+# Computes a value of each scored token of a row, [N], or several, [N, C]
 TokenFunction = Callable[[MicroBatch], Tensor]
 
 
@@ -30,12 +30,13 @@ class Example:
 
     @classmethod
     def of(cls, trajectory: Trajectory, overlong: OverlongSettings | None = None) -> Example:
-        """Its facts, with the reward shaped; nothing is known of advantages yet."""
+        """The example of a trajectory, with the reward shaped and advantages of zero."""
         episode = Episode.of(trajectory)
         if overlong is not None:
             if episode.sides_K:
                 raise ValueError(
-                    "algorithm.overlong punishes episodes, and self-play has two sides in one; leave it away"
+                    "algorithm.overlong penalizes whole episodes, but an episode of self-play has two players; remove "
+                    "it"
                 )
             cost = overlong.weight * overlong_penalty(
                 trajectory.num_sampled, overlong.tokens, overlong.margin
@@ -46,21 +47,19 @@ class Example:
         return cls(trajectory, episode, np.zeros(trajectory.num_sampled, np.float32))
 
     def sequences(self, weight: float = 1.0) -> list[TokenSequence]:
-        """Its segments; `weight` is that of each sampled token in the loss."""
+        """The example's segments. weight: of each sampled token in the loss."""
         return sequences_of(self.trajectory, self.advantages_N, weight, self.columns)
 
 
 def of_tokens(
     examples: Sequence[Example], compute: TokenFunction, tokens_per_row: int, ranks: Ranks = ALONE
 ) -> list[Float32Array]:
-    """`compute` of every sampled token: float32 [N] for each example.
-
-    Where a row is computed by all ranks together, those with fewer rows compute idle ones.
-    """
+    """Apply `compute` to every sampled token: float32 [N] for each example. Ranks with fewer rows compute idle ones."""
     by_example = [example.sequences() for example in examples]
     found = _of_sequences([s for sequences in by_example for s in sequences], compute, tokens_per_row, ranks)
     remaining = iter(found)
-    return [_joined([next(remaining) for _ in sequences]) for sequences in by_example]
+    none_0 = np.zeros(0, np.float32)
+    return [np.concatenate([none_0, *(next(remaining) for _ in sequences)]) for sequences in by_example]
 
 
 def and_after(
@@ -70,11 +69,10 @@ def and_after(
     ranks: Ranks = ALONE,
     columns: int = 1,
 ) -> list[tuple[Float32Array, Float32Array]]:
-    """`compute` before every sampled token, and after the last one: float32 ([N, C], [C]) for each example.
+    """Apply `compute` before every sampled token and after the last one: float32 ([N, C], [C]) for each example.
 
-    columns: C, how many numbers of each token `compute` gives.
-
-    A token that nobody reads stands after each sequence, so that what follows its last one is a place like the others.
+    columns: C, the numbers that `compute` gives for each token. A dummy token after each sequence makes the position
+    after its last token one like the others.
     """
     by_example = [[_followed(s) for s in example.sequences()] for example in examples]
     found = _of_sequences([s for sequences in by_example for s in sequences], compute, tokens_per_row, ranks)
@@ -107,12 +105,8 @@ def _of_sequences(
     rows = arrange([sequence.num_inputs for sequence in sequences], tokens_per_row)
     micro_batches = level([row_of([sequences[place] for place in row]) for row in rows], ranks)
     computed = [compute(micro).detach().float().cpu().numpy() for micro in micro_batches]
-    for row, computed_N in zip(rows, computed, strict=False):  # what idle rows gave is nobody's
+    for row, computed_N in zip(rows, computed, strict=False):  # idle rows at the end are dropped
         borders = np.cumsum([sequences[place].num_sampled for place in row])[:-1]
         for place, part in zip(row, np.split(computed_N, borders), strict=True):
             found[place] = part
     return found
-
-
-def _joined(parts: Sequence[Float32Array]) -> Float32Array:
-    return np.concatenate(parts) if parts else np.zeros(0, np.float32)

@@ -1,13 +1,13 @@
 """Attention over packed sequences, for any Hugging Face causal model that has pluggable attention.
 
-`register()` makes the name "manta_packed" known to transformers. A model loaded with
-attn_implementation="manta_packed" is then called with one row that holds whole sequences end to end, as `hidden_states`
-does, and every token attends to itself and the tokens before it in its own sequence only. No mask function is
-registered under the name, and so transformers builds no mask; nor is a [T, T] matrix built here.
+`register()` registers the implementation "manta_packed" with transformers. A model loaded with
+attn_implementation="manta_packed" takes one row of whole sequences end to end, as in `hidden_states`, and every token
+attends to itself and to earlier tokens of its own sequence only. No mask function is registered under the name, so
+transformers builds no mask, and no [T, T] matrix is built here.
 
-On CUDA in half precision it is torch's own variable-length attention, where this torch has one. Everywhere
-else the row is cut into runs of neighbouring sequences of one length: each run is a [B, H, L, D] VIEW of the
-packed row, and so nothing is padded or gathered. In a row sorted by length there are at most sqrt(2 T) runs.
+On CUDA in half precision it is torch's variable-length attention, if this torch has one. Otherwise the row is split
+into runs of neighboring sequences of one length: each run is a [B, H, L, D] VIEW of the packed row, without padding or
+gathering. A row sorted by length has at most sqrt(2 T) runs.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from transformers import AttentionInterface, PreTrainedModel
 NAME = "manta_packed"
 
 _VARLEN_MAX_HEAD_DIM = 256
-# Arguments some families pass that change the formula; ignoring one would train a different model.
+# Arguments of some families that change the formula; ignoring one would train a different model.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
 
 
 def _find_varlen() -> tuple[Callable[..., Any] | None, bool]:
-    """torch's variable-length attention (None before torch 2.11), and whether it knows grouped heads."""
+    """torch's variable-length attention (None before torch 2.11), and whether it supports grouped heads."""
     if find_spec("torch.nn.attention.varlen") is None:
         return None, False
     from torch.nn.attention.varlen import varlen_attn
@@ -44,7 +44,7 @@ _VARLEN, _VARLEN_GROUPS = _find_varlen()
 
 
 def register() -> str:
-    """Tell transformers about packed attention (again is harmless) and return its name."""
+    """Register packed attention with transformers (repeated calls are harmless) and return its name."""
     AttentionInterface.register(NAME, packed_attention)
     return NAME
 
@@ -54,7 +54,7 @@ def hidden_states(
 ) -> Tensor:
     """Final hidden states [T, D] of a packed row, without the logits of the whole row.
 
-    beside: positions, and what the model perceives.
+    beside: positions, and inputs of the vision tower.
     """
     found: Tensor = model.base_model(
         input_ids=ids_T[None],
@@ -81,12 +81,12 @@ def packed_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each packed sequence, in the form transformers calls.
+    """Causal attention inside each packed sequence, with the signature that transformers calls.
 
-    query [1, H, T, D]; key, value [1, K, T, D] with H a multiple of K; cu_seq_lens_q int32 [B + 1], the
-    borders of the sequences in the row (None: one sequence). Returns ([1, T, H, D], None). Dropout is never
-    applied: the learner's logprobs have to be those of the model that sampled. ValueError for more than one
-    row, a mask, or an argument that would change the formula.
+    query [1, H, T, D]; key, value [1, K, T, D] with H a multiple of K; cu_seq_lens_q int32 [B + 1], the borders of the
+    sequences in the row (None: one sequence). Returns ([1, T, H, D], None). Dropout is never applied: the learner's
+    logprobs must be those of the model that sampled. ValueError for more than one row, a mask, or an argument that
+    would change the formula.
     """
     unsupported = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if unsupported or attention_mask is not None or query.shape[0] != 1:
@@ -96,7 +96,7 @@ def packed_attention(
         raise ValueError(
             f"packed attention of {type(module).__name__} takes one row without a mask; got {what}"
         )
-    if query.dtype != value.dtype:  # under autocast a normalized query and key come back as float32
+    if query.dtype != value.dtype:  # under autocast a normalization returns query and key as float32
         query, key = query.to(value.dtype), key.to(value.dtype)
     if _fits_varlen(query) and cu_seq_lens_q is not None and max_length_q is not None:
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
@@ -144,8 +144,7 @@ def _by_runs(
     sizes = [length * count for length, count in runs]
     grouped = query_HTD.shape[0] != key_KTD.shape[0]
     outputs = []
-    # split, not slices: its backward is one concatenation, where each slice's would be a tensor of the whole
-    # row.
+    # split instead of slices: its backward is one concatenation; each slice's would be a tensor of the whole row.
     pieces = zip(query_HTD.split(sizes, 1), key_KTD.split(sizes, 1), value_KTD.split(sizes, 1), strict=True)
     for (length, count), piece in zip(runs, pieces, strict=True):
         query, key, value = (x.unflatten(1, (count, length)).transpose(0, 1) for x in piece)
@@ -159,6 +158,6 @@ def _by_runs(
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """bool [L, L]: each token sees itself and the window - 1 tokens before it."""
+    """bool [L, L]: each token attends to itself and the window - 1 tokens before it."""
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
     return ones.tril().triu(1 - window)

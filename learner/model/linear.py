@@ -1,8 +1,8 @@
 """Float32 linear layers on CPUs through oneDNN, which uses AVX-512 where torch's default BLAS may not.
 
-torch multiplies float32 matrices on a CPU with MKL, which keeps to AVX2 on processors of other makes than Intel's.
-oneDNN, which x86 builds of torch hold too, is there more than twice as fast in a small model's shapes, and as exact. On
-Intel's own it is the other way round: MKL is a sixth faster there, and compiles nothing.
+torch multiplies float32 matrices on a CPU with MKL, which is limited to AVX2 on processors not made by Intel. There
+oneDNN, part of torch's x86 builds, is more than twice as fast in a small model's shapes, and as exact. On Intel's
+processors MKL is a sixth faster and compiles nothing.
 
 The environment variable MANTA_LINEAR ("onednn" or "torch") forces one of the two on any processor.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-# oneDNN's own, and that of what torch puts between; each holds on to what the other lets go. Read at their first use.
+# Caches of oneDNN and of torch's wrapper; each keeps entries that the other evicts. Read at their first use.
 _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 _KERNELS = 64
 
@@ -26,14 +26,15 @@ _ONEDNN, _TORCH = "onednn", "torch"
 
 
 def use_onednn(module: nn.Module, leave: nn.Module | None = None) -> None:
-    """Replace every plain linear layer below `module` but `leave` by one that computes through oneDNN.
+    """Replace every plain linear layer below `module` except `leave` by one that computes through oneDNN.
 
-    Done where oneDNN is the faster path and torch has it; MANTA_LINEAR decides instead where it is set, and ValueError
-    is raised where it cannot be obeyed. Parameters stay the same objects under the same names. What is not float32 on a
-    CPU is computed as before.
+    Only if oneDNN is the faster path and torch has it; MANTA_LINEAR overrides this, and ValueError is raised if it
+    cannot be followed. Parameters stay the same objects under the same names. Inputs that are not float32 on a CPU are
+    computed as before.
 
-    oneDNN compiles a kernel for every shape, half a megabyte each, and keeps a thousand of them for every thread:
-    packed rows are of ever new lengths, and a learner would grow by a gigabyte. It can use those of one row again.
+    oneDNN compiles a kernel for every shape, half a megabyte each, and keeps a thousand of them for every thread.
+    Packed rows always have new lengths, so a learner would grow by a gigabyte; the caches are bounded to the kernels of
+    one row.
     """
     if not _onednn_wanted():
         return
@@ -49,11 +50,13 @@ def _onednn_wanted() -> bool:
     forced = os.environ.get(PATH, "")
     if forced not in ("", _ONEDNN, _TORCH):
         raise ValueError(
-            f"{PATH}={forced!r} in the environment is neither {_ONEDNN!r} nor {_TORCH!r}; "
-            "unset it to have the processor decide"
+            f"environment variable {PATH}={forced!r} is neither {_ONEDNN!r} nor {_TORCH!r}; unset it to choose by "
+            "processor"
         )
     if forced == _ONEDNN and not _torch_has_onednn():
-        raise ValueError(f"{PATH}={_ONEDNN!r}, but this build of torch has no oneDNN; unset it")
+        raise ValueError(
+            f"environment variable {PATH}={_ONEDNN!r}, but this build of torch has no oneDNN; unset it"
+        )
     return forced == _ONEDNN or (not forced and not _mkl_knows_this_processor() and _torch_has_onednn())
 
 
@@ -64,12 +67,12 @@ def _torch_has_onednn() -> bool:
 def _mkl_knows_this_processor() -> bool:
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:  # no Linux: nobody has measured
+    except OSError:  # not Linux: not measured
         return False
 
 
 class _OneDnnLinear(nn.Module):
-    """nn.Linear with another product."""
+    """nn.Linear computed by oneDNN."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -101,7 +104,7 @@ class _Linear(torch.autograd.Function):
         grad_TV, x_TD = grad.flatten(0, -2), x.flatten(0, -2)
         x_grad = _product(grad_TV, weight_VD.T).view(x.shape) if ctx.needs_input_grad[0] else None
         weight_grad_VD = None
-        if ctx.needs_input_grad[1]:  # the wider matrix on the right is the faster order
+        if ctx.needs_input_grad[1]:  # faster with the wider matrix on the right
             if grad_TV.shape[1] > x_TD.shape[1]:
                 weight_grad_VD = _product(x_TD.T, grad_TV.T).T
             else:

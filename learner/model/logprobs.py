@@ -1,8 +1,7 @@
-"""Log-probabilities and entropies of tokens without ever holding a [T, V] matrix.
+"""Log-probabilities and entropies of tokens without a [T, V] matrix in memory.
 
-The head's matrix product, the softmax and their gradients are done in chunks of the vocabulary: the forward
-pass keeps one online log-sum-exp per token (Milakov & Gimelshein 2018), the backward pass computes each chunk
-of logits again.
+The head's matrix product, the softmax and their gradients are computed in chunks of the vocabulary: the forward pass
+keeps one online log-sum-exp per token (Milakov & Gimelshein 2018), the backward pass recomputes each chunk of logits.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right accumulated and returned in `dtype`; CUDA multiplies narrower factors as they are."""
+    """left @ right accumulated and returned in `dtype`; CUDA multiplies narrower factors without conversion."""
     if left.dtype == dtype and right.dtype == dtype:
         return left @ right
     if left.is_cuda and left.dtype == right.dtype:
@@ -115,7 +114,7 @@ def _online_softmax(
     """
     wide = _wide(hidden_TD)
     target_T, sum_T, moment_T = hidden_TD.new_zeros(3, len(targets_T), dtype=wide)
-    # Finite, so that the first chunk's rescaling multiplies zeros by zero.
+    # Finite: the first chunk's rescaling then multiplies zeros by zero.
     maximum_T = torch.full_like(sum_T, torch.finfo(wide).min / 2)
     for start in range(0, weight_VD.shape[0], vocab_chunk):
         chunk = slice(start, start + vocab_chunk)
@@ -138,7 +137,7 @@ def _online_softmax(
 
 
 def _pick(logits_TC: Tensor, local_T: Tensor) -> tuple[Tensor, Tensor]:
-    """The logit at each token's target, and whether the target lies in this chunk (else it is junk)."""
+    """The logit at each token's target, and whether the target is in this chunk (otherwise the logit is junk)."""
     width = logits_TC.shape[1]
     inside_T = (local_T >= 0) & (local_T < width)
     return logits_TC.gather(1, local_T.clamp(0, width - 1)[:, None])[:, 0], inside_T

@@ -1,8 +1,8 @@
-"""Low-rank adaptation: the base stays as it is, and beside chosen linear layers a small product is learned.
+"""Low-rank adaptation: the base is frozen, and a low-rank product is trained beside chosen linear layers.
 
     y = W x + alpha / rank * B A x        A [rank, D], B [V, rank]        Hu et al. 2021, section 4.1
 
-B begins as zeros, so that a model with a new adapter is its base. The layers are PEFT's, and so are the files.
+B starts at zero, so that a model with a new adapter equals its base. Layers and files are PEFT's.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from learner.settings import LoraSettings
 from rollout.wire.adapter import CONFIG_FILE, TENSOR_FILE, AdapterSpec
 from rollout.wire.model_folder import pretrained
 
-_NAME = "default"  # PEFT's, of the one adapter there is
-_BASE = ".base_layer."  # where PEFT puts the layer it adapts
+_NAME = "default"  # PEFT's name of a single adapter
+_BASE = ".base_layer."  # PEFT's name of the adapted layer
 
 
 def chosen_layers(model: PreTrainedModel, targets: Sequence[str] | str) -> tuple[str, ...]:
-    """The dotted names of the model's linear layers that `targets` means; the head is never one of them.
+    """The dotted names of the linear layers that `targets` selects; the head is never one of them.
 
-    ValueError, naming the layers there are, where one is no such layer, and where matrices that are meant are none:
-    transformers keeps the experts of a mixture in one parameter, and GPT-2's layers are of a kind of their own.
+    ValueError, which lists the layers that can be adapted, for a target that is none, and for "all-linear" with
+    matrices that are not linear layers: transformers keeps experts in one parameter, and GPT-2 has layers of its own
+    kind.
     """
     head = model.get_output_embeddings()
     linear = [
@@ -41,13 +42,13 @@ def chosen_layers(model: PreTrainedModel, targets: Sequence[str] | str) -> tuple
     beyond = _matrices_beyond(model)
     if targets == "all-linear" and beyond:
         advice = (
-            f"name layers that can, if they are enough: learner.model.lora.targets={json.dumps(kinds)}"
+            f"name the layers to adapt, if these suffice: learner.model.lora.targets={json.dumps(kinds)}"
             if kinds
             else "choose another model, or train without learner.model.lora"
         )
         raise ValueError(
-            f"learner.model.lora.targets: all-linear would leave out {', '.join(beyond)}, which are not linear layers "
-            f"here (experts in one parameter, layers of a kind of their own) and cannot be adapted; {advice}"
+            f"learner.model.lora.targets: all-linear would leave out {', '.join(beyond)}, which cannot be adapted: "
+            f"they are not linear layers (experts in one parameter, or layers of another kind); {advice}"
         )
     if isinstance(targets, str):
         return tuple(linear)
@@ -55,14 +56,14 @@ def chosen_layers(model: PreTrainedModel, targets: Sequence[str] | str) -> tuple
         if target not in kinds or target in beyond:
             also = " everywhere" if target in kinds else ""
             raise ValueError(
-                f"learner.model.lora.targets: {target!r} is no linear layer{also} that can be adapted; there are "
+                f"learner.model.lora.targets: {target!r} is no linear layer{also} that can be adapted; choose from: "
                 f"{', '.join(kind for kind in kinds if kind not in beyond) or 'none in this model'}"
             )
     return tuple(name for name in linear if _kind(name) in targets)
 
 
 def _matrices_beyond(model: PreTrainedModel) -> list[str]:
-    """What matrices are called that are neither linear layers nor embeddings."""
+    """Names of matrices that are neither linear layers nor embeddings."""
     found = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -78,7 +79,7 @@ def _kind(layer: str) -> str:
 
 
 def planned(path: str, settings: LoraSettings) -> AdapterSpec:
-    """The adapter that a model's checkpoint would get; its weights are not read. ValueError as of `chosen_layers`."""
+    """The adapter of a model's checkpoint, without reading its weights. ValueError as in `chosen_layers`."""
     config = pretrained(AutoConfig, path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -86,13 +87,13 @@ def planned(path: str, settings: LoraSettings) -> AdapterSpec:
 
 
 class Adapter:
-    """Puts A and B beside the chosen layers of `model` and freezes everything else.
+    """Adds A and B to the chosen layers of `model` and freezes everything else.
 
-    A is random, but the same in every model of one architecture. ValueError as of `chosen_layers`.
+    A is random, but the same in every model of one architecture. ValueError as in `chosen_layers`.
     """
 
     def __init__(self, model: PreTrainedModel, settings: LoraSettings) -> None:
-        from peft import LoraConfig, inject_adapter_in_model  # it takes seconds: only who adapts waits for it
+        from peft import LoraConfig, inject_adapter_in_model  # imported here: it takes seconds
 
         self.settings = settings
         self.spec = AdapterSpec(settings.rank, settings.alpha, chosen_layers(model, settings.targets))
@@ -103,14 +104,14 @@ class Adapter:
         self._adapted: dict[str, Any] = {layer: model.get_submodule(layer) for layer in self.spec.layers}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """A and B of every layer under their names in a file, detached; writing into them changes the model."""
+        """A and B of every layer by their names in a file, detached; writing into them changes the model."""
         for layer in self.spec.layers:
             yield from zip(self.spec.tensor_names(layer), self._factors(layer), strict=True)
 
     def merged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The model's parameters or state as if it had learned without an adapter: W + alpha / rank * B A.
+        """Merge the adapter into the model's parameters or state: W + alpha / rank * B A.
 
-        Adapted matrices are new tensors, detached; the base is never written to. Names are those of the bare model.
+        Adapted matrices are new tensors, detached; the base is never changed. Names are those of the base model.
         """
         for name, tensor in tensors:
             layer, inside, parameter = name.partition(_BASE)
@@ -129,20 +130,20 @@ class Adapter:
         (folder / CONFIG_FILE).write_text(json.dumps(self.spec.config(), indent=1), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Take over what `save` wrote. ValueError, in one line, where it is missing, broken, or another adapter's."""
+        """Load what `save` wrote. ValueError, one line, if it is missing, broken, or of another adapter."""
         self.put(self.read(folder))
 
     def read(self, folder: Path) -> dict[str, Tensor]:
-        """What `save` wrote, for `put` and `holding`; ValueError as of `load`."""
+        """Read what `save` wrote, for `put` and `holding`; ValueError as in `load`."""
         try:
             found = load_file(folder / TENSOR_FILE)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"adapter {folder / TENSOR_FILE} cannot be read: {error}") from error
+            raise ValueError(f"adapter {folder / TENSOR_FILE}: broken or missing file ({error})") from error
         for name, own in self.tensors():
             if name not in found or found[name].shape != own.shape:
                 raise ValueError(
-                    f"adapter {folder / TENSOR_FILE} is another one: it has no {name} of {tuple(own.shape)}; "
-                    "was it written under other learner.model.lora settings?"
+                    f"adapter {folder / TENSOR_FILE} does not fit: it has no {name} of shape {tuple(own.shape)}; use "
+                    "the learner.model.lora settings that it was written with"
                 )
         return found
 
@@ -153,7 +154,7 @@ class Adapter:
 
     @contextmanager
     def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """For as long as this lasts the model has these A and B; afterwards its own again, to the bit."""
+        """Replace A and B inside the block; afterwards they are restored to the bit."""
         own = self.copy()
         self.put(tensors)
         try:
@@ -162,9 +163,9 @@ class Adapter:
             self.put(own)
 
     def copy(self) -> dict[str, Tensor]:
-        """A and B as they are now, by name."""
+        """A copy of A and B, by name."""
         return {name: tensor.clone() for name, tensor in self.tensors()}
 
     def _factors(self, layer: str) -> tuple[Tensor, Tensor]:
-        adapted = self._adapted[layer]  # PEFT's, whose parts may be replaced: looked up each time
+        adapted = self._adapted[layer]  # looked up each time, since PEFT may replace its parts
         return adapted.lora_A[_NAME].weight.detach(), adapted.lora_B[_NAME].weight.detach()

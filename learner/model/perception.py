@@ -1,8 +1,8 @@
-"""How a model that sees computes a packed row: features of its pictures, positions of its sequences.
+"""Inputs of vision models for a packed row: features of its pictures, positions of its sequences.
 
 Pictures are processed by the model's own image processor and concatenated in the order of the row's sequences, which
-is that of their placeholders. Positions are the model's own for every sequence by itself (M-RoPE, Wang et al. 2024,
-section 2.1, gives the tokens of a picture rows and columns), so that a packed sequence is computed as if it were alone.
+is that of their placeholders. Positions are computed for each sequence alone (M-RoPE, Wang et al. 2024, section 2.1,
+gives the tokens of a picture rows and columns), so that packing does not change a sequence.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from learner.data.batch import MicroBatch, Seen
+from learner.data.batch import MicroBatch, SequencePictures
 from rollout.wire.images import png_of
 from rollout.wire.model_folder import pretrained
 
-# Families whose pictures attend as text does and whose features are concatenated picture after picture: every one of
-# them is tested against its own unpacked computation.
+# Families with causal attention over pictures and features concatenated picture by picture; each is tested against its
+# own unpacked computation.
 FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-_CACHED_IMAGES = 256  # their features: several passes over a batch look at the same ones
+_CACHED_IMAGES = 256  # features kept for further passes over a batch
 _NEVER = -1e4  # added to a logit: exp of it is zero, and zero times it is not NaN
 
 
 class RowMismatch(ValueError):
-    """A row whose placeholders are not those of its pictures; the message names it."""
+    """A row whose placeholders do not match the features of its pictures; the message names it."""
 
 
-class Sight:
-    """The image processor of a model that sees."""
+class PictureInputs:
+    """Makes the inputs of a vision model for packed rows, by its image processor."""
 
     def __init__(self, model: PreTrainedModel, path: str) -> None:
         self.processor: Any = pretrained(AutoImageProcessor, path)
@@ -46,16 +46,16 @@ class Sight:
         self._features = lru_cache(_CACHED_IMAGES)(self._processed)
 
     def inputs(self, micro: MicroBatch) -> dict[str, Tensor]:
-        """What the model is given of a row beside ids; RowMismatch where placeholders and features do not agree."""
-        if not micro.seen_B:
+        """The model's inputs of a row besides ids; RowMismatch if placeholders and features differ in number."""
+        if not micro.pictures_B:
             return {}
         borders = micro.cu_seqlens_B.tolist()
         features: list[dict[str, Tensor]] = []
         positions = []
-        for seen, start, stop in zip(micro.seen_B, borders[:-1], borders[1:], strict=True):
+        for pictures, start, stop in zip(micro.pictures_B, borders[:-1], borders[1:], strict=True):
             ids_T = micro.input_ids_T[start:stop]
-            found = [self._features(image) for image in (seen.images if seen else ())]
-            self._check(ids_T, found, seen)
+            found = [self._features(image) for image in (pictures.images if pictures else ())]
+            self._check(ids_T, found, pictures)
             features += found
             positions.append(self._positions(ids_T, found))
         device = micro.input_ids_T.device
@@ -65,13 +65,13 @@ class Sight:
         return joined
 
     def bias(self, vocab_size: int, device: torch.device) -> Tensor:
-        """What is added to logits [V]: no engine samples a placeholder."""
+        """Bias of logits [V] that excludes the placeholder, which no engine samples."""
         bias_V = torch.zeros(vocab_size, device=device)
         bias_V[self.placeholder_id] = _NEVER
         return bias_V
 
     def _positions(self, ids_T: Tensor, features: list[dict[str, Tensor]]) -> Tensor:
-        """Of one sequence: int64 [3, 1, T]."""
+        """Positions of one sequence: int64 [3, 1, T]."""
         if self._positions_of is None:
             return ids_T
         if not features:
@@ -84,17 +84,19 @@ class Sight:
         )
         return positions
 
-    def _check(self, ids_T: Tensor, features: list[dict[str, Tensor]], seen: Seen | None) -> None:
+    def _check(
+        self, ids_T: Tensor, features: list[dict[str, Tensor]], pictures: SequencePictures | None
+    ) -> None:
         found, made = int((ids_T == self.placeholder_id).sum()), sum(map(self._count, features))
         if found != made:
-            where = seen.where if seen else "a row without pictures"
+            where = pictures.where if pictures else "a row without pictures"
             raise RowMismatch(
                 f"{where}: {found} image tokens, but the processor makes {made} features of {len(features)} pictures; "
-                "was it sampled by a model with another processor?"
+                "use the processor of the model that sampled it"
             )
 
     def _count(self, features: dict[str, Tensor]) -> int:
-        """How many features the model makes of a picture: of every merged patch one."""
+        """The number of features of a picture: one for each merged patch."""
         grid = features.get("image_grid_thw")
         return self._per_picture if grid is None else int(grid.prod()) // self._merge**2
 

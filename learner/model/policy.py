@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,37 +26,45 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from learner.data.batch import MicroBatch
 from learner.model.attention import NAME, hidden_states, register
-from learner.model.compatibility import Unfit, examine
+from learner.model.compatibility import require_compatible
 from learner.model.linear import use_onednn
 from learner.model.logprobs import token_logprobs
 from learner.model.lora import Adapter
-from learner.model.perception import FAMILIES, Sight
+from learner.model.perception import FAMILIES, PictureInputs
 from learner.parallel.ranks import ALONE, Ranks
 from learner.parallel.shards import gathered_state, shard
-from learner.settings import LoraSettings, ModelSettings
+from learner.settings import ModelSettings
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.model_folder import COMPANIONS, companions, pretrained, write_companions
 from rollout.wire.trajectory import Float32Array
 
 T = TypeVar("T")
 
-_LEAST_CHUNK = 8  # vocabulary entries at a time, however small the block
+_LEAST_CHUNK = 8  # vocabulary entries at a time, at least
 _SHARD = "50GB"  # the largest file of weights
 _ADAPTER = "adapter"  # folder of the adapter's own tensors, inside that of the merged model
 
 
 class ModelError(ValueError):
-    """A checkpoint that cannot be loaded or trained as it is."""
+    """A checkpoint that cannot be loaded or trained; the message says why, in one line."""
+
+
+@contextmanager
+def _as_model_error(prefix: str = "") -> Iterator[None]:
+    """Turn a ValueError into ModelError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ModelError(f"{prefix}{error}") from error
 
 
 class Policy:
-    """A causal language model as the learner sees it: packed tokens in, logprobs of sampled tokens out.
+    """The learner's causal language model: packed tokens in, logprobs of sampled tokens out.
 
-    Dropout is off, always: the learner's logprobs have to be those of the model that samples. ModelError, in
-    one line, for a checkpoint that is missing, broken or incomplete, or that packed rows would train wrongly
-    (`learner.model.compatibility`).
+    Dropout is always off: the learner's logprobs must be those of the model that samples. ModelError, one line, for a
+    checkpoint that is missing, broken or incomplete, or incompatible with packed rows (`learner.model.compatibility`).
 
-    On several ranks the parameters lie over all of them, and whatever computes is said by all ranks together.
+    On several ranks the parameters are sharded over all of them, and every computation is a collective call.
     """
 
     def __init__(self, settings: ModelSettings, ranks: Ranks = ALONE) -> None:
@@ -63,52 +72,54 @@ class Policy:
         self.ranks = ranks
         self.device = torch.device(settings.device)
         self.model = _load(settings.path)
-        self._files = model_files(settings.path)  # read now: the folder may be gone when they are written
+        # Read now: the folder may be removed before they are written.
+        self._files = model_files(settings.path)
         self.model.eval()
-        self.sight = self._sight()
-        self._examine()  # the model as it was loaded: what replaces its layers is tested to compute the same
-        self.adapter = self._adapt(settings.lora) if settings.lora else None
-        self.probe_text: tuple[
-            int, ...
-        ] = ()  # what every sync is proved with (learner.training.probe), once drawn
+        self.picture_inputs = self._make_picture_inputs()
+        # The model as loaded: layers that are replaced below are tested to compute the same.
+        with _as_model_error(f"model {settings.path!r} cannot be trained: "):
+            require_compatible(self.model)
+        with _as_model_error(f"model {settings.path!r}: "):
+            self.adapter = Adapter(self.model, settings.lora) if settings.lora else None
+        # The probe of every weight sync (learner.training.probe), once drawn.
+        self.probe_text: tuple[int, ...] = ()
         if settings.gradient_checkpointing:
             self._checkpoint_gradients()
         if settings.device == "cpu" and settings.dtype == "float32":
-            self._use_onednn()
+            with _as_model_error():  # in some families the base is the whole model
+                use_onednn(self.model.base_model, leave=self._head)
         self.sharded = None if ranks.size == 1 else shard(self.model, ranks, self._gathered_dtype)
-        if self.sharded is None:  # shards are moved one by one: no device has to hold all of them
+        if self.sharded is None:  # shards are moved one by one, so that no device has to hold all parameters
             nn.Module.to(self.model, self.device)  # the subclass's `to` is untyped
 
     @classmethod
     def restored(cls, settings: ModelSettings, folder: Path, ranks: Ranks = ALONE) -> Policy:
-        """The policy that `save` wrote into `folder`, bit for bit.
+        """Load the policy that `save` wrote into `folder`, bit for bit.
 
-        An adapter is put on the base again, which is loaded from where it first came from: `settings.path`.
+        An adapter is added to its base, which is loaded from `settings.path`.
         """
         if settings.lora is None:
             return cls(settings.model_copy(update={"path": str(folder)}), ranks)
         policy = cls(settings, ranks)
         assert policy.adapter is not None
-        try:
+        with _as_model_error():
             policy.adapter.load(folder / _ADAPTER)
-        except ValueError as error:
-            raise ModelError(str(error)) from error
         return policy
 
     def twin(self) -> Policy:
-        """Another policy that holds the same."""
+        """A copy of this policy."""
         other = Policy(self.settings, self.ranks)
         other.model.load_state_dict(self.model.state_dict())
         return other
 
     @property
     def context(self) -> int:
-        """Longest sequence the model has positions for, tokens."""
+        """The model's largest number of positions, in tokens."""
         return int(self.model.config.get_text_config().max_position_embeddings)
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids the model knows."""
+        """Number of token ids of the model's head."""
         return int(self._head.weight.shape[0])
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -117,7 +128,7 @@ class Policy:
 
     @property
     def width(self) -> int:
-        """Of the hidden states."""
+        """Size of the hidden states."""
         return int(self._head.weight.shape[1])
 
     def hidden(self, micro: MicroBatch) -> Tensor:
@@ -130,7 +141,7 @@ class Policy:
         return logprobs_N, entropy_N
 
     def read(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """What `score` gives and, of the same pass, what `hidden` gives."""
+        """The results of `score` and `hidden` from one pass."""
 
         def once() -> tuple[Tensor, Tensor, Tensor]:
             hidden_ND = self._scored(micro)
@@ -146,7 +157,7 @@ class Policy:
     def score_texts(self, ids_BL: Tensor, widest: bool) -> Float32Array:
         """Logprob of each token after the first of texts of equal length, at temperature 1: float32 [B, L - 1].
 
-        widest: computed in float32 whatever the learner's type, unless `rounds_always`.
+        widest: compute in float32 for any type of the learner, unless `rounds_always`.
         """
         count, length = ids_BL.shape
         ids_BL = ids_BL.to(self.device)
@@ -160,7 +171,7 @@ class Policy:
 
     @torch.no_grad()
     def next_logits(self, ids_BL: Tensor) -> Tensor:
-        """Logits [B, V] of what follows each of these texts of equal length."""
+        """Logits [B, V] of the token after each of these texts of equal length."""
         count, length = ids_BL.shape
         ids_T = ids_BL.flatten().to(self.device)
 
@@ -173,29 +184,29 @@ class Policy:
 
     @property
     def rounds_always(self) -> bool:
-        """Whether it cannot compute in float32: shards are gathered as bfloat16."""
+        """Whether float32 is not available, since shards are gathered as bfloat16."""
         return self.settings.dtype == "bfloat16" and self.ranks.size > 1
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its Hugging Face checkpoint name, detached; a tied head is not repeated.
+        """Every weight by its Hugging Face checkpoint name, detached; a tied head is not repeated.
 
-        With an adapter they are the merged ones, all of them in memory at once beside the base. On several ranks each
-        lies over all of them: `learner.parallel.shards.gathered` makes it whole.
+        With an adapter these are the merged weights, all in memory at once beside the base. On several ranks each is
+        sharded; `learner.parallel.shards.gathered` makes it whole.
         """
         own = {name: parameter.detach() for name, parameter in self._merged(self.model.named_parameters())}
         yield from revert_weight_conversion(self.model, own).items()
 
     def published(self) -> tuple[AdapterSpec | None, Iterator[tuple[str, Tensor]]]:
-        """What engines are sent: every weight, or an adapter alone and what it belongs to."""
+        """The tensors sent to engines: every weight, or an adapter's alone with its specification."""
         if self.adapter is not None and self.adapter.settings.sync == "adapter":
             return self.adapter.spec, self.adapter.tensors()
         return None, self.named_weights()
 
     def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Write a Hugging Face folder: the weights beside the files the model came with, as they came.
+        """Write a Hugging Face folder: the weights, and unchanged copies of the model's other files.
 
-        With an adapter the weights are the merged ones, and it lies beside them. weights: `whole_state`, which all
-        ranks have to be asked for before rank 0 writes.
+        With an adapter the weights are the merged ones, and the adapter is written beside them. weights: `whole_state`,
+        a collective call that precedes rank 0's writing.
         """
         if weights is None:
             weights = dict(self._merged(self.model.state_dict().items()))
@@ -209,7 +220,7 @@ class Policy:
             self.adapter.save(folder / _ADAPTER)
 
     def whole_state(self) -> dict[str, Tensor] | None:
-        """Parameters that lie over several ranks, gathered in rank 0's host memory; None where they do not."""
+        """Gather sharded parameters into rank 0's host memory; None on a single rank."""
         return None if self.sharded is None else gathered_state(self.model, self.ranks)
 
     @property
@@ -217,7 +228,7 @@ class Policy:
         return self.model.get_output_embeddings()
 
     def _whole(self, compute: Callable[[], T]) -> T:
-        """Do this where every parameter can be used."""
+        """Call `compute` with whole parameters."""
         return compute() if self.sharded is None else self.sharded.use(compute)
 
     @property
@@ -225,18 +236,18 @@ class Policy:
         return torch.bfloat16 if self.settings.dtype == "bfloat16" else None
 
     def _autocast(self) -> torch.autocast:
-        # Shards are gathered as bfloat16 already.
+        # Sharded parameters are already gathered as bfloat16.
         enabled = self.settings.dtype == "bfloat16" and self.ranks.size == 1
         return torch.autocast(self.settings.device, torch.bfloat16, enabled=enabled)
 
     def _hidden(self, ids_T: Tensor, cu_seqlens_B: Tensor, longest: int, **beside: Tensor) -> Tensor:
         """Final hidden states [T, D] of a packed row, without the logits of the whole row.
 
-        beside: positions, and what the model perceives.
+        beside: positions, and inputs of the vision tower.
         """
         with self._autocast():
             hidden_TD = hidden_states(self.model, ids_T, cu_seqlens_B, longest, **beside)
-        # The head's product runs in the hidden state's type; a normalization leaves it wide under autocast.
+        # The head's product has the hidden state's type; under autocast a normalization returns float32.
         return hidden_TD.to(torch.bfloat16) if self.settings.dtype == "bfloat16" else hidden_TD
 
     def _plain_rows(self, ids_T: Tensor, count: int, length: int, widest: bool) -> Tensor:
@@ -253,20 +264,21 @@ class Policy:
         return hidden_TD.index_select(0, micro.score_index_N)
 
     def _perceived(self, micro: MicroBatch) -> dict[str, Tensor]:
-        if self.sight is not None:
-            return self.sight.inputs(micro)
-        if seen := next(filter(None, micro.seen_B), None):
+        if self.picture_inputs is not None:
+            return self.picture_inputs.inputs(micro)
+        if pictures := next(filter(None, micro.pictures_B), None):
             raise ModelError(
-                f"model {self.settings.path!r} reads text alone, but {seen.where} shows pictures"
+                f"model {self.settings.path!r} takes text only, but {pictures.where} has pictures; choose a vision "
+                "model"
             )
         return {}
 
     def _sampled_bias(self) -> Tensor | None:
-        """What is added to the logits of sampled tokens: engines leave placeholders out of what they sample from."""
+        """Bias of the logits of sampled tokens; it excludes placeholders, as engines do when they sample."""
         bias_V = self._head.bias
-        if self.sight is None:
+        if self.picture_inputs is None:
             return bias_V
-        never_V = self.sight.bias(self.vocab_size, self.device)
+        never_V = self.picture_inputs.bias(self.vocab_size, self.device)
         return never_V if bias_V is None else bias_V + never_V
 
     def _logprobs(
@@ -275,70 +287,54 @@ class Policy:
         chunk = max(self.settings.logit_block // max(len(hidden_ND), 1), _LEAST_CHUNK)
         return token_logprobs(hidden_ND, self._head.weight, bias_V, targets_N, temperature, chunk)
 
-    def _sight(self) -> Sight | None:
+    def _make_picture_inputs(self) -> PictureInputs | None:
         kind = self.model.config.model_type
         if getattr(self.model.config, "vision_config", None) is None:
             return None
         if kind not in FAMILIES:
             raise ModelError(
-                f"model {self.settings.path!r} sees and is of the family {kind}; only of {', '.join(FAMILIES)} is it "
-                "known that pictures in a packed row are computed as they are alone"
+                f"model {self.settings.path!r} is a vision model of the family {kind}; supported are "
+                f"{', '.join(FAMILIES)}"
             )
         if self.ranks.size > 1 or self.settings.lora:
-            raise ModelError(f"model {self.settings.path!r} sees: it takes learner.ranks=1 and no lora")
-        return Sight(self.model, self.settings.path)
-
-    def _adapt(self, settings: LoraSettings) -> Adapter:
-        try:
-            return Adapter(self.model, settings)
-        except ValueError as error:
-            raise ModelError(f"model {self.settings.path!r}: {error}") from error
+            raise ModelError(
+                f"model {self.settings.path!r} is a vision model; use learner.ranks=1 and no learner.model.lora"
+            )
+        return PictureInputs(self.model, self.settings.path)
 
     def _merged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         return tensors if self.adapter is None else self.adapter.merged(tensors)
 
     def _checkpoint_gradients(self) -> None:
-        """Have every layer computed again in the backward pass.
+        """Recompute every layer in the backward pass.
 
-        transformers' own switch does so in training mode alone, and with that mode come dropout and router noise.
+        transformers' own switch works in training mode alone, which also turns on dropout and router noise.
         """
         layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
         if not layers:
             raise ModelError(
-                f"model {self.settings.path!r} has no layers that can be computed again; "
+                f"model {self.settings.path!r} has no layers that can be recomputed; "
                 "set learner.model.gradient_checkpointing=false"
             )
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
-    def _use_onednn(self) -> None:
-        try:
-            use_onednn(
-                self.model.base_model, leave=self._head
-            )  # the base of some families is the whole model
-        except ValueError as error:
-            raise ModelError(str(error)) from error
-
-    def _examine(self) -> None:
-        try:
-            examine(self.model)
-        except Unfit as error:
-            raise ModelError(f"model {self.settings.path!r} cannot be trained: {error}") from error
-
 
 def _load(path: str) -> PreTrainedModel:
-    """The model in float32 with packed attention, or one line saying what is wrong with it."""
+    """Load a model in float32 with packed attention. ModelError, one line, for one that cannot be loaded."""
     if not path:
         raise ModelError(
-            "no model to learn: set the model's path to a checkpoint folder or a Hugging Face id"
+            "no model to train: set learner.model.path to a checkpoint folder or a Hugging Face id"
         )
     try:
         config = pretrained(AutoConfig, path)
         if getattr(config, "quantization_config", None) is not None:
-            raise ValueError("its weights are quantized and cannot be trained; choose unquantized ones")
+            raise ValueError(
+                "its weights are quantized and cannot be trained; use the unquantized checkpoint"
+            )
         sees = getattr(config, "vision_config", None) is not None
         kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        # A vision tower has no packed rows.
+        # The vision tower does not take packed rows.
         attention: Any = {"text_config": register()} if sees else register()
         loaded: Any = pretrained(
             kind, path, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
@@ -346,25 +342,29 @@ def _load(path: str) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if error.args == (NAME,):
-            reason = "its family has no attention but its own, which packed rows cannot use; choose another"
+            reason = (
+                "its family has its own attention code, which packed rows cannot use; choose another model"
+            )
         raise ModelError(f"model {path!r} cannot be loaded: {reason}") from error
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
-        raise ModelError(f"model {path!r} lacks {len(missing)} weights, {missing[0]} among them")
+        raise ModelError(
+            f"model {path!r} lacks {len(missing)} weights, such as {missing[0]}; complete its files"
+        )
     head = model.get_output_embeddings()
-    of_both = (config, config.get_text_config())  # of a model that sees, one of them alone may say it
+    of_both = (config, config.get_text_config())  # a vision model may have it in one of them only
     said = [each.tie_word_embeddings for each in of_both if hasattr(each, "tie_word_embeddings")]
     if said and all(said) and head is not None and head.weight is not model.get_input_embeddings().weight:
         raise ModelError(
-            f"model {path!r} says tie_word_embeddings=true, but its files hold a head of another value, which engines "
-            "leave out; set it to false in config.json, or take the head out of the files"
+            f"model {path!r} has tie_word_embeddings=true, but its files hold another head, which engines ignore; set "
+            "it to false in config.json, or remove the head from the files"
         )
     return model
 
 
 def model_files(path: str) -> dict[str, bytes]:
-    """The files a model came with beside its weights; of a hub id those of its folder's top, and its templates."""
+    """The files of a model besides its weights; of a hub id those at its top level, and its templates."""
     try:
         if Path(path).is_dir():
             return companions(Path(path))

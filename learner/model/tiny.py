@@ -1,4 +1,4 @@
-"""A tiny text model, made from nothing: Qwen3 of a few layers, with random weights."""
+"""A tiny text model with random weights: Qwen3 of a few layers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ def build_tiny(
 ) -> None:
     """Write a random Qwen3 and its tokenizer into `folder`: transformers and vLLM load it by path.
 
-    width: of the residual stream; head_width: of each head (vLLM's attention on CPUs wants multiples of 32);
-    mlp: of the hidden layer; heads: of the queries, sharing half as many key heads where their number is even;
-    context: in tokens; tie: one matrix for embedding and head. The vocabulary is exactly the tokenizer's, so
-    that no sampler can choose an id without a token.
+    width: of the residual stream; head_width: of each head (vLLM's attention on CPUs needs multiples of 32); mlp: of
+    the hidden layer; heads: query heads, with half as many key heads if their number is even; context: in tokens; tie:
+    one matrix for embedding and head. The vocabulary is exactly the tokenizer's, so that every id has a token.
     """
     config = tiny_config(tokenizer, layers, width, heads, head_width, mlp, context, tie)
     with torch.random.fork_rng(devices=[]):
@@ -47,7 +46,7 @@ def tiny_config(
     context: int,
     tie: bool,
 ) -> Any:
-    """What `build_tiny` makes a model of."""
+    """The configuration of a tiny model."""
     return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -57,7 +56,7 @@ def tiny_config(
         num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
         head_dim=head_width,
         max_position_embeddings=context,
-        # The usual 0.02 is for widths of a thousand; narrow models start to learn much sooner from larger weights.
+        # The usual 0.02 suits widths of a thousand; narrow models learn much sooner from larger weights.
         initializer_range=0.4 / width**0.5,
         tie_word_embeddings=tie,
         eos_token_id=tokenizer.eos_token_id,

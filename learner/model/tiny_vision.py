@@ -1,4 +1,4 @@
-"""A tiny model that sees, made from nothing: LLaVA (Liu et al. 2023), vision tower, projection, language model."""
+"""A tiny vision model with random weights: LLaVA (Liu et al. 2023), vision tower, projection, language model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CONTENT = (
 def tiny_processor(
     tokenizer: PreTrainedTokenizerBase, pixels: int = 16, patch: int = PATCH
 ) -> LlavaProcessor:
-    """The processor of that model; the tokenizer gets the placeholder, and a template that knows parts."""
+    """The processor of a tiny vision model; the tokenizer gets the placeholder and a template for content parts."""
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ message.content }}", _CONTENT)
     square = {"height": pixels, "width": pixels}
@@ -63,8 +63,8 @@ def build_tiny_vision(
 ) -> None:
     """Write a random LLaVA and its processor into `folder`; transformers and vLLM load it by path.
 
-    Pictures are made `pixels` wide and high; one is (pixels / patch)^2 tokens. The vision tower has one layer that is
-    used and one that is not (LLaVA reads the last but one). Everything else is as in `build_tiny`.
+    Pictures are resized to `pixels` wide and high, (pixels / patch)^2 tokens each. The vision tower has one used layer
+    and one unused (LLaVA reads the last but one). Other parameters are as in `build_tiny`.
     """
     processor = tiny_processor(tokenizer, pixels, patch)
     scale = 0.4 / width**0.5
@@ -92,7 +92,7 @@ def build_tiny_vision(
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
     model.save_pretrained(folder)
-    # LLaVA's own checkpoints, and vLLM, put the tower one level deeper than transformers writes it.
+    # LLaVA's own checkpoints and vLLM have the tower one level deeper than transformers writes it.
     file, tower = folder / "model.safetensors", "vision_tower."
     named = {name.replace(tower, f"{tower}vision_model."): x for name, x in load_file(file).items()}
     save_file(named, file, metadata={"format": "pt"})

@@ -1,11 +1,11 @@
-"""The learner's processes and what they say to one another: N ranks take one step together, each over its share.
+"""Ranks: the learner's processes, which take every step together, each over its share of the groups.
 
-Whatever concerns the whole batch (counts that weigh tokens, the moments of a normalization, metrics, whether a step was
-finite) is gathered as numbers and computed by every rank alike, so that all decide the same. Every rank does the same
-things in the same order: a rank with fewer rows than others runs idle ones.
+Numbers of the whole batch (counts for token weights, moments of a normalization, metrics, whether a step was finite)
+are gathered, and every rank computes the same result from them. All ranks make the same calls in the same order: a rank
+with fewer rows runs idle ones.
 
     rank 0     Rendezvous: a store at one address inside the cluster
-    all        Ranks.join: the process group (gloo, beside it NCCL where the learner computes on GPUs) and its mesh
+    all        Ranks.join: the process group (gloo, and NCCL for a learner on GPUs) and its mesh
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ T = TypeVar("T")
 
 
 class RankLost(RuntimeError):
-    """A rank died, or did not come or answer in time: the learner can only start again from its newest checkpoint."""
+    """A rank died, or did not join or answer in time: the learner has to restart from its newest checkpoint."""
 
 
 class Ranks:
-    """A process among the learner's; as it stands, the only one."""
+    """One of the learner's processes; the default is the only one."""
 
     def __init__(self, rank: int = 0, size: int = 1, mesh: DeviceMesh | None = None) -> None:
         self.rank, self.size, self.mesh = rank, size, mesh
 
     @classmethod
     def join(cls, rank: int, size: int, address: str, device: str, seconds: float) -> Ranks:
-        """Meet the others at `address`, host:port of rank 0's `Rendezvous`; every later wait is `seconds` long too.
+        """Join the others at `address`, host:port of rank 0's `Rendezvous`. seconds: limit of this and every later
+        wait.
 
-        RankLost where not all came in time.
+        RankLost if not all join in time.
         """
         host, _, port = address.rpartition(":")
         _use_interface_to(host)
@@ -52,7 +53,7 @@ class Ranks:
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
             ranks = cls(rank, size, init_device_mesh(device, (size,)))
             ranks.gather("here")
-        except RuntimeError as error:  # torch's own errors are such, and gloo's nothing more
+        except RuntimeError as error:  # the type of torch's and gloo's errors
             raise RankLost(
                 f"rank {rank} of the learner did not meet the other {size - 1} at {address} within {seconds:g} s: "
                 f"{str(error).splitlines()[0]}"
@@ -61,13 +62,14 @@ class Ranks:
 
     @property
     def share(self) -> Partition:
-        """Of a step's groups."""
+        """The own share of a step's groups."""
         return Partition(self.rank, self.size)
 
     def gather(self, words: Any) -> list[Any]:
-        """What every rank says, in order of rank: anything that is JSON; floats arrive as they are."""
-        if self.size == 1:
-            return [words]
+        """Gather a JSON value of every rank, in order of rank; floats arrive exactly. RankLost if one is silent."""
+        return [words] if self.size == 1 else touching(self, self._gather, words)
+
+    def _gather(self, words: Any) -> list[Any]:
         own = torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(own)]))
@@ -81,13 +83,13 @@ class Ranks:
         ]
 
     def sums(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        """The sum over all ranks of each number, by name; a rank may lack some."""
+        """Sum each named number over all ranks; a rank may lack some names."""
         said = self.gather(dict(numbers))
         names = dict.fromkeys(name for each in said for name in each)
         return {name: sum(each[name] for each in said if name in each) for name in names}
 
     def most(self, count: int) -> int:
-        """The largest count of any rank."""
+        """Maximum of a count over all ranks."""
         return max(self.gather(count))
 
 
@@ -95,9 +97,9 @@ ALONE = Ranks()
 
 
 def touching(ranks: Ranks, function: Callable[..., T], *args: Any) -> T:
-    """What a function gives in which ranks wait for one another; RankLost where one was waited for in vain.
+    """Call a function with collective operations; RankLost if a rank does not answer.
 
-    torch says that in a plain RuntimeError (a socket was closed, a wait has ended), wherever in a step it happens.
+    torch reports a closed socket or a timeout as a plain RuntimeError, anywhere in a step.
     """
     try:
         return function(*args)
@@ -111,12 +113,12 @@ def touching(ranks: Ranks, function: Callable[..., T], *args: Any) -> T:
 
 
 class Rendezvous:
-    """Where ranks find one another: a store on a free port of one of this host's addresses, and of no other."""
+    """The store at which ranks join: on a free port of one address of this host."""
 
     def __init__(self, host: str, ranks: int, seconds: float) -> None:
         listener = socket.create_server((host, 0))
         self.address = f"{host}:{listener.getsockname()[1]}"
-        # The store takes the socket over and closes it at its end.
+        # The store owns the socket from here on and closes it.
         self._store = dist.TCPStore(
             host,
             listener.getsockname()[1],
@@ -129,7 +131,7 @@ class Rendezvous:
 
 
 def _use_interface_to(host: str) -> None:
-    """Have gloo and NCCL talk over the network that the rendezvous is on, unless the user has said which."""
+    """Set gloo's and NCCL's network interface to the rendezvous's, unless the user has set one."""
     own = _interface_of(_own_address(host))
     if own is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", own)
@@ -137,7 +139,7 @@ def _use_interface_to(host: str) -> None:
 
 
 def _own_address(host: str) -> str:
-    """The address of this host on the way there; nothing is sent."""
+    """Address of the own host on the route to `host`; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
         way.connect((host, 1))
         return str(way.getsockname()[0])

@@ -1,8 +1,8 @@
-"""Parameters that lie over all ranks, each holding a part of every tensor: PyTorch's FSDP2 (`fully_shard`).
+"""Parameters sharded over all ranks, each holding a part of every tensor: PyTorch's FSDP2 (`fully_shard`).
 
-Before a layer computes, its tensors are gathered, and they are let go of afterwards; in the backward pass again, and
-its gradients are summed over the ranks, each keeping its part. Optimizers work on the parts alone. Master weights, sums
-and moments are float32; under bfloat16 the gathered tensors are bfloat16.
+A layer's tensors are gathered before it computes, in the forward and the backward pass, and freed afterwards. Gradients
+are summed over the ranks, each keeping its part. Optimizers work on the parts alone. Master weights, sums and moments
+are float32; with bfloat16 the gathered tensors are bfloat16.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from learner.parallel.ranks import Ranks
 
 T = TypeVar("T")
 
-# FSDP notes every forward pass for the backward pass to come. Where none comes (a reference policy) the notes, some
-# bytes a layer, would stay; torch 2.11 has no word for letting them go.
+# FSDP records every forward pass for its backward pass. Without one (a reference policy) the records, some bytes a
+# layer, would stay; torch 2.11 has no call that clears them.
 _FORGETS = hasattr(FSDPModule, "reset_iter_state")
 
 
 class Whole(nn.Module):
-    """The place where a model's parameters are whole: every use of them happens in this module's forward.
+    """The root module of a sharded model: parameters are whole inside its forward, and every use happens there.
 
-    Layers gather their own. What belongs to no layer (embedding, last normalization, head) is gathered by the root, and
-    only while the root's forward runs; a head that is used outside of a model's own forward, as ours is, would find a
-    part of itself. So the root is this module around the model, and what it runs is the caller's.
+    Layers gather their own parameters. Those of no layer (embedding, last normalization, head) are gathered by the root
+    while its forward runs. Our head is used outside of the model's own forward and would be sharded there, so the root
+    is this module around the model, and its forward runs the caller's function.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,11 +38,11 @@ class Whole(nn.Module):
         self.model = model
 
     def forward(self, compute: Callable[[], T]) -> T:
-        """What `compute` gives; tensors in it that have gradients are where the backward pass gathers again."""
+        """Return compute(); its tensors with gradients trigger the gathering in the backward pass."""
         return compute()
 
     def use(self, compute: Callable[[], T]) -> T:
-        """The same, from outside."""
+        """Call `compute` with whole parameters."""
         found: T = self(compute)
         if _FORGETS and not torch.is_grad_enabled():
             self.reset_iter_state()  # type: ignore[operator]  # `shard` makes this module an FSDPModule
@@ -50,9 +50,9 @@ class Whole(nn.Module):
 
 
 def shard(model: nn.Module, ranks: Ranks, compute: torch.dtype | None = None) -> Whole:
-    """Lay the parameters over all ranks, in place, layer by layer, on the mesh's device. Every rank has to.
+    """Shard the parameters over all ranks, in place, layer by layer, on the mesh's device. A collective call.
 
-    compute: the type that tensors are gathered in; None: their own.
+    compute: the type of gathered tensors; None: their own.
     """
     whole = Whole(model)
     policy = MixedPrecisionPolicy(
@@ -60,28 +60,28 @@ def shard(model: nn.Module, ranks: Ranks, compute: torch.dtype | None = None) ->
     )
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for module in (*layers, whole):
-        # The root too lets go after the forward pass: what nobody trains on next (a probe, a reference) would else
-        # leave it whole, and stale after an optimizer's step.
+        # The root frees its tensors after the forward pass too: after one without a backward pass (a probe, a
+        # reference) they would stay whole, and stale after an optimizer step.
         sharded = fully_shard(module, mesh=ranks.mesh, reshard_after_forward=True, mp_policy=policy)
         assert isinstance(sharded, FSDPModule)
-        # Weights of tokens are those of the whole batch: gradients add up. Gloo knows no other reduction.
+        # Weights of tokens are set over the whole batch, so gradients are summed. Gloo has no other reduction.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
     return whole
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor that may lie over the ranks; every rank has to ask for it."""
+    """Gather a tensor that may be sharded. A collective call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The own part of a tensor that may lie over the ranks: what changes it changes the tensor."""
+    """The own part of a tensor that may be sharded; a view, so that changing it changes the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """The own part of a tensor that every rank holds whole, laid out as `like` is; a copy, on its device."""
+    """Shard a tensor that every rank holds whole, laid out and on the device as `like` is; a copy."""
     if not isinstance(like, DTensor):
         return tensor.to(like.device, copy=True)
     on_device = tensor.to(like.device)
@@ -89,7 +89,7 @@ def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def gathered_tree(tree: Any, ranks: Ranks) -> Any:
-    """Nested dicts and lists with every tensor gathered into rank 0's host memory; elsewhere tensors are emptied."""
+    """Gather every tensor of nested dicts and lists into rank 0's host memory; other ranks get empty tensors."""
     if isinstance(tree, DTensor):
         whole = tree.full_tensor()
         return whole.cpu() if ranks.rank == 0 else whole.new_empty(0)
@@ -99,9 +99,9 @@ def gathered_tree(tree: Any, ranks: Ranks) -> Any:
 
 
 def gathered_state(module: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """The module's state in rank 0's host memory, one tensor gathered after the other; elsewhere nothing is kept.
+    """Gather the module's state into rank 0's host memory, tensor by tensor; other ranks get an empty dict.
 
-    Every rank has to ask. Tied tensors stay one.
+    A collective call. Tied tensors stay one.
     """
     kept: dict[int, Tensor] = {}
     state = module.state_dict(
@@ -115,5 +115,5 @@ def gathered_state(module: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The tensor in a storage of its own: a gathered one may be part of a padded storage, which no file is made of."""
+    """Copy a tensor out of a padded storage, as gathering makes it, since files are written from whole storages."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

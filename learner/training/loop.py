@@ -29,6 +29,7 @@ from learner.parallel.ranks import RankLost, touching
 from learner.training.learner import Learner
 from learner.training.publish import Publisher, Snapshot, Staging, take_snapshot
 from rollout.wire.metrics import joined
+from rollout.wire.own_part import OwnPartError
 from rollout.wire.partition import Partition
 from rollout.wire.schema import decode
 from rollout.wire.trajectory import DropReason
@@ -237,10 +238,14 @@ class LearnerLoop:
             raise
         self._torn = self._torn or not own.done()
         failed = [error for ended in everyone if ended.done() and (error := ended.exception())]
-        if lost := [str(error) for error in failed if isinstance(error, RankLost)]:
+        mistakes = [
+            error for error in failed if isinstance(error, OwnPartError)
+        ]  # which another start would repeat
+        lost = [str(error) for error in failed if isinstance(error, RankLost)]
+        if lost and not mistakes:
             raise RankLost("; ".join(lost))
         if failed:
-            raise failed[0]
+            raise (mistakes or failed)[0]
         return own.result()
 
 

@@ -87,7 +87,7 @@ def likely_text(policy: Policy, tokens: int) -> tuple[int, ...]:
     The same for the same weights. It takes as many forward passes as a piece has tokens.
     """
     generator = torch.Generator().manual_seed(0)
-    never = [] if policy.sight is None else [policy.sight.placeholder_id]
+    never = [] if policy.picture_inputs is None else [policy.picture_inputs.placeholder_id]
     ids_BL = torch.full((-(-tokens // _PIECE), 1), _first_id(policy))
     for _ in range(_PIECE - 1):
         logits_BV = policy.next_logits(ids_BL).float().cpu()

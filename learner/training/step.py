@@ -19,6 +19,7 @@ from learner.parallel.ranks import ALONE, Ranks
 from learner.training.metric_reduce import Means, Part, Ratios, Statistic
 from learner.training.optim import Optimizer
 from rollout.wire.metrics import joined
+from rollout.wire.own_part import OwnPartRefused
 
 Stats = dict[str, Statistic]
 # (micro-batch, logprobs [N], entropies [N]) -> (loss [N] with gradient, statistics without)
@@ -84,7 +85,7 @@ class PolicyObjective:
 
 def _joined(stats: Stats, more: Mapping[str, Tensor], kind: str) -> Stats:
     if taken := sorted(stats.keys() & more.keys()):
-        raise ValueError(
+        raise OwnPartRefused(
             f"{kind} returns a statistic {taken[0]!r}, which every step has; give it another name"
         )
     return {**stats, **more}

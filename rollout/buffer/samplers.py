@@ -90,7 +90,7 @@ class OwnSampler(OwnPart):
     CALLED_WITH: ClassVar[tuple[str, ...]] = ("candidates", "uniform_C")
 
     def __call__(self, candidates: Sequence[Candidate], uniform_C: Floats) -> list[Candidate]:
-        ordered = list(self.run(candidates, uniform_C))
+        ordered = list(self.call(candidates, uniform_C))
         if len(set(ordered)) != len(ordered) or not set(ordered) <= set(candidates):
             raise OwnPartRefused(f"{self.kind} must return candidates that it was given, each at most once")
         return ordered

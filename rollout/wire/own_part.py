@@ -11,7 +11,11 @@ from __future__ import annotations
 import inspect
 import pkgutil
 import re
+import reprlib
+import sysconfig
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
@@ -19,8 +23,31 @@ from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, mode
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
-class OwnPartRefused(TypeError):
-    """A user's own part has a wrong signature or result; the message is one line for its author."""
+_MOST_LINES = 3  # of the user's code in a message, the innermost ones
+_NOT_OWN = (
+    *(str(Path(__file__).parents[2] / package) for package in ("envs", "rollout", "learner", "deploy")),
+    *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")),
+    "<",  # frozen modules and compiled text
+)
+_SHORT = reprlib.Repr()  # an error's own __repr__ may raise, or never end
+_SHORT.maxother = 1000  # characters
+
+
+class OwnPartError(Exception):
+    """A user's own part cannot be used. message: one line for its author; details: the traceback, if there is one."""
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+
+
+class OwnPartRefused(OwnPartError):
+    """A user's own part has a wrong signature or result."""
+
+
+class OwnPartFailed(OwnPartError):
+    """A user's own part raised an error."""
 
 
 class OwnPart(BaseModel, extra="allow", frozen=True):
@@ -53,6 +80,22 @@ class OwnPart(BaseModel, extra="allow", frozen=True):
     def run(self, *given: Any) -> Any:
         """Call the function; the first call imports its module."""
         return pkgutil.resolve_name(self.kind)(*given, **self.keywords)
+
+    def call(self, *given: Any, passed: tuple[type[Exception], ...] = ()) -> Any:
+        """`run`, with an error of the user's code as OwnPartFailed: one line, with up to three lines of that code.
+
+        passed: errors that are not the user's and stay what they are.
+        """
+        try:
+            return self.run(*given)
+        except passed:
+            raise
+        except Exception as error:  # any error: the code is the user's
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [each for each in frames if not each.filename.startswith(_NOT_OWN)][-_MOST_LINES:]
+            lines = ", ".join(f"{Path(each.filename).name}:{each.lineno} in {each.name}" for each in own)
+            message = f"{self.kind} failed: {_SHORT.repr(error)}" + (f" ({lines})" if lines else "")
+            raise OwnPartFailed(message, "".join(traceback.format_exception(error))) from error
 
     def check_signature(self, function: Callable[..., Any]) -> None:
         """Raise OwnPartRefused where the function does not accept these arguments."""

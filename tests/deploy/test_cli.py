@@ -84,7 +84,7 @@ def of_model(path: object, *overrides: str) -> list[str]:
         ([RECIPE, "env.id=CartPole-v1", "env.options={}"], "first prompt of CartPole-v1 has .* tokens"),
         (
             [RECIPE, "rollout.group_size=1"],
-            "rollout.group_size=1 leaves .* without a baseline.*use 2 or more",
+            "rollout.group_size=1 leaves .* without a baseline.*use a group of 2 or more",
         ),
         (
             [RECIPE, "env.options.size=6"],
@@ -92,14 +92,14 @@ def of_model(path: object, *overrides: str) -> list[str]:
         ),
         (
             [RECIPE, "learner.model.lora.targets=['qproj']"],
-            "'qproj' is no linear layer .* there are .*, q_proj,",
+            "'qproj' is no linear layer .* choose from: .*, q_proj,",
         ),
         (
             [RECIPE, "agent.parts=[{kind='tools',functions=['envs.builtin.frozen_lake:nothing']}]"],
             "agent.parts: tool 'envs.builtin.frozen_lake:nothing': module envs.builtin.frozen_lake has no function "
             "'nothing'",
         ),
-        ([RECIPE, "evaluation.tasks=100"], "evaluation.tasks=100 is more than there is: .* only 4 different"),
+        ([RECIPE, "evaluation.tasks=100"], "evaluation.tasks=100 is too large: .* only 4 different"),
         ([RECIPE, "--resume", "somewhere"], "leave the recipe away"),
     ],
 )
@@ -345,7 +345,7 @@ def test_a_sound_environment_is_told_so_and_one_that_is_not_row_by_row(
     registry.register("loud", bad.DrawsGlobally)
     code, out, _ = manta("check-env", "loud")
     assert code == 1
-    assert "generators" in out and "self.np_random" in out and "loud: 1 found" in out
+    assert "generators" in out and "self.np_random" in out and "loud: 1 problem found" in out
     assert "has no option 'sise'" in mistake(manta("check-env", "frozen_lake", "--option", "sise=3"))
     assert "docs/foreign_agents.md" in mistake(manta("check-env", "program"))
 
@@ -395,4 +395,4 @@ def test_what_may_not_be_meant_is_said_and_the_run_begins(
     plain = ("learner.algorithm.loss.kind=reinforce", "buffer.max_lag=1", "evaluation.tasks=0")
     code, _, err = manta("train", RECIPE, *plain, "--run-dir", str(tmp_path / "run"))
     assert (code, begun, err.count("\n")) == (0, [tmp_path / "run"], 1)
-    assert err.startswith("note: what weights up to 1 versions old sampled counts as the learner's own")
+    assert err.startswith("note: off-policy samples (up to 1 versions old) are treated as on-policy")

@@ -122,4 +122,4 @@ def test_an_error_of_a_tracker_is_one_notice_and_the_others_hear_on(tmp_path: Pa
     assert heard[0][1:] == ["on_step 1.0", "on_step 2.0", "on_run_end None"]
     assert len(said) == 2
     assert all(notice.startswith("tracker tests.own_parts:Heard failed in ") for notice in said)
-    assert "__init__, and the run goes on" in said[0] and "on_step, and the run goes on: OSError" in said[1]
+    assert "failed in __init__: " in said[0] and "failed in on_step: OSError" in said[1]

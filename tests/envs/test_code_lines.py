@@ -11,7 +11,7 @@ from random import Random
 import pytest
 from ray.exceptions import RayTaskError
 
-from deploy.assembly.build import load_tokenizer, looked_at
+from deploy.assembly.build import load_tokenizer, probe_environment
 from deploy.cluster.janitor import TAG
 from deploy.config.config import RunConfig
 from deploy.config.load import load_config
@@ -24,6 +24,7 @@ from learner.model.policy import ModelError
 from rollout.buffer.failures import TooManyFailures
 from rollout.engines.engine import Engine
 from rollout.engines.scripted_engine import ScriptedEngine
+from rollout.wire.own_part import OwnPartError
 from tests.deploy.command import Manta, command
 from tests.deploy.small_run import train
 
@@ -153,6 +154,49 @@ def test_on_a_cluster_it_is_the_same_line_through_every_process(tmp_path: Path) 
     assert "line 153, in step" in (tmp_path / "run" / "failure.log").read_text(encoding="utf-8")
 
 
+LATE = r"tests\.own_parts:late failed: KeyError\('second'\) \(own_parts.py:\d+ in late, own_parts.py:\d+ in _missing\)"
+
+
+def _late(run: Path) -> list[str]:
+    """Overrides with a loss that raises in the second step."""
+    loss = f"learner.algorithm.loss={{kind='tests.own_parts:late', run='{run}'}}"
+    return [loss, "learner.algorithm.skip_zero_advantage=false"]
+
+
+def test_an_own_loss_that_raises_in_a_step_is_one_line_that_names_its_lines_and_the_log(
+    manta: Manta, tmp_path: Path
+) -> None:
+    recipe, run = written(tmp_path, "sound", tasks=0), tmp_path / "run"
+    code, _, err = manta("train", recipe, "--local", "--run-dir", str(run), *_late(run))
+    assert code == 1
+    assert re.fullmatch(rf"manta: {LATE}; its traceback: {re.escape(str(run / 'failure.log'))}\n", err), err
+    assert "raise KeyError(name)" in (run / "failure.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_on_a_cluster_an_own_loss_that_raises_restarts_no_rank_of_the_learner(tmp_path: Path) -> None:
+    import ray
+
+    from deploy.cluster.cluster import RayRuntime
+
+    run, told = tmp_path / "run", list[str]()
+    half = [
+        "cluster.learner_cpus=0.5",
+        "rollout.cpus_per_worker=0.5",
+        "rollout.context_tokens=200",
+        "sampling.max_tokens=1",
+        "env.id=tests.envs.bad:Sound",
+    ]
+    config = load_config(written(tmp_path, "unused", tasks=0), [*_late(run), *half, "learner.ranks=2"])
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        with pytest.raises(OwnPartError, match=f"^{LATE}; its traceback: [^\n]*$"), failures_kept_in(run):
+            train(config, run, up_and_down, ring_type=partial(RayRuntime, say=told.append))
+    finally:
+        ray.shutdown()
+    assert not [text for text in told if "starts again" in text]
+
+
 def test_a_registered_environment_that_raises_is_one_line_and_a_fault_of_mantas_own_keeps_its_traceback(
     manta: Manta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +205,10 @@ def test_a_registered_environment_that_raises_is_one_line_and_a_fault_of_mantas_
     code, _, err = manta("train", recipe, "env.id=mine", "--local", "--output-dir", str(tmp_path / "runs"))
     assert (code, err) == (2, "manta: environment mine: OSError('no maze') (by_id.py:10 in reset)\n")
     monkeypatch.setattr(FrozenLake, "reset", partial(as_number, None, "the reward"))
-    with pytest.raises(TypeError, match="unexpected keyword"), looked_at("frozen_lake", {}, None) as reset:
+    with (
+        pytest.raises(TypeError, match="unexpected keyword"),
+        probe_environment("frozen_lake", {}, None) as reset,
+    ):
         reset(0)
 
 

@@ -43,8 +43,8 @@ OVERRIDES = (
     "buffer.max_failed_share=1",
     "learner.ranks=2",
     "cluster.learner_cpus=0",
-    "supervision.heartbeat_seconds=0.5",
-    f"supervision.frozen_seconds={FROZEN_SECONDS}",
+    "supervision.heartbeat_interval_seconds=0.5",
+    f"supervision.heartbeat_timeout_seconds={FROZEN_SECONDS}",
     "supervision.max_restarts=100000",
 )
 

@@ -39,8 +39,8 @@ OVERRIDES = (
     "env.options.size=4",
     "env.options.max_turns=8",
     "checkpoint.every_steps=1",
-    "supervision.heartbeat_seconds=0.5",
-    "supervision.frozen_seconds=5",
+    "supervision.heartbeat_interval_seconds=0.5",
+    "supervision.heartbeat_timeout_seconds=5",
     "supervision.max_restarts=100",
 )
 RUNNING = 4 * 4  # episodes at a time

@@ -18,7 +18,7 @@ def test_a_models_damaged_file_is_one_line(reference: Path, tmp_path: Path, name
     model = shutil.copytree(reference / "base", tmp_path / "model")
     whole = (model / name).read_bytes()
     (model / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match=f"model {model}: a file of it cannot be read: .*") as refused:
+    with pytest.raises(ConfigError, match=f"model {model}: one of its files cannot be read: .*") as refused:
         load_chat(str(model))
     assert "\n" not in str(refused.value)
 

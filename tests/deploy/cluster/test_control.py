@@ -28,7 +28,7 @@ def test_a_run_has_one_driver_and_is_free_again_when_it_ends(tmp_path: Path) -> 
 
 
 def test_only_a_run_that_is_driven_can_be_scaled(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no driver is running it"):
+    with pytest.raises(ConfigError, match="no driver is running, so"):
         ask_workers(tmp_path, 4)
     with driving(tmp_path):
         assert wanted_workers(tmp_path) is None
@@ -71,7 +71,7 @@ class FakeRing:
 def cared_for(folder: Path, ring: FakeRing, script: Callable[[list[str]], Any]) -> list[str]:
     """Run a caretaker while the script (a generator of conditions) waits for one thing after the other."""
     said: list[str] = []
-    settings = SupervisionSettings(heartbeat_seconds=0.01, no_progress_seconds=0.2)
+    settings = SupervisionSettings(heartbeat_interval_seconds=0.01, progress_timeout_seconds=0.2)
 
     async def scene() -> None:
         caring = asyncio.create_task(Watchdog(ring, folder, settings, said.append).run())
@@ -95,7 +95,7 @@ def test_the_wanted_number_of_workers_is_followed_and_the_roster_kept(tmp_path: 
         yield lambda: len(read_roster(tmp_path)) == 3
 
     with driving(tmp_path):
-        assert "3 rollout workers are wanted from now on" in cared_for(tmp_path, ring, script)
+        assert "scaling to 3 rollout workers" in cared_for(tmp_path, ring, script)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_wish_that_is_none_is_said_once_and_the_run_goes_on(asked: bytes, tmp_
 
     refused, *more = [line for line in cared_for(tmp_path, ring, script) if "stacks" not in line]
     assert "wanted.json" in refused and "\n" not in refused
-    assert more == ["2 rollout workers are wanted from now on"]
+    assert more == ["scaling to 2 rollout workers"]
 
 
 @pytest.mark.parametrize("workers", [-1, 0, 1025])
@@ -130,7 +130,7 @@ def test_more_workers_than_this_machine_holds_are_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(connect.ray, "cluster_resources", lambda: {"CPU": 4.0})
     config = configured("rollout.cpus_per_worker=1", "cluster.learner_cpus=1")
     connect.require_room(config, 3)
-    with pytest.raises(ConfigError, match=r"1000 rollout workers were asked for, but .* has room for 3"):
+    with pytest.raises(ConfigError, match=r"1000 rollout workers requested, but .* has room for 3"):
         connect.require_room(config, 1000)
     elsewhere = configured("cluster.address='10.0.0.1:6379'")
     connect.require_room(elsewhere, 1000)  # it may grow
@@ -160,7 +160,7 @@ def test_a_pause_is_said_once_and_is_no_missing_progress(tmp_path: Path) -> None
         yield lambda: len(said) == 2
 
     said = cared_for(tmp_path, ring, script)
-    assert said == ["PAUSED: the disk of RUN has 3 MiB free", "goes on: there is room again"]
+    assert said == ["PAUSED: the disk of RUN has 3 MiB free", "RESUMED: there is room on the disk again"]
     assert not list(tmp_path.glob("stacks-*.txt"))
 
 

@@ -18,7 +18,11 @@ from rollout.wire.trajectory import EndReason, Task
 from rollout.wire.weights import Handle, Probe, SyncReport, WeightManifest, WeightMismatch, WeightUpdate
 
 QUICK = SupervisionSettings(
-    heartbeat_seconds=0.01, frozen_seconds=1.0, max_restarts=2, restart_window_seconds=1000, drain_seconds=1
+    heartbeat_interval_seconds=0.01,
+    heartbeat_timeout_seconds=1.0,
+    max_restarts=2,
+    restart_window_seconds=1000,
+    drain_timeout_seconds=1,
 )
 
 

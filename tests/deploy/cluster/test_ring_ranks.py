@@ -39,7 +39,7 @@ RANKS = configured(
     "warm_start.episodes=16",
     "checkpoint.every_steps=1",
     "checkpoint.keep=9",
-    "supervision.heartbeat_seconds=0.5",
+    "supervision.heartbeat_interval_seconds=0.5",
 )
 
 
@@ -118,7 +118,7 @@ def test_a_rank_that_is_lost_takes_the_others_back_to_the_checkpoint(tmp_path: P
         ring.step = struck
         return ring
 
-    frozen = RANKS.supervision.model_copy(update={"frozen_seconds": 4.0})
+    frozen = RANKS.supervision.model_copy(update={"heartbeat_timeout_seconds": 4.0})
     config = RANKS.model_copy(update={"supervision": frozen, "warm_start": None})
     train(config, folder, late_engine(1), ring_type=hit)
     _assert_trained(folder)

@@ -63,7 +63,7 @@ def test_a_foreign_agent_runs_beside_its_worker() -> None:
     config = configured(
         "env.id=program", "env.options={command=['true']}", "env.host.where=ray", "agent.memory=full"
     )
-    with pytest.raises(ConfigError, match="a foreign agent runs beside its worker"):
+    with pytest.raises(ConfigError, match="a foreign agent must run on its worker's node"):
         check(config)
 
 

@@ -91,6 +91,6 @@ def test_what_cannot_be_played_leaves_nothing_behind(
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "demos").mkdir()
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         write_demonstrations(ASKED, tmp_path / "demos", quiet())
     assert not list((tmp_path / "demos").iterdir())

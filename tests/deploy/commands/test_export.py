@@ -54,9 +54,9 @@ def test_a_value_head_is_neither_published_nor_exported(reference: Path, tmp_pat
 def test_an_export_overwrites_nothing_and_names_the_versions_there_are(
     reference: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         export_model(reference, tmp_path)
-    with pytest.raises(ConfigError, match=r"no checkpoint of version 1; versions kept: 2, 4"):
+    with pytest.raises(ConfigError, match=r"no checkpoint of version 1; stored versions: 2, 4"):
         export_model(reference, tmp_path / "model", version=1)
     with pytest.raises(ConfigError, match="not a run folder"):
         export_model(tmp_path, tmp_path / "model")

@@ -120,7 +120,7 @@ def test_the_defaults_of_the_page_are_those_of_a_recipe_that_says_nothing() -> N
     assert described["learner.algorithm.loss"][1] == "kind `ppo`"
     assert described["buffer.max_lag"][0] == "integer ≥ 0, weight versions"
     assert described["sampling.top_p"][0] == "number in (0, 1]"
-    assert described["cluster.step_seconds"][0] == "number > 0, s"
+    assert described["cluster.step_timeout_seconds"][0] == "number > 0, s"
 
 
 def test_every_command_and_option_of_the_help_is_in_the_page(manta: TyperGroup) -> None:

@@ -130,7 +130,7 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
         (["learner.model.lora.targets=[]"], "learner.model.lora.targets"),
         (
             ["learner.model.lora.sync=adapter", "weights.transfer=nccl", "rollout.gpus_per_worker=1"],
-            "learner.model.lora.sync='adapter' does not travel by weights.transfer='nccl'",
+            "learner.model.lora.sync='adapter' cannot be sent by weights.transfer='nccl'",
         ),
         (
             ["learner.model.lora.sync=adapter", "rollout.gpus_per_worker=1"],
@@ -146,11 +146,11 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
         (["learner.algorithm.advantage.kind=gae"], "needs a critic"),
         (
             ["learner.algorithm.advantage.kind=gae", "learner.algorithm.critic.detach=true"],
-            "learner.algorithm.critic.detach does not belong to kind='own'; it does to 'shared'",
+            "learner.algorithm.critic.detach does not belong to kind='own'; it belongs to 'shared'",
         ),
         (
             ["learner.algorithm.corrections=[{kind='lag', max_lag=1, cap=2.0}]"],
-            "learner.algorithm.corrections.cap does not belong to kind='lag'; it does to 'tis'",
+            "learner.algorithm.corrections.cap does not belong to kind='lag'; it belongs to 'tis'",
         ),
         (["learner.algorithm.advantage.kind=gae", "learner.algorithm.critic.kind=both"], "'own', 'shared'"),
         (["rollout.max_turns=1", "learner.algorithm.advantage.kind=gigpo"], "compares turns"),
@@ -230,7 +230,9 @@ def test_a_run_goes_on_elsewhere_but_as_what_it_was() -> None:
         "learner=",
         "seed=1",
     ):
-        with pytest.raises(ConfigError, match=f"^override '{changes}': [^\n]* what may differ: cluster, "):
+        with pytest.raises(
+            ConfigError, match=f"^override '{changes}': [^\n]* options that may change: cluster, "
+        ):
             moved(began, [changes])
     with pytest.raises(ConfigError, match=r"learner\.ranks"):
         moved(began, ["learner.ranks=0"])

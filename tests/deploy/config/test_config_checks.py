@@ -37,7 +37,7 @@ def guard(metric: str) -> str:
         ([UNIFORM, ADVANTAGE + "{kind='gigpo'}"], "rollout.dynamic_sampling"),
         ([UNIFORM, ADVANTAGE + "{kind='returns'}"], "rollout.dynamic_sampling"),
         ([UNIFORM, *CRITIC], "rollout.dynamic_sampling"),
-        ([*CRITIC, "learner.algorithm.critic.warmup_steps=4"], "warmup_steps=4 .*steps=4: it would never learn"),
+        ([*CRITIC, "learner.algorithm.critic.warmup_steps=4"], "warmup_steps=4 leaves the policy no step of steps=4"),
         (
             [*CRITIC, "learner.algorithm.critic.warmup_steps=3", "learner.optim.schedule=linear",
              "learner.optim.warmup_steps=1"],
@@ -100,12 +100,15 @@ def test_guards_that_nobody_wrote_refuse_nothing_when_a_run_is_opened_again() ->
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["buffer.max_lag=2", *FREE], "what weights up to 2 versions old sampled .*loss.kind='reinforce'"),
+        (
+            ["buffer.max_lag=2", *FREE],
+            r"off-policy samples \(up to 2 versions old\) are treated as on-policy: .*loss.kind='reinforce'",
+        ),
         (
             [*REUSE, "learner.algorithm.proximal=learner"],
-            "what weights up to 3 versions old .*proximal='learner'",
+            r"off-policy samples \(up to 3 versions old\) .*proximal='learner'",
         ),
-        (["replay=somewhere", *FREE], "what the past run sampled counts"),
+        (["replay=somewhere", *FREE], r"off-policy samples \(of the past run\) are treated as on-policy"),
     ],
 )
 def test_what_ignores_who_sampled_is_doubted(overrides: list[str], said: str) -> None:

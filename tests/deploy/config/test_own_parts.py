@@ -80,7 +80,7 @@ def test_a_stored_configuration_with_own_parts_reads_back_and_imports_nothing(tm
         (f"learner.algorithm.loss={MINE}constant", "without a gradient; compute it from logprobs_N"),
         (
             f"learner.algorithm.loss={MINE}raises",
-            r"raises failed on a small example: KeyError\('missing'\) \(.*in raises",
+            r"loss, called on a small example: .*raises failed: KeyError\('missing'\) \(own_parts.py:\d+ in raises\)",
         ),
         (
             f"learner.algorithm.advantage={MINE}one_number",
@@ -128,7 +128,8 @@ def test_options_of_ours_are_still_told_apart() -> None:
 
 def test_a_regularizer_acts_on_every_token() -> None:
     with pytest.raises(
-        ConfigError, match="regularizers acts on every sampled token: set skip_zero_advantage = false"
+        ConfigError,
+        match=r"regularizers acts on every sampled token, but .*; set skip_zero_advantage = false",
     ):
         configured(f"learner.algorithm.regularizers=['{MINE}half_square']")
 

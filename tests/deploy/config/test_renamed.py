@@ -58,6 +58,8 @@ def stored(folder: Path, **changes: object) -> dict[str, object]:
     """The configuration of a run as the version before this one wrote it, with these options."""
     tree = configured().model_dump(mode="json")
     tree["rollout"]["drop_uniform"] = tree["rollout"].pop("dynamic_sampling") or True
+    tree["supervision"]["frozen_seconds"] = tree["supervision"].pop("heartbeat_timeout_seconds")
+    tree["evaluation"]["seconds"] = tree["evaluation"].pop("timeout_seconds") + 1
     algorithm = tree["learner"]["algorithm"]
     algorithm["credit"] = algorithm.pop("advantage") | {"kind": "group"}
     tree["guards"] = [{"metric": "cut_short", "above": 0.5, "below": None, "action": "warn", "steps": 1}]
@@ -71,6 +73,8 @@ def test_the_folder_of_an_earlier_version_is_read_under_the_new_names(tmp_path: 
     assert config.rollout.dynamic_sampling
     assert config.learner.algorithm == configured().learner.algorithm
     assert [guard.metric for guard in config.guards] == ["truncated_without_bootstrap"]
+    assert config.supervision == configured().supervision
+    assert config.evaluation.timeout_seconds == configured().evaluation.timeout_seconds + 1
 
 
 def test_a_folder_that_cannot_be_read_is_refused_with_the_version_that_wrote_it(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_a_place_that_may_not_be_written_is_one_line(
     config = configured()
     for method in ("mkdir", "open"):
         monkeypatch.setattr(Path, method, refuse)
-    with pytest.raises(ConfigError, match="name a folder that this user may write"):
+    with pytest.raises(ConfigError, match="choose a folder that you may write"):
         run_folder.create(config, tmp_path / "run")
-    with pytest.raises(ConfigError, match="name a folder that this user may write"), driving(tmp_path):
+    with pytest.raises(ConfigError, match="choose a folder that you may write"), driving(tmp_path):
         pass

@@ -17,8 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from deploy.commands.doctor import Finding as Diagnosis
-from deploy.commands.doctor import Verdict, show
+from deploy.commands.doctor import Diagnosis, Severity, show
 from deploy.commands.envs_command import show_findings
 from deploy.report.console import busy, one_line, visible, write, write_table
 from deploy.report.progress import Progress
@@ -89,7 +88,7 @@ def waiting(console: Console) -> None:
             lambda console: write_table(console, [HOSTILE], [[HOSTILE], [(HOSTILE, "red")]]), id="table"
         ),
         pytest.param(
-            lambda console: show([Diagnosis(HOSTILE, HOSTILE, Verdict.BAD, HOSTILE)], console), id="doctor"
+            lambda console: show([Diagnosis(HOSTILE, HOSTILE, Severity.BAD, HOSTILE)], console), id="doctor"
         ),
         pytest.param(
             lambda console: show_findings(HOSTILE, [Issue("raises", HOSTILE, HOSTILE)], console),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deploy.config.config_errors import ConfigError
-from deploy.report.episodes import Episode, chosen_episodes
+from deploy.report.episodes import ShownEpisode, chosen_episodes
 from learner.data.advantage_log import AdvantageLog
 from learner.model.tokenizer import build_tokenizer
 from rollout.buffer.segments import SegmentWriter
@@ -51,7 +51,7 @@ def store(folder: Path, *trajectories: Trajectory) -> None:
     writer.close()
 
 
-def shown(run: Path) -> dict[str, Episode]:
+def shown(run: Path) -> dict[str, ShownEpisode]:
     return {episode.why: episode for episode in chosen_episodes(run)}
 
 

@@ -167,7 +167,7 @@ def test_charts_have_gaps_for_what_is_missing_and_shares_that_fill_the_whole() -
     assert charts["Reward and success"]["series"][0]["y"] == [0.01, 0.02, None]
     assert len(charts["Reward and success"]["series"]) == 1  # no success was measured
     assert "Gradient" not in charts
-    shares = charts["Where the learner's time went"]["series"]
+    shares = charts["Time of the learner"]["series"]
     assert [sum(series["y"][i] for series in shares) for i in range(3)] == pytest.approx([1, 1, 1])
 
 
@@ -190,8 +190,8 @@ def test_lengths_learning_rate_and_advantages_are_drawn_as_a_step_describes_them
     (measured,) = read_metrics(tmp_path / "run")
     charts = {chart["title"]: chart for chart in drawn([measured])}
     for title, keys in {
-        "Turns of an episode": ("turns_p50", "turns_p95", "turns_max"),
-        "Sampled tokens of an episode": tuple(f"sampled_per_episode_{way}" for way in ("p50", "p95", "max")),
+        "Turns per episode": ("turns_p50", "turns_p95", "turns_max"),
+        "Sampled tokens per episode": tuple(f"sampled_per_episode_{way}" for way in ("p50", "p95", "max")),
         "Learning rate": ("learning_rate",),
         "Episodes without advantage": ("zero_advantage_fraction",),
     }.items():
@@ -243,5 +243,5 @@ def test_a_run_without_verdicts_is_headed_by_its_reward(tmp_path: Path) -> None:
         (run / f"evaluation_{when}.json").write_text(json.dumps(stored), encoding="utf-8")
     text = " ".join("".join(outline(write_report(run).read_text(encoding="utf-8")).text).split())
     assert "Reward on evaluation tasks -0.5→ 0.25" in text and "-1–0" in text and "0.125–0.5" in text
-    assert "on a scale from -1 to 0.5" in text
+    assert "scale from -1 to 0.5" in text
     assert "Success on" not in text and "held-out" not in text

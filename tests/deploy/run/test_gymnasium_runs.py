@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deploy.assembly.build import evaluation_tasks, load_tokenizer, told_alike
+from deploy.assembly.build import evaluation_tasks, identical_starts, load_tokenizer
 from deploy.config.config import RunConfig
 from deploy.report.metrics import read_metrics
 from deploy.run.preflight import check
@@ -61,7 +61,7 @@ def test_an_id_is_enough_to_train_and_to_be_evaluated(env_id: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("env", "alike"),
     [
-        ({"id": "FrozenLake-v1"}, "FrozenLake-v1 begins alike with all 9 seeds"),
+        ({"id": "FrozenLake-v1"}, "FrozenLake-v1 has the same first observation for all 9 evaluation seeds"),
         ({"id": "CartPole-v1"}, ""),
         ({"id": "frozen_lake"}, ""),
         ({"id": "program", "options": {"command": ["true"]}}, ""),
@@ -75,5 +75,5 @@ def test_without_a_split_the_first_seeds_are_evaluated_and_what_begins_alike_is_
     tasks = evaluation_tasks(config)
     assert len({task.seed for task in tasks}) == 9
     assert env["id"] == "frozen_lake" or [task.seed for task in tasks] == list(range(3, 12))
-    assert told_alike(tasks).startswith(alike) and bool(told_alike(tasks)) == bool(alike)
-    assert told_alike(tasks[:1]) == ""
+    assert identical_starts(tasks).startswith(alike) and bool(identical_starts(tasks)) == bool(alike)
+    assert identical_starts(tasks[:1]) == ""

@@ -21,7 +21,7 @@ from deploy import cli
 from deploy.assembly.build import replay_buffer_builder
 from deploy.assembly.models import model_path
 from deploy.cluster.control import driving
-from deploy.commands.fresh import fresh_folder
+from deploy.commands.export import fresh_folder
 from deploy.config import run_folder
 from deploy.config.config_errors import ConfigError
 from deploy.config.load import moved
@@ -273,7 +273,7 @@ def test_of_two_that_write_one_folder_one_ends_well_and_it_is_whole(tmp_path: Pa
                 together.wait()
                 (partial / "two").write_text(str(number), encoding="utf-8")
         except ConfigError as error:
-            assert "is there already" in str(error)
+            assert "exists already" in str(error)
             return False
         return True
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deploy.assembly.build import distinct_tasks, told_alike
+from deploy.assembly.build import distinct_tasks, identical_starts
 from deploy.config.config_errors import ConfigError
 from deploy.config.load import parse
 from deploy.run import evaluate
@@ -40,7 +40,7 @@ def test_a_reset_without_end_is_named_with_its_limit() -> None:
     with pytest.raises(ConfigError, match=says):
         distinct_tasks(STUCK, {}, first_seed=0, count=1, host=HASTY)
     with pytest.raises(ConfigError, match=says):
-        told_alike([Task.of(STUCK, seed) for seed in (0, 1)], HASTY)
+        identical_starts([Task.of(STUCK, seed) for seed in (0, 1)], HASTY)
 
 
 def test_foreign_environments_are_looked_at_as_ours_are() -> None:

@@ -143,11 +143,13 @@ def test_ctrl_c_ends_a_run_that_can_go_on(reference: Path, tmp_path: Path) -> No
     # The signal may come before, while or after the first checkpoint lands: whichever it is, the run goes on.
     assert ledger(folder, "SELECT count(*) FROM groups WHERE state = 'dropped'") == [(0,)]
 
-    with manta("go", "train", "--resume", str(folder), "cluster.start_seconds=123") as resumed:
+    with manta("go", "train", "--resume", str(folder), "cluster.start_timeout_seconds=123") as resumed:
         out, said = resumed.communicate(timeout=120)
     assert (resumed.returncode, said) == (0, "")
     assert "report" in out
-    assert open_existing(folder) == configured("checkpoint.every_steps=1", "cluster.start_seconds=123")
+    assert open_existing(folder) == configured(
+        "checkpoint.every_steps=1", "cluster.start_timeout_seconds=123"
+    )
     assert steps_of(folder) == [1, 2, 3, 4]
     assert_balanced(folder, configured())
     assert same_bits(reference, folder)

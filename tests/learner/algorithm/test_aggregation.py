@@ -45,7 +45,7 @@ def test_weights_over_all_tokens_add_up_to_one_however_they_are_split(sampled: l
 
 
 def test_no_length_is_no_constant() -> None:
-    with pytest.raises(ValueError, match=r"^constant aggregation divides by a length[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^aggregation='constant' divides by a length[^\n]*$"):
         token_weights([1], "constant")
 
 

@@ -21,14 +21,14 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "proximal = 'learner'",
     ),
     ({"advantage": {"kind": "gae"}}, "'gae'", "add the section critic"),
-    ({"critic": {}}, "'grpo'", "leave the section critic away"),
+    ({"critic": {}}, "'grpo'", "remove the section critic"),
     ({"advantage": {"kind": "gae"}, "critic": {"kind": "shared"}}, "'shared'", "skip_zero_advantage = false"),
     (
         {"kl": {"coefficient": 0.1, "estimator": "k1"}, **EVERY_TOKEN},
-        "'k1' in the loss",
+        "'k1' has no effect in the loss",
         "'k2', 'k3' or 'k3+'",
     ),
-    ({"loss": {"kind": "reinforce"}, "epochs": 2}, "'reinforce' has no ratio", "'cispo'"),
+    ({"loss": {"kind": "reinforce"}, "epochs": 2}, "'reinforce' has no importance ratio", "'cispo'"),
     (
         {"loss": {"kind": "reinforce"}, "minibatches": 2, "proximal": "learner"},
         "'reinforce'",

@@ -338,7 +338,9 @@ def test_costs_that_nothing_divides_stay_as_small_as_they_are() -> None:
 
 
 def test_what_an_estimator_lacks_is_said_in_one_line() -> None:
-    with pytest.raises(ValueError, match=r"^advantage.weights names the reward 'goal'[^\n]*have form[^\n]*$"):
+    with pytest.raises(
+        ValueError, match=r"^advantage.weights names the reward 'goal'[^\n]*have: form[^\n]*$"
+    ):
         _advantages({"kind": "gdpo", "weights": {"goal": 1}}, [[_told([[1]], named={"form": 1.0})] * 2])
     with pytest.raises(ValueError, match=r"^advantage.kind='gae' needs the critic's values[^\n]*$"):
         GaeAdvantage()([[_seen(_told([[1.0]]))]])

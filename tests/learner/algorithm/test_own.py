@@ -78,7 +78,7 @@ def test_a_statistic_that_every_step_has_is_refused(tiny: Path, group_of: Groups
 
     monkeypatch.setattr(own_parts, "alone", named_badly)
     with pytest.raises(
-        ValueError, match=r"own_parts:alone returns a statistic 'entropy', which every step has"
+        OwnPartRefused, match=r"own_parts:alone returns a statistic 'entropy', which every step has"
     ):
         trained(tiny, {"loss": "tests.own_parts:alone"}, [group_of(0, [1.0, 0.0])])
 

@@ -98,5 +98,5 @@ def test_a_sequence_beyond_the_context_is_refused_in_one_line() -> None:
 def test_a_segment_without_a_prompt_is_refused(group_of: Callable[..., Group]) -> None:
     episode = group_of(0, [1.0, 0.0], turns=1).trajectories[0]
     bare = replace(episode, turns=(replace(episode.turns[0], prompt_ids=np.zeros(0, np.int32)),))
-    with pytest.raises(ValueError, match="opens with a sampled token"):
+    with pytest.raises(ValueError, match="begins with a sampled token"):
         sequences_of(bare, np.ones(bare.num_sampled, np.float32))

@@ -73,7 +73,7 @@ def test_logprobs_that_are_no_numbers_are_refused_whatever_reads_them(
 ) -> None:
     learner = _learner(tiny, recipe)
     before = _parameters(learner)
-    with pytest.raises(BatchRefused, match=r"^group 7, episode 2: its behaviour logprobs are not finite$"):
+    with pytest.raises(BatchRefused, match=r"^group 7, episode 2: its behavior logprobs are not finite$"):
         learner.step([group_of(0, [1.0, 0.0]), _told(group_of(7, [1.0, 0.0, 0.5]), logprob)])
     assert _equal(before, _parameters(learner)) and learner.version == 0
 
@@ -90,7 +90,7 @@ def test_a_reward_that_is_no_number_is_refused_by_every_estimator(
 
 def test_named_rewards_that_no_episode_has_are_refused(tiny: Path, group_of: Groups) -> None:
     learner = _learner(tiny, {"advantage": {"kind": "gdpo", "weights": {"goal": 1.0}}})
-    with pytest.raises(BatchRefused, match=r"^advantage.weights names the reward 'goal'.*have none"):
+    with pytest.raises(BatchRefused, match=r"^advantage.weights names the reward 'goal'.*have: none"):
         learner.step([group_of(0, [1.0, 0.0])])
     learner.step([_spoilt(group_of(0, [1.0, 0.0]), named_rewards='{"goal": 1.0}')])  # one has it
 

@@ -200,7 +200,7 @@ def test_the_reference_is_version_0_after_imitation_and_lends_the_learners_own_m
 
 def test_targets_that_are_no_layers_are_refused_with_those_there_are(tiny: Path) -> None:
     with pytest.raises(
-        ModelError, match=r"'qproj' is no linear layer .* there are down_proj, .*, v_proj$"
+        ModelError, match=r"'qproj' is no linear layer .* choose from: down_proj, .*, v_proj$"
     ) as error:
         Policy(_settings(tiny, lora={"targets": ["q_proj", "qproj"]}).model)
     assert "\n" not in str(error.value)
@@ -241,9 +241,9 @@ def test_another_adapter_is_not_taken_for_the_run_s_own(tiny: Path, tmp_path: Pa
     _policy(tiny).save(tmp_path)
     settings = _settings(tiny, lora={"rank": 5}).model
     with pytest.raises(
-        ModelError, match=r"^adapter .* is another one: it has no .*lora_A.weight of \(5, 32\)"
+        ModelError, match=r"^adapter .* does not fit: it has no .*lora_A.weight of shape \(5, 32\)"
     ):
         Policy.restored(settings, tmp_path)
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"^adapter .* cannot be read"):
+    with pytest.raises(ModelError, match=r"^adapter .*: broken or missing file"):
         Policy.restored(settings, tmp_path)

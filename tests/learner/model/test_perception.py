@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
-from learner.data.batch import MicroBatch, Seen, TokenSequence, row_of, sequences_of
+from learner.data.batch import MicroBatch, SequencePictures, TokenSequence, row_of, sequences_of
 from learner.model.perception import RowMismatch
 from learner.model.policy import ModelError, Policy
 from learner.settings import ModelSettings
@@ -32,8 +32,8 @@ class Rig:
         self.folder = folder
         build(family, folder)
         self.policy = Policy(ModelSettings(path=str(folder)))
-        assert self.policy.sight is not None
-        self.placeholder = self.policy.sight.placeholder_id
+        assert self.policy.picture_inputs is not None
+        self.placeholder = self.policy.picture_inputs.placeholder_id
         self.processor = AutoImageProcessor.from_pretrained(folder)
         self.plain = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
 
@@ -47,8 +47,8 @@ class Rig:
         size = len(ids)
         sampled = np.arange(size) >= size - 3
         zeros = np.zeros(size, np.float32)
-        seen = Seen(images, f"row {seed}") if images else None
-        return TokenSequence(np.array(ids, np.int32), sampled, zeros, zeros, sampled - 1, seen=seen)
+        pictures = SequencePictures(images, f"row {seed}") if images else None
+        return TokenSequence(np.array(ids, np.int32), sampled, zeros, zeros, sampled - 1, pictures=pictures)
 
     def count(self, shown: str) -> int:
         inputs = self.processor(images=self.processor.fetch_images([shown]), return_tensors="pt")
@@ -65,8 +65,8 @@ class Rig:
         """By the model's own forward, positions and all."""
         ids = torch.tensor(sequence.token_ids_T[None], dtype=torch.int64)
         inputs = {}
-        if sequence.seen:
-            pictures = self.processor.fetch_images(list(sequence.seen.images))
+        if sequence.pictures:
+            pictures = self.processor.fetch_images(list(sequence.pictures.images))
             inputs = dict(self.processor(images=pictures, return_tensors="pt"))
             if "image_grid_thw" in inputs:
                 inputs["mm_token_type_ids"] = (ids == self.placeholder).int()
@@ -91,13 +91,17 @@ def test_packed_is_as_alone_and_pictures_are_seen_by_their_own_sequence_only(rig
     packed = rig.packed(rows)
     for sequence, found in zip(rows, packed, strict=True):
         np.testing.assert_allclose(found, rig.alone(sequence), atol=1e-4)
-    assert rows[2].seen is not None
-    other = replace(rows[2], seen=replace(rows[2].seen, images=(picture(30), rows[2].seen.images[1])))
+    assert rows[2].pictures is not None
+    other = replace(
+        rows[2], pictures=replace(rows[2].pictures, images=(picture(30), rows[2].pictures.images[1]))
+    )
     changed = rig.packed([*rows[:2], other, rows[3]])
     for place in (0, 1, 3):
         np.testing.assert_array_equal(changed[place], packed[place])
     assert np.abs(changed[2] - packed[2]).max() > 1e-3, "a picture that changes nothing is not seen"
-    swapped = replace(other, seen=replace(rows[2].seen, images=tuple(reversed(rows[2].seen.images))))
+    swapped = replace(
+        other, pictures=replace(rows[2].pictures, images=tuple(reversed(rows[2].pictures.images)))
+    )
     if wide == (16, 16):
         assert np.abs(rig.packed([swapped])[0] - packed[2]).max() > 1e-3, "pictures have an order"
 
@@ -113,8 +117,8 @@ def test_gradients_reach_what_sees(rig: Rig) -> None:
 
 def test_a_row_whose_placeholders_are_not_its_pictures_is_named(rig: Rig) -> None:
     sequence = rig.sequence(1, (picture(1),))
-    fewer = replace(sequence, seen=Seen((), "row 7"))
-    more = replace(sequence, seen=Seen((picture(1), picture(2)), "row 8"))
+    fewer = replace(sequence, pictures=SequencePictures((), "row 7"))
+    more = replace(sequence, pictures=SequencePictures((picture(1), picture(2)), "row 8"))
     with pytest.raises(
         RowMismatch, match=r"row 8: \d+ image tokens, but the processor makes \d+ features of 2"
     ):
@@ -152,9 +156,9 @@ def test_pictures_of_a_segment_are_those_its_turns_were_shown() -> None:
     steps = (step(0, 0, a), step(1, 0), step(2, 0, b, c), step(3, 1, a))
     episode = Trajectory(7, 0, 2, Task.of("toy", 0), steps, EndReason.TERMINATED)
     found = sequences_of(episode, np.zeros(4, np.float32))
-    assert [sequence.seen for sequence in found] == [
-        Seen((a, b, c), "group 7, episode 2, segment 0"),
-        Seen((a,), "group 7, episode 2, segment 1"),
+    assert [sequence.pictures for sequence in found] == [
+        SequencePictures((a, b, c), "group 7, episode 2, segment 0"),
+        SequencePictures((a,), "group 7, episode 2, segment 1"),
     ]
 
 
@@ -163,7 +167,16 @@ def test_a_model_that_reads_text_alone_refuses_pictures(tiny: Path) -> None:
     zeros = np.zeros(6, np.float32)
     blind = Policy(ModelSettings(path=str(tiny)))
     row: MicroBatch = row_of(
-        [TokenSequence(ids, ids > 5, zeros, zeros, ids, seen=Seen((picture(1),), "group 3, episode 1"))]
+        [
+            TokenSequence(
+                ids,
+                ids > 5,
+                zeros,
+                zeros,
+                ids,
+                pictures=SequencePictures((picture(1),), "group 3, episode 1"),
+            )
+        ]
     )
-    with pytest.raises(ModelError, match="reads text alone, but group 3, episode 1 shows pictures"):
+    with pytest.raises(ModelError, match="takes text only, but group 3, episode 1 has pictures"):
         blind.score(row, 1.0)

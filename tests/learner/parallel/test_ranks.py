@@ -147,7 +147,7 @@ def test_ranks_of_unequal_shares_make_the_same_optimizer_steps(tiny: Path) -> No
         (
             {},
             {"behavior_logprobs": without_logprobs},
-            r"^group 3, episode 2: its behaviour logprobs are not finite$",
+            r"^group 3, episode 2: its behavior logprobs are not finite$",
         ),
         (
             {"advantage": {"kind": "grpo", "divide": False}, "minibatches": 3, "epochs": 2},
