@@ -32,7 +32,7 @@ def test_a_run_does_not_go_on_over_another_tokenizer(reference: Path, tmp_path: 
     whole = file.read_text(encoding="utf-8")
     for other in (whole + "\n", None):
         file.unlink() if other is None else file.write_text(other, encoding="utf-8")
-        with pytest.raises(ConfigError, match=r"tokenizer_config\.json is not what this run began with"):
+        with pytest.raises(ConfigError, match=r"tokenizer_config\.json has changed since this run began"):
             model_path(config, run)
     file.write_text(whole, encoding="utf-8")
     assert model_path(config, run) == str(model)
