@@ -9,7 +9,6 @@ import ray
 
 from deploy.report.phases import Startup
 from rollout.episodes.actors import BESIDE
-from rollout.wire.metrics import Row
 from rollout.wire.process_info import ProcessInfo
 from rollout.wire.weights import SyncReport, WeightUpdate
 
