@@ -18,6 +18,7 @@ from deploy.commands.reference import stale_pages
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import option_names
 from deploy.config.declared_metrics import METRICS
+from deploy.config.load import load_config
 from deploy.report.metrics import read_metrics
 from rollout.engines.engine import Engine
 from rollout.engines.scripted_engine import ScriptedEngine
@@ -144,16 +145,25 @@ def test_every_metric_that_a_run_writes_is_in_the_page_and_every_one_of_the_page
 ) -> None:
     (tmp_path / "sums.py").write_text(MODULE, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    short = "evaluation.tasks=0", "warm_start="
-    with_critic = configured(*short, "buffer.max_lag=1", "buffer.reuse={groups=1, max_lag=3}", CRITIC)
-    with_tools = configured(
-        *short,
+    with_critic = configured(
+        "evaluation.tasks=0", "buffer.max_lag=1", "buffer.reuse={groups=1, max_lag=3}", CRITIC
+    )
+    small = (
         "steps=2",
-        "env={id='sums:Sums', host={where='inline'}}",
-        "evaluation.options={}",
-        "agent={parts=[{kind='tools', functions=['sums:double'], style='plain'}]}",
-        "rollout.context_tokens=400",
-        "sampling.max_tokens=20",
+        "evaluation.tasks=0",
+        "rollout.group_size=4",
+        "buffer.groups_per_step=2",
+        "tiny.layers=1",
+    )
+    with_tools = load_config(
+        "scratch",
+        [
+            *small,
+            "env={id='sums:Sums', host={where='inline'}}",
+            "agent={parts=[{kind='tools', functions=['sums:double'], style='plain'}]}",
+            "rollout.context_tokens=400",
+            "sampling.max_tokens=20",
+        ],
     )
     train(with_critic, tmp_path / "critic")
     train(with_tools, tmp_path / "tools", _talker)
