@@ -66,21 +66,6 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
     )
 
 
-class ImitationSettings(BaseModel, extra="forbid", frozen=True):
-    """Learning from recorded episodes before any reinforcement."""
-
-    optim: OptimSettings = Field(default=OptimSettings(learning_rate=1e-5), description="its own optimizer")
-    epochs: int = Field(default=1, ge=1, description="passes over the episodes")
-    episodes_per_step: int = Field(default=32, ge=1, description="episodes in one optimizer step")
-    threads: int = Field(
-        default=0, ge=0, description="CPU threads of torch meanwhile; nothing is sampled then. 0: as always"
-    )
-
-    def steps(self, episodes: int) -> int:
-        """How many optimizer steps that many episodes make."""
-        return self.epochs * -(-episodes // self.episodes_per_step)
-
-
 class LearnerSettings(BaseModel, extra="forbid", frozen=True):
     """Everything about learning."""
 
@@ -94,9 +79,6 @@ class LearnerSettings(BaseModel, extra="forbid", frozen=True):
     algorithm: AlgorithmSettings = Field(
         default=AlgorithmSettings(),
         description="what is optimized: advantage, loss, aggregation, corrections and regularizers",
-    )
-    imitation: ImitationSettings = Field(
-        default=ImitationSettings(), description="learning from recorded episodes"
     )
     tokens_per_microbatch: int = Field(
         default=4096,

@@ -10,6 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learner.algorithm.schedule import OptimSettings
+from learner.data.batch import MicroBatch
+from learner.data.prepare import Example
+from learner.stages.stage import StageLearner
+from rollout.wire.trajectory import Group
+
 Arrays = list[list[Any]]
 
 
@@ -115,7 +121,52 @@ class Heard:
         self._write("on_run_end", summary and summary["steps"])
 
 
+class Preferences:
+    """Direct preference optimization (Rafailov et al. 2023, equation 7): the best episode of a group against the worst.
+
+    Its gradient is that of the likelihoods, weighed by how wrongly the policy ranks the two: that is what the loss has.
+    """
+
+    def __init__(self, beta: float = 0.5, learning_rate: float = 1e-2, passes: int = 3) -> None:
+        self._beta, self._passes = beta, passes
+        self._optim = OptimSettings(learning_rate=learning_rate, max_grad_norm=1e9)
+
+    def begin(self, learner: StageLearner, groups: Sequence[Group]) -> int:
+        ranked = [sorted(group.trainable, key=lambda episode: episode.reward) for group in groups]
+        self._pairs = [(Example.of(each[-1]), Example.of(each[0])) for each in ranked if len(each) > 1]
+        self._learner = learner
+        steps = self._passes * len(self._pairs)
+        self._optimizer = learner.optimizer(self._optim, steps)
+        self._reference = learner.kept("reference", lambda: torch.stack([*map(self._totals, self._pairs)]))
+        return steps
+
+    def _totals(self, pair: Sequence[Example]) -> Tensor:
+        return torch.tensor([float(logprobs_N.sum()) for logprobs_N in self._learner.logprobs(pair)])
+
+    def advance(self, step: int) -> dict[str, float]:
+        place = step % len(self._pairs)
+        better, worse = self._pairs[place]
+        gains = self._totals((better, worse)) - self._reference[place]
+        margin = self._beta * float(gains[0] - gains[1])
+        pull = self._beta / (1.0 + np.exp(margin))
+        better.advantages_N[:], worse.advantages_N[:] = pull, -pull
+        row = self._optimizer.step([better, worse], self._loss)
+        return {**row, "margin": margin, "draw": float(self._learner.rng.random())}
+
+    def _loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs_N, _ = self._learner.policy.score(micro, 1.0)
+        return -micro.advantages_N * logprobs_N, {}
+
+
 # What does not fit ------------------------------------------------------------------------------------------------
+
+
+class Endless:
+    def begin(self, learner: Any, groups: Any) -> int:
+        return 1
+
+    def advance(self) -> dict[str, float]:
+        return {}
 
 
 class Deaf:

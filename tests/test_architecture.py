@@ -42,6 +42,13 @@ ROOMS: dict[str, set[str]] = {
     "learner": {"learner.algorithm", "rollout.wire"},
     "learner.data": {"learner.algorithm", "learner.parallel", "rollout.wire"},
     "learner.model": {"learner", "learner.data", "learner.parallel", "rollout.wire"},
+    "learner.stages": {
+        "learner.algorithm",
+        "learner.data",
+        "learner.model",
+        "learner.parallel",
+        "rollout.wire",
+    },
     "learner.training": {"all learner", "rollout.wire"},
     "deploy.config": {"all learner", "all rollout", "all envs"},
     "deploy.report": {"deploy.config", "all learner", "all rollout", "all envs"},

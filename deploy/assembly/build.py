@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import pyarrow as pa
-
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from envs import registry
@@ -29,14 +27,12 @@ from rollout.chat.chat import Chat
 from rollout.chat.end_tokens import end_tokens
 from rollout.chat.perception import Perception
 from rollout.engines.engine import Engine, EngineStart
-from rollout.episodes.demonstrations import demonstrate
 from rollout.episodes.pool import EnvironmentPool, Start
 from rollout.episodes.tasks import TaskStream
 from rollout.episodes.worker import GroupBuffer, RolloutWorker
 from rollout.external.external_env import PROGRAM
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.model_folder import ModelMissing, pretrained
-from rollout.wire.schema import encode
 from rollout.wire.trajectory import Task
 
 if TYPE_CHECKING:
@@ -249,20 +245,3 @@ def replay_buffer_builder(config: RunConfig, run_folder: Path) -> Callable[[], R
     return partial(
         ReplayBuffer.over, run_folder, training_tasks(config), config.buffer, config.steps, config.seed
     )
-
-
-async def play_demonstrations(config: RunConfig, path: str) -> list[pa.RecordBatch]:
-    """Play demonstrations of the environment's scripted player; returns rows. ValueError without a warm start."""
-    warm_start = config.warm_start
-    if warm_start is None:
-        raise ValueError("this run has no section warm_start, which demonstrations need")
-    stream = TaskStream(config.env.id, config.env.options, config.seed + 1)
-    player = registry.player(config.env.id)
-    groups = await demonstrate(
-        [stream(index) for index in range(warm_start.episodes)],
-        lambda seed: player(warm_start.error_rate, seed),
-        load_chat(path),
-        config.rollout.context_tokens,
-        config.agent,
-    )
-    return [encode(group) for group in groups]

@@ -92,6 +92,7 @@ def build_learner(config: RunConfig, path: str, ranks: Ranks = ALONE) -> Learner
     """Build the learner of a run and run its largest possible row once. ModelError if that exceeds memory."""
     model = config.learner.model.model_copy(update={"path": path})
     settings = config.learner.model_copy(update={"model": model})
-    learner = Learner(settings, config.seed, config.sampling.temperature, config.steps, ranks)
+    temperature = config.sampling.temperature
+    learner = Learner(settings, config.seed, temperature, config.steps, ranks, config.stages)
     learner.rehearse(config.rollout.context_tokens)
     return learner

@@ -50,12 +50,15 @@ class Runtime(Protocol):
         """Start every part; returns the weight version the learner stands at (0 on a new run)."""
         ...
 
-    async def begin_imitation(self) -> int:
-        """Have demonstrations played and handed to the learner; returns the number of imitation steps."""
+    async def begin_stage(self, index: int) -> tuple[int, int]:
+        """Have a stage's data gathered and handed to the learner; returns the steps it has made and how many there are.
+
+        Steps are made already where the run goes on within the stage.
+        """
         ...
 
-    async def imitate(self, steps: int) -> list[Row]:
-        """Up to `steps` imitation steps."""
+    async def advance_stage(self, steps: int) -> list[Row]:
+        """Make up to `steps` steps of the stage; fewer at its end."""
         ...
 
     async def publish(self) -> Row:

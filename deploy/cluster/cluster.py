@@ -26,12 +26,12 @@ from ray.exceptions import RayActorError
 from deploy.assembly.build import (
     EngineFactory,
     build_worker,
-    play_demonstrations,
     replay_buffer_builder,
     start_engine,
 )
 from deploy.assembly.models import build_learner, model_path
 from deploy.assembly.runtime import LearnerLost, Row, first_failure, loss_to_come
+from deploy.assembly.stage_data import stage_data
 from deploy.cluster.actor_member import ActorMember, actor, awaited
 from deploy.cluster.buffer_part import BufferPart
 from deploy.cluster.connect import require_room
@@ -43,7 +43,7 @@ from deploy.config.supervise import Budget, PartLost, brief, within
 from deploy.report.noticed import Noticed
 from deploy.report.phases import Startup
 from learner.parallel.ranks import RankLost
-from learner.training.checkpoint import latest
+from learner.training.checkpoint import newest
 from learner.training.learner import Learner
 from learner.training.loop import sync_metrics
 from learner.training.publish import Publisher
@@ -110,7 +110,7 @@ class RayRuntime:
         )
         self._fleet.scale(config.rollout.workers)
         # A run stopped before its first checkpoint has none to load: it starts over in its folder.
-        load = resume and latest(self.run_folder) is not None
+        load = resume and newest(self.run_folder) is not None
         version = await first_failure(asyncio.create_task(self._start_learner(load)), [found])
         await found
         if resume:
@@ -170,13 +170,15 @@ class RayRuntime:
 
     # The driver's verbs -------------------------------------------------------------------------------------------
 
-    async def begin_imitation(self) -> int:
-        play = partial(_play, self._config, self._path)
-        rows = demonstrate.options(num_cpus=0).remote(play)
-        return int(await self._within("the demonstrations", self._lead.begin_imitation.remote(rows)))
+    async def begin_stage(self, index: int) -> tuple[int, int]:
+        gather = partial(_gather, self._config, index, self._path)
+        rows = demonstrate.options(num_cpus=0).remote(gather)
+        begun = self._lead.begin_stage.remote(index, rows)
+        made, steps = await self._within(f"the data of stage {index}", begun)
+        return int(made), int(steps)
 
-    async def imitate(self, steps: int) -> list[Row]:
-        rows: list[Row] = await self._within("imitation", self._lead.imitate.remote(steps))
+    async def advance_stage(self, steps: int) -> list[Row]:
+        rows: list[Row] = await self._within("steps of a stage", self._lead.advance_stage.remote(steps))
         return rows
 
     async def publish(self) -> Row:
@@ -383,5 +385,5 @@ def _native(config: RunConfig, workers: dict[str, Any], learner: Learner) -> Pub
     )
 
 
-def _play(config: RunConfig, path: str) -> Any:
-    return asyncio.run(play_demonstrations(config, path))
+def _gather(config: RunConfig, index: int, path: str) -> Any:
+    return asyncio.run(stage_data(config, index, path))

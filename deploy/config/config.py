@@ -12,6 +12,7 @@ from deploy.config.supervise import SupervisionSettings
 from deploy.config.trackers import OwnTracker
 from envs.hosting.host import HostSettings
 from learner.settings import LearnerSettings
+from learner.stages.settings import AnyStage
 from rollout.agents.agent import AgentSettings
 from rollout.buffer.replay_store import BufferSettings
 from rollout.engines.engine import Sampling
@@ -89,18 +90,16 @@ class EvaluationSettings(Settings):
     )
 
 
-class WarmStartSettings(Settings):
-    """Imitation of a scripted player before reinforcement learning."""
-
-    episodes: int = Field(4096, gt=0, description="demonstrations played")
-    error_rate: float = Field(0.5, ge=0, le=1, description="share of the player's moves that are random")
-
-
 class CheckpointSettings(Settings):
     """When the learner's state is written to disk."""
 
     every_steps: int = Field(
         10, gt=0, description="learner steps between two checkpoints; the last step always has one"
+    )
+    stage_steps: int = Field(
+        500,
+        gt=0,
+        description="steps of a stage between two checkpoints; the end of a stage always has one",
     )
     keep: int = Field(2, gt=0, description="newest checkpoints that are kept")
 
@@ -190,7 +189,10 @@ class RunConfig(Settings):
     learner: LearnerSettings = Field(
         default_factory=LearnerSettings, description="model, optimizer and algorithm"
     )
-    warm_start: WarmStartSettings | None = None
+    stages: tuple[AnyStage, ...] = Field(
+        (),
+        description="what the learner does before reinforcement learning, in this order; none: nothing",
+    )
     weights: WeightSyncSettings = Field(
         default_factory=WeightSyncSettings, description="transfer of new weights to the engines"
     )

@@ -201,9 +201,9 @@ def _schedules(config: RunConfig) -> None:
     if (critic := algorithm.critic) is not None:
         name = "learner.algorithm.critic.optim"
         schedules.append((name, critic.optim, config.steps * algorithm.updates))
-    if config.warm_start:
-        steps = learner.imitation.steps(config.warm_start.episodes)
-        schedules.append(("learner.imitation.optim", learner.imitation.optim, steps))
+    for place, stage in enumerate(config.stages):
+        if planned := stage.planned:
+            schedules.append((f"stages.{place}.optim", *planned))
     for name, optim, steps in schedules:
         try:
             learning_rate(optim, 0, steps)

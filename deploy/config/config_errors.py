@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from datetime import date, time
 from typing import Any
@@ -55,8 +56,16 @@ def unknown(where: str, value: Any, root: Settings) -> str:
     if isinstance(value, dict) and value and not difflib.get_close_matches(where, sections, n=1, cutoff=0.8):
         inner, within = next(iter(value.items()))
         return unknown(f"{where}.{inner}", within, root)
-    found = _synonym(where, names) or _spelled(where, names)
+    found = _placed(_synonym(where, names) or _spelled(where, names), where)
     return f"unknown option {where}" + (f"; did you mean {found}?" if found else "")
+
+
+def _placed(found: str, where: str) -> str:
+    """An option in a list with the place that was written: stages.optim and stages.0.opt give stages.0.optim."""
+    listed = re.match(r"([a-z_.]+)\.\d+\.", where)
+    if listed is None or not found.startswith(f"{listed[1]}."):
+        return found
+    return listed[0] + found.removeprefix(f"{listed[1]}.")
 
 
 def _synonym(where: str, names: Sequence[str]) -> str:

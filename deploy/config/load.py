@@ -37,8 +37,8 @@ MOVABLE = (
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe (a path, or the name of one that ships with Manta), apply overrides, check the result.
 
-    An override "section=" without a value removes the section; "algorithm=NAME" chooses a preset and is applied before
-    the other overrides.
+    An override "section=" without a value removes the section; "stages.0.epochs=2" sets an option of the first entry of
+    a list; "algorithm=NAME" chooses a preset and is applied before the other overrides.
     """
     tree = read_recipe(recipe)
     chosen, others = _algorithm(overrides)
@@ -109,15 +109,35 @@ def _apply(tree: Nested, override: str) -> None:
     if not equals or not path:
         raise ConfigError(f"override {override!r} is not of the form section.option=value")
     *sections, option = path.strip().split(".")
-    node = tree
+    node: Any = tree
     for section in sections:
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {section} is an option, not a section")
-    if not text.strip() and isinstance(node.get(option), dict):
+        node = _inside(node, section, override)
+    if isinstance(node, list):
+        node[_place(node, option, override)] = toml_value(text.strip())
+    elif not text.strip() and _is_section(node.get(option)):
         del node[option]
     else:
         node[option] = toml_value(text.strip())
+
+
+def _inside(node: Any, name: str, override: str) -> Any:
+    """The section of this name, made where it is not there yet, or the entry of a list at this place."""
+    inner = node[_place(node, name, override)] if isinstance(node, list) else node.setdefault(name, {})
+    if not isinstance(inner, dict | list):
+        raise ConfigError(f"override {override!r}: {name} is an option, not a section")
+    return inner
+
+
+def _place(entries: list[Any], name: str, override: str) -> int:
+    if not name.isdigit() or int(name) >= len(entries):
+        raise ConfigError(
+            f"override {override!r}: {name} is no place in a list of {len(entries)}, which are counted from 0"
+        )
+    return int(name)
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(e, dict) for e in value))
 
 
 def toml_value(text: str) -> Any:

@@ -5,7 +5,8 @@
     algorithm = "dapo"                # a preset: sets learner.algorithm and other options of the algorithm alone
 
 These three are top-level keys. Sections of both the base and the recipe are merged, and the recipe's options take
-precedence; a section with another `kind` or `id` replaces the base's section.
+precedence; a section with another `kind` or `id` replaces the base's section. A list
+replaces the base's list; [stages.0] is merged with the first entry of the base's.
 """
 
 from __future__ import annotations
@@ -122,15 +123,17 @@ def _cleared(said: Any, name: str) -> Sequence[str]:
 
 def _merged(base: Nested, changes: Nested) -> Nested:
     """Merge sections of both trees; a section with another `kind` or `id` is replaced."""
-    merged = dict(base)
-    for name, value in changes.items():
-        old = base.get(name)
-        if isinstance(old, dict) and isinstance(value, dict):
-            other = any(key in value and value[key] != old.get(key) for key in ("kind", "id"))
-            merged[name] = value if other else _merged(old, value)
-        else:
-            merged[name] = value
-    return merged
+    return base | {name: _replaced(base.get(name), value) for name, value in changes.items()}
+
+
+def _replaced(old: Any, new: Any) -> Any:
+    """The value of an option or a section that both trees may have."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        other = any(key in new and new[key] != old.get(key) for key in ("kind", "id"))
+        return new if other else _merged(old, new)
+    if isinstance(old, list) and isinstance(new, dict) and new.keys() <= set(map(str, range(len(old)))):
+        return [_replaced(entry, new.get(str(place), entry)) for place, entry in enumerate(old)]
+    return new
 
 
 def _holds(tree: Nested, option: str) -> bool:

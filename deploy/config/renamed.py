@@ -29,6 +29,9 @@ RENAMED = {
     "supervision.drain_seconds": "supervision.drain_timeout_seconds",
     "supervision.no_progress_seconds": "supervision.progress_timeout_seconds",
 }
+# Sections that became a stage of kind "sft" -> where in its list their options lie. The first one decides whether there
+# is such a stage at all: without it the others said nothing.
+STAGED = {"warm_start": "stages.0.source", "learner.imitation": "stages.0"}
 RENAMED_FLAGS = {"--run": "--run-dir", "--runs": "--output-dir"}
 
 
@@ -58,7 +61,26 @@ def _renamed(tree: Any) -> tuple[Any, list[str]]:
             else:
                 _put(tree, holder, sections, new_option, holder.pop(name))
                 notes.append(f"option {option} is called {new_option} now")
+    notes += _stage(tree)
     return tree, list(dict.fromkeys(notes))
+
+
+def _stage(tree: Any) -> list[str]:
+    """Replace the sections that said how a run begins by its list of stages; a note for each."""
+    if not isinstance(tree, dict):
+        return []
+    notes, said = [], {}
+    for old, new in STAGED.items():
+        *sections, name = old.split(".")
+        for holder in _sections(tree, sections):
+            if name in holder:
+                said[old] = holder.pop(name)
+                notes.append(f'section {old} is called {new} now, in [[stages]] with kind = "sft"')
+    player, optimized = (said.get(old) for old in STAGED)
+    if isinstance(player, dict):
+        learned = optimized if isinstance(optimized, dict) else {}
+        tree["stages"] = [{"kind": "sft", "source": {"kind": "player", **player}, **learned}]
+    return notes
 
 
 def _sections(tree: Any, path: list[str]) -> Iterator[dict[str, Any]]:

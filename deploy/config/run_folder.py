@@ -2,6 +2,7 @@
 
 RUN/config.json       resolved options, manta_version    RUN/ledger.sqlite   every group and episode, with its fate
 RUN/base/             the tiny base model, if one was built  RUN/groups/     stored rows, Arrow IPC streams
+RUN/stages/           metrics of each stage; its checkpoints, until there is one of a version
 RUN/checkpoints/      the learner's states               RUN/evaluations/    rows of the evaluations
 RUN/metrics.jsonl     one row a step                     RUN/summary.json, RUN/report.html   at the end
 RUN/advantages/       advantages of trained tokens, a file a version

@@ -6,7 +6,7 @@ critic's.
 
 from __future__ import annotations
 
-_OPTIM = ("learner.optim", "learner.algorithm.critic.optim", "learner.imitation.optim")
+_OPTIM = ("learner.optim", "learner.algorithm.critic.optim", "stages.optim")
 
 
 def _of_optim(option: str) -> tuple[str, ...]:

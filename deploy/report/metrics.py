@@ -1,4 +1,7 @@
-"""Metrics of a run, one row a learner step: RUN/metrics.jsonl, and the same for TensorBoard in RUN/tensorboard."""
+"""Metrics of a run, one row a learner step: RUN/metrics.jsonl, and the same for TensorBoard in RUN/tensorboard.
+
+Metrics of stage N are one row a step of the stage, in the same form in RUN/stages/N.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ class MetricsLog:
     def __init__(self, folder: Path, resume_after: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # imported here: it takes seconds
 
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
         _cut(path, resume_after)
         self._file = path.open("a", encoding="utf-8")
@@ -47,6 +51,11 @@ class MetricsLog:
         """Flush both and close."""
         self._file.close()
         self._board.close()
+
+
+def stage_folder(run: Path, index: int) -> Path:
+    """Where the numbers of a stage lie: a folder as a run is one for `MetricsLog` and `read_metrics`."""
+    return run / "stages" / str(index)
 
 
 def read_metrics(folder: str | Path) -> list[Row]:

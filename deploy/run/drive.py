@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,49 +37,45 @@ from rollout.buffer.ledger_checks import LEDGER, check_ledger
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
-def drive(
-    config: RunConfig,
-    folder: Path,
-    console: Console,
-    *,
-    resume: bool,
-    local: bool,
-    startup: Startup | None = None,
-    stored: RunConfig | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Drive:
+    """One run to be driven, and how."""
+
+    config: RunConfig
+    folder: Path
+    console: Console
+    resume: bool = False
+    local: bool = False
+    startup: Startup = field(default_factory=Startup)  # counts what comes before the first episode
+    stored: RunConfig | None = None  # the configuration that a run which goes on was found with
+
+
+def drive(asked: Drive) -> None:
     """`run` for the command line: print the outcome; typer.Exit(130) after Ctrl-C or SIGTERM."""
+    folder = asked.folder
     try:
-        summary = run(config, folder, console, resume=resume, local=local, startup=startup, stored=stored)
+        summary = run(asked)
     except (KeyboardInterrupt, Stopped):
         if not run_folder.exists(folder):  # it was given up before it began
             raise typer.Exit(INTERRUPTED) from None
-        again = f"manta train --resume {shlex.quote(str(folder))}{' --local' * local}"
+        again = f"manta train --resume {shlex.quote(str(folder))}{' --local' * asked.local}"
         write(errors(), f"stopped; go on with: {again}")
         raise typer.Exit(INTERRUPTED) from None
-    print_outcome(summary, folder, console)
+    print_outcome(summary, folder, asked.console)
 
 
-def run(
-    config: RunConfig,
-    folder: Path,
-    console: Console,
-    *,
-    resume: bool,
-    local: bool,
-    startup: Startup | None = None,
-    stored: RunConfig | None = None,
-) -> dict[str, Any]:
+def run(asked: Drive) -> dict[str, Any]:
     """Run to the end; returns the summary. Raises Stopped after SIGTERM; PartFailed and TooManyFailures say where the
     logs are.
 
-    The folder is this process's alone from before anything is written into it. startup: counts what comes before the
-    first episode; stored: the configuration that a run which goes on was found with.
+    The folder is this process's alone from before anything is written into it.
     """
-    local, startup = local or config.replay is not None, startup or Startup()
+    config, folder, resume, startup = asked.config, asked.folder, asked.resume, asked.startup
+    local = asked.local or config.replay is not None
     alone = local or not config.cluster.joins  # nothing of the run is on another machine
     run_folder.make(folder)
     with driving(folder), run_folder.removed_unless_begun(folder):
-        _require_unchanged(folder, resume, stored)
+        _require_unchanged(folder, resume, asked.stored)
         if not run_folder.make_private(folder):
             write(errors(), f"note: other users can read {folder}, and it cannot be made private")
         if resume and config.replay is None and (folder / LEDGER).is_file():
@@ -95,7 +92,7 @@ def run(
             run_folder.store(config, folder)  # of one that is resumed: it goes on elsewhere, from now on
         try:
             with failures_kept_in(folder):
-                return _train(config, folder, console, resume, local, startup)
+                return _train(config, folder, asked.console, resume, local, startup)
         except PartFailed as failure:
             raise PartFailed(_kept(str(failure), temporary, folder)) from failure.__cause__
 

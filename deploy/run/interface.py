@@ -126,7 +126,7 @@ def _trained(config: RunConfig, folder: Path | None, local: bool, resume: bool, 
             write(errors(), f"note: {doubt}")
     with run_folder.parents_made(folder.parent if folder else RUNS):
         chosen = folder or run_folder.choose(config, RUNS)
-        drive.run(config, chosen, silent() if quiet else output(), resume=resume, local=local)
+        drive.run(drive.Drive(config, chosen, silent() if quiet else output(), resume, local))
     return chosen
 
 

@@ -88,7 +88,7 @@ def _begin(asked: TrainRequest, console: Console) -> None:
     parent = asked.run_dir.parent if asked.run_dir else asked.output_dir or RUNS
     with run_folder.parents_made(parent):
         folder = asked.run_dir or run_folder.choose(config, parent)
-        drive.drive(config, folder, console, resume=False, local=asked.local, startup=startup)
+        drive.drive(drive.Drive(config, folder, console, local=asked.local, startup=startup))
 
 
 def _go_on(
@@ -120,7 +120,7 @@ def _go_on(
             "" if schedule == "constant" else f", where the {schedule} schedule of the learning rate ends now"
         )
         write(errors(), f"note: goes on to step {config.steps} instead of {stored.steps}{falling}")
-    drive.drive(config, folder, console, resume=True, local=asked.local, startup=startup, stored=stored)
+    drive.drive(drive.Drive(config, folder, console, True, asked.local, startup, stored))
 
 
 def _require_local(config: RunConfig, asked: TrainRequest) -> None:

@@ -19,18 +19,17 @@ from typing import Any
 from deploy.assembly.build import (
     EngineFactory,
     build_worker,
-    play_demonstrations,
     replay_buffer_builder,
     start_engine,
 )
-from deploy.assembly.models import build_learner, model_path
-from deploy.assembly.runtime import LearnerLost, Row, first_failure
+from deploy.assembly.models import model_path
+from deploy.assembly.runtime import Row, first_failure
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.report.noticed import Noticed
 from deploy.report.phases import Startup
-from learner.training.checkpoint import latest
-from learner.training.loop import LearnerLoop, Place, Source, sync_metrics
+from deploy.run.in_process import LearnerHere
+from learner.training.loop import sync_metrics
 from learner.training.publish import Snapshot
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.episodes.loop_watch import LoopWatch
@@ -50,25 +49,7 @@ def _place_in_memory(snapshot: Snapshot) -> tuple[Handle, Any]:
     return write_memory(snapshot.arrays)
 
 
-def start_learner(
-    config: RunConfig, run_folder: Path, source: Source, place: Place, resume: bool
-) -> LearnerLoop:
-    """The learner in this process, from the run's newest checkpoint where it goes on with one."""
-    learner = build_learner(config, model_path(config, run_folder))
-    # A run stopped before its first checkpoint has none to load: it starts over in its folder.
-    if resume and latest(run_folder) is not None:
-        learner.load(run_folder)
-    learner.keep_advantages(run_folder)
-    seconds, keep = config.cluster.step_timeout_seconds, config.checkpoint.keep
-    return LearnerLoop(learner, source, place, config.engine.dtype, seconds, keep)
-
-
-async def demonstrate_to(learner: LearnerLoop, config: RunConfig, run_folder: Path) -> int:
-    """Have demonstrations played here and handed to the learner; returns the number of imitation steps."""
-    return await learner.begin_imitation(await play_demonstrations(config, model_path(config, run_folder)))
-
-
-class LocalRuntime:
+class LocalRuntime(LearnerHere):
     """Every part of a run as plain objects of this process."""
 
     def __init__(
@@ -91,8 +72,7 @@ class LocalRuntime:
             raise ConfigError(
                 "env.host.where='ray' has replicas in actors: leave --local away, or use 'process'"
             )
-        self.run_folder = run_folder
-        self._config = config
+        super().__init__(config, run_folder)
         self._engine_factory = engine_factory
         self._noticed = Noticed(run_folder, say)
         self._startup = startup or Startup()
@@ -122,16 +102,10 @@ class LocalRuntime:
             self._workers.append(worker)
         place = _place_in_memory if config.engine.placement.maps_weights else _place_inline
         with self._startup.timed("learner"):
-            self._learner = start_learner(config, self.run_folder, self._replay_buffer, place, resume)
+            version = self.start_learner(self._replay_buffer, place, resume)
         if resume:
-            await self._replay_buffer.rollback(self._learner.version, new_driver=True)
-        return self._learner.version
-
-    async def begin_imitation(self) -> int:
-        return await demonstrate_to(self._learner, self._config, self.run_folder)
-
-    async def imitate(self, steps: int) -> list[Row]:
-        return await self._learner.imitate(steps)
+            await self._replay_buffer.rollback(version, new_driver=True)
+        return version
 
     async def publish(self) -> Row:
         update = await self._learner.publish_weights()
@@ -161,12 +135,6 @@ class LocalRuntime:
         await self._replay_buffer.release(number)
         ended = time.perf_counter()
         return joined(row, published, {"publish_s": ended - trained, "step_s": ended - began})
-
-    async def recover(self, loss: LearnerLost) -> int:
-        raise loss  # one process: what loses the learner loses everything
-
-    async def save(self) -> None:
-        await self._learner.save(self.run_folder)
 
     async def counters(self) -> Row:
         rows = [worker.counters() for worker in self._workers]

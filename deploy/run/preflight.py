@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from deploy.assembly.build import evaluation_tasks, probe_environment
 from deploy.assembly.conversations import try_conversations
 from deploy.assembly.models import tiny_tokenizer
+from deploy.assembly.stage_data import past_episodes
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.own_parts import check_own_parts
@@ -29,6 +30,7 @@ from learner.model.lora import planned
 from learner.model.policy import model_files
 from learner.model.tiny import build_tiny
 from learner.model.tiny_vision import tiny_processor
+from learner.stages.settings import RunSource
 from rollout.agents.memory import NotebookSettings
 from rollout.agents.settings import OwnAgentPart, PartSettings
 from rollout.agents.tools import ToolsSettings
@@ -72,10 +74,20 @@ def check(config: RunConfig) -> None:
         evaluation_tasks(config)
     else:
         replay.check(config, tokenizer)
-    if config.warm_start:
-        registry.player(config.env.id)
+    check_stages(config, tokenizer)
     if config.cluster.dashboard_port and not config.cluster.address:
         check_port(config.cluster.dashboard_port)
+
+
+def check_stages(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What stages learn from must be there: a scripted player, or episodes in this model's tokens."""
+    for place, stage in enumerate(config.stages):
+        option = f"stages.{place}.source"
+        if isinstance(stage.source, RunSource):
+            next(past_episodes(stage.source, option))
+            replay.require_same_tokens(config, tokenizer, Path(stage.source.path), option)
+        else:
+            registry.player(config.env.id)
 
 
 def check_engine(engine: EngineSettings, on_gpu: bool) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from deploy.assembly.build import load_tokenizer
-from deploy.assembly.runtime import LearnerLost, Row
+from deploy.assembly.runtime import Row
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.load import Nested
 from deploy.config.run_folder import CONFIG_FILE, read_stored
-from deploy.run.local import demonstrate_to, start_learner
+from deploy.run.in_process import LearnerHere
 from learner.training.checkpoint import MODEL, latest
 from learner.training.publish import Snapshot
 from rollout.buffer.history import History, HistoryError
@@ -29,24 +29,12 @@ from rollout.wire.trajectory import Task
 from rollout.wire.weights import Handle
 
 
-class ReplayRuntime:
-    """The ring without its first half; the methods are those of `deploy.assembly.runtime.Ring`."""
-
-    def __init__(self, config: RunConfig, run_folder: Path) -> None:
-        assert config.replay is not None
-        self.run_folder = run_folder
-        self._config = config
+class ReplayRuntime(LearnerHere):
+    """The ring without its first half; the methods are those of `deploy.assembly.runtime.Runtime`."""
 
     async def start(self, resume: bool) -> int:
         self._history = _history(self._config)
-        self._learner = start_learner(self._config, self.run_folder, self._history, _nowhere, resume)
-        return self._learner.version
-
-    async def begin_imitation(self) -> int:
-        return await demonstrate_to(self._learner, self._config, self.run_folder)
-
-    async def imitate(self, steps: int) -> list[Row]:
-        return await self._learner.imitate(steps)
+        return self.start_learner(self._history, _nowhere, resume)
 
     async def publish(self) -> Row:
         return {}
@@ -61,12 +49,6 @@ class ReplayRuntime:
         began = time.perf_counter()
         row = await self._learner.train(number)
         return joined(row, {"publish_s": 0.0, "step_s": time.perf_counter() - began})
-
-    async def recover(self, loss: LearnerLost) -> int:
-        raise loss
-
-    async def save(self) -> None:
-        await self._learner.save(self.run_folder)
 
     async def counters(self) -> Row:
         return {"tokens_sampled": 0.0}
@@ -104,7 +86,7 @@ def check(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     _history(config)
     past = Path(config.replay)
     _require_same_conditions(config, past)
-    _require_same_tokens(config, tokenizer, past)
+    require_same_tokens(config, tokenizer, past, "replay")
 
 
 def _require_same_conditions(config: RunConfig, past: Path) -> None:
@@ -142,16 +124,21 @@ def _stored(past: Path) -> Nested:
     return stored
 
 
-def _require_same_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, past: Path) -> None:
-    """The token ids on record must mean to this model what they meant to the one that sampled them."""
+def require_same_tokens(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, past: Path, option: str
+) -> None:
+    """The token ids on record must mean to this model what they meant to the one that sampled them.
+
+    option: what names the past run.
+    """
     newest = latest(past)
     if newest is None:
-        raise ConfigError(f"replay: {past} has no checkpoint, so nobody knows what its tokens mean")
+        raise ConfigError(f"{option}: {past} has no checkpoint, so nobody knows what its tokens mean")
     mine, theirs = tokenizer.get_vocab(), load_tokenizer(str(newest / MODEL)).get_vocab()
     if mine != theirs:
         model = "the tiny model" if config.tiny else config.learner.model.path
         raise ConfigError(
-            f"replay: the tokenizer of {model} is not that of {past} ({len(mine)} and {len(theirs)} tokens, or other "
+            f"{option}: the tokenizer of {model} is not that of {past} ({len(mine)} and {len(theirs)} tokens, or other "
             "ids): its token ids would mean something else"
         )
 

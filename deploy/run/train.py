@@ -1,13 +1,13 @@
 """The driver of a run: phases in order, numbers out. It holds no payload and knows no hosting (see runtime.py).
 
-start -> warm start -> version 0 to the engines -> evaluate, checkpoint -> steps, checkpoints -> evaluate -> report
+start -> stages -> version 0 to the engines -> evaluate, checkpoint -> steps, checkpoints -> evaluate -> report
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,18 @@ from deploy.config.config import RunConfig
 from deploy.config.guards import GuardMonitor, with_defaults
 from deploy.config.trackers import Trackers
 from deploy.report.evaluation import Evaluation, figures
-from deploy.report.metrics import MetricsLog, read_metrics, rollout_rates
+from deploy.report.metrics import MetricsLog, read_metrics, rollout_rates, stage_folder
 from deploy.report.phases import Phases, Startup
 from deploy.report.progress import Progress
 from deploy.report.report import write_report
 from deploy.report.reporter import Reporter
 from deploy.run.sittings import Sittings
-from learner.training.checkpoint import DiskFull, versions
+from learner.training.checkpoint import DiskFull, next_stage, versions
+from learner.training.step import not_finite
 from rollout.wire.metrics import joined
 from rollout.wire.trajectory import Task
 
-IMITATION_STRIDE = 10  # imitation steps between two looks at the display
+STAGE_STRIDE = 10  # steps of a stage between two looks at the display
 LAST_COUNT_SECONDS = 5.0  # what workers are given to say what they have sampled
 DISK_SECONDS = 5.0  # from one attempt to land a checkpoint on a full disk to the next
 
@@ -63,8 +64,8 @@ class Training:
                 version = await self.ring.start(resume)
             # A run stopped before its first checkpoint has nothing to go on from: it starts over in its folder.
             new = not (resume and versions(folder))  # broken ones were set aside in the start
-            if new and self.config.warm_start:
-                await self._warm_start()
+            if new:
+                await self._stages(next_stage(folder) if resume else 0)
             with self.phases.timed("engines"), self.startup.timed("publish"):
                 await self.ring.publish()
             self._serving = True
@@ -110,17 +111,32 @@ class Training:
             saving.cancel()
         return evaluation
 
-    async def _warm_start(self) -> None:
-        with self.phases.timed("demonstrations"):
-            total = await self.ring.begin_imitation()
-        with self.phases.timed("warm_start"), self.progress.phase("imitation", total) as phase:
-            while rows := await self.ring.imitate(IMITATION_STRIDE):
+    async def _stages(self, first: int) -> None:
+        """Make the stages from `first` on. A checkpoint ends each, version 0 the last: none is ever made again."""
+        for index in range(first, len(self.config.stages)):
+            await self._stage(index)
+            await self._save()
+
+    async def _stage(self, index: int) -> None:
+        name = f"stage {index} ({self.config.stages[index].kind})"
+        with self.phases.timed("stage_data"):
+            made, total = await self.ring.begin_stage(index)
+        log = MetricsLog(stage_folder(self.ring.run_folder, index), resume_after=made)
+        with closing(log), self.phases.timed("stages"), self.progress.phase(name, total) as phase:
+            phase.advance(made)
+            while rows := await self.ring.advance_stage(STAGE_STRIDE):
+                for number, row in enumerate(rows, made + 1):
+                    log.write(number, row)
                 if skipped := [row for row in rows if row.get("skipped_step")]:
                     self.progress.say(
-                        f"ALARM: {len(skipped)} of {len(rows)} imitation steps were not finite and left out "
-                        f"(loss {skipped[-1]['loss']:g}, gradient norm {skipped[-1]['grad_norm']:g})"
+                        f"ALARM: {len(skipped)} of {len(rows)} steps of {name} were not finite and left out: "
+                        f"{not_finite(skipped[-1])}"
                     )
-                phase.advance(len(rows), loss=rows[-1]["loss"])
+                phase.advance(len(rows), **{key: rows[-1][key] for key in ("loss",) if key in rows[-1]})
+                before, made = made, made + len(rows)
+                every = self.config.checkpoint.stage_steps
+                if made // every > before // every and made < total:
+                    await self._save()
 
     async def _look_at_tasks(self) -> list[Task]:
         """The tasks of evaluations; which they are is found out while the parts start."""

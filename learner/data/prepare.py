@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from learner.algorithm.advantages import overlong_penalty
+from learner.algorithm.aggregation import Aggregation, token_weights
 from learner.algorithm.estimators import Episode
 from learner.algorithm.regularizers import OverlongSettings
 from learner.data.batch import MicroBatch, TokenSequence, arrange, level, row_of, sequences_of
@@ -49,6 +50,19 @@ class Example:
     def sequences(self, weight: float = 1.0) -> list[TokenSequence]:
         """The example's segments. weight: of each sampled token in the loss."""
         return sequences_of(self.trajectory, self.advantages_N, weight, self.columns)
+
+
+def weighed(
+    examples: Sequence[Example], how: Aggregation, length: int | None = None, ranks: Ranks = ALONE
+) -> list[TokenSequence]:
+    """The sequences of these episodes, each sampled token with its weight among those of all ranks.
+
+    length: what how="constant" divides by.
+    """
+    sampled_E = [example.trajectory.num_sampled for example in examples]
+    weights = token_weights(sampled_E, how, length, ranks)
+    pairs = zip(examples, weights, strict=True)
+    return [sequence for example, weight in pairs for sequence in example.sequences(weight)]
 
 
 def of_tokens(

@@ -62,11 +62,11 @@ class LearnerActor:
         )
         return _here(), self._learner.version
 
-    async def begin_imitation(self, batches: list[pa.RecordBatch]) -> int:
-        return await self._loop.begin_imitation(batches)
+    async def begin_stage(self, index: int, batches: list[pa.RecordBatch]) -> tuple[int, int]:
+        return await self._loop.begin_stage(index, batches)
 
-    async def imitate(self, steps: int) -> list[Row]:
-        return await self._loop.imitate(steps)
+    async def advance_stage(self, steps: int) -> list[Row]:
+        return await self._loop.advance_stage(steps)
 
     async def train(self, step: int) -> Row:
         return await self._loop.train(step)

@@ -6,6 +6,9 @@
         optimizer.pt  moments and step counts, torch's RNG state
         state.json    version, task cursor, the learner's own RNG, size and blake3 of every other file, and its own seal
 
+Before version 0, checkpoints of the run's stages lie under RUN/stages/checkpoints in the same form: their number counts
+the steps of all stages, and state.json says where the stages stand. The first checkpoint of a version removes them.
+
 A checkpoint is written beside its final place, synced to disk, and renamed: a folder under its final name was
 complete. What is read is compared with its checksum first; a checkpoint that has changed since is set aside as
 .broken-version-N and the one before is used. Nothing is ever unpickled: weights are safetensors, and optimizer.pt is
@@ -36,6 +39,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 ROOT, MODEL, CRITIC, OPTIMIZER, STATE = "checkpoints", "model", "critic", "optimizer.pt", "state.json"
+STAGES = "stages"  # folder of a run, and what a checkpoint's cursor calls where they stand
 _READ_BYTES = 16 << 20  # at a time while hashing; blake3 spreads that over all cores
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NAME = re.compile(r"version-(\d{8,})")
@@ -132,6 +136,22 @@ def latest(run: Path) -> Path | None:
         else:
             return folder
     return None
+
+
+def newest(run: Path) -> Path | None:
+    """What a run goes on from: its newest whole checkpoint of a version, else of a stage; None where it has neither."""
+    return latest(run) or latest(run / STAGES)
+
+
+def next_stage(run: Path) -> int:
+    """The stage that a run without a version goes on with, by its newest checkpoint of a stage; 0 without one."""
+    folders = _complete(run / STAGES / ROOT)
+    return int(_stated(folders[-1])["cursor"][STAGES]["stage"]) if folders else 0
+
+
+def remove_stages(run: Path) -> None:
+    """Remove the checkpoints of a run's stages: it goes on from a version now."""
+    shutil.rmtree(run / STAGES / ROOT, ignore_errors=True)
 
 
 def newest_version(run: Path) -> int:

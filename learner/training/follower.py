@@ -5,7 +5,7 @@ A verb that fails everywhere alike (a batch that is refused, a disk that is full
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 from learner.data.batch_checks import BatchRefused
 from learner.parallel.ranks import touching
 from learner.training.learner import Learner
-from learner.training.loop import Row, Source, to_its_end
+from learner.training.loop import Source, begin_stage, to_its_end
 from learner.training.publish import take_snapshot
 from rollout.wire.schema import decode
 
@@ -28,7 +28,6 @@ class Follower:
         self._engine_dtype = engine_dtype
         self._take_seconds = take_seconds
         self._batches: Sequence[pa.RecordBatch] = ()
-        self._imitation: Iterator[Row] = iter(())
 
     async def take(self, version: int) -> None:
         """Fetch the own share of the step after `version`."""
@@ -53,13 +52,13 @@ class Follower:
         """Take part in a checkpoint: rank 0 writes it."""
         await self._do(self._learner.save, run_folder)
 
-    async def begin_imitation(self, batches: Sequence[pa.RecordBatch]) -> None:
-        """All demonstrations, of which every step takes its part."""
-        self._imitation = self._learner.imitate([decode(batch) for batch in batches])
+    async def begin_stage(self, index: int, batches: Sequence[pa.RecordBatch]) -> None:
+        """Begin a stage on all its groups, of which every step takes its part."""
+        await self._do(begin_stage, self._learner, index, batches)
 
-    async def imitate(self, steps: int) -> None:
-        """Up to so many imitation steps."""
-        await self._do(lambda: list(zip(range(steps), self._imitation, strict=False)))
+    async def advance_stage(self, steps: int) -> None:
+        """Make up to so many steps of it."""
+        await self._do(self._learner.advance_stage, steps)
 
     async def _do(self, function: Callable[..., object], *args: object) -> None:
         await to_its_end(touching, self._learner.ranks, function, *args)

@@ -13,25 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.algorithm.aggregation import Aggregation, token_weights
 from learner.algorithm.regularizers import divergence
 from learner.data.advantage_log import AdvantageLog
 from learner.data.batch import Batch, MicroBatch, TokenSequence, pack
-from learner.data.batch_checks import MOST_REFUSED, BatchRefused, require_groups, require_rewards
+from learner.data.batch_checks import BatchRefused, require_groups, require_rewards
 from learner.data.batch_stats import describe
-from learner.data.prepare import Example, of_tokens
+from learner.data.prepare import Example, of_tokens, weighed
 from learner.model.policy import Policy
 from learner.parallel.ranks import ALONE, Ranks
 from learner.parallel.shards import gathered_tree
 from learner.settings import LearnerSettings
+from learner.stages.settings import AnyStage
 from learner.training import checkpoint
 from learner.training.critic import Critic, critic_of
 from learner.training.memory_dry_run import rehearse
 from learner.training.optim import Optimizer
 from learner.training.reference_policy import Reference
-from learner.training.step import PolicyObjective, cross_entropy_objective, sizes, train_step
+from learner.training.stage_run import Stages
+from learner.training.step import PolicyObjective, not_finite, sizes, train_step, use_threads
 from rollout.wire.metrics import joined
-from rollout.wire.partition import deal
 from rollout.wire.trajectory import Float32Array, Group
 
 # Summed over optimizer steps, not averaged.
@@ -48,8 +48,9 @@ _COUNTS = (
 class Learner:
     """Holds the policy, its optimizer and the weight version: 0 until the first step, one more with each.
 
-    seed: of the order in which episodes are imitated and used again; temperature: that of the sampling, which the
-    learner's logprobs must share; total_steps: learner steps of the whole run, where a falling learning rate ends.
+    seed: of the order in which episodes are used by stages and used again; temperature: that of the sampling, which the
+    learner's logprobs must share; total_steps: learner steps of the whole run, where a falling learning rate ends;
+    stages: what comes before version 0.
 
     ranks: this process among those that learn together. Each is told the same things in the same order, with groups of
     its own share; what is raised, decided and returned is the same on all, and rank 0 writes.
@@ -62,10 +63,11 @@ class Learner:
         temperature: float = 1.0,
         total_steps: int | None = None,
         ranks: Ranks = ALONE,
+        stages: Sequence[AnyStage] = (),
     ) -> None:
         self.settings = settings
         self.ranks = ranks
-        _use_threads(settings.threads)
+        use_threads(settings.threads)
         self.version = 0
         self.policy = Policy(settings.model, ranks)
         self._optimizer_steps = total_steps and total_steps * settings.algorithm.updates
@@ -73,6 +75,7 @@ class Learner:
         self.optimizer = Optimizer(self.policy.parameters(), settings.optim, self._policy_steps)
         self._temperature = temperature
         self._rng = np.random.default_rng(seed)
+        self.stages = Stages(stages, settings, self._rng)
         self._advantages: AdvantageLog | None = None
         self._verdicts = False  # whether the environment was ever seen to give one
         self._critic: Critic | None = None  # made by the first step, which finds the policy as it begins
@@ -87,7 +90,7 @@ class Learner:
         and generators are then, to the bit, what they were before the batch. Where it makes several optimizer steps,
         host memory holds a copy of parameters and moments meanwhile.
         """
-        _use_threads(self.settings.threads)
+        use_threads(self.settings.threads)
         algorithm = self.settings.algorithm
         self._begin()
         require_groups(groups, algorithm.advantage.kind if algorithm.advantage.siblings else None, self.ranks)
@@ -104,7 +107,7 @@ class Learner:
             if row["skipped_step"] or row.get("value_skipped_step"):
                 if put_back:
                     put_back()
-                raise BatchRefused(_not_finite(row))
+                raise BatchRefused(not_finite(row))
         self.version += 1
         if self._advantages is not None:
             self._advantages.write(self.version, groups, [example.advantages_N for example in examples])
@@ -132,44 +135,27 @@ class Learner:
             self.policy, self.optimizer, self.settings, longest, self._temperature, self._optimizer_steps
         )
 
-    def imitate(self, groups: Sequence[Group]) -> Iterator[dict[str, float]]:
-        """Raise the likelihood of the groups' recorded actions: one optimizer step per item yielded.
+    def begin_stage(self, index: int, groups: Sequence[Group]) -> tuple[int, int]:
+        """Begin a stage of the run on these groups; returns the steps that are made and how many there are in all.
 
-        Every trainable episode is one example, in a new order each epoch; ranks are all given all of them, and each
-        learns from its part of a step's. It has its own optimizer, and the weight version stays: this is what comes
-        before version 0 is published. A step that is not finite changes nothing ("skipped_step"); BatchRefused after
-        four in a row.
+        Stages come before version 0, in order, and a stage that a checkpoint was written in goes on where it was. Ranks
+        are all given all groups.
         """
-        imitation = self.settings.imitation
-        episodes = [trajectory for group in groups for trajectory in group.trainable]
-        examples = [Example.of(trajectory) for trajectory in episodes]
-        optimizer = Optimizer(self.policy.parameters(), imitation.optim, self.imitation_steps(len(episodes)))
-        refused = 0
-        for epoch in range(imitation.epochs):
-            order = self._rng.permutation(len(episodes))
-            for start in range(0, len(order), imitation.episodes_per_step):
-                _use_threads(imitation.threads or self.settings.threads)
-                chosen = [examples[place] for place in order[start : start + imitation.episodes_per_step]]
-                dealt = deal([example.trajectory.num_sampled for example in chosen], self.ranks.size)
-                own = [chosen[place] for place in dealt[self.ranks.rank]]
-                batch = self._pack(self._weighed(own, "token"))
-                metrics = train_step(self.policy, optimizer, batch, cross_entropy_objective, temperature=1.0)
-                refused = refused + 1 if metrics["skipped_step"] else 0
-                if refused > MOST_REFUSED:
-                    raise BatchRefused(f"{refused} imitation steps in a row: {_not_finite(metrics)}")
-                yield {**metrics, "epoch": float(epoch)}
+        return self.stages.begin(index, groups, self.policy)
 
-    def imitation_steps(self, episodes: int) -> int:
-        """How many optimizer steps `imitate` makes of that many trainable episodes."""
-        return self.settings.imitation.steps(episodes)
+    def advance_stage(self, steps: int) -> list[dict[str, float]]:
+        """Make up to so many steps of the stage; fewer at its end. BatchRefused after four in a row not finite."""
+        return self.stages.advance(steps)
 
     def save(self, run: Path, cursor: Mapping[str, Any] | None = None, keep: int = 2) -> Path:
         """Write a checkpoint of this version into the run, keep the last `keep`, and return its folder.
 
+        While stages are under way it is one of a stage; the first of a version removes those.
         cursor: where the task stream stands, JSON; `load` gives it back. Raises DiskFull. Of several ranks, rank 0
         gathers everything in its memory and writes; the others are done when it has it.
         """
-        optimizers = {"policy": self.optimizer.state_dict()}
+        staged = self.stages.open
+        optimizers = {"policy": self.optimizer.state_dict(), **self.stages.tensors()}
         weights = self.policy.whole_state()
         parts: dict[str, Callable[[Path], None]] = {
             checkpoint.MODEL: self.write_model
@@ -182,26 +168,31 @@ class Learner:
             parts[checkpoint.CRITIC] = self._critic.writer()
             size += self._critic.nbytes
         contents = checkpoint.Contents(
-            version=self.version,
-            cursor=dict(cursor or {}),
+            version=self.stages.done if staged else self.version,
+            cursor={**(cursor or {}), **({checkpoint.STAGES: self.stages.position()} if staged else {})},
             generator=self._rng.bit_generator.state,
             optimizers=gathered_tree(optimizers, self.ranks),
             torch_rng=torch.get_rng_state(),
         )
-        if self._reference is not None and self.version == 0:
+        if self._reference is not None and self.version == 0 and not staged:
             self._reference.keep(run, self.policy)
+        target = run / checkpoint.STAGES if staged else run
         if self.ranks.rank:
-            return checkpoint.folder_of(run, self.version)
-        return checkpoint.save(run, contents, parts, size, keep)
+            return checkpoint.folder_of(target, contents.version)
+        folder = checkpoint.save(target, contents, parts, size, keep)
+        if not staged:
+            checkpoint.remove_stages(run)
+        return folder
 
     def load(self, run: Path) -> dict[str, Any]:
         """Continue from the newest whole checkpoint of a run, bit for bit; returns its cursor.
 
+        Before the first version it is one of the run's stages.
         CheckpointError or ModelError, in one line, if there is none or it is broken; this learner is then of
         no more use.
         """
         # Rank 0 says which: a broken one is set aside while it looks.
-        found = checkpoint.latest(run) if not self.ranks.rank else None
+        found = checkpoint.newest(run) if not self.ranks.rank else None
         (newest, *_) = self.ranks.gather(found and str(found))
         if newest is None:
             raise checkpoint.CheckpointError(f"run {run} has no whole checkpoint")
@@ -212,13 +203,15 @@ class Learner:
         self.policy = Policy.restored(self.settings.model, folder / checkpoint.MODEL, self.ranks)
         self.optimizer = Optimizer(self.policy.parameters(), self.settings.optim, self._policy_steps)
         self.optimizer.load_state_dict(contents.optimizers["policy"])
-        if self._reference is not None:
+        staged = contents.cursor.pop(checkpoint.STAGES, None)
+        if self._reference is not None and not staged:
             self._reference.find(run)
         critic = self.settings.algorithm.critic
         if critic is not None and "critic" in contents.optimizers:
             self._critic = critic_of(critic, self.policy, self._optimizer_steps, folder / checkpoint.CRITIC)
             self._critic.optimizer.load_state_dict(contents.optimizers["critic"])
-        self.version = contents.version
+        self.stages.restore(staged, contents.optimizers)
+        self.version = 0 if staged else contents.version
         self._rng.bit_generator.state = contents.generator
         torch.set_rng_state(contents.torch_rng)
         return contents.cursor
@@ -346,17 +339,10 @@ class Learner:
                 order = order[order < len(examples)]
             for part in np.array_split(order, min(algorithm.minibatches, most) or 1):
                 chosen = [examples[place] for place in part]
-                sequences = self._weighed(chosen, algorithm.aggregation)
+                sequences = weighed(chosen, algorithm.aggregation, algorithm.aggregation_length, self.ranks)
                 batch = self._pack(sequences, algorithm.skip_zero_advantage)
                 alike = self._critic is None or not batch.skipped_sequences
                 yield batch, batch if alike else self._pack(sequences)
-
-    def _weighed(self, examples: Sequence[Example], how: Aggregation) -> list[TokenSequence]:
-        length = self.settings.algorithm.aggregation_length
-        sampled_E = [example.trajectory.num_sampled for example in examples]
-        weights = token_weights(sampled_E, how, length, self.ranks)
-        pairs = zip(examples, weights, strict=True)
-        return [sequence for example, weight in pairs for sequence in example.sequences(weight)]
 
     def _pack(self, sequences: list[TokenSequence], skip_zero_advantage: bool = False) -> Batch:
         return pack(sequences, self.settings.tokens_per_microbatch, self.policy.context, skip_zero_advantage)
@@ -366,17 +352,6 @@ class Learner:
         counted = [bool(one) for one in true]
         sums = self.ranks.sums({"true": sum(counted), "all": len(counted)})
         return sums["true"] / max(sums["all"], 1)
-
-
-def _use_threads(count: int) -> None:
-    # Of the calling thread: OpenMP keeps the number for each, and steps run in whatever thread is free.
-    if count:
-        torch.set_num_threads(count)
-
-
-def _not_finite(row: Mapping[str, float]) -> str:
-    said = [name for name in ("loss", "grad_norm", "value_loss", "value_grad_norm") if name in row]
-    return "an optimizer step is not finite: " + ", ".join(f"{name} {row[name]:g}" for name in said)
 
 
 def _merged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """The learner's side of the ring, one verb at a time; whoever supervises the run says when.
 
+    begin_stage      take the data of a stage, of those before version 0
+    advance_stage    make steps of it
     train            take a step's groups and learn from them: the version is one higher
     publish_weights  put the version where engines can load it       engines load and prove it
     unpin_weights    let go of what was put                          buffer.release: new groups may start
@@ -17,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -80,7 +82,6 @@ class LearnerLoop:
         self._keep = keep_checkpoints
         self._native = native
         self._tell = tell
-        self._imitation: Iterator[Row] = iter(())
         self._last: Row | None = None  # of the step that made the present version
         self._saved: tuple[Path, int] | None = (
             None  # the last checkpoint: one that has landed is not written twice
@@ -159,35 +160,36 @@ class LearnerLoop:
             snapshot = await self._take_snapshot(None)
             return sync_metrics(await self._native.publish(snapshot))
 
-    async def begin_imitation(self, batches: Sequence[pa.RecordBatch]) -> int:
-        """Hand over demonstrations; returns how many imitation steps they make."""
-        await asyncio.gather(*self._tell("begin_imitation", batches))
-        groups = [decode(batch) for batch in batches]
-        self._imitation = self._learner.imitate(groups)
-        return self._learner.imitation_steps(len(groups))
+    async def begin_stage(self, index: int, batches: Sequence[pa.RecordBatch]) -> tuple[int, int]:
+        """Begin a stage on these groups; returns the steps that are made and how many there are in all."""
+        async with self._weights:
+            words = ("begin_stage", index, batches)
+            return await self._together(words, begin_stage, self._learner, index, batches)
 
-    async def imitate(self, steps: int) -> list[Row]:
-        """Up to `steps` imitation steps; fewer when the demonstrations are used up. They come before any offer."""
+    async def advance_stage(self, steps: int) -> list[Row]:
+        """Make up to `steps` steps of the stage; fewer at its end. Stages come before any offer."""
         if self._snapshot is not None:
-            raise RuntimeError(
-                f"version {self.version} was offered already: it can not learn by imitation any more"
-            )
+            raise RuntimeError(f"version {self.version} was offered already: no stage can change it any more")
         async with self._weights:
             self._saved = None
-            return await self._together(("imitate", steps), self._imitated, steps)
+            return await self._together(("advance_stage", steps), self._learner.advance_stage, steps)
 
     async def save(self, run_folder: Path) -> None:
-        """Write a checkpoint; once it has landed, the groups it contains are trained for good. Raises DiskFull."""
+        """Write a checkpoint; once it has landed, the groups it contains are trained for good. Raises DiskFull.
+
+        One of a stage contains none.
+        """
         # "issued" is where the task stream stands: group ids are its positions.
         cursor = await self._source.counts()
         async with self._weights:
             self._require_whole()
-            version = self.version
+            version, staged = self.version, self._learner.stages.open
             if self._saved != (run_folder, version):
                 saving = partial(self._learner.save, run_folder, cursor, self._keep)
                 await self._together(("save", run_folder), saving)
                 self._saved = run_folder, version
-        await self._source.checkpointed(version)
+        if not staged:
+            await self._source.checkpointed(version)
 
     def _step(self, batches: list[pa.RecordBatch], waited: Row) -> Row:
         self._require_whole()
@@ -210,9 +212,6 @@ class LearnerLoop:
             raise RuntimeError(
                 f"the learner's step after version {self.version} failed on its way: start it again from a checkpoint"
             )
-
-    def _imitated(self, steps: int) -> list[Row]:
-        return [row for _, row in zip(range(steps), self._imitation, strict=False)]
 
     async def _take_snapshot(self, staging: Staging | None) -> Snapshot:
         """Without a staging buffer the snapshot has no bytes."""
@@ -247,6 +246,11 @@ class LearnerLoop:
         if failed:
             raise (mistakes or failed)[0]
         return own.result()
+
+
+def begin_stage(learner: Learner, index: int, batches: Sequence[pa.RecordBatch]) -> tuple[int, int]:
+    """What every rank does at the beginning of a stage."""
+    return learner.begin_stage(index, [decode(batch) for batch in batches])
 
 
 def sync_metrics(reports: Sequence[SyncReport]) -> Row:

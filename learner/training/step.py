@@ -11,7 +11,6 @@ from torch import Tensor
 
 from learner.algorithm.algorithm import AlgorithmSettings
 from learner.algorithm.corrections import ratios
-from learner.algorithm.losses import cross_entropy
 from learner.algorithm.regularizers import divergence
 from learner.data.batch import Batch, MicroBatch, level
 from learner.model.policy import Policy
@@ -91,11 +90,6 @@ def _joined(stats: Stats, more: Mapping[str, Tensor], kind: str) -> Stats:
     return {**stats, **more}
 
 
-def cross_entropy_objective(micro: MicroBatch, logprobs_N: Tensor, entropy_N: Tensor) -> tuple[Tensor, Stats]:
-    """Imitation: the negative log-likelihood of the recorded actions."""
-    return cross_entropy(logprobs_N), {"entropy": entropy_N.detach()}
-
-
 def train_step(
     policy: Policy,
     optimizer: Optimizer,
@@ -122,6 +116,17 @@ def train_step(
         beside_N, more = auxiliary(micro, hidden_ND)
         return loss_N + beside_N, {**stats, **more}
 
+    return optimizer_step(policy, optimizer, batch, loss_of, agree)
+
+
+def optimizer_step(
+    policy: Policy,
+    optimizer: Optimizer,
+    batch: Batch,
+    loss_of: Callable[[MicroBatch], tuple[Tensor, Stats]],
+    agree: Callable[[], bool] = lambda: True,
+) -> dict[str, float]:
+    """The same for any loss of a micro-batch."""
     optimizer.zero_grad()
     loss, means = accumulate(policy, batch, loss_of)
     report = optimizer.step(finite=math.isfinite(loss) and agree())
@@ -153,6 +158,19 @@ def accumulate(
         total = total + loss.detach()
         means.add(stats)
     return policy.ranks.sums({"loss": float(total)})["loss"], means.values(policy.ranks)
+
+
+def use_threads(count: int) -> None:
+    """CPU threads of torch in the calling thread; 0: as they are."""
+    # OpenMP keeps the number for each thread, and steps run in whatever thread is free.
+    if count:
+        torch.set_num_threads(count)
+
+
+def not_finite(row: Mapping[str, float]) -> str:
+    """What to say of an optimizer step with these metrics that was skipped."""
+    said = [name for name in ("loss", "grad_norm", "value_loss", "value_grad_norm") if name in row]
+    return "an optimizer step is not finite: " + ", ".join(f"{name} {row[name]:g}" for name in said)
 
 
 def sizes(batch: Batch, ranks: Ranks = ALONE) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -64,6 +65,12 @@ class History:
             )
         fresh = [read_batch(self._groups, location) for location in self._steps[version]]
         return share.of(fresh + [reused.read(self._groups) for reused in self._reused[version]])
+
+    def groups(self) -> Iterator[pa.RecordBatch]:
+        """Every group the run has trained on, once, in the order of its steps. Raises CorruptSegment."""
+        for locations in self._steps:
+            for location in locations:
+                yield read_batch(self._groups, location)
 
     async def discard(self, version: int, reason: DropReason) -> None:
         """Raise HistoryError: a finished run has no other groups for a step."""

@@ -1,9 +1,9 @@
-"""Every recipe on the main job, several seeds each, from one warm start a seed: the table and the picture of
+"""Every recipe on the main job, several seeds each, from one fine-tuned model a seed: the table and the picture of
 docs/algorithms.md.
 
     python -m tests.bench.algorithms [RECIPE ...] [--seeds 3] [--steps 40] [--folder DIR] [--figure FILE]
 
-A seed's warm start (imitation) is made once; every recipe then goes on from it, with the real vLLM and Ray, and is
+A seed's fine-tuned model is made once; every recipe then goes on from it, with the real vLLM and Ray, and is
 evaluated on 256 held-out maps. What is there already is not run again. Prints Markdown.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from deploy.report.metrics import read_metrics
-from tests.bench.runs import SMOOTHED, from_model, imitated, run_to_end, success
+from tests.bench.runs import SMOOTHED, fine_tuned, from_model, run_to_end, success
 
 RECIPES = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "dppo", "ppo", "ppo_shared")
 COLUMNS = 5
@@ -69,7 +69,7 @@ def main() -> None:
     found: dict[str, list[float]] = {recipe: [] for recipe in asked.recipes or RECIPES}
     before = []
     for seed in range(asked.seeds):
-        warm = imitated("frozen_lake", seed, folder)
+        warm = fine_tuned("frozen_lake", seed, folder)
         for recipe, successes in found.items():
             config = from_model(recipe, warm, [f"seed={seed}", f"steps={asked.steps}"])
             summary = run_to_end(config, folder / f"{recipe}-{seed}")

@@ -27,8 +27,8 @@ NAMES = ("household", "assistant", "foreign", "transfer")
 COMPOSED = (
     "env.options.level=3",
     "env.options.max_turns=16",
-    "warm_start.episodes=512",
-    "warm_start.error_rate=0.3",
+    "stages.0.source.episodes=512",
+    "stages.0.source.error_rate=0.3",
     "learner.algorithm.advantage={kind='gigpo',gamma=0.9}",  # a turn among nine is seldom what decided
     "learner.optim.learning_rate=2e-3",
     "steps=60",
@@ -45,7 +45,7 @@ def learnt(recipe: str, seed: int, folder: Path) -> tuple[float, float, float]:
 
 
 def through_the_endpoint(seed: int, folder: Path) -> tuple[float, float, float]:
-    """The same of a foreign assistant, whose model has imitated what ours had imitated, and nothing more."""
+    """The same of a foreign assistant, whose model was fine-tuned on what ours was, and nothing more."""
     learnt("assistant", seed, folder)
     agent, task = "function='tests.bench.openai_assistant:play'", "level=1,max_calls=2"
     overrides = [
@@ -54,7 +54,7 @@ def through_the_endpoint(seed: int, folder: Path) -> tuple[float, float, float]:
         f"evaluation.options={{{agent},task={{{task},split='heldout'}}}}",
         f"seed={seed}",
     ]
-    model = exported(folder / f"assistant-{seed}", folder / f"assistant-imitated-{seed}", 0)
+    model = exported(folder / f"assistant-{seed}", folder / f"assistant-fine-tuned-{seed}", 0)
     return _figures(run_to_end(from_model("assistant", model, overrides), folder / f"foreign-{seed}"))
 
 

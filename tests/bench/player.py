@@ -1,4 +1,4 @@
-"""Tiny models: one that can play, the recipe's after a short imitation (one that says anything ends its episodes soon),
+"""Tiny models: one that can play, the recipe's, fine-tuned shortly (one that says anything ends its episodes soon),
 and one that nobody taught.
 """
 
@@ -7,8 +7,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from deploy.assembly.build import play_demonstrations
 from deploy.assembly.models import build_learner, model_path
+from deploy.assembly.stage_data import stage_data
 from deploy.config.config import RunConfig
 from deploy.config.load import load_config
 from learner.model.tiny import build_tiny
@@ -26,17 +26,17 @@ def untaught_model(folder: Path, context: int) -> int:
 
 
 def recipe(*overrides: str) -> RunConfig:
-    """The main recipe with a warm start of seconds."""
-    return load_config("frozen_lake", [f"warm_start.episodes={DEMONSTRATIONS}", *overrides])
+    """The main recipe with a stage of seconds."""
+    return load_config("frozen_lake", [f"stages.0.source.episodes={DEMONSTRATIONS}", *overrides])
 
 
 def playing_model(config: RunConfig, folder: Path) -> str:
-    """Build the tiny model in `folder`, have it imitate, and return where the outcome lies (Hugging Face format)."""
+    """Build the tiny model in `folder`, fine-tune it, and return where the outcome lies (Hugging Face format)."""
     base = model_path(config, folder)
     learner = build_learner(config, base)
-    rows = asyncio.run(play_demonstrations(config, base))
-    for _ in learner.imitate([decode(batch) for batch in rows]):
-        pass
+    rows = asyncio.run(stage_data(config, 0, base))
+    _, steps = learner.begin_stage(0, [decode(batch) for batch in rows])
+    learner.advance_stage(steps)
     taught = folder / "taught"
     learner.write_model(taught)
     return str(taught)

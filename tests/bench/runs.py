@@ -32,11 +32,11 @@ def run_to_end(config: RunConfig, folder: Path) -> dict[str, Any]:
     return summary
 
 
-def imitated(recipe: str, seed: int, folder: Path) -> Path:
-    """The model that a recipe's warm start makes: version 0 of a run of one step."""
-    run = folder / f"{recipe}-imitation-{seed}"
+def fine_tuned(recipe: str, seed: int, folder: Path) -> Path:
+    """The model that a recipe's stages make: version 0 of a run of one step."""
+    run = folder / f"{recipe}-stages-{seed}"
     run_to_end(load_config(recipe, [f"seed={seed}", "steps=1", "learner.optim.warmup_steps=0"]), run)
-    return exported(run, folder / f"{recipe}-imitated-{seed}", 0)
+    return exported(run, folder / f"{recipe}-fine-tuned-{seed}", 0)
 
 
 def exported(run: Path, model: Path, version: int | None) -> Path:
@@ -47,8 +47,8 @@ def exported(run: Path, model: Path, version: int | None) -> Path:
 
 
 def from_model(recipe: str, model: Path, overrides: Sequence[str]) -> RunConfig:
-    """A recipe without a warm start of its own: it goes on from a model."""
-    return load_config(recipe, ["tiny=", "warm_start=", f"learner.model.path={model}", *overrides])
+    """A recipe without stages of its own: it goes on from a model."""
+    return load_config(recipe, ["tiny=", "stages=", f"learner.model.path={model}", *overrides])
 
 
 def success(rows: Sequence[Mapping[str, float]]) -> np.ndarray:

@@ -391,7 +391,7 @@ def test_what_may_not_be_meant_is_said_and_the_run_begins(
     manta: Manta, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     begun: list[Path] = []
-    monkeypatch.setattr(drive, "drive", lambda config, folder, *_, **__: begun.append(folder))
+    monkeypatch.setattr(drive, "drive", lambda asked: begun.append(asked.folder))
     plain = ("learner.algorithm.loss.kind=reinforce", "buffer.max_lag=1", "evaluation.tasks=0")
     code, _, err = manta("train", RECIPE, *plain, "--run-dir", str(tmp_path / "run"))
     assert (code, begun, err.count("\n")) == (0, [tmp_path / "run"], 1)

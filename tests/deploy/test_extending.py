@@ -11,7 +11,7 @@ from deploy.config.config import RunConfig
 from deploy.config.load import load_config
 from deploy.config.own_parts import own_parts
 from deploy.config.trackers import OwnTracker, Trackers
-from deploy.report.metrics import read_metrics
+from deploy.report.metrics import read_metrics, stage_folder
 from deploy.run.preflight import check
 from tests.deploy.small_run import assert_balanced, train, trained_rows
 
@@ -38,10 +38,10 @@ def guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _over(own: str, small: str) -> str:
-    """Top-level options first, in TOML's way; the guide's sections are none of the small recipe's."""
+    """Top-level options first, in TOML's way; the guide's sections are none of the small recipe's, lists may go on."""
     top, bracket, sections = own.partition("\n[")
-    assert set(re.findall(r"^\[+([\w.]+)\]", own, re.MULTILINE)).isdisjoint(
-        re.findall(r"^\[+([\w.]+)\]", small, re.MULTILINE)
+    assert set(re.findall(r"^\[([\w.]+)\]", own, re.MULTILINE)).isdisjoint(
+        re.findall(r"^\[([\w.]+)\]", small, re.MULTILINE)
     )
     return f"{top}\n{small}\n{bracket}{sections}"
 
@@ -55,7 +55,7 @@ def _configured(recipe: Path, *overrides: str) -> RunConfig:
 
 def test_the_guides_own_parts_train_and_its_tracker_hears_of_it(guide: Path, tmp_path: Path) -> None:
     config = _configured(guide)
-    assert len(list(own_parts(config))) == 8
+    assert len(list(own_parts(config))) == 9
     check(config)
     train(config, tmp_path / "run")
     assert_balanced(tmp_path / "run", config)
@@ -63,6 +63,9 @@ def test_the_guides_own_parts_train_and_its_tracker_hears_of_it(guide: Path, tmp
     assert rows[0]["gate_open"] == 1.0 and rows[0]["distance"] == pytest.approx(0.0, abs=1e-6)
     assert all(0.0 <= row["gate_open"] <= 1.0 for row in rows) and rows[-1]["distance"] > 0.0
     assert [row.get("groups_reused", 0.0) for row in rows] == [0.0, 1.0, 1.0]
+    rewarded = read_metrics(stage_folder(tmp_path / "run", 1))
+    assert [row["step"] for row in rewarded] == [1, 2, 3, 4]
+    assert all(row["loss"] > 0 and row["skipped_step"] == 0 for row in rewarded)
     stored = trained_rows(tmp_path / "run")
     assert any('"turn 1' in row["observation"] for row in stored)
     assert any('"length"' in (row["named_rewards"] or "") for row in stored)
@@ -97,6 +100,7 @@ def test_the_guides_table_counts_the_lines_of_its_examples() -> None:
         "Numbered": int(table["agent part"]),
         "short": int(table["reward"]),
         "Lines": int(table["metric tracker"]),
+        "Rewarded": int(table["stage"]),
     }
 
 

@@ -147,7 +147,8 @@ def main() -> None:
     ) -> dict[str, Any]:
         hosting = importlib.import_module("deploy.run.local" if local else "deploy.cluster.cluster")
         ring = "LocalRuntime" if local else "RayRuntime"
-        hosting.build_learner = learner
+        learning = importlib.import_module("deploy.run.in_process") if local else hosting
+        learning.build_learner = learner
         setattr(hosting, ring, partial(getattr(hosting, ring), engine_factory=engine))
         return train(config, folder, console, resume, local, startup)
 

@@ -12,17 +12,21 @@ import numpy as np
 import torch
 
 import learner.model.policy
+from learner.algorithm.schedule import OptimSettings
 from learner.data.batch import arrange
 from learner.data.batch_checks import BatchRefused
 from learner.data.prepare import Example
 from learner.parallel.ranks import Ranks
 from learner.parallel.shards import gathered, gathered_tree
 from learner.settings import LearnerSettings
+from learner.stages.settings import SftSettings
+from learner.training.checkpoint import newest
 from learner.training.learner import Learner
 from learner.training.publish import take_snapshot
 from rollout.wire.schema import as_reused, decode, encode
 from rollout.wire.trajectory import Group, Turn
 from tests.learner.episodes import group, random_groups
+from tests.learner.staged import learned
 
 LIMIT = 12  # tokens of a row: every rank has several
 Found = dict[str, Any]
@@ -46,10 +50,12 @@ def built(ranks: Ranks, tiny: Path, recipe: dict[str, Any], **model: Any) -> Lea
         "model": {"path": str(tiny), **model},
         "optim": {"learning_rate": 1e-2, "max_grad_norm": 0.3, "weight_decay": 0.1},
         "algorithm": recipe,
-        "imitation": {"episodes_per_step": 4, "epochs": 2, "optim": {"learning_rate": 1e-2}},
         "tokens_per_microbatch": LIMIT,
     }
-    return Learner(LearnerSettings.model_validate(settings), temperature=0.8, total_steps=8, ranks=ranks)
+    sft = SftSettings(episodes_per_step=4, epochs=2, optim=OptimSettings(learning_rate=1e-2))
+    return Learner(
+        LearnerSettings.model_validate(settings), temperature=0.8, total_steps=8, ranks=ranks, stages=[sft]
+    )
 
 
 def groups_of(seed: int, count: int = 5) -> list[Group]:
@@ -75,20 +81,20 @@ def plain(tensors: Any) -> list[Any]:
 
 
 def stepped(ranks: Ranks, tiny: Path, cases: list[Any]) -> list[Found]:
-    """For each (recipe, steps, model settings): imitation, so many learner steps, and what the last one left."""
+    """For each (recipe, steps, model settings): a stage, so many learner steps, and what the last one left."""
     found = []
     for recipe, steps, model in cases:
         with float64():
             made = built(ranks, tiny, recipe, **model)
             made._begin()
-        imitated = list(made.imitate(groups_of(100, count=3)))
+        fine_tuned = learned(made, groups_of(100, count=3))
         for step in range(steps):
             share = own(ranks, groups_of(step))
             metrics = made.step(share)
         critic = [] if made._critic is None else made._critic.optimizer._parameters
         found.append(
             {
-                "imitated": imitated,
+                "fine_tuned": fine_tuned,
                 "metrics": metrics,
                 "gradients": plain(p.grad for p in made.policy.parameters() if p.grad is not None),
                 "parameters": plain(made.policy.parameters()),
@@ -142,6 +148,19 @@ def resumed(ranks: Ranks, tiny: Path, recipe: dict[str, Any], run: Path) -> Foun
         "bytes": sum(array.nbytes for array in snapshot.arrays),
         "metrics": metrics,
     }
+
+
+def staged(ranks: Ranks, tiny: Path, run: Path) -> Found:
+    """What a stage makes up to its end, from the run's checkpoint in it or else with one written after step 2."""
+    made = built(ranks, tiny, {})
+    if newest(run) is not None:
+        made.load(run)
+    begun, steps = made.begin_stage(0, groups_of(100, count=3))
+    metrics = made.advance_stage(2 - begun)
+    if not begun:
+        made.save(run)
+    metrics += made.advance_stage(steps)
+    return {"begun": begun, "metrics": metrics, "parameters": plain(made.policy.parameters())}
 
 
 def refused(

@@ -67,7 +67,7 @@ def test_whatever_ends_a_run_nothing_of_it_is_left(how: str, tmp_path: Path) -> 
     folder, temporary = tmp_path / "run", Path(tempfile.mkdtemp(prefix="mt-", dir="/tmp"))
     driver = Driver(
         folder,
-        ["steps=100000", "evaluation.tasks=0", "warm_start.episodes=8", "supervision.max_restarts=0"],
+        ["steps=100000", "evaluation.tasks=0", "stages.0.source.episodes=8", "supervision.max_restarts=0"],
         {f"{TAG}_TEST": str(folder), "TMPDIR": str(temporary)},
     )
     driver.start()

@@ -152,7 +152,7 @@ def test_no_evaluated_map_was_trained_on(reference: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_older_than_the_lag_bound_is_trained(seed: int, tmp_path: Path) -> None:
     config = configured(
-        "steps=6", "buffer.max_lag=2", f"seed={seed}", "evaluation.tasks=0", "warm_start.episodes=4",
+        "steps=6", "buffer.max_lag=2", f"seed={seed}", "evaluation.tasks=0", "stages.0.source.episodes=4",
         "rollout.workers=2", "checkpoint.every_steps=6",
     )  # fmt: skip
     train(config, tmp_path / "run", late_engine(seed))

@@ -36,7 +36,7 @@ RANKS = configured(
     "cluster.learner_cpus=0.5",
     "rollout.cpus_per_worker=0.5",
     "evaluation.tasks=0",
-    "warm_start.episodes=16",
+    "stages.0.source.episodes=16",
     "checkpoint.every_steps=1",
     "checkpoint.keep=9",
     "supervision.heartbeat_interval_seconds=0.5",
@@ -119,7 +119,7 @@ def test_a_rank_that_is_lost_takes_the_others_back_to_the_checkpoint(tmp_path: P
         return ring
 
     frozen = RANKS.supervision.model_copy(update={"heartbeat_timeout_seconds": 4.0})
-    config = RANKS.model_copy(update={"supervision": frozen, "warm_start": None})
+    config = RANKS.model_copy(update={"supervision": frozen, "stages": ()})
     train(config, folder, late_engine(1), ring_type=hit)
     _assert_trained(folder)
     assert [number for number, _ in seen] == [1, 2, 3, 3, 4, 4]

@@ -17,8 +17,8 @@ from tests.deploy.small_run import assert_balanced, largest_lag, ledger, trained
 ROOT = Path(__file__).resolve().parents[3]
 
 SMALL = (
-    "steps=3", "tiny.layers=1", "tiny.width=32", "warm_start.episodes=64", "evaluation.tasks=16",
-    "learner.imitation.optim.warmup_steps=2", "learner.optim.warmup_steps=0", "buffer.groups_per_step=8",
+    "steps=3", "tiny.layers=1", "tiny.width=32", "stages.0.source.episodes=64", "evaluation.tasks=16",
+    "stages.0.optim.warmup_steps=2", "learner.optim.warmup_steps=0", "buffer.groups_per_step=8",
     "rollout.workers=2", "rollout.cpus_per_worker=0.5", "rollout.concurrent_groups=4", "rollout.group_size=4",
 )  # fmt: skip
 

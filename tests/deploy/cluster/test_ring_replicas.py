@@ -19,7 +19,7 @@ FEW = (
     "rollout.concurrent_groups=1",
     "rollout.group_size=2",
     "evaluation.tasks=2",
-    "warm_start.episodes=16",
+    "stages.0.source.episodes=16",
 )
 ON_RAY = (
     *FEW,

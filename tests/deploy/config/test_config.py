@@ -38,7 +38,7 @@ def fault(*overrides: str) -> str:
         ("roll_out.workers=2", "rollout"),
         ("step=3", "steps"),
         ("tiny.layer=2", "tiny.layers"),
-        ("learner.imitation.optim.warmup=5", "learner.imitation.optim.warmup_steps"),
+        ("stages.0.optim.warmup=5", "stages.0.optim.warmup_steps"),
     ],
 )
 def test_an_unknown_name_is_told_the_nearest(override: str, nearest: str) -> None:
@@ -52,7 +52,7 @@ def test_an_unknown_name_is_told_the_nearest(override: str, nearest: str) -> Non
         ("learner.optim.lr=1e-3", "learner.optim.learning_rate"),
         ("learner.lr=1e-3", "learner.optim.learning_rate"),
         ("lr=1e-3", "learner.optim.learning_rate"),
-        ("learner.imitation.optim.lr=1e-3", "learner.imitation.optim.learning_rate"),
+        ("stages.0.optim.lr=1e-3", "stages.0.optim.learning_rate"),
         ("sampling.temp=0.7", "sampling.temperature"),
         ("temperature=0.7", "sampling.temperature"),
         ("learner.batch_size=8", "buffer.groups_per_step"),
@@ -161,8 +161,8 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
             "learner.optim.warmup_steps or train longer",
         ),
         (
-            ["learner.imitation.optim.schedule=cosine", "learner.imitation.optim.warmup_steps=48"],
-            "lower learner.imitation.optim.warmup_steps or",
+            ["stages.0.optim.schedule=cosine", "stages.0.optim.warmup_steps=48"],
+            "lower stages.0.optim.warmup_steps or",
         ),
         (
             ["buffer.reuse.groups=1", "buffer.reuse.limit=0"],
@@ -286,12 +286,26 @@ def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path: Path) ->
 
 def test_an_override_with_nothing_behind_it_leaves_a_section_out() -> None:
     config = load_config(
-        "household", ["tiny=", "warm_start=", "learner.model.path=/a/model", "env.options.level=3"]
+        "household", ["tiny=", "stages=", "learner.model.path=/a/model", "env.options.level=3"]
     )
-    assert config.tiny is None and config.warm_start is None
+    assert config.tiny is None and config.stages == ()
     assert config.learner.model.path == "/a/model"
     assert config.env.options["level"] == 3
     assert load_config("household", ["cluster.address="]).cluster.address == ""
+
+
+def test_an_entry_of_a_list_is_named_by_its_place() -> None:
+    config = configured(
+        "stages.0.source.error_rate=0.7", "stages.0.optim.weight_decay=0.1", "stages.0.epochs=5"
+    )
+    (before,), (sft,) = configured().stages, config.stages
+    assert (sft.source.error_rate, sft.optim.weight_decay, sft.epochs) == (0.7, 0.1, 5)
+    assert sft.source.episodes == before.source.episodes and sft.optim.betas == before.optim.betas
+    assert configured("stages.0={kind='sft', epochs=7}").stages[0].epochs == 7
+    assert "1 is no place in a list of 1" in fault("stages.1.epochs=2")
+    assert "epochs is no place in a list of 1" in fault("stages.epochs=2")
+    assert "did you mean stages.0.source.episodes?" in fault("stages.0.episodes=2")
+    assert "stages.0.kind: Input should be 'sft'" in fault("stages.0.kind=stf")
 
 
 def test_the_stored_configuration_reads_back_as_it_was(tmp_path: Path) -> None:

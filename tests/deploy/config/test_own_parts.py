@@ -26,6 +26,7 @@ ALL = (
     f"buffer.reuse.sampler={MINE}newest_first",
     f"agent={{memory='full', parts=['{MINE}bare']}}",
     f"env.reward={{kind='{MINE}success', bonus=1.0}}",
+    f"stages=[{{kind='{MINE}Preferences', source={{episodes=4}}, beta=0.1}}]",
     f"trackers=['{MINE}Heard']",
 )
 WHERE = [
@@ -36,6 +37,7 @@ WHERE = [
     "learner.algorithm.loss",
     "learner.algorithm.corrections[0]",
     "learner.algorithm.regularizers[0]",
+    "stages[0]",
     "trackers[0]",
 ]
 
@@ -90,6 +92,9 @@ def test_a_stored_configuration_with_own_parts_reads_back_and_imports_nothing(tm
         (f"buffer.reuse.sampler={MINE}twice", "each at most once"),
         (f"env.reward={MINE}bare", ""),
         (f"env.reward={{kind='{MINE}success', bonsu=1.0}}", "unexpected keyword argument 'bonsu'"),
+        (f"stages=['{MINE}Endless']", r"Endless is asked advance\(step\): too many positional arguments"),
+        (f"stages=['{MINE}Deaf']", r"makes Deaf, which has no method begin\(learner, groups\)"),
+        (f"stages=[{{kind='{MINE}Preferences', betta=1.0}}]", "unexpected keyword argument 'betta'"),
         (f"trackers=['{MINE}Deaf']", "has no on_run_start and no on_eval and no on_run_end"),
     ],
 )

@@ -21,6 +21,7 @@ from deploy.config.recipe_files import (
 )
 from deploy.config.toml_text import toml_of
 from learner.algorithm.algorithm import AlgorithmSettings
+from learner.stages.settings import SftSettings
 from tests.deploy.small_run import RECIPE
 
 OWN = """
@@ -81,14 +82,29 @@ def test_a_circle_a_file_that_is_not_there_and_what_is_no_name_are_refused(own: 
     assert "extends=3 must be the path of a .toml file or the name" in refusal(own, "extends = 3\n")
 
 
+def test_an_entry_of_the_bases_list_is_changed_and_a_list_replaces_the_list(own: Path) -> None:
+    own.write_text(
+        "extends = 'frozen_lake'\n[stages.0]\nepochs = 7\nsource.episodes = 4096\n", encoding="utf-8"
+    )
+    (sft,), (base,) = load_config(str(own)).stages, load_config("frozen_lake").stages
+    source = base.source.model_copy(update={"episodes": 4096})
+    assert sft == base.model_copy(update={"epochs": 7, "source": source})
+    own.write_text(
+        "extends = 'frozen_lake'\n[[stages]]\nkind = 'sft'\n[[stages]]\nepochs = 2\n", encoding="utf-8"
+    )
+    assert [each.model_dump() for each in load_config(str(own)).stages] == [
+        SftSettings().model_dump(), SftSettings(epochs=2).model_dump(),
+    ]  # fmt: skip
+
+
 def test_clear_leaves_out_what_the_base_says(own: Path) -> None:
     own.write_text(
-        "extends = 'frozen_lake'\nclear = ['env.options', 'tiny', 'warm_start', 'learner.optim.schedule']\n"
+        "extends = 'frozen_lake'\nclear = ['env.options', 'tiny', 'stages', 'learner.optim.schedule']\n"
         "env.options.size = 4\nlearner.model.path = 'somewhere'\n",
         encoding="utf-8",
     )
     config, base = load_config(str(own)), load_config("frozen_lake")
-    assert (config.env.options, config.tiny, config.warm_start) == ({"size": 4}, None, None)
+    assert (config.env.options, config.tiny, config.stages) == ({"size": 4}, None, ())
     assert (base.learner.optim.schedule, config.learner.optim.schedule) == ("linear", "constant")
     assert config.learner.optim.learning_rate == base.learner.optim.learning_rate
     assert "'warm_strat', which its base does not set" in refusal(

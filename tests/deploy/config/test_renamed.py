@@ -51,7 +51,9 @@ def test_a_renamed_section_value_and_moved_option_are_found_wherever_they_lie(
 
 
 def test_every_new_name_is_an_option() -> None:
-    assert {new.partition("=")[0] for new in renamed.RENAMED.values()} <= set(option_names(RunConfig))
+    names = [new.partition("=")[0] for new in renamed.RENAMED.values()]
+    names += [new.replace(".0", "") for new in renamed.STAGED.values()]
+    assert set(names) <= set(option_names(RunConfig))
 
 
 def stored(folder: Path, **changes: object) -> dict[str, object]:
@@ -65,6 +67,26 @@ def stored(folder: Path, **changes: object) -> dict[str, object]:
     tree["guards"] = [{"metric": "cut_short", "above": 0.5, "below": None, "action": "warn", "steps": 1}]
     (folder / "config.json").write_text(json.dumps(tree | changes), encoding="utf-8")
     return tree
+
+
+def test_the_sections_that_became_a_stage_are_refused_and_read(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r'section warm_start is called stages\.0\.source now, in \[\[stages\]\] with kind = "sft"',
+    ):
+        configured("warm_start.episodes=4")
+    with pytest.raises(ConfigError, match=r"section learner\.imitation is called stages\.0 now"):
+        configured("learner.imitation.epochs=4")
+    now = configured()
+    (sft,) = now.model_dump(mode="json")["stages"]
+    before = {name: sft[name] for name in ("optim", "epochs", "episodes_per_step", "threads")}
+    source = {name: sft["source"][name] for name in ("episodes", "error_rate")}
+    for warm_start, stages in ((source, now.stages), (None, ())):
+        tree = now.model_dump(mode="json")
+        del tree["stages"]
+        tree["learner"]["imitation"] = before
+        (tmp_path / "config.json").write_text(json.dumps(tree | {"warm_start": warm_start}), encoding="utf-8")
+        assert run_folder.open_existing(tmp_path) == now.model_copy(update={"stages": stages})
 
 
 def test_the_folder_of_an_earlier_version_is_read_under_the_new_names(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_what_a_stored_run_would_execute_is_refused_by_name(
     changes, named = HOSTILE[what]
     folder = stored(tmp_path / "theirs", changes)
     driven: list[Path] = []
-    monkeypatch.setattr(drive, "drive", lambda config, folder, *rest, **more: driven.append(folder))
+    monkeypatch.setattr(drive, "drive", lambda asked: driven.append(asked.folder))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hostile.py").write_text("open('executed', 'w')", encoding="utf-8")
     env_id = run_folder.open_existing(folder).env.id
@@ -124,7 +124,7 @@ def test_a_run_of_ones_own_recipe_goes_on_without_being_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driven: list[bool] = []
-    monkeypatch.setattr(drive, "drive", lambda *rest, resume, **more: driven.append(resume))
+    monkeypatch.setattr(drive, "drive", lambda asked: driven.append(asked.resume))
     part = "agent.parts=[{kind='tools',functions=['os:getpid']}]"
     config, folder = load_config(RECIPE, [part]), tmp_path / "mine"
     run_folder.create(config, folder)

@@ -43,7 +43,7 @@ def unheard(base_url: str, api_key: str, task: dict[str, Any]) -> dict[str, Any]
 
 def test_what_the_workers_of_a_local_run_notice_is_said_once(tmp_path: Path) -> None:
     said: list[str] = []
-    tree = configured("rollout.workers=2", "steps=2").model_dump(mode="json") | {"warm_start": None}
+    tree = configured("rollout.workers=2", "steps=2").model_dump(mode="json") | {"stages": ()}
     tree["env"] |= {"id": "program", "options": {"function": f"{__name__}:unheard"}}
     tree["evaluation"] |= {"options": {}, "first_seed": 1000, "tasks": 3}
     tree["agent"]["memory"] = "full"

@@ -33,7 +33,7 @@ async def gambler(config: RunConfig, name: str, path: str) -> Engine:
 )
 def test_an_id_is_enough_to_train_and_to_be_evaluated(env_id: str, tmp_path: Path) -> None:
     tree = configured("steps=2", "rollout.context_tokens=160", "rollout.max_turns=20")
-    changed = {"warm_start": None, "env": {"id": env_id}, "evaluation": {}}
+    changed = {"stages": (), "env": {"id": env_id}, "evaluation": {}}
     config = RunConfig.model_validate(tree.model_dump() | changed)
     check(config)
     train(config, tmp_path / "run", gambler)

@@ -57,7 +57,7 @@ def test_the_guide_runs_from_the_first_line_to_the_last() -> None:
 
 def test_a_run_is_trained_where_an_event_loop_is_running_and_goes_on_later() -> None:
     async def cell(steps: int, resume: bool) -> RunResult:
-        config = load_recipe(RECIPE, steps=steps, engine=PLAIN, warm_start=None)
+        config = load_recipe(RECIPE, steps=steps, engine=PLAIN, stages=None)
         return train(config, "run", local=True, resume=resume, quiet=True)
 
     result = asyncio.run(cell(1, resume=False))
@@ -74,7 +74,7 @@ def test_options_are_those_of_the_command_line() -> None:
         Path(RECIPE),
         name="111",
         steps=3,
-        warm_start=None,
+        stages=None,
         engine={"kind": "mine:Engine", "options": {"heat": 0.5, "on": True, "paths": [Path("a b")]}},
         **{"learner.optim.learning_rate": 1e-05, "tiny.words": ("left", "right")},
     )
@@ -82,7 +82,7 @@ def test_options_are_those_of_the_command_line() -> None:
     written = configured(
         'name="111"',
         "steps=3",
-        "warm_start=",
+        "stages=",
         engine,
         "learner.optim.learning_rate=1e-05",
         "tiny.words=['left', 'right']",

@@ -65,7 +65,7 @@ def files_of(folder: Path) -> dict[str, int]:
             [RECIPE, "seed=3", "env.options.size=4"],
             "seed is 0 there and 3 here; env.options.size is 3 there",
         ),
-        ([RECIPE, "warm_start="], "warm_start is {"),
+        ([RECIPE, "stages="], "stages is [{"),
         (["frozen_lake"], "; and "),
     ],
 )
@@ -136,7 +136,7 @@ def test_where_a_falling_schedule_ends_now_is_said(
 ) -> None:
     folder = shutil.copytree(reference, tmp_path / "run")
     run_folder.store(configured("learner.optim.schedule=linear"), folder)
-    monkeypatch.setattr(drive, "drive", lambda config, *rest, **options: print(config.steps))
+    monkeypatch.setattr(drive, "drive", lambda asked: print(asked.config.steps))
     code, out, err = manta("train", "--resume", str(folder), "steps=9")
     assert (code, out) == (0, "9\n")
     assert "goes on to step 9 instead of 4, where the linear schedule of the learning rate ends now" in err
@@ -298,7 +298,7 @@ def test_a_base_model_half_written_by_a_killed_driver_is_built_again(reference: 
 
 def test_a_stopped_run_that_was_told_more_steps_is_not_finished(manta: Manta, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    config = configured("evaluation.tasks=0", "warm_start.episodes=4")
+    config = configured("evaluation.tasks=0", "stages.0.source.episodes=4")
     with pytest.raises(Stopped):
         train(config, folder, late_engine(0), stop_after=1)
     with pytest.raises(pytest.fail.Exception, match="a run was started"):

@@ -15,9 +15,11 @@ from deploy.config.load import load_config
 from learner.algorithm.schedule import OptimSettings
 from learner.model.tiny import build_tiny
 from learner.model.tokenizer import build_tokenizer
-from learner.settings import ImitationSettings, ModelSettings
+from learner.settings import ModelSettings
+from learner.stages.settings import SftSettings
 from learner.training.learner import Learner
 from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
+from tests.learner.staged import learned
 
 WORDS = ("left", "down", "right", "up")
 TURNS, GROUPS, GROUP_SIZE, STEPS = 2, 8, 8, 35
@@ -111,20 +113,17 @@ def _learner(recipe: str, folder: Path) -> Learner:
             update={
                 "model": ModelSettings(path=str(folder)),
                 "optim": OPTIM,
-                "imitation": ImitationSettings(
-                    optim=OptimSettings(learning_rate=1e-2), epochs=2, episodes_per_step=16
-                ),
                 "algorithm": settings.algorithm.model_copy(update=changes),
             }
-        )
+        ),
+        stages=[SftSettings(optim=OptimSettings(learning_rate=1e-2), epochs=2, episodes_per_step=16)],
     )
 
 
 def _taught(recipe: str, echo: Echo, folder: Path) -> Learner:
     """That says the words, any of them."""
     learner = _learner(recipe, folder)
-    for _ in learner.imitate([group for _ in range(4) for group in echo.play(echo.at_random, 0)]):
-        pass
+    learned(learner, [group for _ in range(4) for group in echo.play(echo.at_random, 0)])
     return learner
 
 

@@ -70,7 +70,7 @@ def test_a_run_resumed_after_its_end_stays_as_it_is(reference: Path, tmp_path: P
 @pytest.mark.parametrize("seed", range(2))
 def test_a_run_stopped_with_groups_in_flight_accounts_for_each(seed: int, tmp_path: Path) -> None:
     config = configured(
-        "steps=7", "buffer.max_lag=2", f"seed={seed}", "evaluation.tasks=0", "warm_start.episodes=4",
+        "steps=7", "buffer.max_lag=2", f"seed={seed}", "evaluation.tasks=0", "stages.0.source.episodes=4",
         "rollout.workers=2",
     )  # fmt: skip
     folder = tmp_path / "run"

@@ -96,7 +96,7 @@ def test_no_group_is_reused_too_often_or_too_old_whatever_the_workers_speed(
     sampler: str, tmp_path: Path
 ) -> None:
     config = configured(
-        "steps=7", "buffer.max_lag=1", "evaluation.tasks=0", "warm_start.episodes=4", "rollout.workers=2",
+        "steps=7", "buffer.max_lag=1", "evaluation.tasks=0", "stages.0.source.episodes=4", "rollout.workers=2",
         "checkpoint.every_steps=3", "buffer.reuse.groups=4", "buffer.reuse.limit=2", "buffer.reuse.max_lag=3",
         f"buffer.reuse.sampler.kind={sampler}",
     )  # fmt: skip

@@ -27,7 +27,7 @@ def test_a_policy_learns_to_look(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_with_pictures_goes_on_after_a_stop_as_if_there_had_been_none(tmp_path: Path) -> None:
-    sizes = ("steps=3", "checkpoint.every_steps=1", "evaluation.tasks=0", "warm_start.episodes=8")
+    sizes = ("steps=3", "checkpoint.every_steps=1", "evaluation.tasks=0", "stages.0.source.episodes=8")
     config = load_config(RECIPE, (*sizes, "env.options.level=3", "rollout.context_tokens=64"))
     train(config, tmp_path / "straight")
     with pytest.raises(Stopped):

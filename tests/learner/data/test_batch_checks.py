@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from learner.algorithm.schedule import OptimSettings
 from learner.data.batch_checks import BatchRefused
 from learner.settings import LearnerSettings
+from learner.stages.settings import SftSettings
 from learner.training.learner import Learner
 from rollout.wire.trajectory import Group
 
@@ -25,14 +27,14 @@ DETACHED: Recipe = GAE | {"critic": {"kind": "shared", "detach": True, "optim": 
 TOO_MUCH = 3e38  # a float32, but the norm of what it weighs is none
 
 
-def _learner(tiny: Path, recipe: Recipe, **fields: Any) -> Learner:
+def _learner(tiny: Path, recipe: Recipe, stages: Sequence[SftSettings] = (), **fields: Any) -> Learner:
     settings = {
         "model": {"path": str(tiny)},
         "optim": {"learning_rate": 3e-3},
         "algorithm": recipe,
         "tokens_per_microbatch": 50,
     }
-    return Learner(LearnerSettings.model_validate(settings | fields))
+    return Learner(LearnerSettings.model_validate(settings | fields), stages=stages)
 
 
 def _spoilt(group: Group, **changes: Any) -> Group:
@@ -144,22 +146,21 @@ def test_a_critic_that_can_not_follow_holds_the_policy_back(
     assert _equal(before, _parameters(learner)) and learner.version == 1
 
 
-def test_imitation_leaves_out_what_is_not_finite_and_ends_when_nothing_else_comes(
+def test_a_stage_leaves_out_what_is_not_finite_and_ends_when_nothing_else_comes(
     tiny: Path, group_of: Groups
 ) -> None:
-    learner = _learner(
-        tiny, {}, imitation={"epochs": 2, "episodes_per_step": 1, "optim": {"learning_rate": 1e-3}}
-    )
+    sft = SftSettings(epochs=2, episodes_per_step=1, optim=OptimSettings(learning_rate=1e-3))
+    learner = _learner(tiny, {}, [sft])
     weight = next(learner.policy.parameters())
     whole = weight.detach().clone()
     with torch.no_grad():
         weight[:] = np.nan
-    imitation = learner.imitate([group_of(g, [1.0]) for g in range(5)])
-    assert [next(imitation)["skipped_step"] for _ in range(3)] == [1.0, 1.0, 1.0]
+    learner.begin_stage(0, [group_of(g, [1.0]) for g in range(5)])
+    assert [row["skipped_step"] for row in learner.advance_stage(3)] == [1.0, 1.0, 1.0]
     with torch.no_grad():
         weight.copy_(whole)
-    assert next(imitation)["skipped_step"] == 0.0
+    assert [row["skipped_step"] for row in learner.advance_stage(1)] == [0.0]
     with torch.no_grad():
         weight[:] = np.nan
-    with pytest.raises(BatchRefused, match=r"^4 imitation steps in a row: .*loss nan"):
-        list(imitation)
+    with pytest.raises(BatchRefused, match=r"^4 steps in a row of a stage of kind 'sft': .*loss nan"):
+        learner.advance_stage(6)

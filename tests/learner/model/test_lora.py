@@ -18,10 +18,12 @@ from learner.algorithm.schedule import OptimSettings
 from learner.model.linear import _OneDnnLinear
 from learner.model.lora import planned
 from learner.model.policy import ModelError, Policy
-from learner.settings import ImitationSettings, LearnerSettings, LoraSettings
+from learner.settings import LearnerSettings, LoraSettings
+from learner.stages.settings import SftSettings
 from learner.training.learner import Learner
 from learner.training.publish import take_snapshot
 from rollout.wire.trajectory import Group
+from tests.learner.staged import learned
 
 Groups = Callable[..., Group]
 IDS = list(range(3, 40))
@@ -81,9 +83,10 @@ def test_a_new_adapter_changes_nothing(tiny: Path) -> None:
     "model", [{}, {"dtype": "bfloat16", "gradient_checkpointing": True}], ids=["plain", "bf16"]
 )
 def test_only_the_adapter_is_trained(tiny: Path, group_of: Groups, model: dict[str, Any]) -> None:
-    learner = Learner(_settings(tiny, lora={"targets": ["q_proj", "down_proj"]}, **model))
+    settings = _settings(tiny, lora={"targets": ["q_proj", "down_proj"]}, **model)
+    learner = Learner(settings, stages=[SftSettings()])
     base, before = _base(learner.policy), [p.detach().clone() for p in learner.policy.parameters()]
-    list(learner.imitate([group_of(7, [1.0, 1.0])]))
+    learned(learner, [group_of(7, [1.0, 1.0])])
     metrics = [learner.step([group_of(0, [1.0, 0.0])]) for _ in range(2)]
     assert np.isfinite([*metrics[0].values(), *metrics[1].values()]).all()
     assert _base(learner.policy) == base
@@ -139,9 +142,9 @@ def test_publishing_a_hundred_times_leaves_base_and_adapter_as_they_are(tiny: Pa
 
 
 def test_a_learner_with_an_adapter_learns(tiny: Path, group_of: Groups) -> None:
-    imitation = ImitationSettings(optim=OptimSettings(learning_rate=2e-2), epochs=8, episodes_per_step=4)
-    learner = Learner(_settings(tiny).model_copy(update={"imitation": imitation}))
-    losses = [row["loss"] for row in learner.imitate([group_of(g, [1.0]) for g in range(9)])]
+    sft = SftSettings(optim=OptimSettings(learning_rate=2e-2), epochs=8, episodes_per_step=4)
+    learner = Learner(_settings(tiny), stages=[sft])
+    losses = [row["loss"] for row in learned(learner, [group_of(g, [1.0]) for g in range(9)])]
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.3
 
 
@@ -159,8 +162,8 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
 ) -> None:
     settings = LearnerSettings.model_validate(_settings(tiny).model_dump() | {"algorithm": algorithm})
     batches = [[group_of(10 * s + g, [1.0, 0.0, 0.5]) for g in range(2)] for s in range(4)]
-    straight = Learner(settings)
-    list(straight.imitate([group_of(90, [1.0, 1.0])]))  # so that version 0 is not the base
+    straight = Learner(settings, stages=[SftSettings()])
+    learned(straight, [group_of(90, [1.0, 1.0])])  # so that version 0 is not the base
     straight.save(tmp_path)
     expected = []
     for version, groups in enumerate(batches):
@@ -177,12 +180,13 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
         assert torch.equal(a, b), name
 
 
-def test_the_reference_is_version_0_after_imitation_and_lends_the_learners_own_model(
+def test_the_reference_is_version_0_after_the_stages_and_lends_the_learners_own_model(
     tiny: Path, tmp_path: Path, group_of: Groups
 ) -> None:
     algorithm = {"kl": {"coefficient": 0.1}, "skip_zero_advantage": False}
-    learner = Learner(LearnerSettings.model_validate(_settings(tiny).model_dump() | {"algorithm": algorithm}))
-    list(learner.imitate([group_of(90, [1.0, 1.0])]))
+    settings = LearnerSettings.model_validate(_settings(tiny).model_dump() | {"algorithm": algorithm})
+    learner = Learner(settings, stages=[SftSettings()])
+    learned(learner, [group_of(90, [1.0, 1.0])])
     learner.save(tmp_path)
     first = learner.policy.score_ids(IDS)
     for version in range(3):

@@ -22,6 +22,7 @@ from tests.learner.ranked import (
     refused,
     resumed,
     saved,
+    staged,
     stepped,
     without_logprobs,
 )
@@ -95,7 +96,7 @@ def test_a_step_of_several_ranks_is_that_of_one(
         fewer |= len({each["rows"] for each in found}) > 1
         for each in found:
             assert each["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)
-            assert each["imitated"] == [pytest.approx(row, abs=1e-6) for row in expected["imitated"]]
+            assert each["fine_tuned"] == [pytest.approx(row, abs=1e-6) for row in expected["fine_tuned"]]
             for what in ("gradients", "parameters", "critic"):
                 _same(each[what], expected[what], atol=1e-6)
     assert fewer, "no rank ever had fewer rows than another"
@@ -122,6 +123,16 @@ def test_a_checkpoint_is_continued_by_any_number_of_ranks(
     newest = latest(tmp_path)
     assert newest is not None
     assert {path.name for path in newest.iterdir()} == {"model", "critic", "optimizer.pt", "state.json"}
+
+
+def test_a_stage_is_continued_from_its_checkpoint_by_any_number_of_ranks(tiny: Path, tmp_path: Path) -> None:
+    whole, *_ = together(2, staged, tiny, tmp_path)
+    same, *_ = together(2, staged, tiny, tmp_path)
+    other, *_ = together(1, staged, tiny, tmp_path)
+    assert (whole["begun"], same["begun"], other["begun"]) == (0, 2, 2)
+    assert same["metrics"] == whole["metrics"][2:] and len(same["metrics"]) > 2
+    _same(same["parameters"], whole["parameters"])
+    _same(other["parameters"], whole["parameters"], atol=1e-5)
 
 
 def test_shards_gathered_in_bfloat16_compute_what_autocast_does_and_stay_float32(tiny: Path) -> None:

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner.algorithm.schedule import OptimSettings
 from learner.settings import LearnerSettings, ModelSettings
+from learner.stages.settings import SftSettings
 from learner.training.checkpoint import CheckpointError, DiskFull, latest, load
 from learner.training.learner import Learner
 from rollout.wire.trajectory import Group
+from tests.learner.staged import learned
 
 Groups = Callable[..., Group]
 
@@ -24,7 +26,8 @@ Groups = Callable[..., Group]
 def _learner(tiny: Path) -> Learner:
     optim = OptimSettings(learning_rate=3e-3, warmup_steps=3, weight_decay=0.01)
     return Learner(
-        LearnerSettings(model=ModelSettings(path=str(tiny)), optim=optim, tokens_per_microbatch=40)
+        LearnerSettings(model=ModelSettings(path=str(tiny)), optim=optim, tokens_per_microbatch=40),
+        stages=[SftSettings(), SftSettings()],
     )
 
 
@@ -50,14 +53,14 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
         assert torch.equal(tensor, _weights(resumed)[name]), name
 
 
-def test_the_order_of_imitation_is_resumed_too(tmp_path: Path, tiny: Path, group_of: Groups) -> None:
+def test_the_order_of_a_stages_episodes_is_resumed_too(tmp_path: Path, tiny: Path, group_of: Groups) -> None:
     groups = [group_of(g, [1.0, 1.0]) for g in range(3)]
     first = _learner(tiny)
-    list(first.imitate(groups))
+    learned(first, groups)
     first.save(tmp_path)
     resumed = _learner(tiny)
     resumed.load(tmp_path)
-    assert list(resumed.imitate(groups)) == list(first.imitate(groups))
+    assert learned(resumed, groups, 1) == learned(first, groups, 1)
 
 
 def test_a_checkpoint_is_a_hugging_face_model_with_its_tokenizer(tmp_path: Path, tiny: Path) -> None:

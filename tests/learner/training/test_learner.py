@@ -21,11 +21,13 @@ from learner.data.batch import MicroBatch, longest_row
 from learner.data.batch_checks import BatchRefused
 from learner.data.batch_stats import describe
 from learner.model.policy import ModelError
-from learner.settings import ImitationSettings, LearnerSettings, ModelSettings
+from learner.settings import LearnerSettings, ModelSettings
+from learner.stages.settings import SftSettings
 from learner.training.critic import OwnCritic
 from learner.training.learner import Learner
 from rollout.buffer.ledger import EpisodeRow
 from rollout.wire.trajectory import EndReason, Group
+from tests.learner.staged import learned
 
 Groups = Callable[..., Group]
 Algorithm = dict[str, Any]
@@ -181,8 +183,9 @@ def test_a_fixed_proximal_policy_is_the_one_before_the_first_minibatch(tiny: Pat
 
 def test_steps_are_reproducible(tiny: Path, group_of: Groups) -> None:
     def run() -> list[torch.Tensor]:
-        learner = Learner(_settings(tiny, algorithm=AlgorithmSettings(minibatches=2)))
-        list(learner.imitate([group_of(9, [1.0, 1.0])]))
+        settings = _settings(tiny, algorithm=AlgorithmSettings(minibatches=2))
+        learner = Learner(settings, stages=[SftSettings()])
+        learned(learner, [group_of(9, [1.0, 1.0])])
         learner.step([group_of(0, [1.0, 0.0]), group_of(1, [0.0, 1.0, 1.0])])
         return [p.detach() for p in learner.policy.parameters()]
 
@@ -280,16 +283,6 @@ def test_a_host_without_room_for_the_largest_row_is_one_line(
         learner.rehearse(longest=100)
     with pytest.raises(ModelError, match=r"tokens_per_microbatch=4000 or rollout\.context_tokens=100"):
         learner.rehearse(longest=100)
-
-
-def test_imitation_lowers_the_cross_entropy(tiny: Path, group_of: Groups) -> None:
-    imitation = ImitationSettings(optim=OptimSettings(learning_rate=5e-3), epochs=6, episodes_per_step=4)
-    learner = Learner(_settings(tiny, imitation=imitation))
-    groups = [group_of(g, [1.0]) for g in range(9)]  # demonstrations need no siblings
-    losses = [metrics["loss"] for metrics in learner.imitate(groups)]
-    assert len(losses) == learner.imitation_steps(9) == 18
-    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.3
-    assert learner.version == 0
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from learner.algorithm.schedule import OptimSettings
 from learner.data.batch_checks import BatchRefused
 from learner.parallel.ranks import RankLost
 from learner.settings import LearnerSettings, ModelSettings
+from learner.stages.settings import SftSettings
 from learner.training.learner import Learner
 from learner.training.loop import LearnerLoop, Row
 from learner.training.publish import Snapshot
@@ -74,7 +75,8 @@ class Shelf:
 class Setup:
     def __init__(self, tiny: Path, group_of: Groups) -> None:
         self.learner = Learner(
-            LearnerSettings(model=ModelSettings(path=str(tiny)), optim=OptimSettings(learning_rate=3e-3))
+            LearnerSettings(model=ModelSettings(path=str(tiny)), optim=OptimSettings(learning_rate=3e-3)),
+            stages=[SftSettings()],
         )
         self.replay_buffer = ReplayBuffer(group_of)
         self.shelf = Shelf()
@@ -243,17 +245,17 @@ def test_after_a_step_that_failed_on_its_way_the_weights_go_nowhere(
     asyncio.run(run())
 
 
-def test_version_0_lands_after_imitation_and_a_save_may_be_asked_again(
+def test_version_0_lands_after_the_stages_and_a_save_may_be_asked_again(
     setup: Setup, tmp_path: Path, tiny: Path, group_of: Groups
 ) -> None:
     async def run() -> None:
-        steps = await setup.loop.begin_imitation([encode(group_of(0, [1.0, 1.0]))])
-        assert len(await setup.loop.imitate(steps + 1)) == steps
+        made, steps = await setup.loop.begin_stage(0, [encode(group_of(0, [1.0, 1.0]))])
+        assert made == 0 and len(await setup.loop.advance_stage(steps + 1)) == steps
         await setup.loop.save(tmp_path)
         await setup.loop.save(tmp_path)
         await setup.loop.publish_weights()
         with pytest.raises(RuntimeError, match="was offered already"):
-            await setup.loop.imitate(1)
+            await setup.loop.advance_stage(1)
 
     asyncio.run(run())
     assert setup.replay_buffer.landed_versions == [0, 0]

@@ -1,0 +1,113 @@
+"""The stages a recipe can list: what a run does with its learner before reinforcement learning, in the recipe's order.
+
+[[stages]]
+kind = "sft"                                       # or a class of your own, as "module:name"
+source = { kind = "player", episodes = 512 }       # what it learns from
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from learner.algorithm.schedule import OptimSettings
+from rollout.wire.own_part import BUILT_IN, BY_KIND, OWN, OwnPart, OwnPartRefused
+
+
+class PlayerSource(BaseModel, extra="forbid", frozen=True):
+    """Demonstrations of the environment's scripted player, played before the stage begins."""
+
+    kind: Literal["player"] = "player"
+    episodes: int = Field(default=4096, gt=0, description="demonstrations played")
+    error_rate: float = Field(
+        default=0.5, ge=0, le=1, description="share of the player's moves that are random"
+    )
+
+
+class RunSource(BaseModel, extra="forbid", frozen=True):
+    """Episodes that a finished run has trained on, each once, in the order of its steps."""
+
+    kind: Literal["run"] = "run"
+    path: str = Field(min_length=1, description="folder of the run, whose tokenizer must be this run's")
+    episodes: int | None = Field(
+        default=None, gt=0, description="at most so many episodes, the first ones; none: all"
+    )
+    min_reward: float | None = Field(
+        default=None, description="only episodes whose total reward reaches this; none: all"
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _from_anywhere(cls, path: str) -> str:
+        """A stored run finds it from wherever it is resumed."""
+        return str(Path(path).absolute())
+
+
+AnySource = Annotated[PlayerSource | RunSource, Field(discriminator="kind")]
+
+
+class StageSettings(BaseModel, frozen=True):
+    """What every stage has."""
+
+    source: AnySource = Field(default=PlayerSource(), description="what the stage learns from")
+    threads: int = Field(
+        default=0,
+        ge=0,
+        description="CPU threads of torch during the stage, in which nothing is sampled; 0: as learner.threads",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_source(cls, section: Any) -> Any:
+        """A source that names no kind is the player."""
+        source = section.get("source") if isinstance(section, dict) else None
+        return section | {"source": {"kind": "player"} | source} if isinstance(source, dict) else section
+
+    @property
+    def planned(self) -> tuple[OptimSettings, int] | None:
+        """The stage's optimizer and the most steps it can make, where the settings tell."""
+        return None
+
+
+class SftSettings(StageSettings, extra="forbid", frozen=True):
+    """Supervised fine-tuning: raise the likelihood of the actions in recorded episodes."""
+
+    kind: Literal["sft"] = "sft"
+    optim: OptimSettings = Field(
+        default=OptimSettings(learning_rate=1e-5), description="the stage's own optimizer"
+    )
+    epochs: int = Field(default=1, ge=1, description="passes over the episodes")
+    episodes_per_step: int = Field(default=32, ge=1, description="episodes in one optimizer step")
+
+    def steps(self, episodes: int) -> int:
+        """How many optimizer steps that many episodes make."""
+        return self.epochs * -(-episodes // self.episodes_per_step)
+
+    @property
+    def planned(self) -> tuple[OptimSettings, int] | None:
+        episodes = self.source.episodes
+        return None if episodes is None else (self.optim, self.steps(episodes))
+
+
+class OwnStage(StageSettings, OwnPart):
+    """A stage of a user's own: a class whose instances have `begin` and `advance`, see learner/stages/stage.py."""
+
+    METHODS: ClassVar[dict[str, tuple[str, ...]]] = {"begin": ("learner", "groups"), "advance": ("step",)}
+
+    def try_out(self, critic: bool) -> None:
+        made = self.run()
+        for name, arguments in self.METHODS.items():
+            said = f"{name}({', '.join(arguments)})"
+            method = getattr(made, name, None)
+            if not callable(method):
+                raise OwnPartRefused(f"{self.kind} makes {type(made).__name__}, which has no method {said}")
+            try:
+                inspect.signature(method).bind(*arguments)
+            except TypeError as error:
+                raise OwnPartRefused(f"{self.kind} is asked {said}: {error}") from None
+
+
+AnyStage = Annotated[Annotated[SftSettings, BUILT_IN] | Annotated[OwnStage, OWN], BY_KIND]

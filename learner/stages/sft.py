@@ -1,0 +1,44 @@
+"""Supervised fine-tuning: minimize the negative log-likelihood of recorded actions, in a new order each epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from learner.algorithm.losses import cross_entropy
+from learner.data.batch import MicroBatch
+from learner.data.prepare import Example
+from learner.stages.settings import SftSettings
+from learner.stages.stage import Row, StageLearner
+from rollout.wire.trajectory import Group
+
+
+class Sft:
+    """The stage of kind "sft". Every trainable episode is one example."""
+
+    def __init__(self, settings: SftSettings) -> None:
+        self._settings = settings
+
+    def begin(self, learner: StageLearner, groups: Sequence[Group]) -> int:
+        """Draw the order of every epoch; returns the optimizer steps of all epochs."""
+        settings = self._settings
+        self._policy = learner.policy
+        self._examples = [Example.of(episode) for group in groups for episode in group.trainable]
+        count = len(self._examples)
+        steps = settings.steps(count)
+        self._optimizer = learner.optimizer(settings.optim, steps)
+        self._orders = [learner.rng.permutation(count) for _ in range(settings.epochs)]
+        return steps
+
+    def advance(self, step: int) -> Row:
+        """One optimizer step on the next `episodes_per_step` episodes of the epoch; its last step may have fewer."""
+        size = self._settings.episodes_per_step
+        epoch, part = divmod(step, -(-len(self._examples) // size))
+        chosen = self._orders[epoch][part * size : (part + 1) * size]
+        row = self._optimizer.step([self._examples[place] for place in chosen], self._loss)
+        return {**row, "epoch": float(epoch)}
+
+    def _loss(self, micro: MicroBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        logprobs_N, entropy_N, _ = self._policy.read(micro, 1.0)
+        return cross_entropy(logprobs_N), {"entropy": entropy_N.detach()}

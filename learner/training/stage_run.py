@@ -1,0 +1,197 @@
+"""The stages of a run on a learner: which one is under way, at which step, and what a checkpoint keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learner.algorithm.schedule import OptimSettings
+from learner.data.batch import MicroBatch, pack
+from learner.data.batch_checks import MOST_REFUSED, BatchRefused
+from learner.data.prepare import Example, of_tokens, weighed
+from learner.model.policy import Policy
+from learner.settings import LearnerSettings
+from learner.stages.settings import AnyStage, OwnStage
+from learner.stages.sft import Sft
+from learner.stages.stage import Row, Stage, StageLoss
+from learner.training.optim import Optimizer
+from learner.training.step import Stats, not_finite, optimizer_step, use_threads
+from rollout.wire.own_part import OwnPartRefused
+from rollout.wire.partition import deal
+from rollout.wire.trajectory import Float32Array, Group
+
+_KEPT = "stage.kept"  # among the optimizers of a checkpoint
+
+
+class PolicyOptimizer:
+    """An optimizer over the policy's parameters with the batches it steps on: a `StageOptimizer`."""
+
+    def __init__(self, policy: Policy, settings: OptimSettings, steps: int, tokens_per_row: int) -> None:
+        self.optimizer = Optimizer(policy.parameters(), settings, steps)
+        self._policy = policy
+        self._tokens_per_row = tokens_per_row
+
+    def step(self, examples: Sequence[Example], loss: StageLoss) -> Row:
+        policy = self._policy
+        dealt = deal([example.trajectory.num_sampled for example in examples], policy.ranks.size)
+        own = [examples[place] for place in dealt[policy.ranks.rank]]
+        batch = pack(weighed(own, "token", ranks=policy.ranks), self._tokens_per_row, policy.context)
+
+        def loss_of(micro: MicroBatch) -> tuple[Tensor, Stats]:
+            loss_N, statistics = loss(micro)
+            return loss_N, dict(statistics)
+
+        return optimizer_step(policy, self.optimizer, batch, loss_of)
+
+
+class StageRun:
+    """One stage under way: a `StageLearner` for the stage, which it asks for one step after another."""
+
+    def __init__(
+        self, stage: AnyStage, settings: LearnerSettings, policy: Policy, rng: np.random.Generator
+    ) -> None:
+        self.policy, self.ranks, self.rng = policy, policy.ranks, rng
+        self.step, self.steps = 0, 0  # the next one to make, and how many there are
+        self.refused = 0  # steps in a row that were not finite
+        self.optimizers: list[PolicyOptimizer] = []
+        self.tensors: dict[str, Tensor] = {}  # what the stage has `kept`
+        self._kind = stage.kind
+        self._threads = stage.threads or settings.threads
+        self._tokens_per_row = settings.tokens_per_microbatch
+        self._stage: Stage = stage.run() if isinstance(stage, OwnStage) else Sft(stage)
+
+    def optimizer(self, settings: OptimSettings, steps: int) -> PolicyOptimizer:
+        made = PolicyOptimizer(self.policy, settings, steps, self._tokens_per_row)
+        self.optimizers.append(made)
+        return made
+
+    def kept(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        if name not in self.tensors:
+            self.tensors[name] = compute()
+        return self.tensors[name]
+
+    def logprobs(self, examples: Sequence[Example]) -> list[Float32Array]:
+        @torch.no_grad()
+        def score(micro: MicroBatch) -> Tensor:
+            return self.policy.score(micro.to(self.policy.device), 1.0)[0]
+
+        return of_tokens(examples, score, self._tokens_per_row, self.ranks)
+
+    def begin(self, groups: Sequence[Group]) -> None:
+        """Have the stage make ready."""
+        use_threads(self._threads)
+        steps = self._stage.begin(self, groups)
+        if not isinstance(steps, int) or steps < 0:
+            raise OwnPartRefused(f"{self._kind}: begin must return the number of steps, not {steps!r:.60}")
+        self.steps = steps
+
+    def advance(self) -> Row:
+        """Make the next step. BatchRefused after four in a row that were not finite."""
+        use_threads(self._threads)
+        row = self._stage.advance(self.step)
+        if not isinstance(row, Mapping) or not all(isinstance(value, int | float) for value in row.values()):
+            raise OwnPartRefused(f"{self._kind}: advance must return a dict of numbers, not {row!r:.60}")
+        self.step += 1
+        self.refused = self.refused + 1 if row.get("skipped_step") else 0
+        if self.refused > MOST_REFUSED:
+            raise BatchRefused(
+                f"{self.refused} steps in a row of a stage of kind {self._kind!r}: {not_finite(row)}"
+            )
+        return {name: float(value) for name, value in row.items()}
+
+
+class Stages:
+    """All stages of a run, one after the other.
+
+    rng: the learner's generator, whose state a checkpoint of the learner holds; the state in which the present stage
+    began is kept besides, so that a stage that is begun again draws the same.
+    """
+
+    def __init__(
+        self, stages: Sequence[AnyStage], settings: LearnerSettings, rng: np.random.Generator
+    ) -> None:
+        self._stages = tuple(stages)
+        self._settings = settings
+        self._rng = rng
+        self._next = 0  # the stage that is under way or to be begun
+        self._done = 0  # steps of all stages
+        self._run: StageRun | None = None
+        self._began: Any = None  # the generator's state before the present stage
+        self._resumed: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None  # position and tensors
+
+    @property
+    def open(self) -> bool:
+        """Whether the policy is between stages or within one: it is no version yet."""
+        return self._run is not None or 0 < self._next < len(self._stages)
+
+    @property
+    def done(self) -> int:
+        """Steps made, of all stages together."""
+        return self._done
+
+    def begin(self, index: int, groups: Sequence[Group], policy: Policy) -> tuple[int, int]:
+        """Begin a stage, or go on within it; returns the steps that are made and how many there are in all."""
+        if index != self._next or self._run is not None:
+            raise ValueError(f"stage {index} was asked of a learner that is at stage {self._next}")
+        now = self._rng.bit_generator.state, torch.get_rng_state()
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            self._rng.bit_generator.state = resumed[0]["generator"]
+        self._began = self._rng.bit_generator.state
+        run = StageRun(self._stages[index], self._settings, policy, self._rng)
+        if resumed is not None:
+            run.tensors = {
+                name: tensor.clone() for name, tensor in resumed[1][_KEPT].items()
+            }  # it was mapped
+        run.begin(groups)
+        if resumed is not None:
+            position, stored = resumed
+            run.step, run.refused = int(position["step"]), int(position["refused"])
+            for name, made in _named(run).items():
+                made.optimizer.load_state_dict(stored[name])
+            self._rng.bit_generator.state = now[0]
+            torch.set_rng_state(now[1])
+        self._run = run
+        return run.step, run.steps
+
+    def advance(self, steps: int) -> list[Row]:
+        """Make up to so many steps; fewer when the stage ends, and none when it has ended."""
+        rows: list[Row] = []
+        while self._run is not None and len(rows) < steps:
+            if self._run.step < self._run.steps:
+                rows.append(self._run.advance())
+                self._done += 1
+            if self._run.step >= self._run.steps:
+                self._run, self._next = None, self._next + 1
+        return rows
+
+    def position(self) -> dict[str, Any]:
+        """Where the stages stand, as JSON."""
+        run = self._run
+        within = {"step": run.step, "refused": run.refused, "generator": self._began} if run else {}
+        return {"stage": self._next, "done": self._done, **within}
+
+    def tensors(self) -> dict[str, Any]:
+        """The state of the present stage's optimizers, by name, and what it has kept."""
+        if self._run is None:
+            return {}
+        optimizers = {name: made.optimizer.state_dict() for name, made in _named(self._run).items()}
+        return {**optimizers, _KEPT: self._run.tensors}
+
+    def restore(self, position: Mapping[str, Any] | None, tensors: Mapping[str, Any]) -> None:
+        """Stand where a checkpoint says; None: behind all stages."""
+        self._run, self._resumed = None, None
+        if position is None:
+            self._next = len(self._stages)
+            return
+        self._next, self._done = int(position["stage"]), int(position["done"])
+        if "generator" in position:
+            self._resumed = position, tensors
+
+
+def _named(run: StageRun) -> dict[str, PolicyOptimizer]:
+    return {f"stage.{place}": each for place, each in enumerate(run.optimizers)}

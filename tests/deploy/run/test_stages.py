@@ -1,0 +1,130 @@
+"""What comes before reinforcement learning in a whole run: in order, once each, also where a run was stopped within."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.assembly.runtime import Row
+from deploy.assembly.stage_data import past_episodes
+from deploy.config.config import RunConfig
+from deploy.config.config_errors import ConfigError
+from deploy.report.metrics import read_metrics, stage_folder
+from deploy.run.local import LocalRuntime
+from deploy.run.preflight import check
+from learner.stages.settings import RunSource
+from rollout.wire.schema import decode
+from tests.deploy.small_run import Stopped, configured, ledger, same_bits, train
+
+PLAYED = "source={kind='player', episodes=16, error_rate=0.2}"
+TWO = (
+    "steps=2", "evaluation.tasks=0", "checkpoint.stage_steps=10",
+    f"stages=[{{kind='sft', {PLAYED}, episodes_per_step=4, epochs=3}},"
+    f" {{kind='sft', {PLAYED}, episodes_per_step=1}}]",
+)  # fmt: skip
+
+
+def stopped(begun: list[int], after: int | None = None) -> Callable[..., LocalRuntime]:
+    """A runtime that is interrupted instead of making more steps of stages after so many calls; `begun`: its stages."""
+
+    def start(config: RunConfig, folder: Path, engine: Any) -> LocalRuntime:
+        ring = LocalRuntime(config, folder, engine)
+        begin, advance, calls = ring.begin_stage, ring.advance_stage, 0
+
+        async def begin_stage(index: int) -> tuple[int, int]:
+            begun.append(index)
+            return await begin(index)
+
+        async def advance_stage(steps: int) -> list[Row]:
+            nonlocal calls
+            if calls == after:
+                raise Stopped
+            calls += 1
+            return await advance(steps)
+
+        ring.begin_stage, ring.advance_stage = begin_stage, advance_stage  # type: ignore[method-assign]
+        return ring
+
+    return start
+
+
+def test_a_run_stopped_within_a_stage_ends_where_the_uninterrupted_one_does(
+    reference: Path, tmp_path: Path
+) -> None:
+    config, folder = configured("checkpoint.stage_steps=20"), tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(config, folder, ring_type=stopped([], after=3))
+    assert len(read_metrics(stage_folder(folder, 0))) == 30  # of 48, and a checkpoint at 20
+    begun: list[int] = []
+    train(config, folder, resume=True, ring_type=stopped(begun))
+    assert begun == [0]
+    assert same_bits(reference, folder)
+    rows = [read_metrics(stage_folder(each, 0)) for each in (reference, folder)]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[1]] == list(range(1, 49))
+    assert not (folder / "stages" / "checkpoints").exists()
+
+
+def test_a_stage_that_has_ended_is_not_made_again(tmp_path: Path) -> None:
+    config, folder, straight = configured(*TWO), tmp_path / "run", tmp_path / "straight"
+    begun: list[int] = []
+    with pytest.raises(Stopped):  # 12 steps of the first in 3 calls with the one that says so, then 10 of 16
+        train(config, folder, ring_type=stopped(begun, after=4))
+    assert begun == [0, 1]
+    begun.clear()
+    train(config, folder, resume=True, ring_type=stopped(begun))
+    assert begun == [1]
+    begun.clear()
+    train(config, folder, resume=True, ring_type=stopped(begun))
+    assert begun == []
+    train(config, straight, ring_type=stopped(begun))
+    assert begun == [0, 1]
+    assert same_bits(straight, folder)
+
+
+def test_a_stage_learns_from_the_episodes_of_a_finished_run(reference: Path, tmp_path: Path) -> None:
+    source = f"kind='run', path={str(reference)!r}"
+    own = "{kind='tests.own_parts:Preferences', passes=1, source={" + source + "}}"
+    config = configured(
+        "steps=1", "evaluation.tasks=0", f"stages=[{own}, {{kind='sft', source={{{source}}}}}]"
+    )
+    check(config)
+    train(config, tmp_path / "run")
+    groups = ledger(reference, "SELECT count(*) FROM groups")[0][0]
+    assert len(read_metrics(stage_folder(tmp_path / "run", 0))) == groups == 8
+    assert len(read_metrics(stage_folder(tmp_path / "run", 1))) == 1  # 32 episodes in a step
+
+
+def test_a_past_gives_the_episodes_that_are_asked_for(reference: Path) -> None:
+    def rewards(**asked: Any) -> list[float]:
+        batches = past_episodes(RunSource(path=str(reference), **asked), "stages.0.source")
+        return [episode.reward for batch in batches for episode in decode(batch).trajectories]
+
+    everything = rewards()
+    assert len(everything) == 32 and set(everything) == {0.0, 1.0}
+    assert rewards(min_reward=1.0) == [reward for reward in everything if reward == 1.0]
+    assert rewards(episodes=5) == everything[:5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"path": "nowhere"}, r"^stages\.0\.source: .*nowhere: no ledger\.sqlite"),
+        (
+            {"min_reward": 2.0},
+            r"^stages\.0\.source: no episode of .* has a reward of min_reward=2\.0 or more",
+        ),
+        ({}, r"^stages\.0\.source: the tokenizer of the tiny model is not that of"),
+    ],
+)
+def test_a_past_that_does_not_fit_is_refused_in_one_line(
+    changes: dict[str, Any], said: str, reference: Path
+) -> None:
+    source = RunSource.model_validate({"path": str(reference)} | changes)
+    words = () if changes else ("tiny.words=['left', 'right']",)
+    config = configured(*words)
+    stages = (config.stages[0].model_copy(update={"source": source}),)
+    with pytest.raises(ConfigError, match=said):
+        check(config.model_copy(update={"stages": stages}))

@@ -1,0 +1,111 @@
+"""Stages are made in order, each once, and go on from a checkpoint within them as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from learner.algorithm.schedule import OptimSettings
+from learner.settings import LearnerSettings, ModelSettings
+from learner.stages.settings import AnyStage, OwnStage, SftSettings
+from learner.training.checkpoint import newest, next_stage
+from learner.training.learner import Learner
+from rollout.wire.trajectory import Group
+from tests.learner.staged import action_logprobs, learned
+
+Groups = Callable[..., Group]
+SFT = SftSettings(optim=OptimSettings(learning_rate=5e-3, warmup_steps=3), epochs=2, episodes_per_step=3)
+PREFERENCES = OwnStage.model_validate({"kind": "tests.own_parts:Preferences", "beta": 0.5})
+
+
+def made(tiny: Path, *stages: AnyStage) -> Learner:
+    settings = LearnerSettings(model=ModelSettings(path=str(tiny)), tokens_per_microbatch=50)
+    return Learner(settings, seed=3, stages=stages)
+
+
+def bits(learner: Learner) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in learner.policy.parameters()]
+
+
+def same(left: Learner, right: Learner) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(bits(left), bits(right), strict=True))
+
+
+@pytest.fixture
+def groups(group_of: Groups) -> list[Group]:
+    return [group_of(g, [1.0, 0.0]) for g in range(4)]
+
+
+@pytest.mark.parametrize("stage", [SFT, PREFERENCES], ids=["sft", "own"])
+def test_a_stage_goes_on_from_its_checkpoint_bit_for_bit(
+    stage: AnyStage, tiny: Path, tmp_path: Path, groups: list[Group]
+) -> None:
+    straight = made(tiny, stage, SFT)
+    _, steps = straight.begin_stage(0, groups)
+    straight.advance_stage(2)
+    straight.save(tmp_path)
+    expected = straight.advance_stage(steps)
+
+    resumed = made(tiny, stage, SFT)
+    resumed.load(tmp_path)
+    assert (next_stage(tmp_path), resumed.version) == (0, 0)
+    assert resumed.begin_stage(0, groups) == (2, steps)
+    assert resumed.advance_stage(steps) == expected and len(expected) == steps - 2
+    assert same(straight, resumed)
+    assert learned(resumed, groups, 1) == learned(
+        straight, groups, 1
+    )  # the generators too are where they were
+
+
+def test_a_stage_that_has_ended_is_behind_a_run_that_goes_on(
+    tiny: Path, tmp_path: Path, groups: list[Group]
+) -> None:
+    learner = made(tiny, SFT, SFT)
+    learned(learner, groups)
+    learner.save(tmp_path, {"issued": 0})
+    assert next_stage(tmp_path) == 1
+    resumed = made(tiny, SFT, SFT)
+    assert resumed.load(tmp_path) == {"issued": 0}
+    with pytest.raises(ValueError, match="stage 0 was asked of a learner that is at stage 1"):
+        resumed.begin_stage(0, groups)
+    learned(resumed, groups, 1)
+    landed = resumed.save(tmp_path)
+    assert landed == newest(tmp_path) == tmp_path / "checkpoints" / "version-00000000"
+    assert not (tmp_path / "stages" / "checkpoints").exists()
+    with pytest.raises(ValueError, match="stage 1 was asked of a learner that is at stage 2"):
+        resumed.begin_stage(1, groups)
+
+
+def test_the_steps_of_preferences_are_those_of_their_paper(tiny: Path, groups: list[Group]) -> None:
+    learner = made(tiny, PREFERENCES)
+    learner.begin_stage(0, groups)
+    (first,) = learner.advance_stage(1)
+    tokens = first["tokens_scored"]  # a stage's loss is a mean over them
+    found = [
+        parameter.grad * tokens for parameter in learner.policy.parameters() if parameter.grad is not None
+    ]
+
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+
+    better, worse = (action_logprobs(model, each).sum() for each in groups[0].trajectories)
+    gain = (better - better.detach()) - (
+        worse - worse.detach()
+    )  # the reference is the policy itself, at first
+    (-torch.nn.functional.logsigmoid(0.5 * gain)).backward()
+    expected = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert first["margin"] == pytest.approx(0.0, abs=1e-5) and len(found) == len(expected)
+    for of_learner, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(of_learner, plain, atol=2e-5, rtol=1e-3)
+    margins = [row["margin"] for row in learner.advance_stage(99)]
+    assert min(margins[-4:]) > 0.0
+
+
+def test_a_stage_of_nothing_ends_at_once(tiny: Path) -> None:
+    learner = made(tiny, SFT)
+    assert learner.begin_stage(0, []) == (0, 0)
+    assert learner.advance_stage(5) == []
+    assert not learner.stages.open
