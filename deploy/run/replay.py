@@ -14,7 +14,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from deploy.assembly.build import load_tokenizer
-from deploy.assembly.runtime import Row
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.load import Nested
@@ -24,7 +23,7 @@ from learner.training.checkpoint import MODEL, latest
 from learner.training.publish import Snapshot
 from rollout.buffer.history import History, HistoryError
 from rollout.buffer.replay_store import EpisodeRow
-from rollout.wire.metrics import joined
+from rollout.wire.metrics import Row, joined
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import Handle
 

@@ -98,7 +98,7 @@ class OwnStage(StageSettings, OwnPart):
     METHODS: ClassVar[dict[str, tuple[str, ...]]] = {"begin": ("learner", "groups"), "advance": ("step",)}
 
     def try_out(self, critic: bool) -> None:
-        made = self.run()
+        made = self.call()
         for name, arguments in self.METHODS.items():
             said = f"{name}({', '.join(arguments)})"
             method = getattr(made, name, None)

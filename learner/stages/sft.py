@@ -10,7 +10,8 @@ from learner.algorithm.losses import cross_entropy
 from learner.data.batch import MicroBatch
 from learner.data.prepare import Example
 from learner.stages.settings import SftSettings
-from learner.stages.stage import Row, StageLearner
+from learner.stages.stage import StageLearner
+from rollout.wire.metrics import Row
 from rollout.wire.trajectory import Group
 
 

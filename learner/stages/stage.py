@@ -24,9 +24,9 @@ from learner.data.batch import MicroBatch
 from learner.data.prepare import Example
 from learner.model.policy import Policy
 from learner.parallel.ranks import Ranks
+from rollout.wire.metrics import Row
 from rollout.wire.trajectory import Float32Array, Group
 
-Row = dict[str, float]
 # (micro-batch on the policy's device) -> (loss of each scored token [N], statistics [N] without gradient)
 StageLoss = Callable[[MicroBatch], tuple[Tensor, Mapping[str, Tensor]]]
 

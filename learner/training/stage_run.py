@@ -15,12 +15,13 @@ from learner.data.batch_checks import MOST_REFUSED, BatchRefused
 from learner.data.prepare import Example, of_tokens, weighed
 from learner.model.policy import Policy
 from learner.settings import LearnerSettings
+from learner.stages.own import Owned
 from learner.stages.settings import AnyStage, OwnStage
 from learner.stages.sft import Sft
-from learner.stages.stage import Row, Stage, StageLoss
+from learner.stages.stage import Stage, StageLoss
 from learner.training.optim import Optimizer
 from learner.training.step import Stats, not_finite, optimizer_step, use_threads
-from rollout.wire.own_part import OwnPartRefused
+from rollout.wire.metrics import Row
 from rollout.wire.partition import deal
 from rollout.wire.trajectory import Float32Array, Group
 
@@ -62,7 +63,7 @@ class StageRun:
         self._kind = stage.kind
         self._threads = stage.threads or settings.threads
         self._tokens_per_row = settings.tokens_per_microbatch
-        self._stage: Stage = stage.run() if isinstance(stage, OwnStage) else Sft(stage)
+        self._stage: Stage = Owned(stage) if isinstance(stage, OwnStage) else Sft(stage)
 
     def optimizer(self, settings: OptimSettings, steps: int) -> PolicyOptimizer:
         made = PolicyOptimizer(self.policy, settings, steps, self._tokens_per_row)
@@ -84,24 +85,19 @@ class StageRun:
     def begin(self, groups: Sequence[Group]) -> None:
         """Have the stage make ready."""
         use_threads(self._threads)
-        steps = self._stage.begin(self, groups)
-        if not isinstance(steps, int) or steps < 0:
-            raise OwnPartRefused(f"{self._kind}: begin must return the number of steps, not {steps!r:.60}")
-        self.steps = steps
+        self.steps = self._stage.begin(self, groups)
 
     def advance(self) -> Row:
         """Make the next step. BatchRefused after four in a row that were not finite."""
         use_threads(self._threads)
         row = self._stage.advance(self.step)
-        if not isinstance(row, Mapping) or not all(isinstance(value, int | float) for value in row.values()):
-            raise OwnPartRefused(f"{self._kind}: advance must return a dict of numbers, not {row!r:.60}")
         self.step += 1
         self.refused = self.refused + 1 if row.get("skipped_step") else 0
         if self.refused > MOST_REFUSED:
             raise BatchRefused(
                 f"{self.refused} steps in a row of a stage of kind {self._kind!r}: {not_finite(row)}"
             )
-        return {name: float(value) for name, value in row.items()}
+        return row
 
 
 class Stages:

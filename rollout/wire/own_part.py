@@ -86,8 +86,14 @@ class OwnPart(BaseModel, extra="allow", frozen=True):
 
         passed: errors that are not the user's and stay what they are.
         """
+        return self.guarded(self.run, *given, passed=passed)
+
+    def guarded(
+        self, function: Callable[..., Any], *given: Any, passed: tuple[type[Exception], ...] = ()
+    ) -> Any:
+        """The same for a function of the part, such as a method of the object that it makes."""
         try:
-            return self.run(*given)
+            return function(*given)
         except passed:
             raise
         except Exception as error:  # any error: the code is the user's
