@@ -87,7 +87,7 @@ def test_an_equal_configuration_goes_on(manta: Manta, reference: Path) -> None:
         (["--resume", "{run}", "--output-dir", "elsewhere"], "leave --output-dir elsewhere away"),
         (["--resume", "{run}", "--run-dir", "other"], "leave --run-dir other away"),
         (["--resume", "{run}", "--replay", "other"], "leave --replay other away"),
-        (["--resume", "{run}", "steps=3"], "steps=3 is fewer than the run's 4"),
+        (["--resume", "{run}", "steps=3"], "steps=3 is less than the run's 4"),
         (["--resume", "{run}", "cluster.address=ray://a:1", "--local"], "leave --local away"),
         ([RECIPE, "--run-dir", "one", "--output-dir", "other"], "leave --output-dir away"),
         ([RECIPE, "cluster.address=ray://a:1", "--local", "--output-dir", "new"], "leave --local away"),
