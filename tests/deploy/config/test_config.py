@@ -294,20 +294,6 @@ def test_an_override_with_nothing_behind_it_leaves_a_section_out() -> None:
     assert load_config("household", ["cluster.address="]).cluster.address == ""
 
 
-def test_an_entry_of_a_list_is_named_by_its_place() -> None:
-    config = configured(
-        "stages.0.source.error_rate=0.7", "stages.0.optim.weight_decay=0.1", "stages.0.epochs=5"
-    )
-    (before,), (sft,) = configured().stages, config.stages
-    assert (sft.source.error_rate, sft.optim.weight_decay, sft.epochs) == (0.7, 0.1, 5)
-    assert sft.source.episodes == before.source.episodes and sft.optim.betas == before.optim.betas
-    assert configured("stages.0={kind='sft', epochs=7}").stages[0].epochs == 7
-    assert "1 is no place in a list of 1" in fault("stages.1.epochs=2")
-    assert "epochs is no place in a list of 1" in fault("stages.epochs=2")
-    assert "did you mean stages.0.source.episodes?" in fault("stages.0.episodes=2")
-    assert "stages.0.kind: Input should be 'sft'" in fault("stages.0.kind=stf")
-
-
 def test_the_stored_configuration_reads_back_as_it_was(tmp_path: Path) -> None:
     for config in (configured("name=odd [name]"), load_config("frozen_lake", ["seed=3"])):
         folder = run_folder.choose(config, tmp_path)

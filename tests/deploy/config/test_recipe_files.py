@@ -22,7 +22,7 @@ from deploy.config.recipe_files import (
 from deploy.config.toml_text import toml_of
 from learner.algorithm.algorithm import AlgorithmSettings
 from learner.stages.settings import SftSettings
-from tests.deploy.small_run import RECIPE
+from tests.deploy.small_run import RECIPE, configured
 
 OWN = """
 extends = "jobs/base.toml"
@@ -80,6 +80,24 @@ def test_a_circle_a_file_that_is_not_there_and_what_is_no_name_are_refused(own: 
     assert "nowhere.toml: no such file" in refusal(own, "extends = 'nowhere.toml'\n")
     assert "neither a .toml file nor one of: " in refusal(own, "extends = 'frozen_lak'\n")
     assert "extends=3 must be the path of a .toml file or the name" in refusal(own, "extends = 3\n")
+
+
+def test_an_entry_of_a_list_is_named_by_its_place() -> None:
+    config = configured(
+        "stages.0.source.error_rate=0.7", "stages.0.optim.weight_decay=0.1", "stages.0.epochs=5"
+    )
+    (before,), (sft,) = configured().stages, config.stages
+    assert (sft.source.error_rate, sft.optim.weight_decay, sft.epochs) == (0.7, 0.1, 5)
+    assert sft.source.episodes == before.source.episodes and sft.optim.betas == before.optim.betas
+    assert configured("stages.0={kind='sft', epochs=7}").stages[0].epochs == 7
+    for override, said in (
+        ("stages.1.epochs=2", "1 is no place in a list of 1"),
+        ("stages.epochs=2", "epochs is no place in a list of 1"),
+        ("stages.0.episodes=2", r"did you mean stages\.0\.source\.episodes\?"),
+        ("stages.0.kind=stf", r"stages\.0\.kind: Input should be 'sft'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            configured(override)
 
 
 def test_an_entry_of_the_bases_list_is_changed_and_a_list_replaces_the_list(own: Path) -> None:
