@@ -48,8 +48,8 @@ class Conversation:
         self.shown_bytes += sum(map(len, images))
         if self.shown_bytes > MAX_EPISODE_BYTES:
             raise ChatError(
-                f"turn {self.turn}: the episode has shown {self.shown_bytes} bytes of pictures, {MAX_EPISODE_BYTES} "
-                "are the most: show smaller ones, or fewer"
+                f"turn {self.turn}: the episode has shown {self.shown_bytes} bytes of pictures, more than "
+                f"{MAX_EPISODE_BYTES}; show smaller ones, or fewer"
             )
 
 

@@ -229,7 +229,7 @@ def _torn(data: bytes, offset: int, path: Path) -> bool:
     if tail[:3] == _NAME and tail[3:4] not in (b"", VERSION):
         raise SchemaError(
             f"{path}: turns of schema version {tail[3:4].decode(errors='replace')}, but this Manta reads "
-            f"version {VERSION.decode()}"
+            f"version {VERSION.decode()}; use the Manta that wrote them"
         )
     if not tail.strip(b"\0"):
         return True

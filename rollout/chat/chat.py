@@ -162,8 +162,8 @@ class Chat:
         if structure is not None and self._control.among(ids, own=own) != structure:
             roles = [message.get("role") for message in messages]
             raise ChatError(
-                f"{self._name}: what messages of the roles {roles} say forms control tokens with its own text; "
-                "change the roles, names or contents that spell them"
+                f"{self._name}: the content of messages of the roles {roles} forms control tokens with the template's "
+                "text; change these roles, names or contents"
             )
         return ids
 

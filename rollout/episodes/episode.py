@@ -114,7 +114,7 @@ async def run_episode(
                 raise
             raise EpisodeLimitExceeded(
                 f"{spec.task.env_id} (seed {spec.task.seed}): the episode took longer than "
-                f"{limits.timeout_seconds:g} s (rollout.episode_seconds) and had played {len(episode.turns)} turns"
+                f"{limits.timeout_seconds:g} s and had played {len(episode.turns)} turns; raise rollout.episode_seconds"
             ) from None
     except (EnvironmentFailed, EngineFailed, ChatError, EpisodeLimitExceeded) as error:
         return failed(spec, error, tuple(episode.turns))
@@ -221,7 +221,7 @@ class _Episode:
             task = self._spec.task
             raise EpisodeLimitExceeded(
                 f"{task.env_id} (seed {task.seed}): the first prompt has {overflow.prompt_tokens} tokens "
-                f"and leaves no room to answer in context_tokens={overflow.context_tokens}"
+                f"and leaves no room to answer in context_tokens={overflow.context_tokens}; raise it"
             )
         return self._end(EndReason.CONTEXT_OVERFLOW)
 

@@ -79,7 +79,7 @@ class EnvironmentPool:
         self._evaluated = evaluated(self._parts)
         self._host = host or HostSettings()
         if self._host.where == "ray" and start is None:
-            raise ValueError("replicas on a Ray cluster are started by envs.hosting.actors.Remote.start")
+            raise ValueError("host.where='ray' needs start=envs.hosting.actors.Remote.start")
         self._start = start or SubprocessEnv.start
         # Starting interpreters compete for the processors: more at once would only exceed their time limits.
         self._starting = asyncio.Semaphore(len(os.sched_getaffinity(0)))

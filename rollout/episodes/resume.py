@@ -93,7 +93,8 @@ async def _replay(replica: Replica, task: Task, turns: Sequence[Turn]) -> Episod
     for turn in turns:
         if as_json(said) != turn.observation:
             raise CannotResume(
-                Restart.DIVERGED, f"{task.env_id} (seed {task.seed}): another turn {turn.turn}"
+                Restart.DIVERGED,
+                f"{task.env_id} (seed {task.seed}): turn {turn.turn} has another observation",
             )
         tokens = len(turn.prompt_ids) + (tokens if turn.segment == segment else 0)
         segment = turn.segment
@@ -104,7 +105,8 @@ async def _replay(replica: Replica, task: Task, turns: Sequence[Turn]) -> Episod
             same = all_equal([float(reward), turn.reward])
         if terminated or truncated or not same:
             raise CannotResume(
-                Restart.DIVERGED, f"{task.env_id} (seed {task.seed}): turn {turn.turn} went otherwise"
+                Restart.DIVERGED,
+                f"{task.env_id} (seed {task.seed}): turn {turn.turn} has another reward or end",
             )
         tokens += len(turn.action_ids)
         ended = earlier_end(info).get("ended", ended)

@@ -117,7 +117,7 @@ def read(body: Any) -> ChatRequest:
         )
     limits = [body[name] for name in ("max_completion_tokens", "max_tokens") if body.get(name) is not None]
     if not all(isinstance(limit, int) and limit > 0 for limit in limits):
-        raise _bad("max_tokens and max_completion_tokens must be positive whole numbers")
+        raise _bad(f"max_tokens and max_completion_tokens must be positive integers; got {limits}")
     choice, form, streamed = (body.get(name) for name in ("tool_choice", "response_format", "stream_options"))
     if choice not in (None, "auto", "none"):
         raise _bad(

@@ -34,8 +34,8 @@ def images_of(messages: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
         height, width = _size(image)
         if len(image) > MAX_IMAGE_BYTES or height * width > MAX_PIXELS:
             raise ValueError(
-                f"a picture of {height} x {width} pixels and {len(image)} bytes as a data URL; {MAX_PIXELS} pixels and "
-                f"{MAX_IMAGE_BYTES} bytes are the most: make it smaller"
+                f"a picture has {height} x {width} pixels and {len(image)} bytes as a data URL, more than {MAX_PIXELS} "
+                f"pixels or {MAX_IMAGE_BYTES} bytes; make it smaller"
             )
     return images
 

@@ -117,7 +117,7 @@ def test_the_row_is_named_and_an_episode_holds_so_many_bytes(
     with pytest.raises(ChatError, match="turn 1: the episode has shown"):
         asyncio.run(run([said("red", picture(1)), said("red", picture(2))]))
     monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 100)
-    with pytest.raises(ChatError, match="100 bytes are the most"):
+    with pytest.raises(ChatError, match="pixels or 100 bytes; make it smaller"):
         asyncio.run(run([said("red", picture(1))]))
 
 
