@@ -19,7 +19,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -335,23 +335,9 @@ class Ledger:
         self._db.execute("UPDATE meta SET value = ? WHERE name = ?", (value, name))
 
     def _record_episodes(self, slot: Slot, episodes: Sequence[EpisodeRow]) -> None:
-        rows = [
-            (
-                row.episode,
-                row.end_reason.value,
-                row.reward,
-                row.success,
-                row.turns,
-                row.tokens,
-                row.max_version,
-                row.error,
-            )
-            for row in episodes
-        ]
-        self._db.executemany(
-            "INSERT INTO episodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [(slot.group_id, slot.attempt, *row) for row in rows],
-        )
+        # The table's columns are the fields of EpisodeRow, in their order.
+        rows = [(slot.group_id, slot.attempt, *astuple(row)) for row in episodes]
+        self._db.executemany("INSERT INTO episodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

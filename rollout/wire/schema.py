@@ -173,17 +173,9 @@ def as_reused(batch: pa.RecordBatch, reuse: int) -> pa.RecordBatch:
 
 _LISTS = ("prompt_ids", "action_ids", "behavior_logprobs", "versions")
 _TURN_PLAIN = (
-    "turn",
-    "segment",
-    "observation",
-    "action",
-    "reward",
-    "seat",
-    "named_rewards",
-    "finish_reason",
-    "env_seconds",
+    "turn", "segment", "observation", "action", "reward", "seat", "named_rewards", "finish_reason", "env_seconds",
     "engine_seconds",
-)
+)  # fmt: skip
 _PLAIN = (*_TURN_PLAIN, "episode", "end_reason", "success", "error", "worker")
 
 

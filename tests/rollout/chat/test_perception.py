@@ -95,7 +95,7 @@ def test_what_cannot_be_shown_is_refused_in_one_line(rig: Rig, chat: Chat) -> No
     with pytest.raises(PerceptionError, match="a picture cannot be read"):
         rig.chat.opening(said("red", picture(1)[:80]))
     bomb = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgABAAAAAQAA"  # a header that says 65536 x 65536
-    with pytest.raises(ChatError, match="a picture of 65536 x 65536 pixels"):
+    with pytest.raises(ChatError, match="a picture has 65536 x 65536 pixels"):
         rig.chat.opening(said("red", bomb))
     with pytest.raises(
         PerceptionError, match="5 image tokens, but the processor makes 4 features of 1 pictures"

@@ -145,7 +145,7 @@ def test_the_guides_recipe_is_one(tmp_path: Path) -> None:
     tasks = distinct_tasks(config.env.id, config.env.options, first_seed=5, count=3)
     assert [task.seed for task in tasks] == [5, 6, 7]
     for agent in ({"memory": "last"}, {"parts": [{"kind": "plan"}]}):
-        with pytest.raises(ConfigError, match="a foreign agent brings its own"):
+        with pytest.raises(ConfigError, match="which has its own"):
             check(parse(env | {"steps": 1, "tiny": {}, "agent": agent}, "the guide"))
 
 
@@ -159,7 +159,7 @@ def test_the_guides_recipe_is_one(tmp_path: Path) -> None:
         ({"function": "tests.rollout.callers:nobody"}, "has no function 'nobody'"),
         ({"command": ["true"], "reward": "no.such:thing"}, "cannot be imported"),
         ({"command": ["true"], "task": {"seed": 1}}, "set by each episode"),
-        ({"command": ["no-such-program"]}, "no program 'no-such-program'"),
+        ({"command": ["no-such-program"]}, "program 'no-such-program' not found"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(options: dict[str, Any], says: str) -> None:
