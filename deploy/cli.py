@@ -116,7 +116,9 @@ def evaluate(
     checkpoint: Annotated[
         str, typer.Argument(help="Run folder, one of its checkpoints, or a Hugging Face folder or id.")
     ],
-    env: Annotated[str, typer.Option(help="Environment id.")],
+    env: Annotated[
+        str | None, typer.Option(help="Environment id; default: that of the checkpoint's run.")
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the tasks, A:B, B excluded.")] = "0:256",
     option: EnvOptions = None,
     context_tokens: Annotated[int | None, typer.Option(help="Context length, tokens.")] = None,
@@ -144,19 +146,21 @@ def evaluate(
     episodes again.
 
     Example:
-    manta eval runs/frozen_lake-20260101-120000 --env frozen_lake --seeds 0:256
+    manta eval runs/frozen_lake-20260101-120000 --seeds 0:256
     """
     from deploy.config.load import validated
     from deploy.report.transcripts import show_transcripts
     from deploy.run.evaluate import (
         Conditions,
         conditions_of,
+        environment_of,
         evaluate_checkpoint,
         new_folder,
         parse_options,
         parse_seeds,
     )
 
+    env = env or environment_of(checkpoint)
     base = conditions_of(checkpoint, env, trust)
     tree = base.model_dump() | _given(context_tokens=context_tokens, on_gpu=gpu, seed=seed)
     tree["env_options"] |= parse_options(option or [])

@@ -73,32 +73,47 @@ class Conditions(BaseModel):
     seed: int = Field(0, ge=0, description="seed of all sampling; the same seed samples the same tokens")
 
 
+def environment_of(checkpoint: str) -> str:
+    """The environment of the run that a checkpoint belongs to. ConfigError where it belongs to none."""
+    if (run := _run_of(checkpoint)) is None:
+        raise ConfigError(
+            f"{checkpoint} is not of a run, which would say its environment; name one with --env"
+        )
+    return run_folder.open_existing(run).env.id
+
+
+def _run_of(checkpoint: str) -> Path | None:
+    """The run folder that a checkpoint lies in."""
+    folder = Path(checkpoint).resolve()
+    for candidate in (folder, *folder.parents[:3]):
+        if (candidate / run_folder.CONFIG_FILE).is_file() and (candidate / "ledger.sqlite").is_file():
+            return candidate
+    return None
+
+
 def conditions_of(checkpoint: str, env_id: str, trusted: bool = False) -> Conditions:
     """The conditions of the run a checkpoint belongs to (the environment's options and where it lives only for the same
     environment), or the defaults where it belongs to none. There is no Ray here: its replicas get processes.
 
     trusted: the user says that the run may execute what its configuration names; ConfigError where he never did.
     """
-    folder = Path(checkpoint).resolve()
-    for candidate in (folder, *folder.parents[:3]):
-        if (candidate / run_folder.CONFIG_FILE).is_file() and (candidate / "ledger.sqlite").is_file():
-            config = run_folder.open_existing(candidate)
-            same = config.env.id == env_id
-            options = config.env.options | config.evaluation.options if same else {}
-            require_trust(candidate, executed_by_evaluation(config, env_id), trusted)
-            return Conditions(
-                env_options=options,
-                host=config.env.host.without_ray() if same else HostSettings(),
-                reward=config.env.reward if same else None,
-                agent=config.agent,
-                sampling=config.sampling,
-                context_tokens=config.rollout.context_tokens,
-                max_turns=config.rollout.max_turns,
-                episode_seconds=config.rollout.episode_seconds,
-                engine=config.engine,
-                on_gpu=config.rollout.gpus_per_worker > 0,
-            )
-    return Conditions()
+    if (run := _run_of(checkpoint)) is None:
+        return Conditions()
+    config = run_folder.open_existing(run)
+    same = config.env.id == env_id
+    require_trust(run, executed_by_evaluation(config, env_id), trusted)
+    return Conditions(
+        env_options=config.env.options | config.evaluation.options if same else {},
+        host=config.env.host.without_ray() if same else HostSettings(),
+        reward=config.env.reward if same else None,
+        agent=config.agent,
+        sampling=config.sampling,
+        context_tokens=config.rollout.context_tokens,
+        max_turns=config.rollout.max_turns,
+        episode_seconds=config.rollout.episode_seconds,
+        engine=config.engine,
+        on_gpu=config.rollout.gpus_per_worker > 0,
+    )
 
 
 def evaluate_checkpoint(

@@ -87,6 +87,11 @@ def test_an_evaluation_plays_under_the_limits_of_its_run(
     conditions = evaluate.conditions_of(str(tmp_path), STUCK)
     assert conditions.host == HostSettings(where="process", step_seconds=7.0), "there is no Ray beside a run"
     assert evaluate.conditions_of(str(tmp_path), "frozen_lake").host == HostSettings()
+    assert evaluate.environment_of(str(tmp_path / "checkpoints" / "version-00000001")) == STUCK
+    with pytest.raises(
+        ConfigError, match="is not of a run, which would say its environment; name one with --env"
+    ):
+        evaluate.environment_of("some/model")
     given: list[Any] = []
 
     class Started(Exception):
