@@ -43,7 +43,10 @@ def test_a_run_claims_a_replica_for_every_episode_that_is_played_at_once() -> No
     [
         (["env.host.resources={cpu_node=1}"], "where='auto'; use where='ray', or omit them"),
         (["env.host.where=process", "env.host.cpus_per_replica=2"], "where='process'; use where='ray'"),
-        (["env.host.where=ray", "env.host.resources={CPU=1}"], "CPU is Ray's own; CPUs are cpus_per_replica"),
+        (
+            ["env.host.where=ray", "env.host.resources={CPU=1}"],
+            "CPU is built into Ray; for CPUs use cpus_per_replica",
+        ),
         (["env.host.where=ray", "env.host.resources={cpu_node=0.00001}"], "env.host.resources.cpu_node"),
     ],
 )
