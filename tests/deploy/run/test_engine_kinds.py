@@ -94,7 +94,7 @@ def test_what_a_kind_does_not_have_is_refused_by_name(override: str, says: str) 
         (('engine={kind="a:b", device="gpu"}',), "engine.kind='a:b': it needs a GPU, but"),
         (
             ('engine={kind="a:b"}', "rollout.gpus_per_worker=1", "weights.transfer=nccl"),
-            "weights.transfer='nccl' does not reach engine.kind='a:b'",
+            "engine.kind='a:b' does not support weights.transfer='nccl'",
         ),
     ],
 )
