@@ -12,24 +12,24 @@ GENERATED = (
 
 
 def anchor(heading: str) -> str:
-    """The id that a heading gets."""
+    """Return the id of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 
 def link(text: str, heading: str) -> str:
-    """A link to a heading of the same page."""
+    """Return a link to a heading of the same page."""
     return f"[{text}](#{anchor(heading)})"
 
 
 def code(text: str) -> str:
-    """Code in a line; where it has a bar, which would end a table's cell, as HTML."""
+    """Return inline code; as HTML where the text has a bar, which would end a cell of a table."""
     if "|" in text or "`" in text:
         return f"<code>{escape(text, quote=False).replace('|', '&#124;')}</code>"
     return f"`{text}`"
 
 
 def prose(text: str) -> str:
-    """A text of the code in one line: what stands between backticks is code, and no other character is markup."""
+    """Return a text of the code as Markdown of one line: text between backticks is code, all else is escaped."""
     parts = " ".join(text.split()).split("`")
     return "".join(code(part) if place % 2 else _plain(part) for place, part in enumerate(parts))
 
@@ -40,12 +40,12 @@ def _plain(text: str) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown; cells are Markdown already."""
+    """Return a table; its cells are Markdown already."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
 
 def sentence(text: str) -> str:
-    """The text with a capital at its beginning and a full stop at its end."""
+    """Return the text with a capital letter at its beginning and a full stop at its end."""
     whole = text[:1].upper() + text[1:]
     return whole if whole.endswith((".", "!", "?")) or not whole else f"{whole}."

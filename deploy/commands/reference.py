@@ -12,7 +12,7 @@ from deploy.commands.reference_options import configuration_page
 
 
 def pages(manta: TyperGroup) -> dict[str, str]:
-    """The pages by file name. manta: the command line, with all of its commands."""
+    """Return the pages by file name. manta: the command line, with all of its commands."""
     return {
         "configuration.md": configuration_page(),
         "metrics.md": metrics_page(),
@@ -31,7 +31,7 @@ def write_pages(manta: TyperGroup, folder: Path) -> list[Path]:
 
 
 def stale_pages(manta: TyperGroup, folder: Path) -> list[Path]:
-    """The pages of the folder that are missing or differ from what the code says now."""
+    """Return the pages of the folder that are missing or differ from what the code says now."""
     current = {folder / name: text for name, text in pages(manta).items()}
     return [
         path

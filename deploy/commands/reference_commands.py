@@ -21,7 +21,7 @@ _NOTE = re.compile(r"(.*?)(?:\s*\[((?:default|required|env var|[\d.]*<?=?x)[^\]]
 
 
 def commands_page(manta: TyperGroup) -> str:
-    """The page: an index, then a section for each command."""
+    """Return the page: an index, then a section for each command."""
     commands = {name: each for name, each in manta.commands.items() if isinstance(each, TyperCommand)}
     index = "".join(
         f"- {link(code(f'manta {name}'), f'manta {name}')}: {prose(_paragraphs(command)[0])}\n"

@@ -29,7 +29,7 @@ each is a metric under the name that it gives.
 
 
 def metrics_page() -> str:
-    """The page: an index, then a section for each part of a run that writes metrics."""
+    """Return the page: an index, then a section for each part of a run that writes metrics."""
     index = "".join(
         f"- {link(group.title, group.title)}: {', '.join(code(metric.name) for metric in group.metrics)}\n"
         for group in GROUPS

@@ -60,7 +60,7 @@ class _Place:
 
 @dataclass(slots=True)
 class _Page:
-    """The page as it is written: sections in order, and the index of them."""
+    """The page under construction: its sections in order, and their index."""
 
     schema: Schema
     index: list[str] = field(default_factory=list)
@@ -68,7 +68,7 @@ class _Page:
     written: dict[int, tuple[_Place, Schema]] = field(default_factory=dict)
 
     def section(self, place: _Place, node: Schema, usual: Any) -> Iterator[str]:
-        """A section with all that is in it. usual: its value in a recipe that leaves it out; None: it is absent."""
+        """Yield a section and those within it. usual: its value in a recipe that leaves it out; None: absent."""
         classes = self.classes(node)
         by_kind = {_kind_of(each): each for each in classes}
         yield f"{'#' * min(place.depth, 5)} {place.heading}\n\n"
@@ -91,7 +91,7 @@ class _Page:
             yield from self._options(within, each, same, "")
 
     def _options(self, place: _Place, table_: Schema, usual: Any, about: str) -> Iterator[str]:
-        """What a settings class holds: its options as a table, and then the sections within it."""
+        """Yield the options of a settings class as a table, then the sections within it."""
         explained = table_.get("description", "").partition("\n\n")[0]
         if explained and ("kind" in table_["properties"] or not about):
             yield f"{prose(sentence(explained))}\n\n"
@@ -160,7 +160,7 @@ class _Page:
         return _WORDS.get(node.get("type", ""), "any value") + _bounds(node)
 
     def classes(self, node: Schema) -> list[Schema]:
-        """The settings classes that may stand in an option, those of unions and lists too."""
+        """Return the settings classes that an option may hold, those of unions and lists included."""
         if "$ref" in node:
             found: Schema = self.schema["$defs"][node["$ref"].rpartition("/")[2]]
             return [found]
@@ -171,7 +171,7 @@ class _Page:
 
 
 def configuration_page() -> str:
-    """The page: an index of all sections, then each with a table of its options."""
+    """Return the page: an index of all sections, then each with a table of its options."""
     schema = RunConfig.model_json_schema()
     page = _Page(schema)
     usual = RunConfig.model_validate({"steps": 1, "env": {"id": "any"}}).model_dump(mode="json")
@@ -181,7 +181,7 @@ def configuration_page() -> str:
 
 
 def _defaults(table_: Schema, usual: Any) -> Schema:
-    """The value of every option in a recipe that leaves it out. usual: the section's own; None: its class's."""
+    """Return the value of every option in a recipe that leaves it out. usual: the section's own; None: its class's."""
     if isinstance(usual, dict):
         return usual
     required = table_.get("required", ())
@@ -198,7 +198,7 @@ def _kind_of(table_: Schema) -> str:
 
 
 def _short(entry: Schema, by_kind: dict[str, Schema]) -> Schema:
-    """An entry of a list without what it has by default."""
+    """Return an entry of a list without the options that have their defaults."""
     defaults = _defaults(by_kind.get(entry.get("kind", OWN_KIND), {"properties": {}}), None)
     return {name: value for name, value in entry.items() if name not in defaults or value != defaults[name]}
 
