@@ -273,3 +273,14 @@ SYNC = MetricGroup(
 )
 
 GROUPS = (EPISODES, REUSED, BATCH, UPDATE, CRITIC, LOOP, SYNC)
+
+# Rows of their own, in the form of a run's; guards do not see them.
+STAGES = MetricGroup(
+    "Stages",
+    "learner/stages/sft.py",
+    "A stage before reinforcement learning has a file of its own, `RUN/stages/0/metrics.jsonl` and so on, with one row "
+    "an optimizer step. A stage of kind `sft` writes `step`, `loss`, `grad_norm`, `learning_rate`, `skipped_step`, "
+    "`idle_step`, `entropy`, `tokens_processed`, `tokens_scored` and `batch_tokens_sampled` as above. A step that is "
+    "not finite stands there with `skipped_step` 1.",
+    (Metric("epoch", "epochs", "Pass over the episodes, from 0"),),
+)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from deploy.commands.markdown import GENERATED, code, link, prose, sentence, table
-from deploy.config.declared_metrics import GROUPS
+from deploy.config.declared_metrics import GROUPS as RUN_GROUPS
+from learner.metrics import STAGES
 from rollout.wire.metrics import Metric, MetricGroup
 
+GROUPS = (*RUN_GROUPS, STAGES)
 _INTRODUCTION = """\
 A run writes one row a learner step into `RUN/metrics.jsonl`, one JSON object a line, and the same numbers into
 `RUN/tensorboard`. A number that is not finite is `null` in the file. `RUN/report.html` draws most of them, and
