@@ -41,12 +41,13 @@ train-llm: llm
 # Most of a test of the ring is waiting for processes to start: two files of tests at a time.
 TESTERS ?= 2
 test: setup llm
-	$(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder -m "not rare" $(ARGS)
 
-# The optional environments, with their packages in a folder of their own: .venv stays as it is.
+# Tests of a minute and more, and the optional environments, with their packages in a folder of their own: .venv stays as it is.
 EXTRAS := .extras
 EXTRAS_STAMP := $(EXTRAS)/.installed
-test-extras: setup $(EXTRAS_STAMP)
+test-extras: setup llm $(EXTRAS_STAMP)
+	$(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder -m rare
 	PYTHONPATH="$(CURDIR)/$(EXTRAS)$${PYTHONPATH:+:$$PYTHONPATH}" \
 		$(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(or $(ARGS),tests/envs)
 

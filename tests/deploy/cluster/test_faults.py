@@ -25,6 +25,7 @@ def test_the_whole_job_killed_again_and_again_ends_where_the_uninterrupted_one_d
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.rare  # the whole of it: make faults ARGS=matrix
 def test_parts_that_die_or_freeze_lose_nothing(tmp_path: Path) -> None:
     kinds = [
         Kind("rollout", STOP, "sync"),
@@ -62,7 +63,10 @@ def _described(pid: int) -> str:
     return f"{pid}, with the run's id: {TAG in (facts.pop('environ') or ())}, {facts}"
 
 
-@pytest.mark.parametrize("how", ["killed", "stopped", "beyond its budget"])
+@pytest.mark.parametrize(
+    "how",
+    ["killed", *(pytest.param(how, marks=pytest.mark.rare) for how in ("stopped", "beyond its budget"))],
+)
 def test_whatever_ends_a_run_nothing_of_it_is_left(how: str, tmp_path: Path) -> None:
     folder, temporary = tmp_path / "run", Path(tempfile.mkdtemp(prefix="mt-", dir="/tmp"))
     driver = Driver(

@@ -93,6 +93,7 @@ def test_what_two_ranks_began_one_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_a_rank_that_is_lost_takes_the_others_back_to_the_checkpoint(tmp_path: Path) -> None:
     folder, seen = tmp_path / "run", []
     hits = {2: signal.SIGKILL, 4: signal.SIGSTOP}  # by the number of steps that were asked for before

@@ -75,10 +75,13 @@ def test_transformers_needs_no_vllm_and_samples_the_same_run_again(
         ("engine.kind=a:b:c", "engine.kind: "),
         (
             'engine={kind="transformers", threads=2}',
-            "engine.threads does not belong to kind='transformers'; it does to 'vllm'",
+            "engine.threads does not belong to kind='transformers'; it belongs to 'vllm'",
         ),
         ('engine={kind="a:b", seeded=true}', "engine.seeded does not belong to kind='module:name'"),
-        ("engine.options={a=1}", "engine.options does not belong to kind='vllm'; it does to 'module:name'"),
+        (
+            "engine.options={a=1}",
+            "engine.options does not belong to kind='vllm'; it belongs to 'module:name'",
+        ),
     ],
 )
 def test_what_a_kind_does_not_have_is_refused_by_name(override: str, says: str) -> None:

@@ -62,7 +62,9 @@ def test_a_prime_is_not_greater_than_itself_in_any_task() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", range(1, LEVELS + 1))
+@pytest.mark.parametrize(
+    "level", [1, 2, *(pytest.param(level, marks=pytest.mark.rare) for level in range(3, LEVELS + 1))]
+)
 def test_at_most_one_near_miss_in_a_hundred_passes(level: int) -> None:
     """`python -m tests.bench.mutants` counts them over more tasks."""
     others, passed = 0, []
