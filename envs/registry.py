@@ -205,8 +205,7 @@ def player(env_id: str) -> Callable[[float, int], Player]:
 
 def has_splits(env_id: str) -> bool:
     """Whether the environment has an option `split`."""
-    entry = _entry(env_id)
-    factory = _load(env_id, entry) if isinstance(entry, str) else entry
+    factory = _factory(env_id)
     return factory is not None and "split" in inspect.signature(factory).parameters
 
 
@@ -226,9 +225,7 @@ def check_tasks(env_id: str, options: dict[str, Any]) -> None:
 
 def _call_class_method(env_id: str, method: str, options: dict[str, Any]) -> Any:
     """The result of a class method of an environment; None without one. Its ValueError becomes EnvironmentUnknown."""
-    entry = _entry(env_id)
-    factory = _load(env_id, entry) if isinstance(entry, str) else entry
-    found = getattr(factory, method, None)
+    found = getattr(_factory(env_id), method, None)
     if found is None:
         return None
     try:
@@ -367,6 +364,12 @@ def _is_like(value: Any, default: Any) -> bool:
     """Whether a value has the type of its default; always if the default does not tell a type."""
     whole_for_any = isinstance(default, float) and type(value) is int
     return default in (None, inspect.Parameter.empty) or type(value) is type(default) or whole_for_any
+
+
+def _factory(env_id: str) -> _Factory | None:
+    """The callable that makes replicas of an environment; None for one of Gymnasium's."""
+    entry = _entry(env_id)
+    return _load(env_id, entry) if isinstance(entry, str) else entry
 
 
 def _creator(env_id: str) -> Any:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from rollout.buffer.replay_store import EpisodeRow
+from rollout.wire.metrics import Row
 from rollout.wire.trajectory import Task
 
-Row = dict[str, float]
 T = TypeVar("T")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 from deploy.assembly.models import build_learner, model_path
@@ -21,10 +22,15 @@ class LearnerHere:
         self.run_folder = run_folder
         self._config = config
 
+    @cached_property
+    def path(self) -> str:
+        """The folder of the base model, made and compared with its checksums once."""
+        return model_path(self._config, self.run_folder)
+
     def start_learner(self, source: Source, place: Place, resume: bool) -> int:
         """Build the learner, from the run's newest checkpoint where it goes on with one; returns its version."""
         config, folder = self._config, self.run_folder
-        learner = build_learner(config, model_path(config, folder))
+        learner = build_learner(config, self.path)
         # A run stopped before its first checkpoint has none to load: it starts over in its folder.
         if resume and newest(folder) is not None:
             learner.load(folder)
@@ -34,8 +40,7 @@ class LearnerHere:
         return learner.version
 
     async def begin_stage(self, index: int) -> tuple[int, int]:
-        path = model_path(self._config, self.run_folder)
-        return await self._learner.begin_stage(index, await stage_data(self._config, index, path))
+        return await self._learner.begin_stage(index, await stage_data(self._config, index, self.path))
 
     async def advance_stage(self, steps: int) -> list[Row]:
         return await self._learner.advance_stage(steps)

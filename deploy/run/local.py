@@ -22,7 +22,6 @@ from deploy.assembly.build import (
     replay_buffer_builder,
     start_engine,
 )
-from deploy.assembly.models import model_path
 from deploy.assembly.runtime import Row, first_failure
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
@@ -84,7 +83,7 @@ class LocalRuntime(LearnerHere):
 
     async def start(self, resume: bool) -> int:
         config = self._config
-        path = model_path(config, self.run_folder)
+        path = self.path
         loop = asyncio.get_running_loop()
 
         def tell(text: str) -> None:

@@ -70,7 +70,8 @@ def check(config: RunConfig) -> None:
         )
     check_lora(config, tokenizer)
     if config.replay is None:
-        registry.check_tasks(config.env.id, config.env.options | config.evaluation.options)
+        if config.evaluation.options:  # other tasks than those of training, which are checked already
+            registry.check_tasks(config.env.id, config.env.options | config.evaluation.options)
         evaluation_tasks(config)
     else:
         replay.check(config, tokenizer)

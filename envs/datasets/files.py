@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from datetime import date, datetime, time
 from decimal import Decimal
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,7 @@ class Rows:
 
 def open_rows(path: str) -> Rows:
     """Rows of a file, a folder or a hub dataset ("owner/name", "owner/name:split"). DataError where there are none."""
-    files = data_files(path)
-    return _opened(path, tuple(_print_of(file) for file in files)) if files else _opened(path, ())
+    return _opened(path, tuple(map(_print_of, data_files(path))))
 
 
 def data_files(path: str) -> list[Path]:
@@ -133,7 +132,10 @@ def _write(kept: Path, found: Iterable[Found], path: str) -> None:
     descriptor, name = tempfile.mkstemp(dir=kept.parent, suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-            count = sum(_write_batch(writer, batch) for batch in _batches(found))
+            rows, count = iter(found), 0
+            while batch := list(islice(rows, _BATCH)):
+                _write_batch(writer, batch)
+                count += len(batch)
         if not count:
             raise DataError(f"{path}: there is no row")
         Path(name).replace(kept)
@@ -141,22 +143,10 @@ def _write(kept: Path, found: Iterable[Found], path: str) -> None:
         Path(name).unlink(missing_ok=True)
 
 
-def _batches(found: Iterable[Found]) -> Iterator[list[Found]]:
-    batch: list[Found] = []
-    for each in found:
-        batch.append(each)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _write_batch(writer: pa.ipc.RecordBatchFileWriter, batch: list[Found]) -> int:
+def _write_batch(writer: pa.ipc.RecordBatchFileWriter, batch: list[Found]) -> None:
     files, lines, rows = zip(*batch, strict=True)
     texts = [json.dumps(row, ensure_ascii=False, default=_plain) for row in rows]
     writer.write_batch(pa.record_batch([list(files), list(lines), texts], schema=_SCHEMA))
-    return len(batch)
 
 
 def _plain(value: Any) -> Any:

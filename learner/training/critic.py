@@ -26,10 +26,9 @@ from learner.model.policy import Policy
 from learner.parallel.shards import gathered_state, laid_out, shard
 from learner.training.optim import Optimizer
 from learner.training.step import Auxiliary, Stats, accumulate
-from rollout.wire.metrics import joined
+from rollout.wire.metrics import Row, joined
 
 _TRUNK, _HEAD = "trunk", "head.safetensors"
-Row = dict[str, float]
 
 
 def value_loss(values_N: Tensor, old_N: Tensor, targets_N: Tensor, clip: float | None) -> Tensor:

@@ -30,7 +30,7 @@ from learner.data.batch_checks import MOST_REFUSED, BatchRefused
 from learner.parallel.ranks import RankLost, touching
 from learner.training.learner import Learner
 from learner.training.publish import Publisher, Snapshot, Staging, take_snapshot
-from rollout.wire.metrics import joined
+from rollout.wire.metrics import Row, joined
 from rollout.wire.own_part import OwnPartError
 from rollout.wire.partition import Partition
 from rollout.wire.schema import decode
@@ -39,7 +39,6 @@ from rollout.wire.weights import Handle, SyncReport, WeightUpdate
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, float]
 _LAST_WORDS_SECONDS = 10.0  # from a rank's failure until that is told
 # Puts a version where engines can load it; what it gives beside the handle is kept until the version is withdrawn.
 Place = Callable[[Snapshot], tuple[Handle, Any]]
