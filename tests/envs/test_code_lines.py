@@ -173,6 +173,7 @@ def test_an_own_loss_that_raises_in_a_step_is_one_line_that_names_its_lines_and_
     assert "raise KeyError(name)" in (run / "failure.log").read_text(encoding="utf-8")
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 def test_on_a_cluster_an_own_loss_that_raises_restarts_no_rank_of_the_learner(tmp_path: Path) -> None:
     import ray

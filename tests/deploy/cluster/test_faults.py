@@ -18,6 +18,7 @@ from tests.faults.run import Driver, until
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.rare
 def test_the_whole_job_killed_again_and_again_ends_where_the_uninterrupted_one_does(tmp_path: Path) -> None:
     result = resumes.run(tmp_path, kills=3, extra=["--local"])
     assert result.kills == 3

@@ -77,6 +77,7 @@ def _assert_trained(folder: Path) -> None:
     assert any(row["grad_norm"] > 0 for row in rows)
 
 
+@pytest.mark.rare
 def test_two_ranks_train_and_every_group_is_accounted_for(tmp_path: Path) -> None:
     train(RANKS, tmp_path / "run", late_engine(0), ring_type=_ring)
     _assert_trained(tmp_path / "run")

@@ -99,6 +99,7 @@ def test_a_cluster_too_small_for_the_replicas_is_refused(cluster: None) -> None:
     assert "\n" not in said
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 def test_where_replicas_live_changes_nothing_about_a_run(cluster: None, tmp_path: Path) -> None:
     import ray

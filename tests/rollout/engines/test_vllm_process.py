@@ -245,6 +245,7 @@ def test_killing_the_host_of_an_engine_leaves_no_process_even_where_all_are_stop
     assert not any(path.exists() for path in shared)
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_closing_an_engine_says_nothing_of_errors_or_leaks(model: Path, tmp_path: Path) -> None:
