@@ -87,8 +87,11 @@ def data_files(path: str) -> list[Path]:
         if not found:
             raise DataError(f"{path}: the folder holds no file that ends in {', '.join(SUFFIXES)}")
         return found
-    if any(here.parent.glob(here.name)) and here.name != path:
-        return sorted(here.parent.glob(here.name))
+    if any(sign in here.name for sign in "*?["):
+        found = sorted(each for each in here.parent.glob(here.name) if each.suffix in SUFFIXES)
+        if not found:
+            raise DataError(f"{path}: no file matches that ends in {', '.join(SUFFIXES)}")
+        return found
     if path.count("/") == 1 and not here.suffix and not path.startswith((".", "/", "~")):
         return []
     raise DataError(f"{path}: no such file or folder")

@@ -61,23 +61,23 @@ class Schema:
         for column in filter(None, (prompt, answer, images, *_gaps(template))):
             if not has(row, column):
                 raise DataError(f"{where}: there is no column {column!r}; its columns: {', '.join(row)}")
-        found = prompt or _first(row, PROMPTS)
+        found = prompt or first_of(row, PROMPTS)
         if found is None and template is None:
             raise DataError(
                 f"{where}: no column of the usual names ({', '.join(PROMPTS)}) holds a prompt; name one with "
                 f"prompt=, or write template=; its columns: {', '.join(row)}"
             )
         return cls(
-            found or "", answer or _first(row, ANSWERS), images or _first(row, IMAGES), system, template
+            found or "", answer or first_of(row, ANSWERS), images or first_of(row, IMAGES), system, template
         )
 
     def messages(self, row: Row, where: str) -> list[Message]:
         """The messages that a row begins an episode with. DataError for a prompt that is none."""
         if self.template is not None:
-            said: Any = _GAP.sub(lambda gap: str(value(row, gap[1])), self.template)
+            said: Any = fill(self.template, row)
         else:
             said = value(row, self.prompt)
-        messages = _messages(said, f"{where}: column {self.prompt!r}")
+        messages = as_messages(said, f"{where}: column {self.prompt!r}")
         if messages[-1]["role"] == "assistant":  # a whole conversation: the policy gives its last answer
             messages = messages[:-1]
         if not messages or messages[-1]["role"] == "assistant":
@@ -120,8 +120,13 @@ def value(row: Row, column: str) -> Any:
     return held
 
 
-def _first(row: Row, columns: Sequence[str]) -> str | None:
+def first_of(row: Row, columns: Sequence[str]) -> str | None:
     return next((column for column in columns if value(row, column) is not None), None)
+
+
+def fill(template: str, row: Row) -> str:
+    """The template with what the row holds in place of each {column}."""
+    return _GAP.sub(lambda gap: str(value(row, gap[1])), template)
 
 
 def _gaps(template: str | None) -> list[str]:
@@ -129,7 +134,8 @@ def _gaps(template: str | None) -> list[str]:
     return _GAP.findall(template or "")
 
 
-def _messages(said: Any, where: str) -> list[Message]:
+def as_messages(said: Any, where: str) -> list[Message]:
+    """Messages of a column: text is the user's. DataError for anything else."""
     if isinstance(said, str) and said.strip():
         return [{"role": "user", "content": said}]
     if not isinstance(said, list) or not said:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from envs.base import as_number
+from envs.base import Message, as_number
 from envs.rewards import answers, checked
 from envs.rewards.judge import judge
 from envs.user_functions import load_function, settled
@@ -38,19 +38,29 @@ _OWN = ("kind", "weight", "name")
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a reward is given: the answer, what is right, the row, the messages that posed the task."""
+    """What a reward is given: the last answer, what is right, the row, and all messages until that answer."""
 
     completion: str
     truth: Any
     row: dict[str, Any]
-    messages: Sequence[dict[str, Any]]
+    trajectory: Sequence[Message]
+    posed: int  # messages that posed the task, the first ones
 
     @property
     def task(self) -> str:
-        """The user's last message, as text."""
-        content = self.messages[-1]["content"]
-        parts = [{"text": content}] if isinstance(content, str) else content
-        return "\n".join(str(part["text"]) for part in parts if "text" in part)
+        """The last message that posed the task, as text."""
+        return _text(self.trajectory[self.posed - 1])
+
+    @property
+    def conversation(self) -> str:
+        """All messages, as text."""
+        return "\n\n".join(f"{each['role']}: {_text(each)}" for each in self.trajectory)
+
+
+def _text(message: Message) -> str:
+    content = message["content"]
+    parts = [{"text": content}] if isinstance(content, str) else content
+    return "\n".join(str(part["text"]) for part in parts if "text" in part)
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ class Reward:
     def __call__(self, said: Said) -> float:
         """The number that this reward gives. ValueError, TypeError for what is no finite number."""
         if self.kind in KINDS:
-            beside = (said.task,) if self.kind == "judge" else ()
+            beside = (said.task, said.conversation) if self.kind == "judge" else ()
             return KINDS[self.kind](said.completion, said.truth, *beside, **self.options)
         number = as_number(settled(self._called(said)), f"what {self.kind} returned")
         if not math.isfinite(number):
@@ -112,7 +122,8 @@ class Reward:
             if not any(each.kind is each.VAR_KEYWORD for each in names.values()):
                 given = {name: value for name, value in given.items() if name in names}
             return settled(function(**given))[0]
-        return function(said.completion, said.row, **self.options)
+        whole = {"trajectory": [*said.trajectory]} if "trajectory" in names else {}
+        return function(said.completion, said.row, **whole, **self.options)
 
     def _require_options(self) -> None:
         function = KINDS.get(self.kind)

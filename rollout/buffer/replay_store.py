@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from rollout.buffer.curriculum import Curriculum
 from rollout.buffer.disk_space import DiskSpace, free_bytes
 from rollout.buffer.failures import WINDOW, FailureWindow, TooManyFailures
 from rollout.buffer.journal import Journal, rows_of
@@ -59,7 +60,6 @@ class ReplayStore:
         seed: int = 0,
     ) -> None:
         self._folder = folder
-        self._task_of = task_of
         self.settings = settings
         self._total = None if total_steps is None else total_steps * settings.groups_per_step
         self.disk_space = DiskSpace(folder, settings.min_free_mib, probe)
@@ -67,6 +67,7 @@ class ReplayStore:
         self._segments = SegmentWriter(self._groups, settings.segment_mib * 2**20)
         self._ledger = Ledger(folder / "ledger.sqlite")
         self._reuse = Reuse(settings.reuse, seed, self._ledger.db, self._groups)
+        self._tasks = Curriculum(settings.curriculum, task_of, self._ledger.db)
         self._next_id = self._ledger.next_group_id()
         self._scheduler = self._empty_buffer(self._ledger.buffer_version)
         self._leases = Leases(self._ledger.evicted(), self._ledger.losses())
@@ -145,8 +146,7 @@ class ReplayStore:
         """
         self.disk_space.require()
         new, answers = self._accepted(finished)
-        playing = self._leases.playing.items()
-        attempts = {group_id: lease.slot.attempt for group_id, lease in playing if group_id not in new}
+        attempts = {at: lease.slot.attempt for at, lease in self._leases.playing.items() if at not in new}
         rows = [kept for batch in turns if (kept := rows_of(batch, attempts)) is not None]
         before = self._segments.open_segment
         locations = self._write(rows, new)
@@ -260,6 +260,7 @@ class ReplayStore:
         self._ledger.rollback(version, complete, waiting, reissue, rewritten.first, new_driver)
         self._journal.adopt(rewritten)
         self._scheduler = buffer
+        self._tasks.forget()
         self._leases = Leases(self._ledger.evicted(), self._ledger.losses())
         self._leases.waiting, self._leases.reissue = waiting, reissue
 
@@ -323,7 +324,7 @@ class ReplayStore:
         begun = self.version * self.settings.groups_per_step + self._scheduler.outstanding
         if self._total is not None and begun >= self._total:
             return None
-        return Slot(self._next_id, 0, self._task_of(self._next_id), self.version)
+        return Slot(self._next_id, 0, self._tasks.next(self._next_id, self.version), self.version)
 
     def _end(self, group_ids: Collection[int]) -> None:
         self._leases.end(group_ids)
@@ -372,16 +373,15 @@ class ReplayStore:
     ) -> list[pa.RecordBatch] | None:
         """Read the rows of these groups; None where some are lost: fresh groups are then reissued."""
         try:
-            files = self._groups
-            return [*(fresh.read(files) for _, fresh in groups), *(group.read(files) for group in reused)]
+            fresh = [group.read(self._groups) for _, group in groups]
+            return fresh + [group.read(self._groups) for group in reused]
         except CorruptSegment as error:
             self._set_aside(error)
             return None
 
     def _set_aside(self, error: CorruptSegment) -> None:
         # A repeated call means that the step has received none of its groups.
-        untaken = [group_id for group_id, _ in self._scheduler.taken]
-        self._ledger.give_back(untaken, self.version)
+        self._ledger.give_back([group_id for group_id, _ in self._scheduler.taken], self.version)
         self._scheduler.give_back()
         complete = self._scheduler.completed.items()
         lost = {at: group.slot for at, group in complete if group.location.segment == error.segment}

@@ -6,6 +6,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rollout.buffer.curriculum import CurriculumSettings
 from rollout.buffer.samplers import AnySampler, Fifo
 
 
@@ -69,6 +70,9 @@ class BufferSettings(BaseModel):
     )
     reuse: ReuseSettings = Field(
         ReuseSettings(), description="training on groups of earlier steps again; the default is no reuse"
+    )
+    curriculum: CurriculumSettings = Field(
+        CurriculumSettings(), description="tasks that are played again; the default plays the next one"
     )
 
     @model_validator(mode="after")

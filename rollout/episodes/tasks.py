@@ -20,7 +20,8 @@ class TaskStream:
 
     Task seeds are drawn from [first_seed, first_seed + 2**30). The default leaves all seeds below 2**30 to held-out
     tasks and stays under 2**31, which any environment's random generator accepts. An environment with
-    `count` tasks, numbered by the seed modulo the count, plays each once per pass, in another order each time.
+    `count` tasks, numbered by the seed modulo the count, plays each once per pass: in another order each time, or
+    without `shuffle` in the order of their numbers.
     """
 
     def __init__(
@@ -30,11 +31,13 @@ class TaskStream:
         seed: int = 0,
         first_seed: int = SEEDS,
         count: int | None = None,
+        shuffle: bool = True,
     ) -> None:
         self._base = Task.of(env_id, 0, options)
         self._seed = seed
         self._first_seed = first_seed
         self._count = count
+        self._shuffle = shuffle
 
     def __call__(self, group_id: int) -> Task:
         offset = derive_seed(self._seed, group_id) % SEEDS if self._count is None else self._counted(group_id)
@@ -44,7 +47,7 @@ class TaskStream:
         """Offset of a task whose number (the seed modulo the count) comes once per pass."""
         assert self._count is not None
         passes, offset = divmod(group_id, self._count)
-        number = int(_order(self._seed, passes, self._count)[offset])
+        number = int(_order(self._seed, passes, self._count)[offset]) if self._shuffle else offset
         return (number - self._first_seed) % self._count + passes % (SEEDS // self._count) * self._count
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from envs.datasets.files import DataError
 from envs.images import decode_image, image_part
 from envs.registry import EnvironmentUnknown
 from rollout.episodes.tasks import TaskStream
+from tests.envs.chat_server import Messages, chat_server
 
 SUMS = [
     {"question": f"{a} + {b}?", "answer": str(a + b), "level": a % 3} for a in range(10) for b in range(10)
@@ -57,6 +59,55 @@ def test_a_wrong_answer_may_be_tried_again(tmp_path: Path) -> None:
     assert env.step("7")[1:4] == (1.0, True, False)
     env.reset(seed=34)
     assert [env.step("5")[2] for _ in range(3)] == [False, False, True]
+
+
+def test_only_the_last_answer_is_given_every_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first reward says whether there is another answer; the others may cost a question to a server."""
+    (tmp_path / "costly.py").write_text(
+        "paid = []\ndef fee(completion, row):\n    paid.append(completion)\n    return 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    env = Dataset(lines(tmp_path, SUMS), ["number", "costly:fee"], attempts=2)
+    env.reset(seed=34)
+    assert env.step("5")[2] is False
+    assert env.step("7")[1] == 3.0
+    assert sys.modules["costly"].paid == ["7"]
+
+
+def test_a_simulated_user_talks_until_it_has_what_it_wants(tmp_path: Path) -> None:
+    heard: list[Messages] = []
+
+    def user(messages: Messages) -> str:
+        heard.append(messages)
+        return "[DONE]" if messages[-1]["content"] == "7" else " And in digits? "
+
+    rows = [{"prompt": "Three and four?", "answer": "7", "wish": "digits"}]
+    with chat_server(user) as url:
+        options = {"model": "m", "base_url": url, "turns": 2, "prompt": "You want {wish}. Else say [DONE]."}
+        env = Dataset(lines(tmp_path, rows), "exact", user=options)
+        env.reset(seed=0)
+        assert env.step("Seven.")[:4] == ("And in digits?", 0.0, False, False)
+        other = Dataset(lines(tmp_path, rows), "exact", user=options)
+        other.reset(seed=0)
+        other.restore(env.snapshot())
+        assert other.step("7")[1:] == (1.0, True, False, {"success": True, "rewards": {"exact": 1.0}})
+        assert heard[-1] == [
+            {"role": "system", "content": "You want digits. Else say [DONE]."},
+            {"role": "assistant", "content": "Three and four?"},
+            {"role": "user", "content": "Seven."},
+            {"role": "assistant", "content": "And in digits?"},
+            {"role": "user", "content": "7"},
+        ]
+        env.reset(seed=0)  # the user's turns are spent after the third answer
+        assert [env.step("Seven.")[2] for _ in range(3)] == [False, False, True]
+        assert env.nondeterministic
+    for wrong, told in (
+        ({"user": {"model": "m", "turns": 0}}, "turns=0"),
+        ({"user": {"model": "m", "prompt": "Be a user."}}, r"has to ask for \[DONE\]"),
+        ({"user": {"model": "m"}, "attempts": 2}, "attempts=2 beside a user"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            Dataset(lines(tmp_path, rows), **cast(Any, wrong))
 
 
 def test_files_of_verl_are_read_as_they_are(tmp_path: Path) -> None:
@@ -105,6 +156,17 @@ def test_pictures_stand_where_they_are_marked(tmp_path: Path) -> None:
     before, picture, after = message["content"]
     assert (before["text"], after["text"]) == ("Is ", " blue?")
     assert np.array_equal(decode_image(picture), pixels)
+
+
+def test_rows_may_be_numbered_by_their_difficulty(tmp_path: Path) -> None:
+    rows = [{"prompt": str(level), "answer": "x", "level": level} for level in (3, 1, 2.5, 1)]
+    env = Dataset(lines(tmp_path, rows), order_by="level")
+    assert [env.reset(seed=seed)[0][0]["content"] for seed in range(4)] == ["1", "1", "2.5", "3"]
+    stream = TaskStream("dataset", count=4, shuffle=False)
+    assert [stream(group).seed % 4 for group in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert len({stream(group).seed for group in range(8)}) == 8
+    with pytest.raises(DataError, match=r"rows.jsonl:2: order_by='level' needs a number in every row"):
+        Dataset(lines(tmp_path, [rows[0], GOOD]), order_by="level")
 
 
 def test_splits_share_no_row_and_filters_leave_rows_out(tmp_path: Path) -> None:

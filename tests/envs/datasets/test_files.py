@@ -57,13 +57,17 @@ def test_a_table_of_text_has_its_lines(tmp_path: Path) -> None:
     assert rows.where(1) == "rows.csv:4"
 
 
-def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
+def test_a_folder_is_its_files_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (1, 0):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / f"part-{number}.jsonl").write_text(json.dumps({"q": number}), encoding="utf-8")
     (tmp_path / "data" / "dataset_info.json").write_text("{}", encoding="utf-8")
     assert [row["q"] for row in open_rows(str(tmp_path / "data"))] == [0, 1]
-    assert [row["q"] for row in open_rows(str(tmp_path / "data" / "part-*.jsonl"))] == [0, 1]
+    assert [row["q"] for row in open_rows(str(tmp_path / "data" / "part-*"))] == [0, 1]
+    monkeypatch.chdir(tmp_path / "data")
+    assert [row["q"] for row in open_rows("part-*.jsonl")] == [0, 1]
+    with pytest.raises(DataError, match=r"part-\*.csv: no file matches"):
+        open_rows("part-*.csv")
 
 
 def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:

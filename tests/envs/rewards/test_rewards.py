@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from envs.rewards.judge import JudgeFailed, judge
+from envs.rewards.judge import judge
 from envs.rewards.rewards import Reward, Said, reward_range, rewards_of
+from envs.served_model import NoAnswer
+from tests.envs.chat_server import Messages, chat_server
 
 OWN = """
 async def brevity(completion, row, words=10):
@@ -30,6 +28,9 @@ def length(completions):
 
 def nothing(completion, row):
     return None
+
+def answers(completion, row, trajectory):
+    return float(sum(each["role"] == "assistant" for each in trajectory))
 """
 ROW: dict[str, Any] = {
     "data_source": "sums",
@@ -46,7 +47,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def said(completion: str, truth: Any = "7", row: dict[str, Any] | None = None) -> Said:
-    return Said(completion, truth, ROW if row is None else row, ROW["prompt"])
+    talk = [*ROW["prompt"], {"role": "assistant", "content": completion}]
+    return Said(completion, truth, ROW if row is None else row, talk, posed=1)
 
 
 def test_a_function_is_called_as_its_parameters_say() -> None:
@@ -54,6 +56,7 @@ def test_a_function_is_called_as_its_parameters_say() -> None:
         reward = Reward.of(f"scoring_of_one:{name}")
         assert [reward(said("7")), reward(said("8"))] == [1.0, 0.0], name
     assert Reward.of({"kind": "scoring_of_one:brevity", "words": 4})(said("one two")) == 0.5
+    assert Reward.of("scoring_of_one:answers")(said("7")) == 1.0
     text_row = {
         "prompt": "3 + 4?",
         "extra": 1,
@@ -92,48 +95,29 @@ def test_a_wrong_section_is_refused_in_a_line(sections: Any, told: str) -> None:
 # A judge ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def server() -> Iterator[tuple[str, list[str]]]:
-    """A server that scores an answer by the number in it, and what it was asked."""
+def test_a_judges_score_is_the_reward_and_is_asked_once() -> None:
     asked: list[str] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(body["messages"][0]["content"])
-            answer = asked[-1].rpartition("Answer:\n")[2].strip()
-            message = {"role": "assistant", "content": f"It says 1 thing.\nscore: {answer}"}
-            choice = {"index": 0, "finish_reason": "stop", "message": message}
-            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(json.dumps(reply).encode())
+    def scored(messages: Messages) -> str:
+        asked.append(messages[0]["content"])
+        return f"It says 1 thing.\nscore: {asked[-1].rpartition('Answer:')[2].strip()}"
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=served.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{served.server_port}/v1", asked
-    served.shutdown()
-    thread.join(10)
-    served.server_close()
-
-
-def test_a_judges_score_is_the_reward_and_is_asked_once(server: tuple[str, list[str]]) -> None:
-    url, asked = server
-    reward = Reward.of({"kind": "judge", "model": "m", "base_url": url})
-    assert [reward(said("6")), reward(said("6")), reward(said("10"))] == [0.6, 0.6, 1.0]
-    assert len(asked) == 2
-    assert "Task:\n3 + 4?" in asked[0]
-    assert "Reference answer:\n7" in asked[0]
-    for answer in ("11", "no number at all"):
-        with pytest.raises(JudgeFailed, match="said no score from 0 to 10"):
-            reward(said(answer))
+    with chat_server(scored) as url:
+        reward = Reward.of({"kind": "judge", "model": "m", "base_url": url})
+        assert [reward(said("6")), reward(said("6")), reward(said("10"))] == [0.6, 0.6, 1.0]
+        assert len(asked) == 2
+        assert "Task:\n3 + 4?" in asked[0]
+        assert "Reference answer:\n7" in asked[0]
+        for answer in ("11", "no number at all"):
+            with pytest.raises(NoAnswer, match="said no score from 0 to 10"):
+                reward(said(answer))
+        whole = Reward.of(
+            {"kind": "judge", "model": "m", "base_url": url, "prompt": "{conversation} Answer: 5"}
+        )
+        assert whole(said("{most} {task}")) == 0.5
+        assert asked[-1] == "user: 3 + 4?\n\nassistant: {most} {task} Answer: 5"
 
 
 def test_a_judge_that_does_not_answer_is_no_reward() -> None:
-    with pytest.raises(JudgeFailed, match="did not answer"):
+    with pytest.raises(NoAnswer, match="did not answer"):
         judge("a", "b", model="m", base_url="http://127.0.0.1:9/v1", retries=0, seconds=5)
