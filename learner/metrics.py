@@ -275,12 +275,24 @@ SYNC = MetricGroup(
 GROUPS = (EPISODES, REUSED, BATCH, UPDATE, CRITIC, LOOP, SYNC)
 
 # Rows of their own, in the form of a run's; guards do not see them.
+_PAIRS = "the stage is of kind `preference`"
 STAGES = MetricGroup(
     "Stages",
-    "learner/stages/sft.py",
+    "learner/stages/",
     "A stage before reinforcement learning has a file of its own, `RUN/stages/0/metrics.jsonl` and so on, with one row "
-    "an optimizer step. A stage of kind `sft` writes `step`, `loss`, `grad_norm`, `learning_rate`, `skipped_step`, "
-    "`idle_step`, `entropy`, `tokens_processed`, `tokens_scored` and `batch_tokens_sampled` as above. A step that is "
-    "not finite stands there with `skipped_step` 1.",
-    (Metric("epoch", "epochs", "Pass over the episodes, from 0"),),
+    "an optimizer step. Stages of kinds `sft` and `preference` write `step`, `loss`, `grad_norm`, `learning_rate`, "
+    "`skipped_step`, `idle_step`, `entropy`, `tokens_processed`, `tokens_scored` and `batch_tokens_sampled` as above. "
+    "A step that is not finite stands there with `skipped_step` 1.",
+    (
+        Metric("epoch", "epochs", "Pass over the episodes, from 0"),
+        Metric(
+            "chosen_reward",
+            "nats",
+            "What the better answer is worth to the policy: beta log(pi/ref), mean",
+            _PAIRS,
+        ),
+        Metric("rejected_reward", "nats", "The same of the worse answer", _PAIRS),
+        Metric("reward_margin", "nats", "Difference of the two", _PAIRS),
+        Metric("reward_accuracy", "fraction", "Share of pairs whose better answer is worth more", _PAIRS),
+    ),
 )

@@ -75,7 +75,7 @@ def _files_of(path: str) -> Iterator[None]:
 def training_tasks(config: RunConfig) -> TaskStream:
     """The run's stream of tasks: a pure function of (run seed, group id)."""
     count = registry.task_count(config.env.id, config.env.options)
-    return TaskStream(config.env.id, config.env.options, config.seed, count=count)
+    return TaskStream(config.env.id, config.env.options, config.seed, count=count, shuffle=config.env.shuffle)
 
 
 def evaluation_tasks(config: RunConfig) -> list[Task]:

@@ -1,8 +1,9 @@
-"""What a stage learns from: demonstrations played for it, or the episodes of a finished run."""
+"""What a stage learns from: demonstrations played for it, the episodes of a finished run, or recorded conversations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from math import inf
@@ -14,11 +15,17 @@ from deploy.assembly.build import load_chat
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from envs import registry
-from learner.stages.settings import PlayerSource, RunSource
+from envs.datasets.conversations import Conversation, Reciter, RecordedTalk, conversations
+from envs.datasets.files import DataError
+from learner.stages.settings import DatasetSource, PlayerSource, RunSource
 from rollout.buffer.history import History, HistoryError
 from rollout.episodes.demonstrations import demonstrate
+from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.tasks import TaskStream
 from rollout.wire.schema import decode, encode
+from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory
+
+log = logging.getLogger(__name__)
 
 
 async def stage_data(config: RunConfig, index: int, path: str) -> list[pa.RecordBatch]:
@@ -26,6 +33,8 @@ async def stage_data(config: RunConfig, index: int, path: str) -> list[pa.Record
     source = config.stages[index].source
     if isinstance(source, RunSource):
         return list(past_episodes(source, f"stages.{index}.source"))
+    if isinstance(source, DatasetSource):
+        return await _recorded(config, source, f"stages.{index}.source", path)
     return await _played(config, index, source, path)
 
 
@@ -41,6 +50,64 @@ async def _played(config: RunConfig, index: int, source: PlayerSource, path: str
         config.agent,
     )
     return [encode(group) for group in groups]
+
+
+async def _recorded(config: RunConfig, source: DatasetSource, option: str, path: str) -> list[pa.RecordBatch]:
+    """The conversations of a data file, one group a row, in the tokens of the run's model.
+
+    They are played as demonstrations, in an environment that says what was said, so that they are encoded as sampled
+    episodes are. A row that does not fit into rollout.context_tokens is left out.
+    """
+    by_row = [*recorded(source, option)]
+    talks = [talk for row in by_row for talk in row]
+    context = config.rollout.context_tokens
+    pool = EnvironmentPool(make=lambda _id, **_options: RecordedTalk(talks))
+    played = iter(
+        await demonstrate(
+            [Task.of("recorded", place) for place in range(len(talks))],
+            lambda place: Reciter(talks[place]),
+            load_chat(path),
+            context,
+            pool=pool,
+        )
+    )
+    rows = [[next(played).trajectories[0] for _ in row] for row in by_row]
+    whole = [_group(place, row) for place, row in enumerate(rows) if all(map(_is_whole, row))]
+    if not whole:
+        raise ConfigError(f"{option}: no row fits into rollout.context_tokens={context}; raise it")
+    if left_out := len(rows) - len(whole):
+        log.warning(
+            "%s: %d of %d rows do not fit into rollout.context_tokens=%d and are left out",
+            option,
+            left_out,
+            len(rows),
+            context,
+        )
+    return [encode(group) for group in whole]
+
+
+def _is_whole(episode: Trajectory) -> bool:
+    """Whether every turn was played, and none of them cut."""
+    return episode.end_reason is EndReason.TERMINATED and all(
+        turn.finish_reason != "length" for turn in episode.turns
+    )
+
+
+def _group(place: int, episodes: Sequence[Trajectory]) -> Group:
+    """The episodes of a row as the siblings of one group."""
+    task = Task.of("recorded", place)
+    siblings = tuple(
+        replace(each, group_id=place, index=index, task=task) for index, each in enumerate(episodes)
+    )
+    return Group(Slot(place, 0, task, version=0), siblings)
+
+
+def recorded(source: DatasetSource, option: str) -> Iterator[list[Conversation]]:
+    """The conversations of each row. ConfigError, naming the file and line, for a row that is none."""
+    try:
+        yield from conversations(source.path, source.episodes, source.system)
+    except DataError as error:
+        raise ConfigError(f"{option}: {error}") from None
 
 
 def past_episodes(source: RunSource, option: str) -> Iterator[pa.RecordBatch]:

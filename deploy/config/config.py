@@ -63,6 +63,11 @@ class EnvSettings(Settings):
         'gymnasium.make id, "module:Class" of your own, or "program" for an external agent'
     )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
+    shuffle: bool = Field(
+        True,
+        description="whether an environment with a list of tasks, such as dataset, plays it in another order in each "
+        "pass; false: in the order of the list",
+    )
     host: HostSettings = Field(
         default_factory=HostSettings, description="where environment replicas run, and their time limits"
     )
@@ -161,7 +166,9 @@ class RunConfig(Settings):
     seed: int = Field(
         0, ge=0, description="seed of everything random: tasks, sampling, initialization, shuffling"
     )
-    steps: int = Field(gt=0, description="learner steps; each makes one weight version")
+    steps: int = Field(
+        ge=0, description="learner steps; each makes one weight version. 0: the run ends behind its stages"
+    )
     replay: str | None = Field(
         None,
         description="folder of a finished run whose trajectories are trained on; nothing is played then. "

@@ -188,7 +188,7 @@ def _updates(config: RunConfig) -> None:
 
 def _critic(config: RunConfig) -> None:
     critic = config.learner.algorithm.critic
-    if critic is not None and critic.warmup_steps >= config.steps:
+    if critic is not None and config.steps and critic.warmup_steps >= config.steps:
         raise ValueError(
             f"learner.algorithm.critic.warmup_steps={critic.warmup_steps} leaves the policy no step of "
             f"steps={config.steps}; lower the former or raise the latter"
@@ -197,8 +197,13 @@ def _critic(config: RunConfig) -> None:
 
 def _schedules(config: RunConfig) -> None:
     learner, algorithm = config.learner, config.learner.algorithm
-    schedules = [("learner.optim", learner.optim, algorithm.policy_steps(config.steps))]
-    if (critic := algorithm.critic) is not None:
+    if not config.steps and not config.stages:
+        raise ValueError("steps=0 without stages leaves nothing to do; give either")
+    critic = algorithm.critic if config.steps else None
+    schedules = []
+    if config.steps:
+        schedules.append(("learner.optim", learner.optim, algorithm.policy_steps(config.steps)))
+    if critic is not None:
         name = "learner.algorithm.critic.optim"
         schedules.append((name, critic.optim, config.steps * algorithm.updates))
     for place, stage in enumerate(config.stages):

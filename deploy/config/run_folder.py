@@ -10,7 +10,7 @@ RUN/turns/            turns of unfinished groups         RUN/logs/       of a lo
 RUN/driver.lock, roster.json, wanted.json                the driver's process, the run's parts, a wanted scale
 RUN/notices.log       warnings of all parts, a line each
 RUN/failure.log       the traceback of the failure that ended the run: of an episode, or of a user's own part
-RUN/sittings.json     the time of each sitting: a run that was stopped and resumed has several
+RUN/sessions.json     the time of each session: a run that was stopped and resumed has several
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from deploy.assembly.build import evaluation_tasks, probe_environment
 from deploy.assembly.conversations import try_conversations
 from deploy.assembly.models import tiny_tokenizer
-from deploy.assembly.stage_data import past_episodes
+from deploy.assembly.stage_data import past_episodes, recorded
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.own_parts import check_own_parts
@@ -30,7 +30,7 @@ from learner.model.lora import planned
 from learner.model.policy import model_files
 from learner.model.tiny import build_tiny
 from learner.model.tiny_vision import tiny_processor
-from learner.stages.settings import RunSource
+from learner.stages.settings import AnyStage, DatasetSource, PreferenceSettings, RunSource, SftSettings
 from rollout.agents.memory import NotebookSettings
 from rollout.agents.settings import OwnAgentPart, PartSettings
 from rollout.agents.tools import ToolsSettings
@@ -87,8 +87,23 @@ def check_stages(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         if isinstance(stage.source, RunSource):
             next(past_episodes(stage.source, option))
             replay.require_same_tokens(config, tokenizer, Path(stage.source.path), option)
+        elif isinstance(stage.source, DatasetSource):
+            check_recorded(stage, stage.source, option)
         else:
             registry.player(config.env.id)
+
+
+def check_recorded(stage: AnyStage, source: DatasetSource, option: str) -> None:
+    """Every row must be a conversation, and of the sort that the stage learns from."""
+    for place, row in enumerate(recorded(source, option), start=1):
+        worths = {each.reward for each in row}
+        if isinstance(stage, SftSettings) and 0.0 in worths:
+            raise ConfigError(
+                f'{option}: row {place} holds an answer to be avoided (rejected, or label false); kind = "sft" learns '
+                'every answer. Use kind = "preference"'
+            )
+        if isinstance(stage, PreferenceSettings) and len(worths) < 2:
+            raise ConfigError(f"{option}: row {place} holds no pair: it needs columns chosen and rejected")
 
 
 def check_engine(engine: EngineSettings, on_gpu: bool) -> None:

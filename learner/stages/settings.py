@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from learner.algorithm.preferences import AnyPreferenceLoss, DpoLoss
 from learner.algorithm.schedule import OptimSettings
 from rollout.wire.own_part import BUILT_IN, BY_KIND, OWN, OwnPart, OwnPartRefused
 
@@ -46,7 +47,28 @@ class RunSource(BaseModel, extra="forbid", frozen=True):
         return str(Path(path).absolute())
 
 
-AnySource = Annotated[PlayerSource | RunSource, Field(discriminator="kind")]
+class DatasetSource(BaseModel, extra="forbid", frozen=True):
+    """Recorded conversations of a data file: their assistant's turns, or a better and a worse answer of each."""
+
+    kind: Literal["dataset"] = "dataset"
+    path: str = Field(
+        min_length=1, description='file, folder or "owner/name" of the hub, as of the environment dataset'
+    )
+    episodes: int | None = Field(
+        default=None, gt=0, description="at most so many rows, the first ones; none: all"
+    )
+    system: str | None = Field(
+        default=None, description="system message, said first unless a row has one of its own; none: nothing"
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _from_anywhere(cls, path: str) -> str:
+        """A stored run finds a file from wherever it is resumed."""
+        return str(Path(path).absolute()) if Path(path).exists() else path
+
+
+AnySource = Annotated[PlayerSource | RunSource | DatasetSource, Field(discriminator="kind")]
 
 
 class StageSettings(BaseModel, frozen=True):
@@ -92,6 +114,22 @@ class SftSettings(StageSettings, extra="forbid", frozen=True):
         return None if episodes is None else (self.optim, self.steps(episodes))
 
 
+class PreferenceSettings(StageSettings, extra="forbid", frozen=True):
+    """Preference optimization: raise the better episode of a group against the worse."""
+
+    kind: Literal["preference"] = "preference"
+    loss: AnyPreferenceLoss = Field(default=DpoLoss(), description="loss of a pair")
+    optim: OptimSettings = Field(
+        default=OptimSettings(learning_rate=1e-6), description="the stage's own optimizer"
+    )
+    epochs: int = Field(default=1, ge=1, description="passes over the pairs")
+    pairs_per_step: int = Field(default=32, ge=1, description="pairs in one optimizer step")
+
+    def steps(self, pairs: int) -> int:
+        """How many optimizer steps that many pairs make."""
+        return self.epochs * -(-pairs // self.pairs_per_step)
+
+
 class OwnStage(StageSettings, OwnPart):
     """A stage of a user's own: a class whose instances have `begin` and `advance`, see learner/stages/stage.py."""
 
@@ -110,4 +148,5 @@ class OwnStage(StageSettings, OwnPart):
                 raise OwnPartRefused(f"{self.kind} is asked {said}: {error}") from None
 
 
-AnyStage = Annotated[Annotated[SftSettings, BUILT_IN] | Annotated[OwnStage, OWN], BY_KIND]
+BuiltInStage = Annotated[SftSettings | PreferenceSettings, Field(discriminator="kind")]
+AnyStage = Annotated[Annotated[BuiltInStage, BUILT_IN] | Annotated[OwnStage, OWN], BY_KIND]

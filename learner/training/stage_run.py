@@ -16,7 +16,8 @@ from learner.data.prepare import Example, of_tokens, weighed
 from learner.model.policy import Policy
 from learner.settings import LearnerSettings
 from learner.stages.own import Owned
-from learner.stages.settings import AnyStage, OwnStage
+from learner.stages.preference import Preference
+from learner.stages.settings import AnyStage, OwnStage, PreferenceSettings, SftSettings
 from learner.stages.sft import Sft
 from learner.stages.stage import Stage, StageLoss
 from learner.training.optim import Optimizer
@@ -63,7 +64,7 @@ class StageRun:
         self._kind = stage.kind
         self._threads = stage.threads or settings.threads
         self._tokens_per_row = settings.tokens_per_microbatch
-        self._stage: Stage = Owned(stage) if isinstance(stage, OwnStage) else Sft(stage)
+        self._stage = _stage_of(stage)
 
     def optimizer(self, settings: OptimSettings, steps: int) -> PolicyOptimizer:
         made = PolicyOptimizer(self.policy, settings, steps, self._tokens_per_row)
@@ -187,6 +188,16 @@ class Stages:
         self._next, self._done = int(position["stage"]), int(position["done"])
         if "generator" in position:
             self._resumed = position, tensors
+
+
+def _stage_of(settings: AnyStage) -> Stage:
+    match settings:
+        case SftSettings():
+            return Sft(settings)
+        case PreferenceSettings():
+            return Preference(settings)
+        case OwnStage():
+            return Owned(settings)
 
 
 def _named(run: StageRun) -> dict[str, PolicyOptimizer]:

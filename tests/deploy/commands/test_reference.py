@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 import typer
 from typer.core import TyperGroup
 from typer.testing import CliRunner
@@ -20,6 +21,7 @@ from deploy.config.config_errors import option_names
 from deploy.config.declared_metrics import METRICS
 from deploy.config.load import load_config
 from deploy.report.metrics import read_metrics
+from learner.algorithm.preferences import DpoLoss, Pairs
 from learner.metrics import STAGES
 from rollout.engines.engine import Engine
 from rollout.engines.scripted_engine import ScriptedEngine
@@ -175,8 +177,9 @@ def test_every_metric_that_a_run_writes_is_in_the_page_and_every_one_of_the_page
     assert all(f"| `{name}` |" in page for name in declared)
     assert {name for name in written if not any(metric.covers(name) for metric in METRICS)} == set()
     missing = {name for name, metric in declared.items() if not any(map(metric.covers, written))}
-    (said,) = STAGES.metrics
+    said, *of_pairs = STAGES.metrics
+    assert {metric.name for metric in of_pairs} == {*DpoLoss()(Pairs(*[torch.ones(1)] * 6))[1]}
     of_stage = {name for row in read_metrics(tmp_path / "critic" / "stages" / "0") for name in row}
     assert said.name in of_stage and f"| `{said.name}` |" in page
-    assert of_stage - {said.name} == set(re.findall(r"`(\w+)`", STAGES.about)) - {"sft"}
+    assert of_stage - {said.name} == set(re.findall(r"`(\w+)`", STAGES.about)) - {"sft", "preference"}
     assert missing == {"workers"}  # of a run on Ray: tests/deploy/cluster/test_ring_ranks.py

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from deploy.assembly.runtime import Row
-from deploy.assembly.stage_data import past_episodes
+from deploy.assembly.stage_data import past_episodes, stage_data
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.report.metrics import read_metrics, stage_folder
@@ -18,6 +22,7 @@ from deploy.run.preflight import check
 from learner.stages.settings import RunSource
 from rollout.wire.schema import decode
 from tests.deploy.small_run import Stopped, configured, ledger, same_bits, train
+from tests.smollm2 import FOLDER, needs_smollm2
 
 PLAYED = "source={kind='player', episodes=16, error_rate=0.2}"
 TWO = (
@@ -106,6 +111,66 @@ def test_a_past_gives_the_episodes_that_are_asked_for(reference: Path) -> None:
     assert len(everything) == 32 and set(everything) == {0.0, 1.0}
     assert rewards(min_reward=1.0) == [reward for reward in everything if reward == 1.0]
     assert rewards(episodes=5) == everything[:5]
+
+
+def spoken(*messages: str) -> list[dict[str, str]]:
+    return [
+        {"role": ("user", "assistant")[place % 2], "content": message}
+        for place, message in enumerate(messages)
+    ]
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return f"source={{kind='dataset', path={str(path)!r}}}"
+
+
+def test_a_run_may_be_its_stages_alone_over_files_of_conversations_and_of_pairs(tmp_path: Path) -> None:
+    talks = written(tmp_path / "talks.jsonl", [{"messages": spoken("left", "right", "up", "down")}] * 4)
+    pairs = written(tmp_path / "pairs.jsonl", [{"prompt": "left", "chosen": "up", "rejected": "right"}] * 4)
+    optim = "optim={learning_rate=2e-2}"
+    config = configured(
+        "steps=0", "evaluation.tasks=2", f"stages=[{{kind='sft', {talks}, epochs=16, {optim}}},"
+        f" {{kind='preference', {pairs}, epochs=8, loss={{kind='simpo'}}, {optim}}}]",
+    )  # fmt: skip
+    check(config)
+    summary = train(config, tmp_path / "run")
+    sft, preference = (read_metrics(stage_folder(tmp_path / "run", index)) for index in (0, 1))
+    assert (len(sft), len(preference), summary["steps"]) == (16, 8, 0)
+    assert sft[-1]["loss"] < 0.1 < sft[0]["loss"]
+    assert (preference[0]["reward_accuracy"], preference[-1]["reward_accuracy"]) == (0.0, 1.0)
+    assert [each.name for each in (tmp_path / "run" / "checkpoints").iterdir()] == ["version-00000000"]
+    assert summary["success_after"] == summary["success_before"]
+
+
+@needs_smollm2
+def test_conversations_are_in_the_models_own_template(tmp_path: Path) -> None:
+    talk = spoken("What is 3 + 4?", "7", "And 5 + 6?", "It is 11.")
+    source = written(tmp_path / "talks.jsonl", [{"messages": talk}, {"messages": spoken("x " * 900, "y")}])
+    config = configured(f"stages=[{{kind='sft', {source}}}]", "rollout.context_tokens=400")
+    (batch,) = asyncio.run(stage_data(config, 0, str(FOLDER)))  # the second row is too long
+    (episode,) = decode(batch).trajectories
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    ids = [*chain(*((*turn.prompt_ids, *turn.action_ids) for turn in episode.turns))]
+    assert tokenizer.decode(ids) + "\n" == tokenizer.apply_chat_template(talk, tokenize=False)
+    learned = [tokenizer.decode(turn.action_ids) for turn in episode.turns]
+    assert learned == ["7<|im_end|>", "It is 11.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "told"),
+    [
+        ("sft", {"prompt": "left", "chosen": "up", "rejected": "right"}, 'Use kind = "preference"'),
+        ("preference", {"prompt": "left", "completion": "up"}, "needs columns chosen and rejected"),
+        ("sft", {"text": "left"}, r"rows.jsonl:1: no column of the usual names"),
+    ],
+)
+def test_a_file_that_does_not_fit_its_stage_is_refused_in_one_line(
+    kind: str, row: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    config = configured(f"stages=[{{kind='{kind}', {written(tmp_path / 'rows.jsonl', [row])}}}]")
+    with pytest.raises(ConfigError, match=rf"^stages\.0\.source: .*{told}"):
+        check(config)
 
 
 @pytest.mark.parametrize(

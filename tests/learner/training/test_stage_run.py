@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from learner.algorithm.preferences import AnyPreferenceLoss, DpoLoss, IpoLoss, OrpoLoss, Pairs, SimpoLoss
 from learner.algorithm.schedule import OptimSettings
 from learner.settings import LearnerSettings, ModelSettings
-from learner.stages.settings import AnyStage, OwnStage, SftSettings
+from learner.stages.settings import AnyStage, OwnStage, PreferenceSettings, SftSettings
 from learner.training.checkpoint import newest, next_stage
 from learner.training.learner import Learner
 from rollout.wire.trajectory import Group
@@ -19,6 +20,9 @@ from tests.learner.staged import action_logprobs, learned
 
 Groups = Callable[..., Group]
 SFT = SftSettings(optim=OptimSettings(learning_rate=5e-3, warmup_steps=3), epochs=2, episodes_per_step=3)
+DPO = PreferenceSettings(
+    optim=OptimSettings(learning_rate=5e-3, max_grad_norm=1e9), epochs=3, pairs_per_step=4
+)
 PREFERENCES = OwnStage.model_validate({"kind": "tests.own_parts:Preferences", "beta": 0.5})
 
 
@@ -40,7 +44,11 @@ def groups(group_of: Groups) -> list[Group]:
     return [group_of(g, [1.0, 0.0]) for g in range(4)]
 
 
-@pytest.mark.parametrize("stage", [SFT, PREFERENCES], ids=["sft", "own"])
+@pytest.mark.parametrize(
+    "stage",
+    [SFT, DPO.model_copy(update={"pairs_per_step": 2}), PREFERENCES],
+    ids=["sft", "preference", "own"],
+)
 def test_a_stage_goes_on_from_its_checkpoint_bit_for_bit(
     stage: AnyStage, tiny: Path, tmp_path: Path, groups: list[Group]
 ) -> None:
@@ -102,6 +110,39 @@ def test_the_steps_of_preferences_are_those_of_their_paper(tiny: Path, groups: l
         torch.testing.assert_close(of_learner, plain, atol=2e-5, rtol=1e-3)
     margins = [row["margin"] for row in learner.advance_stage(99)]
     assert min(margins[-4:]) > 0.0
+
+
+@pytest.mark.parametrize("loss", [DpoLoss(beta=0.5), IpoLoss(beta=0.5), SimpoLoss(), OrpoLoss()])
+def test_a_step_of_pairs_is_the_gradient_of_their_mean_loss(
+    loss: AnyPreferenceLoss, tiny: Path, groups: list[Group]
+) -> None:
+    """Pairs are dealt and packed as single episodes; a plain model computes the loss of all of them at once."""
+    learner = made(tiny, DPO.model_copy(update={"loss": loss}))
+    learner.begin_stage(0, groups)
+    (first,) = learner.advance_stage(1)
+    found = [parameter.grad for parameter in learner.policy.parameters() if parameter.grad is not None]
+
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    totals = [
+        torch.stack([action_logprobs(model, each).sum() for each in group.trajectories]) for group in groups
+    ]
+    better_P, worse_P = torch.stack(totals).double().unbind(1)
+    tokens = torch.tensor([[each.num_sampled for each in group.trajectories] for group in groups]).double()
+    pairs = Pairs(better_P, worse_P, better_P.detach(), worse_P.detach(), *tokens.unbind(1))
+    expected_loss = loss(pairs)[0].mean()
+    expected_loss.backward()
+    expected = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert first["loss"] == pytest.approx(expected_loss.item(), abs=1e-5)
+    assert len(found) == len(expected)
+    for of_learner, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(of_learner, plain, atol=2e-5, rtol=1e-3)
+    rows = learner.advance_stage(99)
+    assert len(rows) == 2 and rows[-1]["loss"] < first["loss"]
+
+
+def test_groups_without_a_better_episode_make_no_pair(tiny: Path, group_of: Groups) -> None:
+    learner = made(tiny, DPO)
+    assert learner.begin_stage(0, [group_of(0, [1.0, 1.0]), group_of(1, [1.0])]) == (0, 0)
 
 
 def test_a_stage_of_nothing_ends_at_once(tiny: Path) -> None:
