@@ -23,7 +23,7 @@ from deploy.report.phases import Phases, Startup
 from deploy.report.progress import Progress
 from deploy.report.report import write_report
 from deploy.report.reporter import Reporter
-from deploy.run.sittings import Sittings
+from deploy.run.sessions import Sessions
 from learner.training.checkpoint import DiskFull, next_stage, versions
 from learner.training.step import not_finite
 from rollout.wire.metrics import joined
@@ -44,17 +44,17 @@ class Training:
     startup: Startup = field(default_factory=Startup)
     phases: Phases = field(default_factory=Phases)
     _reports: Reporter = field(init=False)
-    _sittings: Sittings = field(init=False)
+    _sessions: Sessions = field(init=False)
     _trackers: Trackers = field(init=False)
     _tasks: asyncio.Future[list[Task]] = field(init=False)  # of evaluations
-    _tokens: int = 0  # generated in this sitting, as last heard
+    _tokens: int = 0  # generated in this session, as last heard
     _serving: bool = False  # engines are up
 
     async def run(self, resume: bool) -> dict[str, Any]:
         """Drive the run to its end; returns the summary, which is also stored with the report."""
         folder = self.ring.run_folder
         self._reports = Reporter(folder, self.progress.say)
-        self._sittings = Sittings(folder)
+        self._sessions = Sessions(folder)
         self._trackers = Trackers(self.config.trackers, self.progress.say)
         self._trackers.tell("on_run_start", self.config.model_dump(mode="json"), folder)
         self._tasks = asyncio.ensure_future(self._look_at_tasks())
@@ -71,7 +71,7 @@ class Training:
             self._serving = True
             before = await self._begin(new)
             await self._steps(version)
-            after = await self._evaluate("after")
+            after = await self._evaluate("after") if self.config.steps else before
             summary = await self._summary(before, after)
         except BaseException:
             await self._end(None)
@@ -84,7 +84,7 @@ class Training:
         return summary
 
     async def _end(self, summary: dict[str, Any] | None) -> None:
-        """Record what the sitting took, and let go of everything. summary: None of a run that was not ended."""
+        """Record what the session took, and let go of everything. summary: None of a run that was not ended."""
         self._trackers.tell("on_run_end", summary)
         self._tasks.cancel()
         try:
@@ -241,7 +241,7 @@ class Training:
                 self._tokens = int(counters.get("tokens_sampled", self._tokens))
 
     def _record(self) -> None:
-        self._sittings.record(self.phases.seconds, self._tokens)
+        self._sessions.record(self.phases.seconds, self._tokens)
 
     async def _save(self) -> None:
         """Land a checkpoint; a full disk holds the run up until there is room."""
@@ -261,7 +261,7 @@ class Training:
         self._record()
         return figures(before, after) | {
             "steps": len(rows),
-            **self._sittings.totals(),
+            **self._sessions.totals(),
             "tokens_processed": int(sum(row["tokens_processed"] for row in rows)),
             "first_episode_s": self.startup.first_episode_s and round(self.startup.first_episode_s, 2),
             "startup": {phase: round(value, 2) for phase, value in self.startup.seconds.items()},

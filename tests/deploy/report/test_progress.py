@@ -59,7 +59,7 @@ def test_a_log_is_silent_for_a_minute_at_most(monkeypatch: pytest.MonkeyPatch) -
         now[0] = 230.0
         progress.break_silence()
     told = [" ".join(line.partition("] ")[2].split()[:3]) for line in out.getvalue().splitlines()]
-    # The first step of a sitting, one that comes half a minute after a line, and what is under way after a minute.
+    # The first step of a session, one that comes half a minute after a line, and what is under way after a minute.
     assert told == [
         "run",
         "step 21/40 reward",

@@ -30,7 +30,7 @@ from deploy.report.phases import Phases, Startup
 from deploy.report.progress import Progress
 from deploy.run import drive
 from deploy.run.local import LocalRuntime
-from deploy.run.sittings import Sittings
+from deploy.run.sessions import Sessions
 from deploy.run.train import Training
 from tests.deploy.command import Manta, command
 from tests.deploy.small_run import RECIPE, Stopped, configured, hf_engine, late_engine, same_bits, train
@@ -142,20 +142,20 @@ def test_where_a_falling_schedule_ends_now_is_said(
     assert "goes on to step 9 instead of 4, where the linear schedule of the learning rate ends now" in err
 
 
-# Figures of all sittings ----------------------------------------------------------------------------------------
+# Figures of all sessions ----------------------------------------------------------------------------------------
 
 
-def test_the_figures_of_a_run_are_of_all_its_sittings(reference: Path, tmp_path: Path) -> None:
+def test_the_figures_of_a_run_are_of_all_its_sessions(reference: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(Stopped):
         train(configured(), folder, stop_after=2)  # at a checkpoint: nothing is played twice
-    (first,) = json.loads((folder / "sittings.json").read_text(encoding="utf-8"))
+    (first,) = json.loads((folder / "sessions.json").read_text(encoding="utf-8"))
     assert first["seconds"]["training"] > 0 and first["tokens_generated"] > 0
     summary = train(configured(), folder, resume=True)
     whole = json.loads((reference / "summary.json").read_text(encoding="utf-8"))
-    assert (summary["sittings"], whole["sittings"]) == (2, 1)
+    assert (summary["sessions"], whole["sessions"]) == (2, 1)
     assert summary["tokens_processed"] == whole["tokens_processed"]
-    _, second = json.loads((folder / "sittings.json").read_text(encoding="utf-8"))
+    _, second = json.loads((folder / "sessions.json").read_text(encoding="utf-8"))
     # Whatever is trained and evaluated was sampled in one of them.
     assert summary["tokens_generated"] == first["tokens_generated"] + second["tokens_generated"]
     assert summary["tokens_generated"] >= whole["tokens_generated"] > second["tokens_generated"]
@@ -164,20 +164,22 @@ def test_the_figures_of_a_run_are_of_all_its_sittings(reference: Path, tmp_path:
         assert summary["seconds"][phase] == pytest.approx(total, abs=0.011)
 
 
-def test_what_a_killed_sitting_had_recorded_is_kept(tmp_path: Path) -> None:
-    killed = Sittings(tmp_path)
+def test_what_a_killed_session_had_recorded_is_kept(tmp_path: Path) -> None:
+    killed = Sessions(tmp_path)
     killed.record({"training": 3.0}, 10)
     killed.record({"training": 7.5}, 25)
-    second = Sittings(tmp_path)
+    second = Sessions(tmp_path)
     second.record({"training": 1.5, "evaluate_after": 2.0}, 5)
     assert second.totals() == {
-        "sittings": 2,
+        "sessions": 2,
         "seconds": {"training": 9.0, "evaluate_after": 2.0},
         "tokens_generated": 30,
     }
-    (tmp_path / "sittings.json").write_text("[{", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"sittings\.json: broken file"):
-        Sittings(tmp_path)
+    (tmp_path / "sessions.json").rename(tmp_path / "sittings.json")  # as it was called
+    assert Sessions(tmp_path).totals()["sessions"] == 3
+    (tmp_path / "sessions.json").write_text("[{", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"sessions\.json: broken file"):
+        Sessions(tmp_path)
 
 
 def test_a_summary_says_what_the_start_was_made_of(tmp_path: Path) -> None:

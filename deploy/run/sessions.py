@@ -1,6 +1,6 @@
-"""What the sittings of a run have taken: one that was stopped and gone on with has several, and its figures are of all.
+"""What the sessions of a run have taken: one that was stopped and gone on with has several, and its figures are of all.
 
-RUN/sittings.json    one entry a sitting: when it began, seconds by phase, tokens generated
+RUN/sessions.json    one entry a session: when it began, seconds by phase, tokens generated
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from deploy.config.config_errors import ConfigError
 
-FILE = "sittings.json"
+FILE = "sessions.json"
+OLD_FILE = "sittings.json"  # its name in runs of before 0.3
 
 
-class Sitting(BaseModel):
+class Session(BaseModel):
     """From a start of the driver to its end, or as far as was recorded of it."""
 
     began: str = Field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
@@ -27,18 +28,18 @@ class Sitting(BaseModel):
     tokens_generated: int = 0
 
 
-_LIST = TypeAdapter(list[Sitting])
+_LIST = TypeAdapter(list[Session])
 
 
-class Sittings:
+class Sessions:
     """Those of the past, and the present one, which is written again whenever it is recorded."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / FILE
-        self._all = [*_read(self._file), Sitting()]
+        self._all = [*(_read(self._file) or _read(folder / OLD_FILE)), Session()]
 
     def record(self, seconds: Mapping[str, float], tokens_generated: int) -> None:
-        """Store what the present sitting has taken up to now, in place of what it had before.
+        """Store what the present session has taken up to now, in place of what it had before.
 
         A disk that is full keeps the older record: a run does not end for that.
         """
@@ -51,18 +52,18 @@ class Sittings:
             aside.replace(self._file)
 
     def totals(self) -> dict[str, Any]:
-        """Of all sittings: their number, seconds by phase and tokens generated."""
+        """Of all sessions: their number, seconds by phase and tokens generated."""
         seconds: Counter[str] = Counter()
-        for sitting in self._all:
-            seconds.update(sitting.seconds)
+        for session in self._all:
+            seconds.update(session.seconds)
         return {
-            "sittings": len(self._all),
+            "sessions": len(self._all),
             "seconds": {phase: round(value, 2) for phase, value in seconds.items()},
-            "tokens_generated": sum(sitting.tokens_generated for sitting in self._all),
+            "tokens_generated": sum(session.tokens_generated for session in self._all),
         }
 
 
-def _read(file: Path) -> list[Sitting]:
+def _read(file: Path) -> list[Session]:
     if not file.is_file():
         return []
     try:
