@@ -47,10 +47,14 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         with pa.memory_map(str(path)) as source:
-            self._table = pa.ipc.open_file(source).read_all()
+            reader = pa.ipc.open_file(source)
+            self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        self._file_B, self._line_B, self._row_B = (
+            [batch.column(name) for batch in self._batches] for name in _SCHEMA.names
+        )
 
     def __len__(self) -> int:
-        return int(self._table.num_rows)
+        return sum(batch.num_rows for batch in self._batches)
 
     def __getitem__(self, index: int) -> Row:
         row: Row = json.loads(self.text(index))
@@ -61,11 +65,16 @@ class Rows:
 
     def text(self, index: int) -> str:
         """A row as JSON."""
-        return str(self._table["row"][index].as_py())
+        return str(_value(self._row_B, index))
 
     def where(self, index: int) -> str:
         """Where a row comes from: "train.jsonl:17"."""
-        return f"{self._table['file'][index].as_py()}:{self._table['line'][index].as_py()}"
+        return f"{_value(self._file_B, index)}:{_value(self._line_B, index)}"
+
+
+def _value(column_B: list[pa.Array], index: int) -> Any:
+    """What a column holds for a row: every batch but the last has _BATCH rows."""
+    return column_B[index // _BATCH][index % _BATCH].as_py()
 
 
 def open_rows(path: str) -> Rows:
