@@ -81,7 +81,6 @@ class RayRuntime:
         self._handles: dict[str, Any] = {}  # of rollout actors, by name
         self._published = asyncio.Event()  # there is a version that engines may be given
         self._learning = asyncio.Event()  # the learner is up
-        self._borrowers = 0
         self._hearts: list[asyncio.Task[None]] = []
 
     # Start --------------------------------------------------------------------------------------------------------
@@ -306,13 +305,11 @@ class RayRuntime:
 
     @asynccontextmanager
     async def _borrowed(self) -> AsyncIterator[WeightUpdate]:
-        self._borrowers += 1
+        update = await self._offer()
         try:
-            yield await self._offer()
+            yield update
         finally:
-            self._borrowers -= 1
-            if not self._borrowers:
-                self._lead.unpin_weights.remote()  # whether it hears this is of no account
+            self._lead.unpin_weights.remote(update.handle)  # whether it hears this is of no account
 
     async def _offer(self) -> WeightUpdate:
         limit = self._config.cluster.start_timeout_seconds

@@ -92,6 +92,7 @@ class LearnerLoop:
         self._staging = Staging()
         self._snapshot: Snapshot | None = None  # what the staging buffer holds
         self._placed: tuple[WeightUpdate, Any] | None = None  # of that snapshot
+        self._pins = 0  # callers that were offered it and have not let go
 
     @property
     def version(self) -> int:
@@ -129,7 +130,7 @@ class LearnerLoop:
             )
 
     async def publish_weights(self) -> WeightUpdate:
-        """The present version, put where engines can load it until `unpin_weights`.
+        """The present version, put where engines can load it until each call was answered by an `unpin_weights`.
 
         While the next step is trained, a version that was offered before is offered again out of the staging buffer;
         one that was not waits for the step's end. The buffer is written again by the first offer of the next version.
@@ -141,13 +142,20 @@ class LearnerLoop:
             if self._placed is None:
                 snapshot = self._snapshot
                 handle, alive = await to_its_end(self._place, snapshot)
-                self._placed = WeightUpdate(snapshot.manifest, handle), alive
+                self._placed, self._pins = (WeightUpdate(snapshot.manifest, handle), alive), 0
+            self._pins += 1
             return self._placed[0]
 
-    async def unpin_weights(self) -> None:
-        """Every engine holds what was offered: let go of it. The staging buffer keeps its bytes."""
+    async def unpin_weights(self, handle: Handle) -> None:
+        """One caller's engines hold what it was offered: the last lets go of it. The staging buffer keeps its bytes.
+
+        Calls may overtake each other, as those of an asyncio actor do: a later caller's offer outlives this call.
+        """
         async with self._offering:
-            self._placed = None
+            if self._placed is not None and self._placed[0].handle == handle:
+                self._pins -= 1
+                if not self._pins:
+                    self._placed = None
 
     async def publish_native(self) -> Row:
         """Send the present version by vLLM's own transfer; returns when all engines have proved that they hold it."""

@@ -163,8 +163,9 @@ class Rig:
             await self._replay_buffer.release.remote(self._version)
 
     async def _publish(self) -> None:
-        await self._worker.sync.remote(await self._learner.publish_weights.remote())
-        await self._learner.unpin_weights.remote()
+        update = await self._learner.publish_weights.remote()
+        await self._worker.sync.remote(update)
+        await self._learner.unpin_weights.remote(update.handle)
 
 
 def _actor(cls: type) -> Any:

@@ -158,7 +158,8 @@ def test_one_version_is_offered_again_without_a_new_snapshot_until_the_next(setu
         update.verify()
         assert setup.holds(update)
         assert await setup.loop.publish_weights() is update
-        await setup.loop.unpin_weights()
+        await setup.loop.unpin_weights(update.handle)
+        await setup.loop.unpin_weights(update.handle)
         again = await setup.loop.publish_weights()
         assert again.manifest is update.manifest
         assert setup.holds(again)
@@ -170,6 +171,27 @@ def test_one_version_is_offered_again_without_a_new_snapshot_until_the_next(setu
 
     asyncio.run(run())
     assert setup.shelf.placed == [0, 0, 1]
+
+
+def test_what_a_later_caller_was_offered_outlives_an_earlier_ones_letting_go(setup: Setup) -> None:
+    """Calls of an asyncio actor overtake each other: the second offer may be made before the first is let go of."""
+
+    async def run() -> None:
+        first = await setup.loop.publish_weights()
+        second = await setup.loop.publish_weights()
+        await setup.loop.unpin_weights(first.handle)
+        assert setup.holds(second)
+        assert await setup.loop.publish_weights() is second
+        await setup.loop.unpin_weights(second.handle)
+        await setup.loop.unpin_weights(second.handle)
+        anew = await setup.loop.publish_weights()
+        assert setup.shelf.placed == [0, 0]
+        await setup.loop.train(1)
+        later = await setup.loop.publish_weights()
+        await setup.loop.unpin_weights(anew.handle)  # of a version that has been replaced: no concern of the new one
+        assert await setup.loop.publish_weights() is later
+
+    asyncio.run(run())
 
 
 def test_a_late_engine_gets_the_old_version_whole_while_the_next_is_trained(
@@ -186,8 +208,8 @@ def test_a_late_engine_gets_the_old_version_whole_while_the_next_is_trained(
         return step(groups)
 
     async def run() -> None:
-        await setup.loop.publish_weights()
-        await setup.loop.unpin_weights()
+        early = await setup.loop.publish_weights()
+        await setup.loop.unpin_weights(early.handle)
         training = asyncio.create_task(setup.loop.train(1))
         await asyncio.to_thread(began.wait, 30)
         late = await asyncio.wait_for(setup.loop.publish_weights(), 30)
@@ -272,9 +294,9 @@ def test_other_ranks_are_told_in_order_what_is_done_and_nothing_of_what_is_said_
     async def run() -> None:
         for _ in range(2):
             await setup.loop.train(1)
-            await setup.loop.publish_weights()
+            update = await setup.loop.publish_weights()
             await setup.loop.save(tmp_path)
-        await setup.loop.unpin_weights()
+        await setup.loop.unpin_weights(update.handle)
         await setup.loop.publish_weights()
 
     asyncio.run(run())
