@@ -309,7 +309,9 @@ class RayRuntime:
         try:
             yield update
         finally:
-            self._lead.unpin_weights.remote(update.handle)  # whether it hears this is of no account
+            self._lead.unpin_weights.remote(
+                update.version, update.handle
+            )  # whether it hears this is of no account
 
     async def _offer(self) -> WeightUpdate:
         limit = self._config.cluster.start_timeout_seconds

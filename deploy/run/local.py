@@ -109,7 +109,7 @@ class LocalRuntime(LearnerHere):
     async def publish(self) -> Row:
         update = await self._learner.publish_weights()
         reports = await asyncio.gather(*(worker.engine.sync(update) for worker in self._workers))
-        await self._learner.unpin_weights(update.handle)
+        await self._learner.unpin_weights(update.version, update.handle)
         return sync_metrics(reports)
 
     async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:

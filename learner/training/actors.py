@@ -74,8 +74,8 @@ class LearnerActor:
     async def publish_weights(self) -> WeightUpdate:
         return await self._loop.publish_weights()
 
-    async def unpin_weights(self, handle: Handle) -> None:
-        await self._loop.unpin_weights(handle)
+    async def unpin_weights(self, version: int, handle: Handle) -> None:
+        await self._loop.unpin_weights(version, handle)
 
     async def publish_native(self) -> Row:
         return await self._loop.publish_native()

@@ -146,13 +146,14 @@ class LearnerLoop:
             self._pins += 1
             return self._placed[0]
 
-    async def unpin_weights(self, handle: Handle) -> None:
-        """One caller's engines hold what it was offered: the last lets go of it. The staging buffer keeps its bytes.
+    async def unpin_weights(self, version: int, handle: Handle) -> None:
+        """One caller's engines hold this offer: the last lets go of it. The staging buffer keeps its bytes.
 
         Calls may overtake each other, as those of an asyncio actor do: a later caller's offer outlives this call.
         """
         async with self._offering:
-            if self._placed is not None and self._placed[0].handle == handle:
+            placed = self._placed
+            if placed is not None and (placed[0].version, placed[0].handle) == (version, handle):
                 self._pins -= 1
                 if not self._pins:
                     self._placed = None

@@ -165,7 +165,7 @@ class Rig:
     async def _publish(self) -> None:
         update = await self._learner.publish_weights.remote()
         await self._worker.sync.remote(update)
-        await self._learner.unpin_weights.remote(update.handle)
+        await self._learner.unpin_weights.remote(update.version, update.handle)
 
 
 def _actor(cls: type) -> Any:

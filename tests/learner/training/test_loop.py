@@ -158,8 +158,8 @@ def test_one_version_is_offered_again_without_a_new_snapshot_until_the_next(setu
         update.verify()
         assert setup.holds(update)
         assert await setup.loop.publish_weights() is update
-        await setup.loop.unpin_weights(update.handle)
-        await setup.loop.unpin_weights(update.handle)
+        await setup.loop.unpin_weights(update.version, update.handle)
+        await setup.loop.unpin_weights(update.version, update.handle)
         again = await setup.loop.publish_weights()
         assert again.manifest is update.manifest
         assert setup.holds(again)
@@ -179,16 +179,18 @@ def test_what_a_later_caller_was_offered_outlives_an_earlier_ones_letting_go(set
     async def run() -> None:
         first = await setup.loop.publish_weights()
         second = await setup.loop.publish_weights()
-        await setup.loop.unpin_weights(first.handle)
+        await setup.loop.unpin_weights(first.version, first.handle)
         assert setup.holds(second)
         assert await setup.loop.publish_weights() is second
-        await setup.loop.unpin_weights(second.handle)
-        await setup.loop.unpin_weights(second.handle)
+        await setup.loop.unpin_weights(second.version, second.handle)
+        await setup.loop.unpin_weights(second.version, second.handle)
         anew = await setup.loop.publish_weights()
         assert setup.shelf.placed == [0, 0]
         await setup.loop.train(1)
         later = await setup.loop.publish_weights()
-        await setup.loop.unpin_weights(anew.handle)  # of a version that has been replaced: no concern of the new one
+        await setup.loop.unpin_weights(
+            anew.version, anew.handle
+        )  # of the version before: no concern of this one
         assert await setup.loop.publish_weights() is later
 
     asyncio.run(run())
@@ -209,7 +211,7 @@ def test_a_late_engine_gets_the_old_version_whole_while_the_next_is_trained(
 
     async def run() -> None:
         early = await setup.loop.publish_weights()
-        await setup.loop.unpin_weights(early.handle)
+        await setup.loop.unpin_weights(early.version, early.handle)
         training = asyncio.create_task(setup.loop.train(1))
         await asyncio.to_thread(began.wait, 30)
         late = await asyncio.wait_for(setup.loop.publish_weights(), 30)
@@ -296,7 +298,7 @@ def test_other_ranks_are_told_in_order_what_is_done_and_nothing_of_what_is_said_
             await setup.loop.train(1)
             update = await setup.loop.publish_weights()
             await setup.loop.save(tmp_path)
-        await setup.loop.unpin_weights(update.handle)
+        await setup.loop.unpin_weights(update.version, update.handle)
         await setup.loop.publish_weights()
 
     asyncio.run(run())
