@@ -117,7 +117,7 @@ def evaluate(
         str, typer.Argument(help="Run folder, one of its checkpoints, or a Hugging Face folder or id.")
     ],
     env: Annotated[
-        str | None, typer.Option(help="Environment id; default: that of the checkpoint's run.")
+        str | None, typer.Option(help="Environment: its id, or its name in the run; default: the run's.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the tasks, A:B, B excluded.")] = "0:256",
     option: EnvOptions = None,

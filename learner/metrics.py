@@ -13,6 +13,7 @@ _SCORED = "a token was scored"
 _TRAINED = "the policy is trained, not the critic alone (`critic.warmup_steps`)"
 _REUSED = "the step reuses a group (`buffer.reuse.groups`)"
 _CRITIC = "`critic` is configured"
+_SEVERAL = "the run has several environments, and the step an episode of it"
 
 
 def _distribution(name: str, unit: str, what: str) -> tuple[Metric, ...]:
@@ -75,6 +76,32 @@ EPISODES = MetricGroup(
             "Lag of a sampled token, the learner's version minus the version that sampled it; mean over the tokens",
         ),
         Metric("lag_max", "weight versions", "Lag of a sampled token, maximum; at most `buffer.max_lag`"),
+    ),
+)
+
+ENVIRONMENTS = MetricGroup(
+    "Environments",
+    "learner/data/batch_stats.py",
+    "The same of each environment of a run with several (`envs`), by its NAME.",
+    (
+        Metric("env/{NAME}/episodes", "episodes", "Trainable episodes", _SEVERAL),
+        Metric("env/{NAME}/reward", "reward", "Reward of an episode: mean over the episodes", _SEVERAL),
+        Metric(
+            "env/{NAME}/reward_std", "reward", "Reward of an episode: population standard deviation", _SEVERAL
+        ),
+        Metric(
+            "env/{NAME}/success",
+            _SHARE,
+            "Episodes that the environment calls successful",
+            f"{_SEVERAL}, and it has given a verdict in the step",
+        ),
+        Metric("env/{NAME}/turns", "turns", "Turns of an episode: mean over the episodes", _SEVERAL),
+        Metric(
+            "env/{NAME}/sampled_per_episode",
+            "tokens",
+            "Tokens that the policy sampled in an episode: mean over the episodes",
+            _SEVERAL,
+        ),
     ),
 )
 
@@ -272,7 +299,7 @@ SYNC = MetricGroup(
     ),
 )
 
-GROUPS = (EPISODES, REUSED, BATCH, UPDATE, CRITIC, LOOP, SYNC)
+GROUPS = (EPISODES, ENVIRONMENTS, REUSED, BATCH, UPDATE, CRITIC, LOOP, SYNC)
 
 # Rows of their own, in the form of a run's; guards do not see them.
 _PAIRS = "the stage is of kind `preference`"

@@ -14,26 +14,28 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
+from deploy.config.environments import Environment
 from envs import registry
 from envs.base import Observation
 from envs.code_lines import describe_error, user_lines_suffix
 from envs.hosting.host import EnvironmentFailed, EnvironmentRefused, HostSettings
 from envs.hosting.subprocess_env import SubprocessEnv, resets_in_subprocess
 from envs.tools.tool import ToolRefused
-from rollout.agents.agent import Agent
+from rollout.agents.agent import Agent, AgentSettings, BusyClock
 from rollout.agents.settings import PartSettings, wrapped, wrapping
 from rollout.buffer.replay_buffer import ReplayBuffer
 from rollout.chat.chat import Chat
 from rollout.chat.end_tokens import end_tokens
 from rollout.chat.perception import Perception
-from rollout.engines.engine import Engine, EngineStart
-from rollout.episodes.pool import EnvironmentPool, Start
+from rollout.engines.engine import Engine, EngineStart, Sampling, derive_seed
+from rollout.episodes.mixture import TaskMixture
+from rollout.episodes.pool import EnvironmentPool, Hosting, Start
 from rollout.episodes.tasks import TaskStream
-from rollout.episodes.worker import GroupBuffer, RolloutWorker
+from rollout.episodes.worker import GroupBuffer, Player, RolloutWorker
 from rollout.external.external_env import PROGRAM
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.model_folder import ModelMissing, pretrained
-from rollout.wire.trajectory import Task
+from rollout.wire.trajectory import EnvironmentKey, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,23 +74,36 @@ def _files_of(path: str) -> Iterator[None]:
         raise ConfigError(f"model {path}: one of its files cannot be read: {reason}") from error
 
 
-def training_tasks(config: RunConfig) -> TaskStream:
+def training_tasks(config: RunConfig) -> TaskMixture:
     """The run's stream of tasks: a pure function of (run seed, group id)."""
-    count = registry.task_count(config.env.id, config.env.options)
-    return TaskStream(config.env.id, config.env.options, config.seed, count=count, shuffle=config.env.shuffle)
+    streams = [
+        TaskStream(
+            each.id,
+            each.options,
+            environment_seed(config.seed, place),
+            count=registry.task_count(each.id, each.options),
+            shuffle=each.shuffle,
+        )
+        for place, each in enumerate(config.environments)
+    ]
+    return TaskMixture(streams, [each.share for each in config.environments])
 
 
-def evaluation_tasks(config: RunConfig) -> list[Task]:
+def environment_seed(seed: int, place: int) -> int:
+    """The seed of the tasks of one of several environments; the first has the run's own."""
+    return derive_seed(seed, place) if place else seed
+
+
+def evaluation_tasks(config: RunConfig, environment: Environment) -> list[Task]:
     """The tasks of an evaluation: the first seeds with different first observations, see `distinct_tasks`."""
-    options = config.env.options | config.evaluation.options
     first, count = config.evaluation.first_seed, config.evaluation.tasks
-    return distinct_tasks(config.env.id, options, first, count, config.env.host)
+    return distinct_tasks(environment.id, environment.evaluated, first, count, environment.host)
 
 
-def held_out(config: RunConfig) -> bool:
+def held_out(environment: Environment) -> bool:
     """Whether evaluation uses a split that training does not draw from; a foreign agent's task names its split."""
-    trained, evaluated = config.env.options, config.env.options | config.evaluation.options
-    if config.env.id == PROGRAM:
+    trained, evaluated = environment.options, environment.evaluated
+    if environment.id == PROGRAM:
         trained, evaluated = trained.get("task", {}), evaluated.get("task", {})
     splits = trained.get("split", "all"), evaluated.get("split", "all")
     return "all" not in splits and splits[0] != splits[1]
@@ -215,9 +230,9 @@ async def start_engine(config: RunConfig, name: str, path: str) -> Engine:
     )
 
 
-def replica_start(host: HostSettings) -> Start:
+def replica_start(*hosts: HostSettings) -> Start:
     """The start function of replicas outside of their worker's process."""
-    if host.where != "ray":
+    if all(host.where != "ray" for host in hosts):
         return SubprocessEnv.start
     from envs.hosting.actors import RemoteEnv  # imports Ray, which is optional here
 
@@ -230,11 +245,20 @@ async def build_worker(
     """Start an engine and build the rollout worker over it."""
     engine = await engine_factory(config, name, path)
     chat = load_chat(path, config.rollout.context_tokens)
-    agent = Agent(engine, chat, config.sampling, config.rollout.context_tokens, config.agent)
-    host = config.env.host
-    start, parts, reward = replica_start(host), config.agent.parts, config.env.reward
-    pool = EnvironmentPool(host=host, parts=parts, start=start, chat=chat, reward=reward)
-    return RolloutWorker(name, engine, agent, replay_buffer, config.rollout, config.seed, pool)
+    clock = BusyClock()
+
+    def agent(sampling: Sampling, settings: AgentSettings) -> Agent:
+        return Agent(engine, chat, sampling, config.rollout.context_tokens, settings, clock)
+
+    hosting: dict[EnvironmentKey, Hosting] = {}
+    players: dict[EnvironmentKey, Player] = {}
+    for each in config.environments:
+        hosting |= dict.fromkeys(each.keys, Hosting(each.host, each.agent.parts, each.reward))
+        players |= dict.fromkeys(each.keys, Player(agent(each.sampling, each.agent), each.limits))
+    start = replica_start(*(each.host for each in config.environments))
+    pool = EnvironmentPool(parts=config.agent.parts, start=start, chat=chat, hosting=hosting)
+    usual = agent(config.sampling, config.agent)
+    return RolloutWorker(name, engine, usual, replay_buffer, config.rollout, config.seed, pool, players)
 
 
 def replay_buffer_builder(config: RunConfig, run_folder: Path) -> Callable[[], ReplayBuffer]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
+from deploy.config.environments import environment_names
 from envs import registry
 from learner.model.tiny import build_tiny
 from learner.model.tiny_vision import build_tiny_vision
@@ -84,7 +85,8 @@ def _tiny(config: RunConfig, run_folder: Path) -> str:
 def tiny_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
     """Build the tokenizer of a tiny model into `folder`."""
     assert config.tiny is not None
-    said = registry.words(config.env.id) if config.tiny.environment_words else ()
+    environments = config.environments if config.tiny.environment_words else ()
+    said = [word for each in environments for word in registry.words(each.id)]
     return build_tokenizer(folder, [*config.tiny.words, *said])
 
 
@@ -93,6 +95,7 @@ def build_learner(config: RunConfig, path: str, ranks: Ranks = ALONE) -> Learner
     model = config.learner.model.model_copy(update={"path": path})
     settings = config.learner.model_copy(update={"model": model})
     temperature = config.sampling.temperature
-    learner = Learner(settings, config.seed, temperature, config.steps, ranks, config.stages)
+    names = environment_names(config.environments)
+    learner = Learner(settings, config.seed, temperature, config.steps, ranks, config.stages, names)
     learner.rehearse(config.rollout.context_tokens)
     return learner

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from math import inf
 from pathlib import Path
 
 import pyarrow as pa
 
-from deploy.assembly.build import load_chat
+from deploy.assembly.build import environment_seed, load_chat
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from envs import registry
@@ -20,6 +22,7 @@ from envs.datasets.files import DataError
 from learner.stages.settings import DatasetSource, PlayerSource, RunSource
 from rollout.buffer.history import History, HistoryError
 from rollout.episodes.demonstrations import demonstrate
+from rollout.episodes.mixture import Interleaving
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.tasks import TaskStream
 from rollout.wire.schema import decode, encode
@@ -39,16 +42,18 @@ async def stage_data(config: RunConfig, index: int, path: str) -> list[pa.Record
 
 
 async def _played(config: RunConfig, index: int, source: PlayerSource, path: str) -> list[pa.RecordBatch]:
-    """Demonstrations of the environment's scripted player, on tasks that are a function of the run's seed."""
-    stream = TaskStream(config.env.id, config.env.options, config.seed + 1 + index)
-    player = registry.player(config.env.id)
-    groups = await demonstrate(
-        [stream(place) for place in range(source.episodes)],
-        lambda seed: player(source.error_rate, seed),
-        load_chat(path),
-        config.rollout.context_tokens,
-        config.agent,
-    )
+    """Demonstrations of the environments' scripted players, by shares, on tasks that the run's seed decides."""
+    chat, context = load_chat(path), config.rollout.context_tokens
+    interleaving = Interleaving([each.share for each in config.environments])
+    counts = Counter(interleaving.at(slot)[0] for slot in range(source.episodes))
+    groups: list[Group] = []
+    for place, environment in enumerate(config.environments):
+        seed = environment_seed(config.seed + 1 + index, place)
+        tasks = map(TaskStream(environment.id, environment.options, seed), range(counts[place]))
+        player = partial(registry.player(environment.id), source.error_rate)
+        groups += await demonstrate(
+            list(tasks), player, chat, context, environment.agent, first_group=len(groups)
+        )
     return [encode(group) for group in groups]
 
 

@@ -107,16 +107,26 @@ def demand(config: RunConfig) -> dict[str, float]:
     wanted = {"CPU": workers * rollout.cpus_per_worker + ranks * config.cluster.learner_cpus}
     if gpus := workers * rollout.gpus_per_worker + ranks * learner_gpus(config):
         wanted["GPU"] = gpus
-    if replicas := replicas_elsewhere(config):
-        for name, amount in config.env.host.claims.items():
-            # Rounded as in Ray, which counts in units of 1e-4.
-            wanted[name] = round(wanted.get(name, 0.0) + replicas * amount, 4)
+    replicas = replicas_elsewhere(config)
+    for name, amount in replica_claims(config).items():
+        # Rounded as in Ray, which counts in units of 1e-4.
+        wanted[name] = round(wanted.get(name, 0.0) + replicas * amount, 4)
     return wanted
+
+
+def replica_claims(config: RunConfig) -> dict[str, float]:
+    """What a replica claims at most: all episodes of the moment may be of one environment."""
+    claims: dict[str, float] = {}
+    for each in config.environments:
+        if each.host.where == "ray":
+            claims |= {name: max(amount, claims.get(name, 0.0)) for name, amount in each.host.claims.items()}
+    return claims
 
 
 def replicas_elsewhere(config: RunConfig) -> int:
     """The number of environment replicas that are actors: one for each concurrent episode."""
-    return config.rollout.workers * config.rollout.episodes if config.env.host.where == "ray" else 0
+    elsewhere = any(each.host.where == "ray" for each in config.environments)
+    return config.rollout.workers * config.rollout.episodes if elsewhere else 0
 
 
 def learner_gpus(config: RunConfig) -> float:

@@ -7,10 +7,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from deploy.config.environments import (
+    Environment,
+    EnvSettings,
+    NamedEnvSettings,
+    RunSettings,
+    environments_of,
+)
 from deploy.config.guards import DEFAULTS, Guard
 from deploy.config.supervise import SupervisionSettings
 from deploy.config.trackers import OwnTracker
-from envs.hosting.host import HostSettings
 from learner.settings import LearnerSettings
 from learner.stages.settings import AnyStage
 from rollout.agents.agent import AgentSettings
@@ -18,7 +24,6 @@ from rollout.buffer.replay_store import BufferSettings
 from rollout.engines.engine import Sampling
 from rollout.engines.settings import EngineSettings
 from rollout.engines.vllm_start import VllmSettings
-from rollout.episodes.reward import OwnReward
 from rollout.episodes.worker import RolloutSettings
 
 Word = Annotated[str, Field(pattern="^[a-z]+$")]
@@ -55,39 +60,18 @@ class TinySettings(Settings):
     environment_words: bool = Field(False, description="add all words that the environment uses to these")
 
 
-class EnvSettings(Settings):
-    """The training environment."""
-
-    id: str = Field(
-        description="environment: the name of one that ships with Manta (`manta envs` lists them), any "
-        'gymnasium.make id, "module:Class" of your own, or "program" for an external agent'
-    )
-    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
-    shuffle: bool = Field(
-        True,
-        description="whether an environment with a list of tasks, such as dataset, plays it in another order in each "
-        "pass; false: in the order of the list",
-    )
-    host: HostSettings = Field(
-        default_factory=HostSettings, description="where environment replicas run, and their time limits"
-    )
-    reward: OwnReward | None = Field(
-        None,
-        description='reward function of your own for whole episodes, "module:function"; without it the '
-        "environment's reward counts",
-    )
-
-
 class EvaluationSettings(Settings):
     """Evaluation before and after training."""
 
     tasks: int = Field(
         256,
         ge=0,
-        description="tasks played before and after training, one episode each; 0: no evaluation. In "
-        "environments with a train/held-out split their first observations all differ",
+        description="tasks of each environment played before and after training, one episode each; 0: no "
+        "evaluation. In environments with a train/held-out split their first observations all differ",
     )
-    timeout_seconds: float = Field(1800.0, gt=0, description="time limit for one evaluation, seconds")
+    timeout_seconds: float = Field(
+        1800.0, gt=0, description="time limit for one evaluation of one environment, seconds"
+    )
     first_seed: int = Field(0, ge=0, description="seed of the first task; the others follow")
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -179,7 +163,9 @@ class RunConfig(Settings):
         description="build a small random model and tokenizer instead of loading learner.model.path; for "
         "tests and demonstrations",
     )
-    env: EnvSettings = Field(description="environment that is trained on")
+    env: EnvSettings | None = Field(
+        None, description="environment that is trained on; a run has this section or the list envs"
+    )
     agent: AgentSettings = Field(
         default_factory=AgentSettings, description="how the policy plays the environment"
     )
@@ -223,3 +209,12 @@ class RunConfig(Settings):
         description="bounds on metrics; a guard warns or stops the run when its metric is out of bounds. A "
         "guard here replaces the default for its metric",
     )
+    envs: tuple[NamedEnvSettings, ...] = Field(
+        (), description="environments that are trained on at once, in place of env; each group plays one"
+    )
+
+    @property
+    def environments(self) -> tuple[Environment, ...]:
+        """The environments of the run, in the recipe's order: that of `env`, or those of `envs`."""
+        limits, options = self.rollout.limits, self.evaluation.options
+        return environments_of(self.env, self.envs, RunSettings(self.agent, self.sampling, limits, options))

@@ -15,6 +15,7 @@ from learner.algorithm.corrections import LagMask
 from learner.algorithm.estimators import ReinforceAdvantage
 from learner.algorithm.schedule import learning_rate
 from rollout.external.external_env import PROGRAM
+from rollout.wire.trajectory import EnvironmentKey
 from rollout.wire.weights import PROBE_TOKENS
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 def require_consistent(config: RunConfig) -> None:
     """Run every check. ValueError for the first contradiction."""
     for check in (
+        _environments,
         _model,
         _sampling,
         _group,
@@ -63,6 +65,30 @@ def _oldest(config: RunConfig) -> int:
     return max(config.buffer.max_lag, reuse.max_lag if reuse.groups else 0)
 
 
+# What is played -----------------------------------------------------------------------------------------------------
+
+
+def _environments(config: RunConfig) -> None:
+    if (config.env is None) == (not config.envs):
+        which = "has neither" if config.env is None else "has both"
+        raise ValueError(
+            f"a run has one environment, [env], or several, [[envs]]; this recipe {which}. clear = ['env'] removes the "
+            "section of a recipe that this one extends"
+        )
+    seen: dict[EnvironmentKey, str] = {}
+    for each in config.environments:
+        if each.name in seen.values():
+            raise ValueError(
+                f"{each.section}.name={each.name!r} is the name of another environment; change it"
+            )
+        if twice := seen.keys() & each.keys:
+            raise ValueError(
+                f"envs {seen[twice.pop()]!r} and {each.name!r} play the same tasks: id and options are equal, in "
+                "training or evaluation; make them one entry, or change an option of one"
+            )
+        seen |= dict.fromkeys(each.keys, each.name)
+
+
 # What is sampled ----------------------------------------------------------------------------------------------------
 
 
@@ -90,11 +116,14 @@ def _sampling(config: RunConfig) -> None:
             f"rollout.context_tokens={context} must exceed {PROBE_TOKENS}, the length of the probe that verifies every "
             "weight sync; raise it"
         )
-    if sampling.max_tokens >= context:
-        raise ValueError(
-            f"sampling.max_tokens={sampling.max_tokens} leaves no room for a prompt in "
-            f"rollout.context_tokens={context}; lower the former or raise the latter"
-        )
+    for environment in config.environments:
+        most = environment.sampling.max_tokens
+        if most >= context:
+            section = "sampling" if most == sampling.max_tokens else environment.section
+            raise ValueError(
+                f"{section}.max_tokens={most} leaves no room for a prompt in rollout.context_tokens={context}; lower "
+                "the former or raise the latter"
+            )
 
 
 # Advantages --------------------------------------------------------------------------------------------------
@@ -113,7 +142,7 @@ def _group(config: RunConfig) -> None:
             "buffer.reuse.sampler.kind='prioritized' prefers groups whose rewards differ, but "
             "rollout.group_size=1; use 2 or more, or kind 'uniform'"
         )
-    if rollout.max_turns == 1 and estimator.turns:
+    if estimator.turns and all(each.limits.max_turns == 1 for each in config.environments):
         raise ValueError(
             f"learner.algorithm.advantage.kind={estimator.kind!r} compares turns, but rollout.max_turns=1; "
             "allow more turns, or use kind 'grpo'"
@@ -234,9 +263,13 @@ def _corrections(config: RunConfig) -> None:
 
 def _overlong(config: RunConfig) -> None:
     overlong = config.learner.algorithm.overlong
-    if overlong is None or config.agent.parts or config.env.id == PROGRAM:
+    if overlong is None or any(each.agent.parts or each.id == PROGRAM for each in config.environments):
         return  # parts and foreign agents may sample more than once a turn
-    most = longest_episode(config.rollout, config.sampling, config.agent)
+    context = config.rollout.context_tokens
+    most = max(
+        longest_episode(each.limits.max_turns, each.sampling.max_tokens, context, each.agent)
+        for each in config.environments
+    )
     if overlong.tokens - overlong.margin >= most:
         raise ValueError(
             f"learner.algorithm.overlong begins after {overlong.tokens - overlong.margin} sampled tokens (tokens - "

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from deploy.config.config import RunConfig
+from deploy.config.environments import NamedEnvSettings
 from rollout.agents.agent import AgentSettings
 from rollout.engines.engine import Sampling
 from rollout.episodes.worker import RolloutSettings
@@ -23,10 +24,29 @@ from rollout.episodes.worker import RolloutSettings
 OVERLONG_MARGIN = 5  # the last fifth: 4096 of 20480 tokens in Yu et al. 2025 (DAPO), section 3.4
 
 
-def longest_episode(rollout: RolloutSettings, sampling: Sampling, agent: AgentSettings) -> int:
+def longest_episode(max_turns: int, max_tokens: int, context_tokens: int, agent: AgentSettings) -> int:
     """The most tokens that an episode samples, by turns, tokens a turn and, with the whole history, the context."""
-    most = rollout.max_turns * sampling.max_tokens
-    return min(most, rollout.context_tokens) if agent.memory == "full" else most
+    most = max_turns * max_tokens
+    return min(most, context_tokens) if agent.memory == "full" else most
+
+
+def _longest_of_all(tree: dict[str, Any]) -> int:
+    """The same over the environments of a configuration that is not validated yet. Raises ValidationError."""
+    rollout = RolloutSettings.model_validate(tree.get("rollout", {}))
+    sampling = Sampling.model_validate(tree.get("sampling", {}))
+    agent = AgentSettings.model_validate(tree.get("agent", {}))
+    longest = []
+    for entry in tree.get("envs") or [{}]:
+        said = NamedEnvSettings.model_validate({"id": "", "name": "env"} | entry)
+        longest.append(
+            longest_episode(
+                said.max_turns or rollout.max_turns,
+                said.max_tokens or sampling.max_tokens,
+                rollout.context_tokens,
+                said.agent or agent,
+            )
+        )
+    return max(longest)
 
 
 def with_lengths(tree: dict[str, Any]) -> dict[str, Any]:
@@ -43,12 +63,8 @@ def with_lengths(tree: dict[str, Any]) -> dict[str, Any]:
     if open_overlong is None and not has_constant:
         return tree
     try:
-        longest = longest_episode(
-            RolloutSettings.model_validate(tree.get("rollout", {})),
-            Sampling.model_validate(tree.get("sampling", {})),
-            AgentSettings.model_validate(tree.get("agent", {})),
-        )
-    except ValidationError:
+        longest = _longest_of_all(tree)
+    except (ValidationError, TypeError):
         return tree  # reported by the validation of the whole
     filled = dict(algorithm)
     if open_overlong is not None:

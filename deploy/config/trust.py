@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from blake3 import blake3
 
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
+from deploy.config.environments import Environment, environment_named
 from deploy.config.own_parts import own_parts
 from envs import registry
 from rollout.agents.settings import PartSettings
@@ -39,15 +40,29 @@ def executed(config: RunConfig) -> list[str]:
     Modules, functions and commands; servers that are started or called; options that disable the sandbox; a Ray
     cluster, whose nodes execute code of one another. Each entry has all arguments. Nothing is imported.
     """
-    evaluated = config.env.options | config.evaluation.options
+    environments = config.environments
     return [
-        *_modules(config.env.id, [config.env.options, evaluated]),
-        *executed_options(config.env.id, config.env.options, "env.options"),
-        *executed_options(config.env.id, config.evaluation.options, "evaluation.options"),
-        *executed_parts(config.agent.parts),
-        *[_own(where, part) for where, part in own_parts(config) if not where.startswith("agent.parts[")],
+        *_once(entry for each in environments for entry in _environment(each)),
+        *_once(
+            entry for each in environments for entry in executed_parts(each.agent.parts, each.agent_section)
+        ),
+        *[_own(where, part) for where, part in own_parts(config) if "agent.parts[" not in where],
         *([_entry("cluster.address", config.cluster.address)] if config.cluster.address else []),
     ]
+
+
+def _environment(each: Environment) -> list[str]:
+    """An environment's module, if it is not Manta's, and its options in training and evaluation."""
+    return [*_modules(each), *_options(each)]
+
+
+def _options(each: Environment) -> list[str]:
+    said = ((f"{each.section}.options", each.options), (each.evaluation_section, each.evaluation_options))
+    return [entry for name, options in said for entry in executed_options(each.id, options, name)]
+
+
+def _once(entries: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(entries))  # environments share sections
 
 
 def executed_options(env_id: str, options: Mapping[str, Any], name: str) -> list[str]:
@@ -57,11 +72,11 @@ def executed_options(env_id: str, options: Mapping[str, Any], name: str) -> list
     return [_entry(where, value) for where, value in _leaves(options, name) if _executes(where, value)]
 
 
-def executed_parts(parts: Sequence[PartSettings]) -> list[str]:
+def executed_parts(parts: Sequence[PartSettings], section: str = "agent") -> list[str]:
     """The own parts of an agent, and the functions and servers of its tools."""
     entries = []
     for place, part in enumerate(parts):
-        where = f"agent.parts[{place}]"
+        where = f"{section}.parts[{place}]"
         if isinstance(part, OwnPart):
             entries.append(_own(where, part))
         elif isinstance(part, ToolsSettings):
@@ -79,12 +94,13 @@ def executed_engine(engine: EngineSettings) -> list[str]:
 
 def executed_by_evaluation(config: RunConfig, env_id: str) -> list[str]:
     """What an evaluation on this environment executes; the environment itself is named by the user."""
-    own = (("env.options", config.env.options), ("evaluation.options", config.evaluation.options))
-    options = [each for name, of in own for each in executed_options(env_id, of, name)]
-    if config.env.reward is not None:
-        options.append(_own("env.reward", config.env.reward))
-    own_code = [*executed_parts(config.agent.parts), *executed_engine(config.engine)]
-    return [*(options if config.env.id == env_id else []), *own_code]
+    known = environment_named(config.environments, env_id)
+    if known is None:
+        return [*executed_parts(config.agent.parts), *executed_engine(config.engine)]
+    reward = [] if known.reward is None else [_own(f"{known.section}.reward", known.reward)]
+    parts = executed_parts(known.agent.parts, known.agent_section)
+    module = [] if known.id == env_id else _modules(known)  # the user said a name, not the module
+    return [*module, *_options(known), *reward, *parts, *executed_engine(config.engine)]
 
 
 def require_trust(folder: Path, entries: Sequence[str], trusted: bool) -> None:
@@ -143,11 +159,13 @@ def _record(folder: Path) -> Path:
     return Path(state) / "manta" / "trusted" / f"{name}.json"
 
 
-def _modules(env_id: str, options: Sequence[Mapping[str, Any]]) -> list[str]:
+def _modules(each: Environment) -> list[str]:
     """The environment itself, if its id names a module or its code is another package's."""
+    env_id = each.id
     of_suite = any(env_id.startswith(suite.prefix) for suite in registry.SUITES)
     known = of_suite or env_id == PROGRAM or registry.is_trusted(env_id)
-    return [_entry("env.id", [env_id, *options])] if ":" in env_id or not known else []
+    foreign = ":" in env_id or not known
+    return [_entry(f"{each.section}.id", [env_id, each.options, each.evaluated])] if foreign else []
 
 
 def _own(where: str, part: OwnPart) -> str:

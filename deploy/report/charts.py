@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -101,7 +102,8 @@ def drawn(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Every chart with values in the rows, as plain JSON data without NaN."""
     steps = [row["step"] for row in rows]
     first, *others = (_plain(chart, rows, steps) for chart in CHARTS)
-    charts = [first, *(_plain(chart, rows, steps) for chart in named_rewards(rows)), *others]
+    further = (*environments(rows), *named_rewards(rows))
+    charts = [first, *(_plain(chart, rows, steps) for chart in further), *others]
     if rows:
         charts.append(_time(rows, steps))
     return [chart for chart in charts if chart["series"]]
@@ -121,6 +123,17 @@ def named_rewards(rows: Sequence[Row]) -> list[Chart]:
         )
         for key in sorted(keys)[:MOST_NAMED]
     ]
+
+
+def environments(rows: Sequence[Row]) -> list[Chart]:
+    """Charts of reward and success with a curve for each environment of a run with several."""
+    charts = []
+    for metric in ("reward", "success"):
+        keys = {key for row in rows for key in row if re.fullmatch(f"env/[^/]+/{metric}", key)}
+        series = {key: key.split("/")[1] for key in sorted(keys)}
+        title = f"{metric.capitalize()} of each environment"
+        charts.append(Chart(title, "mean over trained episodes", series, ".3f", True))
+    return charts
 
 
 def moving_mean(values: Values, window: int) -> Values:

@@ -6,8 +6,8 @@ RUN/evaluation_before.json and evaluation_after.json store one each.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +29,7 @@ class Evaluation:
     failed: int
     reward_interval: tuple[float, float] | None = None  # 95%, bootstrap
     held_out: bool = False  # the tasks are of a split that training cannot draw from
+    environments: dict[str, Evaluation] = field(default_factory=dict)  # by name, of a run with several
 
     @classmethod
     def of(cls, rows: Sequence[EpisodeRow], held_out: bool = False) -> Self:
@@ -49,6 +50,18 @@ class Evaluation:
             reward_interval=bootstrap_interval(rewards),
             held_out=held_out,
         )
+
+    @staticmethod
+    def of_environments(played: Mapping[str, Sequence[EpisodeRow]], held_out: Collection[str]) -> Evaluation:
+        """The result of all episodes of a run, and of each environment's, where there are several.
+
+        held_out: names of the environments whose tasks are. Raises TooManyFailures as `of` does, for each.
+        """
+        each = {name: Evaluation.of(rows, name in held_out) for name, rows in played.items()}
+        if len(each) == 1:
+            return next(iter(each.values()))
+        total = Evaluation.of([row for rows in played.values() for row in rows], len(held_out) == len(played))
+        return replace(total, environments=each)
 
     @property
     def success(self) -> float | None:
@@ -76,8 +89,10 @@ class Evaluation:
     def load(cls, path: Path) -> Self:
         """Read a stored result. ConfigError for a damaged file."""
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            each = {name: Evaluation(**own) for name, own in stored.pop("environments", {}).items()}
+            return cls(**stored, environments=each)
+        except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: broken file ({error}); remove it to continue without it") from error
 
 
@@ -91,6 +106,7 @@ def said(name: str, value: float, interval: Sequence[float] | None) -> str:
 def figures(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
     """The evaluations as keys of summary.json: success_WHEN and reward_WHEN, each with its _interval, or None.
 
+    `environments` has the same of each environment by its name, in a run with several.
     If one of them has verdicts, the environment gives them, and the other one without any has a success of 0.
     """
     if any(each.successes is not None for each in (before, after) if each):
@@ -103,6 +119,9 @@ def figures(before: Evaluation | None, after: Evaluation | None) -> dict[str, An
             f"reward_{when}": each and each.mean_reward,
             f"reward_{when}_interval": each and each.reward_interval,
         }
+    first, last = ({} if each is None else each.environments for each in (before, after))
+    if names := dict.fromkeys([*first, *last]):
+        found["environments"] = {name: figures(first.get(name), last.get(name)) for name in names}
     return found
 
 

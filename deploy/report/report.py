@@ -81,7 +81,17 @@ def _config(run_folder: Path) -> dict[str, Any]:
 
 
 def outcomes(summary: Summary, task: str) -> list[dict[str, Any]]:
-    """Cards for success (if the environment gives verdicts) and reward, before and after, with intervals."""
+    """Cards for success (if the environment gives verdicts) and reward, before and after, with intervals.
+
+    In a run with several environments those of all are followed by those of each.
+    """
+    cards = _cards(summary, f"{task}s")
+    for name, figures in summary.get("environments", {}).items():
+        cards += _cards(figures, name)
+    return cards
+
+
+def _cards(summary: Summary, tasks: str) -> list[dict[str, Any]]:
     cards = []
     for name, method, form in (("success", "Wilson", "{:.1%}"), ("reward", "bootstrap", "{:.3g}")):
         measured = [when for when in WHEN if summary.get(f"{name}_{when}_interval") is not None]
@@ -106,7 +116,7 @@ def outcomes(summary: Summary, task: str) -> list[dict[str, Any]]:
             for when, interval in zip(measured, intervals, strict=True)
         ]
         note = f"bars: 95% {method} intervals, scale from {form.format(least)} to {form.format(most)}"
-        cards.append({"title": f"{name.capitalize()} on {task}s", "bars": bars, "note": note})
+        cards.append({"title": f"{name.capitalize()} on {tasks}", "bars": bars, "note": note})
     return cards
 
 

@@ -18,6 +18,7 @@ from deploy.assembly.build import load_tokenizer
 from deploy.assembly.conversations import try_conversations
 from deploy.config import run_folder
 from deploy.config.config_errors import ConfigError
+from deploy.config.environments import environment_named
 from deploy.config.load import toml_value
 from deploy.config.trust import executed_by_evaluation, require_trust
 from deploy.report.console import errors, write
@@ -74,12 +75,25 @@ class Conditions(BaseModel):
 
 
 def environment_of(checkpoint: str) -> str:
-    """The environment of the run that a checkpoint belongs to. ConfigError where it belongs to none."""
+    """The environment of the run that a checkpoint belongs to, by its name or, of a single one, its id.
+
+    ConfigError where it belongs to no run, or to one with several.
+    """
     if (run := _run_of(checkpoint)) is None:
         raise ConfigError(
             f"{checkpoint} is not of a run, which would say its environment; name one with --env"
         )
-    return run_folder.open_existing(run).env.id
+    names = [each.name for each in run_folder.open_existing(run).environments]
+    if len(names) > 1:
+        raise ConfigError(f"the run of {checkpoint} has {len(names)} environments; --env {' | '.join(names)}")
+    return names[0]
+
+
+def environment_id(checkpoint: str, named: str) -> str:
+    """The id of an environment that is named as in the run of the checkpoint, or by its id."""
+    run = _run_of(checkpoint)
+    known = run and environment_named(run_folder.open_existing(run).environments, named)
+    return known.id if known else named
 
 
 def _run_of(checkpoint: str) -> Path | None:
@@ -91,40 +105,44 @@ def _run_of(checkpoint: str) -> Path | None:
     return None
 
 
-def conditions_of(checkpoint: str, env_id: str, trusted: bool = False) -> Conditions:
+def conditions_of(checkpoint: str, named: str, trusted: bool = False) -> Conditions:
     """The conditions of the run a checkpoint belongs to (the environment's options and where it lives only for the same
     environment), or the defaults where it belongs to none. There is no Ray here: its replicas get processes.
+
+    named: the environment, by its id or its name in that run.
 
     trusted: the user says that the run may execute what its configuration names; ConfigError where he never did.
     """
     if (run := _run_of(checkpoint)) is None:
         return Conditions()
     config = run_folder.open_existing(run)
-    same = config.env.id == env_id
-    require_trust(run, executed_by_evaluation(config, env_id), trusted)
+    require_trust(run, executed_by_evaluation(config, named), trusted)
+    known = environment_named(config.environments, named)
+    limits = known.limits if known else config.rollout.limits
     return Conditions(
-        env_options=config.env.options | config.evaluation.options if same else {},
-        host=config.env.host.without_ray() if same else HostSettings(),
-        reward=config.env.reward if same else None,
-        agent=config.agent,
-        sampling=config.sampling,
+        env_options=known.evaluated if known else {},
+        host=known.host.without_ray() if known else HostSettings(),
+        reward=known.reward if known else None,
+        agent=known.agent if known else config.agent,
+        sampling=known.sampling if known else config.sampling,
         context_tokens=config.rollout.context_tokens,
-        max_turns=config.rollout.max_turns,
-        episode_seconds=config.rollout.episode_seconds,
+        max_turns=limits.max_turns,
+        episode_seconds=limits.timeout_seconds,
         engine=config.engine,
         on_gpu=config.rollout.gpus_per_worker > 0,
     )
 
 
 def evaluate_checkpoint(
-    checkpoint: str, env_id: str, seeds: range, conditions: Conditions, folder: Path | None = None
+    checkpoint: str, named: str, seeds: range, conditions: Conditions, folder: Path | None = None
 ) -> Evaluation:
     """Play one episode a seed. `checkpoint`: a run folder (its newest checkpoint), one of its checkpoints, or any
-    Hugging Face folder or id. `folder`: a new one for the rows, the outcome and the engine's log.
+    Hugging Face folder or id. `named`: the environment, as in `conditions_of`. `folder`: a new one for the rows, the
+    outcome and the engine's log.
     """
     if folder is not None and folder.exists():
         raise ConfigError(f"{folder} is there already; name a folder that is not")
-    path = resolve_checkpoint(checkpoint)
+    path, env_id = resolve_checkpoint(checkpoint), environment_id(checkpoint, named)
     check_engine(conditions.engine, conditions.on_gpu)
     check_model(path)
     check_context(path, conditions.context_tokens)

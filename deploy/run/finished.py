@@ -27,11 +27,13 @@ def told_finished(config: RunConfig, folder: Path, console: Console) -> bool:
 
 
 def print_outcome(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """What a run came to, and where its report lies."""
-    for when in WHEN:
-        name = "reward" if summary.get(f"success_{when}") is None else "success"
-        if (value := summary.get(f"{name}_{when}")) is not None:
-            write(console, said(f"{name} {when:6}", value, summary[f"{name}_{when}_interval"]))
+    """What a run came to, in all and of each of several environments, and where its report lies."""
+    for of, figures in {"": summary, **summary.get("environments", {})}.items():
+        for when in WHEN:
+            name = "reward" if figures.get(f"success_{when}") is None else "success"
+            if (value := figures.get(f"{name}_{when}")) is not None:
+                named = f"{of}: {name} {when:6}" if of else f"{name} {when:6}"
+                write(console, said(named, value, figures[f"{name}_{when}_interval"]))
     write(console, f"report         {folder / 'report.html'}")
 
 

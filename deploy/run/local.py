@@ -67,9 +67,9 @@ class LocalRuntime(LearnerHere):
             raise ConfigError(
                 f"learner.ranks={config.learner.ranks} are processes of their own: leave --local away, or use 1"
             )
-        if config.env.host.where == "ray":
+        if remote := [each.section for each in config.environments if each.host.where == "ray"]:
             raise ConfigError(
-                "env.host.where='ray' has replicas in actors: leave --local away, or use 'process'"
+                f"{remote[0]}.host.where='ray' has replicas in actors: leave --local away, or use 'process'"
             )
         super().__init__(config, run_folder)
         self._engine_factory = engine_factory

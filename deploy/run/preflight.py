@@ -19,6 +19,7 @@ from deploy.assembly.models import tiny_tokenizer
 from deploy.assembly.stage_data import past_episodes, recorded
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
+from deploy.config.environments import Environment
 from deploy.config.own_parts import check_own_parts
 from deploy.run import replay
 from envs import registry
@@ -47,8 +48,7 @@ def check(config: RunConfig) -> None:
     check_own_parts(config)
     if config.replay is None:
         check_engine(config.engine, config.rollout.gpus_per_worker > 0)
-    observation = first_observation(config.env.id, config.env.options, config.agent.parts, config.env.host)
-    registry.check_tasks(config.env.id, config.env.options)
+    observations = [check_environment(each) for each in config.environments]
     if path := config.learner.model.path:
         check_model(path)
         check_trainable(path)
@@ -57,27 +57,45 @@ def check(config: RunConfig) -> None:
     else:
         tokenizer = _tiny(config)
     chat = _chat(config, tokenizer)
-    if observation is not None:
-        check_prompt(config, chat, observation)
-    elif config.agent.memory != "full" or config.agent.parts:
-        raise ConfigError(
-            "agent.memory and agent.parts do not apply to a foreign agent, which has its own: use memory = 'full' and "
-            "no parts"
-        )
-    elif config.env.host.where == "ray":
-        raise ConfigError(
-            "env.host.where='ray': a foreign agent must run on its worker's node; use 'process'"
-        )
+    for environment, observation in zip(config.environments, observations, strict=True):
+        if observation is None:
+            check_foreign_agent(environment)
+        else:
+            check_prompt(config, environment, chat, observation)
     check_lora(config, tokenizer)
     if config.replay is None:
-        if config.evaluation.options:  # other tasks than those of training, which are checked already
-            registry.check_tasks(config.env.id, config.env.options | config.evaluation.options)
-        evaluation_tasks(config)
+        for environment in config.environments:
+            if environment.evaluated != environment.options:  # those of training are checked already
+                registry.check_tasks(environment.id, environment.evaluated)
+            evaluation_tasks(config, environment)
     else:
         replay.check(config, tokenizer)
     check_stages(config, tokenizer)
     if config.cluster.dashboard_port and not config.cluster.address:
         check_port(config.cluster.dashboard_port)
+
+
+def check_environment(environment: Environment) -> Observation | None:
+    """Require an environment and its list of tasks; returns its first observation, None for a foreign agent."""
+    observation = first_observation(
+        environment.id, environment.options, environment.agent.parts, environment.host
+    )
+    registry.check_tasks(environment.id, environment.options)
+    return observation
+
+
+def check_foreign_agent(environment: Environment) -> None:
+    """Require settings that apply to a foreign agent."""
+    agent = environment.agent_section
+    if environment.agent.memory != "full" or environment.agent.parts:
+        raise ConfigError(
+            f"{agent}.memory and {agent}.parts do not apply to a foreign agent, which has its own: use memory = 'full' "
+            "and no parts"
+        )
+    if environment.host.where == "ray":
+        raise ConfigError(
+            f"{environment.section}.host.where='ray': a foreign agent must run on its worker's node; use 'process'"
+        )
 
 
 def check_stages(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -90,7 +108,8 @@ def check_stages(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         elif isinstance(stage.source, DatasetSource):
             check_recorded(stage, stage.source, option)
         else:
-            registry.player(config.env.id)
+            for environment in config.environments:
+                registry.player(environment.id)
 
 
 def check_recorded(stage: AnyStage, source: DatasetSource, option: str) -> None:
@@ -218,12 +237,12 @@ def check_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_prompt(config: RunConfig, chat: Chat, observation: Observation) -> None:
+def check_prompt(config: RunConfig, environment: Environment, chat: Chat, observation: Observation) -> None:
     """Require that the template renders all messages, and that the first prompt and one token fit into the context."""
-    prompt = try_conversations(chat, observation, config.agent)
+    prompt = try_conversations(chat, observation, environment.agent)
     if prompt + 1 > config.rollout.context_tokens:
         raise ConfigError(
-            f"the first prompt of {config.env.id} has {prompt} tokens, which does not fit into "
+            f"the first prompt of {environment.id} has {prompt} tokens, which does not fit into "
             f"rollout.context_tokens={config.rollout.context_tokens}; raise it or shorten the environment's text"
         )
 

@@ -9,6 +9,7 @@ import asyncio
 import json
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Training:
     _reports: Reporter = field(init=False)
     _sessions: Sessions = field(init=False)
     _trackers: Trackers = field(init=False)
-    _tasks: asyncio.Future[list[Task]] = field(init=False)  # of evaluations
+    _tasks: asyncio.Future[list[list[Task]]] = field(init=False)  # of evaluations, by environment
     _tokens: int = 0  # generated in this session, as last heard
     _serving: bool = False  # engines are up
 
@@ -138,12 +139,13 @@ class Training:
                 if made // every > before // every and made < total:
                     await self._save()
 
-    async def _look_at_tasks(self) -> list[Task]:
+    async def _look_at_tasks(self) -> list[list[Task]]:
         """The tasks of evaluations; which they are is found out while the parts start."""
         if not self._evaluates:
             return []
         with self.startup.timed("evaluation_tasks"):
-            return await asyncio.to_thread(evaluation_tasks, self.config)
+            looking = partial(evaluation_tasks, self.config)
+            return await asyncio.to_thread(lambda: [looking(each) for each in self.config.environments])
 
     @property
     def _evaluates(self) -> bool:
@@ -154,15 +156,19 @@ class Training:
     ) -> Evaluation | None:
         if not self._evaluates:
             return None
-        tasks = await self._tasks
-        if name == "before" and (
-            told := await asyncio.to_thread(identical_starts, tasks, self.config.env.host)
-        ):
-            self.progress.say(told)
+        tasks = list(zip(self.config.environments, await self._tasks, strict=True))
+        if name == "before":
+            for environment, own in tasks:
+                if told := await asyncio.to_thread(identical_starts, own, environment.host):
+                    self.progress.say(told)
         self.startup.episodes_begin()
         with self.phases.timed(f"evaluate_{name}"):
-            evaluation = Evaluation.of(await self.ring.evaluate(tasks, name), held_out(self.config))
+            played = {each.name: await self.ring.evaluate(own, name) for each, own in tasks}
+            apart = [each.name for each, _ in tasks if held_out(each)]
+            evaluation = Evaluation.of_environments(played, apart)
         self.progress.say(f"{name}: {evaluation}")
+        for environment_name, result in evaluation.environments.items():
+            self.progress.say(f"{name}, {environment_name}: {result}")
         self._trackers.tell("on_eval", name, asdict(evaluation))
         if stored_after is not None:
             await stored_after

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from learner.parallel.ranks import ALONE, Ranks
 from rollout.wire.metrics import joined
-from rollout.wire.trajectory import Group, Int32Array, Trajectory
+from rollout.wire.trajectory import EnvironmentKey, Group, Int32Array, Trajectory
 
 _RUN = 4  # tokens
 
@@ -26,9 +26,10 @@ class _Facts:
     repetition: float
     lags: int  # sum over the tokens
     oldest: int  # lag of a token
+    environment: str  # its name in a run with several, else empty
 
     @classmethod
-    def of(cls, trajectory: Trajectory, version: int) -> _Facts:
+    def of(cls, trajectory: Trajectory, version: int, environment: str) -> _Facts:
         lags = _lags(trajectory, version)
         return cls(
             reward=trajectory.reward,
@@ -39,11 +40,16 @@ class _Facts:
             repetition=_repetition(trajectory),
             lags=int(lags.sum()),
             oldest=int(lags.max()) if lags.size else 0,
+            environment=environment,
         )
 
 
 def describe(
-    groups: Sequence[Group], version: int, ranks: Ranks = ALONE, verdicts: bool = False
+    groups: Sequence[Group],
+    version: int,
+    ranks: Ranks = ALONE,
+    verdicts: bool = False,
+    environments: Mapping[EnvironmentKey, str] | None = None,
 ) -> dict[str, float]:
     """Statistics of the trained groups of all ranks. Shares and means are over all trainable episodes: those that no
     infrastructure failure ended, as in an evaluation.
@@ -53,14 +59,16 @@ def describe(
     and "sampled_per_episode" (tokens), each with "_p50", "_p95", "_max"; "episodes", "untrainable_episodes";
     "lag_mean", "lag_max": `version`, the learner's, minus the weight version that sampled each token; "repetition": the
     share of 4-grams of tokens in an answer that occurred in it before; "rewards/NAME/mean", "/std", "/min", "/max" of
-    every named reward (an episode that lacks it counts 0). Of reused groups, which do not describe the present policy:
+    every named reward (an episode that lacks it counts 0). Some of these again for each environment that has a name in
+    `environments`, as "env/NAME/reward". Of reused groups, which do not describe the present policy:
     "groups_reused", "reused_lag_mean", "reused_lag_max", all absent without reuse.
     """
     fresh = [group for group in groups if not group.reuse]
     reused = [group for group in groups if group.reuse]
     episodes = [trajectory for group in fresh for trajectory in group.trainable]
     played = sum(len(group.trajectories) for group in fresh)
-    own = [asdict(_Facts.of(trajectory, version)) for trajectory in episodes]
+    names = environments or {}
+    own = [asdict(_Facts.of(each, version, names.get(each.task.environment, ""))) for each in episodes]
     said = ranks.gather([played, own, _lags_of(reused, version)])
     facts = [_Facts(**each) for _, of_rank, _ in said for each in of_rank]
     if not facts:
@@ -75,7 +83,26 @@ def describe(
     }
     if verdicts or any(each.success is not None for each in facts):
         metrics["success"] = float(np.mean([bool(each.success) for each in facts]))
-    return joined(metrics, _of_rewards(facts), _of_lengths(facts), _of_reuse([lags for *_, lags in said]))
+    parts = _of_rewards(facts), _of_lengths(facts), _of_environments(facts)
+    return joined(metrics, *parts, _of_reuse([lags for *_, lags in said]))
+
+
+def _of_environments(facts: Sequence[_Facts]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name in sorted({each.environment for each in facts} - {""}):
+        own = [each for each in facts if each.environment == name]
+        mean, deviation, *_ = _moments([each.reward for each in own])
+        metrics = {
+            "episodes": float(len(own)),
+            "reward": mean,
+            "reward_std": deviation,
+            "turns": float(np.mean([each.turns for each in own])),
+            "sampled_per_episode": float(np.mean([each.tokens for each in own])),
+        }
+        if any(each.success is not None for each in own):
+            metrics["success"] = float(np.mean([bool(each.success) for each in own]))
+        found |= {f"env/{name}/{metric}": value for metric, value in metrics.items()}
+    return found
 
 
 def _of_rewards(facts: Sequence[_Facts]) -> dict[str, float]:

@@ -32,7 +32,7 @@ from learner.training.reference_policy import Reference
 from learner.training.stage_run import Stages
 from learner.training.step import PolicyObjective, not_finite, sizes, train_step, use_threads
 from rollout.wire.metrics import joined
-from rollout.wire.trajectory import Float32Array, Group
+from rollout.wire.trajectory import EnvironmentKey, Float32Array, Group
 
 # Summed over optimizer steps, not averaged.
 _COUNTS = (
@@ -50,7 +50,7 @@ class Learner:
 
     seed: of the order in which episodes are used by stages and used again; temperature: that of the sampling, which the
     learner's logprobs must share; total_steps: learner steps of the whole run, where a falling learning rate ends;
-    stages: what comes before version 0.
+    stages: what comes before version 0; environments: names of several, whose episodes are described one by one too.
 
     ranks: this process among those that learn together. Each is told the same things in the same order, with groups of
     its own share; what is raised, decided and returned is the same on all, and rank 0 writes.
@@ -64,6 +64,7 @@ class Learner:
         total_steps: int | None = None,
         ranks: Ranks = ALONE,
         stages: Sequence[AnyStage] = (),
+        environments: Mapping[EnvironmentKey, str] | None = None,
     ) -> None:
         self.settings = settings
         self.ranks = ranks
@@ -77,6 +78,7 @@ class Learner:
         self._rng = np.random.default_rng(seed)
         self.stages = Stages(stages, settings, self._rng)
         self._advantages: AdvantageLog | None = None
+        self._environments = environments or {}
         self._verdicts = False  # whether the environment was ever seen to give one
         self._critic: Critic | None = None  # made by the first step, which finds the policy as it begins
         self._reference = Reference(settings.model, ranks) if settings.algorithm.needs_reference else None
@@ -94,7 +96,7 @@ class Learner:
         algorithm = self.settings.algorithm
         self._begin()
         require_groups(groups, algorithm.advantage.kind if algorithm.advantage.siblings else None, self.ranks)
-        described = describe(groups, self.version, self.ranks, self._verdicts)
+        described = describe(groups, self.version, self.ranks, self._verdicts, self._environments)
         self._verdicts = "success" in described
         examples = self._with_advantages(groups)
         if self._fixes_proximal:

@@ -144,7 +144,7 @@ class Agent:
     """Engine, chat template and sampling.
 
     A turn samples up to `sampling.max_tokens` tokens, or what the context has room for; with room for fewer than
-    `min_new_tokens`, `turn` returns a ContextOverflow.
+    `min_new_tokens`, `turn` returns a ContextOverflow. engine_clock: shared by all agents of one engine.
     """
 
     def __init__(
@@ -154,10 +154,11 @@ class Agent:
         sampling: Sampling,
         context_tokens: int,
         settings: AgentSettings | None = None,
+        engine_clock: BusyClock | None = None,
     ) -> None:
         self.engine = engine
         self.chat = chat
-        self.engine_clock = BusyClock()
+        self.engine_clock = engine_clock or BusyClock()
         self._sampling = sampling
         self._context_tokens = context_tokens
         self._settings = settings or AgentSettings()

@@ -39,13 +39,14 @@ async def demonstrate(
     settings: AgentSettings | None = None,
     limits: EpisodeLimits | None = None,
     pool: EnvironmentPool | None = None,
+    first_group: int = 0,
 ) -> list[Group]:
     """Play every task once; returns groups of one, in order of `tasks`, with behavior logprobs and versions of 0.
 
-    player_factory: called with a task's seed. Failed episodes are included and never trainable. Raises
-    DemonstrationError with the last error if all failed.
+    player_factory: called with a task's seed. first_group: id of the first group. Failed episodes are included and
+    never trainable. Raises DemonstrationError with the last error if all failed.
     """
-    played = demonstrations(tasks, player_factory, chat, context_tokens, settings, limits, pool)
+    played = demonstrations(tasks, player_factory, chat, context_tokens, settings, limits, pool, first_group)
     groups = [group async for group in played]
     if groups and not any(group.trainable for group in groups):
         error = groups[-1].trajectories[0].error or ""
@@ -63,13 +64,14 @@ async def demonstrations(
     settings: AgentSettings | None = None,
     limits: EpisodeLimits | None = None,
     pool: EnvironmentPool | None = None,
+    first_group: int = 0,
 ) -> AsyncIterator[Group]:
     """Yield the groups of `demonstrate` one by one, for more than fit into memory."""
     limits = limits or EpisodeLimits(max_turns=context_tokens, timeout_seconds=60.0)
     replicas = pool or EnvironmentPool()
     try:
-        for index, task in enumerate(tasks):
-            slot = Slot(index, 0, task, version=0)
+        for group_id, task in enumerate(tasks, first_group):
+            slot = Slot(group_id, 0, task, version=0)
             actor = Demonstrator(player_factory(task.seed), chat, context_tokens, settings)
             spec = EpisodeSpec(slot, 0, seed=0, worker="demonstration")
             yield Group(slot, (await play(spec, replicas, actor, limits),))

@@ -7,7 +7,7 @@ import logging
 import os
 import pickle
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from rollout.agents.settings import PartSettings, evaluated, wrapping
 from rollout.chat.chat import Chat
 from rollout.episodes.reward import OwnReward, rewarded
 from rollout.external.external_env import PROGRAM, ForeignAgents
-from rollout.wire.trajectory import Task, Trajectory
+from rollout.wire.trajectory import EnvironmentKey, Task, Trajectory
 
 MakeEnv = Callable[..., Env]  # (env_id, **options)
 Start = Callable[[Callable[[], Env], HostSettings], Awaitable[Replica]]  # outside of this process
@@ -34,6 +34,16 @@ class ReplicaKind(NamedTuple):
     options: str
     evaluation: bool  # wrapped in the parts of evaluations
     own_process: bool  # in a process of its own where others are inline
+
+
+class Hosting(NamedTuple):
+    """Where the replicas of an environment run, what they are wrapped in, and what pays their episodes."""
+
+    host: HostSettings = HostSettings()
+    parts: tuple[PartSettings, ...] = ()  # of the agent
+    reward: OwnReward | None = (
+        None  # a user's own, which replaces the environment's rewards or is added to them
+    )
 
 
 log = logging.getLogger(__name__)
@@ -57,11 +67,11 @@ class EnvironmentPool:
 
     Each is wrapped in the agent's parts; if these learn, evaluations have their own replicas. host.where="auto" is
     inline for environments that registry.is_trusted, and for a custom `make`, whose environments run on the event loop.
-    Replicas that are not inline need a picklable `make` with picklable arguments, and `start` starts them: that of
-    SubprocessEnv for "process", that of envs/hosting/actors.py for "ray".
+    Replicas that are not inline need a picklable `make` with picklable arguments. "process" starts them in processes,
+    "ray" by `start`, that of envs/hosting/actors.py.
 
-    chat: of the policy; requests of foreign agents that it cannot render are refused. reward: a user's own, which
-    replaces the environment's rewards or is added to them.
+    chat: of the policy; requests of foreign agents that it cannot render are refused. hosting: of single environments,
+    whose tasks have these ids and options; host, parts and reward are those of all others.
     """
 
     def __init__(
@@ -72,13 +82,13 @@ class EnvironmentPool:
         start: Start | None = None,
         chat: Chat | None = None,
         reward: OwnReward | None = None,
+        hosting: Mapping[EnvironmentKey, Hosting] | None = None,
     ) -> None:
         self._make = make
-        self._reward = reward
-        self._parts = tuple(parts)
-        self._evaluated = evaluated(self._parts)
-        self._host = host or HostSettings()
-        if self._host.where == "ray" and start is None:
+        self._others = Hosting(host or HostSettings(), tuple(parts), reward)
+        self._hosting = dict(hosting or {})
+        hosts = [each.host.where for each in (self._others, *self._hosting.values())]
+        if "ray" in hosts and start is None:
             raise ValueError("host.where='ray' needs start=envs.hosting.actors.Remote.start")
         self._start = start or SubprocessEnv.start
         # Starting interpreters compete for the processors: more at once would only exceed their time limits.
@@ -87,25 +97,25 @@ class EnvironmentPool:
         self._idle: dict[ReplicaKind, asyncio.LifoQueue[Replica]] = defaultdict(asyncio.LifoQueue)
         self._alive: Counter[ReplicaKind] = Counter()  # idle or in use
         self._kinds: dict[Replica, ReplicaKind] = {}  # of all replicas, idle or in use
-        self._foreign = ForeignAgents(self._host, chat)
+        self._foreign = ForeignAgents(chat)
 
     async def pay(self, episode: Trajectory) -> Trajectory:
         """Add the user's own reward to an episode that has ended. Raises EnvironmentFailed if it cannot be computed."""
-        return await rewarded(episode, self._reward, self._host.step_seconds)
+        host, _, reward = self._of(episode.task.environment)
+        return await rewarded(episode, reward, host.step_seconds)
 
     async def take(self, task: Task, evaluation: bool = False, own_process: bool = False) -> Replica:
         """Return a replica for this task, which the caller resets. Raises EnvironmentFailed if none can be made.
 
         own_process: in its own process instead of inline, so that a crash does not end the worker.
         """
-        kind = ReplicaKind(
-            task.env_id, task.options, evaluation and self._evaluated != self._parts, own_process
-        )
+        host, parts, _ = self._of(task.environment)
+        kind = ReplicaKind(*task.environment, evaluation and evaluated(parts) != parts, own_process)
         idle = self._idle[kind]
         if not idle.empty():
             return idle.get_nowait()
         with environment_call(task, "make"):
-            return await (self._new_or_returned(kind) if self._host.where == "ray" else self._new(kind))
+            return await (self._new_or_returned(kind) if host.where == "ray" else self._new(kind))
 
     def give_back(self, task: Task, replica: Replica) -> None:
         """Return a replica for reuse, after an episode that left it in a known state."""
@@ -125,6 +135,9 @@ class EnvironmentPool:
         await asyncio.gather(*(self.discard(task, replica) for task, replica in self._all_idle()))
         await self._foreign.close()
 
+    def _of(self, environment: EnvironmentKey) -> Hosting:
+        return self._hosting.get(environment, self._others)
+
     def _all_idle(self) -> Iterator[tuple[Task, Replica]]:
         """Take every idle replica out of the pool."""
         for kind, idle in list(self._idle.items()):
@@ -139,23 +152,22 @@ class EnvironmentPool:
 
     async def _made(self, kind: ReplicaKind) -> Replica:
         env_id = kind.env_id
-        task, parts = Task(env_id, 0, kind.options), self._evaluated if kind.evaluation else self._parts
+        task, (host, parts, _) = Task(env_id, 0, kind.options), self._of((env_id, kind.options))
         if env_id == PROGRAM:
-            return self._foreign.replica(task.kwargs, kind.own_process)
+            return self._foreign.replica(task.kwargs, host, kind.own_process)
         recipe = registry.env_factory if self._make is registry.make else partial(partial, self._make)
-        made = wrapping(recipe(env_id, **task.kwargs), parts)
-        inline = self._is_inline(env_id)
-        if inline and not (kind.own_process and _can_be_carried(made)):
-            if self._make is registry.make or self._host.where == "inline":
-                return await InProcessEnv.start(made, self._host, self._calls)
+        made = wrapping(recipe(env_id, **task.kwargs), evaluated(parts) if kind.evaluation else parts)
+        if self._is_inline(env_id, host) and not (kind.own_process and _can_be_carried(made)):
+            if self._make is registry.make or host.where == "inline":
+                return await InProcessEnv.start(made, host, self._calls)
             return InProcessEnv(made())
         async with self._starting:
-            return await (SubprocessEnv.start if inline else self._start)(made, self._host)
+            return await (self._start if host.where == "ray" else SubprocessEnv.start)(made, host)
 
-    def _is_inline(self, env_id: str) -> bool:
-        if self._host.where == "auto":
+    def _is_inline(self, env_id: str, host: HostSettings) -> bool:
+        if host.where == "auto":
             return self._make is not registry.make or registry.is_trusted(env_id)
-        return self._host.where == "inline"
+        return host.where == "inline"
 
     # On a cluster replicas claim resources, which may suffice for fewer replicas than episodes when a node was lost.
 

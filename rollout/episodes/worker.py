@@ -14,8 +14,8 @@ import asyncio
 import logging
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,6 +34,7 @@ from rollout.wire.trajectory import (
     Assignment,
     DropReason,
     EndReason,
+    EnvironmentKey,
     Group,
     Slot,
     StaleSlot,
@@ -107,6 +108,13 @@ class RolloutSettings(BaseModel):
         return min(self.group_size, 2)
 
 
+class Player(NamedTuple):
+    """Who plays the episodes of an environment, and within which limits."""
+
+    agent: Agent
+    limits: EpisodeLimits
+
+
 class GroupBuffer(Protocol):
     """The part of the replay buffer, local or remote, that a worker uses."""
 
@@ -122,7 +130,11 @@ class GroupBuffer(Protocol):
 
 
 class RolloutWorker:
-    """Engine, agent and environments of one worker. The agent uses the engine; the host of the worker syncs it."""
+    """Engine, agents and environments of one worker. Agents use the engine; the host of the worker syncs it.
+
+    players: of single environments, whose tasks have these ids and options; `agent` and the limits of `settings` are
+    those of all others. All agents share the engine's clock.
+    """
 
     def __init__(
         self,
@@ -133,10 +145,13 @@ class RolloutWorker:
         settings: RolloutSettings,
         run_seed: int,
         pool: EnvironmentPool | None = None,
+        players: Mapping[EnvironmentKey, Player] | None = None,
     ) -> None:
         self.name = name
         self.engine = engine
-        self._agent = agent
+        self._engine_clock = agent.engine_clock
+        self._others = Player(agent, settings.limits)
+        self._players = dict(players or {})
         self._replay_buffer = replay_buffer
         self._settings = settings
         self._run_seed = run_seed
@@ -235,7 +250,7 @@ class RolloutWorker:
             "groups_dropped": self._groups["dropped"],
             "groups_uniform": self._groups["uniform"],
             "groups_superseded": self._groups["superseded"],
-            "engine_seconds": self._agent.engine_clock.seconds,
+            "engine_seconds": self._engine_clock.seconds,
         }
 
     def heartbeat(self) -> dict[str, float]:
@@ -248,6 +263,9 @@ class RolloutWorker:
     async def close(self) -> None:
         """Close the idle environment replicas; the host of the worker closes the engine."""
         await self._pool.close()
+
+    def _player(self, task: Task) -> Player:
+        return self._players.get(task.environment, self._others)
 
     def _halt(self) -> None:
         self._listener.halted = True
@@ -269,13 +287,14 @@ class RolloutWorker:
     async def _play_groups(self, worker_loop: int) -> None:
         settings = self._settings
         while not self._listener.halted and (assignment := await self._reserve(worker_loop)):
+            agent, limits = self._player(assignment.slot.task)
             try:
                 group = await run_group(
                     assignment.slot,
                     self._pool,
-                    self._agent,
+                    agent,
                     settings.group_size,
-                    settings.limits,
+                    limits,
                     self._run_seed,
                     self.name,
                     self._listener,
@@ -325,8 +344,9 @@ class RolloutWorker:
             self._groups["played"] += 1
 
     async def _evaluate_one(self, spec: EpisodeSpec, gate: asyncio.Semaphore) -> Trajectory:
+        agent, limits = self._player(spec.task)
         async with gate:
-            trajectory = await play(spec, self._pool, self._agent, self._settings.limits, self._metrics)
+            trajectory = await play(spec, self._pool, agent, limits, self._metrics)
         self._note_end(trajectory)
         return trajectory
 

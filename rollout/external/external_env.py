@@ -93,21 +93,20 @@ class ProgramOptions(BaseModel):
 class ForeignAgents:
     """Creates the replicas of a worker's foreign agents, which share one endpoint; the first one starts it."""
 
-    def __init__(self, host: HostSettings, chat: Chat | None = None) -> None:
-        self._host = host
+    def __init__(self, chat: Chat | None = None) -> None:
         self._chat = chat
         self._endpoint: Endpoint | None = None
         # Programs that start compete for the processors, and a stuck one must leave room for others.
         self._starting = asyncio.Semaphore(2 * len(os.sched_getaffinity(0)) + 2)
 
-    def replica(self, options: dict[str, Any], apart: bool = False) -> ForeignAgent:
+    def replica(self, options: dict[str, Any], host: HostSettings, apart: bool = False) -> ForeignAgent:
         """A replica whose program is not started yet. Raises EnvironmentUnknown. apart: a function gets a process."""
         read = ProgramOptions.read(options)
         if self._endpoint is None:
             from rollout.external.endpoint import Endpoint  # a web server, which most runs do not need
 
             self._endpoint = Endpoint()
-        host = self._host.model_copy(update={"where": "process"}) if apart else self._host
+        host = host.model_copy(update={"where": "process"}) if apart else host
         return ForeignAgent(self._endpoint, read, host, self._starting, self._chat)
 
     async def close(self) -> None:

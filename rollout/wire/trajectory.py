@@ -20,6 +20,7 @@ from rollout.wire.equality import all_equal
 
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
+EnvironmentKey = tuple[str, str]  # id and options of an environment, as in its tasks
 
 
 class EndReason(StrEnum):
@@ -57,6 +58,11 @@ class Task:
     @classmethod
     def of(cls, env_id: str, seed: int, options: Mapping[str, Any] | None = None) -> Task:
         return cls(env_id, seed, json.dumps(dict(options or {}), sort_keys=True))
+
+    @property
+    def environment(self) -> EnvironmentKey:
+        """What all tasks of one environment have in common."""
+        return self.env_id, self.options
 
     @property
     def kwargs(self) -> dict[str, Any]:

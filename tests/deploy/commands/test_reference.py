@@ -162,7 +162,8 @@ def test_every_metric_that_a_run_writes_is_in_the_page_and_every_one_of_the_page
         "scratch",
         [
             *small,
-            "env={id='sums:Sums', host={where='inline'}}",
+            "env=",
+            "envs=[{name='own', id='sums:Sums', host={where='inline'}}, {name='other', id='arithmetic', agent={}}]",
             "agent={parts=[{kind='tools', functions=['sums:double'], style='plain'}]}",
             "rollout.context_tokens=400",
             "sampling.max_tokens=20",

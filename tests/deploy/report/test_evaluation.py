@@ -89,4 +89,4 @@ def test_an_evaluation_is_read_as_it_was_stored(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_tasks_are_held_out_where_training_draws_from_another_split(overrides: list[str], held: bool) -> None:
-    assert held_out(load_config(RECIPE, overrides)) is held
+    assert held_out(*load_config(RECIPE, overrides).environments) is held

@@ -72,7 +72,7 @@ def test_without_a_split_the_first_seeds_are_evaluated_and_what_begins_alike_is_
 ) -> None:
     asked = {"tasks": 9, "first_seed": 3}
     config = RunConfig.model_validate({"steps": 1, "tiny": {}, "env": env, "evaluation": asked})
-    tasks = evaluation_tasks(config)
+    tasks = evaluation_tasks(config, *config.environments)
     assert len({task.seed for task in tasks}) == 9
     assert env["id"] == "frozen_lake" or [task.seed for task in tasks] == list(range(3, 12))
     assert identical_starts(tasks).startswith(alike) and bool(identical_starts(tasks)) == bool(alike)
