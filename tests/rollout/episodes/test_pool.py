@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from envs.hosting.host import ClusterFull, Env, EnvironmentFailed, HostSettings, InProcessEnv
-from rollout.episodes.pool import EnvironmentPool
+from envs.hosting.subprocess_env import SubprocessEnv
+from rollout.episodes.pool import EnvironmentPool, Hosting
 from rollout.wire.trajectory import Task
 from tests.rollout.trouble import make
 
@@ -88,6 +89,27 @@ def test_without_any_replica_an_episode_does_not_wait_for_one() -> None:
 def test_what_another_environments_replica_claims_is_room() -> None:
     async def run() -> None:
         pool = EnvironmentPool(make, RAY, start=Cluster(1).start)
+        for task in (TASK, OTHER, TASK):
+            pool.give_back(task, await pool.take(task))
+
+    asyncio.run(run())
+
+
+def test_one_environment_may_be_hosted_elsewhere_than_the_others() -> None:
+    async def run() -> None:
+        pool = EnvironmentPool(make, hosting={OTHER.environment: Hosting(HostSettings(where="process"))})
+        assert isinstance(await pool.take(TASK), InProcessEnv)
+        replica = await pool.take(OTHER)
+        assert isinstance(replica, SubprocessEnv)
+        await pool.discard(OTHER, replica)
+
+    asyncio.run(run())
+
+
+def test_what_environments_of_one_run_claim_is_room_for_one_another() -> None:
+    async def run() -> None:
+        hosting = dict.fromkeys((TASK.environment, OTHER.environment), Hosting(RAY))
+        pool = EnvironmentPool(make, start=Cluster(1).start, hosting=hosting)
         for task in (TASK, OTHER, TASK):
             pool.give_back(task, await pool.take(task))
 

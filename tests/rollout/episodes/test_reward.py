@@ -15,7 +15,7 @@ from rollout.engines.engine import Sampling
 from rollout.engines.scripted_engine import ScriptedEngine
 from rollout.episodes.episode import EpisodeLimits, EpisodeSpec
 from rollout.episodes.group import play
-from rollout.episodes.pool import EnvironmentPool
+from rollout.episodes.pool import EnvironmentPool, Hosting
 from rollout.episodes.reward import OwnReward
 from rollout.wire.trajectory import EndReason, PartialEpisode, Slot, Task, Trajectory, TurnEnd
 
@@ -32,11 +32,16 @@ def agent(tokenizer: PreTrainedTokenizerFast, chat: Chat) -> Agent:
 def paid(
     agent: Agent, reward: dict[str, Any] | None, resume_from: PartialEpisode | None = None
 ) -> Trajectory:
+    own = None if reward is None else OwnReward.model_validate(reward)
+    return played(agent, EnvironmentPool(host=HostSettings(), reward=own), TASK, resume_from)
+
+
+def played(
+    agent: Agent, pool: EnvironmentPool, task: Task, resume_from: PartialEpisode | None = None
+) -> Trajectory:
     async def run() -> Trajectory:
-        own = None if reward is None else OwnReward.model_validate(reward)
-        pool = EnvironmentPool(host=HostSettings(), reward=own)
         try:
-            place = EpisodeSpec(Slot(0, 0, TASK, 0), 0, seed=1)
+            place = EpisodeSpec(Slot(0, 0, task, 0), 0, seed=1)
             return await play(place, pool, agent, EpisodeLimits(4, 60.0), resume_from=resume_from)
         finally:
             await pool.close()
@@ -63,6 +68,15 @@ def test_named_numbers_are_summed_and_kept_by_name(agent: Agent) -> None:
     turns = len(episode.turns)
     assert episode.named_rewards == {"turns": -turns, "seed": SEED}
     assert episode.reward == SEED - turns
+
+
+def test_one_environment_may_have_a_reward_of_its_own(agent: Agent) -> None:
+    hosting = {TASK.environment: Hosting(reward=OwnReward(kind="tests.own_parts:thoughtful"))}
+    other = Task.of("frozen_lake", SEED, {"size": 4})
+    assert played(agent, EnvironmentPool(hosting=hosting), TASK).reward == 0.25
+    assert rewards(played(agent, EnvironmentPool(hosting=hosting), other)) == rewards(
+        played(agent, EnvironmentPool(), other)
+    )
 
 
 def test_a_coroutine_function_may_pay(agent: Agent) -> None:
