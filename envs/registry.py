@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import inspect
 import re
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from gymnasium import spaces
 
 from envs.adapters import TextAdapter
 from envs.code_lines import user_lines_suffix
+from envs.extras import SUITES, Suite
 from envs.user_functions import imported
 
 Env = gym.Env[Any, str]
@@ -39,22 +39,6 @@ class Player(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Suite:
-    """Environments of another package, installed as an optional extra of Manta."""
-
-    prefix: str  # of the ids
-    extra: str  # pip install 'manta-rl[EXTRA]'
-    package: str  # the package that must be importable
-    factory: str  # "module:function" of Manta, called with id and options; its module lists all ids as IDS
-    about: str
-
-    @property
-    def installed(self) -> bool:
-        """Whether the package can be imported; checked without importing it."""
-        return importlib.util.find_spec(self.package) is not None
-
-
-@dataclass(frozen=True, slots=True)
 class Description:
     """Facts about an environment of Manta, found without making it."""
 
@@ -64,25 +48,6 @@ class Description:
     has_player: bool
 
 
-SUITES: tuple[Suite, ...] = (
-    Suite("MiniGrid-", "minigrid", "minigrid", "envs.suites.minigrid_words:minigrid", "MiniGrid"),
-    Suite("BabyAI-", "minigrid", "minigrid", "envs.suites.minigrid_words:minigrid", "BabyAI"),
-    Suite(
-        "reasoning_gym/",
-        "reasoning",
-        "reasoning_gym",
-        "envs.suites.reasoning_questions:reasoning_gym",
-        "reasoning-gym",
-    ),
-    Suite(
-        "pettingzoo/",
-        "pettingzoo",
-        "pettingzoo",
-        "envs.suites.pettingzoo_games:pettingzoo_game",
-        "PettingZoo",
-    ),
-    Suite("textarena/", "textarena", "textarena", "envs.suites.textarena_games:textarena_game", "TextArena"),
-)
 _OURS: dict[str, str | _Factory] = {
     "arithmetic": "envs.builtin.arithmetic:Arithmetic",
     "assistant": "envs.builtin.assistant:assistant",
@@ -225,11 +190,14 @@ def check_tasks(env_id: str, options: dict[str, Any]) -> None:
 
 def _call_class_method(env_id: str, method: str, options: dict[str, Any]) -> Any:
     """The result of a class method of an environment; None without one. Its ValueError becomes EnvironmentUnknown."""
-    found = getattr(_factory(env_id), method, None)
+    factory, given = _factory(env_id), ()
+    if isinstance(factory, partial):  # of a suite, whose classes take the id first
+        factory, given = factory.func, factory.args
+    found = getattr(factory, method, None)
     if found is None:
         return None
     try:
-        return found(**options)
+        return found(*given, **options)
     except (ValueError, TypeError) as error:
         raise EnvironmentUnknown(f"environment {env_id}: {error}") from error
 
@@ -270,8 +238,7 @@ def _suite(env_id: str) -> Suite | None:
     suite = next((each for each in SUITES if env_id.startswith(each.prefix)), None)
     if suite and not suite.installed:
         raise EnvironmentUnknown(
-            f"environment {env_id} belongs to {suite.about}, which is not installed here: "
-            f"pip install 'manta-rl[{suite.extra}]'"
+            f"environment {env_id} belongs to {suite.about}, which is not installed here: {suite.command}"
         )
     return suite
 
@@ -306,11 +273,17 @@ def _user_module(env_id: str) -> ModuleType:
 
 def _player(env_id: str) -> str | None:
     """The reference "module:Player" of an environment's scripted player, or None."""
-    if env_id in _OURS or ":" not in env_id or _suite(env_id):
+    if env_id in _OURS:
         return _PLAYERS.get(env_id)
-    own = vars(_user_module(env_id)).get("Player")
+    if suite := _suite(env_id):
+        module = _module(env_id, suite.factory.partition(":")[0])
+    elif ":" in env_id:
+        module = _user_module(env_id)
+    else:
+        return None
+    own = vars(module).get("Player")
     only_protocol = own is None or own is Player  # the protocol above, imported for annotations
-    return None if only_protocol else f"{env_id.partition(':')[0]}:Player"
+    return None if only_protocol else f"{module.__name__}:Player"
 
 
 def _make_ours(env_id: str, entry: str | _Factory, options: dict[str, Any]) -> Env:

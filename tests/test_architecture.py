@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "envs.builtin": {"envs", "envs.sandbox", "envs.tools"},
     "envs.rewards": {"envs", "envs.sandbox"},
     "envs.datasets": {"envs", "envs.rewards"},
-    "envs.suites": {"envs"},
+    "envs.suites": {"envs", "envs.tools"},
     "envs.hosting": {"envs", "envs.tools"},
     "envs.checks": {"envs", "envs.hosting"},
     "rollout.wire": set(),

@@ -50,7 +50,7 @@ def _show_suites(console: Console) -> None:
     suites: list[tuple[Cell, ...]] = []
     listed: list[str] = []
     for suite in registry.SUITES:
-        found = f"pip install 'manta-rl[{suite.extra}]'"
+        found = suite.command
         if suite.installed:
             try:
                 ids = registry.suite_ids(suite)
