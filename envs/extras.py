@@ -29,6 +29,8 @@ class Suite:
 
 
 _HERE = "envs.suites"
+# Its requirements pin numpy 1.26 and the clients of a dozen services; its data and its checker need none of them.
+_BFCL = "pip install --no-deps bfcl-eval==2026.3.23"
 SUITES: tuple[Suite, ...] = (
     Suite("MiniGrid-", "minigrid", "minigrid", f"{_HERE}.minigrid_words:minigrid", "MiniGrid"),
     Suite("BabyAI-", "minigrid", "minigrid", f"{_HERE}.minigrid_words:minigrid", "BabyAI"),
@@ -48,11 +50,19 @@ SUITES: tuple[Suite, ...] = (
     Suite("openenv/", "openenv", "openenv", f"{_HERE}.openenv_clients:openenv", "OpenEnv"),
     Suite("verifiers/", "verifiers", "verifiers", f"{_HERE}.verifiers_tasks:verifiers", "verifiers"),
     Suite(
+        "bfcl/multi_turn_",
+        "bfcl",
+        "bfcl_eval",
+        f"{_HERE}.bfcl_turns:BfclTurns",
+        "Berkeley Function Calling Leaderboard, several turns",
+        install=_BFCL,
+    ),
+    Suite(
         "bfcl/",
         "bfcl",
         "bfcl_eval",
         f"{_HERE}.bfcl_calls:BfclCalls",
         "Berkeley Function Calling Leaderboard",
-        install="pip install --no-deps bfcl-eval==2026.3.23",
+        install=_BFCL,
     ),
 )

@@ -80,14 +80,14 @@ class BfclCalls(TextEnv):
             raise ValueError(f"announce={announce!r} must be template or system")
         self._announce = announce
         self._category = _category(env_id)
-        self._tasks = _tasks(self._category, split)
+        self._tasks = tasks_of(self._category, split)
         self._check = _checker()
         self._task: Task = {}
 
     @classmethod
     def count_tasks(cls, env_id: str, split: Split = "all", **_: Any) -> int:
         """The number of tasks: the seed modulo it says which."""
-        return len(_tasks(_category(env_id), split))
+        return len(tasks_of(_category(env_id), split))
 
     def reset(  # type: ignore[override]  # observations are messages
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -160,18 +160,24 @@ def _category(env_id: str) -> str:
 
 
 @lru_cache(maxsize=32)
-def _tasks(category: str, split: Split) -> tuple[Task, ...]:
+def tasks_of(category: str, split: Split) -> tuple[Task, ...]:
     """The tasks of a split, each with its possible answers, in the order of the package."""
-    [found] = importlib.util.find_spec("bfcl_eval").submodule_search_locations  # type: ignore[union-attr, misc]
-    data = Path(found) / "data"
-    [questions] = data.glob(f"BFCL_v*_{category}.json")
+    data = data_folder()
+    [questions] = data.glob(f"BFCL_v[0-9]_{category}.json")
     answers = data / "possible_answer" / questions.name
-    told = {each["id"]: each["ground_truth"] for each in _lines(answers)} if answers.exists() else {}
-    tasks = [task | {"ground_truth": told.get(task["id"], [])} for task in _lines(questions)]
+    told = {each["id"]: each["ground_truth"] for each in lines_of(answers)} if answers.exists() else {}
+    tasks = [task | {"ground_truth": told.get(task["id"], [])} for task in lines_of(questions)]
     return tuple(task for task in tasks if in_split(json.dumps(task["question"]), split))
 
 
-def _lines(path: Path) -> list[Task]:
+def data_folder() -> Path:
+    """The folder of the package's data; found without importing the package."""
+    [found] = importlib.util.find_spec("bfcl_eval").submodule_search_locations  # type: ignore[union-attr, misc]
+    return Path(found) / "data"
+
+
+def lines_of(path: Path) -> list[Task]:
+    """The objects of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

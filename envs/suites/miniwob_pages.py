@@ -112,6 +112,7 @@ class MiniWobPage(gym.Wrapper[Observation, str, Any, Any], RecordConstructorArgs
         self._page: Any = env.unwrapped
         self._numbers: set[int] = set()
         self._turns = 0
+        self._running = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -122,11 +123,15 @@ class MiniWobPage(gym.Wrapper[Observation, str, Any, Any], RecordConstructorArgs
             )[0]
         self._page.instance.driver.execute_script(_NO_CLOCK)
         self._turns = 0
+        self._running = True
         return self._observed(seen, self._opening), {}
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, Info]:
+        if not self._running:
+            raise RuntimeError("step() was called without a running episode; call reset() first")
         call = read(action)
         if call is None:
+            self._running = False
             return UNREADABLE, 0.0, True, False, {"malformed": True, "success": False}
         self._turns += 1
         actions = self._actions(*call)
@@ -136,6 +141,7 @@ class MiniWobPage(gym.Wrapper[Observation, str, Any, Any], RecordConstructorArgs
                 seen, reward, done, *_ = self.env.step(each)
         truncated = not done and self._turns >= self._max_turns
         info: Info = {"success": bool(done and reward == 1.0)} if done or truncated else {}
+        self._running = not (done or truncated)
         if done:
             return "done", float(reward), True, False, info
         return self._observed(seen, "" if actions else f"{NOTHING}\n"), 0.0, False, truncated, info

@@ -79,21 +79,27 @@ class OpenEnv(TextEnv):
         self._opening = _form(self._schema, self._field) if instructions else ""
         self._client = GenericEnvClient(self._url, message_timeout_s=timeout_seconds).sync()
         self._turns = 0
+        self._running = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         super().reset(seed=seed)
         result = self._client.reset(**({"seed": seed} | self._reset_options))
         self._turns = 0
+        self._running = True
         return self._opening + text_of(result.observation), {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
+        if not self._running:
+            raise RuntimeError("step() was called without a running episode; call reset() first")
         asked = self._read(action)
         if asked is None:
+            self._running = False
             return UNREADABLE, 0.0, True, False, {"malformed": True}
         self._turns += 1
         result = self._client.step(asked)
         done = bool(result.done)
         truncated = not done and self._turns >= self._max_turns
+        self._running = not (done or truncated)
         return text_of(result.observation), float(result.reward or 0.0), done, truncated, {}
 
     def close(self) -> None:

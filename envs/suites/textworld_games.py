@@ -183,6 +183,7 @@ class TextWorldGame(TextEnv):
             raise RuntimeError("step() was called without a running game; call reset() first")
         command = action.strip()
         if not command or len(command) > MAX_COMMAND or not command.isprintable():
+            self.close()
             return UNREADABLE, 0.0, True, False, {"malformed": True, "success": False}
         self._turns += 1
         before = self._state.score
@@ -190,6 +191,8 @@ class TextWorldGame(TextEnv):
         reward = (score - before) / self._state.max_score
         truncated = not done and self._turns >= self._max_turns
         info: Info = {"success": bool(self._state.won)} if done or truncated else {}
+        if done or truncated:
+            self.close()
         return self._observed(self._state.feedback), reward, bool(done), truncated, info
 
     def close(self) -> None:
