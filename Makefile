@@ -93,7 +93,9 @@ LOCK := $(UV) pip compile -q --upgrade --no-header --no-annotate --python-versio
 	--python-platform x86_64-manylinux_2_35 --extra dev pyproject.toml
 UNWANTED := torchvision torchaudio torchcodec triton
 
-OPTIONAL := browser chess minigrid pettingzoo reasoning textarena
+OPTIONAL := browser chess datasets gguf judge math minigrid miniwob openenv pettingzoo reasoning textarena textworld verifiers
+# Packages whose own requirements conflict with ours, used without them: their data, and code that needs none of them.
+BARE := bfcl-eval==2026.3.23
 
 lock: lock-cpu lock-gpu lock-extras
 
@@ -110,7 +112,7 @@ lock-gpu:
 lock-extras: lock-cpu
 	@pins=$$($(LOCK) --constraint requirements/cpu.txt $(foreach name,$(OPTIONAL),--extra $(name)) \
 		$(TORCH_FROM) $(foreach name,$(UNWANTED),--no-emit-package $(name)) | grep -vxFf requirements/cpu.txt) && \
-		{ sed -n '/^#/p' requirements/extras.txt; echo "$$pins"; } > requirements/extras.txt.new && \
+		{ sed -n '/^#/p' requirements/extras.txt; printf '%s\n' "$$pins" $(BARE) | sort; } > requirements/extras.txt.new && \
 		mv requirements/extras.txt.new requirements/extras.txt
 
 clean:
