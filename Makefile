@@ -89,13 +89,14 @@ lint: setup
 # configuration: where the CPU wheel of torch lies elsewhere, say make lock-cpu TORCH_FROM="--find-links DIR".
 UV ?= uv
 TORCH_FROM ?= --torch-backend cpu
-LOCK := $(UV) pip compile -q --upgrade --no-header --no-annotate --python-version 3.11 \
+LOCK := $(UV) pip compile -q --upgrade --no-header --no-annotate --python-version 3.11.5 \
 	--python-platform x86_64-manylinux_2_35 --extra dev pyproject.toml
 UNWANTED := torchvision torchaudio torchcodec triton
 
-OPTIONAL := browser chess datasets gguf judge math minigrid miniwob openenv pettingzoo reasoning textarena textworld verifiers
-# Packages whose own requirements conflict with ours, used without them: their data, and code that needs none of them.
-BARE := bfcl-eval==2026.3.23
+OPTIONAL := browser chess datasets gguf judge math minigrid miniwob pettingzoo reasoning textarena textworld
+# Packages whose own requirements conflict with the pinned ones (numpy 1.26, pillow below 13), and what they do need.
+BARE := bfcl-eval==2026.3.23 openenv-core==0.3.0
+NEEDED := fastmcp>=3
 
 lock: lock-cpu lock-gpu lock-extras
 
@@ -110,7 +111,7 @@ lock-gpu:
 		mv requirements/gpu.txt.new requirements/gpu.txt
 
 lock-extras: lock-cpu
-	@pins=$$($(LOCK) --constraint requirements/cpu.txt $(foreach name,$(OPTIONAL),--extra $(name)) \
+	@pins=$$(echo "$(NEEDED)" | $(LOCK) - --constraint requirements/cpu.txt $(foreach name,$(OPTIONAL),--extra $(name)) \
 		$(TORCH_FROM) $(foreach name,$(UNWANTED),--no-emit-package $(name)) | grep -vxFf requirements/cpu.txt) && \
 		{ sed -n '/^#/p' requirements/extras.txt; printf '%s\n' "$$pins" $(BARE) | sort; } > requirements/extras.txt.new && \
 		mv requirements/extras.txt.new requirements/extras.txt

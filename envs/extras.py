@@ -48,7 +48,6 @@ SUITES: tuple[Suite, ...] = (
     Suite("textworld/", "textworld", "textworld", f"{_HERE}.textworld_games:textworld_game", "TextWorld"),
     Suite("miniwob/", "miniwob", "miniwob", f"{_HERE}.miniwob_pages:miniwob_page", "MiniWoB++"),
     Suite("openenv/", "openenv", "openenv", f"{_HERE}.openenv_clients:openenv", "OpenEnv"),
-    Suite("verifiers/", "verifiers", "verifiers", f"{_HERE}.verifiers_tasks:verifiers", "verifiers"),
     Suite(
         "bfcl/multi_turn_",
         "bfcl",

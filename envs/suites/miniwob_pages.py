@@ -117,6 +117,8 @@ class MiniWobPage(gym.Wrapper[Observation, str, Any, Any], RecordConstructorArgs
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, Info]:
+        # Loaded anew: a reload, which is all that the package does, keeps what was focused and typed.
+        self._page.instance.driver.get(self._page.instance.url)
         with self._generators.entered():  # the package seeds NumPy's global generator
             seen = self.env.reset(
                 seed=seed, options={"record_screenshots": self._pictures} | (options or {})
@@ -214,8 +216,7 @@ def line_of(element: dict[str, Any]) -> str:
     elif tag.startswith("input") or tag == "textarea":
         line += f' = "{value}"'
     if not text:
-        left, top = element["pos"]
-        wide, high = element["size"]
+        left, top, wide, high = (float(element[key][0]) for key in ("left", "top", "width", "height"))
         line += f" at {left:.0f},{top:.0f} size {wide:.0f}x{high:.0f}"
         if coloured:
             line += " #" + "".join(f"{round(255 * float(part)):02x}" for part in element["bg_color"][:3])

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
@@ -29,6 +30,9 @@ from textworld.challenges import CHALLENGES
 
 from envs.base import Info, TalkSpace, TextEnv, text_space
 from envs.suites.rng_isolation import IsolatedRng
+
+# Jericho says so of every generated game: the package reads scores itself.
+warnings.filterwarnings("ignore", message="Game .* is not fully supported")
 
 PREFIX = "textworld/"
 FOLDER = "games"  # the id of games that lie in a folder

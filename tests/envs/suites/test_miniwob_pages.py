@@ -50,8 +50,9 @@ def test_the_button_that_is_named_is_paid_and_another_is_not(button: Any) -> Non
         wanted = re.search(r'task: Click on the "(.+)" button', seen)
         assert wanted is not None
         buttons = re.findall(r'^(\d+) button "(.*)"', seen, re.MULTILINE)
-        right = seed % 2 == 0
-        number = next(number for number, text in buttons if (text == wanted[1]) == right)
+        others = [number for number, text in buttons if text != wanted[1]]
+        right = seed % 2 == 0 or not others
+        number = next(number for number, text in buttons if text == wanted[1]) if right else others[0]
         _, reward, terminated, truncated, info = button.step(f"click({number})")
         assert {"done": terminated, "reward": reward} == verdict(button)
         assert (reward == 1.0, terminated, truncated) == (right, True, False) and info == {"success": right}
@@ -124,19 +125,10 @@ def test_a_screenshot_is_the_task_in_pixels_and_pixels_can_be_clicked() -> None:
     env.close()
 
 
-def test_the_scripted_player_is_better_than_one_at_random(button: Any) -> None:
-    def success(error_rate: float) -> int:
-        won = 0
-        for seed in range(8):
-            player, done = Player(error_rate, seed), False
-            seen = button.reset(seed=seed)[0]
-            while not done:
-                seen, _, terminated, truncated, info = button.step(player.act(seen))
-                done = terminated or truncated
-            won += info["success"]
-        return won
-
-    assert success(0.0) == 8 > success(1.0)
+def test_the_scripted_player_clicks_what_the_task_names(button: Any) -> None:
+    for seed in range(4):
+        seen = button.reset(seed=seed)[0]
+        assert button.step(Player(0.0, seed).act(seen))[1:] == (1.0, True, False, {"success": True})
 
 
 def test_it_keeps_what_environments_promise() -> None:

@@ -49,7 +49,7 @@ class Guessing(Environment[Guess, Hint, State]):
 
     def step(self, action: Guess, timeout_s: float | None = None, **_: Any) -> Hint:
         self._state.step_count += 1
-        if not action.message.isdigit():
+        if not (action.message.isdigit() and len(action.message) == 1):
             return Hint(text="a number", reward=-0.5)
         number = int(action.message)
         if number == self._secret:
