@@ -236,7 +236,7 @@ class Player:
         drawn = functions[self._rng.integers(len(functions))]
         function = drawn if erring else max(functions, key=lambda each: len(asked & _words(each)))
         parameters = function["parameters"]
-        numbers = [int(word) for word in words if word.isdigit() and len(word) < 10]
+        numbers = [int(word) for word in words if word.isdecimal() and len(word) < 10]
         names = [word.strip("'\"") for word in words[1:] if word[0].isupper() or word[0] in "'\""]
         given = {
             name: self._value(
