@@ -190,7 +190,8 @@ def check_tasks(env_id: str, options: dict[str, Any]) -> None:
 
 def _call_class_method(env_id: str, method: str, options: dict[str, Any]) -> Any:
     """The result of a class method of an environment; None without one. Its ValueError becomes EnvironmentUnknown."""
-    factory, given = _factory(env_id), ()
+    factory = _factory(env_id)
+    given: tuple[Any, ...] = ()
     if isinstance(factory, partial):  # of a suite, whose classes take the id first
         factory, given = factory.func, factory.args
     found = getattr(factory, method, None)
