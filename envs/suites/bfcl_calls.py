@@ -173,7 +173,9 @@ def tasks_of(category: str, split: Split) -> tuple[Task, ...]:
 def data_folder() -> Path:
     """The folder of the package's data; found without importing the package."""
     spec = importlib.util.find_spec("bfcl_eval")
-    assert spec is not None and spec.submodule_search_locations, "the registry checks that the package is there"
+    assert spec is not None and spec.submodule_search_locations, (
+        "the registry checks that the package is there"
+    )
     return Path(spec.submodule_search_locations[0]) / "data"
 
 
