@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
-from deploy.commands import look, models
+from deploy.commands import evaluate, look, models
+from deploy.commands.evaluate import Memory, Trust
 from deploy.commands.look import EnvOptions, Overrides
 from deploy.report.console import errors, one_line, output, standard_streams, use_utf8, without_colours, write
 
@@ -39,31 +39,6 @@ def every_command(
     ] = False,
 ) -> None:
     """Options before a command."""
-
-
-class Dtype(StrEnum):
-    """Compute types of an engine."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Memory(StrEnum):
-    """What a turn sees."""
-
-    full = "full"
-    last = "last"
-
-
-Trust = Annotated[
-    bool,
-    typer.Option(
-        "--trust",
-        help="Allow the stored run to execute the modules, commands and servers that its configuration names. "
-        "The answer is remembered.",
-    ),
-]
 
 
 @app.command()
@@ -109,73 +84,6 @@ def train(
     from deploy.run.launch import TrainRequest, launch
 
     launch(TrainRequest(recipe, overrides or (), resume, run_dir, output_dir, replay, local, trust), console)
-
-
-@app.command("eval")
-def evaluate(
-    checkpoint: Annotated[
-        str, typer.Argument(help="Run folder, one of its checkpoints, or a Hugging Face folder or id.")
-    ],
-    env: Annotated[
-        str | None, typer.Option(help="Environment: its id, or its name in the run; default: the run's.")
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds of the tasks, A:B, B excluded.")] = "0:256",
-    option: EnvOptions = None,
-    context_tokens: Annotated[int | None, typer.Option(help="Context length, tokens.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens sampled per turn.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
-    memory: Annotated[Memory | None, typer.Option(help="What a turn sees of the conversation.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Data type of the engine.")] = None,
-    gpu: Annotated[
-        bool | None,
-        typer.Option("--gpu/--cpu", help="Run the engine on a GPU or on CPU."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all sampling.")] = 0,
-    episodes: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder to create for the episodes and the engine's log; default: a new one in runs/."
-        ),
-    ] = None,
-    show: Annotated[int, typer.Option(min=0, help="Number of episodes to print as transcripts.")] = 0,
-    trust: Trust = False,
-) -> None:
-    """Evaluate a checkpoint on an environment: success rate, or mean reward, with its 95% confidence interval.
-
-    Conditions that are not given are those of the run that the checkpoint belongs to. The same seed plays the same
-    episodes again.
-
-    Example:
-    manta eval runs/frozen_lake-20260101-120000 --seeds 0:256
-    """
-    from deploy.config.load import validated
-    from deploy.report.transcripts import show_transcripts
-    from deploy.run.evaluate import (
-        Conditions,
-        conditions_of,
-        environment_of,
-        evaluate_checkpoint,
-        new_folder,
-        parse_options,
-        parse_seeds,
-    )
-
-    env = env or environment_of(checkpoint)
-    base = conditions_of(checkpoint, env, trust)
-    tree = base.model_dump() | _given(context_tokens=context_tokens, on_gpu=gpu, seed=seed)
-    tree["env_options"] |= parse_options(option or [])
-    tree["sampling"] |= _given(max_tokens=max_tokens, temperature=temperature)
-    tree["agent"] |= _given(memory=memory)
-    tree["engine"] |= _given(dtype=dtype)
-    conditions = validated(Conditions, tree, "manta eval")
-    folder = episodes or new_folder(env, Path("runs"))
-    outcome = evaluate_checkpoint(checkpoint, env, parse_seeds(seeds), conditions, folder)
-    show_transcripts(console, folder, show)
-    write(console, f"{outcome}\nepisodes and the engine's log: {folder} (--show N prints episodes)")
-
-
-def _given(**values: object) -> dict[str, object]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 @app.command()
@@ -290,6 +198,7 @@ def demos(
     write(console, f"{outcome}\nwrote {out}")
 
 
+app.add_typer(evaluate.app)
 app.add_typer(look.app)
 app.add_typer(models.app)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.environments import Environment
+from deploy.config.suites import all_environments
 from envs import registry
 from envs.base import Observation
 from envs.code_lines import describe_error, user_lines_suffix
@@ -92,12 +93,6 @@ def training_tasks(config: RunConfig) -> TaskMixture:
 def environment_seed(seed: int, place: int) -> int:
     """The seed of the tasks of one of several environments; the first has the run's own."""
     return derive_seed(seed, place) if place else seed
-
-
-def evaluation_tasks(config: RunConfig, environment: Environment) -> list[Task]:
-    """The tasks of an evaluation: the first seeds with different first observations, see `distinct_tasks`."""
-    first, count = config.evaluation.first_seed, config.evaluation.tasks
-    return distinct_tasks(environment.id, environment.evaluated, first, count, environment.host)
 
 
 def held_out(environment: Environment) -> bool:
@@ -252,7 +247,7 @@ async def build_worker(
 
     hosting: dict[EnvironmentKey, Hosting] = {}
     players: dict[EnvironmentKey, Player] = {}
-    for each in config.environments:
+    for each in all_environments(config):
         hosting |= dict.fromkeys(each.keys, Hosting(each.host, each.agent.parts, each.reward))
         players |= dict.fromkeys(each.keys, Player(agent(each.sampling, each.agent), each.limits))
     start = replica_start(*(each.host for each in config.environments))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Awaitable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from rollout.buffer.replay_store import EpisodeRow
+from rollout.episodes.evaluation import EvaluationPlan
 from rollout.wire.metrics import Row
 from rollout.wire.trajectory import Task
 
@@ -43,6 +45,15 @@ def loss_to_come() -> asyncio.Future[None]:
     return lost
 
 
+async def waited_for(before_publish: Awaitable[object] | None) -> Row:
+    """Wait for what needs the published version before the next one replaces it; a metric of how long."""
+    if before_publish is None:
+        return {}
+    began = time.perf_counter()
+    await before_publish
+    return {"eval_wait_s": time.perf_counter() - began}
+
+
 class Runtime(Protocol):
     """The parts of one run, started and joined. No method carries trajectories: they stay where they are made."""
 
@@ -65,16 +76,22 @@ class Runtime(Protocol):
         """Bring the learner's version to every engine."""
         ...
 
-    async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
-        """Play one episode a task with the current weights; the rows are stored under `name`."""
+    async def evaluate(self, tasks: Sequence[Task], name: str, plan: EvaluationPlan) -> list[EpisodeRow]:
+        """Play the samples of every task with the published weights; the rows are stored under `name`.
+
+        Returns the samples of the first task, then those of the second.
+        """
         ...
 
     def begin_rollouts(self) -> None:
         """Let the workers play groups until the replay buffer has given out all the run needs."""
         ...
 
-    async def step(self, number: int) -> Row:
-        """Learner step `number`, published and released. Raises LearnerLost, and what stops the run."""
+    async def step(self, number: int, before_publish: Awaitable[object] | None = None) -> Row:
+        """Learner step `number`, published and released. Raises LearnerLost, and what stops the run.
+
+        before_publish: what still needs the version before, such as an evaluation; its error is raised.
+        """
         ...
 
     async def recover(self, loss: LearnerLost) -> int:

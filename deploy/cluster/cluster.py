@@ -30,7 +30,7 @@ from deploy.assembly.build import (
     start_engine,
 )
 from deploy.assembly.models import build_learner, model_path
-from deploy.assembly.runtime import LearnerLost, Row, first_failure, loss_to_come
+from deploy.assembly.runtime import LearnerLost, Row, first_failure, loss_to_come, waited_for
 from deploy.assembly.stage_data import stage_data
 from deploy.cluster.actor_member import ActorMember, actor, awaited
 from deploy.cluster.buffer_part import BufferPart
@@ -50,6 +50,7 @@ from learner.training.publish import Publisher
 from rollout.buffer.actors import RemoteReplayBuffer
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.episodes.actors import GROUPS, RolloutActor, demonstrate
+from rollout.episodes.evaluation import EvaluationPlan
 from rollout.wire.metrics import joined
 from rollout.wire.partition import StepTorn
 from rollout.wire.trajectory import Task
@@ -193,27 +194,27 @@ class RayRuntime:
             await self._fleet.ready()
         return sync_metrics(reports)
 
-    async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
-        return await within(
-            self._config.evaluation.timeout_seconds, self._fleet.evaluate(tasks, name), f"evaluation {name!r}"
-        )
+    async def evaluate(self, tasks: Sequence[Task], name: str, plan: EvaluationPlan) -> list[EpisodeRow]:
+        limit = self._config.evaluation.timeout_seconds
+        return await within(limit, self._fleet.evaluate(tasks, name, plan), f"evaluation {name!r}")
 
     def begin_rollouts(self) -> None:
         self._fleet.play()
 
-    async def step(self, number: int) -> Row:
+    async def step(self, number: int, before_publish: Awaitable[object] | None = None) -> Row:
         began = time.perf_counter()
         # The learner waits one step_timeout_seconds for its groups and names the missing ones; the step has another.
         limit = 2 * self._config.cluster.step_timeout_seconds
         row: Row = await self._of_learner(
             "the learner's step", lambda: self._lead.train.remote(number), limit
         )
+        waited = await self._watched(waited_for(before_publish))
         trained = time.perf_counter()
         published = await self._watched(self.publish())
         await self._watched(self._of_buffer("release", number))
         ended = time.perf_counter()
         times = {"publish_s": ended - trained, "step_s": ended - began}
-        return joined(row, published, times, {"workers": float(len(self._fleet.serving))})
+        return joined(row, waited, published, times, {"workers": float(len(self._fleet.serving))})
 
     async def recover(self, loss: LearnerLost) -> int:
         self._learning.clear()

@@ -26,6 +26,7 @@ from deploy.cluster.distributed_evaluation import evaluate_on
 from deploy.cluster.member import Member
 from deploy.config.supervise import Budget, PartFailed, PartLost, SupervisionSettings, brief, within
 from rollout.buffer.replay_store import EpisodeRow
+from rollout.episodes.evaluation import ONCE, EvaluationPlan
 from rollout.wire.metrics import Row
 from rollout.wire.process_info import ProcessInfo
 from rollout.wire.trajectory import Task
@@ -153,9 +154,11 @@ class Fleet:
             if isinstance(outcome, BaseException):
                 entry.lose(outcome)
 
-    async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
-        """Play one episode a task with the current weights; tasks of a lost member move to others."""
-        return await evaluate_on(tasks, name, lambda: self.serving, self._lose, self.failed)
+    async def evaluate(
+        self, tasks: Sequence[Task], name: str, plan: EvaluationPlan = ONCE
+    ) -> list[EpisodeRow]:
+        """Play the tasks by the plan with the current weights; tasks of a lost member move to others."""
+        return await evaluate_on(tasks, name, plan, lambda: self.serving, self._lose, self.failed)
 
     async def counters(self) -> Row:
         """Sums of counters over all members, ended ones included (their last known values)."""

@@ -13,9 +13,13 @@ from deploy.config.config_errors import ConfigError
 from learner.training import checkpoint
 
 
-def export_model(run: Path, target: Path, version: int | None = None) -> int:
+def export_model(run: Path, target: Path, version: int | None = None, best: bool = False) -> int:
     """Copy a verified checkpoint's model atomically; returns its version. ConfigError, CheckpointError."""
     run_folder.open_existing(run)
+    if best:
+        version = checkpoint.best_version(run)
+        if version is None:
+            raise ConfigError(f"{run} has no best checkpoint: set checkpoint.best_metric when it is trained")
     folder = checkpoint.latest(run) if version is None else checkpoint.whole(run, version)
     if folder is None:
         kept = ", ".join(map(str, checkpoint.versions(run))) or "none"

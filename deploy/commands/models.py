@@ -20,6 +20,9 @@ def export(
     version: Annotated[
         int | None, typer.Option(help="Weight version of the checkpoint; default: the newest.")
     ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="The best checkpoint by checkpoint.best_metric, not the newest.")
+    ] = False,
 ) -> None:
     """Export the model of a checkpoint in Hugging Face format, as transformers, vLLM and `manta eval` load it.
 
@@ -28,7 +31,7 @@ def export(
     """
     from deploy.commands.export import export_model
 
-    written = export_model(run, target, version)
+    written = export_model(run, target, version, best)
     write(console, f"wrote version {written} to {target}")
 
 

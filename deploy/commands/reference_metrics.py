@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from deploy.commands.markdown import GENERATED, code, link, prose, sentence, table
+from deploy.config.declared_metrics import EVALUATIONS
 from deploy.config.declared_metrics import GROUPS as RUN_GROUPS
 from learner.metrics import STAGES
 from rollout.wire.metrics import Metric, MetricGroup
 
-GROUPS = (*RUN_GROUPS, STAGES)
+GROUPS = (*RUN_GROUPS, EVALUATIONS, STAGES)
 _INTRODUCTION = """\
 A run writes one row a learner step into `RUN/metrics.jsonl`, one JSON object a line, and the same numbers into
 `RUN/tensorboard`. A number that is not finite is `null` in the file. `RUN/report.html` draws most of them, and
@@ -23,9 +24,9 @@ SQL reads the file as it is:
 
     duckdb.sql("SELECT step, reward, step_s FROM read_json('RUN/metrics.jsonl', union_by_name = true)")
 
-In a name, `{LAG}` stands for a number of weight versions, `{NAME}` for the name of a reward of the environment and
-`{REASON}` for an outcome of a tool call. A loss or a regularizer [of your own](../extending.md) may return statistics:
-each is a metric under the name that it gives.
+In a name, `{LAG}` stands for a number of weight versions, `{NAME}` for the name of a reward of the environment,
+`{REASON}` for an outcome of a tool call and `{K}` for a number of samples. A loss or a regularizer
+[of your own](../extending.md) may return statistics: each is a metric under the name that it gives.
 
 """
 

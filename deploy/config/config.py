@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +14,7 @@ from deploy.config.environments import (
     RunSettings,
     environments_of,
 )
+from deploy.config.evaluation import EvaluationSettings
 from deploy.config.guards import DEFAULTS, Guard
 from deploy.config.supervise import SupervisionSettings
 from deploy.config.trackers import OwnTracker
@@ -60,25 +61,6 @@ class TinySettings(Settings):
     environment_words: bool = Field(False, description="add all words that the environment uses to these")
 
 
-class EvaluationSettings(Settings):
-    """Evaluation before and after training."""
-
-    tasks: int = Field(
-        256,
-        ge=0,
-        description="tasks of each environment played before and after training, one episode each; 0: no "
-        "evaluation. In environments with a train/held-out split their first observations all differ",
-    )
-    timeout_seconds: float = Field(
-        1800.0, gt=0, description="time limit for one evaluation of one environment, seconds"
-    )
-    first_seed: int = Field(0, ge=0, description="seed of the first task; the others follow")
-    options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="environment options that differ from those of training, such as {split = 'heldout'}",
-    )
-
-
 class CheckpointSettings(Settings):
     """When the learner's state is written to disk."""
 
@@ -91,6 +73,11 @@ class CheckpointSettings(Settings):
         description="steps of a stage between two checkpoints; the end of a stage always has one",
     )
     keep: int = Field(2, gt=0, description="newest checkpoints that are kept")
+    best_metric: str = Field(
+        "",
+        description="metric of the evaluations, such as eval_success or eval_pass@4, by which the best checkpoint is "
+        "kept beside the newest; higher is better. Each evaluated version then has a checkpoint. Empty: none is kept",
+    )
 
 
 class ClusterSettings(Settings):
@@ -190,7 +177,7 @@ class RunConfig(Settings):
         default_factory=WeightSyncSettings, description="transfer of new weights to the engines"
     )
     evaluation: EvaluationSettings = Field(
-        default_factory=EvaluationSettings, description="evaluation before and after training"
+        default_factory=EvaluationSettings, description="evaluation before, during and after training"
     )
     checkpoint: CheckpointSettings = Field(
         default_factory=CheckpointSettings, description="checkpoints of the learner"

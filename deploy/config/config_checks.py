@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from deploy.config import suites
 from deploy.config.derived import longest_episode
 from deploy.config.guards import DEFAULTS
 from learner.algorithm.corrections import LagMask
@@ -28,6 +29,7 @@ def require_consistent(config: RunConfig) -> None:
         _environments,
         _model,
         _sampling,
+        suites.require_sound,
         _group,
         _uniform_groups,
         _discount,
@@ -102,6 +104,11 @@ def _model(config: RunConfig) -> None:
 
 def _sampling(config: RunConfig) -> None:
     sampling, context = config.sampling, config.rollout.context_tokens
+    if sampling.temperature == 0:
+        raise ValueError(
+            "sampling.temperature=0 is greedy: all episodes of a group would be the same. Use a value above 0; "
+            "evaluation.sampling.temperature=0 is for evaluations"
+        )
     if sampling.top_p < 1:
         raise ValueError(
             f"sampling.top_p={sampling.top_p:g} truncates the sampling distribution, but the learner computes logprobs "

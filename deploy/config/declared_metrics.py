@@ -11,6 +11,12 @@ STEP = MetricGroup(
     "Measured by the runtime.",
     (
         Metric("step_s", "s", "Time of the whole step: waiting, training and publishing"),
+        Metric(
+            "eval_wait_s",
+            "s",
+            "Time that the trained version waited for the evaluation of the one before",
+            "the version before is evaluated (`evaluation.every_steps`)",
+        ),
         Metric("publish_s", "s", "Time from the trained version to its proof by every engine; 0 in a replay"),
         Metric(
             "workers",
@@ -39,6 +45,36 @@ ROLLOUT = MetricGroup(
             "Tool calls with that outcome, divided by the episodes that ended in the step. "
             "[Agents](../agents.md#tools) explains the outcomes",
             "a tool was called before, and an episode ended in the step",
+        ),
+    ),
+)
+
+_VERDICTS = "the environment gives verdicts"
+_SEVERAL = f"{_VERDICTS}, and a task has several samples"
+
+# In RUN/evaluations/metrics.jsonl, not in the rows of steps: no guard of a step sees them.
+EVALUATIONS = MetricGroup(
+    "Evaluations",
+    "deploy/report/evaluation.py",
+    "In `RUN/evaluations/metrics.jsonl`, one row an evaluated version, and in `RUN/evaluations/tensorboard`. Those of "
+    "a suite are called `eval_{SUITE}_success` and so on. Episodes that failed for reasons of infrastructure are left "
+    "out.",
+    (
+        Metric("eval_success", "share, 0 to 1", "Episodes that the environment calls successful", _VERDICTS),
+        Metric("eval_reward", "reward", "Reward of an episode, mean"),
+        Metric(
+            "eval_pass@{K}",
+            "share, 0 to 1",
+            "Probability that one of K samples of a task succeeds, mean over the tasks; the unbiased estimator of "
+            "Chen et al. 2021",
+            _SEVERAL,
+        ),
+        Metric(
+            "eval_maj@{K}",
+            "share, 0 to 1",
+            "Tasks where the answer that most of the K samples gave is right; of several such answers each counts "
+            "in equal parts",
+            f"{_SEVERAL}, which vote (`evaluation.majority`)",
         ),
     ),
 )

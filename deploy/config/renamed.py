@@ -32,7 +32,7 @@ RENAMED = {
 # Sections that became a stage of kind "sft" -> where in its list their options lie. The first one decides whether there
 # is such a stage at all: without it the others said nothing.
 STAGED = {"warm_start": "stages.0.source", "learner.imitation": "stages.0"}
-RENAMED_FLAGS = {"--run": "--run-dir", "--runs": "--output-dir"}
+RENAMED_FLAGS = {"--run": "--run-dir", "--runs": "--output-dir", "--episodes": "--out"}
 
 
 def with_current_names(tree: Any) -> Any:

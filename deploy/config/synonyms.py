@@ -97,6 +97,9 @@ _THEIRS: dict[tuple[str, ...], str] = {
     ("learner.ranks",): "num_gpus n_gpus n_gpus_per_node num_gpus_per_node world_size nproc_per_node dp_size "
     "actor_num_gpus_per_node policy_num_gpus_per_node num_learners",
     ("evaluation.tasks",): "eval_batch_size val_batch_size num_eval_episodes num_eval eval_num_examples",
+    ("evaluation.samples",): "val_n num_samples_per_task repeats eval_repeats eval_n_samples val_kwargs_n",
+    ("evaluation.every_steps",): "test_freq eval_steps eval_freq eval_interval eval_every val_interval val_period",
+    ("checkpoint.best_metric",): "metric_for_best_model best_model_metric load_best_model_at_end",
     ("checkpoint.every_steps",): "save_freq save_steps save_interval ckpt_interval save_every ckpt_freq "
     "save_period checkpoint_interval",
     ("checkpoint.keep",): "save_total_limit max_ckpt_num keep_last max_ckpts_to_keep max_actor_ckpt_to_keep "

@@ -21,6 +21,7 @@ from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.environments import Environment, environment_named
 from deploy.config.own_parts import own_parts
+from deploy.config.suites import all_environments
 from envs import registry
 from rollout.agents.settings import PartSettings
 from rollout.agents.tools import ToolsSettings
@@ -40,7 +41,7 @@ def executed(config: RunConfig) -> list[str]:
     Modules, functions and commands; servers that are started or called; options that disable the sandbox; a Ray
     cluster, whose nodes execute code of one another. Each entry has all arguments. Nothing is imported.
     """
-    environments = config.environments
+    environments = all_environments(config)
     return [
         *_once(entry for each in environments for entry in _environment(each)),
         *_once(
@@ -92,14 +93,19 @@ def executed_engine(engine: EngineSettings) -> list[str]:
     return [_entry("engine", engine.model_dump(mode="json"))] if own else []
 
 
-def executed_by_evaluation(config: RunConfig, env_id: str) -> list[str]:
-    """What an evaluation on this environment executes; the environment itself is named by the user."""
+def executed_by_evaluation(config: RunConfig, env_id: str, said: bool = True) -> list[str]:
+    """What an evaluation on this environment executes. said: the user named it, and trusts it where he said its id."""
     known = environment_named(config.environments, env_id)
     if known is None:
         return [*executed_parts(config.agent.parts), *executed_engine(config.engine)]
+    return executed_by_environment(config, known, trusted=said and known.id == env_id)
+
+
+def executed_by_environment(config: RunConfig, known: Environment, trusted: bool = False) -> list[str]:
+    """What an evaluation on an environment of a run, or of one of its suites, executes. trusted: its module is."""
     reward = [] if known.reward is None else [_own(f"{known.section}.reward", known.reward)]
     parts = executed_parts(known.agent.parts, known.agent_section)
-    module = [] if known.id == env_id else _modules(known)  # the user said a name, not the module
+    module = [] if trusted else _modules(known)
     return [*module, *_options(known), *reward, *parts, *executed_engine(config.engine)]
 
 

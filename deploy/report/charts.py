@@ -109,6 +109,21 @@ def drawn(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [chart for chart in charts if chart["series"]]
 
 
+def evaluated(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Charts of the evaluations during training: one for shares, one for rewards. None of the first and last alone."""
+    if len(rows) <= 2:
+        return []
+    steps = [row["step"] for row in rows]
+    keys = sorted({key for row in rows for key in row if key.startswith("eval_")})
+    rewards = [key for key in keys if key.endswith("_reward")]
+    parts = {"Evaluation": [key for key in keys if key not in rewards], "Evaluation reward": rewards}
+    charts = [
+        Chart(title, "evaluated tasks, by version", {key: key.removeprefix("eval_") for key in own}, ".3f")
+        for title, own in parts.items()
+    ]
+    return [drawn for chart in charts if (drawn := _plain(chart, rows, steps))["series"]]
+
+
 def named_rewards(rows: Sequence[Row]) -> list[Chart]:
     """A chart for each named reward of the environment, by name; at most MOST_NAMED."""
     keys = {key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")}

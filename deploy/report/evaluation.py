@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any, Self
 
 from deploy.config.config_errors import ConfigError
-from deploy.report.statistics import bootstrap_interval, wilson_interval
+from deploy.report.statistics import clustered_interval, majority_success, pass_at_k, wilson_interval
 from rollout.buffer.failures import TooManyFailures, cause_of
 from rollout.buffer.replay_store import EpisodeRow
+from rollout.episodes.evaluation import EvaluationRow, pass_sizes
 
 WHEN = ("before", "after")  # of training
+FILE = "evaluation.json"  # of a folder with the rows of an evaluation
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The result of one episode a task. Episodes that failed by infrastructure are left out."""
+    """The result of the episodes of some tasks. Episodes that failed by infrastructure are left out."""
 
     successes: int | None  # None: no episode has a verdict
     episodes: int
@@ -30,37 +32,72 @@ class Evaluation:
     reward_interval: tuple[float, float] | None = None  # 95%, bootstrap
     held_out: bool = False  # the tasks are of a split that training cannot draw from
     environments: dict[str, Evaluation] = field(default_factory=dict)  # by name, of a run with several
+    samples: int = 1  # episodes of each task
+    success_interval: tuple[float, float] | None = None  # 95%, bootstrap over tasks; of several samples
+    pass_at: dict[str, float] = field(default_factory=dict)  # k -> pass@k; of several samples with verdicts
+    majority: float | None = None  # success of the answer that most samples of a task gave
 
     @classmethod
-    def of(cls, rows: Sequence[EpisodeRow], held_out: bool = False) -> Self:
-        """The result of stored episodes. TooManyFailures, with the last error, if every episode failed."""
+    def of(
+        cls, rows: Sequence[EpisodeRow], held_out: bool = False, samples: int = 1, voted: bool = False
+    ) -> Self:
+        """The result of stored episodes. TooManyFailures, with the last error, if every episode failed.
+
+        rows: `samples` of each task, one task after another. voted: they hold answers that vote.
+        """
+        tasks = [rows[at : at + samples] for at in range(0, len(rows), samples)]
+        return cls.of_tasks(tasks, held_out, samples, voted)
+
+    @classmethod
+    def of_tasks(
+        cls,
+        tasks: Sequence[Sequence[EpisodeRow]],
+        held_out: bool = False,
+        samples: int = 1,
+        voted: bool = False,
+    ) -> Self:
+        """The same from the episodes of each task, at most `samples`."""
+        rows = [row for task in tasks for row in task]
         sound = [row for row in rows if row.sound]
         if not sound:
             error = rows[-1].error or ""
             raise TooManyFailures(
                 f"all {len(rows)} evaluation episodes failed; the last: {cause_of(error)}", error
             )
+        tasks = [left for task in tasks if (left := [row for row in task if row.sound])]
+        several = samples > 1
         judged = any(row.success is not None for row in sound)
-        rewards = [row.reward for row in sound]
+        verdicts = [[bool(row.success) for row in task] for task in tasks]
+        rewards = [[row.reward for row in task] for task in tasks]
         return cls(
-            successes=sum(bool(row.success) for row in sound) if judged else None,
+            successes=sum(map(sum, verdicts)) if judged else None,
             episodes=len(sound),
-            mean_reward=sum(rewards) / len(rewards),
+            mean_reward=sum(map(sum, rewards)) / len(sound),
             failed=len(rows) - len(sound),
-            reward_interval=bootstrap_interval(rewards),
+            reward_interval=clustered_interval(rewards),
             held_out=held_out,
+            samples=samples,
+            success_interval=clustered_interval(verdicts) if judged and several else None,
+            pass_at=_pass_at(verdicts, samples) if judged and several else {},
+            majority=_majority(tasks) if judged and several and voted else None,
         )
 
     @staticmethod
-    def of_environments(played: Mapping[str, Sequence[EpisodeRow]], held_out: Collection[str]) -> Evaluation:
+    def of_environments(
+        played: Mapping[str, Sequence[EpisodeRow]],
+        held_out: Collection[str],
+        samples: int = 1,
+        voted: bool = False,
+    ) -> Evaluation:
         """The result of all episodes of a run, and of each environment's, where there are several.
 
         held_out: names of the environments whose tasks are. Raises TooManyFailures as `of` does, for each.
         """
-        each = {name: Evaluation.of(rows, name in held_out) for name, rows in played.items()}
+        each = {name: Evaluation.of(rows, name in held_out, samples, voted) for name, rows in played.items()}
         if len(each) == 1:
             return next(iter(each.values()))
-        total = Evaluation.of([row for rows in played.values() for row in rows], len(held_out) == len(played))
+        rows = [row for own in played.values() for row in own]
+        total = Evaluation.of(rows, len(held_out) == len(played), samples, voted)
         return replace(total, environments=each)
 
     @property
@@ -70,8 +107,17 @@ class Evaluation:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95% Wilson interval of the success; None without verdicts."""
-        return None if self.successes is None else wilson_interval(self.successes, self.episodes)
+        """95% interval of the success: Wilson's, of several samples by bootstrap over tasks. None without verdicts."""
+        if self.successes is None or self.success_interval is not None:
+            return self.success_interval
+        return wilson_interval(self.successes, self.episodes)
+
+    def metrics(self) -> dict[str, float]:
+        """The result as metrics: success, reward, pass@K, maj@N."""
+        success = {} if self.success is None else {"success": self.success}
+        several = {f"pass@{k}": value for k, value in self.pass_at.items()}
+        voted = {} if self.majority is None else {f"maj@{self.samples}": self.majority}
+        return success | {"reward": self.mean_reward} | several | voted
 
     def __str__(self) -> str:
         lost = f", {self.failed} more failed" if self.failed else ""
@@ -79,14 +125,17 @@ class Evaluation:
             "reward" if self.successes is None else "mean reward", self.mean_reward, self.reward_interval
         )
         success = "" if self.success is None else said("success", self.success, self.interval) + ", "
-        return f"{success}{reward}, {self.episodes} episodes{lost}"
+        shown = [name for name in self.metrics() if "@" in name and name != "pass@1"]
+        several = "".join(f"{name} {self.metrics()[name]:.3f}, " for name in shown)
+        times = f" ({self.samples} of each task)" if self.samples > 1 else ""
+        return f"{success}{several}{reward}, {self.episodes} episodes{times}{lost}"
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path) -> Evaluation:
         """Read a stored result. ConfigError for a damaged file."""
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
@@ -94,6 +143,22 @@ class Evaluation:
             return cls(**stored, environments=each)
         except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: broken file ({error}); remove it to continue without it") from error
+
+
+def _pass_at(verdicts: Sequence[Sequence[bool]], samples: int) -> dict[str, float]:
+    """pass@k, the mean over the tasks that have k sound samples."""
+    found = {}
+    for k in pass_sizes(samples):
+        if enough := [task for task in verdicts if len(task) >= k]:
+            found[str(k)] = sum(pass_at_k(len(task), sum(task), k) for task in enough) / len(enough)
+    return found
+
+
+def _majority(tasks: Sequence[Sequence[EpisodeRow]]) -> float:
+    votes = [
+        [(row.answer, bool(row.success)) for row in task if isinstance(row, EvaluationRow)] for task in tasks
+    ]
+    return sum(map(majority_success, votes)) / len(votes)
 
 
 def said(name: str, value: float, interval: Sequence[float] | None) -> str:
@@ -123,6 +188,14 @@ def figures(before: Evaluation | None, after: Evaluation | None) -> dict[str, An
     if names := dict.fromkeys([*first, *last]):
         found["environments"] = {name: figures(first.get(name), last.get(name)) for name in names}
     return found
+
+
+def summary_of(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """The results of a run, by suite, as keys of summary.json: those of `figures`, and the same of each suite."""
+    own = figures(before.get(""), after.get(""))
+    names = [name for name in dict.fromkeys([*before, *after]) if name]
+    suites = {name: figures(before.get(name), after.get(name)) for name in names}
+    return own | ({"suites": suites} if suites else {})
 
 
 def stored_figures(run_folder: Path) -> dict[str, Any]:

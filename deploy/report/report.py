@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from deploy.report.bottleneck import Shares
-from deploy.report.charts import drawn
+from deploy.report.charts import drawn, evaluated
 from deploy.report.console import visible
 from deploy.report.episodes import chosen_episodes
 from deploy.report.evaluation import WHEN, stored_figures
@@ -51,7 +51,7 @@ def write_report(run_folder: Path) -> Path:
         verdict=Shares.of(rows).verdict if rows else "",
         phases=phases(summary),
         ledger=summary.get("ledger", {}),
-        charts=drawn(rows),
+        charts=evaluated(read_metrics(run_folder / "evaluations")) + drawn(rows),
         episodes=chosen_episodes(run_folder, task),
         config=json.dumps(config, indent=2, ensure_ascii=False),
         plotly=get_plotlyjs(),
@@ -83,17 +83,18 @@ def _config(run_folder: Path) -> dict[str, Any]:
 def outcomes(summary: Summary, task: str) -> list[dict[str, Any]]:
     """Cards for success (if the environment gives verdicts) and reward, before and after, with intervals.
 
-    In a run with several environments those of all are followed by those of each.
+    Those of the run are followed by those of each of several environments, and of each suite.
     """
     cards = _cards(summary, f"{task}s")
-    for name, figures in summary.get("environments", {}).items():
+    parts = summary.get("environments", {}) | summary.get("suites", {})
+    for name, figures in parts.items():
         cards += _cards(figures, name)
     return cards
 
 
 def _cards(summary: Summary, tasks: str) -> list[dict[str, Any]]:
     cards = []
-    for name, method, form in (("success", "Wilson", "{:.1%}"), ("reward", "bootstrap", "{:.3g}")):
+    for name, form in (("success", "{:.1%}"), ("reward", "{:.3g}")):
         measured = [when for when in WHEN if summary.get(f"{name}_{when}_interval") is not None]
         if not measured:
             continue
@@ -115,7 +116,7 @@ def _cards(summary: Summary, tasks: str) -> list[dict[str, Any]]:
             }
             for when, interval in zip(measured, intervals, strict=True)
         ]
-        note = f"bars: 95% {method} intervals, scale from {form.format(least)} to {form.format(most)}"
+        note = f"bars: 95% intervals, scale from {form.format(least)} to {form.format(most)}"
         cards.append({"title": f"{name.capitalize()} on {tasks}", "bars": bars, "note": note})
     return cards
 

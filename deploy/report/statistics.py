@@ -1,9 +1,10 @@
-"""Confidence intervals of proportions and means."""
+"""Estimators of evaluations: confidence intervals, pass@k, majority votes, paired differences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import sqrt
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from math import comb, prod, sqrt
 
 import numpy as np
 
@@ -32,16 +33,62 @@ def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, flo
     return low, high
 
 
-def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of the mean of independent values; deterministic for a seed.
+def clustered_interval(clusters: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
+    """The 95% percentile bootstrap interval of the mean of values that depend on one another within a cluster.
 
-    Fewer than about 20 values make it too narrow. ValueError without values.
+    clusters: the values of each task, one or more; whole tasks are resampled, and with one value a task this is the
+    ordinary bootstrap. Deterministic for a seed. Fewer than about 20 tasks make it too narrow. ValueError without
+    values.
 
-    B. Efron, R. J. Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13.
+    B. Efron, R. J. Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13; A. C. Davison, D. V. Hinkley,
+    "Bootstrap Methods and their Application" (1997), section 3.8, on clusters.
     """
-    if not values:
+    if not clusters:
         raise ValueError("an interval needs one value or more")
-    sample, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
-    means = [sample[rng.integers(len(sample), size=len(sample))].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [0.025, 0.975])
+    sums, counts = (np.array([of(each) for each in clusters], np.float64) for of in (sum, len))
+    rng, size = np.random.default_rng(seed), len(clusters)
+    drawn = (rng.integers(size, size=size) for _ in range(RESAMPLES))
+    low, high = np.quantile([sums[each].sum() / counts[each].sum() for each in drawn], [0.025, 0.975])
     return float(low), float(high)
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """The probability that one of k samples of a task is right, estimated from `samples` of which `correct` are.
+
+    Unbiased: 1 - C(n-c, k) / C(n, k), as a product that does not overflow. ValueError unless 0 <= c <= n and
+    1 <= k <= n.
+
+    M. Chen et al., "Evaluating Large Language Models Trained on Code", arXiv:2107.03374 (2021), equation 1.
+    """
+    if not (0 <= correct <= samples and 1 <= k <= samples):
+        raise ValueError(f"pass@{k} needs 0 <= correct={correct} <= samples={samples} and 1 <= k <= samples")
+    if samples - correct < k:
+        return 1.0
+    return 1.0 - prod(1.0 - k / each for each in range(samples - correct + 1, samples + 1))
+
+
+def majority_success(votes: Sequence[tuple[str | None, bool]]) -> float:
+    """Whether the answer with most votes is right. votes: (answer, right) of each sample; None votes for nothing.
+
+    Of several answers with the most votes each is as likely to be chosen. 0 without votes.
+
+    X. Wang et al., "Self-Consistency Improves Chain of Thought Reasoning in Language Models", arXiv:2203.11171 (2022).
+    """
+    right: Mapping[str, list[bool]] = defaultdict(list)
+    for answer, correct in votes:
+        if answer is not None:
+            right[answer].append(correct)
+    most = max(map(len, right.values()), default=0)
+    winners = [sum(each) / len(each) for each in right.values() if len(each) == most]
+    return sum(winners) / len(winners) if winners else 0.0
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """The exact two-sided p-value of as many pairs lost and won, if each direction were as likely; 1 without pairs.
+
+    Q. McNemar, "Note on the sampling error of the difference between correlated proportions", Psychometrika 12 (1947);
+    the exact form is the binomial test of the discordant pairs.
+    """
+    pairs = lost + won
+    tail = sum(comb(pairs, each) for each in range(min(lost, won) + 1))
+    return min(1.0, 2 * tail / 2**pairs)

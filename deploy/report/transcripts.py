@@ -1,12 +1,16 @@
-"""Transcripts of evaluated episodes for a terminal: roles and texts, turn by turn."""
+"""Transcripts of evaluated episodes, turn by turn: for a terminal, and as JSON lines."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from deploy.report.console import Console, write
 from deploy.report.episodes import ShownEpisode, Spans, token_text
 from rollout.buffer.segments import read_rows
+
+EPISODES = "episodes.jsonl"
 
 
 def show_transcripts(console: Console, folder: Path, count: int) -> None:
@@ -15,6 +19,40 @@ def show_transcripts(console: Console, folder: Path, count: int) -> None:
     text = token_text(folder)
     for place in range(min(count, len(spans))):
         _show(console, spans.episode(place, "", text))
+
+
+def write_episodes(folder: Path, out: Path | None = None) -> None:
+    """Write the stored episodes to OUT/episodes.jsonl, one a line with its messages, answers and rewards.
+
+    out: the folder itself by default.
+    """
+    spans = Spans.of(read_rows(folder))
+    with ((out or folder) / EPISODES).open("w", encoding="utf-8") as file:
+        for place in range(len(spans)):
+            episode = spans.episode(place, "", str)
+            file.write(json.dumps(_plain(episode), ensure_ascii=False) + "\n")
+
+
+def _plain(episode: ShownEpisode) -> dict[str, Any]:
+    turns = [
+        {
+            "messages": [{"role": role, "content": text} for role, text in turn.messages],
+            "answer": turn.action,
+            "reward": turn.reward,
+            "finish_reason": turn.finish_reason,
+        }
+        for turn in episode.turns
+    ]
+    return {
+        "env_id": episode.env_id,
+        "seed": episode.seed,
+        "sample": episode.index,
+        "success": episode.success,
+        "reward": episode.reward,
+        "end_reason": episode.end_reason,
+        "error": episode.error,
+        "turns": turns,
+    }
 
 
 def _show(console: Console, episode: ShownEpisode) -> None:

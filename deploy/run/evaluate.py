@@ -1,4 +1,4 @@
-"""Measure a checkpoint on an environment, outside of any run."""
+"""Measure a checkpoint, or a model behind a server, on an environment, outside of any run."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from deploy.assembly.build import load_tokenizer
 from deploy.assembly.conversations import try_conversations
+from deploy.assembly.suites import suites_of
 from deploy.config import run_folder
+from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
-from deploy.config.environments import environment_named
+from deploy.config.environments import Environment, environment_named
 from deploy.config.load import toml_value
-from deploy.config.trust import executed_by_evaluation, require_trust
+from deploy.config.trust import executed_by_environment, executed_by_evaluation, require_trust
 from deploy.report.console import errors, write
+from deploy.report.evaluation import FILE
 from deploy.report.evaluation import Evaluation as Evaluation
 from deploy.report.noticed import Noticed
+from deploy.report.transcripts import write_episodes
+from deploy.run.conditions import Conditions as Conditions
 from deploy.run.failure_log import failures_kept_in
 from deploy.run.preflight import (
     check_context,
@@ -34,44 +37,26 @@ from deploy.run.preflight import (
     first_observation,
 )
 from deploy.run.quiet import output_kept_in
+from deploy.run.served import is_server, play_served, served_model
 from envs.hosting.host import HostSettings
-from learner.training.checkpoint import MODEL, latest
-from rollout.agents.agent import Agent, AgentSettings
+from learner.training.checkpoint import MODEL, best_version, latest, whole
+from rollout.agents.agent import Agent
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.buffer.segments import SegmentWriter
 from rollout.chat.chat import Chat
 from rollout.chat.end_tokens import end_tokens
 from rollout.chat.perception import Perception
-from rollout.engines.engine import EngineStart, Sampling, WeightsNotFinite
-from rollout.engines.settings import EngineSettings
-from rollout.engines.vllm_start import VllmSettings
+from rollout.engines.engine import EngineStart, WeightsNotFinite
+from rollout.episodes.evaluation import EvaluationPlan, as_groups, evaluation_row
 from rollout.episodes.pool import EnvironmentPool
-from rollout.episodes.reward import OwnReward
-from rollout.episodes.worker import RolloutSettings, RolloutWorker, as_groups
+from rollout.episodes.worker import RolloutSettings, RolloutWorker
 from rollout.wire.notices import Notices
 from rollout.wire.schema import encode
 from rollout.wire.trajectory import Assignment, DropReason, Slot, Task, Trajectory
 
 LOG_FILE = "engine.log"
 SEGMENT_BYTES = 64 << 20
-
-
-class Conditions(BaseModel):
-    """Under what an agent is evaluated."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    env_options: dict[str, Any] = {}
-    agent: AgentSettings = AgentSettings()
-    sampling: Sampling = Sampling(max_tokens=64)
-    context_tokens: int = 2048
-    max_turns: int = 100
-    episode_seconds: float = 600.0
-    host: HostSettings = HostSettings()
-    engine: EngineSettings = VllmSettings(dtype="float32")
-    reward: OwnReward | None = None
-    on_gpu: bool = False
-    seed: int = Field(0, ge=0, description="seed of all sampling; the same seed samples the same tokens")
+Play = Callable[[Sequence[Task], "Conditions"], Coroutine[Any, Any, list[Trajectory]]]
 
 
 def environment_of(checkpoint: str) -> str:
@@ -105,26 +90,51 @@ def _run_of(checkpoint: str) -> Path | None:
     return None
 
 
-def conditions_of(checkpoint: str, named: str, trusted: bool = False) -> Conditions:
+def conditions_of(checkpoint: str, env: str | None, trusted: bool = False) -> Conditions:
     """The conditions of the run a checkpoint belongs to (the environment's options and where it lives only for the same
     environment), or the defaults where it belongs to none. There is no Ray here: its replicas get processes.
 
-    named: the environment, by its id or its name in that run.
-
+    env: the environment by its id or its name in that run; None: that run's own.
     trusted: the user says that the run may execute what its configuration names; ConfigError where he never did.
     """
     if (run := _run_of(checkpoint)) is None:
         return Conditions()
-    config = run_folder.open_existing(run)
-    require_trust(run, executed_by_evaluation(config, named), trusted)
-    known = environment_named(config.environments, named)
-    limits = known.limits if known else config.rollout.limits
+    config, named = run_folder.open_existing(run), env or environment_of(checkpoint)
+    require_trust(run, executed_by_evaluation(config, named, said=env is not None), trusted)
+    return _conditions(config, environment_named(config.environments, named))
+
+
+def suite_conditions(run: str, name: str, trusted: bool = False) -> tuple[str, list[int], Conditions]:
+    """A suite of a run: its environment, the seeds of its tasks, its conditions. ConfigError where there is none."""
+    if (folder := _run_of(run)) is None:
+        raise ConfigError(f"{run} is not of a run, which would have the suite {name!r}; name one with --like")
+    config = run_folder.open_existing(folder)
+    suites = {each.name: each for each in suites_of(config) if each.name}
+    if name not in suites:
+        raise ConfigError(f"{run} has no evaluation suite {name!r}; it has {', '.join(suites) or 'none'}")
+    plan, (tasks,) = suites[name].plan, suites[name].sets
+    environment = tasks.environment
+    require_trust(folder, executed_by_environment(config, environment), trusted)
+    changes = {
+        "sampling": plan.sampling.over(environment.sampling),
+        "samples": plan.samples,
+        "majority": plan.majority,
+    }
+    seeds = [task.seed for task in tasks.tasks()]
+    return environment.id, seeds, _conditions(config, environment).model_copy(update=changes)
+
+
+def _conditions(config: RunConfig, environment: Environment | None) -> Conditions:
+    """The conditions of a run's evaluation in one of its environments, or in one that it does not know."""
+    limits = environment.limits if environment else config.rollout.limits
     return Conditions(
-        env_options=known.evaluated if known else {},
-        host=known.host.without_ray() if known else HostSettings(),
-        reward=known.reward if known else None,
-        agent=known.agent if known else config.agent,
-        sampling=known.sampling if known else config.sampling,
+        env_options=environment.evaluated if environment else {},
+        host=environment.host.without_ray() if environment else HostSettings(),
+        reward=environment.reward if environment else None,
+        agent=environment.agent if environment else config.agent,
+        sampling=config.evaluation.sampling.over(environment.sampling if environment else config.sampling),
+        samples=config.evaluation.samples,
+        majority=config.evaluation.majority,
         context_tokens=config.rollout.context_tokens,
         max_turns=limits.max_turns,
         episode_seconds=limits.timeout_seconds,
@@ -134,36 +144,53 @@ def conditions_of(checkpoint: str, named: str, trusted: bool = False) -> Conditi
 
 
 def evaluate_checkpoint(
-    checkpoint: str, named: str, seeds: range, conditions: Conditions, folder: Path | None = None
+    checkpoint: str,
+    env_id: str,
+    seeds: Sequence[int],
+    conditions: Conditions,
+    folder: Path | None = None,
+    model: str = "",
 ) -> Evaluation:
-    """Play one episode a seed. `checkpoint`: a run folder (its newest checkpoint), one of its checkpoints, or any
-    Hugging Face folder or id. `named`: the environment, as in `conditions_of`. `folder`: a new one for the rows, the
-    outcome and the engine's log.
+    """Play the samples of every seed. `checkpoint`: a run folder (its newest checkpoint), one of its checkpoints, any
+    Hugging Face folder or id, or the URL of an OpenAI-compatible server. `folder`: a new one for the rows, the outcome
+    and the engine's log. `model`: which one of a server.
     """
     if folder is not None and folder.exists():
         raise ConfigError(f"{folder} is there already; name a folder that is not")
-    path, env_id = resolve_checkpoint(checkpoint), environment_id(checkpoint, named)
+    tasks = [Task.of(env_id, seed, conditions.env_options) for seed in seeds]
+    play = _ready(checkpoint, env_id, conditions, model)
+    if folder is None:
+        with _notices_said(None):
+            return _outcome(asyncio.run(play(tasks, conditions)), conditions)
+    folder.mkdir(mode=0o700, parents=True)
+    with _notices_said(folder), output_kept_in(folder / LOG_FILE):
+        played = asyncio.run(play(tasks, conditions))
+    _store(played, folder)
+    with failures_kept_in(folder):
+        evaluation = _outcome(played, conditions)
+    evaluation.save(folder / FILE)
+    return evaluation
+
+
+def _ready(checkpoint: str, env_id: str, conditions: Conditions, model: str) -> Play:
+    """What plays the tasks, once everything is checked that it needs. ConfigError, EnvironmentUnknown."""
+    # It refuses what cannot be made.
+    observation = first_observation(env_id, conditions.env_options, conditions.agent.parts, conditions.host)
+    if is_server(checkpoint):
+        return partial(play_served, checkpoint, served_model(checkpoint, model))
+    if model:
+        raise ConfigError(
+            f"--model {model}: {checkpoint} is no server (http://...), so there is nothing to choose"
+        )
+    path = resolve_checkpoint(checkpoint)
     check_engine(conditions.engine, conditions.on_gpu)
     check_model(path)
     check_context(path, conditions.context_tokens)
     tokenizer = check_tokenizer(path)
-    # It refuses what cannot be made.
-    observation = first_observation(env_id, conditions.env_options, conditions.agent.parts, conditions.host)
     chat = Chat(tokenizer, Perception.load(path), check_ends(path))
     if observation is not None:
         try_conversations(chat, observation, conditions.agent)
-    tasks = [Task.of(env_id, seed, conditions.env_options) for seed in seeds]
-    if folder is None:
-        with _notices_said(None):
-            return Evaluation.of(_rows(asyncio.run(_evaluate(path, tasks, conditions))))
-    folder.mkdir(mode=0o700, parents=True)
-    with _notices_said(folder), output_kept_in(folder / LOG_FILE):
-        played = asyncio.run(_evaluate(path, tasks, conditions))
-    _store(played, folder)
-    with failures_kept_in(folder):
-        evaluation = Evaluation.of(_rows(played))
-    evaluation.save(folder / "evaluation.json")
-    return evaluation
+    return partial(_evaluate, path)
 
 
 @contextmanager
@@ -182,18 +209,20 @@ def new_folder(env_id: str, runs: Path) -> Path:
     return runs / f"eval-{what}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
-def _rows(played: Sequence[Trajectory]) -> list[EpisodeRow]:
-    return [EpisodeRow.of(trajectory) for trajectory in played]
+def _outcome(played: Sequence[Trajectory], conditions: Conditions) -> Evaluation:
+    rows = [evaluation_row(trajectory, conditions.majority) for trajectory in played]
+    return Evaluation.of(rows, samples=conditions.samples, voted=conditions.majority != "none")
 
 
 def _store(played: Sequence[Trajectory], folder: Path) -> None:
-    """Write the episodes' rows, as rollout.buffer.segments.read_rows gives them back."""
+    """Write the episodes as rows, which rollout.buffer.segments.read_rows gives back, and as JSON."""
     writer = SegmentWriter(folder, SEGMENT_BYTES)
     for group in as_groups(played):
         batch = encode(group)
         if batch.num_rows:  # an episode that failed in its reset has none
             writer.append(batch)
     writer.close()
+    write_episodes(folder)
 
 
 async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) -> list[Trajectory]:
@@ -226,7 +255,7 @@ async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) ->
         "evaluation", engine, agent, _NoBuffer(), rollout, run_seed=conditions.seed, pool=pool
     )
     try:
-        return await worker.evaluate(tasks)
+        return await worker.evaluate(tasks, EvaluationPlan(conditions.samples))
     finally:
         await worker.close()
         await engine.close()
@@ -248,6 +277,15 @@ class _NoBuffer:
         self, slot: Slot, reason: DropReason, error: str = "", episodes: Sequence[EpisodeRow] = ()
     ) -> None:
         raise AssertionError("an evaluation drops no groups")
+
+
+def best_checkpoint(run: str) -> str:
+    """The checkpoint that a run has kept as its best. ConfigError where it has none."""
+    version = best_version(Path(run))
+    folder = None if version is None else whole(Path(run), version)
+    if folder is None:
+        raise ConfigError(f"{run} has no best checkpoint: set checkpoint.best_metric when it is trained")
+    return str(folder)
 
 
 def resolve_checkpoint(checkpoint: str) -> str:

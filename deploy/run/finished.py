@@ -27,8 +27,9 @@ def told_finished(config: RunConfig, folder: Path, console: Console) -> bool:
 
 
 def print_outcome(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """What a run came to, in all and of each of several environments, and where its report lies."""
-    for of, figures in {"": summary, **summary.get("environments", {})}.items():
+    """What a run came to, in all, of each of several environments and on each suite, and where its report lies."""
+    parts = summary.get("environments", {}) | summary.get("suites", {})
+    for of, figures in {"": summary, **parts}.items():
         for when in WHEN:
             name = "reward" if figures.get(f"success_{when}") is None else "success"
             if (value := figures.get(f"{name}_{when}")) is not None:

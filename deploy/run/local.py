@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from deploy.assembly.build import (
     replay_buffer_builder,
     start_engine,
 )
-from deploy.assembly.runtime import Row, first_failure
+from deploy.assembly.runtime import Row, first_failure, waited_for
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.report.noticed import Noticed
@@ -31,8 +31,9 @@ from deploy.run.in_process import LearnerHere
 from learner.training.loop import sync_metrics
 from learner.training.publish import Snapshot
 from rollout.buffer.replay_store import EpisodeRow
+from rollout.episodes.evaluation import EvaluationPlan, as_groups, evaluation_row
 from rollout.episodes.loop_watch import LoopWatch
-from rollout.episodes.worker import RolloutWorker, as_groups
+from rollout.episodes.worker import RolloutWorker
 from rollout.wire.metrics import joined
 from rollout.wire.notices import Notices
 from rollout.wire.schema import encode
@@ -112,28 +113,31 @@ class LocalRuntime(LearnerHere):
         await self._learner.unpin_weights(update.version, update.handle)
         return sync_metrics(reports)
 
-    async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
+    async def evaluate(self, tasks: Sequence[Task], name: str, plan: EvaluationPlan) -> list[EpisodeRow]:
         shares = [tasks[index :: len(self._workers)] for index in range(len(self._workers))]
-        played = await asyncio.gather(*(w.evaluate(s) for w, s in zip(self._workers, shares, strict=True)))
+        played = await asyncio.gather(
+            *(w.evaluate(s, plan) for w, s in zip(self._workers, shares, strict=True))
+        )
         trajectories = [trajectory for share in played for trajectory in share]
         await self._replay_buffer.archive(name, [encode(group) for group in as_groups(trajectories)])
-        return [EpisodeRow.of(trajectory) for trajectory in trajectories]
+        return [evaluation_row(trajectory, plan.majority) for trajectory in trajectories]
 
     def begin_rollouts(self) -> None:
         self._started.callback(LoopWatch().close)
         self._runs = [asyncio.create_task(worker.run(), name=worker.name) for worker in self._workers]
 
-    async def step(self, number: int) -> Row:
-        return await first_failure(asyncio.create_task(self._step(number)), self._runs)
+    async def step(self, number: int, before_publish: Awaitable[object] | None = None) -> Row:
+        return await first_failure(asyncio.create_task(self._step(number, before_publish)), self._runs)
 
-    async def _step(self, number: int) -> Row:
+    async def _step(self, number: int, before_publish: Awaitable[object] | None) -> Row:
         began = time.perf_counter()
         row = await self._learner.train(number)
+        waited = await waited_for(before_publish)
         trained = time.perf_counter()
         published = await self.publish()
         await self._replay_buffer.release(number)
         ended = time.perf_counter()
-        return joined(row, published, {"publish_s": ended - trained, "step_s": ended - began})
+        return joined(row, waited, published, {"publish_s": ended - trained, "step_s": ended - began})
 
     async def counters(self) -> Row:
         rows = [worker.counters() for worker in self._workers]

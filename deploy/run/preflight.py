@@ -13,10 +13,11 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from deploy.assembly.build import evaluation_tasks, probe_environment
+from deploy.assembly.build import probe_environment
 from deploy.assembly.conversations import try_conversations
 from deploy.assembly.models import tiny_tokenizer
 from deploy.assembly.stage_data import past_episodes, recorded
+from deploy.assembly.suites import suites_of
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.environments import Environment
@@ -64,10 +65,7 @@ def check(config: RunConfig) -> None:
             check_prompt(config, environment, chat, observation)
     check_lora(config, tokenizer)
     if config.replay is None:
-        for environment in config.environments:
-            if environment.evaluated != environment.options:  # those of training are checked already
-                registry.check_tasks(environment.id, environment.evaluated)
-            evaluation_tasks(config, environment)
+        check_suites(config)
     else:
         replay.check(config, tokenizer)
     check_stages(config, tokenizer)
@@ -96,6 +94,21 @@ def check_foreign_agent(environment: Environment) -> None:
         raise ConfigError(
             f"{environment.section}.host.where='ray': a foreign agent must run on its worker's node; use 'process'"
         )
+
+
+def check_suites(config: RunConfig) -> None:
+    """Require the tasks of every evaluation. ConfigError names the suite."""
+    for suite in suites_of(config):
+        for tasks in suite.sets:
+            environment = tasks.environment
+            try:
+                if environment.evaluated != environment.options:  # those of training are checked already
+                    registry.check_tasks(environment.id, environment.evaluated)
+                tasks.tasks()
+            except ConfigError as error:
+                raise ConfigError(
+                    f"evaluation suite {suite.name!r}: {error}" if suite.name else str(error)
+                ) from error
 
 
 def check_stages(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:

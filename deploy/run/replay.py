@@ -7,7 +7,7 @@ the two learners differ: `effective_samples` says how much, and corrections weig
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from learner.training.checkpoint import MODEL, latest
 from learner.training.publish import Snapshot
 from rollout.buffer.history import History, HistoryError
 from rollout.buffer.replay_store import EpisodeRow
+from rollout.episodes.evaluation import EvaluationPlan
 from rollout.wire.metrics import Row, joined
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import Handle
@@ -38,13 +39,13 @@ class ReplayRuntime(LearnerHere):
     async def publish(self) -> Row:
         return {}
 
-    async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
+    async def evaluate(self, tasks: Sequence[Task], name: str, plan: EvaluationPlan) -> list[EpisodeRow]:
         return []
 
     def begin_rollouts(self) -> None:
         pass
 
-    async def step(self, number: int) -> Row:
+    async def step(self, number: int, before_publish: Awaitable[object] | None = None) -> Row:
         began = time.perf_counter()
         row = await self._learner.train(number)
         return joined(row, {"publish_s": 0.0, "step_s": time.perf_counter() - began})

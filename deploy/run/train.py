@@ -1,6 +1,7 @@
 """The driver of a run: phases in order, numbers out. It holds no payload and knows no hosting (see runtime.py).
 
-start -> stages -> version 0 to the engines -> evaluate, checkpoint -> steps, checkpoints -> evaluate -> report
+start -> stages -> version 0 to the engines -> evaluate, checkpoint -> steps, checkpoints, evaluations -> evaluate ->
+report
 """
 
 from __future__ import annotations
@@ -8,27 +9,24 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from deploy.assembly.build import evaluation_tasks, held_out, identical_starts
 from deploy.assembly.runtime import LearnerLost, Row, Runtime, first_failure
 from deploy.config.config import RunConfig
 from deploy.config.guards import GuardMonitor, with_defaults
 from deploy.config.trackers import Trackers
-from deploy.report.evaluation import Evaluation, figures
+from deploy.report.evaluation import summary_of
 from deploy.report.metrics import MetricsLog, read_metrics, rollout_rates, stage_folder
 from deploy.report.phases import Phases, Startup
 from deploy.report.progress import Progress
 from deploy.report.report import write_report
 from deploy.report.reporter import Reporter
+from deploy.run.evaluations import Evaluations, Results, step_name
 from deploy.run.sessions import Sessions
 from learner.training.checkpoint import DiskFull, next_stage, versions
 from learner.training.step import not_finite
 from rollout.wire.metrics import joined
-from rollout.wire.trajectory import Task
 
 STAGE_STRIDE = 10  # steps of a stage between two looks at the display
 LAST_COUNT_SECONDS = 5.0  # what workers are given to say what they have sampled
@@ -47,7 +45,7 @@ class Training:
     _reports: Reporter = field(init=False)
     _sessions: Sessions = field(init=False)
     _trackers: Trackers = field(init=False)
-    _tasks: asyncio.Future[list[list[Task]]] = field(init=False)  # of evaluations, by environment
+    _evaluations: Evaluations = field(init=False)
     _tokens: int = 0  # generated in this session, as last heard
     _serving: bool = False  # engines are up
 
@@ -58,8 +56,10 @@ class Training:
         self._sessions = Sessions(folder)
         self._trackers = Trackers(self.config.trackers, self.progress.say)
         self._trackers.tell("on_run_start", self.config.model_dump(mode="json"), folder)
-        self._tasks = asyncio.ensure_future(self._look_at_tasks())
-        self._tasks.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may go unasked
+        self._evaluations = Evaluations(
+            self.config, self.ring, self.progress, self._trackers, self.startup, self.phases
+        )
+        self._evaluations.begin()
         try:
             with self.phases.timed("start"):
                 version = await self.ring.start(resume)
@@ -72,7 +72,7 @@ class Training:
             self._serving = True
             before = await self._begin(new)
             await self._steps(version)
-            after = await self._evaluate("after") if self.config.steps else before
+            after = await self._evaluations.play("after", self.config.steps) if self.config.steps else before
             summary = await self._summary(before, after)
         except BaseException:
             await self._end(None)
@@ -87,7 +87,7 @@ class Training:
     async def _end(self, summary: dict[str, Any] | None) -> None:
         """Record what the session took, and let go of everything. summary: None of a run that was not ended."""
         self._trackers.tell("on_run_end", summary)
-        self._tasks.cancel()
+        self._evaluations.stop()
         try:
             await self._count_tokens()
         finally:
@@ -95,22 +95,23 @@ class Training:
             await self.ring.close()
             await asyncio.to_thread(self._trackers.close)
 
-    async def _begin(self, new: bool) -> Evaluation | None:
+    async def _begin(self, new: bool) -> Results:
         """What comes before the first step: the first evaluation, and the checkpoint of version 0 of a new run.
 
         The checkpoint is written while engines play. The evaluation is stored behind it: where there is one of a run,
         there is the version that it is of.
         """
         if not new:
-            return self._stored_evaluation(self.ring.run_folder) or await self._evaluate("before")
+            stored = self._evaluations.stored("before")
+            return await self._evaluations.play("before", 0) if stored is None else stored
         saving = asyncio.ensure_future(self._save_first())
         try:
-            evaluating = asyncio.ensure_future(self._evaluate("before", saving))
-            evaluation = await first_failure(evaluating, [saving])
+            evaluating = asyncio.ensure_future(self._evaluations.play("before", 0, saving))
+            results = await first_failure(evaluating, [saving])
             await saving
         finally:
             saving.cancel()
-        return evaluation
+        return results
 
     async def _stages(self, first: int) -> None:
         """Make the stages from `first` on. A checkpoint ends each, version 0 the last: none is ever made again."""
@@ -139,46 +140,6 @@ class Training:
                 if made // every > before // every and made < total:
                     await self._save()
 
-    async def _look_at_tasks(self) -> list[list[Task]]:
-        """The tasks of evaluations; which they are is found out while the parts start."""
-        if not self._evaluates:
-            return []
-        with self.startup.timed("evaluation_tasks"):
-            looking = partial(evaluation_tasks, self.config)
-            return await asyncio.to_thread(lambda: [looking(each) for each in self.config.environments])
-
-    @property
-    def _evaluates(self) -> bool:
-        return bool(self.config.evaluation.tasks) and not self.config.replay
-
-    async def _evaluate(
-        self, name: str, stored_after: asyncio.Future[None] | None = None
-    ) -> Evaluation | None:
-        if not self._evaluates:
-            return None
-        tasks = list(zip(self.config.environments, await self._tasks, strict=True))
-        if name == "before":
-            for environment, own in tasks:
-                if told := await asyncio.to_thread(identical_starts, own, environment.host):
-                    self.progress.say(told)
-        self.startup.episodes_begin()
-        with self.phases.timed(f"evaluate_{name}"):
-            played = {each.name: await self.ring.evaluate(own, name) for each, own in tasks}
-            apart = [each.name for each, _ in tasks if held_out(each)]
-            evaluation = Evaluation.of_environments(played, apart)
-        self.progress.say(f"{name}: {evaluation}")
-        for environment_name, result in evaluation.environments.items():
-            self.progress.say(f"{name}, {environment_name}: {result}")
-        self._trackers.tell("on_eval", name, asdict(evaluation))
-        if stored_after is not None:
-            await stored_after
-        evaluation.save(self.ring.run_folder / f"evaluation_{name}.json")
-        return evaluation
-
-    def _stored_evaluation(self, folder: Path) -> Evaluation | None:
-        stored = folder / "evaluation_before.json"
-        return Evaluation.load(stored) if stored.is_file() else None
-
     async def _steps(self, version: int) -> None:
         self.progress.begin_steps(version)
         lost: LearnerLost | None = None
@@ -197,12 +158,16 @@ class Training:
         """All steps after `version`; what was logged of them before is cut off."""
         log = MetricsLog(self.ring.run_folder, resume_after=version)
         guards = GuardMonitor(with_defaults(self.config.guards), self.progress.say)
+        evaluating: asyncio.Future[Results] | None = None  # of the last step, while the next is learned
         try:
             self.startup.episodes_begin()
             self.ring.begin_rollouts()
             before = await self.ring.counters()
+            if self._evaluations.missing(version):  # the run was stopped while it was under way
+                evaluating = asyncio.ensure_future(self._evaluations.play(step_name(version), version))
             for step in range(version + 1, self.config.steps + 1):
-                row = await self.ring.step(step)
+                row = await self.ring.step(step, evaluating)
+                evaluating = None
                 self._require_fresh(row)
                 counters = await self.ring.counters()
                 row = joined(row, rollout_rates(before, counters, row["step_s"]))
@@ -213,12 +178,23 @@ class Training:
                 self._record()
                 self.progress.update(step, row)
                 guards.observe(step, row)
-                if step % self.config.checkpoint.every_steps == 0 or step == self.config.steps:
+                if self._saves(step):
                     await self._save()
                     if step < self.config.steps:
                         self._reports.refresh()
+                if self._evaluations.due(step):
+                    evaluating = asyncio.ensure_future(self._evaluations.play(step_name(step), step))
         finally:
             log.close()
+            if evaluating is not None:  # the learner was lost, or the run is being stopped
+                evaluating.cancel()
+                await asyncio.wait([evaluating])
+
+    def _saves(self, step: int) -> bool:
+        """Whether a step is followed by a checkpoint: what is compared by a metric has to be there to be kept."""
+        checkpoint = self.config.checkpoint
+        regular = step % checkpoint.every_steps == 0 or step == self.config.steps
+        return regular or (bool(checkpoint.best_metric) and self._evaluations.due(step))
 
     def _require_fresh(self, row: Row) -> None:
         # The slots keep this bound; should they ever fail to, nobody is to find it out from a chart.
@@ -261,11 +237,11 @@ class Training:
                     self.progress.say(f"PAUSED: {told}")
                 await asyncio.sleep(DISK_SECONDS)
 
-    async def _summary(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+    async def _summary(self, before: Results, after: Results) -> dict[str, Any]:
         rows = read_metrics(self.ring.run_folder)
         await self._count_tokens()
         self._record()
-        return figures(before, after) | {
+        return summary_of(before, after) | {
             "steps": len(rows),
             **self._sessions.totals(),
             "tokens_processed": int(sum(row["tokens_processed"] for row in rows)),

@@ -42,10 +42,8 @@ def number(completion: str, truth: Any, *, tolerance: float = 0.0) -> float:
 
 def choice(completion: str, truth: Any) -> float:
     """1 where the letter that was chosen is the right one: what "the answer is" names, else the last letter alone."""
-    text = answer_in(completion)
-    named = _SAID.findall(text) or _LETTER.findall(text)
     right = {_LETTER.search(str(each).strip().upper()) for each in _several(truth)}
-    return float(bool(named) and named[-1].upper() in {each[1] for each in right if each})
+    return float(chosen_letter(completion) in {each[1] for each in right if each})
 
 
 def regex(completion: str, truth: Any, *, pattern: str | None = None) -> float:
@@ -62,6 +60,18 @@ def answer_in(completion: str) -> str:
     """What stands in the last <answer>...</answer>; the whole of it where there is none."""
     tagged = _TAGGED.findall(completion)
     return str(tagged[-1] if tagged else completion).strip()
+
+
+def plain_answer(completion: str) -> str:
+    """The answer in a text, without case and with single spaces between words."""
+    return _plain(answer_in(completion), ignore_case=True)
+
+
+def chosen_letter(completion: str) -> str | None:
+    """The letter that was chosen, as a capital: what "the answer is" names, else the last letter that stands alone."""
+    text = answer_in(completion)
+    named = _SAID.findall(text) or _LETTER.findall(text)
+    return str(named[-1]).upper() if named else None
 
 
 def last_number(text: str) -> Decimal | None:

@@ -5,6 +5,7 @@
         critic/       where there is one: its head; its trunk in the same format, unless that is the policy's
         optimizer.pt  moments and step counts, torch's RNG state
         state.json    version, task cursor, the learner's own RNG, size and blake3 of every other file, and its own seal
+    RUN/checkpoints/best.json   the version that is kept beside the newest ones, its metric and its value
 
 Before version 0, checkpoints of the run's stages lie under RUN/stages/checkpoints in the same form: their number counts
 the steps of all stages, and state.json says where the stages stand. The first checkpoint of a version removes them.
@@ -39,6 +40,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 ROOT, MODEL, CRITIC, OPTIMIZER, STATE = "checkpoints", "model", "critic", "optimizer.pt", "state.json"
+BEST = "best.json"  # beside the checkpoints: which of them evaluations found the best
 STAGES = "stages"  # folder of a run, and what a checkpoint's cursor calls where they stand
 _READ_BYTES = 16 << 20  # at a time while hashing; blake3 spreads that over all cores
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -72,7 +74,7 @@ def folder_of(run: Path, version: int) -> Path:
 def save(
     run: Path, contents: Contents, parts: Mapping[str, Callable[[Path], None]], part_bytes: int, keep: int
 ) -> Path:
-    """Write a checkpoint of a run, make it durable, remove all but the last `keep`, return its folder.
+    """Write a checkpoint of a run, make it durable, remove all but the last `keep` and the best; return its folder.
 
     parts: each is called with an empty folder of its name and writes itself into it, about `part_bytes` together.
     Raises DiskFull.
@@ -98,9 +100,49 @@ def save(
     partial.rename(folder)
     _sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
+    best = best_version(run)
     for old in _complete(root)[:-keep]:
-        shutil.rmtree(_put_away(old))
+        if version_of(old) != best:
+            shutil.rmtree(_put_away(old))
     return folder
+
+
+def note_best(run: Path, version: int, metric: str, value: float) -> bool:
+    """Note a version as the best of a run if no other was better by this metric; its checkpoint is then kept.
+
+    A version that is evaluated again counts by its new value. Returns whether it is the best.
+    """
+    file = run / ROOT / BEST
+    known = _best(run)
+    if known and known["metric"] == metric and known["version"] != version and known["value"] >= value:
+        return False
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".part")
+    aside.write_text(json.dumps({"version": version, "metric": metric, "value": value}), encoding="utf-8")
+    aside.replace(file)
+    return True
+
+
+def best_version(run: Path) -> int | None:
+    """The version that was noted as the best of a run; None where none was."""
+    known = _best(run)
+    return None if known is None else int(known["version"])
+
+
+def _best(run: Path) -> dict[str, Any] | None:
+    """What best.json says. CheckpointError if broken."""
+    file = run / ROOT / BEST
+    if not file.is_file():
+        return None
+    try:
+        known = dict(json.loads(file.read_text(encoding="utf-8")))
+        return {
+            "version": int(known["version"]),
+            "metric": str(known["metric"]),
+            "value": float(known["value"]),
+        }
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{file}: broken file ({error}); remove it to continue without it") from error
 
 
 def load(folder: Path, verified: bool = False) -> Contents:

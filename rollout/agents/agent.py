@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -162,6 +163,12 @@ class Agent:
         self._sampling = sampling
         self._context_tokens = context_tokens
         self._settings = settings or AgentSettings()
+
+    def sampled_by(self, change: Callable[[Sampling], Sampling]) -> Agent:
+        """The same agent with another sampling, on the same engine and clock."""
+        other = copy(self)
+        other._sampling = change(self._sampling)
+        return other
 
     def begin(self, seed: int) -> Conversation:
         return Conversation(seed)

@@ -39,9 +39,9 @@ class Sampling(BaseModel):
 
     temperature: float = Field(
         1.0,
-        gt=0,
+        ge=0,
         description="temperature that divides the logits; stored logprobs include it, and the learner "
-        "computes with the same value",
+        "computes with the same value. 0 is greedy, for evaluations only: its logprobs are those of temperature 1",
     )
     top_p: float = Field(
         1.0,

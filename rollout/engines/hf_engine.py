@@ -246,6 +246,9 @@ def _generator(prompt_ids: Sequence[int], sampling: Sampling) -> torch.Generator
 
 def _sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator) -> tuple[int, float]:
     """Sample one token; returns it with its logprob in the sampled distribution."""
+    if sampling.temperature == 0:
+        token = int(logits_V.argmax())
+        return token, float(logits_V.log_softmax(-1)[token])
     logprobs_V = (logits_V / sampling.temperature).log_softmax(-1)
     if sampling.top_p < 1:
         logprobs_V = _nucleus(logprobs_V, sampling.top_p)

@@ -15,8 +15,9 @@ import ray._private.worker
 from rollout.buffer.actors import RemoteReplayBuffer
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.engines.engine import NativeTransfer
+from rollout.episodes.evaluation import EvaluationPlan, as_groups, evaluation_row
 from rollout.episodes.loop_watch import LoopWatch
-from rollout.episodes.worker import RolloutWorker, as_groups
+from rollout.episodes.worker import RolloutWorker
 from rollout.wire.notices import collected
 from rollout.wire.process_info import ProcessInfo, here, stacks
 from rollout.wire.schema import encode
@@ -90,11 +91,11 @@ class RolloutActor:
         """Play groups until the replay buffer has no more of them."""
         await self._started().run()
 
-    async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
-        """Play one episode per task; stores the rows under `name`, and returns the outcomes."""
-        trajectories = await self._started().evaluate(tasks)
+    async def evaluate(self, tasks: Sequence[Task], name: str, plan: EvaluationPlan) -> list[EpisodeRow]:
+        """Play the tasks by the plan; stores the rows under `name`, and returns the outcomes."""
+        trajectories = await self._started().evaluate(tasks, plan)
         await self._replay_buffer.archive(name, [encode(group) for group in as_groups(trajectories)])
-        return [EpisodeRow.of(trajectory) for trajectory in trajectories]
+        return [evaluation_row(trajectory, plan.majority) for trajectory in trajectories]
 
     async def sync(self, update: WeightUpdate) -> SyncReport:
         """Load one version and verify it."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -23,8 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from rollout.agents.agent import Agent
 from rollout.buffer.failures import cause_of
 from rollout.buffer.replay_store import EpisodeRow
-from rollout.engines.engine import Engine, EngineDied, derive_seed
+from rollout.engines.engine import Engine, EngineDied
 from rollout.episodes.episode import EpisodeLimits, EpisodeSpec
+from rollout.episodes.evaluation import ONCE, EvaluationPlan, evaluation_specs
 from rollout.episodes.group import concurrently, play, run_group
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.recorder import Recorder
@@ -44,7 +45,9 @@ from rollout.wire.trajectory import (
 
 log = logging.getLogger(__name__)
 
-_EVALUATION = 1  # a component of the seed, which separates evaluation from training episodes
+
+class EvaluationStopped(RuntimeError):
+    """The worker was stopped during an evaluation."""
 
 
 class RolloutSettings(BaseModel):
@@ -161,6 +164,7 @@ class RolloutWorker:
         self._listener = RecordingListener(self._metrics, self._recorder)
         self._groups: Counter[str] = Counter()
         self._reserving: set[asyncio.Future[Assignment | None]] = set()  # loops that wait for a slot
+        self._evaluations: set[asyncio.Future[list[Trajectory]]] = set()
         self._running: tuple[asyncio.Task[list[None]], asyncio.Task[None]] | None = None  # loops, recorder
         self._idle = asyncio.Event()  # run() is not under way
 
@@ -214,6 +218,8 @@ class RolloutWorker:
         `run` may be called again once the replay buffer has ended this worker's leases (`rollback`, `reassign`).
         """
         self._halt()
+        for evaluation in self._evaluations:
+            evaluation.cancel()
         if self._running is None:
             return
         loops, recording = self._running
@@ -222,22 +228,24 @@ class RolloutWorker:
         if not recording.cancelled():
             recording.result()
 
-    async def evaluate(self, tasks: Sequence[Task]) -> list[Trajectory]:
-        """Play one episode per task, as many at once as in training; returns them in the order of `tasks`.
+    async def evaluate(self, tasks: Sequence[Task], plan: EvaluationPlan = ONCE) -> list[Trajectory]:
+        """Play `plan.samples` episodes per task, as many at once as in training.
 
-        Sampling depends on (run seed, task seed, number of the task's repetition) only, so that two evaluations differ
-        by the weights only.
+        Returns the samples of the first task, then those of the second. Sampling depends on (run seed, task seed,
+        number of the sample) only, so that two evaluations differ by the weights only. Raises EvaluationStopped.
         """
         gate = asyncio.Semaphore(self._settings.episodes)
-        repetitions: Counter[Task] = Counter()
-        specs = []
-        for task in tasks:
-            index = repetitions[task]
-            repetitions[task] += 1
-            seed = derive_seed(self._run_seed, task.seed, index, _EVALUATION)
-            slot = Slot(task.seed, 0, task, self.engine.version)
-            specs.append(EpisodeSpec(slot, index, seed, self.name, evaluation=True))
-        return await concurrently(self._evaluate_one(spec, gate) for spec in specs)
+        specs = evaluation_specs(tasks, plan.samples, self._run_seed, self.name, self.engine.version)
+        playing = asyncio.ensure_future(concurrently(self._evaluate_one(spec, plan, gate) for spec in specs))
+        self._evaluations.add(playing)
+        try:
+            return await playing
+        except asyncio.CancelledError:
+            if playing.cancelled() and self._listener.halted:
+                raise EvaluationStopped(f"{self.name} was stopped during an evaluation") from None
+            raise
+        finally:
+            self._evaluations.discard(playing)
 
     def counters(self) -> dict[str, float]:
         """Sums since the worker was created.
@@ -343,8 +351,11 @@ class RolloutWorker:
             await self._replay_buffer.add(group.slot, encode(group), rows)
             self._groups["played"] += 1
 
-    async def _evaluate_one(self, spec: EpisodeSpec, gate: asyncio.Semaphore) -> Trajectory:
+    async def _evaluate_one(
+        self, spec: EpisodeSpec, plan: EvaluationPlan, gate: asyncio.Semaphore
+    ) -> Trajectory:
         agent, limits = self._player(spec.task)
+        agent = agent.sampled_by(plan.sampling.over)
         async with gate:
             trajectory = await play(spec, self._pool, agent, limits, self._metrics)
         self._note_end(trajectory)
@@ -354,18 +365,3 @@ class RolloutWorker:
         self._metrics.ended(trajectory)
         if trajectory.error:
             log.warning("an episode failed and is not trained on: %s", cause_of(trajectory.error))
-
-
-def as_groups(trajectories: Sequence[Trajectory]) -> list[Group]:
-    """Collect evaluation episodes into groups, for storage: the episodes of one task are siblings."""
-    siblings: dict[tuple[int, Task], list[Trajectory]] = defaultdict(list)
-    for trajectory in trajectories:
-        siblings[trajectory.group_id, trajectory.task].append(trajectory)
-    return [
-        Group(Slot(group_id, 0, task, _first_version(members)), tuple(members))
-        for (group_id, task), members in siblings.items()
-    ]
-
-
-def _first_version(trajectories: Sequence[Trajectory]) -> int:
-    return min((int(t.turns[0].versions[0]) for t in trajectories if t.turns), default=0)

@@ -7,12 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 # What a declared name leaves open, as a pattern.
-_OPEN = {"{LAG}": r"\d+", "{NAME}": r".+", "{REASON}": r"[a-z_]+"}
+_OPEN = {
+    "{K}": r"\d+",
+    "{LAG}": r"\d+",
+    "{NAME}": r".+",
+    "{REASON}": r"[a-z_]+",
+    "{SUITE}": r"[A-Za-z0-9][A-Za-z0-9_.-]*",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A declared metric. In its name {LAG}, {NAME} or {REASON} is left open: one declaration for several metrics."""
+    """A declared metric. In its name {K}, {LAG}, {NAME}, {REASON} or {SUITE} is left open: it stands for several."""
 
     name: str
     unit: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -88,12 +88,12 @@ class Stopped(Exception):
 def _stop(ring: Any, after: int) -> None:
     step, done = ring.step, 0
 
-    async def step_or_stop(number: int) -> Row:
+    async def step_or_stop(number: int, before_publish: Awaitable[object] | None = None) -> Row:
         nonlocal done
         if done == after:
             raise Stopped
         done += 1
-        row: Row = await step(number)
+        row: Row = await step(number, before_publish)
         return row
 
     ring.step = step_or_stop

@@ -13,6 +13,7 @@ from deploy.cluster.fleet import Fleet
 from deploy.config.supervise import PartFailed, SupervisionSettings
 from deploy.report.evaluation import Evaluation
 from rollout.buffer.replay_store import EpisodeRow
+from rollout.episodes.evaluation import EvaluationPlan
 from rollout.wire.process_info import ProcessInfo
 from rollout.wire.trajectory import EndReason, Task
 from rollout.wire.weights import Handle, Probe, SyncReport, WeightManifest, WeightMismatch, WeightUpdate
@@ -68,11 +69,13 @@ class Scripted:
             await asyncio.sleep(0.002)
             await self._lives()
 
-    async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
+    async def evaluate(self, tasks: Sequence[Task], name: str, plan: EvaluationPlan) -> list[EpisodeRow]:
         await asyncio.sleep(0.02)
         await self._lives()
         return [
-            EpisodeRow(task.seed, EndReason.TERMINATED, 1.0, True, 1, 1, self.version, None) for task in tasks
+            EpisodeRow(task.seed, EndReason.TERMINATED, 1.0, True, 1, 1, self.version, None)
+            for task in tasks
+            for _ in range(plan.samples)
         ]
 
     async def ping(self) -> None:
@@ -263,10 +266,11 @@ def test_an_evaluation_is_whole_although_a_worker_dies_in_it() -> None:
     async def script(world: World, fleet: Fleet) -> None:
         fleet.scale(2)
         await fleet.ready()
-        evaluation = asyncio.create_task(fleet.evaluate([Task.of("e", seed) for seed in range(300)], "after"))
+        tasks, thrice = [Task.of("e", seed) for seed in range(100)], EvaluationPlan(samples=3)
+        evaluation = asyncio.create_task(fleet.evaluate(tasks, "after", thrice))
         await asyncio.sleep(0.005)
         world.members["rollout-0"].dead = True
-        assert [row.episode for row in await evaluation] == list(range(300))
+        assert [row.episode for row in await evaluation] == [seed for seed in range(100) for _ in range(3)]
 
     play(script)
 
@@ -279,12 +283,12 @@ def test_a_task_that_kills_every_worker_is_given_up_as_crashed_and_all_others_ar
     shares: list[list[int]] = []
 
     class Dying(Scripted):
-        async def evaluate(self, tasks: Sequence[Task], name: str) -> list[EpisodeRow]:
+        async def evaluate(self, tasks: Sequence[Task], name: str, plan: EvaluationPlan) -> list[EpisodeRow]:
             seeds = [task.seed for task in tasks]
             self.dead = bool(guilty & set(seeds))
             if self.dead:
                 shares.append(seeds)
-            return await super().evaluate(tasks, name)
+            return await super().evaluate(tasks, name, plan)
 
     class DyingWorld(World):
         def launch(self, name: str) -> Scripted:

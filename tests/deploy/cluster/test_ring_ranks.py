@@ -110,12 +110,12 @@ def test_a_rank_that_is_lost_takes_the_others_back_to_the_checkpoint(tmp_path: P
 
         ring._start_learner = started
 
-        async def struck(number: int) -> Any:
+        async def struck(number: int, before_publish: Any = None) -> Any:
             pids = {part["part"]: part["pid"] for part in ring.roster() if "learner" in part["part"]}
             if len(seen) in hits:
                 os.kill(pids["learner-1"], hits[len(seen)])
             seen.append((number, pids))
-            return await step(number)
+            return await step(number, before_publish)
 
         ring.step = struck
         return ring

@@ -149,7 +149,10 @@ def test_every_metric_that_a_run_writes_is_in_the_page_and_every_one_of_the_page
     (tmp_path / "sums.py").write_text(MODULE, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     with_critic = configured(
-        "evaluation.tasks=0", "buffer.max_lag=1", "buffer.reuse={groups=1, max_lag=3}", CRITIC
+        "evaluation={tasks=2, every_steps=2}",
+        "buffer.max_lag=1",
+        "buffer.reuse={groups=1, max_lag=3}",
+        CRITIC,
     )
     small = (
         "steps=2",

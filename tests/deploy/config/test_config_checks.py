@@ -21,6 +21,10 @@ REUSE = ("buffer.reuse.groups=1", "buffer.reuse.max_lag=3")
 FREE = ("learner.algorithm.loss.kind=reinforce",)
 
 
+def suites(said: str) -> str:
+    return f"evaluation.suites=[{said}]"
+
+
 def guard(metric: str) -> str:
     return f"guards=[{{metric='{metric}', above=0.1}}]"
 
@@ -59,6 +63,16 @@ def guard(metric: str) -> str:
         ([guard("clip_fraction"), *FREE], "loss.kind='reinforce' clips nothing"),
         ([guard("clip_fraction"), "learner.algorithm.loss.kind=sapo"], "'sapo' clips nothing"),
         ([guard("clip_fraction"), "learner.algorithm.proximal=learner"], "every ratio is 1"),
+        (["sampling.temperature=0"], "sampling.temperature=0 is greedy"),
+        (["evaluation={tasks=0, every_steps=2}"], "every_steps=2, but nothing is evaluated"),
+        (["evaluation={samples=4, sampling={temperature=0}}"], "samples=4 of a greedy sampling"),
+        (["evaluation.majority=number"], "majority='number' needs several samples"),
+        (["evaluation.sampling.max_tokens=40"], "evaluation: max_tokens=40 leaves no room"),
+        ([suites("{name='hard', samples=2, majority='text'}, {name='hard'}")], "the name 'hard' is taken"),
+        ([suites("{name='before'}")], "the name 'before' is taken"),
+        (["evaluation.tasks=0", suites("{name='hard'}")], "suite 'hard' has no tasks"),
+        (["checkpoint.best_metric=success"], "best_metric='success' is no metric .* eval_success, eval_reward"),
+        (["checkpoint.best_metric='eval_pass@4'"], "'eval_pass@4' is no metric"),
         (["replay=somewhere", UNIFORM], "a replay plays none: use rollout.dynamic_sampling=false"),
         (["replay=somewhere", *REUSE], "buffer.reuse does not act in a replay"),
     ],
@@ -74,6 +88,12 @@ def test_what_would_never_act_is_refused(overrides: list[str], named: str) -> No
     [
         [ALONE, ADVANTAGE + "{kind='returns', baseline='batch'}"],
         [ALONE, ADVANTAGE + "{kind='reinforce_pp'}"],
+        ["evaluation={samples=4, every_steps=2}", "checkpoint.best_metric='eval_pass@4'"],
+        [
+            "evaluation.sampling.temperature=0",
+            suites("{name='hard', samples=4, majority='text', sampling={temperature=0.5}}"),
+            "checkpoint.best_metric='eval_hard_maj@4'",
+        ],
         [ALONE, *CRITIC],
         [UNIFORM],
         [UNIFORM, ADVANTAGE + "{kind='rloo'}"],

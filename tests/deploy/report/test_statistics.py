@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+from itertools import combinations, product
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.report.statistics import bootstrap_interval, wilson_interval
+from deploy.report.statistics import (
+    clustered_interval,
+    majority_success,
+    mcnemar,
+    pass_at_k,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,10 +54,54 @@ def test_impossible_counts_are_refused(successes: int, n: int) -> None:
 
 def test_the_bootstrap_interval_is_that_of_the_central_limit_and_the_same_twice() -> None:
     values = np.random.default_rng(3).gamma(2.0, 0.3, size=400)
-    ours = bootstrap_interval(values.tolist())
+    ours = clustered_interval([[value] for value in values.tolist()])
     error = 1.96 * values.std(ddof=1) / 400**0.5
     assert ours == pytest.approx((values.mean() - error, values.mean() + error), abs=0.15 * error)
-    assert bootstrap_interval(values.tolist()) == ours
-    assert bootstrap_interval([0.5]) == (0.5, 0.5)
+    assert clustered_interval([[value] for value in values.tolist()]) == ours
+    assert clustered_interval([[0.5]]) == (0.5, 0.5)
     with pytest.raises(ValueError, match="one value or more"):
-        bootstrap_interval([])
+        clustered_interval([])
+
+
+def test_a_clustered_interval_is_that_of_all_resamples_of_whole_tasks() -> None:
+    # Five tasks of unequal numbers of samples have 5^5 equally likely resamples.
+    tasks = [[1.0, 0.0, 1.0, 1.0], [0.0], [1.0, 1.0], [0.0, 0.0, 0.0], [0.5, 1.0]]
+    means = [
+        sum(sum(tasks[each]) for each in drawn) / sum(len(tasks[each]) for each in drawn)
+        for drawn in product(range(5), repeat=5)
+    ]
+    assert clustered_interval(tasks) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.02)
+    # Samples that always agree say no more than one of them: a task is one observation.
+    agreed = [[float(seed % 3 == 0)] * 8 for seed in range(60)]
+    assert clustered_interval(agreed) == clustered_interval([task[:1] for task in agreed])
+
+
+@pytest.mark.parametrize("samples", range(1, 8))
+def test_pass_at_k_is_the_share_of_all_choices_of_k_samples_with_a_right_one(samples: int) -> None:
+    for correct in range(samples + 1):
+        right = [True] * correct + [False] * (samples - correct)
+        for k in range(1, samples + 1):
+            chosen = [any(each) for each in combinations(right, k)]
+            assert pass_at_k(samples, correct, k) == pytest.approx(sum(chosen) / len(chosen), abs=1e-12)
+    with pytest.raises(ValueError, match="1 <= k <= samples"):
+        pass_at_k(samples, 0, samples + 1)
+
+
+def test_pass_at_k_of_many_samples_does_not_overflow() -> None:
+    # 1 - C(100000 - 1000, 10) / C(100000, 10), by logarithms.
+    expected = 1 - np.exp(sum(np.log((99000 - i) / (100000 - i)) for i in range(10)))
+    assert pass_at_k(100_000, 1000, 10) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_majority_wins_and_a_tie_counts_by_parts() -> None:
+    assert majority_success([("4", True), ("4", True), ("5", False)]) == 1.0
+    assert majority_success([("4", True), ("5", False), ("5", False)]) == 0.0
+    assert majority_success([("4", True), ("5", False), (None, False)]) == 0.5
+    assert majority_success([(None, False), (None, True)]) == 0.0
+
+
+def test_mcnemar_is_the_share_of_sign_flips_at_least_as_uneven() -> None:
+    for lost, won in product(range(6), repeat=2):
+        flips = [abs(2 * sum(signs) - len(signs)) for signs in product((0, 1), repeat=lost + won)]
+        expected = sum(each >= abs(lost - won) for each in flips) / len(flips)
+        assert mcnemar(lost, won) == pytest.approx(expected, abs=1e-12)

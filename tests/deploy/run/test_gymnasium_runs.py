@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from deploy.assembly.build import evaluation_tasks, identical_starts, load_tokenizer
+from deploy.assembly.build import identical_starts, load_tokenizer
+from deploy.assembly.suites import suites_of
 from deploy.config.config import RunConfig
 from deploy.report.metrics import read_metrics
 from deploy.run.preflight import check
@@ -72,7 +73,7 @@ def test_without_a_split_the_first_seeds_are_evaluated_and_what_begins_alike_is_
 ) -> None:
     asked = {"tasks": 9, "first_seed": 3}
     config = RunConfig.model_validate({"steps": 1, "tiny": {}, "env": env, "evaluation": asked})
-    tasks = evaluation_tasks(config, *config.environments)
+    tasks = suites_of(config)[0].sets[0].tasks()
     assert len({task.seed for task in tasks}) == 9
     assert env["id"] == "frozen_lake" or [task.seed for task in tasks] == list(range(3, 12))
     assert identical_starts(tasks).startswith(alike) and bool(identical_starts(tasks)) == bool(alike)

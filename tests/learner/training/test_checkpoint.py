@@ -15,7 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from learner.algorithm.schedule import OptimSettings
 from learner.settings import LearnerSettings, ModelSettings
 from learner.stages.settings import SftSettings
-from learner.training.checkpoint import CheckpointError, DiskFull, latest, load
+from learner.training.checkpoint import (
+    CheckpointError,
+    DiskFull,
+    best_version,
+    latest,
+    load,
+    note_best,
+    versions,
+)
 from learner.training.learner import Learner
 from rollout.wire.trajectory import Group
 from tests.learner.staged import learned
@@ -231,3 +239,20 @@ def test_another_failure_is_not_taken_for_a_full_disk(
 def test_a_run_without_checkpoints_is_one_line(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         _learner(tiny).load(tmp_path)
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path, tiny: Path, group_of: Groups) -> None:
+    learner, values = _learner(tiny), [0.25, 0.75, 0.5, 0.75, 0.5]
+    for version, value in enumerate(values):
+        learner.save(tmp_path, keep=1)
+        note_best(tmp_path, version, "eval_success", value)
+        learner.step([group_of(version, [1.0, 0.0])])
+    assert best_version(tmp_path) == 1, "an equal one later is not better"
+    assert versions(tmp_path) == [1, 4]
+    assert note_best(tmp_path, 4, "eval_reward", -3.0), "values of another metric are not compared"
+    assert note_best(tmp_path, 4, "eval_reward", -4.0), (
+        "a version that is evaluated again counts by its new value"
+    )
+    (tmp_path / "checkpoints" / "best.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"best\.json: broken file"):
+        best_version(tmp_path)

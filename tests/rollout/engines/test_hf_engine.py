@@ -51,6 +51,16 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path, tokenizer: PreTrainedTok
     return Rig(tmp_path, tokenizer, request.param)
 
 
+def test_temperature_0_is_the_likeliest_token_each_time(rig: Rig) -> None:
+    first, again = rig.generate(*(Sampling(temperature=0.0, max_tokens=8, seed=seed) for seed in (1, 2)))
+    assert first.token_ids.tolist() == again.token_ids.tolist()
+    ids = torch.tensor([PROMPT + first.token_ids.tolist()])
+    with torch.no_grad():
+        logprobs = rig.engine._model(ids).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+    assert first.token_ids.tolist() == logprobs.argmax(-1).tolist()
+    np.testing.assert_allclose(first.logprobs, logprobs.max(-1).values, atol=1e-5)
+
+
 def test_logprobs_are_of_the_tempered_distribution(rig: Rig) -> None:
     (completion,) = rig.generate(Sampling(temperature=0.7, max_tokens=20, seed=5))
     ids = torch.tensor([PROMPT + completion.token_ids.tolist()])

@@ -18,9 +18,10 @@ from rollout.agents.agent import Agent
 from rollout.buffer.replay_buffer import ReplayBuffer
 from rollout.buffer.replay_store import BufferSettings, ReplayStore
 from rollout.engines.scripted_engine import ScriptedEngine
+from rollout.episodes.evaluation import EvaluationPlan, as_groups
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.tasks import TaskStream
-from rollout.episodes.worker import RolloutSettings, RolloutWorker, as_groups
+from rollout.episodes.worker import RolloutSettings, RolloutWorker
 from rollout.wire.schema import decode
 from rollout.wire.trajectory import Assignment, DropReason, EndReason, Group, Slot, Task, Trajectory
 from tests.rollout.fake_replay_buffer import FakeReplayBuffer
@@ -197,24 +198,21 @@ def test_a_group_that_ends_its_worker_by_an_error_ends_no_second_one(rig: Rig) -
 
 
 def test_evaluation_keeps_order_repeats_itself_and_bounds_what_runs_at_once(rig: Rig) -> None:
-    tasks = [Task.of("count", seed) for seed in (3, 1, 2, 3, 9)]
+    tasks = [Task.of("count", seed) for seed in (3, 1, 9)]
     settings = SETTINGS.model_copy(update={"group_size": 2, "concurrent_groups": 1})
 
     def evaluate(hurry: Random | None) -> list[Trajectory]:
-        return asyncio.run(rig.worker(FakeReplayBuffer([]), settings, hurry).evaluate(tasks))
+        return asyncio.run(
+            rig.worker(FakeReplayBuffer([]), settings, hurry).evaluate(tasks, EvaluationPlan(samples=2))
+        )
 
     first, again = evaluate(None), evaluate(Random(0))
-    assert [trajectory.task.seed for trajectory in first] == [3, 1, 2, 3, 9]
-    assert [trajectory.index for trajectory in first] == [0, 0, 0, 1, 0]
+    assert [trajectory.task.seed for trajectory in first] == [3, 3, 1, 1, 9, 9]
+    assert [trajectory.index for trajectory in first] == [0, 1] * 3
     assert [[s.action for s in t.turns] for t in first] == [[s.action for s in t.turns] for t in again]
     assert len(rig.orders.made) == 4, "two replicas for each of the two evaluations"
     groups = as_groups(first)
-    assert [(group.slot.group_id, len(group.trajectories)) for group in groups] == [
-        (3, 2),
-        (1, 1),
-        (2, 1),
-        (9, 1),
-    ]
+    assert [(group.slot.group_id, len(group.trajectories)) for group in groups] == [(3, 2), (1, 2), (9, 2)]
 
 
 def test_with_the_real_replay_buffer_every_issued_group_is_accounted_for(rig: Rig, tmp_path: Path) -> None:
