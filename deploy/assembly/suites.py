@@ -50,11 +50,11 @@ def suites_of(config: RunConfig) -> list[Suite]:
         first, count = evaluation.first_seed, evaluation.tasks
         own = tuple(TaskSet(each, first, count, held_out(each)) for each in config.environments)
         suites.append(Suite("", plans[""], own))
-    for place, each in enumerate(evaluation.suites):
+    for place, suite in enumerate(evaluation.suites):
         environment = suite_environment(config, place)
-        first = evaluation.first_seed if each.first_seed is None else each.first_seed
+        first = evaluation.first_seed if suite.first_seed is None else suite.first_seed
         trained = environment.section in [of.section for of in config.environments]
         apart = not trained or held_out(environment)
-        tasks = TaskSet(environment, first, each.tasks or evaluation.tasks, apart)
-        suites.append(Suite(each.name, plans[each.name], (tasks,)))
+        tasks = TaskSet(environment, first, suite.tasks or evaluation.tasks, apart)
+        suites.append(Suite(suite.name, plans[suite.name], (tasks,)))
     return suites
