@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -210,7 +211,8 @@ class TextWorldGame(TextEnv):
         return list(self._state.policy_commands)
 
     def _observed(self, said: str) -> str:
-        lines = [line.rstrip() for line in said.strip().removesuffix(">").splitlines()]
+        prompt = re.compile(r"\n>[^\n]*\Z")  # and the status line of a terminal behind it
+        lines = [line.rstrip() for line in prompt.sub("", said.strip()).strip().splitlines()] or [""]
         text = "\n".join(
             line for line, after in zip(lines, [*lines[1:], "end"], strict=True) if line or after
         )
