@@ -36,6 +36,9 @@ def explain(fault: Any, root: Settings) -> str:
         return unknown(where, fault["input"], root)
     if fault["type"] == "missing":
         return f"option {where} is missing"
+    if fault["type"] == "union_tag_invalid":
+        kinds = fault["ctx"]["expected_tags"]
+        return f"{where}.kind: there is no kind {fault['ctx']['tag']!r}; there are {kinds}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "string_type" and isinstance(fault["input"], UNQUOTED):
         message += f"; quote text that reads as another value: {where}='\"TEXT\"'"

@@ -11,7 +11,7 @@ import inspect
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from learner.algorithm.preferences import AnyPreferenceLoss, DpoLoss
 from learner.algorithm.schedule import OptimSettings
@@ -148,5 +148,11 @@ class OwnStage(StageSettings, OwnPart):
                 raise OwnPartRefused(f"{self.kind} is asked {said}: {error}") from None
 
 
-BuiltInStage = Annotated[SftSettings | PreferenceSettings, Field(discriminator="kind")]
+def _sft_unless_said(section: Any) -> Any:
+    return {"kind": "sft"} | section if isinstance(section, dict) else section
+
+
+BuiltInStage = Annotated[
+    SftSettings | PreferenceSettings, Field(discriminator="kind"), BeforeValidator(_sft_unless_said)
+]
 AnyStage = Annotated[Annotated[BuiltInStage, BUILT_IN] | Annotated[OwnStage, OWN], BY_KIND]

@@ -94,7 +94,7 @@ def test_an_entry_of_a_list_is_named_by_its_place() -> None:
         ("stages.1.epochs=2", "1 is no place in a list of 1"),
         ("stages.epochs=2", "epochs is no place in a list of 1"),
         ("stages.0.episodes=2", r"did you mean stages\.0\.source\.episodes\?"),
-        ("stages.0.kind=stf", r"stages\.0\.kind: Input should be 'sft'"),
+        ("stages.0.kind=stf", r"stages\.0\.kind: there is no kind 'stf'; there are 'sft', 'preference'"),
     ):
         with pytest.raises(ConfigError, match=said):
             configured(override)
