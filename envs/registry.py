@@ -193,7 +193,8 @@ def _call_class_method(env_id: str, method: str, options: dict[str, Any]) -> Any
     factory = _factory(env_id)
     given: tuple[Any, ...] = ()
     if isinstance(factory, partial):  # of a suite, whose classes take the id first
-        factory, given = factory.func, factory.args
+        given = factory.args
+        factory = factory.func
     found = getattr(factory, method, None)
     if found is None:
         return None

@@ -137,10 +137,11 @@ class MiniWobPage(gym.Wrapper[Observation, str, Any, Any], RecordConstructorArgs
             return UNREADABLE, 0.0, True, False, {"malformed": True, "success": False}
         self._turns += 1
         actions = self._actions(*call)
+        game: Any = self.env  # its actions are none of this environment's
         seen, reward, done = None, 0.0, False
         for each in actions or [self._page.create_action(ActionTypes.NONE)]:
             with self._generators.entered():
-                seen, reward, done, *_ = self.env.step(each)
+                seen, reward, done, *_ = game.step(each)
         truncated = not done and self._turns >= self._max_turns
         info: Info = {"success": bool(done and reward == 1.0)} if done or truncated else {}
         self._running = not (done or truncated)
