@@ -14,6 +14,7 @@ from deploy.commands import evaluate, look, models
 from deploy.commands.evaluate import Memory, Trust
 from deploy.commands.look import EnvOptions, Overrides
 from deploy.report.console import errors, one_line, output, standard_streams, use_utf8, without_colours, write
+from deploy.run.mistakes import mistakes
 
 app = typer.Typer(
     add_completion=False,
@@ -221,7 +222,7 @@ def main() -> None:
         if said := error.format_message():  # empty where the help was shown instead
             write(errors(), one_line(f"manta: {_renamed_flag(error) or said} (see {_help_of(error)})"), "red")
         sys.exit(error.exit_code)
-    except _mistakes() as error:
+    except mistakes() as error:
         write(errors(), one_line(f"manta: {_own(error)}"), "red")
         sys.exit(2)
     except _verdicts() as error:
@@ -247,22 +248,6 @@ def _help_of(error: TyperException) -> str:
     """The command that shows what an error's command takes."""
     context = getattr(error, "ctx", None)  # only errors of usage have one
     return f"manta {context.info_name} --help" if context and context.parent else "manta --help"
-
-
-def _mistakes() -> tuple[type[Exception], ...]:
-    """What is raised of a user's mistakes. Imported when something is raised: `--help` need not wait for it."""
-    from deploy.config.config_errors import ConfigError
-    from envs.registry import EnvironmentUnknown
-    from learner.model.policy import ModelError
-    from learner.training.checkpoint import CheckpointError
-    from rollout.buffer.history import HistoryError
-    from rollout.buffer.ledger_checks import LedgerError
-    from rollout.buffer.segments import CorruptSegment
-    from rollout.chat.chat import ChatError
-    from rollout.wire.model_folder import ModelDamaged
-
-    stored = CheckpointError, HistoryError, LedgerError, CorruptSegment
-    return ConfigError, EnvironmentUnknown, ModelError, ModelDamaged, ChatError, *stored
 
 
 def _verdicts() -> tuple[type[Exception], ...]:

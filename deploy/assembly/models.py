@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 
 from blake3 import blake3
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.environments import environment_names
 from envs import registry
-from learner.model.tiny import build_tiny
+from learner.model.tiny import build_tiny, tiny_config
 from learner.model.tiny_vision import build_tiny_vision
 from learner.model.tokenizer import build_tokenizer
 from learner.parallel.ranks import ALONE, Ranks
@@ -80,6 +80,25 @@ def _tiny(config: RunConfig, run_folder: Path) -> str:
         )
         aside.rename(folder)
     return str(folder)
+
+
+def tiny_architecture(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig | None:
+    """The configuration of a run's tiny model, without building it; None for one with vision."""
+    tiny = config.tiny
+    assert tiny is not None
+    if tiny.pixels:
+        return None
+    found: PretrainedConfig = tiny_config(
+        tokenizer,
+        tiny.layers,
+        tiny.width,
+        tiny.heads,
+        tiny.head_width,
+        tiny.mlp,
+        config.rollout.context_tokens,
+        tiny.tie,
+    )
+    return found
 
 
 def tiny_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:

@@ -12,6 +12,7 @@ import ray
 from deploy.cluster.janitor import TAG, ray_folder
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
+from deploy.config.resources import demand, replicas_elsewhere
 
 
 def connect(config: RunConfig, temporary: Path | None = None) -> None:
@@ -98,43 +99,6 @@ def require_room(config: RunConfig, workers: int) -> None:
         raise ConfigError(
             f"{workers} rollout workers requested, but this machine has room for {most}; ask for fewer"
         )
-
-
-def demand(config: RunConfig) -> dict[str, float]:
-    """The resources of all actors of a run together, by Ray's names."""
-    workers, rollout = config.rollout.workers, config.rollout
-    ranks = config.learner.ranks
-    wanted = {"CPU": workers * rollout.cpus_per_worker + ranks * config.cluster.learner_cpus}
-    if gpus := workers * rollout.gpus_per_worker + ranks * learner_gpus(config):
-        wanted["GPU"] = gpus
-    replicas = replicas_elsewhere(config)
-    for name, amount in replica_claims(config).items():
-        # Rounded as in Ray, which counts in units of 1e-4.
-        wanted[name] = round(wanted.get(name, 0.0) + replicas * amount, 4)
-    return wanted
-
-
-def replica_claims(config: RunConfig) -> dict[str, float]:
-    """What a replica claims at most: all episodes of the moment may be of one environment."""
-    claims: dict[str, float] = {}
-    for each in config.environments:
-        if each.host.where == "ray":
-            claims |= {name: max(amount, claims.get(name, 0.0)) for name, amount in each.host.claims.items()}
-    return claims
-
-
-def replicas_elsewhere(config: RunConfig) -> int:
-    """The number of environment replicas that are actors: one for each concurrent episode."""
-    elsewhere = any(each.host.where == "ray" for each in config.environments)
-    return config.rollout.workers * config.rollout.episodes if elsewhere else 0
-
-
-def learner_gpus(config: RunConfig) -> float:
-    """GPUs of a rank: one; with "ipc", which shares a GPU's memory, the part of that GPU that engines leave free."""
-    if config.learner.model.device != "cuda":
-        return 0
-    shared = config.weights.transfer == "ipc"
-    return 1 - config.rollout.workers * config.rollout.gpus_per_worker if shared else 1
 
 
 def _fixed_size(config: RunConfig) -> bool:

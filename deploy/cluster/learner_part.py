@@ -17,8 +17,8 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deploy.cluster.actor_member import Hear, actor, awaited
-from deploy.cluster.connect import learner_gpus
 from deploy.config.config import RunConfig
+from deploy.config.resources import learner_gpus
 from deploy.config.supervise import PartLost, SupervisionSettings, brief, place, within
 from learner.parallel.ranks import Ranks
 from learner.training.actors import Build, FollowerActor, LearnerActor

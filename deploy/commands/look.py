@@ -55,6 +55,36 @@ def config(
 
 
 @app.command()
+def check(
+    recipe: Annotated[
+        str, typer.Argument(help="A .toml file, or the name of a recipe that ships with Manta.")
+    ],
+    overrides: Overrides = None,
+    config_json: Annotated[
+        Path | None,
+        typer.Option(help="config.json of the model, if the model is not on this machine."),
+    ] = None,
+    gpu_gib: Annotated[float, typer.Option(min=1.0, help="Memory of each GPU, GiB.")] = 80.0,
+    node_gpus: Annotated[int, typer.Option(min=1, help="GPUs of each node.")] = 8,
+) -> None:
+    """Check a recipe without starting anything: memory of each process, size of the job, what looks wrong.
+
+    Exits with status 1 for a recipe that a run would refuse.
+
+    Examples:
+    manta check smollm2_sums
+
+    manta check qwen3_8b_gsm8k --config-json config.json --gpu-gib 80 rollout.workers=4
+    """
+    from deploy.commands.check import show
+    from deploy.config.load import load_config
+    from deploy.run.recipe_check import Machine, check_recipe
+
+    checked = check_recipe(load_config(recipe, overrides or ()), Machine(gpu_gib, node_gpus), config_json)
+    raise typer.Exit(show(checked, console))
+
+
+@app.command()
 def envs() -> None:
     """List the available environments: Manta's own, optional suites with their extras, and Gymnasium's.
 

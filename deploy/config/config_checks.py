@@ -345,6 +345,11 @@ def _transfer(config: RunConfig) -> None:
         raise ValueError(
             f"engine.kind={config.engine.kind!r} does not support weights.transfer={transfer!r}; use 'object_store'"
         )
+    if placement.gpus > 1 and 0 < gpus < placement.gpus:
+        raise ValueError(
+            f"engine.tensor_parallel_size={placement.gpus} spans more GPUs than a worker has, "
+            f"rollout.gpus_per_worker={gpus:g}; use rollout.gpus_per_worker={placement.gpus}"
+        )
     if transfer == "object_store":
         return
     if not gpus:

@@ -6,12 +6,13 @@ Each check raises an error for the user: what is wrong, where, and how to fix it
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from deploy.assembly.build import probe_environment
 from deploy.assembly.conversations import try_conversations
@@ -41,36 +42,89 @@ from rollout.chat.end_tokens import end_tokens
 from rollout.chat.perception import Perception
 from rollout.engines.settings import EngineSettings
 from rollout.external.external_env import PROGRAM, ProgramOptions
-from rollout.wire.model_folder import pretrained, write_companions
+from rollout.wire.model_folder import looks_local, pretrained, write_companions
 
 
 def check(config: RunConfig) -> None:
     """Run every check of a configuration on this machine."""
-    check_own_parts(config)
-    if config.replay is None:
-        check_engine(config.engine, config.rollout.gpus_per_worker > 0)
-    observations = [check_environment(each) for each in config.environments]
-    if path := config.learner.model.path:
-        check_model(path)
-        check_trainable(path)
-        check_context(path, config.rollout.context_tokens)
-        tokenizer = check_tokenizer(path)
-    else:
-        tokenizer = _tiny(config)
-    chat = _chat(config, tokenizer)
-    for environment, observation in zip(config.environments, observations, strict=True):
-        if observation is None:
-            check_foreign_agent(environment)
-        else:
-            check_prompt(config, environment, chat, observation)
-    check_lora(config, tokenizer)
-    if config.replay is None:
-        check_suites(config)
-    else:
-        replay.check(config, tokenizer)
-    check_stages(config, tokenizer)
-    if config.cluster.dashboard_port and not config.cluster.address:
-        check_port(config.cluster.dashboard_port)
+    for each in Preflight(config).checks():
+        each()
+
+
+class Preflight:
+    """The checks of one configuration on this machine, in order; what several of them need is made once.
+
+    Without model, its files are not looked at; without data, its environment is not started: `manta check` leaves out
+    what is not on this machine. architecture: the model's configuration, if it is not that in its folder.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        model: bool = True,
+        data: bool = True,
+        architecture: PretrainedConfig | None = None,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._data = data
+        self._architecture = architecture
+
+    def checks(self) -> Iterator[Callable[[], object]]:
+        """Each raises an error for the user."""
+        config, path = self._config, self._config.learner.model.path
+        yield lambda: check_own_parts(config)
+        if config.replay is None:
+            yield lambda: check_engine(config.engine, config.rollout.gpus_per_worker > 0)
+        if self._data:
+            yield lambda: self.observations
+        if path and self._model:
+            yield lambda: check_model(path)
+        if path and (self._model or self._architecture is not None):
+            yield lambda: check_trainable(path, self.architecture)
+            yield lambda: check_context(path, config.rollout.context_tokens, self.architecture)
+        if self._model:
+            yield lambda: self.chat
+            if self._data:
+                yield self._check_prompts
+            yield lambda: check_lora(config, self.tokenizer)
+        if self._data and config.replay is None:
+            yield lambda: check_suites(config)
+        if self._model:
+            if config.replay is not None:
+                yield lambda: replay.check(config, self.tokenizer)
+            yield lambda: check_stages(config, self.tokenizer)
+        if config.cluster.dashboard_port and not config.cluster.address:
+            yield lambda: check_port(config.cluster.dashboard_port)
+
+    @cached_property
+    def observations(self) -> list[Observation | None]:
+        """The first one of every environment; None for a foreign agent."""
+        return [check_environment(each) for each in self._config.environments]
+
+    @cached_property
+    def architecture(self) -> PretrainedConfig:
+        """The model's configuration."""
+        return self._architecture or loaded(AutoConfig, self._config.learner.model.path)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        path = self._config.learner.model.path
+        return check_tokenizer(path) if path else _tiny(self._config)
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The model's chat."""
+        return _chat(self._config, self.tokenizer)
+
+    def _check_prompts(self) -> None:
+        for environment, observation in zip(self._config.environments, self.observations, strict=True):
+            if observation is None:
+                check_foreign_agent(environment)
+            else:
+                check_prompt(self._config, environment, self.chat, observation)
 
 
 def check_environment(environment: Environment) -> Observation | None:
@@ -182,7 +236,7 @@ def check_model(path: str) -> None:
     """Require configuration, weights and tokenizer files of a local checkpoint."""
     folder = Path(path)
     if not folder.exists():
-        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        if looks_local(path):
             raise ConfigError(f"model {path}: no such folder; check the path")
         return  # a hub id: transformers resolves it or raises
     for needed, what in (("config.json", "configuration"), ("tokenizer_config.json", "tokenizer")):
@@ -197,18 +251,18 @@ def check_model(path: str) -> None:
         _check_safetensors(file)
 
 
-def check_trainable(path: str) -> None:
+def check_trainable(path: str, architecture: PretrainedConfig | None = None) -> None:
     """ConfigError for quantized weights, which cannot be trained."""
-    method = getattr(loaded(AutoConfig, path), "quantization_config", None)
+    method = getattr(architecture or loaded(AutoConfig, path), "quantization_config", None)
     if method is not None:
         raise ConfigError(
             f"model {path}: its weights are quantized and cannot be trained; use the unquantized checkpoint"
         )
 
 
-def check_context(path: str, context_tokens: int) -> None:
+def check_context(path: str, context_tokens: int, architecture: PretrainedConfig | None = None) -> None:
     """Require a position of the model for every token of the context."""
-    config = loaded(AutoConfig, path).get_text_config()
+    config = (architecture or loaded(AutoConfig, path)).get_text_config()
     if not hasattr(config, "max_position_embeddings"):
         raise ConfigError(
             f"model {path}: its family {config.model_type} states no max_position_embeddings, so it is unknown whether "

@@ -42,6 +42,10 @@ class DataError(ValueError):
     """Data cannot be used; the message names the file and, where there is one, the line."""
 
 
+class DataAbsent(DataError):
+    """A dataset of the hub is not on this machine and cannot be fetched."""
+
+
 class Rows:
     """Rows by index. They are read from the memory-mapped file one at a time."""
 
@@ -78,7 +82,10 @@ def _value(column_B: list[pa.Array], index: int) -> Any:
 
 
 def open_rows(path: str) -> Rows:
-    """Rows of a file, a folder or a hub dataset ("owner/name", "owner/name:split"). DataError where there are none."""
+    """Rows of a file, a folder or a hub dataset: "owner/name", "owner/name:split", "owner/name:config:split".
+
+    DataError where there are none.
+    """
     return _opened(path, tuple(map(_print_of, data_files(path))))
 
 
@@ -249,14 +256,15 @@ def _hub_rows(path: str) -> Iterator[Found]:
     try:
         import datasets
     except ImportError:
-        raise DataError(
+        raise DataAbsent(
             f"{path}: no such file or folder; a dataset of the hub needs the extra: pip install 'manta-rl[datasets]'"
         ) from None
-    name, _, split = path.partition(":")
+    name, *chosen = path.split(":")
+    config, split = (chosen[0] if len(chosen) > 1 else None), (chosen[-1] if chosen else "train")
     try:
-        loaded = datasets.load_dataset(name, split=split or "train")
+        loaded = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise DataError(
+        raise DataAbsent(
             f"{path}: the hub's dataset cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
     for number, row in enumerate(loaded.with_format(None), 1):

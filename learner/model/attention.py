@@ -50,11 +50,11 @@ def register() -> str:
 
 
 def hidden_states(
-    model: PreTrainedModel, ids_T: Tensor, cu_seqlens_B: Tensor, longest: int, **beside: Tensor
+    model: PreTrainedModel, ids_T: Tensor, cu_seqlens_B: Tensor | None, longest: int, **beside: Tensor
 ) -> Tensor:
     """Final hidden states [T, D] of a packed row, without the logits of the whole row.
 
-    beside: positions, and inputs of the vision tower.
+    cu_seqlens_B: None for a row of one sequence. beside: positions, and inputs of the vision tower.
     """
     found: Tensor = model.base_model(
         input_ids=ids_T[None],

@@ -17,8 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from learner.model.footprint import blank_model
 from learner.settings import LoraSettings
 from rollout.wire.adapter import CONFIG_FILE, TENSOR_FILE, AdapterSpec
 from rollout.wire.model_folder import pretrained
@@ -80,9 +81,7 @@ def _kind(layer: str) -> str:
 
 def planned(path: str, settings: LoraSettings) -> AdapterSpec:
     """The adapter of a model's checkpoint, without reading its weights. ValueError as in `chosen_layers`."""
-    config = pretrained(AutoConfig, path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = blank_model(pretrained(AutoConfig, path))
     return AdapterSpec(settings.rank, settings.alpha, chosen_layers(model, settings.targets))
 
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import psutil
 import torch
-from torch import Tensor
 
 from learner.data.batch import Batch, MicroBatch, longest_row
 from learner.model.policy import ModelError, Policy
+from learner.model.saved_tensors import SavedTensors
 from learner.settings import LearnerSettings
 from learner.training.critic import critic_of
 from learner.training.optim import Optimizer
@@ -67,23 +67,10 @@ def _held_bytes(policy: Policy, row: MicroBatch, short: MicroBatch, temperature:
     tokens = len(short.input_ids_T)
     held = []
     for each in (short, longest_row(tokens + 1, 2 * tokens)):
-        with (counted := _Held()):
+        with (saved := SavedTensors()):
             policy.score(each, temperature)
-        held.append(sum(counted.storages.values()))
+        held.append(saved.nbytes)
     return (held[1] - held[0]) * len(row.input_ids_T) // tokens
-
-
-class _Held(torch.autograd.graph.saved_tensors_hooks):
-    """Collects what autograd saves for backward: bytes by address."""
-
-    def __init__(self) -> None:
-        super().__init__(self._pack, lambda tensor: tensor)
-        self.storages: dict[int, int] = {}
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
 
 def _require_free(wanted_bytes: int) -> None:

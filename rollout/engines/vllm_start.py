@@ -12,6 +12,8 @@ from envs.user_functions import load_function
 from rollout.engines.engine import Engine, EngineStart, Placement
 from rollout.wire.adapter import AdapterSpec
 
+_CPU_CACHE_BYTES = 1 << 30
+
 
 class VllmSettings(BaseModel):
     """Settings of one vLLM instance."""
@@ -39,7 +41,12 @@ class VllmSettings(BaseModel):
         description="fraction of a GPU's memory that the engine may use, weights and KV cache. Lower it where "
         "a learner shares the GPU",
     )
-    kv_cache_gib: float = Field(1.0, gt=0, description="size of the KV cache of an engine on CPU, GiB")
+    kv_cache_gib: float | None = Field(
+        None,
+        gt=0,
+        description="size of the KV cache, GiB. Not set: 1 on a CPU; on a GPU what memory_fraction leaves beside "
+        "the weights. Set it where a learner shares the GPU, whose growth would be counted as the engine's",
+    )
     threads: int = Field(1, gt=0, description="compute threads of an engine on CPU")
     enforce_eager: bool = Field(
         True,
@@ -49,6 +56,12 @@ class VllmSettings(BaseModel):
     seeded: bool = Field(
         False, description="seed every request, so that a run samples the same tokens again; slower"
     )
+
+    def kv_cache_bytes(self, on_gpu: bool) -> int | None:
+        """Size of the KV cache; None: what `memory_fraction` leaves beside the weights."""
+        if self.kv_cache_gib is None:
+            return None if on_gpu else _CPU_CACHE_BYTES
+        return int(self.kv_cache_gib * 2**30)
 
     @property
     def placement(self) -> Placement:
@@ -109,11 +122,9 @@ def start_llm(
 
     from rollout.engines import vllm_adapter
 
-    memory: dict[str, Any] = (
-        {"gpu_memory_utilization": settings.memory_fraction}
-        if on_gpu
-        else {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30)}
-    )
+    memory: dict[str, Any] = {"gpu_memory_utilization": settings.memory_fraction} if on_gpu else {}
+    if cache_bytes := settings.kv_cache_bytes(on_gpu):
+        memory["kv_cache_memory_bytes"] = cache_bytes
     arguments = AsyncEngineArgs(
         model=model,
         dtype=settings.dtype,

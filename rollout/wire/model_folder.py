@@ -56,10 +56,14 @@ def write_companions(files: Mapping[str, bytes], folder: Path) -> None:
         target.write_bytes(_of_float32(content) if name == "config.json" else content)
 
 
+def looks_local(path: str) -> bool:
+    """Whether a model's path can only be a folder's, not an id of the hub."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
 def require(path: str) -> None:
     """Raise ModelMissing for a missing folder; ids of the hub pass."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).is_dir():
+    if looks_local(path) and not Path(path).is_dir():
         raise ModelMissing(f"model {path}: no such folder (any more); check the path")
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.cluster.connect import demand
 from deploy.config.config_errors import ConfigError
+from deploy.config.resources import demand
 from deploy.run.local import LocalRuntime
 from deploy.run.preflight import check
 from tests.deploy.small_run import assert_balanced, configured, same_bits, train, trained_rows

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -106,6 +107,27 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         open_rows(str(tmp_path / "none.jsonl"))
     with pytest.raises(DataError, match="no such file or folder; a dataset of the hub needs the extra"):
         open_rows("someone/gsm8k")
+
+
+def test_a_hub_dataset_is_named_with_its_configuration_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    class Loaded(list[dict[str, str]]):
+        def with_format(self, _: None) -> Loaded:
+            return self
+
+    def load_dataset(name: str, config: str | None, split: str) -> Loaded:
+        asked.append((name, config, split))
+        return Loaded([{"question": "1 + 1?", "answer": "2"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    for path in ("someone/sums", "someone/sums:test", "someone/sums:main:test"):
+        assert open_rows(path)[0] == {"question": "1 + 1?", "answer": "2"}
+    assert asked == [
+        ("someone/sums", None, "train"),
+        ("someone/sums", None, "test"),
+        ("someone/sums", "main", "test"),
+    ]
 
 
 def test_a_process_does_not_hold_the_rows(tmp_path: Path) -> None:

@@ -1,0 +1,203 @@
+"""What every process of a run will hold in memory, from its recipe and its model's configuration; nothing is started.
+
+The constants of processes were measured on CPUs (docs/performance.md); vLLM's working memory on a GPU is an assumption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from deploy.config.config import RunConfig
+from learner.model.footprint import Saved, Shape, blank_model, saved_by, shape_of
+from learner.model.lora import chosen_layers
+from learner.training.memory_estimate import Amount, host_amounts, learner_amounts
+from rollout.engines.vllm_start import VllmSettings
+
+GIB = 2**30
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
+
+_BUFFER_PROCESS = int(0.16 * GIB)  # Python with Ray and Arrow
+_TORCH_PROCESS = int(0.5 * GIB)  # with torch and transformers: driver, a learner's rank
+_WORKER_PROCESS = int(0.7 * GIB)  # with vLLM's client too
+_VLLM_PROCESSES = int(1.7 * GIB)  # vLLM's own two processes on a CPU
+_VLLM_WORKING = 3 * GIB  # on a GPU: activations, CUDA graphs, the context
+_ROW_BYTES = 16  # of a stored token: id, logprob, version, text
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the plan needs to know of a model."""
+
+    family: str
+    shape: Shape
+    saved: Saved | None  # None: cannot be told for this family
+    cached_numbers: int  # keys and values that an engine keeps of a token
+    key_heads: int
+    tied_head: int  # entries of a head that is the embedding too; 0 where it is a matrix of its own
+    adapter: int = 0  # parameters of a low-rank adapter
+    adapted: int = 0  # entries of the matrices that it changes
+
+    @classmethod
+    def of(cls, architecture: PretrainedConfig, run: RunConfig) -> ModelFacts:
+        """Read a model's configuration. ValueError for an adapter of layers that the model has not."""
+        model, text = blank_model(architecture), architecture.get_text_config()
+        heads = int(text.num_attention_heads)
+        key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+        width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+        adapter, adapted = _adapter(model, run)
+        return cls(
+            family=str(architecture.model_type),
+            shape=shape_of(model),
+            saved=_saved(architecture, run),
+            cached_numbers=2 * int(text.num_hidden_layers) * key_heads * width,
+            key_heads=key_heads,
+            tied_head=int(text.vocab_size) * int(text.hidden_size) if text.tie_word_embeddings else 0,
+            adapter=adapter,
+            adapted=adapted,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """The KV cache of one engine, on each of its devices."""
+
+    nbytes: int
+    token_bytes: int
+
+    def sequences(self, tokens: int) -> float:
+        """Sequences of so many tokens that fit."""
+        return max(self.nbytes, 0) / (self.token_bytes * tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """Processes of one kind. on_gpu: what is not said to be on the host is on a GPU, of each of `devices` as much."""
+
+    name: str
+    count: int
+    amounts: tuple[Amount, ...]
+    on_gpu: bool = False
+
+    def peak(self, on_host: bool) -> int:
+        """Most bytes at once in the host's memory, or on one GPU, of one process."""
+        here = [each for each in self.amounts if (each.on_host or not self.on_gpu) == on_host]
+        always = sum(each.nbytes for each in here if not each.at_times)
+        return always + max((each.nbytes for each in here if each.at_times), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """All processes of a run, and the KV cache of its engine (None: of another kind than vLLM)."""
+
+    processes: tuple[Process, ...]
+    cache: Cache | None
+    version_bytes: int  # of a version in the object store of every node
+
+    @classmethod
+    def of(cls, run: RunConfig, model: ModelFacts, gpu_bytes: int) -> MemoryPlan:
+        """Plan a run; gpu_bytes: memory of one GPU."""
+        sent = sent_bytes(run, model)
+        cache = None if run.replay else _cache(run, model, gpu_bytes)
+        return cls(tuple(_processes(run, model, cache, sent)), cache, sent)
+
+    def process(self, name: str) -> Process:
+        """The processes of this name."""
+        return next(each for each in self.processes if each.name == name)
+
+
+def sent_bytes(run: RunConfig, model: ModelFacts) -> int:
+    """Bytes of a weight version in the host's memory; none where GPUs send it to one another."""
+    if run.weights.transfer != "object_store":
+        return 0
+    lora = run.learner.model.lora
+    numbers = model.adapter if lora and lora.sync == "adapter" else model.shape.parameters
+    return numbers * SIZES[run.engine.dtype]
+
+
+def stored_tokens(run: RunConfig) -> int:
+    """Most tokens of the groups that the replay buffer has at once."""
+    slots = (run.buffer.max_lag + 1) * run.buffer.groups_per_step
+    return slots * run.rollout.group_size * run.rollout.context_tokens
+
+
+def row_bytes(tokens: int) -> int:
+    """Bytes of so many stored tokens."""
+    return _ROW_BYTES * tokens
+
+
+def _processes(run: RunConfig, model: ModelFacts, cache: Cache | None, sent: int) -> Iterator[Process]:
+    learner, on_gpu = run.learner, run.learner.model.device == "cuda"
+    device = learner_amounts(
+        learner, model.shape, model.adapter, model.adapted, model.saved, run.rollout.context_tokens
+    )
+    host = host_amounts(learner, model.shape, model.adapter, sent, on_gpu)
+    started = Amount("the process itself", _TORCH_PROCESS, on_host=True)
+    yield Process("learner", learner.ranks, (started, *device, *host), on_gpu)
+    if run.replay:
+        return
+    yield Process(
+        "rollout worker",
+        run.rollout.workers,
+        (Amount("the process itself", _WORKER_PROCESS, on_host=True), *_engine(run, model, cache)),
+        run.rollout.gpus_per_worker > 0,
+    )
+    kept = Amount("groups that are played or waiting", row_bytes(stored_tokens(run)), on_host=True)
+    yield Process("replay buffer", 1, (Amount("the process itself", _BUFFER_PROCESS, on_host=True), kept))
+    yield Process("driver", 1, (started,))
+    if sent:
+        weights = Amount("a version of the weights", sent, on_host=True)
+        yield Process("object store, on every node", 1, (weights,))
+
+
+def _engine(run: RunConfig, model: ModelFacts, cache: Cache | None) -> Iterator[Amount]:
+    engine, on_gpu = run.engine, run.rollout.gpus_per_worker > 0
+    size = SIZES[engine.dtype]
+    yield Amount(
+        f"weights, {engine.dtype}", size * model.shape.parameters // (engine.placement.gpus if on_gpu else 1)
+    )
+    if not isinstance(engine, VllmSettings) or cache is None:
+        return
+    yield Amount("KV cache", cache.nbytes)
+    if on_gpu:
+        yield Amount("vLLM's activations, graphs, context", _VLLM_WORKING)
+        return
+    yield Amount("vLLM's processes", _VLLM_PROCESSES)
+    if model.tied_head:
+        yield Amount("head, packed once more", size * model.tied_head)
+
+
+def _cache(run: RunConfig, model: ModelFacts, gpu_bytes: int) -> Cache | None:
+    engine, on_gpu = run.engine, run.rollout.gpus_per_worker > 0
+    if not isinstance(engine, VllmSettings):
+        return None
+    size, spans = SIZES[engine.dtype], engine.tensor_parallel_size
+    # A key head is not divided: with more devices than heads some hold the same one.
+    held = model.cached_numbers // model.key_heads * -(-model.key_heads // spans)
+    left = int(engine.memory_fraction * gpu_bytes) - size * model.shape.parameters // spans - _VLLM_WORKING
+    asked = engine.kv_cache_bytes(on_gpu)
+    return Cache(left if asked is None else asked, size * held)
+
+
+def _saved(architecture: PretrainedConfig, run: RunConfig) -> Saved | None:
+    if getattr(architecture, "vision_config", None) is not None:
+        return None  # what a vision tower saves depends on the pictures
+    try:
+        model = run.learner.model
+        return saved_by(architecture, model.dtype, model.device, run.learner.ranks > 1)
+    except RuntimeError:  # what fake tensors cannot compute: a family whose forward pass reads values
+        return None
+
+
+def _adapter(model: nn.Module, run: RunConfig) -> tuple[int, int]:
+    """Parameters of the recipe's adapter, and entries of the matrices that it changes."""
+    lora = run.learner.model.lora
+    if lora is None:
+        return 0, 0
+    layers: list[Any] = [model.get_submodule(name) for name in chosen_layers(model, lora.targets)]
+    factors = sum(lora.rank * (layer.in_features + layer.out_features) for layer in layers)
+    return factors, sum(layer.weight.numel() for layer in layers)

@@ -1,0 +1,69 @@
+"""What the actors of a run reserve on a Ray cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deploy.config.config import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Actors of one kind."""
+
+    part: str
+    count: int
+    each: dict[str, float]  # by Ray's names: CPU, GPU, a user's own
+
+    def total(self, name: str) -> float:
+        """All of them together, rounded as in Ray, which counts in units of 1e-4."""
+        return round(self.count * self.each.get(name, 0.0), 4)
+
+
+def reservations(config: RunConfig) -> list[Reservation]:
+    """The actors of a run that reserve resources: workers, the learner's ranks, replicas that are actors."""
+    rollout = config.rollout
+    found = [
+        Reservation(
+            "rollout worker",
+            rollout.workers,
+            {"CPU": rollout.cpus_per_worker, "GPU": rollout.gpus_per_worker},
+        ),
+        Reservation(
+            "learner", config.learner.ranks, {"CPU": config.cluster.learner_cpus, "GPU": learner_gpus(config)}
+        ),
+    ]
+    if replicas := replicas_elsewhere(config):
+        found.append(Reservation("environment replica", replicas, replica_claims(config)))
+    return found
+
+
+def demand(config: RunConfig) -> dict[str, float]:
+    """The resources of all actors of a run together, by Ray's names; one of which none is asked for is left out."""
+    reserved = reservations(config)
+    names = dict.fromkeys(name for each in reserved for name in each.each)
+    wanted = {name: round(sum(each.total(name) for each in reserved), 4) for name in names}
+    return {name: amount for name, amount in wanted.items() if amount or name == "CPU"}
+
+
+def replica_claims(config: RunConfig) -> dict[str, float]:
+    """What a replica claims at most: all episodes of the moment may be of one environment."""
+    claims: dict[str, float] = {}
+    for each in config.environments:
+        if each.host.where == "ray":
+            claims |= {name: max(amount, claims.get(name, 0.0)) for name, amount in each.host.claims.items()}
+    return claims
+
+
+def replicas_elsewhere(config: RunConfig) -> int:
+    """The number of environment replicas that are actors: one for each concurrent episode."""
+    elsewhere = any(each.host.where == "ray" for each in config.environments)
+    return config.rollout.workers * config.rollout.episodes if elsewhere else 0
+
+
+def learner_gpus(config: RunConfig) -> float:
+    """GPUs of a rank: one; with "ipc", which shares a GPU's memory, the part of that GPU that engines leave free."""
+    if config.learner.model.device != "cuda":
+        return 0
+    shared = config.weights.transfer == "ipc"
+    return 1 - config.rollout.workers * config.rollout.gpus_per_worker if shared else 1

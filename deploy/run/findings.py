@@ -1,0 +1,226 @@
+"""What looks wrong about a job, from its recipe, its figures and its memory; each finding is one line with a remedy.
+
+`certain`: a run would be refused, or fail at its start. Everything else is worth a look, and a run starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from deploy.assembly.memory_plan import GIB, MemoryPlan, ModelFacts
+from deploy.config.config import RunConfig
+from deploy.config.config_checks import config_warnings
+from deploy.run.job_size import DiskUse, JobSize
+from learner.training.memory_estimate import state_bytes
+from rollout.engines.vllm_start import VllmSettings
+
+# Learning rates of reinforcement learning that are in use for pretrained models, all weights and adapters: GRPO recipes
+# of verl (1e-6, with LoRA 3e-6), TRL (1e-6), AReaL (6e-6 to 1.7e-5); up to ten times as much for adapters (Schulman et
+# al. 2025, "LoRA Without Regret"). The bounds leave a factor of a few to either side.
+FULL_RATES = (1e-7, 5e-5)
+ADAPTER_RATES = (1e-6, 5e-4)
+_DISK_BYTES_PER_SECOND = 5e8  # of a checkpoint that is written, assumed
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line. certain: a run would be refused."""
+
+    text: str
+    certain: bool = False
+
+
+def of_recipe(config: RunConfig) -> Iterator[Finding]:
+    """What the options themselves show."""
+    yield from map(Finding, config_warnings(config))
+    yield from _batch(config)
+    yield from _rates(config)
+    yield from _types(config)
+    yield from _unsaved(config)
+    yield from _gpus(config)
+
+
+def of_job(config: RunConfig, size: JobSize) -> Iterator[Finding]:
+    """What shows once the data's rows are known."""
+    groups = config.buffer.groups_per_step
+    for each in size.data:
+        if each.rows is not None and each.rows < groups and len(size.data) == 1:
+            yield Finding(
+                f"the data has {each.rows} rows, but a step trains on {groups} groups: a row is played more than once "
+                f"a step; lower buffer.groups_per_step to {each.rows} or less"
+            )
+
+
+def of_memory(
+    config: RunConfig, model: ModelFacts, plan: MemoryPlan, gpu_bytes: int, host_bytes: int | None
+) -> Iterator[Finding]:
+    """What does not fit, or not at once. host_bytes: memory free on this machine; None for a run elsewhere."""
+    learner = plan.process("learner")
+    if learner.on_gpu:
+        always = state_bytes(config.learner, model.shape, model.adapter)
+        yield from _learner_gpu(config, plan, gpu_bytes, always)
+    if host_bytes is not None:
+        needed = sum(each.count * each.peak(on_host=True) for each in plan.processes)
+        if needed > host_bytes:
+            yield Finding(
+                f"all processes hold {needed / GIB:.3g} GiB at most, of which this machine has {host_bytes / GIB:.3g} "
+                "GiB free; lower learner.tokens_per_microbatch, set learner.model.gradient_checkpointing = true, or "
+                "take a smaller model"
+            )
+    if plan.cache is not None:
+        yield from _cache(config, plan)
+    if (
+        config.weights.transfer == "object_store"
+        and plan.version_bytes / 1e9 > config.weights.sync_timeout_seconds
+    ):
+        yield Finding(
+            f"a version has {plan.version_bytes / GIB:.3g} GiB; at 1 GB/s an engine loads it in more than "
+            f"weights.sync_timeout_seconds={config.weights.sync_timeout_seconds:g}; raise it"
+        )
+
+
+def of_disk(config: RunConfig, use: DiskUse, free_bytes: int | None) -> Iterator[Finding]:
+    """What the disk has no room or no time for. free_bytes: None for a run elsewhere."""
+    if free_bytes is not None and use.checkpoints > free_bytes:
+        yield Finding(
+            f"checkpoints need {use.checkpoints / GIB:.3g} GiB (checkpoint.keep={config.checkpoint.keep}, and one that "
+            f"is being written), but the disk has {free_bytes / GIB:.3g} GiB free: the run would pause"
+        )
+    elif free_bytes is not None and use.total > free_bytes:
+        yield Finding(
+            f"checkpoints and all rows need up to {use.total / GIB:.3g} GiB, but the disk has "
+            f"{free_bytes / GIB:.3g} GiB free; set buffer.disk_gib"
+        )
+    seconds, limit = use.checkpoint / _DISK_BYTES_PER_SECOND, config.cluster.start_timeout_seconds
+    if seconds > limit:
+        yield Finding(
+            f"a checkpoint has {use.checkpoint / GIB:.3g} GiB; at 0.5 GB/s it is written in {seconds:.0f} s, more than "
+            f"cluster.start_timeout_seconds={limit:g}; raise it"
+        )
+
+
+# Of the recipe -----------------------------------------------------------------------------------------------------
+
+
+def _batch(config: RunConfig) -> Iterator[Finding]:
+    groups, ranks = config.buffer.groups_per_step, config.learner.ranks
+    if groups % ranks:
+        yield Finding(
+            f"buffer.groups_per_step={groups} is not divisible by learner.ranks={ranks}: some ranks wait for others; "
+            f"use {groups // ranks * ranks} or {(groups // ranks + 1) * ranks}"
+        )
+    episodes, parts = groups * config.rollout.group_size, config.learner.algorithm.minibatches
+    if episodes // ranks % parts:
+        yield Finding(
+            f"{episodes // ranks} episodes a rank are not divisible by learner.algorithm.minibatches={parts}: "
+            "optimizer steps differ in their number of episodes"
+        )
+    slots = groups * (config.buffer.max_lag + 1)
+    playing = config.rollout.workers * config.rollout.concurrent_groups
+    if playing > slots and not config.replay:
+        yield Finding(
+            f"workers could play {playing} groups at once (rollout.workers * rollout.concurrent_groups), but the "
+            f"buffer has {slots} slots (buffer.groups_per_step * (buffer.max_lag + 1)): the rest waits"
+        )
+
+
+def _rates(config: RunConfig) -> Iterator[Finding]:
+    if config.tiny is not None:
+        return  # a model from nothing takes larger ones
+    lora, rate = config.learner.model.lora, config.learner.optim.learning_rate
+    low, high = ADAPTER_RATES if lora else FULL_RATES
+    if not low <= rate <= high:
+        what = "an adapter" if lora else "all weights of a pretrained model"
+        yield Finding(
+            f"learner.optim.learning_rate={rate:g} is unusual for {what}: recipes use {low:g} to {high:g}"
+        )
+
+
+def _types(config: RunConfig) -> Iterator[Finding]:
+    algorithm, engine, learner = config.learner.algorithm, config.engine.dtype, config.learner.model.dtype
+    corrected = any(part.needs_ratio for part in algorithm.corrections)
+    if engine != learner and not corrected and algorithm.proximal == "behavior" and algorithm.loss.clips:
+        yield Finding(
+            f"engine.dtype={engine!r} and learner.model.dtype={learner!r} round differently, and no correction weighs "
+            "that: the clip drops tokens for rounding alone; use learner.algorithm.proximal='learner' and "
+            "corrections=[{kind='tis'}]"
+        )
+
+
+def _unsaved(config: RunConfig) -> Iterator[Finding]:
+    every, steps = config.checkpoint.every_steps, config.steps
+    if every >= steps > 10:
+        yield Finding(
+            f"checkpoint.every_steps={every} saves nothing between version 0 and the last of steps={steps}: what is "
+            "lost on the way is learned again from version 0"
+        )
+    if not config.evaluation.tasks and not config.replay:
+        yield Finding("evaluation.tasks=0: nothing says how much was learned; set evaluation.tasks")
+
+
+def _gpus(config: RunConfig) -> Iterator[Finding]:
+    engine, gpus = config.engine, config.rollout.gpus_per_worker
+    if gpus and isinstance(engine, VllmSettings) and engine.enforce_eager:
+        yield Finding(
+            "engine.enforce_eager=true decodes without CUDA graphs, at small batches several times slower; use false "
+            "for long runs on GPUs"
+        )
+    if config.learner.model.device == "cuda" and config.learner.model.dtype == "float32":
+        yield Finding(
+            "learner.model.dtype='float32' on a GPU has neither fast products nor the variable-length attention; use "
+            "'bfloat16'"
+        )
+
+
+# Of the memory -----------------------------------------------------------------------------------------------------
+
+
+def _learner_gpu(config: RunConfig, plan: MemoryPlan, gpu_bytes: int, always: int) -> Iterator[Finding]:
+    learner, room = plan.process("learner"), gpu_bytes
+    shared = ""
+    if config.weights.transfer == "ipc" and not config.replay:
+        engines = config.rollout.workers * plan.process("rollout worker").peak(on_host=False)
+        room, shared = gpu_bytes - engines, f", beside engines of {engines / GIB:.3g} GiB"
+    peak = learner.peak(on_host=False)
+    remedy = (
+        "raise learner.ranks, train an adapter (learner.model.lora), lower learner.tokens_per_microbatch, or set "
+        "learner.model.gradient_checkpointing = true"
+    )
+    if peak > room:
+        yield Finding(
+            f"a rank of the learner holds {peak / GIB:.3g} GiB, which does not fit into {gpu_bytes / GIB:.3g} GiB of a "
+            f"GPU{shared}; {remedy}",
+            certain=always > room,
+        )
+
+
+def _cache(config: RunConfig, plan: MemoryPlan) -> Iterator[Finding]:
+    cache, engine = plan.cache, config.engine
+    assert cache is not None and isinstance(engine, VllmSettings)
+    context = config.rollout.context_tokens
+    fits = cache.sequences(context)
+    remedy = (
+        "raise engine.memory_fraction or engine.tensor_parallel_size"
+        if config.rollout.gpus_per_worker and engine.kv_cache_gib is None
+        else "raise engine.kv_cache_gib"
+    )
+    if fits < 1:
+        yield Finding(
+            f"the engine's KV cache of {max(cache.nbytes, 0) / GIB:.3g} GiB does not hold one sequence of "
+            f"rollout.context_tokens={context}; {remedy}",
+            certain=True,
+        )
+        return
+    at_once = min(engine.max_num_seqs, config.rollout.episodes)
+    if fits < at_once:
+        yield Finding(
+            f"the engine's KV cache holds {fits:.0f} sequences of {context} tokens, but up to {at_once} are decoded at "
+            f"once: where all grow long, some are evicted and computed again; {remedy}, or lower "
+            "rollout.concurrent_groups or engine.max_num_seqs"
+        )
+    if config.rollout.episodes > engine.max_num_seqs:
+        yield Finding(
+            f"a worker plays {config.rollout.episodes} episodes at once, but its engine decodes "
+            f"engine.max_num_seqs={engine.max_num_seqs}: the rest waits"
+        )

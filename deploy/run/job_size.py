@@ -1,0 +1,147 @@
+"""How large a job is: tokens of a step, optimizer steps, passes over the data, evaluation, disk, nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from deploy.assembly.memory_plan import MemoryPlan, ModelFacts, row_bytes
+from deploy.config.config import RunConfig
+from deploy.config.derived import longest_episode
+from deploy.config.environments import Environment
+from deploy.config.resources import Reservation, reservations
+from envs import registry
+from learner.training.memory_estimate import checkpoint_bytes
+
+Counts = tuple[
+    int | None, int | None
+]  # tasks of training and of evaluation; None where every seed is another one
+
+
+@dataclass(frozen=True, slots=True)
+class DataUse:
+    """What a run plays of one environment."""
+
+    name: str
+    groups: float  # of the whole run, by the environment's share
+    rows: int | None  # of its list of tasks; None where every seed is another task
+    evaluation_tasks: int
+    longest: int  # most tokens that an episode samples
+
+    @property
+    def passes(self) -> float | None:
+        """Times that a row is played; None without a list of rows."""
+        return None if not self.rows else self.groups / self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class JobSize:
+    """Figures of a job. Tokens are upper bounds: every episode as long as it may be."""
+
+    episodes: int  # of a step
+    sampled: int  # tokens of a step
+    processed: int  # input tokens of a step's forward pass, prompts included
+    steps: int
+    optimizer_steps: int
+    data: tuple[DataUse, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, counts: Sequence[Counts]) -> JobSize:
+        """The figures of a recipe; counts: of each environment."""
+        rollout, buffer, context = config.rollout, config.buffer, config.rollout.context_tokens
+        data = tuple(map(partial(_use, config), config.environments, counts))
+        turns = [1 if each.agent.memory == "full" else each.limits.max_turns for each in config.environments]
+        episodes = (buffer.groups_per_step + buffer.reuse.groups) * rollout.group_size
+        return cls(
+            episodes=episodes,
+            sampled=episodes * max(each.longest for each in data),
+            processed=episodes * context * max(turns),
+            steps=config.steps,
+            optimizer_steps=config.learner.algorithm.policy_steps(config.steps),
+            data=data,
+        )
+
+
+def row_counts(environment: Environment) -> Counts:
+    """Tasks with training's and with evaluation's options; None where every seed is another one."""
+    trained = registry.task_count(environment.id, environment.options)
+    return trained, registry.task_count(environment.id, environment.evaluated)
+
+
+def _use(config: RunConfig, environment: Environment, counts: Counts) -> DataUse:
+    whole = sum(each.share for each in config.environments)
+    groups = config.steps * config.buffer.groups_per_step * environment.share / whole
+    rows, held_out = counts
+    tasks = config.evaluation.tasks if held_out is None else min(config.evaluation.tasks, held_out)
+    turns, tokens = environment.limits.max_turns, environment.sampling.max_tokens
+    longest = longest_episode(turns, tokens, config.rollout.context_tokens, environment.agent)
+    return DataUse(environment.name, groups, rows, tasks, longest)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskUse:
+    """Bytes on the disk of the run folder, at most."""
+
+    checkpoint: int
+    checkpoints: int  # those kept, and one that is being written
+    rows: int  # of all steps, or the bound that the recipe sets
+
+    @classmethod
+    def of(cls, config: RunConfig, model: ModelFacts, size: JobSize) -> DiskUse:
+        """The disk that a recipe needs."""
+        one = checkpoint_bytes(config.learner, model.shape, model.adapter)
+        count = min(config.checkpoint.keep, 1 + config.steps // config.checkpoint.every_steps) + 1
+        rows = row_bytes(size.processed) * size.steps
+        if config.buffer.disk_gib is not None:
+            rows = min(rows, int(config.buffer.disk_gib * 2**30))
+        return cls(one, one * count, rows)
+
+    @property
+    def total(self) -> int:
+        """Checkpoints and rows together."""
+        return self.checkpoints + self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What a node of the cluster carries: actors by name, and what they reserve and hold."""
+
+    actors: tuple[tuple[str, int], ...]
+    gpus: float
+    cpus: float
+    host_bytes: int
+
+
+def nodes(config: RunConfig, plan: MemoryPlan, gpus_per_node: int) -> list[Node]:
+    """Nodes that the actors fit on, the first that has room for each; without GPUs a single one.
+
+    ValueError for an actor that asks for more GPUs than a node has.
+    """
+    left: list[float] = []
+    placed: list[dict[str, int]] = []
+    reserved = {each.part: each for each in reservations(config)}
+    for part, each in sorted(reserved.items(), key=lambda named: -named[1].each.get("GPU", 0.0)):
+        wanted = each.each.get("GPU", 0.0)
+        if wanted > gpus_per_node:
+            raise ValueError(f"a {part} asks for {wanted:g} GPUs, but a node has {gpus_per_node}")
+        for _ in range(each.count):
+            place = next((index for index, free in enumerate(left) if free >= wanted - 1e-6), len(left))
+            if place == len(left):
+                left.append(float(gpus_per_node))
+                placed.append({})
+            left[place] -= wanted
+            placed[place][part] = placed[place].get(part, 0) + 1
+    return [_node(actors, reserved, plan, number == 0) for number, actors in enumerate(placed)]
+
+
+def _node(actors: dict[str, int], reserved: dict[str, Reservation], plan: MemoryPlan, first: bool) -> Node:
+    held = {each.name: each.peak(on_host=True) for each in plan.processes}
+    host = sum(count * held.get(part, 0) for part, count in actors.items()) + plan.version_bytes
+    if first:  # those that reserve nothing
+        host += held.get("driver", 0) + held.get("replay buffer", 0)
+    return Node(tuple(actors.items()), _of("GPU", actors, reserved), _of("CPU", actors, reserved), host)
+
+
+def _of(name: str, actors: dict[str, int], reserved: dict[str, Reservation]) -> float:
+    return round(sum(count * reserved[part].each.get(name, 0.0) for part, count in actors.items()), 4)

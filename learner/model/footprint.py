@@ -1,0 +1,172 @@
+"""What a model holds in memory, told by its configuration alone.
+
+    config.json -> fake tensors of the true shapes, without bytes -> parameters; what autograd saves of a packed row
+
+No weights are read and no product is computed, so that a model of any size can be told about on any machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from learner.model.attention import hidden_states
+from learner.model.saved_tensors import SavedTensors
+
+_ATTENTION = "manta_footprint_"  # of a device
+_TOKENS = 32  # of the shorter of two rows that are compared
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Numbers of parameters; a tied one counts once."""
+
+    parameters: int
+    outside_layers: int  # embedding, last normalization, head
+    largest_layer: int
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Bytes that autograd saves between forward and backward.
+
+    per_token: by the whole model; of it `layer_per_token` by the largest layer, whose input is `input_per_token`.
+    weights: copies of weights in another type, whatever the row.
+    """
+
+    per_token: float
+    layer_per_token: float
+    input_per_token: float
+    weights: int
+
+    def row(self, tokens: int, layers: int, checkpointing: bool) -> int:
+        """Bytes of a row. checkpointing: layers keep their input, and one at a time is computed again."""
+        if not checkpointing:
+            return round(tokens * self.per_token)
+        outside = self.per_token - layers * self.layer_per_token
+        return round(tokens * (max(outside, 0.0) + layers * self.input_per_token + self.layer_per_token))
+
+
+def blank_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration without weights: parameters on the meta device."""
+    with torch.device("meta"):
+        return _model(config)
+
+
+def shape_of(model: PreTrainedModel) -> Shape:
+    """Count the parameters of a model of any device."""
+    layers = [_count(module) for module in _layers(model)]
+    total = _count(model)
+    return Shape(total, total - sum(layers), max(layers, default=0), len(layers))
+
+
+def saved_by(config: PretrainedConfig, dtype: str, device: str, sharded: bool) -> Saved:
+    """What the learner's forward pass of a text row saves, found by one with fake tensors.
+
+    dtype, device: of `learner.model`; sharded: on several ranks parameters are gathered as that type, on one they are
+    float32 and cast by autocast. Attention is counted as the device's fused kernels save it.
+    """
+    AttentionInterface.register(_ATTENTION + device, _on_gpu if device == "cuda" else _on_cpu)
+    half = dtype == "bfloat16"
+    with FakeTensorMode():
+        model = _model(
+            config,
+            dtype=torch.bfloat16 if half and sharded else torch.float32,
+            attn_implementation=_ATTENTION + device,
+        ).eval()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half and not sharded):
+            short, long = (_saved(model, tokens) for tokens in (_TOKENS, 2 * _TOKENS))
+    per_token = [(more - less) / _TOKENS for less, more in zip(short, long, strict=True)]
+    return Saved(per_token[0], per_token[1], per_token[2], round(short[0] - per_token[0] * _TOKENS))
+
+
+def _model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    sees = getattr(config, "vision_config", None) is not None
+    kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model: PreTrainedModel = kind.from_config(deepcopy(config), **options)  # it writes into its configuration
+    return model
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that are sharded and recomputed one by one."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _saved(model: PreTrainedModel, tokens: int) -> tuple[int, int, int]:
+    """Bytes saved of a row: by the model, by its largest layer, and that layer's input."""
+    layers: list[tuple[int, int]] = []  # saved, input
+    saved = SavedTensors(without=model.parameters())
+    hooks = []
+    for layer in _layers(model):
+        before: list[int] = []
+        hooks.append(layer.register_forward_pre_hook(_noting(before, saved)))
+        hooks.append(layer.register_forward_hook(_measuring(before, saved, layers)))
+    ids_T, places_1T = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens)[None]
+    with saved:
+        # One sequence: its borders are left out, which fake tensors could not say.
+        last_TD = hidden_states(model, ids_T, None, tokens, position_ids=places_1T)
+    for hook in hooks:
+        hook.remove()
+    del last_TD  # the graph lives until here
+    return saved.nbytes, *max(layers, default=(0, 0))
+
+
+def _noting(before: list[int], saved: SavedTensors) -> Callable[[nn.Module, Any], None]:
+    return lambda layer, inputs: before.append(saved.nbytes)
+
+
+def _measuring(
+    before: list[int], saved: SavedTensors, layers: list[tuple[int, int]]
+) -> Callable[[nn.Module, Any, Any], None]:
+    return lambda layer, inputs, output: layers.append((saved.nbytes - before.pop(), inputs[0].nbytes))
+
+
+class _Fused(torch.autograd.Function):
+    """The shapes of a fused attention: it saves its inputs, its output, and a number for every head and token."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        normalizer = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+        ctx.save_for_backward(query, key, value, out, normalizer)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise NotImplementedError("shapes have no gradients")
+
+
+def _on_gpu(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+) -> tuple[Tensor, None]:
+    """Like `learner.model.attention.packed_attention`, without a product."""
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    out: Tensor = _Fused.apply(query, key, value)
+    return out.transpose(1, 2), None
+
+
+def _on_cpu(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+) -> tuple[Tensor, None]:
+    """The same; a key that several heads share is repeated for each of them."""
+    repeats = query.shape[1] // key.shape[1]
+    return _on_gpu(module, query, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1))

@@ -1,0 +1,112 @@
+"""What a learner will hold in memory, from its settings and the shape of its model; nothing is loaded.
+
+    P parameters, T trained ones, R ranks, N tokens of the largest row
+    on the device   4 P / R weights, 4 T / R gradients, 8 T / R moments, what autograd saves of N tokens, logits
+    on the host     the bytes that engines are sent; at times copies: while loading, publishing, saving
+
+`memory_dry_run` tries the same on the device itself, when the learner starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from learner.algorithm.algorithm import OwnCriticSettings
+from learner.data.batch import longest_row
+from learner.model.footprint import Saved, Shape
+from learner.settings import LearnerSettings
+
+_WIDE = 4  # bytes of a float32
+_HALF = 2  # of a bfloat16
+_LOGIT_BLOCKS = 4  # logits, probabilities, their gradient, and a cast of it
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """Memory of one process. on_host: the host's, also where the process computes on a GPU; at_times: not always."""
+
+    what: str
+    nbytes: int
+    on_host: bool = False
+    at_times: bool = False
+
+
+def row_tokens(settings: LearnerSettings, longest: int) -> int:
+    """Input tokens of the largest packed row; longest: tokens of the longest sequence."""
+    return len(longest_row(longest, settings.tokens_per_microbatch).input_ids_T)
+
+
+def state_bytes(settings: LearnerSettings, shape: Shape, adapter: int) -> int:
+    """Weights, gradients and moments of a rank: what it holds in any case."""
+    return _WIDE * (shape.parameters + adapter + 3 * (adapter or shape.parameters)) // settings.ranks
+
+
+def learner_amounts(
+    settings: LearnerSettings, shape: Shape, adapter: int, adapted: int, saved: Saved | None, longest: int
+) -> list[Amount]:
+    """What each rank holds on its device.
+
+    adapter: parameters of a low-rank adapter, 0 without one; adapted: entries of the matrices it changes. saved: None
+    where it cannot be told. longest: tokens of the longest sequence.
+    """
+    ranks, trained = settings.ranks, adapter or shape.parameters
+    found = [
+        Amount("parameters, float32", _WIDE * (shape.parameters + adapter) // ranks),
+        Amount("gradients, float32", _WIDE * trained // ranks),
+        Amount("AdamW's moments, float32", 2 * _WIDE * trained // ranks),
+    ]
+    if ranks > 1:
+        gathered = shape.outside_layers + 2 * shape.largest_layer
+        size = _HALF if settings.model.dtype == "bfloat16" else _WIDE
+        # Weights and their gradients in the type of the products, and the sums over ranks in float32.
+        found.append(Amount("gathered layers, embedding and head", (2 * size + _WIDE) * gathered))
+    tokens = row_tokens(settings, longest)
+    if saved is not None:
+        if saved.weights:
+            found.append(Amount("weights cast for products", saved.weights))
+        held = saved.row(tokens, shape.layers, settings.model.gradient_checkpointing)
+        found.append(Amount(f"activations of {tokens:,} tokens", held))
+        found.append(Amount("their gradients, a layer at a time", round(tokens * saved.layer_per_token)))
+    block = max(settings.model.logit_block // max(tokens, 1), 8) * tokens
+    found.append(Amount("logits, a block at a time", _LOGIT_BLOCKS * _WIDE * block))
+    if settings.algorithm.needs_reference:
+        kept = adapter or shape.parameters
+        found.append(Amount("reference policy, float32", _WIDE * kept // ranks))
+    if isinstance(settings.algorithm.critic, OwnCriticSettings):
+        found.append(Amount("critic with gradients and moments", 4 * _WIDE * shape.parameters // ranks))
+    if adapted:
+        found.append(Amount("merged matrices, while publishing", _WIDE * adapted, at_times=True))
+    return found
+
+
+def host_amounts(
+    settings: LearnerSettings, shape: Shape, adapter: int, sent_bytes: int, on_gpu: bool
+) -> list[Amount]:
+    """What rank 0 holds in the host's memory besides; sent_bytes: of a version, as engines receive it."""
+    trained, ranks = adapter or shape.parameters, settings.ranks
+    found = [Amount("a version for the engines", sent_bytes, on_host=True)] if sent_bytes else []
+    if settings.algorithm.updates > 1:
+        kept = 3 * _WIDE * trained // ranks
+        found.append(Amount("copy of weights and moments, in a step", kept, on_host=True, at_times=True))
+    if on_gpu or ranks > 1:
+        found.append(
+            Amount("whole model, while loading", _WIDE * shape.parameters, on_host=True, at_times=True)
+        )
+    if ranks > 1:
+        found.append(
+            Amount(
+                "whole weights and moments, while saving",
+                checkpoint_bytes(settings, shape, adapter),
+                on_host=True,
+                at_times=True,
+            )
+        )
+    return found
+
+
+def checkpoint_bytes(settings: LearnerSettings, shape: Shape, adapter: int) -> int:
+    """Size of a checkpoint on disk: float32 weights (with an adapter merged, and the adapter), and moments."""
+    own = isinstance(settings.algorithm.critic, OwnCriticSettings)
+    weights = shape.parameters * (2 if own else 1) + adapter
+    moments = 2 * ((adapter or shape.parameters) + own * shape.parameters)
+    return _WIDE * (weights + moments)

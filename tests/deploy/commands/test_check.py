@@ -1,0 +1,205 @@
+"""`manta check`: shipped recipes are sound, figures are right, and what a run would refuse ends with status 1."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.assembly.memory_plan import GIB, MemoryPlan, ModelFacts
+from deploy.config.config import RunConfig
+from deploy.config.load import load_config
+from deploy.config.recipe_files import recipe_names
+from deploy.run.findings import of_disk, of_job, of_memory, of_recipe
+from deploy.run.job_size import DiskUse, JobSize, nodes
+from tests.deploy.command import Manta, command
+from tests.qwen3 import QWEN3_06B, QWEN3_8B, Qwen3
+from tests.smollm2 import needs_smollm2
+
+ROOT = Path(__file__).resolve().parents[3]
+GPU = {"qwen3_gsm8k": QWEN3_06B, "qwen3_gsm8k_lora": QWEN3_06B, "qwen3_8b_gsm8k": QWEN3_8B}
+TEMPLATE = pytest.mark.xfail(reason="the template of the packaged SmolLM2 renders no tools", strict=False)
+MARKS = {"smollm2_sums": [needs_smollm2], "smollm2_assistant": [needs_smollm2, TEMPLATE]}
+OTHERS = [pytest.param(name, marks=MARKS.get(name, [])) for name in recipe_names() if name not in GPU]
+LEFT_OPEN = {"scratch": ["env.id=arithmetic"]}  # what a recipe leaves to its user
+
+
+@pytest.fixture
+def manta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Manta:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "200")
+    return command(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("recipe", OTHERS)
+def test_a_shipped_recipe_is_sound(manta: Manta, recipe: str) -> None:
+    code, out, err = manta("check", recipe, "evaluation.tasks=2", *LEFT_OPEN.get(recipe, []))
+    assert (code, err) == (0, "") and "refused" not in out
+    assert "learner" in out and "KV cache of an engine" in out
+
+
+@pytest.mark.parametrize(("recipe", "model"), GPU.items())
+def test_a_recipe_for_gpus_is_sound(manta: Manta, tmp_path: Path, recipe: str, model: Qwen3) -> None:
+    code, out, err = manta("check", recipe, "--config-json", str(model.write(tmp_path)))
+    assert (code, err) == (0, "")
+    assert f"{model.parameters:,} parameters" in out
+    # What is not on this machine is all that there is to look at.
+    looks = [line.split("look", 1)[1].strip() for line in out.splitlines() if line.strip().startswith("look")]
+    assert len(looks) == 2, looks
+    assert f"model Qwen/Qwen3-{'8B' if model is QWEN3_8B else '0.6B'} is not on this machine" in looks[0]
+    assert "openai/gsm8k:main:train" in looks[1]
+    assert "node 1" in out and "node 2" not in out
+
+
+def test_a_model_that_is_not_here_is_one_line_and_the_rest_is_checked(manta: Manta) -> None:
+    code, out, _ = manta("check", "smollm2_sums", "learner.model.path=nobody/nothing", "evaluation.tasks=2")
+    assert code == 0 and "memory is not told" in out and "nobody/nothing is not on this machine" in out
+    assert "rows, of which 128 are played" in out
+    code, out, _ = manta("check", "smollm2_sums", "learner.model.path=./nothing", "evaluation.tasks=2")
+    assert code == 1 and "./nothing: no such folder" in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["env.options.size=99"], "the first prompt of frozen_lake has"),
+        (["engine.kv_cache_gib=0.000001"], "does not hold one sequence of rollout.context_tokens=64"),
+        (["rollout.cpus_per_worker=4000"], "the run reserves 4001 CPUs"),
+        (["env.options.nothing=1"], "has no option 'nothing'"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(manta: Manta, overrides: list[str], says: str) -> None:
+    code, out, _ = manta("check", "frozen_lake", "evaluation.tasks=2", *overrides)
+    assert code == 1 and "refused" in out and says in out
+
+
+def test_a_context_beyond_the_models_positions_is_refused(manta: Manta, tmp_path: Path) -> None:
+    told = QWEN3_06B.write(tmp_path)
+    code, out, _ = manta("check", "qwen3_gsm8k", "rollout.context_tokens=50000", "--config-json", str(told))
+    assert code == 1 and "has 40960 positions, but rollout.context_tokens=50000" in out
+    told.write_text("{", encoding="utf-8")
+    code, _, err = manta("check", "qwen3_gsm8k", "--config-json", str(told))
+    assert code == 2 and "--config-json" in err and err.count("\n") == 1
+
+
+def _facts(config: RunConfig, model: Qwen3, folder: Path) -> ModelFacts:
+    from transformers import AutoConfig
+
+    return ModelFacts.of(AutoConfig.from_pretrained(model.write(folder)), config)
+
+
+def test_memory_is_what_arithmetic_says(tmp_path: Path) -> None:
+    config = load_config("qwen3_8b_gsm8k")
+    facts = _facts(config, QWEN3_8B, tmp_path)
+    plan = MemoryPlan.of(config, facts, 80 * GIB)
+    amounts = {each.what: each.nbytes for each in plan.process("learner").amounts}
+    weights = QWEN3_8B.parameters
+    assert amounts["parameters, float32"] == weights  # 4 bytes over 4 ranks
+    assert amounts["AdamW's moments, float32"] == 2 * weights
+    assert amounts["whole weights and moments, while saving"] == 12 * weights
+    # 36 layers of 8 key heads of 128 numbers of 2 bytes, keys and values.
+    assert plan.cache is not None and plan.cache.token_bytes == 36 * 8 * 128 * 2 * 2
+    assert plan.version_bytes == 2 * weights
+    (node,) = nodes(config, plan, 8)
+    assert (node.gpus, node.cpus) == (8, 64)
+    halves = nodes(config, plan, 4)
+    assert [each.gpus for each in halves] == [4, 4]
+
+
+def test_an_adapters_size_is_what_arithmetic_says(tmp_path: Path) -> None:
+    config, model = load_config("qwen3_gsm8k_lora"), QWEN3_06B
+    facts = _facts(config, model, tmp_path)
+    inner, keys = model.heads * model.head_width, model.key_heads * model.head_width
+    sides = [(model.width, inner), (model.width, keys), (model.width, keys), (inner, model.width)]
+    sides += [(model.width, model.mlp), (model.width, model.mlp), (model.mlp, model.width)]
+    assert facts.adapter == model.layers * sum(32 * (i + o) for i, o in sides)
+    assert facts.adapted == model.layers * sum(i * o for i, o in sides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["learner.optim.learning_rate=1e-3"], "learning_rate=0.001 is unusual for all weights"),
+        (["learner.model.lora={}", "learner.optim.learning_rate=1e-2"], "is unusual for an adapter"),
+        (["buffer.groups_per_step=63", "learner.ranks=2", "weights.transfer=object_store"], "not divisible"),
+        (["learner.algorithm.minibatches=3"], "not divisible by learner.algorithm.minibatches=3"),
+        (["rollout.concurrent_groups=200"], "could play 200 groups at once"),
+        (["checkpoint.every_steps=500"], "saves nothing between version 0 and the last"),
+        (["evaluation.tasks=0"], "nothing says how much was learned"),
+        (["engine.enforce_eager=true"], "without CUDA graphs"),
+        (["learner.model.dtype=float32"], "on a GPU has neither"),
+        (
+            [
+                "engine.dtype=float16",
+                "learner.algorithm.proximal=behavior",
+                "learner.algorithm.corrections=[]",
+            ],
+            "round differently",
+        ),
+    ],
+)
+def test_what_looks_wrong_in_a_recipe_is_said(overrides: list[str], says: str) -> None:
+    assert list(of_recipe(load_config("qwen3_gsm8k"))) == []
+    (found,) = of_recipe(load_config("qwen3_gsm8k", overrides))
+    assert says in found.text and not found.certain
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpu_gib", "says", "certain"),
+    [
+        ([], 80, None, False),
+        (
+            ["learner.tokens_per_microbatch=400000"],
+            80,
+            "does not fit into 80 GiB of a GPU, beside engines",
+            False,
+        ),
+        ([], 48, "does not fit into 48 GiB of a GPU, beside engines", True),
+        (["engine.kv_cache_gib=4"], 80, "KV cache holds 24 sequences of 1536 tokens, but up to 256", False),
+        (["engine.kv_cache_gib=0.1"], 80, "does not hold one sequence", True),
+        (["rollout.concurrent_groups=64"], 80, "plays 512 episodes at once", False),
+    ],
+)
+def test_what_does_not_fit_is_said(
+    overrides: list[str], gpu_gib: int, says: str | None, certain: bool, tmp_path: Path
+) -> None:
+    config = load_config("qwen3_gsm8k", overrides)
+    facts = _facts(config, QWEN3_06B, tmp_path)
+    found = list(of_memory(config, facts, MemoryPlan.of(config, facts, gpu_gib * GIB), gpu_gib * GIB, None))
+    if says is None:
+        assert found == []
+    else:
+        (match,) = [each for each in found if says in each.text]
+        assert match.certain is certain
+
+
+def test_rows_disk_and_host_that_do_not_suffice_are_said(tmp_path: Path) -> None:
+    config = load_config("qwen3_gsm8k")
+    facts = _facts(config, QWEN3_06B, tmp_path)
+    few = JobSize.of(config, [(50, 20)])
+    assert few.data[0].evaluation_tasks == 20 and few.data[0].passes == 200 * 64 / 50
+    assert "50 rows, but a step trains on 64 groups" in next(of_job(config, few)).text
+    assert list(of_job(config, JobSize.of(config, [(7473, 1319)]))) == []
+    use = DiskUse.of(config, facts, few)
+    assert use.checkpoint == 12 * QWEN3_06B.parameters and use.checkpoints == 3 * use.checkpoint
+    assert "the disk has 1 GiB free" in next(of_disk(config, use, GIB)).text
+    plan = MemoryPlan.of(config, facts, 80 * GIB)
+    assert any(
+        "of which this machine has 1 GiB" in each.text
+        for each in of_memory(config, facts, plan, 80 * GIB, GIB)
+    )
+
+
+def test_a_worker_with_fewer_gpus_than_its_engine_spans_is_refused(manta: Manta) -> None:
+    code, _, err = manta("check", "qwen3_8b_gsm8k", "engine.tensor_parallel_size=2")
+    assert code == 2 and "use rollout.gpus_per_worker=2" in err
+
+
+def test_neither_ray_nor_vllm_is_imported() -> None:
+    script = "import sys, deploy.run.recipe_check, deploy.commands.check; print({'ray', 'vllm'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8"
+    )
+    assert done.stdout == "set()\n"

@@ -1,0 +1,71 @@
+"""What is told of a model by its configuration is what the model itself has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig
+
+from learner.data.batch import longest_row
+from learner.model.footprint import blank_model, saved_by, shape_of
+from learner.model.policy import Policy
+from learner.settings import ModelSettings
+from tests.qwen3 import QWEN3_06B, QWEN3_8B, Qwen3
+from tests.smollm2 import FOLDER, needs_smollm2
+
+
+@pytest.mark.parametrize(("model", "published"), [(QWEN3_06B, 596_049_920), (QWEN3_8B, 8_190_735_360)])
+def test_parameters_are_those_that_are_published(model: Qwen3, published: int, tmp_path: Path) -> None:
+    assert model.parameters == published
+    shape = shape_of(blank_model(AutoConfig.from_pretrained(model.write(tmp_path))))
+    assert (shape.parameters, shape.layers) == (published, model.layers)
+    assert shape.outside_layers + model.layers * shape.largest_layer == published
+
+
+@needs_smollm2
+def test_the_real_models_parameters_are_those_in_its_file() -> None:
+    with safe_open(FOLDER / "model.safetensors", framework="np") as tensors:
+        stored = sum(tensors.get_tensor(name).size for name in tensors.keys())  # noqa: SIM118
+    assert shape_of(blank_model(AutoConfig.from_pretrained(FOLDER))).parameters == stored
+
+
+def _activations(folder: Path, tokens: int, **model: Any) -> tuple[int, int]:
+    """Bytes that autograd really saves of a row: of activations, and of copies of weights."""
+    policy = Policy(ModelSettings(path=str(folder), **model))
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    held: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        alive = policy.hidden(longest_row(tokens + 1, tokens))
+    del alive
+    matrices = sum(p.numel() for p in policy.parameters() if p.ndim == 2)
+    copied = matrices - policy.model.get_input_embeddings().weight.numel() if model else 0
+    return sum(held.values()) - 2 * copied, 2 * copied
+
+
+@pytest.mark.parametrize("model", [{}, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+def test_what_a_row_saves_is_told_without_weights(tiny: Path, model: dict[str, Any]) -> None:
+    saved = saved_by(AutoConfig.from_pretrained(tiny), model.get("dtype", "float32"), "cpu", sharded=False)
+    real, copies = _activations(tiny, 96, **model)
+    assert saved.row(96, 2, checkpointing=False) == pytest.approx(real, rel=0.05)
+    assert saved.weights == copies
+    checkpointed = saved.row(96, 2, checkpointing=True)
+    assert 0.4 < checkpointed / real < 0.75  # one of two layers, and the inputs of both
+
+
+@needs_smollm2
+def test_what_a_row_of_the_real_model_saves_is_told_without_its_weights() -> None:
+    saved = saved_by(AutoConfig.from_pretrained(FOLDER), "bfloat16", "cpu", sharded=False)
+    real, copies = _activations(FOLDER, 128, dtype="bfloat16")
+    assert saved.row(128, 30, checkpointing=False) == pytest.approx(real, rel=0.05)
+    assert saved.weights == copies
