@@ -83,11 +83,17 @@ class Process:
     amounts: tuple[Amount, ...]
     on_gpu: bool = False
 
-    def peak(self, on_host: bool) -> int:
-        """Most bytes at once in the host's memory, or on one GPU, of one process."""
-        here = [each for each in self.amounts if (each.on_host or not self.on_gpu) == on_host]
+    def peak(self, on_host: bool, lead: bool = True) -> int:
+        """Most bytes at once in the host's memory, or on one GPU, of one process; lead: of the first one."""
+        own = [each for each in self.amounts if lead or not each.lead]
+        here = [each for each in own if (each.on_host or not self.on_gpu) == on_host]
         always = sum(each.nbytes for each in here if not each.at_times)
         return always + max((each.nbytes for each in here if each.at_times), default=0)
+
+    def host_bytes(self, count: int, lead: bool) -> int:
+        """The host's memory for so many of them; lead: the first one is among them."""
+        others = self.peak(on_host=True, lead=False)
+        return count * others + (self.peak(on_host=True) - others if lead else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +169,10 @@ def _engine(run: RunConfig, model: ModelFacts, cache: Cache | None) -> Iterator[
     if not isinstance(engine, VllmSettings) or cache is None:
         return
     yield Amount("KV cache", cache.nbytes)
+    yield Amount("vLLM's processes", _VLLM_PROCESSES, on_host=True)
     if on_gpu:
         yield Amount("vLLM's activations, graphs, context", _VLLM_WORKING)
         return
-    yield Amount("vLLM's processes", _VLLM_PROCESSES)
     if model.tied_head:
         yield Amount("head, packed once more", size * model.tied_head)
 

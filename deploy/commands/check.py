@@ -48,7 +48,8 @@ def _memory(memory: MemoryOfRun) -> Iterator[list[Cell]]:
 
 
 def _what(amount: Amount) -> str:
-    return f"({amount.what})" if amount.at_times else amount.what
+    said = f"({amount.what})" if amount.at_times else amount.what
+    return f"rank 0: {said}" if amount.lead else said
 
 
 def _columns(process: Process, amount: Amount) -> list[Cell]:

@@ -61,7 +61,7 @@ def of_memory(
         always = state_bytes(config.learner, model.shape, model.adapter)
         yield from _learner_gpu(config, plan, gpu_bytes, always)
     if host_bytes is not None:
-        needed = sum(each.count * each.peak(on_host=True) for each in plan.processes)
+        needed = sum(each.host_bytes(each.count, lead=True) for each in plan.processes)
         if needed > host_bytes:
             yield Finding(
                 f"all processes hold {needed / GIB:.3g} GiB at most, of which this machine has {host_bytes / GIB:.3g} "

@@ -132,14 +132,30 @@ def nodes(config: RunConfig, plan: MemoryPlan, gpus_per_node: int) -> list[Node]
                 placed.append({})
             left[place] -= wanted
             placed[place][part] = placed[place].get(part, 0) + 1
-    return [_node(actors, reserved, plan, number == 0) for number, actors in enumerate(placed)]
+    first = {part: next(n for n, actors in enumerate(placed) if part in actors) for part in reserved}
+    return [
+        _node(actors, reserved, plan, {part for part in actors if first[part] == number}, number == 0)
+        for number, actors in enumerate(placed)
+    ]
 
 
-def _node(actors: dict[str, int], reserved: dict[str, Reservation], plan: MemoryPlan, first: bool) -> Node:
-    held = {each.name: each.peak(on_host=True) for each in plan.processes}
-    host = sum(count * held.get(part, 0) for part, count in actors.items()) + plan.version_bytes
-    if first:  # those that reserve nothing
-        host += held.get("driver", 0) + held.get("replay buffer", 0)
+def _node(
+    actors: dict[str, int],
+    reserved: dict[str, Reservation],
+    plan: MemoryPlan,
+    leads: set[str],
+    driven: bool,
+) -> Node:
+    """leads: parts whose first actor is here; driven: what reserves nothing is here."""
+    processes = {each.name: each for each in plan.processes}
+    host = plan.version_bytes
+    for part, count in actors.items():
+        if part in processes:
+            host += processes[part].host_bytes(count, part in leads)
+    if driven:
+        host += sum(
+            processes[part].host_bytes(1, True) for part in ("driver", "replay buffer") if part in processes
+        )
     return Node(tuple(actors.items()), _of("GPU", actors, reserved), _of("CPU", actors, reserved), host)
 
 

@@ -23,12 +23,16 @@ _LOGIT_BLOCKS = 4  # logits, probabilities, their gradient, and a cast of it
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """Memory of one process. on_host: the host's, also where the process computes on a GPU; at_times: not always."""
+    """Memory of one process. on_host: the host's, also where the process computes on a GPU; at_times: not always.
+
+    lead: of rank 0 alone.
+    """
 
     what: str
     nbytes: int
     on_host: bool = False
     at_times: bool = False
+    lead: bool = False
 
 
 def row_tokens(settings: LearnerSettings, longest: int) -> int:
@@ -82,9 +86,9 @@ def learner_amounts(
 def host_amounts(
     settings: LearnerSettings, shape: Shape, adapter: int, sent_bytes: int, on_gpu: bool
 ) -> list[Amount]:
-    """What rank 0 holds in the host's memory besides; sent_bytes: of a version, as engines receive it."""
+    """What ranks hold in the host's memory besides; sent_bytes: of a version, as engines receive it."""
     trained, ranks = adapter or shape.parameters, settings.ranks
-    found = [Amount("a version for the engines", sent_bytes, on_host=True)] if sent_bytes else []
+    found = [Amount("a version for the engines", sent_bytes, on_host=True, lead=True)] if sent_bytes else []
     if settings.algorithm.updates > 1:
         kept = 3 * _WIDE * trained // ranks
         found.append(Amount("copy of weights and moments, in a step", kept, on_host=True, at_times=True))
@@ -99,6 +103,7 @@ def host_amounts(
                 checkpoint_bytes(settings, shape, adapter),
                 on_host=True,
                 at_times=True,
+                lead=True,
             )
         )
     return found
