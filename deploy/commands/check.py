@@ -41,15 +41,15 @@ def _memory(memory: MemoryOfRun) -> Iterator[list[Cell]]:
     for process in memory.plan.processes:
         name = process.name if process.count == 1 else f"{process.name}, each of {process.count}"
         for number, amount in enumerate(process.amounts):
-            yield [name if number == 0 else "", _what(amount), *_columns(process, amount)]
+            yield [name if number == 0 else "", _what(process, amount), *_columns(process, amount)]
         if len(process.amounts) > 1:
             on_gpu = _gib(process.peak(on_host=False)) if process.on_gpu else ""
             yield ["", ("at most", "bold"), (on_gpu, "bold"), (_gib(process.peak(on_host=True)), "bold")]
 
 
-def _what(amount: Amount) -> str:
+def _what(process: Process, amount: Amount) -> str:
     said = f"({amount.what})" if amount.at_times else amount.what
-    return f"rank 0: {said}" if amount.lead else said
+    return f"rank 0: {said}" if amount.lead and process.count > 1 else said
 
 
 def _columns(process: Process, amount: Amount) -> list[Cell]:
