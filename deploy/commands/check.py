@@ -68,9 +68,12 @@ def _figures(checked: Checked) -> Iterator[list[Cell]]:
         played = f"{each.groups:,.0f} are played"
         rows = "tasks, of which" if each.rows is None else f"{each.rows:,} rows, of which"
         yield [name, f"{rows} {played}" + ("" if each.passes is None else f": {each.passes:.3g} passes")]
+    samples = config.evaluation.samples
     tasks = sum(each.evaluation_tasks for each in size.data)
-    tokens = sum(each.evaluation_tasks * each.longest for each in size.data)
-    yield ["evaluation", f"{tasks:,} tasks, at most {tokens:,} tokens, before and after" if tasks else "none"]
+    tokens = samples * sum(each.evaluation_tasks * each.longest for each in size.data)
+    suites = f"; and {len(config.evaluation.suites)} suites" if config.evaluation.suites else ""
+    said = f"{samples * tasks:,} episodes, at most {tokens:,} tokens, each time" if tasks else "none of its own"
+    yield ["evaluation", said + suites]
     if (memory := checked.memory) is None:
         return
     disk = memory.disk

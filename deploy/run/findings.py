@@ -155,7 +155,7 @@ def _unsaved(config: RunConfig) -> Iterator[Finding]:
             f"checkpoint.every_steps={every} saves nothing between version 0 and the last of steps={steps}: what is "
             "lost on the way is learned again from version 0"
         )
-    if not config.evaluation.tasks and not config.replay:
+    if not config.evaluation.evaluates and not config.replay:
         yield Finding("evaluation.tasks=0: nothing says how much was learned; set evaluation.tasks")
 
 
