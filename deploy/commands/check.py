@@ -72,7 +72,9 @@ def _figures(checked: Checked) -> Iterator[list[Cell]]:
     tasks = sum(each.evaluation_tasks for each in size.data)
     tokens = samples * sum(each.evaluation_tasks * each.longest for each in size.data)
     suites = f"; and {len(config.evaluation.suites)} suites" if config.evaluation.suites else ""
-    said = f"{samples * tasks:,} episodes, at most {tokens:,} tokens, each time" if tasks else "none of its own"
+    said = (
+        f"{samples * tasks:,} episodes, at most {tokens:,} tokens, each time" if tasks else "none of its own"
+    )
     yield ["evaluation", said + suites]
     if (memory := checked.memory) is None:
         return
