@@ -43,7 +43,13 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
 
     path: str = Field(
         default="",
-        description="Hugging Face folder or id of the model to train; empty only with the section tiny",
+        description="model to train: a Hugging Face folder, an id of the Hugging Face hub (owner/name, with an "
+        "optional @revision), or a GGUF file, which is converted to float32 once; empty only with the section tiny",
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="execute Python code that comes with the model's repository, in every process of the run. "
+        "Needed by families that transformers does not have; read the code first",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",

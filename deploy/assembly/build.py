@@ -35,7 +35,7 @@ from rollout.episodes.tasks import TaskStream
 from rollout.episodes.worker import GroupBuffer, Player, RolloutWorker
 from rollout.external.external_env import PROGRAM
 from rollout.wire.adapter import AdapterSpec
-from rollout.wire.model_folder import ModelMissing, pretrained
+from rollout.wire.model_folder import ModelDamaged, ModelMissing, pretrained
 from rollout.wire.trajectory import EnvironmentKey, Task
 
 if TYPE_CHECKING:
@@ -46,21 +46,46 @@ T = TypeVar("T")
 EngineFactory = Callable[[RunConfig, str, str], Awaitable[Engine]]  # (config, worker name, model path)
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer. ConfigError, one line, for unreadable files; ModelMissing if there is no model."""
+def load_tokenizer(path: str, trusted: bool = False) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer. ConfigError, one line, for unreadable files; ModelMissing if there is no model.
+
+    trusted: code that comes with the model may be executed.
+    """
     from transformers import AutoTokenizer
 
     with _files_of(path):
-        tokenizer: PreTrainedTokenizerBase = pretrained(AutoTokenizer, path)
+        tokenizer: PreTrainedTokenizerBase = pretrained(AutoTokenizer, path, trusted)
     return tokenizer
 
 
-def load_chat(path: str, context_tokens: int | None = None) -> Chat:
-    """Load the chat of a model, which renders messages to tokens, and pictures for a vision model."""
-    tokenizer = load_tokenizer(path)
+def load_chat(path: str, context_tokens: int | None = None, trusted: bool = False) -> Chat:
+    """Load the chat of a model's folder, which renders messages to tokens, and pictures for a vision model.
+
+    trusted: code that comes with the model may be executed.
+    """
+    tokenizer = load_tokenizer(path, trusted)
     with _files_of(path):
-        perception, ends = Perception.load(path), end_tokens(path)
+        perception, ends = Perception.load(path, trusted), end_tokens(path)
     return Chat(tokenizer, perception, ends, context_tokens)
+
+
+def fetch(named: str, whole: bool = False, download: bool = True) -> str:
+    """The folder of a model on this machine, fetched first if it is not here. ConfigError, one line, if it cannot be.
+
+    whole: require all files of a folder too, as of everything that is fetched. download: from the hub; False: only what
+    is in its cache.
+    """
+    # The hub's client, and readers of weights: not every process needs them.
+    from learner.model.completeness import require_whole
+    from learner.model.source import local_model
+
+    try:
+        folder = local_model(named, download)
+        if whole:
+            require_whole(folder, named)
+    except (ModelMissing, ModelDamaged) as error:
+        raise ConfigError(str(error)) from error
+    return str(folder)
 
 
 @contextmanager
@@ -203,14 +228,15 @@ def sent_adapter(config: RunConfig, path: str) -> AdapterSpec | None:
         return None
     from learner.model.lora import planned
 
-    return planned(path, lora)
+    return planned(path, lora, config.learner.model.trust_remote_code)
 
 
 async def start_engine(config: RunConfig, name: str, path: str) -> Engine:
     """Start the engine of the configuration."""
-    tokenizer = load_tokenizer(path)
+    trusted = config.learner.model.trust_remote_code
+    tokenizer = load_tokenizer(path, trusted)
     with _files_of(path):
-        perception, ends = Perception.load(path), end_tokens(path)
+        perception, ends = Perception.load(path, trusted), end_tokens(path)
     return await config.engine.start(
         EngineStart(
             name,
@@ -221,6 +247,7 @@ async def start_engine(config: RunConfig, name: str, path: str) -> Engine:
             transfer=config.weights.transfer,
             adapter=sent_adapter(config, path),
             perception=perception,
+            trust_remote_code=trusted,
         )
     )
 
@@ -237,9 +264,10 @@ def replica_start(*hosts: HostSettings) -> Start:
 async def build_worker(
     config: RunConfig, path: str, engine_factory: EngineFactory, name: str, replay_buffer: GroupBuffer
 ) -> RolloutWorker:
-    """Start an engine and build the rollout worker over it."""
-    engine = await engine_factory(config, name, path)
-    chat = load_chat(path, config.rollout.context_tokens)
+    """Start an engine and build the rollout worker over it. path: the model's, as `model_path` returns it."""
+    folder = fetch(path)
+    engine = await engine_factory(config, name, folder)
+    chat = load_chat(folder, config.rollout.context_tokens, config.learner.model.trust_remote_code)
     clock = BusyClock()
 
     def agent(sampling: Sampling, settings: AgentSettings) -> Agent:

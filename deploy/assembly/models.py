@@ -11,10 +11,12 @@ from pathlib import Path
 from blake3 import blake3
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from deploy.assembly.build import fetch
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.environments import environment_names
 from envs import registry
+from learner.model.source import pinned
 from learner.model.tiny import build_tiny, tiny_config
 from learner.model.tiny_vision import build_tiny_vision
 from learner.model.tokenizer import build_tokenizer
@@ -23,37 +25,50 @@ from learner.training.learner import Learner
 from rollout.wire.model_folder import companions
 
 COMPANIONS_FILE = "model.json"  # in a run folder: checksums of the files beside its base model's weights
+_SOURCE = "@"  # key of the model's own name in that file; no file is called so
 
 
 def model_path(config: RunConfig, run_folder: Path) -> str:
-    """The path of the base model; a tiny model is first built in the run folder.
+    """The name of the base model from which any node gets its folder (`build.fetch`): a path, or an id with a commit.
 
-    ConfigError for a folder whose tokenizer or configuration has changed since the run began, since the same text would
-    then have other tokens.
+    A tiny model is first built in the run folder, any other fetched to this machine. A run continues with the commit
+    that it began with. ConfigError for a model that cannot be fetched, and for one whose tokenizer or configuration has
+    changed since the run began, since the same text would then have other tokens.
     """
-    path = config.learner.model.path if config.tiny is None else _tiny(config, run_folder)
-    if Path(path).is_dir():
-        _require_unchanged(Path(path), run_folder / COMPANIONS_FILE)
-    return path
-
-
-def _require_unchanged(model: Path, kept: Path) -> None:
-    """Compare a model's files besides its weights with their checksums, which the first call stores."""
-    found = {name: blake3(content).hexdigest() for name, content in companions(model).items()}
-    if not kept.is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        aside = kept.with_suffix(f".{os.getpid()}.part")  # several processes of a run may be the first
-        aside.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        aside.replace(kept)
-        return
-    try:
-        began = json.loads(kept.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{kept}: broken file ({error}); remove it if the model is unchanged") from error
+    kept = run_folder / COMPANIONS_FILE
+    began = _began(kept)
+    named = config.learner.model.path if config.tiny is None else _tiny(config, run_folder)
+    if not Path(named).exists():
+        named = began.get(_SOURCE, named)
+    folder = Path(fetch(named))
+    source = pinned(named, folder)
+    found = {name: blake3(content).hexdigest() for name, content in companions(folder).items()}
+    if not began:
+        _keep({_SOURCE: source} | found, kept)
+        return source
+    began.pop(_SOURCE, None)
     if other := sorted(name for name in began.keys() | found.keys() if began.get(name) != found.get(name)):
         raise ConfigError(
-            f"model {model}: {other[0]} has changed since this run began; restore it, or start another run"
+            f"model {named}: {other[0]} has changed since this run began; restore it, or start another run"
         )
+    return source
+
+
+def _began(kept: Path) -> dict[str, str]:
+    """What the first call stored; empty before it."""
+    if not kept.is_file():
+        return {}
+    try:
+        return dict(json.loads(kept.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ConfigError(f"{kept}: broken file ({error}); remove it if the model is unchanged") from error
+
+
+def _keep(found: dict[str, str], kept: Path) -> None:
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    aside = kept.with_suffix(f".{os.getpid()}.part")  # several processes of a run may be the first
+    aside.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    aside.replace(kept)
 
 
 def _tiny(config: RunConfig, run_folder: Path) -> str:

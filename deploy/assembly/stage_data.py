@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from deploy.assembly.build import environment_seed, load_chat
+from deploy.assembly.build import environment_seed, fetch, load_chat
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from envs import registry
@@ -21,6 +21,7 @@ from envs.datasets.conversations import Conversation, Reciter, RecordedTalk, con
 from envs.datasets.files import DataError
 from learner.stages.settings import DatasetSource, PlayerSource, RunSource
 from rollout.buffer.history import History, HistoryError
+from rollout.chat.chat import Chat
 from rollout.episodes.demonstrations import demonstrate
 from rollout.episodes.mixture import Interleaving
 from rollout.episodes.pool import EnvironmentPool
@@ -41,9 +42,13 @@ async def stage_data(config: RunConfig, index: int, path: str) -> list[pa.Record
     return await _played(config, index, source, path)
 
 
+def _chat(config: RunConfig, path: str) -> Chat:
+    return load_chat(fetch(path), trusted=config.learner.model.trust_remote_code)
+
+
 async def _played(config: RunConfig, index: int, source: PlayerSource, path: str) -> list[pa.RecordBatch]:
     """Demonstrations of the environments' scripted players, by shares, on tasks that the run's seed decides."""
-    chat, context = load_chat(path), config.rollout.context_tokens
+    chat, context = _chat(config, path), config.rollout.context_tokens
     interleaving = Interleaving([each.share for each in config.environments])
     counts = Counter(interleaving.at(slot)[0] for slot in range(source.episodes))
     groups: list[Group] = []
@@ -71,7 +76,7 @@ async def _recorded(config: RunConfig, source: DatasetSource, option: str, path:
         await demonstrate(
             [Task.of("recorded", place) for place in range(len(talks))],
             lambda place: Reciter(talks[place]),
-            load_chat(path),
+            _chat(config, path),
             context,
             pool=pool,
         )

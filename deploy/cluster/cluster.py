@@ -37,6 +37,7 @@ from deploy.cluster.buffer_part import BufferPart
 from deploy.cluster.connect import require_room
 from deploy.cluster.fleet import Fleet
 from deploy.cluster.learner_part import LearnerPart
+from deploy.cluster.model_nodes import fetch_on_nodes
 from deploy.cluster.watchdog import Watchdog
 from deploy.config.config import RunConfig
 from deploy.config.supervise import Budget, PartLost, brief, within
@@ -89,6 +90,8 @@ class RayRuntime:
     async def start(self, resume: bool) -> int:
         config, supervision = self._config, self._config.supervision
         self._path = model_path(config, self.run_folder)
+        with self._startup.timed("model"):
+            await asyncio.to_thread(fetch_on_nodes, config, self._path)
         self._budget = Budget(supervision)
         self._learner_lost = loss_to_come()
         build = replay_buffer_builder(config, self.run_folder)

@@ -107,6 +107,12 @@ class ClusterSettings(Settings):
         description="time limit for the groups of a step to arrive, seconds; the learner step itself has the "
         "same limit again",
     )
+    fetch_timeout_seconds: float = Field(
+        3600.0,
+        gt=0,
+        description="time limit for the nodes of a cluster to fetch the model before anything starts, seconds. "
+        "Raise it for a large model over a slow network",
+    )
     capacity_timeout_seconds: float = Field(
         30.0, gt=0, description="time to wait for missing cluster resources, seconds; then the run is refused"
     )

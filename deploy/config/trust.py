@@ -39,7 +39,8 @@ def executed(config: RunConfig) -> list[str]:
     """Everything besides Manta that a run of this configuration executes, one line an entry.
 
     Modules, functions and commands; servers that are started or called; options that disable the sandbox; a Ray
-    cluster, whose nodes execute code of one another. Each entry has all arguments. Nothing is imported.
+    cluster, whose nodes execute code of one another; the code of a model's repository. Each entry has all arguments.
+    Nothing is imported.
     """
     environments = all_environments(config)
     return [
@@ -49,6 +50,7 @@ def executed(config: RunConfig) -> list[str]:
         ),
         *[_own(where, part) for where, part in own_parts(config) if "agent.parts[" not in where],
         *([_entry("cluster.address", config.cluster.address)] if config.cluster.address else []),
+        *executed_model(config),
     ]
 
 
@@ -64,6 +66,12 @@ def _options(each: Environment) -> list[str]:
 
 def _once(entries: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(entries))  # environments share sections
+
+
+def executed_model(config: RunConfig) -> list[str]:
+    """The code of the model's repository, if the recipe trusts it."""
+    model = config.learner.model
+    return [_entry("learner.model.trust_remote_code", model.path)] if model.trust_remote_code else []
 
 
 def executed_options(env_id: str, options: Mapping[str, Any], name: str) -> list[str]:
@@ -97,7 +105,7 @@ def executed_by_evaluation(config: RunConfig, env_id: str, said: bool = True) ->
     """What an evaluation on this environment executes. said: the user named it, and trusts it where he said its id."""
     known = environment_named(config.environments, env_id)
     if known is None:
-        return [*executed_parts(config.agent.parts), *executed_engine(config.engine)]
+        return [*executed_parts(config.agent.parts), *executed_engine(config.engine), *executed_model(config)]
     return executed_by_environment(config, known, trusted=said and known.id == env_id)
 
 
@@ -106,7 +114,14 @@ def executed_by_environment(config: RunConfig, known: Environment, trusted: bool
     reward = [] if known.reward is None else [_own(f"{known.section}.reward", known.reward)]
     parts = executed_parts(known.agent.parts, known.agent_section)
     module = [] if trusted else _modules(known)
-    return [*module, *_options(known), *reward, *parts, *executed_engine(config.engine)]
+    return [
+        *module,
+        *_options(known),
+        *reward,
+        *parts,
+        *executed_engine(config.engine),
+        *executed_model(config),
+    ]
 
 
 def require_trust(folder: Path, entries: Sequence[str], trusted: bool) -> None:

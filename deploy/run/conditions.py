@@ -30,6 +30,7 @@ class Conditions(BaseModel):
     engine: EngineSettings = VllmSettings(dtype="float32")
     reward: OwnReward | None = None
     on_gpu: bool = False
+    trust_remote_code: bool = False  # code that comes with the model may be executed
     seed: int = Field(0, ge=0, description="seed of all sampling; the same seed samples the same tokens")
     samples: int = Field(1, gt=0, description="episodes of each task")
     majority: Majority = "none"

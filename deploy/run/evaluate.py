@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from deploy.assembly.build import load_tokenizer
 from deploy.assembly.conversations import try_conversations
 from deploy.assembly.suites import suites_of
@@ -35,6 +37,7 @@ from deploy.run.preflight import (
     check_model,
     check_tokenizer,
     first_observation,
+    loaded,
 )
 from deploy.run.quiet import output_kept_in
 from deploy.run.served import is_server, play_served, served_model
@@ -140,6 +143,7 @@ def _conditions(config: RunConfig, environment: Environment | None) -> Condition
         episode_seconds=limits.timeout_seconds,
         engine=config.engine,
         on_gpu=config.rollout.gpus_per_worker > 0,
+        trust_remote_code=config.learner.model.trust_remote_code,
     )
 
 
@@ -152,8 +156,8 @@ def evaluate_checkpoint(
     model: str = "",
 ) -> Evaluation:
     """Play the samples of every seed. `checkpoint`: a run folder (its newest checkpoint), one of its checkpoints, any
-    Hugging Face folder or id, or the URL of an OpenAI-compatible server. `folder`: a new one for the rows, the outcome
-    and the engine's log. `model`: which one of a server.
+    model as learner.model.path takes it, or the URL of an OpenAI-compatible server. `folder`: a new one for the rows,
+    the outcome and the engine's log. `model`: which one of a server.
     """
     if folder is not None and folder.exists():
         raise ConfigError(f"{folder} is there already; name a folder that is not")
@@ -182,12 +186,11 @@ def _ready(checkpoint: str, env_id: str, conditions: Conditions, model: str) -> 
         raise ConfigError(
             f"--model {model}: {checkpoint} is no server (http://...), so there is nothing to choose"
         )
-    path = resolve_checkpoint(checkpoint)
     check_engine(conditions.engine, conditions.on_gpu)
-    check_model(path)
-    check_context(path, conditions.context_tokens)
-    tokenizer = check_tokenizer(path)
-    chat = Chat(tokenizer, Perception.load(path), check_ends(path))
+    path, trusted = check_model(resolve_checkpoint(checkpoint)), conditions.trust_remote_code
+    check_context(path, conditions.context_tokens, loaded(AutoConfig, path, trusted))
+    tokenizer = check_tokenizer(path, trusted)
+    chat = Chat(tokenizer, Perception.load(path, trusted), check_ends(path))
     if observation is not None:
         try_conversations(chat, observation, conditions.agent)
     return partial(_evaluate, path)
@@ -226,13 +229,20 @@ def _store(played: Sequence[Trajectory], folder: Path) -> None:
 
 
 async def _evaluate(path: str, tasks: Sequence[Task], conditions: Conditions) -> list[Trajectory]:
-    perception = Perception.load(path)
-    chat = Chat(load_tokenizer(path), perception, end_tokens(path), conditions.context_tokens)
-    context = conditions.context_tokens
+    trusted, context = conditions.trust_remote_code, conditions.context_tokens
+    perception = Perception.load(path, trusted)
+    chat = Chat(load_tokenizer(path, trusted), perception, end_tokens(path), context)
     settings = conditions.engine.reproducible()
-    engine = await settings.start(
-        EngineStart("evaluation", path, chat.stops, context, on_gpu=conditions.on_gpu, perception=perception)
+    start = EngineStart(
+        "evaluation",
+        path,
+        chat.stops,
+        context,
+        on_gpu=conditions.on_gpu,
+        perception=perception,
+        trust_remote_code=trusted,
     )
+    engine = await settings.start(start)
     try:
         await engine.adopt_loaded(version=0)
     except WeightsNotFinite as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from deploy.assembly.build import probe_environment
+from deploy.assembly.build import fetch, probe_environment
 from deploy.assembly.conversations import try_conversations
 from deploy.assembly.models import tiny_tokenizer
 from deploy.assembly.stage_data import past_episodes, recorded
@@ -30,7 +30,6 @@ from envs.child_process import find_program
 from envs.hosting.host import HostSettings
 from envs.tools.tool import ToolRefused
 from learner.model.lora import planned
-from learner.model.policy import model_files
 from learner.model.tiny import build_tiny
 from learner.model.tiny_vision import tiny_processor
 from learner.stages.settings import AnyStage, DatasetSource, PreferenceSettings, RunSource, SftSettings
@@ -42,7 +41,7 @@ from rollout.chat.end_tokens import end_tokens
 from rollout.chat.perception import Perception
 from rollout.engines.settings import EngineSettings
 from rollout.external.external_env import PROGRAM, ProgramOptions
-from rollout.wire.model_folder import looks_local, pretrained, write_companions
+from rollout.wire.model_folder import CodeRefused, companions, pretrained, write_companions
 
 
 def check(config: RunConfig) -> None:
@@ -80,7 +79,7 @@ class Preflight:
         if self._data:
             yield lambda: self.observations
         if path and self._model:
-            yield lambda: check_model(path)
+            yield lambda: self.folder
         if path and (self._model or self._architecture is not None):
             yield lambda: check_trainable(path, self.architecture)
             yield lambda: check_context(path, config.rollout.context_tokens, self.architecture)
@@ -88,7 +87,7 @@ class Preflight:
             yield lambda: self.chat
             if self._data:
                 yield self._check_prompts
-            yield lambda: check_lora(config, self.tokenizer)
+            yield lambda: check_lora(config, self.folder, self.tokenizer)
         if self._data and config.replay is None:
             yield lambda: check_suites(config)
         if self._model:
@@ -104,20 +103,27 @@ class Preflight:
         return [check_environment(each) for each in self._config.environments]
 
     @cached_property
+    def folder(self) -> str:
+        """The model's folder on this machine, fetched and whole; empty for a tiny one."""
+        path = self._config.learner.model.path
+        return check_model(path) if path else ""
+
+    @cached_property
     def architecture(self) -> PretrainedConfig:
         """The model's configuration."""
-        return self._architecture or loaded(AutoConfig, self._config.learner.model.path)
+        trusted = self._config.learner.model.trust_remote_code
+        return self._architecture or loaded(AutoConfig, self.folder, trusted)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        path = self._config.learner.model.path
-        return check_tokenizer(path) if path else _tiny(self._config)
+        model = self._config.learner.model
+        return check_tokenizer(self.folder, model.trust_remote_code) if model.path else _tiny(self._config)
 
     @cached_property
     def chat(self) -> Chat:
         """The model's chat."""
-        return _chat(self._config, self.tokenizer)
+        return _chat(self._config, self.folder, self.tokenizer)
 
     def _check_prompts(self) -> None:
         for environment, observation in zip(self._config.environments, self.observations, strict=True):
@@ -232,37 +238,23 @@ def check_program(options: dict[str, Any]) -> None:
         )
 
 
-def check_model(path: str) -> None:
-    """Require configuration, weights and tokenizer files of a local checkpoint."""
-    folder = Path(path)
-    if not folder.exists():
-        if looks_local(path):
-            raise ConfigError(f"model {path}: no such folder; check the path")
-        return  # a hub id: transformers resolves it or raises
-    for needed, what in (("config.json", "configuration"), ("tokenizer_config.json", "tokenizer")):
-        if not (folder / needed).is_file():
-            raise ConfigError(
-                f"model {path}: no {what} ({needed} is missing); is it a Hugging Face checkpoint?"
-            )
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ConfigError(f"model {path}: no weights (*.safetensors); is it a Hugging Face checkpoint?")
-    for file in weights:
-        _check_safetensors(file)
+def check_model(named: str) -> str:
+    """Fetch a model to this machine and require all of its files; returns its folder."""
+    return fetch(named, whole=True)
 
 
-def check_trainable(path: str, architecture: PretrainedConfig | None = None) -> None:
+def check_trainable(path: str, architecture: PretrainedConfig) -> None:
     """ConfigError for quantized weights, which cannot be trained."""
-    method = getattr(architecture or loaded(AutoConfig, path), "quantization_config", None)
+    method = getattr(architecture, "quantization_config", None)
     if method is not None:
         raise ConfigError(
             f"model {path}: its weights are quantized and cannot be trained; use the unquantized checkpoint"
         )
 
 
-def check_context(path: str, context_tokens: int, architecture: PretrainedConfig | None = None) -> None:
+def check_context(path: str, context_tokens: int, architecture: PretrainedConfig) -> None:
     """Require a position of the model for every token of the context."""
-    config = (architecture or loaded(AutoConfig, path)).get_text_config()
+    config = architecture.get_text_config()
     if not hasattr(config, "max_position_embeddings"):
         raise ConfigError(
             f"model {path}: its family {config.model_type} states no max_position_embeddings, so it is unknown whether "
@@ -276,16 +268,16 @@ def check_context(path: str, context_tokens: int, architecture: PretrainedConfig
         )
 
 
-def check_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def check_tokenizer(path: str, trusted: bool = False) -> PreTrainedTokenizerBase:
     """Require a row of the model for every token; the model may have more rows. Returns the tokenizer.
 
     The tokenizer is loaded from the files that a checkpoint will contain, written to a scratch folder. Placeholders of
     pictures and sounds that no text prompt contains may lack a row: some families share a tokenizer.
     """
     with TemporaryDirectory(prefix="manta-saved-") as scratch:
-        write_companions(model_files(path), Path(scratch))
-        rows = loaded(AutoConfig, scratch, path).get_text_config().vocab_size
-        tokenizer: PreTrainedTokenizerBase = loaded(AutoTokenizer, scratch, path)
+        write_companions(companions(Path(path)), Path(scratch))
+        rows = loaded(AutoConfig, scratch, trusted, path).get_text_config().vocab_size
+        tokenizer: PreTrainedTokenizerBase = loaded(AutoTokenizer, scratch, trusted, path)
     tokenizer.name_or_path = path
     special = {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
     used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
@@ -314,18 +306,17 @@ def check_prompt(config: RunConfig, environment: Environment, chat: Chat, observ
         )
 
 
-def check_lora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Require the layers of the model that are to be adapted."""
+def check_lora(config: RunConfig, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Require the layers of the model that are to be adapted. path: of the model's folder, unless it is a tiny one."""
     lora = config.learner.model.lora
     if lora is None:
         return
     with TemporaryDirectory() as folder:
-        path = config.learner.model.path
         if config.tiny:  # layers have the same names in any size
             path = folder
             build_tiny(Path(path), tokenizer, layers=1, width=32, heads=1, mlp=32)
         try:
-            planned(path, lora)
+            planned(path, lora, config.learner.model.trust_remote_code)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
@@ -342,10 +333,10 @@ def check_port(port: int) -> None:
             ) from error
 
 
-def _chat(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Chat:
+def _chat(config: RunConfig, path: str, tokenizer: PreTrainedTokenizerBase) -> Chat:
     if config.tiny is None:
-        path = config.learner.model.path
-        return Chat(tokenizer, Perception.load(path), check_ends(path))
+        perception = Perception.load(path, config.learner.model.trust_remote_code)
+        return Chat(tokenizer, perception, check_ends(path))
     pixels = config.tiny.pixels
     return Chat(tokenizer, Perception(tiny_processor(tokenizer, pixels)) if pixels else None)
 
@@ -363,23 +354,16 @@ def _tiny(config: RunConfig) -> PreTrainedTokenizerBase:
         return tiny_tokenizer(config, Path(folder))
 
 
-def loaded(auto: Any, path: str, named: str = "") -> Any:
+def loaded(auto: Any, path: str, trusted: bool = False, named: str = "") -> Any:
     """Load with a transformers Auto class from `path`. ConfigError if that fails.
 
-    named: the model's name in the error, if it differs from path.
+    trusted: code that comes with the model may be executed. named: the model's name in the error, if it differs from
+    path.
     """
     try:
-        return pretrained(auto, path)
+        return pretrained(auto, path, trusted)
+    except CodeRefused as error:
+        raise ConfigError(f"model {named or path}: {error}") from error
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model {named or path}: {reason} Is it a Hugging Face folder or id?") from error
-
-
-def _check_safetensors(file: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="np") as tensors:
-            tensors.keys()
-    except SafetensorError as error:
-        raise ConfigError(f"model weights {file}: broken file ({error})") from error

@@ -124,7 +124,7 @@ def _absent_model(config: RunConfig, described: bool) -> Finding | None:
         except mistakes() as error:
             return Finding(str(error), certain=not described)
         return None
-    if isinstance(try_to_load_from_cache(path, "config.json"), str):
+    if isinstance(try_to_load_from_cache(path.partition("@")[0], "config.json"), str):
         return None
     rest = (
         "its memory is told by --config-json"

@@ -62,10 +62,13 @@ class Saved:
         return round(tokens * (max(outside, 0.0) + layers * self.input_per_token + self.layer_per_token))
 
 
-def blank_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a configuration without weights: parameters on the meta device."""
+def blank_model(config: PretrainedConfig, trusted: bool = False) -> PreTrainedModel:
+    """The model of a configuration without weights: parameters on the meta device.
+
+    trusted: code that comes with the model may be executed.
+    """
     with torch.device("meta"):
-        return _model(config)
+        return _model(config, trust_remote_code=trusted)
 
 
 def shape_of(model: PreTrainedModel) -> Shape:

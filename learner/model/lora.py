@@ -79,9 +79,12 @@ def _kind(layer: str) -> str:
     return layer.rpartition(".")[2]
 
 
-def planned(path: str, settings: LoraSettings) -> AdapterSpec:
-    """The adapter of a model's checkpoint, without reading its weights. ValueError as in `chosen_layers`."""
-    model = blank_model(pretrained(AutoConfig, path))
+def planned(path: str, settings: LoraSettings, trusted: bool = False) -> AdapterSpec:
+    """The adapter of a model's checkpoint, without reading its weights. ValueError as in `chosen_layers`.
+
+    trusted: code that comes with the model may be executed.
+    """
+    model = blank_model(pretrained(AutoConfig, path, trusted), trusted)
     return AdapterSpec(settings.rank, settings.alpha, chosen_layers(model, settings.targets))
 
 

@@ -25,7 +25,6 @@ from rollout.wire.model_folder import pretrained
 # own unpacked computation.
 FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 _CACHED_IMAGES = 256  # features kept for further passes over a batch
-_NEVER = -1e4  # added to a logit: exp of it is zero, and zero times it is not NaN
 
 
 class RowMismatch(ValueError):
@@ -35,8 +34,8 @@ class RowMismatch(ValueError):
 class PictureInputs:
     """Makes the inputs of a vision model for packed rows, by its image processor."""
 
-    def __init__(self, model: PreTrainedModel, path: str) -> None:
-        self.processor: Any = pretrained(AutoImageProcessor, path)
+    def __init__(self, model: PreTrainedModel, path: str, trusted: bool) -> None:
+        self.processor: Any = pretrained(AutoImageProcessor, path, trusted)
         self.placeholder_id = int(model.config.image_token_id)
         self._merge = getattr(self.processor, "merge_size", 1)
         self._positions_of: Callable[..., tuple[Tensor, Tensor]] | None = getattr(
@@ -63,12 +62,6 @@ class PictureInputs:
         if self._positions_of is not None:
             joined["position_ids"] = torch.cat(positions, dim=-1)
         return joined
-
-    def bias(self, vocab_size: int, device: torch.device) -> Tensor:
-        """Bias of logits [V] that excludes the placeholder, which no engine samples."""
-        bias_V = torch.zeros(vocab_size, device=device)
-        bias_V[self.placeholder_id] = _NEVER
-        return bias_V
 
     def _positions(self, ids_T: Tensor, features: list[dict[str, Tensor]]) -> Tensor:
         """Positions of one sequence: int64 [3, 1, T]."""

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -31,17 +30,19 @@ from learner.model.linear import use_onednn
 from learner.model.logprobs import token_logprobs
 from learner.model.lora import Adapter
 from learner.model.perception import FAMILIES, PictureInputs
+from learner.model.source import local_model
 from learner.parallel.ranks import ALONE, Ranks
 from learner.parallel.shards import gathered_state, shard
 from learner.settings import ModelSettings
 from rollout.wire.adapter import AdapterSpec
-from rollout.wire.model_folder import COMPANIONS, companions, pretrained, write_companions
+from rollout.wire.model_folder import companions, pretrained, token_count, write_companions
 from rollout.wire.trajectory import Float32Array
 
 T = TypeVar("T")
 
 _LEAST_CHUNK = 8  # vocabulary entries at a time, at least
 _SHARD = "50GB"  # the largest file of weights
+_NEVER = -1e4  # added to a logit: exp of it is zero, and zero times it is not NaN
 _ADAPTER = "adapter"  # folder of the adapter's own tensors, inside that of the merged model
 
 
@@ -71,11 +72,13 @@ class Policy:
         self.settings = settings
         self.ranks = ranks
         self.device = torch.device(settings.device)
-        self.model = _load(settings.path)
+        folder, self.model = _load(settings)
         # Read now: the folder may be removed before they are written.
-        self._files = model_files(settings.path)
+        self._files = companions(folder)
         self.model.eval()
-        self.picture_inputs = self._make_picture_inputs()
+        self.picture_inputs = self._make_picture_inputs(str(folder))
+        with _as_model_error(f"model {settings.path!r}: "):
+            self._tokens = token_count(str(folder))
         # The model as loaded: layers that are replaced below are tested to compute the same.
         with _as_model_error(f"model {settings.path!r} cannot be trained: "):
             require_compatible(self.model)
@@ -274,11 +277,19 @@ class Policy:
         return {}
 
     def _sampled_bias(self) -> Tensor | None:
-        """Bias of the logits of sampled tokens; it excludes placeholders, as engines do when they sample."""
-        bias_V = self._head.bias
-        if self.picture_inputs is None:
+        """Bias of the logits of sampled tokens.
+
+        It excludes what engines never sample: placeholders of pictures, and ids of a vocabulary that is padded beyond
+        the tokenizer's.
+        """
+        bias_V, tokens, pictures = self._head.bias, self._tokens, self.picture_inputs
+        if pictures is None and (tokens is None or tokens >= self.vocab_size):
             return bias_V
-        never_V = self.picture_inputs.bias(self.vocab_size, self.device)
+        never_V = torch.zeros(self.vocab_size, device=self.device)
+        if tokens is not None:
+            never_V[tokens:] = _NEVER
+        if pictures is not None:
+            never_V[pictures.placeholder_id] = _NEVER
         return never_V if bias_V is None else bias_V + never_V
 
     def _logprobs(
@@ -287,7 +298,7 @@ class Policy:
         chunk = max(self.settings.logit_block // max(len(hidden_ND), 1), _LEAST_CHUNK)
         return token_logprobs(hidden_ND, self._head.weight, bias_V, targets_N, temperature, chunk)
 
-    def _make_picture_inputs(self) -> PictureInputs | None:
+    def _make_picture_inputs(self, folder: str) -> PictureInputs | None:
         kind = self.model.config.model_type
         if getattr(self.model.config, "vision_config", None) is None:
             return None
@@ -300,7 +311,7 @@ class Policy:
             raise ModelError(
                 f"model {self.settings.path!r} is a vision model; use learner.ranks=1 and no learner.model.lora"
             )
-        return PictureInputs(self.model, self.settings.path)
+        return PictureInputs(self.model, folder, self.settings.trust_remote_code)
 
     def _merged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         return tensors if self.adapter is None else self.adapter.merged(tensors)
@@ -320,14 +331,12 @@ class Policy:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def _load(path: str) -> PreTrainedModel:
-    """Load a model in float32 with packed attention. ModelError, one line, for one that cannot be loaded."""
-    if not path:
-        raise ModelError(
-            "no model to train: set learner.model.path to a checkpoint folder or a Hugging Face id"
-        )
+def _load(settings: ModelSettings) -> tuple[Path, PreTrainedModel]:
+    """A model's folder, and the model in float32 with packed attention. ModelError, one line, if it cannot be read."""
+    path, trusted = settings.path, settings.trust_remote_code
     try:
-        config = pretrained(AutoConfig, path)
+        folder = local_model(path)
+        config = pretrained(AutoConfig, str(folder), trusted)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(
                 "its weights are quantized and cannot be trained; use the unquantized checkpoint"
@@ -336,9 +345,8 @@ def _load(path: str) -> PreTrainedModel:
         kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         # The vision tower does not take packed rows.
         attention: Any = {"text_config": register()} if sees else register()
-        loaded: Any = pretrained(
-            kind, path, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
-        )
+        options = {"dtype": torch.float32, "attn_implementation": attention, "output_loading_info": True}
+        loaded: Any = pretrained(kind, str(folder), trusted, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if error.args == (NAME,):
@@ -360,17 +368,4 @@ def _load(path: str) -> PreTrainedModel:
             f"model {path!r} has tie_word_embeddings=true, but its files hold another head, which engines ignore; set "
             "it to false in config.json, or remove the head from the files"
         )
-    return model
-
-
-def model_files(path: str) -> dict[str, bytes]:
-    """The files of a model besides its weights; of a hub id those at its top level, and its templates."""
-    try:
-        if Path(path).is_dir():
-            return companions(Path(path))
-        below = [f"*/{pattern}" for pattern in COMPANIONS if "/" not in pattern]
-        return companions(
-            Path(snapshot_download(path, allow_patterns=list(COMPANIONS), ignore_patterns=below))
-        )
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise ModelError(f"model {path!r}: its files cannot be read: {str(error).splitlines()[0]}") from error
+    return folder, model

@@ -12,7 +12,7 @@ FILES = ("generation_config.json", "config.json")
 
 
 def end_tokens(path: str) -> tuple[int, ...]:
-    """Read every `eos_token_id` of a folder or Hugging Face id: one id or a list, in either file.
+    """Read every `eos_token_id` of a folder: one id or a list, in either file.
 
     Llama 3.1 ends a call and an answer with different tokens. Raises ModelMissing, and ValueError for a file that is
     not a JSON object.
@@ -27,18 +27,11 @@ def end_tokens(path: str) -> tuple[int, ...]:
 
 
 def _read(path: str, name: str) -> dict[str, Any] | None:
-    file: Path | str | None = Path(path) / name
-    if not Path(path).is_dir():
-        from transformers.utils import cached_file  # takes seconds, and only ids of the hub need it
-
-        try:
-            file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-        except OSError:  # an unreachable id: loading its tokenizer or weights raises
-            return None
-    if file is None or not Path(file).is_file():
+    file = Path(path) / name
+    if not file.is_file():
         return None
     try:
-        said = json.loads(Path(file).read_bytes())
+        said = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(said, dict):

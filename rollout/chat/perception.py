@@ -48,17 +48,20 @@ class Perception:
         self._features = lru_cache(_CACHED_IMAGES)(self._processed)
 
     @classmethod
-    def load(cls, path: str) -> Perception | None:
-        """Load the processor of a checkpoint folder or hub id; None for a model without vision."""
+    def load(cls, path: str, trusted: bool = False) -> Perception | None:
+        """Load the processor of a checkpoint folder; None for a model without vision.
+
+        trusted: code that comes with the model may be executed.
+        """
         from transformers import (
             AutoConfig,
             AutoProcessor,
         )  # with all that they import, for models that see alone
 
-        if getattr(pretrained(AutoConfig, path), "vision_config", None) is None:
+        if getattr(pretrained(AutoConfig, path, trusted), "vision_config", None) is None:
             return None
         try:
-            return cls(pretrained(AutoProcessor, path))
+            return cls(pretrained(AutoProcessor, path, trusted))
         except (ImportError, AttributeError, OSError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise PerceptionError(

@@ -75,13 +75,14 @@ class EngineStart:
     """Arguments of a run for the engine that it starts."""
 
     name: str  # of the engine in errors and reports, e.g. "rollout-0"
-    model: str  # Hugging Face folder or id whose weights it loads
+    model: str  # Hugging Face folder whose weights it loads
     stop_token_ids: tuple[int, ...]  # each ends a turn and is the turn's last token
     context_tokens: int  # most tokens of a prompt and its answer together
     on_gpu: bool = False
     transfer: str = "object_store"  # weights.transfer of the recipe
     adapter: AdapterSpec | None = None  # versions are such adapters for the weights of `model`
     perception: Perception | None = None  # of a model with vision
+    trust_remote_code: bool = False  # code in the model's folder may be executed
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,8 @@ class Generates(Protocol):
         """Sample at least one and at most `sampling.max_tokens` tokens. Raises EngineFailed and EngineDied.
 
         images: data URLs of the pictures whose placeholders are in the prompt, in order. A placeholder is never
-        sampled: logprobs are of the distribution over all other tokens.
+        sampled, nor an id beyond the tokenizer's (`rollout.wire.model_folder.token_count`): logprobs are of the
+        distribution over all other tokens.
         """
 
 

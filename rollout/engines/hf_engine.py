@@ -30,7 +30,7 @@ from rollout.engines.engine import (
     require_finite,
 )
 from rollout.engines.settings import TransformersSettings
-from rollout.wire.model_folder import ModelDamaged, pretrained
+from rollout.wire.model_folder import ModelDamaged, pretrained, token_count
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import (
     ByteArray,
@@ -44,13 +44,20 @@ from rollout.wire.weights import (
 
 async def start(start: EngineStart, settings: TransformersSettings) -> HfEngine:
     """Load the engine of a run."""
-    return HfEngine.load(start.model, start.stop_token_ids, name=start.name, dtype=settings.dtype)
+    return HfEngine.load(
+        start.model,
+        start.stop_token_ids,
+        name=start.name,
+        dtype=settings.dtype,
+        trusted=start.trust_remote_code,
+    )
 
 
 class HfEngine:
     """One model on CPU. A request with a seed is reproducible: it depends on prompt, sampling and weights only.
 
-    `version` is -1 until the first sync or `adopt_loaded`.
+    tokens: ids from this one on are never sampled, since no token has them. `version` is -1 until the first sync or
+    `adopt_loaded`.
     """
 
     def __init__(
@@ -60,28 +67,40 @@ class HfEngine:
         *,
         name: str = "hf",
         perception: Perception | None = None,
+        tokens: int | None = None,
     ) -> None:
         self.name = name
         self.version = -1
         self._model = model.eval()
         self._stop = frozenset(stop_token_ids)
         self._perception = perception
+        self._tokens = tokens
         # A tied head appears once, under the embedding's name, as in a checkpoint.
         self._weights: dict[str, Tensor] = revert_weight_conversion(model, dict(model.named_parameters()))
         self._base: dict[str, Tensor] = {}  # matrices that an adapter changes, without it
 
     @classmethod
     def load(
-        cls, path: str, stop_token_ids: Sequence[int], *, name: str = "hf", dtype: str = "float32"
+        cls,
+        path: str,
+        stop_token_ids: Sequence[int],
+        *,
+        name: str = "hf",
+        dtype: str = "float32",
+        trusted: bool = False,
     ) -> Self:
-        """Load a checkpoint folder or hub id. ModelDamaged for files that cannot be read."""
-        perception = Perception.load(path)
+        """Load a checkpoint folder. ModelDamaged for files that cannot be read.
+
+        trusted: code that comes with the model may be executed.
+        """
+        perception = Perception.load(path, trusted)
         kind: Any = AutoModelForCausalLM if perception is None else AutoModelForImageTextToText
         try:
-            model = pretrained(kind, path, dtype=getattr(torch, dtype))
+            model = pretrained(kind, path, trusted, dtype=getattr(torch, dtype))
+            tokens = token_count(path)
         except (ValueError, RuntimeError, SafetensorError) as error:
             raise ModelDamaged(f"model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
-        return cls(model, stop_token_ids, name=name, perception=perception)
+        return cls(model, stop_token_ids, name=name, perception=perception, tokens=tokens)
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
@@ -160,6 +179,8 @@ class HfEngine:
         logits_V = output.logits[0, -1].float()
         if self._perception is not None:  # a sampled placeholder would have no picture
             logits_V[self._perception.placeholder_id] = -torch.inf
+        if self._tokens is not None:
+            logits_V[self._tokens :] = -torch.inf
         return logits_V, output.past_key_values
 
     def _perceived(self, prompt_ids: Sequence[int], images: Sequence[str]) -> dict[str, Tensor]:
@@ -207,14 +228,29 @@ class HfEngine:
         tensors = {spec.name: _as_tensor(spec, array) for spec, array in update.tensors()}
         adapter = update.manifest.adapter
         if adapter is None:
-            for name, tensor in tensors.items():
-                self._weights[name].copy_(tensor)
+            self._replace(tensors)
             return
         for layer in adapter.layers:
             weight_VD = self._weights[f"{layer}.weight"]
             base_VD = self._base.setdefault(layer, weight_VD.clone())
             a_RD, b_VR = (tensors[name].to(weight_VD.dtype) for name in adapter.tensor_names(layer))
             weight_VD.copy_(torch.addmm(base_VD, b_VR, a_RD, alpha=adapter.scale))
+
+    def _replace(self, tensors: dict[str, Tensor]) -> None:
+        """Copy whole weights, by their names in a checkpoint, into the model."""
+        parameters = dict(self._model.named_parameters())
+        held = {parameter.untyped_storage().data_ptr() for parameter in parameters.values()}
+        if all(weight.untyped_storage().data_ptr() in held for weight in self._weights.values()):
+            for name, tensor in tensors.items():
+                self._weights[name].copy_(tensor)
+            return
+        # The model has another layout than its checkpoint, such as all experts in one tensor: transformers converts.
+        model: Any = type(self._model)
+        loaded = model.from_pretrained(
+            None, config=self._model.config, state_dict=tensors, dtype=self._model.dtype
+        )
+        for name, parameter in parameters.items():
+            parameter.copy_(loaded.get_parameter(name))
 
     def _prove(self, update: WeightUpdate) -> None:
         """Compare all of the model's tensors with those received; an adapter is verified by the probe only."""

@@ -55,6 +55,7 @@ async def start(start: EngineStart, settings: VllmSettings) -> VllmEngine:
         transfer="manta" if start.transfer == "object_store" else start.transfer,
         adapter=start.adapter,
         perception=start.perception,
+        trusted=start.trust_remote_code,
     )
 
 
@@ -98,15 +99,16 @@ class VllmEngine:
         transfer: str = "manta",
         adapter: AdapterSpec | None = None,
         perception: Perception | None = None,
+        trusted: bool = False,
     ) -> VllmEngine:
         """Start the engine's processes (about 20 s on two cores); they end with this process and the loop's thread.
 
         adapter: versions are such adapters for the weights of `model`; ValueError if it lacks one of the layers.
-        perception: of a model with vision.
+        perception: of a model with vision. trusted: code that comes with the model may be executed.
         """
         from rollout.engines.vllm_process import CoreProcess, ending_with_us, unlink_shared_memory
 
-        names = checkpoint_names(model)
+        names = checkpoint_names(model, trusted)
         if adapter and (missing := adapter.missing_from(names)):
             raise ValueError(
                 f"{name}: model {model} has no tensor {missing[0]}.weight, which the adapter changes; "
@@ -114,7 +116,7 @@ class VllmEngine:
             )
         with ending_with_us():
             llm = start_llm(
-                model, context_tokens, settings, on_gpu, transfer, adapter, perception is not None
+                model, context_tokens, settings, on_gpu, transfer, adapter, perception is not None, trusted
             )
         (process,) = llm.engine_core.resources.engine_manager.processes
         core = CoreProcess(name, process)
@@ -327,18 +329,19 @@ class VllmEngine:
         )
 
 
-def checkpoint_names(model: str) -> list[str]:
+def checkpoint_names(model: str, trusted: bool = False) -> list[str]:
     """Tensor names of a whole version of this model, derived from its architecture; a tied tensor appears once.
 
-    The model's files are not read: they may contain a tied head too, be no safetensors, or not be downloaded yet.
+    The files of weights are not read, since they may contain a tied head too. trusted: code that comes with the model
+    may be executed.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.core_model_loading import revert_weight_conversion
 
-    config = pretrained(AutoConfig, model)
+    config = pretrained(AutoConfig, model, trusted)
     sees = getattr(config, "vision_config", None) is not None
     kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with torch.device("meta"):
-        skeleton = kind.from_config(config)
+        skeleton = kind.from_config(config, trust_remote_code=trusted)
     return list(revert_weight_conversion(skeleton, dict(skeleton.named_parameters())))

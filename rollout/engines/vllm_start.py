@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from envs.user_functions import load_function
 from rollout.engines.engine import Engine, EngineStart, Placement
 from rollout.wire.adapter import AdapterSpec
+from rollout.wire.model_folder import pretrained, token_count
 
 _CPU_CACHE_BYTES = 1 << 30
 
@@ -99,11 +100,13 @@ def start_llm(
     transfer: str,
     adapter: AdapterSpec | None = None,
     sees: bool = False,
+    trusted: bool = False,
 ) -> Any:
     """Start vLLM's processes and return its AsyncLLM.
 
     transfer: the weight-transfer backend: Manta's ("manta"), or vLLM's "nccl" and "ipc" on GPUs. sees: the model has
-    vision, and vLLM's processor of pictures needs the tokenizer.
+    vision, and vLLM's processor of pictures needs the tokenizer. trusted: code that comes with the model may be
+    executed.
     """
     if transfer == "ipc":
         # IPC handles contain dtypes, which vLLM can send to its worker processes only as pickles.
@@ -127,6 +130,7 @@ def start_llm(
         memory["kv_cache_memory_bytes"] = cache_bytes
     arguments = AsyncEngineArgs(
         model=model,
+        trust_remote_code=trusted,
         dtype=settings.dtype,
         max_model_len=context_tokens,
         max_num_seqs=settings.max_num_seqs,
@@ -139,7 +143,20 @@ def start_llm(
         weight_transfer_config=WeightTransferConfig(backend=transfer),
         worker_extension_cls="rollout.engines.vllm_weights.WorkerExtension",
         disable_log_stats=True,
+        logits_processors=_logits_processors(model, trusted),
         **memory,
         **(vllm_adapter.arguments(adapter) if adapter else {}),
     )
     return AsyncLLM.from_engine_args(arguments)
+
+
+def _logits_processors(model: str, trusted: bool) -> list[str | type]:
+    """What keeps ids that no token has from being sampled, if the model has any."""
+    from transformers import AutoConfig
+
+    count = token_count(model)
+    if count is None or count >= pretrained(AutoConfig, model, trusted).get_text_config().vocab_size:
+        return []
+    from rollout.engines.vllm_vocabulary import PROCESSOR
+
+    return [PROCESSOR]

@@ -7,7 +7,7 @@ fields that it does not know, and rename others.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,32 @@ class ModelDamaged(ValueError):
     """A model's files cannot be loaded; the message is one line."""
 
 
-def pretrained(auto: Any, path: str, **options: Any) -> Any:
-    """Load `path` with a transformers Auto class; code that comes with the model is never executed.
+class CodeRefused(ValueError):
+    """A model needs Python code of its repository, which is not trusted; the message is one line."""
 
-    Raises ModelMissing for a missing folder, which the hub's client would report as a malformed id, and what the class
-    raises.
+
+def pretrained(auto: Any, path: str, trusted: bool = False, **options: Any) -> Any:
+    """Load `path` with a transformers Auto class.
+
+    trusted: execute code that comes with the model. Raises CodeRefused where it is needed and not trusted, ModelMissing
+    for a missing folder, which the hub's client would report as a malformed id, and what the class raises.
     """
     require(path)
-    return auto.from_pretrained(path, trust_remote_code=False, **options)
+    try:
+        return auto.from_pretrained(path, trust_remote_code=trusted, **options)
+    except ValueError as error:
+        if trusted or "trust_remote_code" not in str(error):
+            raise
+        raise CodeRefused(
+            "it needs Python code of its own repository, which is not executed; if you have read the code and trust "
+            "its author, set learner.model.trust_remote_code=true"
+        ) from error
+
+
+def files(folder: Path, patterns: Sequence[str] = COMPANIONS) -> dict[str, Path]:
+    """The files of a folder that match one of the patterns, by their names in the folder, sorted."""
+    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    return {file.relative_to(folder).as_posix(): file for file in sorted(found)}
 
 
 def companions(folder: Path) -> dict[str, bytes]:
@@ -43,9 +61,29 @@ def companions(folder: Path) -> dict[str, bytes]:
 
     They are held in memory, because the folder may be removed before they are written.
     """
-    found = {file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()}
-    found -= {file for pattern in _WEIGHTS for file in folder.glob(pattern)}
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(found)}
+    weights = files(folder, _WEIGHTS)
+    return {name: file.read_bytes() for name, file in files(folder).items() if name not in weights}
+
+
+def token_count(folder: str) -> int | None:
+    """One more than the largest id of a model's tokenizer; None without a tokenizer.json.
+
+    A model may have more rows, to pad its vocabulary: no token has their ids, and no engine samples them. Raises
+    ValueError for a file that is not a tokenizer's.
+    """
+    file, config = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
+    if not file.is_file():
+        return None
+    try:
+        said = json.loads(file.read_bytes())
+        vocabulary = said["model"]["vocab"]  # {token: id}, or [[token, score], ...] in the order of ids
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        ids += [added["id"] for added in said.get("added_tokens", ())]
+        if config.is_file():
+            ids += map(int, json.loads(config.read_bytes()).get("added_tokens_decoder", ()))
+        return 1 + max(ids)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: broken file ({error})") from error
 
 
 def write_companions(files: Mapping[str, bytes], folder: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.commands import fetch
 from deploy.commands.fetch import fetch_model
 from deploy.config.config_errors import ConfigError
+from learner.model import source as model_source
 
 
 def test_a_folder_is_copied_with_what_a_model_needs(reference: Path, tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_a_model_that_is_not_whole_leaves_nothing(
         (source / file.name).write_bytes(content[:100] if file.suffix == ".safetensors" else content)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(
-        fetch, "find_spec", lambda name: None if name == "gguf" else importlib.util.find_spec(name)
+        model_source, "find_spec", lambda name: None if name == "gguf" else importlib.util.find_spec(name)
     )
     for model, told in (
         (str(source), "broken file"),

@@ -120,8 +120,8 @@ def test_an_evaluation_plays_under_the_limits_of_its_run(
     monkeypatch.setattr(evaluate, "RolloutWorker", worker)
     monkeypatch.setattr(evaluate, "EnvironmentPool", Pool)
     monkeypatch.setattr(evaluate, "Chat", lambda *given: NoChat())
-    monkeypatch.setattr(evaluate, "load_tokenizer", lambda path: None)
-    monkeypatch.setattr(evaluate.Perception, "load", lambda path: None)
+    monkeypatch.setattr(evaluate, "load_tokenizer", lambda *given: None)
+    monkeypatch.setattr(evaluate.Perception, "load", lambda *given: None)
     with pytest.raises(Started):
         asyncio.run(evaluate._evaluate("a model", [], conditions))
     assert given == [conditions.host, (3, 11.0)]

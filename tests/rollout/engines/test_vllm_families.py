@@ -1,0 +1,71 @@
+"""Published families through the real vLLM: synced, scored as the learner does, sampling tokens only."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from learner.model.policy import Policy
+from learner.settings import ModelSettings
+from learner.training.publish import take_snapshot
+from rollout.engines.engine import Sampling
+from rollout.engines.vllm_engine import VllmEngine
+from rollout.engines.vllm_start import VllmSettings
+from rollout.wire.weights import WeightUpdate, write_memory
+from tests.families import PUBLISHED, build_family
+from tests.learner.model.test_families import IDS, chosen, logits, plain, prefer_padding
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+CONTEXT = 192
+FIRST = "gemma-3-1b-it"  # windows, norms from one on, a scaled embedding: the most of its own
+
+
+@pytest.mark.parametrize(
+    ("family", "tie"),
+    [
+        (FIRST, True),
+        *(
+            pytest.param(family, tie, marks=pytest.mark.rare)
+            for family in PUBLISHED
+            for tie in (True, False)
+            if (family, tie) != (FIRST, True)
+        ),
+    ],
+)
+def test_vllm_follows_the_learner_and_samples_tokens_only(family: str, tie: bool, tmp_path: Path) -> None:
+    tokens = build_family(family, tie, tmp_path / "model")
+    prefer_padding(tmp_path / "model")
+    policy = Policy(ModelSettings(path=str(tmp_path / "model")))
+    with torch.no_grad():
+        for place, parameter in enumerate(policy.parameters()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(place))
+            parameter.add_(noise, alpha=0.02)
+    policy.save(tmp_path / "moved")
+    snapshot = take_snapshot(policy, 1, "float32")
+    handle, alive = write_memory(snapshot.arrays)
+    settings = VllmSettings(dtype="float32", kv_cache_gib=0.25, max_num_seqs=16)
+
+    async def run() -> None:
+        engine = await VllmEngine.start("rollout-0", str(tmp_path / "model"), [], CONTEXT, settings)
+        try:
+            report = await engine.sync(WeightUpdate(snapshot.manifest, handle))
+            assert report.tensors == len(snapshot.manifest.tensors)
+            np.testing.assert_allclose(await engine.score(IDS), policy.score_ids(IDS), atol=1e-4)
+            asked = Sampling(max_tokens=100, temperature=0.8)
+            completions = await asyncio.gather(*(engine.generate(IDS, asked) for _ in range(4)))
+        finally:
+            await engine.close()
+        model = plain(tmp_path / "moved")
+        for completion in completions:
+            ids = IDS + completion.token_ids.tolist()
+            assert max(ids) < tokens
+            known = chosen(logits(model, ids)[:, :tokens] / 0.8, ids)[len(IDS) - 1 :]
+            np.testing.assert_allclose(completion.logprobs, known, atol=1e-3)
+
+    asyncio.run(run())
+    del alive
