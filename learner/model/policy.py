@@ -217,7 +217,9 @@ class Policy:
         kept = revert_weight_conversion(
             self.model, remove_tied_weights_from_state_dict(dict(weights), self.model)
         )
-        save_torch_state_dict(kept, folder, max_shard_size=_SHARD)
+        save_torch_state_dict(
+            {name: _with_own_storage(tensor) for name, tensor in kept.items()}, folder, max_shard_size=_SHARD
+        )
         write_companions(self._files, folder)
         if self.adapter is not None:
             self.adapter.save(folder / _ADAPTER)
@@ -329,6 +331,11 @@ class Policy:
             )
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def _with_own_storage(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it is a part of a larger one, as an expert's matrix is: such a view cannot be saved."""
+    return tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
 
 
 def _load(settings: ModelSettings) -> tuple[Path, PreTrainedModel]:
