@@ -9,9 +9,9 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.assembly.build import fetch
-from deploy.cluster.connect import learner_gpus
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
+from deploy.config.resources import learner_gpus
 
 
 def fetch_on_nodes(config: RunConfig, path: str) -> None:
