@@ -130,7 +130,10 @@ def listing_more(folder: Path) -> None:
         (with_link_to_nothing, r"model-00001-of-\d+.safetensors is a link to a file that is not there"),
         (with_half_a_shard, "broken file"),
         (with_index_of_more, r"lacks 1 tensors that \S+ lists, such as model.layers.9.mlp"),
-        (listing_more, r"1 file\(s\) are missing \(special_tokens_map.json\)\), and the hub cannot be reached"),
+        (
+            listing_more,
+            r"1 file\(s\) are missing \(special_tokens_map.json\)\), and the hub cannot be reached",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
