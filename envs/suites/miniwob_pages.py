@@ -157,7 +157,8 @@ class MiniWobPage(gym.Wrapper[Observation, str, Any, Any], RecordConstructorArgs
         if name == "click":
             return [create(ActionTypes.CLICK_ELEMENT, ref=given[0])]
         if name == "type":
-            return [create(ActionTypes.FOCUS_ELEMENT_AND_TYPE_TEXT, ref=given[0], text=given[1])]
+            typed = {"ref": given[0], "text": given[1]}
+            return [create(ActionTypes.FOCUS_ELEMENT_AND_TYPE_TEXT, **typed)]
         if name == "press":
             keys = self._page.action_space_config.allowed_keys
             return [create(ActionTypes.PRESS_KEY, key=keys.index(given[0]))] if given[0] in keys else []

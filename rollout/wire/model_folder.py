@@ -45,7 +45,7 @@ def pretrained(auto: Any, path: str, trusted: bool = False, **options: Any) -> A
         if trusted or "trust_remote_code" not in str(error):
             raise
         raise CodeRefused(
-            "it needs Python code of its own repository, which is not executed; if you have read the code and trust "
+            "it needs custom code of its own repository, which is not executed; if you have read the code and trust "
             "its author, set learner.model.trust_remote_code=true"
         ) from error
 

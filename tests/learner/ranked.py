@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 import learner.model.policy
 from learner.algorithm.schedule import OptimSettings
@@ -18,7 +19,7 @@ from learner.data.batch_checks import BatchRefused
 from learner.data.prepare import Example
 from learner.parallel.ranks import Ranks
 from learner.parallel.shards import gathered, gathered_tree
-from learner.settings import LearnerSettings
+from learner.settings import LearnerSettings, ModelSettings
 from learner.stages.settings import SftSettings
 from learner.training.checkpoint import newest
 from learner.training.learner import Learner
@@ -36,7 +37,12 @@ Found = dict[str, Any]
 def float64() -> Iterator[None]:
     """Every model and head made meanwhile computes in float64."""
     load = learner.model.policy._load
-    learner.model.policy._load = lambda path: load(path).double()
+
+    def doubled(settings: ModelSettings) -> tuple[Path, PreTrainedModel]:
+        folder, model = load(settings)
+        return folder, model.double()
+
+    learner.model.policy._load = doubled
     torch.set_default_dtype(torch.float64)
     try:
         yield

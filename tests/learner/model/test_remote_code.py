@@ -44,7 +44,7 @@ class OwnConfig(Qwen3Config):
 class OwnForCausalLM(Qwen3ForCausalLM):
     config_class = OwnConfig
 """
-REFUSED = r"needs Python code of its own repository, .* set learner.model.trust_remote_code=true"
+REFUSED = r"needs custom code of its own repository, .* set learner.model.trust_remote_code=true"
 
 
 @pytest.fixture
