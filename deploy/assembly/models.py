@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from learner.model.tokenizer import build_tokenizer
 from learner.parallel.ranks import ALONE, Ranks
 from learner.training.learner import Learner
 from rollout.wire.model_folder import companions
+from rollout.wire.whole_file import replace_file
 
 COMPANIONS_FILE = "model.json"  # in a run folder: checksums of the files beside its base model's weights
 _SOURCE = "@"  # key of the model's own name in that file; no file is called so
@@ -44,7 +44,8 @@ def model_path(config: RunConfig, run_folder: Path) -> str:
     source = pinned(named, folder)
     found = {name: blake3(content).hexdigest() for name, content in companions(folder).items()}
     if not began:
-        _keep({_SOURCE: source} | found, kept)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(kept, json.dumps({_SOURCE: source} | found, indent=1), several=True)
         return source
     began.pop(_SOURCE, None)
     if other := sorted(name for name in began.keys() | found.keys() if began.get(name) != found.get(name)):
@@ -62,13 +63,6 @@ def _began(kept: Path) -> dict[str, str]:
         return dict(json.loads(kept.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ConfigError(f"{kept}: broken file ({error}); remove it if the model is unchanged") from error
-
-
-def _keep(found: dict[str, str], kept: Path) -> None:
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    aside = kept.with_suffix(f".{os.getpid()}.part")  # several processes of a run may be the first
-    aside.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    aside.replace(kept)
 
 
 def _tiny(config: RunConfig, run_folder: Path) -> str:

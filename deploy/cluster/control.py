@@ -18,6 +18,7 @@ from typing import Any
 
 from deploy.config.config_errors import ConfigError
 from deploy.config.run_folder import LOCK, read_json, writing
+from rollout.wire.whole_file import replace_file
 
 WANTED, ROSTER = "wanted.json", "roster.json"
 MOST_WORKERS = 1024  # limit of one driver
@@ -100,6 +101,4 @@ def _read(path: Path) -> Any:
 
 
 def _replace(path: Path, content: Any) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    aside.replace(path)
+    replace_file(path, json.dumps(content, indent=1), several=True)

@@ -30,6 +30,7 @@ from deploy.config.load import parse
 from deploy.config.renamed import with_current_names
 from deploy.config.trust import executed, remember
 from deploy.config.version import VERSION
+from rollout.wire.whole_file import replace_file
 
 CONFIG_FILE, LOCK = "config.json", "driver.lock"
 VERSION_KEY = "manta_version"  # in config.json: the version of Manta that wrote the file
@@ -117,10 +118,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def store(config: RunConfig, folder: Path) -> None:
     """Write or replace a run's configuration atomically. It is the user's own, so what it executes is trusted."""
-    aside = folder / f".{CONFIG_FILE}.part"
     written = {VERSION_KEY: VERSION} | config.model_dump(mode="json")
-    aside.write_text(json.dumps(written, indent=2, ensure_ascii=False), encoding="utf-8")
-    aside.rename(folder / CONFIG_FILE)
+    replace_file(folder / CONFIG_FILE, json.dumps(written, indent=2, ensure_ascii=False))
     remember(folder, executed(config))
 
 

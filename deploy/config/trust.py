@@ -28,6 +28,7 @@ from rollout.agents.tools import ToolsSettings
 from rollout.engines.settings import EngineSettings, OwnEngineSettings
 from rollout.external.external_env import PROGRAM
 from rollout.wire.own_part import OwnPart
+from rollout.wire.whole_file import replace_file
 
 _SAFE_FUNCTIONS = ("envs.tools.python_tool:python",)  # in the sandbox or not at all
 _DANGEROUS_OPTIONS = ("allow_unsafe", "executable")
@@ -157,9 +158,7 @@ def remember(folder: Path, entries: Sequence[str]) -> None:
             if all(each in known for each in entries):
                 return
             kept = {"folder": str(folder.resolve()), "executes": sorted({*known, *entries})}
-            aside = record.with_suffix(".part")
-            aside.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-            aside.replace(record)
+            replace_file(record, json.dumps(kept, indent=1))
     except OSError:
         return
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from deploy.config.config_errors import ConfigError
 from rollout.wire.metrics import Row
+from rollout.wire.whole_file import replace_file
 
 # Names in older runs. Their tokens_sampled of the learner was replaced by that of the rollout.
 RENAMED = {
@@ -107,6 +108,4 @@ def _cut(path: Path, last_step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     kept = [line for line, row in zip(lines, _parsed(path, lines), strict=True) if row["step"] <= last_step]
-    aside = path.with_suffix(".part")
-    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    aside.replace(path)
+    replace_file(path, "".join(line + "\n" for line in kept))

@@ -24,6 +24,7 @@ from deploy.report.episodes import chosen_episodes
 from deploy.report.evaluation import WHEN, stored_figures
 from deploy.report.metrics import read_metrics
 from rollout.wire.metrics import Row
+from rollout.wire.whole_file import replace_file
 
 REPORT_FILE = "report.html"
 
@@ -57,9 +58,7 @@ def write_report(run_folder: Path) -> Path:
         plotly=get_plotlyjs(),
     )
     path = run_folder / REPORT_FILE
-    aside = run_folder / f".{REPORT_FILE}.part"  # readers see the old report until the new one is complete
-    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    aside.replace(path)
+    replace_file(path, text.encode(errors="backslashreplace"))
     return path
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from deploy.config.config_errors import ConfigError
+from rollout.wire.whole_file import replace_file
 
 FILE = "sessions.json"
 OLD_FILE = "sittings.json"  # its name in runs of before 0.3
@@ -46,10 +47,8 @@ class Sessions:
         rounded = {phase: round(value, 2) for phase, value in seconds.items()}
         present = self._all[-1].model_copy(update={"seconds": rounded, "tokens_generated": tokens_generated})
         self._all[-1] = present
-        aside = self._file.with_name(f".{FILE}.part")
         with suppress(OSError):
-            aside.write_bytes(_LIST.dump_json(self._all, indent=1))
-            aside.replace(self._file)
+            replace_file(self._file, _LIST.dump_json(self._all, indent=1))
 
     def totals(self) -> dict[str, Any]:
         """Of all sessions: their number, seconds by phase and tokens generated."""

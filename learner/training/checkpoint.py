@@ -37,6 +37,8 @@ from blake3 import blake3
 from safetensors import SafetensorError
 from torch import Tensor
 
+from rollout.wire.whole_file import replace_file
+
 logger = logging.getLogger(__name__)
 
 ROOT, MODEL, CRITIC, OPTIMIZER, STATE = "checkpoints", "model", "critic", "optimizer.pt", "state.json"
@@ -117,9 +119,7 @@ def note_best(run: Path, version: int, metric: str, value: float) -> bool:
     if known and known["metric"] == metric and known["version"] != version and known["value"] >= value:
         return False
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".part")
-    aside.write_text(json.dumps({"version": version, "metric": metric, "value": value}), encoding="utf-8")
-    aside.replace(file)
+    replace_file(file, json.dumps({"version": version, "metric": metric, "value": value}))
     return True
 
 
