@@ -79,7 +79,7 @@ class BfclCalls(TextEnv):
         if announce not in get_args(Announce):
             raise ValueError(f"announce={announce!r} must be template or system")
         self._announce = announce
-        self._category = _category(env_id)
+        self._category = category_of(env_id)
         self._tasks = tasks_of(self._category, split)
         self._check = _checker()
         self._task: Task = {}
@@ -87,7 +87,7 @@ class BfclCalls(TextEnv):
     @classmethod
     def count_tasks(cls, env_id: str, split: Split = "all", **_: Any) -> int:
         """The number of tasks: the seed modulo it says which."""
-        return len(tasks_of(_category(env_id), split))
+        return len(tasks_of(category_of(env_id), split))
 
     def reset(  # type: ignore[override]  # observations are messages
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -152,10 +152,11 @@ def _with_json_types(document: Any) -> Any:
     return copied | ({"type": _TYPES.get(kind, kind)} if isinstance(kind, str) else {})
 
 
-def _category(env_id: str) -> str:
+def category_of(env_id: str, categories: tuple[str, ...] = CATEGORIES) -> str:
+    """The category that an id names. ValueError for none of these."""
     category = env_id.removeprefix(PREFIX)
-    if category not in CATEGORIES:
-        raise ValueError(f"no category {category!r}; use one of: {', '.join(CATEGORIES)}")
+    if category not in categories:
+        raise ValueError(f"no category {category!r}; use one of: {', '.join(categories)}")
     return category
 
 

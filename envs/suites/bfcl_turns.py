@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import Any
 
 from envs.base import Info, Message, Observation, Split, TalkSpace, TextEnv, check_options, text_space
-from envs.suites.bfcl_calls import PREFIX, Task, data_folder, lines_of, tasks_of, tools_of
+from envs.suites.bfcl_calls import PREFIX, Task, category_of, data_folder, lines_of, tasks_of, tools_of
 from envs.suites.rng_isolation import IsolatedRng
 from envs.tools.tool_calls import MalformedCall, ToolCall, parse_calls, spoken
 
@@ -44,7 +44,7 @@ class BfclTurns(TextEnv):
 
     def __init__(self, env_id: str, split: Split = "all") -> None:
         check_options(1, (1,), split, None)
-        self._category = _category(env_id)
+        self._category = category_of(env_id, CATEGORIES)
         self._tasks = tasks_of(self._category, split)
         self._utils = importlib.import_module("bfcl_eval.eval_checker.multi_turn_eval.multi_turn_utils")
         self._checker = importlib.import_module("bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker")
@@ -58,7 +58,7 @@ class BfclTurns(TextEnv):
     @classmethod
     def count_tasks(cls, env_id: str, split: Split = "all") -> int:
         """The number of tasks: the seed modulo it says which."""
-        return len(tasks_of(_category(env_id), split))
+        return len(tasks_of(category_of(env_id, CATEGORIES), split))
 
     def reset(  # type: ignore[override]  # observations are messages
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -158,13 +158,6 @@ class BfclTurns(TextEnv):
         kept = vars(self._utils)
         for name in [each for each in kept if each.startswith(self._name)]:
             del kept[name]
-
-
-def _category(env_id: str) -> str:
-    category = env_id.removeprefix(PREFIX)
-    if category not in CATEGORIES:
-        raise ValueError(f"no category {category!r}; use one of: {', '.join(CATEGORIES)}")
-    return category
 
 
 @lru_cache(maxsize=16)
