@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from deploy.assembly.build import distinct_tasks, held_out
 from deploy.config.config import RunConfig
 from deploy.config.environments import Environment
-from deploy.config.evaluation import ways
+from deploy.config.evaluation import plans_of
 from deploy.config.suites import suite_environment
 from rollout.episodes.evaluation import EvaluationPlan
 from rollout.wire.trajectory import Task
@@ -44,7 +44,7 @@ class Suite:
 def suites_of(config: RunConfig) -> list[Suite]:
     """The run's own evaluation, if it has one, and its suites."""
     evaluation = config.evaluation
-    plans = {way.suite: EvaluationPlan(way.samples, way.sampling, way.majority) for way in ways(evaluation)}
+    plans = plans_of(evaluation)
     suites = []
     if evaluation.tasks:
         first, count = evaluation.first_seed, evaluation.tasks

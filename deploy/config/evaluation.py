@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rollout.episodes.evaluation import EvaluationSampling, Majority
+from rollout.episodes.evaluation import EvaluationPlan, EvaluationSampling, Majority
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
 
@@ -91,29 +91,13 @@ def prefix(suite: str) -> str:
     return f"eval_{suite}_" if suite else "eval_"
 
 
-class Way(NamedTuple):
-    """How a set of tasks is played; the run's own has no name."""
-
-    suite: str
-    samples: int
-    sampling: EvaluationSampling
-    majority: Majority
-
-    @property
-    def where(self) -> str:
-        return f"evaluation suite {self.suite!r}" if self.suite else "evaluation"
-
-
-def ways(evaluation: EvaluationSettings) -> list[Way]:
-    """How the run's own tasks are played, if it has any, then those of each suite."""
-    own = Way("", evaluation.samples, evaluation.sampling, evaluation.majority)
-    suites = [
-        Way(
-            suite.name,
-            suite.samples or evaluation.samples,
-            suite.sampling or evaluation.sampling,
-            suite.majority or evaluation.majority,
+def plans_of(evaluation: EvaluationSettings) -> dict[str, EvaluationPlan]:
+    """How tasks are played, by suite: the run's own, if it has any, under the empty name, then those of each suite."""
+    own = EvaluationPlan(evaluation.samples, evaluation.sampling, evaluation.majority)
+    suites = {
+        suite.name: EvaluationPlan(
+            suite.samples or own.samples, suite.sampling or own.sampling, suite.majority or own.majority
         )
         for suite in evaluation.suites
-    ]
-    return [own] * bool(evaluation.tasks) + suites
+    }
+    return ({"": own} if evaluation.tasks else {}) | suites

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deploy.config.environments import Environment, EnvSettings, environment_named
-from deploy.config.evaluation import Way, prefix, ways
-from rollout.episodes.evaluation import pass_sizes
+from deploy.config.evaluation import plans_of, prefix
+from rollout.episodes.evaluation import EvaluationPlan, pass_sizes, require_differing
 
 if TYPE_CHECKING:
     from deploy.config.config import RunConfig
@@ -47,11 +47,11 @@ def metric_names(config: RunConfig) -> list[str]:
     """The metrics of a run's evaluations; success, pass@k and maj@N only where the environment gives verdicts."""
     names = []
     environments = [each.name for each in config.environments]
-    for way in ways(config.evaluation):
-        several = [f"pass@{k}" for k in pass_sizes(way.samples)] if way.samples > 1 else []
-        voted = [f"maj@{way.samples}"] if way.samples > 1 and way.majority != "none" else []
-        each = environments if not way.suite and len(environments) > 1 else []
-        for of in (way.suite, *each):
+    for suite, plan in plans_of(config.evaluation).items():
+        several = [f"pass@{k}" for k in pass_sizes(plan.samples)] if plan.samples > 1 else []
+        voted = [f"maj@{plan.samples}"] if plan.samples > 1 and plan.majority != "none" else []
+        each = environments if not suite and len(environments) > 1 else []
+        for of in (suite, *each):
             names += [prefix(of) + metric for metric in ("success", "reward", *several, *voted)]
     return names
 
@@ -76,8 +76,13 @@ def require_sound(config: RunConfig) -> None:
             raise ValueError(
                 f"evaluation suite {suite.name!r}: set env, as the run has several: {', '.join(environments)}"
             )
-    for way in ways(evaluation):
-        _require_sound(config, way)
+    for name, plan in plans_of(evaluation).items():
+        try:
+            _require_sound(plan, config.rollout.context_tokens)
+        except ValueError as error:
+            raise ValueError(
+                f"evaluation suite {name!r}: {error}" if name else f"evaluation: {error}"
+            ) from None
     if best and best not in (known := metric_names(config)):
         raise ValueError(
             f"checkpoint.best_metric={best!r} is no metric of the evaluations; they give "
@@ -85,16 +90,10 @@ def require_sound(config: RunConfig) -> None:
         )
 
 
-def _require_sound(config: RunConfig, way: Way) -> None:
-    if way.sampling.temperature == 0 and way.samples > 1:
-        raise ValueError(
-            f"{way.where}: samples={way.samples} of a greedy sampling (temperature=0) are all the same; use samples=1, "
-            "or a temperature above 0"
-        )
-    if way.majority != "none" and way.samples == 1:
-        raise ValueError(f"{way.where}: majority={way.majority!r} needs several samples, but samples=1")
-    most, context = way.sampling.max_tokens or 0, config.rollout.context_tokens
+def _require_sound(plan: EvaluationPlan, context: int) -> None:
+    require_differing(plan.samples, plan.sampling.temperature)
+    if plan.majority != "none" and plan.samples == 1:
+        raise ValueError(f"majority={plan.majority!r} needs several samples, but samples=1")
+    most = plan.sampling.max_tokens or 0
     if most >= context:
-        raise ValueError(
-            f"{way.where}: max_tokens={most} leaves no room for a prompt in rollout.context_tokens={context}"
-        )
+        raise ValueError(f"max_tokens={most} leaves no room for a prompt in rollout.context_tokens={context}")

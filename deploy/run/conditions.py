@@ -11,7 +11,7 @@ from rollout.agents.agent import AgentSettings
 from rollout.engines.engine import Sampling
 from rollout.engines.settings import EngineSettings
 from rollout.engines.vllm_start import VllmSettings
-from rollout.episodes.evaluation import Majority
+from rollout.episodes.evaluation import Majority, require_differing
 from rollout.episodes.reward import OwnReward
 
 
@@ -37,9 +37,5 @@ class Conditions(BaseModel):
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Self:
-        if self.samples > 1 and self.sampling.temperature == 0:
-            raise ValueError(
-                f"samples={self.samples} of a greedy sampling (temperature=0) are all the same; use samples=1, or a "
-                "temperature above 0"
-            )
+        require_differing(self.samples, self.sampling.temperature)
         return self

@@ -84,6 +84,15 @@ def vote(action: str, majority: Majority) -> str | None:
             return None
 
 
+def require_differing(samples: int, temperature: float | None) -> None:
+    """ValueError for several samples of a greedy sampling. temperature: None, as in training, is above 0."""
+    if samples > 1 and temperature == 0:
+        raise ValueError(
+            f"samples={samples} of a greedy sampling (temperature=0) are all the same; use samples=1, or a temperature "
+            "above 0"
+        )
+
+
 def pass_sizes(samples: int) -> list[int]:
     """The k of pass@k for so many samples of a task: powers of two, and all of them."""
     return sorted({samples, *(2**power for power in range(samples.bit_length()) if 2**power <= samples)})
