@@ -57,9 +57,13 @@ class ServedModel:
 def _client(base_url: str | None, retries: int, seconds: float) -> Any:
     import openai
 
-    # A server of one's own asks no key; the client wants to have one.
+    return openai.OpenAI(**client_options(base_url, retries, seconds))
+
+
+def client_options(base_url: str | None, retries: int, seconds: float) -> dict[str, Any]:
+    """Arguments of the package's clients. A server of one's own asks no key, but the client wants to have one."""
     key = os.environ.get("OPENAI_API_KEY", "none" if base_url else None)
-    return openai.OpenAI(base_url=base_url, api_key=key, max_retries=retries, timeout=seconds)
+    return {"base_url": base_url, "api_key": key, "max_retries": retries, "timeout": seconds}
 
 
 @lru_cache(maxsize=8)

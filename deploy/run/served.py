@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from deploy.config.config_errors import ConfigError
 from deploy.run.conditions import Conditions
+from envs.served_model import client_options
 from rollout.episodes.episode import EpisodeLimits, EpisodeSpec
 from rollout.episodes.evaluation import evaluation_specs
 from rollout.episodes.group import concurrently, play
@@ -83,6 +83,4 @@ async def play_served(
 def _client(url: str) -> AsyncOpenAI:
     import openai
 
-    # A server of one's own asks for no key, but the client wants one.
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=SECONDS)
+    return openai.AsyncOpenAI(**client_options(url, RETRIES, SECONDS))
