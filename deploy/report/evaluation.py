@@ -125,8 +125,8 @@ class Evaluation:
             "reward" if self.successes is None else "mean reward", self.mean_reward, self.reward_interval
         )
         success = "" if self.success is None else said("success", self.success, self.interval) + ", "
-        shown = [name for name in self.metrics() if "@" in name and name != "pass@1"]
-        several = "".join(f"{name} {self.metrics()[name]:.3f}, " for name in shown)
+        shown = {name: value for name, value in self.metrics().items() if "@" in name and name != "pass@1"}
+        several = "".join(f"{name} {value:.3f}, " for name, value in shown.items())
         times = f" ({self.samples} of each task)" if self.samples > 1 else ""
         return f"{success}{several}{reward}, {self.episodes} episodes{times}{lost}"
 

@@ -159,8 +159,8 @@ def _selected(
 ) -> tuple[Rows, NDArray[np.int64]]:
     """The rows of a split and the indices of those that fit, in order. DataError where none is left."""
     rows = open_rows(heldout_path if heldout_path and split == "heldout" else path)
-    whole = split == "all" or heldout_path is not None
-    chosen = _chosen(rows, None if whole else split, where, order_by)
+    part = None if split == "all" or heldout_path is not None else split
+    chosen = _chosen(rows, part, where) if order_by is None else _ordered(rows, part, where, order_by)
     if not len(chosen):
         raise DataError(
             f"{path}: no row is left in split={split} with where={dict(where)}; it has {len(rows)} rows"
@@ -170,7 +170,7 @@ def _selected(
 
 @lru_cache(maxsize=16)
 def _chosen(
-    rows: Rows, split: Split | None, where: tuple[tuple[str, tuple[Any, ...]], ...], order_by: str | None
+    rows: Rows, split: Split | None, where: tuple[tuple[str, tuple[Any, ...]], ...]
 ) -> NDArray[np.int64]:
     """Indices of the rows of a split that fit; a file of rows is one object a process."""
 
@@ -181,10 +181,16 @@ def _chosen(
         return all(value(row, column) in values for column, values in where)
 
     indices = range(len(rows))
-    chosen = np.array(indices if split is None and not where else [*filter(fits, indices)], dtype=np.int64)
-    if order_by is None:
-        return chosen
-    return chosen[np.argsort([_difficulty(rows, int(index), order_by) for index in chosen], kind="stable")]
+    return np.array(indices if split is None and not where else [*filter(fits, indices)], dtype=np.int64)
+
+
+@lru_cache(maxsize=16)
+def _ordered(
+    rows: Rows, split: Split | None, where: tuple[tuple[str, tuple[Any, ...]], ...], column: str
+) -> NDArray[np.int64]:
+    """The same, by the numbers in a column."""
+    chosen = _chosen(rows, split, where)
+    return chosen[np.argsort([_difficulty(rows, int(index), column) for index in chosen], kind="stable")]
 
 
 def _difficulty(rows: Rows, index: int, column: str) -> float:

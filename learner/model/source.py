@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,8 @@ def _converted(file: Path) -> Path:
     """The folder of a GGUF file in the cache, made by the first process that asks for it; others wait."""
     if not file.is_file():
         raise ModelMissing(f"model {file}: no such file; check the path")
-    content = blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest(length=16)
-    target = _cache_folder() / f"gguf-{content}"
+    status = file.stat()
+    target = _cache_folder() / f"gguf-{_content(file.resolve(), status.st_size, status.st_mtime_ns)}"
     if target.is_dir():
         return target
     with _locked(target):
@@ -108,6 +109,12 @@ def _converted(file: Path) -> Path:
             require_whole(partial, str(file))
             partial.rename(target)
     return target
+
+
+@lru_cache(maxsize=8)
+def _content(file: Path, _size: int, _changed: int) -> str:
+    """What a file holds, as a name; a process that asks several times for the same file reads it once."""
+    return blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest(length=16)
 
 
 def _cache_folder() -> Path:
