@@ -30,7 +30,7 @@ from rollout.engines.engine import (
     Sampling,
     require_finite,
 )
-from rollout.engines.vllm_start import VllmSettings, start_llm
+from rollout.engines.vllm_start import VllmSettings, prepare_process, start_llm
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.model_folder import pretrained
 from rollout.wire.trajectory import Float32Array
@@ -106,6 +106,7 @@ class VllmEngine:
         adapter: versions are such adapters for the weights of `model`; ValueError if it lacks one of the layers.
         perception: of a model with vision. trusted: code that comes with the model may be executed.
         """
+        forked = prepare_process(settings, on_gpu, transfer)
         from rollout.engines.vllm_process import CoreProcess, ending_with_us, unlink_shared_memory
 
         names = checkpoint_names(model, trusted)
@@ -114,7 +115,7 @@ class VllmEngine:
                 f"{name}: model {model} has no tensor {missing[0]}.weight, which the adapter changes; "
                 "use learner.model.lora.sync='merged'"
             )
-        with ending_with_us():
+        with ending_with_us(forked):
             llm = start_llm(
                 model, context_tokens, settings, on_gpu, transfer, adapter, perception is not None, trusted
             )

@@ -2,6 +2,8 @@
 
     our process  -- starts -->  engine core  -- starts -->  a worker for every GPU (one on CPU)
 
+On CPUs the first core of a process is forked from a fork server (vllm_fork_server.py), which stands between the two.
+
 When our process ends in any way, the kernel kills the core, and with the core its workers, even if they are stopped or
 hang. The shared memory of vLLM is unlinked as soon as the engine runs, so that nothing is left in /dev/shm after a
 kill. Its sockets, in the folder for temporary files, keep their names, because the time of their connections is
@@ -11,10 +13,11 @@ unknown.
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import resource_tracker
@@ -26,12 +29,15 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.platforms import current_platform
+from vllm.v1.engine import utils
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.multiproc_executor import WorkerProc
 
 from envs.child_process import die_with_parent
+from rollout.engines import vllm_fork_server
 from rollout.engines.engine import EngineDied
+from rollout.engines.vllm_fork_server import CurrentEnvironment
 
 T = TypeVar("T")
 _POLL_INTERVAL_SECONDS = 0.0002
@@ -45,24 +51,29 @@ class CallFailed(RuntimeError):
 
 
 @contextmanager
-def ending_with_us() -> Iterator[None]:
-    """Context in which started engines are bound to this process.
+def ending_with_us(forked: bool) -> Iterator[None]:
+    """Context in which started engines are bound to this process. forked: from the fork server, instead of spawned.
 
     The kernel watches the thread that starts them, which must outlive them: an event loop's thread, not a pool's.
     """
-    # The core must be spawned: a forked one would not share the resource tracker that `unlink_shared_memory` uses, and
+    # The core must not be forked from us: it would not share the resource tracker that `unlink_shared_memory` uses, and
     # would copy our threads' locks.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    EngineCoreProc.run_engine_core = partial(_engine_core, os.getpid())
+    EngineCoreProc.run_engine_core = partial(_engine_core, os.getpid(), CurrentEnvironment())
+    get_mp_context = utils.get_mp_context
+    if forked:
+        utils.get_mp_context = partial(multiprocessing.get_context, "forkserver")
     try:
         yield
     finally:
+        utils.get_mp_context = get_mp_context
         EngineCoreProc.run_engine_core = staticmethod(_run_engine_core)
 
 
-def _engine_core(parent: int, *args: Any, **kwargs: Any) -> None:
+def _engine_core(parent: int, environment: Mapping[str, str], *args: Any, **kwargs: Any) -> None:
     """The engine core's main function, in its own process."""
-    die_with_parent(parent)
+    die_with_parent(vllm_fork_server.pid or parent)
+    os.environ.update(environment)
     _leave_nothing_named()
     forked = current_platform.is_cpu()
     if forked:

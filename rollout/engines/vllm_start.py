@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from envs.user_functions import load_function
+from rollout.engines import vllm_fork_server
 from rollout.engines.engine import Engine, EngineStart, Placement
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.model_folder import pretrained, token_count
@@ -92,22 +93,8 @@ class VllmSettings(BaseModel):
         return engine
 
 
-def start_llm(
-    model: str,
-    context_tokens: int,
-    settings: VllmSettings,
-    on_gpu: bool,
-    transfer: str,
-    adapter: AdapterSpec | None = None,
-    sees: bool = False,
-    trusted: bool = False,
-) -> Any:
-    """Start vLLM's processes and return its AsyncLLM.
-
-    transfer: the weight-transfer backend: Manta's ("manta"), or vLLM's "nccl" and "ipc" on GPUs. sees: the model has
-    vision, and vLLM's processor of pictures needs the tokenizer. trusted: code that comes with the model may be
-    executed.
-    """
+def prepare_process(settings: VllmSettings, on_gpu: bool, transfer: str) -> bool:
+    """What precedes the import of vLLM: set environment variables, and begin the fork server; True if it was begun."""
     if transfer == "ipc":
         # IPC handles contain dtypes, which vLLM can send to its worker processes only as pickles.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
@@ -119,6 +106,25 @@ def start_llm(
             # One function of vLLM's sampler would still be compiled with a C++ compiler in the first step, which blocks
             # the engine for 15 s. Without compilation it takes microseconds.
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    return not on_gpu and vllm_fork_server.begin()
+
+
+def start_llm(
+    model: str,
+    context_tokens: int,
+    settings: VllmSettings,
+    on_gpu: bool,
+    transfer: str,
+    adapter: AdapterSpec | None = None,
+    sees: bool = False,
+    trusted: bool = False,
+) -> Any:
+    """Start vLLM's processes, after `prepare_process`, and return its AsyncLLM.
+
+    transfer: the weight-transfer backend: Manta's ("manta"), or vLLM's "nccl" and "ipc" on GPUs. sees: the model has
+    vision, and vLLM's processor of pictures needs the tokenizer. trusted: code that comes with the model may be
+    executed.
+    """
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
