@@ -55,6 +55,10 @@ HOSTILE = {
     "browser": (environment("browser", executable="/tmp/chromium"), "/tmp/chromium"),
     "nested": (environment("frozen_lake", deep=[{"allow_unsafe": 1}]), "allow_unsafe"),
     "evaluation": ({"evaluation": {"options": {"opponent": "hostile:move"}}}, "hostile:move"),
+    "model's code": (
+        {"tiny": None, "learner": {"model": {"path": "somebody/own", "trust_remote_code": True}}},
+        "somebody/own",
+    ),
     "cluster": ({"cluster": {"address": "ray://evil.test:10001"}}, "ray://evil.test:10001"),
 }
 
@@ -63,7 +67,7 @@ def stored(folder: Path, changes: Nested) -> Path:
     """A run folder as somebody else hands it over."""
     tree = configured().model_dump(mode="json")
     for section, options in changes.items():
-        tree[section] = tree[section] | options
+        tree[section] = None if options is None else tree[section] | options
     folder.mkdir()
     (folder / "config.json").write_text(parse(tree, "test").model_dump_json(), encoding="utf-8")
     (folder / "ledger.sqlite").touch()
@@ -94,7 +98,9 @@ def test_what_a_stored_run_would_execute_is_refused_by_name(
         ("train", "--resume", folder),
         ("train", RECIPE, "--run-dir", folder),
     ]
-    if what not in ("cluster", "module", "module that registers", "game of a module"):  # not of an evaluation
+    if what != "cluster":  # nothing of an evaluation, which has no cluster
+        commands += [("eval", folder), ("eval", "somebody/else", "--like", folder)]
+    if what not in ("cluster", "module", "module that registers", "game of a module"):  # the user's own word
         commands.append(("eval", folder, "--env", env_id))
     for command in commands:
         assert manta(monkeypatch, *command) == 2

@@ -11,6 +11,7 @@ import pytest
 
 from deploy.config.config_errors import ConfigError
 from deploy.report.comparison import Comparison, stored_evaluation, stored_tasks
+from deploy.report.statistics import RESAMPLES
 from rollout.wire.trajectory import EndReason
 from tests.deploy.report.test_episodes import episode, store
 
@@ -40,15 +41,26 @@ def test_a_difference_is_paired_by_task(tmp_path: Path) -> None:
 
 
 def test_the_interval_is_that_of_all_resamples_of_the_tasks(tmp_path: Path) -> None:
-    first = {0: [True, True], 1: [True, False], 2: [True, True], 3: [False, False], 4: [True, False]}
-    second = {0: [False, False], 1: [True, False], 2: [True, False], 3: [False, True], 4: [False, False]}
+    # Differences of the tasks' means: 0, 0, 1/2, 1/2, 1, 1.
+    first = {0: [True, False], 1: [False], 2: [True, False], 3: [True, True], 4: [True], 5: [True, True]}
+    second = {
+        0: [False, True],
+        1: [False, False],
+        2: [False, False],
+        3: [True, False],
+        4: [False, False],
+        5: [False],
+    }
     found = Comparison.of(*(stored_tasks(stored(tmp_path / n, v)) for n, v in (("1", first), ("2", second))))
-    differences = [1.0, 0.0, 0.5, -0.5, 0.5]
-    means = [np.mean([differences[each] for each in drawn]) for drawn in product(range(5), repeat=5)]
-    assert found.reward.interval == pytest.approx(
-        tuple(np.quantile(means, [0.025, 0.975])), abs=0.11
-    )  # steps of 0.1
-    assert found.reward.difference == pytest.approx(0.3) and found.p_value is None, "several samples a task"
+    sums = np.sort([sum(drawn) for drawn in product((0, 0, 1, 1, 2, 2), repeat=6)])  # in halves, of all 6^6
+    low, high = sums[int(0.025 * len(sums))], sums[int(0.975 * len(sums))]
+    # So many resamples cannot end elsewhere: the quantiles lie 3.8 standard errors or more inside of these values.
+    error = (0.025 * 0.975 / RESAMPLES) ** 0.5
+    for end, quantile in ((low, 0.025), (high, 0.975)):
+        assert np.mean(sums < end) + 3.8 * error < quantile < np.mean(sums <= end) - 3.8 * error
+    assert found.reward.interval == pytest.approx((low / 12, high / 12), abs=1e-12)
+    assert found.success is not None and found.success.interval == found.reward.interval
+    assert found.reward.difference == 0.5 and found.p_value is None, "several samples a task"
 
 
 def test_failed_episodes_are_left_out_and_other_tasks_refused(tmp_path: Path) -> None:
