@@ -19,7 +19,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rollout.engines.vllm_proof import LayerProof
@@ -87,15 +87,18 @@ class HandleTransfer(WeightTransferEngine[_Init, _Update]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
-        if self.device.type == "cpu" and self.model_config.hf_config.tie_word_embeddings:
+        if self.device.type == "cpu":
             self._repack_tied_head()
         self._proof.check(self._version)
 
     def _repack_tied_head(self) -> None:
         # On a CPU the head keeps a packed copy of its weight. The reload refreshes packed copies layer by layer but
-        # skips a tied head, which would continue to sample from the old embeddings.
-        for module in self.model.modules():
-            if isinstance(module, ParallelLMHead):
+        # skips a tied head, which would continue to sample from the old embeddings. The tensors say what is tied: vLLM
+        # changes its configuration to untied where the checkpoint's files hold the head too.
+        modules = list(self.model.modules())
+        embeddings = [module.weight for module in modules if type(module) is VocabParallelEmbedding]
+        for module in modules:
+            if isinstance(module, ParallelLMHead) and any(module.weight is each for each in embeddings):
                 module.quant_method.process_weights_after_loading(module)
 
     def shutdown(self) -> None:

@@ -22,15 +22,10 @@ from tests.learner.model.test_families import IDS, chosen, logits, plain, prefer
 pytestmark = [pytest.mark.slow, pytest.mark.rare, pytest.mark.timeout(300)]
 
 CONTEXT = 192
-# vLLM's embedding of Gemma 3 is not what the proof of a sync computes: the sync is refused. Not yet explained.
-REFUSED = pytest.mark.xfail(reason="the proof of a sync refuses Gemma 3's embedding", strict=False)
 
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(each, marks=[REFUSED] if each.startswith("gemma") else []) for each in PUBLISHED],
-)
+@pytest.mark.parametrize("family", PUBLISHED)
 def test_vllm_follows_the_learner_and_samples_tokens_only(family: str, tie: bool, tmp_path: Path) -> None:
     tokens = build_family(family, tie, tmp_path / "model")
     prefer_padding(tmp_path / "model")
