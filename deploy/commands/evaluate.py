@@ -39,13 +39,14 @@ class Votes(StrEnum):
     choice = "choice"
 
 
-Trust = Annotated[
+_TRUST = (
+    "Allow the stored run to execute the modules, commands and servers that its configuration names. "
+    "The answer is remembered."
+)
+Trust = Annotated[bool, typer.Option("--trust", help=_TRUST)]
+TrustModel = Annotated[
     bool,
-    typer.Option(
-        "--trust",
-        help="Allow the stored run to execute the modules, commands and servers that its configuration names. "
-        "The answer is remembered.",
-    ),
+    typer.Option("--trust", help=f"{_TRUST} Code that comes with another model is executed this once."),
 ]
 
 
@@ -114,7 +115,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of all sampling.")] = 0,
     out: Out = None,
     show: Annotated[int, typer.Option(min=0, help="Number of episodes to print as transcripts.")] = 0,
-    trust: Trust = False,
+    trust: TrustModel = False,
 ) -> None:
     """Evaluate a checkpoint or a server on an environment: success rate, or mean reward, with its 95% interval.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deploy.config.config_errors import ConfigError
@@ -19,6 +19,7 @@ from deploy.run.evaluate import (
     environment_id,
     environment_of,
     evaluate_checkpoint,
+    executes_code,
     new_folder,
     parse_options,
     parse_seeds,
@@ -68,13 +69,13 @@ def run_evaluation(request: Request, console: Console) -> None:
         checkpoint = best_checkpoint(request.checkpoint) if request.best else request.checkpoint
         asked = _asked(request)
         folder = request.out or new_folder(asked.env_id, Path("runs"))
-        _play(checkpoint, asked, folder, request.model, console, request.show)
+        _play(checkpoint, asked, folder, request, console)
     if other is None:
         return
     against = Path(other)
     if not comparison.is_stored(against):
         against = folder / "compared"
-        _play(other, asked, against, "", console, 0)
+        _play(other, asked, against, replace(request, model="", show=0), console)
     found = comparison.Comparison.of(comparison.stored_tasks(folder), comparison.stored_tasks(against))
     if not stored:
         found.save(folder / comparison.FILE)
@@ -98,9 +99,12 @@ def _asked(request: Request) -> _Asked:
     return _Asked(env_id, seeds, validated(Conditions, tree, "manta eval"))
 
 
-def _play(checkpoint: str, asked: _Asked, folder: Path, model: str, console: Console, show: int) -> None:
-    outcome = evaluate_checkpoint(checkpoint, asked.env_id, asked.seeds, asked.conditions, folder, model)
-    show_transcripts(console, folder, show)
+def _play(checkpoint: str, asked: _Asked, folder: Path, request: Request, console: Console) -> None:
+    run = str(request.like or request.checkpoint)
+    trusted = executes_code(checkpoint, run, asked.conditions, request.trust)
+    conditions = asked.conditions.model_copy(update={"trust_remote_code": trusted})
+    outcome = evaluate_checkpoint(checkpoint, asked.env_id, asked.seeds, conditions, folder, request.model)
+    show_transcripts(console, folder, request.show)
     write(console, f"{outcome}\nepisodes and the engine's log: {folder} (--show N prints episodes)")
 
 

@@ -107,6 +107,19 @@ def conditions_of(checkpoint: str, env: str | None, trusted: bool = False) -> Co
     return _conditions(config, environment_named(config.environments, named))
 
 
+def executes_code(checkpoint: str, run: str, conditions: Conditions, trusted: bool) -> bool:
+    """Whether code that comes with a model may be executed when it is evaluated under the conditions of a run.
+
+    What the run trusts is the code of its own model: that of its checkpoints, and the one that it began with. Any other
+    model needs the user's word. run: a run folder or a checkpoint in one, or what belongs to none. trusted: that word.
+    """
+    folder = _run_of(run)
+    if trusted or folder is None:
+        return trusted
+    began_with = run_folder.open_existing(folder).learner.model.path
+    return conditions.trust_remote_code and (_run_of(checkpoint) == folder or checkpoint == began_with)
+
+
 def suite_conditions(run: str, name: str, trusted: bool = False) -> tuple[str, list[int], Conditions]:
     """A suite of a run: its environment, the seeds of its tasks, its conditions. ConfigError where there is none."""
     if (folder := _run_of(run)) is None:

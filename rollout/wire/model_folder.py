@@ -46,7 +46,7 @@ def pretrained(auto: Any, path: str, trusted: bool = False, **options: Any) -> A
             raise
         raise CodeRefused(
             "it needs custom code of its own repository, which is not executed; if you have read the code and trust "
-            "its author, set learner.model.trust_remote_code=true"
+            "its author, set learner.model.trust_remote_code=true, or add --trust to manta eval"
         ) from error
 
 

@@ -15,6 +15,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from deploy.assembly.build import load_chat, sent_adapter, start_engine
+from deploy.config import run_folder
 from deploy.config.config_errors import ConfigError
 from deploy.config.trust import executed, executed_by_evaluation
 from deploy.run.evaluate import Conditions, evaluate_checkpoint
@@ -29,6 +30,7 @@ from rollout.engines.settings import TransformersSettings
 from rollout.engines.vllm_start import VllmSettings
 from rollout.wire.trajectory import Group
 from rollout.wire.weights import WeightUpdate, inline
+from tests.deploy.command import command
 from tests.deploy.small_run import configured
 
 CODE = """
@@ -103,6 +105,40 @@ def test_a_recipe_that_trusts_it_trains_it(
     np.testing.assert_array_equal(restored.score_ids(ids), learner.policy.score_ids(ids))
     adapted = recipe(model, "learner.model.trust_remote_code=true", "learner.model.lora.sync=adapter")
     assert sent_adapter(adapted, str(model)) is not None
+
+
+@pytest.mark.parametrize("recipe_trusts", [True, False])
+def test_an_evaluation_executes_the_code_of_another_model_only_at_the_users_word(
+    recipe_trusts: bool,
+    model: Path,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    manta = command(monkeypatch, capsys)
+    theirs = tmp_path / "run's own"
+    overrides = (
+        f"learner.model.trust_remote_code={str(recipe_trusts).lower()}",
+        'engine={kind="transformers"}',
+    )
+    run_folder.create(recipe(theirs, *overrides), run := tmp_path / "run")  # started here, so it is trusted
+    (run / "ledger.sqlite").touch()
+    asked = ("eval", str(model), "--like", str(run), "--seeds", "0:1")
+    code, _, err = manta(*asked, "--out", str(tmp_path / "refused"))
+    assert code == 2 and err.count("\n") == 1 and "--trust" in err
+    asked_of_two = ("eval", str(tiny), "--like", str(run), "--seeds", "0:1", "--compare", str(model))
+    code, _, err = manta(*asked_of_two, "--out", str(tmp_path / "half"))
+    assert code == 2 and "--trust" in err
+    assert not (tmp_path / "ran").exists()
+    code, said, err = manta(*asked, "--trust", "--out", str(tmp_path / "played"))
+    assert (code, err) == (0, "") and "1 episodes" in said
+    assert (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink()
+    assert manta(*asked, "--out", str(tmp_path / "again"))[0] == 2, "this word is not remembered"
+    model.rename(theirs)
+    own = ("eval", str(theirs), "--like", str(run), "--seeds", "0:1", "--out", str(tmp_path / "own"))
+    assert manta(*own)[0] == (0 if recipe_trusts else 2), "the recipe's word is about the model that it names"
 
 
 def test_vllm_is_told_whether_to_trust_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
