@@ -207,7 +207,8 @@ app.add_typer(models.app)
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2, anything else keeps its traceback."""
     use_utf8()
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the run has a display of its own
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # the run has a display of its own
+        os.environ.setdefault(name, "1")
     if os.getcwd() not in sys.path:
         # "module:Class" may name a file beside the user; Ray's workers take it over.
         sys.path.insert(0, os.getcwd())

@@ -190,7 +190,7 @@ def with_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
     import_utils.is_gguf_available.cache_clear()
 
 
-def write_tiny_gguf(file: Path, seed: int, layers: int = 1) -> Qwen2ForCausalLM:
+def write_tiny_gguf(file: Path, seed: int, layers: int = 1, context: int = 64) -> Qwen2ForCausalLM:
     """Write a random Qwen2 of one layer as GGUF, by that format's own library; returns the model.
 
     layers: as the file says; its weights are of one.
@@ -203,7 +203,7 @@ def write_tiny_gguf(file: Path, seed: int, layers: int = 1) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), num_hidden_layers=1, **shape))
     writer = gguf.GGUFWriter(file, "qwen2")
-    writer.add_context_length(64)
+    writer.add_context_length(context)
     writer.add_block_count(layers)
     writer.add_embedding_length(32)
     writer.add_feed_forward_length(64)
