@@ -302,14 +302,14 @@ SYNC = MetricGroup(
 GROUPS = (EPISODES, ENVIRONMENTS, REUSED, BATCH, UPDATE, CRITIC, LOOP, SYNC)
 
 # Rows of their own, in the form of a run's; guards do not see them.
-_PAIRS = "the stage is of kind `preference`"
+_PAIRS, _ILQL = "the stage is of kind `preference`", "the stage is of kind `ilql`"
 STAGES = MetricGroup(
     "Stages",
     "learner/stages/",
     "A stage before reinforcement learning has a file of its own, `RUN/stages/0/metrics.jsonl` and so on, with one row "
-    "an optimizer step. Stages of kinds `sft` and `preference` write `step`, `loss`, `grad_norm`, `learning_rate`, "
-    "`skipped_step`, `idle_step`, `entropy`, `tokens_processed`, `tokens_scored` and `batch_tokens_sampled` as above. "
-    "A step that is not finite stands there with `skipped_step` 1.",
+    "an optimizer step. Stages of kinds `sft`, `preference` and `ilql` write `step`, `loss`, `grad_norm`, "
+    "`learning_rate`, `skipped_step`, `idle_step`, `entropy`, `tokens_processed`, `tokens_scored` and "
+    "`batch_tokens_sampled` as above. A step that is not finite stands there with `skipped_step` 1.",
     (
         Metric("epoch", "epochs", "Pass over the episodes, from 0"),
         Metric(
@@ -321,5 +321,21 @@ STAGES = MetricGroup(
         Metric("rejected_reward", "nats", "The same of the worse answer", _PAIRS),
         Metric("reward_margin", "nats", "Difference of the two", _PAIRS),
         Metric("reward_accuracy", "fraction", "Share of pairs whose better answer is worth more", _PAIRS),
+        Metric("q", "reward", "Value of a sampled token, mean of both heads and over the tokens", _ILQL),
+        Metric("v", "reward", "Value of the state before a sampled token", _ILQL),
+        Metric("advantage", "reward", "The lower of both slow action values, minus the state value", _ILQL),
+        Metric("td_error", "reward", "Absolute difference between action value and target", _ILQL),
+        Metric("td_loss", "squared reward", "Squared difference, sum of both heads", _ILQL),
+        Metric("expectile_loss", "squared reward", "Loss of the state value", _ILQL),
+        Metric("cql_loss", "nats", "Conservative loss, sum of both heads, without its factor", _ILQL),
+        Metric("policy_loss", "nats per token", "Weighted negative log-likelihood", _ILQL),
+        Metric("policy_weight", "factor", "Weight exp(advantage / temperature), limited", _ILQL),
+        Metric(
+            "effective_samples",
+            _SHARE,
+            "Effective sample size of these weights w, (sum w)^2 / (N sum w^2); 1: all tokens count alike",
+            _ILQL,
+        ),
+        Metric("value_grad_norm", "2-norm", "Norm of the heads' gradient before clipping", _ILQL),
     ),
 )

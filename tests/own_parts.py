@@ -158,6 +158,43 @@ class Preferences:
         return -micro.advantages_N * logprobs_N, {}
 
 
+class Returns:
+    """A value head of one's own learns what episodes earn, by an optimizer of its own; a mean of it is kept too."""
+
+    def __init__(self, learning_rate: float = 1e-2, steps: int = 5, other: bool = False) -> None:
+        self._optim, self._steps = OptimSettings(learning_rate=learning_rate), steps
+        self._name = "other" if other else "head"
+
+    def begin(self, learner: StageLearner, groups: Sequence[Group]) -> int:
+        self._learner = learner
+        self._examples = [Example.of(episode) for group in groups for episode in group.trainable]
+        for example in self._examples:
+            example.advantages_N = example.episode.over_tokens(example.episode.reward)
+        random = torch.Generator().manual_seed(int(learner.rng.integers(2**31)))
+        linear = torch.nn.Linear(learner.policy.width, 1)
+        torch.nn.init.normal_(linear.weight, std=0.1, generator=random)
+        torch.nn.init.zeros_(linear.bias)
+        slow = torch.nn.Linear(learner.policy.width, 1).requires_grad_(False)
+        slow.load_state_dict(linear.state_dict())
+        self._head, self._slow = learner.module(self._name, linear), learner.module("slow", slow)
+        self._policy_optimizer = learner.optimizer(self._optim, self._steps)
+        self._head_optimizer = learner.optimizer(self._optim, self._steps, of=[self._head])
+        return self._steps
+
+    def advance(self, step: int) -> dict[str, float]:
+        places = self._learner.rng.permutation(len(self._examples))[:5]
+        chosen = [self._examples[place] for place in places]
+        row = self._policy_optimizer.step(chosen, self._loss, beside={"head": self._head_optimizer})
+        self._slow.follow(self._head, 0.5)
+        values = self._learner.values(chosen, lambda hidden_ND: self._slow(hidden_ND)[:, 0])
+        return {**row, "slow": float(np.mean([each.after for each in values]))}
+
+    def _loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs_N, _, hidden_ND = self._learner.policy.read(micro, 1.0)
+        values_N = self._head(hidden_ND)[:, 0]
+        return (values_N - micro.advantages_N) ** 2 - 0.01 * logprobs_N, {"value": values_N.detach()}
+
+
 # What does not fit ------------------------------------------------------------------------------------------------
 
 

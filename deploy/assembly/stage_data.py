@@ -59,7 +59,13 @@ async def _played(config: RunConfig, index: int, source: PlayerSource, path: str
         groups += await demonstrate(
             list(tasks), player, chat, context, environment.agent, first_group=len(groups)
         )
-    return [encode(group) for group in groups]
+    least = source.min_reward
+    kept = [each for each in groups if least is None or each.trajectories[0].reward >= least]
+    if not kept:
+        raise ConfigError(
+            f"stages.{index}.source: no demonstration has a reward of min_reward={least} or more; lower it"
+        )
+    return [encode(group) for group in kept]
 
 
 async def _recorded(config: RunConfig, source: DatasetSource, option: str, path: str) -> list[pa.RecordBatch]:

@@ -125,6 +125,10 @@ class Policy:
         """Number of token ids of the model's head."""
         return int(self._head.weight.shape[0])
 
+    def vocab_chunk(self, tokens: int) -> int:
+        """Vocabulary entries whose logits of so many tokens are computed at a time: `logit_block` numbers in all."""
+        return max(self.settings.logit_block // max(tokens, 1), _LEAST_CHUNK)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Trainable parameters, tied ones once, always in the same order."""
         return (p for p in self.model.parameters() if p.requires_grad)
@@ -297,7 +301,7 @@ class Policy:
     def _logprobs(
         self, hidden_ND: Tensor, targets_N: Tensor, temperature: float, bias_V: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        chunk = max(self.settings.logit_block // max(len(hidden_ND), 1), _LEAST_CHUNK)
+        chunk = self.vocab_chunk(len(hidden_ND))
         return token_logprobs(hidden_ND, self._head.weight, bias_V, targets_N, temperature, chunk)
 
     def _make_picture_inputs(self, folder: str) -> PictureInputs | None:

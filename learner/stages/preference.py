@@ -18,6 +18,7 @@ from torch import Tensor
 from learner.algorithm.preferences import Pairs
 from learner.data.batch import MicroBatch
 from learner.data.prepare import Example
+from learner.stages.epochs import Epochs
 from learner.stages.settings import PreferenceSettings
 from learner.stages.stage import StageLearner
 from rollout.wire.metrics import Row
@@ -44,14 +45,12 @@ class Preference:
             if settings.loss.has_reference
             else torch.zeros(len(self._pairs), 2, dtype=torch.float64)
         )
-        self._orders = [learner.rng.permutation(len(self._pairs)) for _ in range(settings.epochs)]
+        self._epochs = Epochs(len(self._pairs), settings.epochs, settings.pairs_per_step, learner.rng)
         return steps
 
     def advance(self, step: int) -> Row:
         """One optimizer step on the next `pairs_per_step` pairs of the epoch; its last step may have fewer."""
-        size = self._settings.pairs_per_step
-        epoch, part = divmod(step, -(-len(self._pairs) // size))
-        chosen = [int(place) for place in self._orders[epoch][part * size : (part + 1) * size]]
+        chosen = self._epochs.chosen(step, range(len(self._pairs)))
         totals_P2 = self._totals(chosen).requires_grad_()
         loss_P, statistics = self._settings.loss(self._of(chosen, totals_P2))
         (pull_P2,) = torch.autograd.grad(loss_P.mean(), totals_P2)
@@ -62,7 +61,12 @@ class Preference:
             example.advantages_N[:] = -pull * tokens
         row = self._optimizer.step(examples, self._weighed)
         means = {name: float(values_P.mean()) for name, values_P in statistics.items()}
-        return {**row, **means, "loss": float(loss_P.detach().mean()), "epoch": float(epoch)}
+        return {
+            **row,
+            **means,
+            "loss": float(loss_P.detach().mean()),
+            "epoch": float(self._epochs.epoch(step)),
+        }
 
     def _totals(self, places: Sequence[int]) -> Tensor:
         """The policy's log-probability of both episodes of these pairs: float64 [P, 2]."""

@@ -26,6 +26,9 @@ class PlayerSource(BaseModel, extra="forbid", frozen=True):
     error_rate: float = Field(
         default=0.5, ge=0, le=1, description="share of the player's moves that are random"
     )
+    min_reward: float | None = Field(
+        default=None, description="only demonstrations whose total reward reaches this; none: all"
+    )
 
 
 class RunSource(BaseModel, extra="forbid", frozen=True):
@@ -94,12 +97,11 @@ class StageSettings(BaseModel, frozen=True):
         return None
 
 
-class SftSettings(StageSettings, extra="forbid", frozen=True):
-    """Supervised fine-tuning: raise the likelihood of the actions in recorded episodes."""
+class EpisodeSettings(StageSettings, frozen=True):
+    """What stages have whose every step is one on so many episodes."""
 
-    kind: Literal["sft"] = "sft"
     optim: OptimSettings = Field(
-        default=OptimSettings(learning_rate=1e-5), description="the stage's own optimizer"
+        default=OptimSettings(learning_rate=1e-5), description="the stage's own optimizer of the policy"
     )
     epochs: int = Field(default=1, ge=1, description="passes over the episodes")
     episodes_per_step: int = Field(default=32, ge=1, description="episodes in one optimizer step")
@@ -112,6 +114,57 @@ class SftSettings(StageSettings, extra="forbid", frozen=True):
     def planned(self) -> tuple[OptimSettings, int] | None:
         episodes = self.source.episodes
         return None if episodes is None else (self.optim, self.steps(episodes))
+
+
+class SftSettings(EpisodeSettings, extra="forbid", frozen=True):
+    """Supervised fine-tuning: raise the likelihood of the actions in recorded episodes."""
+
+    kind: Literal["sft"] = "sft"
+
+
+class IlqlSettings(EpisodeSettings, extra="forbid", frozen=True):
+    """Implicit Q-learning: values of tokens from recorded episodes and their rewards, and the policy that they make."""
+
+    kind: Literal["ilql"] = "ilql"
+    value_optim: OptimSettings = Field(
+        default=OptimSettings(learning_rate=1e-4), description="optimizer of the value heads"
+    )
+    head_width: int = Field(
+        default=0,
+        ge=0,
+        description="width of a head's hidden layer; 0: twice that of the policy's hidden states",
+    )
+    gamma: float = Field(default=0.99, gt=0, le=1, description="discount factor per turn")
+    expectile: float = Field(
+        default=0.8,
+        ge=0.5,
+        lt=1,
+        description="of the action values in the data, which the state value aims at; 0.5: their mean, near 1: their "
+        "maximum",
+    )
+    cql: float = Field(
+        default=0.1,
+        ge=0,
+        description="factor of the conservative loss, which lowers the values of tokens that the data does not hold",
+    )
+    target_rate: float = Field(
+        default=0.005,
+        gt=0,
+        le=1,
+        description="share of the way that the slow copy of the action values goes towards them in a step",
+    )
+    value_coefficient: float = Field(
+        default=1.0, ge=0, description="factor of the value losses against the policy's"
+    )
+    detach: bool = Field(
+        default=False, description="keep the value losses' gradient out of the policy's trunk"
+    )
+    temperature: float = Field(
+        default=0.1,
+        gt=0,
+        description="of the policy's weights exp(advantage / temperature), in units of the reward; smaller: greedier",
+    )
+    weight_limit: float = Field(default=20.0, ge=1, description="largest of these weights")
 
 
 class PreferenceSettings(StageSettings, extra="forbid", frozen=True):
@@ -153,6 +206,8 @@ def _sft_unless_said(section: Any) -> Any:
 
 
 BuiltInStage = Annotated[
-    SftSettings | PreferenceSettings, Field(discriminator="kind"), BeforeValidator(_sft_unless_said)
+    SftSettings | PreferenceSettings | IlqlSettings,
+    Field(discriminator="kind"),
+    BeforeValidator(_sft_unless_said),
 ]
 AnyStage = Annotated[Annotated[BuiltInStage, BUILT_IN] | Annotated[OwnStage, OWN], BY_KIND]

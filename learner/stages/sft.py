@@ -9,6 +9,7 @@ from torch import Tensor
 from learner.algorithm.losses import cross_entropy
 from learner.data.batch import MicroBatch
 from learner.data.prepare import Example
+from learner.stages.epochs import Epochs
 from learner.stages.settings import SftSettings
 from learner.stages.stage import StageLearner
 from rollout.wire.metrics import Row
@@ -29,16 +30,13 @@ class Sft:
         count = len(self._examples)
         steps = settings.steps(count)
         self._optimizer = learner.optimizer(settings.optim, steps)
-        self._orders = [learner.rng.permutation(count) for _ in range(settings.epochs)]
+        self._epochs = Epochs(count, settings.epochs, settings.episodes_per_step, learner.rng)
         return steps
 
     def advance(self, step: int) -> Row:
         """One optimizer step on the next `episodes_per_step` episodes of the epoch; its last step may have fewer."""
-        size = self._settings.episodes_per_step
-        epoch, part = divmod(step, -(-len(self._examples) // size))
-        chosen = self._orders[epoch][part * size : (part + 1) * size]
-        row = self._optimizer.step([self._examples[place] for place in chosen], self._loss)
-        return {**row, "epoch": float(epoch)}
+        row = self._optimizer.step(self._epochs.chosen(step, self._examples), self._loss)
+        return {**row, "epoch": float(self._epochs.epoch(step))}
 
     def _loss(self, micro: MicroBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         logprobs_N, entropy_N, _ = self._policy.read(micro, 1.0)

@@ -23,7 +23,8 @@ from learner.algorithm.estimators import Values
 from learner.data.batch import Batch, MicroBatch
 from learner.data.prepare import Example, and_after
 from learner.model.policy import Policy
-from learner.parallel.shards import gathered_state, laid_out, shard
+from learner.parallel.auxiliary import AuxiliaryModule
+from learner.parallel.shards import gathered_state
 from learner.training.optim import Optimizer
 from learner.training.step import Auxiliary, Stats, accumulate
 from rollout.wire.metrics import Row, joined
@@ -51,14 +52,11 @@ class ValueHead:
         self.linear = nn.Linear(trunk.width, 1, device=trunk.device)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-        self._sharded = None if self.ranks.size == 1 else shard(self.linear, self.ranks)
+        self._module = AuxiliaryModule(self.linear, self.ranks, trunk.device)
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """Values, float32 [N]."""
-        wide_ND = hidden_ND.to(self.linear.weight.dtype)
-        values_N1: Tensor = (
-            self.linear(wide_ND) if self._sharded is None else self._sharded.use(lambda: self.linear(wide_ND))
-        )
+        values_N1: Tensor = self._module(hidden_ND.to(self.linear.weight.dtype))
         return values_N1[:, 0]
 
     @property
@@ -72,8 +70,7 @@ class ValueHead:
 
     def load(self, folder: Path) -> None:
         """Take over what was written there."""
-        own, stored = self.linear.state_dict(), load_file(folder / _HEAD)
-        self.linear.load_state_dict({name: laid_out(stored[name], like) for name, like in own.items()})
+        self._module.load(load_file(folder / _HEAD))
 
 
 class PolicyStep(Protocol):

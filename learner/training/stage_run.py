@@ -2,52 +2,73 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from itertools import chain
+from types import MappingProxyType
+from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from learner.algorithm.estimators import Values
 from learner.algorithm.schedule import OptimSettings
 from learner.data.batch import MicroBatch, pack
 from learner.data.batch_checks import MOST_REFUSED, BatchRefused
-from learner.data.prepare import Example, of_tokens, weighed
+from learner.data.prepare import Example, and_after, of_tokens, weighed
 from learner.model.policy import Policy
+from learner.parallel.auxiliary import AuxiliaryModule
+from learner.parallel.ranks import Ranks
 from learner.settings import LearnerSettings
+from learner.stages.ilql import Ilql
 from learner.stages.own import Owned
 from learner.stages.preference import Preference
-from learner.stages.settings import AnyStage, OwnStage, PreferenceSettings, SftSettings
+from learner.stages.settings import AnyStage, IlqlSettings, OwnStage, PreferenceSettings, SftSettings
 from learner.stages.sft import Sft
-from learner.stages.stage import Stage, StageLoss
+from learner.stages.stage import Stage, StageLoss, StateValue
+from learner.training.checkpoint import CheckpointError
 from learner.training.optim import Optimizer
 from learner.training.step import Stats, not_finite, optimizer_step, use_threads
-from rollout.wire.metrics import Row
+from rollout.wire.metrics import Row, joined
 from rollout.wire.partition import deal
 from rollout.wire.trajectory import Float32Array, Group
 
-_KEPT = "stage.kept"  # among the optimizers of a checkpoint
+_OPTIMIZER = re.compile(r"stage\.\d+")
+_KEPT, _MODULES = "stage.kept", "stage.modules"  # among the optimizers of a checkpoint
 
 
-class PolicyOptimizer:
-    """An optimizer over the policy's parameters with the batches it steps on: a `StageOptimizer`."""
+class PackedOptimizer:
+    """An optimizer with the batches it steps on: a `StageOptimizer`."""
 
-    def __init__(self, policy: Policy, settings: OptimSettings, steps: int, tokens_per_row: int) -> None:
-        self.optimizer = Optimizer(policy.parameters(), settings, steps)
+    def __init__(self, optimizer: Optimizer, policy: Policy, tokens_per_row: int) -> None:
+        self.optimizer = optimizer
         self._policy = policy
         self._tokens_per_row = tokens_per_row
 
-    def step(self, examples: Sequence[Example], loss: StageLoss) -> Row:
-        policy = self._policy
-        dealt = deal([example.trajectory.num_sampled for example in examples], policy.ranks.size)
-        own = [examples[place] for place in dealt[policy.ranks.rank]]
-        batch = pack(weighed(own, "token", ranks=policy.ranks), self._tokens_per_row, policy.context)
+    def step(
+        self,
+        examples: Sequence[Example],
+        loss: StageLoss,
+        beside: Mapping[str, Self] = MappingProxyType({}),
+    ) -> Row:
+        policy, others = self._policy, {name: each.optimizer for name, each in beside.items()}
+        own = weighed(dealt(examples, policy.ranks), "token", ranks=policy.ranks)
+        batch = pack(own, self._tokens_per_row, policy.context)
 
         def loss_of(micro: MicroBatch) -> tuple[Tensor, Stats]:
             loss_N, statistics = loss(micro)
             return loss_N, dict(statistics)
 
-        return optimizer_step(policy, self.optimizer, batch, loss_of)
+        def agree() -> bool:
+            return all([math.isfinite(other.grad_norm()) for other in others.values()])  # ranks ask for each
+
+        for other in others.values():
+            other.zero_grad()
+        row = optimizer_step(policy, self.optimizer, batch, loss_of, agree)
+        reports = {name: other.step(finite=not row["skipped_step"]) for name, other in others.items()}
+        return joined(row, {f"{name}_grad_norm": report.grad_norm for name, report in reports.items()})
 
 
 class StageRun:
@@ -59,22 +80,43 @@ class StageRun:
         self.policy, self.ranks, self.rng = policy, policy.ranks, rng
         self.step, self.steps = 0, 0  # the next one to make, and how many there are
         self.refused = 0  # steps in a row that were not finite
-        self.optimizers: list[PolicyOptimizer] = []
+        self.optimizers: list[PackedOptimizer] = []
+        self.modules: dict[str, AuxiliaryModule] = {}
         self.tensors: dict[str, Tensor] = {}  # what the stage has `kept`
         self._kind = stage.kind
         self._threads = stage.threads or settings.threads
         self._tokens_per_row = settings.tokens_per_microbatch
         self._stage = _stage_of(stage)
 
-    def optimizer(self, settings: OptimSettings, steps: int) -> PolicyOptimizer:
-        made = PolicyOptimizer(self.policy, settings, steps, self._tokens_per_row)
+    def optimizer(
+        self, settings: OptimSettings, steps: int, of: Sequence[AuxiliaryModule] = ()
+    ) -> PackedOptimizer:
+        moved = chain.from_iterable(module.parameters() for module in of) if of else self.policy.parameters()
+        made = PackedOptimizer(Optimizer(moved, settings, steps), self.policy, self._tokens_per_row)
         self.optimizers.append(made)
         return made
+
+    def module(self, name: str, module: nn.Module) -> AuxiliaryModule:
+        if name in self.modules:
+            raise ValueError(f"the stage has two modules {name!r}; give each a name of its own")
+        self.modules[name] = AuxiliaryModule(module, self.ranks, self.policy.device)
+        return self.modules[name]
 
     def kept(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         if name not in self.tensors:
             self.tensors[name] = compute()
         return self.tensors[name]
+
+    def share(self, examples: Sequence[Example]) -> list[Example]:
+        return dealt(examples, self.ranks)
+
+    def values(self, examples: Sequence[Example], value: StateValue) -> list[Values]:
+        @torch.no_grad()
+        def compute(micro: MicroBatch) -> Tensor:
+            return value(self.policy.hidden(micro.to(self.policy.device)))[:, None]
+
+        found = and_after(examples, compute, self._tokens_per_row, self.ranks)
+        return [Values(before_N1[:, 0], float(after_1[0])) for before_N1, after_1 in found]
 
     def logprobs(self, examples: Sequence[Example]) -> list[Float32Array]:
         @torch.no_grad()
@@ -148,8 +190,11 @@ class Stages:
         if resumed is not None:
             position, stored = resumed
             run.step, run.refused = int(position["step"]), int(position["refused"])
+            _require_same(run, stored)
             for name, made in _named(run).items():
                 made.optimizer.load_state_dict(stored[name])
+            for name, module in run.modules.items():
+                module.load(stored[_MODULES][name])
             self._rng.bit_generator.state = now[0]
             torch.set_rng_state(now[1])
         self._run = run
@@ -173,11 +218,12 @@ class Stages:
         return {"stage": self._next, "done": self._done, **within}
 
     def tensors(self) -> dict[str, Any]:
-        """The state of the present stage's optimizers, by name, and what it has kept."""
+        """The state of the present stage's optimizers and modules, by name, and what it has kept."""
         if self._run is None:
             return {}
         optimizers = {name: made.optimizer.state_dict() for name, made in _named(self._run).items()}
-        return {**optimizers, _KEPT: self._run.tensors}
+        modules = {name: module.state() for name, module in self._run.modules.items()}
+        return {**optimizers, _MODULES: modules, _KEPT: self._run.tensors}
 
     def restore(self, position: Mapping[str, Any] | None, tensors: Mapping[str, Any]) -> None:
         """Stand where a checkpoint says; None: behind all stages."""
@@ -196,9 +242,28 @@ def _stage_of(settings: AnyStage) -> Stage:
             return Sft(settings)
         case PreferenceSettings():
             return Preference(settings)
+        case IlqlSettings():
+            return Ilql(settings)
         case OwnStage():
             return Owned(settings)
 
 
-def _named(run: StageRun) -> dict[str, PolicyOptimizer]:
+def dealt(examples: Sequence[Example], ranks: Ranks) -> list[Example]:
+    """The part of a step's episodes that is this rank's."""
+    shares = deal([example.trajectory.num_sampled for example in examples], ranks.size)
+    return [examples[place] for place in shares[ranks.rank]]
+
+
+def _require_same(run: StageRun, stored: Mapping[str, Any]) -> None:
+    """CheckpointError where the stage asks for other optimizers or modules than when the checkpoint was written."""
+    asked = sorted([*_named(run), *run.modules])
+    held = sorted([*(name for name in stored if _OPTIMIZER.fullmatch(name)), *stored.get(_MODULES, {})])
+    if asked != held:
+        raise CheckpointError(
+            f"the stage asks for {', '.join(asked)}, but its checkpoint holds {', '.join(held)}; continue the run with "
+            "the stage as it was, or begin a new one"
+        )
+
+
+def _named(run: StageRun) -> dict[str, PackedOptimizer]:
     return {f"stage.{place}": each for place, each in enumerate(run.optimizers)}

@@ -55,7 +55,7 @@ def _configured(recipe: Path, *overrides: str) -> RunConfig:
 
 def test_the_guides_own_parts_train_and_its_tracker_hears_of_it(guide: Path, tmp_path: Path) -> None:
     config = _configured(guide)
-    assert len(list(own_parts(config))) == 9
+    assert len(list(own_parts(config))) == 10
     check(config)
     train(config, tmp_path / "run")
     assert_balanced(tmp_path / "run", config)
@@ -66,6 +66,9 @@ def test_the_guides_own_parts_train_and_its_tracker_hears_of_it(guide: Path, tmp
     rewarded = read_metrics(stage_folder(tmp_path / "run", 1))
     assert [row["step"] for row in rewarded] == [1, 2, 3, 4]
     assert all(row["loss"] > 0 and row["skipped_step"] == 0 for row in rewarded)
+    valued = read_metrics(stage_folder(tmp_path / "run", 2))
+    assert [row["loss"] for row in valued] == sorted((row["loss"] for row in valued), reverse=True)
+    assert len(valued) == 3 and all(row["head_grad_norm"] > 0 for row in valued)
     stored = trained_rows(tmp_path / "run")
     assert any('"turn 1' in row["observation"] for row in stored)
     assert any('"length"' in (row["named_rewards"] or "") for row in stored)

@@ -20,7 +20,7 @@ from learner.data.prepare import Example
 from learner.parallel.ranks import Ranks
 from learner.parallel.shards import gathered, gathered_tree
 from learner.settings import LearnerSettings, ModelSettings
-from learner.stages.settings import SftSettings
+from learner.stages.settings import AnyStage, SftSettings
 from learner.training.checkpoint import newest
 from learner.training.learner import Learner
 from learner.training.publish import take_snapshot
@@ -51,16 +51,18 @@ def float64() -> Iterator[None]:
         learner.model.policy._load = load
 
 
-def built(ranks: Ranks, tiny: Path, recipe: dict[str, Any], **model: Any) -> Learner:
+SFT = SftSettings(episodes_per_step=4, epochs=2, optim=OptimSettings(learning_rate=1e-2))
+
+
+def built(ranks: Ranks, tiny: Path, recipe: dict[str, Any], stage: AnyStage = SFT, **model: Any) -> Learner:
     settings = {
         "model": {"path": str(tiny), **model},
         "optim": {"learning_rate": 1e-2, "max_grad_norm": 0.3, "weight_decay": 0.1},
         "algorithm": recipe,
         "tokens_per_microbatch": LIMIT,
     }
-    sft = SftSettings(episodes_per_step=4, epochs=2, optim=OptimSettings(learning_rate=1e-2))
     return Learner(
-        LearnerSettings.model_validate(settings), temperature=0.8, total_steps=8, ranks=ranks, stages=[sft]
+        LearnerSettings.model_validate(settings), temperature=0.8, total_steps=8, ranks=ranks, stages=[stage]
     )
 
 
@@ -156,9 +158,9 @@ def resumed(ranks: Ranks, tiny: Path, recipe: dict[str, Any], run: Path) -> Foun
     }
 
 
-def staged(ranks: Ranks, tiny: Path, run: Path) -> Found:
+def staged(ranks: Ranks, tiny: Path, run: Path, stage: AnyStage) -> Found:
     """What a stage makes up to its end, from the run's checkpoint in it or else with one written after step 2."""
-    made = built(ranks, tiny, {})
+    made = built(ranks, tiny, {}, stage)
     if newest(run) is not None:
         made.load(run)
     begun, steps = made.begin_stage(0, groups_of(100, count=3))

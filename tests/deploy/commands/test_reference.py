@@ -20,7 +20,7 @@ from deploy.config.config import RunConfig
 from deploy.config.config_errors import option_names
 from deploy.config.declared_metrics import METRICS
 from deploy.config.load import load_config
-from deploy.report.metrics import read_metrics
+from deploy.report.metrics import read_metrics, stage_folder
 from learner.algorithm.preferences import DpoLoss, Pairs
 from learner.metrics import STAGES
 from rollout.engines.engine import Engine
@@ -181,9 +181,24 @@ def test_every_metric_that_a_run_writes_is_in_the_page_and_every_one_of_the_page
     assert all(f"| `{name}` |" in page for name in declared)
     assert {name for name in written if not any(metric.covers(name) for metric in METRICS)} == set()
     missing = {name for name, metric in declared.items() if not any(map(metric.covers, written))}
-    said, *of_pairs = STAGES.metrics
-    assert {metric.name for metric in of_pairs} == {*DpoLoss()(Pairs(*[torch.ones(1)] * 6))[1]}
-    of_stage = {name for row in read_metrics(tmp_path / "critic" / "stages" / "0") for name in row}
-    assert said.name in of_stage and f"| `{said.name}` |" in page
-    assert of_stage - {said.name} == set(re.findall(r"`(\w+)`", STAGES.about)) - {"sft", "preference"}
     assert missing == {"workers"}  # of a run on Ray: tests/deploy/cluster/test_ring_ranks.py
+
+
+def test_the_metrics_of_stages_are_those_of_the_page(tmp_path: Path) -> None:
+    of_kind = {
+        kind: {each.name for each in STAGES.metrics if f"`{kind}`" in each.when}
+        for kind in ("preference", "ilql")
+    }
+    said, *others = STAGES.metrics
+    assert len(others) == sum(map(len, of_kind.values()))
+    played = "source={kind='player', episodes=4}"
+    stages = f"stages=[{{kind='sft', {played}}}, {{kind='ilql', {played}}}]"
+    train(configured("steps=0", "evaluation.tasks=0", stages), tmp_path / "run")
+    sft, ilql = (
+        {name for row in read_metrics(stage_folder(tmp_path / "run", index)) for name in row}
+        for index in (0, 1)
+    )
+    assert sft - {said.name} == set(re.findall(r"`(\w+)`", STAGES.about)) - {"sft", *of_kind}
+    assert said.name in sft and ilql - sft == of_kind["ilql"]
+    assert of_kind["preference"] == {*DpoLoss()(Pairs(*[torch.ones(1)] * 6))[1]}
+    assert all(f"| `{each.name}` |" in _page("metrics.md") for each in STAGES.metrics)

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from learner.algorithm.schedule import OptimSettings
 from learner.model.tiny import build_tiny
 from learner.model.tokenizer import build_tokenizer
 from learner.parallel.ranks import RankLost, Ranks
+from learner.stages.settings import AnyStage, IlqlSettings
 from learner.training.checkpoint import latest
 from tests.learner.ranked import (
+    SFT,
     Found,
     beyond_floats,
     divided,
@@ -125,10 +128,22 @@ def test_a_checkpoint_is_continued_by_any_number_of_ranks(
     assert {path.name for path in newest.iterdir()} == {"model", "critic", "optimizer.pt", "state.json"}
 
 
-def test_a_stage_is_continued_from_its_checkpoint_by_any_number_of_ranks(tiny: Path, tmp_path: Path) -> None:
-    whole, *_ = together(2, staged, tiny, tmp_path)
-    same, *_ = together(2, staged, tiny, tmp_path)
-    other, *_ = together(1, staged, tiny, tmp_path)
+ILQL = IlqlSettings(
+    episodes_per_step=4,
+    epochs=2,
+    target_rate=0.2,
+    optim=OptimSettings(learning_rate=1e-2),
+    value_optim=OptimSettings(learning_rate=1e-2),
+)
+
+
+@pytest.mark.parametrize("stage", [SFT, ILQL], ids=["sft", "ilql"])
+def test_a_stage_is_continued_from_its_checkpoint_by_any_number_of_ranks(
+    stage: AnyStage, tiny: Path, tmp_path: Path
+) -> None:
+    whole, *_ = together(2, staged, tiny, tmp_path, stage)
+    same, *_ = together(2, staged, tiny, tmp_path, stage)
+    other, *_ = together(1, staged, tiny, tmp_path, stage)
     assert (whole["begun"], same["begun"], other["begun"]) == (0, 2, 2)
     assert same["metrics"] == whole["metrics"][2:] and len(same["metrics"]) > 2
     _same(same["parameters"], whole["parameters"])

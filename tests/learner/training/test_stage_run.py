@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from learner.algorithm.preferences import AnyPreferenceLoss, DpoLoss, IpoLoss, OrpoLoss, Pairs, SimpoLoss
 from learner.algorithm.schedule import OptimSettings
 from learner.settings import LearnerSettings, ModelSettings
-from learner.stages.settings import AnyStage, OwnStage, PreferenceSettings, SftSettings
-from learner.training.checkpoint import newest, next_stage
+from learner.stages.settings import AnyStage, IlqlSettings, OwnStage, PreferenceSettings, SftSettings
+from learner.training.checkpoint import CheckpointError, newest, next_stage
 from learner.training.learner import Learner
 from rollout.wire.trajectory import Group
 from tests.learner.staged import action_logprobs, learned
@@ -23,6 +23,14 @@ SFT = SftSettings(optim=OptimSettings(learning_rate=5e-3, warmup_steps=3), epoch
 DPO = PreferenceSettings(
     optim=OptimSettings(learning_rate=5e-3, max_grad_norm=1e9), epochs=3, pairs_per_step=4
 )
+ILQL = IlqlSettings(
+    optim=OptimSettings(learning_rate=5e-3, warmup_steps=3),
+    value_optim=OptimSettings(learning_rate=1e-2, schedule="linear"),
+    target_rate=0.2,
+    epochs=2,
+    episodes_per_step=3,
+)
+RETURNS = OwnStage.model_validate({"kind": "tests.own_parts:Returns"})
 PREFERENCES = OwnStage.model_validate({"kind": "tests.own_parts:Preferences", "beta": 0.5})
 
 
@@ -46,8 +54,8 @@ def groups(group_of: Groups) -> list[Group]:
 
 @pytest.mark.parametrize(
     "stage",
-    [SFT, DPO.model_copy(update={"pairs_per_step": 2}), PREFERENCES],
-    ids=["sft", "preference", "own"],
+    [SFT, DPO.model_copy(update={"pairs_per_step": 2}), ILQL, PREFERENCES, RETURNS],
+    ids=["sft", "preference", "ilql", "own", "own modules"],
 )
 def test_a_stage_goes_on_from_its_checkpoint_bit_for_bit(
     stage: AnyStage, tiny: Path, tmp_path: Path, groups: list[Group]
@@ -86,6 +94,44 @@ def test_a_stage_that_has_ended_is_behind_a_run_that_goes_on(
     assert not (tmp_path / "stages" / "checkpoints").exists()
     with pytest.raises(ValueError, match="stage 1 was asked of a learner that is at stage 2"):
         resumed.begin_stage(1, groups)
+
+
+def test_a_stage_that_asks_for_other_modules_than_its_checkpoint_holds_is_refused(
+    tiny: Path, tmp_path: Path, groups: list[Group]
+) -> None:
+    learner = made(tiny, RETURNS)
+    learner.begin_stage(0, groups)
+    learner.advance_stage(1)
+    learner.save(tmp_path)
+    changed = made(tiny, OwnStage.model_validate({"kind": RETURNS.kind, "other": True}))
+    changed.load(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"asks for other, slow, .* holds head, slow, stage\.0, stage\.1"
+    ):
+        changed.begin_stage(0, groups)
+
+
+def test_modules_move_with_the_policy_or_not_at_all(tiny: Path, group_of: Groups) -> None:
+    learner = made(tiny, RETURNS)
+    learner.begin_stage(0, [group_of(0, [1.0]), group_of(1, [float("inf")])])
+    run = learner.stages._run
+    assert run is not None
+    head = [parameter.detach().clone() for parameter in run.modules["head"].parameters()]
+    policy = bits(learner)
+    (row,) = learner.advance_stage(1)  # both episodes: one reward is not finite
+    assert row["skipped_step"] == 1.0
+    assert all(torch.equal(a, b) for a, b in zip(policy, bits(learner), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(head, run.modules["head"].parameters(), strict=True))
+
+
+def test_two_modules_of_one_name_are_refused(tiny: Path) -> None:
+    learner = made(tiny, SFT)
+    learner.begin_stage(0, [])
+    run = learner.stages._run
+    assert run is not None
+    run.module("head", torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="two modules 'head'"):
+        run.module("head", torch.nn.Linear(1, 1))
 
 
 def test_the_steps_of_preferences_are_those_of_their_paper(tiny: Path, groups: list[Group]) -> None:

@@ -1,0 +1,50 @@
+"""A module that learns beside the policy, such as a value head: whole on one rank, sharded over several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learner.parallel.ranks import Ranks
+from learner.parallel.shards import laid_out, local, shard
+
+
+class AuxiliaryModule:
+    """The module, called as it is. On several ranks every call and every change of its state is collective.
+
+    All ranks must make it with the same values.
+    """
+
+    def __init__(self, module: nn.Module, ranks: Ranks, device: torch.device) -> None:
+        self.module = module
+        self._sharded = None if ranks.size == 1 else shard(module, ranks)
+        if self._sharded is None:  # shards are moved one by one
+            module.to(device)
+
+    def __call__(self, *given: Any) -> Any:
+        """What the module computes; of several ranks' micro-batches each has its own."""
+        return (
+            self.module(*given) if self._sharded is None else self._sharded.use(lambda: self.module(*given))
+        )
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters, always in the same order."""
+        return self.module.parameters()
+
+    @torch.no_grad()
+    def follow(self, other: AuxiliaryModule, rate: float) -> None:
+        """Move each parameter towards that of a module of the same shape, by a share of the way: Polyak averaging."""
+        for own, followed in zip(self.parameters(), other.parameters(), strict=True):
+            local(own).lerp_(local(followed), rate)
+
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors by name, sharded where they are: see `learner.parallel.shards.gathered_tree`."""
+        return dict(self.module.state_dict())
+
+    def load(self, stored: Mapping[str, Tensor]) -> None:
+        """Take over whole tensors of the same names; they are copied."""
+        own = self.module.state_dict()
+        self.module.load_state_dict({name: laid_out(stored[name], like) for name, like in own.items()})
