@@ -54,6 +54,11 @@ class EvaluationSettings(_Settings):
         gt=0,
         description="episodes of each task. With several, pass@k is estimated and intervals are over tasks",
     )
+    base: bool = Field(
+        False,
+        description="evaluate the model also as the stages find it, before the first of them. Without stages that is "
+        "what the evaluation before training says",
+    )
     every_steps: int = Field(
         0,
         ge=0,

@@ -12,7 +12,7 @@ from rollout.episodes.evaluation import EvaluationPlan, pass_sizes, require_diff
 if TYPE_CHECKING:
     from deploy.config.config import RunConfig
 
-_TAKEN = ("before", "after", "tensorboard")  # what RUN/evaluations holds beside suites
+_TAKEN = ("base", "before", "after", "tensorboard")  # what RUN/evaluations holds beside suites
 
 
 def suite_environment(config: RunConfig, place: int) -> Environment:
@@ -65,6 +65,9 @@ def require_sound(config: RunConfig) -> None:
             f"evaluation.every_steps={evaluation.every_steps}, but nothing is evaluated: evaluation.tasks=0 and no "
             "suites"
         )
+    if evaluation.base and not (config.stages and evaluation.evaluates):
+        why = "nothing is evaluated" if config.stages else "there are none"
+        raise ValueError(f"evaluation.base=true evaluates the model before its stages, but {why}; remove it")
     names = [suite.name for suite in evaluation.suites]
     for suite in evaluation.suites:
         taken = suite.name in (*_TAKEN, *environments) or suite.name.startswith("step-")

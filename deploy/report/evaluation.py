@@ -1,6 +1,7 @@
 """The result of an evaluation: success (if the environment gives verdicts) and reward, each with an interval.
 
-RUN/evaluation_before.json and evaluation_after.json store one each.
+RUN/evaluation_before.json and evaluation_after.json store one each, and evaluation_base.json that of the model before
+its stages, where a recipe asks for it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from rollout.buffer.failures import TooManyFailures, cause_of
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.episodes.evaluation import EvaluationRow, pass_sizes
 
-WHEN = ("before", "after")  # of training
+BASE = "base"  # the model before its stages
+WHEN = (BASE, "before", "after")  # of training
 FILE = "evaluation.json"  # of a folder with the rows of an evaluation
 
 
@@ -168,38 +170,45 @@ def said(name: str, value: float, interval: Sequence[float] | None) -> str:
     )
 
 
-def figures(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
-    """The evaluations as keys of summary.json: success_WHEN and reward_WHEN, each with its _interval, or None.
+def figures(results: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Evaluations, by WHEN, as keys of summary.json: success_WHEN and reward_WHEN, each with its _interval.
 
+    Those of an evaluation that is missing are None; of one of the base model they are left out.
     `environments` has the same of each environment by its name, in a run with several.
-    If one of them has verdicts, the environment gives them, and the other one without any has a success of 0.
+    If one of them has verdicts, the environment gives them, and another one without any has a success of 0.
     """
-    if any(each.successes is not None for each in (before, after) if each):
-        before, after = (each and replace(each, successes=each.successes or 0) for each in (before, after))
-    found: dict[str, Any] = {"held_out": any(each.held_out for each in (before, after) if each)}
-    for when, each in zip(WHEN, (before, after), strict=True):
+    if any(each.successes is not None for each in results.values()):
+        results = {when: replace(each, successes=each.successes or 0) for when, each in results.items()}
+    found: dict[str, Any] = {"held_out": any(each.held_out for each in results.values())}
+    for when in WHEN:
+        each = results.get(when)
+        if each is None and when == BASE:
+            continue
         found |= {
             f"success_{when}": each and each.success,
             f"success_{when}_interval": each and each.interval,
             f"reward_{when}": each and each.mean_reward,
             f"reward_{when}_interval": each and each.reward_interval,
         }
-    first, last = ({} if each is None else each.environments for each in (before, after))
-    if names := dict.fromkeys([*first, *last]):
-        found["environments"] = {name: figures(first.get(name), last.get(name)) for name in names}
+    if parts := _by_name({when: each.environments for when, each in results.items()}):
+        found["environments"] = {name: figures(each) for name, each in parts.items()}
     return found
 
 
-def summary_of(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """The results of a run, by suite, as keys of summary.json: those of `figures`, and the same of each suite."""
-    own = figures(before.get(""), after.get(""))
-    names = [name for name in dict.fromkeys([*before, *after]) if name]
-    suites = {name: figures(before.get(name), after.get(name)) for name in names}
-    return own | ({"suites": suites} if suites else {})
+def _by_name(results: Mapping[str, Mapping[str, Evaluation]]) -> dict[str, dict[str, Evaluation]]:
+    """From evaluations by WHEN and name to those by name and WHEN."""
+    names = dict.fromkeys(name for named in results.values() for name in named)
+    return {name: {when: named[name] for when, named in results.items() if name in named} for name in names}
+
+
+def summary_of(results: Mapping[str, Mapping[str, Evaluation]]) -> dict[str, Any]:
+    """The results of a run, by WHEN and suite, as keys of summary.json: those of `figures`, and of each suite."""
+    by_suite = _by_name(results)
+    own = figures(by_suite.pop("", {}))
+    return own | ({"suites": {name: figures(each) for name, each in by_suite.items()}} if by_suite else {})
 
 
 def stored_figures(run_folder: Path) -> dict[str, Any]:
     """The results of the evaluations that an unfinished run has made so far."""
-    paths = [run_folder / f"evaluation_{when}.json" for when in WHEN]
-    before, after = (Evaluation.load(path) if path.is_file() else None for path in paths)
-    return figures(before, after)
+    paths = {when: run_folder / f"evaluation_{when}.json" for when in WHEN}
+    return figures({when: Evaluation.load(path) for when, path in paths.items() if path.is_file()})

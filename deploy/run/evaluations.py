@@ -1,4 +1,6 @@
-"""The evaluations of a run as its driver plays them: before, during and after training, each with all suites.
+"""The evaluations of a run as its driver plays them: before its stages, and before, during and after training.
+
+Each has all suites.
 
     tasks of every suite -> played at the published version -> evaluation.json beside the rows, metrics, best checkpoint
 
@@ -21,7 +23,7 @@ from deploy.assembly.suites import Suite, suites_of
 from deploy.config.config import RunConfig
 from deploy.config.evaluation import prefix
 from deploy.config.trackers import Trackers
-from deploy.report.evaluation import FILE, WHEN, Evaluation
+from deploy.report.evaluation import BASE, FILE, WHEN, Evaluation
 from deploy.report.metrics import MetricsLog
 from deploy.report.phases import Phases, Startup
 from deploy.report.progress import Progress
@@ -45,6 +47,7 @@ class Evaluations:
     phases: Phases
     _suites: list[Suite] = field(init=False)
     _tasks: asyncio.Future[list[list[list[Task]]]] = field(init=False)  # by suite and set
+    _first: bool = True  # nothing was played yet
 
     def __post_init__(self) -> None:
         self._suites = [] if self.config.replay else suites_of(self.config)
@@ -78,8 +81,9 @@ class Evaluations:
     ) -> Results:
         """Evaluate the published version on every suite, and store the results when `stored_after` is done."""
         tasks = await self._tasks
-        if self._suites and when == WHEN[0]:
+        if self._first and when in (BASE, "before"):
             await self._say_identical_starts(tasks)
+        self._first = False
         self.startup.episodes_begin()
         results = {}
         with self.phases.timed(f"evaluate_{when}") if when in WHEN else nullcontext():
@@ -114,6 +118,8 @@ class Evaluations:
             path = self._file(suite, when)
             path.parent.mkdir(parents=True, exist_ok=True)
             results[suite.name].save(path)
+        if when == BASE:  # no version of the run: it has no row of metrics, and no checkpoint to be the best
+            return
         row = joined(*(_metrics(name, result) for name, result in results.items()))
         log = MetricsLog(folder / FOLDER, resume_after=version - 1)
         log.write(version, row)

@@ -1,13 +1,14 @@
 """The driver of a run: phases in order, numbers out. It holds no payload and knows no hosting (see runtime.py).
 
-start -> stages -> version 0 to the engines -> evaluate, checkpoint -> steps, checkpoints, evaluations -> evaluate ->
-report
+start -> evaluate, if asked -> stages -> version 0 to the engines -> evaluate, checkpoint -> steps, checkpoints,
+evaluations -> evaluate -> report
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from deploy.assembly.runtime import LearnerLost, Row, Runtime, first_failure
 from deploy.config.config import RunConfig
 from deploy.config.guards import GuardMonitor, with_defaults
 from deploy.config.trackers import Trackers
-from deploy.report.evaluation import summary_of
+from deploy.report.evaluation import BASE, summary_of
 from deploy.report.metrics import MetricsLog, read_metrics, rollout_rates, stage_folder
 from deploy.report.phases import Phases, Startup
 from deploy.report.progress import Progress
@@ -24,7 +25,7 @@ from deploy.report.report import write_report
 from deploy.report.reporter import Reporter
 from deploy.run.evaluations import Evaluations, Results, step_name
 from deploy.run.sessions import Sessions
-from learner.training.checkpoint import DiskFull, next_stage, versions
+from learner.training.checkpoint import DiskFull, newest, next_stage, versions
 from learner.training.step import not_finite
 from rollout.wire.metrics import joined
 
@@ -65,15 +66,14 @@ class Training:
                 version = await self.ring.start(resume)
             # A run stopped before its first checkpoint has nothing to go on from: it starts over in its folder.
             new = not (resume and versions(folder))  # broken ones were set aside in the start
+            base = await self._base(new and newest(folder) is None)
             if new:
                 await self._stages(next_stage(folder) if resume else 0)
-            with self.phases.timed("engines"), self.startup.timed("publish"):
-                await self.ring.publish()
-            self._serving = True
+            await self._publish()
             before = await self._begin(new)
             await self._steps(version)
             after = await self._evaluations.play("after", self.config.steps) if self.config.steps else before
-            summary = await self._summary(before, after)
+            summary = await self._summary({BASE: base, "before": before, "after": after})
         except BaseException:
             await self._end(None)
             await asyncio.to_thread(self._reports.last)
@@ -94,6 +94,20 @@ class Training:
             self._record()
             await self.ring.close()
             await asyncio.to_thread(self._trackers.close)
+
+    async def _publish(self) -> None:
+        """The first version for the engines, or the first after the stages."""
+        with self.phases.timed("engines"), self.startup.timed("publish"):
+            await self.ring.publish()
+        self._serving = True
+
+    async def _base(self, untouched: bool) -> Results:
+        """The evaluation before the stages, where the recipe asks for one. untouched: no stage was begun."""
+        stored = self._evaluations.stored(BASE)
+        if stored is not None or not (self.config.evaluation.base and untouched):
+            return stored or {}
+        await self._publish()
+        return await self._evaluations.play(BASE, -1)
 
     async def _begin(self, new: bool) -> Results:
         """What comes before the first step: the first evaluation, and the checkpoint of version 0 of a new run.
@@ -237,11 +251,11 @@ class Training:
                     self.progress.say(f"PAUSED: {told}")
                 await asyncio.sleep(DISK_SECONDS)
 
-    async def _summary(self, before: Results, after: Results) -> dict[str, Any]:
+    async def _summary(self, results: Mapping[str, Results]) -> dict[str, Any]:
         rows = read_metrics(self.ring.run_folder)
         await self._count_tokens()
         self._record()
-        return summary_of(before, after) | {
+        return summary_of(results) | {
             "steps": len(rows),
             **self._sessions.totals(),
             "tokens_processed": int(sum(row["tokens_processed"] for row in rows)),

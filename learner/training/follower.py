@@ -46,7 +46,9 @@ class Follower:
 
     async def snapshot(self) -> None:
         """Take part in a snapshot: the bytes are rank 0's."""
-        await self._do(take_snapshot, self._learner.policy, self._learner.version, self._engine_dtype)
+        await self._do(
+            take_snapshot, self._learner.policy, self._learner.published_version, self._engine_dtype
+        )
 
     async def save(self, run_folder: Path) -> None:
         """Take part in a checkpoint: rank 0 writes it."""

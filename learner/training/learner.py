@@ -137,6 +137,11 @@ class Learner:
             self.policy, self.optimizer, self.settings, longest, self._temperature, self._optimizer_steps
         )
 
+    @property
+    def published_version(self) -> int:
+        """The version that engines are given the weights as: -1 until the stages have made version 0."""
+        return self.version if self.version or self.stages.over else -1
+
     def begin_stage(self, index: int, groups: Sequence[Group]) -> tuple[int, int]:
         """Begin a stage of the run on these groups; returns the steps that are made and how many there are in all.
 

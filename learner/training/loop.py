@@ -132,11 +132,17 @@ class LearnerLoop:
     async def publish_weights(self) -> WeightUpdate:
         """The present version, put where engines can load it until each call was answered by an `unpin_weights`.
 
-        While the next step is trained, a version that was offered before is offered again out of the staging buffer;
-        one that was not waits for the step's end. The buffer is written again by the first offer of the next version.
+        Before the stages that is version -1, the model as they find it. While the next step is trained, or a stage is
+        made, a version that was offered before is offered again out of the staging buffer; one that was not waits for
+        the step's end. The buffer is written again by the first offer of the next version.
         """
         async with self._offering:
-            if self._snapshot is None or self._snapshot.manifest.version != self.version:
+            version = self._learner.published_version
+            if self._snapshot is None or self._snapshot.manifest.version != version:
+                if self._learner.stages.open:
+                    raise RuntimeError(
+                        "a stage is under way: the weights are no version, and are offered to nobody"
+                    )
                 self._placed = None
                 self._snapshot = await self._take_snapshot(self._staging)
             if self._placed is None:
@@ -175,9 +181,7 @@ class LearnerLoop:
             return await self._together(words, begin_stage, self._learner, index, batches)
 
     async def advance_stage(self, steps: int) -> list[Row]:
-        """Make up to `steps` steps of the stage; fewer at its end. Stages come before any offer."""
-        if self._snapshot is not None:
-            raise RuntimeError(f"version {self.version} was offered already: no stage can change it any more")
+        """Make up to `steps` steps of the stage; fewer at its end."""
         async with self._weights:
             self._saved = None
             return await self._together(("advance_stage", steps), self._learner.advance_stage, steps)
@@ -225,10 +229,9 @@ class LearnerLoop:
         """Without a staging buffer the snapshot has no bytes."""
         async with self._weights:
             self._require_whole()
-            policy, with_bytes = self._learner.policy, staging is not None
-            return await self._together(
-                ("snapshot",), take_snapshot, policy, self.version, self._engine_dtype, with_bytes, staging
-            )
+            learner, with_bytes = self._learner, staging is not None
+            words = learner.policy, learner.published_version, self._engine_dtype, with_bytes, staging
+            return await self._together(("snapshot",), take_snapshot, *words)
 
     async def _together(self, words: tuple[Any, ...], function: Callable[..., T], *args: Any) -> T:
         """Tell the other ranks these words while this one calls the function; returns when all have ended.

@@ -168,6 +168,11 @@ class Stages:
         return self._run is not None or 0 < self._next < len(self._stages)
 
     @property
+    def over(self) -> bool:
+        """Whether all stages are made: the policy is version 0, or a later one."""
+        return self._next == len(self._stages)
+
+    @property
     def done(self) -> int:
         """Steps made, of all stages together."""
         return self._done

@@ -19,6 +19,7 @@ from rollout.chat.long_text import TooLong, spelling_of
 from rollout.chat.prompt_cache import PromptCache
 from rollout.chat.stand_ins import StandIn
 from rollout.chat.template import ChatError, Template
+from rollout.chat.tool_prompt import with_tools_said
 from rollout.wire.images import images_of
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ _ASKED: Message = {"role": "user", "content": "zq8 asked zq8"}
 _SAID: Message = {"role": "assistant", "content": "zq8 said zq8"}
 _THOUGHT: Message = {"role": "assistant", "content": "zq8 thought zq8"}
 _NEXT: Message = {"role": "user", "content": "zq8 next zq8"}
+_TOLD: Message = {"role": "system", "content": "zq8 told zq8"}
+_ARGUMENTS = {"type": "object", "properties": {"zq8": {"type": "string"}}, "required": ["zq8"]}
+_TOOL = {
+    "type": "function",
+    "function": {"name": "zq8tool", "description": "zq8", "parameters": _ARGUMENTS},
+}
 _CACHED_BYTES = 32 << 20  # of opening prompts, and of glue
 _CACHED_FORMS = 512  # of conversations
 _REMEDY = (
@@ -49,6 +56,8 @@ class Chat:
     end_of_turn: the token that the template puts after an assistant's content, or None if that is plain text. stops:
     the tokens at which an engine must end a turn: end_of_turn, the tokenizer's end, and the model's. Raises ChatError
     for a template that rewrites earlier turns when new ones follow, or renders a turn by its position.
+
+    Tools that the template has no section for are described in the system message (`rollout.chat.tool_prompt`).
 
     perception: of a model with vision; without it messages are text. ends: further end tokens from the model's files
     (`rollout.chat.end_tokens`). context_tokens: a text with provably more tokens is not encoded, and raises TooLong.
@@ -93,13 +102,19 @@ class Chat:
         self._glue = PromptCache(self._glue_ids, most_bytes)
         self._form = lru_cache(_CACHED_FORMS)(self._form_of)
         self._check_template()
+        self._says_tools = not self._shows([_ASKED | {"tools": [_TOOL]}], "zq8tool") and self._shows(
+            [_TOLD, _ASKED], _TOLD["content"]
+        )
 
     def images(self, messages: Sequence[Message]) -> tuple[str, ...]:
         """Pictures in these messages, in order, as data URLs; empty for a model without vision."""
         return () if self._perception is None else _images(messages)
 
     def opening(self, messages: Sequence[Message]) -> Ids:
-        """Tokens of a new conversation up to the assistant's turn, with the first message's `tools`."""
+        """Tokens of a new conversation up to the assistant's turn, with the first message's `tools`.
+
+        Where the template has no section for tools, they are said in the system message.
+        """
         return self._opening(as_json(messages))
 
     def delta(self, messages: Sequence[Message], sampled_ids: Sequence[int]) -> Ids:
@@ -138,7 +153,8 @@ class Chat:
         return (*self._encode(text), self.stops[0])
 
     def _opening_ids(self, messages_json: str) -> Ids:
-        return self._ids(json.loads(messages_json), goes_on=False)
+        messages = json.loads(messages_json)
+        return self._ids(with_tools_said(messages) if self._says_tools else messages, goes_on=False)
 
     def _glue_ids(self, messages_json: str) -> Ids:
         return self._ids(json.loads(messages_json), goes_on=True)
@@ -184,6 +200,13 @@ class Chat:
         if goes_on:
             return self._glue_text([_ASKED, _SAID], messages)
         return self._template.render(messages, prompted=True)
+
+    def _shows(self, messages: Sequence[Message], mark: str) -> bool:
+        """Whether the template renders these messages with this text in them."""
+        try:
+            return mark in self._template.render(messages, prompted=True).casefold()
+        except ChatError:  # it refuses them
+            return False
 
     def _perceived(self, text: str, messages: Sequence[Message]) -> Ids:
         """Tokens of the rendered text of these messages, with a placeholder for every image feature."""

@@ -34,7 +34,7 @@ def test_an_environment_without_verdicts_is_measured_by_its_reward() -> None:
     assert low == pytest.approx(0.5 - 1.96 * 0.25 / 40**0.5, abs=0.015)
     assert high == pytest.approx(0.5 + 1.96 * 0.25 / 40**0.5, abs=0.015)
     assert str(evaluation) == f"reward 0.500 (95% interval {low:.3f} to {high:.3f}), 40 episodes"
-    assert figures(evaluation, None)["success_before"] is None
+    assert figures({"before": evaluation})["success_before"] is None
 
 
 def test_an_episode_without_a_verdict_beside_others_has_not_succeeded() -> None:

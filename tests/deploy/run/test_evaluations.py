@@ -109,6 +109,31 @@ def test_a_run_that_is_stopped_during_an_evaluation_repeats_it_and_ends_as_the_o
         assert len(episodes(folder, when)) == 16
 
 
+def test_the_base_model_is_evaluated_as_the_stages_find_it_and_training_is_the_same(tmp_path: Path) -> None:
+    plain, based, stageless = (tmp_path / name for name in ("plain", "based", "stageless"))
+    train(configured("steps=1"), plain)
+    config = configured("steps=1", "evaluation={base=true, tasks=16, options={split='heldout'}}")
+    with pytest.raises(Stopped):
+        train(config, based, stop_after=0)
+    stored = (based / "evaluation_base.json").stat().st_mtime_ns
+    summary = train(config, based, resume=True)
+    assert (based / "evaluation_base.json").stat().st_mtime_ns == stored
+    assert same_bits(plain, based)
+    train(configured("steps=1", "stages=", "evaluation.tasks=16"), stageless)
+    base, before = episodes(based, "base"), episodes(stageless, "before")
+    assert [row["action_ids"] for row in base] == [row["action_ids"] for row in before] and len(base) == 16
+    assert {version for row in base for version in row["versions"]} == {-1}
+    assert summary["success_base"] == np.mean([bool(row["success"]) for row in base])
+    assert [row["step"] for row in read_metrics(based / "evaluations")] == [0, 1]
+    assert ">base</span>" in (based / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("overrides", [["stages="], ["evaluation.tasks=0"]])
+def test_a_base_that_says_nothing_is_refused(overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.base=true .*; remove it"):
+        configured("evaluation.base=true", *overrides)
+
+
 def test_a_suite_of_a_run_is_evaluated_by_name(run: Path) -> None:
     env_id, seeds, conditions = suite_conditions(str(run), "sums")
     assert (env_id, seeds) == ("arithmetic", [0, 1])

@@ -274,12 +274,12 @@ def test_version_0_lands_after_the_stages_and_a_save_may_be_asked_again(
 ) -> None:
     async def run() -> None:
         made, steps = await setup.loop.begin_stage(0, [encode(group_of(0, [1.0, 1.0]))])
+        with pytest.raises(RuntimeError, match="a stage is under way"):
+            await setup.loop.publish_weights()
         assert made == 0 and len(await setup.loop.advance_stage(steps + 1)) == steps
         await setup.loop.save(tmp_path)
         await setup.loop.save(tmp_path)
-        await setup.loop.publish_weights()
-        with pytest.raises(RuntimeError, match="was offered already"):
-            await setup.loop.advance_stage(1)
+        assert (await setup.loop.publish_weights()).version == 0 == len(await setup.loop.advance_stage(1))
 
     asyncio.run(run())
     assert setup.replay_buffer.landed_versions == [0, 0]
@@ -288,6 +288,23 @@ def test_version_0_lands_after_the_stages_and_a_save_may_be_asked_again(
     resumed.learner.load(tmp_path)
     assert resumed.loop.version == 0
     assert resumed.holds(asyncio.run(setup.loop.publish_weights()))
+
+
+def test_what_the_stages_find_is_version_minus_1_also_while_they_are_made(
+    setup: Setup, tiny: Path, group_of: Groups
+) -> None:
+    async def run() -> None:
+        found = await setup.loop.publish_weights()
+        assert found.version == -1 and setup.holds(found)
+        _, steps = await setup.loop.begin_stage(0, [encode(group_of(0, [1.0, 1.0]))])
+        await setup.loop.advance_stage(1)
+        again = await setup.loop.publish_weights()
+        assert again.manifest == found.manifest and not setup.holds(again)
+        await setup.loop.advance_stage(steps)
+        made = await setup.loop.publish_weights()
+        assert made.version == 0 and setup.holds(made)
+
+    asyncio.run(run())
 
 
 def test_other_ranks_are_told_in_order_what_is_done_and_nothing_of_what_is_said_again(

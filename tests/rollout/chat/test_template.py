@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from envs.base import Message
 from learner.model.tokenizer import CHAT_TEMPLATE
 from rollout.chat.chat import Chat, ChatError
+from rollout.chat.tool_prompt import tools_text
 from rollout.external.openai_format import plain
 from tests.rollout.chat.test_chat import CHATML, TOKENIZERS, TOOLS, bpe
 from tests.smollm2 import FOLDER, needs_smollm2
@@ -115,7 +116,11 @@ SYSTEM_FIRST = (
             [{"role": "user", "content": "s"}, {"role": "system", "content": "s"}],
             "role 'system'",
         ),
-        (CHATML, [{"role": "user", "content": "q", "tools": [LOOKUP]}], r"a tool that is offered \(lookup\)"),
+        (
+            known("user", "assistant"),
+            [{"role": "user", "content": "q", "tools": [LOOKUP]}],
+            r"a tool that is offered \(lookup\).*chat_template\.jinja",
+        ),
         (CHATML, called({}, "I ask"), "the name of a call"),
         (ITEMS.replace("{{ k }}={{ v }};", ""), called({"city": "user"}), "the arguments of a call"),
     ],
@@ -152,21 +157,27 @@ def test_what_is_said_in_other_letters_is_said() -> None:
 
 
 @needs_smollm2
-def test_the_real_smollm2_has_no_place_for_tools_and_takes_their_results() -> None:
+def test_the_real_smollm2_reads_tools_in_its_system_message_and_their_results() -> None:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     chat = Chat(tokenizer)
-    with pytest.raises(
-        ChatError, match=r"leaves out a tool that is offered \(lookup\).*chat_template\.jinja"
-    ):
-        chat.opening([{"role": "user", "content": "question", "tools": [LOOKUP]}])
+    asked = {"role": "user", "content": "question"}
+    told = {"role": "system", "content": tools_text([LOOKUP])}
+    for messages in ([told, asked], [{**told, "content": "Be brief.\n\n" + told["content"]}, asked]):
+        announced = [{**asked, "tools": [LOOKUP]}]
+        if messages[0] != told:
+            announced = [{"role": "system", "content": "Be brief.", "tools": [LOOKUP]}, asked]
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(chat.opening(announced)) == rendered
     result = chat.delta([{"role": "tool", "name": "lookup", "content": "42"}], [tokenizer.eos_token_id])
+    assert tokenizer.decode(result) == "\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n"
+
+
+@needs_smollm2
+def test_a_template_with_a_section_for_tools_says_them_there() -> None:
     each = "{% for t in tools %}{{ t | tojson }}\n{% endfor %}"
     section = "{% if tools %}<|im_start|>system\n" + each + "<|im_end|>\n{% endif %}"
     offering = AutoTokenizer.from_pretrained(FOLDER)
-    offering.chat_template = section + tokenizer.chat_template
+    offering.chat_template = section + offering.chat_template
     offered = Chat(offering).opening([{"role": "user", "content": "question", "tools": [LOOKUP]}])
-    assert '"name": "lookup"' in tokenizer.decode(offered)
-    assert tokenizer.decode(result) == "\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(
-        chat.opening([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
-    ) == ("<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n")
+    said = offering.decode(offered)
+    assert '"name": "lookup"' in said and "You may call these tools" not in said
