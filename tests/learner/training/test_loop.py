@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,10 +73,10 @@ class Shelf:
 
 
 class Setup:
-    def __init__(self, tiny: Path, group_of: Groups) -> None:
+    def __init__(self, tiny: Path, group_of: Groups, stages: Sequence[SftSettings] = ()) -> None:
         self.learner = Learner(
             LearnerSettings(model=ModelSettings(path=str(tiny)), optim=OptimSettings(learning_rate=3e-3)),
-            stages=[SftSettings()],
+            stages=stages,
         )
         self.replay_buffer = ReplayBuffer(group_of)
         self.shelf = Shelf()
@@ -104,6 +104,11 @@ class Setup:
 @pytest.fixture
 def setup(tiny: Path, group_of: Groups) -> Setup:
     return Setup(tiny, group_of)
+
+
+@pytest.fixture
+def staged(tiny: Path, group_of: Groups) -> Setup:
+    return Setup(tiny, group_of, [SftSettings(epochs=2)])
 
 
 def test_a_step_asked_again_is_answered_again_and_trained_once(setup: Setup) -> None:
@@ -270,39 +275,39 @@ def test_after_a_step_that_failed_on_its_way_the_weights_go_nowhere(
 
 
 def test_version_0_lands_after_the_stages_and_a_save_may_be_asked_again(
-    setup: Setup, tmp_path: Path, tiny: Path, group_of: Groups
+    staged: Setup, tmp_path: Path, tiny: Path, group_of: Groups
 ) -> None:
     async def run() -> None:
-        made, steps = await setup.loop.begin_stage(0, [encode(group_of(0, [1.0, 1.0]))])
+        made, steps = await staged.loop.begin_stage(0, [encode(group_of(0, [1.0, 1.0]))])
         with pytest.raises(RuntimeError, match="a stage is under way"):
-            await setup.loop.publish_weights()
-        assert made == 0 and len(await setup.loop.advance_stage(steps + 1)) == steps
-        await setup.loop.save(tmp_path)
-        await setup.loop.save(tmp_path)
-        assert (await setup.loop.publish_weights()).version == 0 == len(await setup.loop.advance_stage(1))
+            await staged.loop.publish_weights()
+        assert made == 0 and len(await staged.loop.advance_stage(steps + 1)) == steps
+        await staged.loop.save(tmp_path)
+        await staged.loop.save(tmp_path)
+        assert (await staged.loop.publish_weights()).version == 0 == len(await staged.loop.advance_stage(1))
 
     asyncio.run(run())
-    assert setup.replay_buffer.landed_versions == [0, 0]
+    assert staged.replay_buffer.landed_versions == [0, 0]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["version-00000000"]
     resumed = Setup(tiny, group_of)
     resumed.learner.load(tmp_path)
     assert resumed.loop.version == 0
-    assert resumed.holds(asyncio.run(setup.loop.publish_weights()))
+    assert resumed.holds(asyncio.run(staged.loop.publish_weights()))
 
 
 def test_what_the_stages_find_is_version_minus_1_also_while_they_are_made(
-    setup: Setup, tiny: Path, group_of: Groups
+    staged: Setup, group_of: Groups
 ) -> None:
     async def run() -> None:
-        found = await setup.loop.publish_weights()
-        assert found.version == -1 and setup.holds(found)
-        _, steps = await setup.loop.begin_stage(0, [encode(group_of(0, [1.0, 1.0]))])
-        await setup.loop.advance_stage(1)
-        again = await setup.loop.publish_weights()
-        assert again.manifest == found.manifest and not setup.holds(again)
-        await setup.loop.advance_stage(steps)
-        made = await setup.loop.publish_weights()
-        assert made.version == 0 and setup.holds(made)
+        found = await staged.loop.publish_weights()
+        assert found.version == -1 and staged.holds(found)
+        _, steps = await staged.loop.begin_stage(0, [encode(group_of(0, [1.0, 1.0]))])
+        await staged.loop.advance_stage(1)
+        again = await staged.loop.publish_weights()
+        assert again.manifest == found.manifest and not staged.holds(again)
+        await staged.loop.advance_stage(steps)
+        made = await staged.loop.publish_weights()
+        assert made.version == 0 and staged.holds(made)
 
     asyncio.run(run())
 
