@@ -112,14 +112,14 @@ def test_a_run_that_is_stopped_during_an_evaluation_repeats_it_and_ends_as_the_o
 def test_the_base_model_is_evaluated_as_the_stages_find_it_and_training_is_the_same(tmp_path: Path) -> None:
     plain, based, stageless = (tmp_path / name for name in ("plain", "based", "stageless"))
     train(configured("steps=1"), plain)
-    config = configured("steps=1", "evaluation={base=true, tasks=16, options={split='heldout'}}")
+    config = configured("steps=1", "evaluation={base=true, tasks=4, samples=4, options={split='heldout'}}")
     with pytest.raises(Stopped):
         train(config, based, stop_after=0)
     stored = (based / "evaluation_base.json").stat().st_mtime_ns
     summary = train(config, based, resume=True)
     assert (based / "evaluation_base.json").stat().st_mtime_ns == stored
     assert same_bits(plain, based)
-    train(configured("steps=1", "stages=", "evaluation.tasks=16"), stageless)
+    train(configured("steps=1", "stages=", "evaluation.samples=4"), stageless)
     base, before = episodes(based, "base"), episodes(stageless, "before")
     assert [row["action_ids"] for row in base] == [row["action_ids"] for row in before] and len(base) == 16
     assert {version for row in base for version in row["versions"]} == {-1}
