@@ -60,8 +60,7 @@ _NUMBER = re.compile(r"-?[0-9]{1,9}(\.[0-9]{1,6})?")
 
 INSTRUCTIONS = {
     "hermes": "Use the tools to answer the question. Answer with a number or a name and nothing else.\n",
-    "plain": "Use the tools to answer the question. Call one by a line like this: name(value, value). "
-    "Answer with a number or a name and nothing else.\n",
+    "plain": "Call tools by lines like name(value, value), then answer with a number or a name and nothing else.\n",
 }
 # The vocabulary, for word-level tokenizers.
 WORDS = (

@@ -114,7 +114,7 @@ def written(number: Fraction) -> str:
 
 
 def weather(place: str, date: str) -> str:
-    """Temperature (celsius), wind (metres a second) and rain (millimetres) in a place on a date such as "may 12"."""
+    """Temperature (celsius), wind and rain in a place on a date such as may 12."""
     month, _, day = date.lower().partition(" ")
     if place.lower() not in PLACES:
         raise LookupError("there is no such place")
@@ -124,17 +124,17 @@ def weather(place: str, date: str) -> str:
 
 
 def calculate(expression: str) -> str:
-    """The value of an expression of numbers, + - * / and brackets."""
+    """The value of an expression such as 3 * (4 + 5)."""
     return written(evaluated(expression))
 
 
 def convert(amount: float, unit: str, to: str) -> str:
-    """An amount in another unit: metres, feet, km, miles, kg, pounds, litres, gallons, celsius, fahrenheit."""
+    """An amount in another unit, such as metres in feet or celsius in fahrenheit."""
     return written(converted(Fraction(str(amount)), unit.lower(), to.lower()))
 
 
 def search(words: str) -> str:
-    """The document that fits some words best: mayors, birthplaces and trades of people, heights of towers."""
+    """What is known of some words: mayors, birthplaces, trades, heights of towers."""
     asked = set(re.findall("[a-z]+", words.lower()))
     scores = [sum(_WEIGHTS[word] for word in asked & said) for said in _SAID]
     best = max(scores)

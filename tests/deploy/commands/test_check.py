@@ -21,7 +21,7 @@ from tests.smollm2 import needs_smollm2
 
 ROOT = Path(__file__).resolve().parents[3]
 GPU = {"qwen3_gsm8k": QWEN3_06B, "qwen3_gsm8k_lora": QWEN3_06B, "qwen3_8b_gsm8k": QWEN3_8B}
-MARKS = {"smollm2_sums": [needs_smollm2]}
+MARKS = {name: [needs_smollm2] for name in ("smollm2_sums", "smollm2_assistant")}
 OTHERS = [pytest.param(name, marks=MARKS.get(name, [])) for name in recipe_names() if name not in GPU]
 LEFT_OPEN = {"scratch": ["env.id=arithmetic"]}  # what a recipe leaves to its user
 

@@ -17,16 +17,11 @@ from rollout.episodes.demonstrations import demonstrate
 from rollout.wire.trajectory import EndReason, Task, Trajectory
 from tests.smollm2 import FOLDER, needs_smollm2
 
-TOOLS = (
-    "You may call these tools, one call a line:\n"
-    "weather(place, date): Temperature (celsius), wind (metres a second) and rain (millimetres) in a place on a "
-    'date such as "may 12".\n'
-    "calculate(expression): The value of an expression of numbers, + - * / and brackets.\n"
-    "convert(amount, unit, to): An amount in another unit: metres, feet, km, miles, kg, pounds, litres, gallons, "
-    "celsius, fahrenheit.\n"
-    "search(words): The document that fits some words best: mayors, birthplaces and trades of people, heights of "
-    "towers."
-)
+TOOLS = """You may call these tools, one call a line:
+weather(place, date): Temperature (celsius), wind and rain in a place on a date such as may 12.
+calculate(expression): The value of an expression such as 3 * (4 + 5).
+convert(amount, unit, to): An amount in another unit, such as metres in feet or celsius in fahrenheit.
+search(words): What is known of some words: mayors, birthplaces, trades, heights of towers."""
 
 
 def conversation(episode: Trajectory) -> list[Message]:
@@ -60,4 +55,4 @@ def test_a_tool_users_turns_are_the_tokens_of_the_models_own_template() -> None:
         for turn, answer in zip(episode.turns, said[2::2], strict=True):
             assert tokenizer.decode(turn.action_ids) == f"{answer['content']}<|im_end|>"
             assert len(turn.action_ids) <= config.sampling.max_tokens
-        assert len(episode.turns[0].prompt_ids) < 210 and len(ids) < 300
+        assert len(episode.turns[0].prompt_ids) < 180 and len(ids) < 260
