@@ -181,7 +181,10 @@ class RayRuntime:
         return int(made), int(steps)
 
     async def advance_stage(self, steps: int) -> list[Row]:
-        rows: list[Row] = await self._within("steps of a stage", self._lead.advance_stage.remote(steps))
+        limit = steps * self._config.cluster.step_timeout_seconds
+        rows: list[Row] = await self._within(
+            "steps of a stage", self._lead.advance_stage.remote(steps), limit
+        )
         return rows
 
     async def publish(self) -> Row:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -29,7 +30,8 @@ from learner.training.checkpoint import DiskFull, newest, next_stage, versions
 from learner.training.step import not_finite
 from rollout.wire.metrics import joined
 
-STAGE_STRIDE = 10  # steps of a stage between two looks at the display
+STAGE_STRIDE = 10  # most steps of a stage between two looks at the display
+STAGE_SECONDS = 20.0  # from one look to the next, where a step takes less
 LAST_COUNT_SECONDS = 5.0  # what workers are given to say what they have sampled
 DISK_SECONDS = 5.0  # from one attempt to land a checkpoint on a full disk to the next
 
@@ -138,9 +140,13 @@ class Training:
         with self.phases.timed("stage_data"):
             made, total = await self.ring.begin_stage(index)
         log = MetricsLog(stage_folder(self.ring.run_folder, index), resume_after=made)
+        stride = 1
         with closing(log), self.phases.timed("stages"), self.progress.phase(name, total) as phase:
             phase.advance(made)
-            while rows := await self.ring.advance_stage(STAGE_STRIDE):
+            began = time.perf_counter()
+            while rows := await self.ring.advance_stage(stride):
+                began, seconds = time.perf_counter(), time.perf_counter() - began
+                stride = stage_stride(len(rows), seconds)
                 for number, row in enumerate(rows, made + 1):
                     log.write(number, row)
                 if skipped := [row for row in rows if row.get("skipped_step")]:
@@ -264,3 +270,8 @@ class Training:
             "ledger": await self.ring.counts(),
             "seed": self.config.seed,
         }
+
+
+def stage_stride(steps: int, seconds: float) -> int:
+    """How many steps of a stage to ask for at once, where so many took so long; one that takes long goes alone."""
+    return max(1, min(STAGE_STRIDE, int(STAGE_SECONDS * steps / seconds)))

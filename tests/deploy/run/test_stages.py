@@ -19,6 +19,7 @@ from deploy.config.config_errors import ConfigError
 from deploy.report.metrics import read_metrics, stage_folder
 from deploy.run.local import LocalRuntime
 from deploy.run.preflight import check
+from deploy.run.train import stage_stride
 from learner.stages.settings import RunSource
 from rollout.wire.schema import decode
 from tests.deploy.small_run import Stopped, configured, ledger, same_bits, train
@@ -62,7 +63,7 @@ def test_a_run_stopped_within_a_stage_ends_where_the_uninterrupted_one_does(
     config, folder = configured("checkpoint.stage_steps=20"), tmp_path / "run"
     with pytest.raises(Stopped):
         train(config, folder, ring_type=stopped([], after=3))
-    assert len(read_metrics(stage_folder(folder, 0))) == 30  # of 48, and a checkpoint at 20
+    assert len(read_metrics(stage_folder(folder, 0))) == 21  # of 48, and a checkpoint then
     begun: list[int] = []
     train(config, folder, resume=True, ring_type=stopped(begun))
     assert begun == [0]
@@ -75,8 +76,8 @@ def test_a_run_stopped_within_a_stage_ends_where_the_uninterrupted_one_does(
 def test_a_stage_that_has_ended_is_not_made_again(tmp_path: Path) -> None:
     config, folder, straight = configured(*TWO), tmp_path / "run", tmp_path / "straight"
     begun: list[int] = []
-    with pytest.raises(Stopped):  # 12 steps of the first in 3 calls with the one that says so, then 10 of 16
-        train(config, folder, ring_type=stopped(begun, after=4))
+    with pytest.raises(Stopped):  # 12 steps of the first in 3 calls and one that says so, then 1 and 10 of 16
+        train(config, folder, ring_type=stopped(begun, after=6))
     assert begun == [0, 1]
     begun.clear()
     train(config, folder, resume=True, ring_type=stopped(begun))
@@ -87,6 +88,11 @@ def test_a_stage_that_has_ended_is_not_made_again(tmp_path: Path) -> None:
     train(config, straight, ring_type=stopped(begun))
     assert begun == [0, 1]
     assert same_bits(straight, folder)
+
+
+def test_steps_of_a_stage_are_asked_for_one_by_one_where_they_take_long() -> None:
+    assert [stage_stride(1, seconds) for seconds in (0.01, 2.0, 5.0, 300.0)] == [10, 10, 4, 1]
+    assert stage_stride(10, 20.0) == 10 and stage_stride(4, 40.0) == 2
 
 
 def test_a_stage_learns_from_the_episodes_of_a_finished_run(reference: Path, tmp_path: Path) -> None:
