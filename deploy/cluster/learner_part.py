@@ -7,6 +7,7 @@ is the run's: its ledger rolls back to the checkpoint from which the ranks conti
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,14 @@ from learner.training.learner import Learner
 from learner.training.publish import Publisher
 from rollout.buffer.actors import RemoteReplayBuffer
 from rollout.wire.process_info import ProcessInfo
+
+# glibc's malloc keeps what is freed for the next step. Otherwise every large tensor is memory that the kernel maps,
+# clears page by page and takes back: a fifth of a step on CPUs. One arena, since a step may run in any thread.
+_KEEPS_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**31),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31),
+}
 
 
 class LearnerPart:
@@ -129,7 +138,10 @@ class LearnerPart:
     async def _options(self, limit: float, size: int) -> list[dict[str, Any]]:
         """Resources and placement of each rank's actor."""
         claims = {"CPU": self._config.cluster.learner_cpus, "GPU": learner_gpus(self._config)}
-        options = {"num_cpus": claims["CPU"], "num_gpus": claims["GPU"]}
+        options: dict[str, Any] = {"num_cpus": claims["CPU"], "num_gpus": claims["GPU"]}
+        if self._config.learner.model.device == "cpu":
+            # Read by the C library when the process starts.
+            options["runtime_env"] = {"env_vars": {n: os.environ.get(n, v) for n, v in _KEEPS_MEMORY.items()}}
         bundle = {name: amount for name, amount in claims.items() if amount}
         if size == 1 or not bundle:
             return [options] * size

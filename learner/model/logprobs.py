@@ -24,8 +24,8 @@ def token_logprobs(
 
     hidden_TD float [T, D]; weight_VD [V, D]; bias_V [V] or None; targets_T int64 [T]. Returns logprobs [T]
     and entropies [T] in nats, float32 (float64 for float64 inputs), both differentiable in hidden, weight and
-    bias. bfloat16 hidden states are multiplied as bfloat16 but accumulated in float32. Beyond inputs and
-    gradients the memory is a few [T, vocab_chunk] blocks.
+    bias. bfloat16 hidden states are multiplied as bfloat16 but accumulated in float32; their gradients are
+    products of bfloat16. Beyond inputs and gradients the memory is a few [T, vocab_chunk] blocks.
     """
     return _TokenLogprobs.apply(hidden_TD, weight_VD, bias_V, targets_T, temperature, vocab_chunk)
 
@@ -41,6 +41,14 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     if left.is_cuda and left.dtype == right.dtype:
         return torch.mm(left, right, out_dtype=dtype)
     return left.to(dtype) @ right.to(dtype)
+
+
+def _gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same for a gradient, which the backward pass of any layer rounds to its factors' type.
+
+    CPUs cannot return a product of narrower factors in another type, and multiply wide ones at less than half the rate.
+    """
+    return _product(left, right, dtype) if left.is_cuda else (left @ right).to(dtype)
 
 
 def _logits(hidden_TD: Tensor, weight_CD: Tensor, bias_C: Tensor | None, temperature: float) -> Tensor:
@@ -93,9 +101,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 if bias_grad_V is not None:
                     bias_grad_V[chunk] = grad_TC.sum(0)
                 narrow_TC = grad_TC.to(hidden_TD.dtype)
-                hidden_grad_TD += _product(narrow_TC, weight_VD[chunk].to(hidden_TD.dtype), wide)
+                hidden_grad_TD += _gradient(narrow_TC, weight_VD[chunk].to(hidden_TD.dtype), wide)
                 if weight_grad_VD is not None:
-                    weight_grad_VD[chunk] = _product(narrow_TC.T, hidden_TD, wide)
+                    weight_grad_VD[chunk] = _gradient(narrow_TC.T, hidden_TD, wide)
         return hidden_grad_TD.to(hidden_TD.dtype), weight_grad_VD, bias_grad_V, None, None, None
 
 

@@ -84,9 +84,25 @@ def test_two_ranks_train_and_every_group_is_accounted_for(tmp_path: Path) -> Non
 
 
 def test_what_two_ranks_began_one_ends(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+    folder, started_with = tmp_path / "run", []
+
+    def watched(config: RunConfig, folder: Path, engine: EngineFactory) -> Any:
+        ring = _ring(config, folder, engine)
+        step = ring.step
+
+        async def looked_at(number: int, before_publish: Any = None) -> Any:
+            pids = [part["pid"] for part in ring.roster() if "learner" in part["part"]]
+            started_with.append([Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in pids])
+            return await step(number, before_publish)
+
+        ring.step = looked_at
+        return ring
+
     with pytest.raises(Stopped):
-        train(RANKS, folder, late_engine(0), ring_type=_ring, stop_after=2)
+        train(RANKS, folder, late_engine(0), ring_type=watched, stop_after=2)
+    assert len(started_with[0]) == 2
+    # What the C library reads is there when the process starts.
+    assert all(b"MALLOC_ARENA_MAX=1" in variables for variables in started_with[0])
     alone = moved(RANKS, ["learner.ranks=1"])
     train(alone, folder, late_engine(0), ring_type=_ring, resume=True)
     _assert_trained(folder)
