@@ -119,7 +119,7 @@ def _responses(module: nn.Module) -> Iterator[tuple[str, _Rows]]:
     if isinstance(module, VocabParallelEmbedding):
         width = module.embedding_dim
     elif isinstance(module, LinearBase) and type(module.quant_method) is UnquantizedLinearMethod:
-        width = layer.input_size_per_partition
+        width = layer.input_size  # whole here; not every kind of layer has the size of its part
     else:
         return
     vectors_KD = _vectors(width, layer.weight)

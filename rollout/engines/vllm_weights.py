@@ -19,6 +19,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -89,6 +91,7 @@ class HandleTransfer(WeightTransferEngine[_Init, _Update]):
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             self._repack_tied_head()
+            self._repack_experts()
         self._proof.check(self._version)
 
     def _repack_tied_head(self) -> None:
@@ -100,6 +103,16 @@ class HandleTransfer(WeightTransferEngine[_Init, _Update]):
         for module in modules:
             if isinstance(module, ParallelLMHead) and any(module.weight is each for each in embeddings):
                 module.quant_method.process_weights_after_loading(module)
+
+    def _repack_experts(self) -> None:
+        # Experts on a CPU are packed when they are first loaded, but not by a reload, which leaves them as published.
+        for module in self.model.modules():
+            if isinstance(module, RoutedExperts) and isinstance(
+                module.quant_method, UnquantizedFusedMoEMethod
+            ):
+                kernel = module.quant_method.moe_kernel
+                assert kernel is not None, "made when the model was loaded"
+                kernel.fused_experts.process_weights_after_loading(module)
 
     def shutdown(self) -> None:
         pass

@@ -132,6 +132,6 @@ def test_a_run_from_an_id_of_the_hub_of_which_there_is_a_snapshot(tmp_path: Path
 @needs_smollm2
 @pytest.mark.timeout(600)
 def test_a_run_from_the_gguf_file_of_the_real_smollm2(tmp_path: Path) -> None:
-    few = ("steps=1", "evaluation.tasks=1", "rollout.group_size=2", "learner.optim.learning_rate=1e-5")
+    few = ("steps=1", "evaluation.tasks=1", "learner.optim.learning_rate=1e-5")
     run = train(tmp_path, str(GGUF), *few, "rollout.context_tokens=160")
     require_begun_with(FOLDER, run)
