@@ -224,7 +224,17 @@ UPDATE = MetricGroup(
             "Estimate of KL(policy, policy of version 0) by the estimator that `kl` configures",
             "`kl` is configured",
         ),
-        Metric("tokens_processed", "tokens", "Inputs of the forward pass, prompts included"),
+        Metric(
+            "tokens_processed",
+            "tokens",
+            "Inputs of the forward pass, prompts included; a prefix that sequences of a row share counts once",
+        ),
+        Metric(
+            "tokens_effective",
+            "tokens",
+            "Inputs of the forward pass if every sequence were computed alone; divided by `tokens_processed`, what "
+            "shared prefixes save",
+        ),
         Metric("tokens_scored", "tokens", "Sampled tokens of these"),
         Metric(
             "batch_tokens_sampled",
@@ -308,7 +318,7 @@ STAGES = MetricGroup(
     "learner/stages/",
     "A stage before reinforcement learning has a file of its own, `RUN/stages/0/metrics.jsonl` and so on, with one row "
     "an optimizer step. Stages of kinds `sft`, `preference` and `ilql` write `step`, `loss`, `grad_norm`, "
-    "`learning_rate`, `skipped_step`, `idle_step`, `entropy`, `tokens_processed`, `tokens_scored` and "
+    "`learning_rate`, `skipped_step`, `idle_step`, `entropy`, `tokens_processed`, `tokens_effective`, `tokens_scored` and "
     "`batch_tokens_sampled` as above. A step that is not finite stands there with `skipped_step` 1.",
     (
         Metric("epoch", "epochs", "Pass over the episodes, from 0"),

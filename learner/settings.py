@@ -89,8 +89,8 @@ class LearnerSettings(BaseModel, extra="forbid", frozen=True):
     tokens_per_microbatch: int = Field(
         default=4096,
         ge=1,
-        description="tokens per forward and backward pass; gradients are accumulated over all passes. Lower "
-        "it if the learner runs out of memory; the result does not change",
+        description="tokens per forward and backward pass, those that sequences share counted once; gradients are "
+        "accumulated over all passes. Lower it if the learner runs out of memory; the result does not change",
     )
     store_advantages: bool = Field(
         default=True,

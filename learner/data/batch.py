@@ -1,13 +1,14 @@
-"""Packing of trajectories into micro-batches: whole sequences end to end in one row, without padding.
+"""Packing of trajectories into micro-batches: one row of sequences without padding, common prefixes only once.
 
 A sequence is one segment of one trajectory: the prompt and action ids of its turns in order. The hidden state at token
 t - 1 predicts token t: only tokens before sampled ones are scored, and the last token of a sequence is a target but
-never an input.
+never an input. The row holds the prefix tree of the sequences' inputs (`prefix_tree`). Losses never see the tree: what
+they read is of the original sequences, token by token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain, groupby, repeat
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from learner.data.prefix_tree import PrefixTree, divided
 from learner.parallel.ranks import Ranks
 from rollout.wire.images import images_in
 from rollout.wire.trajectory import Float32Array, Int32Array, Trajectory, Turn
@@ -52,21 +54,33 @@ class TokenSequence:
 
     @property
     def num_inputs(self) -> int:
-        """Tokens that the sequence adds to a packed row."""
+        """Tokens that the model reads of the sequence."""
         return len(self.token_ids_T) - 1
+
+    @property
+    def inputs_T(self) -> Int32Array:
+        """Those tokens."""
+        return self.token_ids_T[:-1]
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """Sequences of different pictures are not the same however alike their tokens are."""
+        return self.pictures.images if self.pictures else ()
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One packed row. [T] over input tokens, [N] over scored tokens, [B] over sequences."""
+    """One packed row: [T] over its tokens, nodes of the prefix tree; [B] over sequences; [N] over their scored tokens,
+    sequence by sequence. [M] over different pairs of a node and a sampled token after it: the head computes each once.
+    """
 
+    tree: PrefixTree  # on the host
     input_ids_T: Tensor  # int64
     position_ids_T: Tensor  # int64, from 0 in every sequence
-    sequence_ids_T: Tensor  # int64, 0..B-1
-    cu_seqlens_B: Tensor  # int32 [B + 1], borders of the sequences in the row
-    longest: int
-    score_index_N: Tensor  # int64, positions in the row whose hidden state predicts a sampled token
-    targets_N: Tensor  # int64, those sampled tokens
+    score_index_M: Tensor  # int64, nodes whose hidden state predicts a sampled token
+    targets_M: Tensor  # int64, those sampled tokens
+    expand_N: Tensor  # int64, the pair of each scored token: 0..M-1
+    sequence_N: Tensor  # int64, the sequence of each scored token: 0..B-1
     behavior_logprobs_N: Tensor  # float32
     advantages_N: Tensor  # float32
     versions_N: Tensor  # int64
@@ -80,9 +94,15 @@ class MicroBatch:
     tokens_by_version: Mapping[int, int] = field(default_factory=dict)
 
     @property
-    def sequence_N(self) -> Tensor:
-        """The sequence of each scored token: int64, 0..B-1."""
-        return self.sequence_ids_T[self.score_index_N]
+    def targets_N(self) -> Tensor:
+        """The scored tokens themselves: int64."""
+        return self.expanded(self.targets_M)
+
+    def expanded(self, values_M: Tensor) -> Tensor:
+        """Values of scored tokens from values of pairs: [N, ...] from [M, ...]."""
+        # Pairs are in the order in which tokens first have them: with as many pairs as tokens they are the tokens.
+        same = len(self.score_index_M) == len(self.expand_N)
+        return values_M if same else values_M.index_select(0, self.expand_N)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same row on another device."""
@@ -174,8 +194,7 @@ def _spread(values_N: Float32Array, sampled_T: NDArray[np.bool_]) -> Float32Arra
 def arrange(sizes: Sequence[int], tokens_per_row: int) -> list[list[int]]:
     """Bin packing of items into rows of at most tokens_per_row tokens; a longer item gets its own row.
 
-    First-fit-decreasing (Johnson 1973). Returns item numbers, row by row. Items of a row are in order of decreasing
-    size, which makes packed attention fast.
+    First-fit-decreasing (Johnson 1973). Returns item numbers, row by row, those of a row in order of decreasing size.
     """
     rows: list[list[int]] = []
     room: list[int] = []
@@ -190,13 +209,26 @@ def arrange(sizes: Sequence[int], tokens_per_row: int) -> list[list[int]]:
     return rows
 
 
+def rows_of(sequences: Sequence[TokenSequence], tokens_per_row: int, share: bool = True) -> list[list[int]]:
+    """Numbers of the sequences, row by row, such that a row has at most tokens_per_row different tokens.
+
+    Sequences that share a prefix are in the same row, unless their tree is too large for one. share: as in `row_of`.
+    """
+    if not share:
+        return arrange([s.num_inputs for s in sequences], tokens_per_row)
+    parts = divided([s.inputs_T for s in sequences], [s.kind for s in sequences], tokens_per_row)
+    rows = arrange([size for _, size in parts], tokens_per_row)
+    return [[item for part in row for item in parts[part][0]] for row in rows]
+
+
 def pack(
     sequences: Sequence[TokenSequence],
     tokens_per_microbatch: int,
     context: int,
     skip_zero_advantage: bool = False,
+    share: bool = True,
 ) -> Batch:
-    """Pack sequences into rows of at most tokens_per_microbatch input tokens.
+    """Pack sequences into rows of at most tokens_per_microbatch input tokens; share: as in `row_of`.
 
     A sequence whose advantages are all zero has no gradient under the policy loss: with skip_zero_advantage it is left
     out of the forward pass but counted in `sampled_tokens`. ValueError for a sequence longer than the model's context.
@@ -207,45 +239,69 @@ def pack(
             f"a sequence of {longest} tokens exceeds the model's context of {context}; lower rollout.context_tokens"
         )
     kept = [s for s in sequences if not skip_zero_advantage or s.advantages_T.any()]
-    rows = arrange([s.num_inputs for s in kept], tokens_per_microbatch)
+    rows = rows_of(kept, tokens_per_microbatch, share)
     return Batch(
-        micro_batches=tuple(row_of([kept[item] for item in row]) for row in rows),
+        micro_batches=tuple(row_of([kept[item] for item in row], share) for row in rows),
         sampled_tokens=sum(s.num_sampled for s in sequences),
         sequences=len(sequences),
         skipped_sequences=len(sequences) - len(kept),
     )
 
 
-def row_of(sequences: Sequence[TokenSequence]) -> MicroBatch:
-    """Pack these sequences end to end into one row; all have the same columns."""
-    lengths_B = np.array([s.num_inputs for s in sequences])
-    cu_seqlens_B = np.concatenate([[0], lengths_B.cumsum()])
+def row_of(sequences: Sequence[TokenSequence], share: bool = True) -> MicroBatch:
+    """Pack these sequences into one row; all have the same columns.
+
+    share: compute what sequences have in common once. Without it they lie end to end; the results are the same.
+    """
+    tree = (
+        PrefixTree.of([s.inputs_T for s in sequences], [s.kind for s in sequences])
+        if share
+        else PrefixTree.apart([s.num_inputs for s in sequences])
+    )
+    input_ids_T = np.zeros(tree.tokens, np.int32)
+    for item, shared in tree.brought:
+        input_ids_T[tree.paths_B[item][shared:]] = sequences[item].inputs_T[shared:]
     sampled_T = np.concatenate([s.sampled_T[1:] for s in sequences])
 
-    def scored(arrays: list[NDArray[np.generic]]) -> NDArray[np.generic]:
-        return np.concatenate([array[1:] for array in arrays])[sampled_T]
+    def scored(arrays: Iterable[NDArray[np.generic]]) -> NDArray[np.generic]:
+        return np.concatenate(list(arrays))[sampled_T]
 
-    versions_N = scored([s.versions_T for s in sequences])
+    nodes_N = scored(tree.paths_B).astype(np.int64)
+    targets_N = scored(s.token_ids_T[1:] for s in sequences).astype(np.int64)
+    first_M, expand_N = _different(nodes_N, targets_N)
+    versions_N = scored(s.versions_T[1:] for s in sequences)
     versions, counts = np.unique(versions_N, return_counts=True)
+    numbers_B = [s.num_sampled for s in sequences]
     return MicroBatch(
-        input_ids_T=_int64(np.concatenate([s.token_ids_T[:-1] for s in sequences])),
-        position_ids_T=_int64(np.concatenate([np.arange(length) for length in lengths_B])),
-        sequence_ids_T=_int64(np.repeat(np.arange(len(sequences)), lengths_B)),
-        cu_seqlens_B=torch.from_numpy(cu_seqlens_B.astype(np.int32)),
-        longest=int(lengths_B.max()),
-        score_index_N=_int64(np.flatnonzero(sampled_T)),
-        targets_N=_int64(scored([s.token_ids_T for s in sequences])),
-        behavior_logprobs_N=_float32(scored([s.behavior_logprobs_T for s in sequences])),
-        advantages_N=_float32(scored([s.advantages_T for s in sequences])),
+        tree=tree,
+        input_ids_T=_int64(input_ids_T),
+        position_ids_T=_int64(tree.depths_T),
+        score_index_M=_int64(nodes_N[first_M]),
+        targets_M=_int64(targets_N[first_M]),
+        expand_N=_int64(expand_N),
+        sequence_N=_int64(np.repeat(np.arange(len(sequences)), numbers_B)),
+        behavior_logprobs_N=_float32(scored(s.behavior_logprobs_T[1:] for s in sequences)),
+        advantages_N=_float32(scored(s.advantages_T[1:] for s in sequences)),
         versions_N=_int64(versions_N),
         pictures_B=tuple(s.pictures for s in sequences) if any(s.pictures for s in sequences) else (),
         tokens_by_version=dict(zip(versions.tolist(), counts.tolist(), strict=True)),
-        weights_N=_float32(np.repeat([s.weight for s in sequences], [s.num_sampled for s in sequences])),
+        weights_N=_float32(np.repeat([s.weight for s in sequences], numbers_B)),
         **{
-            f"{name}_N": _float32(scored([s.columns[name] for s in sequences]))
+            f"{name}_N": _float32(scored(s.columns[name][1:] for s in sequences))
             for name in sequences[0].columns
         },
     )
+
+
+def _different(
+    nodes_N: NDArray[np.int64], targets_N: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Different pairs in the order in which they first occur: the token of each [M], and the pair of each token [N]."""
+    pairs_N = nodes_N << 32 | targets_N
+    _, first_M, sorted_N = np.unique(pairs_N, return_index=True, return_inverse=True)
+    rank_M = np.empty(len(first_M), np.int64)
+    rank_M[first_M.argsort()] = np.arange(len(first_M))
+    return np.sort(first_M), rank_M[sorted_N]
 
 
 def longest_row(longest: int, tokens_per_microbatch: int) -> MicroBatch:
@@ -254,7 +310,7 @@ def longest_row(longest: int, tokens_per_microbatch: int) -> MicroBatch:
     zeros_T = np.zeros(longest, np.float32)
     ids_T = np.zeros(longest, np.int32)
     sequence = TokenSequence(ids_T, sampled_T, zeros_T, zeros_T, ids_T)
-    return row_of([sequence] * max(1, tokens_per_microbatch // sequence.num_inputs))
+    return row_of([sequence] * max(1, tokens_per_microbatch // sequence.num_inputs), share=False)
 
 
 def idle_row() -> MicroBatch:

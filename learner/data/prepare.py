@@ -12,7 +12,7 @@ from learner.algorithm.advantages import overlong_penalty
 from learner.algorithm.aggregation import Aggregation, token_weights
 from learner.algorithm.estimators import Episode
 from learner.algorithm.regularizers import OverlongSettings
-from learner.data.batch import MicroBatch, TokenSequence, arrange, level, row_of, sequences_of
+from learner.data.batch import MicroBatch, TokenSequence, level, row_of, rows_of, sequences_of
 from learner.parallel.ranks import ALONE, Ranks
 from rollout.wire.trajectory import Float32Array, Trajectory
 
@@ -116,7 +116,7 @@ def _of_sequences(
     sequences: Sequence[TokenSequence], compute: TokenFunction, tokens_per_row: int, ranks: Ranks
 ) -> list[Float32Array]:
     found: list[Float32Array] = [np.zeros(0, np.float32)] * len(sequences)
-    rows = arrange([sequence.num_inputs for sequence in sequences], tokens_per_row)
+    rows = rows_of(sequences, tokens_per_row)
     micro_batches = level([row_of([sequences[place] for place in row]) for row in rows], ranks)
     computed = [compute(micro).detach().float().cpu().numpy() for micro in micro_batches]
     for row, computed_N in zip(rows, computed, strict=False):  # idle rows at the end are dropped

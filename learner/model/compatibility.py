@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from learner.data.prefix_tree import PrefixTree
 from learner.model.attention import hidden_states
 
-_BEFORE, _TOKENS = 5, 9  # lengths of a sequence and of the next one in the row
+_TOKENS, _AFTER = 9, 5  # lengths of a sequence and of the next one in the row
 # In float32. A cap changes a logit by a third of (logit / cap)^2; compatible models agree to the bit.
 _HEAD_TOLERANCE = 1e-5  # relative to the largest logit
 _LEAK_TOLERANCE = 1e-3  # relative to the largest hidden state; leaks are 1e-2 and more, rounding 1e-6
@@ -56,30 +58,36 @@ def _fault(model: PreTrainedModel, head: nn.Linear) -> str:
     context, vocabulary = model.config.get_text_config().max_position_embeddings, head.weight.shape[0]
     count = min(_TOKENS, context)
     ids_T = torch.arange(count) % vocabulary
-    before_T = torch.arange(count, count + min(_BEFORE, context)) % vocabulary
-    alone_TD = _hidden(model, [ids_T])
+    after_T = torch.arange(count, count + min(_AFTER, context)) % vocabulary
+    (alone_TD,) = _hidden(model, [ids_T])
     apart = _apart(head(alone_TD), model(input_ids=ids_T[None], use_cache=False).logits[0])
     if not apart <= _HEAD_TOLERANCE:
         return (
             f"has logits that are not hidden state times head: they differ by {apart:.2g} of the largest logit (a head "
             "that scales or caps, or weights that are not finite)"
         )
-    apart = _apart(_hidden(model, [before_T, ids_T])[len(before_T) :], alone_TD)
-    if not apart <= _LEAK_TOLERANCE:
+    # Beside a sequence that shares all but its last token, and behind one that shares nothing.
+    rows = [ids_T, torch.cat([ids_T[:-1], after_T])[:context], after_T]
+    alone = [_hidden(model, [row_T])[0] for row_T in rows]
+    leaks = [_apart(*pair) for pair in zip(_hidden(model, rows), alone, strict=True)]
+    if not all(apart <= _LEAK_TOLERANCE for apart in leaks):
         return (
-            "lets a sequence see the one before it in a packed row (convolutions or recurrences mix tokens outside of "
-            f"attention): hidden states differ by {apart:.2g} of the largest one"
+            "lets a sequence see another one of a packed row (convolutions or recurrences mix tokens outside of "
+            f"attention): hidden states differ by {max(leaks):.2g} of the largest one"
         )
     return ""
 
 
-def _hidden(model: PreTrainedModel, sequences: Sequence[Tensor]) -> Tensor:
-    """Final hidden states [T, D] of these sequences in one row."""
-    lengths = [len(ids_T) for ids_T in sequences]
-    borders_B = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    places_T = torch.cat([torch.arange(length) for length in lengths])
-    ids_T = torch.cat(list(sequences))
-    return hidden_states(model, ids_T, borders_B, max(lengths), position_ids=places_T[None])
+def _hidden(model: PreTrainedModel, sequences: Sequence[Tensor]) -> list[Tensor]:
+    """Final hidden states [T, D] of each of these sequences, computed in one row."""
+    arrays = [ids_T.numpy().astype(np.int32) for ids_T in sequences]
+    tree = PrefixTree.of(arrays, [()] * len(arrays))
+    ids_T = torch.zeros(tree.tokens, dtype=torch.int64)
+    for sequence_T, path_T in zip(sequences, tree.paths_B, strict=True):
+        ids_T[path_T] = sequence_T
+    places_T = torch.from_numpy(tree.depths_T).long()
+    hidden_TD = hidden_states(model, ids_T, tree, position_ids=places_T[None])
+    return [hidden_TD[path_T] for path_T in tree.paths_B]
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:

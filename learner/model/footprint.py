@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from learner.data.prefix_tree import PrefixTree
 from learner.model.attention import hidden_states
 from learner.model.saved_tensors import SavedTensors
 
@@ -125,8 +126,7 @@ def _saved(model: PreTrainedModel, tokens: int) -> tuple[int, int, int]:
         hooks.append(layer.register_forward_hook(_measuring(before, saved, layers)))
     ids_T, places_1T = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens)[None]
     with saved:
-        # One sequence: its borders are left out, which fake tensors could not say.
-        last_TD = hidden_states(model, ids_T, None, tokens, position_ids=places_1T)
+        last_TD = hidden_states(model, ids_T, PrefixTree.apart([tokens]), position_ids=places_1T)
     for hook in hooks:
         hook.remove()
     del last_TD  # the graph lives until here

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from io import BytesIO
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -48,15 +49,15 @@ class PictureInputs:
         """The model's inputs of a row besides ids; RowMismatch if placeholders and features differ in number."""
         if not micro.pictures_B:
             return {}
-        borders = micro.cu_seqlens_B.tolist()
         features: list[dict[str, Tensor]] = []
         positions = []
-        for pictures, start, stop in zip(micro.pictures_B, borders[:-1], borders[1:], strict=True):
-            ids_T = micro.input_ids_T[start:stop]
+        for item, brought in micro.tree.brought:  # depth first: as the placeholders lie in the row
+            pictures = micro.pictures_B[item]
+            ids_T = micro.input_ids_T[torch.from_numpy(micro.tree.paths_B[item]).to(micro.input_ids_T.device)]
             found = [self._features(image) for image in (pictures.images if pictures else ())]
             self._check(ids_T, found, pictures)
-            features += found
-            positions.append(self._positions(ids_T, found))
+            features += found[self._pictures_in(ids_T[:brought], found, pictures) :]
+            positions.append(self._positions(ids_T, found)[..., brought:])
         device = micro.input_ids_T.device
         joined = {name: torch.cat([each[name] for each in features]).to(device) for name in features[0]}
         if self._positions_of is not None:
@@ -76,6 +77,19 @@ class PictureInputs:
             **{name: torch.cat([each[name] for each in features]).to(ids_T.device) for name in grids},
         )
         return positions
+
+    def _pictures_in(
+        self, ids_T: Tensor, features: list[dict[str, Tensor]], pictures: SequencePictures | None
+    ) -> int:
+        """The number of pictures whose placeholders are among these first tokens of a sequence."""
+        sums = [0, *accumulate(map(self._count, features))]
+        shown = int((ids_T == self.placeholder_id).sum())
+        if shown not in sums:
+            raise RowMismatch(
+                f"{pictures.where if pictures else 'a row without pictures'}: the image tokens of a picture are not in "
+                "one piece"
+            )
+        return sums.index(shown)
 
     def _check(
         self, ids_T: Tensor, features: list[dict[str, Tensor]], pictures: SequencePictures | None

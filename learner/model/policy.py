@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from learner.data.batch import MicroBatch
+from learner.data.prefix_tree import PrefixTree
 from learner.model.attention import NAME, hidden_states, register
 from learner.model.compatibility import require_compatible
 from learner.model.linear import use_onednn
@@ -140,19 +141,24 @@ class Policy:
 
     def hidden(self, micro: MicroBatch) -> Tensor:
         """Final hidden states before each scored token of a packed row, [N, D] with gradients."""
-        return self._whole(lambda: self._scored(micro))
+        return micro.expanded(self._whole(lambda: self._scored(micro)))
 
     def score(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Logprob of each sampled token and entropy of its distribution: float32 [N] each, with gradients."""
-        logprobs_N, entropy_N, _ = self.read(micro, temperature)
-        return logprobs_N, entropy_N
+        logprobs_M, entropy_M, _ = self._read(micro, temperature)
+        return micro.expanded(logprobs_M), micro.expanded(entropy_M)
 
     def read(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """The results of `score` and `hidden` from one pass."""
+        logprobs_M, entropy_M, hidden_MD = self._read(micro, temperature)
+        return micro.expanded(logprobs_M), micro.expanded(entropy_M), micro.expanded(hidden_MD)
+
+    def _read(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Logprobs [M], entropies [M] and hidden states [M, D] of the row's pairs."""
 
         def once() -> tuple[Tensor, Tensor, Tensor]:
-            hidden_ND = self._scored(micro)
-            return *self._logprobs(hidden_ND, micro.targets_N, temperature, self._sampled_bias()), hidden_ND
+            hidden_MD = self._scored(micro)
+            return *self._logprobs(hidden_MD, micro.targets_M, temperature, self._sampled_bias()), hidden_MD
 
         return self._whole(once)
 
@@ -249,28 +255,29 @@ class Policy:
         enabled = self.settings.dtype == "bfloat16" and self.ranks.size == 1
         return torch.autocast(self.settings.device, torch.bfloat16, enabled=enabled)
 
-    def _hidden(self, ids_T: Tensor, cu_seqlens_B: Tensor, longest: int, **beside: Tensor) -> Tensor:
+    def _hidden(self, ids_T: Tensor, tree: PrefixTree, **beside: Tensor) -> Tensor:
         """Final hidden states [T, D] of a packed row, without the logits of the whole row.
 
         beside: positions, and inputs of the vision tower.
         """
         with self._autocast():
-            hidden_TD = hidden_states(self.model, ids_T, cu_seqlens_B, longest, **beside)
+            hidden_TD = hidden_states(self.model, ids_T, tree, **beside)
         # The head's product has the hidden state's type; under autocast a normalization returns float32.
         return hidden_TD.to(torch.bfloat16) if self.settings.dtype == "bfloat16" else hidden_TD
 
     def _plain_rows(self, ids_T: Tensor, count: int, length: int, widest: bool) -> Tensor:
         """Final hidden states [T, D] of `count` texts of `length` tokens, without pictures."""
-        borders = torch.arange(count + 1, dtype=torch.int32, device=self.device) * length
+        tree = PrefixTree.apart([length] * count)
         places_T = torch.arange(length, device=self.device).repeat(count)
         if widest and not self.rounds_always:
-            return hidden_states(self.model, ids_T, borders, length, position_ids=places_T[None])
-        return self._hidden(ids_T, borders, length, position_ids=places_T[None])
+            return hidden_states(self.model, ids_T, tree, position_ids=places_T[None])
+        return self._hidden(ids_T, tree, position_ids=places_T[None])
 
     def _scored(self, micro: MicroBatch) -> Tensor:
+        """Hidden states of the row's pairs, [M, D]."""
         beside = {"position_ids": micro.position_ids_T[None]} | self._perceived(micro)
-        hidden_TD = self._hidden(micro.input_ids_T, micro.cu_seqlens_B, micro.longest, **beside)
-        return hidden_TD.index_select(0, micro.score_index_N)
+        hidden_TD = self._hidden(micro.input_ids_T, micro.tree, **beside)
+        return hidden_TD.index_select(0, micro.score_index_M)
 
     def _perceived(self, micro: MicroBatch) -> dict[str, Tensor]:
         if self.picture_inputs is not None:
@@ -299,10 +306,10 @@ class Policy:
         return never_V if bias_V is None else bias_V + never_V
 
     def _logprobs(
-        self, hidden_ND: Tensor, targets_N: Tensor, temperature: float, bias_V: Tensor | None
+        self, hidden_TD: Tensor, targets_T: Tensor, temperature: float, bias_V: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        chunk = self.vocab_chunk(len(hidden_ND))
-        return token_logprobs(hidden_ND, self._head.weight, bias_V, targets_N, temperature, chunk)
+        chunk = self.vocab_chunk(len(hidden_TD))
+        return token_logprobs(hidden_TD, self._head.weight, bias_V, targets_T, temperature, chunk)
 
     def _make_picture_inputs(self, folder: str) -> PictureInputs | None:
         kind = self.model.config.model_type

@@ -82,5 +82,5 @@ class Preference:
         return Pairs(*columns)
 
     def _weighed(self, micro: MicroBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        logprobs_N, entropy_N, _ = self._learner.policy.read(micro, 1.0)
+        logprobs_N, entropy_N = self._learner.policy.score(micro, 1.0)
         return -micro.advantages_N * logprobs_N, {"entropy": entropy_N.detach()}

@@ -39,5 +39,5 @@ class Sft:
         return {**row, "epoch": float(self._epochs.epoch(step))}
 
     def _loss(self, micro: MicroBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        logprobs_N, entropy_N, _ = self._policy.read(micro, 1.0)
+        logprobs_N, entropy_N = self._policy.score(micro, 1.0)
         return cross_entropy(logprobs_N), {"entropy": entropy_N.detach()}

@@ -37,6 +37,7 @@ from rollout.wire.trajectory import EnvironmentKey, Float32Array, Group
 # Summed over optimizer steps, not averaged.
 _COUNTS = (
     "tokens_processed",
+    "tokens_effective",
     "tokens_scored",
     "batch_tokens_sampled",
     "skipped_step",

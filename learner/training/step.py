@@ -109,10 +109,10 @@ def train_step(
     """
 
     def loss_of(micro: MicroBatch) -> tuple[Tensor, Stats]:
+        if auxiliary is None:
+            return objective(micro, *policy.score(micro, temperature))
         logprobs_N, entropy_N, hidden_ND = policy.read(micro, temperature)
         loss_N, stats = objective(micro, logprobs_N, entropy_N)
-        if auxiliary is None:
-            return loss_N, stats
         beside_N, more = auxiliary(micro, hidden_ND)
         return loss_N + beside_N, {**stats, **more}
 
@@ -176,12 +176,14 @@ def not_finite(row: Mapping[str, float]) -> str:
 def sizes(batch: Batch, ranks: Ranks = ALONE) -> dict[str, float]:
     """Counts over all ranks, in tokens.
 
-    "tokens_processed": inputs of the forward pass, prompts included; "tokens_scored": sampled tokens of these;
+    "tokens_processed": inputs of the forward pass, prompts included, a shared prefix once; "tokens_effective": the same
+    with every sequence computed alone; "tokens_scored": sampled tokens of these;
     "batch_tokens_sampled": sampled tokens of the batch, those of sequences that were skipped included.
     """
     own = {
         "tokens_processed": float(sum(len(micro.input_ids_T) for micro in batch.micro_batches)),
-        "tokens_scored": float(sum(len(micro.targets_N) for micro in batch.micro_batches)),
+        "tokens_effective": float(sum(micro.tree.effective_tokens for micro in batch.micro_batches)),
+        "tokens_scored": float(sum(len(micro.weights_N) for micro in batch.micro_batches)),
         "batch_tokens_sampled": float(batch.sampled_tokens),
     }
     return ranks.sums(own)

@@ -26,6 +26,7 @@ BENCHMARKS = (
     "rollout",
     "learner",
     "packing",
+    "tree",
     "logprobs",
     "overlap",
     "sync",
@@ -61,6 +62,11 @@ BOUNDS = (
     Bound(
         "packing", "overhead", "a step outside forward, backward and optimizer, of it all", "at most", 0.05
     ),
+    Bound(
+        "tree", "frozen_lake_ratio", "learner with shared prefixes, of without: frozen_lake", "at least", 3.0
+    ),
+    Bound("tree", "household_ratio", "the same: household, full history", "at least", 2.0),
+    Bound("tree", "long_prompt_ratio", "the same: 16 x 512 tokens after 4,096", "at least", 5.0),
     Bound("logprobs", "growth", "peak memory with 32 times as many logits, of before", "at most", 1.5),
     Bound("logprobs", "largest_difference", "from logprobs and gradients over all logits", "at most", 1e-5),
     Bound("overlap", "ratio", "a step with both at work, of the longer part alone", "at most", 1.25),

@@ -22,6 +22,7 @@ from learner.algorithm.algorithm import AlgorithmSettings
 from learner.algorithm.schedule import OptimSettings
 from learner.data.batch import NOT_SAMPLED, Batch, TokenSequence, pack
 from learner.model.attention import register
+from learner.model.attention_blocks import RowAttention
 from learner.model.policy import Policy
 from learner.settings import ModelSettings
 from learner.training.optim import Optimizer
@@ -61,11 +62,10 @@ def _bare_loop(folder: Path, batch: Batch) -> Callable[[], None]:
                 input_ids=row.input_ids_T[None],
                 position_ids=row.position_ids_T[None],
                 use_cache=False,
-                cu_seq_lens_q=row.cu_seqlens_B,
-                max_length_q=row.longest,
-                logits_to_keep=row.score_index_N,
+                row_attention=RowAttention(row.tree),
+                logits_to_keep=row.score_index_M,  # random sequences share nothing: pairs are tokens
             ).logits[0]
-            logprobs_N = logits_NV.log_softmax(-1).gather(1, row.targets_N[:, None])[:, 0]
+            logprobs_N = logits_NV.log_softmax(-1).gather(1, row.targets_M[:, None])[:, 0]
             ratio_N = torch.exp(logprobs_N - row.behavior_logprobs_N)
             clipped_N = ratio_N.clamp(0.8, 1.28)
             loss_N = -torch.minimum(ratio_N * row.advantages_N, clipped_N * row.advantages_N)

@@ -115,7 +115,7 @@ def main() -> dict[str, float]:
         )
         padded = padded_loop(folder, groups)
         inside = Stopwatch()
-        inside.around(learner.policy, "read")
+        inside.around(learner.policy, "score")
         inside.around(torch.Tensor, "backward")
         inside.around(learner.optimizer, "step")
         padded()

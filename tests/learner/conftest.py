@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from learner.data import prefix_tree
 from learner.model.tiny import build_tiny
 from learner.model.tokenizer import build_tokenizer
 from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
@@ -16,6 +17,14 @@ from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Tu
 torch.set_num_threads(1)
 TASK = Task.of("toy", 0)
 GroupOf = Callable[..., Group]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def even_short_prefixes_are_shared() -> Iterator[None]:
+    """Episodes of tests are short: what they have in common is computed once all the same."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(prefix_tree, "LEAST_SHARED", 1)
+        yield
 
 
 @pytest.fixture(scope="session")

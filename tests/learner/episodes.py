@@ -1,13 +1,15 @@
 """Random episodes, told once for the formulas (tests/reference.py) and once in the words of the wire.
 
 They hold what a loop over turns may overlook: unequal turn counts, observations at the start, in the middle and at the
-end, histories that were rewritten, episodes that were cut off, states met again, turns that sampled nothing.
+end, histories that were rewritten, episodes that were cut off, states met again, turns that sampled nothing. Siblings
+begin alike, up to any token.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -19,14 +21,15 @@ Pick = Callable[[int, int], int]  # an integer of the closed range
 TASK = wire.Task.of("toy", 0)
 
 
-def random_groups(seed: int, groups: int = 2, siblings: int = 3) -> list[list[Episode]]:
-    """So many groups of so many episodes."""
-    rng = np.random.default_rng(seed)
+def random_groups(seed: int, groups: int = 2, siblings: int = 3, alike: bool = True) -> list[list[Episode]]:
+    """So many groups of so many episodes. alike: siblings share prefixes of tokens."""
+    rng, forks = np.random.default_rng(seed), np.random.default_rng([seed, 1])
 
     def pick(low: int, high: int) -> int:
         return int(rng.integers(low, high + 1))
 
-    return [[episode(pick) for _ in range(siblings)] for _ in range(groups)]
+    made = [[episode(pick) for _ in range(siblings)] for _ in range(groups)]
+    return [beginning_alike(each, forks) for each in made] if alike else made
 
 
 @st.composite
@@ -62,6 +65,18 @@ def episode(pick: Pick) -> Episode:
         values=_eighths(noise, count),
         after=float(noise.integers(-8, 8)) / 8,
     )
+
+
+def beginning_alike(siblings: list[Episode], forks: np.random.Generator) -> list[Episode]:
+    """The siblings, whose first segments begin with the tokens of the sibling before, up to a random one."""
+    found = siblings[:1]
+    for of in siblings[1:]:
+        known = [token.id for token in found[-1].tokens if not token.segment]
+        own = sum(not token.segment for token in of.tokens)
+        ids = known[: int(forks.integers(0, min(len(known), own) + 1))]
+        head = tuple(replace(token, id=id) for token, id in zip(of.tokens, ids, strict=False))
+        found.append(replace(of, tokens=head + of.tokens[len(head) :]))
+    return found
 
 
 def paid(of: Episode) -> Episode:

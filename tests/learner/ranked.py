@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 import learner.model.policy
 from learner.algorithm.schedule import OptimSettings
-from learner.data.batch import arrange
+from learner.data import prefix_tree
+from learner.data.batch import rows_of
 from learner.data.batch_checks import BatchRefused
 from learner.data.prepare import Example
 from learner.parallel.ranks import Ranks
@@ -30,6 +31,7 @@ from tests.learner.episodes import group, random_groups
 from tests.learner.staged import learned
 
 LIMIT = 12  # tokens of a row: every rank has several
+prefix_tree.LEAST_SHARED = 1  # in the rank's process: siblings have few tokens in common
 Found = dict[str, Any]
 
 
@@ -80,7 +82,7 @@ def own(ranks: Ranks, groups: list[Group]) -> list[Group]:
 def rows(groups: list[Group]) -> int:
     """Micro-batches that a rank makes of its share."""
     sequences = [s for each in groups for t in each.trainable for s in Example.of(t).sequences()]
-    return len(arrange([sequence.num_inputs for sequence in sequences], LIMIT))
+    return len(rows_of(sequences, LIMIT))
 
 
 def plain(tensors: Any) -> list[Any]:

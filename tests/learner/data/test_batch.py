@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,12 +30,10 @@ def test_a_row_equals_the_hand_packed_one() -> None:
     # The last token of each sequence is a target only; longer sequences stand first.
     assert row.input_ids_T.tolist() == [20, 21, 22, 10, 11]
     assert row.position_ids_T.tolist() == [0, 1, 2, 0, 1]
-    assert row.sequence_ids_T.tolist() == [0, 0, 0, 1, 1]
-    assert row.cu_seqlens_B.tolist() == [0, 3, 5]
-    assert row.cu_seqlens_B.dtype == torch.int32
-    assert row.longest == 3
-    assert row.score_index_N.tolist() == [0, 2, 4]
-    assert row.targets_N.tolist() == [21, 23, 12]
+    assert row.tree.segments_S3.tolist() == [[0, 3, 3], [3, 5, 5]]
+    assert row.score_index_M.tolist() == [0, 2, 4]
+    assert row.targets_M.tolist() == [21, 23, 12]
+    assert row.expand_N.tolist() == [0, 1, 2]
     assert row.behavior_logprobs_N.tolist() == [-1.0, -3.0, -2.0]
     assert row.versions_N.tolist() == [20, 20, 10]
     assert row.sequence_N.tolist() == [0, 0, 1]
@@ -72,12 +69,12 @@ def test_packing_loses_nothing_and_pads_nothing(lengths: list[int], limit: int) 
     batch = pack(sequences, limit, 40)
     rows = batch.micro_batches
     assert sum(len(row.input_ids_T) for row in rows) == sum(length - 1 for length in lengths)
-    assert all(len(row.input_ids_T) <= limit or len(row.cu_seqlens_B) == 2 for row in rows)
-    assert sorted(t for row in rows for t in row.targets_N.tolist()) == [
+    assert all(len(row.input_ids_T) <= limit or len(row.tree.paths_B) == 1 for row in rows)
+    assert sorted(t for row in rows for t in row.targets_M.tolist()) == [
         100 * i + length - 1 for i, length in enumerate(lengths)
     ]
     for row in rows:
-        diffs = row.cu_seqlens_B.diff().tolist()
+        diffs = [stop - start for start, stop, _ in row.tree.segments_S3.tolist()]
         assert diffs == sorted(diffs, reverse=True)
     # First-fit-decreasing: at most one row is half empty or worse.
     assert sum(2 * len(row.input_ids_T) < limit for row in rows) <= 1
@@ -87,7 +84,7 @@ def test_skipped_sequences_still_count_in_the_denominator() -> None:
     sequences = [_sequence(5, [2, 3, 4], advantage=0.0), _sequence(4, [3], base=50)]
     batch: Batch = pack(sequences, 100, 100, skip_zero_advantage=True)
     assert (batch.sampled_tokens, batch.sequences, batch.skipped_sequences) == (4, 2, 1)
-    assert [row.targets_N.tolist() for row in batch.micro_batches] == [[53]]
+    assert [row.targets_M.tolist() for row in batch.micro_batches] == [[53]]
 
 
 def test_a_sequence_beyond_the_context_is_refused_in_one_line() -> None:

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from learner.data.prefix_tree import PrefixTree
 from learner.model.attention import packed_attention, register
+from learner.model.attention_blocks import RowAttention
 
 COMMON = {
     "vocab_size": 50,
@@ -39,12 +41,10 @@ def models(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, torch.nn.Mo
 
 def _packed_logits(model: torch.nn.Module, sequences: list[Tensor]) -> list[Tensor]:
     lengths = [len(s) for s in sequences]
-    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     logits = model(
         input_ids=torch.cat(sequences)[None],
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-        cu_seq_lens_q=cu_seqlens,
-        max_length_q=max(lengths),
+        row_attention=RowAttention(PrefixTree.apart(lengths)),
         use_cache=False,
     ).logits[0]
     return list(logits.split(lengths))

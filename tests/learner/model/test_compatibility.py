@@ -87,7 +87,7 @@ def test_a_family_of_attention_alone_and_a_linear_head_is_fit(kind: str, options
 def test_a_family_whose_tokens_meet_outside_of_attention_is_refused(
     kind: str, options: dict[str, Any]
 ) -> None:
-    with pytest.raises(IncompatibleModel, match=f"{kind} lets a sequence see the one before it") as refused:
+    with pytest.raises(IncompatibleModel, match=f"{kind} lets a sequence see another one") as refused:
         require_compatible(built(kind, options, register()))
     assert "\n" not in str(refused.value)
 

@@ -69,6 +69,11 @@ def _same(one: list[Any], other: list[Any], atol: float = 0.0) -> None:
         np.testing.assert_allclose(left, right, rtol=0, atol=atol)
 
 
+def _packed(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics without the one that says how sequences were packed: ranks share no prefixes with each other."""
+    return {name: value for name, value in metrics.items() if name != "tokens_processed"}
+
+
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """The cases, with a folder for the model that is no fixture of others."""
@@ -98,8 +103,9 @@ def test_a_step_of_several_ranks_is_that_of_one(
         found = [of_rank[case] for of_rank in by_rank]
         fewer |= len({each["rows"] for each in found}) > 1
         for each in found:
-            assert each["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)
-            assert each["fine_tuned"] == [pytest.approx(row, abs=1e-6) for row in expected["fine_tuned"]]
+            assert _packed(each["metrics"]) == pytest.approx(_packed(expected["metrics"]), abs=1e-6)
+            rows = [pytest.approx(_packed(row), abs=1e-6) for row in expected["fine_tuned"]]
+            assert [_packed(row) for row in each["fine_tuned"]] == rows
             for what in ("gradients", "parameters", "critic"):
                 _same(each[what], expected[what], atol=1e-6)
     assert fewer, "no rank ever had fewer rows than another"
@@ -117,7 +123,7 @@ def test_a_checkpoint_is_continued_by_any_number_of_ranks(
     for what in ("parameters", "moments"):
         _same(same[what], wrote[what])
         _same(other[what], wrote[what])
-    assert other["metrics"] == pytest.approx(same["metrics"], abs=1e-4)
+    assert _packed(other["metrics"]) == pytest.approx(_packed(same["metrics"]), abs=1e-4)
     # One snapshot, whoever took it; its bytes are in one place.
     assert other["manifest"] == same["manifest"] and all(spec.checksum for spec in same["manifest"])
     np.testing.assert_allclose(other["probe"], same["probe"], atol=1e-5)

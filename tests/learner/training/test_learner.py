@@ -241,7 +241,7 @@ def test_a_row_that_does_not_fit_is_one_line_that_says_what_to_lower(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate 3.00 GiB\nmore")
 
-    monkeypatch.setattr(learner.policy, "read", full)
+    monkeypatch.setattr(learner.policy, "score", full)
     with pytest.raises(ModelError, match=r"^a row of [^\n]*3\.00 GiB[^\n]*tokens_per_microbatch=50[^\n]*$"):
         learner.rehearse(longest=100)
 

@@ -127,7 +127,7 @@ def test_tokens_that_were_not_sampled_have_no_gradient(
     hidden.remove()
     (grad,) = torch.autograd.grad(logprobs_N.sum(), kept)
     scored = torch.zeros(len(row.input_ids_T), dtype=torch.bool)
-    scored[row.score_index_N] = True
+    scored[row.score_index_M] = True
     assert not grad[0, ~scored].any()
     assert grad[0, scored].any(1).all()
 
@@ -156,7 +156,8 @@ def test_metrics_equal_a_naive_recomputation(policy: Policy, sequences: list[Tok
     assert (
         metrics["batch_tokens_sampled"] == metrics["tokens_scored"] == sum(s.num_sampled for s in sequences)
     )
-    assert metrics["tokens_processed"] == sum(s.num_inputs for s in sequences)
+    assert metrics["tokens_effective"] == sum(s.num_inputs for s in sequences)
+    assert metrics["tokens_processed"] == sum(len(row.input_ids_T) for _, row in scores)
     assert metrics["skipped_step"] == 0.0
 
 

@@ -1,0 +1,158 @@
+"""The learner with and without shared prefixes, on rows of four kinds; prints JSON.
+
+    frozen_lake   a step of the main job: the map is the prompt of every turn
+    household     groups whose prompt is their whole history: siblings part where they act differently
+    smollm2       SmolLM2-135M, 8 answers of 9 to 25 tokens after each prompt of 45 (where `make llm` has been run)
+    long_prompt   16 answers of 512 tokens after one prompt of 4,096
+
+Players of the environments err so often that siblings differ. What is timed is packing, forward, backward and the
+optimizer step, in turns on one thread; rates are of effective tokens: those of all sequences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from deploy.assembly.build import load_chat
+from deploy.assembly.models import model_path
+from deploy.config.load import load_config
+from envs import registry
+from learner.algorithm.algorithm import AlgorithmSettings
+from learner.algorithm.schedule import OptimSettings
+from learner.data.batch import NOT_SAMPLED, TokenSequence, pack, sequences_of
+from learner.model.policy import Policy
+from learner.settings import ModelSettings
+from learner.training.optim import Optimizer
+from learner.training.step import PolicyObjective, train_step
+from rollout.episodes.demonstrations import demonstrate
+from rollout.episodes.tasks import TaskStream
+from tests.bench.player import untaught_model
+from tests.smollm2 import FOLDER
+
+SIBLINGS, ROUNDS, ERRORS = 8, 5, 0.3
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sequences of one optimizer step, and the model that learns from them."""
+
+    sequences: Sequence[TokenSequence]
+    model: str
+    tokens_per_row: int
+    rounds: int = ROUNDS
+
+
+def _played(recipe: str, folder: Path, groups: int, *overrides: str) -> Case:
+    """A step of a recipe, played by the environment's own player."""
+    config = load_config(recipe, list(overrides))
+    folder.mkdir()
+    path = model_path(config, folder)
+    (environment,) = config.environments
+    tasks = list(islice(map(TaskStream(environment.id, environment.options, config.seed), count()), groups))
+    player, number = registry.player(environment.id), count()
+    played = demonstrate(
+        [task for task in tasks for _ in range(SIBLINGS)],
+        lambda _: player(ERRORS, next(number)),
+        load_chat(path),
+        config.rollout.context_tokens,
+        environment.agent,
+    )
+    rng = np.random.default_rng(0)
+    episodes = [group.trajectories[0] for group in asyncio.run(played)]
+    sequences = [
+        s for e in episodes for s in sequences_of(e, rng.normal(size=e.num_sampled).astype(np.float32))
+    ]
+    return Case(sequences, path, config.learner.tokens_per_microbatch)
+
+
+def _groups(prompts: int, prompt: int, answers: Sequence[int], vocabulary: int) -> list[TokenSequence]:
+    """Answers of these lengths to each of so many random prompts."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(prompts):
+        opening = rng.integers(0, vocabulary, prompt)
+        for size in answers:
+            sampled_T = np.arange(prompt + size) >= prompt
+            found.append(
+                TokenSequence(
+                    token_ids_T=np.append(opening, rng.integers(0, vocabulary, size)).astype(np.int32),
+                    sampled_T=sampled_T,
+                    behavior_logprobs_T=np.where(sampled_T, -4.6, 0).astype(np.float32),
+                    advantages_T=np.where(sampled_T, rng.normal(), 0).astype(np.float32),
+                    versions_T=np.where(sampled_T, 0, NOT_SAMPLED).astype(np.int32),
+                )
+            )
+    return found
+
+
+def _cases(folder: Path) -> Iterator[tuple[str, Case]]:
+    yield "frozen_lake", _played("frozen_lake", folder / "lake", 32)
+    yield (
+        "household",
+        _played("household", folder / "home", 32, "agent.memory=full", "rollout.context_tokens=512"),
+    )
+    if (FOLDER / "config.json").is_file():
+        yield "smollm2", Case(_groups(8, 45, range(9, 25, 2), 49_152), str(FOLDER), 4096, rounds=3)
+    long = folder / "long"
+    vocabulary = untaught_model(long, 8192)
+    yield "long_prompt", Case(_groups(1, 4096, [512] * 16, vocabulary), str(long), 16_384, rounds=3)
+
+
+def _step(case: Case, share: bool) -> Callable[[], dict[str, float]]:
+    policy = Policy(ModelSettings(path=case.model))
+    optimizer = Optimizer(policy.parameters(), OptimSettings(learning_rate=1e-5))
+    objective = PolicyObjective(AlgorithmSettings())
+
+    def step() -> dict[str, float]:
+        batch = pack(case.sequences, case.tokens_per_row, policy.context, share=share)
+        return train_step(policy, optimizer, batch, objective, 1.0)
+
+    return step
+
+
+def _measured(name: str, case: Case) -> dict[str, float]:
+    steps = {share: _step(case, share) for share in (True, False)}
+    rows = {share: step() for share, step in steps.items()}
+    took: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(case.rounds):
+        for share, step in steps.items():
+            began = time.perf_counter()
+            step()
+            took[share].append(time.perf_counter() - began)
+    tokens = rows[True]["tokens_effective"]
+    return {
+        f"{name}_tokens": tokens,
+        f"{name}_unique": rows[True]["tokens_processed"],
+        f"{name}_tokens_per_s": round(tokens / statistics.median(took[True])),
+        f"{name}_apart_tokens_per_s": round(tokens / statistics.median(took[False])),
+        f"{name}_ratio": round(
+            statistics.median(a / s for s, a in zip(took[True], took[False], strict=True)), 2
+        ),
+    }
+
+
+def main(names: Sequence[str]) -> dict[str, float]:
+    """Figures of the named cases, or of all."""
+    torch.set_num_threads(1)
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, case in _cases(Path(folder)):
+            if not names or name in names:
+                found |= _measured(name, case)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1:])))

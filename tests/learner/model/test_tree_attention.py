@@ -1,0 +1,103 @@
+"""Attention over the blocks of a prefix tree equals attention with a mask of the whole row, and so do its gradients."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from learner.data.prefix_tree import PrefixTree
+from learner.model.attention_blocks import RowAttention
+from learner.model.tree_attention import tree_attention
+from rollout.wire.trajectory import Int32Array
+from tests.learner.data.test_prefix_tree import related
+
+SCALE = 0.3
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, tree: PrefixTree, window: int | None) -> Tensor:
+    """Softmax over a mask [T, T] that is made by walking along every sequence."""
+    seen_TT = torch.zeros(tree.tokens, tree.tokens, dtype=torch.bool)
+    for path_T in tree.paths_B:
+        for depth, node in enumerate(path_T):
+            seen_TT[node, path_T[max(0, depth + 1 - (window or len(path_T))) : depth + 1]] = True
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores_HTT = torch.einsum("thd,uhd->htu", query, key) * SCALE
+    return torch.einsum("htu,uhd->thd", scores_HTT.masked_fill(~seen_TT, -torch.inf).softmax(-1), value)
+
+
+def _inputs(tokens: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = (tokens, 4, 8), (tokens, 2, 8), (tokens, 2, 8)
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [x.requires_grad_() for x in made]
+
+
+def _both(tree: PrefixTree, window: int | None, dtype: torch.dtype = torch.float64) -> list[list[Tensor]]:
+    """Output and gradients of query, key and value: by blocks, and dense in float64."""
+    inputs = _inputs(tree.tokens, dtype)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    found = tree_attention(*inputs, RowAttention(tree).blocks(window, inputs[0]), SCALE)
+    dense = _dense(*wide, tree, window)
+    pull = torch.randn_like(dense).to(dtype)
+    return [
+        [found, *torch.autograd.grad(found, inputs, pull)],
+        [dense, *torch.autograd.grad(dense, wide, pull.double())],
+    ]
+
+
+@given(
+    sequences=st.lists(related(), min_size=1, max_size=2).map(
+        lambda found: [s for some in found for s in some]
+    ),
+    long=st.sampled_from([1, 2, 4, 64]),
+    tile=st.sampled_from([1, 3, 5, 64]),
+    window=st.sampled_from([None, 1, 2, 5]),
+)
+def test_blocks_of_any_sizes_equal_one_mask(
+    sequences: list[Int32Array], long: int, tile: int, window: int | None
+) -> None:
+    tree = PrefixTree.of(sequences, [()] * len(sequences))
+    where = "learner.model.attention_blocks"
+    with patch(f"{where}.LONG", long), patch(f"{where}.TILE", tile):
+        for one, other in zip(*_both(tree, window), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
+
+
+def _group(prompt: int, answers: list[int]) -> PrefixTree:
+    rng = np.random.default_rng(0)
+    opening = rng.integers(0, 9, prompt)
+    sequences = [
+        np.concatenate([opening, [9 + i], rng.integers(0, 9, size - 1)]) for i, size in enumerate(answers)
+    ]
+    return PrefixTree.of([s.astype(np.int32) for s in sequences], [()] * len(answers))
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(
+    ("prompt", "answers"),
+    [(700, [90, 90, 90, 40]), (30, [100, 7, 7, 80]), (5, [600])],
+    ids=["long prompt", "short prompt", "one sequence"],
+)
+def test_rows_of_real_sizes_equal_one_mask(prompt: int, answers: list[int], window: int | None) -> None:
+    for one, other in zip(*_both(_group(prompt, answers), window), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
+
+
+def test_bfloat16_is_merged_in_float32() -> None:
+    tree = _group(300, [100, 100, 20])
+    for one, other in zip(*_both(tree, None, torch.bfloat16), strict=True):
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(one.double(), other, atol=0.05, rtol=0.02)
+
+
+def test_a_row_without_forks_is_one_call_for_neighbors_of_one_length() -> None:
+    blocks = RowAttention(PrefixTree.apart([9, 9, 5])).blocks(None, torch.zeros(1))
+    assert [(b.queries.count, b.queries.length, b.causal) for b in blocks.own] == [(2, 9, True), (1, 5, True)]  # type: ignore[union-attr]
+    assert not blocks.further
