@@ -194,7 +194,7 @@ def _saved(architecture: PretrainedConfig, run: RunConfig) -> Saved | None:
         return None  # what a vision tower saves depends on the pictures
     try:
         model = run.learner.model
-        return saved_by(architecture, model.dtype, model.device, run.learner.ranks > 1)
+        return saved_by(architecture, model.dtype, run.learner.ranks > 1)
     except RuntimeError:  # what fake tensors cannot compute: a family whose forward pass reads values
         return None
 

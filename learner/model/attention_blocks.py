@@ -64,6 +64,8 @@ class Gathered:
 
     index_nL: Tensor  # int64
     real_nL: Tensor  # bool
+    slots_R: Tensor  # int64, the places of what is no padding among the n * L
+    tokens_R: Tensor  # int64, the tokens that are there
 
     def take(self, x_THD: Tensor) -> Tensor:
         """[n, H, L, D] of the row."""
@@ -72,7 +74,8 @@ class Gathered:
 
     def store(self, x_THD: Tensor, values: Tensor) -> None:
         """Write [n, H, L, D] into the row, without padding."""
-        x_THD[self.index_nL[self.real_nL]] = values.transpose(1, 2)[self.real_nL]
+        real_RHD = values.transpose(1, 2).flatten(0, 1).index_select(0, self.slots_R)
+        x_THD.index_copy_(0, self.tokens_R, real_RHD.to(x_THD.dtype))
 
     def add(self, x_THD: Tensor, values: Tensor) -> None:
         """Add [n, H, L, D] to the row, a token as often as it is there."""
@@ -222,10 +225,8 @@ class _Layout:
     def _tile_block(self, tiles: Sequence[tuple[int, int, Int64Array]]) -> Block:
         queries = self._gathered([np.arange(first, last) for first, last, _ in tiles])
         keys = self._gathered([found for *_, found in tiles])
-        query_nL1, key_n1W = (
-            queries.index_nL.numpy(force=True)[:, :, None],
-            keys.index_nL.numpy(force=True)[:, None],
-        )
+        query_nL1 = queries.index_nL.numpy(force=True)[:, :, None]
+        key_n1W = keys.index_nL.numpy(force=True)[:, None]
         seen = (key_n1W <= query_nL1) & (query_nL1 < self.ends_T[key_n1W])
         seen &= keys.real_nL.numpy(force=True)[:, None]
         if self.window is not None:
@@ -239,9 +240,10 @@ class _Layout:
         """Lists of tokens as one array, padded with the last token of each."""
         lengths = np.array([len(found) for found in lists])
         places_L = np.arange(lengths.max())
-        index = [found[np.minimum(places_L, len(found) - 1)] for found in lists]
-        real = torch.from_numpy(places_L < lengths[:, None])
-        return Gathered(torch.from_numpy(np.stack(index)).to(self.like.device), real.to(self.like.device))
+        real_nL = places_L < lengths[:, None]
+        index_nL = np.stack([found[np.minimum(places_L, len(found) - 1)] for found in lists])
+        arrays = index_nL, real_nL, np.flatnonzero(real_nL), index_nL[real_nL]
+        return Gathered(*(torch.from_numpy(array).to(self.like.device) for array in arrays))
 
 
 def _parents(ends: Sequence[int], starts: Sequence[int]) -> list[int]:

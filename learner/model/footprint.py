@@ -28,7 +28,7 @@ from learner.data.prefix_tree import PrefixTree
 from learner.model.attention import hidden_states
 from learner.model.saved_tensors import SavedTensors
 
-_ATTENTION = "manta_footprint_"  # of a device
+_ATTENTION = "manta_footprint"
 _TOKENS = 32  # of the shorter of two rows that are compared
 
 
@@ -79,19 +79,19 @@ def shape_of(model: PreTrainedModel) -> Shape:
     return Shape(total, total - sum(layers), max(layers, default=0), len(layers))
 
 
-def saved_by(config: PretrainedConfig, dtype: str, device: str, sharded: bool) -> Saved:
+def saved_by(config: PretrainedConfig, dtype: str, sharded: bool) -> Saved:
     """What the learner's forward pass of a text row saves, found by one with fake tensors.
 
-    dtype, device: of `learner.model`; sharded: on several ranks parameters are gathered as that type, on one they are
-    float32 and cast by autocast. Attention is counted as the device's fused kernels save it.
+    dtype: of `learner.model`; sharded: on several ranks parameters are gathered as that type, on one they are
+    float32 and cast by autocast. Attention is counted as fused kernels save it.
     """
-    AttentionInterface.register(_ATTENTION + device, _on_gpu if device == "cuda" else _on_cpu)
+    AttentionInterface.register(_ATTENTION, _fused_attention)
     half = dtype == "bfloat16"
     with FakeTensorMode():
         model = _model(
             config,
             dtype=torch.bfloat16 if half and sharded else torch.float32,
-            attn_implementation=_ATTENTION + device,
+            attn_implementation=_ATTENTION,
         ).eval()
         with torch.autocast("cpu", torch.bfloat16, enabled=half and not sharded):
             short, long = (_saved(model, tokens) for tokens in (_TOKENS, 2 * _TOKENS))
@@ -158,18 +158,10 @@ class _Fused(torch.autograd.Function):
         raise NotImplementedError("shapes have no gradients")
 
 
-def _on_gpu(
+def _fused_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
 ) -> tuple[Tensor, None]:
     """Like `learner.model.attention.packed_attention`, without a product."""
     query, key = query.to(value.dtype), key.to(value.dtype)
     out: Tensor = _Fused.apply(query, key, value)
     return out.transpose(1, 2), None
-
-
-def _on_cpu(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
-) -> tuple[Tensor, None]:
-    """The same; a key that several heads share is repeated for each of them."""
-    repeats = query.shape[1] // key.shape[1]
-    return _on_gpu(module, query, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1))

@@ -28,10 +28,15 @@ _ALIGNED_LSE = 32  # the same of a row of log-sum-exps
 def tree_attention(
     query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, blocks: Blocks, scale: float | None
 ) -> Tensor:
-    """Attention [T, H, D] over these blocks; H is a multiple of K. scale: None for 1 / sqrt(D)."""
-    scale = query_THD.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = _TreeAttention.apply(query_THD, key_TKD, value_TKD, blocks, scale)
-    return out
+    """Attention [T, H, D] over these blocks; H is a multiple of K. scale: None for 1 / sqrt(D).
+
+    Values may be narrower than queries and keys, [T, K, E], and then the output is [T, H, E].
+    """
+    width, scale = query_THD.shape[-1], query_THD.shape[-1] ** -0.5 if scale is None else scale
+    lacking = width - value_TKD.shape[-1]
+    value_TKD = pad(value_TKD, (0, lacking)) if lacking else value_TKD
+    out_THD: Tensor = _TreeAttention.apply(query_THD, key_TKD, value_TKD, blocks, scale)
+    return out_THD[..., : width - lacking] if lacking else out_THD
 
 
 class _TreeAttention(torch.autograd.Function):

@@ -29,6 +29,7 @@ from rollout.wire.schema import as_reused, decode, encode
 from rollout.wire.trajectory import Group, Turn
 from tests.learner.episodes import group, random_groups
 from tests.learner.staged import learned
+from tests.learner.wide import widened
 
 LIMIT = 12  # tokens of a row: every rank has several
 prefix_tree.LEAST_SHARED = 1  # in the rank's process: siblings have few tokens in common
@@ -42,7 +43,7 @@ def float64() -> Iterator[None]:
 
     def doubled(settings: ModelSettings) -> tuple[Path, PreTrainedModel]:
         folder, model = load(settings)
-        return folder, model.double()
+        return folder, widened(model)
 
     learner.model.policy._load = doubled
     torch.set_default_dtype(torch.float64)

@@ -55,7 +55,7 @@ def _activations(folder: Path, tokens: int, **model: Any) -> tuple[int, int]:
 
 @pytest.mark.parametrize("model", [{}, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"])
 def test_what_a_row_saves_is_told_without_weights(tiny: Path, model: dict[str, Any]) -> None:
-    saved = saved_by(AutoConfig.from_pretrained(tiny), model.get("dtype", "float32"), "cpu", sharded=False)
+    saved = saved_by(AutoConfig.from_pretrained(tiny), model.get("dtype", "float32"), sharded=False)
     real, copies = _activations(tiny, 96, **model)
     assert saved.row(96, 2, checkpointing=False) == pytest.approx(real, rel=0.05)
     assert saved.weights == copies
@@ -65,7 +65,7 @@ def test_what_a_row_saves_is_told_without_weights(tiny: Path, model: dict[str, A
 
 @needs_smollm2
 def test_what_a_row_of_the_real_model_saves_is_told_without_its_weights() -> None:
-    saved = saved_by(AutoConfig.from_pretrained(FOLDER), "bfloat16", "cpu", sharded=False)
+    saved = saved_by(AutoConfig.from_pretrained(FOLDER), "bfloat16", sharded=False)
     real, copies = _activations(FOLDER, 128, dtype="bfloat16")
     assert saved.row(128, 30, checkpointing=False) == pytest.approx(real, rel=0.05)
     assert saved.weights == copies

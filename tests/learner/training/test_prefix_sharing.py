@@ -16,6 +16,7 @@ from learner.algorithm.losses import cross_entropy
 from learner.data.batch import NOT_SAMPLED, MicroBatch, TokenSequence, pack, row_of
 from learner.model.policy import Policy
 from learner.settings import ModelSettings
+from tests.learner.wide import widened
 
 TEMPERATURE = 0.8
 LIMITS = [1, 13, 30, 10_000]  # tokens of a row
@@ -53,7 +54,7 @@ def _sequence(ids: list[int], rng: np.random.Generator) -> TokenSequence:
         behavior_logprobs_T=np.where(sampled_T, -4.5, 0).astype(np.float32),
         advantages_T=np.where(sampled_T, rng.normal(size=len(ids)), 0).astype(np.float32),
         versions_T=np.where(sampled_T, 0, NOT_SAMPLED).astype(np.int32),
-        weight=float(rng.random()),
+        weight=float(np.float32(rng.random())),
     )
 
 
@@ -80,8 +81,8 @@ def models(
         Qwen3ForCausalLM(config).save_pretrained(folder)
     plain: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     policy = Policy(ModelSettings(path=str(folder)))
-    policy.model.double()
-    return policy, plain.double().eval()
+    widened(policy.model)
+    return policy, widened(plain).eval()
 
 
 def _alone(plain: PreTrainedModel, sequence: TokenSequence) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,8 +138,7 @@ def test_values_and_gradients_are_those_of_each_sequence_alone(
     for mine, other in pairs:
         assert (mine.grad is None) == (other.grad is None)
         if mine.grad is not None:
-            # Weights of tokens are float32 in a row.
-            torch.testing.assert_close(mine.grad, other.grad, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(mine.grad, other.grad, atol=1e-8, rtol=1e-6)
 
 
 def test_a_duplicate_costs_nothing_and_counts_twice(models: tuple[Policy, PreTrainedModel]) -> None:
