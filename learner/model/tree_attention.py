@@ -19,8 +19,8 @@ from learner.model.attention_blocks import Block, Blocks, Gathered, Range
 
 _CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_CUDA = torch.ops.aten._scaled_dot_product_efficient_attention
-_CUDA_BACKWARD = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+_CUDA = torch.ops.aten._efficient_attention_forward
+_CUDA_BACKWARD = torch.ops.aten._efficient_attention_backward
 _ALIGNED = 16  # elements that a row of a mask must have a multiple of, on CUDA
 _ALIGNED_LSE = 32  # the same of a row of log-sum-exps
 
@@ -101,10 +101,11 @@ def _attend(
     if not query.is_cuda:
         out, lse = _CPU(query, key, value, 0.0, block.causal, attn_mask=block.mask, scale=scale)
         return out, lse
-    key, value = _for_each_head(query, key), _for_each_head(query, value)
+    inputs_LHD = _for_each_head(query, key, value)
     mask = _aligned(block.mask, query)
-    out, lse, _, _ = _CUDA(query, key, value, mask, True, 0.0, block.causal, scale=scale)
-    return out, lse[..., : query.shape[2]]
+    causal = int(block.causal)  # from the first query and key on
+    out_nLHD, lse, *_ = _CUDA(*inputs_LHD, mask, None, None, None, None, 0.0, causal, True, scale=scale)
+    return out_nLHD.transpose(1, 2), lse[..., : query.shape[2]]
 
 
 def _attend_backward(
@@ -117,36 +118,38 @@ def _attend_backward(
             grad, query, key, value, out, lse, 0.0, block.causal, attn_mask=block.mask, scale=scale
         )
         return found
-    lse = pad(lse, (0, -lse.shape[2] % _ALIGNED_LSE), value=float("inf"))
-    none = torch.zeros(
-        (), dtype=torch.int64, device=query.device
-    )  # the state of a generator: there is no dropout
+    # The state of a generator, which nothing is drawn from: there is no dropout.
+    none = torch.zeros((), dtype=torch.int64, device=query.device)
     of_query, of_keys, of_values, _ = _CUDA_BACKWARD(
-        grad,
-        query,
-        _for_each_head(query, key),
-        _for_each_head(query, value),
+        grad.transpose(1, 2),
+        *_for_each_head(query, key, value),
         _aligned(block.mask, query),
-        out,
-        lse,
-        none,
-        none,
+        out.transpose(1, 2),
+        None,
+        None,
+        query.shape[2],
+        key.shape[2],
+        pad(lse, (0, -lse.shape[2] % _ALIGNED_LSE), value=float("inf")),
         0.0,
-        [True, True, True, False],
-        block.causal,
+        none,
+        none,
+        int(block.causal),
+        False,
         scale=scale,
     )
-    return of_query, _of_groups(of_keys, key), _of_groups(of_values, value)
+    return of_query.transpose(1, 2), _of_groups(of_keys, key), _of_groups(of_values, value)
 
 
-def _for_each_head(query: Tensor, shared: Tensor) -> Tensor:
-    """Keys or values [n, H, W, D] from [n, K, W, D]: CUDA's kernel has no groups of heads."""
-    return shared.repeat_interleave(query.shape[1] // shared.shape[1], 1)
+def _for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inputs of CUDA's kernel: [n, L, H, D], keys and values repeated for all heads of their group."""
+    repeats = query.shape[1] // key.shape[1]
+    repeated = (shared.repeat_interleave(repeats, 1).transpose(1, 2) for shared in (key, value))
+    return query.transpose(1, 2), *repeated
 
 
-def _of_groups(grad: Tensor, shared: Tensor) -> Tensor:
-    """[n, H, W, D] summed over the heads of each group: [n, K, W, D]."""
-    return grad.unflatten(1, (shared.shape[1], -1)).sum(2)
+def _of_groups(grad_nWHD: Tensor, shared: Tensor) -> Tensor:
+    """Gradients of repeated keys or values, summed over the heads of each group: [n, K, W, D]."""
+    return grad_nWHD.transpose(1, 2).unflatten(1, (shared.shape[1], -1)).sum(2)
 
 
 def _aligned(mask: Tensor | None, query: Tensor) -> Tensor | None:
