@@ -143,8 +143,8 @@ def _attend_backward(
 def _for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The inputs of CUDA's kernel: [n, L, H, D], keys and values repeated for all heads of their group."""
     repeats = query.shape[1] // key.shape[1]
-    repeated = (shared.repeat_interleave(repeats, 1).transpose(1, 2) for shared in (key, value))
-    return query.transpose(1, 2), *repeated
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 def _of_groups(grad_nWHD: Tensor, shared: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ def models(
             max_position_embeddings=128,
         )
         Qwen3ForCausalLM(config).save_pretrained(folder)
-    plain: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    # transformers' eager attention has a softmax in float32.
+    plain: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     policy = Policy(ModelSettings(path=str(folder)))
     widened(policy.model)
     return policy, widened(plain).eval()
