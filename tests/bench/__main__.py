@@ -36,6 +36,7 @@ BENCHMARKS = (
     "durability",
     "episodes",
     "scale",
+    "datasets",
 )
 ON_REQUEST = ("overlap_real",)  # has no bound
 LIMIT_S = 600  # several times what any takes on two free cores
@@ -89,6 +90,8 @@ BOUNDS = (
     Bound("episodes", "beside_stuck", "turns/s beside a stuck replica, of those without", "at least", 0.9),
     Bound("episodes", "process_adds_ms", "a replica's process adds to a step, ms", "at most", 0.3),
     Bound("scale", "linear", "turns/s of eight workers, of eight times one", "at least", 0.85),
+    Bound("datasets", "start_s", "100,000 rows checked and opened, s", "at most", 5),
+    Bound("datasets", "peak_mb", "memory more than without them, MB", "at most", 200),
     Bound("buffer", "resident_growth_mb", "memory grown over 100,000 groups, MB", "at most", 8),
 )
 
