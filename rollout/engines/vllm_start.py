@@ -15,6 +15,9 @@ from rollout.wire.adapter import AdapterSpec
 from rollout.wire.model_folder import pretrained, token_count
 
 _CPU_CACHE_BYTES = 1 << 30
+# Tokens of a cached block. Only whole blocks are shared by prompts that begin alike. vLLM's default on CPUs, 128, is
+# longer than most prompts there: siblings of a group, and turns of an episode, would share nothing.
+_CPU_BLOCK_TOKENS = 32
 
 
 class VllmSettings(BaseModel):
@@ -131,7 +134,9 @@ def start_llm(
 
     from rollout.engines import vllm_adapter
 
-    memory: dict[str, Any] = {"gpu_memory_utilization": settings.memory_fraction} if on_gpu else {}
+    memory: dict[str, Any] = (
+        {"gpu_memory_utilization": settings.memory_fraction} if on_gpu else {"block_size": _CPU_BLOCK_TOKENS}
+    )
     if cache_bytes := settings.kv_cache_bytes(on_gpu):
         memory["kv_cache_memory_bytes"] = cache_bytes
     arguments = AsyncEngineArgs(
