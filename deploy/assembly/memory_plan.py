@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from deploy.config.config import RunConfig
 from learner.model.footprint import Saved, Shape, blank_model, saved_by, shape_of
 from learner.model.lora import chosen_layers
-from learner.training.memory_estimate import Amount, host_amounts, learner_amounts
+from learner.training.memory_estimate import Amount, host_amounts, learner_amounts, stage_amounts
 from rollout.engines.vllm_start import VllmSettings
 
 GIB = 2**30
@@ -38,6 +38,8 @@ class ModelFacts:
     saved: Saved | None  # None: cannot be told for this family
     cached_numbers: int  # keys and values that an engine keeps of a token
     key_heads: int
+    width: int  # of the hidden states
+    vocabulary: int  # rows of the head
     tied_head: int  # entries of a head that is the embedding too; 0 where it is a matrix of its own
     adapter: int = 0  # parameters of a low-rank adapter
     adapted: int = 0  # entries of the matrices that it changes
@@ -56,6 +58,8 @@ class ModelFacts:
             saved=_saved(architecture, run),
             cached_numbers=2 * int(text.num_hidden_layers) * key_heads * width,
             key_heads=key_heads,
+            width=int(text.hidden_size),
+            vocabulary=int(text.vocab_size),
             tied_head=int(text.vocab_size) * int(text.hidden_size) if text.tie_word_embeddings else 0,
             adapter=adapter,
             adapted=adapted,
@@ -141,6 +145,7 @@ def _processes(run: RunConfig, model: ModelFacts, cache: Cache | None, sent: int
     device = learner_amounts(
         learner, model.shape, model.adapter, model.adapted, model.saved, run.rollout.context_tokens
     )
+    device += stage_amounts(run.stages, model.width, model.vocabulary, learner.ranks)
     host = host_amounts(learner, model.shape, model.adapter, sent, on_gpu)
     started = Amount("the process itself", _TORCH_PROCESS, on_host=True)
     yield Process("learner", learner.ranks, (started, *device, *host), on_gpu)

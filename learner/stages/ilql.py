@@ -74,7 +74,7 @@ class Ilql:
         """Two Q heads, their slow copy and a V head, alike on all ranks."""
         policy = self._learner.policy
         random = torch.Generator().manual_seed(int(self._learner.rng.integers(2**62)))
-        hidden = self._settings.head_width or 2 * policy.width
+        hidden = self._settings.hidden_width(policy.width)
         values = ActionValues(policy.width, hidden, policy.vocab_size, random)
         state = StateValue(policy.width, hidden, random)
         self._q_target = self._learner.module("q_target", deepcopy(values).requires_grad_(False))

@@ -166,6 +166,16 @@ class IlqlSettings(EpisodeSettings, extra="forbid", frozen=True):
     )
     weight_limit: float = Field(default=20.0, ge=1, description="largest of these weights")
 
+    def head_parameters(self, width: int, vocabulary: int) -> tuple[int, int]:
+        """Parameters of the two action values and of the state value, on hidden states of this width."""
+        hidden = self.hidden_width(width)
+        actions, state = ((width + 1) * hidden + (hidden + 1) * out for out in (vocabulary, 1))
+        return 2 * actions, state
+
+    def hidden_width(self, width: int) -> int:
+        """Width of a head's hidden layer on hidden states of this width."""
+        return self.head_width or 2 * width
+
 
 class PreferenceSettings(StageSettings, extra="forbid", frozen=True):
     """Preference optimization: raise the better episode of a group against the worse."""

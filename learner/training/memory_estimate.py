@@ -9,12 +9,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from learner.algorithm.algorithm import OwnCriticSettings
 from learner.data.batch import longest_row
 from learner.model.footprint import Saved, Shape
 from learner.settings import LearnerSettings
+from learner.stages.settings import AnyStage, IlqlSettings
 
 _WIDE = 4  # bytes of a float32
 _HALF = 2  # of a bfloat16
@@ -80,6 +82,19 @@ def learner_amounts(
         found.append(Amount("critic with gradients and moments", 4 * _WIDE * shape.parameters // ranks))
     if adapted:
         found.append(Amount("merged matrices, while publishing", _WIDE * adapted, at_times=True))
+    return found
+
+
+def stage_amounts(stages: Sequence[AnyStage], width: int, vocabulary: int, ranks: int) -> list[Amount]:
+    """What stages hold on each rank's device besides, while they go on; width: of the model's hidden states."""
+    found = []
+    for index, stage in enumerate(stages):
+        if isinstance(stage, IlqlSettings):
+            actions, state = stage.head_parameters(width, vocabulary)
+            nbytes = (
+                _WIDE * (4 * (actions + state) + actions) // ranks
+            )  # weights, gradients, moments; a slow copy
+            found.append(Amount(f"value heads of stage {index}, with a slow copy", nbytes, at_times=True))
     return found
 
 

@@ -104,6 +104,7 @@ def test_the_guides_table_counts_the_lines_of_its_examples() -> None:
         "short": int(table["reward"]),
         "Lines": int(table["metric tracker"]),
         "Rewarded": int(table["stage"]),
+        "Valued": int(table["the same with modules of its own"]),
     }
 
 

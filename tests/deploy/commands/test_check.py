@@ -118,6 +118,19 @@ def test_an_adapters_size_is_what_arithmetic_says() -> None:
     assert facts.adapted == model.layers * sum(i * o for i, o in sides)
 
 
+def test_the_value_heads_of_a_stage_are_what_arithmetic_says() -> None:
+    model, config = (
+        QWEN3_8B,
+        load_config("qwen3_8b_gsm8k", ["stages=[{kind='ilql', source={kind='player'}}]"]),
+    )
+    plan = MemoryPlan.of(config, _facts("qwen3_8b_gsm8k"), 80 * GIB)
+    amounts = {each.what: each.nbytes for each in plan.process("learner").amounts}
+    first = 2 * model.width * (model.width + 1)
+    actions, state = (first + out * (2 * model.width + 1) for out in (model.vocabulary, 1))
+    # Over 4 ranks 4 bytes of each number: weights, gradients and two moments, and once more the action values.
+    assert amounts["value heads of stage 0, with a slow copy"] == 4 * (2 * actions + state) + 2 * actions
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

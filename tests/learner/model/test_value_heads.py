@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from learner.model.value_heads import ActionValues, StateValue
+from learner.stages.settings import IlqlSettings
 
 N, D, H, V = 7, 5, 6, 11
 
@@ -49,6 +50,13 @@ def test_values_and_normalizers_are_those_over_the_whole_vocabulary(chunk: int) 
     ]
     for one, other in zip(*(torch.autograd.grad(each, moved) for each in both), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_the_settings_count_the_parameters() -> None:
+    values = ActionValues(D, H, V, torch.Generator()), StateValue(D, H, torch.Generator())
+    counted = tuple(sum(parameter.numel() for parameter in each.parameters()) for each in values)
+    assert IlqlSettings(head_width=H).head_parameters(D, V) == counted
+    assert IlqlSettings().hidden_width(D) == 2 * D
 
 
 def test_heads_begin_as_zeros_on_features_that_differ_and_that_the_generator_decides() -> None:
