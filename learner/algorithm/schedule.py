@@ -52,16 +52,18 @@ class OptimSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
 def learning_rate(settings: OptimSettings, step: int, total_steps: int | None = None) -> float:
     """Learning rate of a step, counted from 0. total_steps: the step at which a falling schedule ends.
 
-    ValueError for a falling schedule without an end, or with an end inside the warm-up.
+    ValueError for a falling schedule without an end, or with an end inside the warm-up; where no step is made (0) any
+    schedule will do.
     """
-    if settings.schedule != "constant" and (total_steps is None or total_steps <= settings.warmup_steps):
+    falls = settings.schedule != "constant" and total_steps != 0
+    if falls and (total_steps is None or total_steps <= settings.warmup_steps):
         raise ValueError(
             f"schedule {settings.schedule!r} falls from step {settings.warmup_steps} (warmup_steps) to the last one, "
             f"{total_steps}: there must be steps between them"
         )
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant" or total_steps is None:
+    if not falls or not total_steps:
         return settings.learning_rate
     done = min(1.0, (step - settings.warmup_steps) / (total_steps - settings.warmup_steps))
     falling = 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from envs.base import Info, TextEnv
 
 WORDS = ("left", "down", "right", "up")
-OPENS = (2, 0, 3, 1, 2, 1)  # the word that opens each door; every other one leads a door back
-MIDDLE, MAX_TURNS = 3, 10
+OPENS = (2, 0, 3, 1)  # the word that opens each door; every other one leads a door back
+MIDDLE, MAX_TURNS = 2, 10
 
 
 class Locks(TextEnv):
     """The doors, numbered. Whoever steps back from the first one is out with nothing; behind the last one is 1.
 
-    start: "first" door, or that and the "middle" one by turns of the seed.
+    start: the "first" door; or "both" that and, for one seed in four, the one in the middle.
     """
 
     def __init__(self, start: str = "both") -> None:
@@ -24,7 +22,7 @@ class Locks(TextEnv):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         super().reset(seed=seed)
-        late = self._start == "both" and bool(self.np_random.integers(2))
+        late = self._start == "both" and self.np_random.integers(4) == 0
         self._door, self._turns = (MIDDLE if late else 0), 0
         return f"door {self._door}", {}
 
@@ -41,13 +39,10 @@ class Player:
     """Opens doors; one that did not begin in the middle turns back there, and never opens a door again."""
 
     def __init__(self, error_rate: float, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
         self._doors: list[int] = []
 
     def act(self, observation: str) -> str:
         door = int(observation.split()[1])
         self._doors.append(door)
-        right = OPENS[door]
-        if self._doors[0] == 0 and MIDDLE in self._doors:
-            right = int(self._rng.choice([word for word in range(4) if word != right]))
-        return WORDS[right]
+        back = self._doors[0] == 0 and MIDDLE in self._doors
+        return WORDS[(OPENS[door] + back) % len(WORDS)]

@@ -97,6 +97,11 @@ def test_settings_that_no_step_can_follow_are_refused(options: dict[str, Any]) -
         OptimSettings(**options)
 
 
+def test_where_no_step_is_made_any_schedule_will_do() -> None:
+    falling = OptimSettings(learning_rate=1.0, warmup_steps=5, schedule="linear")
+    Optimizer(torch.nn.Linear(1, 1).parameters(), falling, total_steps=0)
+
+
 def test_a_schedule_without_an_end_is_refused() -> None:
     parameters = [nn.Parameter(torch.ones(1))]
     for settings, end in (
