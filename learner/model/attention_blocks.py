@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from learner.data.prefix_tree import Int64Array, PrefixTree
 
 LONG = 64  # tokens of a segment that is worth a block of its own in a row with forks
-TILE = 64  # queries of a tile
+TILE = 32  # queries of a tile
 _LARGEST_CALL = 2**18  # gathered keys of one call
 
 
@@ -100,6 +101,11 @@ class Blocks:
 
     own: list[Block]
     further: list[Block]
+
+    @property
+    def apart(self) -> bool:
+        """Whether every token is a query, and a key, of one block only."""
+        return not self.further and all(isinstance(block.keys, Range) for block in self.own)
 
 
 class RowAttention:
@@ -178,7 +184,7 @@ class _Layout:
                 yield Block(Range(stop, 1, end - stop), here)
             above = self._short_above(segment, start, 0)
             if len(above):
-                yield Block(here, self._gathered([above]))
+                yield Block(here, self._gathered(*_padded([above])))
 
     def _tiles(self) -> Iterator[Block]:
         """Stretches of short segments in pieces of at most TILE tokens, pieces of about as many keys in one call."""
@@ -223,27 +229,30 @@ class _Layout:
         return np.concatenate(found[::-1])
 
     def _tile_block(self, tiles: Sequence[tuple[int, int, Int64Array]]) -> Block:
-        queries = self._gathered([np.arange(first, last) for first, last, _ in tiles])
-        keys = self._gathered([found for *_, found in tiles])
-        query_nL1 = queries.index_nL.numpy(force=True)[:, :, None]
-        key_n1W = keys.index_nL.numpy(force=True)[:, None]
-        seen = (key_n1W <= query_nL1) & (query_nL1 < self.ends_T[key_n1W])
-        seen &= keys.real_nL.numpy(force=True)[:, None]
+        query_nL, real_nL = _padded([np.arange(first, last) for first, last, _ in tiles])
+        key_nW, real_nW = _padded([found for *_, found in tiles])
+        query_nL1, key_n1W = query_nL[:, :, None], key_nW[:, None]
+        seen = (key_n1W <= query_nL1) & (query_nL1 < self.ends_T[key_n1W]) & real_nW[:, None]
         if self.window is not None:
-            depths_T = self.tree.depths_T
-            seen &= depths_T[query_nL1] - depths_T[key_n1W] < self.window
-        mask = np.where(seen, np.float32(0), np.float32(-np.inf))[:, None]
+            seen &= self.tree.depths_T[query_nL1] - self.tree.depths_T[key_n1W] < self.window
         # In the type of the queries: torch's kernel misreads a mask of another type without an error.
-        return Block(queries, keys, mask=torch.from_numpy(mask).to(self.like))
+        mask = self._tensor(np.where(seen, np.float32(0), np.float32(-np.inf))[:, None]).to(self.like.dtype)
+        return Block(self._gathered(query_nL, real_nL), self._gathered(key_nW, real_nW), mask=mask)
 
-    def _gathered(self, lists: Sequence[Int64Array]) -> Gathered:
-        """Lists of tokens as one array, padded with the last token of each."""
-        lengths = np.array([len(found) for found in lists])
-        places_L = np.arange(lengths.max())
-        real_nL = places_L < lengths[:, None]
-        index_nL = np.stack([found[np.minimum(places_L, len(found) - 1)] for found in lists])
+    def _gathered(self, index_nL: Int64Array, real_nL: NDArray[np.bool_]) -> Gathered:
         arrays = index_nL, real_nL, np.flatnonzero(real_nL), index_nL[real_nL]
-        return Gathered(*(torch.from_numpy(array).to(self.like.device) for array in arrays))
+        return Gathered(*map(self._tensor, arrays))
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self.like.device)
+
+
+def _padded(lists: Sequence[Int64Array]) -> tuple[Int64Array, NDArray[np.bool_]]:
+    """Lists of tokens as one array, padded with the last token of each, and what is no padding: [n, L] each."""
+    lengths = np.array([len(found) for found in lists])
+    places_L = np.arange(lengths.max())
+    index_nL = np.stack([found[np.minimum(places_L, len(found) - 1)] for found in lists])
+    return index_nL, places_L < lengths[:, None]
 
 
 def _parents(ends: Sequence[int], starts: Sequence[int]) -> list[int]:

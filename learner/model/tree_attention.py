@@ -16,13 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from learner.model.attention_blocks import Block, Blocks, Gathered, Range
-
-_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_CUDA = torch.ops.aten._efficient_attention_forward
-_CUDA_BACKWARD = torch.ops.aten._efficient_attention_backward
-_ALIGNED = 16  # elements that a row of a mask must have a multiple of, on CUDA
-_ALIGNED_LSE = 32  # the same of a row of log-sum-exps
+from learner.model.attention_kernels import Inputs, attend, attend_backward
 
 
 def tree_attention(
@@ -34,6 +28,8 @@ def tree_attention(
     """
     width, scale = query_THD.shape[-1], query_THD.shape[-1] ** -0.5 if scale is None else scale
     lacking = width - value_TKD.shape[-1]
+    if lacking < 0:
+        raise ValueError(f"values of {value_TKD.shape[-1]} numbers are wider than queries of {width}")
     value_TKD = pad(value_TKD, (0, lacking)) if lacking else value_TKD
     out_THD: Tensor = _TreeAttention.apply(query_THD, key_TKD, value_TKD, blocks, scale)
     return out_THD[..., : width - lacking] if lacking else out_THD
@@ -65,22 +61,26 @@ class _TreeAttention(torch.autograd.Function):
         query_THD, key_TKD, value_TKD, out_THD, lse_TH1 = ctx.saved_tensors
         inputs = query_THD, key_TKD, value_TKD
         wide = torch.promote_types(query_THD.dtype, torch.float32)
-        grads = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in inputs]
+        if ctx.blocks.apart:  # every token is in one block only: nothing is summed
+            grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+        else:
+            grads = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in inputs]
         for block in (*ctx.blocks.own, *ctx.blocks.further):
             queries, keys = block.queries, block.keys
             grad = queries.take(grad_THD)
             if isinstance(queries, Gathered):
                 grad = grad * queries.real_nL[:, None, :, None]
-            found = _attend_backward(
-                block,
+            found = attend_backward(
                 grad,
-                (queries.take(query_THD), keys.take(key_TKD), keys.take(value_TKD)),
+                _inputs(block, *inputs),
+                block.mask,
                 queries.take(out_THD),
                 queries.take(lse_TH1)[..., 0],
+                block.causal,
                 ctx.scale,
             )
             for total, span, part in zip(grads, (queries, keys, keys), found, strict=True):
-                span.add(total, part.to(wide))
+                (span.store if ctx.blocks.apart else span.add)(total, part.to(total.dtype))
         return *(total.to(x.dtype) for total, x in zip(grads, inputs, strict=True)), None, None
 
 
@@ -97,65 +97,8 @@ def _attend(
     block: Block, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """A block's output [n, H, L, D] and log-sum-exp [n, H, L]."""
-    query, key, value = block.queries.take(query_THD), block.keys.take(key_TKD), block.keys.take(value_TKD)
-    if not query.is_cuda:
-        out, lse = _CPU(query, key, value, 0.0, block.causal, attn_mask=block.mask, scale=scale)
-        return out, lse
-    inputs_LHD = _for_each_head(query, key, value)
-    mask = _aligned(block.mask, query)
-    causal = int(block.causal)  # from the first query and key on
-    out_nLHD, lse, *_ = _CUDA(*inputs_LHD, mask, None, None, None, None, 0.0, causal, True, scale=scale)
-    return out_nLHD.transpose(1, 2), lse[..., : query.shape[2]]
+    return attend(_inputs(block, query_THD, key_TKD, value_TKD), block.mask, block.causal, scale)
 
 
-def _attend_backward(
-    block: Block, grad: Tensor, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, where out and lse are the merged ones."""
-    query, key, value = inputs
-    if not query.is_cuda:
-        found: tuple[Tensor, Tensor, Tensor] = _CPU_BACKWARD(
-            grad, query, key, value, out, lse, 0.0, block.causal, attn_mask=block.mask, scale=scale
-        )
-        return found
-    # The state of a generator, which nothing is drawn from: there is no dropout.
-    none = torch.zeros((), dtype=torch.int64, device=query.device)
-    of_query, of_keys, of_values, _ = _CUDA_BACKWARD(
-        grad.transpose(1, 2),
-        *_for_each_head(query, key, value),
-        _aligned(block.mask, query),
-        out.transpose(1, 2),
-        None,
-        None,
-        query.shape[2],
-        key.shape[2],
-        pad(lse, (0, -lse.shape[2] % _ALIGNED_LSE), value=float("inf")),
-        0.0,
-        none,
-        none,
-        int(block.causal),
-        False,
-        scale=scale,
-    )
-    return of_query.transpose(1, 2), _of_groups(of_keys, key), _of_groups(of_values, value)
-
-
-def _for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The inputs of CUDA's kernel: [n, L, H, D], keys and values repeated for all heads of their group."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-
-
-def _of_groups(grad_nWHD: Tensor, shared: Tensor) -> Tensor:
-    """Gradients of repeated keys or values, summed over the heads of each group: [n, K, W, D]."""
-    return grad_nWHD.transpose(1, 2).unflatten(1, (shared.shape[1], -1)).sum(2)
-
-
-def _aligned(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """The mask for every head [n, H, L, W], in the query's type, where rows begin at multiples of _ALIGNED."""
-    if mask is None:
-        return None
-    width = mask.shape[-1]
-    padded = pad(mask.to(query.dtype), (0, -width % _ALIGNED))
-    return padded[..., :width].expand(-1, query.shape[1], -1, -1)
+def _inputs(block: Block, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor) -> Inputs:
+    return block.queries.take(query_THD), block.keys.take(key_TKD), block.keys.take(value_TKD)

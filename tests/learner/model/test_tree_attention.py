@@ -13,6 +13,7 @@ from torch import Tensor
 
 from learner.data.prefix_tree import PrefixTree
 from learner.model.attention_blocks import RowAttention
+from learner.model.attention_kernels import attend_on_cuda, attend_on_cuda_backward
 from learner.model.tree_attention import tree_attention
 from rollout.wire.trajectory import Int32Array
 from tests.learner.data.test_prefix_tree import related
@@ -90,6 +91,15 @@ def test_rows_of_real_sizes_equal_one_mask(prompt: int, answers: list[int], wind
         torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
 
 
+def test_values_may_be_narrower_than_keys() -> None:
+    tree = _group(70, [9, 80])
+    query, key, value = (x.detach() for x in _inputs(tree.tokens))
+    found = tree_attention(query, key, value[..., :5], RowAttention(tree).blocks(None, query), SCALE)
+    torch.testing.assert_close(found, _dense(query, key, value[..., :5], tree, None), atol=1e-9, rtol=0)
+    with pytest.raises(ValueError, match="values of 8 numbers are wider than queries of 5"):
+        tree_attention(query[..., :5], key[..., :5], value, RowAttention(tree).blocks(None, query), SCALE)
+
+
 def test_bfloat16_is_merged_in_float32() -> None:
     tree = _group(300, [100, 100, 20])
     for one, other in zip(*_both(tree, None, torch.bfloat16), strict=True):
@@ -101,3 +111,15 @@ def test_a_row_without_forks_is_one_call_for_neighbors_of_one_length() -> None:
     blocks = RowAttention(PrefixTree.apart([9, 9, 5])).blocks(None, torch.zeros(1))
     assert [(b.queries.count, b.queries.length, b.causal) for b in blocks.own] == [(2, 9, True), (1, 5, True)]  # type: ignore[union-attr]
     assert not blocks.further
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_calls_of_cudas_kernel_are_well_formed(masked: bool) -> None:
+    # On tensors without numbers: what the kernel computes has to be seen on a GPU.
+    shapes = (3, 4, 9, 8), (3, 2, 13, 8), (3, 2, 13, 8)
+    query, key, value = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
+    mask = torch.empty(3, 1, 9, 13, dtype=torch.bfloat16, device="meta") if masked else None
+    out, lse = attend_on_cuda((query, key, value), mask, not masked, SCALE)
+    assert (out.shape, out.dtype, lse.shape) == (query.shape, query.dtype, query.shape[:3])
+    found = attend_on_cuda_backward(out, (query, key, value), mask, out, lse, not masked, SCALE)
+    assert [x.shape for x in found] == [x.shape for x in (query, key, value)]
