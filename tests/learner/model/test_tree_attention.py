@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from learner.data.prefix_tree import PrefixTree
+from learner.model import attention_kernels
 from learner.model.attention_blocks import RowAttention
-from learner.model.attention_kernels import attend_on_cuda, attend_on_cuda_backward
 from learner.model.tree_attention import tree_attention
 from rollout.wire.trajectory import Int32Array
 from tests.learner.data.test_prefix_tree import related
@@ -113,13 +114,59 @@ def test_a_row_without_forks_is_one_call_for_neighbors_of_one_length() -> None:
     assert not blocks.further
 
 
+def _scores(query: Tensor, key: Tensor, bias: Tensor | None, causal: int, scale: float) -> Tensor:
+    scores_nHLW = torch.einsum("nlhd,nwhd->nhlw", query, key) * scale
+    if bias is not None:
+        assert bias.stride(-2) % 16 == 0, "the kernel reads aligned rows"
+        scores_nHLW = scores_nHLW + bias
+    ahead_LW = torch.ones(scores_nHLW.shape[-2:], dtype=torch.bool).triu(1)
+    return scores_nHLW.masked_fill(ahead_LW, -torch.inf) if causal else scores_nHLW
+
+
+def _efficient(
+    query: Tensor, key: Tensor, value: Tensor, bias: Any, *rest: Any, scale: float
+) -> tuple[Tensor, ...]:
+    """What CUDA's kernel is documented to compute, by its arguments."""
+    *_, dropout, causal, with_lse = rest
+    assert (dropout, with_lse) == (0.0, True)
+    scores_nHLW = _scores(query, key, bias, causal, scale)
+    out = torch.einsum("nhlw,nwhd->nlhd", scores_nHLW.softmax(-1), value)
+    lse = scores_nHLW.logsumexp(-1)
+    return out, torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32)), query, query
+
+
+def _efficient_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Any, out: Tensor, *rest: Any, scale: float
+) -> tuple[Tensor | None, ...]:
+    _, _, longest_q, longest_k, lse, dropout, _, _, causal, _ = rest
+    assert (longest_q, longest_k, dropout, lse.shape[-1] % 32) == (query.shape[1], key.shape[1], 0.0, 0)
+    lse_nHL1 = lse[..., : query.shape[1], None]
+    probs_nHLW = (_scores(query, key, bias, causal, scale) - lse_nHL1).exp()
+    pull_nHLW = torch.einsum("nlhd,nwhd->nhlw", grad, value) - (grad * out).sum(-1).transpose(1, 2)[..., None]
+    moved_nHLW = probs_nHLW * pull_nHLW * scale
+    return (
+        torch.einsum("nhlw,nwhd->nlhd", moved_nHLW, key),
+        torch.einsum("nhlw,nlhd->nwhd", moved_nHLW, query),
+        torch.einsum("nhlw,nlhd->nwhd", probs_nHLW, grad),
+        None,
+    )
+
+
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_calls_of_cudas_kernel_are_well_formed(masked: bool) -> None:
-    # On tensors without numbers: what the kernel computes has to be seen on a GPU.
-    shapes = (3, 4, 9, 8), (3, 2, 13, 8), (3, 2, 13, 8)
-    query, key, value = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
-    mask = torch.empty(3, 1, 9, 13, dtype=torch.bfloat16, device="meta") if masked else None
-    out, lse = attend_on_cuda((query, key, value), mask, not masked, SCALE)
-    assert (out.shape, out.dtype, lse.shape) == (query.shape, query.dtype, query.shape[:3])
-    found = attend_on_cuda_backward(out, (query, key, value), mask, out, lse, not masked, SCALE)
-    assert [x.shape for x in found] == [x.shape for x in (query, key, value)]
+def test_cudas_kernel_is_given_what_it_takes(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With stand-ins: what the kernel itself computes has to be seen on a GPU.
+    monkeypatch.setattr(attention_kernels, "_CUDA", _efficient)
+    monkeypatch.setattr(attention_kernels, "_CUDA_BACKWARD", _efficient_backward)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, 4, 9, 8), (3, 2, 13, 8), (3, 2, 13, 8), (3, 4, 9, 8)
+    *inputs, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    mask = torch.zeros(3, 1, 9, 13, dtype=torch.float64)
+    mask[:, :, :, 5:11] = -torch.inf
+    given = (inputs[0], inputs[1], inputs[2]), mask if masked else None
+    expected = attention_kernels.attend(*given, not masked, SCALE)
+    found = attention_kernels.attend_on_cuda(*given, not masked, SCALE)
+    whole = expected[0] * 0.5, expected[1] + 0.7  # as if merged with another block
+    expected += attention_kernels.attend_backward(grad, *given, *whole, not masked, SCALE)
+    found += attention_kernels.attend_on_cuda_backward(grad, *given, *whole, not masked, SCALE)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
