@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import urllib.request
 from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 from jsonschema import Draft202012Validator
 from openenv.core.generic_client import GenericEnvClient
 
@@ -29,6 +31,7 @@ MAX_ACTION = 1 << 16  # characters
 SCHEMA_SECONDS = 10.0
 UNREADABLE = "That is no action."
 OF_EVERY_ACTION = ("metadata", "type")  # fields of the base class, not of an environment
+AS_TEXT, AS_JSON = "Answer with the ", "Answer with a JSON object of this schema and nothing else: "
 
 
 def openenv(
@@ -154,10 +157,65 @@ def _form(schema: dict[str, Any], field: str | None) -> str:
     """What an action looks like, in a line."""
     if field is not None:
         told = schema["properties"][field].get("description", "")
-        return f"Answer with the {field} and nothing else.{f' {told}.' if told else ''}\n".replace("..", ".")
+        return f"{AS_TEXT}{field} and nothing else.{f' {told}.' if told else ''}\n".replace("..", ".")
     own = {name: of for name, of in schema.get("properties", {}).items() if name not in OF_EVERY_ACTION}
     needed = [name for name in schema.get("required", ()) if name in own]
     wanted = {"properties": own, "required": needed} | (
         {"$defs": schema["$defs"]} if "$defs" in schema else {}
     )
-    return f"Answer with a JSON object of this schema and nothing else: {json.dumps(wanted)}\n"
+    return f"{AS_JSON}{json.dumps(wanted)}\n"
+
+
+# The random player -------------------------------------------------------------------------------------------------
+
+_FEW = 10  # numbers that a bound leaves open, items
+
+
+class Player:
+    """The random baseline, of which error_rate changes nothing: required fields drawn from the server's schema.
+
+    Where the action is text, a word or number of what it has read, the form of an action included. One per episode; it
+    needs `instructions`, which show the form.
+    """
+
+    def __init__(self, error_rate: float, seed: int) -> None:
+        del error_rate
+        self._rng = np.random.default_rng(seed)
+        self._words: list[str] = []
+        self._schema: dict[str, Any] | None = None
+
+    def act(self, observation: str) -> str:
+        """The next action. ValueError where the first observation has no form."""
+        form, _, said = observation.partition("\n") if not self._words else ("", "", observation)
+        if not self._words and not form.startswith((AS_TEXT, AS_JSON)):
+            raise ValueError("the random player needs the option instructions")
+        if form.startswith(AS_JSON):
+            self._schema = json.loads(form.removeprefix(AS_JSON))
+        self._words += re.findall(r"\w+", f"{'' if self._schema else form} {said}") or ["nothing"]
+        if self._schema is None:
+            return str(self._rng.choice(self._words))
+        return json.dumps(self._drawn(self._schema, self._schema.get("$defs", {})))
+
+    def _drawn(self, schema: dict[str, Any], defined: dict[str, Any]) -> Any:
+        """A value of a schema, one that is simple to draw."""
+        if "$ref" in schema:
+            return self._drawn(defined[schema["$ref"].rpartition("/")[2]], defined)
+        if options := schema.get("anyOf") or schema.get("oneOf"):
+            return self._drawn(options[self._rng.integers(len(options))], defined)
+        if "const" in schema or "enum" in schema:
+            values = schema.get("enum") or [schema["const"]]
+            return values[self._rng.integers(len(values))]
+        kind = schema.get("type", "object")
+        if kind == "object":
+            fields = schema.get("properties", {})
+            return {name: self._drawn(fields.get(name, {}), defined) for name in schema.get("required", ())}
+        if kind == "array":
+            wanted = int(self._rng.integers(schema.get("minItems", 0), schema.get("maxItems", _FEW) + 1))
+            return [self._drawn(schema.get("items", {"type": "string"}), defined) for _ in range(wanted)]
+        if kind in ("integer", "number"):
+            low = schema.get("minimum", schema.get("exclusiveMinimum", -1) + 1)
+            high = schema.get("maximum", schema.get("exclusiveMaximum", low + _FEW) - 1)
+            return int(self._rng.integers(math.ceil(low), math.floor(high) + 1))
+        if kind in ("boolean", "null"):
+            return bool(self._rng.integers(2)) if kind == "boolean" else None
+        return str(self._rng.choice(self._words))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import socket
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ import pytest
 
 pytest.importorskip("openenv")
 
+import jsonschema
 import uvicorn
 from openenv.core.env_server import Action, Environment, Observation, State, create_fastapi_app
 from pydantic import Field
@@ -21,7 +25,7 @@ from pydantic import Field
 from envs import registry
 from envs.checks.check import check
 from envs.registry import EnvironmentUnknown
-from envs.suites.openenv_clients import text_of
+from envs.suites.openenv_clients import AS_JSON, Player, text_of
 
 
 class Guess(Action):
@@ -169,6 +173,52 @@ def test_actions_of_several_fields_are_json_of_the_servers_schema() -> None:
             env.reset(seed=0)
             assert env.step(wrong)[1:] == (0.0, True, False, {"malformed": True}), wrong
         env.close()
+
+
+def test_the_random_player_draws_every_action_of_a_schema_and_none_outside() -> None:
+    schema = {
+        "$defs": {"Side": {"enum": ["left", "right"], "type": "string"}},
+        "properties": {
+            "row": {"type": "integer", "minimum": 0, "maximum": 2},
+            "side": {"$ref": "#/$defs/Side"},
+            "speed": {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]},
+            "loud": {"type": "boolean"},
+            "steps": {"type": "array", "items": {"const": 1}, "minItems": 1, "maxItems": 2},
+            "note": {"type": "string"},
+        },
+        "required": ["row", "side", "speed", "loud", "steps"],
+    }
+    player, observation = Player(0.0, 0), f"{AS_JSON}{json.dumps(schema)}\nbegin"
+    drawn = [json.loads(player.act(observation if turn == 0 else "go on")) for turn in range(400)]
+    for action in drawn:
+        jsonschema.validate(action, schema)
+    simple = {(each["row"], each["side"], each["loud"], len(each["steps"])) for each in drawn}
+    assert len(simple) == 3 * 2 * 2 * 2 and None in [each["speed"] for each in drawn]
+    with pytest.raises(ValueError, match="needs the option instructions"):
+        Player(0.0, 0).act("begin")
+
+
+def test_the_random_player_is_paid_as_chance_pays() -> None:
+    # Nine cells are filled at random until one is filled twice, and each is paid 1/4. The expected number of fills
+    # is the sum over k of the probability that k of them differ.
+    lengths = [math.prod((9 - each) / 9 for each in range(k)) for k in range(10)]
+    paid = []
+    with serving(Cells, Move, Board) as url:
+        env = registry.make("openenv/server", url=url)
+        for seed in range(300):
+            player, done, observation = (
+                registry.player("openenv/server")(0.0, seed),
+                False,
+                env.reset(seed=seed)[0],
+            )
+            paid.append(0.0)
+            while not done:
+                observation, reward, done, _, info = env.step(player.act(observation))
+                assert "malformed" not in info
+                paid[-1] += reward
+        env.close()
+    error = statistics.stdev(paid) / len(paid) ** 0.5
+    assert abs(statistics.mean(paid) - sum(lengths) / 4) < 4 * error
 
 
 def test_text_is_said_alone_and_everything_else_as_json() -> None:
