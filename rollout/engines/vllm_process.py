@@ -73,7 +73,8 @@ def ending_with_us(forked: bool) -> Iterator[None]:
 def _engine_core(parent: int, environment: Mapping[str, str], *args: Any, **kwargs: Any) -> None:
     """The engine core's main function, in its own process."""
     die_with_parent(vllm_fork_server.pid or parent)
-    os.environ.update(environment)
+    # What differs only: the title of a process is written where its first variables lie.
+    os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
     _leave_nothing_named()
     forked = current_platform.is_cpu()
     if forked:
