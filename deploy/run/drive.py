@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from deploy.assembly.runtime import Runtime
+from deploy.assembly.runtime import LearnerLost, Runtime
 from deploy.cluster.control import driving
 from deploy.cluster.janitor import (
     make_private,
@@ -23,7 +23,7 @@ from deploy.cluster.janitor import (
 from deploy.config import run_folder
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
-from deploy.config.supervise import PartFailed
+from deploy.config.supervise import PartFailed, PartLost
 from deploy.report.console import Console, errors, write
 from deploy.report.phases import Startup
 from deploy.report.progress import Progress
@@ -93,7 +93,11 @@ def run(asked: Drive) -> dict[str, Any]:
         try:
             with failures_kept_in(folder):
                 return _train(config, folder, asked.console, resume, local, startup)
-        except PartFailed as failure:
+        except (
+            PartFailed,
+            PartLost,
+            LearnerLost,
+        ) as failure:  # the latter two where nothing could go on: in the start
             raise PartFailed(_kept(str(failure), temporary, folder)) from failure.__cause__
 
 

@@ -25,6 +25,7 @@ from deploy.commands.export import fresh_folder
 from deploy.config import run_folder
 from deploy.config.config_errors import ConfigError
 from deploy.config.load import moved
+from deploy.config.supervise import PartLost
 from deploy.report.metrics import read_metrics
 from deploy.report.phases import Phases, Startup
 from deploy.report.progress import Progress
@@ -305,3 +306,16 @@ def test_a_stopped_run_that_was_told_more_steps_is_not_finished(manta: Manta, tm
         train(config, folder, late_engine(0), stop_after=1)
     with pytest.raises(pytest.fail.Exception, match="a run was started"):
         manta("train", "--resume", str(folder), "--local")
+
+
+def test_a_part_that_does_not_start_ends_the_run_in_one_line(
+    manta: Manta, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def late(*arguments: object) -> None:
+        raise PartLost("the learner (start) did not answer within 300 s")
+
+    monkeypatch.setattr(drive, "_train", late)
+    code, _, errors = manta("train", RECIPE, "--local", "--run-dir", str(tmp_path / "run"))
+    assert code == 1
+    assert "the learner (start) did not answer within 300 s" in errors
+    assert "Traceback" not in errors
