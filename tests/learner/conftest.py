@@ -19,7 +19,7 @@ TASK = Task.of("toy", 0)
 GroupOf = Callable[..., Group]
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def even_short_prefixes_are_shared() -> Iterator[None]:
     """Episodes of tests are short: what they have in common is computed once all the same."""
     with pytest.MonkeyPatch.context() as patched:

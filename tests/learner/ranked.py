@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 import learner.model.policy
 from learner.algorithm.schedule import OptimSettings
-from learner.data import prefix_tree
 from learner.data.batch import rows_of
 from learner.data.batch_checks import BatchRefused
 from learner.data.prepare import Example
@@ -32,7 +31,6 @@ from tests.learner.staged import learned
 from tests.learner.wide import widened
 
 LIMIT = 12  # tokens of a row: every rank has several
-prefix_tree.LEAST_SHARED = 1  # in the rank's process: siblings have few tokens in common
 Found = dict[str, Any]
 
 

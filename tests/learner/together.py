@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from learner.data import prefix_tree
 from learner.parallel.ranks import ALONE, Ranks, Rendezvous
 
 SECONDS = 60.0
@@ -51,6 +52,7 @@ def _answers(pipes: list[Connection]) -> list[Any]:
 
 def _rank(rank: int, size: int, address: str, said: Connection, work: Work, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    prefix_tree.LEAST_SHARED = 1  # as in the tests' own process: siblings have few tokens in common
     try:
         ranks = ALONE if size == 1 else Ranks.join(rank, size, address, "cpu", SECONDS)
         answer = True, work(ranks, *args)

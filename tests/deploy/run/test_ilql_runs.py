@@ -67,7 +67,7 @@ def test_a_run_killed_within_the_stage_ends_where_the_uninterrupted_one_does(
     train(config, straight)
     with pytest.raises(Stopped):
         train(config, folder, ring_type=stopped([], after=3))
-    assert len(read_metrics(stage_folder(folder, 0))) == 30  # of 32, and a checkpoint at 20
+    assert 20 < len(read_metrics(stage_folder(folder, 0))) < 32  # past the checkpoint at 20
     train(config, folder, resume=True)
     assert same_bits(straight, folder)
     rows = [read_metrics(stage_folder(each, 0)) for each in (straight, folder)]
