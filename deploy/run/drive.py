@@ -93,11 +93,8 @@ def run(asked: Drive) -> dict[str, Any]:
         try:
             with failures_kept_in(folder):
                 return _train(config, folder, asked.console, resume, local, startup)
-        except (
-            PartFailed,
-            PartLost,
-            LearnerLost,
-        ) as failure:  # the latter two where nothing could go on: in the start
+        except (PartFailed, PartLost, LearnerLost) as failure:
+            # A loss comes here only where nothing can go on, as in the start.
             raise PartFailed(_kept(str(failure), temporary, folder)) from failure.__cause__
 
 

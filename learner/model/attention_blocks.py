@@ -41,11 +41,8 @@ class Range:
 
     def take(self, x_THD: Tensor) -> Tensor:
         """[count, H, length, D] of the row."""
-        return self.rows(x_THD).unflatten(0, (self.count, self.length)).transpose(1, 2)
-
-    def rows(self, x_THD: Tensor) -> Tensor:
-        """The same as [count * length, H, D]."""
-        return x_THD[self.start : self.start + self.count * self.length]
+        rows = x_THD[self.start : self.start + self.count * self.length]
+        return rows.unflatten(0, (self.count, self.length)).transpose(1, 2)
 
     def store(self, x_THD: Tensor, values: Tensor) -> None:
         """Write [count, H, length, D] into the row."""

@@ -91,9 +91,8 @@ def stage_amounts(stages: Sequence[AnyStage], width: int, vocabulary: int, ranks
     for index, stage in enumerate(stages):
         if isinstance(stage, IlqlSettings):
             actions, state = stage.head_parameters(width, vocabulary)
-            nbytes = (
-                _WIDE * (4 * (actions + state) + actions) // ranks
-            )  # weights, gradients, moments; a slow copy
+            numbers = 4 * (actions + state) + actions  # weights, gradients, two moments; a slow copy
+            nbytes = _WIDE * numbers // ranks
             found.append(Amount(f"value heads of stage {index}, with a slow copy", nbytes, at_times=True))
     return found
 

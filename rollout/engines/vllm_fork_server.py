@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing import forkserver
-from typing import Any
 
 from envs.child_process import die_with_parent, import_path
 
@@ -48,7 +47,7 @@ class CurrentEnvironment(dict[str, str]):
 
 @contextmanager
 def _environment(more: Mapping[str, str]) -> Iterator[None]:
-    before: dict[str, Any] = {name: os.environ.get(name) for name in more}
+    before = {name: os.environ.get(name) for name in more}
     os.environ.update(more)
     try:
         yield
