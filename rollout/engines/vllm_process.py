@@ -35,7 +35,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.multiproc_executor import WorkerProc
 
 from envs.child_process import die_with_parent
-from rollout.engines import vllm_fork_server
+from rollout.engines import vllm_adapter_cpu, vllm_fork_server
 from rollout.engines.engine import EngineDied
 from rollout.engines.vllm_fork_server import CurrentEnvironment
 
@@ -79,6 +79,7 @@ def _engine_core(parent: int, environment: Mapping[str, str], *args: Any, **kwar
     forked = current_platform.is_cpu()
     if forked:
         _wait_asleep()
+        vllm_adapter_cpu.multiply_once()
         # The core has no threads yet when it starts its worker, so that forking is safe and saves the imports.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     WorkerProc.worker_main = partial(_worker, os.getpid(), forked)
