@@ -32,7 +32,7 @@ from learner.training.checkpoint import CheckpointError
 from learner.training.optim import Optimizer
 from learner.training.step import Stats, not_finite, optimizer_step, use_threads
 from rollout.wire.metrics import Row, joined
-from rollout.wire.partition import deal
+from rollout.wire.partition import deal, work
 from rollout.wire.trajectory import Float32Array, Group
 
 _OPTIMIZER = re.compile(r"stage\.\d+")
@@ -255,7 +255,10 @@ def _stage_of(settings: AnyStage) -> Stage:
 
 def dealt(examples: Sequence[Example], ranks: Ranks) -> list[Example]:
     """The part of a step's episodes that is this rank's."""
-    shares = deal([example.trajectory.num_sampled for example in examples], ranks.size)
+    if ranks.size == 1:
+        return list(examples)
+    sizes = [work([each.token_ids_T for each in example.sequences()]) for example in examples]
+    shares = deal(sizes, ranks.size)
     return [examples[place] for place in shares[ranks.rank]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.buffer.replay_store import ReplayStore
-from rollout.wire.partition import Partition, StepTorn, deal
+from rollout.wire.partition import Partition, StepTorn, deal, work
 from rollout.wire.schema import decode, encode
 from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
 from tests.rollout.buffer.stores import commit, group_ids, reserve
@@ -41,6 +42,47 @@ def test_the_fullest_share_is_within_a_third_of_the_best_there_is(sizes: list[in
     assert max(sum(sizes[place] for place in share) for share in deal(sizes, ranks)) <= best * 4 / 3 + 1e-9
 
 
+@given(st.lists(st.lists(st.integers(0, 2), max_size=5), max_size=8))
+def test_the_work_of_short_texts_is_the_number_of_their_different_prefixes(texts: list[list[int]]) -> None:
+    prefixes = {tuple(text[:stop]) for text in texts for stop in range(1, len(text) + 1)}
+    assert int(work([np.array(text, np.int32) for text in texts])) == len(prefixes)
+
+
+def test_a_token_as_deep_as_six_times_the_width_counts_twice() -> None:
+    long_T = np.random.default_rng(0).integers(0, 9, 24_577).astype(np.int32)
+    assert work([long_T]) - work([long_T[:-1]]) == pytest.approx(3)  # at depth 2 x 12,288
+    assert work([long_T] * 8) == work([long_T])
+
+
+def test_siblings_weigh_what_they_do_not_share_whichever_turn_brought_it() -> None:
+    def turn(number: int, segment: int, prompt: list[int], action: list[int]) -> Turn:
+        return replace(
+            _group(0, 0, len(action)).trajectories[0].turns[0],
+            turn=number,
+            segment=segment,
+            prompt_ids=np.array(prompt, np.int32),
+            action_ids=np.array(action, np.int32),
+        )
+
+    def group(group_id: int, *episodes: list[Turn]) -> Group:
+        base = _group(group_id, 1, 1)
+        played = [
+            replace(base.trajectories[0], index=at, turns=tuple(turns)) for at, turns in enumerate(episodes)
+        ]
+        return replace(base, trajectories=tuple(played))
+
+    prompt = list(range(10, 20))
+    alike = [turn(0, 0, prompt, [1]), turn(1, 0, prompt, [2])]
+    shared = group(
+        0, alike, alike, [turn(0, 0, prompt, [1]), turn(1, 1, prompt, [2])]
+    )  # 22 and one more: 23 of 66
+    lone = group(1, [turn(0, 0, list(range(30)), [1])])  # 31 tokens
+    small = group(2, [turn(0, 0, [5, 6, 7], [1, 2])])  # 5
+    batches = [encode(each) for each in (shared, lone, small)]
+    held = [[decode(each).slot.group_id for each in Partition(rank, 2).of(batches)] for rank in (0, 1)]
+    assert held == [[1], [0, 2]]
+
+
 def _group(group_id: int, prompt: int, action: int) -> Group:
     step = Turn(
         turn=0,
@@ -61,7 +103,7 @@ def _group(group_id: int, prompt: int, action: int) -> Group:
 
 
 def test_ranks_get_groups_of_about_as_many_tokens_prompts_and_answers_in_order_of_group_id() -> None:
-    batches = [encode(_group(at, *size)) for at, size in enumerate([(2, 1), (1, 6), (2, 2), (0, 2)])]
+    batches = [encode(_group(at, *size)) for at, size in enumerate([(2, 1), (1, 5), (2, 2), (0, 2)])]
 
     def held(rank: int) -> list[int]:
         return [decode(batch).slot.group_id for batch in Partition(rank, 2).of(batches)]
