@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command does, before transformers is imported
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
-os.environ["RAY_worker_niceness"] = "0"  # Ray's default lets its workers wait for the other tester
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray's default lets its workers wait for the other tester
 # What a user's own runs may execute is remembered in his home; that of tests is not.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="manta-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)

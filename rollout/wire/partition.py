@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from rollout.wire.trajectory import Int32Array
 
-# Depth in a text at which a token's attention costs a model as much as its layers' products: six times the model's width
-# (per layer 4 x width x depth against 24 x width^2 operations), here of a width of 2,048.
+# Depth in a text at which a token's attention costs a model as much as its layers' products: six times the model's
+# width (per layer 4 x width x depth against 24 x width^2 operations), here of a width of 2,048.
 _ATTENTION_DEPTH = 12_288
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplying by it loses nothing modulo 2^64
 
@@ -52,7 +52,7 @@ def deal(sizes: Sequence[float], ranks: int) -> list[list[int]]:
 
 
 def work(texts: Sequence[Int32Array]) -> float:
-    """What texts cost a learner that computes a shared prefix once: their different tokens, deep ones more for attention.
+    """What texts cost a learner that computes shared prefixes once: different tokens, deep ones more for attention.
 
     Two tokens are the same if their texts are equal up to them.
     """

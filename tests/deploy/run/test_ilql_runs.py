@@ -22,7 +22,7 @@ DOORS = (
     "env={id='tests.deploy.run.locks:Locks'}",
     "evaluation={tasks=2, options={start='first'}, sampling={temperature=0.0}}",  # all doors are the same
 )
-# With warm-up and a longer memory of moments every one of seeds 0 to 10 stitches; without, values of some do not converge.
+# With warm-up and a longer memory of moments every one of seeds 0 to 10 stitches; without, some do not converge.
 STEADY = "schedule='linear', warmup_steps=50, betas=[0.9, 0.98]"
 OPTIM = f"optim={{learning_rate=2e-3, {STEADY}}}"
 VALUE_OPTIM = f"value_optim={{learning_rate=5e-3, {STEADY}}}"
