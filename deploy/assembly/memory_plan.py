@@ -151,12 +151,13 @@ def _processes(run: RunConfig, model: ModelFacts, cache: Cache | None, sent: int
     yield Process("learner", learner.ranks, (started, *device, *host), on_gpu)
     if run.replay:
         return
-    yield Process(
-        "rollout worker",
-        run.rollout.workers,
-        (Amount("the process itself", _WORKER_PROCESS, on_host=True), *_engine(run, model, cache)),
-        run.rollout.gpus_per_worker > 0,
-    )
+    itself = Amount("the process itself", _WORKER_PROCESS, on_host=True)
+    held = (
+        sent if run.weights.delta and run.cluster.joins else 0
+    )  # by a worker on another node than the learner
+    version = [Amount("the version that deltas are applied to", held, on_host=True)] if held else []
+    amounts = (itself, *version, *_engine(run, model, cache))
+    yield Process("rollout worker", run.rollout.workers, amounts, run.rollout.gpus_per_worker > 0)
     kept = Amount("groups that are played or waiting", row_bytes(stored_tokens(run)), on_host=True)
     yield Process("replay buffer", 1, (Amount("the process itself", _BUFFER_PROCESS, on_host=True), kept))
     yield Process("driver", 1, (started,))

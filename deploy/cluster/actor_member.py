@@ -39,7 +39,7 @@ class ActorMember:
     """`deploy.cluster.member.Member` over an actor's handle.
 
     native: the learner sends weights to the engines itself, by vLLM's own transfer. hear: receives the worker's
-    notices, with every heartbeat and at the end.
+    notices, with every heartbeat and at the end. apart: whether weights go to a node as deltas.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class ActorMember:
         native: bool = False,
         startup: Startup | None = None,
         hear: Hear | None = None,
+        apart: Callable[[str], bool] = lambda node: False,
     ) -> None:
         self.name = name
         self._hear = hear
@@ -56,6 +57,8 @@ class ActorMember:
         self._startup = startup or Startup()
         self._handle = handle
         self._native = native
+        self._apart = apart
+        self._node = ""
 
     run, evaluate, stop, drain, counters, stacks = map(
         _forwarded, ("run", "evaluate", "stop", "drain", "counters", "stacks")
@@ -64,12 +67,13 @@ class ActorMember:
     async def start(self) -> ProcessInfo:
         with self._startup.timed("engines"):
             where: ProcessInfo = await self._handle.start.remote()
+        self._node = where.node
         return where
 
     async def sync(self, update: WeightUpdate) -> SyncReport:
         if self._native:
             return SyncReport(self.name, update.version, 0, 0.0, 0.0, 0.0)
-        report: SyncReport = await self._handle.sync.remote(update)
+        report: SyncReport = await self._handle.sync.remote(update, self._apart(self._node))
         return report
 
     async def ping(self) -> None:

@@ -169,7 +169,11 @@ class RayRuntime:
         return self._handles[name]
 
     def _launch(self, name: str) -> ActorMember:
-        return ActorMember(name, self._handle(name), self._native, self._startup, self._noticed.hear)
+        handle, hear = self._handle(name), self._noticed.hear
+        return ActorMember(name, handle, self._native, self._startup, hear, self._apart)
+
+    def _apart(self, node: str) -> bool:
+        return self._learner is not None and self._learner.apart(node)
 
     # The driver's verbs -------------------------------------------------------------------------------------------
 
@@ -326,9 +330,9 @@ class RayRuntime:
         while True:
             try:
                 await within(limit, self._learning.wait(), "the learner (restart)")
-                update: WeightUpdate = await self._within(
-                    "the learner's weights", self._lead.publish_weights.remote()
-                )
+                delta = any(self._apart(str(member.get("node", ""))) for member in self._fleet.roster())
+                offered = self._lead.publish_weights.remote(delta)
+                update: WeightUpdate = await self._within("the learner's weights", offered)
                 return update
             except (RayActorError, RankLost) as error:
                 # Of ranks that lost touch with one another every process may live: no heartbeat would say so.

@@ -126,6 +126,10 @@ class LearnerPart:
         if self._room is not None:
             ray.util.remove_placement_group(self._room)
 
+    def apart(self, node: str) -> bool:
+        """Whether a worker on this node receives weights as deltas: it is another one than rank 0's."""
+        return self._config.weights.delta and bool(node) and node != self.where["learner"].node
+
     @property
     def handles(self) -> dict[str, Any]:
         """The actor of each rank, by name."""

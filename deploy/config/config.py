@@ -131,6 +131,11 @@ class WeightSyncSettings(Settings):
         description="how weights reach the engines. object_store: through Ray's shared memory, on any "
         "hardware. nccl and ipc: between GPUs; the set of workers is then fixed",
     )
+    delta: bool = Field(
+        True,
+        description="send workers on other nodes than the learner only the words that a step has changed, where those "
+        "are fewer bytes; such a worker holds a copy of the version in its node's memory. Engines load the same bytes",
+    )
     sync_timeout_seconds: float = Field(
         120.0, gt=0, description="time limit for one engine to load one version, seconds"
     )

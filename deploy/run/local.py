@@ -29,7 +29,6 @@ from deploy.report.noticed import Noticed
 from deploy.report.phases import Startup
 from deploy.run.in_process import LearnerHere
 from learner.training.loop import sync_metrics
-from learner.training.publish import Snapshot
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.episodes.evaluation import EvaluationPlan, as_groups, evaluation_row
 from rollout.episodes.loop_watch import LoopWatch
@@ -38,15 +37,11 @@ from rollout.wire.metrics import joined
 from rollout.wire.notices import Notices
 from rollout.wire.schema import encode
 from rollout.wire.trajectory import Task
-from rollout.wire.weights import Handle, inline, write_memory
+from rollout.wire.weights import ByteArray, Handle, inline, write_memory
 
 
-def _place_inline(snapshot: Snapshot) -> tuple[Handle, Any]:
-    return inline(snapshot.arrays), None
-
-
-def _place_in_memory(snapshot: Snapshot) -> tuple[Handle, Any]:
-    return write_memory(snapshot.arrays)
+def _place_inline(arrays: Sequence[ByteArray]) -> tuple[Handle, Any]:
+    return inline(arrays), None
 
 
 class LocalRuntime(LearnerHere):
@@ -100,7 +95,7 @@ class LocalRuntime(LearnerHere):
             self._started.push_async_callback(worker.engine.close)
             self._started.push_async_callback(worker.close)
             self._workers.append(worker)
-        place = _place_in_memory if config.engine.placement.maps_weights else _place_inline
+        place = write_memory if config.engine.placement.maps_weights else _place_inline
         with self._startup.timed("learner"):
             version = self.start_learner(self._replay_buffer, place, resume)
         if resume:

@@ -20,13 +20,12 @@ from deploy.config.load import Nested
 from deploy.config.run_folder import CONFIG_FILE, read_stored
 from deploy.run.in_process import LearnerHere
 from learner.training.checkpoint import MODEL, latest
-from learner.training.publish import Snapshot
 from rollout.buffer.history import History, HistoryError
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.episodes.evaluation import EvaluationPlan
 from rollout.wire.metrics import Row, joined
 from rollout.wire.trajectory import Task
-from rollout.wire.weights import Handle
+from rollout.wire.weights import ByteArray, Handle
 
 
 class ReplayRuntime(LearnerHere):
@@ -143,5 +142,5 @@ def require_same_tokens(
         )
 
 
-def _nowhere(snapshot: Snapshot) -> tuple[Handle, Any]:
+def _nowhere(arrays: Sequence[ByteArray]) -> tuple[Handle, Any]:
     raise RuntimeError("a replay has no engines to offer weights to")

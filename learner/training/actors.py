@@ -15,7 +15,7 @@ from learner.parallel.ranks import RankLost, Ranks, Rendezvous
 from learner.training.follower import Follower
 from learner.training.learner import Learner
 from learner.training.loop import LearnerLoop, Row, Source, Tell
-from learner.training.publish import Publisher, Snapshot
+from learner.training.publish import Publisher
 from rollout.wire.actors import put_object
 from rollout.wire.notices import collected
 from rollout.wire.process_info import ProcessInfo, here, stacks
@@ -58,7 +58,7 @@ class LearnerActor:
         self._learner = _started(self._build, run_folder, resume, join)
         native = self._make_native(self._learner) if self._make_native else None
         self._loop = LearnerLoop(
-            self._learner, self._replay_buffer, _place, *self._settings, native, self._tell
+            self._learner, self._replay_buffer, put_object, *self._settings, native, self._tell
         )
         return _here(), self._learner.version
 
@@ -71,8 +71,8 @@ class LearnerActor:
     async def train(self, step: int) -> Row:
         return await self._loop.train(step)
 
-    async def publish_weights(self) -> WeightUpdate:
-        return await self._loop.publish_weights()
+    async def publish_weights(self, delta: bool) -> WeightUpdate:
+        return await self._loop.publish_weights(delta)
 
     async def unpin_weights(self, version: int, handle: Handle) -> None:
         await self._loop.unpin_weights(version, handle)
@@ -151,7 +151,3 @@ async def _answer(rank: int, reference: Any) -> None:
 
 def _here() -> ProcessInfo:
     return here(ray.get_runtime_context().get_node_id())
-
-
-def _place(snapshot: Snapshot) -> tuple[Handle, Any]:
-    return put_object(snapshot.arrays)

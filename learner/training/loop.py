@@ -35,13 +35,13 @@ from rollout.wire.own_part import OwnPartError
 from rollout.wire.partition import Partition
 from rollout.wire.schema import decode
 from rollout.wire.trajectory import DropReason
-from rollout.wire.weights import Handle, SyncReport, WeightUpdate
+from rollout.wire.weights import ByteArray, Delta, Handle, SyncReport, WeightUpdate
 
 logger = logging.getLogger(__name__)
 
 _LAST_WORDS_SECONDS = 10.0  # from a rank's failure until that is told
-# Puts a version where engines can load it; what it gives beside the handle is kept until the version is withdrawn.
-Place = Callable[[Snapshot], tuple[Handle, Any]]
+# Puts bytes where engines can load them; what it gives beside the handle is kept until the version is withdrawn.
+Place = Callable[[Sequence[ByteArray]], tuple[Handle, Any]]
 # Tells all other ranks one of `Follower`'s verbs and its words; gives what will be their answers, from rank 1 on.
 Tell = Callable[..., Sequence[Awaitable[Any]]]
 T = TypeVar("T")
@@ -129,8 +129,10 @@ class LearnerLoop:
                 f"step {step}: none of {MOST_REFUSED + 1} batches in a row could be learned from; last: {refused}"
             )
 
-    async def publish_weights(self) -> WeightUpdate:
+    async def publish_weights(self, delta: bool = False) -> WeightUpdate:
         """The present version, put where engines can load it until each call was answered by an `unpin_weights`.
+
+        delta: put its difference to the version before there too, unless that is no shorter.
 
         Before the stages that is version -1, the model as they find it. While the next step is trained, or a stage is
         made, a version that was offered before is offered again out of the staging buffer; one that was not waits for
@@ -144,11 +146,9 @@ class LearnerLoop:
                         "a stage is under way: the weights are no version, and are offered to nobody"
                     )
                 self._placed = None
-                self._snapshot = await self._take_snapshot(self._staging)
+                self._snapshot = await self._take_snapshot(self._staging, delta)
             if self._placed is None:
-                snapshot = self._snapshot
-                handle, alive = await to_its_end(self._place, snapshot)
-                self._placed, self._pins = (WeightUpdate(snapshot.manifest, handle), alive), 0
+                self._placed, self._pins = await to_its_end(self._put, self._snapshot), 0
             self._pins += 1
             return self._placed[0]
 
@@ -203,6 +203,14 @@ class LearnerLoop:
         if not staged:
             await self._source.checkpointed(version)
 
+    def _put(self, snapshot: Snapshot) -> tuple[WeightUpdate, Any]:
+        handle, whole = self._place(snapshot.arrays)
+        if not snapshot.differences:
+            return WeightUpdate(snapshot.manifest, handle), whole
+        shorter, alive = self._place(snapshot.differences)
+        delta = Delta(snapshot.base, shorter, tuple(each.nbytes for each in snapshot.differences))
+        return WeightUpdate(snapshot.manifest, handle, delta), (whole, alive)
+
     def _step(self, batches: list[pa.RecordBatch], waited: Row) -> Row:
         self._require_whole()
         began = time.perf_counter()
@@ -225,12 +233,12 @@ class LearnerLoop:
                 f"the learner's step after version {self.version} failed on its way: start it again from a checkpoint"
             )
 
-    async def _take_snapshot(self, staging: Staging | None) -> Snapshot:
+    async def _take_snapshot(self, staging: Staging | None, delta: bool = False) -> Snapshot:
         """Without a staging buffer the snapshot has no bytes."""
         async with self._weights:
             self._require_whole()
             learner, with_bytes = self._learner, staging is not None
-            words = learner.policy, learner.published_version, self._engine_dtype, with_bytes, staging
+            words = learner.policy, learner.published_version, self._engine_dtype, with_bytes, staging, delta
             return await self._together(("snapshot",), take_snapshot, *words)
 
     async def _together(self, words: tuple[Any, ...], function: Callable[..., T], *args: Any) -> T:

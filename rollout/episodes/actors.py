@@ -18,6 +18,7 @@ from rollout.engines.engine import NativeTransfer
 from rollout.episodes.evaluation import EvaluationPlan, as_groups, evaluation_row
 from rollout.episodes.loop_watch import LoopWatch
 from rollout.episodes.worker import RolloutWorker
+from rollout.wire.delta import HeldVersion
 from rollout.wire.notices import collected
 from rollout.wire.process_info import ProcessInfo, here, stacks
 from rollout.wire.schema import encode
@@ -47,6 +48,7 @@ class RolloutActor:
         self._replay_buffer = RemoteReplayBuffer(replay_buffer)
         self._build = build
         self._worker: RolloutWorker | None = None
+        self._held = HeldVersion()
         self._leaving: asyncio.Task[None] | None = None
         # An asyncio actor is made on its event loop.
         loop = asyncio.get_running_loop()
@@ -97,9 +99,12 @@ class RolloutActor:
         await self._replay_buffer.archive(name, [encode(group) for group in as_groups(trajectories)])
         return [evaluation_row(trajectory, plan.majority) for trajectory in trajectories]
 
-    async def sync(self, update: WeightUpdate) -> SyncReport:
-        """Load one version and verify it."""
-        return await self._started().engine.sync(update)
+    async def sync(self, update: WeightUpdate, hold: bool = False) -> SyncReport:
+        """Load one version and verify it. hold: from a copy in this node's memory, to which deltas are applied."""
+        engine = self._started().engine
+        if hold:
+            update = await asyncio.to_thread(self._held.receive, update)
+        return await engine.sync(update)
 
     # A sync in steps, for vLLM's native transfers: `NativePublisher` drives them.
 

@@ -3,7 +3,7 @@
 A version is published as a manifest (name, dtype, shape and checksum of every tensor, and a probe) and a handle to its
 bytes. It has all of a model's tensors, or a low-rank adapter for weights that engines hold. The bytes are in a file in
 memory, in Ray's object store, or in plain arrays within one process. Opening a handle returns one read-only uint8 array
-per tensor, in the manifest's order, without a copy.
+per tensor, in the manifest's order, without a copy. A delta (delta.py) may be published beside the whole version.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from math import prod
 from typing import Any
 
@@ -42,8 +42,13 @@ class TensorSpec:
     checksum: str  # blake3 of the bytes, hex; empty for transfers from GPU to GPU
 
     @property
+    def word_bytes(self) -> int:
+        """Bytes of one number."""
+        return _ITEM_BYTES[self.dtype]
+
+    @property
     def nbytes(self) -> int:
-        return prod(self.shape) * _ITEM_BYTES[self.dtype]
+        return prod(self.shape) * self.word_bytes
 
 
 PROBE_TOKENS = 32  # of the text that proves a sync
@@ -86,6 +91,16 @@ class WeightManifest:
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.tensors)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each tensor."""
+        return [spec.nbytes for spec in self.tensors]
+
+    @property
+    def digest(self) -> str:
+        """Identity of the tensors' contents, whatever the version's number: blake3 over their specs, hex."""
+        return blake3(repr([astuple(spec) for spec in self.tensors]).encode()).hexdigest()
+
     def require_names(self, expected: Iterable[str], engine: str) -> None:
         """Raise WeightMismatch unless the tensor names are exactly the checkpoint's; called before loading."""
         published = {spec.name for spec in self.tensors}
@@ -116,19 +131,29 @@ class Handle:
 
 
 @dataclass(frozen=True, slots=True)
+class Delta:
+    """A version's difference to another, see delta.py; `handle` opens to one array per tensor, of these sizes."""
+
+    base: str  # digest of the version that it is applied to
+    handle: Handle
+    sizes: tuple[int, ...]  # bytes
+
+
+@dataclass(frozen=True, slots=True)
 class WeightUpdate:
-    """One published version: its manifest and the handle to its bytes."""
+    """One published version: its manifest, the handle to its bytes, and a delta for holders of the version before."""
 
     manifest: WeightManifest
     handle: Handle
+    delta: Delta | None = None
 
     @property
     def version(self) -> int:
         return self.manifest.version
 
     def to_plain(self) -> dict[str, Any]:
-        """Convert to dicts, lists and strings for vLLM's control plane (the address must be a string)."""
-        return asdict(self)
+        """Convert to dicts, lists and strings for vLLM's control plane (the address must be a string); no delta."""
+        return asdict(replace(self, delta=None))
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> WeightUpdate:
@@ -147,7 +172,7 @@ class WeightUpdate:
         Raises WeightMismatch, naming the tensor, where the payload's size differs from the manifest's.
         """
         specs = self.manifest.tensors
-        arrays = self.handle.open([spec.nbytes for spec in specs])
+        arrays = self.handle.open(self.manifest.sizes)
         for position, spec in enumerate(specs):
             if position >= len(arrays):
                 raise WeightMismatch(
@@ -208,6 +233,11 @@ class MemoryFile:
         """Path at which processes of this user on this machine open it, while this object exists."""
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
+    @property
+    def handle(self) -> Handle:
+        """Handle to the arrays that lie in it back to back."""
+        return Handle("rollout.wire.weights:open_file", self.path)
+
 
 def write_memory(arrays: Sequence[ByteArray]) -> tuple[Handle, MemoryFile]:
     """Write the arrays back to back into memory that any process of this user on this machine can map.
@@ -218,7 +248,7 @@ def write_memory(arrays: Sequence[ByteArray]) -> tuple[Handle, MemoryFile]:
     with open(file.path, "wb") as writing:
         for array in arrays:
             writing.write(array.data)
-    return Handle("rollout.wire.weights:open_file", file.path), file
+    return file.handle, file
 
 
 def open_file(address: str, sizes: Sequence[int]) -> list[ByteArray]:

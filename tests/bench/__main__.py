@@ -72,6 +72,8 @@ BOUNDS = (
     Bound("logprobs", "largest_difference", "from logprobs and gradients over all logits", "at most", 1e-5),
     Bound("overlap", "ratio", "a step with both at work, of the longer part alone", "at most", 1.25),
     Bound("sync", "stall_ms", "generation stands still for new weights, ms", "at most", 100),
+    Bound("sync", "delta_share", "bytes of a delta, of the whole version's", "at most", 0.1),
+    Bound("sync", "deltas_exact", "of 50 deltas those exact to the bit", "at least", 50),
     Bound("probe", "correct", "sound syncs that pass", "at least", 1.0),
     Bound("probe", "dropped", "syncs refused that left a tensor out", "at least", 1.0),
     Bound("probe", "before", "refused with a tensor of the version before", "at least", 1.0),

@@ -19,11 +19,11 @@ from learner.settings import LearnerSettings, ModelSettings
 from learner.stages.settings import SftSettings
 from learner.training.learner import Learner
 from learner.training.loop import LearnerLoop, Row
-from learner.training.publish import Snapshot
+from rollout.wire.delta import HeldVersion
 from rollout.wire.partition import Partition
 from rollout.wire.schema import encode
 from rollout.wire.trajectory import DropReason, Group, Turn
-from rollout.wire.weights import Handle, WeightUpdate, write_memory
+from rollout.wire.weights import ByteArray, Handle, WeightUpdate, write_memory
 
 Groups = Callable[..., Group]
 
@@ -62,20 +62,22 @@ def _broken(group: Group) -> Group:
 
 
 class Shelf:
-    """A place for weights that counts what lies on it."""
+    """A place for weights that counts what was put on it."""
 
     def __init__(self) -> None:
-        self.placed: list[int] = []
+        self.placed = 0
 
-    def __call__(self, snapshot: Snapshot) -> tuple[Handle, Any]:
-        self.placed.append(snapshot.manifest.version)
-        return write_memory(snapshot.arrays)
+    def __call__(self, arrays: Sequence[ByteArray]) -> tuple[Handle, Any]:
+        self.placed += 1
+        return write_memory(arrays)
 
 
 class Setup:
-    def __init__(self, tiny: Path, group_of: Groups, stages: Sequence[SftSettings] = ()) -> None:
+    def __init__(
+        self, tiny: Path, group_of: Groups, stages: Sequence[SftSettings] = (), rate: float = 3e-3
+    ) -> None:
         self.learner = Learner(
-            LearnerSettings(model=ModelSettings(path=str(tiny)), optim=OptimSettings(learning_rate=3e-3)),
+            LearnerSettings(model=ModelSettings(path=str(tiny)), optim=OptimSettings(learning_rate=rate)),
             stages=stages,
         )
         self.replay_buffer = ReplayBuffer(group_of)
@@ -175,7 +177,37 @@ def test_one_version_is_offered_again_without_a_new_snapshot_until_the_next(setu
         assert setup.holds(later)
 
     asyncio.run(run())
-    assert setup.shelf.placed == [0, 0, 1]
+    assert setup.shelf.placed == 3
+
+
+def test_a_delta_is_offered_beside_the_whole_version_to_those_who_hold_the_one_before(
+    tiny: Path, group_of: Groups
+) -> None:
+    setup = Setup(tiny, group_of, rate=1e-10)  # below the resolution of most float32 words
+    worker = HeldVersion()
+
+    async def run() -> None:
+        first = await setup.loop.publish_weights(delta=True)
+        assert first.delta is None, "there is no version before"
+        worker.receive(first)
+        await setup.loop.train(1)
+        second = await setup.loop.publish_weights(delta=True)
+        assert second.delta is not None
+        assert second.delta.base == first.manifest.digest
+        assert sum(second.delta.sizes) < second.manifest.nbytes
+        assert setup.holds(second), "whole"
+        held = worker.receive(replace(second, handle=Handle("rollout.wire.nowhere:open", "")))
+        held.verify()
+        assert setup.holds(held), "by the delta"
+        await setup.loop.train(2)
+        assert (await setup.loop.publish_weights()).delta is None, "not asked for"
+        await setup.loop.train(3)
+        fourth = await setup.loop.publish_weights(delta=True)
+        late = worker.receive(fourth)  # it has missed a version
+        assert fourth.delta is not None
+        assert setup.holds(late)
+
+    asyncio.run(run())
 
 
 def test_what_a_later_caller_was_offered_outlives_an_earlier_ones_letting_go(setup: Setup) -> None:
@@ -190,7 +222,7 @@ def test_what_a_later_caller_was_offered_outlives_an_earlier_ones_letting_go(set
         await setup.loop.unpin_weights(second.version, second.handle)
         await setup.loop.unpin_weights(second.version, second.handle)
         anew = await setup.loop.publish_weights()
-        assert setup.shelf.placed == [0, 0]
+        assert setup.shelf.placed == 2
         await setup.loop.train(1)
         later = await setup.loop.publish_weights()
         await setup.loop.unpin_weights(

@@ -32,12 +32,65 @@ print(json.dumps({"equal": equal, "held": held, "held_after": name in core.get_a
 ray.shutdown()
 """
 
+ON_TWO_NODES = """
+import json, ray
+import numpy as np
+from ray.cluster_utils import Cluster
+from ray.experimental import get_object_locations
+from rollout.wire.actors import put_object
+from rollout.wire.delta import HeldVersion, encoded
+from rollout.wire.weights import Delta, Probe, TensorSpec, WeightManifest, WeightUpdate, checksum
+
+class Worker:
+    def __init__(self): self.held = HeldVersion()
+    def sync(self, update):
+        received = self.held.receive(update)
+        received.verify()
+        return [array.sum(dtype=int).item() for _, array in received.tensors()]
+
+def manifest(version, arrays):
+    specs = [TensorSpec(f"t{n}", "bfloat16", (a.nbytes // 2,), checksum(a)) for n, a in enumerate(arrays)]
+    return WeightManifest(version, tuple(specs), Probe((), (), 0.0))
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+far = cluster.add_node(num_cpus=1, resources={"far": 1}).node_id
+ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+worker = ray.remote(Worker).options(resources={"far": 1}).remote()
+old = [np.full(size, 1, dtype=np.uint8) for size in (400_000, 300_000)]
+new = [array.copy() for array in old]
+for array in new:
+    array[1000] = 2
+first, kept = put_object(old)
+found = [ray.get(worker.sync.remote(WeightUpdate(manifest(0, old), first)))]
+differences = [encoded(a, b, 2) for a, b in zip(old, new, strict=True)]
+whole, whole_kept = put_object(new)
+shorter, shorter_kept = put_object(differences)
+delta = Delta(manifest(0, old).digest, shorter, tuple(each.nbytes for each in differences))
+found.append(ray.get(worker.sync.remote(WeightUpdate(manifest(1, new), whole, delta))))
+there = get_object_locations([kept, whole_kept, shorter_kept])
+opened = [far in there[each]["node_ids"] for each in (kept, whole_kept, shorter_kept)]
+print(json.dumps({"found": found, "opened": opened}))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def _told(script: str) -> dict[str, object]:
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8")
+    told: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+@pytest.mark.slow
+def test_another_node_fetches_the_delta_and_not_the_whole_version() -> None:
+    found = [[400_000, 300_000], [400_001, 300_001]]
+    assert _told(ON_TWO_NODES) == {"found": found, "opened": [True, False, True]}
+
 
 @pytest.mark.slow
 def test_a_version_arrives_whole_and_lives_only_as_long_as_its_reference() -> None:
-    command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8")
-    assert json.loads(done.stdout.splitlines()[-1]) == {"equal": True, "held": True, "held_after": False}
+    assert _told(SCRIPT) == {"equal": True, "held": True, "held_after": False}
 
 
 def _arrays() -> list[ByteArray]:
