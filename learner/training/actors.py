@@ -71,7 +71,7 @@ class LearnerActor:
     async def train(self, step: int) -> Row:
         return await self._loop.train(step)
 
-    async def publish_weights(self, delta: bool) -> WeightUpdate:
+    async def publish_weights(self, delta: bool = False) -> WeightUpdate:
         return await self._loop.publish_weights(delta)
 
     async def unpin_weights(self, version: int, handle: Handle) -> None:
