@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from deploy.commands import evaluate, look, models
+from deploy.commands import evaluate, label, look, models
 from deploy.commands.evaluate import Memory, Trust
 from deploy.commands.look import EnvOptions, Overrides
 from deploy.report.console import errors, one_line, output, standard_streams, use_utf8, without_colours, write
@@ -200,6 +200,7 @@ def demos(
 
 
 app.add_typer(evaluate.app)
+app.add_typer(label.app)
 app.add_typer(look.app)
 app.add_typer(models.app)
 

@@ -53,6 +53,7 @@ ROOMS: dict[str, set[str]] = {
     "deploy.config": {"all learner", "all rollout", "all envs"},
     "deploy.report": {"deploy.config", "all learner", "all rollout", "all envs"},
     "deploy.assembly": {"deploy.config", "all learner", "all rollout", "all envs"},
+    "deploy.labels": {"deploy.config", "all rollout", "all envs"},
     "deploy.cluster": {
         "deploy.assembly",
         "deploy.report",
@@ -72,6 +73,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "deploy.commands": {
         "deploy.run",
+        "deploy.labels",
         "deploy.assembly",
         "deploy.report",
         "deploy.config",

@@ -8,7 +8,7 @@ RUN/metrics.jsonl     one row a step                     RUN/summary.json, RUN/r
 RUN/advantages/       advantages of trained tokens, a file a version
 RUN/turns/            turns of unfinished groups         RUN/logs/       of a local Ray, once the run has ended
 RUN/driver.lock, roster.json, wanted.json                the driver's process, the run's parts, a wanted scale
-RUN/notices.log       warnings of all parts, a line each
+RUN/notices.log       warnings of all parts, a line each RUN/labels/     what people said of its episodes
 RUN/failure.log       the traceback of the failure that ended the run: of an episode, or of a user's own part
 RUN/sessions.json     the time of each session: a run that was stopped and resumed has several
 """

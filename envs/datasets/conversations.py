@@ -7,12 +7,14 @@ Rows are read as TRL, OpenRLHF and ShareGPT write them:
     prompt + completion + label                   the same, worth 1 or 0
     prompt + chosen + rejected                    two conversations, worth 1 and 0
     chosen + rejected                             the same; what both begin with is the prompt
+
+A column `tools` has the JSON schemas of the tools that the assistant could call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -30,6 +32,11 @@ class Conversation:
     turns: tuple[tuple[list[Message], str], ...]
     reward: float = 1.0
 
+    def offering(self, tools: Sequence[Any]) -> Conversation:
+        """The same with tools, which its first message carries (envs/base.py)."""
+        ((first, *others), answer), *later = self.turns
+        return replace(self, turns=(([first | {"tools": tools}, *others], answer), *later))
+
 
 def conversations(
     path: str, most: int | None = None, system: str | None = None
@@ -46,6 +53,14 @@ def conversations(
 
 def of_row(row: Row, where: str, system: str | None = None) -> list[Conversation]:
     """The conversations of a row. DataError where it holds none."""
+    talks = _of_row(row, where, system)
+    tools = row.get("tools") or []
+    if not isinstance(tools, list):
+        raise DataError(f"{where}: tools is a list of JSON schemas, found {tools!r:.60}")
+    return [each.offering(tools) for each in talks] if tools else talks
+
+
+def _of_row(row: Row, where: str, system: str | None) -> list[Conversation]:
     if row.get("chosen") is not None and row.get("rejected") is not None:
         return [
             _conversation(prompt, answer, where, system, reward)

@@ -66,6 +66,7 @@ def test_every_turn_of_messages_is_learned_and_none_of_a_prompt() -> None:
         ({"messages": [user("Sky?")]}, "no turn of an assistant"),
         ({"messages": [assistant("blue")]}, "text that answers something"),
         ({"prompt": "Sky?", "completion": 3}, "a prompt is text or a list of messages"),
+        ({"prompt": "Sky?", "completion": "blue", "tools": "look"}, "tools is a list of JSON schemas"),
     ],
 )
 def test_a_row_without_a_conversation_is_named(tmp_path: Path, row: dict[str, Any], told: str) -> None:

@@ -1,0 +1,80 @@
+"""Pairs of stored episodes: what annotators of a run, finished or running, can be asked about."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from deploy.labels.asking import Pair
+from envs.base import DIRECTIONS, messages_of
+from rollout.buffer.segments import scan, segment_files
+from rollout.wire.schema import decode
+from rollout.wire.trajectory import Group, Trajectory
+
+Shown = dict[str, Any]  # a turn as JSON: its messages, and the answer
+
+
+class Pool:
+    """The pairs of the newest groups of a run, read again when the run has stored more.
+
+    An episode that failed by infrastructure is in no pair. Neither are two episodes that give the same answers in all
+    the turns that both have.
+    """
+
+    def __init__(self, run: Path, groups: int) -> None:
+        """groups: how many of the newest ones. Raises CorruptSegment and SchemaError, as does `refresh`."""
+        self._folder = run / "groups"
+        self._most = groups
+        self._sizes: list[tuple[Path, int]] = []
+        self._groups: dict[tuple[int, int], Group] = {}
+        self.pairs: list[Pair] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what was stored since the last call."""
+        files = [path for _, path in segment_files(self._folder)]
+        sizes = [(path, path.stat().st_size) for path in files]
+        if sizes == self._sizes:
+            return
+        batches: list[Any] = []
+        for path in reversed(files):
+            batches = [*scan(path), *batches]
+            if len(batches) >= self._most:
+                break
+        # A group that was issued again has rows of each attempt: the last one counts.
+        newest = {group.slot.group_id: group for group in map(decode, batches[-self._most :])}
+        self._groups = {(number, group.slot.attempt): group for number, group in newest.items()}
+        self.pairs = [pair for group in newest.values() for pair in _pairs(group)]
+        self._sizes = sizes
+
+    def episode(self, group_id: int, attempt: int, place: int) -> Trajectory | None:
+        """An episode of the pool by its place in its group."""
+        group = self._groups.get((group_id, attempt))
+        return next((each for each in group.trainable if each.index == place), None) if group else None
+
+
+def shown_turns(episode: Trajectory) -> list[Shown]:
+    """The turns of an episode: the messages before each answer, as the environment said them, and the answer."""
+    return [{"messages": _messages(turn.observation), "answer": turn.action} for turn in episode.turns]
+
+
+def _pairs(group: Group) -> list[Pair]:
+    slot = group.slot
+    return [
+        Pair(slot.group_id, slot.attempt, *sorted((one.index, other.index)))
+        for one, other in combinations(group.trainable, 2)
+        if any(a.action != b.action for a, b in zip(one.turns, other.turns, strict=False))
+    ]
+
+
+def _messages(observation: str) -> list[dict[str, Any]]:
+    """Chat messages without directions other than the tools; any other text is the user's."""
+    try:
+        said = json.loads(observation)
+    except json.JSONDecodeError:
+        said = observation
+    hidden = set(DIRECTIONS) - {"tools"}
+    messages = messages_of(said if isinstance(said, list) and said else observation)
+    return [{key: value for key, value in each.items() if key not in hidden} for each in messages]
