@@ -54,7 +54,8 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="data type of matrix products. Weights, gradients and optimizer state stay float32 in "
-        "either case; bfloat16 is faster on processors that support it",
+        "either case. Not set in a recipe for CPUs whose model is a checkpoint: bfloat16 where the processor "
+        "multiplies it, as `manta doctor` says",
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="device that the learner computes on")
     logit_block: int = Field(

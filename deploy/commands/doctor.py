@@ -14,6 +14,7 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from deploy.config.processor import multiplies_bfloat16
 from deploy.report.console import Console, write_table
 
 GIB = 1 << 30
@@ -71,6 +72,7 @@ def diagnose() -> list[Diagnosis]:
         vllm(installed),
         *companions(installed),
         *machine(),
+        bfloat16(multiplies_bfloat16()),
         *gpus(),
     ]
 
@@ -150,6 +152,14 @@ def machine() -> list[Diagnosis]:
             f"{_gib(MIN_SHARED_BYTES)} or more is advised: enlarge it (docker run --shm-size)",
         ),
     ]
+
+
+def bfloat16(native: bool) -> Diagnosis:
+    """Whether the processor multiplies bfloat16: the data type of recipes for CPUs that leave it open."""
+    if native:
+        return Diagnosis("bfloat16", "multiplied by the processor", Severity.OK)
+    advice = "recipes that leave data types open compute in float32 here; leave them open"
+    return Diagnosis("bfloat16", "emulated, slower than float32", Severity.NOTE, advice)
 
 
 def memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

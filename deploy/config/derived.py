@@ -1,4 +1,6 @@
-"""Defaults of an algorithm that depend on the job. Options set in the recipe take precedence.
+"""Defaults that depend on the job and the machine. Options set in the recipe take precedence.
+
+    engine.dtype, learner.model.dtype     on CPUs: what the processor multiplies fastest
 
 Presets of algorithms leave these options open:
 
@@ -17,6 +19,7 @@ from pydantic import ValidationError
 
 from deploy.config.config import RunConfig
 from deploy.config.environments import NamedEnvSettings
+from deploy.config.processor import multiplies_bfloat16
 from rollout.agents.agent import AgentSettings
 from rollout.engines.engine import Sampling
 from rollout.episodes.worker import RolloutSettings
@@ -47,6 +50,25 @@ def _longest_of_all(tree: dict[str, Any]) -> int:
             )
         )
     return max(longest)
+
+
+def with_data_types(tree: dict[str, Any]) -> dict[str, Any]:
+    """Fill the open data types of what computes on CPUs, in a configuration that is not validated yet.
+
+    vLLM, and a learner that begins from a checkpoint, compute in bfloat16 where the processor multiplies it. Elsewhere
+    both compute in float32, and so does everywhere a learner that begins from a tiny random model. The machine that
+    begins the run decides for all; the run keeps what it decided.
+    """
+    engine, learner, rollout = (tree.get(name, {}) for name in ("engine", "learner", "rollout"))
+    model = learner.get("model", {}) if isinstance(learner, dict) else None
+    if not all(isinstance(section, dict) for section in (engine, learner, rollout, model)):
+        return tree  # reported by the validation of the whole
+    native = multiplies_bfloat16()
+    if engine.get("kind", "vllm") == "vllm" and not rollout.get("gpus_per_worker"):
+        engine = {"dtype": "bfloat16" if native else "float32"} | engine
+    if model.get("device", "cpu") == "cpu" and model.get("path"):
+        learner = learner | {"model": {"dtype": "bfloat16" if native else "float32"} | model}
+    return tree | {"engine": engine, "learner": learner}
 
 
 def with_lengths(tree: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from deploy.config.config import RunConfig
 from deploy.config.config_checks import require_consistent
 from deploy.config.config_errors import ConfigError, explain
-from deploy.config.derived import with_correction, with_lengths
+from deploy.config.derived import with_correction, with_data_types, with_lengths
 from deploy.config.recipe_files import Nested, read_recipe, with_algorithm
 from deploy.config.renamed import require_current_names
 
@@ -47,7 +47,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     for override in others:
         _apply(tree, override)
     require_current_names(tree, recipe)
-    tree = with_lengths(tree)
+    tree = with_lengths(with_data_types(tree))
     config = parse(tree, recipe)
     corrected = with_correction(tree, config)
     return config if corrected is None else parse(corrected, recipe)

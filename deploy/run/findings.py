@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from deploy.assembly.memory_plan import GIB, MemoryPlan, ModelFacts
 from deploy.config.config import RunConfig
 from deploy.config.config_checks import config_warnings
+from deploy.config.processor import multiplies_bfloat16
 from deploy.run.job_size import DiskUse, JobSize
 from learner.training.memory_estimate import state_bytes
 from rollout.engines.vllm_start import VllmSettings
@@ -145,6 +146,15 @@ def _types(config: RunConfig) -> Iterator[Finding]:
             f"engine.dtype={engine!r} and learner.model.dtype={learner!r} round differently, and no correction weighs "
             "that: the clip drops tokens for rounding alone; use learner.algorithm.proximal='learner' and "
             "corrections=[{kind='tis'}]"
+        )
+    slow = {
+        "engine.dtype": engine == "bfloat16" and not config.rollout.gpus_per_worker,
+        "learner.model.dtype": learner == "bfloat16" and config.learner.model.device == "cpu",
+    }
+    if any(slow.values()) and not multiplies_bfloat16():
+        yield Finding(
+            f"{' and '.join(name for name, found in slow.items() if found)}='bfloat16': this processor emulates it, "
+            "several times slower than float32; leave the data types open or use 'float32'"
         )
 
 

@@ -30,7 +30,8 @@ class VllmSettings(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16",
         description="data type of the engine's weights and computation. float32 matches a float32 learner "
-        "more closely and is slower",
+        "more closely. Not set in a recipe for CPUs: float32 where the processor does not multiply bfloat16, as "
+        "`manta doctor` says",
     )
     max_num_seqs: int = Field(
         256,
