@@ -66,8 +66,8 @@ def test_a_type_that_is_emulated_is_found(monkeypatch: pytest.MonkeyPatch) -> No
     config = load_config("smollm2_sums", ("engine.dtype=bfloat16", "learner.model.dtype=bfloat16"))
     said = [each.text for each in findings.of_recipe(config) if "emulates" in each.text]
     assert said == [
-        "engine.dtype and learner.model.dtype='bfloat16': this processor emulates it, several times slower than float32; "
-        "leave the data types open or use 'float32'"
+        "engine.dtype and learner.model.dtype='bfloat16': this processor emulates it, several times slower than "
+        "float32; leave the data types open or use 'float32'"
     ]
     monkeypatch.setattr(findings, "multiplies_bfloat16", lambda: True)
     assert not [each for each in findings.of_recipe(config) if "emulates" in each.text]
