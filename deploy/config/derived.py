@@ -60,9 +60,11 @@ def with_data_types(tree: dict[str, Any]) -> dict[str, Any]:
     begins the run decides for all; the run keeps what it decided.
     """
     engine, learner, rollout = (tree.get(name, {}) for name in ("engine", "learner", "rollout"))
-    model = learner.get("model", {}) if isinstance(learner, dict) else None
-    if not all(isinstance(section, dict) for section in (engine, learner, rollout, model)):
+    if not all(isinstance(section, dict) for section in (engine, learner, rollout)):
         return tree  # reported by the validation of the whole
+    model = learner.get("model", {})
+    if not isinstance(model, dict):
+        return tree
     native = multiplies_bfloat16()
     if engine.get("kind", "vllm") == "vllm" and not rollout.get("gpus_per_worker"):
         engine = {"dtype": "bfloat16" if native else "float32"} | engine
