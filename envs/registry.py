@@ -67,6 +67,8 @@ _PLAYERS = {  # every module of envs.builtin has one
     for env_id, entry in _OURS.items()
     if isinstance(entry, str) and entry.startswith("envs.builtin.")
 }
+# A step takes microseconds and waits for nothing: waking another thread for it would take longer.
+_IMMEDIATE = frozenset({"frozen_lake", "household", "memory_corridor", "twenty_questions"})
 
 
 def register(env_id: str, factory: _Factory) -> None:
@@ -152,6 +154,11 @@ def is_trusted(env_id: str) -> bool:
     """Whether the code is Manta's, registered here, or Gymnasium's own, so that every step is trusted to return."""
     spec = gym.registry.get(env_id)
     return env_id in _OURS or (spec is not None and str(spec.entry_point).startswith("gymnasium.envs."))
+
+
+def is_immediate(env_id: str) -> bool:
+    """Whether a step of the environment, one of Manta's own, returns at once whatever the action is."""
+    return env_id in _IMMEDIATE and isinstance(_OURS[env_id], str)  # else a user's own under this id
 
 
 def has_player(env_id: str) -> bool:

@@ -159,8 +159,9 @@ class Player:
         return next((row, cells.index("P")) for row, cells in enumerate(rows) if "P" in cells)
 
     def _remember(self, rows: list[str]) -> None:
-        self._map = tuple(rows)
-        self._distances = distances(self._map)
+        known = tuple(row.replace("P", "F") for row in rows)  # the player's cell is safe
+        if known != self._map:  # most observations are of the same map
+            self._map, self._distances = known, distances(known)
 
     def _after(self, cell: Cell, move: Cell) -> int:
         target = (cell[0] + move[0], cell[1] + move[1])

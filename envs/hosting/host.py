@@ -158,13 +158,17 @@ class InProcessEnv:
     """A replica in this process. The environment's methods may be coroutines.
 
     thread: makes the environment's calls, within the limits of `settings`. Without one, they are made directly in the
-    event loop's thread, without limits.
+    event loop's thread, without limits. immediate: so are all steps, which return at once.
     """
 
     reusable = True
 
     def __init__(
-        self, env: Env, settings: HostSettings | None = None, thread: CallThread | None = None
+        self,
+        env: Env,
+        settings: HostSettings | None = None,
+        thread: CallThread | None = None,
+        immediate: bool = False,
     ) -> None:
         spec = env.unwrapped.spec
         declared = env.has_wrapper_attr("nondeterministic") and env.get_wrapper_attr("nondeterministic")
@@ -174,18 +178,23 @@ class InProcessEnv:
         self._snapshots = find_snapshots(env)
         self._settings = settings or HostSettings()
         self._thread = thread
+        self._immediate = immediate
         self._sampled: TokenUsage | None = None
         self._snapshot: bytes | None = None
 
     @classmethod
     async def start(
-        cls, make: Callable[[], Env], settings: HostSettings, gate: asyncio.Semaphore
+        cls,
+        make: Callable[[], Env],
+        settings: HostSettings,
+        gate: asyncio.Semaphore,
+        immediate: bool = False,
     ) -> InProcessEnv:
-        """Make the environment in a new thread, which makes all its calls; `gate` bounds concurrent calls."""
+        """Make the environment in a new thread, which makes its calls; `gate` bounds concurrent calls."""
         thread = CallThread(gate)
         try:
             replica: InProcessEnv = await _within(
-                thread, lambda: cls(make(), settings, thread), "start", settings.start_seconds
+                thread, lambda: cls(make(), settings, thread, immediate), "start", settings.start_seconds
             )
         except BaseException:
             thread.end()
@@ -201,7 +210,10 @@ class InProcessEnv:
     async def step(self, action: str) -> Outcome:
         step = partial(self._step, action)
         outcome: Outcome
-        outcome, self._snapshot = await self._call(step, "step", self._settings.step_seconds)
+        if self._immediate:
+            outcome, self._snapshot = await awaited(step())
+        else:
+            outcome, self._snapshot = await self._call(step, "step", self._settings.step_seconds)
         return outcome
 
     def sampled(self, sampled: TokenUsage) -> None:

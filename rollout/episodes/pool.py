@@ -158,8 +158,10 @@ class EnvironmentPool:
         recipe = registry.env_factory if self._make is registry.make else partial(partial, self._make)
         made = wrapping(recipe(env_id, **task.kwargs), evaluated(parts) if kind.evaluation else parts)
         if self._is_inline(env_id, host) and not (kind.own_process and _can_be_carried(made)):
-            if self._make is registry.make or host.where == "inline":
-                return await InProcessEnv.start(made, host, self._calls)
+            ours = self._make is registry.make
+            if ours or host.where == "inline":
+                immediate = ours and not parts and registry.is_immediate(env_id)
+                return await InProcessEnv.start(made, host, self._calls, immediate)
             return InProcessEnv(made())
         async with self._starting:
             return await (self._start if host.where == "ray" else SubprocessEnv.start)(made, host)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from envs import call_thread
+from envs import call_thread, registry
 from envs.base import TextEnv
 from envs.hosting.host import EnvironmentFailed, EnvironmentTimeout, HostSettings, InProcessEnv
 from envs.hosting.subprocess_env import SubprocessEnv
@@ -242,3 +242,27 @@ def test_an_episode_that_waits_behind_sleepers_has_its_whole_time_once_it_is_adm
     played = asyncio.run(scene())
     assert played.end_reason is (EndReason.FAILED if stuck else EndReason.TERMINATED), played.error
     assert not stuck or "longer than 0.3 s and had played" in (played.error or "")
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["ours", "replaced"])
+def test_a_step_that_returns_at_once_is_made_on_the_loop_unless_the_environment_is_a_users(
+    own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = Odd()
+    if own:
+        monkeypatch.setitem(registry._OURS, "frozen_lake", lambda: env)
+    else:
+        monkeypatch.setattr(registry, "_make_ours", lambda *_: env)
+
+    async def scene() -> None:
+        pool = EnvironmentPool()
+        task = Task.of("frozen_lake", 3)
+        replica = await pool.take(task)
+        await replica.reset(3)
+        await replica.step("on")
+        pool.give_back(task, replica)
+        await pool.close()
+
+    asyncio.run(scene())
+    assert (threading.get_ident() in env.threads) is not own
+    assert len(env.threads) == (1 if own else 2)  # the rest is done in the replica's thread
