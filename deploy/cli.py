@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from deploy.commands import evaluate, label, look, models
+from deploy.commands import evaluate, label, look, models, rewards
 from deploy.commands.evaluate import Memory, Trust
 from deploy.commands.look import EnvOptions, Overrides
 from deploy.report.console import errors, one_line, output, standard_streams, use_utf8, without_colours, write
@@ -203,6 +203,7 @@ app.add_typer(evaluate.app)
 app.add_typer(label.app)
 app.add_typer(look.app)
 app.add_typer(models.app)
+app.add_typer(rewards.app)
 
 
 def main() -> None:

@@ -312,12 +312,16 @@ SYNC = MetricGroup(
 GROUPS = (EPISODES, ENVIRONMENTS, REUSED, BATCH, UPDATE, CRITIC, LOOP, SYNC)
 
 # Rows of their own, in the form of a run's; guards do not see them.
-_PAIRS, _ILQL = "the stage is of kind `preference`", "the stage is of kind `ilql`"
+_ILQL = "the stage is of kind `ilql`"
+_KTO = "the stage is of kind `kto`"
+_REWARD = "the stage is of kind `reward_model`"
+_COMPARED = "the stage is of kind `preference` or `reward_model`"
+_JUDGED = "the stage is of kind `preference`, `kto` or `reward_model`"
 STAGES = MetricGroup(
     "Stages",
     "learner/stages/",
     "A stage before reinforcement learning has a file of its own, `RUN/stages/0/metrics.jsonl` and so on, with one row "
-    "an optimizer step. Stages of kinds `sft`, `preference` and `ilql` write `step`, `loss`, `grad_norm`, "
+    "an optimizer step. Stages of kinds `sft`, `preference`, `kto`, `reward_model` and `ilql` write `step`, `loss`, `grad_norm`, "
     "`learning_rate`, `skipped_step`, `idle_step`, `entropy`, `tokens_processed`, `tokens_effective`, `tokens_scored` "
     "and `batch_tokens_sampled` as above. A step that is not finite stands there with `skipped_step` 1.",
     (
@@ -325,12 +329,23 @@ STAGES = MetricGroup(
         Metric(
             "chosen_reward",
             "nats",
-            "What the better answer is worth to the policy: beta log(pi/ref), mean",
-            _PAIRS,
+            "What the better answer, or a good one, is worth: to the policy, beta log(pi/ref), or to the reward model; "
+            "mean",
+            _JUDGED,
         ),
-        Metric("rejected_reward", "nats", "The same of the worse answer", _PAIRS),
-        Metric("reward_margin", "nats", "Difference of the two", _PAIRS),
-        Metric("reward_accuracy", "fraction", "Share of pairs whose better answer is worth more", _PAIRS),
+        Metric("rejected_reward", "nats", "The same of the worse answer, or a bad one", _JUDGED),
+        Metric("reward_margin", "nats", "Difference of the two", _JUDGED),
+        Metric("reward_accuracy", "fraction", "Share of pairs whose better answer is worth more", _COMPARED),
+        Metric(
+            "reference_point",
+            "nats",
+            "Mean log(pi/ref) of answers that belong to other prompts, at least 0: the divergence that good answers "
+            "are to exceed",
+            _KTO,
+        ),
+        Metric("heldout_accuracy", "fraction", "The same of the pairs set aside, after an epoch", _REWARD),
+        Metric("heldout_loss", "nats", "Mean loss of the pairs set aside, after an epoch", _REWARD),
+        Metric("head_grad_norm", "2-norm", "Norm of the head's gradient before clipping", _REWARD),
         Metric("q", "reward", "Value of a sampled token, mean of both heads and over the tokens", _ILQL),
         Metric("v", "reward", "Value of the state before a sampled token", _ILQL),
         Metric("advantage", "reward", "The lower of both slow action values, minus the state value", _ILQL),

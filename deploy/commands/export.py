@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -55,5 +56,23 @@ def fresh_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def fresh_file(target: Path) -> Iterator[Path]:
+    """Yield a file to write that becomes `target` at the end of the block. ConfigError if `target` exists."""
+    if target.exists():
+        raise _taken(target)
+    partial = target.with_name(f".partial-{secrets.token_hex(4)}{target.suffix}")
+    try:
+        with run_folder.writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            try:
+                os.link(partial, target)  # fails where another process was faster
+            except FileExistsError:
+                raise _taken(target) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _taken(target: Path) -> ConfigError:
-    return ConfigError(f"{target} exists already; choose a new folder")
+    return ConfigError(f"{target} exists already; choose a new name")

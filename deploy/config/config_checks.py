@@ -15,6 +15,7 @@ from deploy.config.guards import DEFAULTS
 from learner.algorithm.corrections import LagMask
 from learner.algorithm.estimators import ReinforceAdvantage
 from learner.algorithm.schedule import learning_rate
+from learner.stages.settings import RewardModelSettings
 from rollout.external.external_env import PROGRAM
 from rollout.wire.trajectory import EnvironmentKey
 from rollout.wire.weights import PROBE_TOKENS
@@ -38,6 +39,7 @@ def require_consistent(config: RunConfig) -> None:
         _updates,
         _critic,
         _schedules,
+        _reward_model,
         _corrections,
         _overlong,
         _guards,
@@ -251,6 +253,16 @@ def _schedules(config: RunConfig) -> None:
         except ValueError as error:
             waits = " (none while the critic warms up)" if critic and optim is learner.optim else ""
             raise ValueError(f"{name}: {error}{waits}; lower {name}.warmup_steps or train longer") from error
+
+
+def _reward_model(config: RunConfig) -> None:
+    """A reward model takes the policy's place, so that nothing can be played or learned behind it."""
+    places = [place for place, stage in enumerate(config.stages) if isinstance(stage, RewardModelSettings)]
+    if places and (places[0] + 1 < len(config.stages) or config.steps or config.evaluation.evaluates):
+        raise ValueError(
+            f"stages.{places[0]} makes a reward model, which cannot play: it is the last stage of a run with steps=0 "
+            "and evaluation.tasks=0; train the policy in a run of its own"
+        )
 
 
 # Options without effect ---------------------------------------------------------------------------------------------

@@ -32,7 +32,14 @@ from envs.tools.tool import ToolRefused
 from learner.model.lora import planned
 from learner.model.tiny import build_tiny
 from learner.model.tiny_vision import tiny_processor
-from learner.stages.settings import AnyStage, DatasetSource, PreferenceSettings, RunSource, SftSettings
+from learner.stages.settings import (
+    AnyStage,
+    DatasetSource,
+    PreferenceSettings,
+    RewardModelSettings,
+    RunSource,
+    SftSettings,
+)
 from rollout.agents.memory import NotebookSettings
 from rollout.agents.settings import OwnAgentPart, PartSettings
 from rollout.agents.tools import ToolsSettings
@@ -192,10 +199,13 @@ def check_recorded(stage: AnyStage, source: DatasetSource, option: str) -> None:
         if isinstance(stage, SftSettings) and 0.0 in worths:
             raise ConfigError(
                 f'{option}: row {place} holds an answer to be avoided (rejected, or label false); kind = "sft" learns '
-                'every answer. Use kind = "preference"'
+                'every answer. Use kind = "preference" for pairs, "kto" for labels'
             )
-        if isinstance(stage, PreferenceSettings) and len(worths) < 2:
-            raise ConfigError(f"{option}: row {place} holds no pair: it needs columns chosen and rejected")
+        if isinstance(stage, PreferenceSettings | RewardModelSettings) and len(worths) < 2:
+            raise ConfigError(
+                f"{option}: row {place} holds no pair: it needs columns chosen and rejected; "
+                'single answers with a label are learned by kind = "kto"'
+            )
 
 
 def check_engine(engine: EngineSettings, on_gpu: bool) -> None:

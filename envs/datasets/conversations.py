@@ -6,6 +6,7 @@ Rows are read as TRL, OpenRLHF and ShareGPT write them:
     prompt + completion  (input + output)         the completion
     prompt + completion + label                   the same, worth 1 or 0
     prompt + chosen + rejected                    two conversations, worth 1 and 0
+    prompt + chosen + rejected + margin           the same, worth the margin and 0
     chosen + rejected                             the same; what both begin with is the prompt
 
 A column `tools` has the JSON schemas of the tools that the assistant could call.
@@ -13,6 +14,8 @@ A column `tools` has the JSON schemas of the tools that the assistant could call
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -22,6 +25,7 @@ from envs.base import Info, Message, Observation, TextEnv, text_space
 from envs.datasets.files import DataError, Row, open_rows
 from envs.datasets.schema import PROMPTS, as_messages, first_of
 
+_LEAST_MARGIN = 1e-6
 COMPLETIONS = ("completion", "output", "response", "answer", "solution")
 
 
@@ -54,17 +58,27 @@ def conversations(
 def of_row(row: Row, where: str, system: str | None = None) -> list[Conversation]:
     """The conversations of a row. DataError where it holds none."""
     talks = _of_row(row, where, system)
-    tools = row.get("tools") or []
-    if not isinstance(tools, list):
-        raise DataError(f"{where}: tools is a list of JSON schemas, found {tools!r:.60}")
+    tools = _tools(row, where)
     return [each.offering(tools) for each in talks] if tools else talks
+
+
+def _tools(row: Row, where: str) -> list[Any]:
+    """The column `tools`: a list, or JSON of one, since files of columns hold no lists of unlike objects."""
+    said = row.get("tools") or []
+    try:
+        tools = json.loads(said) if isinstance(said, str) else said
+    except ValueError:
+        tools = None
+    if not isinstance(tools, list):
+        raise DataError(f"{where}: tools is a list of JSON schemas, found {said!r:.60}")
+    return tools
 
 
 def _of_row(row: Row, where: str, system: str | None) -> list[Conversation]:
     if row.get("chosen") is not None and row.get("rejected") is not None:
         return [
             _conversation(prompt, answer, where, system, reward)
-            for reward, (prompt, answer) in zip((1.0, 0.0), _pair(row, where), strict=True)
+            for reward, (prompt, answer) in zip((_margin(row, where), 0.0), _pair(row, where), strict=True)
         ]
     prompt = first_of(row, PROMPTS)
     if prompt is None:
@@ -97,6 +111,17 @@ def _pair(row: Row, where: str) -> tuple[tuple[list[Message], list[Message]], ..
         )
     shared = len([*takewhile(lambda both: both[0] == both[1], zip(*sides, strict=False))])
     return tuple((side[:shared], side[shared:]) for side in sides)
+
+
+def _margin(row: Row, where: str) -> float:
+    """By how much the chosen conversation is worth more. A margin of 0 is made small: the order remains."""
+    if (margin := row.get("margin")) is None:
+        return 1.0
+    if not isinstance(margin, int | float) or not 0 <= margin < math.inf:
+        raise DataError(
+            f"{where}: the margin is {margin!r:.40}; give a number of 0 or more, the better answer as chosen"
+        )
+    return max(float(margin), _LEAST_MARGIN)
 
 
 def _answer(said: Any, where: str) -> list[Message]:

@@ -150,7 +150,8 @@ def _message(said: Any, where: str) -> Message:
         raise DataError(
             f"{where}: a message has a role ({', '.join(ROLES)}) and a content (text or parts), found {said!r:.80}"
         )
-    return {"role": role, "content": content}
+    name = {"name": said["name"]} if role == "tool" and isinstance(said.get("name"), str) else {}
+    return {"role": role, "content": content, **name}
 
 
 def _with_pictures(messages: list[Message], pictures: Any, where: str) -> list[Message]:

@@ -3,8 +3,8 @@
     rewards = "number"
     rewards = [{ kind = "number" }, { kind = "mine:brevity", weight = 0.2, words = 40 }]
 
-Each gives a number; ours within [0, 1]. The reward is their weighted sum, and each is stored under its name. The first
-says whether the answer is right: it is where it gives 1.
+Each gives a number; ours, but for that of a reward model, within [0, 1]. The reward is their weighted sum, and each is
+stored under its name. The first says whether the answer is right: it is where it gives 1.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from envs.base import Message, as_number
 from envs.rewards import answers, checked
 from envs.rewards.judge import judge
+from envs.rewards.reward_model import reward_model
 from envs.user_functions import load_function, settled
 
 KINDS: dict[str, Callable[..., float]] = {
@@ -31,7 +32,9 @@ KINDS: dict[str, Callable[..., float]] = {
     "json": checked.json_schema,
     "code": checked.code,
     "judge": judge,
+    "model": reward_model,
 }
+_UNBOUNDED = ("model",)
 _NEEDS = {"math": ("math_verify", "math"), "judge": ("openai", "judge")}  # kind -> (module, extra)
 _OWN = ("kind", "weight", "name")
 
@@ -89,6 +92,8 @@ class Reward:
 
     def __call__(self, said: Said) -> float:
         """The number that this reward gives. ValueError, TypeError for what is no finite number."""
+        if self.kind == "model":
+            return reward_model(said.trajectory, **self.options)
         if self.kind in KINDS:
             beside = (said.task, said.conversation) if self.kind == "judge" else ()
             return KINDS[self.kind](said.completion, said.truth, *beside, **self.options)
@@ -166,8 +171,8 @@ def rewards_of(sections: str | dict[str, Any] | Sequence[str | dict[str, Any]]) 
 
 
 def reward_range(rewards: Sequence[Reward]) -> tuple[float, float]:
-    """The least and the most that the weighted sum comes to; a user's own reward has no bounds."""
-    if any(reward.kind not in KINDS for reward in rewards):
+    """The least and the most that the weighted sum comes to; a user's own reward and a model's have no bounds."""
+    if any(reward.kind not in KINDS or reward.kind in _UNBOUNDED for reward in rewards):
         return -math.inf, math.inf
     weights = [reward.weight for reward in rewards]
     return sum(min(weight, 0.0) for weight in weights), sum(max(weight, 0.0) for weight in weights)

@@ -1,7 +1,8 @@
-"""Losses of preferences: a better answer against a worse one. Pure functions on torch tensors, [P] over pairs.
+"""Losses of preferences: a better answer against a worse one, or answers that are good or bad. Pure functions.
 
-Inputs are what `Pairs` holds: log-probabilities in nats, summed over the tokens of an answer, and counts of these
-tokens. A loss is [P], not reduced, with statistics; it is a section of the recipe, chosen by `kind`.
+Tensors are [P] over pairs or [E] over single answers; log-probabilities are in nats, summed over the tokens of an
+answer. A loss is not reduced. Those of pairs return statistics besides; each is a section of the recipe, chosen by
+`kind`.
 """
 
 from __future__ import annotations
@@ -72,6 +73,36 @@ def orpo(pairs: Pairs, weight: float) -> PreferenceValue:
     rejected_P = pairs.rejected / pairs.rejected_tokens
     odds_P = _log_odds(chosen_P) - _log_odds(rejected_P)
     return -chosen_P - weight * logsigmoid(odds_P), _rewards(weight * chosen_P, weight * rejected_P)
+
+
+def kto(
+    logprobs_E: Tensor,
+    reference_E: Tensor,
+    desirable_E: Tensor,
+    point: Tensor,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """w (1 - sigma(+-beta (log(pi/ref) - z))), + for desirable answers: Ethayarajh et al. 2024.
+
+    desirable_E: bool. point: z, one number of 0 or more, the divergence from the reference, without gradient.
+    """
+    sign_E = torch.where(desirable_E, 1.0, -1.0).to(logprobs_E.dtype)
+    weight_E = torch.where(desirable_E, desirable_weight, undesirable_weight).to(logprobs_E.dtype)
+    return weight_E * (1 - torch.sigmoid(sign_E * beta * (_gain(logprobs_E, reference_E) - point)))
+
+
+def bradley_terry(
+    chosen_P: Tensor, rejected_P: Tensor, margin_P: Tensor, centre: float = 0.0
+) -> PreferenceValue:
+    """-log sigma(r(chosen) - r(rejected) - margin) + centre (r(chosen) + r(rejected))^2, of rewards r.
+
+    Bradley and Terry 1952; with a margin as in Touvron et al. 2023 (Llama 2), section 3.2.2. The second term keeps
+    rewards around 0, which pairs alone leave open.
+    """
+    loss_P = -logsigmoid(chosen_P - rejected_P - margin_P) + centre * (chosen_P + rejected_P).square()
+    return loss_P, _rewards(chosen_P, rejected_P)
 
 
 def _gain(logprobs_P: Tensor, reference_P: Tensor) -> Tensor:

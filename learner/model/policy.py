@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,7 +20,6 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from learner.data.batch import MicroBatch
 from learner.data.prefix_tree import PrefixTree
@@ -31,7 +29,10 @@ from learner.model.linear import use_onednn
 from learner.model.logprobs import token_logprobs
 from learner.model.lora import Adapter
 from learner.model.perception import FAMILIES, PictureInputs
+from learner.model.reward_head import classifier_files
+from learner.model.saving import write_weights
 from learner.model.source import local_model
+from learner.parallel.auxiliary import AuxiliaryModule
 from learner.parallel.ranks import ALONE, Ranks
 from learner.parallel.shards import gathered_state, shard
 from learner.settings import ModelSettings
@@ -42,7 +43,6 @@ from rollout.wire.trajectory import Float32Array
 T = TypeVar("T")
 
 _LEAST_CHUNK = 8  # vocabulary entries at a time, at least
-_SHARD = "50GB"  # the largest file of weights
 _NEVER = -1e4  # added to a logit: exp of it is zero, and zero times it is not NaN
 _ADAPTER = "adapter"  # folder of the adapter's own tensors, inside that of the merged model
 
@@ -87,6 +87,7 @@ class Policy:
             self.adapter = Adapter(self.model, settings.lora) if settings.lora else None
         # The probe of every weight sync (learner.training.probe), once drawn.
         self.probe_text: tuple[int, ...] = ()
+        self._reward_head: AuxiliaryModule | None = None
         if settings.gradient_checkpointing:
             self._checkpoint_gradients()
         if settings.device == "cpu" and settings.dtype == "float32":
@@ -115,6 +116,19 @@ class Policy:
         other = Policy(self.settings, self.ranks)
         other.model.load_state_dict(self.model.state_dict())
         return other
+
+    def make_reward_model(self, head: AuxiliaryModule, last_tokens: Collection[int]) -> None:
+        """From here on `save` writes a reward model: the trunk with this head (`learner.model.reward_head`).
+
+        last_tokens: ids that conversations end with.
+        """
+        self._reward_head = head
+        self._files = classifier_files(self._files, self.model_type, last_tokens)
+
+    @property
+    def model_type(self) -> str:
+        """The family's name in transformers."""
+        return str(self.model.config.model_type)
 
     @property
     def context(self) -> int:
@@ -222,21 +236,20 @@ class Policy:
         a collective call that precedes rank 0's writing.
         """
         if weights is None:
-            weights = dict(self._merged(self.model.state_dict().items()))
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = revert_weight_conversion(
-            self.model, remove_tied_weights_from_state_dict(dict(weights), self.model)
-        )
-        save_torch_state_dict(
-            {name: _with_own_storage(tensor) for name, tensor in kept.items()}, folder, max_shard_size=_SHARD
-        )
+            weights = dict(self._merged(self.model.state_dict().items())) | self._head_state()
+        write_weights(self.model, weights, folder)
         write_companions(self._files, folder)
         if self.adapter is not None:
             self.adapter.save(folder / _ADAPTER)
 
     def whole_state(self) -> dict[str, Tensor] | None:
         """Gather sharded parameters into rank 0's host memory; None on a single rank."""
-        return None if self.sharded is None else gathered_state(self.model, self.ranks)
+        return None if self.sharded is None else gathered_state(self.model, self.ranks) | self._head_state()
+
+    def _head_state(self) -> dict[str, Tensor]:
+        """The reward head's weight, if this is a reward model; gathered like the others."""
+        head = self._reward_head
+        return {} if head is None else gathered_state(head.module, self.ranks)
 
     @property
     def _head(self) -> nn.Linear:
@@ -342,11 +355,6 @@ class Policy:
             )
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-
-def _with_own_storage(tensor: Tensor) -> Tensor:
-    """The tensor, copied if it is a part of a larger one, as an expert's matrix is: such a view cannot be saved."""
-    return tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
 
 
 def _load(settings: ModelSettings) -> tuple[Path, PreTrainedModel]:

@@ -3,26 +3,31 @@
     groups -> pairs (best, worst by reward) -> log-probabilities of both -> loss of the pairs -> weight of each episode
            -> one optimizer step whose gradient is the pairs' own
 
-A loss of pairs is a function of log-probabilities s of episodes. Its gradient is the sum of (dL/ds) times the gradient
-of s, so each episode is weighed by dL/ds and dealt and packed like any other: a pair need not lie in one micro-batch.
+Both episodes of a pair are dealt and packed like any other (`learner.stages.whole_episodes`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from learner.algorithm.preferences import Pairs
-from learner.data.batch import MicroBatch
 from learner.data.prepare import Example
 from learner.stages.epochs import Epochs
 from learner.stages.settings import PreferenceSettings
 from learner.stages.stage import StageLearner
+from learner.stages.whole_episodes import total_logprobs, weigh, weighed_logprobs
 from rollout.wire.metrics import Row
-from rollout.wire.trajectory import Group
+from rollout.wire.trajectory import Group, Trajectory
+
+
+def best_and_worst(groups: Sequence[Group]) -> list[tuple[Trajectory, Trajectory]]:
+    """The episodes of the most and of the least reward of each group in which they differ."""
+    ranked = [sorted(group.trainable, key=lambda episode: episode.reward) for group in groups]
+    return [(each[-1], each[0]) for each in ranked if each and each[0].reward < each[-1].reward]
 
 
 class Preference:
@@ -35,9 +40,7 @@ class Preference:
         """Make the pairs and the reference's log-probabilities; returns the optimizer steps of all epochs."""
         settings = self._settings
         self._learner = learner
-        ranked = [sorted(group.trainable, key=lambda episode: episode.reward) for group in groups]
-        unequal = [each for each in ranked if each and each[0].reward < each[-1].reward]
-        self._pairs = [(Example.of(each[-1]), Example.of(each[0])) for each in unequal]
+        self._pairs = [(Example.of(better), Example.of(worse)) for better, worse in best_and_worst(groups)]
         steps = settings.steps(len(self._pairs))
         self._optimizer = learner.optimizer(settings.optim, steps)
         self._reference_P2 = (
@@ -53,13 +56,9 @@ class Preference:
         chosen = self._epochs.chosen(step, range(len(self._pairs)))
         totals_P2 = self._totals(chosen).requires_grad_()
         loss_P, statistics = self._settings.loss(self._of(chosen, totals_P2))
-        (pull_P2,) = torch.autograd.grad(loss_P.mean(), totals_P2)
         examples = [example for place in chosen for example in self._pairs[place]]
-        # An optimizer's step averages over tokens: that is undone, so that the pairs weigh alike.
-        tokens = sum(example.trajectory.num_sampled for example in examples)
-        for example, pull in zip(examples, pull_P2.flatten().tolist(), strict=True):
-            example.advantages_N[:] = -pull * tokens
-        row = self._optimizer.step(examples, self._weighed)
+        weigh(examples, totals_P2, loss_P.mean())
+        row = self._optimizer.step(examples, partial(weighed_logprobs, self._learner.policy))
         means = {name: float(values_P.mean()) for name, values_P in statistics.items()}
         return {
             **row,
@@ -71,8 +70,7 @@ class Preference:
     def _totals(self, places: Sequence[int]) -> Tensor:
         """The policy's log-probability of both episodes of these pairs: float64 [P, 2]."""
         examples = [example for place in places for example in self._pairs[place]]
-        found = [float(logprobs_N.sum(dtype=np.float64)) for logprobs_N in self._learner.logprobs(examples)]
-        return torch.tensor(found, dtype=torch.float64).reshape(-1, 2)
+        return total_logprobs(self._learner, examples).reshape(-1, 2)
 
     def _of(self, places: Sequence[int], totals_P2: Tensor) -> Pairs:
         pairs = [self._pairs[place] for place in places]
@@ -80,7 +78,3 @@ class Preference:
         reference_P2 = self._reference_P2[list(places)]
         columns = (each for found_P2 in (totals_P2, reference_P2, tokens_P2) for each in found_P2.unbind(1))
         return Pairs(*columns)
-
-    def _weighed(self, micro: MicroBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        logprobs_N, entropy_N = self._learner.policy.score(micro, 1.0)
-        return -micro.advantages_N * logprobs_N, {"entropy": entropy_N.detach()}

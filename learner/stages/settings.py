@@ -193,6 +193,65 @@ class PreferenceSettings(StageSettings, extra="forbid", frozen=True):
         return self.epochs * -(-pairs // self.pairs_per_step)
 
 
+class KtoSettings(EpisodeSettings, extra="forbid", frozen=True):
+    """Kahneman-Tversky optimization: raise answers that were found good and lower bad ones, without pairs."""
+
+    kind: Literal["kto"] = "kto"
+    optim: OptimSettings = Field(
+        default=OptimSettings(learning_rate=1e-6), description="the stage's own optimizer"
+    )
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        description="how strongly the policy is held to the reference; smaller lets it go further",
+    )
+    desirable_from: float = Field(
+        default=0.5, description="episodes whose total reward reaches this are good, all others bad"
+    )
+    desirable_weight: float = Field(
+        default=1.0,
+        gt=0,
+        description="weight of a good episode. Where one label is rarer, raise its weight: the weights times the "
+        "numbers of good and of bad episodes should be within a factor of 4/3",
+    )
+    undesirable_weight: float = Field(default=1.0, gt=0, description="weight of a bad episode")
+
+
+class RewardModelSettings(StageSettings, extra="forbid", frozen=True):
+    """A reward model: one number a conversation, larger for the better one of a pair. It takes the policy's place."""
+
+    kind: Literal["reward_model"] = "reward_model"
+    optim: OptimSettings = Field(
+        default=OptimSettings(learning_rate=1e-5), description="optimizer of the model"
+    )
+    head_optim: OptimSettings = Field(
+        default=OptimSettings(learning_rate=1e-3), description="optimizer of the head, which begins as zeros"
+    )
+    epochs: int = Field(default=1, ge=1, description="passes over the pairs")
+    pairs_per_step: int = Field(default=32, ge=1, description="pairs in one optimizer step")
+    margin: float = Field(
+        default=0.0,
+        ge=0,
+        description="factor of the difference of a pair's rewards (the column `margin` of a data file), by which the "
+        "better one is to be worth more; 0: no margin",
+    )
+    centre: float = Field(
+        default=0.0,
+        ge=0,
+        description="factor of the squared sum of a pair's rewards, which keeps them around 0",
+    )
+    heldout_share: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="share of the prompts whose pairs are not learned, but judged after every epoch",
+    )
+
+    def steps(self, pairs: int) -> int:
+        """How many optimizer steps that many pairs make."""
+        return self.epochs * -(-pairs // self.pairs_per_step)
+
+
 class OwnStage(StageSettings, OwnPart):
     """A stage of a user's own: a class whose instances have `begin` and `advance`, see learner/stages/stage.py."""
 
@@ -216,7 +275,7 @@ def _sft_unless_said(section: Any) -> Any:
 
 
 BuiltInStage = Annotated[
-    SftSettings | PreferenceSettings | IlqlSettings,
+    SftSettings | PreferenceSettings | KtoSettings | RewardModelSettings | IlqlSettings,
     Field(discriminator="kind"),
     BeforeValidator(_sft_unless_said),
 ]

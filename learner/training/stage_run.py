@@ -23,9 +23,19 @@ from learner.parallel.auxiliary import AuxiliaryModule
 from learner.parallel.ranks import Ranks
 from learner.settings import LearnerSettings
 from learner.stages.ilql import Ilql
+from learner.stages.kto import Kto
 from learner.stages.own import Owned
 from learner.stages.preference import Preference
-from learner.stages.settings import AnyStage, IlqlSettings, OwnStage, PreferenceSettings, SftSettings
+from learner.stages.reward_model import RewardModel
+from learner.stages.settings import (
+    AnyStage,
+    IlqlSettings,
+    KtoSettings,
+    OwnStage,
+    PreferenceSettings,
+    RewardModelSettings,
+    SftSettings,
+)
 from learner.stages.sft import Sft
 from learner.stages.stage import Stage, StageLoss, StateValue
 from learner.training.checkpoint import CheckpointError
@@ -247,6 +257,10 @@ def _stage_of(settings: AnyStage) -> Stage:
             return Sft(settings)
         case PreferenceSettings():
             return Preference(settings)
+        case KtoSettings():
+            return Kto(settings)
+        case RewardModelSettings():
+            return RewardModel(settings)
         case IlqlSettings():
             return Ilql(settings)
         case OwnStage():

@@ -187,18 +187,19 @@ def test_every_metric_that_a_run_writes_is_in_the_page_and_every_one_of_the_page
 def test_the_metrics_of_stages_are_those_of_the_page(tmp_path: Path) -> None:
     of_kind = {
         kind: {each.name for each in STAGES.metrics if f"`{kind}`" in each.when}
-        for kind in ("preference", "ilql")
+        for kind in ("preference", "kto", "reward_model", "ilql")
     }
     said, *others = STAGES.metrics
-    assert len(others) == sum(map(len, of_kind.values()))
+    assert {each.name for each in others} == set().union(*of_kind.values())
     played = "source={kind='player', episodes=4}"
-    stages = f"stages=[{{kind='sft', {played}}}, {{kind='ilql', {played}}}]"
+    stages = f"stages=[{{kind='sft', {played}}}, {{kind='ilql', {played}}}, {{kind='kto', {played}}}]"
     train(configured("steps=0", "evaluation.tasks=0", stages), tmp_path / "run")
-    sft, ilql = (
+    sft, ilql, judged = (
         {name for row in read_metrics(stage_folder(tmp_path / "run", index)) for name in row}
-        for index in (0, 1)
+        for index in (0, 1, 2)
     )
     assert sft - {said.name} == set(re.findall(r"`(\w+)`", STAGES.about)) - {"sft", *of_kind}
     assert said.name in sft and ilql - sft == of_kind["ilql"]
+    assert judged - sft == of_kind["kto"]
     assert of_kind["preference"] == {*DpoLoss()(Pairs(*[torch.ones(1)] * 6))[1]}
     assert all(f"| `{each.name}` |" in _page("metrics.md") for each in STAGES.metrics)

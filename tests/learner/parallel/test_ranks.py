@@ -14,7 +14,7 @@ from learner.algorithm.schedule import OptimSettings
 from learner.model.tiny import build_tiny
 from learner.model.tokenizer import build_tokenizer
 from learner.parallel.ranks import RankLost, Ranks
-from learner.stages.settings import AnyStage, IlqlSettings
+from learner.stages.settings import AnyStage, IlqlSettings, KtoSettings, RewardModelSettings
 from learner.training.checkpoint import latest
 from tests.learner.ranked import (
     SFT,
@@ -143,7 +143,11 @@ ILQL = IlqlSettings(
 )
 
 
-@pytest.mark.parametrize("stage", [SFT, ILQL], ids=["sft", "ilql"])
+KTO = KtoSettings(episodes_per_step=4, epochs=2, optim=OptimSettings(learning_rate=1e-2))
+REWARD = RewardModelSettings(pairs_per_step=1, epochs=2, optim=OptimSettings(learning_rate=1e-2))
+
+
+@pytest.mark.parametrize("stage", [SFT, KTO, REWARD, ILQL], ids=["sft", "kto", "reward_model", "ilql"])
 def test_a_stage_is_continued_from_its_checkpoint_by_any_number_of_ranks(
     stage: AnyStage, tiny: Path, tmp_path: Path
 ) -> None:

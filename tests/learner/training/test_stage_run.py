@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,16 +12,31 @@ from transformers import AutoModelForCausalLM
 from learner.algorithm.preferences import AnyPreferenceLoss, DpoLoss, IpoLoss, OrpoLoss, Pairs, SimpoLoss
 from learner.algorithm.schedule import OptimSettings
 from learner.settings import LearnerSettings, ModelSettings
-from learner.stages.settings import AnyStage, IlqlSettings, OwnStage, PreferenceSettings, SftSettings
+from learner.stages.kto import Kto
+from learner.stages.settings import (
+    AnyStage,
+    IlqlSettings,
+    KtoSettings,
+    OwnStage,
+    PreferenceSettings,
+    RewardModelSettings,
+    SftSettings,
+)
 from learner.training.checkpoint import CheckpointError, newest, next_stage
 from learner.training.learner import Learner
-from rollout.wire.trajectory import Group
+from rollout.wire.trajectory import Group, Trajectory
 from tests.learner.staged import action_logprobs, learned
 
 Groups = Callable[..., Group]
 SFT = SftSettings(optim=OptimSettings(learning_rate=5e-3, warmup_steps=3), epochs=2, episodes_per_step=3)
 DPO = PreferenceSettings(
     optim=OptimSettings(learning_rate=5e-3, max_grad_norm=1e9), epochs=3, pairs_per_step=4
+)
+KTO = KtoSettings(
+    optim=OptimSettings(learning_rate=5e-3, max_grad_norm=1e9), epochs=3, episodes_per_step=3, beta=0.5
+)
+REWARD = RewardModelSettings(
+    optim=OptimSettings(learning_rate=5e-3), epochs=3, pairs_per_step=2, margin=0.5, heldout_share=0.25
 )
 ILQL = IlqlSettings(
     optim=OptimSettings(learning_rate=5e-3, warmup_steps=3),
@@ -54,8 +69,8 @@ def groups(group_of: Groups) -> list[Group]:
 
 @pytest.mark.parametrize(
     "stage",
-    [SFT, DPO.model_copy(update={"pairs_per_step": 2}), ILQL, PREFERENCES, RETURNS],
-    ids=["sft", "preference", "ilql", "own", "own modules"],
+    [SFT, DPO.model_copy(update={"pairs_per_step": 2}), KTO, REWARD, ILQL, PREFERENCES, RETURNS],
+    ids=["sft", "preference", "kto", "reward_model", "ilql", "own", "own modules"],
 )
 def test_a_stage_goes_on_from_its_checkpoint_bit_for_bit(
     stage: AnyStage, tiny: Path, tmp_path: Path, groups: list[Group]
@@ -184,6 +199,55 @@ def test_a_step_of_pairs_is_the_gradient_of_their_mean_loss(
         torch.testing.assert_close(of_learner, plain, atol=2e-5, rtol=1e-3)
     rows = learner.advance_stage(99)
     assert len(rows) == 2 and rows[-1]["loss"] < first["loss"]
+
+
+def plain_logprobs(model: torch.nn.Module, episodes: Sequence[Trajectory]) -> torch.Tensor:
+    return torch.stack([action_logprobs(model, each).sum() for each in episodes]).double()
+
+
+def test_a_step_of_kto_is_the_gradient_of_its_mean_loss_around_the_batchs_reference_point(
+    tiny: Path, groups: list[Group]
+) -> None:
+    """The second step, where the policy has left the reference; a plain model computes all episodes at once."""
+    learner = made(tiny, KTO.model_copy(update={"episodes_per_step": 8, "desirable_weight": 1.5}))
+    assert learner.begin_stage(0, groups) == (0, 3)
+    run = learner.stages._run
+    assert run is not None and isinstance(run._stage, Kto)
+    own, foreign = ([pair[side].trajectory for pair in run._stage._examples] for side in (0, 1))
+    # Every first prompt has the first answer of one other episode, and every answer is used once.
+    assert [each.turns[0].prompt_ids.tolist() for each in foreign] == [
+        each.turns[0].prompt_ids.tolist() for each in own
+    ]
+    taken = [[other.turns[0].action_ids is each.turns[0].action_ids for other in own] for each in foreign]
+    assert all(map(any, taken)) and not any(row[place] for place, row in enumerate(taken))
+
+    learner.advance_stage(1)
+    at_step = AutoModelForCausalLM.from_pretrained(tiny)
+    at_step.load_state_dict(learner.policy.model.state_dict())
+    (second,) = learner.advance_stage(1)
+    found = [parameter.grad for parameter in learner.policy.parameters() if parameter.grad is not None]
+
+    reference = AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        gaps_E = plain_logprobs(at_step, foreign) - plain_logprobs(reference, foreign)
+        reference_E = plain_logprobs(reference, own)
+    point = max(gaps_E.mean().item(), 0.0)
+    gains_E = plain_logprobs(at_step, own) - reference_E
+    good_E = torch.tensor([each.reward == 1.0 for each in own])
+    value_E = torch.where(
+        good_E, 1.5 * torch.sigmoid(0.5 * (gains_E - point)), torch.sigmoid(0.5 * (point - gains_E))
+    )
+    expected_loss = (torch.where(good_E, 1.5, 1.0) - value_E).mean()
+    expected_loss.backward()
+    expected = [parameter.grad for parameter in at_step.parameters() if parameter.grad is not None]
+    assert second["reference_point"] == pytest.approx(point, abs=1e-5)
+    assert second["loss"] == pytest.approx(expected_loss.item(), abs=1e-5)
+    assert second["chosen_reward"] == pytest.approx(0.5 * gains_E[good_E].mean().item(), abs=1e-5)
+    assert len(found) == len(expected)
+    for of_learner, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(of_learner, plain, atol=2e-5, rtol=1e-3)
+    (third,) = learner.advance_stage(1)
+    assert third["reward_margin"] > second["reward_margin"] > 0.0
 
 
 def test_groups_without_a_better_episode_make_no_pair(tiny: Path, group_of: Groups) -> None:
