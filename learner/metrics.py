@@ -321,9 +321,10 @@ STAGES = MetricGroup(
     "Stages",
     "learner/stages/",
     "A stage before reinforcement learning has a file of its own, `RUN/stages/0/metrics.jsonl` and so on, with one row "
-    "an optimizer step. Stages of kinds `sft`, `preference`, `kto`, `reward_model` and `ilql` write `step`, `loss`, `grad_norm`, "
-    "`learning_rate`, `skipped_step`, `idle_step`, `entropy`, `tokens_processed`, `tokens_effective`, `tokens_scored` "
-    "and `batch_tokens_sampled` as above. A step that is not finite stands there with `skipped_step` 1.",
+    "an optimizer step. Stages of kinds `sft`, `preference`, `kto`, `reward_model` and `ilql` write `step`, `loss`, "
+    "`grad_norm`, `learning_rate`, `skipped_step`, `idle_step`, `tokens_processed`, `tokens_effective`, "
+    "`tokens_scored` and `batch_tokens_sampled` as above, and all but `reward_model` `entropy`. A step that "
+    "is not finite stands there with `skipped_step` 1.",
     (
         Metric("epoch", "epochs", "Pass over the episodes, from 0"),
         Metric(

@@ -18,6 +18,7 @@ from learner.stages.reward_model import RewardModel
 from learner.stages.settings import RewardModelSettings
 from learner.training.learner import Learner
 from rollout.wire.trajectory import Group, Trajectory
+from tests.families import PUBLISHED, build_family
 from tests.learner.staged import learned
 from tests.smollm2 import FOLDER, needs_smollm2
 
@@ -163,17 +164,33 @@ def test_transformers_scores_conversations_of_a_real_model_as_the_learner_did(
     """Its padding token ends its conversations: the written one has another, or scores would be of other tokens."""
     end = AutoTokenizer.from_pretrained(FOLDER).eos_token_id
     groups = [ended(group_of(g, [1.0, 0.0]), end) for g in range(3)]
-    learner = made(FOLDER, STAGE.model_copy(update={"epochs": 2}), row=200)
-    learner.begin_stage(0, groups)
-    run = learner.stages._run
-    assert run is not None and isinstance(run._stage, RewardModel)
-    learner.advance_stage(2)
-    expected = run._stage._rewards(range(3)).flatten().tolist()
-    assert max(expected) - min(expected) > 0.1
-    folder = learner.save(tmp_path) / "model"
+    folder, expected = of_learner(FOLDER, groups, tmp_path, row=200)
     episodes = [each for group in groups for each in group.trajectories]
     assert scored(folder, episodes, padded=True) == pytest.approx(expected, abs=1e-4)
     assert scored(folder, episodes, padded=False) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_transformers_scores_conversations_of_a_family_as_the_learner_did(
+    family: str, tmp_path: Path, group_of: Groups
+) -> None:
+    build_family(family, False, tmp_path / "model")
+    groups = [group_of(g, [1.0, 0.0]) for g in range(3)]
+    folder, expected = of_learner(tmp_path / "model", groups, tmp_path / "run", row=50)
+    episodes = [each for group in groups for each in group.trajectories]
+    assert scored(folder, episodes, padded=False) == pytest.approx(expected, abs=1e-4)
+
+
+def of_learner(path: Path, groups: Sequence[Group], run: Path, row: int) -> tuple[Path, list[float]]:
+    """The folder of a reward model of these pairs, and the learner's own scores of them."""
+    learner = made(path, STAGE.model_copy(update={"epochs": 2}), row)
+    learner.begin_stage(0, groups)
+    under_way = learner.stages._run
+    assert under_way is not None and isinstance(under_way._stage, RewardModel)
+    learner.advance_stage(2)
+    scores: list[float] = under_way._stage._rewards(range(len(groups))).flatten().tolist()
+    assert max(scores) - min(scores) > 0.1
+    return learner.save(run) / "model", scores
 
 
 def ended(group: Group, end: int) -> Group:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -218,8 +219,13 @@ def test_a_step_of_kto_is_the_gradient_of_its_mean_loss_around_the_batchs_refere
     assert [each.turns[0].prompt_ids.tolist() for each in foreign] == [
         each.turns[0].prompt_ids.tolist() for each in own
     ]
-    taken = [[other.turns[0].action_ids is each.turns[0].action_ids for other in own] for each in foreign]
-    assert all(map(any, taken)) and not any(row[place] for place, row in enumerate(taken))
+    taken = np.array(
+        [
+            [np.shares_memory(other.turns[0].action_ids, each.turns[0].action_ids) for other in own]
+            for each in foreign
+        ]
+    )
+    assert (taken.sum(0) == 1).all() and (taken.sum(1) == 1).all() and not taken.diagonal().any()
 
     learner.advance_stage(1)
     at_step = AutoModelForCausalLM.from_pretrained(tiny)
