@@ -21,7 +21,7 @@ from deploy.config.config_errors import option_names
 from deploy.config.declared_metrics import METRICS
 from deploy.config.load import load_config
 from deploy.report.metrics import read_metrics, stage_folder
-from learner.algorithm.preferences import DpoLoss, Pairs
+from learner.algorithm.preferences import DpoLoss, Pairs, bradley_terry
 from learner.metrics import STAGES
 from rollout.engines.engine import Engine
 from rollout.engines.scripted_engine import ScriptedEngine
@@ -200,6 +200,8 @@ def test_the_metrics_of_stages_are_those_of_the_page(tmp_path: Path) -> None:
     )
     assert sft - {said.name} == set(re.findall(r"`(\w+)`", STAGES.about)) - {"sft", *of_kind}
     assert said.name in sft and ilql - sft == of_kind["ilql"]
-    assert judged - sft == of_kind["kto"]
+    assert "reference_point" in judged and judged - sft <= of_kind["kto"]
+    compared = {*bradley_terry(*[torch.ones(1)] * 3)[1]}
+    assert of_kind["reward_model"] == compared | {"heldout_accuracy", "heldout_loss", "head_grad_norm"}
     assert of_kind["preference"] == {*DpoLoss()(Pairs(*[torch.ones(1)] * 6))[1]}
     assert all(f"| `{each.name}` |" in _page("metrics.md") for each in STAGES.metrics)
