@@ -111,9 +111,12 @@ def test_a_recipes_reward_model_says_any_number_of_the_whole_conversation() -> N
 
 
 def test_a_run_makes_a_reward_model_of_pairs_and_its_server_says_the_learners_scores(tmp_path: Path) -> None:
+    prompts = [
+        f"{one} {other}" for one in ("left", "right", "up") for other in ("left", "down", "right", "up")
+    ]
     rows = [
-        {"prompt": f"go {place}", "chosen": "up", "rejected": "down", "margin": place % 3}
-        for place in range(12)
+        {"prompt": prompt, "chosen": "up", "rejected": "down", "margin": place % 3}
+        for place, prompt in enumerate(prompts)
     ]
     source = written(tmp_path / "pairs.jsonl", rows)
     optim = "optim={learning_rate=1e-2}, head_optim={learning_rate=1e-1}"
@@ -129,7 +132,7 @@ def test_a_run_makes_a_reward_model_of_pairs_and_its_server_says_the_learners_sc
     scorer = RewardScorer(folder)
     (batch, *_) = asyncio.run(stage_data(config, 0, str(folder)))
     better, worse = decode(batch).trajectories
-    talks = [spoken("go 0", "up"), spoken("go 0", "down")]
+    talks = [spoken(prompts[0], "up"), spoken(prompts[0], "down")]
     for talk, episode in zip(talks, (better, worse), strict=True):
         (turn,) = episode.turns
         assert scorer.tokens(talk) == [*turn.prompt_ids, *turn.action_ids]
@@ -140,7 +143,7 @@ def test_a_run_makes_a_reward_model_of_pairs_and_its_server_says_the_learners_sc
     assert served == pytest.approx(alone, abs=1e-6)
     assert scorer.scores([scorer.tokens(talk) for talk in talks * 3]) == pytest.approx(alone * 3, abs=1e-5)
     with pytest.raises(Unscorable, match="no turn of an assistant"):
-        scorer.tokens(spoken("go 0"))
+        scorer.tokens(spoken("left"))
     with pytest.raises(ConfigError, match="holds no reward model"):
         RewardScorer(tmp_path)
 
