@@ -29,17 +29,18 @@ class RewardScorer:
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         try:
-            model: Any = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
         except (OSError, ValueError) as error:
             raise ConfigError(f"{folder} holds no reward model: {str(error).splitlines()[0]}") from error
-        if model.config.num_labels != 1:
-            raise ConfigError(f"{folder} has {model.config.num_labels} labels; a reward model has one")
-        if "ForSequenceClassification" not in "".join(model.config.architectures or ()):
+        model, info = loaded
+        if info["missing_keys"]:
             raise ConfigError(
                 f"{folder} is a language model, without the head of a reward model; give another folder"
             )
+        if model.config.num_labels != 1:
+            raise ConfigError(f"{folder} has {model.config.num_labels} labels; a reward model has one")
         self._model = model.eval().to(device)
         self._chat = load_chat(str(folder))
         self._context = int(model.config.get_text_config().max_position_embeddings)

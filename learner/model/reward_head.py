@@ -75,7 +75,7 @@ def _padding(
         each["id"]: str(each["content"]) for each in tokenizer.get("added_tokens", ()) if each.get("special")
     }
     free = [token for token in sorted(special) if token not in last_tokens]
-    if present in free:
+    if present is not None and present in free:
         return present, special[present]
     return (free[0], special[free[0]]) if free else None
 

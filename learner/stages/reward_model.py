@@ -91,7 +91,8 @@ class RewardModel:
         }
 
     def _loss(self, places: Sequence[int], rewards_P2: Tensor) -> PreferenceValue:
-        return bradley_terry(*rewards_P2.unbind(1), self._margins_P[list(places)], self._settings.centre)
+        better_P, worse_P = rewards_P2.unbind(1)
+        return bradley_terry(better_P, worse_P, self._margins_P[list(places)], self._settings.centre)
 
     def _rewards(self, places: Sequence[int]) -> Tensor:
         """Rewards of both conversations of these pairs, without gradient: float64 [P, 2]."""
