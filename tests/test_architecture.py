@@ -54,6 +54,7 @@ ROOMS: dict[str, set[str]] = {
     "deploy.report": {"deploy.config", "all learner", "all rollout", "all envs"},
     "deploy.assembly": {"deploy.config", "all learner", "all rollout", "all envs"},
     "deploy.labels": {"deploy.config", "all rollout", "all envs"},
+    "deploy.serving": {"deploy.config", "deploy.assembly", "all rollout", "all envs"},
     "deploy.cluster": {
         "deploy.assembly",
         "deploy.report",
@@ -73,6 +74,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "deploy.commands": {
         "deploy.run",
+        "deploy.serving",
         "deploy.labels",
         "deploy.assembly",
         "deploy.report",

@@ -47,8 +47,10 @@ def serve_reward(
 
     The key is MANTA_REWARD_KEY; without one a new key is made and shown.
 
-    Example:
-    manta export runs/reward-20260101-120000 reward_model && manta serve-reward reward_model
+    Examples:
+    manta export runs/reward-20260101-120000 reward_model
+
+    manta serve-reward reward_model
     """
     from deploy.serving.reward_scorer import RewardScorer
     from deploy.serving.reward_server import reward_server
