@@ -18,6 +18,7 @@ Keys of `info` that Manta reads:
     success    bool, on the last step: the environment's own verdict, if it has one
     malformed  bool: the action could not be parsed (the environment decides whether that ends the episode)
     rewards    dict, name -> number: the components of the step's reward, for methods that weight them
+    costs      dict, name -> number of 0 or more: what the step cost; no part of the reward (limits: docs/algorithms.md)
     seat       0 or 1, in self-play: who made the move (see `seat_of`)
     tools      dict, outcome -> number: outcomes of the tool calls in this turn (CallOutcome, envs/tools/tool_env.py)
     ended      dict with `terminated`, `truncated`, `success` and `malformed` of an end that further turns follow (an
@@ -31,8 +32,9 @@ are replayed, and it needs nothing else. A slow or nondeterministic environment 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 import gymnasium as gym
@@ -83,6 +85,18 @@ def named_rewards(info: Info) -> dict[str, float] | None:
         if named is None
         else {str(key): as_number(value, f"the reward {key}") for key, value in named.items()}
     )
+
+
+def named_costs(info: Info) -> dict[str, float]:
+    """The costs of a step, empty if the info names none. TypeError or ValueError for other values than numbers >= 0."""
+    given = info.get("costs", {})
+    if not isinstance(given, Mapping):
+        raise TypeError(f"info['costs']={given!r:.80} must be a dict, name -> number")
+    costs = {str(key): as_number(value, f"the cost {key}") for key, value in given.items()}
+    for name, cost in costs.items():
+        if not 0 <= cost < math.inf:
+            raise ValueError(f"the cost {name} is {cost}; a cost must be a finite number of 0 or more")
+    return costs
 
 
 def earlier_end(info: Info) -> Info:

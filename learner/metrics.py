@@ -13,6 +13,7 @@ _SCORED = "a token was scored"
 _TRAINED = "the policy is trained, not the critic alone (`critic.warmup_steps`)"
 _REUSED = "the step reuses a group (`buffer.reuse.groups`)"
 _CRITIC = "`critic` is configured"
+_CONSTRAINED = "`constraints` are configured"
 _SEVERAL = "the run has several environments, and the step an episode of it"
 
 
@@ -26,13 +27,13 @@ def _distribution(name: str, unit: str, what: str) -> tuple[Metric, ...]:
     )
 
 
-def _moments(name: str, named: str, what: str, when: str = "") -> tuple[Metric, ...]:
+def _moments(name: str, named: str, what: str, when: str = "", unit: str = "reward") -> tuple[Metric, ...]:
     """Mean, standard deviation, minimum and maximum over episodes. named: the names of all but the mean begin so."""
     return (
-        Metric(name, "reward", f"{what}: mean over the episodes", when),
-        Metric(f"{named}std", "reward", f"{what}: population standard deviation", when),
-        Metric(f"{named}min", "reward", f"{what}: minimum", when),
-        Metric(f"{named}max", "reward", f"{what}: maximum", when),
+        Metric(name, unit, f"{what}: mean over the episodes", when),
+        Metric(f"{named}std", unit, f"{what}: population standard deviation", when),
+        Metric(f"{named}min", unit, f"{what}: minimum", when),
+        Metric(f"{named}max", unit, f"{what}: maximum", when),
     )
 
 
@@ -49,6 +50,13 @@ EPISODES = MetricGroup(
             "rewards/{NAME}/",
             'Reward NAME of `info["rewards"]`, summed over the turns of an episode (0 if absent)',
             "an episode of the step has a reward of that name",
+        ),
+        *_moments(
+            "costs/{NAME}/mean",
+            "costs/{NAME}/",
+            'Cost NAME of `info["costs"]`, summed over the turns of an episode (0 if absent)',
+            "an episode of the step has a cost of that name",
+            "unit of the cost",
         ),
         Metric(
             "success",
@@ -144,6 +152,21 @@ BATCH = MetricGroup(
             "`skip_zero_advantage` leaves sequences out",
         ),
         Metric("version", "weight version", "Weight version that the step made; equal to `step`"),
+    ),
+)
+
+CONSTRAINTS = MetricGroup(
+    "Constraints",
+    "learner/algorithm/constraints.py",
+    "Of each entry of `constraints`, by the NAME of its cost. Its mean is `costs/NAME/mean`.",
+    (
+        Metric(
+            "constraint/{NAME}/multiplier",
+            "reward per unit of the cost",
+            "Multiplier that the step used: what a unit of the cost counts against the reward",
+            _CONSTRAINED,
+        ),
+        Metric("constraint/{NAME}/limit", "unit of the cost", "The limit, a constant", _CONSTRAINED),
     ),
 )
 
@@ -309,7 +332,7 @@ SYNC = MetricGroup(
     ),
 )
 
-GROUPS = (EPISODES, ENVIRONMENTS, REUSED, BATCH, UPDATE, CRITIC, LOOP, SYNC)
+GROUPS = (EPISODES, ENVIRONMENTS, REUSED, BATCH, CONSTRAINTS, UPDATE, CRITIC, LOOP, SYNC)
 
 # Rows of their own, in the form of a run's; guards do not see them.
 _ILQL = "the stage is of kind `ilql`"

@@ -160,6 +160,11 @@ def _group(config: RunConfig) -> None:
 
 def _uniform_groups(config: RunConfig) -> None:
     estimator = config.learner.algorithm.advantage
+    if config.rollout.dynamic_sampling and config.learner.algorithm.constraints:
+        raise ValueError(
+            "rollout.dynamic_sampling drops groups whose episodes earn the same, but learner.algorithm.constraints "
+            "needs the costs of every group; use dynamic_sampling=false"
+        )
     if config.rollout.dynamic_sampling and not estimator.totals:
         raise ValueError(
             "rollout.dynamic_sampling drops groups whose episodes have equal total rewards, but "
@@ -184,6 +189,11 @@ def _replay(config: RunConfig) -> None:
         raise ValueError(
             "rollout.dynamic_sampling replaces each group that it drops with a new one, but a replay plays none: use "
             "rollout.dynamic_sampling=false"
+        )
+    if config.learner.algorithm.constraints:
+        raise ValueError(
+            "learner.algorithm.constraints follows what the policy's own episodes cost, but those of a replay do not "
+            "change with it; remove the constraints"
         )
     if config.buffer.reuse.groups:
         raise ValueError(

@@ -63,6 +63,12 @@ EVALUATIONS = MetricGroup(
         Metric("eval_success", "share, 0 to 1", "Episodes that the environment calls successful", _VERDICTS),
         Metric("eval_reward", "reward", "Reward of an episode, mean"),
         Metric(
+            "eval_cost_{NAME}",
+            "unit of the cost",
+            "Cost NAME of an episode, mean",
+            "the environment gives such a cost",
+        ),
+        Metric(
             "eval_pass@{K}",
             "share, 0 to 1",
             "Probability that one of K samples of a task succeeds, mean over the tasks; the unbiased estimator of "

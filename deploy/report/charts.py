@@ -102,7 +102,7 @@ def drawn(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Every chart with values in the rows, as plain JSON data without NaN."""
     steps = [row["step"] for row in rows]
     first, *others = (_plain(chart, rows, steps) for chart in CHARTS)
-    further = (*environments(rows), *named_rewards(rows))
+    further = (*costs(rows), *environments(rows), *named_rewards(rows))
     charts = [first, *(_plain(chart, rows, steps) for chart in further), *others]
     if rows:
         charts.append(_time(rows, steps))
@@ -138,6 +138,25 @@ def named_rewards(rows: Sequence[Row]) -> list[Chart]:
         )
         for key in sorted(keys)[:MOST_NAMED]
     ]
+
+
+def costs(rows: Sequence[Row]) -> list[Chart]:
+    """A chart for each cost, with its limit where a constraint sets one; and one of the constraints' multipliers."""
+    keys = {key for row in rows for key in row}
+    names = sorted(key[6:-5] for key in keys if key.startswith("costs/") and key.endswith("/mean"))
+    found = [
+        Chart(
+            f"Cost: {name}",
+            "mean over trained episodes",
+            {f"costs/{name}/mean": "mean", f"constraint/{name}/limit": "limit"},
+            ".3f",
+            True,
+            {f"costs/{name}/mean": f"costs/{name}/std"},
+        )
+        for name in names[:MOST_NAMED]
+    ]
+    prices = {f"constraint/{name}/multiplier": name for name in names}
+    return [*found, Chart("Multipliers of constraints", "reward per unit of the cost", prices, ".3f")]
 
 
 def environments(rows: Sequence[Row]) -> list[Chart]:

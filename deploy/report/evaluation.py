@@ -38,6 +38,7 @@ class Evaluation:
     success_interval: tuple[float, float] | None = None  # 95%, bootstrap over tasks; of several samples
     pass_at: dict[str, float] = field(default_factory=dict)  # k -> pass@k; of several samples with verdicts
     majority: float | None = None  # success of the answer that most samples of a task gave
+    costs: dict[str, tuple[float, float, float]] = field(default_factory=dict)  # name -> mean, 95% interval
 
     @classmethod
     def of(
@@ -82,6 +83,7 @@ class Evaluation:
             success_interval=clustered_interval(verdicts) if judged and several else None,
             pass_at=_pass_at(verdicts, samples) if judged and several else {},
             majority=_majority(tasks) if judged and several and voted else None,
+            costs=_costs(tasks),
         )
 
     @staticmethod
@@ -119,7 +121,8 @@ class Evaluation:
         success = {} if self.success is None else {"success": self.success}
         several = {f"pass@{k}": value for k, value in self.pass_at.items()}
         voted = {} if self.majority is None else {f"maj@{self.samples}": self.majority}
-        return success | {"reward": self.mean_reward} | several | voted
+        costs = {f"cost_{name}": mean for name, (mean, *_) in self.costs.items()}
+        return success | {"reward": self.mean_reward} | several | voted | costs
 
     def __str__(self) -> str:
         lost = f", {self.failed} more failed" if self.failed else ""
@@ -130,7 +133,10 @@ class Evaluation:
         shown = {name: value for name, value in self.metrics().items() if "@" in name and name != "pass@1"}
         several = "".join(f"{name} {value:.3f}, " for name, value in shown.items())
         times = f" ({self.samples} of each task)" if self.samples > 1 else ""
-        return f"{success}{several}{reward}, {self.episodes} episodes{times}{lost}"
+        costs = "".join(
+            f", {said(f'cost {name}', mean, interval)}" for name, (mean, *interval) in self.costs.items()
+        )
+        return f"{success}{several}{reward}{costs}, {self.episodes} episodes{times}{lost}"
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -145,6 +151,17 @@ class Evaluation:
             return cls(**stored, environments=each)
         except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: broken file ({error}); remove it to continue without it") from error
+
+
+def _costs(tasks: Sequence[Sequence[EpisodeRow]]) -> dict[str, tuple[float, float, float]]:
+    """Mean and interval of each cost; an episode that lacks it counts 0."""
+    by_task = [[row.costs for row in task if isinstance(row, EvaluationRow)] for task in tasks]
+    found = {}
+    for name in sorted({name for task in by_task for costs in task for name in costs}):
+        values = [[costs.get(name, 0.0) for costs in task] for task in by_task]
+        mean = sum(map(sum, values)) / sum(map(len, values))
+        found[name] = (mean, *clustered_interval(values))
+    return found
 
 
 def _pass_at(verdicts: Sequence[Sequence[bool]], samples: int) -> dict[str, float]:
@@ -190,6 +207,8 @@ def figures(results: Mapping[str, Evaluation]) -> dict[str, Any]:
             f"reward_{when}": each and each.mean_reward,
             f"reward_{when}_interval": each and each.reward_interval,
         }
+        for name, (mean, *interval) in each.costs.items() if each else ():
+            found |= {f"cost_{name}_{when}": mean, f"cost_{name}_{when}_interval": interval}
     if parts := _by_name({when: each.environments for when, each in results.items()}):
         found["environments"] = {name: figures(each) for name, each in parts.items()}
     return found

@@ -80,7 +80,7 @@ def _config(run_folder: Path) -> dict[str, Any]:
 
 
 def outcomes(summary: Summary, task: str) -> list[dict[str, Any]]:
-    """Cards for success (if the environment gives verdicts) and reward, before and after, with intervals.
+    """Cards for success (if the environment gives verdicts), reward and costs, before and after, with intervals.
 
     Those of the run are followed by those of each of several environments, and of each suite.
     """
@@ -93,7 +93,10 @@ def outcomes(summary: Summary, task: str) -> list[dict[str, Any]]:
 
 def _cards(summary: Summary, tasks: str) -> list[dict[str, Any]]:
     cards = []
-    for name, form in (("success", "{:.1%}"), ("reward", "{:.3g}")):
+    costs = dict.fromkeys(
+        key.rsplit("_", 2)[0] for key in summary if key.startswith("cost_") and key.endswith("_interval")
+    )
+    for name, form in (("success", "{:.1%}"), ("reward", "{:.3g}"), *((cost, "{:.3g}") for cost in costs)):
         measured = [when for when in WHEN if summary.get(f"{name}_{when}_interval") is not None]
         if not measured:
             continue
@@ -116,7 +119,8 @@ def _cards(summary: Summary, tasks: str) -> list[dict[str, Any]]:
             for when, interval in zip(measured, intervals, strict=True)
         ]
         note = f"bars: 95% intervals, scale from {form.format(least)} to {form.format(most)}"
-        cards.append({"title": f"{name.capitalize()} on {tasks}", "bars": bars, "note": note})
+        title = name.capitalize().replace("_", " ", 1)
+        cards.append({"title": f"{title} on {tasks}", "bars": bars, "note": note})
     return cards
 
 

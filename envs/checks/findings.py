@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import named_rewards
+from envs.base import named_costs, named_rewards
 from envs.checks.recording import Record, RecordedTurn, shown
 
 _ROUNDING = 1e-6  # tolerance of a sum of rewards, relative to the sum of their magnitudes
@@ -92,6 +92,10 @@ def check_turn(turn: RecordedTurn, where: str, seconds: float) -> Iterator[Issue
         named_rewards(info)
     except (TypeError, ValueError, AttributeError) as error:
         yield Issue("info", f"rewards does not map names to numbers: {error}", where)
+    try:
+        named_costs(info)
+    except (TypeError, ValueError) as error:
+        yield Issue("info", f"costs does not map names to numbers of 0 or more: {error}", where)
 
 
 def _observation_fault(observation: Any) -> str:

@@ -132,7 +132,9 @@ class Dataset(TextEnv):
         scores |= {reward.name: reward(said) for reward in self._rewards if reward.name not in scores}
         total = sum(reward.weight * scores[reward.name] for reward in self._rewards)
         success = scores[self._rewards[0].name] >= 1.0
-        return "", total, True, False, {"success": success, "rewards": scores}
+        costs = {reward.name: scores.pop(reward.name) for reward in self._rewards if reward.cost}
+        info = {"success": success, "rewards": scores} | ({"costs": costs} if costs else {})
+        return "", total, True, False, info
 
     def _reply(self, said: Said) -> tuple[str | None, dict[str, float]]:
         """What follows an answer, None where it is the last one; and the rewards that had to be known for that."""

@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from typing import Any
 
-from envs.base import Observation, as_number, earlier_end, named_rewards, seat_of
+from envs.base import Observation, as_number, earlier_end, named_costs, named_rewards, seat_of
 from envs.child_process import die_with_parent
 from envs.code_lines import describe_error
 from envs.hosting.fork_server import ForkedProcess, fork_server
@@ -250,6 +250,8 @@ async def _answer(replica: InProcessEnv, request: dict[str, Any], blob: bytes) -
             verdicts: dict[str, Any] = {key: bool(info[key]) for key in _KEYS if info.get(key) is not None}
             if (named := named_rewards(info)) is not None:
                 verdicts["rewards"] = named
+            if costs := named_costs(info):
+                verdicts["costs"] = costs
             verdicts |= earlier_end(info)
             if reasons := call_outcomes(info):
                 verdicts["tools"] = reasons

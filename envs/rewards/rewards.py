@@ -4,7 +4,8 @@
     rewards = [{ kind = "number" }, { kind = "mine:brevity", weight = 0.2, words = 40 }]
 
 Each gives a number; ours, but for that of a reward model, within [0, 1]. The reward is their weighted sum, and each is
-stored under its name. The first says whether the answer is right: it is where it gives 1.
+stored under its name. The first says whether the answer is right: it is where it gives 1. With `cost = true` a number is
+a cost instead: 0 or more, no part of the sum, and something that the learner can hold within a limit.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ KINDS: dict[str, Callable[..., float]] = {
 }
 _UNBOUNDED = ("model",)
 _NEEDS = {"math": ("math_verify", "math"), "judge": ("openai", "judge")}  # kind -> (module, extra)
-_OWN = ("kind", "weight", "name")
+_OWN = ("kind", "weight", "name", "cost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class Reward:
     weight: float = 1.0
     name: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    cost: bool = False  # it is none: a cost, with weight 0
 
     @classmethod
     def of(cls, section: str | dict[str, Any]) -> Reward:
@@ -83,10 +85,16 @@ class Reward:
             raise ValueError(
                 f"a reward has a kind: {', '.join(KINDS)}, or module:function; found {section!r}"
             )
-        if not math.isfinite(weight := as_number(held.get("weight", 1.0), f"the weight of {kind}")):
+        cost = held.get("cost", False)
+        if cost is not True and cost is not False:
+            raise ValueError(f"cost={cost!r} of {kind} must be true or false")
+        if cost and "weight" in held:
+            raise ValueError(f"{kind} is a cost, which has no weight in the reward; remove weight or cost")
+        given = held.get("weight", 0.0 if cost else 1.0)
+        if not math.isfinite(weight := as_number(given, f"the weight of {kind}")):
             raise ValueError(f"the weight of {kind} is {weight}; give a finite number")
         options = {name: value for name, value in held.items() if name not in _OWN}
-        reward = cls(kind, weight, str(held.get("name", kind.rpartition(":")[2])), options)
+        reward = cls(kind, weight, str(held.get("name", kind.rpartition(":")[2])), options, cost)
         reward._require_options()
         return reward
 
@@ -167,12 +175,17 @@ def rewards_of(sections: str | dict[str, Any] | Sequence[str | dict[str, Any]]) 
     names = [reward.name for reward in rewards]
     if not rewards or len(set(names)) < len(names):
         raise ValueError(f"rewards have names of their own, at least one: found {', '.join(names) or 'none'}")
+    if rewards[0].cost:
+        raise ValueError(
+            f"{names[0]} is a cost; the first reward says whether the answer is right, put one there"
+        )
     return rewards
 
 
 def reward_range(rewards: Sequence[Reward]) -> tuple[float, float]:
     """The least and the most that the weighted sum comes to; a user's own reward and a model's have no bounds."""
-    if any(reward.kind not in KINDS or reward.kind in _UNBOUNDED for reward in rewards):
+    if any(reward.kind not in KINDS or reward.kind in _UNBOUNDED for reward in rewards): With `cost = true` a number is
+a cost instead: 0 or more, no part of the sum, and something that the learner can hold within a limit.
         return -math.inf, math.inf
     weights = [reward.weight for reward in rewards]
     return sum(min(weight, 0.0) for weight in weights), sum(max(weight, 0.0) for weight in weights)

@@ -49,6 +49,7 @@ class CallOutcome(StrEnum):
     TIMED_OUT = "timed_out"
     GONE = "gone"  # the tool's server has ended
     SPENT = "spent"  # the episode's budget of calls is used up
+    FORBIDDEN = "forbidden"  # by the agent part `forbid`
 
 
 def call_outcomes(info: Info) -> dict[str, int]:

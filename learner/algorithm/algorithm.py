@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from learner.algorithm.aggregation import Aggregation
+from learner.algorithm.constraints import Constraints
 from learner.algorithm.corrections import AnyCorrection
 from learner.algorithm.estimators import AnyEstimator, GrpoAdvantage
 from learner.algorithm.losses import AnyLoss, ClippedLoss
@@ -118,6 +119,10 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
     overlong: OverlongSettings | None = Field(
         default=None, description="reward penalty for long episodes (DAPO)"
     )
+    constraints: Constraints = Field(
+        default=(),
+        description="limits on the mean of named costs, held by multipliers (Lagrangian learning). The default is none",
+    )
     critic: AnyCritic | None = Field(
         default=None,
         description="value model, for advantages that need one (gae)",
@@ -208,6 +213,11 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         penalties = [name for name, part in (("overlong", self.overlong), ("kl", self.kl)) if part]
         if self.kl and self.kl.where == "loss":
             penalties.remove("kl")
+        limited = [each.name for each in self.constraints]
+        if twice := {name for name in limited if limited.count(name) > 1}:
+            raise ValueError(f"two constraints limit the cost {twice.pop()!r}; remove one of them")
+        if limited:
+            penalties.append("constraints")
         if penalties and not self.advantage.shaped:
             raise ValueError(
                 f"advantage.kind={self.advantage.kind!r} reads named rewards alone, which {' and '.join(penalties)} "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,6 +31,7 @@ class Episode:
     anchors_K: tuple[str, ...] = ()  # the state each turn began in
     named: Mapping[str, float] | None = None  # sums of the environment's named rewards
     named_magnitudes: Mapping[str, float] | None = None  # sums of absolute values; None: the named rewards
+    costs: Mapping[str, Float64Array] = field(default_factory=dict)  # [K] each, by name: see constraints.py
     token_rewards_N: Float32Array | None = None  # KL penalty of each token
     values: Values | None = None
     sides_K: tuple[float, ...] = ()  # sign of each turn's advantage, see `sides`; (): 1 everywhere
@@ -46,6 +47,7 @@ class Episode:
             anchors_K=tuple(step.observation for step in steps),
             named=trajectory.named_rewards,
             named_magnitudes=trajectory.named_magnitudes,
+            costs={name: np.array(costs_K, np.float64) for name, costs_K in trajectory.costs.items()},
             sides_K=sides([step.seat for step in steps]),
         )
 

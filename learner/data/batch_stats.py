@@ -19,7 +19,7 @@ class _Facts:
     """Numbers of one fresh, trainable episode, as ranks exchange them."""
 
     reward: float
-    named: dict[str, float]
+    named: dict[str, float]  # rewards and costs, as their metrics begin
     success: bool | None
     turns: int
     tokens: int  # sampled
@@ -33,7 +33,8 @@ class _Facts:
         lags = _lags(trajectory, version)
         return cls(
             reward=trajectory.reward,
-            named=trajectory.named_rewards,
+            named={f"rewards/{name}": total for name, total in trajectory.named_rewards.items()}
+            | {f"costs/{name}": sum(costs_K) for name, costs_K in trajectory.costs.items()},
             success=trajectory.success,
             turns=len(trajectory.turns),
             tokens=trajectory.num_sampled,
@@ -59,9 +60,9 @@ def describe(
     and "sampled_per_episode" (tokens), each with "_p50", "_p95", "_max"; "episodes", "untrainable_episodes";
     "lag_mean", "lag_max": `version`, the learner's, minus the weight version that sampled each token; "repetition": the
     share of 4-grams of tokens in an answer that occurred in it before; "rewards/NAME/mean", "/std", "/min", "/max" of
-    every named reward (an episode that lacks it counts 0). Some of these again for each environment that has a name in
-    `environments`, as "env/NAME/reward". Of reused groups, which do not describe the present policy:
-    "groups_reused", "reused_lag_mean", "reused_lag_max", all absent without reuse.
+    every named reward (an episode that lacks it counts 0), "costs/NAME/mean" and so on of every cost. Some of these
+    again for each environment that has a name in `environments`, as "env/NAME/reward". Of reused groups, which do not
+    describe the present policy: "groups_reused", "reused_lag_mean", "reused_lag_max", all absent without reuse.
     """
     fresh = [group for group in groups if not group.reuse]
     reused = [group for group in groups if group.reuse]
@@ -110,7 +111,7 @@ def _of_rewards(facts: Sequence[_Facts]) -> dict[str, float]:
     found = {"reward": mean} | dict(zip(("reward_std", "reward_min", "reward_max"), rest, strict=True))
     for name in sorted({name for each in facts for name in each.named}):
         moments = _moments([each.named.get(name, 0.0) for each in facts])
-        ways = [f"rewards/{name}/{way}" for way in ("mean", "std", "min", "max")]
+        ways = [f"{name}/{way}" for way in ("mean", "std", "min", "max")]
         found |= dict(zip(ways, moments, strict=True))
     return found
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learner.algorithm import constraints
 from learner.algorithm.regularizers import divergence
 from learner.data.advantage_log import AdvantageLog
 from learner.data.batch import Batch, MicroBatch, TokenSequence, pack
@@ -33,6 +34,8 @@ from learner.training.stage_run import Stages
 from learner.training.step import PolicyObjective, not_finite, sizes, train_step, use_threads
 from rollout.wire.metrics import joined
 from rollout.wire.trajectory import EnvironmentKey, Float32Array, Group
+
+_MULTIPLIERS = "multipliers"  # what a checkpoint's cursor calls those of the constraints
 
 # Summed over optimizer steps, not averaged.
 _COUNTS = (
@@ -81,6 +84,7 @@ class Learner:
         self._advantages: AdvantageLog | None = None
         self._environments = environments or {}
         self._verdicts = False  # whether the environment was ever seen to give one
+        self._multipliers: constraints.Multipliers = {}  # of the constraints
         self._critic: Critic | None = None  # made by the first step, which finds the policy as it begins
         self._reference = Reference(settings.model, ranks) if settings.algorithm.needs_reference else None
 
@@ -99,7 +103,11 @@ class Learner:
         require_groups(groups, algorithm.advantage.kind if algorithm.advantage.siblings else None, self.ranks)
         described = describe(groups, self.version, self.ranks, self._verdicts, self._environments)
         self._verdicts = "success" in described
-        examples = self._with_advantages(groups)
+        try:
+            multipliers = constraints.updated(algorithm.constraints, self._multipliers, described)
+        except ValueError as error:
+            raise BatchRefused(str(error)) from error
+        examples = self._with_advantages(groups, multipliers)
         if self._fixes_proximal:
             self._fix_proximal(examples)
         # The first update is made only when it is known to be finite.
@@ -112,6 +120,7 @@ class Learner:
                     put_back()
                 raise BatchRefused(not_finite(row))
         self.version += 1
+        self._multipliers = multipliers
         if self._advantages is not None:
             self._advantages.write(self.version, groups, [example.advantages_N for example in examples])
         merged = _merged(rows)
@@ -122,7 +131,8 @@ class Learner:
                 not each.episode.ended and each.episode.values is None for each in examples
             ),
         }
-        return joined(merged, described, shares, {"version": float(self.version)})
+        limits = constraints.metrics(algorithm.constraints, multipliers)
+        return joined(merged, described, shares, limits, {"version": float(self.version)})
 
     def keep_advantages(self, run: Path) -> None:
         """From here on, store the advantages of every step in the run's folder, where the settings say so."""
@@ -177,7 +187,11 @@ class Learner:
             size += self._critic.nbytes
         contents = checkpoint.Contents(
             version=self.stages.done if staged else self.version,
-            cursor={**(cursor or {}), **({checkpoint.STAGES: self.stages.position()} if staged else {})},
+            cursor={
+                **(cursor or {}),
+                **({checkpoint.STAGES: self.stages.position()} if staged else {}),
+                **({_MULTIPLIERS: constraints.stored(self._multipliers)} if self._multipliers else {}),
+            },
             generator=self._rng.bit_generator.state,
             optimizers=gathered_tree(optimizers, self.ranks),
             torch_rng=torch.get_rng_state(),
@@ -219,6 +233,7 @@ class Learner:
             self._critic = critic_of(critic, self.policy, self._optimizer_steps, folder / checkpoint.CRITIC)
             self._critic.optimizer.load_state_dict(contents.optimizers["critic"])
         self.stages.restore(staged, contents.optimizers)
+        self._multipliers = constraints.restored(contents.cursor.pop(_MULTIPLIERS, {}))
         self.version = 0 if staged else contents.version
         self._rng.bit_generator.state = contents.generator
         torch.set_rng_state(contents.torch_rng)
@@ -263,13 +278,17 @@ class Learner:
 
         return put_back
 
-    def _with_advantages(self, groups: Sequence[Group]) -> list[Example]:
+    def _with_advantages(
+        self, groups: Sequence[Group], multipliers: constraints.Multipliers
+    ) -> list[Example]:
         """The trainable episodes with all that is known of their tokens before the first update."""
         algorithm, estimator = self.settings.algorithm, self.settings.algorithm.advantage
         by_group = [[Example.of(t, algorithm.overlong) for t in group.trainable] for group in groups]
         examples = [example for siblings in by_group for example in siblings]
         self._refer(examples)
         require_rewards(examples, self.ranks)
+        for example in examples if multipliers else ():
+            example.episode = constraints.priced(example.episode, multipliers)
         if self._critic is not None:
             wanted = self._temperature if self._fixes_proximal else None
             self._critic.look(examples, self.settings.tokens_per_microbatch, wanted)

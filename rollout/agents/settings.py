@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from rollout.agents.forbidden import ForbidSettings
 from rollout.agents.library import LibrarySettings
 from rollout.agents.memory import NotebookSettings, SummarySettings, WindowSettings
 from rollout.agents.part import Env
@@ -21,6 +22,7 @@ _FORGETFUL = ("window", "summary")
 # (part, other, reason): `part` must not be listed before `other`.
 _ORDER = (
     ("window", "summary", "it would remove the summaries"),
+    ("forbid", "tools", "it would not see their calls"),
     ("reflect", "tools", "a second attempt would begin with the calls and the servers of the first"),
 )
 
@@ -44,7 +46,8 @@ _BuiltIn = Annotated[
     | SummarySettings
     | ReflectSettings
     | LibrarySettings
-    | ToolsSettings,
+    | ToolsSettings
+    | ForbidSettings,
     Field(discriminator="kind"),
 ]
 PartSettings = Annotated[Annotated[_BuiltIn, BUILT_IN] | Annotated[OwnAgentPart, OWN], BY_KIND]

@@ -11,7 +11,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from envs.base import Info, Observation, as_number, earlier_end, messages_of, named_rewards, seat_of
+from envs.base import (
+    Info,
+    Observation,
+    as_number,
+    earlier_end,
+    messages_of,
+    named_costs,
+    named_rewards,
+    seat_of,
+)
 from envs.gate import time_limit
 from envs.hosting.host import EnvironmentFailed, Replica, TokenUsage
 from envs.tools.tool_env import call_outcomes
@@ -20,7 +29,7 @@ from rollout.chat.chat import ChatError
 from rollout.engines.engine import EngineFailed
 from rollout.episodes.pool import environment_call
 from rollout.episodes.resume import EpisodeState, Restart, pack_snapshot, restore_environment
-from rollout.wire.trajectory import EndReason, PartialEpisode, Slot, Task, Trajectory, Turn, TurnEnd
+from rollout.wire.trajectory import COST, EndReason, PartialEpisode, Slot, Task, Trajectory, Turn, TurnEnd
 
 _LARGEST = float(np.finfo(np.float32).max)  # of a reward
 
@@ -193,7 +202,7 @@ class _Episode:
                 )
                 reward = as_number(reward, "the reward")
                 messages_of(observation)
-                named, seat = named_rewards(info), seat_of(info)
+                named, seat = _named(info), seat_of(info)
                 _require_finite({"the reward": reward} | (named or {}))
                 end_reason = _end_reason(terminated, truncated, info)
                 snapshot = None if last or end_reason else self._replica.snapshot()
@@ -232,6 +241,14 @@ class _Episode:
             return reason
         self.success = ended.get("success", self.success)
         return _end_reason(bool(ended.get("terminated")), bool(ended.get("truncated")), ended) or reason
+
+
+def _named(info: Info) -> dict[str, float] | None:
+    """The named numbers of a step, rewards and costs; None without any."""
+    rewards, costs = named_rewards(info), named_costs(info)
+    if rewards is None and not costs:
+        return None
+    return (rewards or {}) | {f"{COST}{name}": cost for name, cost in costs.items()}
 
 
 def _require_finite(rewards: dict[str, float]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -62,12 +62,14 @@ class EvaluationRow(EpisodeRow):
     """Outcome of an evaluated episode."""
 
     answer: str | None = None  # that it votes for; None: no vote
+    costs: dict[str, float] = field(default_factory=dict)  # by name
 
 
 def evaluation_row(trajectory: Trajectory, majority: Majority = "none") -> EvaluationRow:
-    """The outcome of an episode, with the answer of its last turn."""
+    """The outcome of an episode, with the answer of its last turn and its costs."""
     action = trajectory.turns[-1].action if trajectory.turns else ""
-    return EvaluationRow(**asdict(EpisodeRow.of(trajectory)), answer=vote(action, majority))
+    costs = {name: sum(costs_K) for name, costs_K in trajectory.costs.items()}
+    return EvaluationRow(**asdict(EpisodeRow.of(trajectory)), answer=vote(action, majority), costs=costs)
 
 
 def vote(action: str, majority: Majority) -> str | None:

@@ -1,9 +1,10 @@
 """A user's own reward: a function of an episode, whose value replaces the environment's rewards or is added to them.
 
 It is computed once, after the end of the episode, and stored with the last turn. A dict of numbers counts as their sum,
-and each is stored under its name, like an environment's named rewards. The function may be a coroutine function. It
-runs in a thread, within the time limit of an environment's step (env.host.step_seconds). If it raises, exceeds the
-limit or returns no finite number, the episode has failed: an error is never a reward.
+and each is stored under its name, like an environment's named rewards; its entry `costs`, a dict of numbers of 0 or
+more, counts as an environment's costs do: not in the sum. The environment's own costs stay. The function may be a
+coroutine function. It runs in a thread, within the time limit of an environment's step (env.host.step_seconds). If it
+raises, exceeds the limit or returns no finite number, the episode has failed: an error is never a reward.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from envs.base import as_number
+from envs.base import as_number, named_costs
 from envs.code_lines import describe_error
 from envs.hosting.host import EnvironmentFailed
 from envs.user_functions import settled
 from rollout.wire.own_part import OwnPart
-from rollout.wire.trajectory import EndReason, Trajectory, Turn
+from rollout.wire.trajectory import COST, EndReason, Trajectory, Turn
 
 _NO_EVIDENCE = (EndReason.FAILED, EndReason.CANCELLED)
 
@@ -41,7 +42,8 @@ class OwnReward(OwnPart):
     def __call__(self, episode: Trajectory) -> Trajectory:
         """Return the episode with this reward. TypeError, ValueError for a value that is no finite number."""
         returned = settled(self.run(episode))
-        named = returned if isinstance(returned, Mapping) else None
+        named = dict(returned) if isinstance(returned, Mapping) else None
+        costs = named_costs({} if named is None else {"costs": named.pop("costs", {})})
         parts = {"reward": returned} if named is None else {str(name): named[name] for name in named}
         numbers = {name: as_number(value, f"{self.kind}: {name}") for name, value in parts.items()}
         for name, number in numbers.items():
@@ -50,6 +52,7 @@ class OwnReward(OwnPart):
         turns = episode.turns if self.mode == "add" else tuple(map(_unpaid, episode.turns))
         *before, last = turns
         own = json.loads(last.named_rewards or "{}") | (numbers if named is not None else {})
+        own |= {f"{COST}{name}": cost for name, cost in costs.items()}
         paid = replace(
             last,
             reward=last.reward + sum(numbers.values()),
@@ -75,4 +78,6 @@ async def rewarded(episode: Trajectory, reward: OwnReward | None, timeout_second
 
 
 def _unpaid(turn: Turn) -> Turn:
-    return replace(turn, reward=0.0, named_rewards=None)
+    numbers = json.loads(turn.named_rewards or "{}")
+    costs = {name: cost for name, cost in numbers.items() if name.startswith(COST)}
+    return replace(turn, reward=0.0, named_rewards=json.dumps(costs) if costs else None)

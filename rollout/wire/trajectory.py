@@ -20,6 +20,7 @@ from rollout.wire.equality import all_equal
 
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
+COST = "costs/"  # begins the names of costs among a turn's named numbers
 EnvironmentKey = tuple[str, str]  # id and options of an environment, as in its tasks
 
 
@@ -125,7 +126,7 @@ class Turn:
     env_seconds: float = 0.0
     engine_seconds: float = 0.0
     seat: int | None = None  # which player moved in self-play: 0 whom rewards are for, 1 the other
-    named_rewards: str | None = None  # JSON, name -> number: the components of the reward
+    named_rewards: str | None = None  # JSON, name -> number: components of the reward; costs as "costs/NAME"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +180,20 @@ class Trajectory:
         """Sums of the absolute values of the turns' named rewards."""
         return {name: sum(map(abs, values)) for name, values in self._named().items()}
 
+    @property
+    def costs(self) -> dict[str, list[float]]:
+        """Each named cost, a number for every turn, 0 where the turn says none; empty if the environment has none."""
+        numbers = [json.loads(turn.named_rewards or "{}") for turn in self.turns]
+        names = dict.fromkeys(name for named in numbers for name in named if name.startswith(COST))
+        return {name.removeprefix(COST): [named.get(name, 0.0) for named in numbers] for name in names}
+
     def _named(self) -> dict[str, list[float]]:
         """Values of each named reward, in turn order."""
         found: dict[str, list[float]] = {}
         for turn in self.turns:
             for name, value in json.loads(turn.named_rewards or "{}").items():
-                found.setdefault(name, []).append(value)
+                if not name.startswith(COST):
+                    found.setdefault(name, []).append(value)
         return found
 
     @property

@@ -60,7 +60,7 @@ def episode(pick: Pick) -> Episode:
         tokens=tuple(tokens),
         rewards=tuple(pick(-2, 6) / 4 for _ in range(turns)),
         states=tuple(f"state {pick(0, 2)}" for _ in range(turns)),
-        named={"goal": pick(0, 4) / 4, "form": pick(-4, 0) / 4},
+        named={"goal": pick(0, 4) / 4, "form": pick(-4, 0) / 4, "costs/risk": len(tokens) / 8},
         ended=bool(pick(0, 1)),
         values=_eighths(noise, count),
         after=float(noise.integers(-8, 8)) / 8,

@@ -17,6 +17,7 @@ CORRECTIONS = "learner.algorithm.corrections="
 CRITIC = ("learner.algorithm.advantage.kind=gae", "learner.algorithm.critic.kind=own")
 ALONE = "rollout.group_size=1"
 UNIFORM = "rollout.dynamic_sampling=true"
+LIMITED = "learner.algorithm.constraints=[{name='risk', limit=1, update={kind='dual', rate=1}}]"
 REUSE = ("buffer.reuse.groups=1", "buffer.reuse.max_lag=3")
 FREE = ("learner.algorithm.loss.kind=reinforce",)
 
@@ -73,6 +74,8 @@ def guard(metric: str) -> str:
         (["evaluation.tasks=0", suites("{name='hard'}")], "suite 'hard' has no tasks"),
         (["checkpoint.best_metric=success"], "best_metric='success' is no metric .* eval_success, eval_reward"),
         (["checkpoint.best_metric='eval_pass@4'"], "'eval_pass@4' is no metric"),
+        ([UNIFORM, LIMITED], "drops groups whose episodes earn the same, but learner.algorithm.constraints"),
+        (["replay=somewhere", LIMITED], "those of a replay do not change with it; remove the constraints"),
         (["replay=somewhere", UNIFORM], "a replay plays none: use rollout.dynamic_sampling=false"),
         (["replay=somewhere", *REUSE], "buffer.reuse does not act in a replay"),
     ],

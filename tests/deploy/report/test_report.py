@@ -13,9 +13,11 @@ from plotly.offline import get_plotlyjs
 
 from deploy.report.charts import MOST_NAMED, drawn, moving_mean
 from deploy.report.episodes import chosen_episodes
+from deploy.report.evaluation import Evaluation, figures
 from deploy.report.metrics import read_metrics
-from deploy.report.report import clock, write_report
+from deploy.report.report import clock, outcomes, write_report
 from rollout.buffer.segments import SegmentWriter
+from rollout.episodes.evaluation import EvaluationRow
 from rollout.wire.schema import encode
 from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
 from tests.deploy.small_run import configured, train
@@ -183,6 +185,32 @@ def test_each_named_reward_has_a_chart_of_its_mean_with_its_spread() -> None:
     assert charts["Reward and success"]["series"][0]["band"] is None  # this run's rows have no deviation
     many = {f"rewards/{number}/mean": 0.0 for number in range(100)}
     assert sum(chart["title"].startswith("Reward:") for chart in drawn([row(1) | many])) == MOST_NAMED
+
+
+def test_each_cost_has_a_chart_with_its_limit_and_a_card_with_its_interval() -> None:
+    rows = [
+        row(step)
+        | {"costs/risk/mean": 2.0, "costs/risk/std": 0.5, "costs/dirt/mean": 1.0}
+        | {"constraint/risk/limit": 0.5, "constraint/risk/multiplier": step}
+        for step in (1, 2)
+    ]
+    charts = {chart["title"]: chart["series"] for chart in drawn(rows)}
+    assert [(series["name"], series["y"]) for series in charts["Cost: risk"]] == [
+        ("mean", [2.0, 2.0]),
+        ("limit", [0.5, 0.5]),
+    ]
+    assert [series["name"] for series in charts["Cost: dirt"]] == ["mean"]
+    assert [series["y"] for series in charts["Multipliers of constraints"]] == [[1, 2]]
+    played = [
+        EvaluationRow(place, EndReason.TERMINATED, 1.0, None, 1, 1, 0, None, costs={"risk": place})
+        for place in (0, 4)
+    ]
+    summary = figures({"after": Evaluation.of(played)})
+    assert (summary["cost_risk_after"], summary["cost_risk_after_interval"]) == (2.0, [0.0, 4.0])
+    (card,) = [card for card in outcomes(summary, "task") if card["title"] == "Cost risk on tasks"]
+    assert [(bar["when"], bar["said"], bar["low"], bar["high"]) for bar in card["bars"]] == [
+        ("after", "2", "0", "4")
+    ]
 
 
 def test_lengths_learning_rate_and_advantages_are_drawn_as_a_step_describes_them(tmp_path: Path) -> None:

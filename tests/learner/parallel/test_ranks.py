@@ -40,10 +40,12 @@ SHARED: dict[str, Any] = {
     "epochs": 2,
     "skip_zero_advantage": False,
 }
+RISK: dict[str, Any] = {"name": "risk", "limit": 0.5, "update": {"kind": "dual", "rate": 0.5}}
 # (recipe, learner steps, settings of the model); UNTIED stands for a model whose head is a matrix of its own
 UNTIED = "untied"
 CASES: list[Any] = [
     ({"advantage": {"kind": "grpo"}}, 1, {}),
+    ({"advantage": {"kind": "reinforce_pp"}, "constraints": [RISK]}, 2, {}),
     (
         {
             "advantage": {"kind": "reinforce_pp", "gamma": 0.9},
@@ -59,7 +61,7 @@ CASES: list[Any] = [
     ),
     ({"advantage": {"kind": "returns", "baseline": "batch"}, "aggregation": "sequence"}, 1, {}),
     ({"advantage": {"kind": "gdpo", "weights": {"goal": 1.0, "form": 0.5}}, "loss": {"kind": "gspo"}}, 1, {}),
-    (CRITIC | {"aggregation": "sequence"}, 2, {"path": UNTIED}),
+    (CRITIC | {"aggregation": "sequence", "constraints": [RISK]}, 2, {"path": UNTIED}),
     (SHARED, 3, {}),
 ]
 

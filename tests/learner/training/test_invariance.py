@@ -87,7 +87,11 @@ def _recipes() -> Iterator[Recipe]:
 
 
 RECIPES = list(_recipes())
-FEW = RECIPES[::5]  # every estimator, loss, aggregation, correction and extra is among these twelve
+CONSTRAINT = {"name": "risk", "limit": 0.5, "update": {"kind": "pid", "kp": 0.1, "ki": 0.5}}
+FEW = [  # every estimator, loss, aggregation, correction and extra is among these twelve; and one with a limit of costs
+    *RECIPES[::5],
+    {**RECIPES[0], "constraints": [CONSTRAINT]},
+]
 
 
 def _name(recipe: Recipe) -> str:
