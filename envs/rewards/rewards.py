@@ -184,8 +184,8 @@ def rewards_of(sections: str | dict[str, Any] | Sequence[str | dict[str, Any]]) 
 
 def reward_range(rewards: Sequence[Reward]) -> tuple[float, float]:
     """The least and the most that the weighted sum comes to; a user's own reward and a model's have no bounds."""
-    if any(reward.kind not in KINDS or reward.kind in _UNBOUNDED for reward in rewards): With `cost = true` a number is
-a cost instead: 0 or more, no part of the sum, and something that the learner can hold within a limit.
+    summed = [reward for reward in rewards if not reward.cost]
+    if any(reward.kind not in KINDS or reward.kind in _UNBOUNDED for reward in summed):
         return -math.inf, math.inf
-    weights = [reward.weight for reward in rewards]
+    weights = [reward.weight for reward in summed]
     return sum(min(weight, 0.0) for weight in weights), sum(max(weight, 0.0) for weight in weights)
