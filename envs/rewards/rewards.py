@@ -4,8 +4,8 @@
     rewards = [{ kind = "number" }, { kind = "mine:brevity", weight = 0.2, words = 40 }]
 
 Each gives a number; ours, but for that of a reward model, within [0, 1]. The reward is their weighted sum, and each is
-stored under its name. The first says whether the answer is right: it is where it gives 1. With `cost = true` a number is
-a cost instead: 0 or more, no part of the sum, and something that the learner can hold within a limit.
+stored under its name. The first says whether the answer is right: it is where it gives 1. With `cost = true` a number
+is a cost instead: 0 or more, no part of the sum, and something that the learner can hold within a limit.
 """
 
 from __future__ import annotations

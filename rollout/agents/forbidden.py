@@ -47,8 +47,8 @@ class ForbiddenTools(AgentPart):
         calls = parse_calls(spoken(action), self._style)[1]
         names = [call.name for call in calls if isinstance(call, ToolCall)]
         if not self._names & set(names):
-            observation, *rest = self.env.step(action)
-            return self._without(observation), *rest
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            return self._without(observation), reward, terminated, truncated, info
         refused: list[Message] = [
             {"role": "tool", "name": name, "content": f"{name} {self._why(name)}."} for name in names
         ]
