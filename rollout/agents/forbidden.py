@@ -48,7 +48,7 @@ class ForbiddenTools(AgentPart):
         names = [call.name for call in calls if isinstance(call, ToolCall)]
         if not self._names & set(names):
             observation, reward, terminated, truncated, info = self.env.step(action)
-            return self._without(observation), reward, terminated, truncated, info
+            return self._without(observation), float(reward), terminated, truncated, info
         refused: list[Message] = [
             {"role": "tool", "name": name, "content": f"{name} {self._why(name)}."} for name in names
         ]
