@@ -29,7 +29,7 @@ from tests.deploy.command import Manta, command
 from tests.deploy.small_run import configured, train
 
 FOLDER = Path(__file__).parents[3] / "docs" / "reference"
-# An environment that names a reward, and a tool: what neither a plain run nor a critic's writes.
+# An environment that names a reward and a cost, and a tool: what neither a plain run nor a critic's writes.
 MODULE = """
 from envs.base import TextEnv
 
@@ -41,7 +41,8 @@ class Sums(TextEnv):
 
     def step(self, action):
         right = float("4" in action)
-        return "", right, True, False, {"success": bool(right), "rewards": {"goal": right}}
+        said = {"success": bool(right), "rewards": {"goal": right}, "costs": {"letters": float(len(action))}}
+        return "", right, True, False, said
 
 
 def double(number: int) -> int:
@@ -168,6 +169,7 @@ def test_every_metric_that_a_run_writes_is_in_the_page_and_every_one_of_the_page
             "env=",
             "envs=[{name='own', id='sums:Sums', host={where='inline'}}, {name='other', id='arithmetic', agent={}}]",
             "agent={parts=[{kind='tools', functions=['sums:double'], style='plain'}]}",
+            "learner.algorithm.constraints=[{name='letters', limit=1.0, update={kind='dual', rate=0.1}}]",
             "rollout.context_tokens=400",
             "sampling.max_tokens=20",
         ],
