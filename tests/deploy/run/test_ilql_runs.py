@@ -61,9 +61,10 @@ def test_a_run_killed_within_the_stage_ends_where_the_uninterrupted_one_does(
     reference: Path, tmp_path: Path
 ) -> None:
     source = f"source={{kind='run', path={str(reference)!r}}}"
+    optim = "optim={learning_rate=5e-3, schedule='linear'}"
     config = configured(
         "steps=1", "evaluation.tasks=0", "checkpoint.stage_steps=20",
-        f"stages=[{{kind='ilql', {OPTIM}, target_rate=0.1, episodes_per_step=2, epochs=2, {source}}}]",
+        f"stages=[{{kind='ilql', {optim}, target_rate=0.1, episodes_per_step=2, epochs=2, {source}}}]",
     )  # fmt: skip
     straight, folder = tmp_path / "straight", tmp_path / "run"
     check(config)
