@@ -84,25 +84,28 @@ def updated(constraints: Constraints, now: Multipliers, described: Mapping[str, 
     A step without any cost of a name has a mean of 0. ValueError, in one line, where no step had any yet.
     """
     found = {}
-    for each in constraints:
-        before, cost = now.get(each.name, Multiplier()), described.get(f"costs/{each.name}/mean")
+    for constraint in constraints:
+        before, cost = now.get(constraint.name, Multiplier()), described.get(f"costs/{constraint.name}/mean")
         if cost is None and before.cost is None:
             said = sorted(
                 key[6:-5] for key in described if key.startswith("costs/") and key.endswith("/mean")
             )
             raise ValueError(
-                f"learner.algorithm.constraints: no episode says a cost {each.name!r} (costs said: "
+                f"learner.algorithm.constraints: no episode says a cost {constraint.name!r} (costs said: "
                 f"{', '.join(said) or 'none'}); let the environment give it in info['costs'] in every episode, 0 where "
                 "nothing happened"
             )
-        found[each.name] = each.update(before, cost or 0.0, each.limit)
+        found[constraint.name] = constraint.update(before, cost or 0.0, constraint.limit)
     return found
 
 
 def metrics(constraints: Constraints, multipliers: Multipliers) -> dict[str, float]:
     """The multiplier and the limit of each constraint."""
-    found = {f"constraint/{each.name}/multiplier": multipliers[each.name].value for each in constraints}
-    return found | {f"constraint/{each.name}/limit": each.limit for each in constraints}
+    found = {
+        f"constraint/{constraint.name}/multiplier": multipliers[constraint.name].value
+        for constraint in constraints
+    }
+    return found | {f"constraint/{constraint.name}/limit": constraint.limit for constraint in constraints}
 
 
 def stored(multipliers: Multipliers) -> dict[str, Any]:

@@ -157,4 +157,4 @@ def test_the_command_exports_once_and_refuses_what_is_no_run(
         "thumbs.jsonl",
     ]
     code, _, error = manta("label", str(run), "--export", str(out))
-    assert (code, error) == (2, f"manta: {out} exists already; choose a new folder\n")
+    assert (code, error) == (2, f"manta: {out} exists already; choose a new name\n")
