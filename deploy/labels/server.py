@@ -10,7 +10,6 @@ which browsers do not send.
 
 from __future__ import annotations
 
-import logging
 import secrets
 import socket
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from deploy.config.config_errors import ConfigError
 from deploy.labels.asking import Pair, Worth, next_pair
 from deploy.labels.judgements import Judged, Judgement, Labels, agreement, by_pair
 from deploy.labels.pool import Pool, shown_turns
-from rollout.external.connection import Connection, read_body
+from rollout.external.connection import bearer_key, configured, read_body
 from rollout.external.openai_format import Refused
 from rollout.wire.trajectory import Trajectory
 
@@ -70,10 +69,7 @@ class LabelPage:
 
         def guarded(handler: Any) -> Any:
             async def checked(request: Request) -> Response:
-                scheme, _, given = request.headers.get("authorization", "").partition(" ")
-                if scheme.lower() != "bearer" or not secrets.compare_digest(
-                    given.strip().encode(), key.encode()
-                ):
+                if not secrets.compare_digest(bearer_key(request).encode(), key.encode()):
                     raise Refused(
                         401, "invalid_key", "open the address that manta label prints, with its key"
                     )
@@ -192,14 +188,5 @@ def listen(port: int) -> socket.socket:
 
 def serve(page: LabelPage, listener: socket.socket) -> None:
     """Serve until the process is told to stop (SIGINT, SIGTERM)."""
-    config = uvicorn.Config(
-        page.app(),
-        http=Connection,
-        lifespan="off",
-        ws="none",
-        log_config=None,
-        log_level=logging.WARNING,
-        access_log=False,
-        timeout_graceful_shutdown=_CLOSE_TIMEOUT_SECONDS,
-    )
+    config = configured(page.app(), lifespan="off", timeout_graceful_shutdown=_CLOSE_TIMEOUT_SECONDS)
     uvicorn.Server(config).run(sockets=[listener])

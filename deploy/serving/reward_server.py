@@ -10,7 +10,6 @@ Requests that come while others are computed are computed together. The key is c
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -24,7 +23,7 @@ from starlette.routing import Route
 
 from deploy.serving.reward_scorer import Unscorable
 from envs.rewards.reward_model import PATH
-from rollout.external.connection import Connection, read_body
+from rollout.external.connection import bearer_key, configured, read_body
 from rollout.external.openai_format import Refused
 
 _MOST = 512  # conversations that are computed together
@@ -94,23 +93,11 @@ async def _compute(scorer: Scorer, waiting: asyncio.Queue[_Waiting]) -> None:
 
 
 def _require_key(request: Request, key: str) -> None:
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode(), key.encode()):
+    if not secrets.compare_digest(bearer_key(request).encode(), key.encode()):
         raise Refused(401, "invalid_api_key", "wrong key; set MANTA_REWARD_KEY to what the server was given")
 
 
 def reward_server(scorer: Scorer, key: str, port: int) -> uvicorn.Server:
     """The server on 127.0.0.1, to be run; it ends at an interrupt."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            reward_app(scorer, key),
-            host="127.0.0.1",
-            port=port,
-            http=Connection,
-            ws="none",
-            log_config=None,
-            log_level=logging.WARNING,
-            access_log=False,
-            timeout_keep_alive=3600,
-        )
-    )
+    config = configured(reward_app(scorer, key), host="127.0.0.1", port=port, timeout_keep_alive=3600)
+    return uvicorn.Server(config)

@@ -116,6 +116,17 @@ class EpisodeSettings(StageSettings, frozen=True):
         return None if episodes is None else (self.optim, self.steps(episodes))
 
 
+class PairSettings(StageSettings, frozen=True):
+    """What stages have whose every step is one on so many pairs of episodes."""
+
+    epochs: int = Field(default=1, ge=1, description="passes over the pairs")
+    pairs_per_step: int = Field(default=32, ge=1, description="pairs in one optimizer step")
+
+    def steps(self, pairs: int) -> int:
+        """How many optimizer steps that many pairs make."""
+        return self.epochs * -(-pairs // self.pairs_per_step)
+
+
 class SftSettings(EpisodeSettings, extra="forbid", frozen=True):
     """Supervised fine-tuning: raise the likelihood of the actions in recorded episodes."""
 
@@ -177,7 +188,7 @@ class IlqlSettings(EpisodeSettings, extra="forbid", frozen=True):
         return self.head_width or 2 * width
 
 
-class PreferenceSettings(StageSettings, extra="forbid", frozen=True):
+class PreferenceSettings(PairSettings, extra="forbid", frozen=True):
     """Preference optimization: raise the better episode of a group against the worse."""
 
     kind: Literal["preference"] = "preference"
@@ -185,12 +196,6 @@ class PreferenceSettings(StageSettings, extra="forbid", frozen=True):
     optim: OptimSettings = Field(
         default=OptimSettings(learning_rate=1e-6), description="the stage's own optimizer"
     )
-    epochs: int = Field(default=1, ge=1, description="passes over the pairs")
-    pairs_per_step: int = Field(default=32, ge=1, description="pairs in one optimizer step")
-
-    def steps(self, pairs: int) -> int:
-        """How many optimizer steps that many pairs make."""
-        return self.epochs * -(-pairs // self.pairs_per_step)
 
 
 class KtoSettings(EpisodeSettings, extra="forbid", frozen=True):
@@ -217,7 +222,7 @@ class KtoSettings(EpisodeSettings, extra="forbid", frozen=True):
     undesirable_weight: float = Field(default=1.0, gt=0, description="weight of a bad episode")
 
 
-class RewardModelSettings(StageSettings, extra="forbid", frozen=True):
+class RewardModelSettings(PairSettings, extra="forbid", frozen=True):
     """A reward model: one number a conversation, larger for the better one of a pair. It takes the policy's place."""
 
     kind: Literal["reward_model"] = "reward_model"
@@ -227,8 +232,6 @@ class RewardModelSettings(StageSettings, extra="forbid", frozen=True):
     head_optim: OptimSettings = Field(
         default=OptimSettings(learning_rate=1e-3), description="optimizer of the head, which begins as zeros"
     )
-    epochs: int = Field(default=1, ge=1, description="passes over the pairs")
-    pairs_per_step: int = Field(default=32, ge=1, description="pairs in one optimizer step")
     margin: float = Field(
         default=0.0,
         ge=0,
@@ -246,10 +249,6 @@ class RewardModelSettings(StageSettings, extra="forbid", frozen=True):
         lt=1,
         description="share of the prompts whose pairs are not learned, but judged after every epoch",
     )
-
-    def steps(self, pairs: int) -> int:
-        """How many optimizer steps that many pairs make."""
-        return self.epochs * -(-pairs // self.pairs_per_step)
 
 
 class OwnStage(StageSettings, OwnPart):

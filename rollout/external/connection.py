@@ -10,10 +10,13 @@ Beyond `max_connections` the oldest connection without a request is closed for t
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import time
 from typing import Any
 
+import uvicorn
+from starlette.applications import Starlette
 from starlette.requests import Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -54,6 +57,25 @@ class Connection(H11Protocol):
     def _end_silent(self) -> None:
         if self.is_silent:
             self.transport.abort()
+
+
+def configured(app: Starlette, **options: Any) -> uvicorn.Config:
+    """uvicorn's configuration of a server with these connections and without a log of requests; options: uvicorn's."""
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_config=None,
+        log_level=logging.WARNING,
+        access_log=False,
+        **options,
+    )
+
+
+def bearer_key(request: Request) -> str:
+    """The key of "Authorization: Bearer KEY", empty without one."""
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else ""
 
 
 async def read_body(request: Request) -> Any:

@@ -28,7 +28,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from rollout.external.connection import Connection, read_body
+from rollout.external.connection import configured, read_body
 from rollout.external.openai_format import Refused, completion, events, read
 from rollout.external.session import EpisodeVerdict, Session, ended
 
@@ -57,14 +57,9 @@ class Endpoint:
         listener = socket.create_server((_LOOPBACK, 0), backlog=_BACKLOG)
         self.base_url = f"http://{_LOOPBACK}:{listener.getsockname()[1]}/v1"
         self._server = _Server(
-            uvicorn.Config(
+            configured(
                 self._app(),
-                http=Connection,
                 lifespan="off",
-                ws="none",
-                log_config=None,
-                log_level=logging.WARNING,
-                access_log=False,
                 backlog=_BACKLOG,
                 timeout_keep_alive=_IDLE_TIMEOUT_SECONDS,
                 timeout_graceful_shutdown=_CLOSE_TIMEOUT_SECONDS,
