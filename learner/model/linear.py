@@ -4,7 +4,10 @@ torch multiplies float32 matrices on a CPU with MKL, which is limited to AVX2 on
 oneDNN, part of torch's x86 builds, is more than twice as fast in a small model's shapes, and as exact. On Intel's
 processors MKL is a sixth faster and compiles nothing.
 
-The environment variable MANTA_LINEAR ("onednn" or "torch") forces one of the two on any processor.
+oneDNN compiles a kernel for every new shape, a millisecond, and packed rows always have new lengths: layers whose
+products take no longer than that stay torch's.
+
+The environment variable MANTA_LINEAR ("onednn" or "torch") forces one of the two, for every layer and on any processor.
 """
 
 from __future__ import annotations
@@ -21,16 +24,18 @@ from torch.nn.functional import linear
 _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 _KERNELS = 64
 
+_LEAST_WEIGHTS = 2**16  # of a layer whose products are worth a kernel: a millisecond for some 700 tokens
+
 PATH = "MANTA_LINEAR"  # environment variable that forces a path
 _ONEDNN, _TORCH = "onednn", "torch"
 
 
 def use_onednn(module: nn.Module, leave: nn.Module | None = None) -> None:
-    """Replace every plain linear layer below `module` except `leave` by one that computes through oneDNN.
+    """Replace plain linear layers below `module`, except `leave` and small ones, by ones that compute through oneDNN.
 
-    Only if oneDNN is the faster path and torch has it; MANTA_LINEAR overrides this, and ValueError is raised if it
-    cannot be followed. Parameters stay the same objects under the same names. Inputs that are not float32 on a CPU are
-    computed as before.
+    Only if oneDNN is the faster path and torch has it; MANTA_LINEAR overrides this and the size, and ValueError is
+    raised if it cannot be followed. Parameters stay the same objects under the same names. Inputs that are not float32
+    on a CPU are computed as before.
 
     oneDNN compiles a kernel for every shape, half a megabyte each, and keeps a thousand of them for every thread.
     Packed rows always have new lengths, so a learner would grow by a gigabyte; the caches are bounded to the kernels of
@@ -38,11 +43,12 @@ def use_onednn(module: nn.Module, leave: nn.Module | None = None) -> None:
     """
     if not _onednn_wanted():
         return
+    least = 0 if os.environ.get(PATH) else _LEAST_WEIGHTS
     for cache in _KERNEL_CACHES:
         os.environ.setdefault(cache, str(_KERNELS))
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child is not leave:
+            if type(child) is nn.Linear and child is not leave and child.weight.numel() >= least:
                 parent.register_module(name, _OneDnnLinear(child))
 
 

@@ -172,14 +172,21 @@ def _replaced(policy: Policy) -> int:
 
 @pytest.mark.parametrize(
     ("forced", "intel", "replaced"),
-    [("onednn", True, True), ("torch", False, False), ("", True, False), ("", False, True)],
+    [
+        ("onednn", True, [True, True]),
+        ("torch", False, [False] * 2),
+        ("", True, [False] * 2),
+        ("", False, [True, False]),
+    ],
 )
-def test_the_environment_variable_forces_a_path_on_any_processor(
-    tiny: Path, forced: str, intel: bool, replaced: bool, monkeypatch: pytest.MonkeyPatch
+def test_large_layers_follow_the_processor_and_all_of_them_the_environment_variable(
+    forced: str, intel: bool, replaced: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MANTA_LINEAR", forced)
     monkeypatch.setattr("learner.model.linear._mkl_knows_this_processor", lambda: intel)
-    assert bool(_replaced(Policy(ModelSettings(path=str(tiny))))) == replaced
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 255))
+    use_onednn(model)
+    assert [type(layer) is _OneDnnLinear for layer in model] == replaced
 
 
 def test_an_unknown_path_is_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
