@@ -14,6 +14,7 @@ def mistakes() -> tuple[type[Exception], ...]:
     from rollout.buffer.segments import CorruptSegment
     from rollout.chat.chat import ChatError
     from rollout.wire.model_folder import ModelDamaged
+    from rollout.wire.schema import SchemaError
 
-    stored = CheckpointError, HistoryError, LedgerError, CorruptSegment
+    stored = CheckpointError, HistoryError, LedgerError, CorruptSegment, SchemaError
     return ConfigError, EnvironmentUnknown, ModelError, ModelDamaged, ChatError, *stored
