@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -106,8 +108,42 @@ def _head(width: int) -> nn.Linear:
 def test_values_and_gradients_are_those_of_each_sequence_alone(
     models: tuple[Policy, PreTrainedModel], loss: str, limit: int
 ) -> None:
-    policy, plain = models
     sequences = _forest(len(loss) + limit)
+    rows = pack(sequences, limit, 128).micro_batches
+    assert sum(len(row.input_ids_T) for row in rows) < sum(s.num_inputs for s in sequences) or limit == 1
+    _compare(models, sequences, LOSSES[loss], limit)
+
+
+@st.composite
+def grown(draw: st.DrawFn) -> list[TokenSequence]:
+    """Sequences that go on from any place of any earlier one, up to six forks deep, or from nowhere."""
+    ids: list[list[int]] = []
+    forks: list[int] = []
+    for _ in range(draw(st.integers(1, 8))):
+        parent = draw(st.integers(-1, len(ids) - 1))
+        if parent < 0 or forks[parent] == 6:
+            ids.append(draw(st.lists(st.integers(5, 98), min_size=1, max_size=12)))
+            forks.append(0)
+            continue
+        kept = ids[parent][: draw(st.integers(1, len(ids[parent])))]
+        ids.append(kept + draw(st.lists(st.integers(5, 98), max_size=9)))
+        forks.append(forks[parent] + 1)
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    return [_sequence([3, *each, int(rng.integers(5, 99))], rng) for each in ids]
+
+
+@settings(max_examples=40, deadline=None)
+@given(sequences=grown(), loss=st.sampled_from(sorted(LOSSES)), limit=st.integers(1, 60))
+def test_so_they_are_for_any_tree_and_any_cut(
+    models: tuple[Policy, PreTrainedModel], sequences: list[TokenSequence], loss: str, limit: int
+) -> None:
+    _compare(models, sequences, LOSSES[loss], limit)
+
+
+def _compare(
+    models: tuple[Policy, PreTrainedModel], sequences: list[TokenSequence], loss: Loss, limit: int
+) -> None:
+    policy, plain = models
     heads = _head(policy.width), _head(policy.width)
     for model in (policy.model, plain):
         model.zero_grad()
@@ -115,15 +151,14 @@ def test_values_and_gradients_are_those_of_each_sequence_alone(
     for number, sequence in enumerate(sequences):
         logprobs_N, entropy_N, hidden_ND = _alone(plain, sequence)
         advantages_N = torch.from_numpy(sequence.advantages_T[sequence.sampled_T])
-        loss_N = LOSSES[loss](logprobs_N, entropy_N, heads[0](hidden_ND)[:, 0], advantages_N)
+        loss_N = loss(logprobs_N, entropy_N, heads[0](hidden_ND)[:, 0], advantages_N)
         (loss_N * sequence.weight).sum().backward()
         expected[number] = (logprobs_N, entropy_N, loss_N)
     tagged = [replace(s, columns={"values": np.full(len(s.token_ids_T), i)}) for i, s in enumerate(sequences)]
     rows = pack(tagged, limit, 128).micro_batches
-    assert sum(len(row.input_ids_T) for row in rows) < sum(s.num_inputs for s in sequences) or limit == 1
     for row in rows:
         logprobs_N, entropy_N, hidden_ND = policy.read(row, TEMPERATURE)
-        loss_N = LOSSES[loss](logprobs_N, entropy_N, heads[1](hidden_ND)[:, 0], row.advantages_N)
+        loss_N = loss(logprobs_N, entropy_N, heads[1](hidden_ND)[:, 0], row.advantages_N)
         (loss_N * row.weights_N).sum().backward()
         assert row.values_N is not None
         numbers = list(dict.fromkeys(row.values_N.int().tolist()))
