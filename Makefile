@@ -1,10 +1,10 @@
 # Everything runs from .venv, which is made once and reused until a pinned list or pyproject.toml changes.
-#   make setup | train | train-llm | test | test-extras | llm | bench | faults | docs | lint | lock | clean
-#   ARGS="..." goes to train, test, test-extras, bench, faults
+#   make setup | train | train-llm | test | test-extras | llm | bench | gpu-check | faults | docs | lint | lock | clean
+#   ARGS="..." goes to train, test, test-extras, bench, gpu-check, faults
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-llm test test-extras llm bench faults docs lint lock lock-cpu lock-gpu lock-extras clean
+.PHONY: help setup train train-llm test test-extras llm bench gpu-check faults docs lint lock lock-cpu lock-gpu lock-extras clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -71,6 +71,12 @@ $(LLM)/tokenizer_config.json: requirements/llm.txt
 
 bench: setup
 	$(BIN)/python -m tests.bench $(ARGS)
+
+# On a machine with a GPU: whatever Python has torch and the learner's packages (PYTHON=...). Elsewhere a rehearsal in .venv.
+gpu-check:
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+		then $(PYTHON) -m tests.bench.gpu_check $(ARGS); \
+		else $(MAKE) --no-print-directory setup && $(BIN)/python -m tests.bench.gpu_check $(ARGS); fi
 
 faults: setup
 	$(BIN)/python -m tests.faults $(ARGS)

@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from deploy.report.console import Cell, Console, errors, write, write_table
+from tests.bench.child import ask
 
 BENCHMARKS = (
     "rollout",
@@ -111,36 +109,10 @@ class Outcome:
 
 
 def run(name: str) -> Outcome:
-    """One benchmark in a process of its own; its last line on standard output is JSON."""
-    command = [sys.executable, "-m", f"tests.bench.bench_{name}"]
-    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-    began, load = time.perf_counter(), os.getloadavg()[0]
-    # A session of its own, so that an engine's processes can be ended with it.
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    )
-    figures: dict[str, float] = {}
-    error = ""
-    try:
-        printed, complained = process.communicate(timeout=LIMIT_S)
-        if process.returncode:
-            error = complained.strip()[-2000:] or f"exit status {process.returncode}"
-        else:
-            figures = json.loads(printed.strip().splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        error = f"took longer than {LIMIT_S} s"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    seconds = round(time.perf_counter() - began, 1)
-    return Outcome(name, seconds, load, os.getloadavg()[0], figures, error)
+    """One benchmark in a process of its own."""
+    load = os.getloadavg()[0]
+    answer = ask(f"bench_{name}", LIMIT_S)
+    return Outcome(name, answer.seconds, load, os.getloadavg()[0], answer.figures, answer.error)
 
 
 def table(outcomes: Sequence[Outcome]) -> list[tuple[Cell, ...]]:

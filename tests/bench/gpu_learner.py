@@ -1,11 +1,11 @@
 """Model FLOP utilisation of the learner on one GPU, beside a plain transformers loop over the same tokens.
 
-    python -m tests.bench.gpu_learner [--rounds 5] [--plain-rounds 3] [--peak-tflops 989] [--tiny]
+    python -m tests.bench.gpu_learner [--model 8b] [--rounds 5] [--plain-rounds 3] [--peak-tflops 989] [--tiny]
 
-A dense Qwen3-shaped model of about 1.7 billion parameters with random weights; rows of 16,384 packed tokens whose
-sequences have log-normal lengths, three quarters of them sampled; bfloat16 products over float32 weights, activation
-checkpointing where it is needed. Needs torch and transformers, neither Ray nor vLLM. `--tiny` is a rehearsal on a CPU.
-Prints JSON.
+A dense Qwen3-shaped model of about 1.7 billion parameters with random weights, or four layers of one of 8 billion; rows
+of 16,384 packed tokens whose sequences have log-normal lengths, three quarters of them sampled; bfloat16 products over
+float32 weights, activation checkpointing where it is needed. Needs torch and transformers, neither Ray nor vLLM.
+`--tiny` is a rehearsal on a CPU. Prints JSON.
 
 FLOPs that count, of either way: 6 x the parameters of the layers for each token, 6 x those of the head for each sampled
 one, and 12 x layers x heads x head width for each pair of tokens of which one attends to the other; what is computed
@@ -47,6 +47,15 @@ LARGE = {
     "max_position_embeddings": 16_384,
     "tie_word_embeddings": True,
 }
+# Four of its 36 layers, and its whole head: all of it with moments in float32 does not fit one GPU.
+LAYERS_OF_8B = LARGE | {
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "tie_word_embeddings": False,
+}
+SHAPES = {"1.7b": LARGE, "8b": LAYERS_OF_8B}
 TINY = LARGE | {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -177,6 +186,7 @@ def measured(step: Callable[[], None], rounds: int, device: str) -> tuple[float,
 
 def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu_learner", description=__doc__)
+    parser.add_argument("--model", choices=sorted(SHAPES), default="1.7b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--plain-rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=4, help="packed rows of a step")
@@ -184,7 +194,7 @@ def main() -> dict[str, Any]:
     parser.add_argument("--no-checkpointing", action="store_true", help="keep every activation")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal on the CPU")
     asked = parser.parse_args()
-    shape, row, device = (TINY, 512, "cpu") if asked.tiny else (LARGE, 16_384, "cuda")
+    shape, row, device = (TINY, 512, "cpu") if asked.tiny else (SHAPES[asked.model], 16_384, "cuda")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build(folder, shape)
