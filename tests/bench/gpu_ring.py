@@ -3,8 +3,8 @@
     python -m tests.bench.gpu_ring [--tiny]
 
 Four steps of `smollm2_sums`, where `make llm` has been run, else of `frozen_lake`. `ipc` hands the engine's process the
-learner's memory, `object_store` goes through the host. `--tiny` is a rehearsal on a CPU, by the object store alone.
-Prints JSON: figures of the last step.
+learner's memory, `object_store` goes through the host. `--tiny` is a rehearsal on a CPU: `frozen_lake`, by the object
+store alone. Prints JSON: figures of the last step.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ ON_GPU = [
 ]
 
 
-def ring(run: Path, overrides: list[str]) -> dict[str, Any]:
+def ring(recipe: str, run: Path, overrides: list[str]) -> dict[str, Any]:
     """Figures of a run's last step."""
-    recipe = "smollm2_sums" if (FOLDER / "config.json").is_file() else "frozen_lake"
     small = [f"steps={STEPS}", "evaluation.tasks=0"]
     small += ["stages.0.source.episodes=64"] if recipe == "frozen_lake" else ["buffer.groups_per_step=8"]
     command = [sys.executable, "-m", "deploy.cli", "train", recipe, "--run-dir", str(run), *small, *overrides]
@@ -41,12 +40,13 @@ def ring(run: Path, overrides: list[str]) -> dict[str, Any]:
 
 def main(tiny: bool) -> dict[str, Any]:
     """The figures of each way."""
+    real = not tiny and (FOLDER / "config.json").is_file()
     ways = ["object_store"] if tiny else ["object_store", "ipc"]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         for way in ways:
             on_gpu = [] if tiny else [*ON_GPU, f"weights.transfer={way}"]
-            figures = ring(Path(name) / way, on_gpu)
+            figures = ring("smollm2_sums" if real else "frozen_lake", Path(name) / way, on_gpu)
             found |= {f"{way}_{figure}": value for figure, value in figures.items()}
     return found
 
