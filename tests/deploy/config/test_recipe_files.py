@@ -102,10 +102,10 @@ def test_an_entry_of_a_list_is_named_by_its_place() -> None:
 
 def test_an_entry_of_the_bases_list_is_changed_and_a_list_replaces_the_list(own: Path) -> None:
     own.write_text(
-        "extends = 'frozen_lake'\n[stages.0]\nepochs = 7\nsource.episodes = 4096\n", encoding="utf-8"
+        "extends = 'frozen_lake'\n[stages.0]\nepochs = 7\nsource.episodes = 2048\n", encoding="utf-8"
     )
     (sft,), (base,) = load_config(str(own)).stages, load_config("frozen_lake").stages
-    source = base.source.model_copy(update={"episodes": 4096})
+    source = base.source.model_copy(update={"episodes": 2048})
     assert sft == base.model_copy(update={"epochs": 7, "source": source})
     own.write_text(
         "extends = 'frozen_lake'\n[[stages]]\nkind = 'sft'\n[[stages]]\nepochs = 2\n", encoding="utf-8"
@@ -216,7 +216,7 @@ def test_what_is_printed_describes_options_and_names_defaults() -> None:
     at = lines.index("dynamic_sampling = true  # default: false")
     assert lines[at - 2].startswith("# dynamic sampling (DAPO): drop a group")
     assert "seed = 3  # default: 0" in lines
-    assert "steps = 100  # no default" in lines and "max_turns = 100" in lines
+    assert "steps = 60  # no default" in lines and "max_turns = 100" in lines
     assert "# replay is not set" in lines
     (options,) = (line for line in lines if line.startswith("options = ") and "note" in line)
     assert tomllib.loads(options.partition("  # ")[0])["options"]["note"] == "a\x7f\x01é"
