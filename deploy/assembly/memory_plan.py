@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from deploy.config.config import RunConfig
 from learner.model.footprint import Saved, Shape, blank_model, saved_by, shape_of
 from learner.model.lora import chosen_layers
-from learner.training.memory_estimate import Amount, host_amounts, learner_amounts, stage_amounts
+from learner.training.memory_estimate import Amount, head_bytes, host_amounts, learner_amounts, stage_amounts
 from rollout.engines.vllm_start import VllmSettings
 
 GIB = 2**30
@@ -146,7 +146,8 @@ def _processes(run: RunConfig, model: ModelFacts, cache: Cache | None, sent: int
         learner, model.shape, model.adapter, model.adapted, model.saved, run.rollout.context_tokens
     )
     device += stage_amounts(run.stages, model.width, model.vocabulary, learner.ranks)
-    host = host_amounts(learner, model.shape, model.adapter, sent, on_gpu)
+    heads = head_bytes(run.stages, model.width, model.vocabulary)
+    host = host_amounts(learner, model.shape, model.adapter, sent, on_gpu, heads)
     started = Amount("the process itself", _TORCH_PROCESS, on_host=True)
     yield Process("learner", learner.ranks, (started, *device, *host), on_gpu)
     if run.replay:

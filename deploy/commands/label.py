@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +23,7 @@ def label(
     scores: Annotated[
         Path | None,
         typer.Option(
-            help="JSON lines of group_id, episode and score: ask the most uncertain pair, not any one."
+            help="File of manta score: ask the most uncertain pair. It may come, and be replaced, while the page is up."
         ),
     ] = None,
     overlap: Annotated[
@@ -42,6 +42,8 @@ def label(
     Examples:
     manta label runs/frozen_lake-20260101-120000
 
+    manta label runs/frozen_lake-20260101-120000 --scores scores.jsonl
+
     manta label runs/frozen_lake-20260101-120000 --export labels
     """
     from deploy.config.config_errors import ConfigError
@@ -57,16 +59,19 @@ def label(
 def _serve(run: Path, port: int, scores: Path | None, overlap: float, groups: int) -> None:
     from deploy.labels.judgements import Labels
     from deploy.labels.pool import Pool
-    from deploy.labels.scores import read_worth
-    from deploy.labels.server import LOOPBACK, LabelPage, listen, serve
+    from deploy.labels.scores import ScoreFile
+    from deploy.labels.server import LabelPage, serve
+    from deploy.serving.loopback import address, listen, serve_until_told
 
-    worth = read_worth(scores) if scores else None
+    found = ScoreFile(scores) if scores else None
     pool = Pool(run, groups)
     with closing(Labels(run)) as labels, listen(port) as listener:
-        address = f"http://{LOOPBACK}:{listener.getsockname()[1]}/#{labels.key()}"
-        write(console, f"{len(pool.pairs):,} pairs in {run}\nopen {address}\nCtrl-C ends the page")
-        with suppress(KeyboardInterrupt):
-            serve(LabelPage(pool, labels, overlap, worth), listener)
+        page = f"{address(listener)}/#{labels.key()}"
+        if found is not None:
+            asked = f"{len(found):,} episodes have scores" if found else "pairs are random until it comes"
+            write(console, f"scores {scores}: {asked}")
+        write(console, f"{len(pool.pairs):,} pairs in {run}\nopen {page}\nCtrl-C ends the page")
+        serve_until_told(serve(LabelPage(pool, labels, overlap, found), listener))
 
 
 def _export(run: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ answers and, between them, what the environment or a tool said. `margin` is the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,10 @@ import pyarrow.parquet as pq
 
 from deploy.commands.export import fresh_file
 from deploy.config.config_errors import ConfigError
+from deploy.labels.messages import conversation, shown_turns, tools_of
 from rollout.buffer.history import History, HistoryError
 from rollout.wire.schema import decode
-from rollout.wire.trajectory import Trajectory, Turn
-
-Message = dict[str, Any]
-_KEPT = ("role", "content", "name")  # of a message; its other words are orders to the agent
+from rollout.wire.trajectory import Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,36 +79,18 @@ def _is_conversation(episode: Trajectory) -> bool:
     """Whether the episode is one list of messages: one segment, and no turn that continues an unfinished one."""
     first = episode.turns[0].segment
     return all(turn.segment == first for turn in episode.turns) and not any(
-        _heard(turn)[0].get("continue_turn") for turn in episode.turns
+        json.loads(turn.observation)[0].get("continue_turn") for turn in episode.turns
     )
 
 
 def _row(best: Trajectory, worst: Trajectory) -> dict[str, Any]:
-    prompt = _heard(best.turns[0])
-    tools = prompt[0].get("tools")
+    played = shown_turns(best)
+    prompt, tools = conversation(played[:1])[:-1], tools_of(played)
+    chosen, rejected = (conversation(shown_turns(each))[len(prompt) :] for each in (best, worst))
     return {
-        "prompt": _said(prompt),
-        "chosen": _answers(best.turns),
-        "rejected": _answers(worst.turns),
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
         "margin": best.reward - worst.reward,
         **({"tools": json.dumps(tools)} if tools else {}),
     }
-
-
-def _answers(turns: Sequence[Turn]) -> list[Message]:
-    """The conversation behind the first prompt."""
-    messages: list[Message] = []
-    for turn in turns:
-        if messages:
-            messages += _said(_heard(turn))
-        messages.append({"role": "assistant", "content": turn.action})
-    return messages
-
-
-def _heard(turn: Turn) -> list[Message]:
-    found: list[Message] = json.loads(turn.observation)
-    return found
-
-
-def _said(messages: Sequence[Message]) -> list[Message]:
-    return [{name: message[name] for name in _KEPT if name in message} for message in messages]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.labels.judgements import Judgement, Labels, by_pair
-from deploy.labels.pool import Shown
+from deploy.labels.messages import Shown, conversation, spoken, tools_of
 
 Row = dict[str, Any]
 Key = tuple[int, int, int]  # group, attempt and place of an episode
@@ -41,7 +41,7 @@ def pairs(judgements: Iterable[Judgement], turns: Turns) -> Iterator[Row]:
         if lead:
             ranked = (pair.first, pair.second) if lead > 0 else (pair.second, pair.first)
             chosen, rejected = (turns[pair.group_id, pair.attempt, place] for place in ranked)
-            yield {"chosen": _said(chosen), "rejected": _said(rejected)} | _tools(chosen)
+            yield {"chosen": conversation(chosen), "rejected": conversation(rejected)} | _tools(chosen)
 
 
 def thumbs(judgements: Iterable[Judgement], turns: Turns) -> Iterator[Row]:
@@ -66,25 +66,12 @@ def demonstrations(judgements: Iterable[Judgement], turns: Turns) -> Iterator[Ro
 
 
 def _completed(played: Sequence[Shown], turn: int, answer: str) -> Row:
-    prompt = _said(played[: turn + 1])[:-1]
-    return {"prompt": prompt, "completion": [_assistant(answer)]} | _tools(played)
-
-
-def _said(played: Sequence[Shown]) -> list[Row]:
-    """Everything that was said in these turns, as messages."""
-    messages = []
-    for turn in played:
-        messages += [{key: each[key] for key in each if key != "tools"} for each in turn["messages"]]
-        messages.append(_assistant(turn["answer"]))
-    return messages
-
-
-def _assistant(answer: str) -> Row:
-    return {"role": "assistant", "content": answer}
+    prompt = conversation(played[: turn + 1])[:-1]
+    return {"prompt": prompt, "completion": [spoken(answer)]} | _tools(played)
 
 
 def _tools(played: Sequence[Shown]) -> Row:
-    tools = played[0]["messages"][0].get("tools")
+    tools = tools_of(played)
     return {"tools": tools} if tools else {}
 
 

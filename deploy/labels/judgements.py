@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, StringConstraints
 from deploy.config.config_errors import ConfigError
 from deploy.labels.agreement import krippendorff_alpha
 from deploy.labels.asking import Pair
-from deploy.labels.pool import Shown, shown_turns
+from deploy.labels.messages import Shown, shown_turns
 from rollout.wire.trajectory import Trajectory
 
 FOLDER, FILE, KEY = "labels", "labels.sqlite", "key"

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from deploy.labels.asking import Pair
-from envs.base import DIRECTIONS, messages_of
 from rollout.buffer.segments import scan, segment_files
 from rollout.wire.schema import decode
 from rollout.wire.trajectory import Group, Trajectory
-
-Shown = dict[str, Any]  # a turn as JSON: its messages, and the answer
 
 
 class Pool:
@@ -49,15 +45,15 @@ class Pool:
         self.pairs = [pair for group in newest.values() for pair in _pairs(group)]
         self._sizes = sizes
 
+    def episodes(self) -> dict[tuple[int, int, int], Trajectory]:
+        """The episodes of all pairs, each once, by group, attempt and place in the group."""
+        keys = sorted({(*pair[:2], place) for pair in self.pairs for place in pair[2:]})
+        return {key: episode for key in keys if (episode := self.episode(*key))}
+
     def episode(self, group_id: int, attempt: int, place: int) -> Trajectory | None:
         """An episode of the pool by its place in its group."""
         group = self._groups.get((group_id, attempt))
         return next((each for each in group.trainable if each.index == place), None) if group else None
-
-
-def shown_turns(episode: Trajectory) -> list[Shown]:
-    """The turns of an episode: the messages before each answer, as the environment said them, and the answer."""
-    return [{"messages": _messages(turn.observation), "answer": turn.action} for turn in episode.turns]
 
 
 def _pairs(group: Group) -> list[Pair]:
@@ -67,14 +63,3 @@ def _pairs(group: Group) -> list[Pair]:
         for one, other in combinations(group.trainable, 2)
         if any(a.action != b.action for a, b in zip(one.turns, other.turns, strict=False))
     ]
-
-
-def _messages(observation: str) -> list[dict[str, Any]]:
-    """Chat messages without directions other than the tools; any other text is the user's."""
-    try:
-        said = json.loads(observation)
-    except json.JSONDecodeError:
-        said = observation
-    hidden = set(DIRECTIONS) - {"tools"}
-    messages = messages_of(said if isinstance(said, list) and said else observation)
-    return [{key: value for key, value in each.items() if key not in hidden} for each in messages]

@@ -1,13 +1,18 @@
-"""Scores of episodes, from a file of JSON lines, by which the most uncertain pair is asked."""
+"""Scores of episodes, in a file of JSON lines, by which the most uncertain pair is asked."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
 from deploy.config.config_errors import ConfigError
-from deploy.labels.asking import Pair, Worth, uncertainty
+from deploy.labels.asking import Pair, uncertainty
+from rollout.wire.whole_file import replace_file
+
+Key = tuple[int, int, int]  # group, attempt and place of an episode
+_FORM = '{"group_id": 0, "episode": 0, "score": 0.5}'
 
 
 class Score(BaseModel, extra="ignore", frozen=True):
@@ -23,12 +28,55 @@ class Score(BaseModel, extra="ignore", frozen=True):
         return (self.score,) if isinstance(self.score, float) else self.score
 
 
-def read_worth(path: Path) -> Worth:
-    """The worth of asking a pair: how uncertain the scores of its episodes leave it; 0 where one has none.
+class ScoreFile:
+    """The scores in a file, which are read again when the file has been replaced.
 
-    ConfigError, one line, for a file that cannot be read and for a line that holds no score.
+    A file that does not exist yet has no scores.
     """
-    scores: dict[tuple[int, int, int], tuple[float, ...]] = {}
+
+    def __init__(self, path: Path) -> None:
+        """ConfigError as of `refresh`."""
+        self._path = path
+        self._state: tuple[int, ...] | None = None
+        self._scores: Mapping[Key, tuple[float, ...]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the file if it has changed.
+
+        ConfigError, one line, for a file that cannot be read and for a line that holds no score; the scores are then
+        those of before.
+        """
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return
+        state = (found.st_ino, found.st_mtime_ns, found.st_size)
+        if state != self._state:
+            self._scores = _read(self._path)
+            self._state = state
+
+    def __len__(self) -> int:
+        """How many episodes have scores."""
+        return len(self._scores)
+
+    def worth(self, pair: Pair) -> float:
+        """The worth of asking a pair: how uncertain the scores of its episodes leave it; 0 where one has none."""
+        first, second = (self._scores.get((*pair[:2], place)) for place in pair[2:])
+        return uncertainty(first, second) if first and second else 0.0
+
+
+def write_scores(path: Path, scores: Mapping[Key, Sequence[float]]) -> None:
+    """Replace the file with these scores, of one judge or several each; readers find the old file or the new one."""
+    rows = (
+        Score(group_id=group, attempt=attempt, episode=place, score=tuple(scores_E))
+        for (group, attempt, place), scores_E in scores.items()
+    )
+    replace_file(path, "".join(row.model_dump_json() + "\n" for row in rows))
+
+
+def _read(path: Path) -> dict[Key, tuple[float, ...]]:
+    scores: dict[Key, tuple[float, ...]] = {}
     judges: set[int] = set()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -45,12 +93,4 @@ def read_worth(path: Path) -> Worth:
         judges.add(len(score.scores_E))
     if len(judges) != 1 or judges == {0}:
         raise ConfigError(f"{path}: every line has the same number of scores, 1 or more; write {_FORM}")
-
-    def worth(pair: Pair) -> float:
-        first, second = (scores.get((*pair[:2], place)) for place in pair[2:])
-        return uncertainty(first, second) if first and second else 0.0
-
-    return worth
-
-
-_FORM = '{"group_id": 0, "episode": 0, "score": 0.5}'
+    return scores

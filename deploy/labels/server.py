@@ -27,16 +27,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from deploy.config.config_errors import ConfigError
-from deploy.labels.asking import Pair, Worth, next_pair
+from deploy.labels.asking import Pair, next_pair
 from deploy.labels.judgements import Judged, Judgement, Labels, agreement, by_pair
-from deploy.labels.pool import Pool, shown_turns
-from rollout.external.connection import bearer_key, configured, read_body
+from deploy.labels.messages import shown_turns
+from deploy.labels.pool import Pool
+from deploy.labels.scores import ScoreFile
+from rollout.external.connection import bearer_key, configured, hung_up, read_body
 from rollout.external.openai_format import Refused
 from rollout.wire.trajectory import Trajectory
 
-LOOPBACK = "127.0.0.1"
 _CLOSE_TIMEOUT_SECONDS = 2
-_HUNG_UP = 499  # status for a client that is gone
 _PAGE = {
     "/": ("label.html", "text/html"),
     "/label.css": ("label.css", "text/css"),
@@ -60,7 +60,7 @@ class LabelPage:
     pool: Pool
     labels: Labels
     overlap: float  # probability of a pair that other annotators have judged
-    worth: Worth | None = None  # None: pairs are asked at random
+    scores: ScoreFile | None = None  # None, or a file without scores yet: pairs are asked at random
     _shown: dict[str, Pair] = field(default_factory=dict)  # annotator -> the pair on their page
 
     def app(self) -> Starlette:
@@ -84,13 +84,10 @@ class LabelPage:
             assert isinstance(error, HTTPException)
             return JSONResponse({"error": error.detail}, error.status_code, headers=_HEADERS)
 
-        async def left(request: Request, error: Exception) -> Response:
-            return Response(status_code=_HUNG_UP)
-
         routes = [Route(path, _file(*page), methods=["GET"]) for path, page in _PAGE.items()]
         routes.append(Route("/api/next", guarded(self._next), methods=["GET"]))
         routes.append(Route("/api/judgements", guarded(self._judge), methods=["POST"]))
-        handlers = {HTTPException: refused, Refused: refused, ClientDisconnect: left}
+        handlers = {HTTPException: refused, Refused: refused, ClientDisconnect: hung_up}
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def _next(self, request: Request) -> Response:
@@ -98,6 +95,11 @@ class LabelPage:
         if not annotator:
             raise Refused(400, "no_annotator", "say who asks: ?annotator=NAME")
         self.pool.refresh()
+        if self.scores is not None:
+            try:
+                self.scores.refresh()
+            except ConfigError as error:
+                raise Refused(500, "no_scores", str(error)) from None
         judgements = [*self.labels]
         mine = sum(each.annotator == annotator for each in judgements)
         # The same until it is judged: a page that is loaded again shows the same pair.
@@ -109,7 +111,7 @@ class LabelPage:
             rng,
             shown={pair for name, pair in self._shown.items() if name != annotator},
             overlap=self.overlap,
-            worth=self.worth,
+            worth=self.scores.worth if self.scores else None,
         )
         if pair:
             self._shown[annotator] = pair
@@ -176,17 +178,7 @@ def _file(name: str, media_type: str) -> Any:
     return send
 
 
-def listen(port: int) -> socket.socket:
-    """A listening socket on the loopback interface; port 0 is a free one. ConfigError if the port is taken."""
-    try:
-        return socket.create_server((LOOPBACK, port))
-    except OSError as error:
-        raise ConfigError(
-            f"port {port}: {error.strerror}; choose another with --port, 0 for a free one"
-        ) from error
-
-
-def serve(page: LabelPage, listener: socket.socket) -> None:
-    """Serve until the process is told to stop (SIGINT, SIGTERM)."""
+async def serve(page: LabelPage, listener: socket.socket) -> None:
+    """Serve on a listening socket until the process is told to stop (SIGINT, SIGTERM)."""
     config = configured(page.app(), lifespan="off", timeout_graceful_shutdown=_CLOSE_TIMEOUT_SECONDS)
-    uvicorn.Server(config).run(sockets=[listener])
+    await uvicorn.Server(config).serve(sockets=[listener])

@@ -12,7 +12,7 @@ from deploy.config.derived import longest_episode
 from deploy.config.environments import Environment
 from deploy.config.resources import Reservation, reservations
 from envs import registry
-from learner.training.memory_estimate import checkpoint_bytes
+from learner.training.memory_estimate import checkpoint_bytes, head_bytes
 
 Counts = tuple[
     int | None, int | None
@@ -90,7 +90,8 @@ class DiskUse:
     @classmethod
     def of(cls, config: RunConfig, model: ModelFacts, size: JobSize) -> DiskUse:
         """The disk that a recipe needs."""
-        one = checkpoint_bytes(config.learner, model.shape, model.adapter)
+        heads = head_bytes(config.stages, model.width, model.vocabulary)
+        one = checkpoint_bytes(config.learner, model.shape, model.adapter, heads)
         count = min(config.checkpoint.keep, 1 + config.steps // config.checkpoint.every_steps) + 1
         rows = row_bytes(size.processed) * size.steps
         if config.buffer.disk_gib is not None:

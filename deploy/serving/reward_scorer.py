@@ -46,10 +46,13 @@ class RewardScorer:
         self._context = int(model.config.get_text_config().max_position_embeddings)
         self._padding: int | None = model.config.get_text_config().pad_token_id
 
-    def tokens(self, conversation: Sequence[dict[str, Any]]) -> list[int]:
-        """Tokens up to the end of the assistant's last turn. Unscorable for what is no such conversation."""
+    def tokens(self, conversation: Sequence[dict[str, Any]], tools: Sequence[Any] = ()) -> list[int]:
+        """Tokens up to the end of the assistant's last turn. Unscorable for what is no such conversation.
+
+        tools: JSON schemas of the tools that were offered.
+        """
         try:
-            (talk,) = of_row({"messages": list(conversation)}, "conversation")
+            (talk,) = of_row({"messages": list(conversation), "tools": list(tools)}, "conversation")
             ids = self._tokens(talk)
         except (DataError, ValueError) as error:  # a template's refusal is a ValueError too
             raise Unscorable(str(error)) from error

@@ -11,22 +11,24 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import socket
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from deploy.serving.reward_scorer import Unscorable
 from envs.rewards.reward_model import PATH
-from rollout.external.connection import bearer_key, configured, read_body
+from rollout.external.connection import bearer_key, configured, hung_up, read_body
 from rollout.external.openai_format import Refused
 
 _MOST = 512  # conversations that are computed together
+_KEEP_ALIVE_SECONDS = 3600
+_CLOSE_TIMEOUT_SECONDS = 2
 _Waiting = tuple[Sequence[int], "asyncio.Future[float]"]
 
 
@@ -37,67 +39,91 @@ class Scorer(Protocol):
     def scores(self, rows: Sequence[Sequence[int]]) -> list[float]: ...
 
 
-def reward_app(scorer: Scorer, key: str) -> Starlette:
-    """The application; requests have "Authorization: Bearer KEY"."""
-    waiting: asyncio.Queue[_Waiting] = asyncio.Queue()
+class RewardServer:
+    """The server of a scorer; requests have "Authorization: Bearer KEY"."""
 
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        computing = asyncio.create_task(_compute(scorer, waiting), name="scores")
+    def __init__(self, scorer: Scorer, key: str) -> None:
+        self._scorer = scorer
+        self._key = key
+        self._waiting: asyncio.Queue[_Waiting] = asyncio.Queue()
+        config = configured(
+            self._app(),
+            lifespan="off",
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=_CLOSE_TIMEOUT_SECONDS,
+        )
+        self._server = uvicorn.Server(config)
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Serve on a listening socket until `stop`, or until the process is told to stop (SIGINT, SIGTERM).
+
+        An error of the scorer other than torch's own ends the server, and is raised.
+        """
+        computing = asyncio.create_task(self._compute(), name="scores")
+        computing.add_done_callback(lambda _: self.stop())
         try:
-            yield
+            await self._server.serve(sockets=[listener])
         finally:
             computing.cancel()
+            await asyncio.wait([computing])
+        if not computing.cancelled():
+            computing.result()
 
-    async def score(request: Request) -> Response:
-        _require_key(request, key)
+    def stop(self) -> None:
+        """End `serve`; from any thread."""
+        self._server.should_exit = True
+
+    def _app(self) -> Starlette:
+        routes = [
+            Route(PATH, self._score, methods=["POST"]),
+            Route("/health", _health, methods=["GET"]),
+        ]
+        handlers = {Refused: _refused, ClientDisconnect: hung_up}
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    async def _score(self, request: Request) -> Response:
+        if not secrets.compare_digest(bearer_key(request).encode(), self._key.encode()):
+            raise Refused(
+                401, "invalid_api_key", "wrong key; set MANTA_REWARD_KEY to what the server was given"
+            )
         said = await read_body(request)
         asked = said.get("conversations") if isinstance(said, dict) else None
         if not isinstance(asked, list) or not all(isinstance(each, list) for each in asked):
             raise Refused(400, "invalid_request", 'the body is {"conversations": [[messages], ...]}')
         try:
-            rows = [await asyncio.to_thread(scorer.tokens, each) for each in asked]
+            rows = [await asyncio.to_thread(self._scorer.tokens, each) for each in asked]
         except Unscorable as error:
             raise Refused(400, "invalid_request", str(error)) from None
         answers: list[asyncio.Future[float]] = [asyncio.get_running_loop().create_future() for _ in rows]
         for row, answer in zip(rows, answers, strict=True):
-            waiting.put_nowait((row, answer))
-        return JSONResponse({"scores": await asyncio.gather(*answers)})
-
-    async def health(_: Request) -> Response:
-        return JSONResponse({"status": "ok"})
-
-    async def refused(_: Request, error: Exception) -> Response:
-        assert isinstance(error, Refused)
-        return JSONResponse(error.body, error.status)
-
-    routes = [Route(PATH, score, methods=["POST"]), Route("/health", health, methods=["GET"])]
-    return Starlette(routes=routes, exception_handlers={Refused: refused}, lifespan=lifespan)
-
-
-async def _compute(scorer: Scorer, waiting: asyncio.Queue[_Waiting]) -> None:
-    """Score what waits, all of it together, for as long as the server lives."""
-    while True:
-        batch = [await waiting.get()]
-        while len(batch) < _MOST and not waiting.empty():
-            batch.append(waiting.get_nowait())
+            self._waiting.put_nowait((row, answer))
         try:
-            scores = await asyncio.to_thread(scorer.scores, [row for row, _ in batch])
-        except Exception as error:  # foreign code: these requests fail with it, and the server goes on
-            for _, answer in batch:
-                answer.set_exception(error)
-            continue
-        for (_, answer), found in zip(batch, scores, strict=True):
-            if not answer.done():  # the client is gone
-                answer.set_result(found)
+            return JSONResponse({"scores": await asyncio.gather(*answers)})
+        except RuntimeError as error:
+            raise Refused(500, "not_computed", f"the scores were not computed: {error}") from error
+
+    async def _compute(self) -> None:
+        """Score what waits, all of it together, for as long as the server runs."""
+        while True:
+            batch = [await self._waiting.get()]
+            while len(batch) < _MOST and not self._waiting.empty():
+                batch.append(self._waiting.get_nowait())
+            try:
+                scores = await asyncio.to_thread(self._scorer.scores, [row for row, _ in batch])
+            except RuntimeError as error:  # torch's, such as too little memory: these requests fail with it
+                for _, answer in batch:
+                    if not answer.done():
+                        answer.set_exception(error)
+                continue
+            for (_, answer), found in zip(batch, scores, strict=True):
+                if not answer.done():  # the client has disconnected
+                    answer.set_result(found)
 
 
-def _require_key(request: Request, key: str) -> None:
-    if not secrets.compare_digest(bearer_key(request).encode(), key.encode()):
-        raise Refused(401, "invalid_api_key", "wrong key; set MANTA_REWARD_KEY to what the server was given")
+async def _health(_: Request) -> Response:
+    return JSONResponse({"status": "ok"})
 
 
-def reward_server(scorer: Scorer, key: str, port: int) -> uvicorn.Server:
-    """The server on 127.0.0.1, to be run; it ends at an interrupt."""
-    config = configured(reward_app(scorer, key), host="127.0.0.1", port=port, timeout_keep_alive=3600)
-    return uvicorn.Server(config)
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused)
+    return JSONResponse(error.body, error.status)

@@ -97,10 +97,19 @@ def stage_amounts(stages: Sequence[AnyStage], width: int, vocabulary: int, ranks
     return found
 
 
+def head_bytes(stages: Sequence[AnyStage], width: int, vocabulary: int) -> int:
+    """Value heads in a stage's checkpoint, float32: weights, two moments, a slow copy; of the stage with the most."""
+    heads = [each.head_parameters(width, vocabulary) for each in stages if isinstance(each, IlqlSettings)]
+    return max((_WIDE * (3 * (actions + state) + actions) for actions, state in heads), default=0)
+
+
 def host_amounts(
-    settings: LearnerSettings, shape: Shape, adapter: int, sent_bytes: int, on_gpu: bool
+    settings: LearnerSettings, shape: Shape, adapter: int, sent_bytes: int, on_gpu: bool, heads: int = 0
 ) -> list[Amount]:
-    """What ranks hold in the host's memory besides; sent_bytes: of a version, as engines receive it."""
+    """What ranks hold in the host's memory besides.
+
+    sent_bytes: of a version, as engines receive it; heads: the `head_bytes` of the stages.
+    """
     trained, ranks = adapter or shape.parameters, settings.ranks
     found = [Amount("a version for the engines", sent_bytes, on_host=True, lead=True)] if sent_bytes else []
     if settings.algorithm.updates > 1:
@@ -114,7 +123,7 @@ def host_amounts(
         found.append(
             Amount(
                 "whole weights and moments, while saving",
-                checkpoint_bytes(settings, shape, adapter),
+                checkpoint_bytes(settings, shape, adapter, heads),
                 on_host=True,
                 at_times=True,
                 lead=True,
@@ -123,9 +132,12 @@ def host_amounts(
     return found
 
 
-def checkpoint_bytes(settings: LearnerSettings, shape: Shape, adapter: int) -> int:
-    """Size of a checkpoint on disk: float32 weights (with an adapter merged, and the adapter), and moments."""
+def checkpoint_bytes(settings: LearnerSettings, shape: Shape, adapter: int, heads: int = 0) -> int:
+    """Size of the largest checkpoint: float32 weights (with an adapter merged, and the adapter), and moments.
+
+    heads: the `head_bytes` of the stages, which the checkpoints of a stage have besides.
+    """
     own = isinstance(settings.algorithm.critic, OwnCriticSettings)
     weights = shape.parameters * (2 if own else 1) + adapter
     moments = 2 * ((adapter or shape.parameters) + own * shape.parameters)
-    return _WIDE * (weights + moments)
+    return _WIDE * (weights + moments) + heads

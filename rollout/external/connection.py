@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
+from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rollout.external.openai_format import Refused, read_json
@@ -25,6 +26,7 @@ from rollout.external.openai_format import Refused, read_json
 HEAD_TIMEOUT_SECONDS = 10.0
 BODY_TIMEOUT_SECONDS = 30.0
 MAX_BODY = 4 << 20  # bytes; a million tokens of text
+HUNG_UP = 499  # status for a client that has disconnected
 
 
 def max_connections() -> int:
@@ -70,6 +72,11 @@ def configured(app: Starlette, **options: Any) -> uvicorn.Config:
         access_log=False,
         **options,
     )
+
+
+async def hung_up(request: Request, error: Exception) -> Response:
+    """Handle starlette's ClientDisconnect: a body that its client did not finish is no error of the server."""
+    return Response(status_code=HUNG_UP)
 
 
 def bearer_key(request: Request) -> str:

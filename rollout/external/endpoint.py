@@ -28,7 +28,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from rollout.external.connection import configured, read_body
+from rollout.external.connection import HUNG_UP, configured, hung_up, read_body
 from rollout.external.openai_format import Refused, completion, events, read
 from rollout.external.session import EpisodeVerdict, Session, ended
 
@@ -37,7 +37,6 @@ _LOOPBACK = "127.0.0.1"
 _BACKLOG = 2048
 _ENDED_KEPT = 4096  # keys of ended episodes, whose requests get 409
 _CLOSE_TIMEOUT_SECONDS = 2
-_HUNG_UP = 499  # status for a client that is gone
 _CLOSING = (401, 408, 413)  # the connection is closed without reading the rest of the body
 _IDLE_TIMEOUT_SECONDS = (
     24 * 3600
@@ -104,10 +103,7 @@ class Endpoint:
             assert isinstance(error, Refused)
             return _refusal(error)
 
-        async def left(request: Request, error: Exception) -> Response:
-            return Response(status_code=_HUNG_UP)
-
-        handlers = {HTTPException: elsewhere, Refused: refused, ClientDisconnect: left}
+        handlers = {HTTPException: elsewhere, Refused: refused, ClientDisconnect: hung_up}
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def _chat(self, request: Request) -> Response:
@@ -115,15 +111,15 @@ class Endpoint:
         asked = read(await read_body(request))
         self._note(asked.ignored)
         call = session.ask(asked)
-        hung_up = asyncio.ensure_future(_hung_up(request))
-        either: tuple[asyncio.Future[Any], ...] = (call.answer, hung_up)
+        gone = asyncio.ensure_future(_disconnected(request))
+        either: tuple[asyncio.Future[Any], ...] = (call.answer, gone)
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            hung_up.cancel()
-        if hung_up.done():
+            gone.cancel()
+        if gone.done():
             call.hung_up = True
-            return Response(status_code=_HUNG_UP)
+            return Response(status_code=HUNG_UP)
         answer = call.answer.result()
         ident, created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         if asked.stream:
@@ -177,7 +173,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _hung_up(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     """Return when the client of a fully read request has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

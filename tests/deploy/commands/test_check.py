@@ -129,6 +129,11 @@ def test_the_value_heads_of_a_stage_are_what_arithmetic_says() -> None:
     actions, state = (first + out * (2 * model.width + 1) for out in (model.vocabulary, 1))
     # Over 4 ranks 4 bytes of each number: weights, gradients and two moments, and once more the action values.
     assert amounts["value heads of stage 0, with a slow copy"] == 4 * (2 * actions + state) + 2 * actions
+    # A checkpoint within the stage has no gradients: weights and two moments of all, and once more the action values.
+    stored = 12 * (2 * actions + state) + 4 * 2 * actions
+    assert amounts["whole weights and moments, while saving"] == 12 * model.parameters + stored
+    disk = DiskUse.of(config, _facts("qwen3_8b_gsm8k"), JobSize.of(config, [(7473, 1319)]))
+    assert disk.checkpoint == 12 * model.parameters + stored
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from deploy.config.config_errors import ConfigError
 from deploy.labels.asking import Pair, next_pair, uncertainty
 from deploy.labels.pool import Pool
-from deploy.labels.scores import read_worth
+from deploy.labels.scores import ScoreFile, write_scores
 from rollout.wire.trajectory import EndReason
 from tests.deploy.labels.stored import group, stored
 
@@ -48,11 +48,29 @@ def test_the_pair_that_scores_leave_most_uncertain_is_asked_first(tmp_path: Path
     file = tmp_path / "scores.jsonl"
     lines = [(0, 0, 1.0), (0, 1, 4.0), (0, 2, 1.5), (1, 0, 0.0)]  # group 1 has one score only
     file.write_text("".join(f'{{"group_id": {g}, "episode": {e}, "score": {s}}}\n' for g, e, s in lines))
-    assert next_pair(PAIRS, {}, "ann", Random(0), worth=read_worth(file)) == PAIRS[1]
-    assert read_worth(file)(PAIRS[2]) == 0.0
+    scores = ScoreFile(file)
+    assert next_pair(PAIRS, {}, "ann", Random(0), worth=scores.worth) == PAIRS[1]
+    assert scores.worth(PAIRS[2]) == 0.0
     file.write_text('{"group_id": 0, "episode": 0, "score": [1, 2]}\n{"group_id": 0}\n')
     with pytest.raises(ConfigError, match=r"scores.jsonl:2: episode Field required; write {"):
-        read_worth(file)
+        scores.refresh()
+    assert scores.worth(PAIRS[1]) > 0.0  # those of before
+
+
+def test_scores_may_come_later_and_be_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "scores.jsonl"
+    scores = ScoreFile(file)
+    assert not scores and scores.worth(PAIRS[0]) == 0.0
+    write_scores(file, {(0, 0, 0): [1.0, 3.0], (0, 0, 1): [3.0, 1.0]})  # two judges who disagree
+    scores.refresh()
+    quarter = 1 / (1 + math.exp(2.0))
+    assert len(scores) == 2
+    assert scores.worth(PAIRS[0]) == pytest.approx(math.log(2))
+    write_scores(file, {(0, 0, 0): [2.0], (0, 0, 1): [0.0]})
+    scores.refresh()
+    assert scores.worth(PAIRS[0]) == pytest.approx(
+        -(quarter * math.log(quarter) + (1 - quarter) * math.log(1 - quarter))
+    )
 
 
 def test_pairs_are_of_sound_episodes_that_differ_in_the_last_attempt_of_the_newest_groups(

@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 
 from deploy.labels.judgements import Labels
 from deploy.labels.pool import Pool
+from deploy.labels.scores import ScoreFile, write_scores
 from deploy.labels.server import LabelPage
 from tests.deploy.labels.stored import group, stored
 
@@ -71,6 +72,22 @@ def test_every_pair_is_asked_until_all_are_judged_and_a_reload_shows_the_same_on
     assert seen == {(0, 0, 1), (1, 0, 1), (1, 0, 2), (1, 1, 2)}
     assert [row[0] for row in rows(run)] == ids
     assert asked(page)["counts"] == {"mine": 4, "all": 4, "annotators": 1, "agreement": None}
+
+
+def test_scores_that_come_while_the_page_is_up_decide_the_next_pair(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scores.jsonl"
+    with closing(Labels(run)) as labels:
+        app = LabelPage(Pool(run, 100), labels, overlap=0.0, scores=ScoreFile(file)).app()
+        page = TestClient(app, headers={"authorization": f"Bearer {labels.key()}"})
+        assert asked(page)["pair"] is not None  # at random
+        for equal in (0, 2), (1, 2):  # of group 1: all other pairs are certain
+            write_scores(file, {(1, 0, place): [9.0 * (place not in equal)] for place in range(3)})
+            assert {side["episode"] for side in asked(page)["pair"]["sides"]} == {*equal}
+        file.write_text("{}\n")
+        answer = page.get("/api/next", params={"annotator": "ann"})
+        assert (
+            answer.status_code == 500 and "scores.jsonl:1: group_id Field required" in answer.json()["error"]
+        )
 
 
 def test_what_is_sent_again_counts_once_and_contradictions_are_refused(page: TestClient, run: Path) -> None:
@@ -147,10 +164,12 @@ import sys
 from pathlib import Path
 from deploy.labels.judgements import Labels
 from deploy.labels.pool import Pool
-from deploy.labels.server import LabelPage, listen, serve
+from deploy.labels.scores import ScoreFile, write_scores
+from deploy.labels.server import LabelPage, serve
+from deploy.serving.loopback import listen, serve_until_told
 labels, listener = Labels(Path(sys.argv[1])), listen(int(sys.argv[2]))
 print("ready", flush=True)
-serve(LabelPage(Pool(Path(sys.argv[1]), 100), labels, 0.0), listener)
+serve_until_told(serve(LabelPage(Pool(Path(sys.argv[1]), 100), labels, 0.0), listener))
 """
 
 

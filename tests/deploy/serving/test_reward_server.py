@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +14,19 @@ from typing import Any
 import pytest
 
 from deploy.assembly.stage_data import stage_data
+from deploy.commands.scores import score_run
 from deploy.config.config_errors import ConfigError
 from deploy.report.metrics import read_metrics, stage_folder
 from deploy.run.preflight import check
+from deploy.serving.loopback import address, listen
 from deploy.serving.reward_scorer import RewardScorer, Unscorable
-from deploy.serving.reward_server import Scorer, reward_server
+from deploy.serving.reward_server import RewardServer, Scorer
 from envs.rewards.reward_model import KEY, reward_model
 from envs.rewards.rewards import Reward, Said, reward_range, rewards_of
 from envs.served_model import NoAnswer
 from rollout.wire.schema import decode
+from tests.deploy.command import command
+from tests.deploy.labels.stored import OPENING, group, stored
 from tests.deploy.run.test_stages import spoken, written
 from tests.deploy.small_run import configured, train
 
@@ -50,21 +55,18 @@ class Counting:
 
 
 @contextmanager
-def serving(scorer: Scorer, key: str = "secret") -> Iterator[str]:
+def serving(scorer: Scorer, key: str = "secret", port: int = 0) -> Iterator[str]:
     """Serve in a thread; yields the address."""
-    server = reward_server(scorer, key, 0)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
-    thread.start()
-    try:
-        while not server.started:
-            thread.join(0.01)
-            assert thread.is_alive()
-        (listening,) = server.servers
-        yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
+    server = RewardServer(scorer, key)
+    with listen(port) as listener:
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(listener)), daemon=True)
+        thread.start()
+        try:
+            yield address(listener)
+        finally:
+            server.stop()
+            thread.join(30)
+            assert not thread.is_alive()
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +99,64 @@ def test_what_cannot_be_scored_costs_its_episode_and_nothing_else(monkeypatch: p
             reward_model(TALK, base_url=url)
     with pytest.raises(NoAnswer, match="gave no score"):
         reward_model(TALK, base_url=url, retries=0, seconds=5)
+
+
+def test_too_little_memory_fails_its_requests_and_any_other_error_ends_the_server() -> None:
+    class Failing(Counting):
+        def scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
+            if len(rows[0]) == 4:
+                raise RuntimeError("out of memory")
+            if len(rows[0]) == 6:
+                raise KeyError("a mistake")
+            return super().scores(rows)
+
+    scorer = Failing()
+    scorer.go_on.set()
+
+    def ask(url: str) -> None:
+        with pytest.raises(NoAnswer, match=r"status 500: .*out of memory"):
+            reward_model(TALK * 2, base_url=url, retries=0)
+        assert reward_model(TALK, base_url=url) == 2.0
+        with pytest.raises(NoAnswer, match="gave no score"):
+            reward_model(TALK * 3, base_url=url, retries=0)
+
+    async def until_the_end() -> None:
+        with listen(0) as listener:
+            asking = asyncio.create_task(asyncio.to_thread(ask, address(listener)))
+            with pytest.raises(KeyError, match="a mistake"):
+                await RewardServer(scorer, "secret").serve(listener)
+            await asking
+
+    asyncio.run(asyncio.wait_for(until_the_end(), 60))
+
+
+def test_a_reward_waits_for_a_server_that_is_started_again_with_another_model() -> None:
+    class Twice(Counting):
+        def scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
+            return [2 * score for score in super().scores(rows)]
+
+    first, second = Counting(), Twice()
+    for each in (first, second):
+        each.go_on.set()
+    with serving(first) as url:
+        assert reward_model(TALK, base_url=url) == 2.0
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(reward_model, TALK, base_url=url, retries=5)
+        with serving(second, port=int(url.rpartition(":")[2])):
+            assert asked.result(60) == 4.0
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    manta = command(monkeypatch, capsys)
+    with listen(0) as listener:
+        port = listener.getsockname()[1]
+        code, _, error = manta("serve-reward", str(tmp_path), "--port", str(port))
+    assert (code, error) == (
+        2,
+        f"manta: port {port}: Address already in use; choose another with --port, 0 for a free one\n",
+    )
 
 
 def test_a_recipes_reward_model_says_any_number_of_the_whole_conversation() -> None:
@@ -146,6 +206,15 @@ def test_a_run_makes_a_reward_model_of_pairs_and_its_server_says_the_learners_sc
         scorer.tokens(spoken("left"))
     with pytest.raises(ConfigError, match="holds no reward model"):
         RewardScorer(tmp_path)
+    run = stored(tmp_path / "labelled", group(0, [["up"], ["down", "right"], ["up" * 200]]))
+    count = score_run(run, [folder, folder], tmp_path / "scores.jsonl", groups=2)
+    assert (count.scored, count.left_out) == (2, 1)  # the third is longer than the model's context
+    answered = [*OPENING, {"role": "assistant", "content": "up"}]
+    asked_again = [*OPENING, *spoken("sure?", "right")]
+    asked_again.insert(2, {"role": "assistant", "content": "down"})
+    for line, talk in zip((tmp_path / "scores.jsonl").open(), (answered, asked_again), strict=True):
+        wanted = scorer.scores([scorer.tokens(talk)])
+        assert json.loads(line)["score"] == pytest.approx(wanted * 2, abs=1e-5)
 
 
 def test_a_language_model_is_no_reward_model(reference: Path) -> None:
