@@ -133,15 +133,22 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
-def build_family(family: str, tie: bool, folder: Path) -> int:
+def build_family(family: str, tie: bool, folder: Path, **fields: Any) -> int:
     """Write a random model of a family and a tokenizer; returns the number of the tokenizer's tokens.
+
+    fields: of its configuration, in place of the published ones.
 
     A tied model's file holds `lm_head.weight` too, as some publishers store it. The file has the names that
     transformers writes, which are those of the published checkpoints.
     """
     tokenizer = build_tokenizer(folder, ("left", "down", "right", "up"))
     tokens = len(tokenizer)
-    config = {**_SMALL, **PUBLISHED[family], "vocab_size": tokens + PADDING, "tie_word_embeddings": tie}
+    config = {
+        **_SMALL,
+        **PUBLISHED[family],
+        "vocab_size": tokens + PADDING,
+        "tie_word_embeddings": tie,
+    } | fields
     end, turn = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|user|>")
     config |= {
         "bos_token_id": None,

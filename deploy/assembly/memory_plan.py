@@ -170,9 +170,8 @@ def _processes(run: RunConfig, model: ModelFacts, cache: Cache | None, sent: int
 def _engine(run: RunConfig, model: ModelFacts, cache: Cache | None) -> Iterator[Amount]:
     engine, on_gpu = run.engine, run.rollout.gpus_per_worker > 0
     size = SIZES[engine.dtype]
-    yield Amount(
-        f"weights, {engine.dtype}", size * model.shape.parameters // (engine.placement.gpus if on_gpu else 1)
-    )
+    spans = engine.shards if on_gpu and isinstance(engine, VllmSettings) else 1
+    yield Amount(f"weights, {engine.dtype}", size * model.shape.parameters // spans)
     if not isinstance(engine, VllmSettings) or cache is None:
         return
     yield Amount("KV cache", cache.nbytes)
@@ -188,10 +187,12 @@ def _cache(run: RunConfig, model: ModelFacts, gpu_bytes: int) -> Cache | None:
     engine, on_gpu = run.engine, run.rollout.gpus_per_worker > 0
     if not isinstance(engine, VllmSettings):
         return None
-    size, spans = SIZES[engine.dtype], engine.tensor_parallel_size
+    size = SIZES[engine.dtype]
     # A key head is not divided: with more devices than heads some hold the same one.
-    held = model.cached_numbers // model.key_heads * -(-model.key_heads // spans)
-    left = int(engine.memory_fraction * gpu_bytes) - size * model.shape.parameters // spans - _VLLM_WORKING
+    heads = -(-model.key_heads // engine.tensor_parallel_size)
+    held = model.cached_numbers // model.key_heads * heads // engine.pipeline_parallel_size
+    weights = size * model.shape.parameters // engine.shards
+    left = int(engine.memory_fraction * gpu_bytes) - weights - _VLLM_WORKING
     asked = engine.kv_cache_bytes(on_gpu)
     return Cache(left if asked is None else asked, size * held)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.assembly.runtime import loss_to_come
 from deploy.cluster.actor_member import actor, awaited
@@ -39,8 +40,12 @@ class BufferPart:
         self.where: ProcessInfo | None = None
         self.lost = loss_to_come()
         restarts: dict[str, Any] = {"max_restarts": supervision.max_restarts, "max_task_retries": -1}
+        # The ledger is SQLite in WAL mode, whose readers and writer must be on one host: this driver's. An actor that
+        # restarted elsewhere, behind a partition of the network, would be a second writer.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # Every loop of every worker may be waiting for a slot; other calls need capacity beside them.
-        self.handle = actor(ReplayBufferActor, max_concurrency=100_000, **restarts).remote(build)
+        options = restarts | {"max_concurrency": 100_000, "scheduling_strategy": here}
+        self.handle = actor(ReplayBufferActor, **options).remote(build)
 
     async def find(self) -> None:
         """Wait until the actor answers, and store where it runs. PartLost if it does not answer in time."""

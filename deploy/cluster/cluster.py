@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ray
 from ray.exceptions import RayActorError
 
 from deploy.assembly.build import (
@@ -32,12 +31,15 @@ from deploy.assembly.build import (
 from deploy.assembly.models import build_learner, model_path
 from deploy.assembly.runtime import LearnerLost, Row, first_failure, loss_to_come, waited_for
 from deploy.assembly.stage_data import stage_data
+from deploy.assembly.time_limits import time_limits
 from deploy.cluster.actor_member import ActorMember, actor, awaited
 from deploy.cluster.buffer_part import BufferPart
 from deploy.cluster.connect import require_room
+from deploy.cluster.engine_groups import EngineGroups
 from deploy.cluster.fleet import Fleet
 from deploy.cluster.learner_part import LearnerPart
 from deploy.cluster.model_nodes import fetch_on_nodes
+from deploy.cluster.native import NOTHING, native_publisher
 from deploy.cluster.watchdog import Watchdog
 from deploy.config.config import RunConfig
 from deploy.config.supervise import Budget, PartLost, brief, within
@@ -45,9 +47,7 @@ from deploy.report.noticed import Noticed
 from deploy.report.phases import Startup
 from learner.parallel.ranks import RankLost
 from learner.training.checkpoint import newest
-from learner.training.learner import Learner
 from learner.training.loop import sync_metrics
-from learner.training.publish import Publisher
 from rollout.buffer.actors import RemoteReplayBuffer
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.episodes.actors import GROUPS, RolloutActor, demonstrate
@@ -55,7 +55,7 @@ from rollout.episodes.evaluation import EvaluationPlan
 from rollout.wire.metrics import joined
 from rollout.wire.partition import StepTorn
 from rollout.wire.trajectory import Task
-from rollout.wire.weights import Handle, Probe, WeightManifest, WeightUpdate
+from rollout.wire.weights import WeightUpdate
 
 T = TypeVar("T")
 
@@ -92,8 +92,10 @@ class RayRuntime:
         self._path = model_path(config, self.run_folder)
         with self._startup.timed("model"):
             await asyncio.to_thread(fetch_on_nodes, config, self._path)
+            self._limits = await asyncio.to_thread(time_limits, config, self._path)
         self._budget = Budget(supervision)
         self._learner_lost = loss_to_come()
+        self._engines = EngineGroups(config)
         build = replay_buffer_builder(config, self.run_folder)
         self._buffer = BufferPart(
             build, supervision, config.cluster.start_timeout_seconds, self._say, self._noticed
@@ -105,16 +107,21 @@ class RayRuntime:
             self._lend,
             self._hand_on,
             supervision,
-            config.cluster.start_timeout_seconds,
-            config.weights.sync_timeout_seconds,
+            self._limits,
             self._say,
             self._budget,
             lost=self._hand_on,
+            left=self._engines.release,
         )
-        self._fleet.scale(config.rollout.workers)
+        # Before the learner's ranks, which are smaller and would break up nodes that engines need whole.
+        await self._engines.reserve(config.rollout.workers, config.cluster.start_timeout_seconds)
         # A run stopped before its first checkpoint has none to load: it starts over in its folder.
         load = resume and newest(self.run_folder) is not None
-        version = await first_failure(asyncio.create_task(self._start_learner(load)), [found])
+        if shared := config.weights.transfer == "ipc":  # of one GPU an engine takes what the learner has left
+            version = await first_failure(asyncio.create_task(self._start_learner(load)), [found])
+        self._fleet.scale(config.rollout.workers)
+        if not shared:
+            version = await first_failure(asyncio.create_task(self._start_learner(load)), [found])
         await found
         if resume:
             await self._of_buffer("rollback", version, new_driver=True)
@@ -138,11 +145,16 @@ class RayRuntime:
     async def _start_learner(self, load: bool) -> int:
         config = self._config
         if self._learner is None:
-            engines = [f"rollout-{seat}" for seat in range(config.rollout.workers)] if self._native else []
-            native = partial(_native, config, {name: self._handle(name) for name in engines})
+            names = [f"rollout-{seat}" for seat in range(config.rollout.workers)] if self._native else []
+            workers = {name: self._handle(name) for name in names}
+            native = partial(native_publisher, config, self._limits.sync, workers)
             build = partial(build_learner, config, self._path)
             self._learner = LearnerPart(
-                config, build, RemoteReplayBuffer(self._buffer_handle), native if self._native else None
+                config,
+                build,
+                RemoteReplayBuffer(self._buffer_handle),
+                self._limits,
+                native if self._native else None,
             )
         with self._startup.timed("learner"):
             version = await self._learner.start(self.run_folder, load)
@@ -161,10 +173,8 @@ class RayRuntime:
 
     def _handle(self, name: str) -> Any:
         if name not in self._handles:
-            config = self._config
-            room = {"num_cpus": config.rollout.cpus_per_worker, "num_gpus": config.rollout.gpus_per_worker}
-            build = partial(build_worker, config, self._path, self._engine_factory)
-            made = actor(RolloutActor, GROUPS, **room)
+            build = partial(build_worker, self._engines.config, self._path, self._engine_factory)
+            made = actor(RolloutActor, GROUPS, **self._engines.options(name))
             self._handles[name] = made.remote(name, self._buffer_handle, build)
         return self._handles[name]
 
@@ -173,7 +183,8 @@ class RayRuntime:
         return ActorMember(name, handle, self._native, self._startup, hear, self._apart)
 
     def _apart(self, node: str) -> bool:
-        return self._learner is not None and self._learner.apart(node)
+        # Engines over several nodes open a version on each of them, which one node's memory does not allow.
+        return self._learner is not None and self._learner.apart(node) and not self._engines.spanning
 
     # The driver's verbs -------------------------------------------------------------------------------------------
 
@@ -195,7 +206,10 @@ class RayRuntime:
         """Every serving member holds the learner's version, or is lost; the first time every wanted member serves."""
         if self._native:
             await self._fleet.ready()
-            row: Row = await self._of_learner("the weight sync", lambda: self._lead.publish_native.remote())
+            limit = self._limits.publish + self._limits.sync
+            row: Row = await self._of_learner(
+                "the weight sync", lambda: self._lead.publish_native.remote(), limit
+            )
             return row
         async with self._borrowed() as update:
             reports = await self._fleet.publish(update)
@@ -250,7 +264,8 @@ class RayRuntime:
                 loss = LearnerLost(part.loss_message(error))
 
     async def save(self) -> None:
-        await self._of_learner("the checkpoint", lambda: self._lead.save.remote(self.run_folder))
+        limit = self._limits.save
+        await self._of_learner("the checkpoint", lambda: self._lead.save.remote(self.run_folder), limit)
 
     async def counters(self) -> Row:
         return await self._fleet.counters()
@@ -297,6 +312,7 @@ class RayRuntime:
         await asyncio.gather(*self._hearts, return_exceptions=True)
         if hasattr(self, "_fleet"):
             await self._fleet.close()
+            self._engines.close()
         if self._buffer is not None:
             await self._buffer.close()
         if self._learner is not None:
@@ -308,7 +324,7 @@ class RayRuntime:
     async def _lend(self) -> AsyncIterator[WeightUpdate]:
         """The published version, for a member that joins; before the first there is nothing to join with."""
         if self._native:
-            yield _NOTHING
+            yield NOTHING
             return
         await self._published.wait()
         async with self._borrowed() as update:
@@ -325,14 +341,14 @@ class RayRuntime:
             )  # whether it hears this is of no account
 
     async def _offer(self) -> WeightUpdate:
-        limit = self._config.cluster.start_timeout_seconds
+        limit = self._limits.publish
         deadline = time.monotonic() + limit
         while True:
             try:
-                await within(limit, self._learning.wait(), "the learner (restart)")
+                await within(self._limits.start, self._learning.wait(), "the learner (restart)")
                 delta = any(self._apart(str(member.get("node", ""))) for member in self._fleet.roster())
                 offered = self._lead.publish_weights.remote(delta)
-                update: WeightUpdate = await self._within("the learner's weights", offered)
+                update: WeightUpdate = await self._within("the learner's weights", offered, limit)
                 return update
             except (RayActorError, RankLost) as error:
                 # Of ranks that lost touch with one another every process may live: no heartbeat would say so.
@@ -375,24 +391,6 @@ class RayRuntime:
 
     async def _within(self, what: str, pending: Any, limit: float | None = None) -> Any:
         return await within(limit or self._config.cluster.start_timeout_seconds, awaited(pending), what)
-
-
-# What a member is lent where vLLM's own transfer brings the weights.
-_NOTHING = WeightUpdate(WeightManifest(-1, (), Probe((), (), 0.0)), Handle("", ""))
-
-
-def _native(config: RunConfig, workers: dict[str, Any], learner: Learner) -> Publisher:
-    from rollout.engines.vllm_native import NativePublisher
-
-    assert config.weights.transfer != "object_store"
-    return NativePublisher(
-        config.weights.transfer,
-        learner.policy.named_weights,
-        workers,
-        config.engine.placement.gpus,
-        ray.util.get_node_ip_address(),
-        config.weights.sync_timeout_seconds,
-    )
 
 
 def _gather(config: RunConfig, index: int, path: str) -> Any:

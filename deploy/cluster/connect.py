@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 
 from deploy.cluster.janitor import TAG, ray_folder
+from deploy.cluster.node_room import claims, fits, shown
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.resources import demand, replicas_elsewhere
@@ -56,7 +58,10 @@ def _init(what: str, remedy: str, **options: Any) -> None:
 
 
 def require_capacity(config: RunConfig) -> None:
-    """ConfigError if the cluster has too few resources for the run; the message lists the missing ones."""
+    """ConfigError if the cluster has too few resources for the run, in all or on single nodes.
+
+    The message lists the missing ones, or what each node has free.
+    """
     wanted = demand(config)
     deadline = time.monotonic() + config.cluster.capacity_timeout_seconds
     while True:
@@ -66,9 +71,11 @@ def require_capacity(config: RunConfig) -> None:
             for name, amount in wanted.items()
             if amount > held.get(name, 0.0)
         }
-        if not missing:
+        if not missing and not (crowded := _crowded(config)):
             return
         if time.monotonic() > deadline or _fixed_size(config):
+            if not missing:
+                raise ConfigError(crowded)
             lacking = ", ".join(f"{amount:g} {name}" for name, amount in missing.items())
             asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
             lower = "lower rollout.workers or rollout.cpus_per_worker"
@@ -81,6 +88,24 @@ def require_capacity(config: RunConfig) -> None:
                 f"the cluster is too small: {lacking} missing (the run asks for {asked}); {lower}, or add nodes"
             )
         time.sleep(0.5)
+
+
+def _crowded(config: RunConfig) -> str:
+    """The message that workers and ranks do not fit onto the nodes as these are now; empty if they do."""
+    free = available_resources_per_node()
+    nodes = [
+        (str(node["NodeManagerAddress"]), free.get(node["NodeID"], {}))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    worker, rank = claims(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    if fits([resources for _, resources in nodes], worker, rank):
+        return ""
+    return (
+        f"the cluster has no room for the run node by node: asked are {worker}, and {rank}; free are {shown(nodes)}; "
+        "lower rollout.workers, rollout.gpus_per_worker with the engine's parallel sizes, or learner.ranks, or add "
+        "nodes"
+    )
 
 
 def require_room(config: RunConfig, workers: int) -> None:

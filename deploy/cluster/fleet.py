@@ -23,8 +23,16 @@ from typing import Any, TypeVar
 
 from deploy.assembly.runtime import first_failure
 from deploy.cluster.distributed_evaluation import evaluate_on
-from deploy.cluster.member import Member
-from deploy.config.supervise import Budget, PartFailed, PartLost, SupervisionSettings, brief, within
+from deploy.cluster.member import Member, beat, explained
+from deploy.config.supervise import (
+    Budget,
+    PartFailed,
+    PartLost,
+    SupervisionSettings,
+    TimeLimits,
+    brief,
+    within,
+)
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.episodes.evaluation import ONCE, EvaluationPlan
 from rollout.wire.metrics import Row
@@ -33,8 +41,6 @@ from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightMismatch, WeightUpdate
 
 T = TypeVar("T")
-
-_WHY_SECONDS = 2.0
 
 
 @dataclass
@@ -47,6 +53,7 @@ class _Entry:
     state: str = "starting"
     version: int = -1
     run: asyncio.Future[None] | None = None
+    loading: bool = False  # a version
     counters: Row = field(default_factory=dict)  # the last known ones
 
     def lose(self, error: BaseException) -> None:
@@ -59,7 +66,8 @@ class Fleet:
     """The rollout workers of a run. All calls come from one event loop.
 
     launch: makes a member by name; lend: provides the current version for the time of a block; reassign: tells the
-    replay buffer that a worker has left; lost: that it was lost, with the error; say: prints a message for the user.
+    replay buffer that a worker has left; lost: that it was lost, with the error; left: told that a worker has ended and
+    is not replaced; say: prints a message for the user.
     `failed` is a future that ends with the error that stops the run.
     """
 
@@ -69,19 +77,19 @@ class Fleet:
         lend: Callable[[], AbstractAsyncContextManager[WeightUpdate]],
         reassign: Callable[[str], Awaitable[int]],
         settings: SupervisionSettings,
-        start_seconds: float,
-        sync_seconds: float,
+        limits: TimeLimits,
         say: Callable[[str], None],
         budget: Budget | None = None,
         lost: Callable[[str, str], Awaitable[int]] | None = None,
+        left: Callable[[str], None] = lambda worker: None,
     ) -> None:
         self._launch = launch
         self._lend = lend
         self._reassign = reassign
         self._reassign_lost = lost or (lambda worker, error: reassign(worker))
+        self._left = left
         self._settings = settings
-        self._start_seconds = start_seconds
-        self._sync_seconds = sync_seconds
+        self._limits = limits
         self._say = say
         self.budget = budget or Budget(settings)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -170,7 +178,7 @@ class Fleet:
                 )
                 entry.counters = await told
             except Exception as error:
-                entry.lose(await _explained(error, entry.member))
+                entry.lose(await explained(error, entry.member))
 
         await asyncio.gather(*(ask(s) for s in self._entries.values() if s.state == "serving"))
         total: Counter[str] = Counter(self._retired)
@@ -224,7 +232,7 @@ class Fleet:
         member = entry.member
         try:
             entry.where = await self._or_lost(
-                entry, within(self._start_seconds, member.start(), f"{member.name} (start)")
+                entry, within(self._limits.start, member.start(), f"{member.name} (start)")
             )
             heart = asyncio.create_task(self._watch(entry))
             try:
@@ -263,18 +271,25 @@ class Fleet:
         while True:
             await asyncio.sleep(settings.heartbeat_interval_seconds)
             try:
-                await within(settings.heartbeat_timeout_seconds, member.ping(), f"{member.name} (heartbeat)")
+                await beat(
+                    member, settings.heartbeat_timeout_seconds, lambda: entry.loading * self._limits.load
+                )
             except Exception as error:
-                entry.lose(await _explained(error, member))
+                entry.lose(await explained(error, member))
                 return
+
+    async def _loaded(self, entry: _Entry, update: WeightUpdate, what: str) -> SyncReport:
+        entry.loading = True
+        try:
+            return await within(self._limits.sync, entry.member.sync(update), what)
+        finally:
+            entry.loading = False
 
     async def _admit(self, entry: _Entry) -> None:
         entry.state = "syncing"
         while True:
             async with self._lend() as update:
-                report = await within(
-                    self._sync_seconds, entry.member.sync(update), f"{entry.member.name} (sync)"
-                )
+                report = await self._loaded(entry, update, f"{entry.member.name} (sync)")
             async with self._weights:
                 if report.version == self._version or self._version < 0:
                     self._version, entry.version = report.version, report.version
@@ -286,7 +301,7 @@ class Fleet:
         member = entry.member
         what = f"{member.name} (sync to version {update.version})"
         try:
-            report = await self._or_lost(entry, within(self._sync_seconds, member.sync(update), what))
+            report = await self._or_lost(entry, self._loaded(entry, update, what))
         except WeightMismatch:
             raise
         except Exception as error:
@@ -305,6 +320,7 @@ class Fleet:
         self._say(f"{member.name} is lost ({brief(error)}); {groups} groups are reassigned")
         if index >= self._wanted:
             del self._entries[index]
+            self._left(member.name)
             return False
         if where is None and isinstance(error, PartLost) and self.serving:
             return True  # the cluster has no room yet: the run continues with the others
@@ -325,6 +341,7 @@ class Fleet:
         await self._end(entry)
         if self._entries.get(index) is entry:
             del self._entries[index]
+            self._left(member.name)
 
     async def _end(self, entry: _Entry) -> None:
         member = entry.member
@@ -380,14 +397,3 @@ class Fleet:
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
-
-
-async def _explained(error: Exception, member: Member) -> Exception:
-    """The error of a lost member; for one that did not answer, with a report of its other threads."""
-    if not isinstance(error, PartLost):
-        return error
-    try:
-        told = await within(_WHY_SECONDS, member.standing(), member.name)
-    except Exception:  # any error: the loss is reported in any case
-        told = "its other threads do not answer either: its process was stopped, or a call into C holds the interpreter"
-    return PartLost(f"{error}: {told or 'its event loop runs, but its engine does not answer'}")

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from deploy.cluster.actor_member import Hear, actor, awaited
 from deploy.config.config import RunConfig
 from deploy.config.resources import learner_gpus
-from deploy.config.supervise import PartLost, SupervisionSettings, brief, place, within
+from deploy.config.supervise import PartLost, SupervisionSettings, TimeLimits, brief, place, within
 from learner.parallel.ranks import Ranks
 from learner.training.actors import Build, FollowerActor, LearnerActor
 from learner.training.learner import Learner
@@ -48,11 +48,13 @@ class LearnerPart:
         config: RunConfig,
         build: Build,
         replay_buffer: RemoteReplayBuffer,
+        limits: TimeLimits,
         make_native: Callable[[Learner], Publisher] | None = None,
     ) -> None:
         self._config = config
         self._build = build
         self._replay_buffer = replay_buffer
+        self._limits = limits
         self._make_native = make_native
         self._room: Any = None
         self._handles: list[Any] = []
@@ -65,7 +67,7 @@ class LearnerPart:
 
     async def start(self, run_folder: Path, load: bool) -> int:
         """Start every rank, with `load` from the newest checkpoint; returns the version. PartLost names a late rank."""
-        limit, size = self._config.cluster.start_timeout_seconds, self._config.learner.ranks
+        limit, size = self._limits.start, self._config.learner.ranks
         options = await self._options(limit, size)
         common = (
             self._build,
@@ -80,7 +82,9 @@ class LearnerPart:
         joins: list[Callable[[], Ranks]] = [Ranks]
         if size > 1:
             address = await within(limit, awaited(lead.open.remote(size, limit)), "the learner's rank 0")
-            device, seconds = self._config.learner.model.device, self._config.cluster.step_timeout_seconds
+            device = self._config.learner.model.device
+            # Ranks wait for one another while one of them writes a checkpoint, too.
+            seconds = max(self._config.cluster.step_timeout_seconds, self._limits.save)
             joins = [partial(Ranks.join, rank, size, address, device, seconds) for rank in range(size)]
         starts = [
             within(limit, awaited(handle.start.remote(run_folder, load, join)), f"the {name} (start)")

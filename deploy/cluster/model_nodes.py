@@ -59,8 +59,9 @@ def _fetch_there(path: str) -> None:
 
 def _has_room(config: RunConfig, held: dict[str, Any]) -> bool:
     """Whether a rollout worker or a rank of the learner fits onto a node that has these resources."""
+    # Of an engine over several nodes, each of them has a part.
     parts = (
-        (config.rollout.cpus_per_worker, config.rollout.gpus_per_worker),
+        (config.rollout.cpus_per_worker, min(config.rollout.gpus_per_worker, 1.0)),
         (config.cluster.learner_cpus, learner_gpus(config)),
     )
     return any(cpus <= held.get("CPU", 0.0) and gpus <= held.get("GPU", 0.0) for cpus, gpus in parts)

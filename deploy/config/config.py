@@ -98,8 +98,8 @@ class ClusterSettings(Settings):
     start_timeout_seconds: float = Field(
         300.0,
         gt=0,
-        description="time limit for engines and learner to start, seconds. Raise it for models that load "
-        "slowly",
+        description="time limit for engines and learner to start, and for a checkpoint, seconds. The bytes of the "
+        "model add to it (docs/engines.md)",
     )
     step_timeout_seconds: float = Field(
         600.0,
@@ -137,7 +137,9 @@ class WeightSyncSettings(Settings):
         "are fewer bytes; such a worker holds a copy of the version in its node's memory. Engines load the same bytes",
     )
     sync_timeout_seconds: float = Field(
-        120.0, gt=0, description="time limit for one engine to load one version, seconds"
+        120.0,
+        gt=0,
+        description="time limit for one engine to load one version, seconds. The bytes of the version add to it",
     )
 
 

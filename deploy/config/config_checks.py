@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from deploy.config import suites
 from deploy.config.derived import longest_episode
+from deploy.config.engine_checks import require_engine
 from deploy.config.guards import DEFAULTS
 from learner.algorithm.corrections import LagMask
 from learner.algorithm.estimators import ReinforceAdvantage
@@ -43,8 +44,7 @@ def require_consistent(config: RunConfig) -> None:
         _corrections,
         _overlong,
         _guards,
-        _adapters,
-        _transfer,
+        require_engine,
     ):
         check(config)
 
@@ -336,61 +336,3 @@ def _idle_metrics(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "clip_fraction", f"learner.algorithm.loss.kind={algorithm.loss.kind!r} clips nothing"
     elif algorithm.proximal == "learner" and algorithm.updates == 1:
         yield "clip_fraction", "with proximal='learner' and one optimizer step on a batch every ratio is 1"
-
-
-# Weight transfer ----------------------------------------------------------------------------------------------------
-
-
-def _adapters(config: RunConfig) -> None:
-    lora = config.learner.model.lora
-    if lora is None or lora.sync == "merged":
-        return
-    if config.weights.transfer != "object_store":
-        raise ValueError(
-            f"learner.model.lora.sync='adapter' cannot be sent by weights.transfer={config.weights.transfer!r}, "
-            "which sends whole weights; use 'object_store', or sync='merged'"
-        )
-    halves = config.engine.placement.half_adapters and config.engine.dtype == "float32"
-    if config.rollout.gpus_per_worker and halves:
-        raise ValueError(
-            "learner.model.lora.sync='adapter' needs engine.dtype='bfloat16' or 'float16' on GPUs, where vLLM "
-            "multiplies adapters in half precision only; set it, or use sync='merged'"
-        )
-
-
-def _transfer(config: RunConfig) -> None:
-    transfer, gpus = config.weights.transfer, config.rollout.gpus_per_worker
-    placement = config.engine.placement
-    if unfit := placement.unfit(gpus):
-        raise ValueError(f"engine.kind={config.engine.kind!r}: {unfit}")
-    if transfer not in placement.transfers:
-        raise ValueError(
-            f"engine.kind={config.engine.kind!r} does not support weights.transfer={transfer!r}; use 'object_store'"
-        )
-    if placement.gpus > 1 and 0 < gpus < placement.gpus:
-        raise ValueError(
-            f"engine.tensor_parallel_size={placement.gpus} spans more GPUs than a worker has, "
-            f"rollout.gpus_per_worker={gpus:g}; use rollout.gpus_per_worker={placement.gpus}"
-        )
-    if transfer == "object_store":
-        return
-    if not gpus:
-        raise ValueError(
-            f"weights.transfer={transfer!r} needs GPUs, but rollout.gpus_per_worker=0; "
-            "use 'object_store' or give the workers a GPU"
-        )
-    if config.learner.model.device != "cuda":
-        raise ValueError(
-            f"weights.transfer={transfer!r} sends from the learner's GPU, but learner.model.device='cpu'; "
-            "use 'object_store' or train on 'cuda'"
-        )
-    if transfer == "nccl" and gpus < placement.gpus:
-        raise ValueError(
-            f"weights.transfer='nccl' needs whole GPUs, but rollout.gpus_per_worker={gpus:g} for "
-            f"engine.tensor_parallel_size={placement.gpus}; give a worker as many as it spans"
-        )
-    if transfer == "ipc" and (config.rollout.workers * gpus >= 1 or placement.gpus > 1):
-        raise ValueError(
-            "weights.transfer='ipc' needs engines of one GPU each that share the learner's: keep rollout.workers * "
-            "rollout.gpus_per_worker below 1 and engine.tensor_parallel_size at 1, or use 'nccl'"
-        )

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from deploy.config.synonyms import SYNONYMS
+from rollout.engines.vllm_options import vllm_argument
 from rollout.wire.own_part import TAGS
 
 
@@ -59,7 +60,8 @@ def unknown(where: str, value: Any, root: Settings) -> str:
     if isinstance(value, dict) and value and not difflib.get_close_matches(where, sections, n=1, cutoff=0.8):
         inner, within = next(iter(value.items()))
         return unknown(f"{where}.{inner}", within, root)
-    found = _placed(_synonym(where, names) or _spelled(where, names), where)
+    ours = _synonym(where, names) or vllm_argument(where)
+    found = _placed(ours or _spelled(where, names), where)
     return f"unknown option {where}" + (f"; did you mean {found}?" if found else "")
 
 

@@ -1,6 +1,6 @@
 """Defaults that depend on the job and the machine. Options set in the recipe take precedence.
 
-    engine.dtype, learner.model.dtype     on CPUs: what the processor multiplies fastest
+    engine.dtype, learner.model.dtype     on CPUs: what the processor multiplies fastest; on GPUs bfloat16
 
 Presets of algorithms leave these options open:
 
@@ -22,6 +22,7 @@ from deploy.config.environments import NamedEnvSettings
 from deploy.config.processor import multiplies_bfloat16
 from rollout.agents.agent import AgentSettings
 from rollout.engines.engine import Sampling
+from rollout.engines.vllm_start import VllmSettings
 from rollout.episodes.worker import RolloutSettings
 
 OVERLONG_MARGIN = 5  # the last fifth: 4096 of 20480 tokens in Yu et al. 2025 (DAPO), section 3.4
@@ -53,11 +54,11 @@ def _longest_of_all(tree: dict[str, Any]) -> int:
 
 
 def with_data_types(tree: dict[str, Any]) -> dict[str, Any]:
-    """Fill the open data types of what computes on CPUs, in a configuration that is not validated yet.
+    """Fill the open data types in a configuration that is not validated yet.
 
-    vLLM, and a learner that begins from a checkpoint, compute in bfloat16 where the processor multiplies it. Elsewhere
-    both compute in float32, and so does everywhere a learner that begins from a tiny random model. The machine that
-    begins the run decides for all; the run keeps what it decided.
+    vLLM, and a learner that begins from a checkpoint, compute in bfloat16 on GPUs, and where the processor multiplies
+    it. Elsewhere both compute in float32, and so does everywhere a learner that begins from a tiny random model. The
+    machine that begins the run decides for all; the run keeps what it decided.
     """
     engine, learner, rollout = (tree.get(name, {}) for name in ("engine", "learner", "rollout"))
     if not all(isinstance(section, dict) for section in (engine, learner, rollout)):
@@ -68,8 +69,10 @@ def with_data_types(tree: dict[str, Any]) -> dict[str, Any]:
     native = multiplies_bfloat16()
     if engine.get("kind", "vllm") == "vllm" and not rollout.get("gpus_per_worker"):
         engine = {"dtype": "bfloat16" if native else "float32"} | engine
-    if model.get("device", "cpu") == "cpu" and model.get("path"):
-        learner = learner | {"model": {"dtype": "bfloat16" if native else "float32"} | model}
+    if model.get("path"):
+        # On a GPU float32 has neither fast products nor the variable-length attention.
+        fast = native or model.get("device") == "cuda"
+        learner = learner | {"model": {"dtype": "bfloat16" if fast else "float32"} | model}
     return tree | {"engine": engine, "learner": learner}
 
 
@@ -108,7 +111,9 @@ def with_correction(tree: dict[str, Any], config: RunConfig) -> dict[str, Any] |
     """
     learner = tree.get("learner", {})
     algorithm = learner.get("algorithm", {})
-    same_type = config.engine.dtype == config.learner.model.dtype
+    engine = config.engine
+    coarser = isinstance(engine, VllmSettings) and engine.coarseness > 1
+    same_type = engine.dtype == config.learner.model.dtype and not coarser
     if same_type or not {"proximal", "corrections"}.isdisjoint(algorithm):
         return None
     correction = {"proximal": "learner", "corrections": [{"kind": "tis"}]}

@@ -47,6 +47,17 @@ class SupervisionSettings(BaseModel):
     )
 
 
+@dataclass(frozen=True, slots=True)
+class TimeLimits:
+    """Limits of a run's waits, seconds, that grow with the bytes of its model."""
+
+    start: float  # of an engine or a rank: it reads the model, or a checkpoint
+    publish: float  # from parameters to a version that engines can open
+    sync: float  # of one engine, from there to the proof
+    load: float  # within a sync: while a version is loaded, an engine answers no heartbeat
+    save: float  # of a checkpoint
+
+
 class PartLost(RuntimeError):
     """A part died or did not answer in time; it may be restarted."""
 

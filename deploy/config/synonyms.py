@@ -42,6 +42,12 @@ _THEIRS: dict[tuple[str, ...], str] = {
     ("rollout.concurrent_groups",): "max_concurrent_rollouts max_concurrency concurrency",
     ("engine.tensor_parallel_size",): "tp tp_size tensor_model_parallel_size vllm_tensor_parallel_size "
     "rollout_tp num_gpus_per_engine rollout_num_gpus_per_engine inference_engine_tensor_parallel_size",
+    ("engine.pipeline_parallel_size",): "pp pp_size pipeline_model_parallel_size "
+    "inference_engine_pipeline_parallel_size",
+    ("engine.data_parallel_size",): "dp_size inference_engine_data_parallel_size",
+    ("engine.expert_parallel",): "enable_expert_parallel ep ep_size expert_parallel_size "
+    "inference_engine_expert_parallel_size",
+    ("engine.args",): "engine_kwargs vllm_kwargs engine_args vllm_engine_kwargs engine_init_kwargs vllm_config",
     ("engine.memory_fraction",): "gpu_memory_utilization vllm_gpu_memory_utilization mem_fraction_static",
     ("engine.enforce_eager",): "eager vllm_enforce_eager",
     ("engine.max_num_seqs",): "max_running_requests vllm_max_num_seqs",

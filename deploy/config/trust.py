@@ -26,11 +26,13 @@ from envs import registry
 from rollout.agents.settings import PartSettings
 from rollout.agents.tools import ToolsSettings
 from rollout.engines.settings import EngineSettings, OwnEngineSettings
+from rollout.engines.vllm_start import VllmSettings
 from rollout.external.external_env import PROGRAM
 from rollout.wire.own_part import OwnPart
 from rollout.wire.whole_file import replace_file
 
 _SAFE_FUNCTIONS = ("envs.tools.python_tool:python",)  # in the sandbox or not at all
+_NUMBERS = (bool, int, float)
 _DANGEROUS_OPTIONS = ("allow_unsafe", "executable")
 _SHOWN_CHARACTERS = 160  # of one entry in an error
 _SHOWN_ENTRIES = 5
@@ -51,6 +53,7 @@ def executed(config: RunConfig) -> list[str]:
         ),
         *[_own(where, part) for where, part in own_parts(config) if "agent.parts[" not in where],
         *([_entry("cluster.address", config.cluster.address)] if config.cluster.address else []),
+        *_arguments(config.engine),
         *executed_model(config),
     ]
 
@@ -97,9 +100,16 @@ def executed_parts(parts: Sequence[PartSettings], section: str = "agent") -> lis
 
 
 def executed_engine(engine: EngineSettings) -> list[str]:
-    """A user's own engine, with the arguments that start it."""
+    """A user's own engine, with the arguments that start it; arguments of vLLM that may name code, models or files."""
     own = isinstance(engine, OwnEngineSettings)
-    return [_entry("engine", engine.model_dump(mode="json"))] if own else []
+    return [_entry("engine", engine.model_dump(mode="json"))] if own else _arguments(engine)
+
+
+def _arguments(engine: EngineSettings) -> list[str]:
+    args = engine.args if isinstance(engine, VllmSettings) else {}
+    return [
+        _entry(f"engine.args.{name}", each) for name, each in args.items() if not isinstance(each, _NUMBERS)
+    ]
 
 
 def executed_by_evaluation(config: RunConfig, env_id: str, said: bool = True) -> list[str]:

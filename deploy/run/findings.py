@@ -21,7 +21,6 @@ from rollout.engines.vllm_start import VllmSettings
 # al. 2025, "LoRA Without Regret"). The bounds leave a factor of a few to either side.
 FULL_RATES = (1e-7, 5e-5)
 ADAPTER_RATES = (1e-6, 5e-4)
-_DISK_BYTES_PER_SECOND = 5e8  # of a checkpoint that is written, assumed
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ def of_job(config: RunConfig, size: JobSize) -> Iterator[Finding]:
 def of_memory(
     config: RunConfig, model: ModelFacts, plan: MemoryPlan, gpu_bytes: int, host_bytes: int | None
 ) -> Iterator[Finding]:
-    """What does not fit, or not at once. host_bytes: memory free on this machine; None for a run elsewhere."""
+    """What does not fit. host_bytes: memory free on this machine; None for a run elsewhere."""
     learner = plan.process("learner")
     if learner.on_gpu:
         always = state_bytes(config.learner, model.shape, model.adapter)
@@ -71,18 +70,10 @@ def of_memory(
             )
     if plan.cache is not None:
         yield from _cache(config, plan)
-    if (
-        config.weights.transfer == "object_store"
-        and plan.version_bytes / 1e9 > config.weights.sync_timeout_seconds
-    ):
-        yield Finding(
-            f"a version has {plan.version_bytes / GIB:.3g} GiB; at 1 GB/s an engine loads it in more than "
-            f"weights.sync_timeout_seconds={config.weights.sync_timeout_seconds:g}; raise it"
-        )
 
 
 def of_disk(config: RunConfig, use: DiskUse, free_bytes: int | None) -> Iterator[Finding]:
-    """What the disk has no room or no time for. free_bytes: None for a run elsewhere."""
+    """What the disk has no room for. free_bytes: None for a run elsewhere."""
     if free_bytes is not None and use.checkpoints > free_bytes:
         yield Finding(
             f"checkpoints need {use.checkpoints / GIB:.3g} GiB (checkpoint.keep={config.checkpoint.keep}, and one that "
@@ -92,12 +83,6 @@ def of_disk(config: RunConfig, use: DiskUse, free_bytes: int | None) -> Iterator
         yield Finding(
             f"checkpoints and all rows need up to {use.total / GIB:.3g} GiB, but the disk has "
             f"{free_bytes / GIB:.3g} GiB free; set buffer.disk_gib"
-        )
-    seconds, limit = use.checkpoint / _DISK_BYTES_PER_SECOND, config.cluster.start_timeout_seconds
-    if seconds > limit:
-        yield Finding(
-            f"a checkpoint has {use.checkpoint / GIB:.3g} GiB; at 0.5 GB/s it is written in {seconds:.0f} s, more than "
-            f"cluster.start_timeout_seconds={limit:g}; raise it"
         )
 
 
@@ -141,9 +126,16 @@ def _rates(config: RunConfig) -> Iterator[Finding]:
 def _types(config: RunConfig) -> Iterator[Finding]:
     algorithm, engine, learner = config.learner.algorithm, config.engine.dtype, config.learner.model.dtype
     corrected = any(part.needs_ratio for part in algorithm.corrections)
-    if engine != learner and not corrected and algorithm.proximal == "behavior" and algorithm.loss.clips:
+    stored = isinstance(config.engine, VllmSettings) and config.engine.coarseness > 1
+    if (
+        (engine != learner or stored)
+        and not corrected
+        and algorithm.proximal == "behavior"
+        and algorithm.loss.clips
+    ):
+        ours = "engine.args (quantization, kv_cache_dtype)" if stored else f"engine.dtype={engine!r}"
         yield Finding(
-            f"engine.dtype={engine!r} and learner.model.dtype={learner!r} round differently, and no correction weighs "
+            f"{ours} and learner.model.dtype={learner!r} round differently, and no correction weighs "
             "that: the clip drops tokens for rounding alone; use learner.algorithm.proximal='learner' and "
             "corrections=[{kind='tis'}]"
         )

@@ -117,25 +117,37 @@ class Node:
 def nodes(config: RunConfig, plan: MemoryPlan, gpus_per_node: int) -> list[Node]:
     """Nodes that the actors fit on, the first that has room for each; without GPUs a single one.
 
-    ValueError for an actor that asks for more GPUs than a node has.
+    An engine of more GPUs than a node has takes several nodes: its actor is on the first. ValueError where nodes have
+    none.
     """
     left: list[float] = []
     placed: list[dict[str, int]] = []
     reserved = {each.part: each for each in reservations(config)}
     for part, each in sorted(reserved.items(), key=lambda named: -named[1].each.get("GPU", 0.0)):
         wanted = each.each.get("GPU", 0.0)
-        if wanted > gpus_per_node:
-            raise ValueError(f"a {part} asks for {wanted:g} GPUs, but a node has {gpus_per_node}")
+        if wanted and gpus_per_node < 1:
+            raise ValueError(f"a {part} asks for {wanted:g} GPUs, but nodes have none")
         for _ in range(each.count):
             place = next((index for index, free in enumerate(left) if free >= wanted - 1e-6), len(left))
             if place == len(left):
                 left.append(float(gpus_per_node))
                 placed.append({})
-            left[place] -= wanted
             placed[place][part] = placed[place].get(part, 0) + 1
+            left[place] -= wanted
+            while left[-1] < -1e-6:  # more than a node has: the rest is on the next
+                beyond, left[-1] = -left[-1], 0.0
+                left.append(gpus_per_node - beyond)
+                placed.append({})
     first = {part: next(n for n, actors in enumerate(placed) if part in actors) for part in reserved}
     return [
-        _node(actors, reserved, plan, {part for part in actors if first[part] == number}, number == 0)
+        _node(
+            actors,
+            reserved,
+            plan,
+            {part for part in actors if first[part] == number},
+            number == 0,
+            round(gpus_per_node - left[number], 4),
+        )
         for number, actors in enumerate(placed)
     ]
 
@@ -146,8 +158,9 @@ def _node(
     plan: MemoryPlan,
     leads: set[str],
     driven: bool,
+    gpus: float,
 ) -> Node:
-    """leads: parts whose first actor is here; driven: what reserves nothing is here."""
+    """leads: parts whose first actor is here; driven: what reserves nothing is here; gpus: that are taken here."""
     processes = {each.name: each for each in plan.processes}
     host = plan.version_bytes
     for part, count in actors.items():
@@ -157,8 +170,5 @@ def _node(
         host += sum(
             processes[part].host_bytes(1, True) for part in ("driver", "replay buffer") if part in processes
         )
-    return Node(tuple(actors.items()), _of("GPU", actors, reserved), _of("CPU", actors, reserved), host)
-
-
-def _of(name: str, actors: dict[str, int], reserved: dict[str, Reservation]) -> float:
-    return round(sum(count * reserved[part].each.get(name, 0.0) for part, count in actors.items()), 4)
+    cpus = sum(count * reserved[part].each.get("CPU", 0.0) for part, count in actors.items())
+    return Node(tuple(actors.items()), gpus, round(cpus, 4), host)

@@ -21,6 +21,7 @@ from deploy.assembly.stage_data import past_episodes, recorded
 from deploy.assembly.suites import suites_of
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
+from deploy.config.engine_checks import require_divisible
 from deploy.config.environments import Environment
 from deploy.config.own_parts import check_own_parts
 from deploy.run import replay
@@ -90,6 +91,7 @@ class Preflight:
         if path and (self._model or self._architecture is not None):
             yield lambda: check_trainable(path, self.architecture)
             yield lambda: check_context(path, config.rollout.context_tokens, self.architecture)
+            yield lambda: check_divided(config, self.architecture)
         if self._model:
             yield lambda: self.chat
             if self._data:
@@ -276,6 +278,14 @@ def check_context(path: str, context_tokens: int, architecture: PretrainedConfig
             f"model {path} has {positions} positions, but rollout.context_tokens={context_tokens} "
             "(manta eval: --context-tokens); lower it"
         )
+
+
+def check_divided(config: RunConfig, architecture: PretrainedConfig) -> None:
+    """Require a model that the engine's parallel sizes divide."""
+    try:
+        require_divisible(config, architecture)
+    except ValueError as error:
+        raise ConfigError(f"model {config.learner.model.path}: {error}") from error
 
 
 def check_tokenizer(path: str, trusted: bool = False) -> PreTrainedTokenizerBase:

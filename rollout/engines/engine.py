@@ -90,7 +90,7 @@ class Placement:
     """Resources of an engine, and how it reads published weights."""
 
     device: Literal["any", "cpu", "gpu"]  # "gpu" needs rollout.gpus_per_worker above 0, "cpu" needs it at 0
-    gpus: int = 1  # that one engine spans, if it runs on GPUs
+    gpus: int = 0  # that one engine runs on, if it runs on GPUs; 0: those that its worker claims
     maps_weights: bool = False  # it maps them from shared memory; else it reads them within its process
     concurrent_requests: int = 16  # useful number of requests at once
     transfers: tuple[str, ...] = ("object_store",)  # supported values of weights.transfer

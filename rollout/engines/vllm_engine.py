@@ -69,7 +69,7 @@ class VllmEngine:
         name: str,
         stop_token_ids: Sequence[int],
         weight_names: Sequence[str],
-        seeded: bool,
+        settings: VllmSettings,
         perception: Perception | None = None,
     ):
         self.version = -1
@@ -78,7 +78,7 @@ class VllmEngine:
         self._core = core
         self._stop = list(stop_token_ids)
         self._weight_names = frozenset(weight_names)
-        self._seeded = seeded
+        self._settings = settings
         self._perception = perception
         self._adapter: Any = None  # LoRA request of prompts, once an adapter was loaded
         self._request_ids = itertools.count()
@@ -119,12 +119,11 @@ class VllmEngine:
             llm = start_llm(
                 model, context_tokens, settings, on_gpu, transfer, adapter, perception is not None, trusted
             )
-        (process,) = llm.engine_core.resources.engine_manager.processes
-        core = CoreProcess(name, process)
+        core = CoreProcess(name, *llm.engine_core.resources.engine_manager.processes)
         names = adapter.names if adapter else names
-        engine = cls(llm, core, name, stop_token_ids, names, settings.seeded, perception)
+        engine = cls(llm, core, name, stop_token_ids, names, settings, perception)
         await engine.ping()
-        unlink_shared_memory(core.pid)
+        unlink_shared_memory(core.pids)
         # Objects of the start-up live as long as the process: the collector need not scan them again.
         gc.collect()
         gc.freeze()
@@ -234,7 +233,8 @@ class VllmEngine:
         self.version = int(await self._asked(self._llm.get_weight_version()))
         await self._asked(self._llm.resume_generation())
         stalled = time.perf_counter() - self._paused_at
-        difference = manifest.probe.check(self.name, self.version, await self.score(manifest.probe.token_ids))
+        logprobs = await self.score(manifest.probe.token_ids)
+        difference = manifest.probe.check(self.name, self.version, logprobs, self._settings.coarseness)
         seconds = time.perf_counter() - self._paused_at
         return SyncReport(self.name, self.version, len(manifest.tensors), difference, seconds, stalled)
 
@@ -305,7 +305,7 @@ class VllmEngine:
         return outputs[-1]
 
     def _sampling_params(self, sampling: Sampling) -> Any:
-        if self._seeded and sampling.seed is not None:
+        if self._settings.seeded and sampling.seed is not None:
             return self._new_params(sampling, sampling.seed)
         key = (sampling.temperature, sampling.top_p, sampling.max_tokens)
         if key not in self._params:

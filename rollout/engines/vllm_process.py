@@ -1,6 +1,8 @@
 """Lifetime of vLLM's processes: they end with the process that started them, and their end is detected.
 
-    our process  -- starts -->  engine core  -- starts -->  a worker for every GPU (one on CPU)
+    our process  -- starts -->  engine core  -- starts -->  a worker for every GPU, or part of a layer on CPUs
+
+With data parallelism there is a core for every copy; the end of one is the end of the engine.
 
 On CPUs the first core of a process is forked from a fork server (vllm_fork_server.py), which stands between the two.
 
@@ -17,7 +19,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import resource_tracker
@@ -122,9 +124,9 @@ def _wait_asleep() -> None:
     SpinCondition.wait = asleep
 
 
-def unlink_shared_memory(core: int) -> None:
-    """Unlink the memory in /dev/shm that the core and its workers have mapped; it is not opened again later."""
-    for pid in family(core):
+def unlink_shared_memory(cores: Sequence[int]) -> None:
+    """Unlink the memory in /dev/shm that the cores and their workers have mapped; it is not opened again later."""
+    for pid in (member for core in cores for member in family(core)):
         for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines():
             path = line[line.find("/") :]  # the last field, if any
             if path.startswith("/dev/shm/psm_") and os.path.exists(path):
@@ -143,17 +145,19 @@ def family(pid: int) -> list[int]:
 
 
 class CoreProcess:
-    """The engine core's process; it must be created on the event loop that uses the engine."""
+    """The processes of an engine's cores; it must be created on the event loop that uses the engine."""
 
-    def __init__(self, engine: str, process: BaseProcess) -> None:
-        assert process.pid is not None
-        self.pid = process.pid
+    def __init__(self, engine: str, first: BaseProcess, *others: BaseProcess) -> None:
         self._engine = engine
-        self._process = process
+        self._processes = {process.pid: process for process in (first, *others) if process.pid is not None}
+        self.pids = list(self._processes)
+        self.pid = self.pids[0]
         self._loop = asyncio.get_running_loop()
-        self._ended: asyncio.Future[None] = self._loop.create_future()
-        self._descriptor = os.pidfd_open(self.pid)  # readable once the process has ended
-        self._loop.add_reader(self._descriptor, self._notice)
+        self._ended: asyncio.Future[int] = self._loop.create_future()  # of the first that ends
+        # Readable once the process has ended.
+        self._descriptors = {pid: os.pidfd_open(pid) for pid in self.pids}
+        for pid, descriptor in self._descriptors.items():
+            self._loop.add_reader(descriptor, self._notice, pid)
 
     async def answer(self, call: Coroutine[Any, Any, T]) -> T:
         """Await a call of vLLM. Raises CallFailed, and EngineDied if the core ends, when vLLM would wait forever.
@@ -183,22 +187,30 @@ class CoreProcess:
         The exit code may not be known yet: vLLM may report the end early, or be reaping the process in a thread. So
         this waits up to _END_TIMEOUT_SECONDS.
         """
-        how = "gave up (its log says why)"
+        how, pid = "gave up (its log says why)", self.pid
         with suppress(TimeoutError):
             async with asyncio.timeout(_END_TIMEOUT_SECONDS):
-                while (code := self._process.exitcode) is None:
+                while not (ended := self._exited()):
                     await asyncio.sleep(_POLL_INTERVAL_SECONDS)
+                pid, code = ended
                 signalled = signal.Signals(-code).name if code < 0 else None
                 how = f"was killed by {signalled}" if signalled else f"ended with exit code {code}"
-        return EngineDied(f"{self._engine}: vLLM's engine core (pid {self.pid}) {how}")
+        return EngineDied(f"{self._engine}: vLLM's engine core (pid {pid}) {how}")
+
+    def _exited(self) -> tuple[int, int] | None:
+        """The core that ended first, of those that have, and its exit code."""
+        first = [self._ended.result()] if self._ended.done() else self.pids
+        codes = ((pid, self._processes[pid].exitcode) for pid in first)
+        return next(((pid, code) for pid, code in codes if code is not None), None)
 
     def close(self) -> None:
         """Stop watching."""
-        if self._descriptor >= 0:
-            self._loop.remove_reader(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = -1
+        for descriptor in self._descriptors.values():
+            self._loop.remove_reader(descriptor)
+            os.close(descriptor)
+        self._descriptors.clear()
 
-    def _notice(self) -> None:
-        self._loop.remove_reader(self._descriptor)
-        self._ended.set_result(None)
+    def _notice(self, pid: int) -> None:
+        self._loop.remove_reader(self._descriptors[pid])
+        if not self._ended.done():
+            self._ended.set_result(pid)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from envs.user_functions import load_function
 from rollout.engines import vllm_fork_server
 from rollout.engines.engine import Engine, EngineStart, Placement
+from rollout.engines.vllm_options import check_arguments, coarseness
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.model_folder import pretrained, token_count
 
@@ -39,7 +42,27 @@ class VllmSettings(BaseModel):
         description="most sequences decoded in one batch. Lower it if the KV cache overflows, raise it for "
         "throughput on large GPUs",
     )
-    tensor_parallel_size: int = Field(1, gt=0, description="GPUs per engine, over which the model is sharded")
+    tensor_parallel_size: int = Field(
+        1,
+        gt=0,
+        description="GPUs over which every layer is divided. On CPUs so many processes divide it. An engine takes "
+        "tensor_parallel_size * pipeline_parallel_size * data_parallel_size GPUs: give rollout.gpus_per_worker as many",
+    )
+    pipeline_parallel_size: int = Field(
+        1,
+        gt=0,
+        description="GPUs, or groups of tensor_parallel_size, over which the layers are dealt in order",
+    )
+    data_parallel_size: int = Field(
+        1,
+        gt=0,
+        description="copies of the attention layers within one engine, for mixtures of experts whose experts are "
+        "divided over all of its GPUs (expert_parallel). For other models raise rollout.workers instead",
+    )
+    expert_parallel: bool = Field(
+        False,
+        description="divide a mixture's experts over the engine's GPUs, instead of dividing each expert",
+    )
     memory_fraction: float = Field(
         0.85,
         gt=0,
@@ -54,14 +77,31 @@ class VllmSettings(BaseModel):
         "the weights. Set it where a learner shares the GPU, whose growth would be counted as the engine's",
     )
     threads: int = Field(1, gt=0, description="compute threads of an engine on CPU")
-    enforce_eager: bool = Field(
-        True,
-        description="run without CUDA graphs: starts faster, decodes slower. Set it to false for long runs on "
-        "GPUs",
+    enforce_eager: bool | None = Field(
+        None,
+        description="run without compilation and CUDA graphs: starts faster, decodes slower. Not set: false on GPUs, "
+        "true on CPUs",
+    )
+    head_dtype: Literal["float32", "model"] | None = Field(
+        None,
+        description="data type that logits are computed in: the learner's are float32; model is that of the engine. "
+        "Not set: float32 on GPUs, where the product is accumulated in it anyway, and model on CPUs",
     )
     seeded: bool = Field(
         False, description="seed every request, so that a run samples the same tokens again; slower"
     )
+    args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="any other argument of vLLM's engine, by its name in vLLM (AsyncEngineArgs), such as "
+        "max_num_batched_tokens, attention_backend, kv_cache_dtype, quantization, speculative_config or "
+        "compilation_config. Names and types are checked before a run starts; what Manta decides itself is refused",
+    )
+
+    @field_validator("args")
+    @classmethod
+    def _are_vllms(cls, args: dict[str, Any]) -> dict[str, Any]:
+        check_arguments(args)
+        return args
 
     def kv_cache_bytes(self, on_gpu: bool) -> int | None:
         """Size of the KV cache; None: what `memory_fraction` leaves beside the weights."""
@@ -69,11 +109,30 @@ class VllmSettings(BaseModel):
             return None if on_gpu else _CPU_CACHE_BYTES
         return int(self.kv_cache_gib * 2**30)
 
+    def eager(self, on_gpu: bool) -> bool:
+        """Whether nothing is compiled, and no CUDA graph is recorded."""
+        return not on_gpu if self.enforce_eager is None else self.enforce_eager
+
+    def float32_head(self, on_gpu: bool) -> bool:
+        """Whether logits are computed in float32 although the engine computes in another type."""
+        asked = on_gpu if self.head_dtype is None else self.head_dtype == "float32"
+        return asked and self.dtype != "float32"
+
+    @property
+    def coarseness(self) -> float:
+        """How much coarser than bfloat16 it stores weights, or keys and values; 1: no coarser."""
+        return coarseness(self.args)
+
+    @property
+    def shards(self) -> int:
+        """Devices that one copy of the weights is divided over."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
     @property
     def placement(self) -> Placement:
         return Placement(
             device="any",
-            gpus=self.tensor_parallel_size,
+            gpus=self.shards * self.data_parallel_size,
             maps_weights=True,  # its processes are separate
             concurrent_requests=self.max_num_seqs,
             transfers=("object_store", "nccl", "ipc"),
@@ -86,6 +145,8 @@ class VllmSettings(BaseModel):
             raise ValueError(
                 "vLLM is not installed here; install Manta with the extra cpu or gpu, or use engine.kind='transformers'"
             )
+        if any(isinstance(value, dict) for value in self.args.values()):
+            as_vllm_takes(self.args)  # imports vLLM, which takes seconds
 
     def reproducible(self) -> VllmSettings:
         """Return settings under which a request's seed determines its samples."""
@@ -106,7 +167,7 @@ def prepare_process(settings: VllmSettings, on_gpu: bool, transfer: str) -> bool
         # By default vLLM binds one core and reserves another, which would starve a second engine on the machine.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
-        if settings.enforce_eager:
+        if settings.eager(on_gpu):
             # One function of vLLM's sampler would still be compiled with a C++ compiler in the first step, which blocks
             # the engine for 15 s. Without compilation it takes microseconds.
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
@@ -140,26 +201,52 @@ def start_llm(
     )
     if cache_bytes := settings.kv_cache_bytes(on_gpu):
         memory["kv_cache_memory_bytes"] = cache_bytes
-    arguments = AsyncEngineArgs(
-        model=model,
-        trust_remote_code=trusted,
-        dtype=settings.dtype,
-        max_model_len=context_tokens,
-        max_num_seqs=settings.max_num_seqs,
-        tensor_parallel_size=settings.tensor_parallel_size,
-        enforce_eager=settings.enforce_eager,
-        enable_prefix_caching=True,
-        skip_tokenizer_init=not sees,
-        generation_config="vllm",  # no sampling defaults from the model's folder
-        logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
-        weight_transfer_config=WeightTransferConfig(backend=transfer),
-        worker_extension_cls="rollout.engines.vllm_weights.WorkerExtension",
-        disable_log_stats=True,
-        logits_processors=_logits_processors(model, trusted),
-        **memory,
-        **(vllm_adapter.arguments(adapter) if adapter else {}),
-    )
+    ours: dict[str, Any] = {
+        "model": model,
+        "trust_remote_code": trusted,
+        "dtype": settings.dtype,
+        "max_model_len": context_tokens,
+        "max_num_seqs": settings.max_num_seqs,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "pipeline_parallel_size": settings.pipeline_parallel_size,
+        "data_parallel_size": settings.data_parallel_size,
+        "enable_expert_parallel": settings.expert_parallel,
+        "enforce_eager": settings.eager(on_gpu),
+        "hf_overrides": {"head_dtype": "float32"} if settings.float32_head(on_gpu) else {},
+        "enable_prefix_caching": True,
+        "skip_tokenizer_init": not sees,
+        "generation_config": "vllm",  # no sampling defaults from the model's folder
+        "logprobs_mode": "processed_logprobs",  # of the distribution sampled from, temperature included
+        "weight_transfer_config": WeightTransferConfig(backend=transfer),
+        "worker_extension_cls": "rollout.engines.vllm_weights.WorkerExtension",
+        "disable_log_stats": True,
+        "logits_processors": _logits_processors(model, trusted),
+    }
+    adapters = vllm_adapter.arguments(adapter) if adapter else {}
+    arguments = AsyncEngineArgs(**(ours | memory | adapters | as_vllm_takes(settings.args)))
     return AsyncLLM.from_engine_args(arguments)
+
+
+def as_vllm_takes(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's arguments with tables as vLLM's own configurations. ValueError, one line, for one it refuses."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(AsyncEngineArgs)}
+    taken = dict(args)
+    for name, value in args.items():
+        if isinstance(value, dict):
+            try:
+                taken[name] = TypeAdapter(types[name]).validate_python(value)
+            except ValidationError as error:
+                fault = error.errors()[0]
+                where = ".".join(["engine.args", name, *(str(each) for each in fault["loc"])])
+                raise ValueError(f"{where}: {fault['msg']} (got {fault['input']!r})") from error
+            except (
+                KeyError,
+                TypeError,
+            ) as error:  # of vLLM's own validators, for a choice that they do not have
+                raise ValueError(f"engine.args.{name}: vLLM refuses {value!r}: {error}") from error
+    return taken
 
 
 def _logits_processors(model: str, trusted: bool) -> list[str | type]:

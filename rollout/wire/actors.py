@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 import ray
 
+from rollout.wire.time_limits import NETWORK, limit
 from rollout.wire.weights import ByteArray, Handle, joined, parts
+
+_GET_SECONDS = 60.0
 
 
 def put_object(arrays: Sequence[ByteArray]) -> tuple[Handle, ray.ObjectRef]:
@@ -32,4 +35,6 @@ def open_object(address: str, sizes: Sequence[int]) -> list[ByteArray]:
     cluster, _, packed = address.partition(" ")
     if not ray.is_initialized():
         ray.init(address=cluster, log_to_driver=False, logging_level="ERROR")
-    return parts(ray.get(ray.cloudpickle.loads(base64.b64decode(packed)), timeout=60), sizes)
+    reference = ray.cloudpickle.loads(base64.b64decode(packed))
+    # The pull from another node is within this wait.
+    return parts(ray.get(reference, timeout=limit(_GET_SECONDS, sum(sizes), NETWORK)), sizes)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deploy.cluster.fleet import Fleet
-from deploy.config.supervise import PartFailed, SupervisionSettings
+from deploy.config.supervise import PartFailed, SupervisionSettings, TimeLimits
 from deploy.report.evaluation import Evaluation
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.episodes.evaluation import EvaluationPlan
@@ -119,7 +119,14 @@ class World:
         self.version = 0
 
     def fleet(self, settings: SupervisionSettings = QUICK) -> Fleet:
-        return Fleet(self.launch, self.lend, self.reassign, settings, 1.0, 1.0, self.said.append)
+        return Fleet(
+            self.launch,
+            self.lend,
+            self.reassign,
+            settings,
+            TimeLimits(1.0, 1.0, 1.0, 0.0, 1.0),
+            self.said.append,
+        )
 
     def launch(self, name: str) -> Scripted:
         self.members[name] = Scripted(name, self)

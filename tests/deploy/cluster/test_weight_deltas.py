@@ -35,7 +35,7 @@ class Worker:
     ("delta", "node", "held"), [(True, "far", True), (True, "near", False), (False, "far", False)]
 )
 def test_a_worker_on_another_node_holds_what_it_is_sent(delta: bool, node: str, held: bool) -> None:
-    part = LearnerPart(configured(f"weights.delta={str(delta).lower()}"), lambda ranks: None, None)  # type: ignore[arg-type, return-value]
+    part = LearnerPart(configured(f"weights.delta={str(delta).lower()}"), lambda ranks: None, None, None)  # type: ignore[arg-type, return-value]
     part.where = {"learner": ProcessInfo("host", 1, "near", "")}
     worker = Worker(node)
     member = ActorMember("rollout-0", worker, apart=part.apart)

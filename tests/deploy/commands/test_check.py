@@ -109,6 +109,17 @@ def test_memory_is_what_arithmetic_says() -> None:
     assert [each.gpus for each in halves] == [4, 4]
 
 
+def test_an_engine_larger_than_a_node_takes_the_next_ones_too() -> None:
+    sizes = ["engine.tensor_parallel_size=8", "rollout.gpus_per_worker=8", "rollout.workers=2"]
+    config, facts = load_config("qwen3_8b_gsm8k", sizes), _facts("qwen3_8b_gsm8k")
+    plan = MemoryPlan.of(config, facts, 80 * GIB)
+    assert [each.gpus for each in nodes(config, plan, 3)] == [3, 3, 2 + 1, 3, 3, 2 + 1, 2]
+    # Over 8 GPUs lie an eighth of the weights, and one of 8 key heads of each layer.
+    amounts = {each.what: each.nbytes for each in plan.process("rollout worker").amounts}
+    assert amounts["weights, bfloat16"] == 2 * QWEN3_8B.parameters // 8
+    assert plan.cache is not None and plan.cache.token_bytes == 36 * 128 * 2 * 2
+
+
 def test_an_adapters_size_is_what_arithmetic_says() -> None:
     model, facts = QWEN3_06B, _facts("qwen3_gsm8k_lora")
     inner, keys = model.heads * model.head_width, model.key_heads * model.head_width

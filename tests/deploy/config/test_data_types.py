@@ -43,6 +43,7 @@ def test_a_processor_says_what_it_multiplies(
         (False, ("engine.dtype=bfloat16",), "bfloat16", "float32"),
         (False, ("rollout.gpus_per_worker=1",), "bfloat16", "float32"),
         (True, ("learner.model.dtype=float32",), "bfloat16", "float32"),
+        (False, ("rollout.gpus_per_worker=1", "learner.model.device=cuda"), "bfloat16", "bfloat16"),
     ],
 )
 def test_a_checkpoints_open_types_are_those_that_are_fast(
@@ -53,6 +54,22 @@ def test_a_checkpoints_open_types_are_those_that_are_fast(
     assert (config.engine.dtype, config.learner.model.dtype) == (engine, learner)
     corrected = [part.kind for part in config.learner.algorithm.corrections]
     assert corrected == (["tis"] if engine != learner else [])
+
+
+@pytest.mark.parametrize(
+    ("args", "kinds"),
+    [
+        ("{quantization='fp8'}", ["tis"]),
+        ("{kv_cache_dtype='fp8'}", ["tis"]),
+        ("{max_num_batched_tokens=64}", []),
+    ],
+)
+def test_an_engine_that_stores_fewer_bits_is_corrected_for(
+    args: str, kinds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(derived, "multiplies_bfloat16", lambda: True)
+    config = load_config("smollm2_sums", (f"engine.args={args}",))
+    assert [part.kind for part in config.learner.algorithm.corrections] == kinds
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -55,6 +55,11 @@ HOSTILE = {
     "browser": (environment("browser", executable="/tmp/chromium"), "/tmp/chromium"),
     "nested": (environment("frozen_lake", deep=[{"allow_unsafe": 1}]), "allow_unsafe"),
     "evaluation": ({"evaluation": {"options": {"opponent": "hostile:move"}}}, "hostile:move"),
+    "scheduler of vLLM": ({"engine": {"args": {"scheduler_cls": "hostile.Scheduler"}}}, "hostile.Scheduler"),
+    "connector of vLLM": (
+        {"engine": {"args": {"kv_transfer_config": {"kv_connector_module_path": "hostile"}}}},
+        "hostile",
+    ),
     "model's code": (
         {"tiny": None, "learner": {"model": {"path": "somebody/own", "trust_remote_code": True}}},
         "somebody/own",

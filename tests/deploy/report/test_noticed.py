@@ -109,7 +109,7 @@ def test_the_learner_is_heard_with_every_heartbeat() -> None:
         if len(heard) == 2:
             raise PartLost("gone")
 
-    part = LearnerPart(configured(), lambda ranks: None, None)  # type: ignore[arg-type, return-value]
+    part = LearnerPart(configured(), lambda ranks: None, None, None)  # type: ignore[arg-type, return-value]
     part._handles = [handle]
     how = asyncio.run(part.lost(SupervisionSettings(heartbeat_interval_seconds=0.01), hear))
     assert heard == [("learner", handle.texts[0])] * 2 and "gone" in how

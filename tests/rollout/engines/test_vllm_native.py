@@ -32,6 +32,7 @@ from learner.training.publish import take_snapshot
 from rollout.engines.hf_engine import HfEngine
 from rollout.engines.vllm_engine import VllmEngine, checkpoint_names
 from rollout.engines.vllm_native import LiveSource, NativePublisher, TransferFailed
+from rollout.engines.vllm_start import VllmSettings
 from rollout.wire.weights import SyncReport, WeightMismatch
 
 Pairs = list[tuple[str, torch.Tensor]]
@@ -216,7 +217,7 @@ def make_rig(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> Callable[.
                 *checkpoint_names(str(folders[1])),
                 *([extra_name] if name == "rollout-1" and extra_name else []),
             ]
-            actors[name] = _actor(VllmEngine(llms[name], FakeCore(), name, [0], names, seeded=False))
+            actors[name] = _actor(VllmEngine(llms[name], FakeCore(), name, [0], names, VllmSettings()))
         policy = Policy(ModelSettings(path=str(folders[0])))
         publisher = NativePublisher(
             transfer, policy.named_weights, actors, 2, "learner-host", sync_timeout_seconds=100.0

@@ -76,6 +76,21 @@ def test_calls_under_way_and_later_ones_end_with_the_core_and_say_how_it_ended()
     _with_core(check)
 
 
+def test_the_end_of_one_of_several_cores_is_the_engines_and_it_is_named() -> None:
+    async def check(core: CoreProcess, process: Any) -> None:
+        other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+        other.start()
+        both = CoreProcess("rollout-4", process, other)
+        call = asyncio.create_task(both.answer(_never()))
+        other.kill()
+        with pytest.raises(EngineDied, match=rf"rollout-4: .* \(pid {other.pid}\) was killed by SIGKILL"):
+            await asyncio.wait_for(call, 30)
+        assert process.is_alive()
+        both.close()
+
+    _with_core(check)
+
+
 def test_an_error_is_told_apart_from_the_cores_end() -> None:
     async def check(core: CoreProcess, process: Any) -> None:
         with pytest.raises(CallFailed, match="rollout-3: Call to load failed: no such tensor"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rollout.wire.weights import write_memory
+from rollout.wire.weights import Probe, WeightMismatch, write_memory
 
 READ = """
 import sys
@@ -31,3 +31,13 @@ def test_another_process_maps_weights_in_memory_and_nothing_is_left_when_they_ar
     assert [array.tolist() for array in mapped] == [[1, 2, 3], [], [9, 8]], "what is mapped stays"
     with pytest.raises(FileNotFoundError):
         handle.open([3, 0, 2])
+
+
+def test_an_engine_that_rounds_more_coarsely_is_allowed_in_proportion() -> None:
+    probe = Probe((1, 2, 3), (-1.0, -2.0), tolerance=0.01)
+    apart = [-1.1, -2.1]
+    with pytest.raises(WeightMismatch, match=r"0.1 nats on average \(allowed 0.01\)"):
+        probe.check("rollout-0", 3, apart)
+    assert probe.check("rollout-0", 3, apart, coarseness=16) == pytest.approx(0.1)
+    with pytest.raises(WeightMismatch, match=r"allowed 0.16"):
+        probe.check("rollout-0", 3, [-1.2, -2.2], coarseness=16)

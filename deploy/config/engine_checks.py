@@ -1,0 +1,144 @@
+"""Checks of engines: their GPUs and parallel sizes, adapters, and how new weights reach them.
+
+A check raises ValueError with one line: the options, their values, and values that would fit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rollout.engines.vllm_start import VllmSettings
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from deploy.config.config import RunConfig
+
+# Fields of configurations that count experts, by family.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def require_engine(config: RunConfig) -> None:
+    """Run every check. ValueError for the first contradiction."""
+    for check in (_device, _parallel, _precision, _adapters, _transfer):
+        check(config)
+
+
+def _device(config: RunConfig) -> None:
+    if unfit := config.engine.placement.unfit(config.rollout.gpus_per_worker):
+        raise ValueError(f"engine.kind={config.engine.kind!r}: {unfit}")
+
+
+def _parallel(config: RunConfig) -> None:
+    """GPUs that are claimed are those that are used."""
+    engine, gpus = config.engine, config.rollout.gpus_per_worker
+    if not isinstance(engine, VllmSettings):
+        return
+    if engine.data_parallel_size > 1 and not (engine.expert_parallel and gpus):
+        raise ValueError(
+            f"engine.data_parallel_size={engine.data_parallel_size} repeats the whole model within an engine; raise "
+            "rollout.workers instead, or divide a mixture's experts over GPUs: engine.expert_parallel=true"
+        )
+    if config.tiny is not None:
+        _divided(engine, config.tiny.heads, config.tiny.layers, experts=False)
+    shares_one = engine.placement.gpus == 1 and gpus <= 1
+    if gpus and not shares_one and gpus != engine.placement.gpus:
+        sizes = {
+            "tensor_parallel_size": engine.tensor_parallel_size,
+            "pipeline_parallel_size": engine.pipeline_parallel_size,
+            "data_parallel_size": engine.data_parallel_size,
+        }
+        said = [f"engine.{name}={size}" for name, size in sizes.items() if size > 1]
+        raise ValueError(
+            f"an engine of {' * '.join(said) or 'engine.tensor_parallel_size=1'} runs on {engine.placement.gpus} "
+            f"GPUs, but a worker claims rollout.gpus_per_worker={gpus:g}; use "
+            f"rollout.gpus_per_worker={engine.placement.gpus}"
+        )
+
+
+def require_divisible(config: RunConfig, architecture: PretrainedConfig) -> None:
+    """ValueError for a model that the engine's parallel sizes do not divide."""
+    engine, text = config.engine, architecture.get_text_config()
+    if isinstance(engine, VllmSettings):
+        experts = any(getattr(text, name, None) for name in _EXPERTS)
+        _divided(engine, int(text.num_attention_heads), int(text.num_hidden_layers), experts)
+
+
+def _divided(engine: VllmSettings, heads: int, layers: int, experts: bool) -> None:
+    if heads % engine.tensor_parallel_size:
+        raise ValueError(
+            f"engine.tensor_parallel_size={engine.tensor_parallel_size} does not divide the model's {heads} attention "
+            "heads; use one that does"
+        )
+    if engine.pipeline_parallel_size > layers:
+        raise ValueError(
+            f"engine.pipeline_parallel_size={engine.pipeline_parallel_size} exceeds the model's {layers} layers"
+        )
+    if engine.expert_parallel and not experts:
+        raise ValueError(
+            "engine.expert_parallel=true, but the model has no experts; use false, and raise "
+            "engine.tensor_parallel_size or rollout.workers"
+        )
+
+
+def _precision(config: RunConfig) -> None:
+    engine = config.engine
+    if isinstance(engine, VllmSettings) and engine.coarseness > 1 and engine.dtype != "bfloat16":
+        raise ValueError(
+            f"engine.args stores weights, keys or values in fewer bits (quantization, kv_cache_dtype) than "
+            f"engine.dtype={engine.dtype!r} has, and a quantized engine is published to in bfloat16; use "
+            "engine.dtype='bfloat16'"
+        )
+
+
+def _adapters(config: RunConfig) -> None:
+    lora = config.learner.model.lora
+    if lora is None or lora.sync == "merged":
+        return
+    if config.weights.transfer != "object_store":
+        raise ValueError(
+            f"learner.model.lora.sync='adapter' cannot be sent by weights.transfer={config.weights.transfer!r}, "
+            "which sends whole weights; use 'object_store', or sync='merged'"
+        )
+    halves = config.engine.placement.half_adapters and config.engine.dtype == "float32"
+    if config.rollout.gpus_per_worker and halves:
+        raise ValueError(
+            "learner.model.lora.sync='adapter' needs engine.dtype='bfloat16' or 'float16' on GPUs, where vLLM "
+            "multiplies adapters in half precision only; set it, or use sync='merged'"
+        )
+
+
+def _transfer(config: RunConfig) -> None:
+    transfer, gpus = config.weights.transfer, config.rollout.gpus_per_worker
+    placement = config.engine.placement
+    if transfer not in placement.transfers:
+        raise ValueError(
+            f"engine.kind={config.engine.kind!r} does not support weights.transfer={transfer!r}; use 'object_store'"
+        )
+    if transfer == "object_store":
+        return
+    if not gpus:
+        raise ValueError(
+            f"weights.transfer={transfer!r} needs GPUs, but rollout.gpus_per_worker=0; "
+            "use 'object_store' or give the workers a GPU"
+        )
+    if config.learner.model.device != "cuda":
+        raise ValueError(
+            f"weights.transfer={transfer!r} sends from the learner's GPU, but learner.model.device='cpu'; "
+            "use 'object_store' or train on 'cuda'"
+        )
+    if transfer == "nccl" and gpus < 1:
+        raise ValueError(
+            f"weights.transfer='nccl' needs whole GPUs, but rollout.gpus_per_worker={gpus:g}; use "
+            f"rollout.gpus_per_worker={placement.gpus}"
+        )
+    if transfer == "ipc" and config.rollout.workers * gpus >= 1:
+        raise ValueError(
+            "weights.transfer='ipc' needs engines of one GPU each that share the learner's: keep rollout.workers * "
+            "rollout.gpus_per_worker below 1 and engine.tensor_parallel_size at 1, or use 'nccl'"
+        )
+    if transfer == "ipc" and isinstance(config.engine, VllmSettings) and config.engine.kv_cache_gib is None:
+        raise ValueError(
+            "weights.transfer='ipc' shares a GPU with the learner, whose growth vLLM would count as its own; set "
+            "engine.kv_cache_gib"
+        )
