@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from deploy.config.config import RunConfig
 
+_CPU_EXPERT_MULTIPLE = 32  # of vLLM's kernels for experts on CPUs
 # Fields of configurations that count experts, by family.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -62,6 +63,18 @@ def require_divisible(config: RunConfig, architecture: PretrainedConfig) -> None
     if isinstance(engine, VllmSettings):
         experts = any(getattr(text, name, None) for name in _EXPERTS)
         _divided(engine, int(text.num_attention_heads), int(text.num_hidden_layers), experts)
+        if experts and not config.rollout.gpus_per_worker:
+            wide = int(getattr(text, "moe_intermediate_size", None) or text.intermediate_size)
+            _unpadded(wide, engine.tensor_parallel_size)
+
+
+def _unpadded(wide: int, processes: int) -> None:
+    """Experts' hidden layers in parts that vLLM on CPUs does not pad: it cannot load a new version into padded ones."""
+    if wide % (processes * _CPU_EXPERT_MULTIPLE):
+        raise ValueError(
+            f"an expert's hidden size of {wide} in engine.tensor_parallel_size={processes} parts is no multiple of "
+            f"{_CPU_EXPERT_MULTIPLE}: vLLM on CPUs pads it, and then loads no new weights; lower the size or use GPUs"
+        )
 
 
 def _divided(engine: VllmSettings, heads: int, layers: int, experts: bool) -> None:

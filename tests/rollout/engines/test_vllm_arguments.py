@@ -6,6 +6,7 @@ import dataclasses
 import re
 import types
 from enum import Enum, IntEnum
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
@@ -13,9 +14,11 @@ import pytest
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError, option_names
 from deploy.config.load import load_config
+from learner.model.tiny import build_tiny
+from learner.model.tokenizer import build_tokenizer
 from rollout.engines.vllm_arguments import VllmArguments
 from rollout.engines.vllm_options import DECIDED, QUANTIZATIONS, check_arguments
-from rollout.engines.vllm_start import VllmSettings
+from rollout.engines.vllm_start import VllmSettings, start_llm
 from rollout.engines.vllm_tables import TABLES
 
 
@@ -144,3 +147,21 @@ def test_a_value_within_a_configuration_of_vllms_is_refused_by_vllm_in_one_line(
     VllmSettings(
         args={"kernel_config": {"moe_backend": "triton"}, "kv_events_config": {"hwm": 3}}
     ).require_here()
+
+
+@pytest.mark.slow
+def test_vllm_is_started_with_the_recipes_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import CompilationConfig
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    build_tiny(tmp_path, build_tokenizer(tmp_path, ("left", "right")), layers=1, width=32, heads=2, mlp=32)
+    monkeypatch.setattr(AsyncLLM, "from_engine_args", lambda arguments: arguments)
+    args = {"max_num_batched_tokens": 64, "compilation_config": {"cudagraph_mode": "FULL"}, "block_size": 16}
+    settings = VllmSettings(tensor_parallel_size=2, pipeline_parallel_size=2, args=args)
+    gpu, cpu = (start_llm(str(tmp_path), 64, settings, on_gpu, "manta") for on_gpu in (True, False))
+    assert (gpu.max_num_batched_tokens, gpu.block_size, cpu.block_size) == (64, 16, 16)
+    assert (gpu.tensor_parallel_size, gpu.pipeline_parallel_size) == (2, 2)
+    assert isinstance(gpu.compilation_config, CompilationConfig)
+    assert gpu.compilation_config.cudagraph_mode.name == "FULL"
+    assert (gpu.enforce_eager, cpu.enforce_eager) == (False, True)
+    assert (gpu.hf_overrides, cpu.hf_overrides) == ({"head_dtype": "float32"}, {})
