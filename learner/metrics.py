@@ -14,6 +14,7 @@ _TRAINED = "the policy is trained, not the critic alone (`critic.warmup_steps`)"
 _REUSED = "the step reuses a group (`buffer.reuse.groups`)"
 _CRITIC = "`critic` is configured"
 _CONSTRAINED = "`constraints` are configured"
+_DISTILLED = "`distill` is configured, and a token was scored"
 _SEVERAL = "the run has several environments, and the step an episode of it"
 
 
@@ -247,6 +248,13 @@ UPDATE = MetricGroup(
             "Estimate of KL(policy, policy of version 0) by the estimator that `kl` configures",
             "`kl` is configured",
         ),
+        Metric(
+            "distill/kl",
+            _NATS,
+            "Estimate of KL(policy, teacher) on the sampled tokens: the learner's logprob minus the teacher's (k1)",
+            _DISTILLED,
+        ),
+        Metric("distill/teacher_logprob", _NATS, "The teacher's logprob of a sampled token", _DISTILLED),
         Metric(
             "tokens_processed",
             "tokens",

@@ -211,6 +211,7 @@ ESTIMATORS: dict[str, Callable[..., Advantages]] = {
     "gigpo": gigpo,
     "gdpo": gdpo,
     "gae": gae,
+    "none": lambda groups: [[[0.0] * len(story.sampled) for story in group] for group in groups],
 }
 
 

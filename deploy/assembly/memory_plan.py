@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
+from deploy.assembly.build import fetch
+from deploy.assembly.models import model_of
 from deploy.config.config import RunConfig
+from deploy.config.config_errors import ConfigError
 from learner.model.footprint import Saved, Shape, blank_model, saved_by, shape_of
 from learner.model.lora import chosen_layers
 from learner.training.memory_estimate import Amount, head_bytes, host_amounts, learner_amounts, stage_amounts
 from rollout.engines.vllm_start import VllmSettings
+from rollout.wire.model_folder import pretrained
 
 GIB = 2**30
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
@@ -43,6 +47,7 @@ class ModelFacts:
     tied_head: int  # entries of a head that is the embedding too; 0 where it is a matrix of its own
     adapter: int = 0  # parameters of a low-rank adapter
     adapted: int = 0  # entries of the matrices that it changes
+    teacher: int = 0  # parameters of a teacher that is distilled; 0: none, or its configuration is not here
 
     @classmethod
     def of(cls, architecture: PretrainedConfig, run: RunConfig) -> ModelFacts:
@@ -63,6 +68,7 @@ class ModelFacts:
             tied_head=int(text.vocab_size) * int(text.hidden_size) if text.tie_word_embeddings else 0,
             adapter=adapter,
             adapted=adapted,
+            teacher=_teacher(run),
         )
 
 
@@ -143,7 +149,13 @@ def row_bytes(tokens: int) -> int:
 def _processes(run: RunConfig, model: ModelFacts, cache: Cache | None, sent: int) -> Iterator[Process]:
     learner, on_gpu = run.learner, run.learner.model.device == "cuda"
     device = learner_amounts(
-        learner, model.shape, model.adapter, model.adapted, model.saved, run.rollout.context_tokens
+        learner,
+        model.shape,
+        model.adapter,
+        model.adapted,
+        model.saved,
+        run.rollout.context_tokens,
+        model.teacher,
     )
     device += stage_amounts(run.stages, model.width, model.vocabulary, learner.ranks)
     heads = head_bytes(run.stages, model.width, model.vocabulary)
@@ -205,6 +217,19 @@ def _saved(architecture: PretrainedConfig, run: RunConfig) -> Saved | None:
         return saved_by(architecture, model.dtype, run.learner.ranks > 1)
     except RuntimeError:  # what fake tensors cannot compute: a family whose forward pass reads values
         return None
+
+
+def _teacher(run: RunConfig) -> int:
+    """Parameters of the recipe's teacher, by the configuration on this machine."""
+    distill = run.learner.algorithm.distill
+    if distill is None:
+        return 0
+    try:
+        folder = fetch(model_of(distill.teacher), download=False)
+        architecture = pretrained(AutoConfig, folder, run.learner.model.trust_remote_code)
+    except (ConfigError, OSError, ValueError):  # preflight says what is wrong with it
+        return 0
+    return shape_of(blank_model(architecture)).parameters
 
 
 def _adapter(model: nn.Module, run: RunConfig) -> tuple[int, int]:

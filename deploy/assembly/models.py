@@ -20,11 +20,13 @@ from learner.model.tiny import build_tiny, tiny_config
 from learner.model.tiny_vision import build_tiny_vision
 from learner.model.tokenizer import build_tokenizer
 from learner.parallel.ranks import ALONE, Ranks
+from learner.training import checkpoint
 from learner.training.learner import Learner
 from rollout.wire.model_folder import companions
 from rollout.wire.whole_file import replace_file
 
 COMPANIONS_FILE = "model.json"  # in a run folder: checksums of the files beside its base model's weights
+TEACHER_FILE = "teacher.json"  # the same of the teacher of a run that distils one
 _SOURCE = "@"  # key of the model's own name in that file; no file is called so
 
 
@@ -36,10 +38,50 @@ def model_path(config: RunConfig, run_folder: Path) -> str:
     changed since the run began, since the same text would then have other tokens.
     """
     kept = run_folder / COMPANIONS_FILE
-    began = _began(kept)
     named = config.learner.model.path if config.tiny is None else _tiny(config, run_folder)
     if not Path(named).exists():
-        named = began.get(_SOURCE, named)
+        named = _began(kept).get(_SOURCE, named)
+    return _unchanged(named, kept)
+
+
+def teacher_path(config: RunConfig, run_folder: Path) -> str:
+    """The same of the teacher that the run distils; empty without one.
+
+    Of a teacher that is a run, the checkpoint that was its newest when this run began.
+    """
+    distill, kept = config.learner.algorithm.distill, run_folder / TEACHER_FILE
+    if distill is None:
+        return ""
+    return _unchanged(_began(kept).get(_SOURCE) or model_of(distill.teacher), kept)
+
+
+def model_of(named: str) -> str:
+    """The model's folder in a run's newest checkpoint, or with @VERSION in that version's; any other name as it is.
+
+    ConfigError, one line, for a run without such a checkpoint.
+    """
+    folder, at, version = named.rpartition("@")
+    run, number = (Path(folder), int(version)) if at and version.isdigit() else (Path(named), None)
+    return str(stored_checkpoint(run, number) / checkpoint.MODEL) if _is_run(run) else named
+
+
+def stored_checkpoint(run: Path, version: int | None = None) -> Path:
+    """The folder of a run's checkpoint of this version, or of its newest whole one. ConfigError, CheckpointError."""
+    folder = checkpoint.latest(run) if version is None else checkpoint.whole(run, version)
+    if folder is None:
+        kept = ", ".join(map(str, checkpoint.versions(run))) or "none"
+        asked = "no whole checkpoint" if version is None else f"no checkpoint of version {version}"
+        raise ConfigError(f"{run} has {asked}; stored versions: {kept}")
+    return folder
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / checkpoint.ROOT).is_dir()
+
+
+def _unchanged(named: str, kept: Path) -> str:
+    """The pinned name of a model whose small files are what they were when the run began; fetched to this machine."""
+    began = _began(kept)
     folder = Path(fetch(named))
     source = pinned(named, folder)
     found = {name: blake3(content).hexdigest() for name, content in companions(folder).items()}
@@ -118,10 +160,16 @@ def tiny_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
     return build_tokenizer(folder, [*config.tiny.words, *said])
 
 
-def build_learner(config: RunConfig, path: str, ranks: Ranks = ALONE) -> Learner:
-    """Build the learner of a run and run its largest possible row once. ModelError if that exceeds memory."""
-    model = config.learner.model.model_copy(update={"path": path})
-    settings = config.learner.model_copy(update={"model": model})
+def build_learner(config: RunConfig, path: str, ranks: Ranks = ALONE, teacher: str = "") -> Learner:
+    """Build the learner of a run and run its largest possible row once. ModelError if that exceeds memory.
+
+    path, teacher: as `model_path` and `teacher_path` return them.
+    """
+    model, algorithm = config.learner.model.model_copy(update={"path": path}), config.learner.algorithm
+    if algorithm.distill is not None:
+        distill = algorithm.distill.model_copy(update={"teacher": teacher})
+        algorithm = algorithm.model_copy(update={"distill": distill})
+    settings = config.learner.model_copy(update={"model": model, "algorithm": algorithm})
     temperature = config.sampling.temperature
     names = environment_names(config.environments)
     learner = Learner(settings, config.seed, temperature, config.steps, ranks, config.stages, names)

@@ -138,7 +138,9 @@ def past_episodes(source: RunSource, option: str) -> Iterator[pa.RecordBatch]:
     least = -inf if source.min_reward is None else source.min_reward
     found, most = 0, source.episodes
     for group in map(decode, batches):
-        wanted = (episode for episode in group.trainable if episode.reward >= least)
+        wanted = [episode for episode in group.trainable if episode.reward >= least]
+        if source.keep == "best_of_group" and wanted:
+            wanted = [max(wanted, key=lambda episode: episode.reward)]  # of equal ones the first
         episodes = tuple(islice(wanted, None if most is None else most - found))
         found += len(episodes)
         if episodes:

@@ -28,7 +28,7 @@ from deploy.assembly.build import (
     replay_buffer_builder,
     start_engine,
 )
-from deploy.assembly.models import build_learner, model_path
+from deploy.assembly.models import build_learner, model_path, teacher_path
 from deploy.assembly.runtime import LearnerLost, Row, first_failure, loss_to_come, waited_for
 from deploy.assembly.stage_data import stage_data
 from deploy.assembly.time_limits import time_limits
@@ -89,9 +89,10 @@ class RayRuntime:
 
     async def start(self, resume: bool) -> int:
         config, supervision = self._config, self._config.supervision
-        self._path = model_path(config, self.run_folder)
+        self._path, self._teacher = (each(config, self.run_folder) for each in (model_path, teacher_path))
         with self._startup.timed("model"):
-            await asyncio.to_thread(fetch_on_nodes, config, self._path)
+            for path in filter(None, (self._path, self._teacher)):
+                await asyncio.to_thread(fetch_on_nodes, config, path)
             self._limits = await asyncio.to_thread(time_limits, config, self._path)
         self._budget = Budget(supervision)
         self._learner_lost = loss_to_come()
@@ -148,7 +149,7 @@ class RayRuntime:
             names = [f"rollout-{seat}" for seat in range(config.rollout.workers)] if self._native else []
             workers = {name: self._handle(name) for name in names}
             native = partial(native_publisher, config, self._limits.sync, workers)
-            build = partial(build_learner, config, self._path)
+            build = partial(build_learner, config, self._path, teacher=self._teacher)
             self._learner = LearnerPart(
                 config,
                 build,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deploy.assembly.models import stored_checkpoint
 from deploy.config import run_folder
 from deploy.config.config_errors import ConfigError
 from learner.training import checkpoint
@@ -21,11 +22,7 @@ def export_model(run: Path, target: Path, version: int | None = None, best: bool
         version = checkpoint.best_version(run)
         if version is None:
             raise ConfigError(f"{run} has no best checkpoint: set checkpoint.best_metric when it is trained")
-    folder = checkpoint.latest(run) if version is None else checkpoint.whole(run, version)
-    if folder is None:
-        kept = ", ".join(map(str, checkpoint.versions(run))) or "none"
-        asked = "no whole checkpoint" if version is None else f"no checkpoint of version {version}"
-        raise ConfigError(f"{run} has {asked}; stored versions: {kept}")
+    folder = stored_checkpoint(run, version)
     with fresh_folder(target) as partial:
         for name in checkpoint.model_files(folder):  # only files of the checkpoint, no later ones
             copy = partial / Path(name).relative_to(checkpoint.MODEL)

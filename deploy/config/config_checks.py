@@ -325,6 +325,9 @@ def _idle_metrics(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield metric, "there is no learner.algorithm.critic"
     if algorithm.kl is None:
         yield "reference_kl", "there is no learner.algorithm.kl"
+    if algorithm.distill is None:
+        for metric in ("distill/kl", "distill/teacher_logprob"):
+            yield metric, "there is no learner.algorithm.distill"
     if not algorithm.corrections:
         yield "correction", "there are no learner.algorithm.corrections"
     if not config.buffer.reuse.groups and config.replay is None:

@@ -87,6 +87,9 @@ _THEIRS: dict[tuple[str, ...], str] = {
     ("learner.algorithm.aggregation",): "loss_agg_mode loss_reduction loss_aggregation",
     ("learner.algorithm.kl.coefficient",): "beta kl_coef kl_coeff kl_loss_coef init_kl_coef kl_beta kl_coefficient "
     "kl_weight kl_loss_weight kl_penalty_coef",
+    ("learner.algorithm.distill.teacher",): "teacher teacher_model teacher_model_name_or_path teacher_path "
+    "opd_teacher_load distillation_teacher",
+    ("learner.algorithm.distill.coefficient",): "opd_kl_coef distill_coef distillation_coef",
     ("learner.algorithm.kl.estimator",): "kl_penalty kl_loss_type kl_estimator kl_penalty_type",
     ("learner.algorithm.entropy_bonus",): "entropy_coef entropy_coeff ent_coef entropy_loss_coef entropy_weight",
     ("learner.algorithm.critic.value_clip",): "cliprange_value value_clip_range vf_clip_param eps_clip_value",

@@ -73,9 +73,10 @@ def _once(entries: Iterable[str]) -> list[str]:
 
 
 def executed_model(config: RunConfig) -> list[str]:
-    """The code of the model's repository, if the recipe trusts it."""
-    model = config.learner.model
-    return [_entry("learner.model.trust_remote_code", model.path)] if model.trust_remote_code else []
+    """The code of the repositories of model and teacher, if the recipe trusts it."""
+    model, distill = config.learner.model, config.learner.algorithm.distill
+    named = [model.path, *([distill.teacher] if distill else [])]
+    return [_entry("learner.model.trust_remote_code", each) for each in named if model.trust_remote_code]
 
 
 def executed_options(env_id: str, options: Mapping[str, Any], name: str) -> list[str]:

@@ -68,6 +68,12 @@ CHARTS = (
         ".4f",
     ),
     Chart(
+        "Distance to the teacher",
+        "nats per token: estimate of KL(policy, teacher)",
+        {"distill/kl": "KL"},
+        ".3f",
+    ),
+    Chart(
         "Lag",
         "weight versions between sampling and training",
         {"lag_mean": "mean", "lag_max": "max", "reused_lag_mean": "mean of reused groups"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from deploy.assembly.models import build_learner, model_path
+from deploy.assembly.models import build_learner, model_path, teacher_path
 from deploy.assembly.runtime import LearnerLost, Row
 from deploy.assembly.stage_data import stage_data
 from deploy.config.config import RunConfig
@@ -30,7 +30,7 @@ class LearnerHere:
     def start_learner(self, source: Source, place: Place, resume: bool) -> int:
         """Build the learner, from the run's newest checkpoint where it goes on with one; returns its version."""
         config, folder = self._config, self.run_folder
-        learner = build_learner(config, self.path)
+        learner = build_learner(config, self.path, teacher=teacher_path(config, folder))
         # A run stopped before its first checkpoint has none to load: it starts over in its folder.
         if resume and newest(folder) is not None:
             learner.load(folder)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from deploy.assembly.build import fetch, probe_environment
 from deploy.assembly.conversations import try_conversations
-from deploy.assembly.models import tiny_tokenizer
+from deploy.assembly.models import model_of, tiny_tokenizer
 from deploy.assembly.stage_data import past_episodes, recorded
 from deploy.assembly.suites import suites_of
 from deploy.config.config import RunConfig
@@ -102,6 +102,7 @@ class Preflight:
         if self._model:
             if config.replay is not None:
                 yield lambda: replay.check(config, self.tokenizer)
+            yield lambda: check_teacher(config, self.tokenizer)
             yield lambda: check_stages(config, self.tokenizer)
         if config.cluster.dashboard_port and not config.cluster.address:
             yield lambda: check_port(config.cluster.dashboard_port)
@@ -192,6 +193,15 @@ def check_stages(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         else:
             for environment in config.environments:
                 registry.player(environment.id)
+
+
+def check_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The teacher of a run that distils one must read the same tokens, as many at once."""
+    if (distill := config.learner.algorithm.distill) is not None:
+        option, folder = "learner.algorithm.distill.teacher", check_model(model_of(distill.teacher))
+        replay.require_same_ids(config, tokenizer, folder, option, distill.teacher)
+        architecture = loaded(AutoConfig, folder, config.learner.model.trust_remote_code)
+        check_context(distill.teacher, config.rollout.context_tokens, architecture)
 
 
 def check_recorded(stage: AnyStage, source: DatasetSource, option: str) -> None:

@@ -133,12 +133,23 @@ def require_same_tokens(
     newest = latest(past)
     if newest is None:
         raise ConfigError(f"{option}: {past} has no checkpoint, so nobody knows what its tokens mean")
-    mine, theirs = tokenizer.get_vocab(), load_tokenizer(str(newest / MODEL)).get_vocab()
+    require_same_ids(config, tokenizer, str(newest / MODEL), option, str(past))
+
+
+def require_same_ids(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, folder: str, option: str, named: str
+) -> None:
+    """Every token must have the same id in the tokenizers of the run's model and of the model in a folder.
+
+    named: that model, in the error.
+    """
+    trusted = config.learner.model.trust_remote_code
+    mine, theirs = tokenizer.get_vocab(), load_tokenizer(folder, trusted).get_vocab()
     if mine != theirs:
         model = "the tiny model" if config.tiny else config.learner.model.path
         raise ConfigError(
-            f"{option}: the tokenizer of {model} is not that of {past} ({len(mine)} and {len(theirs)} tokens, or other "
-            "ids): its token ids would mean something else"
+            f"{option}: the tokenizer of {model} is not that of {named} ({len(mine)} and {len(theirs)} tokens, or "
+            "other ids): its token ids would mean something else"
         )
 
 

@@ -18,7 +18,8 @@ from pydantic import BaseModel, Field, model_validator
 from learner.algorithm.aggregation import Aggregation
 from learner.algorithm.constraints import Constraints
 from learner.algorithm.corrections import AnyCorrection
-from learner.algorithm.estimators import AnyEstimator, GrpoAdvantage
+from learner.algorithm.distillation import DistillSettings
+from learner.algorithm.estimators import AnyEstimator, GrpoAdvantage, NoAdvantage
 from learner.algorithm.losses import AnyLoss, ClippedLoss
 from learner.algorithm.own import OwnCorrection, OwnEstimator, OwnLoss, OwnRegularizer
 from learner.algorithm.regularizers import KlSettings, OverlongSettings
@@ -106,6 +107,11 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
     kl: KlSettings | None = Field(
         default=None,
         description="penalty on the divergence from the initial policy (version 0)",
+    )
+    distill: DistillSettings | None = Field(
+        default=None,
+        description="on-policy distillation: a teacher's signal, added to the advantage of every sampled token. "
+        "advantage.kind='none' learns from the teacher alone",
     )
     regularizers: tuple[OwnRegularizer, ...] = Field(
         default=(),
@@ -210,6 +216,12 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
             raise ValueError(
                 f"aggregation={self.aggregation!r} does not use aggregation_length; remove it, or use 'constant'"
             )
+        alone = isinstance(self.advantage, NoAdvantage)
+        if alone and self.distill is None:
+            raise ValueError(
+                "advantage.kind='none' takes nothing from rewards, and there is no teacher to learn from; add the "
+                "section distill, or use another estimator"
+            )
         penalties = [name for name, part in (("overlong", self.overlong), ("kl", self.kl)) if part]
         if self.kl and self.kl.where == "loss":
             penalties.remove("kl")
@@ -219,14 +231,15 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         if limited:
             penalties.append("constraints")
         if penalties and not self.advantage.shaped:
+            reads = "reads no rewards" if alone else "reads named rewards alone"
             raise ValueError(
-                f"advantage.kind={self.advantage.kind!r} reads named rewards alone, which {' and '.join(penalties)} "
-                "cannot change; remove that section, or use another estimator"
+                f"advantage.kind={self.advantage.kind!r} {reads}, which {' and '.join(penalties)} cannot change; "
+                "remove that section, or use another estimator"
             )
         if self.advantage.critic and self.critic is None:
             raise ValueError(
                 f"advantage.kind={self.advantage.kind!r} needs a critic: add the section critic, or use an estimator "
-                "without one (grpo, rloo, maxrl, reinforce_pp, returns, gigpo, gdpo)"
+                "without one (grpo, rloo, maxrl, reinforce_pp, returns, gigpo, gdpo, none)"
             )
         if self.critic is not None and self.advantage.critic is False:
             raise ValueError(

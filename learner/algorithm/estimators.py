@@ -294,6 +294,16 @@ class GdpoAdvantage(_Estimator):
                 )
 
 
+class NoAdvantage(_Estimator):
+    """No advantage from rewards: what is learned is the teacher's, by the section distill."""
+
+    kind: Literal["none"] = "none"
+    shaped: ClassVar[bool] = False
+
+    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Advantages:
+        return [[episode.over_tokens(0.0) for episode in group] for group in groups]
+
+
 class GaeAdvantage(_Estimator):
     """PPO's generalized advantage estimation, token by token, with the critic's values."""
 
@@ -339,7 +349,8 @@ AnyEstimator = Annotated[
     | ReturnsAdvantage
     | GigpoAdvantage
     | GdpoAdvantage
-    | GaeAdvantage,
+    | GaeAdvantage
+    | NoAdvantage,
     Field(discriminator="kind"),
 ]
 

@@ -87,6 +87,7 @@ class MicroBatch:
     weights_N: Tensor  # float32, of each token in the loss
     proximal_logprobs_N: Tensor | None = None  # float32; None: the algorithm's default (`proximal`)
     reference_logprobs_N: Tensor | None = None  # float32; the reference policy's
+    teacher_logprobs_N: Tensor | None = None  # float32; the teacher's, in distillation
     values_N: Tensor | None = None  # float32; the critic's before the first update on the batch
     value_targets_N: Tensor | None = None  # float32
     pictures_B: tuple[SequencePictures | None, ...] = ()  # of every sequence; empty if none has pictures
@@ -316,7 +317,8 @@ def longest_row(longest: int, tokens_per_microbatch: int) -> MicroBatch:
 def idle_row() -> MicroBatch:
     """A row of one token without scored tokens: its gradient is zero, and it keeps ranks in step."""
     ids_T, zeros_T = np.zeros(2, np.int32), np.zeros(2, np.float32)
-    columns = dict.fromkeys(("proximal_logprobs", "reference_logprobs", "values", "value_targets"), zeros_T)
+    known = ("proximal_logprobs", "reference_logprobs", "teacher_logprobs", "values", "value_targets")
+    columns = dict.fromkeys(known, zeros_T)
     return row_of([TokenSequence(ids_T, ids_T > 0, zeros_T, zeros_T, ids_T, columns=columns)])
 
 

@@ -42,6 +42,11 @@ class RunSource(BaseModel, extra="forbid", frozen=True):
     min_reward: float | None = Field(
         default=None, description="only episodes whose total reward reaches this; none: all"
     )
+    keep: Literal["all", "best_of_group"] = Field(
+        default="all",
+        description="which episodes of a group. all: every one. best_of_group: the one of the most reward, of equal "
+        "ones the first, as in rejection sampling",
+    )
 
     @field_validator("path")
     @classmethod
@@ -121,6 +126,14 @@ class PairSettings(StageSettings, frozen=True):
 
     epochs: int = Field(default=1, ge=1, description="passes over the pairs")
     pairs_per_step: int = Field(default=32, ge=1, description="pairs in one optimizer step")
+
+    @model_validator(mode="after")
+    def _pairs_remain(self) -> PairSettings:
+        if isinstance(self.source, RunSource) and self.source.keep == "best_of_group":
+            raise ValueError(
+                "source.keep='best_of_group' leaves one episode of a group, which makes no pair; use keep='all'"
+            )
+        return self
 
     def steps(self, pairs: int) -> int:
         """How many optimizer steps that many pairs make."""

@@ -32,6 +32,7 @@ from learner.training.optim import Optimizer
 from learner.training.reference_policy import Reference
 from learner.training.stage_run import Stages
 from learner.training.step import PolicyObjective, not_finite, sizes, train_step, use_threads
+from learner.training.teacher import Teacher
 from rollout.wire.metrics import joined
 from rollout.wire.trajectory import EnvironmentKey, Float32Array, Group
 
@@ -87,6 +88,8 @@ class Learner:
         self._multipliers: constraints.Multipliers = {}  # of the constraints
         self._critic: Critic | None = None  # made by the first step, which finds the policy as it begins
         self._reference = Reference(settings.model, ranks) if settings.algorithm.needs_reference else None
+        distill = settings.algorithm.distill
+        self._teacher = None if distill is None else Teacher(distill, settings.model, ranks)
 
     def step(self, groups: Sequence[Group]) -> dict[str, float]:
         """Learn from groups of sibling episodes; the version becomes one higher.
@@ -305,6 +308,8 @@ class Learner:
             raise BatchRefused(str(error)) from error
         for example, advantages_N in zip(examples, chain.from_iterable(advantages), strict=True):
             example.advantages_N = advantages_N * example.episode.sides_N
+        if self._teacher is not None:  # what a token costs against the teacher is the same for either side
+            self._teacher.judge(examples, self._of_tokens)
         return examples
 
     def _refer(self, examples: Sequence[Example]) -> None:

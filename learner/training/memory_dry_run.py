@@ -93,7 +93,13 @@ def _step(
 ) -> None:
     """A step to which nobody agrees, of this row alone."""
     algorithm, nothing_N = settings.algorithm, torch.zeros_like(row.weights_N)
-    row = replace(row, reference_logprobs_N=nothing_N, values_N=nothing_N, value_targets_N=nothing_N)
+    row = replace(
+        row,
+        reference_logprobs_N=nothing_N,
+        teacher_logprobs_N=nothing_N,
+        values_N=nothing_N,
+        value_targets_N=nothing_N,
+    )
     batch = Batch((row,), len(nothing_N), 1, 0)
     reference = Reference(settings.model, policy.ranks)
     if algorithm.needs_reference:

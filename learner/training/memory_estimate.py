@@ -48,12 +48,18 @@ def state_bytes(settings: LearnerSettings, shape: Shape, adapter: int) -> int:
 
 
 def learner_amounts(
-    settings: LearnerSettings, shape: Shape, adapter: int, adapted: int, saved: Saved | None, longest: int
+    settings: LearnerSettings,
+    shape: Shape,
+    adapter: int,
+    adapted: int,
+    saved: Saved | None,
+    longest: int,
+    teacher: int = 0,
 ) -> list[Amount]:
     """What each rank holds on its device.
 
     adapter: parameters of a low-rank adapter, 0 without one; adapted: entries of the matrices it changes. saved: None
-    where it cannot be told. longest: tokens of the longest sequence.
+    where it cannot be told. longest: tokens of the longest sequence; teacher: parameters of one that is distilled.
     """
     ranks, trained = settings.ranks, adapter or shape.parameters
     found = [
@@ -78,6 +84,8 @@ def learner_amounts(
     if settings.algorithm.needs_reference:
         kept = adapter or shape.parameters
         found.append(Amount("reference policy, float32", _WIDE * kept // ranks))
+    if teacher:
+        found.append(Amount("teacher, float32", _WIDE * teacher // ranks))
     if isinstance(settings.algorithm.critic, OwnCriticSettings):
         found.append(Amount("critic with gradients and moments", 4 * _WIDE * shape.parameters // ranks))
     if adapted:

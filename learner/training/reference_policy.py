@@ -22,6 +22,12 @@ from learner.training.checkpoint import CheckpointError
 _FOLDER = "reference"
 
 
+def frozen(policy: Policy) -> Policy:
+    """The policy, which from here on only scores: its weights get no gradients."""
+    policy.model.requires_grad_(False)
+    return policy
+
+
 class Reference:
     """Frozen weights; nothing is loaded before they are asked for."""
 
@@ -54,8 +60,7 @@ class Reference:
         if policy.adapter is not None:
             self._adapter = policy.adapter.copy()
         elif self._policy is None:
-            self._policy = policy.twin()
-            self._policy.model.requires_grad_(False)
+            self._policy = frozen(policy.twin())
 
     def keep(self, run: Path, policy: Policy) -> None:
         """Write the weights of version 0 into the run, whole or not at all; rank 0 does, all have to be asked."""
@@ -78,8 +83,7 @@ class Reference:
     def _whole(self) -> Policy:
         if self._policy is None:
             stored = self._settings.model_copy(update={"path": str(self._found())})
-            self._policy = Policy(stored, self._ranks)
-            self._policy.model.requires_grad_(False)
+            self._policy = frozen(Policy(stored, self._ranks))
         return self._policy
 
     def _found(self) -> Path:

@@ -56,6 +56,9 @@ class PolicyObjective:
             stats["reference_kl"] = kl_N.detach()
             if settings.kl.where == "loss":
                 loss_N = loss_N + settings.kl.coefficient * kl_N
+        if micro.teacher_logprobs_N is not None and settings.distill is not None:
+            stats["distill/kl"] = divergence(logprobs_N.detach(), micro.teacher_logprobs_N, "k1")
+            stats["distill/teacher_logprob"] = micro.teacher_logprobs_N
         stats = _joined(stats, of_loss, settings.loss.kind)
         for regularizer in settings.regularizers:
             penalty_N, of_penalty = regularizer(logprobs_N, entropy_N, reference_N, sequence_N)

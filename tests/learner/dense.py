@@ -65,6 +65,9 @@ class Dense:
         recipe = self._recipe
         shaped = [[self._shaped(story) for story in siblings] for siblings in stories]
         advantages = reference.advantages(recipe["advantage"], shaped)
+        if "distill" in recipe:
+            both = zip(shaped, advantages, strict=True)
+            advantages = [[self._taught(*pair) for pair in zip(*each, strict=True)] for each in both]
         pairs = [
             pair for siblings in zip(shaped, advantages, strict=True) for pair in zip(*siblings, strict=True)
         ]
@@ -87,6 +90,12 @@ class Dense:
             apart = [reference.kl(token.behavior, first, kl["estimator"])[0] for token, first in pairs]
             story = replace(story, extra=tuple(-kl["coefficient"] * x for x in apart))
         return story if self._critic is None else with_values(story, self._critic)
+
+    def _taught(self, story: Episode, advantages: list[float]) -> list[float]:
+        """The advantages, and what a teacher adds that is the policy of version 0."""
+        factor = self._recipe["distill"]["coefficient"]
+        both = zip(advantages, story.sampled, self._plain(self._first, story), strict=True)
+        return [advantage + factor * (taught - token.behavior) for advantage, token, taught in both]
 
     def _objective(self, story: Episode, advantages: list[float]) -> tuple[list[float], list[Tensor]]:
         """Of each sampled token: its loss, and what has the gradient of it."""

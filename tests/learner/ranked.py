@@ -56,6 +56,8 @@ SFT = SftSettings(episodes_per_step=4, epochs=2, optim=OptimSettings(learning_ra
 
 
 def built(ranks: Ranks, tiny: Path, recipe: dict[str, Any], stage: AnyStage = SFT, **model: Any) -> Learner:
+    if "distill" in recipe:
+        recipe = recipe | {"distill": {"teacher": str(tiny), **recipe["distill"]}}
     settings = {
         "model": {"path": str(tiny), **model},
         "optim": {"learning_rate": 1e-2, "max_grad_norm": 0.3, "weight_decay": 0.1},

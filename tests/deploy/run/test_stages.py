@@ -117,6 +117,17 @@ def test_a_past_gives_the_episodes_that_are_asked_for(reference: Path) -> None:
     assert len(everything) == 32 and set(everything) == {0.0, 1.0}
     assert rewards(min_reward=1.0) == [reward for reward in everything if reward == 1.0]
     assert rewards(episodes=5) == everything[:5]
+    groups = [everything[first : first + 4] for first in range(0, 32, 4)]
+    assert {len(set(each)) for each in groups} == {1, 2}  # some have several of the most reward
+    best = [
+        episode
+        for batch in past_episodes(RunSource(path=str(reference), keep="best_of_group"), "")
+        for episode in decode(batch).trajectories
+    ]
+    assert [(each.reward, each.index) for each in best] == [(max(of), of.index(max(of))) for of in groups]
+    assert rewards(keep="best_of_group", min_reward=1.0) == [1.0 for of in groups if 1.0 in of]
+    with pytest.raises(ValueError, match="leaves one episode of a group, which makes no pair"):
+        configured("stages=[{kind='preference', source={kind='run', path='x', keep='best_of_group'}}]")
 
 
 def spoken(*messages: str) -> list[dict[str, str]]:

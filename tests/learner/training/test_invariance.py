@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from learner.data import prefix_tree
 from learner.settings import LearnerSettings
 from learner.training.critic import Critic, OwnCritic
 from learner.training.learner import Learner
@@ -86,10 +87,27 @@ def _recipes() -> Iterator[Recipe]:
         yield recipe
 
 
-RECIPES = list(_recipes())
+TAUGHT: list[Recipe] = [  # the teacher is the model that every learner begins with
+    {
+        "advantage": {"kind": "none"},
+        "loss": {"kind": "reinforce"},
+        "aggregation": "token",
+        "distill": {"coefficient": 0.5},
+    },
+    {
+        "advantage": ESTIMATORS[0],
+        "loss": LOSSES[0],
+        "aggregation": "sequence",
+        "proximal": "learner",
+        "corrections": CORRECTIONS[0],
+        "distill": {"coefficient": 0.3},
+    },
+]
+RECIPES = [*_recipes(), *TAUGHT]
 CONSTRAINT = {"name": "risk", "limit": 0.5, "update": {"kind": "pid", "kp": 0.1, "ki": 0.5}}
 FEW = [  # every estimator, loss, aggregation, correction and extra is among these twelve; and one with a limit of costs
-    *RECIPES[::5],
+    *RECIPES[: -len(TAUGHT) : 5],
+    *TAUGHT,
     {**RECIPES[0], "constraints": [CONSTRAINT]},
 ]
 
@@ -97,11 +115,15 @@ FEW = [  # every estimator, loss, aggregation, correction and extra is among the
 def _name(recipe: Recipe) -> str:
     parts = [recipe["advantage"]["kind"], *recipe["loss"].values(), recipe["aggregation"]]
     parts += [part["kind"] for part in recipe.get("corrections", [])]
-    return "-".join(str(part) for part in parts + [key for key in recipe if key in ("kl", "overlong")])
+    return "-".join(
+        str(part) for part in parts + [key for key in recipe if key in ("kl", "overlong", "distill")]
+    )
 
 
 def _learner(tiny: Path, recipe: Recipe, tokens_per_microbatch: int = WHOLE) -> Learner:
     """In the middle of a run: at version 1, its weights no longer the reference's, its critic no longer new."""
+    if "distill" in recipe:
+        recipe = recipe | {"distill": {"teacher": str(tiny), **recipe["distill"]}}
     settings = {
         "model": {"path": str(tiny)},
         "optim": {"learning_rate": 1e-30, "max_grad_norm": 1e9},
@@ -171,6 +193,21 @@ def test_no_split_and_no_order_of_arrival_moves_a_gradient(tiny: Path, recipe: R
         other, found = _step(_learner(tiny, recipe, limit), arrived)
         assert other == pytest.approx(loss, abs=1e-6)
         _same(found, whole)
+
+
+@pytest.mark.parametrize("recipe", TAUGHT, ids=_name)
+def test_shared_prefixes_move_no_gradient_of_a_teacher(
+    tiny: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stories, found = random_groups(6), []
+    for least in (1, WHOLE):
+        monkeypatch.setattr(prefix_tree, "LEAST_SHARED", least)
+        learner = _learner(tiny, recipe)
+        row = learner.step([group(siblings, place) for place, siblings in enumerate(stories)])
+        found.append((row["tokens_processed"], row["distill/kl"], gradients(learner.policy.model)))
+    (shared, kl, ours), (alone, same_kl, theirs) = found
+    assert shared < alone and kl == pytest.approx(same_kl, abs=1e-6)
+    _same(ours, theirs)
 
 
 @pytest.mark.parametrize("proximal", ["behavior", "learner"])
