@@ -49,7 +49,7 @@ EXTRAS_STAMP := $(EXTRAS)/.installed
 test-extras: setup llm $(EXTRAS_STAMP)
 	$(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder -m rare
 	PYTHONPATH="$(CURDIR)/$(EXTRAS)$${PYTHONPATH:+:$$PYTHONPATH}" \
-		$(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(or $(ARGS),tests/envs)
+		$(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(or $(ARGS),tests/envs tests/deploy/labels/test_page.py)
 
 $(EXTRAS_STAMP): requirements/extras.txt
 	@echo "setting up $(EXTRAS): $$(grep -c == requirements/extras.txt) packages"
