@@ -216,7 +216,7 @@ def test_what_is_printed_describes_options_and_names_defaults() -> None:
     at = lines.index("dynamic_sampling = true  # default: false")
     assert lines[at - 2].startswith("# dynamic sampling (DAPO): drop a group")
     assert "seed = 3  # default: 0" in lines
-    assert "steps = 60  # no default" in lines and "max_turns = 100" in lines
+    assert "steps = 50  # no default" in lines and "max_turns = 100" in lines
     assert "# replay is not set" in lines
     (options,) = (line for line in lines if line.startswith("options = ") and "note" in line)
     assert tomllib.loads(options.partition("  # ")[0])["options"]["note"] == "a\x7f\x01é"
