@@ -109,13 +109,13 @@ async def engine(config: RunConfig, name: str, path: str) -> Engine:
     return Logged(scripted, folder)
 
 
-def learner(config: RunConfig, path: str, ranks: Ranks | None = None) -> Learner:
+def learner(config: RunConfig, path: str, ranks: Ranks | None = None, teacher: str = "") -> Learner:
     """The learner of a run, with its steps written down and its checkpoints slow enough to be hit."""
     from deploy.assembly.models import build_learner
     from learner.parallel.ranks import ALONE
 
     ranks = ranks or ALONE
-    made, folder = build_learner(config, path, ranks), Path(path).parent
+    made, folder = build_learner(config, path, ranks, teacher), Path(path).parent
     step, write_model = made.step, made.write_model
 
     def logged_step(groups: Sequence[Any]) -> dict[str, float]:
