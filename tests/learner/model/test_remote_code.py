@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -157,20 +156,15 @@ def test_vllm_is_told_whether_to_trust_it(model: Path, monkeypatch: pytest.Monke
         with pytest.raises(Started):
             asyncio.run(VllmSettings().start(begin))
     assert told == [True, False]
-    arguments: list[dict[str, Any]] = []
-    from vllm.engine import arg_utils
-
-    monkeypatch.setattr(
-        arg_utils, "AsyncEngineArgs", lambda **named: arguments.append(named) or SimpleNamespace()
-    )
+    arguments: list[Any] = []
     monkeypatch.setattr(vllm_start, "_logits_processors", lambda *given: [])
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    monkeypatch.setattr(AsyncLLM, "from_engine_args", start)
+    monkeypatch.setattr(AsyncLLM, "from_engine_args", lambda given: arguments.append(given) or start())
     for trusted in (True, False):
         with pytest.raises(Started):
             vllm_start.start_llm(str(model), 64, VllmSettings(), True, "manta", trusted=trusted)
-    assert [each["trust_remote_code"] for each in arguments] == [True, False]
+    assert [each.trust_remote_code for each in arguments] == [True, False]
 
 
 def test_a_stored_run_that_trusts_it_asks_for_trust() -> None:
