@@ -121,6 +121,7 @@ def test_an_engine_larger_than_a_node_claims_gpu_by_gpu_for_vllms_own_workers(no
     _until_free(16)
 
 
+@pytest.mark.rare
 def test_a_run_whose_workers_hold_groups_of_gpus(nodes: None, tmp_path: Path) -> None:
     config = _config(2, 2, "cluster.learner_cpus=0.5", "rollout.concurrent_groups=1")
     seen: list[float] = []
