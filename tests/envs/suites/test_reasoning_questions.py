@@ -167,7 +167,7 @@ def test_it_keeps_what_environments_promise(name: str) -> None:
     ("name", "options", "says"),
     [
         ("chain_sun", {}, "did you mean chain_sum"),
-        ("composite", {}, "use its parts by their names"),
+        ("composite", {}, "name its datasets as tasks of their own"),
         ("chain_sum", {"terms": 3}, "no option 'terms'; its options: .*min_terms"),
         ("chain_sum", {"seed": 3}, "no option 'seed'"),
         ("chain_sum", {"min_terms": 9, "max_terms": 2}, "the dataset rejects .*min_terms"),
