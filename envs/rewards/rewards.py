@@ -67,6 +67,9 @@ def _text(message: Message) -> str:
     return "\n".join(str(part["text"]) for part in parts if "text" in part)
 
 
+_FOREIGN = ("solution_str", "completions")  # parameters of functions that are called as verl's and as TRL's
+
+
 @dataclass(frozen=True)
 class Reward:
     """One reward of a recipe. ValueError for a kind that is none, options that it does not take, a missing package."""
@@ -151,7 +154,17 @@ class Reward:
             raise ValueError(
                 f"reward {self.kind} needs the package {module}: pip install 'manta-rl[{extra}]'"
             )
-        taken = inspect.signature(function).parameters.values()
+        signature = inspect.signature(function)
+        taken = signature.parameters.values()
+        if self.kind not in KINDS and signature.parameters.keys().isdisjoint(_FOREIGN):
+            whole = dict.fromkeys(signature.parameters.keys() & {"trajectory"})
+            try:
+                signature.bind("completion", "row", **whole, **self.options)
+            except TypeError as error:
+                raise ValueError(
+                    f"reward {self.kind} is called with completion, row and its options: {error}"
+                ) from error
+            return
         if any(each.kind is each.VAR_KEYWORD for each in taken):
             return
         have = [each.name for each in taken if self.kind not in KINDS or each.kind is each.KEYWORD_ONLY]

@@ -29,6 +29,12 @@ def length(completions):
 def nothing(completion, row):
     return None
 
+def blind(completion):
+    return 1.0
+
+def demanding(completion, row, words):
+    return 1.0 / words
+
 def answers(completion, row, trajectory):
     return float(sum(each["role"] == "assistant" for each in trajectory))
 """
@@ -80,7 +86,15 @@ def test_several_have_names_and_weights() -> None:
         ({"kind": "number", "tolerence": 1}, "reward number has no option 'tolerence'; it has tolerance"),
         ({"kind": "judge"}, "reward judge needs the option 'model'"),
         ({"kind": "scoring_of_one:absent"}, "has no function 'absent'"),
-        ({"kind": "scoring_of_one:brevity", "wrods": 3}, "has no option 'wrods'"),
+        (
+            {"kind": "scoring_of_one:brevity", "wrods": 3},
+            "is called with completion, row and its options: .* 'wrods'",
+        ),
+        (
+            "scoring_of_one:blind",
+            "is called with completion, row and its options: too many positional arguments",
+        ),
+        ("scoring_of_one:demanding", "missing a required argument: 'words'"),
         ({"weight": 2.0}, "a reward has a kind"),
         ({"kind": "number", "weight": float("nan")}, "give a finite number"),
         (["number", "number"], "rewards have names of their own"),
