@@ -219,6 +219,11 @@ def _saved(architecture: PretrainedConfig, run: RunConfig) -> Saved | None:
         return None
 
 
+def parameters_in(folder: str, trusted: bool) -> int:
+    """Parameters of the model in a folder, by its configuration alone."""
+    return shape_of(blank_model(pretrained(AutoConfig, folder, trusted), trusted)).parameters
+
+
 def _teacher(run: RunConfig) -> int:
     """Parameters of the recipe's teacher, by the configuration on this machine."""
     distill = run.learner.algorithm.distill
@@ -226,10 +231,9 @@ def _teacher(run: RunConfig) -> int:
         return 0
     try:
         folder = fetch(model_of(distill.teacher), download=False)
-        architecture = pretrained(AutoConfig, folder, run.learner.model.trust_remote_code)
+        return parameters_in(folder, run.learner.model.trust_remote_code)
     except (ConfigError, OSError, ValueError):  # preflight says what is wrong with it
         return 0
-    return shape_of(blank_model(architecture)).parameters
 
 
 def _adapter(model: nn.Module, run: RunConfig) -> tuple[int, int]:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig
-
 from deploy.assembly.build import fetch
-from deploy.assembly.memory_plan import SIZES
+from deploy.assembly.memory_plan import SIZES, parameters_in
 from deploy.config.config import RunConfig
 from deploy.config.supervise import TimeLimits
-from learner.model.footprint import blank_model, shape_of
-from rollout.wire.model_folder import pretrained
 from rollout.wire.time_limits import DISK, MEMORY, NETWORK, limit
 
 _STATE_BYTES = 12  # of a parameter in a checkpoint: its float32 weight and AdamW's two moments
@@ -35,6 +31,4 @@ def limits_for(config: RunConfig, parameters: int) -> TimeLimits:
 
 def time_limits(config: RunConfig, path: str) -> TimeLimits:
     """The limits of a run; path: of its model, as `model_path` returns it."""
-    trusted = config.learner.model.trust_remote_code
-    architecture = pretrained(AutoConfig, fetch(path), trusted)
-    return limits_for(config, shape_of(blank_model(architecture, trusted)).parameters)
+    return limits_for(config, parameters_in(fetch(path), config.learner.model.trust_remote_code))

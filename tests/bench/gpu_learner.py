@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from learner.algorithm.algorithm import AlgorithmSettings
@@ -75,22 +76,25 @@ def build(folder: Path, shape: dict[str, Any]) -> None:
         Qwen3ForCausalLM(Qwen3Config(**shape)).to(torch.bfloat16).save_pretrained(folder)
 
 
+def sequence(ids_T: NDArray[np.int64], prompt: int, rng: np.random.Generator) -> TokenSequence:
+    """Tokens of which all but the first `prompt` were sampled, with one random advantage."""
+    sampled_T = np.arange(len(ids_T)) >= prompt
+    return TokenSequence(
+        token_ids_T=ids_T.astype(np.int32),
+        sampled_T=sampled_T,
+        behavior_logprobs_T=np.where(sampled_T, -12.0, 0.0).astype(np.float32),
+        advantages_T=np.where(sampled_T, rng.normal(), 0.0).astype(np.float32),
+        versions_T=np.where(sampled_T, 0, NOT_SAMPLED).astype(np.int32),
+    )
+
+
 def sequences(shape: dict[str, Any], row: int, rows: int) -> list[TokenSequence]:
     """Enough of them for so many rows: log-normal lengths about an eighth of a row, three quarters sampled."""
     rng = np.random.default_rng(0)
     made: list[TokenSequence] = []
     while sum(s.num_inputs for s in made) < rows * row:
         length = int(np.clip(rng.lognormal(np.log(row / 10), 0.6), 64, row))
-        sampled_T = np.arange(length) >= length // 4
-        made.append(
-            TokenSequence(
-                token_ids_T=rng.integers(0, shape["vocab_size"], length).astype(np.int32),
-                sampled_T=sampled_T,
-                behavior_logprobs_T=np.where(sampled_T, -12.0, 0.0).astype(np.float32),
-                advantages_T=np.where(sampled_T, rng.normal(), 0.0).astype(np.float32),
-                versions_T=np.where(sampled_T, 0, NOT_SAMPLED).astype(np.int32),
-            )
-        )
+        made.append(sequence(rng.integers(0, shape["vocab_size"], length), length // 4, rng))
     weight = 1 / sum(s.num_sampled for s in made)
     return [replace(s, weight=weight) for s in made]
 

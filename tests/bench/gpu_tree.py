@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from learner.data.batch import NOT_SAMPLED, TokenSequence, pack
-from tests.bench.gpu_learner import LARGE, TINY, build, measured, ours
+from learner.data.batch import TokenSequence, pack
+from tests.bench.gpu_learner import LARGE, TINY, build, measured, ours, sequence
 
 SIBLINGS, ROUNDS = 16, 3
 
@@ -26,18 +27,8 @@ def siblings(prompt: int, answer: int, vocabulary: int) -> list[TokenSequence]:
     """Random answers to one random prompt."""
     rng = np.random.default_rng(0)
     opening = rng.integers(0, vocabulary, prompt)
-    sampled_T = np.arange(prompt + answer) >= prompt
-    return [
-        TokenSequence(
-            token_ids_T=np.append(opening, rng.integers(0, vocabulary, answer)).astype(np.int32),
-            sampled_T=sampled_T,
-            behavior_logprobs_T=np.where(sampled_T, -12.0, 0.0).astype(np.float32),
-            advantages_T=np.where(sampled_T, rng.normal(), 0.0).astype(np.float32),
-            versions_T=np.where(sampled_T, 0, NOT_SAMPLED).astype(np.int32),
-            weight=1 / (SIBLINGS * answer),
-        )
-        for _ in range(SIBLINGS)
-    ]
+    texts = [np.append(opening, rng.integers(0, vocabulary, answer)) for _ in range(SIBLINGS)]
+    return [replace(sequence(text, prompt, rng), weight=1 / (SIBLINGS * answer)) for text in texts]
 
 
 def main(tiny: bool) -> dict[str, Any]:
