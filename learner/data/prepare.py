@@ -47,6 +47,11 @@ class Example:
             episode = replace(episode, rewards_K=rewards_K)
         return cls(trajectory, episode, np.zeros(trajectory.num_sampled, np.float32))
 
+    @property
+    def behavior_logprobs_N(self) -> Float32Array:
+        """Logprobs as recorded while sampling."""
+        return np.concatenate([turn.behavior_logprobs for turn in self.trajectory.turns])
+
     def sequences(self, weight: float = 1.0) -> list[TokenSequence]:
         """The example's segments. weight: of each sampled token in the loss."""
         return sequences_of(self.trajectory, self.advantages_N, weight, self.columns)

@@ -322,10 +322,8 @@ class Learner:
         for example, reference_N in zip(examples, logprobs, strict=True):
             example.columns["reference_logprobs"] = reference_N
             if kl is not None and kl.where == "reward":
-                behavior_N = np.concatenate([s.behavior_logprobs for s in example.trajectory.turns])
-                apart_N = divergence(
-                    torch.from_numpy(behavior_N), torch.from_numpy(reference_N), kl.estimator, kl.cap
-                )
+                behavior_N = torch.from_numpy(example.behavior_logprobs_N)
+                apart_N = divergence(behavior_N, torch.from_numpy(reference_N), kl.estimator, kl.cap)
                 costs_N = (-kl.coefficient * apart_N).numpy()
                 episode = example.episode  # a token costs the side that said it
                 example.episode = replace(episode, token_rewards_N=costs_N * episode.sides_N)

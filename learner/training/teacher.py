@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from learner.algorithm.distillation import DistillSettings, signal
 from learner.data.prepare import Example
 from learner.model.policy import Policy
@@ -36,6 +34,6 @@ class Teacher:
         score: logprobs that a policy gives the sampled tokens, float32 [N] for each example. Ranks compute together.
         """
         for example, teacher_N in zip(examples, score(examples, self.policy), strict=True):
-            behavior_N = np.concatenate([turn.behavior_logprobs for turn in example.trajectory.turns])
             example.columns["teacher_logprobs"] = teacher_N
-            example.advantages_N = example.advantages_N + self._coefficient * signal(behavior_N, teacher_N)
+            signal_N = signal(example.behavior_logprobs_N, teacher_N)
+            example.advantages_N = example.advantages_N + self._coefficient * signal_N

@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from deploy import load_recipe, train
+from deploy import load_recipe
 from deploy.report.metrics import read_metrics
 from deploy.report.statistics import clustered_interval
+from tests.bench.runs import run_here
 
 LIMIT = 0.25
 JOBS = list(product((1, 2, 3), (0, 1, 2)))  # gain, risk
@@ -102,7 +103,7 @@ def run(update: dict[str, Any] | None, seed: int, steps: int, run_dir: Path) -> 
             "learner.algorithm.constraints": [limit] if update else [],
         },
     )
-    train(config, run_dir, local=True, resume=(run_dir / "config.json").is_file(), quiet=True)
+    run_here(config, run_dir)
     return read_metrics(run_dir)
 
 

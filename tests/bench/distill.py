@@ -18,22 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from deploy import load_recipe, train
+from deploy import load_recipe
 from deploy.report.metrics import read_metrics
 from tests.bench.offline import OPTIM
-from tests.bench.runs import exported
+from tests.bench.runs import exported, run_here
 
 GROUPS, SIBLINGS, EVERY = 16, 8, 5
 SHARE = 0.9  # of the teacher's success, which a student is to reach
 ALONE = {"learner.algorithm.advantage": {"kind": "none"}}
 METHODS = {"grpo": "rewards", "distill": "the teacher", "both": "rewards and the teacher"}
 Curve = list[tuple[int, float]]  # episodes seen, success on held-out maps
-
-
-def ran(config: Any, run: Path) -> dict[str, Any]:
-    """Run it to its end in this process, or go on with it; its summary."""
-    result = train(config, run, local=True, resume=(run / "config.json").is_file(), quiet=True)
-    return dict(result.summary)
 
 
 def imitator(run: Path, seed: int, tasks: int, source: dict[str, Any], **changes: Any) -> tuple[Path, float]:
@@ -54,7 +48,7 @@ def imitator(run: Path, seed: int, tasks: int, source: dict[str, Any], **changes
         engine={"kind": "transformers"},
         **{"evaluation.tasks": tasks, **changes},
     )
-    summary = ran(config, run)
+    summary = run_here(config, run)
     return exported(run, run.with_name(f"{run.name}-model"), 0), summary["success_after"]
 
 
@@ -84,7 +78,7 @@ def curve(method: str, start: Path, teacher: Path, seed: int, steps: int, tasks:
             **changes,
         },
     )
-    summary = ran(config, run)
+    summary = run_here(config, run)
     during = {int(row["step"]): row["eval_success"] for row in read_metrics(run / "evaluations")}
     found = {0: summary["success_before"], **during, steps: summary["success_after"]}
     return [(step * GROUPS * SIBLINGS, success) for step, success in sorted(found.items())]

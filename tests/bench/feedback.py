@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deploy import load_recipe, train
-from deploy.commands.export import export_model
+from deploy import load_recipe
 from deploy.commands.scores import score_run
 from deploy.labels.export import export
 from deploy.labels.judgements import Labels
@@ -40,7 +39,7 @@ from deploy.serving.reward_scorer import RewardScorer
 from envs.rewards.reward_model import KEY
 from rollout.buffer.segments import read_rows
 from tests.bench.annotator import annotating, serving
-from tests.bench.runs import run_to_end
+from tests.bench.runs import exported, run_here, run_to_end
 
 # From the least liked to the most.
 WORDS = ["mud", "rust", "fog", "thorn", "stone", "sand", "road", "lake", "leaf", "song", "honey", "sun"]
@@ -126,16 +125,13 @@ def played(split: str, seed: int, folder: Path, model: Path | None = None) -> Pa
         | {"rollout.group_size": 4, "buffer.groups_per_step": PLAYED[split]}
         | ({"tiny": None, "learner.model.path": str(model)} if model else {"tiny": tiny, "stages": [stage]}),
     )
-    train(config, run, local=True, resume=(run / "config.json").is_file(), quiet=True)
+    run_here(config, run)
     return run
 
 
 def model_of(run: Path) -> Path:
     """The fine-tuned model of a run that played, as a folder."""
-    model = run.with_name(f"{run.name}-model")
-    if not model.is_dir():
-        export_model(run, model, version=0)
-    return model
+    return exported(run, run.with_name(f"{run.name}-model"), 0)
 
 
 def heldout_pairs(run: Path) -> list[Compared]:
@@ -177,9 +173,8 @@ def reward_model(name: str, pairs: Path, seed: int, model: Path, folder: Path) -
         engine={"kind": "transformers"},
         **SHORT | {"learner.model.path": str(model)},
     )
-    train(config, run, local=True, quiet=True)
-    export_model(run, target)
-    return target
+    run_here(config, run)
+    return exported(run, target, None)
 
 
 def agreement(model: Path, pairs: Sequence[Compared]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy import load_recipe, train
+from deploy import load_recipe
 from deploy.report.statistics import wilson_interval
+from tests.bench.runs import run_here
 
 EPISODES, ERROR_RATE = 8192, 0.6
 SUCCESSFUL = 0.43  # share of them, so that imitating these alone makes as many steps
@@ -64,8 +65,8 @@ def successes(method: str, seed: int, epochs: int, tasks: int, folder: Path) -> 
         },
     )
     run = folder / f"{method}-{epochs}-{seed}"
-    result = train(config, run, local=True, resume=(run / "config.json").is_file(), quiet=True)
-    return result.summary["success_after"], result.summary["suites"]["greedy"]["success_after"]
+    summary = run_here(config, run)
+    return summary["success_after"], summary["suites"]["greedy"]["success_after"]
 
 
 def row(method: str, found: Sequence[tuple[float, float]], tasks: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from deploy import train
 from deploy.commands.export import export_model
 from deploy.config import run_folder
 from deploy.config.config import RunConfig
@@ -30,6 +31,12 @@ def run_to_end(config: RunConfig, folder: Path) -> dict[str, Any]:
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT_S)
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return summary
+
+
+def run_here(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """The same in this process, without Ray."""
+    resume = run_folder.exists(folder)
+    return dict(train(config, folder, local=True, resume=resume, quiet=True).summary)
 
 
 def fine_tuned(recipe: str, seed: int, folder: Path) -> Path:
