@@ -58,6 +58,7 @@ _OURS: dict[str, str | _Factory] = {
     "household": "envs.builtin.household:Household",
     "memory_corridor": "envs.builtin.memory_corridor:MemoryCorridor",
     "patches": "envs.builtin.patches:Patches",
+    "personal": "envs.builtin.personal:Personal",
     "programming": "envs.builtin.programming:Programming",
     "sokoban": "envs.builtin.sokoban:Sokoban",
     "twenty_questions": "envs.builtin.twenty_questions:TwentyQuestions",
@@ -68,7 +69,7 @@ _PLAYERS = {  # every module of envs.builtin has one
     if isinstance(entry, str) and entry.startswith("envs.builtin.")
 }
 # A step takes microseconds and waits for nothing: waking another thread for it would take longer.
-_IMMEDIATE = frozenset({"frozen_lake", "household", "memory_corridor", "twenty_questions"})
+_IMMEDIATE = frozenset({"frozen_lake", "household", "memory_corridor", "personal", "twenty_questions"})
 
 
 def register(env_id: str, factory: _Factory) -> None:

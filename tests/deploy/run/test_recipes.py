@@ -103,9 +103,12 @@ def _logits(learner: Learner, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _learner(recipe: str, folder: Path) -> Learner:
-    """The recipe's algorithm on a tiny model; a loss of ratios uses every batch twice: they are not all one."""
+    """The recipe's algorithm on a tiny model; a loss of ratios uses every batch twice: they are not all one.
+
+    Without constraints, since the game costs nothing.
+    """
     settings = load_config(recipe).learner
-    changes: dict[str, object] = {"epochs": 2 if settings.algorithm.loss.has_ratio else 1}
+    changes: dict[str, object] = {"epochs": 2 if settings.algorithm.loss.has_ratio else 1, "constraints": ()}
     if critic := settings.algorithm.critic:
         changes["critic"] = critic.model_copy(update={"optim": OPTIM, "warmup_steps": 2})
     return Learner(
