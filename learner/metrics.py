@@ -251,7 +251,8 @@ UPDATE = MetricGroup(
         Metric(
             "distill/kl",
             _NATS,
-            "Estimate of KL(policy, teacher) on the sampled tokens: the learner's logprob minus the teacher's (k1)",
+            "KL(policy, teacher) at sampled tokens: the logprob less the teacher's (k1), or, where `divergence` "
+            "is not sampled, the exact one that is learned",
             _DISTILLED,
         ),
         Metric("distill/teacher_logprob", _NATS, "The teacher's logprob of a sampled token", _DISTILLED),

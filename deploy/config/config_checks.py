@@ -328,6 +328,11 @@ def _idle_metrics(config: RunConfig) -> Iterator[tuple[str, str]]:
     if algorithm.distill is None:
         for metric in ("distill/kl", "distill/teacher_logprob"):
             yield metric, "there is no learner.algorithm.distill"
+    elif algorithm.distill.divergence != "sampled":
+        yield (
+            "distill/teacher_logprob",
+            f"learner.algorithm.distill.divergence={algorithm.distill.divergence!r}",
+        )
     if not algorithm.corrections:
         yield "correction", "there are no learner.algorithm.corrections"
     if not config.buffer.reuse.groups and config.replay is None:

@@ -197,6 +197,7 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
             "kl": self.kl and self.kl.where == "loss",
             "regularizers": self.regularizers,
             "critic.kind='shared'": isinstance(self.critic, SharedCriticSettings),
+            "distill.divergence": self.distill and self.distill.divergence != "sampled",
         }
         for name, acts in every_token.items():
             if acts and self.skip_zero_advantage:

@@ -5,13 +5,15 @@
 
 The mean of signal * grad log pi over tokens that pi samples is the gradient of -KL(pi || teacher) in that state. A
 policy-gradient loss therefore descends the reverse divergence in the states that the policy itself reaches; earlier
-tokens get no credit for later ones. Agarwal et al. 2024 (GKD), Gu et al. 2024 (MiniLLM); as an advantage: Lu 2025,
-"On-Policy Distillation".
+tokens get no credit for later ones. With `divergence` reverse or forward that of a token's whole distribution is a loss
+of its own instead (`learner.model.divergence`), and advantages stay those of the rewards. Agarwal et al. 2024 (GKD), Gu
+et al. 2024 (MiniLLM); as an advantage: Lu 2025, "On-Policy Distillation".
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,6 +36,13 @@ class DistillSettings(BaseModel, extra="forbid", frozen=True):
         gt=0,
         description="factor of the teacher's signal, nats, against advantages of rewards; with "
         "advantage.kind='none' there are no others",
+    )
+    divergence: Literal["sampled", "reverse", "forward"] = Field(
+        default="sampled",
+        description="what is learned from the teacher at a token. sampled: its logprob of that token less the "
+        "policy's, as an advantage. reverse: KL(policy || teacher) over the whole vocabulary, as a loss; forward: "
+        "KL(teacher || policy). The whole vocabulary says more of each token, and costs a pass of the teacher in "
+        "each optimizer step",
     )
 
     @field_validator("teacher")

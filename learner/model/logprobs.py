@@ -6,6 +6,7 @@ keeps one online log-sum-exp per token (Milakov & Gimelshein 2018), the backward
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def token_logprobs(
     return _TokenLogprobs.apply(hidden_TD, weight_VD, bias_V, targets_T, temperature, vocab_chunk)
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def wide(tensor: Tensor) -> torch.dtype:
+    """The type in which products of these are accumulated."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -51,11 +53,13 @@ def _gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return _product(left, right, dtype) if left.is_cuda else (left @ right).to(dtype)
 
 
-def _logits(hidden_TD: Tensor, weight_CD: Tensor, bias_C: Tensor | None, temperature: float) -> Tensor:
-    """Logits [T, C] of one chunk of the vocabulary, in wide floats."""
-    logits_TC = _product(hidden_TD, weight_CD.to(hidden_TD.dtype).T, _wide(hidden_TD))
-    if bias_C is not None:
-        logits_TC += bias_C
+def chunk_logits(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, chunk: slice, temperature: float
+) -> Tensor:
+    """Logits [T, C] of one chunk of the vocabulary, divided by the temperature, in wide floats."""
+    logits_TC = _product(hidden_TD, weight_VD[chunk].to(hidden_TD.dtype).T, wide(hidden_TD))
+    if bias_V is not None:
+        logits_TC += bias_V[chunk]
     return logits_TC if temperature == 1.0 else logits_TC.div_(temperature)
 
 
@@ -82,29 +86,54 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, logprob_grad_T: Tensor | None, entropy_grad_T: Tensor | None) -> tuple[Any, ...]:
         hidden_TD, weight_VD, bias_V, targets_T, normalizer_T, entropy_T = ctx.saved_tensors
-        wide = _wide(hidden_TD)
-        hidden_grad_TD = torch.zeros_like(hidden_TD, dtype=wide)
-        weight_grad_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
-        bias_grad_V = torch.empty_like(bias_V) if ctx.needs_input_grad[2] else None
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            for start in range(0, weight_VD.shape[0], ctx.vocab_chunk):
-                chunk = slice(start, start + ctx.vocab_chunk)
-                bias_C = None if bias_V is None else bias_V[chunk]
-                logprobs_TC = _logits(hidden_TD, weight_VD[chunk], bias_C, ctx.temperature).sub_(
-                    normalizer_T[:, None]
+
+        def grads() -> Iterator[Tensor]:
+            for chunk in chunks(weight_VD, ctx.vocab_chunk):
+                logits_TC = chunk_logits(hidden_TD, weight_VD, bias_V, chunk, ctx.temperature)
+                logprobs_TC = logits_TC.sub_(normalizer_T[:, None])
+                yield _logit_grads(
+                    logprobs_TC, targets_T - chunk.start, entropy_T, logprob_grad_T, entropy_grad_T
                 )
-                grad_TC = _logit_grads(
-                    logprobs_TC, targets_T - start, entropy_T, logprob_grad_T, entropy_grad_T
-                )
-                if ctx.temperature != 1.0:
-                    grad_TC /= ctx.temperature
-                if bias_grad_V is not None:
-                    bias_grad_V[chunk] = grad_TC.sum(0)
-                narrow_TC = grad_TC.to(hidden_TD.dtype)
-                hidden_grad_TD += _gradient(narrow_TC, weight_VD[chunk].to(hidden_TD.dtype), wide)
-                if weight_grad_VD is not None:
-                    weight_grad_VD[chunk] = _gradient(narrow_TC.T, hidden_TD, wide)
-        return hidden_grad_TD.to(hidden_TD.dtype), weight_grad_VD, bias_grad_V, None, None, None
+
+        return *head_gradients(ctx, hidden_TD, weight_VD, bias_V, grads()), None, None, None
+
+
+def head_gradients(
+    ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, grads: Iterator[Tensor]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of a head's three inputs, from those of its logits divided by the temperature, [T, C] a chunk.
+
+    ctx: of an autograd function with these as its first inputs, and with `temperature` and `vocab_chunk`.
+    """
+    accumulated = wide(hidden_TD)
+    hidden_grad_TD = torch.zeros_like(hidden_TD, dtype=accumulated)
+    weight_grad_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
+    bias_grad_V = torch.empty_like(bias_V) if ctx.needs_input_grad[2] else None
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        for chunk, grad_TC in zip(chunks(weight_VD, ctx.vocab_chunk), grads, strict=True):
+            if ctx.temperature != 1.0:
+                grad_TC /= ctx.temperature
+            if bias_grad_V is not None:
+                bias_grad_V[chunk] = grad_TC.sum(0)
+            narrow_TC = grad_TC.to(hidden_TD.dtype)
+            hidden_grad_TD += _gradient(narrow_TC, weight_VD[chunk].to(hidden_TD.dtype), accumulated)
+            if weight_grad_VD is not None:
+                weight_grad_VD[chunk] = _gradient(narrow_TC.T, hidden_TD, accumulated)
+    return hidden_grad_TD.to(hidden_TD.dtype), weight_grad_VD, bias_grad_V
+
+
+def chunks(weight_VD: Tensor, vocab_chunk: int) -> Iterator[slice]:
+    """The vocabulary in parts."""
+    for start in range(0, len(weight_VD), vocab_chunk):
+        yield slice(start, start + vocab_chunk)
+
+
+def log_normalizer(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, vocab_chunk: int
+) -> Tensor:
+    """Log of the softmax's denominator, [T] in wide floats."""
+    nothing_T = torch.zeros(len(hidden_TD), dtype=torch.int64, device=hidden_TD.device)
+    return _online_softmax(hidden_TD, weight_VD, bias_V, nothing_T, temperature, vocab_chunk)[1]
 
 
 def _online_softmax(
@@ -120,16 +149,13 @@ def _online_softmax(
     With z the logits and m their maximum so far, sum_T is the sum of exp(z - m) and moment_T that of
     exp(z - m) * (z - m): the entropy is log(sum) - moment / sum.
     """
-    wide = _wide(hidden_TD)
-    target_T, sum_T, moment_T = hidden_TD.new_zeros(3, len(targets_T), dtype=wide)
+    accumulated = wide(hidden_TD)
+    target_T, sum_T, moment_T = hidden_TD.new_zeros(3, len(targets_T), dtype=accumulated)
     # Finite: the first chunk's rescaling then multiplies zeros by zero.
-    maximum_T = torch.full_like(sum_T, torch.finfo(wide).min / 2)
-    for start in range(0, weight_VD.shape[0], vocab_chunk):
-        chunk = slice(start, start + vocab_chunk)
-        logits_TC = _logits(
-            hidden_TD, weight_VD[chunk], None if bias_V is None else bias_V[chunk], temperature
-        )
-        picked_T, inside_T = _pick(logits_TC, targets_T - start)
+    maximum_T = torch.full_like(sum_T, torch.finfo(accumulated).min / 2)
+    for chunk in chunks(weight_VD, vocab_chunk):
+        logits_TC = chunk_logits(hidden_TD, weight_VD, bias_V, chunk, temperature)
+        picked_T, inside_T = _pick(logits_TC, targets_T - chunk.start)
         target_T = torch.where(inside_T, picked_T, target_T)
         highest_T = torch.maximum(maximum_T, logits_TC.amax(1))
         shift_T = maximum_T - highest_T

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from learner.data.batch import MicroBatch, SequencePictures
+from learner.settings import ModelSettings
 from rollout.wire.images import png_of
 from rollout.wire.model_folder import pretrained
 
@@ -30,6 +31,20 @@ _CACHED_IMAGES = 256  # features kept for further passes over a batch
 
 class RowMismatch(ValueError):
     """A row whose placeholders do not match the features of its pictures; the message names it."""
+
+
+def picture_inputs(
+    model: PreTrainedModel, folder: str, settings: ModelSettings, ranks: int
+) -> PictureInputs | None:
+    """Of a model that sees; None: it takes text alone. ValueError, a clause about the model: it cannot be learned."""
+    kind = model.config.model_type
+    if getattr(model.config, "vision_config", None) is None:
+        return None
+    if kind not in FAMILIES:
+        raise ValueError(f" of the family {kind}; supported are {', '.join(FAMILIES)}")
+    if ranks > 1 or settings.lora:
+        raise ValueError("; use learner.ranks=1 and no learner.model.lora")
+    return PictureInputs(model, folder, settings.trust_remote_code)
 
 
 class PictureInputs:

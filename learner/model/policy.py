@@ -25,10 +25,11 @@ from learner.data.batch import MicroBatch
 from learner.data.prefix_tree import PrefixTree
 from learner.model.attention import NAME, hidden_states, register
 from learner.model.compatibility import require_compatible
+from learner.model.divergence import Head, Opposite, divergence
 from learner.model.linear import use_onednn
 from learner.model.logprobs import token_logprobs
 from learner.model.lora import Adapter
-from learner.model.perception import FAMILIES, PictureInputs
+from learner.model.perception import picture_inputs
 from learner.model.reward_head import classifier_files
 from learner.model.saving import write_weights
 from learner.model.source import local_model
@@ -77,7 +78,8 @@ class Policy:
         # Read now: the folder may be removed before they are written.
         self._files = companions(folder)
         self.model.eval()
-        self.picture_inputs = self._make_picture_inputs(str(folder))
+        with _as_model_error(f"model {settings.path!r} is a vision model"):
+            self.picture_inputs = picture_inputs(self.model, str(folder), settings, ranks.size)
         with _as_model_error(f"model {settings.path!r}: "):
             self._tokens = token_count(str(folder))
         # The model as loaded: layers that are replaced below are tested to compute the same.
@@ -93,7 +95,8 @@ class Policy:
         if settings.device == "cpu" and settings.dtype == "float32":
             with _as_model_error():  # in some families the base is the whole model
                 use_onednn(self.model.base_model, leave=self._head)
-        self.sharded = None if ranks.size == 1 else shard(self.model, ranks, self._gathered_dtype)
+        gathered = torch.bfloat16 if settings.dtype == "bfloat16" else None
+        self.sharded = None if ranks.size == 1 else shard(self.model, ranks, gathered)
         if self.sharded is None:  # shards are moved one by one, so that no device has to hold all parameters
             nn.Module.to(self.model, self.device)  # the subclass's `to` is untyped
 
@@ -159,20 +162,40 @@ class Policy:
 
     def score(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Logprob of each sampled token and entropy of its distribution: float32 [N] each, with gradients."""
-        logprobs_M, entropy_M, _ = self._read(micro, temperature)
+        logprobs_M, entropy_M, *_ = self._read(micro, temperature)
         return micro.expanded(logprobs_M), micro.expanded(entropy_M)
 
-    def read(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The results of `score` and `hidden` from one pass."""
-        logprobs_M, entropy_M, hidden_MD = self._read(micro, temperature)
-        return micro.expanded(logprobs_M), micro.expanded(entropy_M), micro.expanded(hidden_MD)
+    def read(
+        self, micro: MicroBatch, temperature: float, against: Opposite | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The results of `score` and `hidden` from one pass, and with `against` the divergence from it, [N]."""
+        logprobs_M, entropy_M, hidden_MD, kl_M = self._read(micro, temperature, against)
+        kl_N = None if kl_M is None else micro.expanded(kl_M)
+        return micro.expanded(logprobs_M), micro.expanded(entropy_M), micro.expanded(hidden_MD), kl_N
 
-    def _read(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Logprobs [M], entropies [M] and hidden states [M, D] of the row's pairs."""
+    @torch.no_grad()
+    def head(self, micro: MicroBatch) -> Head:
+        """What this policy, a constant, says at the row's pairs; on several ranks each holds a copy of the head."""
 
-        def once() -> tuple[Tensor, Tensor, Tensor]:
+        def once() -> Head:
+            weight_VD, bias_V = self._head.weight, self._sampled_bias()
+            whole_VD = weight_VD if self.sharded is None else weight_VD.clone()
+            return Head(self._scored(micro), whole_VD, bias_V)
+
+        return self._whole(once)
+
+    def _read(
+        self, micro: MicroBatch, temperature: float, against: Opposite | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Logprobs [M], entropies [M], hidden states [M, D] and divergences [M] of the row's pairs."""
+
+        def once() -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
             hidden_MD = self._scored(micro)
-            return *self._logprobs(hidden_MD, micro.targets_M, temperature, self._sampled_bias()), hidden_MD
+            own = Head(hidden_MD, self._head.weight, self._sampled_bias())
+            kl_M = None
+            if against is not None:  # logits of both at a time
+                kl_M = divergence(own, against, temperature, self.vocab_chunk(2 * len(hidden_MD)))
+            return *self._logprobs(own, micro.targets_M, temperature), hidden_MD, kl_M
 
         return self._whole(once)
 
@@ -191,7 +214,8 @@ class Policy:
 
         def score() -> tuple[Tensor, Tensor]:
             hidden_TD = self._plain_rows(ids_BL[:, :-1].flatten(), count, length - 1, widest)
-            return self._logprobs(hidden_TD, ids_BL[:, 1:].flatten(), 1.0, self._head.bias)
+            head = Head(hidden_TD, self._head.weight, self._head.bias)
+            return self._logprobs(head, ids_BL[:, 1:].flatten(), 1.0)
 
         logprobs_T, _ = self._whole(score)
         return logprobs_T.unflatten(0, (count, length - 1)).cpu().numpy()
@@ -259,10 +283,6 @@ class Policy:
         """Call `compute` with whole parameters."""
         return compute() if self.sharded is None else self.sharded.use(compute)
 
-    @property
-    def _gathered_dtype(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.settings.dtype == "bfloat16" else None
-
     def _autocast(self) -> torch.autocast:
         # Sharded parameters are already gathered as bfloat16.
         enabled = self.settings.dtype == "bfloat16" and self.ranks.size == 1
@@ -318,26 +338,8 @@ class Policy:
             never_V[pictures.placeholder_id] = _NEVER
         return never_V if bias_V is None else bias_V + never_V
 
-    def _logprobs(
-        self, hidden_TD: Tensor, targets_T: Tensor, temperature: float, bias_V: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        chunk = self.vocab_chunk(len(hidden_TD))
-        return token_logprobs(hidden_TD, self._head.weight, bias_V, targets_T, temperature, chunk)
-
-    def _make_picture_inputs(self, folder: str) -> PictureInputs | None:
-        kind = self.model.config.model_type
-        if getattr(self.model.config, "vision_config", None) is None:
-            return None
-        if kind not in FAMILIES:
-            raise ModelError(
-                f"model {self.settings.path!r} is a vision model of the family {kind}; supported are "
-                f"{', '.join(FAMILIES)}"
-            )
-        if self.ranks.size > 1 or self.settings.lora:
-            raise ModelError(
-                f"model {self.settings.path!r} is a vision model; use learner.ranks=1 and no learner.model.lora"
-            )
-        return PictureInputs(self.model, folder, self.settings.trust_remote_code)
+    def _logprobs(self, head: Head, targets_T: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return token_logprobs(*head, targets_T, temperature, self.vocab_chunk(len(targets_T)))
 
     def _merged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         return tensors if self.adapter is None else self.adapter.merged(tensors)

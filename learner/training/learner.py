@@ -31,23 +31,19 @@ from learner.training.memory_dry_run import rehearse
 from learner.training.optim import Optimizer
 from learner.training.reference_policy import Reference
 from learner.training.stage_run import Stages
-from learner.training.step import PolicyObjective, not_finite, sizes, train_step, use_threads
+from learner.training.step import (
+    PolicyObjective,
+    merged,
+    not_finite,
+    sizes,
+    train_step,
+    use_threads,
+)
 from learner.training.teacher import Teacher
 from rollout.wire.metrics import joined
 from rollout.wire.trajectory import EnvironmentKey, Float32Array, Group
 
 _MULTIPLIERS = "multipliers"  # what a checkpoint's cursor calls those of the constraints
-
-# Summed over optimizer steps, not averaged.
-_COUNTS = (
-    "tokens_processed",
-    "tokens_effective",
-    "tokens_scored",
-    "batch_tokens_sampled",
-    "skipped_step",
-    "idle_step",
-    "value_skipped_step",
-)
 
 
 class Learner:
@@ -126,16 +122,16 @@ class Learner:
         self._multipliers = multipliers
         if self._advantages is not None:
             self._advantages.write(self.version, groups, [example.advantages_N for example in examples])
-        merged = _merged(rows)
+        row = merged(rows)
         shares = {
-            "scored_share": merged["tokens_scored"] / max(merged["batch_tokens_sampled"], 1.0),
+            "scored_share": row["tokens_scored"] / max(row["batch_tokens_sampled"], 1.0),
             "zero_advantage_fraction": self._share(not example.advantages_N.any() for example in examples),
             "truncated_without_bootstrap": self._share(
                 not each.episode.ended and each.episode.values is None for each in examples
             ),
         }
         limits = constraints.metrics(algorithm.constraints, multipliers)
-        return joined(merged, described, shares, limits, {"version": float(self.version)})
+        return joined(row, described, shares, limits, {"version": float(self.version)})
 
     def keep_advantages(self, run: Path) -> None:
         """From here on, store the advantages of every step in the run's folder, where the settings say so."""
@@ -261,7 +257,12 @@ class Learner:
         """One optimizer step of whatever learns now."""
         objective = PolicyObjective(self.settings.algorithm, self.version)
         teach = partial(
-            train_step, self.policy, self.optimizer, objective=objective, temperature=self._temperature
+            train_step,
+            self.policy,
+            self.optimizer,
+            objective=objective,
+            temperature=self._temperature,
+            teacher=self._teacher,
         )
         if self._critic is None:
             return teach(batch)
@@ -382,13 +383,3 @@ class Learner:
         counted = [bool(one) for one in true]
         sums = self.ranks.sums({"true": sum(counted), "all": len(counted)})
         return sums["true"] / max(sums["all"], 1)
-
-
-def _merged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of several optimizer steps as one: sums of counts, means of everything else."""
-    names = dict.fromkeys(name for step in steps for name in step)
-    merged = {}
-    for name in names:
-        values = [step[name] for step in steps if name in step]
-        merged[name] = float(np.sum(values) if name in _COUNTS else np.mean(values))
-    return merged

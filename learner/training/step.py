@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from learner.model.policy import Policy
 from learner.parallel.ranks import ALONE, Ranks
 from learner.training.metric_reduce import Means, Part, Ratios, Statistic
 from learner.training.optim import Optimizer
+from learner.training.teacher import Teacher
 from rollout.wire.metrics import joined
 from rollout.wire.own_part import OwnPartRefused
 
@@ -25,6 +27,17 @@ Stats = dict[str, Statistic]
 Objective = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, Stats]]
 # The same of (micro-batch, hidden states before its scored tokens [N, D]): a loss beside the objective's
 Auxiliary = Callable[[MicroBatch, Tensor], tuple[Tensor, Stats]]
+
+# Summed over optimizer steps, not averaged.
+_COUNTS = (
+    "tokens_processed",
+    "tokens_effective",
+    "tokens_scored",
+    "batch_tokens_sampled",
+    "skipped_step",
+    "idle_step",
+    "value_skipped_step",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,23 +114,33 @@ def train_step(
     temperature: float,
     auxiliary: Auxiliary | None = None,
     agree: Callable[[], bool] = lambda: True,
+    teacher: Teacher | None = None,
 ) -> dict[str, float]:
     """Forward and backward over every micro-batch, then one clipped optimizer step.
 
     The loss is that of `accumulate`; `auxiliary` adds to the objective's, token by token, and optimizers of what else
-    it teaches are its owner's. agree: asked once the gradients are there, whether what learns beside can make its step
-    too; if not, none is made. Metrics, over all ranks: "loss"; the statistics as means over what they hold;
-    "grad_norm", "learning_rate", "skipped_step" (1.0: loss or norm was not finite, or not agreed to: nothing was
-    changed), "idle_step" (1.0: no token had anything to learn from, nothing was changed); those of `sizes`.
+    it teaches are its owner's; so does the divergence from a teacher that is learned over the whole vocabulary. agree:
+    asked once the gradients are there, whether what learns beside can make its step too; if not, none is made. Metrics,
+    over all ranks: "loss"; the statistics as means over what they hold; "grad_norm", "learning_rate", "skipped_step"
+    (1.0: loss or norm was not finite, or not agreed to: nothing was changed), "idle_step" (1.0: no token had anything
+    to learn from, nothing was changed); those of `sizes`.
     """
 
     def loss_of(micro: MicroBatch) -> tuple[Tensor, Stats]:
-        if auxiliary is None:
+        against = None if teacher is None else teacher.against(micro)
+        if auxiliary is None and against is None:
             return objective(micro, *policy.score(micro, temperature))
-        logprobs_N, entropy_N, hidden_ND = policy.read(micro, temperature)
+        logprobs_N, entropy_N, hidden_ND, kl_N = policy.read(micro, temperature, against)
         loss_N, stats = objective(micro, logprobs_N, entropy_N)
-        beside_N, more = auxiliary(micro, hidden_ND)
-        return loss_N + beside_N, {**stats, **more}
+        if auxiliary is not None:
+            beside_N, more = auxiliary(micro, hidden_ND)
+            loss_N, stats = loss_N + beside_N, {**stats, **more}
+        if teacher is not None and kl_N is not None:
+            loss_N, stats = (
+                loss_N + teacher.settings.coefficient * kl_N,
+                stats | {"distill/kl": kl_N.detach()},
+            )
+        return loss_N, stats
 
     return optimizer_step(policy, optimizer, batch, loss_of, agree)
 
@@ -161,6 +184,15 @@ def accumulate(
         total = total + loss.detach()
         means.add(stats)
     return policy.ranks.sums({"loss": float(total)})["loss"], means.values(policy.ranks)
+
+
+def merged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of several optimizer steps as one: sums of counts, means of everything else."""
+    found = {}
+    for name in dict.fromkeys(name for step in steps for name in step):
+        values = [step[name] for step in steps if name in step]
+        found[name] = float(np.sum(values) if name in _COUNTS else np.mean(values))
+    return found
 
 
 def use_threads(count: int) -> None:

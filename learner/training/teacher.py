@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from learner.algorithm.distillation import DistillSettings, signal
+from learner.data.batch import MicroBatch
 from learner.data.prepare import Example
+from learner.model.divergence import Opposite
 from learner.model.policy import Policy
 from learner.parallel.ranks import ALONE, Ranks
 from learner.settings import ModelSettings
@@ -20,7 +22,7 @@ class Teacher:
     """
 
     def __init__(self, settings: DistillSettings, model: ModelSettings, ranks: Ranks = ALONE) -> None:
-        self._coefficient = settings.coefficient
+        self.settings = settings
         own = model.model_copy(
             update={"path": settings.teacher, "lora": None, "gradient_checkpointing": False}
         )
@@ -31,9 +33,17 @@ class Teacher:
     ) -> None:
         """Add the teacher's signal to the advantage of every sampled token, and keep its logprobs as a column.
 
-        score: logprobs that a policy gives the sampled tokens, float32 [N] for each example. Ranks compute together.
+        Of the divergence `sampled` alone; the others are a loss. score: logprobs that a policy gives the sampled
+        tokens, float32 [N] for each example. Ranks compute together.
         """
+        if self.settings.divergence != "sampled":
+            return
         for example, teacher_N in zip(examples, score(examples, self.policy), strict=True):
             example.columns["teacher_logprobs"] = teacher_N
             signal_N = signal(example.behavior_logprobs_N, teacher_N)
-            example.advantages_N = example.advantages_N + self._coefficient * signal_N
+            example.advantages_N = example.advantages_N + self.settings.coefficient * signal_N
+
+    def against(self, micro: MicroBatch) -> Opposite | None:
+        """What the policy is compared with at the row's pairs; None: the teacher is learned from as an advantage."""
+        direction = self.settings.divergence
+        return None if direction == "sampled" else Opposite(self.policy.head(micro), direction)

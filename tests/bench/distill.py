@@ -25,7 +25,7 @@ from tests.bench.runs import exported, run_here
 
 GROUPS, SIBLINGS, EVERY = 16, 8, 5
 SHARE = 0.9  # of the teacher's success, which a student is to reach
-ALONE = {"learner.algorithm.advantage": {"kind": "none"}}
+ALONE = {"learner.algorithm.advantage": {"kind": "none"}, "learner.algorithm.skip_zero_advantage": False}
 METHODS = {"grpo": "rewards", "distill": "the teacher", "both": "rewards and the teacher"}
 Curve = list[tuple[int, float]]  # episodes seen, success on held-out maps
 

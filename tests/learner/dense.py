@@ -65,7 +65,7 @@ class Dense:
         recipe = self._recipe
         shaped = [[self._shaped(story) for story in siblings] for siblings in stories]
         advantages = reference.advantages(recipe["advantage"], shaped)
-        if "distill" in recipe:
+        if self._divergence == "sampled":
             both = zip(shaped, advantages, strict=True)
             advantages = [[self._taught(*pair) for pair in zip(*each, strict=True)] for each in both]
         pairs = [
@@ -109,7 +109,27 @@ class Dense:
             pairs = [(a + weight * c, b + weight * d) for (a, b), (c, d) in zip(pairs, added, strict=True)]
         values = [value - bonus * h.item() for (value, _), h in zip(pairs, entropies, strict=True)]
         moving = [slope * x - bonus * h for (_, slope), x, h in zip(pairs, logprobs, entropies, strict=True)]
+        if self._divergence in ("reverse", "forward"):
+            factor, apart = recipe["distill"]["coefficient"], self._apart(story)
+            values = [value + factor * x.item() for value, x in zip(values, apart, strict=True)]
+            moving = [one + factor * x for one, x in zip(moving, apart, strict=True)]
         return values, moving
+
+    @property
+    def _divergence(self) -> str | None:
+        """What is learned from a teacher; None: there is none."""
+        distill = self._recipe.get("distill")
+        return None if distill is None else str(distill.get("divergence", "sampled"))
+
+    def _apart(self, story: Episode) -> list[Tensor]:
+        """The divergence from the teacher where each token was sampled, summed over the vocabulary."""
+        found = []
+        with torch.no_grad():
+            taught = self._before(self._first, story)
+        for own_V, other_V in zip(self._before(self._policy, story), taught, strict=True):
+            left_V, right_V = (own_V, other_V) if self._divergence == "reverse" else (other_V, own_V)
+            found.append((left_V.exp() * (left_V - right_V)).sum())
+        return found
 
     def _corrected(
         self, story: Episode, logprobs: list[float], advantages: list[float]
@@ -128,16 +148,18 @@ class Dense:
 
     def _distributions(self, model: PreTrainedModel, story: Episode) -> tuple[list[Tensor], list[Tensor]]:
         """Logprob of each sampled token, and the entropy of what it was drawn from."""
-        logprobs, entropies = [], []
+        pairs = list(zip(story.sampled, self._before(model, story), strict=True))
+        entropies = [-(before_V.exp() * before_V).sum() for _, before_V in pairs]
+        return [before_V[token.id] for token, before_V in pairs], entropies
+
+    def _before(self, model: PreTrainedModel, story: Episode) -> list[Tensor]:
+        """Logprobs of the whole vocabulary where each token was sampled."""
+        found = []
         for tokens in segments(story):
             logits_TV = model(torch.tensor([[token.id for token in tokens]]), use_cache=False).logits[0]
             logprobs_TV = (logits_TV / self._temperature).log_softmax(-1)
-            for place, token in enumerate(tokens):
-                if token.sampled:
-                    before_V = logprobs_TV[place - 1]
-                    logprobs.append(before_V[token.id])
-                    entropies.append(-(before_V.exp() * before_V).sum())
-        return logprobs, entropies
+            found += [logprobs_TV[place - 1] for place, token in enumerate(tokens) if token.sampled]
+        return found
 
     def _plain(self, model: PreTrainedModel, story: Episode) -> list[float]:
         return [x.item() for x in self._distributions(model, story)[0]]

@@ -88,10 +88,11 @@ def test_a_recipe_that_trusts_it_trains_it(
     config = recipe(model, "learner.model.trust_remote_code=true", 'engine={kind="transformers"}')
     check(config)
     assert (tmp_path / "ran").exists()
-    learner = Learner(LearnerSettings(model=config.learner.model))
+    own = config.learner.model
+    learner = Learner(LearnerSettings(model=own))
     ids = list(range(3, 40))
     np.testing.assert_array_equal(
-        learner.policy.score_ids(ids), Policy(ModelSettings(path=str(tiny))).score_ids(ids)
+        learner.policy.score_ids(ids), Policy(ModelSettings(path=str(tiny), dtype=own.dtype)).score_ids(ids)
     )
     learner.step([group_of(0, [1.0, 0.0])])
     engine = asyncio.run(start_engine(config, "rollout-0", str(model)))

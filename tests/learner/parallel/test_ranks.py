@@ -61,6 +61,15 @@ CASES: list[Any] = [
     ),
     ({"advantage": {"kind": "returns", "baseline": "batch"}, "aggregation": "sequence"}, 1, {}),
     ({"advantage": {"kind": "none"}, "distill": {"coefficient": 0.5}}, 2, {}),
+    (
+        {
+            "advantage": {"kind": "none"},
+            "distill": {"coefficient": 0.5, "divergence": "reverse"},
+            "skip_zero_advantage": False,
+        },
+        2,
+        {},
+    ),
     ({"advantage": {"kind": "gdpo", "weights": {"goal": 1.0, "form": 0.5}}, "loss": {"kind": "gspo"}}, 1, {}),
     (CRITIC | {"aggregation": "sequence", "constraints": [RISK]}, 2, {"path": UNTIED}),
     (SHARED, 3, {}),

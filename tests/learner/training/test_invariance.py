@@ -102,6 +102,20 @@ TAUGHT: list[Recipe] = [  # the teacher is the model that every learner begins w
         "corrections": CORRECTIONS[0],
         "distill": {"coefficient": 0.3},
     },
+    {
+        "advantage": {"kind": "none"},
+        "loss": {"kind": "reinforce"},
+        "aggregation": "sequence",
+        "distill": {"coefficient": 0.5, "divergence": "reverse"},
+        "skip_zero_advantage": False,
+    },
+    {
+        "advantage": ESTIMATORS[0],
+        "loss": LOSSES[0],
+        "aggregation": "token",
+        "distill": {"coefficient": 0.3, "divergence": "forward"},
+        "skip_zero_advantage": False,
+    },
 ]
 RECIPES = [*_recipes(), *TAUGHT]
 CONSTRAINT = {"name": "risk", "limit": 0.5, "update": {"kind": "pid", "kp": 0.1, "ki": 0.5}}
@@ -115,6 +129,7 @@ FEW = [  # every estimator, loss, aggregation, correction and extra is among the
 def _name(recipe: Recipe) -> str:
     parts = [recipe["advantage"]["kind"], *recipe["loss"].values(), recipe["aggregation"]]
     parts += [part["kind"] for part in recipe.get("corrections", [])]
+    parts += [recipe["distill"]["divergence"]] if "divergence" in recipe.get("distill", {}) else []
     return "-".join(
         str(part) for part in parts + [key for key in recipe if key in ("kl", "overlong", "distill")]
     )
