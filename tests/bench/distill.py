@@ -26,7 +26,14 @@ from tests.bench.runs import exported, run_here
 GROUPS, SIBLINGS, EVERY = 16, 8, 5
 SHARE = 0.9  # of the teacher's success, which a student is to reach
 ALONE = {"learner.algorithm.advantage": {"kind": "none"}, "learner.algorithm.skip_zero_advantage": False}
-METHODS = {"grpo": "rewards", "distill": "the teacher", "both": "rewards and the teacher"}
+# Each state's whole distribution is known, whoever reached it: more passes over a batch are no bias.
+PASSES = {"learner.algorithm.epochs": 4, "learner.optim.learning_rate": 3e-3}
+METHODS = {
+    "grpo": "rewards",
+    "sampled": "the teacher's logprobs of sampled tokens",
+    "both": "rewards and these",
+    "reverse": "the teacher's whole distributions",
+}
 Curve = list[tuple[int, float]]  # episodes seen, success on held-out maps
 
 
@@ -54,8 +61,14 @@ def imitator(run: Path, seed: int, tasks: int, source: dict[str, Any], **changes
 
 def curve(method: str, start: Path, teacher: Path, seed: int, steps: int, tasks: int, run: Path) -> Curve:
     """Success on held-out maps over the episodes that a student has seen."""
-    distill = {"learner.algorithm.distill": {"teacher": str(teacher)}}
-    changes = {"grpo": {}, "distill": distill | ALONE, "both": distill}[method]
+    kind = "reverse" if method == "reverse" else "sampled"
+    distill = {"learner.algorithm.distill": {"teacher": str(teacher), "divergence": kind}}
+    changes = {
+        "grpo": {},
+        "sampled": distill | ALONE,
+        "both": distill,
+        "reverse": distill | ALONE | PASSES,
+    }[method]
     config = load_recipe(
         "frozen_lake",
         seed=seed,
