@@ -41,7 +41,10 @@ def _attend_on_cpu(inputs: Inputs, mask: Tensor | None, causal: bool, scale: flo
 def _attend_on_cpu_backward(
     grad: Tensor, inputs: Inputs, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> Inputs:
-    found: Inputs = _CPU_BACKWARD(grad, *inputs, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+    # Of bfloat16 the kernel repacks every block: 16 ms for twenty tiles of 32 x 64 with nine heads, 4 ms in float32.
+    query, key, value, grad, out = (x.to(lse.dtype) for x in (*inputs, grad, out))
+    wide = None if mask is None else mask.to(lse.dtype)
+    found: Inputs = _CPU_BACKWARD(grad, query, key, value, out, lse, 0.0, causal, attn_mask=wide, scale=scale)
     return found
 
 

@@ -113,7 +113,7 @@ def _step(
         objective = PolicyObjective(algorithm)
         return train_step(policy, optimizer, batch, objective, temperature, auxiliary, lambda: False)
 
-    optimizer.zero_grad()  # gradients stay from step to step: they are there when a critic's pass comes
+    optimizer.grad_norm()  # gradients stay until they are overwritten: they are there when a critic's pass comes
     if critic is None:
         held_back(batch)
     else:

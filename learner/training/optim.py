@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,20 @@ from torch import Tensor, nn
 
 from learner.algorithm.schedule import OptimSettings, learning_rate
 from learner.parallel.shards import gathered, laid_out, local
+
+
+@contextmanager
+def subnormals_as_zero() -> Iterator[None]:
+    """Numbers below 1e-38 are zero in what the calling thread, and threads it starts meanwhile, compute on a CPU.
+
+    Probabilities of attention times gradients are full of them, as are moments of rows that no token reaches any more,
+    and each takes a core a hundred cycles.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +70,11 @@ class Optimizer:
         )
 
     def zero_grad(self) -> None:
-        """Set every gradient to zeros.
-
-        Zeros, not None: a parameter that no computed row reaches must still have its moments decayed, so that leaving
-        sequences without advantage out of the forward pass changes nothing.
-        """
+        """Forget every gradient: the next backward pass hands its own over, where zeros would have to be added to."""
         for parameter in self._parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        torch._foreach_zero_(self._gradients)
+            parameter.grad = None
 
+    @subnormals_as_zero()
     def step(self, finite: bool = True) -> StepReport:
         """Scale the gradients down to max_grad_norm and apply them.
 
@@ -114,6 +124,14 @@ class Optimizer:
 
     @property
     def _gradients(self) -> list[Tensor]:
+        """Of all parameters; zeros where no computed row reached one.
+
+        Its moments must still be decayed, so that leaving sequences without advantage out of the forward pass changes
+        nothing; and all ranks take part in the norm.
+        """
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         return [p.grad for p in self._parameters if p.grad is not None]
 
     def state_dict(self) -> dict[str, Any]:

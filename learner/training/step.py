@@ -17,7 +17,7 @@ from learner.data.batch import Batch, MicroBatch, level
 from learner.model.policy import Policy
 from learner.parallel.ranks import ALONE, Ranks
 from learner.training.metric_reduce import Means, Part, Ratios, Statistic
-from learner.training.optim import Optimizer
+from learner.training.optim import Optimizer, subnormals_as_zero
 from learner.training.teacher import Teacher
 from rollout.wire.metrics import joined
 from rollout.wire.own_part import OwnPartRefused
@@ -166,6 +166,7 @@ def optimizer_step(
     return joined(made, means, sizes(batch, policy.ranks))
 
 
+@subnormals_as_zero()
 def accumulate(
     policy: Policy, batch: Batch, loss_of: Callable[[MicroBatch], tuple[Tensor, Stats]]
 ) -> tuple[float, dict[str, float]]:

@@ -2,7 +2,7 @@
 
     frozen_lake   a step of the main job: the map is the prompt of every turn
     household     groups whose prompt is their whole history: siblings part where they act differently
-    smollm2       SmolLM2-135M, 8 answers of 9 to 25 tokens after each prompt of 45 (where `make llm` has been run)
+    smollm2       8 groups of 8 answers of SmolLM2-135M to sums, as it samples them (where `make llm` has been run)
     long_prompt   16 answers of 512 tokens after one prompt of 4,096
 
 Players of the environments err so often that siblings differ. What is timed is packing, forward, backward and the
@@ -36,9 +36,13 @@ from learner.model.policy import Policy
 from learner.settings import ModelSettings
 from learner.training.optim import Optimizer
 from learner.training.step import PolicyObjective, train_step
+from rollout.buffer.history import History
 from rollout.episodes.demonstrations import demonstrate
 from rollout.episodes.tasks import TaskStream
+from rollout.wire.schema import decode
+from rollout.wire.trajectory import Trajectory
 from tests.bench.player import untaught_model
+from tests.bench.runs import run_here
 from tests.smollm2 import FOLDER
 
 SIBLINGS, ROUNDS, ERRORS = 8, 5, 0.3
@@ -69,31 +73,48 @@ def _played(recipe: str, folder: Path, groups: int, *overrides: str) -> Case:
         config.rollout.context_tokens,
         environment.agent,
     )
-    rng = np.random.default_rng(0)
     episodes = [group.trajectories[0] for group in asyncio.run(played)]
-    sequences = [
-        s for e in episodes for s in sequences_of(e, rng.normal(size=e.num_sampled).astype(np.float32))
-    ]
-    return Case(sequences, path, config.learner.tokens_per_microbatch)
+    return Case(_sequences(episodes), path, config.learner.tokens_per_microbatch)
 
 
-def _groups(prompts: int, prompt: int, answers: Sequence[int], vocabulary: int) -> list[TokenSequence]:
-    """Answers of these lengths to each of so many random prompts."""
+def _answered(folder: Path) -> Case:
+    """A step of a real model's recipe, sampled by the model itself."""
+    config = load_config(
+        "smollm2_sums",
+        [
+            "steps=1",
+            "engine={kind='transformers'}",
+            "buffer={groups_per_step=8, max_lag=0}",
+            "evaluation.tasks=0",
+            f"learner.model.path={FOLDER}",
+        ],
+    )
+    run_here(config, folder)
+    episodes = [episode for batch in History(folder).groups() for episode in decode(batch).trainable]
+    return Case(_sequences(episodes), str(FOLDER), config.learner.tokens_per_microbatch, rounds=3)
+
+
+def _sequences(episodes: Sequence[Trajectory]) -> list[TokenSequence]:
+    """Theirs, with random advantages."""
     rng = np.random.default_rng(0)
-    found = []
-    for _ in range(prompts):
-        opening = rng.integers(0, vocabulary, prompt)
-        for size in answers:
-            sampled_T = np.arange(prompt + size) >= prompt
-            found.append(
-                TokenSequence(
-                    token_ids_T=np.append(opening, rng.integers(0, vocabulary, size)).astype(np.int32),
-                    sampled_T=sampled_T,
-                    behavior_logprobs_T=np.where(sampled_T, -4.6, 0).astype(np.float32),
-                    advantages_T=np.where(sampled_T, rng.normal(), 0).astype(np.float32),
-                    versions_T=np.where(sampled_T, 0, NOT_SAMPLED).astype(np.int32),
-                )
+    return [s for e in episodes for s in sequences_of(e, rng.normal(size=e.num_sampled).astype(np.float32))]
+
+
+def _group(prompt: int, answers: Sequence[int], vocabulary: int) -> list[TokenSequence]:
+    """Random answers of these lengths to a random prompt."""
+    rng = np.random.default_rng(0)
+    opening, found = rng.integers(0, vocabulary, prompt), []
+    for size in answers:
+        sampled_T = np.arange(prompt + size) >= prompt
+        found.append(
+            TokenSequence(
+                token_ids_T=np.append(opening, rng.integers(0, vocabulary, size)).astype(np.int32),
+                sampled_T=sampled_T,
+                behavior_logprobs_T=np.where(sampled_T, -4.6, 0).astype(np.float32),
+                advantages_T=np.where(sampled_T, rng.normal(), 0).astype(np.float32),
+                versions_T=np.where(sampled_T, 0, NOT_SAMPLED).astype(np.int32),
             )
+        )
     return found
 
 
@@ -104,10 +125,10 @@ def _cases(folder: Path) -> Iterator[tuple[str, Case]]:
         _played("household", folder / "home", 32, "agent.memory=full", "rollout.context_tokens=512"),
     )
     if (FOLDER / "config.json").is_file():
-        yield "smollm2", Case(_groups(8, 45, range(9, 25, 2), 49_152), str(FOLDER), 4096, rounds=3)
+        yield "smollm2", _answered(folder / "smollm2")
     long = folder / "long"
     vocabulary = untaught_model(long, 8192)
-    yield "long_prompt", Case(_groups(1, 4096, [512] * 16, vocabulary), str(long), 16_384, rounds=3)
+    yield "long_prompt", Case(_group(4096, [512] * 16, vocabulary), str(long), 16_384, rounds=3)
 
 
 def _step(case: Case, share: bool) -> Callable[[], dict[str, float]]:
