@@ -87,7 +87,7 @@ class _Divergence(torch.autograd.Function):
         return kl_T
 
     @staticmethod
-    def backward(ctx: Any, kl_grad_T: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, kl_grad_T: Tensor) -> tuple[Any, ...]:
         hidden_TD, weight_VD, bias_V, kl_T, *normalizers = ctx.saved_tensors
 
         def grads() -> Iterator[Tensor]:
@@ -103,9 +103,12 @@ class _Divergence(torch.autograd.Function):
 
 def _logprobs(ctx: Any, own: Head, normalizers: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
     """Logprobs [T, C] of both, one chunk of the vocabulary after another."""
+    heads: tuple[Head, Head] = (own, ctx.other)
     for chunk in chunks(own.weight_VD, ctx.vocab_chunk):
         own_TC, other_TC = (
-            chunk_logits(*head, chunk, ctx.temperature).sub_(normalizer_T[:, None])
-            for head, normalizer_T in zip((own, ctx.other), normalizers, strict=True)
+            chunk_logits(head.hidden_TD, head.weight_VD, head.bias_V, chunk, ctx.temperature).sub_(
+                normalizer_T[:, None]
+            )
+            for head, normalizer_T in zip(heads, normalizers, strict=True)
         )
         yield own_TC, other_TC

@@ -108,7 +108,7 @@ def head_gradients(
     accumulated = wide(hidden_TD)
     hidden_grad_TD = torch.zeros_like(hidden_TD, dtype=accumulated)
     weight_grad_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
-    bias_grad_V = torch.empty_like(bias_V) if ctx.needs_input_grad[2] else None
+    bias_grad_V = torch.empty_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
     with torch.autocast(hidden_TD.device.type, enabled=False):
         for chunk, grad_TC in zip(chunks(weight_VD, ctx.vocab_chunk), grads, strict=True):
             if ctx.temperature != 1.0:

@@ -162,39 +162,41 @@ class Policy:
 
     def score(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Logprob of each sampled token and entropy of its distribution: float32 [N] each, with gradients."""
-        logprobs_M, entropy_M, *_ = self._read(micro, temperature)
+        logprobs_M, entropy_M, *_ = self._read(micro, temperature, None)
         return micro.expanded(logprobs_M), micro.expanded(entropy_M)
 
-    def read(
-        self, micro: MicroBatch, temperature: float, against: Opposite | None = None
+    def read(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The results of `score` and `hidden` from one pass."""
+        return self.compare(micro, temperature, None)[:3]
+
+    def compare(
+        self, micro: MicroBatch, temperature: float, against: Opposite | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The results of `score` and `hidden` from one pass, and with `against` the divergence from it, [N]."""
-        logprobs_M, entropy_M, hidden_MD, kl_M = self._read(micro, temperature, against)
-        kl_N = None if kl_M is None else micro.expanded(kl_M)
-        return micro.expanded(logprobs_M), micro.expanded(entropy_M), micro.expanded(hidden_MD), kl_N
+        """The results of `read`, and the divergence from what it is compared with, [N]."""
+        *found, kl_M = self._read(micro, temperature, against)
+        logprobs_N, entropy_N, hidden_ND = map(micro.expanded, found)
+        return logprobs_N, entropy_N, hidden_ND, None if kl_M is None else micro.expanded(kl_M)
 
     @torch.no_grad()
     def head(self, micro: MicroBatch) -> Head:
         """What this policy, a constant, says at the row's pairs; on several ranks each holds a copy of the head."""
 
         def once() -> Head:
-            weight_VD, bias_V = self._head.weight, self._sampled_bias()
-            whole_VD = weight_VD if self.sharded is None else weight_VD.clone()
-            return Head(self._scored(micro), whole_VD, bias_V)
+            own = Head(self._scored(micro), self._head.weight, self._sampled_bias())
+            return own if self.sharded is None else own._replace(weight_VD=own.weight_VD.clone())
 
         return self._whole(once)
 
     def _read(
-        self, micro: MicroBatch, temperature: float, against: Opposite | None = None
+        self, micro: MicroBatch, temperature: float, against: Opposite | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Logprobs [M], entropies [M], hidden states [M, D] and divergences [M] of the row's pairs."""
 
         def once() -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
             hidden_MD = self._scored(micro)
             own = Head(hidden_MD, self._head.weight, self._sampled_bias())
-            kl_M = None
-            if against is not None:  # logits of both at a time
-                kl_M = divergence(own, against, temperature, self.vocab_chunk(2 * len(hidden_MD)))
+            chunk = self.vocab_chunk(2 * len(hidden_MD))  # logits of both at a time
+            kl_M = divergence(own, against, temperature, chunk) if against else None
             return *self._logprobs(own, micro.targets_M, temperature), hidden_MD, kl_M
 
         return self._whole(once)
@@ -289,10 +291,7 @@ class Policy:
         return torch.autocast(self.settings.device, torch.bfloat16, enabled=enabled)
 
     def _hidden(self, ids_T: Tensor, tree: PrefixTree, **beside: Tensor) -> Tensor:
-        """Final hidden states [T, D] of a packed row, without the logits of the whole row.
-
-        beside: positions, and inputs of the vision tower.
-        """
+        """Final hidden states [T, D] of a packed row. beside: positions, and inputs of the vision tower."""
         with self._autocast():
             hidden_TD = hidden_states(self.model, ids_T, tree, **beside)
         # The head's product has the hidden state's type; under autocast a normalization returns float32.

@@ -90,7 +90,7 @@ class Ilql:
     def _loss(self, micro: MicroBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         settings, targets_N = self._settings, micro.value_targets_N
         assert targets_N is not None
-        logprobs_N, entropy_N, hidden_ND, _ = self._learner.policy.read(micro, 1.0)
+        logprobs_N, entropy_N, hidden_ND = self._learner.policy.read(micro, 1.0)
         seen_ND = hidden_ND.detach() if settings.detach else hidden_ND
         q_2N, q_logprobs_2N = self._action_values(self._q, seen_ND, micro)
         v_N = self._v(seen_ND)

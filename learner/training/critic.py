@@ -227,7 +227,7 @@ class SharedCritic:
             on_device = micro.to(policy.device)
             if temperature is None:
                 return self.head(policy.hidden(on_device))[:, None]
-            logprobs_N, _, hidden_ND, _ = policy.read(on_device, temperature)
+            logprobs_N, _, hidden_ND = policy.read(on_device, temperature)
             return torch.stack([self.head(hidden_ND), logprobs_N], dim=1)
 
         found = and_after(

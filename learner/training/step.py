@@ -130,7 +130,7 @@ def train_step(
         against = None if teacher is None else teacher.against(micro)
         if auxiliary is None and against is None:
             return objective(micro, *policy.score(micro, temperature))
-        logprobs_N, entropy_N, hidden_ND, kl_N = policy.read(micro, temperature, against)
+        logprobs_N, entropy_N, hidden_ND, kl_N = policy.compare(micro, temperature, against)
         loss_N, stats = objective(micro, logprobs_N, entropy_N)
         if auxiliary is not None:
             beside_N, more = auxiliary(micro, hidden_ND)
