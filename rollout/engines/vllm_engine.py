@@ -12,10 +12,11 @@ import asyncio
 import gc
 import itertools
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from rollout.engines.engine import (
     EngineDied,
     EngineFailed,
     EngineStart,
+    Generates,
     Sampling,
     require_finite,
 )
@@ -81,6 +83,7 @@ class VllmEngine:
         self._settings = settings
         self._perception = perception
         self._adapter: Any = None  # LoRA request of prompts, once an adapter was loaded
+        self._beside: dict[str, Any] = {}  # LoRA requests of the adapters that are served side by side
         self._request_ids = itertools.count()
         self._params: dict[tuple[float, float, int], Any] = {}  # of requests without a seed
         self._transfer_ready = False
@@ -98,42 +101,74 @@ class VllmEngine:
         on_gpu: bool = False,
         transfer: str = "manta",
         adapter: AdapterSpec | None = None,
+        adapters: Mapping[str, Path] = MappingProxyType({}),
         perception: Perception | None = None,
         trusted: bool = False,
     ) -> VllmEngine:
         """Start the engine's processes (about 20 s on two cores); they end with this process and the loop's thread.
 
-        adapter: versions are such adapters for the weights of `model`; ValueError if it lacks one of the layers.
-        perception: of a model with vision. trusted: code that comes with the model may be executed.
+        adapter: versions are such adapters for the weights of `model`. adapters: folders of adapters to serve side by
+        side, by name (`generate`, `with_adapter`); only one of the two may be given. ValueError if the model lacks a
+        layer of an adapter. perception: of a model with vision. trusted: code that comes with the model may be
+        executed.
         """
+        if adapter and adapters:
+            raise ValueError(
+                f"{name}: an engine serves either the versions of one adapter or adapters side by side"
+            )
+        specs = [adapter] if adapter else [AdapterSpec.read(folder) for folder in adapters.values()]
         forked = prepare_process(settings, on_gpu, transfer)
+        from rollout.engines.vllm_adapter import loaded_beside
         from rollout.engines.vllm_process import CoreProcess, ending_with_us, unlink_shared_memory
 
         names = checkpoint_names(model, trusted)
-        if adapter and (missing := adapter.missing_from(names)):
+        if missing := [layer for spec in specs for layer in spec.missing_from(names)]:
+            advice = (
+                "use learner.model.lora.sync='merged'" if adapter else "give the base that it was trained on"
+            )
             raise ValueError(
-                f"{name}: model {model} has no tensor {missing[0]}.weight, which the adapter changes; "
-                "use learner.model.lora.sync='merged'"
+                f"{name}: model {model} has no tensor {missing[0]}.weight, which the adapter changes; {advice}"
             )
         with ending_with_us(forked):
             llm = start_llm(
-                model, context_tokens, settings, on_gpu, transfer, adapter, perception is not None, trusted
+                model, context_tokens, settings, on_gpu, transfer, specs, perception is not None, trusted
             )
         core = CoreProcess(name, *llm.engine_core.resources.engine_manager.processes)
         names = adapter.names if adapter else names
         engine = cls(llm, core, name, stop_token_ids, names, settings, perception)
         await engine.ping()
+        try:
+            engine._beside = await loaded_beside(adapters, lambda each: engine._asked(llm.add_lora(each)))
+        except ValueError:
+            await engine.close()
+            raise
         unlink_shared_memory(core.pids)
         # Objects of the start-up live as long as the process: the collector need not scan them again.
         gc.collect()
         gc.freeze()
         return engine
 
+    def with_adapter(self, name: str) -> Generates:
+        """The engine for an agent of one adapter. ValueError for a name that it was not started with."""
+        from rollout.engines.vllm_adapter import WithAdapter
+
+        self._lora(name)
+        return WithAdapter(self, name)
+
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        images: Sequence[str] = (),
+        *,
+        adapter: str | None = None,
     ) -> Completion:
-        """Sample one completion; its last token is the stop token unless it was cut at max_tokens."""
-        output = await self._finished(prompt_ids, self._sampling_params(sampling), images)
+        """Sample one completion; its last token is the stop token unless it was cut at max_tokens.
+
+        adapter: one of those served side by side; without one it is the policy. Requests of all of them share batches.
+        """
+        lora = self._lora(adapter)
+        output = await self._finished(prompt_ids, self._sampling_params(sampling), images, lora)
         completion = output.outputs[0]
         if completion.finish_reason not in ("stop", "length") or completion.weight_versions is None:
             raise EngineFailed(f"{self.name}: a request ended with {completion.finish_reason!r}")
@@ -146,12 +181,12 @@ class VllmEngine:
             versions[span.start : span.end] = int(span.version)
         return Completion(token_ids, np.asarray(chosen, dtype=np.float32), versions, completion.finish_reason)
 
-    async def score(self, token_ids: Sequence[int]) -> Float32Array:
-        """[T-1] logprob of every token after the first, at temperature 1."""
+    async def score(self, token_ids: Sequence[int], *, adapter: str | None = None) -> Float32Array:
+        """[T-1] logprob of every token after the first, at temperature 1; adapter: as of `generate`."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        output = await self._finished(token_ids, params)
+        output = await self._finished(token_ids, params, lora=self._lora(adapter))
         ranks = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
         return np.asarray([rank[token].logprob for rank, token in ranks], dtype=np.float32)
 
@@ -277,7 +312,18 @@ class VllmEngine:
             await self.ping()
             raise
 
-    async def _finished(self, token_ids: Sequence[int], params: Any, images: Sequence[str] = ()) -> Any:
+    def _lora(self, adapter: str | None) -> Any:
+        """The LoRA request of a prompt; the policy's without a name."""
+        if adapter is None:
+            return self._adapter
+        if adapter not in self._beside:
+            have = ", ".join(self._beside) or "none"
+            raise ValueError(f"{self.name} serves no adapter {adapter!r}; it was started with: {have}")
+        return self._beside[adapter]
+
+    async def _finished(
+        self, token_ids: Sequence[int], params: Any, images: Sequence[str] = (), lora: Any = None
+    ) -> Any:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         # The type "token" is the output of vLLM's renderer: nothing is left to tokenize, which saves every request a
@@ -288,7 +334,7 @@ class VllmEngine:
         prompt["cache_salt"] = str(self.version)
         request = f"{self.name}-{next(self._request_ids)}"
         try:
-            generating = self._llm.generate(prompt, params, request, lora_request=self._adapter)
+            generating = self._llm.generate(prompt, params, request, lora_request=lora)
             outputs = [out async for out in generating]
         except EngineDeadError as error:
             raise await self._core.death() from error

@@ -81,7 +81,7 @@ def _engine_core(parent: int, environment: Mapping[str, str], *args: Any, **kwar
     forked = current_platform.is_cpu()
     if forked:
         _wait_asleep()
-        vllm_adapter_cpu.multiply_once()
+        vllm_adapter_cpu.multiply_by_adapter()
         # The core has no threads yet when it starts its worker, so that forking is safe and saves the imports.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     WorkerProc.worker_main = partial(_worker, os.getpid(), forked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
@@ -180,15 +180,15 @@ def start_llm(
     settings: VllmSettings,
     on_gpu: bool,
     transfer: str,
-    adapter: AdapterSpec | None = None,
+    adapters: Sequence[AdapterSpec] = (),
     sees: bool = False,
     trusted: bool = False,
 ) -> Any:
     """Start vLLM's processes, after `prepare_process`, and return its AsyncLLM.
 
-    transfer: the weight-transfer backend: Manta's ("manta"), or vLLM's "nccl" and "ipc" on GPUs. sees: the model has
-    vision, and vLLM's processor of pictures needs the tokenizer. trusted: code that comes with the model may be
-    executed.
+    transfer: the weight-transfer backend: Manta's ("manta"), or vLLM's "nccl" and "ipc" on GPUs. adapters: room for
+    as many at once, of their ranks and layers. sees: the model has vision, and vLLM's processor of pictures needs the
+    tokenizer. trusted: code that comes with the model may be executed.
     """
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -222,8 +222,8 @@ def start_llm(
         "disable_log_stats": True,
         "logits_processors": _logits_processors(model, trusted),
     }
-    adapters = vllm_adapter.arguments(adapter) if adapter else {}
-    arguments = AsyncEngineArgs(**(ours | memory | adapters | as_vllm_takes(settings.args)))
+    low_rank = vllm_adapter.arguments(adapters) if adapters else {}
+    arguments = AsyncEngineArgs(**(ours | memory | low_rank | as_vllm_takes(settings.args)))
     return AsyncLLM.from_engine_args(arguments)
 
 

@@ -7,8 +7,10 @@ Names and files are PEFT's, which vLLM reads too.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -21,6 +23,19 @@ class AdapterSpec:
     rank: int
     alpha: int
     layers: tuple[str, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterSpec:
+        """Read an adapter's folder. ValueError, one line, for one that names no layers in full, as `config` does."""
+        file = folder / CONFIG_FILE
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            layers = stored["target_modules"]
+            if not isinstance(layers, list):
+                raise TypeError(f"target_modules is {layers!r:.80}, not a list of layers")
+            return cls(int(stored["r"]), int(stored["lora_alpha"]), tuple(map(str, layers)))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} describes no adapter that Manta wrote ({error!r})") from error
 
     @property
     def scale(self) -> float:
