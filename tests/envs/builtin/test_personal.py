@@ -24,6 +24,8 @@ from envs.builtin.personal import (
     Question,
     Wishes,
 )
+from rollout.agents.memory import NotebookSettings
+from rollout.agents.settings import wrapped
 
 SEEDS = range(200)
 ANN = "ann detailed imperial warm money"
@@ -248,3 +250,17 @@ def test_every_word_is_in_the_list(level: int) -> None:
         found = played(0.5, seed, level=level, instructions=False)
         text = "\n".join([*map(str, found.observations), *found.actions])
         assert set(re.findall("[a-z]{2,}", text)) <= set(WORDS)
+
+
+def test_a_notebook_is_what_remains_of_a_session_without_memory() -> None:
+    env = wrapped(lambda: Personal(1, memory=False, instructions=False), [NotebookSettings(style="plain")])
+    player = Player(0.0, 0)
+    observation = env.reset(seed=0)[0]
+    wished = messages_of(observation)[-1]["content"].splitlines()[1]
+    env.step(f"write(person, {wished.replace(', ', ' ')})")
+    for _ in range(QUESTIONS):
+        observation = env.step(player.act(observation))[0]
+    opening = messages_of(observation)
+    assert opening[0]["reset_context"] and opening[0]["tools"], "the tools are announced again"
+    assert wished not in str(opening)
+    assert wished.replace(", ", " ") in str(env.step("read(person)")[0])
