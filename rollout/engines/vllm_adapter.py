@@ -10,20 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, Protocol, get_args
 
 from safetensors.torch import save_file
 from vllm.config.lora import MaxLoRARanks
 from vllm.lora.request import LoRARequest
 
-from rollout.engines.engine import Completion, Sampling
+from rollout.engines.engine import Completion, Generates, Sampling
 from rollout.engines.vllm_process import CallFailed
 from rollout.engines.vllm_weights import as_torch
 from rollout.wire.adapter import CONFIG_FILE, TENSOR_FILE, AdapterSpec
 from rollout.wire.weights import WeightUpdate
-
-if TYPE_CHECKING:
-    from rollout.engines.vllm_engine import VllmEngine
 
 _ID, _NAME = 1, "policy"
 PRESENT = LoRARequest(_NAME, _ID, lora_path="loaded by a sync")  # of requests: the version loaded last
@@ -68,10 +65,24 @@ async def loaded_beside(
     return found
 
 
+class ServesAdapters(Generates, Protocol):
+    """An engine that computes every request with an adapter of its own."""
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        images: Sequence[str] = (),
+        *,
+        adapter: str | None = None,
+    ) -> Completion:
+        """Sample as `Generates` does, with the adapter of this name."""
+
+
 class WithAdapter:
     """An engine as an agent of one of its adapters sees it (`Generates`)."""
 
-    def __init__(self, engine: VllmEngine, adapter: str) -> None:
+    def __init__(self, engine: ServesAdapters, adapter: str) -> None:
         self._engine = engine
         self._adapter = adapter
 
@@ -88,5 +99,5 @@ class WithAdapter:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
     ) -> Completion:
-        """Sample with the adapter, see `VllmEngine.generate`."""
+        """Sample with the adapter."""
         return await self._engine.generate(prompt_ids, sampling, images, adapter=self._adapter)

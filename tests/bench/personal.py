@@ -8,7 +8,7 @@ one for all    earlier sessions are in the prompt, but the reward is the mean of
 
 Every policy is evaluated by the reward of the person whom it serves, on people that none was trained on: for the same
 seed the same person, who asks and says the same. The first and the last begin as one model, so that imitation is made
-once for both. Runs use Ray and vLLM; what is there already is not run again. Prints Markdown.
+once for both. Runs use vLLM, without Ray; what is there already is not run again. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from deploy.report.comparison import Difference
 from deploy.report.statistics import clustered_interval
 from envs.builtin.personal import Personal
 from rollout.buffer.segments import read_rows
-from tests.bench.runs import exported, from_model, run_to_end
+from tests.bench.runs import exported, from_model, run_here
 
 RECIPE = "personal"
 WAYS = {
@@ -43,13 +43,15 @@ Sums = Mapping[str, list[float]]  # person -> a number of each of their episodes
 def learned(way: str, seed: int, folder: Path) -> Path:
     """The run of one way."""
     run = folder / f"{way.replace(' ', '-')}-{seed}"
+    if (run / "summary.json").is_file():
+        return run
     overrides = [f"seed={seed}", "checkpoint.keep=100", *WAYS[way]]
     if way == "one for all":
         first = folder / f"{FIRST}-{seed}"
         config = from_model(RECIPE, exported(first, folder / f"imitated-{seed}", 0), overrides)
     else:
         config = load_config(RECIPE, overrides)
-    run_to_end(config, run)
+    run_here(config, run)
     return run
 
 
