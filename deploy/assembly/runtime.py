@@ -87,10 +87,13 @@ class Runtime(Protocol):
         """Let the workers play groups until the replay buffer has given out all the run needs."""
         ...
 
-    async def step(self, number: int, before_publish: Awaitable[object] | None = None) -> Row:
+    async def step(
+        self, number: int, before_publish: Awaitable[object] | None = None, ahead: bool = False
+    ) -> Row:
         """Learner step `number`, published and released. Raises LearnerLost, and what stops the run.
 
-        before_publish: what still needs the version before, such as an evaluation; its error is raised.
+        before_publish: what still needs the version before, such as an evaluation; its error is raised. ahead: the
+        learner may go on with the next step while engines load this one's weights; it is asked for next.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,11 @@ async def stage_data(config: RunConfig, index: int, path: str) -> list[pa.Record
     if isinstance(source, DatasetSource):
         return await _recorded(config, source, f"stages.{index}.source", path)
     return await _played(config, index, source, path)
+
+
+def gather(config: RunConfig, index: int, path: str) -> list[pa.RecordBatch]:
+    """The same, in a process that has no event loop."""
+    return asyncio.run(stage_data(config, index, path))
 
 
 def _chat(config: RunConfig, path: str) -> Chat:

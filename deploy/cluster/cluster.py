@@ -30,7 +30,7 @@ from deploy.assembly.build import (
 )
 from deploy.assembly.models import build_learner, model_path, teacher_path
 from deploy.assembly.runtime import LearnerLost, Row, first_failure, loss_to_come, waited_for
-from deploy.assembly.stage_data import stage_data
+from deploy.assembly.stage_data import gather
 from deploy.assembly.time_limits import time_limits
 from deploy.cluster.actor_member import ActorMember, actor, awaited
 from deploy.cluster.buffer_part import BufferPart
@@ -40,6 +40,7 @@ from deploy.cluster.fleet import Fleet
 from deploy.cluster.learner_part import LearnerPart
 from deploy.cluster.model_nodes import fetch_on_nodes
 from deploy.cluster.native import NOTHING, native_publisher
+from deploy.cluster.step_ahead import StepAhead
 from deploy.cluster.watchdog import Watchdog
 from deploy.config.config import RunConfig
 from deploy.config.supervise import Budget, PartLost, brief, within
@@ -84,8 +85,7 @@ class RayRuntime:
         self._published = asyncio.Event()  # there is a version that engines may be given
         self._learning = asyncio.Event()  # the learner is up
         self._hearts: list[asyncio.Task[None]] = []
-
-    # Start --------------------------------------------------------------------------------------------------------
+        self._steps = StepAhead(self._train)
 
     async def start(self, resume: bool) -> int:
         config, supervision = self._config, self._config.supervision
@@ -118,11 +118,10 @@ class RayRuntime:
         await self._engines.reserve(config.rollout.workers, config.cluster.start_timeout_seconds)
         # A run stopped before its first checkpoint has none to load: it starts over in its folder.
         load = resume and newest(self.run_folder) is not None
-        if shared := config.weights.transfer == "ipc":  # of one GPU an engine takes what the learner has left
-            version = await first_failure(asyncio.create_task(self._start_learner(load)), [found])
+        if config.weights.transfer != "ipc":  # of one GPU an engine takes what the learner has left
+            self._fleet.scale(config.rollout.workers)
+        version = await first_failure(asyncio.create_task(self._start_learner(load)), [found])
         self._fleet.scale(config.rollout.workers)
-        if not shared:
-            version = await first_failure(asyncio.create_task(self._start_learner(load)), [found])
         await found
         if resume:
             await self._of_buffer("rollback", version, new_driver=True)
@@ -190,8 +189,7 @@ class RayRuntime:
     # The driver's verbs -------------------------------------------------------------------------------------------
 
     async def begin_stage(self, index: int) -> tuple[int, int]:
-        gather = partial(_gather, self._config, index, self._path)
-        rows = demonstrate.options(num_cpus=0).remote(gather)
+        rows = demonstrate.options(num_cpus=0).remote(partial(gather, self._config, index, self._path))
         begun = self._lead.begin_stage.remote(index, rows)
         made, steps = await self._within(f"the data of stage {index}", begun)
         return int(made), int(steps)
@@ -203,8 +201,11 @@ class RayRuntime:
         )
         return rows
 
-    async def publish(self) -> Row:
-        """Every serving member holds the learner's version, or is lost; the first time every wanted member serves."""
+    async def publish(self, then: int | None = None) -> Row:
+        """Every serving member holds the learner's version, or is lost; the first time every wanted member serves.
+
+        then: the step that is begun as soon as the version lies where engines load it.
+        """
         if self._native:
             await self._fleet.ready()
             limit = self._limits.publish + self._limits.sync
@@ -213,6 +214,8 @@ class RayRuntime:
             )
             return row
         async with self._borrowed() as update:
+            if then is not None:
+                self._steps.begin(then)
             reports = await self._fleet.publish(update)
         if not self._published.is_set():
             self._published.set()
@@ -226,22 +229,29 @@ class RayRuntime:
     def begin_rollouts(self) -> None:
         self._fleet.play()
 
-    async def step(self, number: int, before_publish: Awaitable[object] | None = None) -> Row:
+    async def step(
+        self, number: int, before_publish: Awaitable[object] | None = None, ahead: bool = False
+    ) -> Row:
         began = time.perf_counter()
-        # The learner waits one step_timeout_seconds for its groups and names the missing ones; the step has another.
-        limit = 2 * self._config.cluster.step_timeout_seconds
-        row: Row = await self._of_learner(
-            "the learner's step", lambda: self._lead.train.remote(number), limit
-        )
+        row = await self._steps.made(number)
         waited = await self._watched(waited_for(before_publish))
         trained = time.perf_counter()
-        published = await self._watched(self.publish())
+        published = await self._watched(self.publish(number + 1 if ahead else None))
         await self._watched(self._of_buffer("release", number))
         ended = time.perf_counter()
         times = {"publish_s": ended - trained, "step_s": ended - began}
         return joined(row, waited, published, times, {"workers": float(len(self._fleet.serving))})
 
+    async def _train(self, number: int) -> Row:
+        # The learner waits one step_timeout_seconds for its groups and names the missing ones; the step has another.
+        limit = 2 * self._config.cluster.step_timeout_seconds
+        row: Row = await self._of_learner(
+            "the learner's step", lambda: self._lead.train.remote(number), limit
+        )
+        return row
+
     async def recover(self, loss: LearnerLost) -> int:
+        self._steps.forget()
         self._learning.clear()
         await self._fleet.pause()
         version = await self._restarted(loss)
@@ -308,6 +318,7 @@ class RayRuntime:
 
     async def close(self) -> None:
         """Let the engines stop their processes and the ledger close, then end the actors."""
+        self._steps.forget()
         for heart in self._hearts:
             heart.cancel()
         await asyncio.gather(*self._hearts, return_exceptions=True)
@@ -318,8 +329,6 @@ class RayRuntime:
             await self._buffer.close()
         if self._learner is not None:
             self._learner.close()
-
-    # Weights ------------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def _lend(self) -> AsyncIterator[WeightUpdate]:
@@ -361,16 +370,12 @@ class RayRuntime:
                     ) from error
                 await asyncio.sleep(0.5)
 
-    # Heartbeats ---------------------------------------------------------------------------------------------------
-
     async def _watch_learner(self) -> None:
         assert self._learner is not None
         lost = self._learner_lost
         how = await self._learner.lost(self._config.supervision, self._noticed.hear)
         if not lost.done():
             lost.set_exception(LearnerLost(how))
-
-    # Waiting ------------------------------------------------------------------------------------------------------
 
     async def _hand_on(self, worker: str, lost: str = "") -> int:
         self._handles.pop(worker, None)
@@ -392,7 +397,3 @@ class RayRuntime:
 
     async def _within(self, what: str, pending: Any, limit: float | None = None) -> Any:
         return await within(limit or self._config.cluster.start_timeout_seconds, awaited(pending), what)
-
-
-def _gather(config: RunConfig, index: int, path: str) -> Any:
-    return asyncio.run(stage_data(config, index, path))

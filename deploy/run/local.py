@@ -121,7 +121,9 @@ class LocalRuntime(LearnerHere):
         self._started.callback(LoopWatch().close)
         self._runs = [asyncio.create_task(worker.run(), name=worker.name) for worker in self._workers]
 
-    async def step(self, number: int, before_publish: Awaitable[object] | None = None) -> Row:
+    async def step(
+        self, number: int, before_publish: Awaitable[object] | None = None, ahead: bool = False
+    ) -> Row:
         return await first_failure(asyncio.create_task(self._step(number, before_publish)), self._runs)
 
     async def _step(self, number: int, before_publish: Awaitable[object] | None) -> Row:

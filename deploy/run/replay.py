@@ -44,7 +44,9 @@ class ReplayRuntime(LearnerHere):
     def begin_rollouts(self) -> None:
         pass
 
-    async def step(self, number: int, before_publish: Awaitable[object] | None = None) -> Row:
+    async def step(
+        self, number: int, before_publish: Awaitable[object] | None = None, ahead: bool = False
+    ) -> Row:
         began = time.perf_counter()
         row = await self._learner.train(number)
         return joined(row, {"publish_s": 0.0, "step_s": time.perf_counter() - began})

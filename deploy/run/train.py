@@ -186,7 +186,9 @@ class Training:
             if self._evaluations.missing(version):  # the run was stopped while it was under way
                 evaluating = asyncio.ensure_future(self._evaluations.play(step_name(version), version))
             for step in range(version + 1, self.config.steps + 1):
-                row = await self.ring.step(step, evaluating)
+                # A checkpoint is of the version that the learner stands at.
+                ahead = step < self.config.steps and not self._saves(step)
+                row = await self.ring.step(step, evaluating, ahead)
                 evaluating = None
                 self._require_fresh(row)
                 counters = await self.ring.counters()

@@ -20,6 +20,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -54,6 +55,13 @@ class Source(Protocol):
     async def discard(self, version: int, reason: DropReason) -> None: ...
     async def checkpointed(self, version: int) -> None: ...
     async def counts(self) -> dict[str, int]: ...
+
+
+@dataclass(slots=True)
+class _Offer:
+    update: WeightUpdate
+    kept: Any  # what keeps its bytes
+    pins: int = 0  # callers that were offered it and have not let go
 
 
 class LearnerLoop:
@@ -91,8 +99,8 @@ class LearnerLoop:
         self._training, self._offering, self._weights = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self._staging = Staging()
         self._snapshot: Snapshot | None = None  # what the staging buffer holds
-        self._placed: tuple[WeightUpdate, Any] | None = None  # of that snapshot
-        self._pins = 0  # callers that were offered it and have not let go
+        self._placed: _Offer | None = None  # of that snapshot
+        self._offers: list[_Offer] = []  # it, and earlier ones that engines may still be loading
 
     @property
     def version(self) -> int:
@@ -145,12 +153,14 @@ class LearnerLoop:
                     raise RuntimeError(
                         "a stage is under way: the weights are no version, and are offered to nobody"
                     )
-                self._placed = None
+                # The version before may be loaded still: the step after it is made meanwhile. None before that is.
+                self._placed, self._offers = None, self._offers[-1:]
                 self._snapshot = await self._take_snapshot(self._staging, delta)
             if self._placed is None:
-                self._placed, self._pins = await to_its_end(self._put, self._snapshot), 0
-            self._pins += 1
-            return self._placed[0]
+                self._placed = _Offer(*await to_its_end(self._put, self._snapshot))
+                self._offers.append(self._placed)
+            self._placed.pins += 1
+            return self._placed.update
 
     async def unpin_weights(self, version: int, handle: Handle) -> None:
         """One caller's engines hold this offer: the last lets go of it. The staging buffer keeps its bytes.
@@ -158,11 +168,12 @@ class LearnerLoop:
         Calls may overtake each other, as those of an asyncio actor do: a later caller's offer outlives this call.
         """
         async with self._offering:
-            placed = self._placed
-            if placed is not None and (placed[0].version, placed[0].handle) == (version, handle):
-                self._pins -= 1
-                if not self._pins:
-                    self._placed = None
+            for offer in self._offers:
+                if (offer.update.version, offer.update.handle) == (version, handle):
+                    offer.pins -= 1
+            self._offers = [offer for offer in self._offers if offer.pins]
+            if self._placed is not None and not self._placed.pins:
+                self._placed = None
 
     async def publish_native(self) -> Row:
         """Send the present version by vLLM's own transfer; returns when all engines have proved that they hold it."""

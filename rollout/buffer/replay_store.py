@@ -91,8 +91,8 @@ class ReplayStore:
 
     @property
     def in_step(self) -> int:
-        """Groups of a step that is not released."""
-        return len(self._scheduler.taken)
+        """Groups of steps that are not released."""
+        return self._scheduler.in_steps
 
     @property
     def leases(self) -> list[tuple[int, str]]:
@@ -188,25 +188,25 @@ class ReplayStore:
     def take(self, version: int, share: Partition = WHOLE) -> list[pa.RecordBatch] | None:
         """Return the groups of the step from `version` to the next, in order of group id; None while not ready.
 
-        The groups it reuses follow. A repeated call returns the same groups, and a rank the same share. Raises
+        The learner may stand one step before the engines, whom the step before it was not released for yet. The groups
+        it reuses follow. A repeated call returns the same groups, and a rank the same share. Raises
         TooManyFailures and StepTorn.
         """
-        asked_again = bool(self._scheduler.taken) and version == self.version
-        if version != self.version and not (self._scheduler.taken and version == self.version + 1):
+        if not self._scheduler.may_take(version):
             raise ValueError(f"take({version}) does not follow version {self.version}; call rollback() first")
-        if asked_again:
-            if (batches := self._read(self._scheduler.taken, self._reuse.of(version))) is not None:
+        if taken := self._scheduler.taken(version):
+            if (batches := self._read(version, taken, self._reuse.of(version))) is not None:
                 return share.of(batches)
             if share != WHOLE:
                 raise StepTorn(
                     f"rows of the step after version {version} are lost, and other ranks may have their share"
                 )
         self._failures.require_below_limit()
-        while (chosen := self._scheduler.choose()) is not None:
+        while (chosen := self._scheduler.choose(version)) is not None:
             reused = self._reuse.choose(version)
-            if (batches := self._read(chosen, reused)) is not None:
+            if (batches := self._read(version, chosen, reused)) is not None:
                 self._ledger.take([at for at, _ in chosen], version, [each.group_id for each in reused])
-                self._scheduler.take()
+                self._scheduler.take(version)
                 for _, group in chosen if share == WHOLE else ():
                     group.batch = None  # a repeated call reads it from disk
                 return share.of(batches)
@@ -217,17 +217,17 @@ class ReplayStore:
 
         Their rows are kept under RUN/discarded, even when their segments are removed.
         """
-        taken = self._scheduler.taken if version == self.version else []
-        if taken and (batches := self._read(taken, self._reuse.of(version))):
+        taken = self._scheduler.taken(version)
+        if taken and (batches := self._read(version, taken, self._reuse.of(version))):
             write_once(self._folder / "discarded" / f"version-{version:08d}", batches)
             self._ledger.discard([group_id for group_id, _ in taken], reason, version)
-            self._scheduler.discard()
+            self._scheduler.discard(version)
 
     def release(self, version: int) -> None:
         """Engines hold `version`: free the slots of the groups it was trained on."""
         if version == self.version:
             return
-        if version == self.version + 1 and self._scheduler.taken:
+        if version == self.version + 1 and self._scheduler.taken(self.version):
             self._ledger.release(version)
         self._scheduler.release(version)
 
@@ -295,11 +295,11 @@ class ReplayStore:
                     self._leases.waiting[group_id] = slot
                 case "again":  # REISSUE
                     self._leases.reissue[group_id] = slot
-                case state:
+                case _:
                     assert stored.location is not None
                     group = CompleteGroup(slot, stored.location, None)
                     # A group may be trained before it is released: the checkpoint was written while engines loaded.
-                    restore(group_id, slot.version, group, taken=state != "complete")
+                    restore(group_id, slot.version, group, taken=stored.taken_version)
 
     def _empty_buffer(self, version: int) -> StalenessScheduler[CompleteGroup]:
         return StalenessScheduler(self.settings.groups_per_step, self.settings.max_lag, version)
@@ -369,20 +369,20 @@ class ReplayStore:
         return locations
 
     def _read(
-        self, groups: Sequence[tuple[int, CompleteGroup]], reused: Sequence[ReusedGroup]
+        self, version: int, groups: Sequence[tuple[int, CompleteGroup]], reused: Sequence[ReusedGroup]
     ) -> list[pa.RecordBatch] | None:
-        """Read the rows of these groups; None where some are lost: fresh groups are then reissued."""
+        """Read the rows of the step after `version`; None where some are lost: fresh groups are then reissued."""
         try:
             fresh = [group.read(self._groups) for _, group in groups]
             return fresh + [group.read(self._groups) for group in reused]
         except CorruptSegment as error:
-            self._set_aside(error)
+            self._set_aside(version, error)
             return None
 
-    def _set_aside(self, error: CorruptSegment) -> None:
+    def _set_aside(self, version: int, error: CorruptSegment) -> None:
         # A repeated call means that the step has received none of its groups.
-        self._ledger.give_back([group_id for group_id, _ in self._scheduler.taken], self.version)
-        self._scheduler.give_back()
+        self._ledger.give_back([group_id for group_id, _ in self._scheduler.taken(version)], version)
+        self._scheduler.give_back(version)
         complete = self._scheduler.completed.items()
         lost = {at: group.slot for at, group in complete if group.location.segment == error.segment}
         aside = self._segments.set_aside(error.segment)

@@ -2,7 +2,8 @@
 
 There are (S+1)*P slots for P groups a step and a maximum lag of S versions. A slot is held from `reserve` until the
 engines hold the weights of the step that took its group, or until the group is dropped. A group issued at version a
-must be taken at version a+S at the latest; that is its deadline.
+must be taken at version a+S at the latest; that is its deadline. The learner may take one step ahead of the engines:
+it learns at version v+1 while they, who hold v, are brought there; the slots of both steps are then held.
 
 `take` therefore prefers complete groups, oldest first, but leaves no group behind that could miss its deadline: after
 it, for every j >= 1, at most j*P waiting groups may have a deadline within the next j steps. The number of slots makes
@@ -34,7 +35,9 @@ class StalenessScheduler(Generic[Payload]):
         self.groups_per_step = groups_per_step
         self.max_lag = max_lag
         self._waiting: dict[int, _Waiting[Payload]] = {}
-        self._taken: dict[int, _Waiting[Payload]] = {}
+        self._taken: dict[
+            int, dict[int, _Waiting[Payload]]
+        ] = {}  # by the version that the learner took them at
 
     @property
     def capacity(self) -> int:
@@ -43,7 +46,7 @@ class StalenessScheduler(Generic[Payload]):
     @property
     def outstanding(self) -> int:
         """Slots held: by groups that wait for completion or for a step, and by groups taken but not released."""
-        return len(self._waiting) + len(self._taken)
+        return len(self._waiting) + self.in_steps
 
     @property
     def complete(self) -> int:
@@ -58,9 +61,19 @@ class StalenessScheduler(Generic[Payload]):
         }
 
     @property
-    def taken(self) -> list[tuple[int, Payload]]:
-        """The groups of the step not yet released, in order of group id."""
-        return [(group_id, _payload(entry)) for group_id, entry in sorted(self._taken.items())]
+    def in_steps(self) -> int:
+        """Groups of steps not yet released."""
+        return sum(map(len, self._taken.values()))
+
+    def taken(self, version: int) -> list[tuple[int, Payload]]:
+        """The groups of the step after `version`, in order of group id; empty once released."""
+        return [
+            (group_id, _payload(entry)) for group_id, entry in sorted(self._taken.get(version, {}).items())
+        ]
+
+    def may_take(self, version: int) -> bool:
+        """Whether the step after `version` is the next to be released, or follows that one."""
+        return version == self.version or (version == self.version + 1 and self.version in self._taken)
 
     def reserve(self, group_id: int, issue_version: int | None = None) -> bool:
         """Hold a slot for a new group; False if none is free.
@@ -79,11 +92,12 @@ class StalenessScheduler(Generic[Payload]):
         return True
 
     def restore(
-        self, group_id: int, issue_version: int, payload: Payload | None, taken: bool = False
+        self, group_id: int, issue_version: int, payload: Payload | None, taken: int | None = None
     ) -> None:
-        """Hold a slot that an earlier process issued, waiting or taken, without checks."""
+        """Hold a slot that an earlier process issued, without checks. taken: at which version; None: it waits."""
         self._require_new(group_id)
-        (self._taken if taken else self._waiting)[group_id] = _Waiting(issue_version + self.max_lag, payload)
+        held = self._waiting if taken is None else self._taken.setdefault(taken, {})
+        held[group_id] = _Waiting(issue_version + self.max_lag, payload)
 
     def add(self, group_id: int, payload: Payload) -> None:
         """Mark a group as complete."""
@@ -97,48 +111,47 @@ class StalenessScheduler(Generic[Payload]):
         if self._waiting.pop(group_id, None) is None:
             raise ValueError(f"group {group_id} holds no slot that can be dropped")
 
-    def choose(self) -> list[tuple[int, Payload]] | None:
-        """Return the next step's P groups in order of group id, or None while they are not ready."""
-        if self._taken:
-            return None  # the last step has not been released
+    def choose(self, version: int) -> list[tuple[int, Payload]] | None:
+        """Return the P groups of the step after `version` in order of group id, or None while they are not ready."""
+        if version in self._taken or not self.may_take(version):
+            return None
         ready = sorted((self._waiting[group_id].deadline, group_id) for group_id in self.completed)
         if len(ready) < self.groups_per_step:
             return None
         # Taking the earliest deadlines leaves the fewest urgent groups: if this choice is not feasible, none is.
         chosen = {group_id for _, group_id in ready[: self.groups_per_step]}
         left = [entry.deadline for group_id, entry in self._waiting.items() if group_id not in chosen]
-        if not self._can_be_met(left, first_step=self.version + 1):
+        if not self._can_be_met(left, first_step=version + 1):
             return None
         return [(group_id, _payload(self._waiting[group_id])) for group_id in sorted(chosen)]
 
-    def take(self) -> list[tuple[int, Payload]] | None:
+    def take(self, version: int) -> list[tuple[int, Payload]] | None:
         """Take the groups that `choose` returns."""
-        chosen = self.choose()
-        for group_id, _ in chosen or ():
-            self._taken[group_id] = self._waiting.pop(group_id)
+        chosen = self.choose(version)
+        if chosen is not None:
+            self._taken[version] = {group_id: self._waiting.pop(group_id) for group_id, _ in chosen}
         return chosen
 
-    def give_back(self) -> None:
-        """Make taken groups ready again: the step has not received them."""
-        self._waiting.update(self._taken)
-        self._taken.clear()
+    def give_back(self, version: int) -> None:
+        """Make the groups of the step after `version` ready again: it has not received them."""
+        self._waiting.update(self._taken.pop(version, {}))
 
-    def discard(self) -> None:
-        """Free the slots of taken groups that the step cannot train on; the same step takes other groups."""
-        self._taken.clear()
+    def discard(self, version: int) -> None:
+        """Free the slots of groups that the step after `version` cannot train on; the same step takes others."""
+        self._taken.pop(version, None)
 
     def release(self, version: int) -> None:
-        """Engines hold `version`, the result of the last step taken: free the slots of its groups."""
-        if not self._taken or version != self.version + 1:
+        """Engines hold `version`, the result of the step before: free the slots of its groups."""
+        if self.version not in self._taken or version != self.version + 1:
             raise ValueError(
                 f"release({version}) does not follow: engines held version {self.version} and "
-                f"{len(self._taken)} groups were taken for the next one"
+                f"{len(self._taken.get(self.version, ()))} groups were taken for the next one"
             )
+        del self._taken[self.version]
         self.version = version
-        self._taken.clear()
 
     def _require_new(self, group_id: int) -> None:
-        if group_id in self._waiting or group_id in self._taken:
+        if group_id in self._waiting or any(group_id in step for step in self._taken.values()):
             raise ValueError(f"group {group_id} already holds a slot")
 
     def _can_be_met(self, deadlines: list[int], first_step: int) -> bool:

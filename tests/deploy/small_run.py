@@ -88,12 +88,14 @@ class Stopped(Exception):
 def _stop(ring: Any, after: int) -> None:
     step, done = ring.step, 0
 
-    async def step_or_stop(number: int, before_publish: Awaitable[object] | None = None) -> Row:
+    async def step_or_stop(
+        number: int, before_publish: Awaitable[object] | None = None, ahead: bool = False
+    ) -> Row:
         nonlocal done
         if done == after:
             raise Stopped
         done += 1
-        row: Row = await step(number, before_publish)
+        row: Row = await step(number, before_publish, ahead)
         return row
 
     ring.step = step_or_stop

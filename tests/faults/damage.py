@@ -112,10 +112,10 @@ def _forked(call: Callable[[], None]) -> int:
 class _Dying(LocalRuntime):
     """A runtime that is killed in a step."""
 
-    async def step(self, number: int, before_publish: Any = None) -> dict[str, Any]:
+    async def step(self, number: int, before_publish: Any = None, ahead: bool = False) -> dict[str, Any]:
         if number == KILLED_AT:
             os.kill(os.getpid(), signal.SIGKILL)
-        return await super().step(number, before_publish)
+        return await super().step(number, before_publish, ahead)
 
 
 def _files(killed: Path) -> list[str]:

@@ -225,9 +225,10 @@ def test_what_a_later_caller_was_offered_outlives_an_earlier_ones_letting_go(set
         assert setup.shelf.placed == 2
         await setup.loop.train(1)
         later = await setup.loop.publish_weights()
-        await setup.loop.unpin_weights(
-            anew.version, anew.handle
-        )  # of the version before: no concern of this one
+        anew.verify()  # engines may still load the version before
+        await setup.loop.unpin_weights(anew.version, anew.handle)
+        with pytest.raises(OSError):
+            anew.verify()
         assert await setup.loop.publish_weights() is later
 
     asyncio.run(run())

@@ -83,13 +83,14 @@ class StoreMachine(RuleBasedStateMachine):
         return ids(self.fates, *states)
 
     @property
-    def in_step(self) -> bool:
-        return self.version > self.store.version
+    def in_steps(self) -> int:
+        """Steps that engines were not given yet: at most one ahead of the one that they are being given."""
+        return self.version - self.store.version
 
     @property
     def free(self) -> bool:
         """Whether a slot is free."""
-        held = len(self.ids("issued", "waiting", "complete")) + GROUPS_PER_STEP * self.in_step
+        held = len(self.ids("issued", "waiting", "complete")) + GROUPS_PER_STEP * self.in_steps
         return held < (self.settings.max_lag + 1) * GROUPS_PER_STEP
 
     @property
@@ -233,8 +234,9 @@ class StoreMachine(RuleBasedStateMachine):
         for group_id in self.ids("issued")[slow:]:
             if group_id in self.ids("issued"):
                 self.finish(data, [], [], [group_id])
-        self.take(data)
-        if self.in_step:
+        if self.in_steps < 2:
+            self.take(data)
+        while self.in_steps:
             self.release(data)
         if self.ids("issued"):
             self.commit(data)
@@ -277,12 +279,13 @@ class StoreMachine(RuleBasedStateMachine):
 
     # The learner ------------------------------------------------------------------------------------------------------
 
+    @precondition(lambda self: self.in_steps < 2)
     @rule(data=st.data())
     def take(self, data: st.DataObject) -> None:
         batches = self.call(data, lambda: self.store.take(self.version))
         if batches is None:
             everything = len(self.ids("complete")) >= GROUPS_PER_STEP and not self.ids("issued", "waiting")
-            assert self.in_step or not everything
+            assert not everything
             return
         given = [decode(batch) for batch in batches]
         groups = given[:GROUPS_PER_STEP]
@@ -306,19 +309,20 @@ class StoreMachine(RuleBasedStateMachine):
         self.history.append(ids)
         self.version += 1
 
-    @precondition(lambda self: self.in_step)
+    @precondition(lambda self: self.in_steps)
     @rule(data=st.data())
     def the_step_asked_again_gets_the_same(self, data: st.DataObject) -> None:
         batches = self.call(data, lambda: self.store.take(self.version - 1))
         reused = self.reuse.used.get(self.version - 1, [])
         assert [decode(batch).slot.group_id for batch in batches or []] == self.history[-1] + reused
 
-    @precondition(lambda self: self.in_step)
+    @precondition(lambda self: self.in_steps)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        self.call(data, lambda: self.store.release(self.version))
+        version = self.store.version + 1
+        self.call(data, lambda: self.store.release(version))
 
-    @precondition(lambda self: self.in_step and self.fates[self.history[-1][0]].state == "taken")
+    @precondition(lambda self: self.in_steps and self.fates[self.history[-1][0]].state == "taken")
     @rule(data=st.data())
     def discard(self, data: st.DataObject) -> None:
         """The learner could make no step of what it took."""

@@ -21,14 +21,19 @@ class Driven:
         self.buffer: StalenessScheduler[str] = StalenessScheduler(groups_per_step, max_lag)
         self.playing: dict[int, int] = {}  # group id -> version at issue
         self.complete: dict[int, int] = {}
-        self.in_step: list[int] = []
+        self.in_steps: list[list[int]] = []  # the step whose weights engines are given, and one ahead of it
         self.trained: list[int] = []
         self.dropped: list[int] = []
         self.next_id = 0
 
     @property
     def held(self) -> int:
-        return len(self.playing) + len(self.complete) + len(self.in_step)
+        return len(self.playing) + len(self.complete) + sum(map(len, self.in_steps))
+
+    @property
+    def learner(self) -> int:
+        """The version that the next step begins with."""
+        return self.buffer.version + len(self.in_steps)
 
     def reserve(self) -> None:
         buffer = self.buffer
@@ -48,10 +53,10 @@ class Driven:
         self.dropped.append(group_id)
 
     def take(self) -> bool:
-        buffer = self.buffer
-        taken = buffer.take()
+        buffer, version = self.buffer, self.learner
+        taken = buffer.take(version)
         if taken is None:
-            if not self.in_step:
+            if len(self.in_steps) < 2:
                 possible = combinations(self.complete, buffer.groups_per_step)
                 assert not any(map(self.nobody_comes_late_after, possible)), "take waits though it need not"
             return False
@@ -60,31 +65,33 @@ class Driven:
         assert ids == sorted(ids)
         assert [payload for _, payload in taken] == [f"payload {group_id}" for group_id in ids]
         for group_id in ids:
-            assert buffer.version - self.complete.pop(group_id) <= buffer.max_lag
-        self.in_step = ids
+            assert version - self.complete[group_id] <= buffer.max_lag
         assert self.nobody_comes_late_after(ids)
+        for group_id in ids:
+            del self.complete[group_id]
+        self.in_steps.append(ids)
+        assert buffer.taken(version) == taken and buffer.choose(version) is None
         return True
 
     def nobody_comes_late_after(self, step: Collection[int]) -> bool:
         """The definition: for every j >= 1, at most j*P of those left have a deadline within j steps."""
-        buffer = self.buffer
+        buffer, version = self.buffer, self.learner
         left = [issued for group_id, issued in (self.playing | self.complete).items() if group_id not in step]
         return all(
-            sum(issued + buffer.max_lag - buffer.version <= j for issued in left)
-            <= j * buffer.groups_per_step
+            sum(issued + buffer.max_lag - version <= j for issued in left) <= j * buffer.groups_per_step
             for j in range(buffer.max_lag + 1)
         )
 
     def release(self) -> None:
         self.buffer.release(self.buffer.version + 1)
-        self.trained += self.in_step
-        self.in_step = []
+        self.trained += self.in_steps.pop(0)
 
     def check(self) -> None:
         buffer = self.buffer
         assert buffer.outstanding == self.held <= buffer.capacity
         assert buffer.complete == len(self.complete)
-        everywhere = [*self.playing, *self.complete, *self.in_step, *self.trained, *self.dropped]
+        taken = [group_id for step in self.in_steps for group_id in step]
+        everywhere = [*self.playing, *self.complete, *taken, *self.trained, *self.dropped]
         assert sorted(everywhere) == list(range(self.next_id))
 
 
@@ -94,7 +101,7 @@ def test_any_order_of_calls_keeps_every_promise(sizes: tuple[int, int], data: st
     driven = Driven(*sizes)
     for _ in range(data.draw(st.integers(0, 60))):
         actions = (
-            ["reserve", "take"] + ["add", "drop"] * bool(driven.playing) + ["release"] * bool(driven.in_step)
+            ["reserve", "take"] + ["add", "drop"] * bool(driven.playing) + ["release"] * bool(driven.in_steps)
         )
         # Reserve and add as often as the rest together, or hardly a step would be reached.
         match data.draw(st.sampled_from([*actions, "reserve", *(["add", "add"] if driven.playing else [])])):
@@ -111,7 +118,7 @@ def test_any_order_of_calls_keeps_every_promise(sizes: tuple[int, int], data: st
         driven.check()
     # From any state, a few steps of plain work go through: nothing has stuck.
     for _ in range(driven.buffer.max_lag + 2):
-        if driven.in_step:
+        while driven.in_steps:
             driven.release()
         while driven.held < driven.buffer.capacity:
             driven.reserve()
@@ -133,9 +140,9 @@ def test_without_lag_a_step_is_the_groups_issued_for_it(groups_per_step: int, or
         shuffled = list(ids)
         order.shuffle(shuffled)  # type: ignore[attr-defined]
         for group_id in shuffled:
-            assert buffer.take() is None
+            assert buffer.take(buffer.version) is None
             buffer.add(group_id, -group_id)
-        assert buffer.take() == [(group_id, -group_id) for group_id in ids]
+        assert buffer.take(buffer.version) == [(group_id, -group_id) for group_id in ids]
         buffer.release(version + 1)
 
 
@@ -146,16 +153,16 @@ def test_a_step_goes_on_without_a_straggler_until_its_deadline() -> None:
     for group_id in (3, 2):
         buffer.add(group_id, "")
     # Groups 0 and 1 may still be trained at version 1.
-    assert [group_id for group_id, _ in buffer.take() or []] == [2, 3]
+    assert [group_id for group_id, _ in buffer.take(buffer.version) or []] == [2, 3]
     buffer.release(1)
     for group_id in (4, 5):
         buffer.reserve(group_id)
         buffer.add(group_id, "")
-    assert buffer.take() is None, "groups 0 and 1 would be two versions old afterwards"
+    assert buffer.take(buffer.version) is None, "groups 0 and 1 would be two versions old afterwards"
     buffer.add(0, "")
-    assert buffer.take() is None
+    assert buffer.take(buffer.version) is None
     buffer.add(1, "")
-    assert [group_id for group_id, _ in buffer.take() or []] == [0, 1]
+    assert [group_id for group_id, _ in buffer.take(buffer.version) or []] == [0, 1]
 
 
 def test_a_group_that_came_late_does_not_make_two_others_late() -> None:
@@ -164,11 +171,11 @@ def test_a_group_that_came_late_does_not_make_two_others_late() -> None:
     for group_id in range(4):
         buffer.reserve(group_id)
     buffer.add(0, "")
-    assert buffer.take() is None
+    assert buffer.take(buffer.version) is None
     buffer.drop(1)
     buffer.reserve(4)
     buffer.add(3, "")
-    assert [group_id for group_id, _ in buffer.take() or []] == [0, 3]
+    assert [group_id for group_id, _ in buffer.take(buffer.version) or []] == [0, 3]
 
 
 def test_a_rollback_lets_in_what_can_still_be_on_time() -> None:
@@ -189,9 +196,9 @@ def test_a_rollback_lets_in_what_can_still_be_on_time() -> None:
         (lambda b: b.add(7, ""), "group 7 is not waiting"),
         (lambda b: b.drop(7), "group 7 holds no slot"),
         (lambda b: b.release(1), "does not follow"),
-        (lambda b: (b.take(), b.release(2)), "does not follow"),
-        (lambda b: (b.take(), b.drop(1)), "group 1 holds no slot"),
-        (lambda b: (b.take(), b.reserve(1)), "group 1 already holds a slot"),
+        (lambda b: (b.take(0), b.release(2)), "does not follow"),
+        (lambda b: (b.take(0), b.drop(1)), "group 1 holds no slot"),
+        (lambda b: (b.take(0), b.reserve(1)), "group 1 already holds a slot"),
         (lambda b: StalenessScheduler(0, 1), "groups_per_step=0"),
     ],
 )
