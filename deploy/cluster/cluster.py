@@ -118,10 +118,11 @@ class RayRuntime:
         await self._engines.reserve(config.rollout.workers, config.cluster.start_timeout_seconds)
         # A run stopped before its first checkpoint has none to load: it starts over in its folder.
         load = resume and newest(self.run_folder) is not None
-        if config.weights.transfer != "ipc":  # of one GPU an engine takes what the learner has left
+        if not (shared := config.weights.transfer == "ipc"):
             self._fleet.scale(config.rollout.workers)
         version = await first_failure(asyncio.create_task(self._start_learner(load)), [found])
-        self._fleet.scale(config.rollout.workers)
+        if shared:  # of one GPU an engine takes what the learner has left
+            self._fleet.scale(config.rollout.workers)
         await found
         if resume:
             await self._of_buffer("rollback", version, new_driver=True)
