@@ -84,8 +84,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @property
     def in_steps(self) -> int:
-        """Steps that engines were not given yet: at most one ahead of the one that they are being given."""
-        return self.version - self.store.version
+        return self.version - self.store.version  # the step that engines are being given, and one ahead of it
 
     @property
     def free(self) -> bool:
@@ -284,8 +283,7 @@ class StoreMachine(RuleBasedStateMachine):
     def take(self, data: st.DataObject) -> None:
         batches = self.call(data, lambda: self.store.take(self.version))
         if batches is None:
-            everything = len(self.ids("complete")) >= GROUPS_PER_STEP and not self.ids("issued", "waiting")
-            assert not everything
+            assert len(self.ids("complete")) < GROUPS_PER_STEP or self.ids("issued", "waiting")
             return
         given = [decode(batch) for batch in batches]
         groups = given[:GROUPS_PER_STEP]
