@@ -1,4 +1,4 @@
-"""The public configurations of two Qwen3 models, and their sizes by hand; no weights are needed."""
+"""The public configurations of Qwen3 models, and their sizes by hand; no weights are needed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Qwen3:
     key_heads: int = 8
     head_width: int = 128
     vocabulary: int = 151936
+    experts: int = 0  # of each layer, `mlp` wide; 0: a dense model
 
     @property
     def parameters(self) -> int:
@@ -27,12 +28,25 @@ class Qwen3:
         attention = 2 * self.width * self.heads * self.head_width
         attention += 2 * self.width * self.key_heads * self.head_width
         norms = 2 * self.width + 2 * self.head_width
-        layer = attention + 3 * self.width * self.mlp + norms
+        router = self.experts * self.width
+        layer = attention + max(self.experts, 1) * 3 * self.width * self.mlp + router + norms
         embedding = self.vocabulary * self.width
         return self.layers * layer + self.width + embedding * (1 if self.tied else 2)
 
     def config(self) -> dict[str, Any]:
         """The config.json, as published."""
+        mixture = {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "model_type": "qwen3_moe",
+            "moe_intermediate_size": self.mlp,
+            "norm_topk_prob": True,
+            "num_experts": self.experts,
+            "num_experts_per_tok": 8,
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.001,
+        }
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "attention_bias": False,
@@ -60,7 +74,7 @@ class Qwen3:
             "use_cache": True,
             "use_sliding_window": False,
             "vocab_size": self.vocabulary,
-        }
+        } | (mixture if self.experts else {})
 
     def write(self, folder: Path) -> Path:
         """Write the config.json into a folder and return its path."""
@@ -71,3 +85,5 @@ class Qwen3:
 
 QWEN3_06B = Qwen3(width=1024, layers=28, heads=16, mlp=3072, tied=True)
 QWEN3_8B = Qwen3(width=4096, layers=36, heads=32, mlp=12288, tied=False)
+QWEN3_32B = Qwen3(width=5120, layers=64, heads=64, mlp=25600, tied=False)
+QWEN3_30B_A3B = Qwen3(width=2048, layers=48, heads=32, key_heads=4, mlp=768, tied=False, experts=128)

@@ -18,6 +18,7 @@ from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from learner.model.footprint import Saved, Shape, blank_model, saved_by, shape_of
 from learner.model.lora import chosen_layers
+from learner.parallel.traffic import Traffic
 from learner.training.memory_estimate import Amount, head_bytes, host_amounts, learner_amounts, stage_amounts
 from rollout.engines.vllm_start import VllmSettings
 from rollout.wire.model_folder import pretrained
@@ -135,6 +136,12 @@ def sent_bytes(run: RunConfig, model: ModelFacts) -> int:
     return numbers * SIZES[run.engine.dtype]
 
 
+def traffic(run: RunConfig, model: ModelFacts) -> Traffic:
+    """What the learner's ranks exchange."""
+    size = SIZES[run.learner.model.dtype]
+    return Traffic.of(model.shape.parameters, run.learner.ranks, size, SIZES[run.engine.dtype])
+
+
 def stored_tokens(run: RunConfig) -> int:
     """Most tokens of the groups that the replay buffer has at once."""
     slots = (run.buffer.max_lag + 1) * run.buffer.groups_per_step
@@ -159,7 +166,7 @@ def _processes(run: RunConfig, model: ModelFacts, cache: Cache | None, sent: int
     )
     device += stage_amounts(run.stages, model.width, model.vocabulary, learner.ranks)
     heads = head_bytes(run.stages, model.width, model.vocabulary)
-    host = host_amounts(learner, model.shape, model.adapter, sent, on_gpu, heads)
+    host = host_amounts(learner, model.shape, model.adapter, sent, heads)
     started = Amount("the process itself", _TORCH_PROCESS, on_host=True)
     yield Process("learner", learner.ranks, (started, *device, *host), on_gpu)
     if run.replay:

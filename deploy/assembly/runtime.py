@@ -106,7 +106,11 @@ class Runtime(Protocol):
         ...
 
     async def save(self) -> None:
-        """Land a checkpoint. Raises LearnerLost and DiskFull."""
+        """Begin a checkpoint, once the one before has landed. Raises LearnerLost, and DiskFull for that one."""
+        ...
+
+    async def landed(self) -> None:
+        """Wait until the last checkpoint is on disk. Raises LearnerLost and DiskFull."""
         ...
 
     async def counters(self) -> Row:

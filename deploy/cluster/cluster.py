@@ -276,8 +276,11 @@ class RayRuntime:
                 loss = LearnerLost(part.loss_message(error))
 
     async def save(self) -> None:
-        limit = self._limits.save
-        await self._of_learner("the checkpoint", lambda: self._lead.save.remote(self.run_folder), limit)
+        save = partial(self._lead.save.remote, self.run_folder)
+        await self._of_learner("the checkpoint", save, self._limits.save)
+
+    async def landed(self) -> None:
+        await self._of_learner("the checkpoint", self._lead.landed.remote, self._limits.save)
 
     async def counters(self) -> Row:
         return await self._fleet.counters()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from deploy.assembly.memory_plan import GIB, Process
+from deploy.assembly.memory_plan import GIB, Process, traffic
 from deploy.report.console import Cell, Console, write, write_table
-from deploy.run.job_size import Node
+from deploy.run.job_size import Node, rows_of_rank
 from deploy.run.recipe_check import Checked, MemoryOfRun
 from learner.training.memory_estimate import Amount, row_tokens
 
@@ -78,6 +78,8 @@ def _figures(checked: Checked) -> Iterator[list[Cell]]:
     yield ["evaluation", said + suites]
     if (memory := checked.memory) is None:
         return
+    if config.learner.ranks > 1:
+        yield ["exchanged by learner ranks", _exchanged(checked, memory)]
     disk = memory.disk
     if (cache := memory.plan.cache) is not None:
         fits = f"{cache.sequences(config.rollout.context_tokens):,.0f} sequences of full length"
@@ -86,6 +88,12 @@ def _figures(checked: Checked) -> Iterator[list[Cell]]:
     yield ["disk", f"at most {checkpoints} and {_gib(disk.rows)} GiB of rows"]
     for number, node in enumerate(memory.nodes, 1):
         yield [f"node {number}", _node(node)]
+
+
+def _exchanged(checked: Checked, memory: MemoryOfRun) -> str:
+    sent, rows = traffic(checked.config, memory.model), rows_of_rank(checked.config, checked.size)
+    each = f"{rows:,} rows of {_gib(sent.row)} GiB, and {_gib(sent.version)} GiB to publish"
+    return f"each receives at most {_gib(sent.step(rows))} GiB a step: {each}"
 
 
 def _node(node: Node) -> str:

@@ -50,3 +50,6 @@ class LearnerHere:
 
     async def save(self) -> None:
         await self._learner.save(self.run_folder)
+
+    async def landed(self) -> None:
+        await self._learner.landed()

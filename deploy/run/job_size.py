@@ -12,7 +12,7 @@ from deploy.config.derived import longest_episode
 from deploy.config.environments import Environment
 from deploy.config.resources import Reservation, reservations
 from envs import registry
-from learner.training.memory_estimate import checkpoint_bytes, head_bytes
+from learner.training.memory_estimate import checkpoint_bytes, head_bytes, row_tokens
 
 Counts = tuple[
     int | None, int | None
@@ -61,6 +61,13 @@ class JobSize:
             optimizer_steps=config.learner.algorithm.policy_steps(config.steps),
             data=data,
         )
+
+
+def rows_of_rank(config: RunConfig, size: JobSize) -> int:
+    """Most packed rows of a step that a rank of the learner computes: as many as its share of the tokens fills."""
+    updates = config.learner.algorithm.epochs
+    tokens = row_tokens(config.learner, config.rollout.context_tokens)
+    return updates * -(-size.processed // (tokens * config.learner.ranks))
 
 
 def row_counts(environment: Environment) -> Counts:

@@ -17,6 +17,7 @@ from typing import Any
 from deploy.assembly.runtime import LearnerLost, Row, Runtime, first_failure
 from deploy.config.config import RunConfig
 from deploy.config.guards import GuardMonitor, with_defaults
+from deploy.config.supervise import PartFailed, PartLost
 from deploy.config.trackers import Trackers
 from deploy.report.evaluation import BASE, summary_of
 from deploy.report.metrics import MetricsLog, read_metrics, rollout_rates, stage_folder
@@ -26,7 +27,8 @@ from deploy.report.report import write_report
 from deploy.report.reporter import Reporter
 from deploy.run.evaluations import Evaluations, Results, step_name
 from deploy.run.sessions import Sessions
-from learner.training.checkpoint import DiskFull, newest, next_stage, versions
+from learner.training.checkpoint import newest, next_stage, versions
+from learner.training.checkpoint_writing import DiskFull
 from learner.training.step import not_finite
 from rollout.wire.metrics import joined
 
@@ -51,6 +53,7 @@ class Training:
     _evaluations: Evaluations = field(init=False)
     _tokens: int = 0  # generated in this session, as last heard
     _serving: bool = False  # engines are up
+    _saving: bool = False  # a checkpoint may be on its way
 
     async def run(self, resume: bool) -> dict[str, Any]:
         """Drive the run to its end; returns the summary, which is also stored with the report."""
@@ -92,6 +95,7 @@ class Training:
         self._evaluations.stop()
         try:
             await self._count_tokens()
+            await self._arrival()
         finally:
             self._record()
             await self.ring.close()
@@ -133,7 +137,7 @@ class Training:
         """Make the stages from `first` on. A checkpoint ends each, version 0 the last: none is ever made again."""
         for index in range(first, len(self.config.stages)):
             await self._stage(index)
-            await self._save()
+            await self._save(landed=True)
 
     async def _stage(self, index: int) -> None:
         name = f"stage {index} ({self.config.stages[index].kind})"
@@ -201,7 +205,7 @@ class Training:
                 self.progress.update(step, row)
                 guards.observe(step, row)
                 if self._saves(step):
-                    await self._save()
+                    await self._save(landed=step == self.config.steps)
                     if step < self.config.steps:
                         self._reports.refresh()
                 if self._evaluations.due(step):
@@ -234,7 +238,7 @@ class Training:
 
     async def _save_first(self) -> None:
         with self.startup.timed("checkpoint"):
-            await self._save()
+            await self._save(landed=True)
 
     async def _count_tokens(self) -> None:
         """Ask the workers once more, for a moment: the run may be ending because they do not answer."""
@@ -247,17 +251,31 @@ class Training:
     def _record(self) -> None:
         self._sessions.record(self.phases.seconds, self._tokens)
 
-    async def _save(self) -> None:
-        """Land a checkpoint; a full disk holds the run up until there is room."""
+    async def _save(self, landed: bool = False) -> None:
+        """Begin a checkpoint, which is written while the run goes on; `landed`: wait for that too.
+
+        A full disk holds the run up until there is room.
+        """
         told = ""
         while True:
             try:
-                return await self.ring.save()
+                await self.ring.save()
+                self._saving = True
+                if landed:
+                    await self.ring.landed()
+                    self._saving = False
+                return
             except DiskFull as error:
                 if str(error) != told:
                     told = str(error)
                     self.progress.say(f"PAUSED: {told}")
                 await asyncio.sleep(DISK_SECONDS)
+
+    async def _arrival(self) -> None:
+        """Let a checkpoint that is being written arrive, though the run is being stopped."""
+        if self._saving:
+            with suppress(LearnerLost, PartLost, PartFailed, DiskFull):
+                await self.ring.landed()
 
     async def _summary(self, results: Mapping[str, Results]) -> dict[str, Any]:
         rows = read_metrics(self.ring.run_folder)

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from learner.model.footprint import blank_model
+from learner.model.shared_files import Folder, file_of, write_together
+from learner.parallel.ranks import ALONE
 from learner.settings import LoraSettings
 from rollout.wire.adapter import CONFIG_FILE, TENSOR_FILE, AdapterSpec
 from rollout.wire.model_folder import pretrained
@@ -127,9 +129,16 @@ class Adapter:
 
     def save(self, folder: Path) -> None:
         """Write the adapter alone, as PEFT and vLLM read it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors()}, folder / TENSOR_FILE)
-        (folder / CONFIG_FILE).write_text(json.dumps(self.spec.config(), indent=1), encoding="utf-8")
+        write_together({"": self.folder(lead=True)}, folder, ALONE)
+
+    def folder(self, lead: bool) -> Folder:
+        """What `save` writes, as it is now: a copy."""
+        config = json.dumps(self.spec.config(), indent=1)
+
+        def write_config(folder: Path) -> None:
+            (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
+
+        return Folder([file_of(TENSOR_FILE, dict(self.tensors()), lead)], write_config)
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote. ValueError, one line, if it is missing, broken, or of another adapter."""

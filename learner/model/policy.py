@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-)
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.data.batch import MicroBatch
 from learner.data.prefix_tree import PrefixTree
-from learner.model.attention import NAME, hidden_states, register
+from learner.model.attention import hidden_states
 from learner.model.compatibility import require_compatible
 from learner.model.divergence import Head, Opposite, divergence
 from learner.model.linear import use_onednn
+from learner.model.loading import ModelError, as_model_error, blank, excerpt, fill, layer_of
 from learner.model.logprobs import token_logprobs
 from learner.model.lora import Adapter
 from learner.model.perception import picture_inputs
 from learner.model.reward_head import classifier_files
-from learner.model.saving import write_weights
-from learner.model.source import local_model
+from learner.model.saving import stored_shapes, weight_files, whole_files
+from learner.model.shared_files import Folder, write_together
 from learner.parallel.auxiliary import AuxiliaryModule
 from learner.parallel.ranks import ALONE, Ranks
-from learner.parallel.shards import gathered_state, shard
+from learner.parallel.shards import gathered, shard
 from learner.settings import ModelSettings
 from rollout.wire.adapter import AdapterSpec
-from rollout.wire.model_folder import companions, pretrained, token_count, write_companions
+from rollout.wire.model_folder import companions, token_count, write_companions
 from rollout.wire.trajectory import Float32Array
 
 T = TypeVar("T")
@@ -48,56 +42,45 @@ _NEVER = -1e4  # added to a logit: exp of it is zero, and zero times it is not N
 _ADAPTER = "adapter"  # folder of the adapter's own tensors, inside that of the merged model
 
 
-class ModelError(ValueError):
-    """A checkpoint that cannot be loaded or trained; the message says why, in one line."""
-
-
-@contextmanager
-def _as_model_error(prefix: str = "") -> Iterator[None]:
-    """Turn a ValueError into ModelError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ModelError(f"{prefix}{error}") from error
-
-
 class Policy:
     """The learner's causal language model: packed tokens in, logprobs of sampled tokens out.
 
     Dropout is always off: the learner's logprobs must be those of the model that samples. ModelError, one line, for a
     checkpoint that is missing, broken or incomplete, or incompatible with packed rows (`learner.model.compatibility`).
 
-    On several ranks the parameters are sharded over all of them, and every computation is a collective call.
+    On several ranks the parameters are sharded over all of them, each reads its own rows, and every computation is a
+    collective call. examined: the model was found compatible before.
     """
 
-    def __init__(self, settings: ModelSettings, ranks: Ranks = ALONE) -> None:
+    def __init__(self, settings: ModelSettings, ranks: Ranks = ALONE, examined: bool = False) -> None:
         self.settings = settings
         self.ranks = ranks
         self.device = torch.device(settings.device)
-        folder, self.model = _load(settings)
+        folder, self.model = blank(settings)
         # Read now: the folder may be removed before they are written.
         self._files = companions(folder)
-        self.model.eval()
-        with _as_model_error(f"model {settings.path!r} is a vision model"):
+        with as_model_error(f"model {settings.path!r} is a vision model"):
             self.picture_inputs = picture_inputs(self.model, str(folder), settings, ranks.size)
-        with _as_model_error(f"model {settings.path!r}: "):
+        with as_model_error(f"model {settings.path!r}: "):
             self._tokens = token_count(str(folder))
-        # The model as loaded: layers that are replaced below are tested to compute the same.
-        with _as_model_error(f"model {settings.path!r} cannot be trained: "):
-            require_compatible(self.model)
-        with _as_model_error(f"model {settings.path!r}: "):
-            self.adapter = Adapter(self.model, settings.lora) if settings.lora else None
+        # The model as it is stored: layers that are replaced below are tested to compute the same.
+        if not examined:
+            self._examine(folder)
         # The probe of every weight sync (learner.training.probe), once drawn.
         self.probe_text: tuple[int, ...] = ()
         self._reward_head: AuxiliaryModule | None = None
         if settings.gradient_checkpointing:
             self._checkpoint_gradients()
-        if settings.device == "cpu" and settings.dtype == "float32":
-            with _as_model_error():  # in some families the base is the whole model
-                use_onednn(self.model.base_model, leave=self._head)
-        gathered = torch.bfloat16 if settings.dtype == "bfloat16" else None
-        self.sharded = None if ranks.size == 1 else shard(self.model, ranks, gathered)
-        if self.sharded is None:  # shards are moved one by one, so that no device has to hold all parameters
+        if not settings.lora:
+            self._use_onednn()
+        products = torch.bfloat16 if settings.dtype == "bfloat16" else None
+        self.sharded = None if ranks.size == 1 else shard(self.model, ranks, products)
+        fill(self.model, folder, settings.path, self.device, ranks)
+        with as_model_error(f"model {settings.path!r}: "):
+            self.adapter = Adapter(self.model, settings.lora) if settings.lora else None
+        if settings.lora:  # whose layers are linear ones too
+            self._use_onednn()
+        if self.sharded is None:  # buffers, and an adapter
             nn.Module.to(self.model, self.device)  # the subclass's `to` is untyped
 
     @classmethod
@@ -107,16 +90,16 @@ class Policy:
         An adapter is added to its base, which is loaded from `settings.path`.
         """
         if settings.lora is None:
-            return cls(settings.model_copy(update={"path": str(folder)}), ranks)
-        policy = cls(settings, ranks)
+            return cls(settings.model_copy(update={"path": str(folder)}), ranks, examined=True)
+        policy = cls(settings, ranks, examined=True)
         assert policy.adapter is not None
-        with _as_model_error():
+        with as_model_error():
             policy.adapter.load(folder / _ADAPTER)
         return policy
 
     def twin(self) -> Policy:
         """A copy of this policy."""
-        other = Policy(self.settings, self.ranks)
+        other = Policy(self.settings, self.ranks, examined=True)
         other.model.load_state_dict(self.model.state_dict())
         return other
 
@@ -240,42 +223,74 @@ class Policy:
         """Whether float32 is not available, since shards are gathered as bfloat16."""
         return self.settings.dtype == "bfloat16" and self.ranks.size > 1
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every weight by its Hugging Face checkpoint name, detached; a tied head is not repeated.
 
-        With an adapter these are the merged weights, all in memory at once beside the base. On several ranks each is
-        sharded; `learner.parallel.shards.gathered` makes it whole.
+        They come layer by layer, in the order of names. On several ranks each gathers one layer at a time, and all must
+        take all of them. dtype: cast to it before they are gathered. With an adapter these are the merged weights.
         """
-        own = {name: parameter.detach() for name, parameter in self._merged(self.model.named_parameters())}
-        yield from revert_weight_conversion(self.model, own).items()
+        parameters = dict(self.model.named_parameters())
+        for _, names in groupby(sorted(parameters, key=dot_natural_key), key=layer_of):
+            own = self._merged((name, parameters[name].detach()) for name in names)
+            yield from self._stored(
+                {name: gathered(tensor.to(dtype or tensor.dtype)) for name, tensor in own}
+            )
 
-    def published(self) -> tuple[AdapterSpec | None, Iterator[tuple[str, Tensor]]]:
-        """The tensors sent to engines: every weight, or an adapter's alone with its specification."""
+    def weight_shapes(self) -> Iterator[tuple[str, torch.Size]]:
+        """The names and shapes of `named_weights`; nothing is gathered."""
+        if self.adapter is not None:  # on one rank
+            return ((name, tensor.shape) for name, tensor in self.named_weights())
+        return iter(stored_shapes(self.model, dict(self.model.named_parameters())).items())
+
+    def _stored(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors under the names and in the form of a checkpoint's files; they are let go of one by one."""
+        found = revert_weight_conversion(self.model, tensors)
+        tensors.clear()
+        for name in list(found):
+            yield name, found.pop(name)
+
+    def published(
+        self, dtype: torch.dtype
+    ) -> tuple[AdapterSpec | None, list[tuple[str, torch.Size]], Iterator[tuple[str, Tensor]]]:
+        """What is sent to engines: every weight, or an adapter's alone with its specification.
+
+        Names and shapes, and an iterator over the tensors, see `named_weights`.
+        """
         if self.adapter is not None and self.adapter.settings.sync == "adapter":
-            return self.adapter.spec, self.adapter.tensors()
-        return None, self.named_weights()
+            shapes = [(name, tensor.shape) for name, tensor in self.adapter.tensors()]
+            return self.adapter.spec, shapes, self.adapter.tensors()
+        return None, list(self.weight_shapes()), self.named_weights(dtype)
 
-    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    def save(self, folder: Path) -> None:
         """Write a Hugging Face folder: the weights, and unchanged copies of the model's other files.
 
-        With an adapter the weights are the merged ones, and the adapter is written beside them. weights: `whole_state`,
-        a collective call that precedes rank 0's writing.
+        With an adapter the weights are the merged ones, and the adapter is written beside them. A collective call.
         """
-        if weights is None:
-            weights = dict(self._merged(self.model.state_dict().items())) | self._head_state()
-        write_weights(self.model, weights, folder)
+        write_together(self.folders(), folder, self.ranks)
+
+    def folders(self) -> dict[str, Folder]:
+        """What `save` writes, by folder, as it is now: a copy in host memory. A collective call."""
+        lead, whole = not self.ranks.rank, self.named_weights()
+        beside = self._reward_head.state() if self._reward_head else {}
+        found = {}
+        if self.adapter is not None:  # on one rank
+            files = whole_files(self.weight_shapes(), whole, beside)
+            found[_ADAPTER] = self.adapter.folder(lead)
+        else:
+            tensors = dict(self.model.named_parameters()) | self._stored_buffers()
+            files = weight_files(self.model, tensors, whole, beside, lead)
+        found[""] = Folder(files, self._write_beside)
+        if self.device.type == "cuda":  # the copies were begun
+            torch.cuda.synchronize(self.device)
+        return found
+
+    def _write_beside(self, folder: Path) -> None:
         write_companions(self._files, folder)
-        if self.adapter is not None:
-            self.adapter.save(folder / _ADAPTER)
 
-    def whole_state(self) -> dict[str, Tensor] | None:
-        """Gather sharded parameters into rank 0's host memory; None on a single rank."""
-        return None if self.sharded is None else gathered_state(self.model, self.ranks) | self._head_state()
-
-    def _head_state(self) -> dict[str, Tensor]:
-        """The reward head's weight, if this is a reward model; gathered like the others."""
-        head = self._reward_head
-        return {} if head is None else gathered_state(head.module, self.ranks)
+    def _stored_buffers(self) -> dict[str, Tensor]:
+        """Buffers that are part of a checkpoint."""
+        state = self.model.state_dict()
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in state}
 
     @property
     def _head(self) -> nn.Linear:
@@ -343,6 +358,25 @@ class Policy:
     def _merged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         return tensors if self.adapter is None else self.adapter.merged(tensors)
 
+    def _examine(self, folder: Path) -> None:
+        """ModelError, on all ranks, unless packed rows train such a model right: rank 0 computes one."""
+        said = ""
+        if not self.ranks.rank:
+            short, path = excerpt(self.model), self.settings.path
+            try:
+                fill(short, folder, path, torch.device("cpu"))
+                with as_model_error(f"model {path!r} cannot be trained: "):
+                    require_compatible(short)
+            except ModelError as error:
+                said = str(error)
+        if message := next(filter(None, self.ranks.gather(said)), ""):
+            raise ModelError(message)
+
+    def _use_onednn(self) -> None:
+        if self.settings.device == "cpu" and self.settings.dtype == "float32":
+            with as_model_error():  # in some families the base is the whole model
+                use_onednn(self.model.base_model, leave=self._head)
+
     def _checkpoint_gradients(self) -> None:
         """Recompute every layer in the backward pass.
 
@@ -356,43 +390,3 @@ class Policy:
             )
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-
-def _load(settings: ModelSettings) -> tuple[Path, PreTrainedModel]:
-    """A model's folder, and the model in float32 with packed attention. ModelError, one line, if it cannot be read."""
-    path, trusted = settings.path, settings.trust_remote_code
-    try:
-        folder = local_model(path)
-        config = pretrained(AutoConfig, str(folder), trusted)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(
-                "its weights are quantized and cannot be trained; use the unquantized checkpoint"
-            )
-        sees = getattr(config, "vision_config", None) is not None
-        kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        # The vision tower does not take packed rows.
-        attention: Any = {"text_config": register()} if sees else register()
-        options = {"dtype": torch.float32, "attn_implementation": attention, "output_loading_info": True}
-        loaded: Any = pretrained(kind, str(folder), trusted, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if error.args == (NAME,):
-            reason = (
-                "its family has its own attention code, which packed rows cannot use; choose another model"
-            )
-        raise ModelError(f"model {path!r} cannot be loaded: {reason}") from error
-    model: PreTrainedModel = loaded[0]
-    missing = sorted(loaded[1]["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"model {path!r} lacks {len(missing)} weights, such as {missing[0]}; complete its files"
-        )
-    head = model.get_output_embeddings()
-    of_both = (config, config.get_text_config())  # a vision model may have it in one of them only
-    said = [each.tie_word_embeddings for each in of_both if hasattr(each, "tie_word_embeddings")]
-    if said and all(said) and head is not None and head.weight is not model.get_input_embeddings().weight:
-        raise ModelError(
-            f"model {path!r} has tie_word_embeddings=true, but its files hold another head, which engines ignore; set "
-            "it to false in config.json, or remove the head from the files"
-        )
-    return folder, model

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.parallel.ranks import Ranks
-from learner.parallel.shards import laid_out, local, shard
+from learner.parallel.shards import Stored, laid_out, local, shard
 
 
 class AuxiliaryModule:
@@ -41,10 +41,10 @@ class AuxiliaryModule:
             local(own).lerp_(local(followed), rate)
 
     def state(self) -> dict[str, Tensor]:
-        """Its tensors by name, sharded where they are: see `learner.parallel.shards.gathered_tree`."""
+        """Its tensors by name, sharded where they are."""
         return dict(self.module.state_dict())
 
-    def load(self, stored: Mapping[str, Tensor]) -> None:
-        """Take over whole tensors of the same names; they are copied."""
+    def load(self, stored: Mapping[str, Stored]) -> None:
+        """Read tensors of the same names, of sharded ones the own rows."""
         own = self.module.state_dict()
         self.module.load_state_dict({name: laid_out(stored[name], like) for name, like in own.items()})

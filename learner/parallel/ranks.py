@@ -32,10 +32,26 @@ class RankLost(RuntimeError):
 
 
 class Ranks:
-    """One of the learner's processes; the default is the only one."""
+    """One of the learner's processes; the default is the only one.
 
-    def __init__(self, rank: int = 0, size: int = 1, mesh: DeviceMesh | None = None) -> None:
+    group: through which they gather; None: the default one. aside: another, for a thread beside the learner's own.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        mesh: DeviceMesh | None = None,
+        group: dist.ProcessGroup | None = None,
+        aside: dist.ProcessGroup | None = None,
+    ) -> None:
         self.rank, self.size, self.mesh = rank, size, mesh
+        self._group, self._aside = group, aside
+
+    @property
+    def aside(self) -> Ranks:
+        """The same ranks for a thread that gathers while another computes; it has no mesh."""
+        return Ranks(self.rank, self.size, group=self._aside)
 
     @classmethod
     def join(cls, rank: int, size: int, address: str, device: str, seconds: float) -> Ranks:
@@ -51,7 +67,8 @@ class Ranks:
             store = dist.TCPStore(host, int(port), size, is_master=False, timeout=limit)
             backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-            ranks = cls(rank, size, init_device_mesh(device, (size,)))
+            aside = dist.new_group(backend="gloo", timeout=limit)
+            ranks = cls(rank, size, init_device_mesh(device, (size,)), aside=aside)
             ranks.gather("here")
         except RuntimeError as error:  # the type of torch's and gloo's errors
             raise RankLost(
@@ -72,12 +89,12 @@ class Ranks:
     def _gather(self, words: Any) -> list[Any]:
         own = torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(own)]))
+        dist.all_gather(sizes, torch.tensor([len(own)]), group=self._group)
         lengths = [int(size) for size in sizes]
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(own)] = own
         said = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(said, padded)
+        dist.all_gather(said, padded, group=self._group)
         return [
             json.loads(text[:length].numpy().tobytes()) for text, length in zip(said, lengths, strict=True)
         ]

@@ -8,12 +8,12 @@ are float32; with bfloat16 the gathered tensors are bfloat16.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.parallel.ranks import Ranks
@@ -80,40 +80,25 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """Shard a tensor that every rank holds whole, laid out and on the device as `like` is; a copy."""
+class Stored(Protocol):
+    """A tensor of a file, of which any rows can be read."""
+
+    def rows(self, begin: int, end: int) -> Tensor: ...
+    def __getitem__(self, index: Any) -> Tensor: ...
+
+
+def laid_out(stored: Stored, like: Tensor) -> Tensor:
+    """Read a tensor, laid out and on the device as `like` is: of a sharded one the own rows."""
     if not isinstance(like, DTensor):
-        return tensor.to(like.device, copy=True)
-    on_device = tensor.to(like.device)
-    return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)
+        return stored[...].to(like.device)
+    begin, end = own_range(like)
+    own = stored.rows(begin, end).to(like.device)
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def gathered_tree(tree: Any, ranks: Ranks) -> Any:
-    """Gather every tensor of nested dicts and lists into rank 0's host memory; other ranks get empty tensors."""
-    if isinstance(tree, DTensor):
-        whole = tree.full_tensor()
-        return whole.cpu() if ranks.rank == 0 else whole.new_empty(0)
-    if isinstance(tree, dict):
-        return {name: gathered_tree(value, ranks) for name, value in tree.items()}
-    return [gathered_tree(value, ranks) for value in tree] if isinstance(tree, list) else tree
-
-
-def gathered_state(module: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """Gather the module's state into rank 0's host memory, tensor by tensor; other ranks get an empty dict.
-
-    A collective call. Tied tensors stay one.
-    """
-    kept: dict[int, Tensor] = {}
-    state = module.state_dict(
-        keep_vars=True
-    )  # the parameters themselves: a tied one is the same object twice
-    for tensor in state.values():
-        if id(tensor) not in kept:
-            whole = gathered(tensor.detach())
-            kept[id(tensor)] = _alone(whole.cpu()) if ranks.rank == 0 else whole.new_empty(0)
-    return {name: kept[id(tensor)] for name, tensor in state.items()} if ranks.rank == 0 else {}
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """Copy a tensor out of a padded storage, as gathering makes it, since files are written from whole storages."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+def own_range(tensor: DTensor) -> tuple[int, int]:
+    """The rows of a sharded tensor that this rank has: equal parts, the last ones shorter, or empty."""
+    count = -(-tensor.shape[0] // tensor.device_mesh.size())
+    begin = min(tensor.device_mesh.get_local_rank() * count, tensor.shape[0])
+    return begin, min(begin + count, tensor.shape[0])

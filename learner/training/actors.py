@@ -83,6 +83,9 @@ class LearnerActor:
     async def save(self, run_folder: Path) -> None:
         await self._loop.save(run_folder)
 
+    async def landed(self) -> None:
+        await self._loop.landed()
+
     async def ping(self) -> None:
         """Answers while the event loop does; a step runs in a thread beside it."""
 

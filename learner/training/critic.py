@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from learner.algorithm.algorithm import AnyCritic, OwnCriticSettings, SharedCriticSettings
@@ -23,8 +22,9 @@ from learner.algorithm.estimators import Values
 from learner.data.batch import Batch, MicroBatch
 from learner.data.prepare import Example, and_after
 from learner.model.policy import Policy
+from learner.model.shared_files import Folder, file_of
+from learner.model.tensor_files import tensors_in
 from learner.parallel.auxiliary import AuxiliaryModule
-from learner.parallel.shards import gathered_state
 from learner.training.optim import Optimizer
 from learner.training.step import Auxiliary, Stats, accumulate
 from rollout.wire.metrics import Row, joined
@@ -59,18 +59,13 @@ class ValueHead:
         values_N1: Tensor = self._module(hidden_ND.to(self.linear.weight.dtype))
         return values_N1[:, 0]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.linear.parameters())
-
-    def writer(self) -> Callable[[Path], None]:
-        """What writes it, as it is now, into a folder."""
-        state = gathered_state(self.linear, self.ranks)
-        return lambda folder: save_file({name: x.contiguous() for name, x in state.items()}, folder / _HEAD)
+    def folder(self) -> Folder:
+        """What is written of it, as it is now: a copy."""
+        return Folder([file_of(_HEAD, self._module.state(), not self.ranks.rank)])
 
     def load(self, folder: Path) -> None:
         """Take over what was written there."""
-        self._module.load(load_file(folder / _HEAD))
+        self._module.load(tensors_in(folder / _HEAD))
 
 
 class PolicyStep(Protocol):
@@ -91,10 +86,6 @@ class Critic(Protocol):
     def warmup_steps(self) -> int:
         """First learner steps in which only the critic learns."""
 
-    @property
-    def nbytes(self) -> int:
-        """Of what `writer` writes."""
-
     def look(self, examples: Sequence[Example], tokens_per_row: int, temperature: float | None) -> None:
         """Give each episode its values.
 
@@ -114,8 +105,8 @@ class Critic(Protocol):
         batch: what the policy needs to see; whole: what a critic does, the sequences without advantage too.
         """
 
-    def writer(self) -> Callable[[Path], None]:
-        """What writes all that is not the policy's, as it is now; on several ranks rank 0's alone does."""
+    def folders(self) -> dict[str, Folder]:
+        """What is written of all that is not the policy's, as it is now, by folder. A collective call."""
 
 
 def critic_of(
@@ -152,10 +143,6 @@ class OwnCritic:
     def warmup_steps(self) -> int:
         return self.settings.warmup_steps
 
-    @property
-    def nbytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.trunk.parameters()) + self.head.nbytes
-
     def look(self, examples: Sequence[Example], tokens_per_row: int, temperature: float | None) -> None:
         """One pass of its own model; it says nothing of the policy's logprobs."""
 
@@ -179,14 +166,9 @@ class OwnCritic:
         row = policy_step(batch, agree=lambda: finite)
         return joined(row, means, _moved(self.optimizer, finite=not row["skipped_step"]))
 
-    def writer(self) -> Callable[[Path], None]:
-        weights, write_head = self.trunk.whole_state(), self.head.writer()
-
-        def write(folder: Path) -> None:
-            self.trunk.save(folder / _TRUNK, weights)
-            write_head(folder)
-
-        return write
+    def folders(self) -> dict[str, Folder]:
+        trunk = {f"{_TRUNK}/{path}": folder for path, folder in self.trunk.folders().items()}
+        return {"": self.head.folder()} | trunk
 
     def _values(self, micro: MicroBatch) -> Tensor:
         return self.head(self.trunk.hidden(micro))
@@ -213,10 +195,6 @@ class SharedCritic:
     @property
     def warmup_steps(self) -> int:
         return self.settings.warmup_steps
-
-    @property
-    def nbytes(self) -> int:
-        return self.head.nbytes
 
     def look(self, examples: Sequence[Example], tokens_per_row: int, temperature: float | None) -> None:
         """One pass of the policy; logprobs, where they are wanted, come of the same one."""
@@ -255,8 +233,8 @@ class SharedCritic:
         )
         return joined(row, _moved(self.optimizer, finite=not row["skipped_step"]))
 
-    def writer(self) -> Callable[[Path], None]:
-        return self.head.writer()
+    def folders(self) -> dict[str, Folder]:
+        return {"": self.head.folder()}
 
     def _loss(self, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, Stats]:
         values_N = self.head(hidden_ND.detach() if self.settings.detach else hidden_ND)

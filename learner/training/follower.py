@@ -5,18 +5,26 @@ A verb that fails everywhere alike (a batch that is refused, a disk that is full
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 
 from learner.data.batch_checks import BatchRefused
-from learner.parallel.ranks import touching
+from learner.parallel.ranks import RankLost, touching
+from learner.training.checkpoint_writing import DiskFull, Saving
 from learner.training.learner import Learner
 from learner.training.loop import Source, begin_stage, to_its_end
 from learner.training.publish import take_snapshot
 from rollout.wire.schema import decode
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Follower:
@@ -28,6 +36,7 @@ class Follower:
         self._engine_dtype = engine_dtype
         self._take_seconds = take_seconds
         self._batches: Sequence[pa.RecordBatch] = ()
+        self._landing: asyncio.Task[None] | None = None  # of the last checkpoint
 
     async def take(self, version: int) -> None:
         """Fetch the own share of the step after `version`."""
@@ -51,8 +60,17 @@ class Follower:
         )
 
     async def save(self, run_folder: Path) -> None:
-        """Take part in a checkpoint: rank 0 writes it."""
-        await self._do(self._learner.save, run_folder)
+        """Copy the own part of a checkpoint, once the one before is written; it is written meanwhile."""
+        if self._landing is not None:
+            await asyncio.wait([self._landing])
+        saving = await self._do(self._learner.begin_save, run_folder)
+        self._landing = asyncio.create_task(self._land(saving))
+
+    async def _land(self, saving: Saving) -> None:
+        try:
+            await self._do(saving.land)
+        except (OSError, DiskFull, RankLost) as error:  # which rank 0 hears as well
+            logger.warning("the own part of a checkpoint was not written: %s", error)
 
     async def begin_stage(self, index: int, batches: Sequence[pa.RecordBatch]) -> None:
         """Begin a stage on all its groups, of which every step takes its part."""
@@ -62,5 +80,5 @@ class Follower:
         """Make up to so many steps of it."""
         await self._do(self._learner.advance_stage, steps)
 
-    async def _do(self, function: Callable[..., object], *args: object) -> None:
-        await to_its_end(touching, self._learner.ranks, function, *args)
+    async def _do(self, function: Callable[..., T], *args: object) -> T:
+        return await to_its_end(touching, self._learner.ranks, function, *args)

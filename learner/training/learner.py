@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,12 +21,14 @@ from learner.data.batch import Batch, MicroBatch, TokenSequence, pack
 from learner.data.batch_checks import BatchRefused, require_groups, require_rewards
 from learner.data.batch_stats import describe
 from learner.data.prepare import Example, of_tokens, weighed
+from learner.model.loading import FilesChanged
 from learner.model.policy import Policy
+from learner.model.tensor_files import Changed
 from learner.parallel.ranks import ALONE, Ranks
-from learner.parallel.shards import gathered_tree
 from learner.settings import LearnerSettings
 from learner.stages.settings import AnyStage
 from learner.training import checkpoint
+from learner.training.checkpoint_writing import Saving
 from learner.training.critic import Critic, critic_of
 from learner.training.memory_dry_run import rehearse
 from learner.training.optim import Optimizer
@@ -167,23 +170,23 @@ class Learner:
     def save(self, run: Path, cursor: Mapping[str, Any] | None = None, keep: int = 2) -> Path:
         """Write a checkpoint of this version into the run, keep the last `keep`, and return its folder.
 
+        See `begin_save`. Raises DiskFull.
+        """
+        return self.begin_save(run, cursor, keep).land()
+
+    def begin_save(self, run: Path, cursor: Mapping[str, Any] | None = None, keep: int = 2) -> Saving:
+        """Copy what a checkpoint of this version holds into host memory: what is returned lands it in any thread.
+
         While stages are under way it is one of a stage; the first of a version removes those.
-        cursor: where the task stream stands, JSON; `load` gives it back. Raises DiskFull. Of several ranks, rank 0
-        gathers everything in its memory and writes; the others are done when it has it.
+        cursor: where the task stream stands, JSON; `load` gives it back. Of several ranks each copies its own part.
         """
         staged = self.stages.open
         optimizers = {"policy": self.optimizer.state_dict(), **self.stages.tensors()}
-        weights = self.policy.whole_state()
-        parts: dict[str, Callable[[Path], None]] = {
-            checkpoint.MODEL: self.write_model
-            if weights is None
-            else partial(self.write_model, weights=weights)
-        }
-        size = sum(parameter.nbytes for parameter in self.policy.model.parameters())
+        folders = {f"{checkpoint.MODEL}/{path}": each for path, each in self.policy.folders().items()}
         if self._critic is not None:
             optimizers["critic"] = self._critic.optimizer.state_dict()
-            parts[checkpoint.CRITIC] = self._critic.writer()
-            size += self._critic.nbytes
+            parts = self._critic.folders().items()
+            folders |= {f"{checkpoint.CRITIC}/{path}": each for path, each in parts}
         contents = checkpoint.Contents(
             version=self.stages.done if staged else self.version,
             cursor={
@@ -192,58 +195,61 @@ class Learner:
                 **({_MULTIPLIERS: constraints.stored(self._multipliers)} if self._multipliers else {}),
             },
             generator=self._rng.bit_generator.state,
-            optimizers=gathered_tree(optimizers, self.ranks),
+            optimizers=optimizers,
             torch_rng=torch.get_rng_state(),
         )
         if self._reference is not None and self.version == 0 and not staged:
             self._reference.keep(run, self.policy)
-        target = run / checkpoint.STAGES if staged else run
-        if self.ranks.rank:
-            return checkpoint.folder_of(target, contents.version)
-        folder = checkpoint.save(target, contents, parts, size, keep)
-        if not staged:
-            checkpoint.remove_stages(run)
-        return folder
+        target, ended = (run / checkpoint.STAGES, None) if staged else (run, run)
+        return Saving(target, contents, folders, keep, self.ranks.aside, ended)
 
     def load(self, run: Path) -> dict[str, Any]:
         """Continue from the newest whole checkpoint of a run, bit for bit; returns its cursor.
 
-        Before the first version it is one of the run's stages.
-        CheckpointError or ModelError, in one line, if there is none or it is broken; this learner is then of
-        no more use.
+        Before the first version it is one of the run's stages. Every rank reads its own part. One that is broken is set
+        aside, and the one before is used. CheckpointError or ModelError, in one line, if there is none or it is not of
+        this recipe; this learner is then of no more use.
         """
-        # Rank 0 says which: a broken one is set aside while it looks.
-        found = checkpoint.newest(run) if not self.ranks.rank else None
-        (newest, *_) = self.ranks.gather(found and str(found))
-        if newest is None:
-            raise checkpoint.CheckpointError(f"run {run} has no whole checkpoint")
-        folder = Path(newest)
-        contents = checkpoint.load(folder, verified=not self.ranks.rank)
+        while True:
+            # Rank 0 says which: a broken one is set aside while it looks.
+            found = checkpoint.newest(run) if not self.ranks.rank else None
+            (newest, *_) = self.ranks.gather(found and str(found))
+            if newest is None:
+                raise checkpoint.CheckpointError(f"run {run} has no whole checkpoint")
+            folder, error, cursor = Path(newest), "", dict[str, Any]()
+            try:
+                cursor = self._load(run, folder)
+            except (checkpoint.CheckpointError, Changed, FilesChanged) as changed:
+                error = str(changed)
+            broken = next(filter(None, self.ranks.gather(error)), "")
+            if not broken:
+                return cursor
+            if not self.ranks.rank:
+                checkpoint.set_aside(folder, checkpoint.broken(folder, broken))
+            self.ranks.gather(None)  # it is aside
+
+    def _load(self, run: Path, folder: Path) -> dict[str, Any]:
+        """Continue from one checkpoint. Models are read first, together: what follows a rank reads by itself."""
+        contents = checkpoint.load(folder)
         self._critic = None
-        del self.policy, self.optimizer  # their memory is needed for what comes
+        self.policy, self.optimizer = None, None  # type: ignore[assignment]
+        gc.collect()  # their memory is needed for what comes, and sharded modules refer to one another
         self.policy = Policy.restored(self.settings.model, folder / checkpoint.MODEL, self.ranks)
+        critic = self.settings.algorithm.critic
+        if critic is not None and "critic" in contents.optimizers:
+            self._critic = critic_of(critic, self.policy, self._optimizer_steps, folder / checkpoint.CRITIC)
+            self._critic.optimizer.load_state_dict(contents.optimizers["critic"])
         self.optimizer = Optimizer(self.policy.parameters(), self.settings.optim, self._policy_steps)
         self.optimizer.load_state_dict(contents.optimizers["policy"])
         staged = contents.cursor.pop(checkpoint.STAGES, None)
         if self._reference is not None and not staged:
             self._reference.find(run)
-        critic = self.settings.algorithm.critic
-        if critic is not None and "critic" in contents.optimizers:
-            self._critic = critic_of(critic, self.policy, self._optimizer_steps, folder / checkpoint.CRITIC)
-            self._critic.optimizer.load_state_dict(contents.optimizers["critic"])
         self.stages.restore(staged, contents.optimizers)
         self._multipliers = constraints.restored(contents.cursor.pop(_MULTIPLIERS, {}))
         self.version = 0 if staged else contents.version
         self._rng.bit_generator.state = contents.generator
-        torch.set_rng_state(contents.torch_rng)
+        torch.set_rng_state(contents.torch_rng[...])
         return contents.cursor
-
-    def write_model(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-        """Write weights, config and tokenizer in Hugging Face format: what vLLM starts from.
-
-        weights: the policy's `whole_state`.
-        """
-        self.policy.save(folder, weights)
 
     def _begin(self) -> None:
         """What the first step finds: the critic and the reference begin where the policy does."""

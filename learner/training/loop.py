@@ -5,13 +5,14 @@
     train            take a step's groups and learn from them: the version is one higher
     publish_weights  put the version where engines can load it       engines load and prove it
     unpin_weights    let go of what was put                          buffer.release: new groups may start
-    save             write a checkpoint
+    save             copy what a checkpoint holds; it is written while the next step is made
+    landed           wait until it is on disk
 
 Of several ranks this is rank 0's: it alone is asked, and tells the others (follower.py) what to do with it, one thing
 at a time. So all do the same in the same order.
 
 A verb whose answer was lost may be said again: `train` names its step, `publish_weights` gives the same version again
-at any time (an engine that joins late), `save` lands the same version.
+at any time (an engine that joins late), `save` and `landed` do nothing for a version that has landed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import pyarrow as pa
 
 from learner.data.batch_checks import MOST_REFUSED, BatchRefused
 from learner.parallel.ranks import RankLost, touching
+from learner.training.checkpoint_writing import Saving
 from learner.training.learner import Learner
 from learner.training.publish import Publisher, Snapshot, Staging, take_snapshot
 from rollout.wire.metrics import Row, joined
@@ -90,13 +92,13 @@ class LearnerLoop:
         self._native = native
         self._tell = tell
         self._last: Row | None = None  # of the step that made the present version
-        self._saved: tuple[Path, int] | None = (
-            None  # the last checkpoint: one that has landed is not written twice
-        )
+        self._saved: tuple[Path, int] | None = None  # the last checkpoint: the same is not written twice
+        self._landing: asyncio.Task[None] | None = None  # it is on its way to disk, or arrived unheard
         self._torn = False  # a step began and did not end: the parameters are no version's
         # Three things have one user at a time: the next step, the staging buffer, and the parameters (their lock is
         # taken last, and only while they are read or written).
         self._training, self._offering, self._weights = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
+        self._saving = asyncio.Lock()
         self._staging = Staging()
         self._snapshot: Snapshot | None = None  # what the staging buffer holds
         self._placed: _Offer | None = None  # of that snapshot
@@ -198,21 +200,48 @@ class LearnerLoop:
             return await self._together(("advance_stage", steps), self._learner.advance_stage, steps)
 
     async def save(self, run_folder: Path) -> None:
-        """Write a checkpoint; once it has landed, the groups it contains are trained for good. Raises DiskFull.
+        """Begin a checkpoint once the one before has landed: returns when all that it holds is copied.
+
+        Raises DiskFull where the one before found no room.
+        """
+        async with self._saving:
+            await self._arrival()
+            # "issued" is where the task stream stands: group ids are its positions.
+            cursor = await self._source.counts()
+            async with self._weights:
+                self._require_whole()
+                version, staged = self.version, self._learner.stages.open
+                if self._saved == (run_folder, version):
+                    return
+                begin = partial(self._learner.begin_save, run_folder, cursor, self._keep)
+                saving = await self._together(("save", run_folder), begin)
+                self._saved = run_folder, version
+            self._landing = asyncio.create_task(self._land(saving, None if staged else version))
+
+    async def landed(self) -> None:
+        """Wait until the last checkpoint is on disk and the groups it contains are trained for good. Raises DiskFull.
 
         One of a stage contains none.
         """
-        # "issued" is where the task stream stands: group ids are its positions.
-        cursor = await self._source.counts()
-        async with self._weights:
-            self._require_whole()
-            version, staged = self.version, self._learner.stages.open
-            if self._saved != (run_folder, version):
-                saving = partial(self._learner.save, run_folder, cursor, self._keep)
-                await self._together(("save", run_folder), saving)
-                self._saved = run_folder, version
-        if not staged:
-            await self._source.checkpointed(version)
+        async with self._saving:
+            await self._arrival()
+
+    async def _land(self, saving: Saving, version: int | None) -> None:
+        try:
+            await to_its_end(touching, self._learner.ranks, saving.land)
+            if version is not None:
+                await self._source.checkpointed(version)
+        except BaseException:
+            self._saved = None
+            raise
+
+    async def _arrival(self) -> None:
+        if self._landing is not None:
+            try:
+                await asyncio.shield(self._landing)
+            finally:
+                if self._landing.done():
+                    self._landing = None
 
     def _put(self, snapshot: Snapshot) -> tuple[WeightUpdate, Any]:
         handle, whole = self._place(snapshot.arrays)

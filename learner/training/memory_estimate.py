@@ -89,7 +89,8 @@ def learner_amounts(
     if isinstance(settings.algorithm.critic, OwnCriticSettings):
         found.append(Amount("critic with gradients and moments", 4 * _WIDE * shape.parameters // ranks))
     if adapted:
-        found.append(Amount("merged matrices, while publishing", _WIDE * adapted, at_times=True))
+        merged = _WIDE * adapted // max(shape.layers, 1)
+        found.append(Amount("merged matrices of a layer, while publishing", merged, at_times=True))
     return found
 
 
@@ -112,7 +113,7 @@ def head_bytes(stages: Sequence[AnyStage], width: int, vocabulary: int) -> int:
 
 
 def host_amounts(
-    settings: LearnerSettings, shape: Shape, adapter: int, sent_bytes: int, on_gpu: bool, heads: int = 0
+    settings: LearnerSettings, shape: Shape, adapter: int, sent_bytes: int, heads: int = 0
 ) -> list[Amount]:
     """What ranks hold in the host's memory besides.
 
@@ -123,20 +124,14 @@ def host_amounts(
     if settings.algorithm.updates > 1:
         kept = 3 * _WIDE * trained // ranks
         found.append(Amount("copy of weights and moments, in a step", kept, on_host=True, at_times=True))
-    if on_gpu or ranks > 1:
-        found.append(
-            Amount("whole model, while loading", _WIDE * shape.parameters, on_host=True, at_times=True)
-        )
-    if ranks > 1:
-        found.append(
-            Amount(
-                "whole weights and moments, while saving",
-                checkpoint_bytes(settings, shape, adapter, heads),
-                on_host=True,
-                at_times=True,
-                lead=True,
-            )
-        )
+    outside, layer = shape.outside_layers, shape.largest_layer
+    examined, read = _WIDE * (outside + layer), _WIDE * max(outside, layer)
+    found.append(
+        Amount("first layers, examined before loading", examined, on_host=True, at_times=True, lead=True)
+    )
+    found.append(Amount("a layer of the files, while loading", read, on_host=True, at_times=True))
+    copied = checkpoint_bytes(settings, shape, adapter, heads) // ranks
+    found.append(Amount("copy of weights and moments, while saving", copied, on_host=True, at_times=True))
     return found
 
 

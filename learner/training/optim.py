@@ -135,29 +135,24 @@ class Optimizer:
         return [p.grad for p in self._parameters if p.grad is not None]
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and step count, as torch.save takes them.
-
-        Moments of parameters that lie over several ranks lie there too: see `learner.parallel.shards.gathered_tree`.
-        """
-        return {"adamw": self._adamw.state_dict(), "steps": self.steps}
+        """Step count, and the moments of each parameter by its number; those of sharded parameters are sharded."""
+        moments = self._adamw.state_dict()["state"]
+        return {"steps": self.steps, "moments": {str(place): dict(entry) for place, entry in moments.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from whole tensors of an optimizer over the same parameters, keeping own settings.
+        """Continue from the stored state of an optimizer over the same parameters, keeping own settings.
 
-        They are copied: a mapped file is not held on to.
+        The leaves of "moments" are tensors of a file, of which this rank reads the rows that it needs.
         """
-        own = [{k: v for k, v in group.items() if k != "params"} for group in self._adamw.param_groups]
         parameters = [p for group in self._adamw.param_groups for p in group["params"]]
         moments = {
-            place: {
-                name: laid_out(tensor, parameters[place]) if tensor.ndim else tensor.clone()
-                for name, tensor in entry.items()
+            int(place): {
+                name: laid_out(stored, parameters[int(place)]) if stored.ndim else stored[...]
+                for name, stored in entry.items()
             }
-            for place, entry in state["adamw"]["state"].items()
+            for place, entry in state["moments"].items()
         }
-        self._adamw.load_state_dict(state["adamw"] | {"state": moments})
-        for group, options in zip(self._adamw.param_groups, own, strict=True):
-            group.update(options)
+        self._adamw.load_state_dict(self._adamw.state_dict() | {"state": moments})
         self.steps = int(state["steps"])
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from learner.model.policy import Policy
-from learner.parallel.shards import gathered
 from learner.training.probe import probe_of
 from rollout.wire.delta import encoded
 from rollout.wire.weights import (
@@ -50,40 +49,36 @@ class Staging:
     """The host buffer that versions are written to, one after the other.
 
     It is made once, since touching a gigabyte of new memory takes longer than casting the weights into it; and all
-    tensors lie back to back, since one run of bytes is put into an object store faster than hundreds. `digest` is that
-    of the version in it, empty before the first and while one is written.
+    tensors lie back to back, since one run of bytes is put into an object store faster than hundreds. Beside a GPU it
+    is pinned, so that the device copies into it by itself. `digest` is that of the version in it, empty before the
+    first and while one is written.
     """
 
     def __init__(self) -> None:
         self.digest = ""
         self._whole: ByteArray = np.empty(0, dtype=np.uint8)
 
-    def write(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[ByteArray]:
-        """Cast and copy the tensors, each gathered by itself; the parts returned are overwritten by the next call."""
-        arrays = self._parts(tensors, dtype)
-        for tensor, array in zip(tensors, arrays, strict=True):
-            torch.from_numpy(array).view(dtype).view(tensor.shape).copy_(gathered(tensor))
-        return arrays
-
-    def write_compared(
-        self, tensors: Sequence[torch.Tensor], dtype: torch.dtype
-    ) -> tuple[list[ByteArray], list[ByteArray]]:
-        """As `write`; also returns the differences to what was overwritten, or the new part where that is no longer."""
-        arrays, differences = self._parts(tensors, dtype), []
-        for tensor, array in zip(tensors, arrays, strict=True):
-            cast = gathered(tensor).to(device="cpu", dtype=dtype).contiguous()
-            new: ByteArray = cast.view(-1).view(torch.uint8).numpy()
-            difference = encoded(array, new, dtype.itemsize)
-            array[:] = new
-            differences.append(array if difference is None else difference)
-        return arrays, differences
-
-    def _parts(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[ByteArray]:
+    def parts(self, sizes: Sequence[int]) -> list[ByteArray]:
+        """Room for tensors of so many bytes, which the next version overwrites."""
         self.digest = ""
-        sizes = [tensor.numel() * dtype.itemsize for tensor in tensors]
         if sum(sizes) != self._whole.nbytes:
-            self._whole = np.empty(sum(sizes), dtype=np.uint8)
+            room = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            self._whole = room.numpy()
         return parts(self._whole, sizes)
+
+
+def write(array: ByteArray, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Copy a tensor into its part of a staging buffer, cast; from a GPU the copy is only begun."""
+    torch.from_numpy(array).view(dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
+
+
+def write_compared(array: ByteArray, tensor: torch.Tensor, dtype: torch.dtype) -> ByteArray:
+    """As `write`; returns the difference to what was overwritten, or the part where that is no longer."""
+    cast = tensor.to(device="cpu", dtype=dtype).contiguous()
+    new: ByteArray = cast.view(-1).view(torch.uint8).numpy()
+    difference = encoded(array, new, dtype.itemsize)
+    array[:] = new
+    return array if difference is None else difference
 
 
 def take_snapshot(
@@ -98,26 +93,31 @@ def take_snapshot(
 
     `with_bytes=False` leaves out bytes and checksums, and with them every copy to the host. `staging` is reused: the
     next snapshot overwrites this one. Without it the snapshot has a buffer of its own. `delta` adds the differences to
-    the snapshot before, where they are shorter. Every rank has to take it; the bytes are rank 0's alone.
+    the snapshot before, where they are shorter. Every rank has to take it; the bytes are rank 0's alone. Beside its
+    share and the buffer a rank holds one layer at a time.
     """
-    adapter, named = policy.published()
-    names, tensors = zip(*((name, tensor.detach()) for name, tensor in named), strict=True)
-    if policy.ranks.rank and with_bytes:
-        with_bytes = False
-        for tensor in tensors:
-            gathered(tensor)
-    staging = staging or Staging()
-    base = staging.digest if delta else ""
+    engine_dtype: torch.dtype = getattr(torch, dtype)
+    adapter, shapes, tensors = policy.published(engine_dtype)
     arrays: list[ByteArray] = []
     differences: list[ByteArray] = []
-    if with_bytes and base:
-        arrays, differences = staging.write_compared(tensors, getattr(torch, dtype))
-    elif with_bytes:
-        arrays = staging.write(tensors, getattr(torch, dtype))
-    sums = [checksum(array) for array in arrays] if with_bytes else [""] * len(names)
+    staging = staging or Staging()
+    base = staging.digest if delta else ""
+    if with_bytes and policy.ranks.rank:
+        for _ in tensors:  # gathered together with rank 0
+            pass
+        with_bytes = False
+    if with_bytes:
+        arrays = staging.parts([shape.numel() * engine_dtype.itemsize for _, shape in shapes])
+        for array, (_, tensor) in zip(arrays, tensors, strict=True):
+            if base:
+                differences.append(write_compared(array, tensor, engine_dtype))
+            else:
+                write(array, tensor, engine_dtype)
+        if policy.device.type == "cuda":
+            torch.cuda.synchronize(policy.device)
+    sums = [checksum(array) for array in arrays] if with_bytes else [""] * len(shapes)
     specs = [
-        TensorSpec(name, dtype, tuple(tensor.shape), sum_)
-        for name, tensor, sum_ in zip(names, tensors, sums, strict=True)
+        TensorSpec(name, dtype, tuple(shape), sum_) for (name, shape), sum_ in zip(shapes, sums, strict=True)
     ]
     manifest = WeightManifest(version, tuple(specs), probe_of(policy, dtype), adapter)
     staging.digest = manifest.digest if with_bytes else ""

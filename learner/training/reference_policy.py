@@ -63,18 +63,18 @@ class Reference:
             self._policy = frozen(policy.twin())
 
     def keep(self, run: Path, policy: Policy) -> None:
-        """Write the weights of version 0 into the run, whole or not at all; rank 0 does, all have to be asked."""
-        weights = policy.whole_state()
-        if self._ranks.rank:
-            return
+        """Write the weights of version 0 into the run, whole or not at all. A collective call."""
         partial = run / f".partial-{_FOLDER}"
-        shutil.rmtree(partial, ignore_errors=True)
+        lead = not self._ranks.rank
+        if lead:
+            shutil.rmtree(partial, ignore_errors=True)
         if policy.adapter is None:
-            policy.save(partial, weights)
+            policy.save(partial)
         else:
             policy.adapter.save(partial)
-        shutil.rmtree(run / _FOLDER, ignore_errors=True)
-        partial.rename(run / _FOLDER)
+        if lead:
+            shutil.rmtree(run / _FOLDER, ignore_errors=True)
+            partial.rename(run / _FOLDER)
 
     def find(self, run: Path) -> None:
         """The run is taken up: its reference is the one it was begun with."""

@@ -198,9 +198,7 @@ class Stages:
         self._began = self._rng.bit_generator.state
         run = StageRun(self._stages[index], self._settings, policy, self._rng)
         if resumed is not None:
-            run.tensors = {
-                name: tensor.clone() for name, tensor in resumed[1][_KEPT].items()
-            }  # it was mapped
+            run.tensors = {name: stored[...] for name, stored in resumed[1][_KEPT].items()}
         run.begin(groups)
         if resumed is not None:
             position, stored = resumed

@@ -7,7 +7,8 @@ fields that it does not know, and rename others.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,15 @@ def pretrained(auto: Any, path: str, trusted: bool = False, **options: Any) -> A
     for a missing folder, which the hub's client would report as a malformed id, and what the class raises.
     """
     require(path)
-    try:
+    with code_refused(trusted):
         return auto.from_pretrained(path, trust_remote_code=trusted, **options)
+
+
+@contextmanager
+def code_refused(trusted: bool) -> Iterator[None]:
+    """CodeRefused in place of transformers' own error, where code of the model's is needed and not trusted."""
+    try:
+        yield
     except ValueError as error:
         if trusted or "trust_remote_code" not in str(error):
             raise

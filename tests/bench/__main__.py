@@ -35,6 +35,7 @@ BENCHMARKS = (
     "episodes",
     "scale",
     "datasets",
+    "sharded",
 )
 ON_REQUEST = ("overlap_real",)  # has no bound
 LIMIT_S = 600  # several times what any takes on two free cores
@@ -92,6 +93,9 @@ BOUNDS = (
     Bound("scale", "linear", "turns/s of eight workers, of eight times one", "at least", 0.85),
     Bound("datasets", "start_s", "100,000 rows checked and opened, s", "at most", 5),
     Bound("datasets", "peak_mb", "memory more than without them, MB", "at most", 200),
+    Bound("sharded", "over_share_mb", "peak of a rank that loads, above its share, MB", "at most", 300),
+    Bound("sharded", "read_share", "bytes that all ranks read to go on, of the checkpoint", "at most", 1.01),
+    Bound("sharded", "blocked_share", "of a save's time the learner waits", "at most", 0.1),
     Bound("buffer", "resident_growth_mb", "memory grown over 100,000 groups, MB", "at most", 8),
 )
 

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 import torch
 
-from learner.training.publish import Staging
+from learner.training.publish import Staging, write
 from rollout.wire.actors import put_object
 from rollout.wire.weights import ByteArray, Handle, checksum
 
@@ -47,7 +47,10 @@ class Holder:
 
     def __init__(self, receiver: Any) -> None:
         self._receiver = receiver
-        self._arrays = Staging().write(_tensors(), torch.bfloat16)
+        tensors = _tensors()
+        self._arrays = Staging().parts([tensor.nbytes for tensor in tensors])
+        for array, tensor in zip(self._arrays, tensors, strict=True):
+            write(array, tensor, torch.bfloat16)
 
     def stamp(self, version: int) -> None:
         """Mark every tensor, so that a stale one is seen."""

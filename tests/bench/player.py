@@ -38,5 +38,5 @@ def playing_model(config: RunConfig, folder: Path) -> str:
     _, steps = learner.begin_stage(0, [decode(batch) for batch in rows])
     learner.advance_stage(steps)
     taught = folder / "taught"
-    learner.write_model(taught)
+    learner.policy.save(taught)
     return str(taught)

@@ -106,9 +106,7 @@ def parameters(folder: Path) -> dict[str, NDArray[np.uint32]]:
     newest = latest(folder)
     assert newest is not None
     weights = load_file(newest / MODEL / "model.safetensors")
-    optimizer = torch.load(newest / OPTIMIZER, weights_only=True)["optimizers"]["policy"]
-    for index, state in optimizer["adamw"]["state"].items():
-        weights |= {f"{index}.{name}": np.asarray(tensor) for name, tensor in state.items()}
+    weights |= {k: v for k, v in load_file(newest / OPTIMIZER).items() if k.startswith("optimizers/policy")}
     return {name: array.view(np.uint32) for name, array in weights.items()}
 
 

@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -31,6 +32,7 @@ from rollout.wire.weights import SyncReport, WeightUpdate
 
 if TYPE_CHECKING:  # engines are made of this module too, and need not wait for a learner
     from learner.parallel.ranks import Ranks
+    from learner.training.checkpoint_writing import Saving
     from learner.training.learner import Learner
 
 LATENCY = "MANTA_FAULTS_LATENCY_S"  # of one scripted completion; added to one of vLLM's
@@ -116,7 +118,7 @@ def learner(config: RunConfig, path: str, ranks: Ranks | None = None, teacher: s
 
     ranks = ranks or ALONE
     made, folder = build_learner(config, path, ranks, teacher), Path(path).parent
-    step, write_model = made.step, made.write_model
+    step, begin_save = made.step, made.begin_save
 
     def logged_step(groups: Sequence[Any]) -> dict[str, float]:
         line = {"version": made.version, "groups": [group.slot.group_id for group in groups]}
@@ -126,12 +128,19 @@ def learner(config: RunConfig, path: str, ranks: Ranks | None = None, teacher: s
             file.write(json.dumps(line | told) + "\n")
         return row
 
-    def slow_write(target: Path, **weights: Any) -> None:
-        with moment(folder, "checkpoint"):
-            write_model(target, **weights)
-            time.sleep(0.2)
+    def slow_save(*args: Any, **named: Any) -> Saving:
+        saving = begin_save(*args, **named)
+        path, model = next((path, each) for path, each in saving.folders.items() if path.startswith("model"))
 
-    made.step, made.write_model = logged_step, slow_write  # type: ignore[method-assign]
+        def slow_write(target: Path) -> None:
+            with moment(folder, "checkpoint"):
+                model.beside(target)
+                time.sleep(0.2)
+
+        saving.folders[path] = replace(model, beside=slow_write)
+        return saving
+
+    made.step, made.begin_save = logged_step, slow_save  # type: ignore[method-assign]
     return made
 
 

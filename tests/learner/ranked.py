@@ -18,7 +18,7 @@ from learner.data.batch import rows_of
 from learner.data.batch_checks import BatchRefused
 from learner.data.prepare import Example
 from learner.parallel.ranks import Ranks
-from learner.parallel.shards import gathered, gathered_tree
+from learner.parallel.shards import gathered
 from learner.settings import LearnerSettings, ModelSettings
 from learner.stages.settings import AnyStage, SftSettings
 from learner.training.checkpoint import newest
@@ -37,19 +37,19 @@ Found = dict[str, Any]
 @contextmanager
 def float64() -> Iterator[None]:
     """Every model and head made meanwhile computes in float64."""
-    load = learner.model.policy._load
+    blank = learner.model.policy.blank
 
     def doubled(settings: ModelSettings) -> tuple[Path, PreTrainedModel]:
-        folder, model = load(settings)
+        folder, model = blank(settings)
         return folder, widened(model)
 
-    learner.model.policy._load = doubled
+    learner.model.policy.blank = doubled
     torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
         torch.set_default_dtype(torch.float32)
-        learner.model.policy._load = load
+        learner.model.policy.blank = blank
 
 
 SFT = SftSettings(episodes_per_step=4, epochs=2, optim=OptimSettings(learning_rate=1e-2))
@@ -215,14 +215,13 @@ def _moved(made: Learner) -> list[Any]:
 
 
 def _state(made: Learner) -> Found:
-    """Parameters of policy and critic, and the optimizers' state; whole where rank 0 says it."""
+    """Parameters of policy and critic, and the optimizers' state, whole."""
     assert made._critic is not None
     parameters = [*made.policy.parameters(), *made._critic.optimizer._parameters]
-    optimizers = [made.optimizer.state_dict(), made._critic.optimizer.state_dict()]
     moments = [
-        np.array(tensor)  # the next step moves what it was
-        for optimizer in gathered_tree(optimizers, made.ranks)
-        for entry in optimizer["adamw"]["state"].values()
+        gathered(tensor).numpy().copy()  # the next step moves what it was
+        for optimizer in (made.optimizer, made._critic.optimizer)
+        for entry in optimizer.state_dict()["moments"].values()
         for tensor in entry.values()
     ]
     return {"parameters": plain(parameters), "moments": moments, "steps": made.optimizer.steps}

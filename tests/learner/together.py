@@ -17,32 +17,37 @@ SECONDS = 60.0
 Work = Callable[..., Any]
 
 
-def together(size: int, work: Work, *args: Any) -> list[Any]:
-    """What `work(ranks, *args)` gives on each rank, in order; the first failure is raised with its traceback."""
+def together(size: int, work: Work, *args: Any, seconds: float = SECONDS) -> list[Any]:
+    """What `work(ranks, *args)` gives on each rank, in order; the first failure is raised with its traceback.
+
+    seconds: limit of any wait.
+    """
     context = multiprocessing.get_context("forkserver")  # which has imported everything once
     context.set_forkserver_preload(["learner.training.learner", "rollout.wire.schema"])
-    rendezvous = Rendezvous("127.0.0.1", size, SECONDS)
+    rendezvous = Rendezvous("127.0.0.1", size, seconds)
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
     processes = [
-        context.Process(target=_rank, args=(rank, size, rendezvous.address, said, work, args), daemon=True)
+        context.Process(
+            target=_rank, args=(rank, size, rendezvous.address, said, work, args, seconds), daemon=True
+        )
         for rank, (_, said) in enumerate(pipes)
     ]
     try:
         for process, (_, said) in zip(processes, pipes, strict=True):
             process.start()
             said.close()
-        return _answers([heard for heard, _ in pipes])
+        return _answers([heard for heard, _ in pipes], seconds)
     finally:
         for process in processes:
             process.kill()
             process.join(SECONDS)
 
 
-def _answers(pipes: list[Connection]) -> list[Any]:
+def _answers(pipes: list[Connection], seconds: float) -> list[Any]:
     found: dict[Connection, Any] = {}
     while len(found) < len(pipes):
-        ready = wait([pipe for pipe in pipes if pipe not in found], SECONDS)
-        assert ready, f"{len(pipes) - len(found)} of {len(pipes)} ranks said nothing for {SECONDS:g} s"
+        ready = wait([pipe for pipe in pipes if pipe not in found], seconds)
+        assert ready, f"{len(pipes) - len(found)} of {len(pipes)} ranks said nothing for {seconds:g} s"
         for pipe in ready:
             assert isinstance(pipe, Connection)
             good, found[pipe] = pipe.recv()
@@ -50,11 +55,13 @@ def _answers(pipes: list[Connection]) -> list[Any]:
     return [found[pipe] for pipe in pipes]
 
 
-def _rank(rank: int, size: int, address: str, said: Connection, work: Work, args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, size: int, address: str, said: Connection, work: Work, args: tuple[Any, ...], seconds: float
+) -> None:
     torch.set_num_threads(1)
     prefix_tree.LEAST_SHARED = 1  # as in the tests' own process: siblings have few tokens in common
     try:
-        ranks = ALONE if size == 1 else Ranks.join(rank, size, address, "cpu", SECONDS)
+        ranks = ALONE if size == 1 else Ranks.join(rank, size, address, "cpu", seconds)
         answer = True, work(ranks, *args)
     except BaseException:  # whatever it is, it is told
         answer = False, traceback.format_exc()

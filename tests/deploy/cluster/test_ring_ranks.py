@@ -129,6 +129,7 @@ def test_a_rank_that_is_lost_takes_the_others_back_to_the_checkpoint(tmp_path: P
         async def struck(number: int, before_publish: Any = None, ahead: bool = False) -> Any:
             pids = {part["part"]: part["pid"] for part in ring.roster() if "learner" in part["part"]}
             if len(seen) in hits:
+                await ring.landed()  # a checkpoint on its way would be none
                 os.kill(pids["learner-1"], hits[len(seen)])
             seen.append((number, pids))
             return await step(number, before_publish, ahead)

@@ -37,8 +37,8 @@ def edit(file: Path, **values: Any) -> None:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Everything below a folder but weights."""
-    found = [file for file in folder.rglob("*") if file.is_file() and file.suffix != ".safetensors"]
+    """Everything below a folder but weights and their checksums."""
+    found = [file for file in folder.rglob("*") if file.is_file() and ".safetensors" not in file.suffixes]
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
 
 

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import pytest
 import torch
@@ -13,17 +11,18 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner.algorithm.schedule import OptimSettings
+from learner.model.shared_files import Folder
 from learner.settings import LearnerSettings, ModelSettings
 from learner.stages.settings import SftSettings
 from learner.training.checkpoint import (
     CheckpointError,
-    DiskFull,
     best_version,
     latest,
-    load,
     note_best,
     versions,
+    whole,
 )
+from learner.training.checkpoint_writing import DiskFull
 from learner.training.learner import Learner
 from rollout.wire.trajectory import Group
 from tests.learner.staged import learned
@@ -100,13 +99,23 @@ def _flip(file: Path, position: int) -> None:
 @pytest.mark.parametrize(
     ("spoil", "what"),
     [
-        (lambda folder: (folder / "optimizer.pt").write_bytes(b"short"), r"optimizer.pt has 5 of \d+ bytes"),
+        (
+            lambda folder: (folder / "optimizer.safetensors").write_bytes(b"short"),
+            r"optimizer.safetensors has 5 of \d+ bytes",
+        ),
         (lambda folder: (folder / "model" / "config.json").unlink(), "model/config.json has 0 of"),
         (
             lambda folder: _flip(folder / "model" / "model.safetensors", -100),
             "model/model.safetensors has changed",
         ),
-        (lambda folder: _flip(folder / "optimizer.pt", 4000), "optimizer.pt has changed"),
+        (
+            lambda folder: _flip(folder / "optimizer.safetensors", -100),
+            "optimizer.safetensors has changed",
+        ),
+        (
+            lambda folder: _flip(folder / "optimizer.safetensors.blocks", 20),
+            "optimizer.safetensors.blocks has changed",
+        ),
         (
             lambda folder: (folder / "state.json").write_text(
                 (folder / "state.json").read_text(encoding="utf-8").replace('"version": 1', '"version": 7'),
@@ -136,7 +145,7 @@ def test_a_broken_one_is_named_and_set_aside_and_the_one_before_is_used(
     assert latest(tmp_path) == bad
     spoil(bad)
     with pytest.raises(CheckpointError, match=rf"^checkpoint .* is broken: {what}[^\n]*$"):
-        load(bad)
+        whole(tmp_path, 1)
     resumed = _learner(tiny)
     resumed.version = 5
     resumed.load(tmp_path)
@@ -148,33 +157,21 @@ def test_a_broken_one_is_named_and_set_aside_and_the_one_before_is_used(
     assert latest(tmp_path) == good
 
 
-def test_an_optimizer_file_that_does_not_load_is_one_line(tmp_path: Path, tiny: Path) -> None:
-    def save_nothing(obj: object, file: IO[bytes]) -> None:
-        file.write(b"not what torch writes")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("learner.training.checkpoint.torch.save", save_nothing)
-        folder = _learner(tiny).save(tmp_path)
-    with pytest.raises(CheckpointError, match=r"^checkpoint .* is broken: optimizer.pt: [^\n]*$"):
-        load(folder)
-
-
-def test_moments_are_mapped_while_they_are_read_and_no_longer(
+def test_a_checkpoint_on_its_way_is_none_and_holds_what_was_when_it_was_begun(
     tmp_path: Path, tiny: Path, group_of: Groups
 ) -> None:
-    def mapped() -> bool:
-        return str(folder / "optimizer.pt") in Path("/proc/self/maps").read_text(encoding="utf-8")
-
-    first = _learner(tiny)
-    first.step([group_of(0, [1.0, 0.0])])
-    folder = first.save(tmp_path)
-    contents = load(folder)
-    assert mapped() and contents.optimizers["policy"]["adamw"]["state"]
-    del contents
+    learner = _learner(tiny)
+    good = learner.save(tmp_path)
+    learner.step([group_of(0, [1.0, 0.0])])
+    saving, then = learner.begin_save(tmp_path, {"next_group": 1}), _weights(learner)
+    learner.step([group_of(1, [1.0, 0.0])])
+    assert latest(tmp_path) == good
+    saving.land()
     resumed = _learner(tiny)
-    resumed.load(tmp_path)
-    gc.collect()
-    assert not mapped()
+    assert resumed.load(tmp_path) == {"next_group": 1} and resumed.version == 1
+    assert all(torch.equal(tensor, then[name]) for name, tensor in _weights(resumed).items())
+    resumed.step([group_of(1, [1.0, 0.0])])
+    assert all(torch.equal(tensor, _weights(resumed)[name]) for name, tensor in _weights(learner).items())
 
 
 def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path: Path, tiny: Path) -> None:
@@ -185,36 +182,23 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path: Path,
     assert [path.name for path in root.iterdir()] == ["version-00000000"]
 
 
-class _FullDisk:
-    """A file on a disk that has no room for more."""
-
-    def write(self, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def flush(self) -> None: ...
-
-
 def _by_the_system(folder: Path) -> None:
     (folder / "config.json").write_text("{}", encoding="utf-8")
     raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-
-
-def _by_torch(folder: Path) -> None:
-    torch.save({"weight": torch.zeros(1 << 16)}, _FullDisk())  # raises an error of its own over the system's
 
 
 def _by_safetensors(folder: Path) -> None:
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-@pytest.mark.parametrize("write_model", [_by_the_system, _by_torch, _by_safetensors])
+@pytest.mark.parametrize("write_model", [_by_the_system, _by_safetensors])
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(
     tmp_path: Path, tiny: Path, write_model: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = _learner(tiny)
     good = learner.save(tmp_path)
     learner.version = 1
-    monkeypatch.setattr(learner, "write_model", write_model)
+    monkeypatch.setattr(learner.policy, "folders", lambda: {"": Folder([], write_model)})
     with pytest.raises(
         DiskFull, match=r"^no room for a checkpoint in .* GB are free .* GB are wanted$"
     ) as full:
@@ -231,7 +215,7 @@ def test_another_failure_is_not_taken_for_a_full_disk(
         raise PermissionError(errno.EACCES, "no")
 
     learner = _learner(tiny)
-    monkeypatch.setattr(learner, "write_model", denied)
+    monkeypatch.setattr(learner.policy, "folders", lambda: {"": Folder([], denied)})
     with pytest.raises(PermissionError):
         learner.save(tmp_path)
 

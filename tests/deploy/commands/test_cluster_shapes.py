@@ -1,0 +1,44 @@
+"""The table of cluster shapes in docs/gpus.md holds what `manta check` says of models of the true shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from deploy.assembly.memory_plan import GIB, MemoryPlan, ModelFacts, traffic
+from deploy.config.load import load_config
+from deploy.run.job_size import JobSize, nodes, rows_of_rank
+from tests.qwen3 import QWEN3_8B, QWEN3_30B_A3B, QWEN3_32B, Qwen3
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "gpus.md"
+ROWS = [(7_473, 1_319)]  # of the recipe's data: training, held out
+PAIRS = ["rollout.workers=8", "rollout.gpus_per_worker=2", "engine.tensor_parallel_size=2"]
+LORA = ["learner.ranks=1", "learner.model.lora.rank=32", "rollout.workers=7"]
+SHAPES: list[tuple[str, Qwen3, list[str]]] = [
+    ("Qwen3-8B, one node: 4 ranks, 4 engines", QWEN3_8B, []),
+    ("Qwen3-8B, four nodes: 16 ranks, 16 engines", QWEN3_8B, ["learner.ranks=16", "rollout.workers=16"]),
+    ("Qwen3-8B, adapter of rank 32, one node: 1 rank, 7 engines", QWEN3_8B, LORA),
+    ("Qwen3-32B, one node: 4 ranks, 2 engines of 2 GPUs", QWEN3_32B, [*PAIRS, "rollout.workers=2"]),
+    ("Qwen3-32B, four nodes: 16 ranks, 8 engines of 2 GPUs", QWEN3_32B, [*PAIRS, "learner.ranks=16"]),
+    ("Qwen3-30B-A3B, four nodes: 16 ranks, 8 engines of 2 GPUs", QWEN3_30B_A3B, [*PAIRS, "learner.ranks=16"]),
+]
+
+
+@pytest.mark.parametrize(("name", "model", "overrides"), SHAPES, ids=[name for name, *_ in SHAPES])
+def test_the_table_holds_what_is_told(name: str, model: Qwen3, overrides: list[str]) -> None:
+    config = load_config("qwen3_8b_gsm8k", overrides)
+    facts = ModelFacts.of(AutoConfig.for_model(**model.config()), config)
+    assert facts.shape.parameters == model.parameters
+    plan = MemoryPlan.of(config, facts, 80 * GIB)
+    learner, rows = plan.process("learner"), rows_of_rank(config, JobSize.of(config, ROWS))
+    sent, most = traffic(config, facts), max(node.host_bytes for node in nodes(config, plan, 8))
+    figures = [
+        f"{learner.peak(on_host=False) / GIB:.0f}",
+        f"{most / GIB:.0f}",
+        f"{rows} x {sent.row / GIB:.0f}",
+        f"{sent.version / GIB:.0f}",
+    ]
+    row = f"| {name} | {' | '.join(figures)} |"
+    assert row in PAGE.read_text(encoding="utf-8"), row
