@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import ray
+import torch
 
 from deploy.config.config import RunConfig
 from learner.training.learner import Learner
@@ -24,7 +26,7 @@ def native_publisher(
     assert config.weights.transfer != "object_store"
     return NativePublisher(
         config.weights.transfer,
-        learner.policy.named_weights,
+        partial(learner.policy.named_weights, getattr(torch, config.engine.dtype)),
         workers,
         config.engine.placement.gpus,
         ray.util.get_node_ip_address(),

@@ -216,10 +216,10 @@ def _ranks(config: RunConfig) -> None:
         raise ValueError(
             f"learner.model.lora trains an adapter in one process, but learner.ranks={ranks}; use learner.ranks=1"
         )
-    if ranks > 1 and config.weights.transfer != "object_store":
+    if ranks > 1 and config.weights.transfer == "ipc":
         raise ValueError(
-            f"weights.transfer={config.weights.transfer!r} sends from one process, but learner.ranks={ranks}; "
-            "use 'object_store', or learner.ranks=1"
+            f"weights.transfer='ipc' sends within one GPU, but learner.ranks={ranks} have one each; use 'nccl', "
+            "'object_store', or learner.ranks=1"
         )
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
+import torch
 
 from learner.data.batch_checks import BatchRefused
 from learner.parallel.ranks import RankLost, touching
@@ -55,9 +57,21 @@ class Follower:
 
     async def snapshot(self) -> None:
         """Take part in a snapshot: the bytes are rank 0's."""
-        await self._do(
-            take_snapshot, self._learner.policy, self._learner.published_version, self._engine_dtype
-        )
+        await self._snapshot(with_bytes=True)
+
+    async def manifest(self) -> None:
+        """Take part in a snapshot without bytes."""
+        await self._snapshot(with_bytes=False)
+
+    async def _snapshot(self, with_bytes: bool) -> None:
+        learner = self._learner
+        words = learner.policy, learner.published_version, self._engine_dtype, with_bytes
+        await self._do(take_snapshot, *words)
+
+    async def send(self) -> None:
+        """Take part in gathering the weights, layer by layer, which rank 0 sends to the engines."""
+        dtype = getattr(torch, self._engine_dtype)
+        await self._do(deque, self._learner.policy.named_weights(dtype), 0)
 
     async def save(self, run_folder: Path) -> None:
         """Copy the own part of a checkpoint, once the one before is written; it is written meanwhile."""

@@ -178,14 +178,21 @@ class LearnerLoop:
                 self._placed = None
 
     async def publish_native(self) -> Row:
-        """Send the present version by vLLM's own transfer; returns when all engines have proved that they hold it."""
+        """Send the present version by vLLM's own transfer; returns when all engines have proved that they hold it.
+
+        It is gathered layer by layer while it is sent: the other ranks take part.
+        """
         if self._native is None:
             raise RuntimeError(
                 "this learner was given no native transfer: weights.transfer is 'object_store'"
             )
         async with self._offering:
             snapshot = await self._take_snapshot(None)
-            return sync_metrics(await self._native.publish(snapshot))
+            async with self._weights:
+                others = [asyncio.ensure_future(answer) for answer in self._tell("send")]
+                reports = await self._native.publish(snapshot)
+                await asyncio.gather(*others)
+            return sync_metrics(reports)
 
     async def begin_stage(self, index: int, batches: Sequence[pa.RecordBatch]) -> tuple[int, int]:
         """Begin a stage on these groups; returns the steps that are made and how many there are in all."""
@@ -279,7 +286,8 @@ class LearnerLoop:
             self._require_whole()
             learner, with_bytes = self._learner, staging is not None
             words = learner.policy, learner.published_version, self._engine_dtype, with_bytes, staging, delta
-            return await self._together(("snapshot",), take_snapshot, *words)
+            verb = "snapshot" if with_bytes else "manifest"
+            return await self._together((verb,), take_snapshot, *words)
 
     async def _together(self, words: tuple[Any, ...], function: Callable[..., T], *args: Any) -> T:
         """Tell the other ranks these words while this one calls the function; returns when all have ended.

@@ -182,8 +182,14 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
         (["learner.ranks=33"], "have at least as many groups as ranks"),
         (["learner.ranks=2", "learner.model.lora.rank=4"], "use learner.ranks=1"),
         (
-            ["learner.ranks=2", "weights.transfer=nccl", "rollout.gpus_per_worker=1"],
-            "'nccl' sends from one process",
+            [
+                "learner.ranks=2",
+                "weights.transfer=ipc",
+                "rollout.gpus_per_worker=0.5",
+                "engine.kv_cache_gib=1",
+                "learner.model.device=cuda",
+            ],
+            "'ipc' sends within one GPU",
         ),
     ],
 )
