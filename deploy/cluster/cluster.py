@@ -210,10 +210,8 @@ class RayRuntime:
         if self._native:
             await self._fleet.ready()
             limit = self._limits.publish + self._limits.sync
-            row: Row = await self._of_learner(
-                "the weight sync", lambda: self._lead.publish_native.remote(), limit
-            )
-            return row
+            publish = self._lead.publish_native.remote
+            return dict(await self._of_learner("the weight sync", publish, limit))
         async with self._borrowed() as update:
             if then is not None:
                 self._steps.begin(then)
@@ -246,10 +244,8 @@ class RayRuntime:
     async def _train(self, number: int) -> Row:
         # The learner waits one step_timeout_seconds for its groups and names the missing ones; the step has another.
         limit = 2 * self._config.cluster.step_timeout_seconds
-        row: Row = await self._of_learner(
-            "the learner's step", lambda: self._lead.train.remote(number), limit
-        )
-        return row
+        train = partial(self._lead.train.remote, number)
+        return dict(await self._of_learner("the learner's step", train, limit))
 
     async def recover(self, loss: LearnerLost) -> int:
         self._steps.forget()

@@ -30,7 +30,7 @@ from rollout.wire.process_info import ProcessInfo
 
 # glibc's malloc keeps what is freed for the next step. Otherwise every large tensor is memory that the kernel maps,
 # clears page by page and takes back: a fifth of a step on CPUs. One arena, since a step may run in any thread.
-_KEEPS_MEMORY = {
+KEEPS_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**31),
     "MALLOC_TRIM_THRESHOLD_": str(2**31),
@@ -149,7 +149,7 @@ class LearnerPart:
         options: dict[str, Any] = {"num_cpus": claims["CPU"], "num_gpus": claims["GPU"]}
         if self._config.learner.model.device == "cpu":
             # Read by the C library when the process starts.
-            options["runtime_env"] = {"env_vars": {n: os.environ.get(n, v) for n, v in _KEEPS_MEMORY.items()}}
+            options["runtime_env"] = {"env_vars": {n: os.environ.get(n, v) for n, v in KEEPS_MEMORY.items()}}
         bundle = {name: amount for name, amount in claims.items() if amount}
         if size == 1 or not bundle:
             return [options] * size
