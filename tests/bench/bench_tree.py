@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -55,7 +55,6 @@ class Case:
     sequences: Sequence[TokenSequence]
     model: str
     tokens_per_row: int
-    rounds: int = ROUNDS
 
 
 def _played(recipe: str, folder: Path, groups: int, *overrides: str) -> Case:
@@ -91,7 +90,7 @@ def _answered(folder: Path) -> Case:
     )
     run_here(config, folder)
     episodes = [episode for batch in History(folder).groups() for episode in decode(batch).trainable]
-    return Case(_sequences(episodes), str(FOLDER), config.learner.tokens_per_microbatch, rounds=3)
+    return Case(_sequences(episodes), str(FOLDER), config.learner.tokens_per_microbatch)
 
 
 def _sequences(episodes: Sequence[Trajectory]) -> list[TokenSequence]:
@@ -118,17 +117,19 @@ def _group(prompt: int, answers: Sequence[int], vocabulary: int) -> list[TokenSe
     return found
 
 
-def _cases(folder: Path) -> Iterator[tuple[str, Case]]:
-    yield "frozen_lake", _played("frozen_lake", folder / "lake", 32)
-    yield (
-        "household",
-        _played("household", folder / "home", 32, "agent.memory=full", "rollout.context_tokens=512"),
-    )
-    if (FOLDER / "config.json").is_file():
-        yield "smollm2", _answered(folder / "smollm2")
-    long = folder / "long"
-    vocabulary = untaught_model(long, 8192)
-    yield "long_prompt", Case(_group(4096, [512] * 16, vocabulary), str(long), 16_384, rounds=3)
+def _long_prompt(folder: Path) -> Case:
+    vocabulary = untaught_model(folder, 8192)
+    return Case(_group(4096, [512] * 16, vocabulary), str(folder), 16_384)
+
+
+CASES: dict[str, Callable[[Path], Case]] = {
+    "frozen_lake": lambda folder: _played("frozen_lake", folder, 32),
+    "household": lambda folder: _played(
+        "household", folder, 32, "agent.memory=full", "rollout.context_tokens=512"
+    ),
+    **({"smollm2": _answered} if (FOLDER / "config.json").is_file() else {}),
+    "long_prompt": _long_prompt,
+}
 
 
 def _step(case: Case, share: bool) -> Callable[[], dict[str, float]]:
@@ -147,7 +148,7 @@ def _measured(name: str, case: Case) -> dict[str, float]:
     steps = {share: _step(case, share) for share in (True, False)}
     rows = {share: step() for share, step in steps.items()}
     took: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(case.rounds):
+    for _ in range(ROUNDS):
         for share, step in steps.items():
             began = time.perf_counter()
             step()
@@ -169,9 +170,9 @@ def main(names: Sequence[str]) -> dict[str, float]:
     torch.set_num_threads(1)
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, case in _cases(Path(folder)):
+        for name, case in CASES.items():
             if not names or name in names:
-                found |= _measured(name, case)
+                found |= _measured(name, case(Path(folder) / name))
     return found
 
 
