@@ -279,16 +279,17 @@ UPDATE = MetricGroup(
 CRITIC = MetricGroup(
     "Critic",
     "learner/training/critic.py",
-    "Means over the sampled tokens of all ranks.",
+    "Means over the sampled tokens of all ranks; with a critic of turns over the places before and behind each action.",
     (
-        Metric(
-            "value_loss",
-            "squared reward",
-            "Value loss, half the squared error, clipped as configured",
-            _CRITIC,
-        ),
+        Metric("value_loss", "squared reward", "Half the squared error, clipped as configured", _CRITIC),
         Metric("value", "reward", "Value that the critic predicts", _CRITIC),
         Metric("value_error", "reward", "Absolute difference between value and target", _CRITIC),
+        Metric(
+            "value_correlation",
+            "correlation, -1 to 1",
+            "Of Q - V with what followed - V, over turns that the critic has not learned from yet",
+            '`critic.kind = "turns"`',
+        ),
         Metric("value_grad_norm", "2-norm", "Norm of the critic's gradient before clipping", _CRITIC),
         Metric(
             "value_skipped_step",

@@ -17,7 +17,7 @@ def limits_for(config: RunConfig, parameters: int) -> TimeLimits:
     adapter = learner.model.lora is not None and learner.model.lora.sync == "adapter"
     sent = 0 if adapter else parameters * SIZES[config.engine.dtype]
     critic = learner.algorithm.critic
-    models = 2 if critic is not None and critic.kind == "own" else 1
+    models = {"own": 2, "turns": 3}.get(critic.kind, 1) if critic is not None else 1
     state = models * parameters * _STATE_BYTES
     checkpoint = limit(cluster.start_timeout_seconds, 2 * state, DISK)  # written, and read for its checksums
     return TimeLimits(

@@ -13,6 +13,7 @@ from deploy.config import suites
 from deploy.config.derived import longest_episode
 from deploy.config.engine_checks import require_engine
 from deploy.config.guards import DEFAULTS
+from learner.algorithm.algorithm import TurnCriticSettings
 from learner.algorithm.corrections import LagMask
 from learner.algorithm.estimators import ReinforceAdvantage
 from learner.algorithm.schedule import learning_rate
@@ -253,7 +254,7 @@ def _schedules(config: RunConfig) -> None:
         schedules.append(("learner.optim", learner.optim, algorithm.policy_steps(config.steps)))
     if critic is not None:
         name = "learner.algorithm.critic.optim"
-        schedules.append((name, critic.optim, config.steps * algorithm.updates))
+        schedules.append((name, critic.optim, algorithm.critic_steps(config.steps)))
     for place, stage in enumerate(config.stages):
         if planned := stage.planned:
             schedules.append((f"stages.{place}.optim", *planned))
@@ -323,6 +324,8 @@ def _idle_metrics(config: RunConfig) -> Iterator[tuple[str, str]]:
     if algorithm.critic is None:
         for metric in ("value", "value_error", "value_grad_norm", "value_loss", "value_skipped_step"):
             yield metric, "there is no learner.algorithm.critic"
+    if not isinstance(algorithm.critic, TurnCriticSettings):
+        yield "value_correlation", "learner.algorithm.critic.kind is not 'turns'"
     if algorithm.kl is None:
         yield "reference_kl", "there is no learner.algorithm.kl"
     if algorithm.distill is None:

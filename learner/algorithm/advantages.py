@@ -156,6 +156,25 @@ def gae(
     return out_N.astype(np.float32), (out_N + value_N).astype(np.float32)
 
 
+def turn_targets(
+    rewards_J: ArrayLike, before_J: ArrayLike, behind_J: ArrayLike, gamma: float, lam: float
+) -> tuple[Float32Array, Float32Array]:
+    """Targets of the values before and behind each turn, V and Q: float32 [J] each.
+
+        V(s_j) -> Q'(s_j, a_j)    Q(s_j, a_j) -> G_j = r_j + gamma ((1 - lam) V'(s_(j+1)) + lam G_(j+1))
+
+    Zhou et al. 2024 (ArCHer, arXiv 2402.19446), equations 1 and 2, whose targets have lam = 0. before_J, behind_J: V'
+    and Q' of the slow copy. Nothing follows the last turn, also of a truncated episode: the limit of turns belongs to
+    the task.
+    """
+    exact_J, value_J = np.asarray(rewards_J, np.float64), np.asarray(before_J, np.float64)
+    out_J, following, value_after = np.empty_like(exact_J), 0.0, 0.0
+    for place in range(len(exact_J) - 1, -1, -1):
+        following = exact_J[place] + gamma * ((1 - lam) * value_after + lam * following)
+        out_J[place], value_after = following, value_J[place]
+    return np.asarray(behind_J, np.float32), out_J.astype(np.float32)
+
+
 def anchored(
     values: Sequence[ArrayLike],
     anchors: Sequence[Sequence[Hashable]],

@@ -19,29 +19,47 @@ from learner.algorithm.aggregation import Aggregation
 from learner.algorithm.constraints import Constraints
 from learner.algorithm.corrections import AnyCorrection
 from learner.algorithm.distillation import DistillSettings
-from learner.algorithm.estimators import AnyEstimator, GrpoAdvantage, NoAdvantage
+from learner.algorithm.estimators import (
+    GdpoAdvantage,
+    GigpoAdvantage,
+    GrpoAdvantage,
+    MaxRlAdvantage,
+    NoAdvantage,
+    ReinforceAdvantage,
+    ReturnsAdvantage,
+    RlooAdvantage,
+)
 from learner.algorithm.losses import AnyLoss, ClippedLoss
 from learner.algorithm.own import OwnCorrection, OwnEstimator, OwnLoss, OwnRegularizer
 from learner.algorithm.regularizers import KlSettings, OverlongSettings
 from learner.algorithm.schedule import OptimSettings
+from learner.algorithm.valued import GaeAdvantage, TurnAdvantage
 from rollout.wire.own_part import BUILT_IN, BY_KIND, OWN
 
 
 class _CriticSettings(BaseModel, extra="forbid", frozen=True):
-    value_clip: float | None = Field(
-        default=0.2,
-        gt=0,
-        description="PPO's value clipping: largest change of a predicted value per batch, in units of reward. "
-        "Not set: no clipping",
-    )
     warmup_steps: int = Field(
         default=0,
         ge=0,
         description="first learner steps in which only the critic is trained and the policy stays fixed",
     )
 
+    @property
+    def updates(self) -> int | None:
+        """Optimizer steps of a learner step; None: as many as the policy makes."""
+        return None
 
-class OwnCriticSettings(_CriticSettings):
+
+class _TokenCriticSettings(_CriticSettings):
+    value_clip: float | None = Field(
+        default=0.2,
+        gt=0,
+        description="PPO's value clipping: largest change of a predicted value per batch, in units of reward. "
+        "Not set: no clipping",
+    )
+
+
+class OwnCriticSettings(_TokenCriticSettings):
     """A critic of its own: a second model of the policy's architecture with a value head."""
 
     kind: Literal["own"] = "own"
@@ -50,7 +68,7 @@ class OwnCriticSettings(_CriticSettings):
     )
 
 
-class SharedCriticSettings(_CriticSettings):
+class SharedCriticSettings(_TokenCriticSettings):
     """A value head on the policy's last hidden states, trained in the policy's own backward pass."""
 
     kind: Literal["shared"] = "shared"
@@ -67,13 +85,66 @@ class SharedCriticSettings(_CriticSettings):
     )
 
 
+class TurnCriticSettings(_CriticSettings):
+    """A critic of turns: a second model with two value heads, learned off-policy towards its own slow copy."""
+
+    kind: Literal["turns"] = "turns"
+    optim: OptimSettings = Field(
+        default=OptimSettings(learning_rate=1e-5), description="optimizer of the critic"
+    )
+    gamma: float = Field(default=0.95, gt=0, le=1, description="discount factor per turn")
+    lam: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of later rewards in place of the value of the next turn's state in a target: 0 looks one "
+        "turn ahead, 1 to the end of the episode",
+    )
+    target_rate: float = Field(
+        default=0.1,
+        gt=0,
+        le=1,
+        description="share of the way that the slow copy goes towards the critic in an optimizer step",
+    )
+    passes: int = Field(
+        default=2, ge=1, description="passes over the fresh and the reused groups in a learner step"
+    )
+    minibatches: int = Field(default=8, ge=1, description="optimizer steps in a pass")
+    trust: float = Field(
+        default=0.2,
+        ge=0,
+        lt=1,
+        description="the policy moves only in steps in which Q - V, on fresh episodes that the critic has not learned "
+        "from, correlates with r + gamma V(next state) - V at least so much; 0: in every step",
+    )
+
+    @property
+    def updates(self) -> int | None:
+        return self.passes * self.minibatches
+
+
+AnyEstimator = Annotated[
+    GrpoAdvantage
+    | RlooAdvantage
+    | MaxRlAdvantage
+    | ReinforceAdvantage
+    | ReturnsAdvantage
+    | GigpoAdvantage
+    | GdpoAdvantage
+    | GaeAdvantage
+    | TurnAdvantage
+    | NoAdvantage,
+    Field(discriminator="kind"),
+]
 EstimatorSettings = Annotated[
     Annotated[AnyEstimator, BUILT_IN] | Annotated[OwnEstimator, OWN],
     BY_KIND,
 ]
 LossSettings = Annotated[Annotated[AnyLoss, BUILT_IN] | Annotated[OwnLoss, OWN], BY_KIND]
 CorrectionSettings = Annotated[Annotated[AnyCorrection, BUILT_IN] | Annotated[OwnCorrection, OWN], BY_KIND]
-AnyCritic = Annotated[OwnCriticSettings | SharedCriticSettings, Field(discriminator="kind")]
+AnyCritic = Annotated[
+    OwnCriticSettings | SharedCriticSettings | TurnCriticSettings, Field(discriminator="kind")
+]
 
 
 class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
@@ -131,7 +202,7 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
     )
     critic: AnyCritic | None = Field(
         default=None,
-        description="value model, for advantages that need one (gae)",
+        description="value model, for advantages that need one (gae, turns)",
     )
     minibatches: int = Field(
         default=1,
@@ -169,6 +240,15 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         waiting = 0 if self.critic is None else self.critic.warmup_steps
         return max(0, steps - waiting) * self.updates
 
+    def critic_steps(self, steps: int) -> int:
+        """Optimizer steps of the critic in so many learner steps."""
+        return steps * ((self.critic and self.critic.updates) or self.updates)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a learner step makes several optimizer steps, of which a later one may be refused."""
+        return self.updates > 1 or isinstance(self.critic, TurnCriticSettings)
+
     @property
     def needs_reference(self) -> bool:
         """Whether the reference policy (version 0) is kept for its logprobs."""
@@ -187,6 +267,28 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
                 f"loss.kind={self.loss.kind!r} has no importance ratio: after the first of minibatches * epochs = "
                 f"{self.updates} optimizer steps on a batch the batch is off-policy and its gradient biased; use 1 of "
                 "each, or kind = 'cispo', which adds a ratio"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _critic_fits(self) -> AlgorithmSettings:
+        if self.advantage.critic and self.critic is None:
+            raise ValueError(
+                f"advantage.kind={self.advantage.kind!r} needs a critic: add the section critic, or use an estimator "
+                "without one (grpo, rloo, maxrl, reinforce_pp, returns, gigpo, gdpo, none)"
+            )
+        if self.critic is None:
+            return self
+        if self.advantage.critic is False:
+            raise ValueError(
+                f"advantage.kind={self.advantage.kind!r} uses no critic; remove the section critic, or use "
+                "kind = 'gae'"
+            )
+        if isinstance(self.advantage, TurnAdvantage) != isinstance(self.critic, TurnCriticSettings):
+            raise ValueError(
+                f"advantage.kind={self.advantage.kind!r} and critic.kind={self.critic.kind!r} do not fit: a critic of "
+                "turns gives the values of advantage.kind='turns', and of no other; use kind = 'turns' in both "
+                "sections, or in neither"
             )
         return self
 
@@ -236,15 +338,5 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
             raise ValueError(
                 f"advantage.kind={self.advantage.kind!r} {reads}, which {' and '.join(penalties)} cannot change; "
                 "remove that section, or use another estimator"
-            )
-        if self.advantage.critic and self.critic is None:
-            raise ValueError(
-                f"advantage.kind={self.advantage.kind!r} needs a critic: add the section critic, or use an estimator "
-                "without one (grpo, rloo, maxrl, reinforce_pp, returns, gigpo, gdpo, none)"
-            )
-        if self.critic is not None and self.advantage.critic is False:
-            raise ValueError(
-                f"advantage.kind={self.advantage.kind!r} uses no critic; remove the section critic, or use "
-                "kind = 'gae'"
             )
         return self

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from learner.algorithm import advantages
 from learner.algorithm.advantages import Float64Array
@@ -22,8 +22,20 @@ class Values:
 
 
 @dataclass(frozen=True, slots=True)
+class TurnValues:
+    """Values of the J turns that sampled tokens: before the first of them, V, and behind the last, Q; float32 [J].
+
+    ahead_J: what the recorded turns brought, with V of what followed them: see `advantages.turn_targets`.
+    """
+
+    before_J: Float32Array
+    behind_J: Float32Array
+    ahead_J: Float32Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Episode:
-    """One episode of K turns and N sampled tokens."""
+    """One episode of K turns and N sampled tokens; J of the turns sampled any."""
 
     rewards_K: Float64Array  # of the turns, shaped
     tokens_K: tuple[int, ...]  # sampled in each turn
@@ -34,6 +46,7 @@ class Episode:
     costs: Mapping[str, Float64Array] = field(default_factory=dict)  # [K] each, by name: see constraints.py
     token_rewards_N: Float32Array | None = None  # KL penalty of each token
     values: Values | None = None
+    turn_values: TurnValues | None = None  # of a critic of turns
     sides_K: tuple[float, ...] = ()  # sign of each turn's advantage, see `sides`; (): 1 everywhere
 
     @classmethod
@@ -81,6 +94,19 @@ class Episode:
         if size:  # the reward of a turn without a token goes to the token before it
             np.add.at(rewards_N, np.maximum(np.cumsum(self.tokens_K) - 1, 0), self.rewards_K)
         return rewards_N if self.token_rewards_N is None else rewards_N + self.token_rewards_N
+
+    @property
+    def tokens_J(self) -> NDArray[np.int64]:
+        """Tokens of each turn that sampled any: int64 [J]."""
+        return np.array([count for count in self.tokens_K if count], np.int64)
+
+    @property
+    def rewards_J(self) -> Float64Array:
+        """Rewards of these turns, costs of their tokens included: those of `rewards_N`, added up."""
+        turns = len(self.tokens_J)
+        return np.bincount(np.repeat(np.arange(turns), self.tokens_J), self.rewards_N, turns).astype(
+            np.float64
+        )
 
     @property
     def bootstrap(self) -> float:

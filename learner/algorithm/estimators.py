@@ -1,16 +1,16 @@
 """Advantage estimators: the advantage of every sampled token, from the rewards of a step's groups.
 
 An estimator is a section of the recipe (`learner.algorithm.advantage`, chosen by `kind`) and a function of a rank's
-groups of episodes; a normalization over the batch is over the batches of all ranks. The formulas are in advantages.py.
-Only sampled tokens count: tokens of observations move no advantage. A truncated episode bootstraps from the critic's
-value of its last state; without a critic that value is 0, and the metric `truncated_without_bootstrap` is the share of
-such episodes.
+groups of episodes; a normalization over the batch is over the batches of all ranks. The formulas are in advantages.py,
+estimators with a critic in valued.py. Only sampled tokens count: tokens of observations move no advantage. A truncated
+episode bootstraps from the critic's value of its last state; without a critic that value is 0, and the metric
+`truncated_without_bootstrap` is the share of such episodes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,13 +23,15 @@ from learner.parallel.ranks import ALONE, Ranks
 from rollout.wire.equality import all_equal
 from rollout.wire.trajectory import Float32Array
 
-__all__ = ["AnyEstimator", "Episode", "Values", "sides"]  # an estimator, and what it is called with
+__all__ = ["Episode", "Values", "sides"]  # what an estimator is called with
 
 Groups = Sequence[Sequence[Episode]]  # of siblings
 Advantages = list[list[Float32Array]]  # for each episode, [N]
 
 
-class _Estimator(BaseModel, extra="forbid", frozen=True):
+class Estimator(BaseModel, extra="forbid", frozen=True):
+    """Base of all estimators: what the other parts need to know of one."""
+
     turns: ClassVar[bool] = False  # compares turns, so needs episodes of several
     critic: ClassVar[bool | None] = False  # needs a critic; None: works with one or without
     shaped: ClassVar[bool] = True  # reads the episode's reward, to which penalties are added
@@ -57,7 +59,7 @@ def _deviation() -> Any:
     )
 
 
-class GrpoAdvantage(_Estimator):
+class GrpoAdvantage(Estimator):
     """GRPO: rewards normalized over the siblings; Dr. GRPO with divide=False.
 
     Siblings count as equal if the task's rewards are equal: divided by their own deviation, even tiny costs of tokens
@@ -87,7 +89,7 @@ class GrpoAdvantage(_Estimator):
         return [_compared(group, compare, _paid_equal(group)) for group in groups]
 
 
-class RlooAdvantage(_Estimator):
+class RlooAdvantage(Estimator):
     """RLOO: rewards minus the mean reward of the other siblings."""
 
     kind: Literal["rloo"] = "rloo"
@@ -100,7 +102,7 @@ class RlooAdvantage(_Estimator):
         return [_compared(group, advantages.leave_one_out, _earned_equal(group)) for group in groups]
 
 
-class MaxRlAdvantage(_Estimator):
+class MaxRlAdvantage(Estimator):
     """MaxRL: rewards minus the group's mean, divided by that mean."""
 
     kind: Literal["maxrl"] = "maxrl"
@@ -119,7 +121,7 @@ class MaxRlAdvantage(_Estimator):
         return [_compared(group, compare, _paid_equal(group)) for group in groups]
 
 
-class ReinforceAdvantage(_Estimator):
+class ReinforceAdvantage(Estimator):
     """REINFORCE++, normalized over the whole batch: returns of tokens, or total rewards minus the siblings' mean.
 
     With `group_baseline` every token gets the episode's total reward minus the mean of its siblings' totals: the return
@@ -147,13 +149,13 @@ class ReinforceAdvantage(_Estimator):
             sizes = [e.over_tokens(e.magnitudes.reward) for e in episodes]
         else:
             flat, sizes = ([self._returns(e) for e in of] for of in (episodes, _magnitudes(episodes)))
-        return _regrouped(advantages.globally_normalized(flat, ranks=ranks, magnitudes=sizes), groups)
+        return regrouped(advantages.globally_normalized(flat, ranks=ranks, magnitudes=sizes), groups)
 
     def _returns(self, episode: Episode) -> Float32Array:
         return advantages.returns(episode.rewards_N, self.gamma, episode.bootstrap)
 
 
-class ReturnsAdvantage(_Estimator):
+class ReturnsAdvantage(Estimator):
     """Monte Carlo: every turn gets its return, discounted by turns."""
 
     kind: Literal["returns"] = "returns"
@@ -176,7 +178,7 @@ class ReturnsAdvantage(_Estimator):
             flat = [values_K for of_group in turns for values_K in of_group]
             sizes = [e.turn_returns(self.gamma) for group in groups for e in _magnitudes(group)]
             normal = advantages.globally_normalized(flat, ranks=ranks, magnitudes=sizes)
-            turns = _regrouped(normal, groups)
+            turns = regrouped(normal, groups)
         return [
             [episode.over_tokens(values_K) for episode, values_K in zip(group, of_group, strict=True)]
             for group, of_group in zip(groups, turns, strict=True)
@@ -195,7 +197,7 @@ class ReturnsAdvantage(_Estimator):
         return advantages.globally_normalized(turns)
 
 
-class GigpoAdvantage(_Estimator):
+class GigpoAdvantage(Estimator):
     """GiGPO: GRPO over episodes, plus returns of turns normalized over turns that began in the same state."""
 
     turns: ClassVar[bool] = True
@@ -237,7 +239,7 @@ class GigpoAdvantage(_Estimator):
         return advantages.anchored(values, anchors, self.divide, self.eps, judged, self.deviation)
 
 
-class GdpoAdvantage(_Estimator):
+class GdpoAdvantage(Estimator):
     """GDPO: each named reward normalized within the group, weighted sum, normalized over the batch.
 
     A name that an episode lacks counts 0, as in an episode truncated before that reward. ValueError, on all ranks
@@ -294,7 +296,7 @@ class GdpoAdvantage(_Estimator):
                 )
 
 
-class NoAdvantage(_Estimator):
+class NoAdvantage(Estimator):
     """No advantage from rewards: what is learned is the teacher's, by the section distill."""
 
     kind: Literal["none"] = "none"
@@ -302,57 +304,6 @@ class NoAdvantage(_Estimator):
 
     def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Advantages:
         return [[episode.over_tokens(0.0) for episode in group] for group in groups]
-
-
-class GaeAdvantage(_Estimator):
-    """PPO's generalized advantage estimation, token by token, with the critic's values."""
-
-    critic: ClassVar[bool | None] = True
-    kind: Literal["gae"] = "gae"
-    gamma: float = Field(default=1.0, gt=0, le=1, description="discount factor per token")
-    lam: float = Field(
-        default=0.95,
-        ge=0,
-        le=1,
-        description="GAE's lambda: 1 uses returns (no bias, high variance), 0 the critic's one-step "
-        "differences (bias, low variance)",
-    )
-    normalize: bool = Field(
-        default=True, description="normalize advantages over the batch to mean 0 and standard deviation 1"
-    )
-
-    def __call__(self, groups: Groups, ranks: Ranks = ALONE) -> Advantages:
-        return self.with_targets(groups, ranks)[0]
-
-    def with_targets(self, groups: Groups, ranks: Ranks = ALONE) -> tuple[Advantages, Advantages]:
-        """Advantages and the critic's targets, from one estimate."""
-        estimates = [self.estimate(episode) for group in groups for episode in group]
-        normal = flat = [advantages_N for advantages_N, _ in estimates]
-        if self.normalize:  # an advantage is a difference of a target and a value
-            sizes = [np.abs(targets_N) + np.abs(targets_N - own_N) for own_N, targets_N in estimates]
-            normal = advantages.globally_normalized(flat, ranks=ranks, magnitudes=sizes)
-        return _regrouped(normal, groups), _regrouped([targets_N for _, targets_N in estimates], groups)
-
-    def estimate(self, episode: Episode) -> tuple[Float32Array, Float32Array]:
-        """Advantages before any normalization, and the critic's targets: float32 [N] each."""
-        if episode.values is None:
-            raise ValueError("advantage.kind='gae' needs the critic's values, but this episode has none")
-        before_N = episode.values.before_N
-        return advantages.gae(episode.rewards_N, before_N, episode.bootstrap, self.gamma, self.lam)
-
-
-AnyEstimator = Annotated[
-    GrpoAdvantage
-    | RlooAdvantage
-    | MaxRlAdvantage
-    | ReinforceAdvantage
-    | ReturnsAdvantage
-    | GigpoAdvantage
-    | GdpoAdvantage
-    | GaeAdvantage
-    | NoAdvantage,
-    Field(discriminator="kind"),
-]
 
 
 def _compared(
@@ -394,6 +345,7 @@ def _turn_of(arrays: Sequence[Float32Array], turn: int) -> list[float]:
     return [float(array[turn]) for array in arrays if len(array) > turn]
 
 
-def _regrouped(flat: Sequence[Float32Array], groups: Groups) -> Advantages:
+def regrouped(flat: Sequence[Float32Array], groups: Groups) -> Advantages:
+    """One array for each episode, in the groups that the episodes came in."""
     remaining = iter(flat)
     return [[next(remaining) for _ in group] for group in groups]

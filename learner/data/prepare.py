@@ -28,9 +28,12 @@ class Example:
     episode: Episode
     advantages_N: Float32Array
     columns: dict[str, Float32Array] = field(default_factory=dict)  # [N] each: see TokenSequence.columns
+    reused: bool = False  # a group that an earlier step has learned from
 
     @classmethod
-    def of(cls, trajectory: Trajectory, overlong: OverlongSettings | None = None) -> Example:
+    def of(
+        cls, trajectory: Trajectory, overlong: OverlongSettings | None = None, reused: bool = False
+    ) -> Example:
         """The example of a trajectory, with the reward shaped and advantages of zero."""
         episode = Episode.of(trajectory)
         if overlong is not None:
@@ -45,7 +48,7 @@ class Example:
             rewards_K = episode.rewards_K.copy()
             rewards_K[-1] += cost
             episode = replace(episode, rewards_K=rewards_K)
-        return cls(trajectory, episode, np.zeros(trajectory.num_sampled, np.float32))
+        return cls(trajectory, episode, np.zeros(trajectory.num_sampled, np.float32), reused=reused)
 
     @property
     def behavior_logprobs_N(self) -> Float32Array:
@@ -75,7 +78,7 @@ def of_tokens(
 ) -> list[Float32Array]:
     """Apply `compute` to every sampled token: float32 [N] for each example. Ranks with fewer rows compute idle ones."""
     by_example = [example.sequences() for example in examples]
-    found = _of_sequences([s for sequences in by_example for s in sequences], compute, tokens_per_row, ranks)
+    found = of_sequences([s for sequences in by_example for s in sequences], compute, tokens_per_row, ranks)
     remaining = iter(found)
     none_0 = np.zeros(0, np.float32)
     return [np.concatenate([none_0, *(next(remaining) for _ in sequences)]) for sequences in by_example]
@@ -93,8 +96,8 @@ def and_after(
     columns: C, the numbers that `compute` gives for each token. A dummy token after each sequence makes the position
     after its last token one like the others.
     """
-    by_example = [[_followed(s) for s in example.sequences()] for example in examples]
-    found = _of_sequences([s for sequences in by_example for s in sequences], compute, tokens_per_row, ranks)
+    by_example = [[followed(s) for s in example.sequences()] for example in examples]
+    found = of_sequences([s for sequences in by_example for s in sequences], compute, tokens_per_row, ranks)
     remaining = iter(found)
     none_0C = np.zeros((0, columns), np.float32)
     values = []
@@ -105,7 +108,8 @@ def and_after(
     return values
 
 
-def _followed(sequence: TokenSequence) -> TokenSequence:
+def followed(sequence: TokenSequence) -> TokenSequence:
+    """The sequence and a dummy token, which counts as sampled, so that the position after its last token is scored."""
     return replace(
         sequence,
         token_ids_T=np.append(sequence.token_ids_T, np.int32(0)),
@@ -117,9 +121,10 @@ def _followed(sequence: TokenSequence) -> TokenSequence:
     )
 
 
-def _of_sequences(
+def of_sequences(
     sequences: Sequence[TokenSequence], compute: TokenFunction, tokens_per_row: int, ranks: Ranks
 ) -> list[Float32Array]:
+    """Apply `compute` to every sampled token: float32 [N] or [N, C] for each sequence."""
     found: list[Float32Array] = [np.zeros(0, np.float32)] * len(sequences)
     rows = rows_of(sequences, tokens_per_row)
     micro_batches = level([row_of([sequences[place] for place in row]) for row in rows], ranks)

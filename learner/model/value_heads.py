@@ -1,4 +1,4 @@
-"""Value heads of ILQL: perceptrons of one hidden layer on a policy's hidden states (Snell et al. 2022).
+"""Value heads: perceptrons of one hidden layer on hidden states, as in ILQL (Snell et al. 2022).
 
 The last layers begin as zeros. Products and sums are float32 at least.
 """
@@ -24,6 +24,18 @@ class StateValue(nn.Module):
         """Values [N] of hidden states [N, D]."""
         values_N1: Tensor = self.last(self.features(hidden_ND.to(self.last.weight.dtype)))
         return values_N1[:, 0]
+
+
+class TwoStateValues(nn.Module):
+    """V, twice, by two heads that begin differently."""
+
+    def __init__(self, width: int, hidden: int, random: torch.Generator) -> None:
+        super().__init__()
+        self.one, self.other = StateValue(width, hidden, random), StateValue(width, hidden, random)
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """Values [2, N] of hidden states [N, D]."""
+        return torch.stack([self.one(hidden_ND), self.other(hidden_ND)])
 
 
 class ActionValues(nn.Module):

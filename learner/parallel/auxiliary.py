@@ -34,11 +34,9 @@ class AuxiliaryModule:
         """Its parameters, always in the same order."""
         return self.module.parameters()
 
-    @torch.no_grad()
     def follow(self, other: AuxiliaryModule, rate: float) -> None:
-        """Move each parameter towards that of a module of the same shape, by a share of the way: Polyak averaging."""
-        for own, followed in zip(self.parameters(), other.parameters(), strict=True):
-            local(own).lerp_(local(followed), rate)
+        """Move towards a module of the same shape: see `follow`."""
+        follow(self.module, other.module, rate)
 
     def state(self) -> dict[str, Tensor]:
         """Its tensors by name, sharded where they are."""
@@ -48,3 +46,10 @@ class AuxiliaryModule:
         """Read tensors of the same names, of sharded ones the own rows."""
         own = self.module.state_dict()
         self.module.load_state_dict({name: laid_out(stored[name], like) for name, like in own.items()})
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, fast: nn.Module, rate: float) -> None:
+    """Move each parameter towards that of a module of the same shape, by a share of the way: Polyak averaging."""
+    for own, followed in zip(slow.parameters(), fast.parameters(), strict=True):
+        local(own).lerp_(local(followed), rate)

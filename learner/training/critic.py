@@ -3,7 +3,8 @@
     V_n = head(hidden state before the n-th sampled token)
 
 The hidden states are those of a second model of the policy's kind (`OwnCritic`), or the policy's own (`SharedCritic`):
-then one forward and one backward pass serve policy and values. A head begins as zeros.
+then one forward and one backward pass serve policy and values. A head begins as zeros. A critic of turns is in
+turn_critic.py; critics.py makes the one that a recipe names.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from learner.algorithm.algorithm import AnyCritic, OwnCriticSettings, SharedCriticSettings
+from learner.algorithm.algorithm import OwnCriticSettings, SharedCriticSettings
 from learner.algorithm.estimators import Values
 from learner.data.batch import Batch, MicroBatch
 from learner.data.prepare import Example, and_after
@@ -29,7 +30,7 @@ from learner.training.optim import Optimizer
 from learner.training.step import Auxiliary, Stats, accumulate
 from rollout.wire.metrics import Row, joined
 
-_TRUNK, _HEAD = "trunk", "head.safetensors"
+TRUNK, _HEAD = "trunk", "head.safetensors"
 
 
 def value_loss(values_N: Tensor, old_N: Tensor, targets_N: Tensor, clip: float | None) -> Tensor:
@@ -79,15 +80,18 @@ class PolicyStep(Protocol):
 class Critic(Protocol):
     """What a learner asks of a critic, whichever it is. `optimizer`: of all that the policy's own does not move."""
 
-    head: ValueHead
     optimizer: Optimizer
+
+    @property
+    def learns_by_itself(self) -> bool:
+        """Whether `look` has it learn from the episodes, so that the estimator gives it no targets."""
 
     @property
     def warmup_steps(self) -> int:
         """First learner steps in which only the critic learns."""
 
     def look(self, examples: Sequence[Example], tokens_per_row: int, temperature: float | None) -> None:
-        """Give each episode its values.
+        """Give each episode its values. BatchRefused where it learns and its gradient is not finite.
 
         With a temperature somebody wants the policy's logprobs at it too: where they come of the same pass, they become
         the column "proximal_logprobs".
@@ -108,25 +112,11 @@ class Critic(Protocol):
     def folders(self) -> dict[str, Folder]:
         """What is written of all that is not the policy's, as it is now, by folder. A collective call."""
 
+    def keep(self) -> Callable[[], None]:
+        """What puts all that is not the policy's back, to the bit, as it is now."""
 
-def critic_of(
-    settings: AnyCritic, policy: Policy, total_steps: int | None = None, stored: Path | None = None
-) -> Critic:
-    """The critic of a recipe, beginning where the policy stands, or with what a writer left in the folder `stored`.
-
-    total_steps: of its optimizer, whose state is not in the folder.
-    """
-    critic: Critic
-    if isinstance(settings, SharedCriticSettings):
-        critic = SharedCritic(settings, policy, total_steps)
-    elif stored is None:
-        critic = OwnCritic(settings, policy.twin(), total_steps)
-    else:
-        trunk = Policy.restored(policy.settings, stored / _TRUNK, policy.ranks)
-        critic = OwnCritic(settings, trunk, total_steps)
-    if stored is not None:
-        critic.head.load(stored)
-    return critic
+    def load(self, folder: Path) -> None:
+        """Take over what was written beside the trunk, which the critic was made with."""
 
 
 class OwnCritic:
@@ -138,6 +128,10 @@ class OwnCritic:
         self.head = ValueHead(trunk)
         learning = [*trunk.model.base_model.parameters(), *self.head.linear.parameters()]
         self.optimizer = Optimizer(learning, settings.optim, total_steps)
+
+    @property
+    def learns_by_itself(self) -> bool:
+        return False
 
     @property
     def warmup_steps(self) -> int:
@@ -167,8 +161,14 @@ class OwnCritic:
         return joined(row, means, _moved(self.optimizer, finite=not row["skipped_step"]))
 
     def folders(self) -> dict[str, Folder]:
-        trunk = {f"{_TRUNK}/{path}": folder for path, folder in self.trunk.folders().items()}
+        trunk = {f"{TRUNK}/{path}": folder for path, folder in self.trunk.folders().items()}
         return {"": self.head.folder()} | trunk
+
+    def keep(self) -> Callable[[], None]:
+        return self.optimizer.keep()
+
+    def load(self, folder: Path) -> None:
+        self.head.load(folder)
 
     def _values(self, micro: MicroBatch) -> Tensor:
         return self.head(self.trunk.hidden(micro))
@@ -191,6 +191,10 @@ class SharedCritic:
         self.head = ValueHead(policy)
         self.optimizer = Optimizer(self.head.linear.parameters(), settings.optim, total_steps)
         self._policy = policy
+
+    @property
+    def learns_by_itself(self) -> bool:
+        return False
 
     @property
     def warmup_steps(self) -> int:
@@ -235,6 +239,12 @@ class SharedCritic:
 
     def folders(self) -> dict[str, Folder]:
         return {"": self.head.folder()}
+
+    def keep(self) -> Callable[[], None]:
+        return self.optimizer.keep()
+
+    def load(self, folder: Path) -> None:
+        self.head.load(folder)
 
     def _loss(self, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, Stats]:
         values_N = self.head(hidden_ND.detach() if self.settings.detach else hidden_ND)

@@ -29,7 +29,8 @@ from learner.settings import LearnerSettings
 from learner.stages.settings import AnyStage
 from learner.training import checkpoint
 from learner.training.checkpoint_writing import Saving
-from learner.training.critic import Critic, critic_of
+from learner.training.critic import Critic
+from learner.training.critics import critic_of
 from learner.training.memory_dry_run import rehearse
 from learner.training.optim import Optimizer
 from learner.training.reference_policy import Reference
@@ -75,7 +76,7 @@ class Learner:
         use_threads(settings.threads)
         self.version = 0
         self.policy = Policy(settings.model, ranks)
-        self._optimizer_steps = total_steps and total_steps * settings.algorithm.updates
+        self._critic_steps = total_steps and settings.algorithm.critic_steps(total_steps)
         self._policy_steps = total_steps and settings.algorithm.policy_steps(total_steps)
         self.optimizer = Optimizer(self.policy.parameters(), settings.optim, self._policy_steps)
         self._temperature = temperature
@@ -109,18 +110,12 @@ class Learner:
             multipliers = constraints.updated(algorithm.constraints, self._multipliers, described)
         except ValueError as error:
             raise BatchRefused(str(error)) from error
-        examples = self._with_advantages(groups, multipliers)
-        if self._fixes_proximal:
-            self._fix_proximal(examples)
-        # The first update is made only when it is known to be finite.
-        put_back = self._keep() if algorithm.updates > 1 else None
-        rows: list[dict[str, float]] = []
-        for batch, whole in self._batches(examples):
-            rows.append(row := self._update(batch, whole))
-            if row["skipped_step"] or row.get("value_skipped_step"):
-                if put_back:
-                    put_back()
-                raise BatchRefused(not_finite(row))
+        put_back = self._keep() if algorithm.keeps else lambda: None
+        try:
+            examples, rows = self._updated(groups, multipliers)
+        except BatchRefused:
+            put_back()  # all of a step's updates are made, or none
+            raise
         self.version += 1
         self._multipliers = multipliers
         if self._advantages is not None:
@@ -146,9 +141,7 @@ class Learner:
 
         longest: tokens of the longest sequence. ModelError says what to lower.
         """
-        rehearse(
-            self.policy, self.optimizer, self.settings, longest, self._temperature, self._optimizer_steps
-        )
+        rehearse(self.policy, self.optimizer, self.settings, longest, self._temperature, self._critic_steps)
 
     @property
     def published_version(self) -> int:
@@ -237,7 +230,7 @@ class Learner:
         self.policy = Policy.restored(self.settings.model, folder / checkpoint.MODEL, self.ranks)
         critic = self.settings.algorithm.critic
         if critic is not None and "critic" in contents.optimizers:
-            self._critic = critic_of(critic, self.policy, self._optimizer_steps, folder / checkpoint.CRITIC)
+            self._critic = critic_of(critic, self.policy, self._critic_steps, folder / checkpoint.CRITIC)
             self._critic.optimizer.load_state_dict(contents.optimizers["critic"])
         self.optimizer = Optimizer(self.policy.parameters(), self.settings.optim, self._policy_steps)
         self.optimizer.load_state_dict(contents.optimizers["policy"])
@@ -255,9 +248,23 @@ class Learner:
         """What the first step finds: the critic and the reference begin where the policy does."""
         critic = self.settings.algorithm.critic
         if critic is not None and self._critic is None:
-            self._critic = critic_of(critic, self.policy, self._optimizer_steps)
+            self._critic = critic_of(critic, self.policy, self._critic_steps)
         if self._reference is not None and self.version == 0:
             self._reference.copy(self.policy)
+
+    def _updated(
+        self, groups: Sequence[Group], multipliers: constraints.Multipliers
+    ) -> tuple[list[Example], list[dict[str, float]]]:
+        """What a step learns from, and the metrics of its updates. BatchRefused where one is not finite."""
+        examples = self._with_advantages(groups, multipliers)
+        if self._fixes_proximal:
+            self._fix_proximal(examples)
+        rows: list[dict[str, float]] = []
+        for batch, whole in self._batches(examples):
+            rows.append(row := self._update(batch, whole))
+            if row["skipped_step"] or row.get("value_skipped_step"):
+                raise BatchRefused(not_finite(row))
+        return examples, rows
 
     def _update(self, batch: Batch, whole: Batch) -> dict[str, float]:
         """One optimizer step of whatever learns now."""
@@ -278,8 +285,8 @@ class Learner:
 
     def _keep(self) -> Callable[[], None]:
         """What undoes all that updates on a batch change."""
-        optimizers = [self.optimizer, *([self._critic.optimizer] if self._critic else [])]
-        kept, drawn = [optimizer.keep() for optimizer in optimizers], self._rng.bit_generator.state
+        kept = [self.optimizer.keep(), *([self._critic.keep()] if self._critic else [])]
+        drawn = self._rng.bit_generator.state
 
         def put_back() -> None:
             for undo in kept:
@@ -293,7 +300,7 @@ class Learner:
     ) -> list[Example]:
         """The trainable episodes with all that is known of their tokens before the first update."""
         algorithm, estimator = self.settings.algorithm, self.settings.algorithm.advantage
-        by_group = [[Example.of(t, algorithm.overlong) for t in group.trainable] for group in groups]
+        by_group = [[Example.of(t, algorithm.overlong, g.reuse > 0) for t in g.trainable] for g in groups]
         examples = [example for siblings in by_group for example in siblings]
         self._refer(examples)
         require_rewards(examples, self.ranks)
@@ -304,7 +311,7 @@ class Learner:
             self._critic.look(examples, self.settings.tokens_per_microbatch, wanted)
         episodes = [[example.episode for example in siblings] for siblings in by_group]
         try:
-            if self._critic is None:
+            if self._critic is None or self._critic.learns_by_itself:
                 advantages = estimator(episodes, self.ranks)
             else:
                 advantages, targets = estimator.with_targets(episodes, self.ranks)
@@ -385,7 +392,6 @@ class Learner:
         return pack(sequences, self.settings.tokens_per_microbatch, self.policy.context, skip_zero_advantage)
 
     def _share(self, true: Iterable[bool]) -> float:
-        """Of the episodes of all ranks."""
-        counted = [bool(one) for one in true]
+        counted = [bool(one) for one in true]  # of the episodes of all ranks
         sums = self.ranks.sums({"true": sum(counted), "all": len(counted)})
         return sums["true"] / max(sums["all"], 1)

@@ -17,7 +17,7 @@ from learner.data.batch import Batch, MicroBatch, longest_row
 from learner.model.policy import ModelError, Policy
 from learner.model.saved_tensors import SavedTensors
 from learner.settings import LearnerSettings
-from learner.training.critic import critic_of
+from learner.training.critics import critic_of
 from learner.training.optim import Optimizer
 from learner.training.reference_policy import Reference
 from learner.training.step import Auxiliary, PolicyObjective, train_step
@@ -117,6 +117,7 @@ def _step(
     if critic is None:
         held_back(batch)
     else:
+        critic.optimizer.zero_grad()
         critic.step_with(held_back, batch, batch)
     optimizer.zero_grad()
     del room, reference

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from learner.algorithm.algorithm import OwnCriticSettings
+from learner.algorithm.algorithm import OwnCriticSettings, TurnCriticSettings
 from learner.data.batch import longest_row
 from learner.model.footprint import Saved, Shape
 from learner.settings import LearnerSettings
@@ -88,6 +88,9 @@ def learner_amounts(
         found.append(Amount("teacher, float32", _WIDE * teacher // ranks))
     if isinstance(settings.algorithm.critic, OwnCriticSettings):
         found.append(Amount("critic with gradients and moments", 4 * _WIDE * shape.parameters // ranks))
+    if isinstance(settings.algorithm.critic, TurnCriticSettings):
+        size = 5 * _WIDE * shape.parameters // ranks
+        found.append(Amount("critic with gradients, moments and a slow copy", size))
     if adapted:
         merged = _WIDE * adapted // max(shape.layers, 1)
         found.append(Amount("merged matrices of a layer, while publishing", merged, at_times=True))
@@ -121,8 +124,11 @@ def host_amounts(
     """
     trained, ranks = adapter or shape.parameters, settings.ranks
     found = [Amount("a version for the engines", sent_bytes, on_host=True, lead=True)] if sent_bytes else []
-    if settings.algorithm.updates > 1:
-        kept = 3 * _WIDE * trained // ranks
+    if settings.algorithm.keeps:
+        numbers = 3 * trained
+        if isinstance(settings.algorithm.critic, TurnCriticSettings):
+            numbers += 4 * shape.parameters
+        kept = _WIDE * numbers // ranks
         found.append(Amount("copy of weights and moments, in a step", kept, on_host=True, at_times=True))
     outside, layer = shape.outside_layers, shape.largest_layer
     examined, read = _WIDE * (outside + layer), _WIDE * max(outside, layer)
@@ -140,7 +146,9 @@ def checkpoint_bytes(settings: LearnerSettings, shape: Shape, adapter: int, head
 
     heads: the `head_bytes` of the stages, which the checkpoints of a stage have besides.
     """
-    own = isinstance(settings.algorithm.critic, OwnCriticSettings)
-    weights = shape.parameters * (2 if own else 1) + adapter
+    critic = settings.algorithm.critic
+    own = isinstance(critic, OwnCriticSettings | TurnCriticSettings)
+    slow = isinstance(critic, TurnCriticSettings)
+    weights = shape.parameters * (1 + own + slow) + adapter
     moments = 2 * ((adapter or shape.parameters) + own * shape.parameters)
     return _WIDE * (weights + moments) + heads

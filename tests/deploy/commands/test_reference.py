@@ -178,9 +178,11 @@ def test_every_metric_that_a_run_writes_is_in_the_page_and_every_one_of_the_page
     train(with_tools, tmp_path / "tools", _talker)
     taught = f"learner.algorithm.distill={{teacher={str(tmp_path / 'critic')!r}}}"
     train(configured("steps=1", "evaluation.tasks=0", taught), tmp_path / "taught")
-    written = {
-        name for run in ("critic", "tools", "taught") for row in read_metrics(tmp_path / run) for name in row
-    }
+    of_turns = ("advantage={kind='turns'}", "critic={kind='turns'}")
+    turns = [f"learner.algorithm.{section}" for section in of_turns]
+    train(configured("steps=1", "evaluation.tasks=0", *turns), tmp_path / "turns")
+    runs = ("critic", "tools", "taught", "turns")
+    written = {name for run in runs for row in read_metrics(tmp_path / run) for name in row}
     page = _page("metrics.md")
     declared = {metric.name: metric for metric in METRICS}
     assert len(declared) == len(METRICS)

@@ -28,10 +28,11 @@ OPTIM = f"optim={{learning_rate=2e-3, {STEADY}}}"
 VALUE_OPTIM = f"value_optim={{learning_rate=5e-3, {STEADY}}}"
 PLAYED = f"{OPTIM}, epochs=12, episodes_per_step=4, source={{kind='player', episodes=256"
 ILQL = f"kind='ilql', {VALUE_OPTIM}, gamma=0.7, expectile=0.9, cql=0.01, target_rate=0.2, {PLAYED}}}"
+IMITATED = {"all": f"kind='sft', {PLAYED}}}", "successful": f"kind='sft', {PLAYED}, min_reward=1.0}}"}
 
 
-def doors(stage: str) -> RunConfig:
-    return configured(*DOORS, f"stages=[{{{stage}}}]")
+def doors(stage: str, *overrides: str) -> RunConfig:
+    return configured(*DOORS, f"stages=[{{{stage}}}]", *overrides)
 
 
 def demonstrations(config: RunConfig, folder: Path) -> list[Trajectory]:
@@ -48,10 +49,9 @@ def test_values_stitch_a_path_that_no_demonstration_has_gone(tmp_path: Path) -> 
     episodes = demonstrations(config, tmp_path / "ilql")
     begun_first = {episode.reward for episode in episodes if "door 0" in episode.turns[0].observation}
     assert begun_first == {0.0} and max(episode.reward for episode in episodes) == 1.0
-    imitated = {"all": f"kind='sft', {PLAYED}}}", "successful": f"kind='sft', {PLAYED}, min_reward=1.0}}"}
-    success |= {name: train(doors(each), tmp_path / name)["success_after"] for name, each in imitated.items()}
+    success |= {name: train(doors(each), tmp_path / name)["success_after"] for name, each in IMITATED.items()}
     assert success == {"ilql": 1.0, "all": 0.0, "successful": 0.0}
-    kept = demonstrations(doors(imitated["successful"]), tmp_path / "ilql")
+    kept = demonstrations(doors(IMITATED["successful"]), tmp_path / "ilql")
     assert {episode.reward for episode in kept} == {1.0} and len(kept) == sum(e.reward for e in episodes)
     rows = read_metrics(stage_folder(tmp_path / "ilql", 0))
     assert rows[-1]["td_error"] < rows[20]["td_error"] and 0.0 < rows[-1]["effective_samples"] < 1.0

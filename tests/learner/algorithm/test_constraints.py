@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from learner.algorithm.algorithm import AlgorithmSettings
 from learner.algorithm.constraints import ConstraintSettings, Multiplier, priced, updated
 from learner.algorithm.episode import Episode, Values
-from learner.algorithm.estimators import GaeAdvantage, GrpoAdvantage
+from learner.algorithm.estimators import GrpoAdvantage
+from learner.algorithm.valued import GaeAdvantage
 
 RNG = np.random.default_rng(0)
 PRICE = {"risk": Multiplier(0.5), "noise": Multiplier(2.0), "free": Multiplier(0.0)}

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from learner.algorithm.advantages import overlong_penalty
-from learner.algorithm.estimators import AnyEstimator, Episode, GaeAdvantage, Values, sides
+from learner.algorithm.algorithm import AnyEstimator
+from learner.algorithm.estimators import Episode, Values, sides
 from learner.algorithm.regularizers import OverlongSettings
+from learner.algorithm.valued import GaeAdvantage
 from learner.data.prepare import Example
 from rollout.wire.trajectory import EndReason
 from tests import reference

@@ -40,6 +40,16 @@ SHARED: dict[str, Any] = {
     "epochs": 2,
     "skip_zero_advantage": False,
 }
+TURNS: dict[str, Any] = {
+    "advantage": {"kind": "turns"},
+    "critic": {
+        "kind": "turns",
+        "passes": 2,
+        "minibatches": 1,
+        "trust": 0.0,
+        "optim": {"learning_rate": 0.03},
+    },
+}
 RISK: dict[str, Any] = {"name": "risk", "limit": 0.5, "update": {"kind": "dual", "rate": 0.5}}
 # (recipe, learner steps, settings of the model); UNTIED stands for a model whose head is a matrix of its own
 UNTIED = "untied"
@@ -73,6 +83,7 @@ CASES: list[Any] = [
     ({"advantage": {"kind": "gdpo", "weights": {"goal": 1.0, "form": 0.5}}, "loss": {"kind": "gspo"}}, 1, {}),
     (CRITIC | {"aggregation": "sequence", "constraints": [RISK]}, 2, {"path": UNTIED}),
     (SHARED, 3, {}),
+    (TURNS, 2, {}),
 ]
 
 
@@ -123,7 +134,9 @@ def test_a_step_of_several_ranks_is_that_of_one(
     assert fewer, "no rank ever had fewer rows than another"
 
 
-@pytest.mark.parametrize(("before", "after", "recipe"), [(2, 1, CRITIC), (1, 2, CRITIC), (2, 1, SHARED)])
+@pytest.mark.parametrize(
+    ("before", "after", "recipe"), [(2, 1, CRITIC), (1, 2, CRITIC), (2, 1, SHARED), (2, 1, TURNS)]
+)
 def test_a_checkpoint_is_continued_by_any_number_of_ranks(
     before: int, after: int, recipe: dict[str, Any], tiny: Path, tmp_path: Path
 ) -> None:
