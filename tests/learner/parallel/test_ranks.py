@@ -144,7 +144,8 @@ def test_a_checkpoint_is_continued_by_any_number_of_ranks(
     same, *_ = together(before, resumed, tiny, recipe, tmp_path)
     other, *rest = together(after, resumed, tiny, recipe, tmp_path)
     assert same["cursor"] == other["cursor"] == {"step": 1}
-    assert same["steps"] == other["steps"] == wrote["steps"] == 2
+    steps = 1 if recipe is TURNS else 2  # without learned values of turns no action is better than another
+    assert same["steps"] == other["steps"] == wrote["steps"] == steps
     for what in ("parameters", "moments"):
         _same(same[what], wrote[what])
         _same(other[what], wrote[what])
