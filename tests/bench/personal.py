@@ -50,7 +50,7 @@ def learned(way: str, seed: int, folder: Path) -> Path:
         first = folder / f"{FIRST}-{seed}"
         config = from_model(RECIPE, exported(first, folder / f"imitated-{seed}", 0), overrides)
     else:
-        config = load_config(RECIPE, overrides)
+        config = load_config(RECIPE, ["stages.0.threads=1", *overrides])
     run_here(config, run)
     return run
 

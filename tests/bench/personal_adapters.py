@@ -83,6 +83,7 @@ def base_model(seed: int, folder: Path) -> Path:
             "evaluation.tasks": 0,
             "env.options": {**SILENT, "split": "train"},
             "stages.0.source.error_rate": 1.0,
+            "stages.0.threads": 1,
         },
     )
     run_here(config, run)
