@@ -23,7 +23,7 @@ from deploy.config.config_errors import ConfigError
 Nested = dict[str, Any]
 
 # Options that a preset of an algorithm may set; the preset chosen last replaces all of them.
-OF_ALGORITHM = ("learner.algorithm", "rollout.dynamic_sampling")
+OF_ALGORITHM = ("learner.algorithm", "rollout.dynamic_sampling", "buffer.reuse")
 
 
 def recipe_names() -> list[str]:

@@ -148,7 +148,9 @@ def test_a_preset_sets_its_algorithm_and_nothing_else(algorithm: str, own: Path)
     own.write_text(OWN.format(algorithm=algorithm).replace("minibatches = 2", ""), encoding="utf-8")
     mine, plain = load_config(str(own)), load_config(str(own.parent / "jobs" / "base.toml"))
     differing = {name for name in type(mine).model_fields if getattr(mine, name) != getattr(plain, name)}
-    assert differing <= {"learner", "rollout"}
+    assert differing <= {"learner", "rollout", "buffer"}
+    assert (mine.buffer.reuse != plain.buffer.reuse) == (algorithm == "archer")
+    assert mine.buffer == plain.buffer.model_copy(update={"reuse": mine.buffer.reuse})
     assert mine.rollout == plain.rollout.model_copy(update={"dynamic_sampling": algorithm == "dapo"})
     assert mine.learner == plain.learner.model_copy(update={"algorithm": mine.learner.algorithm})
 
@@ -158,9 +160,13 @@ def test_a_preset_takes_the_place_of_the_algorithm_before_it() -> None:
     assert dapo.rollout.dynamic_sampling and dapo.learner.algorithm.overlong
     config = load_config("dapo", ["learner.algorithm.loss.clip_high=0.3", "algorithm=ppo"])
     assert (config.rollout.dynamic_sampling, config.learner.algorithm.overlong) == (False, None)
+    assert (
+        load_config("archer").buffer.reuse.groups
+        and not load_config("archer", ["algorithm=ppo"]).buffer.reuse.groups
+    )
     assert config.learner.algorithm.critic is not None
     assert config.learner.algorithm.loss == AlgorithmSettings().loss.model_copy(update={"clip_high": 0.3})
-    with pytest.raises(ConfigError, match="unknown algorithm='dappo'; choose one of: cispo, dapo, "):
+    with pytest.raises(ConfigError, match="unknown algorithm='dappo'; choose one of: archer, cispo, dapo, "):
         load_config("frozen_lake", ["algorithm=dappo"])
 
 
@@ -216,7 +222,7 @@ def test_what_is_printed_describes_options_and_names_defaults() -> None:
     at = lines.index("dynamic_sampling = true  # default: false")
     assert lines[at - 2].startswith("# dynamic sampling (DAPO): drop a group")
     assert "seed = 3  # default: 0" in lines
-    assert "steps = 50  # no default" in lines and "max_turns = 100" in lines
+    assert "steps = 80  # no default" in lines and "max_turns = 100" in lines
     assert "# replay is not set" in lines
     (options,) = (line for line in lines if line.startswith("options = ") and "note" in line)
     assert tomllib.loads(options.partition("  # ")[0])["options"]["note"] == "a\x7f\x01é"
