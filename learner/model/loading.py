@@ -9,6 +9,8 @@ Host memory holds the own part of the parameters and one layer of the files.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -123,6 +125,13 @@ def _kinds(layers: nn.ModuleList, model: PreTrainedModel) -> list[str]:
     types = getattr(model.config.get_text_config(), "layer_types", None) or []
     said = types if len(types) == len(layers) else [""] * len(layers)
     return [f"{kind} {layer}" for kind, layer in zip(said, layers, strict=True)]
+
+
+def trim() -> None:
+    """Give memory that was freed back to the system: a learner's process on a CPU is told to keep it for its steps."""
+    gc.collect()  # modules refer to one another in circles
+    if (give_back := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # glibc's
+        give_back(0)
 
 
 def fill(

@@ -20,7 +20,7 @@ from learner.model.attention import hidden_states
 from learner.model.compatibility import require_compatible
 from learner.model.divergence import Head, Opposite, divergence
 from learner.model.linear import use_onednn
-from learner.model.loading import ModelError, as_model_error, blank, excerpt, fill, layer_of
+from learner.model.loading import ModelError, as_model_error, blank, excerpt, fill, layer_of, trim
 from learner.model.logprobs import token_logprobs
 from learner.model.lora import Adapter
 from learner.model.perception import picture_inputs
@@ -369,6 +369,8 @@ class Policy:
                     require_compatible(short)
             except ModelError as error:
                 said = str(error)
+            del short
+            trim()
         if message := next(filter(None, self.ranks.gather(said)), ""):
             raise ModelError(message)
 
