@@ -306,11 +306,7 @@ LOOP = MetricGroup(
     "One number a step.",
     (
         Metric("step", "learner steps", "Number of the learner step, from 1"),
-        Metric(
-            "wait_s",
-            "s",
-            "Time in which the learner waited for the step's groups, also while engines loaded the version before",
-        ),
+        Metric("wait_s", "s", "Wait for the step's groups, also while engines load the version before"),
         Metric(
             "train_s",
             "s",
