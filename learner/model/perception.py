@@ -36,14 +36,14 @@ class RowMismatch(ValueError):
 def picture_inputs(
     model: PreTrainedModel, folder: str, settings: ModelSettings, ranks: int
 ) -> PictureInputs | None:
-    """Of a model that sees; None: it takes text alone. ValueError, a clause about the model: it cannot be learned."""
-    kind = model.config.model_type
+    """Of a model that sees; None: it takes text alone. ValueError, one line, for one that cannot be learned."""
+    kind, is_one = model.config.model_type, f"model {settings.path!r} is a vision model"
     if getattr(model.config, "vision_config", None) is None:
         return None
     if kind not in FAMILIES:
-        raise ValueError(f" of the family {kind}; supported are {', '.join(FAMILIES)}")
+        raise ValueError(f"{is_one} of the family {kind}; supported are {', '.join(FAMILIES)}")
     if ranks > 1 or settings.lora:
-        raise ValueError("; use learner.ranks=1 and no learner.model.lora")
+        raise ValueError(f"{is_one}; use learner.ranks=1 and no learner.model.lora")
     return PictureInputs(model, folder, settings.trust_remote_code)
 
 

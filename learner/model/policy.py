@@ -59,7 +59,7 @@ class Policy:
         folder, self.model = blank(settings)
         # Read now: the folder may be removed before they are written.
         self._files = companions(folder)
-        with as_model_error(f"model {settings.path!r} is a vision model"):
+        with as_model_error():
             self.picture_inputs = picture_inputs(self.model, str(folder), settings, ranks.size)
         with as_model_error(f"model {settings.path!r}: "):
             self._tokens = token_count(str(folder))

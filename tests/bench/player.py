@@ -4,11 +4,10 @@ and one that nobody taught.
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 from deploy.assembly.models import build_learner, model_path
-from deploy.assembly.stage_data import stage_data
+from deploy.assembly.stage_data import gather
 from deploy.config.config import RunConfig
 from deploy.config.load import load_config
 from learner.model.tiny import build_tiny
@@ -34,7 +33,7 @@ def playing_model(config: RunConfig, folder: Path) -> str:
     """Build the tiny model in `folder`, fine-tune it, and return where the outcome lies (Hugging Face format)."""
     base = model_path(config, folder)
     learner = build_learner(config, base)
-    rows = asyncio.run(stage_data(config, 0, base))
+    rows = gather(config, 0, base)
     _, steps = learner.begin_stage(0, [decode(batch) for batch in rows])
     learner.advance_stage(steps)
     taught = folder / "taught"

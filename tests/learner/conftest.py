@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from learner.data import prefix_tree
 from learner.model.tiny import build_tiny
 from learner.model.tokenizer import build_tokenizer
 from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
+from tests.learner.dense import load
 
 torch.set_num_threads(1)
 TASK = Task.of("toy", 0)
@@ -34,6 +36,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tokenizer(folder, ["left", "right"])
     build_tiny(folder, tokenizer, layers=2, width=32, heads=4, mlp=48, context=128, seed=1)
     return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Path) -> PreTrainedModel:
+    """The tiny model as transformers has it."""
+    return load(tiny)
 
 
 @pytest.fixture(scope="session")

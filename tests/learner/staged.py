@@ -1,8 +1,9 @@
-"""A stage of a learner made to its end, and what a plain model makes of an episode."""
+"""A stage of a learner made to its end, a learner that was interrupted, and what a plain model makes of an episode."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,23 @@ def learned(learner: Learner, groups: Sequence[Group], index: int = 0) -> list[d
     rows = learner.advance_stage(steps)
     assert len(rows) == steps - made
     return rows
+
+
+def interrupted(
+    made: Callable[[], Learner], batches: Sequence[Sequence[Group]], run: Path
+) -> tuple[Learner, Learner]:
+    """A learner that has made a step on each batch, and one that went on from another's checkpoint half way.
+
+    Their metrics are the same.
+    """
+    straight, first, resumed = made(), made(), made()
+    expected, half = [straight.step(groups) for groups in batches], len(batches) // 2
+    for groups in batches[:half]:
+        first.step(groups)
+    first.save(run)
+    resumed.load(run)
+    assert [resumed.step(groups) for groups in batches[half:]] == expected[half:]
+    return straight, resumed
 
 
 def action_logprobs(model: torch.nn.Module, episode: Trajectory) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from deploy.assembly.stage_data import past_episodes, stage_data
+from deploy.assembly.stage_data import gather, past_episodes
 from deploy.commands.pairs import _row, write_pairs
 from deploy.config.config_errors import ConfigError
 from learner.stages.settings import RunSource
@@ -66,7 +65,7 @@ def test_a_stage_reads_a_pair_in_the_tokens_that_were_played(run: Path, tmp_path
     )
     newest = latest(run)
     assert newest is not None
-    read = [decode(batch) for batch in asyncio.run(stage_data(config, 0, str(newest / "model")))]
+    read = [decode(batch) for batch in gather(config, 0, str(newest / "model"))]
     by_rank = [sorted(group.trainable, key=lambda episode: episode.reward) for group in played(run)]
     wanted = [(each[-1], each[0]) for each in by_rank if each[-1].reward > each[0].reward]
     assert len(read) == len(wanted)

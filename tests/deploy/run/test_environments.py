@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.assembly.stage_data import stage_data
+from deploy.assembly.stage_data import gather
 from deploy.config import run_folder
 from deploy.config.config_errors import ConfigError
 from deploy.config.trust import executed
@@ -138,7 +137,7 @@ def test_one_entry_is_a_run_of_env(reference: Path, tmp_path: Path) -> None:
 def test_demonstrations_are_of_every_environment_by_its_share(run: Path) -> None:
     stage = "stages=[{kind='sft', source={kind='player', episodes=9}}]"
     config = configured("env=", f"envs=[{LAKE}, {SUMS}]", "rollout.context_tokens=96", stage)
-    groups = [decode(batch) for batch in asyncio.run(stage_data(config, 0, str(run / "base")))]
+    groups = [decode(batch) for batch in gather(config, 0, str(run / "base"))]
     assert Counter(group.slot.task.env_id for group in groups) == {"frozen_lake": 6, "arithmetic": 3}
     assert [group.slot.group_id for group in groups] == list(range(9))
 

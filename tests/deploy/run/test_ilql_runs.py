@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
 
-from deploy.assembly.stage_data import stage_data
+from deploy.assembly.stage_data import gather
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.report.metrics import read_metrics, stage_folder
@@ -37,7 +36,7 @@ def doors(stage: str, *overrides: str) -> RunConfig:
 
 def demonstrations(config: RunConfig, folder: Path) -> list[Trajectory]:
     """What the stage of a run learns from."""
-    rows = asyncio.run(stage_data(config, 0, str(folder / "base")))
+    rows = gather(config, 0, str(folder / "base"))
     return [episode for batch in rows for episode in decode(batch).trajectories]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable
 from itertools import chain
@@ -13,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from deploy.assembly.runtime import Row
-from deploy.assembly.stage_data import past_episodes, stage_data
+from deploy.assembly.stage_data import gather, past_episodes
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.report.metrics import read_metrics, stage_folder
@@ -165,7 +164,7 @@ def test_conversations_are_in_the_models_own_template(tmp_path: Path) -> None:
     talk = spoken("What is 3 + 4?", "7", "And 5 + 6?", "It is 11.")
     source = written(tmp_path / "talks.jsonl", [{"messages": talk}, {"messages": spoken("x " * 900, "y")}])
     config = configured(f"stages=[{{kind='sft', {source}}}]", "rollout.context_tokens=400")
-    (batch,) = asyncio.run(stage_data(config, 0, str(FOLDER)))  # the second row is too long
+    (batch,) = gather(config, 0, str(FOLDER))  # the second row is too long
     (episode,) = decode(batch).trajectories
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     ids = [*chain(*((*turn.prompt_ids, *turn.action_ids) for turn in episode.turns))]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deploy.assembly.stage_data import stage_data
+from deploy.assembly.stage_data import gather
 from deploy.commands.scores import score_run
 from deploy.config.config_errors import ConfigError
 from deploy.report.metrics import read_metrics, stage_folder
@@ -190,7 +190,7 @@ def test_a_run_makes_a_reward_model_of_pairs_and_its_server_says_the_learners_sc
     assert len(metrics) == 12 and metrics[-1]["heldout_accuracy"] == 1.0
     folder = tmp_path / "run" / "checkpoints" / "version-00000000" / "model"
     scorer = RewardScorer(folder)
-    (batch, *_) = asyncio.run(stage_data(config, 0, str(folder)))
+    (batch, *_) = gather(config, 0, str(folder))
     better, worse = decode(batch).trajectories
     talks = [spoken(prompts[0], "up"), spoken(prompts[0], "down")]
     for talk, episode in zip(talks, (better, worse), strict=True):

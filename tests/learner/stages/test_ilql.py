@@ -17,7 +17,7 @@ from learner.settings import LearnerSettings
 from learner.stages.settings import IlqlSettings
 from learner.training.learner import Learner
 from rollout.wire.trajectory import Group
-from tests.learner.dense import gradients, load, segments, with_weights
+from tests.learner.dense import gradients, segments, with_weights
 from tests.learner.episodes import group, random_groups
 from tests.learner.ranked import float64
 from tests.reference import Episode
@@ -119,11 +119,6 @@ class Plain:
 
     def _value(self, state: Tensor) -> Tensor:
         return self._v.last(self._v.features(state))[0]
-
-
-@pytest.fixture(scope="module")
-def plain(tiny: Path) -> PreTrainedModel:
-    return load(tiny)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from learner.settings import LearnerSettings
 from learner.training.critic import Critic, OwnCritic
 from learner.training.learner import Learner
 from tests import reference
-from tests.learner.dense import Dense, Recipe, gradients, load, segments, valued, with_values, with_weights
+from tests.learner.dense import Dense, Recipe, gradients, segments, valued, with_values, with_weights
 from tests.learner.episodes import even, group, random_groups
 from tests.reference import Episode
 
@@ -165,12 +165,6 @@ def _same(left: list[Tensor], right: list[Tensor], atol: float = 1e-6) -> None:
     assert max(float(one.abs().max()) for one in left) > 1e-3
     for one, other in zip(left, right, strict=True):
         torch.testing.assert_close(one, other, atol=atol, rtol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def plain(tiny: Path) -> PreTrainedModel:
-    """The model that every learner begins with, as transformers has it."""
-    return load(tiny)
 
 
 def _critic(plain: PreTrainedModel, critic: Critic) -> tuple[PreTrainedModel, nn.Linear]:

@@ -22,9 +22,10 @@ from learner.training.optim import StepReport
 from learner.training.publish import take_snapshot
 from rollout.wire.trajectory import Group
 from tests import reference
-from tests.learner.dense import Dense, gradients, load, valued, with_values, with_weights
+from tests.learner.dense import Dense, gradients, valued, with_values, with_weights
 from tests.learner.episodes import group, random_groups
 from tests.learner.ranked import float64
+from tests.learner.staged import interrupted
 
 Groups = Callable[..., Group]
 Recipe = dict[str, Any]
@@ -59,11 +60,6 @@ def _copies(plain: PreTrainedModel, learner: Learner) -> tuple[PreTrainedModel, 
 
 def _parameters(learner: Learner) -> list[Tensor]:
     return [p.detach().clone() for p in (*learner.policy.parameters(), *_head(learner).parameters())]
-
-
-@pytest.fixture(scope="module")
-def plain(tiny: Path) -> PreTrainedModel:
-    return load(tiny)
 
 
 # (critic, recipe, learning rate): several updates at a rate that moves show the clip, at none what was looked up before
@@ -189,13 +185,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
         return _learner(tiny, {"warmup_steps": 1}, recipe, 40, model={"path": str(tiny)} | model)
 
     batches = [[group_of(10 * s + g, [1.0, 0.0, 0.5]) for g in range(2)] for s in range(4)]
-    straight, first, resumed = made(), made(), made()
-    expected = [straight.step(groups) for groups in batches]
-    for groups in batches[:2]:
-        first.step(groups)
-    first.save(tmp_path)
-    resumed.load(tmp_path)
-    assert [resumed.step(groups) for groups in batches[2:]] == expected[2:]
+    straight, resumed = interrupted(made, batches, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(_parameters(straight), _parameters(resumed), strict=True))
 
 

@@ -19,9 +19,10 @@ from learner.settings import LearnerSettings
 from learner.training.learner import Learner
 from learner.training.turn_critic import TurnCritic, correlation
 from rollout.wire.trajectory import Group
-from tests.learner.dense import gradients, load, segments, with_weights
+from tests.learner.dense import gradients, segments, with_weights
 from tests.learner.episodes import group, random_groups
 from tests.learner.ranked import float64
+from tests.learner.staged import interrupted
 from tests.reference import Episode
 
 Groups = Callable[..., Group]
@@ -123,11 +124,6 @@ def _targets(rewards: list[float], slow: list[tuple[float, float]]) -> list[tupl
         later = rewards[turn] + GAMMA * ((1 - LAM) * ahead + LAM * later)
         found.append((slow[turn][1], later))
     return found[::-1]
-
-
-@pytest.fixture(scope="module")
-def plain(tiny: Path) -> PreTrainedModel:
-    return load(tiny)
 
 
 @pytest.fixture
@@ -286,13 +282,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
         return _learner(tiny, MOVING, 40, warmup_steps=1, passes=2, minibatches=3)
 
     batches = [[group_of(10 * s + g, [1.0, 0.0, 0.5]) for g in range(2)] for s in range(4)]
-    straight, first, resumed = made(), made(), made()
-    expected = [straight.step(groups) for groups in batches]
-    for groups in batches[:2]:
-        first.step(groups)
-    first.save(tmp_path)
-    resumed.load(tmp_path)
-    assert [resumed.step(groups) for groups in batches[2:]] == expected[2:]
+    straight, resumed = interrupted(made, batches, tmp_path)
     assert _equal(_numbers(straight), _numbers(resumed))
 
 
