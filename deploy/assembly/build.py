@@ -24,6 +24,7 @@ from envs.hosting.subprocess_env import SubprocessEnv, resets_in_subprocess
 from envs.tools.tool import ToolRefused
 from rollout.agents.agent import Agent, AgentSettings, BusyClock
 from rollout.agents.settings import PartSettings, wrapped, wrapping
+from rollout.buffer.new_groups import Owner
 from rollout.buffer.replay_buffer import ReplayBuffer
 from rollout.chat.chat import Chat
 from rollout.chat.end_tokens import end_tokens
@@ -281,7 +282,9 @@ async def build_worker(
     start = replica_start(*(each.host for each in config.environments))
     pool = EnvironmentPool(parts=config.agent.parts, start=start, chat=chat, hosting=hosting)
     usual = agent(config.sampling, config.agent)
-    return RolloutWorker(name, engine, usual, replay_buffer, config.rollout, config.seed, pool, players)
+    return RolloutWorker(
+        name, engine, usual, replay_buffer, config.rollout, config.seed, pool, players, config.policy
+    )
 
 
 def replay_buffer_builder(config: RunConfig, run_folder: Path) -> Callable[[], ReplayBuffer]:
@@ -290,5 +293,11 @@ def replay_buffer_builder(config: RunConfig, run_folder: Path) -> Callable[[], R
     It holds no configuration, so that a process that unpickles it does not import torch.
     """
     return partial(
-        ReplayBuffer.over, run_folder, training_tasks(config), config.buffer, config.steps, config.seed
+        ReplayBuffer.over,
+        run_folder,
+        training_tasks(config),
+        config.buffer,
+        config.steps,
+        config.seed,
+        Owner(config.policy),
     )

@@ -77,7 +77,9 @@ class LearnerPart:
         )
         followers = [actor(FollowerActor, **each).remote(*common) for each in options[1:]]
         keep = self._config.checkpoint.keep
-        lead = actor(LearnerActor, **options[0]).remote(*common, keep, self._make_native, followers)
+        lead = actor(LearnerActor, **options[0]).remote(
+            *common, keep, self._make_native, followers, self._config.policy
+        )
         self._handles = [lead, *followers]
         joins: list[Callable[[], Ranks]] = [Ranks]
         if size > 1:

@@ -26,6 +26,7 @@ from rollout.engines.engine import Sampling
 from rollout.engines.settings import EngineSettings
 from rollout.engines.vllm_start import VllmSettings
 from rollout.episodes.worker import RolloutSettings
+from rollout.wire.policies import NAME, POLICY
 
 Word = Annotated[str, Field(pattern="^[a-z]+$")]
 
@@ -149,6 +150,11 @@ class RunConfig(Settings):
     name: str = Field("run", description="name of the run; its folder is NAME-DATE-TIME")
     seed: int = Field(
         0, ge=0, description="seed of everything random: tasks, sampling, initialization, shuffling"
+    )
+    policy: str = Field(
+        POLICY,
+        pattern=NAME,
+        description="name of the policy that the run trains, in rows, ledger and manifests",
     )
     steps: int = Field(
         ge=0, description="learner steps; each makes one weight version. 0: the run ends behind its stages"

@@ -36,7 +36,9 @@ class LearnerHere:
             learner.load(folder)
         learner.keep_advantages(folder)
         seconds, keep = config.cluster.step_timeout_seconds, config.checkpoint.keep
-        self._learner = LearnerLoop(learner, source, place, config.engine.dtype, seconds, keep)
+        self._learner = LearnerLoop(
+            learner, source, place, config.engine.dtype, seconds, keep, policy=config.policy
+        )
         return learner.version
 
     async def begin_stage(self, index: int) -> tuple[int, int]:

@@ -104,7 +104,7 @@ class LocalRuntime(LearnerHere):
 
     async def publish(self) -> Row:
         update = await self._learner.publish_weights()
-        reports = await asyncio.gather(*(worker.engine.sync(update) for worker in self._workers))
+        reports = await asyncio.gather(*(worker.sync(update) for worker in self._workers))
         await self._learner.unpin_weights(update.version, update.handle)
         return sync_metrics(reports)
 
@@ -114,7 +114,9 @@ class LocalRuntime(LearnerHere):
             *(w.evaluate(s, plan) for w, s in zip(self._workers, shares, strict=True))
         )
         trajectories = [trajectory for share in played for trajectory in share]
-        await self._replay_buffer.archive(name, [encode(group) for group in as_groups(trajectories)])
+        await self._replay_buffer.archive(
+            name, [encode(group) for group in as_groups(trajectories, self._config.policy)]
+        )
         return [evaluation_row(trajectory, plan.majority) for trajectory in trajectories]
 
     def begin_rollouts(self) -> None:

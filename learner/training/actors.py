@@ -18,6 +18,7 @@ from learner.training.loop import LearnerLoop, Row, Source, Tell
 from learner.training.publish import Publisher
 from rollout.wire.actors import put_object
 from rollout.wire.notices import collected
+from rollout.wire.policies import POLICY
 from rollout.wire.process_info import ProcessInfo, here, stacks
 from rollout.wire.weights import Handle, WeightUpdate
 
@@ -40,12 +41,14 @@ class LearnerActor:
         keep_checkpoints: int,
         make_native: Callable[[Learner], Publisher] | None = None,
         followers: Sequence[Any] = (),
+        policy: str = POLICY,
     ) -> None:
         self._build = build
         self._replay_buffer = replay_buffer
         self._settings = engine_dtype, take_seconds, keep_checkpoints
         self._make_native = make_native
         self._tell = _teller(followers)
+        self._policy = policy
         self._notices = collected()
 
     async def open(self, ranks: int, seconds: float) -> str:
@@ -58,7 +61,7 @@ class LearnerActor:
         self._learner = _started(self._build, run_folder, resume, join)
         native = self._make_native(self._learner) if self._make_native else None
         self._loop = LearnerLoop(
-            self._learner, self._replay_buffer, put_object, *self._settings, native, self._tell
+            self._learner, self._replay_buffer, put_object, *self._settings, native, self._tell, self._policy
         )
         return _here(), self._learner.version
 

@@ -21,7 +21,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -36,6 +36,7 @@ from learner.training.publish import Publisher, Snapshot, Staging, take_snapshot
 from rollout.wire.metrics import Row, joined
 from rollout.wire.own_part import OwnPartError
 from rollout.wire.partition import Partition
+from rollout.wire.policies import POLICY
 from rollout.wire.schema import decode
 from rollout.wire.trajectory import DropReason
 from rollout.wire.weights import ByteArray, Delta, Handle, SyncReport, WeightUpdate
@@ -70,6 +71,7 @@ class LearnerLoop:
     """Joins a `Learner` to a source of groups and a place for weights. All calls come from one event loop.
 
     `native` is for vLLM's own transfers, which send the live parameters and need no place. `tell` reaches other ranks.
+    `policy` is the name that versions are published under.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class LearnerLoop:
         keep_checkpoints: int = 2,
         native: Publisher | None = None,
         tell: Tell = lambda *verb: (),
+        policy: str = POLICY,
     ) -> None:
         self._learner = learner
         self._source = source
@@ -90,6 +93,7 @@ class LearnerLoop:
         self._take_seconds = take_seconds
         self._keep = keep_checkpoints
         self._native = native
+        self._policy = policy
         self._tell = tell
         self._last: Row | None = None  # of the step that made the present version
         self._saved: tuple[Path, int] | None = None  # the last checkpoint: the same is not written twice
@@ -287,7 +291,8 @@ class LearnerLoop:
             learner, with_bytes = self._learner, staging is not None
             words = learner.policy, learner.published_version, self._engine_dtype, with_bytes, staging, delta
             verb = "snapshot" if with_bytes else "manifest"
-            return await self._together((verb,), take_snapshot, *words)
+            snapshot = await self._together((verb,), take_snapshot, *words)
+        return replace(snapshot, manifest=replace(snapshot.manifest, policy=self._policy))
 
     async def _together(self, words: tuple[Any, ...], function: Callable[..., T], *args: Any) -> T:
         """Tell the other ranks these words while this one calls the function; returns when all have ended.

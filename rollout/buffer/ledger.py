@@ -27,16 +27,17 @@ from rollout.buffer.ledger_checks import LedgerError, check_log, examine, naming
 from rollout.buffer.reuse import TABLES as _REUSES
 from rollout.buffer.reuse import ReuseLog
 from rollout.buffer.segments import Location, segment_path
+from rollout.wire.policies import Opponent
 from rollout.wire.trajectory import DropReason, EndReason, Slot, Task, Trajectory
 
-_VERSION = 2
+_VERSION = 3
 REISSUE = "again"  # the stored name of this state; likewise the column `lane` has the worker loop, `gone` the evicted
 _STATES = ("issued", "waiting", REISSUE, "complete", "taken", "trained", "dropped")
 _TABLES = f"""
 CREATE TABLE IF NOT EXISTS groups (
     group_id INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, env_id TEXT NOT NULL, env_options TEXT NOT NULL,
     seed INTEGER NOT NULL, worker TEXT NOT NULL, lane INTEGER NOT NULL, issue_version INTEGER NOT NULL,
-    state TEXT NOT NULL CHECK (state IN {_STATES}),
+    policy TEXT NOT NULL, opponent TEXT, opponent_version INTEGER, state TEXT NOT NULL CHECK (state IN {_STATES}),
     reason TEXT, error TEXT, taken_version INTEGER, max_version INTEGER,
     segment INTEGER, "offset" INTEGER, length INTEGER, checksum TEXT,
     episodes INTEGER, tokens INTEGER, reward_sum REAL);
@@ -52,8 +53,9 @@ INSERT OR IGNORE INTO meta VALUES ('buffer_version', 0), ('journal_from', 0);
 {_REUSES}
 """
 _ISSUE = """
-INSERT INTO groups (group_id, attempt, env_id, env_options, seed, worker, lane, issue_version, state)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'issued')
+INSERT INTO groups (group_id, attempt, env_id, env_options, seed, policy, opponent, opponent_version, worker, lane,
+    issue_version, state)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'issued')
 ON CONFLICT (group_id) DO UPDATE SET attempt = excluded.attempt, worker = excluded.worker, lane = excluded.lane,
     issue_version = excluded.issue_version, state = 'issued'
 """
@@ -74,8 +76,8 @@ _DISCARDED = """
 UPDATE groups SET state = 'dropped', reason = ?, taken_version = NULL WHERE state = 'taken' AND group_id = ?
 """
 _SINCE = """
-SELECT group_id, attempt, env_id, seed, env_options, issue_version, state, worker, lane, taken_version, max_version,
-    segment, "offset", length, checksum
+SELECT group_id, attempt, env_id, seed, env_options, issue_version, policy, opponent, opponent_version,
+    state, worker, lane, taken_version, max_version, segment, "offset", length, checksum
 FROM groups WHERE state IN ('issued', 'waiting', 'again', 'complete')
     OR (state IN ('taken', 'trained') AND taken_version >= ?) ORDER BY group_id
 """
@@ -185,11 +187,12 @@ class Ledger:
 
     def issue(self, slot: Slot, worker: str, worker_loop: int) -> None:
         """Record that a worker may start this group, or its next attempt. Durable after the next other call."""
-        task = slot.task
-        identity = (slot.group_id, slot.attempt, task.env_id, task.options, task.seed)
+        task, opponent = slot.task, slot.opponent
+        identity = (slot.group_id, slot.attempt, task.env_id, task.options, task.seed, slot.policy)
+        against = (None, None) if opponent is None else (opponent.policy, opponent.version)
         self._db.execute("PRAGMA synchronous=NORMAL")
         try:
-            self._db.execute(_ISSUE, (*identity, worker, worker_loop, slot.version))
+            self._db.execute(_ISSUE, (*identity, *against, worker, worker_loop, slot.version))
         finally:
             self._db.execute("PRAGMA synchronous=FULL")
         self._unsynced = True
@@ -354,9 +357,17 @@ class Ledger:
 
 
 def _stored(
-    group_id: int, attempt: int, env_id: str, seed: int, options: str, issue_version: int, *rest: Any
+    group_id: int,
+    attempt: int,
+    env_id: str,
+    seed: int,
+    options: str,
+    issue_version: int,
+    policy: str,
+    *rest: Any,
 ) -> StoredGroup:
-    slot = Slot(group_id, attempt, Task(env_id, seed, options), issue_version)
-    state, worker, worker_loop, taken_version, max_version, *at = rest
+    other, other_version, state, worker, worker_loop, taken_version, max_version, *at = rest
+    opponent = None if other is None else Opponent(other, other_version)
+    slot = Slot(group_id, attempt, Task(env_id, seed, options), issue_version, policy, opponent)
     location = None if at[0] is None else Location(*at)
     return StoredGroup(slot, state, worker, worker_loop, taken_version, max_version, location)

@@ -25,6 +25,7 @@ from typing import Any, Self, TypeVar
 import pyarrow as pa
 
 from rollout.buffer.ledger import EpisodeRow
+from rollout.buffer.new_groups import ALONE, Owner
 from rollout.buffer.replay_store import BufferSettings, FinishedGroup, ReplayStore
 from rollout.wire.partition import WHOLE, Partition
 from rollout.wire.trajectory import Assignment, DropReason, Slot, StaleSlot, Task
@@ -89,10 +90,16 @@ class ReplayBuffer:
 
     @classmethod
     def over(
-        cls, folder: Path, task_of: Callable[[int], Task], settings: BufferSettings, steps: int, seed: int
+        cls,
+        folder: Path,
+        task_of: Callable[[int], Task],
+        settings: BufferSettings,
+        steps: int,
+        seed: int,
+        owner: Owner = ALONE,
     ) -> Self:
         """Open the replay buffer of the run in `folder`. task_of: returns the task of a group id."""
-        return cls(ReplayStore(folder, task_of, settings, total_steps=steps, seed=seed))
+        return cls(ReplayStore(folder, task_of, settings, total_steps=steps, seed=seed, owner=owner))
 
     async def reserve(self, worker: str, worker_loop: int) -> Assignment | None:
         """Return the next group to play; waits for a free slot. None: no more groups are needed, or from this worker.

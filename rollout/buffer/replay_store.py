@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from rollout.buffer.curriculum import Curriculum
 from rollout.buffer.disk_space import DiskSpace, free_bytes
 from rollout.buffer.failures import WINDOW, FailureWindow, TooManyFailures
 from rollout.buffer.journal import Journal, rows_of
 from rollout.buffer.leases import Lease, Leases
 from rollout.buffer.ledger import REISSUE, EpisodeRow, Ledger
+from rollout.buffer.new_groups import ALONE, NewGroups, Owner
 from rollout.buffer.reuse import Reuse
 from rollout.buffer.scheduler import StalenessScheduler
 from rollout.buffer.segments import (
@@ -47,7 +47,7 @@ class ReplayStore:
     """Everything sampled and not yet trained.
 
     total_steps: learner steps of the run, which bound the groups issued. probe: returns the free bytes on a folder's
-    disk. seed: of the run; it decides which groups are reused.
+    disk. seed: of the run; it decides which groups are reused. owner: whose groups these are.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class ReplayStore:
         total_steps: int | None = None,
         probe: Callable[[Path], int] = free_bytes,
         seed: int = 0,
+        owner: Owner = ALONE,
     ) -> None:
         self._folder = folder
         self.settings = settings
@@ -67,7 +68,7 @@ class ReplayStore:
         self._segments = SegmentWriter(self._groups, settings.segment_mib * 2**20)
         self._ledger = Ledger(folder / "ledger.sqlite")
         self._reuse = Reuse(settings.reuse, seed, self._ledger.db, self._groups)
-        self._tasks = Curriculum(settings.curriculum, task_of, self._ledger.db)
+        self._new = NewGroups(owner, settings.curriculum, task_of, self._ledger.db)
         self._next_id = self._ledger.next_group_id()
         self._scheduler = self._empty_buffer(self._ledger.buffer_version)
         self._leases = Leases(self._ledger.evicted(), self._ledger.losses())
@@ -260,7 +261,7 @@ class ReplayStore:
         self._ledger.rollback(version, complete, waiting, reissue, rewritten.first, new_driver)
         self._journal.adopt(rewritten)
         self._scheduler = buffer
-        self._tasks.forget()
+        self._new.forget()
         self._leases = Leases(self._ledger.evicted(), self._ledger.losses())
         self._leases.waiting, self._leases.reissue = waiting, reissue
 
@@ -324,13 +325,11 @@ class ReplayStore:
         begun = self.version * self.settings.groups_per_step + self._scheduler.outstanding
         if self._total is not None and begun >= self._total:
             return None
-        return Slot(self._next_id, 0, self._tasks.next(self._next_id, self.version), self.version)
+        return self._new.slot(self._next_id, self.version)
 
     def _end(self, group_ids: Collection[int]) -> None:
         self._leases.end(group_ids)
         self._journal.finish(group_ids)
-
-    # Rows ------------------------------------------------------------------------------------------------------------
 
     def _accepted(
         self, finished: Sequence[FinishedGroup]

@@ -96,15 +96,17 @@ class RolloutActor:
     async def evaluate(self, tasks: Sequence[Task], name: str, plan: EvaluationPlan) -> list[EpisodeRow]:
         """Play the tasks by the plan; stores the rows under `name`, and returns the outcomes."""
         trajectories = await self._started().evaluate(tasks, plan)
-        await self._replay_buffer.archive(name, [encode(group) for group in as_groups(trajectories)])
+        await self._replay_buffer.archive(
+            name, [encode(group) for group in as_groups(trajectories, self._started().policy)]
+        )
         return [evaluation_row(trajectory, plan.majority) for trajectory in trajectories]
 
     async def sync(self, update: WeightUpdate, hold: bool = False) -> SyncReport:
         """Load one version and verify it. hold: from a copy in this node's memory, to which deltas are applied."""
-        engine = self._started().engine
+        worker = self._started()
         if hold:
             update = await asyncio.to_thread(self._held.receive, update)
-        return await engine.sync(update)
+        return await worker.sync(update)
 
     # A sync in steps, for vLLM's native transfers: `NativePublisher` drives them.
 

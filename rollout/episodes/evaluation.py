@@ -13,6 +13,7 @@ from envs.rewards.answers import answer_in, chosen_letter, last_number, plain_an
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.engines.engine import Sampling, derive_seed
 from rollout.episodes.episode import EpisodeSpec
+from rollout.wire.policies import POLICY
 from rollout.wire.trajectory import Group, Slot, Task, Trajectory
 
 _EVALUATION = 1  # a component of the seed, which separates evaluation from training episodes
@@ -101,12 +102,12 @@ def pass_sizes(samples: int) -> list[int]:
 
 
 def evaluation_specs(
-    tasks: Sequence[Task], samples: int, seed: int, worker: str, version: int
+    tasks: Sequence[Task], samples: int, seed: int, worker: str, version: int, policy: str = POLICY
 ) -> list[EpisodeSpec]:
     """The episodes of an evaluation: the samples of each task, one task after another."""
     return [
         EpisodeSpec(
-            Slot(task.seed, 0, task, version),
+            Slot(task.seed, 0, task, version, policy),
             index,
             derive_seed(seed, task.seed, index, _EVALUATION),
             worker,
@@ -117,13 +118,13 @@ def evaluation_specs(
     ]
 
 
-def as_groups(trajectories: Sequence[Trajectory]) -> list[Group]:
+def as_groups(trajectories: Sequence[Trajectory], policy: str = POLICY) -> list[Group]:
     """Collect evaluation episodes into groups, for storage: the episodes of one task are siblings."""
     siblings: dict[tuple[int, Task], list[Trajectory]] = defaultdict(list)
     for trajectory in trajectories:
         siblings[trajectory.group_id, trajectory.task].append(trajectory)
     return [
-        Group(Slot(group_id, 0, task, _first_version(members)), tuple(members))
+        Group(Slot(group_id, 0, task, _first_version(members), policy), tuple(members))
         for (group_id, task), members in siblings.items()
     ]
 

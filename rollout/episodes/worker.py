@@ -30,6 +30,7 @@ from rollout.episodes.group import concurrently, play, run_group
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.recorder import Recorder
 from rollout.episodes.rollout_metrics import RecordingListener, RolloutMetrics
+from rollout.wire.policies import POLICY
 from rollout.wire.schema import encode, restore_turns
 from rollout.wire.trajectory import (
     Assignment,
@@ -42,6 +43,7 @@ from rollout.wire.trajectory import (
     Task,
     Trajectory,
 )
+from rollout.wire.weights import SyncReport, WeightUpdate
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +138,7 @@ class RolloutWorker:
     """Engine, agents and environments of one worker. Agents use the engine; the host of the worker syncs it.
 
     players: of single environments, whose tasks have these ids and options; `agent` and the limits of `settings` are
-    those of all others. All agents share the engine's clock.
+    those of all others. All agents share the engine's clock. policy: the name of the one that the engine holds.
     """
 
     def __init__(
@@ -149,8 +151,10 @@ class RolloutWorker:
         run_seed: int,
         pool: EnvironmentPool | None = None,
         players: Mapping[EnvironmentKey, Player] | None = None,
+        policy: str = POLICY,
     ) -> None:
         self.name = name
+        self.policy = policy
         self.engine = engine
         self._engine_clock = agent.engine_clock
         self._others = Player(agent, settings.limits)
@@ -228,6 +232,11 @@ class RolloutWorker:
         if not recording.cancelled():
             recording.result()
 
+    async def sync(self, update: WeightUpdate) -> SyncReport:
+        """Load one version of the worker's policy and verify it. Raises as `Engine.sync` does."""
+        update.manifest.require_policy(self.policy, self.name)
+        return await self.engine.sync(update)
+
     async def evaluate(self, tasks: Sequence[Task], plan: EvaluationPlan = ONCE) -> list[Trajectory]:
         """Play `plan.samples` episodes per task, as many at once as in training.
 
@@ -235,7 +244,9 @@ class RolloutWorker:
         number of the sample) only, so that two evaluations differ by the weights only. Raises EvaluationStopped.
         """
         gate = asyncio.Semaphore(self._settings.episodes)
-        specs = evaluation_specs(tasks, plan.samples, self._run_seed, self.name, self.engine.version)
+        specs = evaluation_specs(
+            tasks, plan.samples, self._run_seed, self.name, self.engine.version, self.policy
+        )
         playing = asyncio.ensure_future(concurrently(self._evaluate_one(spec, plan, gate) for spec in specs))
         self._evaluations.add(playing)
         try:

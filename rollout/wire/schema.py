@@ -15,9 +15,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rollout.wire.trajectory import EndReason, Group, PartialEpisode, Slot, Task, Trajectory, Turn, TurnEnd
+from rollout.wire.policies import Opponent
+from rollout.wire.trajectory import (
+    EndReason,
+    Group,
+    PartialEpisode,
+    Slot,
+    Task,
+    Trajectory,
+    Turn,
+    TurnEnd,
+)
 
-VERSION = b"3"
+VERSION = b"4"
 _REUSE = b"manta.reuse"  # metadata of a batch that a learner step reuses
 
 SCHEMA = pa.schema(
@@ -31,6 +41,9 @@ SCHEMA = pa.schema(
         ("env_options", pa.string()),
         ("seed", pa.int64()),
         ("issue_version", pa.int32()),
+        ("policy", pa.string()),
+        ("opponent", pa.string()),
+        ("opponent_version", pa.int32()),
         ("observation", pa.string()),
         ("action", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
@@ -79,15 +92,9 @@ def encode(group: Group) -> pa.RecordBatch:
     owners = [trajectory for trajectory, _ in rows]
     turns = [turn for _, turn in rows]
     ends = _on_last_rows(group)
-    slot, task, count = group.slot, group.slot.task, len(rows)
     columns: dict[str, Any] = {
-        "group_id": np.full(count, slot.group_id),
-        "attempt": np.full(count, slot.attempt, dtype=np.int32),
+        **_slot_columns([group.slot] * len(rows)),
         "episode": np.asarray([owner.index for owner in owners], dtype=np.int32),
-        "env_id": [task.env_id] * count,
-        "env_options": [task.options] * count,
-        "seed": np.full(count, task.seed),
-        "issue_version": np.full(count, slot.version, dtype=np.int32),
         "end_reason": [end and end.end_reason.value for end in ends],
         "success": [end and end.success for end in ends],
         "error": [end and end.error for end in ends],
@@ -98,16 +105,10 @@ def encode(group: Group) -> pa.RecordBatch:
 
 def encode_turns(turns: Sequence[TurnRow], worker: str) -> pa.RecordBatch:
     """Encode finished turns as one record batch of JOURNAL_SCHEMA, one row per turn."""
-    slots = [slot for slot, *_ in turns]
     ends = [end for *_, end, _ in turns]
     columns: dict[str, Any] = {
-        "group_id": [slot.group_id for slot in slots],
-        "attempt": [slot.attempt for slot in slots],
+        **_slot_columns([slot for slot, *_ in turns]),
         "episode": [episode for _, episode, *_ in turns],
-        "env_id": [slot.task.env_id for slot in slots],
-        "env_options": [slot.task.options for slot in slots],
-        "seed": [slot.task.seed for slot in slots],
-        "issue_version": [slot.version for slot in slots],
         "end_reason": [end and end.end_reason.value for end in ends],
         "success": [end and end.success for end in ends],
         "error": pa.nulls(len(turns), pa.string()),
@@ -156,9 +157,7 @@ def decode(batch: pa.RecordBatch) -> Group:
     require_version(batch.schema, "record batch")
     if not batch.num_rows:
         raise ValueError("a record batch without rows holds no group")
-    first = {name: batch.column(name)[0].as_py() for name in ("group_id", "attempt", "issue_version")}
-    task = Task(*(batch.column(name)[0].as_py() for name in ("env_id", "seed", "env_options")))
-    slot = Slot(first["group_id"], first["attempt"], task, first["issue_version"])
+    slot = _slot({name: batch.column(name)[0].as_py() for name in _SLOT})
     plain = {name: batch.column(name).to_pylist() for name in _PLAIN}
     lists = {name: _views(batch.column(name)) for name in _LISTS}
     by_episode = groupby(range(batch.num_rows), key=plain["episode"].__getitem__)
@@ -171,12 +170,36 @@ def as_reused(batch: pa.RecordBatch, reuse: int) -> pa.RecordBatch:
     return batch.replace_schema_metadata({**batch.schema.metadata, _REUSE: b"%d" % reuse})
 
 
+_SLOT = (
+    "group_id", "attempt", "env_id", "env_options", "seed", "issue_version", "policy", "opponent", "opponent_version",
+)  # fmt: skip
 _LISTS = ("prompt_ids", "action_ids", "behavior_logprobs", "versions")
 _TURN_PLAIN = (
     "turn", "segment", "observation", "action", "reward", "seat", "named_rewards", "finish_reason", "env_seconds",
     "engine_seconds",
 )  # fmt: skip
 _PLAIN = (*_TURN_PLAIN, "episode", "end_reason", "success", "error", "worker")
+
+
+def _slot_columns(slots: Sequence[Slot]) -> dict[str, Any]:
+    """The columns of `_SLOT`, a row for each of the slots."""
+    return {
+        "group_id": [slot.group_id for slot in slots],
+        "attempt": [slot.attempt for slot in slots],
+        "env_id": [slot.task.env_id for slot in slots],
+        "env_options": [slot.task.options for slot in slots],
+        "seed": [slot.task.seed for slot in slots],
+        "issue_version": [slot.version for slot in slots],
+        "policy": [slot.policy for slot in slots],
+        "opponent": [slot.opponent and slot.opponent.policy for slot in slots],
+        "opponent_version": [slot.opponent and slot.opponent.version for slot in slots],
+    }
+
+
+def _slot(row: dict[str, Any]) -> Slot:
+    opponent = None if row["opponent"] is None else Opponent(row["opponent"], row["opponent_version"])
+    task = Task(row["env_id"], row["seed"], row["env_options"])
+    return Slot(row["group_id"], row["attempt"], task, row["issue_version"], row["policy"], opponent)
 
 
 def _trajectory(

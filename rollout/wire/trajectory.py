@@ -17,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rollout.wire.equality import all_equal
+from rollout.wire.policies import POLICY, Opponent
 
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
@@ -83,6 +84,12 @@ class Slot:
     attempt: int
     task: Task
     version: int  # weight version the learner had published when the group was issued
+    policy: str = (
+        POLICY  # the group belongs to this policy: it samples the group's tokens and learns from them
+    )
+    opponent: Opponent | None = (
+        None  # who plays the other seat; None: the environment has none, or plays it itself
+    )
 
 
 class StaleSlot(ValueError):

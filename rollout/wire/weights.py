@@ -21,6 +21,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from rollout.wire.adapter import AdapterSpec
+from rollout.wire.policies import POLICY
 
 ByteArray = NDArray[np.uint8]
 
@@ -94,6 +95,7 @@ class WeightManifest:
     tensors: tuple[TensorSpec, ...]
     probe: Probe
     adapter: AdapterSpec | None = None  # the tensors are this adapter's; None: the whole model
+    policy: str = POLICY  # of the run
 
     @property
     def nbytes(self) -> int:
@@ -108,6 +110,13 @@ class WeightManifest:
     def digest(self) -> str:
         """Identity of the tensors' contents, whatever the version's number: blake3 over their specs, hex."""
         return blake3(repr([astuple(spec) for spec in self.tensors]).encode()).hexdigest()
+
+    def require_policy(self, policy: str, engine: str) -> None:
+        """Raise WeightMismatch for a version of another policy than the engine serves; called before loading."""
+        if self.policy != policy:
+            raise WeightMismatch(
+                f"{engine}: version {self.version} is of policy {self.policy!r}, but the engine serves {policy!r}"
+            )
 
     def require_names(self, expected: Iterable[str], engine: str) -> None:
         """Raise WeightMismatch unless the tensor names are exactly the checkpoint's; called before loading."""
@@ -172,7 +181,8 @@ class WeightUpdate:
         checked = Probe(tuple(probe["token_ids"]), tuple(probe["logprobs"]), probe["tolerance"])
         low_rank = manifest["adapter"]
         adapter = low_rank and AdapterSpec(low_rank["rank"], low_rank["alpha"], tuple(low_rank["layers"]))
-        return cls(WeightManifest(manifest["version"], specs, checked, adapter), Handle(**plain["handle"]))
+        whole = WeightManifest(manifest["version"], specs, checked, adapter, manifest["policy"])
+        return cls(whole, Handle(**plain["handle"]))
 
     def tensors(self) -> Iterator[tuple[TensorSpec, ByteArray]]:
         """Yield the tensors' specs and bytes (read-only, zero-copy), in the manifest's order.

@@ -11,6 +11,7 @@ import pytest
 
 from rollout.buffer.ledger import EpisodeRow, Ledger, StoredGroup
 from rollout.buffer.segments import Location
+from rollout.wire.policies import Opponent
 from rollout.wire.trajectory import DropReason, EndReason, Group, Slot, Task
 
 PLACE = Location(3, 400, 50, "a" * 32)
@@ -33,9 +34,20 @@ def rows(folder: Path, query: str) -> list[tuple[Any, ...]]:
 def test_an_outsider_reads_every_fate_while_the_run_writes(
     tmp_path: Path, ledger: Ledger, group_of: Callable[..., Group]
 ) -> None:
-    slots = [Slot(index, 0, Task.of("count", 9, {"size": 4}), 2) for index in range(4)]
+    task, against = (
+        Task.of("count", 9, {"size": 4}),
+        [None, Opponent("solver", 1), None, Opponent("asker", 0)],
+    )
+    slots = [Slot(index, 0, task, 2, "asker", opponent) for index, opponent in enumerate(against)]
     for slot in slots:
         ledger.issue(slot, "rollout-1", worker_loop=4)
+    owners = "SELECT policy, opponent, opponent_version FROM groups ORDER BY group_id"
+    assert rows(tmp_path, owners) == [
+        ("asker", None, None),
+        ("asker", "solver", 1),
+        ("asker", None, None),
+        ("asker", "asker", 0),
+    ]
     group = group_of(slots[0], versions=5, end_reasons=(EndReason.TERMINATED, EndReason.FAILED))
     episodes = [EpisodeRow.of(trajectory) for trajectory in group.trajectories]
     ledger.complete([(slots[0], PLACE, episodes), (slots[1], PLACE, episodes)])
@@ -117,6 +129,6 @@ def test_a_ledger_of_another_version_is_refused(version: int, tmp_path: Path) ->
     db.execute(f"PRAGMA user_version={version}")
     db.close()
     with pytest.raises(
-        ValueError, match=r"ledger\.sqlite: a ledger of version \d, but this Manta reads version 2"
+        ValueError, match=r"ledger\.sqlite: a ledger of version \d, but this Manta reads version 3"
     ):
         Ledger(tmp_path / "ledger.sqlite")

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from rollout.wire.policies import Opponent
 from rollout.wire.schema import SCHEMA, SchemaError, decode, encode
 from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
 
@@ -50,7 +51,8 @@ def steps(draw: st.DrawFn) -> Turn:
 @st.composite
 def groups(draw: st.DrawFn) -> Group:
     task = Task(draw(texts), draw(st.integers(-(2**63), 2**63 - 1)), draw(texts))
-    slot = Slot(draw(st.integers(0, 2**62)), draw(counts), task, draw(counts))
+    opponent = draw(st.none() | st.builds(Opponent, texts, counts))
+    slot = Slot(draw(st.integers(0, 2**62)), draw(counts), task, draw(counts), draw(texts), opponent)
     siblings = [
         Trajectory(
             slot.group_id,
@@ -130,6 +132,6 @@ def test_rows_of_another_version_are_refused_in_one_line(
     group_of: Callable[..., Group], metadata: dict[bytes, bytes] | None
 ) -> None:
     batch = encode(group_of(Slot(4, 0, Task.of("count", 1), 0))).replace_schema_metadata(metadata)
-    with pytest.raises(SchemaError, match="reads version 3") as raised:
+    with pytest.raises(SchemaError, match="reads version 4") as raised:
         decode(batch)
     assert "\n" not in str(raised.value)
