@@ -2,6 +2,8 @@
 
     our process  -- starts -->  engine core  -- starts -->  a worker for every GPU, or part of a layer on CPUs
 
+An engine on CPUs that does not divide its layers computes within its core: a message between two processes for every
+step would cost a quarter of what a small model's step costs.
 With data parallelism there is a core for every copy; the end of one is the end of the engine.
 
 On CPUs the first core of a process is forked from a fork server (vllm_fork_server.py), which stands between the two.
@@ -35,6 +37,7 @@ from vllm.v1.engine import utils
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.multiproc_executor import WorkerProc
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from envs.child_process import die_with_parent
 from rollout.engines import vllm_adapter_cpu, vllm_fork_server
@@ -72,7 +75,14 @@ def ending_with_us(forked: bool) -> Iterator[None]:
         EngineCoreProc.run_engine_core = staticmethod(_run_engine_core)
 
 
-def _engine_core(parent: int, environment: Mapping[str, str], *args: Any, **kwargs: Any) -> None:
+def _engine_core(
+    parent: int,
+    environment: Mapping[str, str],
+    *args: Any,
+    vllm_config: Any,
+    executor_class: type,
+    **kwargs: Any,
+) -> None:
     """The engine core's main function, in its own process."""
     die_with_parent(vllm_fork_server.pid or parent)
     # What differs only: the title of a process is written where its first variables lie.
@@ -82,10 +92,14 @@ def _engine_core(parent: int, environment: Mapping[str, str], *args: Any, **kwar
     if forked:
         _wait_asleep()
         vllm_adapter_cpu.multiply_by_adapter()
-        # The core has no threads yet when it starts its worker, so that forking is safe and saves the imports.
+        # The core has no threads yet when it starts its workers, so that forking is safe and saves the imports.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        if vllm_config.parallel_config.world_size == 1:
+            # vLLM refuses this on CPUs because it could not set OpenMP's variables, which stand in `environment` here.
+            vllm_config.parallel_config.distributed_executor_backend = "uni"
+            executor_class = UniProcExecutor
     WorkerProc.worker_main = partial(_worker, os.getpid(), forked)
-    _run_engine_core(*args, **kwargs)
+    _run_engine_core(*args, vllm_config=vllm_config, executor_class=executor_class, **kwargs)
 
 
 def _worker(parent: int, forked: bool, *args: Any, **kwargs: Any) -> None:
