@@ -220,8 +220,7 @@ def _saved(architecture: PretrainedConfig, run: RunConfig) -> Saved | None:
     if getattr(architecture, "vision_config", None) is not None:
         return None  # what a vision tower saves depends on the pictures
     try:
-        model = run.learner.model
-        return saved_by(architecture, model.dtype, run.learner.ranks > 1)
+        return saved_by(architecture, run.learner.model.dtype)
     except RuntimeError:  # what fake tensors cannot compute: a family whose forward pass reads values
         return None
 

@@ -89,7 +89,7 @@ def packed_attention(
         raise ValueError(
             f"packed attention of {type(module).__name__} takes one row without a mask; got {what}"
         )
-    if query.dtype != value.dtype:  # under autocast a normalization returns query and key as float32
+    if query.dtype != value.dtype:  # some families rotate query and key in float32
         query, key = query.to(value.dtype), key.to(value.dtype)
     row = row_attention or RowAttention(PrefixTree.apart([query.shape[2]]))
     if _fits_varlen(query) and not row.tree.forked:

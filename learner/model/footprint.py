@@ -47,13 +47,11 @@ class Saved:
     """Bytes that autograd saves between forward and backward.
 
     per_token: by the whole model; of it `layer_per_token` by the largest layer, whose input is `input_per_token`.
-    weights: copies of weights in another type, whatever the row.
     """
 
     per_token: float
     layer_per_token: float
     input_per_token: float
-    weights: int
 
     def row(self, tokens: int, layers: int, checkpointing: bool) -> int:
         """Bytes of a row. checkpointing: layers keep their input, and one at a time is computed again."""
@@ -79,24 +77,17 @@ def shape_of(model: PreTrainedModel) -> Shape:
     return Shape(total, total - sum(layers), max(layers, default=0), len(layers))
 
 
-def saved_by(config: PretrainedConfig, dtype: str, sharded: bool) -> Saved:
-    """What the learner's forward pass of a text row saves, found by one with fake tensors.
+def saved_by(config: PretrainedConfig, dtype: str) -> Saved:
+    """What the learner's forward pass of a text row saves of its tokens, found by one with fake tensors.
 
-    dtype: of `learner.model`; sharded: on several ranks parameters are gathered as that type, on one they are
-    float32 and cast by autocast. Attention is counted as fused kernels save it.
+    dtype: of `learner.model`, in which everything is computed. Attention is counted as fused kernels save it.
     """
     AttentionInterface.register(_ATTENTION, _fused_attention)
-    half = dtype == "bfloat16"
+    narrow = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     with FakeTensorMode():
-        model = _model(
-            config,
-            dtype=torch.bfloat16 if half and sharded else torch.float32,
-            attn_implementation=_ATTENTION,
-        ).eval()
-        with torch.autocast("cpu", torch.bfloat16, enabled=half and not sharded):
-            short, long = (_saved(model, tokens) for tokens in (_TOKENS, 2 * _TOKENS))
-    per_token = [(more - less) / _TOKENS for less, more in zip(short, long, strict=True)]
-    return Saved(per_token[0], per_token[1], per_token[2], round(short[0] - per_token[0] * _TOKENS))
+        model = _model(config, dtype=narrow, attn_implementation=_ATTENTION).eval()
+        short, long = (_saved(model, tokens) for tokens in (_TOKENS, 2 * _TOKENS))
+    return Saved(*((more - less) / _TOKENS for less, more in zip(short, long, strict=True)))
 
 
 def _model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:

@@ -86,7 +86,7 @@ class _OneDnnLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., V], the same type as nn.Linear's."""
-        if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if x.dtype != torch.float32 or x.device.type != "cpu":
             return linear(x, self.weight, self.bias)
         out: Tensor = _Linear.apply(x, self.weight, self.bias)
         return out

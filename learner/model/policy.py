@@ -23,6 +23,7 @@ from learner.model.linear import use_onednn
 from learner.model.loading import ModelError, as_model_error, blank, excerpt, fill, layer_of, trim
 from learner.model.logprobs import token_logprobs
 from learner.model.lora import Adapter
+from learner.model.narrow import Narrow
 from learner.model.perception import picture_inputs
 from learner.model.reward_head import classifier_files
 from learner.model.saving import stored_shapes, weight_files, whole_files
@@ -82,6 +83,7 @@ class Policy:
             self._use_onednn()
         if self.sharded is None:  # buffers, and an adapter
             nn.Module.to(self.model, self.device)  # the subclass's `to` is untyped
+        self._narrow = Narrow(self.model, products) if products and self.sharded is None else None
 
     @classmethod
     def restored(cls, settings: ModelSettings, folder: Path, ranks: Ranks = ALONE) -> Policy:
@@ -198,11 +200,11 @@ class Policy:
         ids_BL = ids_BL.to(self.device)
 
         def score() -> tuple[Tensor, Tensor]:
-            hidden_TD = self._plain_rows(ids_BL[:, :-1].flatten(), count, length - 1, widest)
+            hidden_TD = self._plain_rows(ids_BL[:, :-1].flatten(), count, length - 1)
             head = Head(hidden_TD, self._head.weight, self._head.bias)
             return self._logprobs(head, ids_BL[:, 1:].flatten(), 1.0)
 
-        logprobs_T, _ = self._whole(score)
+        logprobs_T, _ = self._whole(score, wide=widest)
         return logprobs_T.unflatten(0, (count, length - 1)).cpu().numpy()
 
     @torch.no_grad()
@@ -212,7 +214,7 @@ class Policy:
         ids_T = ids_BL.flatten().to(self.device)
 
         def score() -> Tensor:
-            last_BD = self._plain_rows(ids_T, count, length, False).unflatten(0, (count, length))[:, -1]
+            last_BD = self._plain_rows(ids_T, count, length).unflatten(0, (count, length))[:, -1]
             logits_BV: Tensor = nn.functional.linear(last_BD, self._head.weight.to(last_BD.dtype))
             return logits_BV if self._head.bias is None else logits_BV + self._head.bias
 
@@ -296,28 +298,22 @@ class Policy:
     def _head(self) -> nn.Linear:
         return self.model.get_output_embeddings()
 
-    def _whole(self, compute: Callable[[], T]) -> T:
-        """Call `compute` with whole parameters."""
-        return compute() if self.sharded is None else self.sharded.use(compute)
-
-    def _autocast(self) -> torch.autocast:
-        # Sharded parameters are already gathered as bfloat16.
-        enabled = self.settings.dtype == "bfloat16" and self.ranks.size == 1
-        return torch.autocast(self.settings.device, torch.bfloat16, enabled=enabled)
+    def _whole(self, compute: Callable[[], T], wide: bool = False) -> T:
+        """Call `compute` with whole parameters in the type of products. wide: in float32, on one rank."""
+        if self.sharded is not None:
+            return self.sharded.use(compute)
+        return compute() if self._narrow is None else self._narrow.use(compute, wide)
 
     def _hidden(self, ids_T: Tensor, tree: PrefixTree, **beside: Tensor) -> Tensor:
         """Final hidden states [T, D] of a packed row. beside: positions, and inputs of the vision tower."""
-        with self._autocast():
-            hidden_TD = hidden_states(self.model, ids_T, tree, **beside)
-        # The head's product has the hidden state's type; under autocast a normalization returns float32.
-        return hidden_TD.to(torch.bfloat16) if self.settings.dtype == "bfloat16" else hidden_TD
+        hidden_TD = hidden_states(self.model, ids_T, tree, **beside)
+        # Some families normalize to float32; the head's product has the hidden state's type.
+        return hidden_TD.to(self._head.weight.dtype)
 
-    def _plain_rows(self, ids_T: Tensor, count: int, length: int, widest: bool) -> Tensor:
+    def _plain_rows(self, ids_T: Tensor, count: int, length: int) -> Tensor:
         """Final hidden states [T, D] of `count` texts of `length` tokens, without pictures."""
         tree = PrefixTree.apart([length] * count)
         places_T = torch.arange(length, device=self.device).repeat(count)
-        if widest and not self.rounds_always:
-            return hidden_states(self.model, ids_T, tree, position_ids=places_T[None])
         return self._hidden(ids_T, tree, position_ids=places_T[None])
 
     def _scored(self, micro: MicroBatch) -> Tensor:

@@ -55,8 +55,11 @@ def shard(model: nn.Module, ranks: Ranks, compute: torch.dtype | None = None) ->
     compute: the type of gathered tensors; None: their own.
     """
     whole = Whole(model)
+    # What layers are given keeps its type, as on one rank: angles of positions are float32 in some families.
     policy = MixedPrecisionPolicy(
-        param_dtype=compute, reduce_dtype=None if compute is None else torch.float32
+        param_dtype=compute,
+        reduce_dtype=None if compute is None else torch.float32,
+        cast_forward_inputs=False,
     )
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for module in (*layers, whole):

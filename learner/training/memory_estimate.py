@@ -72,10 +72,12 @@ def learner_amounts(
         size = _HALF if settings.model.dtype == "bfloat16" else _WIDE
         # Weights and their gradients in the type of the products, and the sums over ranks in float32.
         found.append(Amount("gathered layers, embedding and head", (2 * size + _WIDE) * gathered))
+    elif settings.model.dtype == "bfloat16":
+        whole = not settings.model.gradient_checkpointing
+        cast = shape.parameters if whole else shape.outside_layers + shape.largest_layer
+        found.append(Amount("weights cast for products", _HALF * cast))
     tokens = row_tokens(settings, longest)
     if saved is not None:
-        if saved.weights:
-            found.append(Amount("weights cast for products", saved.weights))
         held = saved.row(tokens, shape.layers, settings.model.gradient_checkpointing)
         found.append(Amount(f"activations of {tokens:,} tokens", held))
         found.append(Amount("their gradients, a layer at a time", round(tokens * saved.layer_per_token)))

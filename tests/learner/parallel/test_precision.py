@@ -1,0 +1,82 @@
+"""In bfloat16 the numbers of a step do not depend on how many ranks make it: every value has the same type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from learner.data.batch import Batch, MicroBatch, longest_row
+from learner.model.attention import hidden_states, register
+from learner.model.policy import Policy
+from learner.parallel.ranks import Ranks
+from learner.settings import ModelSettings
+from learner.training.step import Stats, accumulate
+from tests.learner.ranked import plain
+from tests.learner.together import together
+
+ROWS = 4
+UNIT = 2.0**-24  # relative error of one float32 sum
+
+
+def _row(number: int) -> MicroBatch:
+    return longest_row(9 + number, 20 + number)
+
+
+def seen(ranks: Ranks, folder: Path, checkpointing: bool) -> dict[str, Any]:
+    """Loss and gradients of the rows, dealt to the ranks in turn, and the types of what layers and norms return."""
+    policy = Policy(
+        ModelSettings(path=str(folder), dtype="bfloat16", gradient_checkpointing=checkpointing), ranks
+    )
+    types: set[str] = set()
+
+    def note(module: nn.Module, given: Any, found: Any) -> None:
+        types.add(f"{type(module).__name__.removeprefix('FSDP')} {(found if isinstance(found, Tensor) else found[0]).dtype}")
+
+    for module in policy.model.modules():
+        module.register_forward_hook(note)
+
+    def loss_of(micro: MicroBatch) -> tuple[Tensor, Stats]:
+        logprobs_N, entropy_N = policy.score(micro, 0.8)
+        return entropy_N * 0.1 - logprobs_N, {}
+
+    def gradients(rows: list[MicroBatch]) -> tuple[float, list[Any]]:
+        for parameter in policy.parameters():
+            parameter.grad = None
+        loss, _ = accumulate(policy, Batch(tuple(rows), 1, 1, 0), loss_of)
+        return loss, plain(p.grad for p in policy.parameters() if p.grad is not None)
+
+    rows = [_row(number) for number in range(ROWS)]
+    loss, together = gradients(rows[ranks.rank :: ranks.size])
+    alone = [gradients([row])[1] for row in rows] if ranks.size == 1 else []
+    sizes = [np.sum(np.abs(each), axis=0) for each in zip(*alone, strict=True)]
+    return {"loss": loss, "gradients": together, "sizes": sizes, "types": types}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_bfloat16_ranks_differ_by_the_order_of_float32_sums_alone(tiny: Path, checkpointing: bool) -> None:
+    (one,) = together(1, seen, tiny, checkpointing)
+    assert len(one["gradients"]) == len(one["sizes"]) > 10
+    for size in (2, 4):
+        for found in together(size, seen, tiny, checkpointing):
+            assert found["types"] - one["types"] <= {"Whole torch.bfloat16"}
+            # Rows give equal bits. Four numbers are added in two orders, each within 3 roundings of the exact sum.
+            assert found["loss"] == pytest.approx(one["loss"], rel=2 * (ROWS - 1) * UNIT)
+            for own, other, size_of in zip(found["gradients"], one["gradients"], one["sizes"], strict=True):
+                assert own.dtype == np.float32
+                assert np.all(np.abs(own - other) <= 2 * (ROWS - 1) * UNIT * size_of)
+
+
+def test_one_rank_in_bfloat16_computes_what_transformers_does_in_it(tiny: Path) -> None:
+    policy = Policy(ModelSettings(path=str(tiny), dtype="bfloat16"))
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16, attn_implementation=register())
+    row = _row(0)
+    with torch.no_grad():
+        want_TD = hidden_states(model, row.input_ids_T, row.tree, position_ids=row.position_ids_T[None])
+        found_MD = policy._whole(lambda: policy._scored(row))
+    assert torch.equal(found_MD, want_TD.index_select(0, row.score_index_M))
