@@ -68,6 +68,12 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
         default=False,
         description="recompute activations in the backward pass: less memory, about a third more time",
     )
+    sum_gradients: Literal["row", "step"] | None = Field(
+        default=None,
+        description="when several ranks sum their gradients. row: after every packed row, each rank keeping its "
+        "part. step: once an optimizer step, which exchanges less; until then each rank keeps whole gradients in "
+        "float32. Not set: step if `manta check` says that it fits into memory. Results do not change",
+    )
     lora: LoraSettings | None = Field(
         default=None, description="train a low-rank adapter (LoRA) instead of all weights"
     )
@@ -105,3 +111,15 @@ class LearnerSettings(BaseModel, extra="forbid", frozen=True):
         description="learner processes that train together; parameters, gradients and optimizer state are "
         "sharded over them (FSDP)",
     )
+    sharded_over: int | None = Field(
+        default=None,
+        ge=2,
+        description="ranks that parameters are sharded over, a divisor of ranks: as many as a node has GPUs keep the "
+        "gathering of weights within nodes, and each node then holds a whole copy (hybrid sharding). Not set: all "
+        "ranks. Results do not change",
+    )
+
+    @property
+    def shards(self) -> int:
+        """Parts that parameters are divided into."""
+        return self.sharded_over or self.ranks

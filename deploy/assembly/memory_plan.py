@@ -19,7 +19,15 @@ from deploy.config.config_errors import ConfigError
 from learner.model.footprint import Saved, Shape, blank_model, saved_by, shape_of
 from learner.model.lora import chosen_layers
 from learner.parallel.traffic import Traffic
-from learner.training.memory_estimate import Amount, head_bytes, host_amounts, learner_amounts, stage_amounts
+from learner.training.memory_estimate import (
+    Amount,
+    head_bytes,
+    host_amounts,
+    host_share,
+    learner_amounts,
+    settled,
+    stage_amounts,
+)
 from rollout.engines.vllm_start import VllmSettings
 from rollout.wire.model_folder import pretrained
 
@@ -61,7 +69,7 @@ class ModelFacts:
         return cls(
             family=str(architecture.model_type),
             shape=shape_of(model),
-            saved=_saved(architecture, run),
+            saved=saved_by(architecture, run.learner.model.dtype),
             cached_numbers=2 * int(text.num_hidden_layers) * key_heads * width,
             key_heads=key_heads,
             width=int(text.hidden_size),
@@ -114,13 +122,15 @@ class MemoryPlan:
     processes: tuple[Process, ...]
     cache: Cache | None
     version_bytes: int  # of a version in the object store of every node
+    traffic: Traffic  # between the learner's ranks
 
     @classmethod
     def of(cls, run: RunConfig, model: ModelFacts, gpu_bytes: int) -> MemoryPlan:
         """Plan a run; gpu_bytes: memory of one GPU."""
+        run = _settled(run, model, gpu_bytes)
         sent = sent_bytes(run, model)
         cache = None if run.replay else _cache(run, model, gpu_bytes)
-        return cls(tuple(_processes(run, model, cache, sent)), cache, sent)
+        return cls(tuple(_processes(run, model, cache, sent)), cache, sent, _traffic(run, model))
 
     def process(self, name: str) -> Process:
         """The processes of this name."""
@@ -136,10 +146,27 @@ def sent_bytes(run: RunConfig, model: ModelFacts) -> int:
     return numbers * SIZES[run.engine.dtype]
 
 
-def traffic(run: RunConfig, model: ModelFacts) -> Traffic:
+def _settled(run: RunConfig, model: ModelFacts, gpu_bytes: int) -> RunConfig:
+    """The run with what its learner decides by its memory when it starts."""
+    on_gpu = run.learner.model.device == "cuda"
+    learner = settled(
+        run.learner,
+        model.shape,
+        model.adapter,
+        model.adapted,
+        model.saved,
+        run.rollout.context_tokens,
+        gpu_bytes if on_gpu else host_share(run.learner.ranks),
+        model.teacher,
+    )
+    return run.model_copy(update={"learner": learner})
+
+
+def _traffic(run: RunConfig, model: ModelFacts) -> Traffic:
     """What the learner's ranks exchange."""
-    size = SIZES[run.learner.model.dtype]
-    return Traffic.of(model.shape.parameters, run.learner.ranks, size, SIZES[run.engine.dtype])
+    learner, sizes = run.learner, (SIZES[run.learner.model.dtype], SIZES[run.engine.dtype])
+    once = learner.model.sum_gradients == "step"
+    return Traffic.of(model.shape.parameters, learner.ranks, *sizes, once, learner.shards)
 
 
 def stored_tokens(run: RunConfig) -> int:
@@ -164,7 +191,7 @@ def _processes(run: RunConfig, model: ModelFacts, cache: Cache | None, sent: int
         run.rollout.context_tokens,
         model.teacher,
     )
-    device += stage_amounts(run.stages, model.width, model.vocabulary, learner.ranks)
+    device += stage_amounts(run.stages, model.width, model.vocabulary, learner.shards)
     heads = head_bytes(run.stages, model.width, model.vocabulary)
     host = host_amounts(learner, model.shape, model.adapter, sent, heads)
     started = Amount("the process itself", _TORCH_PROCESS, on_host=True)
@@ -214,15 +241,6 @@ def _cache(run: RunConfig, model: ModelFacts, gpu_bytes: int) -> Cache | None:
     left = int(engine.memory_fraction * gpu_bytes) - weights - _VLLM_WORKING
     asked = engine.kv_cache_bytes(on_gpu)
     return Cache(left if asked is None else asked, size * held)
-
-
-def _saved(architecture: PretrainedConfig, run: RunConfig) -> Saved | None:
-    if getattr(architecture, "vision_config", None) is not None:
-        return None  # what a vision tower saves depends on the pictures
-    try:
-        return saved_by(architecture, run.learner.model.dtype)
-    except RuntimeError:  # what fake tensors cannot compute: a family whose forward pass reads values
-        return None
 
 
 def parameters_in(folder: str, trusted: bool) -> int:

@@ -87,7 +87,8 @@ class LearnerPart:
             device = self._config.learner.model.device
             # Ranks wait for one another while one of them writes a checkpoint, too.
             seconds = max(self._config.cluster.step_timeout_seconds, self._limits.save)
-            joins = [partial(Ranks.join, rank, size, address, device, seconds) for rank in range(size)]
+            over = self._config.learner.sharded_over
+            joins = [partial(Ranks.join, rank, size, address, device, seconds, over) for rank in range(size)]
         starts = [
             within(limit, awaited(handle.start.remote(run_folder, load, join)), f"the {name} (start)")
             for name, handle, join in zip(self._names, self._handles, joins, strict=True)
@@ -160,7 +161,10 @@ class LearnerPart:
             await within(
                 limit, awaited(self._room.ready()), f"the placement group of the learner's {size} ranks"
             )
-        places = [PlacementGroupSchedulingStrategy(self._room, rank) for rank in range(size)]
+        nodes = ray.util.placement_group_table(self._room)["bundles_to_node_id"]
+        # Ranks of one node are consecutive: parameters are sharded over neighbours.
+        bundles = sorted(range(size), key=lambda bundle: (str(nodes[bundle]), bundle))
+        places = [PlacementGroupSchedulingStrategy(self._room, bundle) for bundle in bundles]
         return [options | {"scheduling_strategy": where} for where in places]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from deploy.assembly.memory_plan import GIB, Process, traffic
+from deploy.assembly.memory_plan import GIB, Process
 from deploy.report.console import Cell, Console, write, write_table
 from deploy.run.job_size import Node, rows_of_rank
 from deploy.run.recipe_check import Checked, MemoryOfRun
@@ -91,9 +91,12 @@ def _figures(checked: Checked) -> Iterator[list[Cell]]:
 
 
 def _exchanged(checked: Checked, memory: MemoryOfRun) -> str:
-    sent, rows = traffic(checked.config, memory.model), rows_of_rank(checked.config, checked.size)
-    each = f"{rows:,} rows of {_gib(sent.row)} GiB, and {_gib(sent.version)} GiB to publish"
-    return f"each receives at most {_gib(sent.step(rows))} GiB a step: {each}"
+    sent, rows = memory.plan.traffic, rows_of_rank(checked.config, checked.size)
+    updates = checked.config.learner.algorithm.updates
+    sums = f"{updates:,} sums of gradients of {_gib(sent.sums)} GiB, " if sent.sums else ""
+    across = f"; of a sum of gradients {_gib(sent.across)} GiB come from other copies" if sent.across else ""
+    each = f"{rows:,} rows of {_gib(sent.row)} GiB, {sums}and {_gib(sent.version)} GiB to publish{across}"
+    return f"each receives at most {_gib(sent.step(rows, updates))} GiB a step: {each}"
 
 
 def _node(node: Node) -> str:

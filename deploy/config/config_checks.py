@@ -213,6 +213,11 @@ def _ranks(config: RunConfig) -> None:
             f"learner.ranks={ranks} exceeds buffer.groups_per_step={groups}, and a group is not divided over ranks; "
             "have at least as many groups as ranks"
         )
+    if (over := config.learner.sharded_over) is not None and ranks % over:
+        raise ValueError(
+            f"learner.sharded_over={over} does not divide learner.ranks={ranks}: every copy of the model has as many "
+            "ranks; use a divisor, or leave it out to shard over all"
+        )
     if ranks > 1 and config.learner.model.lora is not None:
         raise ValueError(
             f"learner.model.lora trains an adapter in one process, but learner.ranks={ranks}; use learner.ranks=1"

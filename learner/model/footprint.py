@@ -77,15 +77,24 @@ def shape_of(model: PreTrainedModel) -> Shape:
     return Shape(total, total - sum(layers), max(layers, default=0), len(layers))
 
 
-def saved_by(config: PretrainedConfig, dtype: str) -> Saved:
+def saved_by(config: PretrainedConfig, dtype: str) -> Saved | None:
     """What the learner's forward pass of a text row saves of its tokens, found by one with fake tensors.
 
-    dtype: of `learner.model`, in which everything is computed. Attention is counted as fused kernels save it.
+    dtype: of `learner.model`, in which everything is computed. Attention is counted as fused kernels save it. None
+    where it cannot be told: a vision tower saves what pictures make it, and some families read values in their pass.
     """
+    if getattr(config, "vision_config", None) is not None:
+        return None
+    try:
+        return _saved_by(config, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    except RuntimeError:  # what fake tensors cannot compute
+        return None
+
+
+def _saved_by(config: PretrainedConfig, dtype: torch.dtype) -> Saved:
     AttentionInterface.register(_ATTENTION, _fused_attention)
-    narrow = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     with FakeTensorMode():
-        model = _model(config, dtype=narrow, attn_implementation=_ATTENTION).eval()
+        model = _model(config, dtype=dtype, attn_implementation=_ATTENTION).eval()
         short, long = (_saved(model, tokens) for tokens in (_TOKENS, 2 * _TOKENS))
     return Saved(*((more - less) / _TOKENS for less, more in zip(short, long, strict=True)))
 

@@ -70,8 +70,6 @@ class Policy:
         # The probe of every weight sync (learner.training.probe), once drawn.
         self.probe_text: tuple[int, ...] = ()
         self._reward_head: AuxiliaryModule | None = None
-        if settings.gradient_checkpointing:
-            self._checkpoint_gradients()
         if not settings.lora:
             self._use_onednn()
         products = torch.bfloat16 if settings.dtype == "bfloat16" else None
@@ -84,6 +82,8 @@ class Policy:
         if self.sharded is None:  # buffers, and an adapter
             nn.Module.to(self.model, self.device)  # the subclass's `to` is untyped
         self._narrow = Narrow(self.model, products) if products and self.sharded is None else None
+        if settings.gradient_checkpointing:  # with the casts, so that copies of weights are made again
+            self._checkpoint_gradients()
 
     @classmethod
     def restored(cls, settings: ModelSettings, folder: Path, ranks: Ranks = ALONE) -> Policy:
@@ -140,6 +140,16 @@ class Policy:
     def width(self) -> int:
         """Size of the hidden states."""
         return int(self._head.weight.shape[1])
+
+    def passes(self, rows: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """The rows of an optimizer step: the backward pass of each sums gradients over the ranks, or only the last."""
+        if self.sharded is None or self.settings.sum_gradients != "step":
+            yield from rows
+            return
+        listed = list(rows)
+        for number, row in enumerate(listed, 1):
+            self.sharded.sum_gradients(now=number == len(listed))
+            yield row
 
     def hidden(self, micro: MicroBatch) -> Tensor:
         """Final hidden states before each scored token of a packed row, [N, D] with gradients."""

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from learner.model.tensor_files import BLOCKS, INDEX, TYPE_NAMES, Block, digest
 from learner.parallel.ranks import Ranks
-from learner.parallel.shards import own_range
+from learner.parallel.shards import of_first_copy, own_range
 
 _LARGEST_FILE = 50 * 10**9  # bytes; a larger model has several, and an index
 _LEAST_BLOCK = 4 << 20
@@ -244,6 +244,8 @@ def write_together(folders: Mapping[str, Folder], root: Path, ranks: Ranks) -> N
 def own_rows(tensor: Tensor, lead: bool) -> Rows | None:
     """A copy of what this rank writes of a tensor: its rows of a sharded one; all of another, which the lead writes."""
     if isinstance(tensor, DTensor) and tensor.placements[0].is_shard():
+        if not of_first_copy(tensor):
+            return None
         return Rows(own_range(tensor)[0] * prod(tensor.shape[1:]), host_copy(tensor.to_local()))
     whole = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return Rows(0, host_copy(whole)) if lead else None

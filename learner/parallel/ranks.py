@@ -34,7 +34,9 @@ class RankLost(RuntimeError):
 class Ranks:
     """One of the learner's processes; the default is the only one.
 
-    group: through which they gather; None: the default one. aside: another, for a thread beside the learner's own.
+    mesh: the ranks that parameters are sharded over, all or as many as a node has; copies: the ranks that hold the same
+    part as this one, None where no other does. group: through which they gather; None: the default one. aside: another,
+    for a thread beside the learner's own.
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class Ranks:
         mesh: DeviceMesh | None = None,
         group: dist.ProcessGroup | None = None,
         aside: dist.ProcessGroup | None = None,
+        copies: dist.ProcessGroup | None = None,
     ) -> None:
-        self.rank, self.size, self.mesh = rank, size, mesh
+        self.rank, self.size, self.mesh, self.copies = rank, size, mesh, copies
         self._group, self._aside = group, aside
 
     @property
@@ -54,9 +57,11 @@ class Ranks:
         return Ranks(self.rank, self.size, group=self._aside)
 
     @classmethod
-    def join(cls, rank: int, size: int, address: str, device: str, seconds: float) -> Ranks:
+    def join(
+        cls, rank: int, size: int, address: str, device: str, seconds: float, sharded_over: int | None = None
+    ) -> Ranks:
         """Join the others at `address`, host:port of rank 0's `Rendezvous`. seconds: limit of this and every later
-        wait.
+        wait. sharded_over: consecutive ranks that parameters are sharded over, a divisor of `size`; None: all.
 
         RankLost if not all join in time.
         """
@@ -68,7 +73,8 @@ class Ranks:
             backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
             aside = dist.new_group(backend="gloo", timeout=limit)
-            ranks = cls(rank, size, init_device_mesh(device, (size,)), aside=aside)
+            mesh, copies = _meshes(device, size, sharded_over or size)
+            ranks = cls(rank, size, mesh, aside=aside, copies=copies)
             ranks.gather("here")
         except RuntimeError as error:  # the type of torch's and gloo's errors
             raise RankLost(
@@ -111,6 +117,15 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _meshes(device: str, size: int, within: int) -> tuple[DeviceMesh, dist.ProcessGroup | None]:
+    """The mesh of this rank's shards, and the group of those that hold the same part."""
+    if within == size:
+        return init_device_mesh(device, (size,)), None
+    # PEFT knows by this name that a layer computes with its whole weight, however it is stored.
+    both = init_device_mesh(device, (size // within, within), mesh_dim_names=("copies", "fsdp"))
+    return both["fsdp"], both.get_group("copies")
 
 
 def touching(ranks: Ranks, function: Callable[..., T], *args: Any) -> T:

@@ -3,14 +3,19 @@
 A layer's tensors are gathered before it computes, in the forward and the backward pass, and freed afterwards. Gradients
 are summed over the ranks, each keeping its part. Optimizers work on the parts alone. Master weights, sums and moments
 are float32; with bfloat16 the gathered tensors are bfloat16.
+
+Hybrid sharding (Zhang et al. 2022, MiCS): groups of ranks hold a whole model each. What a group has summed is summed
+over the groups too, by the ranks that hold the same part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -48,6 +53,13 @@ class Whole(nn.Module):
             self.reset_iter_state()  # type: ignore[operator]  # `shard` makes this module an FSDPModule
         return found
 
+    def sum_gradients(self, now: bool) -> None:
+        """Whether the next backward pass sums gradients over the ranks, with those that earlier passes left.
+
+        Otherwise each rank adds its own to whole gradients, which it keeps in the type of the sums.
+        """
+        self.set_requires_gradient_sync(now)  # type: ignore[operator]  # an FSDPModule, as above
+
 
 def shard(model: nn.Module, ranks: Ranks, compute: torch.dtype | None = None) -> Whole:
     """Shard the parameters over all ranks, in place, layer by layer, on the mesh's device. A collective call.
@@ -70,6 +82,8 @@ def shard(model: nn.Module, ranks: Ranks, compute: torch.dtype | None = None) ->
         # Weights of tokens are set over the whole batch, so gradients are summed. Gloo has no other reduction.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
+        if ranks.copies is not None:
+            sharded.set_all_reduce_hook(partial(dist.all_reduce, group=ranks.copies))
     return whole
 
 
@@ -98,6 +112,11 @@ def laid_out(stored: Stored, like: Tensor) -> Tensor:
     own = stored.rows(begin, end).to(like.device)
     mesh, placements = like.device_mesh, like.placements
     return DTensor.from_local(own, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def of_first_copy(tensor: DTensor) -> bool:
+    """Whether the own part of a sharded tensor is of the first of its copies, which is the one that is written."""
+    return bool((tensor.device_mesh.mesh == 0).any())
 
 
 def own_range(tensor: DTensor) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from learner.training import checkpoint
 from learner.training.checkpoint_writing import Saving
 from learner.training.critic import Critic
 from learner.training.critics import critic_of
-from learner.training.memory_dry_run import rehearse
+from learner.training.memory_dry_run import rehearse, settle
 from learner.training.optim import Optimizer
 from learner.training.reference_policy import Reference
 from learner.training.stage_run import Stages
@@ -141,6 +141,8 @@ class Learner:
 
         longest: tokens of the longest sequence. ModelError says what to lower.
         """
+        taught = None if self._teacher is None else self._teacher.policy
+        self.settings = settle(self.policy, self.settings, longest, taught)
         rehearse(self.policy, self.optimizer, self.settings, longest, self._temperature, self._critic_steps)
 
     @property

@@ -14,10 +14,12 @@ import psutil
 import torch
 
 from learner.data.batch import Batch, MicroBatch, longest_row
+from learner.model.footprint import saved_by, shape_of
 from learner.model.policy import ModelError, Policy
 from learner.model.saved_tensors import SavedTensors
 from learner.settings import LearnerSettings
 from learner.training.critics import critic_of
+from learner.training.memory_estimate import host_share, settled
 from learner.training.optim import Optimizer
 from learner.training.reference_policy import Reference
 from learner.training.step import Auxiliary, PolicyObjective, train_step
@@ -56,6 +58,27 @@ def rehearse(
             f"({str(error).splitlines()[0]}); lower learner.tokens_per_microbatch={size} or "
             f"rollout.context_tokens={longest}, or set learner.model.gradient_checkpointing = true"
         ) from error
+
+
+def settle(
+    policy: Policy, settings: LearnerSettings, longest: int, teacher: Policy | None = None
+) -> LearnerSettings:
+    """The settings with what is decided by memory, for the policy too; the same on all ranks, a collective call.
+
+    longest: tokens of the longest sequence.
+    """
+    ranks = policy.ranks
+    if ranks.size == 1:
+        return settings
+    if policy.device.type == "cuda":
+        own = torch.cuda.get_device_properties(policy.device).total_memory
+    else:
+        own = host_share(ranks.size)
+    saved = saved_by(policy.model.config, settings.model.dtype)
+    shape, beside = shape_of(policy.model), 0 if teacher is None else shape_of(teacher.model).parameters
+    found = settled(settings, shape, 0, 0, saved, longest, min(ranks.gather(own)), beside)
+    policy.settings = found.model
+    return found
 
 
 def _held_bytes(policy: Policy, row: MicroBatch, short: MicroBatch, temperature: float) -> int:

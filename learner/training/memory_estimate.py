@@ -1,6 +1,6 @@
 """What a learner will hold in memory, from its settings and the shape of its model; nothing is loaded.
 
-    P parameters, T trained ones, R ranks, N tokens of the largest row
+    P parameters, T trained ones, R ranks that they are sharded over, N tokens of the largest row
     on the device   4 P / R weights, 4 T / R gradients, 8 T / R moments, what autograd saves of N tokens, logits
     on the host     the bytes that engines are sent; at times copies: while loading, publishing, saving
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil
+
 from learner.algorithm.algorithm import OwnCriticSettings, TurnCriticSettings
 from learner.data.batch import longest_row
 from learner.model.footprint import Saved, Shape
@@ -20,6 +22,7 @@ from learner.stages.settings import AnyStage, IlqlSettings
 
 _WIDE = 4  # bytes of a float32
 _HALF = 2  # of a bfloat16
+_ROOM = 0.8  # of a device's memory: what an estimate may fill
 _LOGIT_BLOCKS = 4  # logits, probabilities, their gradient, and a cast of it
 
 
@@ -44,7 +47,7 @@ def row_tokens(settings: LearnerSettings, longest: int) -> int:
 
 def state_bytes(settings: LearnerSettings, shape: Shape, adapter: int) -> int:
     """Weights, gradients and moments of a rank: what it holds in any case."""
-    return _WIDE * (shape.parameters + adapter + 3 * (adapter or shape.parameters)) // settings.ranks
+    return _WIDE * (shape.parameters + adapter + 3 * (adapter or shape.parameters)) // settings.shards
 
 
 def learner_amounts(
@@ -61,7 +64,7 @@ def learner_amounts(
     adapter: parameters of a low-rank adapter, 0 without one; adapted: entries of the matrices it changes. saved: None
     where it cannot be told. longest: tokens of the longest sequence; teacher: parameters of one that is distilled.
     """
-    ranks, trained = settings.ranks, adapter or shape.parameters
+    ranks, trained = settings.shards, adapter or shape.parameters
     found = [
         Amount("parameters, float32", _WIDE * (shape.parameters + adapter) // ranks),
         Amount("gradients, float32", _WIDE * trained // ranks),
@@ -72,6 +75,8 @@ def learner_amounts(
         size = _HALF if settings.model.dtype == "bfloat16" else _WIDE
         # Weights and their gradients in the type of the products, and the sums over ranks in float32.
         found.append(Amount("gathered layers, embedding and head", (2 * size + _WIDE) * gathered))
+        if settings.model.sum_gradients == "step":
+            found.append(Amount("whole gradients until they are summed, float32", _WIDE * trained))
     elif settings.model.dtype == "bfloat16":
         whole = not settings.model.gradient_checkpointing
         cast = shape.parameters if whole else shape.outside_layers + shape.largest_layer
@@ -99,6 +104,36 @@ def learner_amounts(
     return found
 
 
+def settled(
+    settings: LearnerSettings,
+    shape: Shape,
+    adapter: int,
+    adapted: int,
+    saved: Saved | None,
+    longest: int,
+    device_bytes: int,
+    teacher: int = 0,
+) -> LearnerSettings:
+    """The settings with `sum_gradients` said: "step" where whole gradients leave a fifth of a rank's memory free.
+
+    device_bytes: of the device of a rank; others as in `learner_amounts`.
+    """
+    if settings.model.sum_gradients is not None:
+        return settings
+    found = {}
+    for choice in ("step", "row"):
+        model = settings.model.model_copy(update={"sum_gradients": choice})
+        found[choice] = settings.model_copy(update={"model": model})
+    amounts = learner_amounts(found["step"], shape, adapter, adapted, saved, longest, teacher)
+    fits = saved is not None and sum(each.nbytes for each in amounts) <= _ROOM * device_bytes
+    return found["step" if settings.ranks > 1 and fits else "row"]
+
+
+def host_share(ranks: int) -> int:
+    """Bytes of this host's memory for each of the ranks on it."""
+    return psutil.virtual_memory().total // ranks
+
+
 def stage_amounts(stages: Sequence[AnyStage], width: int, vocabulary: int, ranks: int) -> list[Amount]:
     """What stages hold on each rank's device besides, while they go on; width: of the model's hidden states."""
     found = []
@@ -124,7 +159,7 @@ def host_amounts(
 
     sent_bytes: of a version, as engines receive it; heads: the `head_bytes` of the stages.
     """
-    trained, ranks = adapter or shape.parameters, settings.ranks
+    trained, ranks = adapter or shape.parameters, settings.shards
     found = [Amount("a version for the engines", sent_bytes, on_host=True, lead=True)] if sent_bytes else []
     if settings.algorithm.keeps:
         numbers = 3 * trained

@@ -177,7 +177,7 @@ def accumulate(
     """
     total = torch.zeros((), device=policy.device)
     means = Means()
-    for micro in level(batch.micro_batches, policy.ranks):
+    for micro in policy.passes(level(batch.micro_batches, policy.ranks)):
         on_device = micro.to(policy.device)
         loss_N, stats = loss_of(on_device)
         loss = (loss_N * on_device.weights_N).sum()

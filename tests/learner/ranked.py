@@ -116,14 +116,6 @@ def stepped(ranks: Ranks, tiny: Path, cases: list[Any]) -> list[Found]:
     return found
 
 
-def narrow(ranks: Ranks, tiny: Path) -> tuple[float, float, set[str]]:
-    """Loss and gradient norm of a step whose products are bfloat16, and the types of what is kept."""
-    made = built(ranks, tiny, {}, dtype="bfloat16", gradient_checkpointing=True)
-    metrics = made.step(own(ranks, groups_of(0)))
-    kept = [*made.policy.parameters(), *(p.grad for p in made.policy.parameters() if p.grad is not None)]
-    return metrics["loss"], metrics["grad_norm"], {str(tensor.dtype) for tensor in kept}
-
-
 def divided(ranks: Ranks, tiny: Path) -> tuple[int, Found]:
     """Episodes of this rank, and what a step of many parts and passes left."""
     made = built(ranks, tiny, {"minibatches": 5, "epochs": 2})

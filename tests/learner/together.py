@@ -17,10 +17,12 @@ SECONDS = 60.0
 Work = Callable[..., Any]
 
 
-def together(size: int, work: Work, *args: Any, seconds: float = SECONDS) -> list[Any]:
+def together(
+    size: int, work: Work, *args: Any, seconds: float = SECONDS, over: int | None = None
+) -> list[Any]:
     """What `work(ranks, *args)` gives on each rank, in order; the first failure is raised with its traceback.
 
-    seconds: limit of any wait.
+    seconds: limit of any wait; over: ranks that parameters are sharded over, None: all.
     """
     context = multiprocessing.get_context("forkserver")  # which has imported everything once
     context.set_forkserver_preload(["learner.training.learner", "rollout.wire.schema"])
@@ -28,7 +30,7 @@ def together(size: int, work: Work, *args: Any, seconds: float = SECONDS) -> lis
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
     processes = [
         context.Process(
-            target=_rank, args=(rank, size, rendezvous.address, said, work, args, seconds), daemon=True
+            target=_rank, args=(rank, size, rendezvous.address, said, work, args, seconds, over), daemon=True
         )
         for rank, (_, said) in enumerate(pipes)
     ]
@@ -56,12 +58,19 @@ def _answers(pipes: list[Connection], seconds: float) -> list[Any]:
 
 
 def _rank(
-    rank: int, size: int, address: str, said: Connection, work: Work, args: tuple[Any, ...], seconds: float
+    rank: int,
+    size: int,
+    address: str,
+    said: Connection,
+    work: Work,
+    args: tuple[Any, ...],
+    seconds: float,
+    over: int | None,
 ) -> None:
     torch.set_num_threads(1)
     prefix_tree.LEAST_SHARED = 1  # as in the tests' own process: siblings have few tokens in common
     try:
-        ranks = ALONE if size == 1 else Ranks.join(rank, size, address, "cpu", seconds)
+        ranks = ALONE if size == 1 else Ranks.join(rank, size, address, "cpu", seconds, over)
         answer = True, work(ranks, *args)
     except BaseException:  # whatever it is, it is told
         answer = False, traceback.format_exc()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from deploy.assembly.memory_plan import GIB, MemoryPlan, ModelFacts, traffic
+from deploy.assembly.memory_plan import GIB, MemoryPlan, ModelFacts
 from deploy.config.load import load_config
 from deploy.run.job_size import JobSize, nodes, rows_of_rank
 from tests.qwen3 import QWEN3_8B, QWEN3_30B_A3B, QWEN3_32B, Qwen3
@@ -19,10 +19,20 @@ LORA = ["learner.ranks=1", "learner.model.lora.rank=32", "rollout.workers=7"]
 SHAPES: list[tuple[str, Qwen3, list[str]]] = [
     ("Qwen3-8B, one node: 4 ranks, 4 engines", QWEN3_8B, []),
     ("Qwen3-8B, four nodes: 16 ranks, 16 engines", QWEN3_8B, ["learner.ranks=16", "rollout.workers=16"]),
+    (
+        "Qwen3-8B, four nodes: 16 ranks, sharded over 8, 16 engines",
+        QWEN3_8B,
+        ["learner.ranks=16", "learner.sharded_over=8", "rollout.workers=16"],
+    ),
     ("Qwen3-8B, adapter of rank 32, one node: 1 rank, 7 engines", QWEN3_8B, LORA),
     ("Qwen3-32B, one node: 4 ranks, 2 engines of 2 GPUs", QWEN3_32B, [*PAIRS, "rollout.workers=2"]),
     ("Qwen3-32B, four nodes: 16 ranks, 8 engines of 2 GPUs", QWEN3_32B, [*PAIRS, "learner.ranks=16"]),
     ("Qwen3-30B-A3B, four nodes: 16 ranks, 8 engines of 2 GPUs", QWEN3_30B_A3B, [*PAIRS, "learner.ranks=16"]),
+    (
+        "Qwen3-30B-A3B, four nodes: 16 ranks, sharded over 8, 8 engines of 2 GPUs",
+        QWEN3_30B_A3B,
+        [*PAIRS, "learner.ranks=16", "learner.sharded_over=8"],
+    ),
 ]
 
 
@@ -33,11 +43,11 @@ def test_the_table_holds_what_is_told(name: str, model: Qwen3, overrides: list[s
     assert facts.shape.parameters == model.parameters
     plan = MemoryPlan.of(config, facts, 80 * GIB)
     learner, rows = plan.process("learner"), rows_of_rank(config, JobSize.of(config, ROWS))
-    sent, most = traffic(config, facts), max(node.host_bytes for node in nodes(config, plan, 8))
+    sent, most = plan.traffic, max(node.host_bytes for node in nodes(config, plan, 8))
     figures = [
         f"{learner.peak(on_host=False) / GIB:.0f}",
         f"{most / GIB:.0f}",
-        f"{rows} x {sent.row / GIB:.0f}",
+        f"{rows} x {sent.row / GIB:.0f}" + (f" + {sent.sums / GIB:.0f}" if sent.sums else ""),
         f"{sent.version / GIB:.0f}",
     ]
     row = f"| {name} | {' | '.join(figures)} |"

@@ -17,37 +17,49 @@ from tests.learner.ranked import built, groups_of, own, rows
 from tests.learner.together import together
 
 
-def counted(ranks: Ranks, folder: Path, dtype: str) -> tuple[int, int, int]:
-    """Bytes of whole tensors that a step gathered and summed, its rows, and the model's parameters."""
-    learner = built(ranks, folder, {}, dtype=dtype)
+def counted(ranks: Ranks, folder: Path, dtype: str, sums: str, over: int) -> tuple[float, int, int]:
+    """Bytes that a step brought to this rank, its rows, and the model's parameters."""
+    copies, received = ranks.size // over, list[float]()
+
+    def watch(name: str, share: float) -> None:
+        collective = getattr(dist, name)
+
+        def watched(*given: Any, **named: Any) -> Any:
+            tensors = [each for each in (*given, *named.values()) if isinstance(each, Tensor)]
+            received.append(share * max(each.nbytes for each in tensors))  # of the whole tensor
+            return collective(*given, **named)
+
+        setattr(dist, name, watched)
+
+    watch("all_gather_single", (over - 1) / over)
+    watch("reduce_scatter_single", (over - 1) / over)
+    watch("all_reduce", 2 * (copies - 1) / copies)
+    learner = built(ranks, folder, {}, dtype=dtype, sum_gradients=sums)
     share = own(ranks, groups_of(3))
-    gather, reduce, nbytes = dist.all_gather_single, dist.reduce_scatter_single, []
-
-    def larger(*given: Any) -> int:
-        return max(each.nbytes for each in given if isinstance(each, Tensor))
-
-    def gathering(*given: Any, **named: Any) -> Any:
-        nbytes.append(larger(*given, *named.values()))
-        return gather(*given, **named)
-
-    def reducing(*given: Any, **named: Any) -> Any:
-        nbytes.append(larger(*given, *named.values()))
-        return reduce(*given, **named)
-
-    dist.all_gather_single, dist.reduce_scatter_single = gathering, reducing
+    received.clear()
     learner.step(share)
     parameters = sum(parameter.numel() for parameter in learner.policy.parameters())
-    return sum(nbytes), max(ranks.gather(rows(share))), parameters
+    return sum(received), max(ranks.gather(rows(share))), parameters
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+@pytest.mark.parametrize(
+    ("ranks", "over", "dtype", "sums"),
+    [
+        (2, 2, "float32", "row"),
+        (2, 2, "bfloat16", "row"),
+        (2, 2, "bfloat16", "step"),
+        (4, 2, "bfloat16", "row"),
+        (4, 2, "float32", "step"),
+    ],
+)
 def test_the_bytes_of_a_step_are_those_that_are_told(
-    dtype: str, size: int, tiny: Path, tmp_path: Path
+    ranks: int, over: int, dtype: str, sums: str, tiny: Path, tmp_path: Path
 ) -> None:
     shape = {"layers": 3, "width": 64, "heads": 2, "mlp": 96, "context": 128}
     build_tiny(tmp_path, AutoTokenizer.from_pretrained(tiny), **shape)
-    ranks = 2
-    for whole, count, parameters in together(ranks, counted, tmp_path, dtype):
-        told = Traffic.of(parameters, ranks, size, 2)
+    size = {"float32": 4, "bfloat16": 2}[dtype]
+    for received, count, parameters in together(ranks, counted, tmp_path, dtype, sums, over, over=over):
+        told = Traffic.of(parameters, ranks, size, 2, sums == "step", over)
+        assert count > 1
         # Rows that no two ranks divide are padded.
-        assert whole * (ranks - 1) / ranks == pytest.approx(count * told.row, rel=0.02)
+        assert received == pytest.approx(told.step(count, updates=1) - told.version, rel=0.02)
