@@ -166,7 +166,7 @@ def _traffic(run: RunConfig, model: ModelFacts) -> Traffic:
     """What the learner's ranks exchange."""
     learner, sizes = run.learner, (SIZES[run.learner.model.dtype], SIZES[run.engine.dtype])
     once = learner.model.sum_gradients == "step"
-    return Traffic.of(model.shape.parameters, learner.ranks, *sizes, once, learner.shards)
+    return Traffic.of(model.shape.parameters, learner.ranks, *sizes, once, learner.shards, model.adapter)
 
 
 def stored_tokens(run: RunConfig) -> int:

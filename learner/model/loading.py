@@ -32,6 +32,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from learner.model.attention import NAME, register
+from learner.model.compatibility import require_compatible
 from learner.model.source import local_model
 from learner.model.tensor_files import Changed, StoredTensor, stored_tensors
 from learner.parallel.ranks import ALONE, Ranks
@@ -108,6 +109,13 @@ def _parameters_without_memory() -> Iterator[None]:
         hook.remove()
 
 
+def freeze_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Freeze a blank model's parameters, and have them stored in `dtype`; buffers keep their types."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(False)
+
+
 def excerpt(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of a blank model with as many of its first layers as show every kind of layer that it has."""
     short = deepcopy(model)
@@ -132,6 +140,23 @@ def trim() -> None:
     gc.collect()  # modules refer to one another in circles
     if (give_back := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # glibc's
         give_back(0)
+
+
+def examine(model: PreTrainedModel, folder: Path, named: str, ranks: Ranks) -> None:
+    """ModelError, on all ranks, unless packed rows train such a blank model right: rank 0 computes its first layers."""
+    said = ""
+    if not ranks.rank:
+        short = excerpt(model)
+        try:
+            fill(short, folder, named, torch.device("cpu"))
+            with as_model_error(f"model {named!r} cannot be trained: "):
+                require_compatible(short)
+        except ModelError as error:
+            said = str(error)
+        del short
+        trim()
+    if message := next(filter(None, ranks.gather(said)), ""):
+        raise ModelError(message)
 
 
 def fill(
@@ -182,7 +207,7 @@ def _fill(model: PreTrainedModel, folder: Path, named: str, device: torch.device
 def _convert(model: PreTrainedModel, stored: Mapping[str, StoredTensor], device: torch.device) -> set[str]:
     """Read and convert to transformers' own form, layer by layer; returns the names that the files did not have."""
     options = LoadStateDictConfig(
-        dtype=torch.float32,
+        dtype=next(model.parameters()).dtype,
         device_map={"": device},
         weight_mapping=get_model_conversion_mapping(model),
     )

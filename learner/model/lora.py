@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from learner.model.footprint import blank_model
-from learner.model.shared_files import Folder, file_of, write_together
-from learner.parallel.ranks import ALONE
+from learner.model.shared_files import Folder, file_of
 from learner.settings import LoraSettings
 from rollout.wire.adapter import CONFIG_FILE, TENSOR_FILE, AdapterSpec
 from rollout.wire.model_folder import pretrained
@@ -106,6 +105,15 @@ class Adapter:
             torch.manual_seed(0)
             inject_adapter_in_model(config, model, _NAME)
         self._adapted: dict[str, Any] = {layer: model.get_submodule(layer) for layer in self.spec.layers}
+        # PEFT stores them as the base is, in whose narrow type steps of an optimizer would be lost.
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """A and B of every layer, which every rank holds whole."""
+        for layer in self.spec.layers:
+            adapted = self._adapted[layer]
+            yield from (adapted.lora_A[_NAME].weight, adapted.lora_B[_NAME].weight)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """A and B of every layer by their names in a file, detached; writing into them changes the model."""
@@ -113,26 +121,28 @@ class Adapter:
             yield from zip(self.spec.tensor_names(layer), self._factors(layer), strict=True)
 
     def merged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Merge the adapter into the model's parameters or state: W + alpha / rank * B A.
+        """Merge the adapter into the model's whole parameters: W + alpha / rank * B A, in the adapter's type.
 
         Adapted matrices are new tensors, detached; the base is never changed. Names are those of the base model.
         """
         for name, tensor in tensors:
             layer, inside, parameter = name.partition(_BASE)
+            own = self.base_name(name)
             if inside and parameter == "weight":
                 a_RD, b_VR = self._factors(layer)
-                yield f"{layer}.weight", torch.addmm(tensor.detach(), b_VR, a_RD, alpha=self.spec.scale)
-            elif inside:
-                yield f"{layer}.{parameter}", tensor
-            elif name.partition(".lora_")[0] not in self._adapted:
-                yield name, tensor
+                base_VD = tensor.detach().to(a_RD.dtype)
+                yield f"{layer}.weight", torch.addmm(base_VD, b_VR, a_RD, alpha=self.spec.scale)
+            elif own is not None:
+                yield own, tensor
 
-    def save(self, folder: Path) -> None:
-        """Write the adapter alone, as PEFT and vLLM read it."""
-        write_together({"": self.folder(lead=True)}, folder, ALONE)
+    def base_name(self, name: str) -> str | None:
+        """What a parameter is called in the base model; None: it is of the adapter."""
+        if _BASE in name:
+            return name.replace(_BASE, ".")
+        return None if name.partition(".lora_")[0] in self._adapted else name
 
     def folder(self, lead: bool) -> Folder:
-        """What `save` writes, as it is now: a copy."""
+        """The adapter alone, as PEFT and vLLM read it, as it is now: a copy, which the lead writes."""
         config = json.dumps(self.spec.config(), indent=1)
 
         def write_config(folder: Path) -> None:
@@ -141,11 +151,11 @@ class Adapter:
         return Folder([file_of(TENSOR_FILE, dict(self.tensors()), lead)], write_config)
 
     def load(self, folder: Path) -> None:
-        """Load what `save` wrote. ValueError, one line, if it is missing, broken, or of another adapter."""
+        """Load what `folder` wrote. ValueError, one line, if it is missing, broken, or of another adapter."""
         self.put(self.read(folder))
 
     def read(self, folder: Path) -> dict[str, Tensor]:
-        """Read what `save` wrote, for `put` and `holding`; ValueError as in `load`."""
+        """Read what `folder` wrote, for `put` and `holding`; ValueError as in `load`."""
         try:
             found = load_file(folder / TENSOR_FILE)
         except (OSError, SafetensorError) as error:

@@ -1,13 +1,13 @@
-"""Parameters kept in float32 and computed with in a narrower type, on one rank.
+"""Parameters kept in float32 and computed with in a narrower type: all of them on one rank, or an adapter's on any.
 
-They are cast layer by layer, as several ranks gather them (`learner.parallel.shards`). The residual stream,
+They are cast layer by layer, as several ranks gather theirs (`learner.parallel.shards`). The residual stream,
 normalizations, and gradients of weights therefore have the same types on any number of ranks: those of a transformers
 model that is stored in the narrower type. Gradients are added up in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -22,17 +22,18 @@ class Narrow:
     """A model whose parameters are cast to `dtype` where they are used inside `use`.
 
     The `forward` of every layer is replaced: a layer that is recomputed in the backward pass casts its parameters
-    again, and no copies of them are kept until then.
+    again, and no copies of them are kept until then. parameters: those that are cast.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, parameters: Iterable[nn.Parameter]) -> None:
         self.dtype = dtype
         self.wide = False  # whether parameters are used as they are, at the moment
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        of_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        cast = {id(parameter) for parameter in parameters}
         for layer in layers:
-            layer.forward = _Body(self, layer, layer.forward).compute
-        self._root = _Body(self, model, lambda compute: compute(), without=of_layers)
+            layer.forward = _Body(self, layer, layer.forward, cast).compute
+        cast -= {id(parameter) for layer in layers for parameter in layer.parameters()}
+        self._root = _Body(self, model, lambda compute: compute(), cast)
 
     def use(self, compute: Callable[[], T], wide: bool = False) -> T:
         """Call `compute` with narrow parameters. wide: with the parameters as they are."""
@@ -48,12 +49,12 @@ class _Body(nn.Module):
     """A module of a `Narrow` model, and a function that uses its parameters."""
 
     def __init__(
-        self, narrow: Narrow, inside: nn.Module, body: Callable[..., Any], without: Collection[int] = ()
+        self, narrow: Narrow, inside: nn.Module, body: Callable[..., Any], cast: Collection[int]
     ) -> None:
         super().__init__()
         self.inside = inside
         self._narrow, self._body = narrow, body
-        self._names = [name for name, parameter in self.named_parameters() if id(parameter) not in without]
+        self._names = [name for name, parameter in self.named_parameters() if id(parameter) in cast]
 
     def forward(self, *given: Any, **named: Any) -> Any:
         """The function's result; `functional_call` calls this."""

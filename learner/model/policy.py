@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.data.batch import MicroBatch
 from learner.data.prefix_tree import PrefixTree
 from learner.model.attention import hidden_states
-from learner.model.compatibility import require_compatible
 from learner.model.divergence import Head, Opposite, divergence
 from learner.model.linear import use_onednn
-from learner.model.loading import ModelError, as_model_error, blank, excerpt, fill, layer_of, trim
-from learner.model.logprobs import token_logprobs
+from learner.model.loading import ModelError, as_model_error, blank, examine, fill, freeze_in, layer_of
+from learner.model.logprobs import token_logprobs, wide
 from learner.model.lora import Adapter
 from learner.model.narrow import Narrow
 from learner.model.perception import picture_inputs
+from learner.model.recompute import recompute_layers
 from learner.model.reward_head import classifier_files
 from learner.model.saving import stored_shapes, weight_files, whole_files
 from learner.model.shared_files import Folder, write_together
 from learner.parallel.auxiliary import AuxiliaryModule
 from learner.parallel.ranks import ALONE, Ranks
-from learner.parallel.shards import gathered, shard
+from learner.parallel.shards import gathered, shard, sum_whole
 from learner.settings import ModelSettings
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.model_folder import companions, token_count, write_companions
@@ -66,13 +63,15 @@ class Policy:
             self._tokens = token_count(str(folder))
         # The model as it is stored: layers that are replaced below are tested to compute the same.
         if not examined:
-            self._examine(folder)
+            examine(self.model, folder, settings.path, ranks)
         # The probe of every weight sync (learner.training.probe), once drawn.
         self.probe_text: tuple[int, ...] = ()
         self._reward_head: AuxiliaryModule | None = None
         if not settings.lora:
             self._use_onednn()
         products = torch.bfloat16 if settings.dtype == "bfloat16" else None
+        if settings.lora and products:
+            freeze_in(self.model, products)
         self.sharded = None if ranks.size == 1 else shard(self.model, ranks, products)
         fill(self.model, folder, settings.path, self.device, ranks)
         with as_model_error(f"model {settings.path!r}: "):
@@ -81,9 +80,13 @@ class Policy:
             self._use_onednn()
         if self.sharded is None:  # buffers, and an adapter
             nn.Module.to(self.model, self.device)  # the subclass's `to` is untyped
-        self._narrow = Narrow(self.model, products) if products and self.sharded is None else None
+        self._narrow: Narrow | None = None
+        if products and (self.adapter or self.sharded is None):
+            masters = self.model if self.adapter is None else self.adapter
+            self._narrow = Narrow(self.model, products, masters.parameters())
         if settings.gradient_checkpointing:  # with the casts, so that copies of weights are made again
-            self._checkpoint_gradients()
+            with as_model_error(f"model {settings.path!r} "):
+                recompute_layers(self.model)
 
     @classmethod
     def restored(cls, settings: ModelSettings, folder: Path, ranks: Ranks = ALONE) -> Policy:
@@ -142,14 +145,17 @@ class Policy:
         return int(self._head.weight.shape[1])
 
     def passes(self, rows: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
-        """The rows of an optimizer step: the backward pass of each sums gradients over the ranks, or only the last."""
-        if self.sharded is None or self.settings.sum_gradients != "step":
-            yield from rows
-            return
+        """The rows of an optimizer step, whose gradients are then summed over the ranks.
+
+        Those of sharded parameters are summed by the backward pass of each row, or of the last one.
+        """
         listed = list(rows)
         for number, row in enumerate(listed, 1):
-            self.sharded.sum_gradients(now=number == len(listed))
+            if self.sharded is not None and self.settings.sum_gradients == "step":
+                self.sharded.sum_gradients(now=number == len(listed))
             yield row
+        if self.adapter is not None:
+            sum_whole((p.grad for p in self.adapter.parameters() if p.grad is not None), self.ranks)
 
     def hidden(self, micro: MicroBatch) -> Tensor:
         """Final hidden states before each scored token of a packed row, [N, D] with gradients."""
@@ -232,8 +238,9 @@ class Policy:
 
     @property
     def rounds_always(self) -> bool:
-        """Whether float32 is not available, since shards are gathered as bfloat16."""
-        return self.settings.dtype == "bfloat16" and self.ranks.size > 1
+        """Whether float32 is not available, since parameters are gathered, or an adapter's base stored, as bfloat16."""
+        stored = self.sharded is not None or self.adapter is not None
+        return self.settings.dtype == "bfloat16" and stored
 
     def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every weight by its Hugging Face checkpoint name, detached; a tied head is not repeated.
@@ -243,16 +250,22 @@ class Policy:
         """
         parameters = dict(self.model.named_parameters())
         for _, names in groupby(sorted(parameters, key=dot_natural_key), key=layer_of):
-            own = self._merged((name, parameters[name].detach()) for name in names)
-            yield from self._stored(
-                {name: gathered(tensor.to(dtype or tensor.dtype)) for name, tensor in own}
-            )
+            own = ((name, parameters[name].detach()) for name in names)
+            yield from self._stored(self._whole_layer(own, dtype))
+
+    def _whole_layer(self, own: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> dict[str, Tensor]:
+        if self.adapter is None:
+            return {name: gathered(tensor.to(dtype or tensor.dtype)) for name, tensor in own}
+        merged = self.adapter.merged((name, gathered(tensor)) for name, tensor in own)
+        return {name: tensor.to(dtype or wide(tensor)) for name, tensor in merged}
 
     def weight_shapes(self) -> Iterator[tuple[str, torch.Size]]:
         """The names and shapes of `named_weights`; nothing is gathered."""
-        if self.adapter is not None:  # on one rank
-            return ((name, tensor.shape) for name, tensor in self.named_weights())
-        return iter(stored_shapes(self.model, dict(self.model.named_parameters())).items())
+        parameters = dict(self.model.named_parameters())
+        if (adapter := self.adapter) is not None:
+            of_base = {adapter.base_name(name): parameter for name, parameter in parameters.items()}
+            parameters = {name: parameter for name, parameter in of_base.items() if name is not None}
+        return iter(stored_shapes(self.model, parameters).items())
 
     def _stored(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors under the names and in the form of a checkpoint's files; they are let go of one by one."""
@@ -285,8 +298,8 @@ class Policy:
         lead, whole = not self.ranks.rank, self.named_weights()
         beside = self._reward_head.state() if self._reward_head else {}
         found = {}
-        if self.adapter is not None:  # on one rank
-            files = whole_files(self.weight_shapes(), whole, beside)
+        if self.adapter is not None:
+            files = whole_files(self.weight_shapes(), whole, beside, lead)
             found[_ADAPTER] = self.adapter.folder(lead)
         else:
             tensors = dict(self.model.named_parameters()) | self._stored_buffers()
@@ -309,10 +322,12 @@ class Policy:
         return self.model.get_output_embeddings()
 
     def _whole(self, compute: Callable[[], T], wide: bool = False) -> T:
-        """Call `compute` with whole parameters in the type of products. wide: in float32, on one rank."""
-        if self.sharded is not None:
-            return self.sharded.use(compute)
-        return compute() if self._narrow is None else self._narrow.use(compute, wide)
+        """Call `compute` with whole parameters in the type of products. wide: in float32, unless `rounds_always`."""
+        if (narrow := self._narrow) is None:
+            return compute() if self.sharded is None else self.sharded.use(compute)
+        if self.sharded is None:
+            return narrow.use(compute, wide and not self.rounds_always)
+        return self.sharded.use(lambda: narrow.use(compute))
 
     def _hidden(self, ids_T: Tensor, tree: PrefixTree, **beside: Tensor) -> Tensor:
         """Final hidden states [T, D] of a packed row. beside: positions, and inputs of the vision tower."""
@@ -361,40 +376,7 @@ class Policy:
     def _logprobs(self, head: Head, targets_T: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         return token_logprobs(*head, targets_T, temperature, self.vocab_chunk(len(targets_T)))
 
-    def _merged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-        return tensors if self.adapter is None else self.adapter.merged(tensors)
-
-    def _examine(self, folder: Path) -> None:
-        """ModelError, on all ranks, unless packed rows train such a model right: rank 0 computes one."""
-        said = ""
-        if not self.ranks.rank:
-            short, path = excerpt(self.model), self.settings.path
-            try:
-                fill(short, folder, path, torch.device("cpu"))
-                with as_model_error(f"model {path!r} cannot be trained: "):
-                    require_compatible(short)
-            except ModelError as error:
-                said = str(error)
-            del short
-            trim()
-        if message := next(filter(None, self.ranks.gather(said)), ""):
-            raise ModelError(message)
-
     def _use_onednn(self) -> None:
         if self.settings.device == "cpu" and self.settings.dtype == "float32":
             with as_model_error():  # in some families the base is the whole model
                 use_onednn(self.model.base_model, leave=self._head)
-
-    def _checkpoint_gradients(self) -> None:
-        """Recompute every layer in the backward pass.
-
-        transformers' own switch works in training mode alone, which also turns on dropout and router noise.
-        """
-        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        if not layers:
-            raise ModelError(
-                f"model {self.settings.path!r} has no layers that can be recomputed; "
-                "set learner.model.gradient_checkpointing=false"
-            )
-        for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

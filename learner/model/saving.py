@@ -83,12 +83,16 @@ def whole_files(
     shapes: Iterable[tuple[str, torch.Size]],
     whole: Iterator[tuple[str, Tensor]],
     beside: Mapping[str, Tensor],
+    lead: bool,
 ) -> list[SharedFile]:
-    """The files of weights that this rank has whole, one after the other, in float32; others beside them."""
+    """The files of weights that come whole, one after the other, in float32; others beside them.
+
+    The lead writes them; all ranks take them, a collective call.
+    """
     planned = {name: Planned(tuple(shape), torch.float32) for name, shape in shapes}
     files = planned_files(WEIGHTS, planned | {name: Planned.of(tensor) for name, tensor in beside.items()})
     for name, tensor in chain(whole, beside.items()):
-        give(files, name, own_rows(tensor, lead=True))
+        give(files, name, own_rows(tensor, lead))
     return files
 
 

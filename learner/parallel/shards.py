@@ -10,7 +10,7 @@ over the groups too, by the ranks that hold the same part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -95,6 +95,17 @@ def gathered(tensor: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """The own part of a tensor that may be sharded; a view, so that changing it changes the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sum_whole(tensors: Iterable[Tensor], ranks: Ranks) -> None:
+    """Sum tensors that every rank holds whole over all ranks, in place and in one exchange."""
+    listed = list(tensors)
+    if ranks.size == 1 or not listed:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in listed])
+    dist.all_reduce(flat)
+    for tensor, summed in zip(listed, flat.split([each.numel() for each in listed]), strict=True):
+        tensor.copy_(summed.view_as(tensor))
 
 
 class Stored(Protocol):

@@ -7,8 +7,11 @@ With P parameters and R ranks, sharded over S of them, each rank receives, and s
     gradients       P sums in float32, after each row or once an optimizer step
     a version       P weights in the engines' type, gathered a layer at a time to be published
 
-and where S < R, with every sum of gradients what the R / S copies of a part exchange: 2 (R / S - 1) / (R / S) of P / S
-sums (an all-reduce).
+An adapter's gradients are whole on every rank and summed once an optimizer step (an all-reduce: 2 (R - 1) / R of them);
+its base has none, and is gathered to be published merged.
+
+Where S < R, a sum of gradients is exchanged between the C = R / S ranks that hold the same part, too: 2 (C - 1) / C of
+P / S sums.
 """
 
 from __future__ import annotations
@@ -39,13 +42,19 @@ class Traffic:
         engine_bytes: int,
         once: bool = False,
         shards: int | None = None,
+        adapter: int = 0,
     ) -> Traffic:
         """product_bytes: of a weight as products take it; engine_bytes: of one as engines do.
 
         once: gradients are summed once an optimizer step; shards: ranks that a parameter is sharded over, None: all.
+        adapter: its parameters, where one is trained.
         """
         shards = shards or ranks
         copies, own = ranks // shards, parameters // shards
+        if adapter:
+            gathered = product_bytes * own * (shards - 1)
+            sums = 2 * _SUM * adapter * (ranks - 1) // ranks
+            return cls(row=2 * gathered, sums=sums, version=gathered, across=0)
         across = 2 * _SUM * own * (copies - 1) // copies
         sums = _SUM * own * (shards - 1) + across
         return cls(

@@ -47,7 +47,15 @@ def row_tokens(settings: LearnerSettings, longest: int) -> int:
 
 def state_bytes(settings: LearnerSettings, shape: Shape, adapter: int) -> int:
     """Weights, gradients and moments of a rank: what it holds in any case."""
-    return _WIDE * (shape.parameters + adapter + 3 * (adapter or shape.parameters)) // settings.shards
+    if adapter:  # whole on every rank
+        return _base_bytes(settings) * shape.parameters // settings.shards + 4 * _WIDE * adapter
+    return 4 * _WIDE * shape.parameters // settings.shards
+
+
+def _base_bytes(settings: LearnerSettings) -> int:
+    """Of a weight that is stored: of an adapter's frozen base in the type of the products."""
+    frozen = settings.model.lora is not None and settings.model.dtype == "bfloat16"
+    return _HALF if frozen else _WIDE
 
 
 def learner_amounts(
@@ -64,20 +72,23 @@ def learner_amounts(
     adapter: parameters of a low-rank adapter, 0 without one; adapted: entries of the matrices it changes. saved: None
     where it cannot be told. longest: tokens of the longest sequence; teacher: parameters of one that is distilled.
     """
-    ranks, trained = settings.shards, adapter or shape.parameters
-    found = [
-        Amount("parameters, float32", _WIDE * (shape.parameters + adapter) // ranks),
-        Amount("gradients, float32", _WIDE * trained // ranks),
-        Amount("AdamW's moments, float32", 2 * _WIDE * trained // ranks),
-    ]
+    ranks = settings.shards
+    base = _base_bytes(settings) * shape.parameters // ranks
+    own = _WIDE * adapter or base  # of what is trained
+    found = [Amount(f"parameters, {'bfloat16' if _base_bytes(settings) == _HALF else 'float32'}", base)]
+    if adapter:
+        found.append(Amount("the adapter, float32", own))
+    found += [Amount("gradients, float32", own), Amount("AdamW's moments, float32", 2 * own)]
     if ranks > 1:
         gathered = shape.outside_layers + 2 * shape.largest_layer
         size = _HALF if settings.model.dtype == "bfloat16" else _WIDE
         # Weights and their gradients in the type of the products, and the sums over ranks in float32.
-        found.append(Amount("gathered layers, embedding and head", (2 * size + _WIDE) * gathered))
-        if settings.model.sum_gradients == "step":
-            found.append(Amount("whole gradients until they are summed, float32", _WIDE * trained))
-    elif settings.model.dtype == "bfloat16":
+        found.append(
+            Amount("gathered layers, embedding and head", (size if adapter else 2 * size + _WIDE) * gathered)
+        )
+        if settings.model.sum_gradients == "step" and not adapter:
+            found.append(Amount("whole gradients until they are summed, float32", _WIDE * shape.parameters))
+    elif settings.model.dtype == "bfloat16" and not adapter:
         whole = not settings.model.gradient_checkpointing
         cast = shape.parameters if whole else shape.outside_layers + shape.largest_layer
         found.append(Amount("weights cast for products", _HALF * cast))
@@ -89,8 +100,7 @@ def learner_amounts(
     block = max(settings.model.logit_block // max(tokens, 1), 8) * tokens
     found.append(Amount("logits, a block at a time", _LOGIT_BLOCKS * _WIDE * block))
     if settings.algorithm.needs_reference:
-        kept = adapter or shape.parameters
-        found.append(Amount("reference policy, float32", _WIDE * kept // ranks))
+        found.append(Amount("reference policy, float32", own))
     if teacher:
         found.append(Amount("teacher, float32", _WIDE * teacher // ranks))
     if isinstance(settings.algorithm.critic, OwnCriticSettings):
@@ -118,7 +128,7 @@ def settled(
 
     device_bytes: of the device of a rank; others as in `learner_amounts`.
     """
-    if settings.model.sum_gradients is not None:
+    if settings.model.sum_gradients is not None or settings.model.lora is not None:
         return settings
     found = {}
     for choice in ("step", "row"):
@@ -159,7 +169,8 @@ def host_amounts(
 
     sent_bytes: of a version, as engines receive it; heads: the `head_bytes` of the stages.
     """
-    trained, ranks = adapter or shape.parameters, settings.shards
+    ranks = settings.shards
+    trained = ranks * adapter or shape.parameters  # an adapter is whole on every rank
     found = [Amount("a version for the engines", sent_bytes, on_host=True, lead=True)] if sent_bytes else []
     if settings.algorithm.keeps:
         numbers = 3 * trained
@@ -173,8 +184,16 @@ def host_amounts(
         Amount("first layers, examined before loading", examined, on_host=True, at_times=True, lead=True)
     )
     found.append(Amount("a layer of the files, while loading", read, on_host=True, at_times=True))
-    copied = checkpoint_bytes(settings, shape, adapter, heads) // ranks
-    found.append(Amount("copy of weights and moments, while saving", copied, on_host=True, at_times=True))
+    copied = checkpoint_bytes(settings, shape, adapter, heads) // (1 if adapter else ranks)
+    found.append(
+        Amount(
+            "copy of weights and moments, while saving",
+            copied,
+            on_host=True,
+            at_times=True,
+            lead=bool(adapter),  # merged weights come whole
+        )
+    )
     return found
 
 

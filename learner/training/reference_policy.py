@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from learner.model.policy import Policy
+from learner.model.shared_files import write_together
 from learner.parallel.ranks import ALONE, Ranks
 from learner.settings import ModelSettings
 from learner.training.checkpoint import CheckpointError
@@ -71,7 +72,7 @@ class Reference:
         if policy.adapter is None:
             policy.save(partial)
         else:
-            policy.adapter.save(partial)
+            write_together({"": policy.adapter.folder(lead)}, partial, self._ranks)
         if lead:
             shutil.rmtree(run / _FOLDER, ignore_errors=True)
             partial.rename(run / _FOLDER)

@@ -128,18 +128,18 @@ def divided(ranks: Ranks, tiny: Path) -> tuple[int, Found]:
     }
 
 
-def saved(ranks: Ranks, tiny: Path, recipe: dict[str, Any], run: Path) -> Found:
+def saved(ranks: Ranks, tiny: Path, recipe: dict[str, Any], run: Path, model: dict[str, Any]) -> Found:
     """A learner that made two steps and a checkpoint."""
-    made = built(ranks, tiny, recipe)
+    made = built(ranks, tiny, recipe, **model)
     for step in range(2):
         made.step(own(ranks, groups_of(step)))
         made.save(run, {"step": step}, keep=1)
     return _state(made)
 
 
-def resumed(ranks: Ranks, tiny: Path, recipe: dict[str, Any], run: Path) -> Found:
+def resumed(ranks: Ranks, tiny: Path, recipe: dict[str, Any], run: Path, model: dict[str, Any]) -> Found:
     """A learner that went on from a checkpoint: what it held then, what it published, and its next step."""
-    made = built(ranks, tiny, recipe)
+    made = built(ranks, tiny, recipe, **model)
     cursor = made.load(run)
     state = _state(made)
     snapshot = take_snapshot(made.policy, made.version, "bfloat16")

@@ -25,6 +25,11 @@ SHAPES: list[tuple[str, Qwen3, list[str]]] = [
         ["learner.ranks=16", "learner.sharded_over=8", "rollout.workers=16"],
     ),
     ("Qwen3-8B, adapter of rank 32, one node: 1 rank, 7 engines", QWEN3_8B, LORA),
+    (
+        "Qwen3-32B, adapter of rank 32, one node: 4 ranks, 2 engines of 2 GPUs",
+        QWEN3_32B,
+        [*PAIRS, "rollout.workers=2", "learner.model.lora.rank=32"],
+    ),
     ("Qwen3-32B, one node: 4 ranks, 2 engines of 2 GPUs", QWEN3_32B, [*PAIRS, "rollout.workers=2"]),
     ("Qwen3-32B, four nodes: 16 ranks, 8 engines of 2 GPUs", QWEN3_32B, [*PAIRS, "learner.ranks=16"]),
     ("Qwen3-30B-A3B, four nodes: 16 ranks, 8 engines of 2 GPUs", QWEN3_30B_A3B, [*PAIRS, "learner.ranks=16"]),

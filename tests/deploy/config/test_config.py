@@ -180,7 +180,11 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
             "prefers groups whose rewards differ",
         ),
         (["learner.ranks=33"], "have at least as many groups as ranks"),
-        (["learner.ranks=2", "learner.model.lora.rank=4"], "use learner.ranks=1"),
+        (["learner.ranks=2", "learner.sharded_over=3"], "does not divide learner.ranks=2"),
+        (
+            ["algorithm=ppo", "learner.ranks=2", "learner.model.lora.rank=4"],
+            "use critic.kind='shared', learner.ranks=1",
+        ),
         (
             [
                 "learner.ranks=2",

@@ -56,7 +56,9 @@ def _policy(tiny: Path, **model: Any) -> Policy:
 def _base(policy: Policy) -> dict[str, str]:
     """Checksums of everything that is not trained."""
     frozen = {n: p for n, p in policy.model.named_parameters() if not p.requires_grad}
-    return {name: blake3(p.detach().numpy().tobytes()).hexdigest() for name, p in frozen.items()}
+    return {
+        name: blake3(p.detach().view(torch.uint8).numpy().tobytes()).hexdigest() for name, p in frozen.items()
+    }
 
 
 def _logprobs(model: torch.nn.Module) -> np.ndarray:

@@ -31,6 +31,9 @@ def _row(number: int) -> MicroBatch:
 def seen(ranks: Ranks, folder: Path, model: dict[str, Any]) -> dict[str, Any]:
     """Loss and gradients of the rows, dealt to the ranks in turn, and the types of what modules return."""
     policy = Policy(ModelSettings(path=str(folder), dtype="bfloat16", **model), ranks)
+    for parameter in policy.adapter.parameters() if policy.adapter else ():
+        generator = torch.Generator().manual_seed(parameter.numel())
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     types: set[str] = set()
 
     def note(module: nn.Module, given: Any, found: Any) -> None:
@@ -57,7 +60,9 @@ def seen(ranks: Ranks, folder: Path, model: dict[str, Any]) -> dict[str, Any]:
     return {"loss": loss, "gradients": summed, "sizes": sizes, "types": types}
 
 
-@pytest.mark.parametrize("model", [{}, {"gradient_checkpointing": True}, {"sum_gradients": "step"}], ids=str)
+@pytest.mark.parametrize(
+    "model", [{}, {"gradient_checkpointing": True}, {"sum_gradients": "step"}, {"lora": {"rank": 2}}], ids=str
+)
 def test_bfloat16_ranks_differ_by_the_order_of_float32_sums_alone(tiny: Path, model: dict[str, Any]) -> None:
     (one,) = together(1, seen, tiny, model)
     assert len(one["gradients"]) == len(one["sizes"]) > 10

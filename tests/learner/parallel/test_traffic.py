@@ -17,8 +17,13 @@ from tests.learner.ranked import built, groups_of, own, rows
 from tests.learner.together import together
 
 
-def counted(ranks: Ranks, folder: Path, dtype: str, sums: str, over: int) -> tuple[float, int, int]:
-    """Bytes that a step brought to this rank, its rows, and the model's parameters."""
+def counted(
+    ranks: Ranks, folder: Path, dtype: str, sums: str, over: int, rank: int
+) -> tuple[float, int, int, int]:
+    """Bytes that a step brought to this rank, its rows, and the parameters of the model and of its adapter.
+
+    rank: of the adapter; 0: all weights are trained.
+    """
     copies, received = ranks.size // over, list[float]()
 
     def watch(name: str, share: float) -> None:
@@ -33,33 +38,37 @@ def counted(ranks: Ranks, folder: Path, dtype: str, sums: str, over: int) -> tup
 
     watch("all_gather_single", (over - 1) / over)
     watch("reduce_scatter_single", (over - 1) / over)
-    watch("all_reduce", 2 * (copies - 1) / copies)
-    learner = built(ranks, folder, {}, dtype=dtype, sum_gradients=sums)
+    together = ranks.size if rank else copies
+    watch("all_reduce", 2 * (together - 1) / together)
+    lora = {"lora": {"rank": rank}} if rank else {}
+    learner = built(ranks, folder, {}, dtype=dtype, sum_gradients=sums, **lora)
     share = own(ranks, groups_of(3))
     received.clear()
     learner.step(share)
-    parameters = sum(parameter.numel() for parameter in learner.policy.parameters())
-    return sum(received), max(ranks.gather(rows(share))), parameters
+    parameters = sum(parameter.numel() for parameter in learner.policy.model.parameters())
+    adapter = sum(parameter.numel() for parameter in learner.policy.parameters()) if rank else 0
+    return sum(received), max(ranks.gather(rows(share))), parameters - adapter, adapter
 
 
 @pytest.mark.parametrize(
-    ("ranks", "over", "dtype", "sums"),
+    ("ranks", "over", "dtype", "sums", "rank"),
     [
-        (2, 2, "float32", "row"),
-        (2, 2, "bfloat16", "row"),
-        (2, 2, "bfloat16", "step"),
-        (4, 2, "bfloat16", "row"),
-        (4, 2, "float32", "step"),
+        (2, 2, "float32", "row", 0),
+        (2, 2, "bfloat16", "row", 0),
+        (2, 2, "bfloat16", "step", 0),
+        (4, 2, "bfloat16", "row", 0),
+        (4, 2, "float32", "step", 0),
+        (4, 2, "bfloat16", "row", 8),
     ],
 )
 def test_the_bytes_of_a_step_are_those_that_are_told(
-    ranks: int, over: int, dtype: str, sums: str, tiny: Path, tmp_path: Path
+    ranks: int, over: int, dtype: str, sums: str, rank: int, tiny: Path, tmp_path: Path
 ) -> None:
     shape = {"layers": 3, "width": 64, "heads": 2, "mlp": 96, "context": 128}
     build_tiny(tmp_path, AutoTokenizer.from_pretrained(tiny), **shape)
     size = {"float32": 4, "bfloat16": 2}[dtype]
-    for received, count, parameters in together(ranks, counted, tmp_path, dtype, sums, over, over=over):
-        told = Traffic.of(parameters, ranks, size, 2, sums == "step", over)
+    for received, count, *numbers in together(ranks, counted, tmp_path, dtype, sums, over, rank, over=over):
+        told = Traffic.of(numbers[0], ranks, size, 2, sums == "step", over, adapter=numbers[1])
         assert count > 1
         # Rows that no two ranks divide are padded.
         assert received == pytest.approx(told.step(count, updates=1) - told.version, rel=0.02)
