@@ -258,9 +258,10 @@ def _verdicts() -> tuple[type[Exception], ...]:
     from deploy.config.guards import GuardTripped
     from deploy.config.supervise import PartFailed
     from rollout.buffer.failures import TooManyFailures
+    from rollout.buffer.part_log import Fenced
     from rollout.wire.own_part import OwnPartError
 
-    return PartFailed, GuardTripped, TooManyFailures, OwnPartError
+    return PartFailed, GuardTripped, TooManyFailures, Fenced, OwnPartError
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from rollout.agents.agent import Agent, AgentSettings, BusyClock
 from rollout.agents.settings import PartSettings, wrapped, wrapping
 from rollout.buffer.new_groups import Owner
 from rollout.buffer.replay_buffer import ReplayBuffer
+from rollout.buffer.state_place import copy_of
 from rollout.chat.chat import Chat
 from rollout.chat.end_tokens import end_tokens
 from rollout.chat.perception import Perception
@@ -288,16 +289,11 @@ async def build_worker(
 
 
 def replay_buffer_builder(config: RunConfig, run_folder: Path) -> Callable[[], ReplayBuffer]:
-    """A function that opens the run's replay buffer from its ledger and segments on disk.
+    """A function that opens the run's replay buffer from its ledger and segments on disk, or from their copy.
 
-    It holds no configuration, so that a process that unpickles it does not import torch.
+    It holds no configuration, so that a process that unpickles it does not import torch. LedgerError if the run folder
+    can hold neither.
     """
-    return partial(
-        ReplayBuffer.over,
-        run_folder,
-        training_tasks(config),
-        config.buffer,
-        config.steps,
-        config.seed,
-        Owner(config.policy),
-    )
+    copy = copy_of(run_folder, config.buffer.copy_to)
+    over = partial(ReplayBuffer.over, run_folder, training_tasks(config), config.buffer, config.steps)
+    return partial(over, config.seed, Owner(config.policy), copy)

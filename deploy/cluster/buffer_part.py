@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.assembly.runtime import loss_to_come
 from deploy.cluster.actor_member import actor, awaited
+from deploy.config.config import ClusterSettings
 from deploy.config.supervise import PartFailed, PartLost, SupervisionSettings, brief, place, within
 from deploy.report.noticed import Noticed
 from rollout.buffer.actors import ReplayBufferActor
@@ -24,27 +25,25 @@ CLOSE_SECONDS = 30.0  # limit for closing the ledger
 class BufferPart:
     """The replay buffer's actor: Ray restarts it (max_restarts) and repeats its pending calls (max_task_retries).
 
-    seconds: limit for an answer. noticed: receives the actor's notices. `lost` fails with PartFailed when Ray cannot
-    restart it.
+    cluster: has the limit for an answer, and the resources that its node must have. noticed: receives the actor's
+    notices. `lost` fails with PartFailed when Ray cannot restart it.
     """
 
     def __init__(
         self,
         build: Callable[[], ReplayBuffer],
         supervision: SupervisionSettings,
-        seconds: float,
+        cluster: ClusterSettings,
         say: Callable[[str], None],
         noticed: Noticed,
     ) -> None:
-        self._settings, self._seconds, self._say, self._noticed = supervision, seconds, say, noticed
+        self._settings, self._say, self._noticed = supervision, say, noticed
+        self._seconds = cluster.start_timeout_seconds
         self.where: ProcessInfo | None = None
         self.lost = loss_to_come()
         restarts: dict[str, Any] = {"max_restarts": supervision.max_restarts, "max_task_retries": -1}
-        # The ledger is SQLite in WAL mode, whose readers and writer must be on one host: this driver's. An actor that
-        # restarted elsewhere, behind a partition of the network, would be a second writer.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # Every loop of every worker may be waiting for a slot; other calls need capacity beside them.
-        options = restarts | {"max_concurrency": 100_000, "scheduling_strategy": here}
+        options = restarts | {"max_concurrency": 100_000} | _placement(cluster.buffer_resources)
         self.handle = actor(ReplayBufferActor, **options).remote(build)
 
     async def find(self) -> None:
@@ -98,3 +97,12 @@ class BufferPart:
         if closing.done() and (error := closing.exception()):
             self._say(f"the replay buffer did not close cleanly: {brief(error)}")
         ray.kill(self.handle)
+
+
+def _placement(resources: Mapping[str, float]) -> dict[str, Any]:
+    """Ray's options for where the actor runs, at its start and whenever it is started again."""
+    if resources:  # every node that has them can restore the state from its copy
+        return {"resources": dict(resources)}
+    # Without a copy the state is in the run folder of this host, and a second writer elsewhere would not be noticed.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"scheduling_strategy": here}

@@ -98,9 +98,7 @@ class RayRuntime:
         self._learner_lost = loss_to_come()
         self._engines = EngineGroups(config)
         build = replay_buffer_builder(config, self.run_folder)
-        self._buffer = BufferPart(
-            build, supervision, config.cluster.start_timeout_seconds, self._say, self._noticed
-        )
+        self._buffer = BufferPart(build, supervision, config.cluster, self._say, self._noticed)
         found = asyncio.create_task(self._find_buffer())
         self._hearts = [found]
         self._fleet = Fleet(

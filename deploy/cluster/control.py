@@ -7,6 +7,7 @@ RUN/roster.json    every part of the run: name, state, host, pid, log
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -21,6 +22,7 @@ from deploy.config.run_folder import LOCK, read_json, writing
 from rollout.wire.whole_file import replace_file
 
 WANTED, ROSTER = "wanted.json", "roster.json"
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system
 MOST_WORKERS = 1024  # limit of one driver
 
 
@@ -32,7 +34,12 @@ def driving(folder: Path) -> Iterator[None]:
     with lock_file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in _WITHOUT_LOCKS:  # then the log of the replay buffer's copy fences a second run
+                yield
+                return
+            if not isinstance(error, BlockingIOError):
+                raise
             lock.seek(0)
             raise ConfigError(
                 f"{folder} is being driven already ({lock.read().strip()}): stop that one first"

@@ -93,6 +93,12 @@ class ClusterSettings(Settings):
         description="CPUs reserved per learner rank; fractions allowed. A rank that trains on a GPU reserves "
         "one GPU as well",
     )
+    buffer_resources: dict[str, float] = Field(
+        {},
+        description="custom Ray resources that the replay buffer reserves, as in {storage_node = 0.01}: it is placed "
+        "on a node that has them, and restored on another one that has them if that node is lost. Needs a copy "
+        "(buffer.copy_to). Empty: the driver's node",
+    )
     dashboard_port: int = Field(
         0, ge=0, le=65535, description="port of the dashboard of a local Ray; 0: no dashboard"
     )

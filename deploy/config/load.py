@@ -25,6 +25,7 @@ Model = TypeVar("Model", bound=BaseModel)
 MOVABLE = (
     "cluster",
     "supervision",
+    "buffer.local_dir",
     "learner.ranks",
     "learner.threads",
     "rollout.workers",

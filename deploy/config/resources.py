@@ -33,6 +33,8 @@ def reservations(config: RunConfig) -> list[Reservation]:
             "learner", config.learner.ranks, {"CPU": config.cluster.learner_cpus, "GPU": learner_gpus(config)}
         ),
     ]
+    if config.cluster.buffer_resources:
+        found.append(Reservation("replay buffer", 1, config.cluster.buffer_resources))
     if replicas := replicas_elsewhere(config):
         found.append(Reservation("environment replica", replicas, replica_claims(config)))
     return found

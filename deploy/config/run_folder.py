@@ -6,6 +6,7 @@ RUN/stages/           metrics of each stage; its checkpoints, until there is one
 RUN/checkpoints/      the learner's states               RUN/evaluations/    rows of the evaluations
 RUN/metrics.jsonl     one row a step                     RUN/summary.json, RUN/report.html   at the end
 RUN/advantages/       advantages of trained tokens, a file a version
+RUN/copy/             the copy of a replay buffer's state, where that lies on a local disk; RUN/buffer.lock, where not
 RUN/turns/            turns of unfinished groups         RUN/logs/       of a local Ray, once the run has ended
 RUN/driver.lock, roster.json, wanted.json                the driver's process, the run's parts, a wanted scale
 RUN/notices.log       warnings of all parts, a line each RUN/labels/     what people said of its episodes

@@ -32,7 +32,7 @@ from deploy.run.finished import print_outcome
 from deploy.run.interrupt import Stopped, interruptible
 from deploy.run.train import Training
 from learner.training.checkpoint import newest_version
-from rollout.buffer.ledger_checks import LEDGER, check_ledger
+from rollout.buffer.state_place import check_state, copy_of
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -78,8 +78,8 @@ def run(asked: Drive) -> dict[str, Any]:
         _require_unchanged(folder, resume, asked.stored)
         if not run_folder.make_private(folder):
             write(errors(), f"note: other users can read {folder}, and it cannot be made private")
-        if resume and config.replay is None and (folder / LEDGER).is_file():
-            check_ledger(folder / LEDGER, newest_version(folder), config.buffer.groups_per_step)
+        if config.replay is None:
+            _check_buffer(config, folder, resume)
         tag = tag_run()
         temporary = temporary_of(tag) if alone else None
         start_janitor(tag, folder, temporary)  # before there is anything to be removed
@@ -96,6 +96,15 @@ def run(asked: Drive) -> dict[str, Any]:
         except (PartFailed, PartLost, LearnerLost) as failure:
             # A loss comes here only where nothing can go on, as in the start.
             raise PartFailed(_kept(str(failure), temporary, folder)) from failure.__cause__
+
+
+def _check_buffer(config: RunConfig, folder: Path, resume: bool) -> None:
+    check_state(folder, config.buffer, newest_version(folder) if resume else None)
+    if config.cluster.buffer_resources and not copy_of(folder, config.buffer.copy_to):
+        raise ConfigError(
+            f"cluster.buffer_resources may place the replay buffer on another node, but {folder} has its state without "
+            "a copy; set buffer.copy_to=run, with a run folder that all nodes share"
+        )
 
 
 def _connect(config: RunConfig, alone: bool, temporary: Path | None) -> None:

@@ -30,7 +30,8 @@ class ReplayBufferActor:
         self._replay_buffer = build()
 
     async def ping(self) -> ProcessInfo:
-        """Address of this actor's process; the answer shows that its event loop runs."""
+        """Address of this actor's process; the answer shows that its event loop runs. Raises Fenced."""
+        self._replay_buffer.require_sole()
         return here(ray.get_runtime_context().get_node_id())
 
     async def notices(self) -> list[str]:

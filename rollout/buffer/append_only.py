@@ -25,7 +25,10 @@ class Mark:
 
 
 class NumberedFiles:
-    """Writes `folder/STEM-NNNNNN.SUFFIX`; a file is closed when it reaches `max_bytes`. Numbers begin at `first`."""
+    """Writes `folder/STEM-NNNNNN.SUFFIX`; a file is closed when it reaches `max_bytes`. Numbers begin at `first`.
+
+    durable: whether a sync waits for the disk, which it need not where a copy elsewhere has the same bytes.
+    """
 
     def __init__(
         self,
@@ -37,10 +40,11 @@ class NumberedFiles:
         header: bytes = b"",
         trailer: bytes = b"",
         first: int = 0,
+        durable: bool = True,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._stem, self._suffix = folder, stem, suffix
-        self._max_bytes = max_bytes
+        self._max_bytes, self._durable = max_bytes, durable
         self._header, self._trailer = header, trailer
         aside = numbered(folder, stem, suffix + CORRUPT)
         self._number = max((number for number, _ in [*self.files(), *aside]), default=-1)
@@ -85,7 +89,7 @@ class NumberedFiles:
 
     def sync(self) -> None:
         """Make everything that was appended survive a crash of the machine."""
-        if self._file is not None:
+        if self._file is not None and self._durable:
             os.fsync(self._file.fileno())
 
     def mark(self) -> Mark:
@@ -124,12 +128,8 @@ class NumberedFiles:
         self._number += 1
         self._file = FileIO(self.path(self._number), "xb")
         self._size = 0
-        # The file's name must survive a crash too, not only its bytes.
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        if self._durable:
+            sync_names(self._folder)
         self._write(self._header)
 
     def _end(self) -> None:
@@ -144,6 +144,15 @@ class NumberedFiles:
             written = self._file.write(left)
             self._size += written
             left = left[written:]
+
+
+def sync_names(folder: Path) -> None:
+    """Make the names in a folder survive a crash of the machine; a file's own sync keeps only its bytes."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def numbered(folder: Path, stem: str, suffix: str) -> list[tuple[int, Path]]:

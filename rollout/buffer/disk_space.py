@@ -1,4 +1,4 @@
-"""Free disk space of a run: how much is required, and which errors mean that the disk is full."""
+"""Free disk space of a run: how much is required, and which errors mean that a run waits for storage."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ class OutOfDiskSpace(OSError):
     """The disk has less free space than buffer.min_free_mib."""
 
 
+class CopyUnreachable(OSError):
+    """The storage of the copy does not answer, or takes nothing; the call may be repeated."""
+
+
 class DiskSpace:
     """Free space on a folder's disk. probe: returns the free bytes; tests pass their own."""
 
@@ -34,8 +38,8 @@ class DiskSpace:
             raise OutOfDiskSpace(errno.ENOSPC, self._say("too little disk space"))
 
     def lack(self, error: OSError | sqlite3.Error) -> str | None:
-        """Return a message if this error means that the disk is full, else None."""
-        if isinstance(error, OutOfDiskSpace):
+        """Return a message if this error means that the disk is full or the copy out of reach, else None."""
+        if isinstance(error, OutOfDiskSpace | CopyUnreachable):
             return str(error.strerror)
         if isinstance(error, sqlite3.Error):
             return self._say("the disk is full") if error.sqlite_errorcode == sqlite3.SQLITE_FULL else None

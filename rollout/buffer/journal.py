@@ -59,15 +59,21 @@ class Rewritten:
 
 
 class Journal:
-    """Turns of unfinished groups, with one writer. attempts: these groups and the newest attempt of each.
+    """Turns of unfinished groups, with one writer. attempts: these groups and the newest attempt of each. durable: as
+    of `NumberedFiles`.
 
     damaged: a record in the middle is corrupt. The turns before it are known; the caller rewrites and adopts.
     """
 
     def __init__(
-        self, folder: Path, first: int, attempts: Mapping[int, int], max_bytes: int = MAX_BYTES
+        self,
+        folder: Path,
+        first: int,
+        attempts: Mapping[int, int],
+        max_bytes: int = MAX_BYTES,
+        durable: bool = True,
     ) -> None:
-        self._files = NumberedFiles(folder, "turns", "journal", max_bytes, first=first)
+        self._files = NumberedFiles(folder, "turns", "journal", max_bytes, first=first, durable=durable)
         self._rows: dict[int, Episodes] = {}  # by group
         self._groups: dict[int, set[int]] = {}  # by file: its unfinished groups
         self._damaged: int | None = None

@@ -26,7 +26,8 @@ from typing import Any
 from rollout.buffer.ledger_checks import LedgerError, check_log, examine, naming, watch
 from rollout.buffer.reuse import TABLES as _REUSES
 from rollout.buffer.reuse import ReuseLog
-from rollout.buffer.segments import Location, segment_path
+from rollout.buffer.segments import Location
+from rollout.buffer.statements import RecordingConnection
 from rollout.wire.policies import Opponent
 from rollout.wire.trajectory import DropReason, EndReason, Slot, Task, Trajectory
 
@@ -129,23 +130,19 @@ class StoredGroup:
     max_version: int | None  # newest weights that sampled a token of it
     location: Location | None  # None: not complete
 
-    def state_after_rollback(self, version: int, max_lag: int, segments: Path) -> str:
-        """Its state when the learner continues from `version`: complete, waiting or REISSUE."""
-        if self.state == REISSUE or not version - max_lag <= self.slot.version <= version:
-            return REISSUE
-        if self.location is None:
-            return "waiting"
-        known = self.max_version is not None and self.max_version <= version
-        return "complete" if known and segment_path(segments, self.location.segment).exists() else REISSUE
-
 
 class Ledger:
-    """Tables of one run. One writer; preconditions are checked by its `ReplayStore`."""
+    """Tables of one run. One writer; preconditions are checked by its `ReplayStore`.
 
-    def __init__(self, path: Path) -> None:
+    record: keep the statements of every transaction for a copy, which is durable instead of this file.
+    """
+
+    def __init__(self, path: Path, record: bool = False) -> None:
         check_log(path)
+        connection = RecordingConnection if record else sqlite3.Connection
         # Its store is used by one thread at a time, but not always by the thread that made it.
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, factory=connection)
+        self._durable = not record
         self._reuses = ReuseLog(self._db)
         try:
             with naming(path):
@@ -165,7 +162,7 @@ class Ledger:
         if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
             examine(self._db, path)
         self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute(f"PRAGMA synchronous={'FULL' if self._durable else 'OFF'}")
         self._db.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version={_VERSION};")
         watch(self._db)
         self._db.execute("COMMIT")
@@ -174,6 +171,11 @@ class Ledger:
     def db(self) -> sqlite3.Connection:
         """The connection, for queries of `Reuse`."""
         return self._db
+
+    @property
+    def unsynced(self) -> bool:
+        """Whether an `issue` may still be lost with the machine."""
+        return self._unsynced
 
     @property
     def buffer_version(self) -> int:
@@ -190,11 +192,13 @@ class Ledger:
         task, opponent = slot.task, slot.opponent
         identity = (slot.group_id, slot.attempt, task.env_id, task.options, task.seed, slot.policy)
         against = (None, None) if opponent is None else (opponent.policy, opponent.version)
-        self._db.execute("PRAGMA synchronous=NORMAL")
+        if self._durable:
+            self._db.execute("PRAGMA synchronous=NORMAL")
         try:
             self._db.execute(_ISSUE, (*identity, *against, worker, worker_loop, slot.version))
         finally:
-            self._db.execute("PRAGMA synchronous=FULL")
+            if self._durable:
+                self._db.execute("PRAGMA synchronous=FULL")
         self._unsynced = True
 
     def sync(self) -> None:
@@ -346,10 +350,13 @@ class Ledger:
     def _transaction(self) -> Iterator[None]:
         """COMMIT at the end of the block, which waits for the disk; ROLLBACK if it raises."""
         self._db.execute("BEGIN IMMEDIATE")
+        recorded = self._db.recorded if isinstance(self._db, RecordingConnection) else []
+        before = len(recorded)
         try:
             yield
             self._db.execute("COMMIT")
         except BaseException:
+            del recorded[before:]
             if self._db.in_transaction:  # SQLite rolls back by itself when the disk is full
                 self._db.execute("ROLLBACK")
             raise

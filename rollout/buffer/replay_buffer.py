@@ -13,10 +13,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,8 +27,11 @@ from typing import Any, Self, TypeVar
 import pyarrow as pa
 
 from rollout.buffer.ledger import EpisodeRow
+from rollout.buffer.missing import missing
 from rollout.buffer.new_groups import ALONE, Owner
+from rollout.buffer.part_log import Fenced
 from rollout.buffer.replay_store import BufferSettings, FinishedGroup, ReplayStore
+from rollout.buffer.state_place import state_of
 from rollout.wire.partition import WHOLE, Partition
 from rollout.wire.trajectory import Assignment, DropReason, Slot, StaleSlot, Task
 
@@ -35,7 +40,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RETRY_INTERVAL_SECONDS = 1.0  # between two tries of a call while the disk is full
-_NAMED = 4  # leases that a message names
 
 
 @dataclass(slots=True)
@@ -61,7 +65,7 @@ class _Signal:
 class ReplayBuffer:
     """All calls come from one event loop; one thread works on the store, one call after another.
 
-    clock: returns seconds, for how long a worker has held a slot.
+    clock: returns seconds, for how long a worker has held a slot. held: what `close` lets go of after the store.
     """
 
     def __init__(
@@ -69,8 +73,11 @@ class ReplayBuffer:
         store: ReplayStore,
         clock: Callable[[], float] = time.monotonic,
         retry_interval_seconds: float = RETRY_INTERVAL_SECONDS,
+        held: ExitStack | None = None,
     ) -> None:
         self._store = store
+        self._held = held or ExitStack()
+        self._fenced: Fenced | None = None
         self._clock = clock
         self._retry_interval_seconds = retry_interval_seconds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
@@ -97,9 +104,19 @@ class ReplayBuffer:
         steps: int,
         seed: int,
         owner: Owner = ALONE,
+        copy: str = "",
     ) -> Self:
-        """Open the replay buffer of the run in `folder`. task_of: returns the task of a group id."""
-        return cls(ReplayStore(folder, task_of, settings, total_steps=steps, seed=seed, owner=owner))
+        """Open the replay buffer of the run in `folder`. task_of: returns the task of a group id.
+
+        copy: the base of the copy of its state (`state_place.copy_of`); empty: none. Raises LedgerError.
+        """
+        local = Path(settings.local_dir or tempfile.gettempdir())
+        with ExitStack() as stack:
+            state, copied = stack.enter_context(state_of(folder, copy, local))
+            store = ReplayStore(
+                state, task_of, settings, steps, seed=seed, owner=owner, copy=copied, run_folder=folder
+            )
+            return cls(store, held=stack.pop_all())
 
     async def reserve(self, worker: str, worker_loop: int) -> Assignment | None:
         """Return the next group to play; waits for a free slot. None: no more groups are needed, or from this worker.
@@ -231,6 +248,11 @@ class ReplayBuffer:
         """
         return await self._run(self._facts)
 
+    def require_sole(self) -> None:
+        """Raise Fenced if another replay buffer was found to have taken over this run."""
+        if self._fenced is not None:
+            raise self._fenced
+
     async def close(self) -> None:
         """End the run: `reserve` returns None from now on, and pending rows are committed."""
         if self._closed:
@@ -244,21 +266,28 @@ class ReplayBuffer:
             try:
                 await loop.run_in_executor(self._thread, self._store.close)
             except OSError as error:
-                if self._store.disk_space.lack(error) is None:
+                if (lack := self._store.disk_space.lack(error)) is None:
                     raise
-                # All rows are on disk; only the trailer of the last segment is missing.
+                # All rows are stored; only the trailer of the last segment, or the last snapshot, is missing.
+                log.warning("the replay buffer closes with less than it would store: %s", lack)
+            finally:
+                self._held.close()
         self._thread.shutdown(wait=False)
 
     # One call after another -------------------------------------------------------------------------------------------
 
     async def _run(self, call: Callable[[], T]) -> T:
-        """Call this in the store's thread; while the disk is full, pause the run and retry."""
+        """Call this in the store's thread, and ship; while storage is full or away, pause the run and retry."""
         loop = asyncio.get_running_loop()
         lacks = False
         try:
             while True:
                 try:
-                    return await loop.run_in_executor(self._thread, call)
+                    return await loop.run_in_executor(self._thread, self._shipped, call)
+                except Fenced as error:
+                    self._fenced = error
+                    self._wake()
+                    raise
                 except (OSError, sqlite3.Error) as error:
                     lack = self._store.disk_space.lack(error)
                     if lack is None:
@@ -272,6 +301,11 @@ class ReplayBuffer:
             if lacks:
                 self._go_on()
 
+    def _shipped(self, call: Callable[[], T]) -> T:
+        answer = call()
+        self._store.ship()
+        return answer
+
     def _pause(self, lack: str) -> None:
         if self._paused is None:
             log.warning("the run is paused: %s", lack)
@@ -282,7 +316,7 @@ class ReplayBuffer:
     def _go_on(self) -> None:
         self._lacking -= 1
         if not self._lacking:
-            log.warning("the run continues: the disk has free space again")
+            log.warning("the run continues: what it writes has room again")
             self._paused_seconds += asyncio.get_running_loop().time() - self._paused_at
             self._paused = None
 
@@ -336,6 +370,7 @@ class ReplayBuffer:
         self._ready.wake()
 
     def _require_open(self) -> None:
+        self.require_sole()
         if self._closed:
             raise RuntimeError(
                 "the replay buffer is closed: the run has ended; resume it, and its groups are reissued"
@@ -353,24 +388,10 @@ class ReplayBuffer:
         }
 
     def _missing(self) -> str:
-        store, now = self._store, self._clock()
-        held = sorted(
-            (self._since.get(group_id, (0, self._opened))[1], group_id, worker)
-            for group_id, worker in store.leases
-        )
-        parts = [
-            f"{store.ready} groups are complete and a step needs {store.settings.groups_per_step}",
-            f"{len(held)} are in flight",
+        now = self._clock()
+        held = [
+            (now - self._since.get(group_id, (0, self._opened))[1], group_id, worker)
+            for group_id, worker in self._store.leases
         ]
-        if store.unassigned:
-            parts.append(f"{store.unassigned} wait for a worker")
-        if store.in_step:
-            parts.append(f"{store.in_step} are held by a step that was not released")
         dropped = dict(self._dropped)  # a copy: the event loop may change it meanwhile
-        parts += [f"{count} groups were dropped as {reason.value}" for reason, count in dropped.items()]
-        parts += [
-            f"{worker} holds group {group} for {now - since:.0f} s" for since, group, worker in held[:_NAMED]
-        ]
-        if len(held) > _NAMED:
-            parts.append(f"{len(held) - _NAMED} more are held for less")
-        return "; ".join(parts)
+        return missing(self._store, held, dropped)

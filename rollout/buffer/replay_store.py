@@ -19,7 +19,8 @@ from rollout.buffer.disk_space import DiskSpace, free_bytes
 from rollout.buffer.failures import WINDOW, FailureWindow, TooManyFailures
 from rollout.buffer.journal import Journal, rows_of
 from rollout.buffer.leases import Lease, Leases
-from rollout.buffer.ledger import REISSUE, EpisodeRow, Ledger
+from rollout.buffer.ledger import EpisodeRow, Ledger
+from rollout.buffer.ledger_checks import LEDGER
 from rollout.buffer.new_groups import ALONE, NewGroups, Owner
 from rollout.buffer.reuse import Reuse
 from rollout.buffer.scheduler import StalenessScheduler
@@ -33,6 +34,8 @@ from rollout.buffer.segments import (
     write_once,
 )
 from rollout.buffer.settings import BufferSettings
+from rollout.buffer.state_copy import StateCopy
+from rollout.buffer.stored_groups import load, roll_back
 from rollout.wire.partition import WHOLE, Partition, StepTorn
 from rollout.wire.trajectory import Assignment, DropReason, Slot, StaleSlot, Task
 
@@ -47,7 +50,8 @@ class ReplayStore:
     """Everything sampled and not yet trained.
 
     total_steps: learner steps of the run, which bound the groups issued. probe: returns the free bytes on a folder's
-    disk. seed: of the run; it decides which groups are reused. owner: whose groups these are.
+    disk. seed: of the run; it decides which groups are reused. owner: whose groups these are. copy: the copy in shared
+    storage of what is in `folder`, which the caller asks for by `ship`; run_folder: the run's own, if it is another.
     """
 
     def __init__(
@@ -59,26 +63,36 @@ class ReplayStore:
         probe: Callable[[Path], int] = free_bytes,
         seed: int = 0,
         owner: Owner = ALONE,
+        copy: StateCopy | None = None,
+        run_folder: Path | None = None,
     ) -> None:
-        self._folder = folder
+        self._run_folder = run_folder or folder
+        self._copy = copy
         self.settings = settings
         self._total = None if total_steps is None else total_steps * settings.groups_per_step
         self.disk_space = DiskSpace(folder, settings.min_free_mib, probe)
         self._groups = folder / "groups"
-        self._segments = SegmentWriter(self._groups, settings.segment_mib * 2**20)
-        self._ledger = Ledger(folder / "ledger.sqlite")
+        first = 0 if copy is None else copy.next_segment
+        durable = copy is None
+        self._segments = SegmentWriter(self._groups, settings.segment_mib * 2**20, first, durable)
+        self._ledger = Ledger(folder / LEDGER, record=not durable)
         self._reuse = Reuse(settings.reuse, seed, self._ledger.db, self._groups)
         self._new = NewGroups(owner, settings.curriculum, task_of, self._ledger.db)
         self._next_id = self._ledger.next_group_id()
         self._scheduler = self._empty_buffer(self._ledger.buffer_version)
+        if copy is not None:
+            copy.follow(self._ledger)
+            copy.fetch(self._needed_segments())
         self._leases = Leases(self._ledger.evicted(), self._ledger.losses())
-        self._load()
+        load(self._ledger.since(self.version), self._scheduler, self._leases)
         self._failures = FailureWindow(settings.max_failed_share, self._ledger.recent_episodes(WINDOW))
-        self._journal = Journal(folder / "turns", self._ledger.journal_from, self._leases.attempts)
+        begin, attempts = self._ledger.journal_from, self._leases.attempts
+        self._journal = Journal(folder / "turns", begin, attempts, durable=durable)
         if self._journal.damaged:
             rewritten = self._journal.rewrite(self._leases.attempts)
             self._ledger.reissue([], rewritten.first)
             self._journal.adopt(rewritten)
+        self.ship()
 
     @property
     def version(self) -> int:
@@ -220,7 +234,7 @@ class ReplayStore:
         """
         taken = self._scheduler.taken(version)
         if taken and (batches := self._read(version, taken, self._reuse.of(version))):
-            write_once(self._folder / "discarded" / f"version-{version:08d}", batches)
+            write_once(self._run_folder / "discarded" / f"version-{version:08d}", batches)
             self._ledger.discard([group_id for group_id, _ in taken], reason, version)
             self._scheduler.discard(version)
 
@@ -245,19 +259,8 @@ class ReplayStore:
         sampled, under the same condition. All others are reissued: same group id and task, next attempt.
         """
         buffer = self._empty_buffer(version)
-        by_state: dict[str, dict[int, Slot]] = {"complete": {}, "waiting": {}, REISSUE: {}}
-        # Complete groups first: all their tokens exist. (Not all fit where a resumed run has smaller settings.)
-        for stored in sorted(self._ledger.since(version), key=lambda stored: stored.location is None):
-            slot = stored.slot
-            state = stored.state_after_rollback(version, self.settings.max_lag, self._groups)
-            if state != REISSUE and not buffer.reserve(slot.group_id, issue_version=slot.version):
-                state = REISSUE
-            if state == "complete":
-                assert stored.location is not None
-                buffer.add(slot.group_id, CompleteGroup(slot, stored.location, None))
-            by_state[state][slot.group_id] = slot
-        rewritten = self._journal.rewrite(by_state["waiting"], up_to=version)
-        complete, waiting, reissue = by_state.values()
+        complete, waiting, reissue = roll_back(self._ledger.since(version), version, buffer, self._groups)
+        rewritten = self._journal.rewrite(waiting, up_to=version)
         self._ledger.rollback(version, complete, waiting, reissue, rewritten.first, new_driver)
         self._journal.adopt(rewritten)
         self._scheduler = buffer
@@ -268,39 +271,28 @@ class ReplayStore:
     def archive(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
         """Store rows that are not trained on (evaluations) under RUN/evaluations/NAME; a repeated call does nothing."""
         self.disk_space.require()
-        write_once(self._folder / "evaluations" / name, batches)
+        write_once(self._run_folder / "evaluations" / name, batches)
 
     def counts(self) -> dict[str, int]:
         """The ledger's balance: issued = trained + dropped + in_flight."""
         return self._ledger.counts()
 
+    def ship(self) -> None:
+        """Return when the copy, if there is one, has everything that was done so far. May be repeated after an OSError.
+
+        Raises Fenced if another replay buffer has taken over.
+        """
+        if self._copy is not None:
+            self._copy.ship(self._segments.open_segment)
+
     def close(self) -> None:
         try:
             self._segments.close()
             self._journal.close()
+            if self._copy is not None:
+                self._copy.close()
         finally:
             self._ledger.close()
-
-    # Opening ---------------------------------------------------------------------------------------------------------
-
-    def _load(self) -> None:
-        restore = self._scheduler.restore
-        for stored in self._ledger.since(self.version):
-            slot, group_id = stored.slot, stored.slot.group_id
-            match stored.state:
-                case "issued":
-                    restore(group_id, slot.version, None)
-                    self._leases.grant(Lease(slot, stored.worker, stored.worker_loop))
-                case "waiting":
-                    restore(group_id, slot.version, None)
-                    self._leases.waiting[group_id] = slot
-                case "again":  # REISSUE
-                    self._leases.reissue[group_id] = slot
-                case _:
-                    assert stored.location is not None
-                    group = CompleteGroup(slot, stored.location, None)
-                    # A group may be trained before it is released: the checkpoint was written while engines loaded.
-                    restore(group_id, slot.version, group, taken=stored.taken_version)
 
     def _empty_buffer(self, version: int) -> StalenessScheduler[CompleteGroup]:
         return StalenessScheduler(self.settings.groups_per_step, self.settings.max_lag, version)
@@ -394,6 +386,11 @@ class ReplayStore:
         self._leases.reissue |= lost
 
     def _trim(self) -> None:
-        if (limit := self.settings.disk_gib) is not None:
-            needed = self._ledger.segments_in_use() | self._reuse.segments_in_use(self.version)
-            remove_oldest(self._groups, limit * 2**30, needed | {self._segments.open_segment})
+        limit = None if self.settings.disk_gib is None else self.settings.disk_gib * 2**30
+        if self._copy is not None:
+            self._copy.trim(self._needed_segments(), limit)
+        elif limit is not None:
+            remove_oldest(self._groups, limit, self._needed_segments() | {self._segments.open_segment})
+
+    def _needed_segments(self) -> set[int]:
+        return self._ledger.segments_in_use() | self._reuse.segments_in_use(self.version)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,10 +84,14 @@ class CorruptSegment(RuntimeError):
 
 
 class SegmentWriter:
-    """Appends batches to `folder/segment-NNNNNN.arrows`; a file is closed when it reaches `max_bytes`."""
+    """Appends batches to `folder/segment-NNNNNN.arrows`; a file is closed when it reaches `max_bytes`.
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._files = NumberedFiles(folder, _STEM, _SUFFIX, max_bytes, header=_HEADER, trailer=_END_OF_STREAM)
+    first: number of the first file, if the folder does not have all earlier ones. durable: as of `NumberedFiles`.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, first: int = 0, durable: bool = True) -> None:
+        ends = {"header": _HEADER, "trailer": _END_OF_STREAM}
+        self._files = NumberedFiles(folder, _STEM, _SUFFIX, max_bytes, **ends, first=first, durable=durable)
 
     @property
     def open_segment(self) -> int | None:
@@ -124,6 +128,11 @@ def segment_path(folder: Path, number: int) -> Path:
     return folder / f"{_STEM}-{number:06d}.{_SUFFIX}"
 
 
+def is_segment(name: str) -> bool:
+    """Whether a file of this name is a segment."""
+    return name.startswith(f"{_STEM}-") and name.endswith(f".{_SUFFIX}")
+
+
 def segment_files(folder: Path) -> list[tuple[int, Path]]:
     """List the segments of a folder with their numbers, in order."""
     return numbered(folder, _STEM, _SUFFIX)
@@ -132,11 +141,18 @@ def segment_files(folder: Path) -> list[tuple[int, Path]]:
 def remove_oldest(folder: Path, limit_bytes: float, needed: Collection[int | None]) -> None:
     """Remove segments, oldest first, until a folder holds at most `limit_bytes`; those in `needed` are kept."""
     sizes = {number: path.stat().st_size for number, path in segment_files(folder)}
-    excess = sum(sizes.values()) - limit_bytes
-    for number, size in sizes.items():
+    for number in oldest_beyond(sizes, limit_bytes, needed):
+        segment_path(folder, number).unlink()
+
+
+def oldest_beyond(sizes: Mapping[int, int], limit_bytes: float, needed: Collection[int | None]) -> list[int]:
+    """The oldest segments that exceed a limit, of segments with these sizes, without those in `needed`."""
+    excess, found = sum(sizes.values()) - limit_bytes, []
+    for number, size in sorted(sizes.items()):
         if excess > 0 and number not in needed:
-            segment_path(folder, number).unlink()
+            found.append(number)
             excess -= size
+    return found
 
 
 def read_batch(folder: Path, location: Location) -> pa.RecordBatch:

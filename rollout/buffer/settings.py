@@ -68,6 +68,17 @@ class BufferSettings(BaseModel):
         description="free space that the run's disk must have, MiB; below it the run pauses until there is "
         "room",
     )
+    copy_to: str = Field(
+        "auto",
+        min_length=1,
+        description="shared storage for a copy of ledger, journal and rows, which then lie on a local disk. auto: the "
+        "run folder, if its file system cannot hold a ledger (NFS and other network file systems), else no copy. run: "
+        "the run folder in any case. Otherwise a folder or an fsspec URL, such as s3://bucket/run, of this run alone",
+    )
+    local_dir: str = Field(
+        "",
+        description="folder on a local disk for the state of a run with a copy; empty: the system's temporary folder",
+    )
     reuse: ReuseSettings = Field(
         ReuseSettings(), description="training on groups of earlier steps again; the default is no reuse"
     )

@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import pyarrow as pa
 
 from rollout.buffer.replay_store import BufferSettings, EpisodeRow, FinishedGroup, ReplayStore
 from rollout.buffer.scheduler import StalenessScheduler
+from rollout.buffer.state_place import state_of
 from rollout.wire.schema import decode, encode
 from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
 
@@ -87,19 +89,25 @@ def in_memory(groups: list[Group], coded: bool) -> Callable[[], None]:
     return run
 
 
-def on_disk(folder: Path, groups: list[Group], per_sync: int) -> Callable[[], None]:
-    """The same through a store, with one fsync for every `per_sync` groups and a checkpoint at the end."""
+def on_disk(folder: Path, groups: list[Group], per_sync: int, copied: bool = False) -> Callable[[], None]:
+    """The same through a store, with one fsync for every `per_sync` groups and a checkpoint at the end.
+
+    copied: with a copy on the same disk, which has every answer before it is given.
+    """
     ready = [(encode(group), [EpisodeRow.of(t) for t in group.trajectories]) for group in groups]
     settings = BufferSettings(groups_per_step=len(groups), max_lag=0)
-    store = ReplayStore(
-        Path(tempfile.mkdtemp(dir=folder)), lambda group_id: Task.of("bench", group_id), settings
-    )
+    run_folder = Path(tempfile.mkdtemp(dir=folder))
+    base = str(run_folder) if copied else ""
+    state, copy = ExitStack().enter_context(state_of(run_folder, base, folder / "local"))
+    store = ReplayStore(state, lambda group_id: Task.of("bench", group_id), settings, copy=copy)
 
     def run() -> None:
         for _ in range(STEPS):
             store_step(store, ready, per_sync)
             store.release(store.version + 1)
+            store.ship()
         store.checkpointed(store.version)
+        store.ship()
 
     return run
 
@@ -129,9 +137,11 @@ def store_step(
         finished.append((given.slot, batch, rows))
         if len(finished) == per_sync:
             assert store.commit([], finished) == [None] * per_sync
+            store.ship()
             finished = []
     assert not finished
     assert store.take(store.version) is not None
+    store.ship()
 
 
 def resident_growth_mb(folder: Path) -> float:
@@ -176,6 +186,8 @@ def main() -> dict[str, float]:
                 "plain_file": plain_file(folder, groups),
                 "disk": on_disk(folder, groups, per_sync=GROUPS_PER_STEP),
                 "disk_sync_each": on_disk(folder, groups, per_sync=1),
+                "copied": on_disk(folder, groups, per_sync=GROUPS_PER_STEP, copied=True),
+                "copied_sync_each": on_disk(folder, groups, per_sync=1, copied=True),
             }
         )
     figures = {f"{name}_gb_per_s": gb / value for name, value in took.items()}

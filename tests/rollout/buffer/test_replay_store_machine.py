@@ -88,7 +88,6 @@ class StoreMachine(RuleBasedStateMachine):
 
     @property
     def free(self) -> bool:
-        """Whether a slot is free."""
         held = len(self.ids("issued", "waiting", "complete")) + GROUPS_PER_STEP * self.in_steps
         return held < (self.settings.max_lag + 1) * GROUPS_PER_STEP
 
@@ -121,7 +120,11 @@ class StoreMachine(RuleBasedStateMachine):
         with sqlite3.connect(self.run_folder / "ledger.sqlite") as db:
             known = dict(db.execute("SELECT group_id, attempt FROM groups").fetchall())
         db.close()
-        # Of the issues that were not durable, the last ones may be lost.
+        self.forget_lost_issues(known)
+        self.log_size = self.log.stat().st_size
+
+    def forget_lost_issues(self, known: dict[int, int]) -> None:
+        """Of the issues that were not durable, the last ones may be lost. known: newest attempts, by group."""
         while self.issues:
             group_id, before = self.issues[-1]
             if known.get(group_id) == self.fates[group_id].slot.attempt:
@@ -132,7 +135,6 @@ class StoreMachine(RuleBasedStateMachine):
             else:
                 self.fates[group_id] = before
         self.issues.clear()
-        self.log_size = self.log.stat().st_size
 
     def call(self, data: st.DataObject, call: Callable[[], T]) -> T:
         """The answer; perhaps the process dies within the call or before its answer arrives, and it is repeated."""
@@ -343,9 +345,7 @@ class StoreMachine(RuleBasedStateMachine):
         version = data.draw(st.sampled_from(self.landed_versions[-2:]))
         self.call(data, lambda: self.store.rollback(version))
         self.version = version
-        self.landed_versions = [
-            checkpointed for checkpointed in self.landed_versions if checkpointed <= version
-        ]
+        self.landed_versions = [landed for landed in self.landed_versions if landed <= version]
         del self.history[version:]
         self.reuse.go_back(version)
         for fate in self.fates.values():
