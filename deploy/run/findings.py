@@ -50,6 +50,11 @@ def of_job(config: RunConfig, size: JobSize) -> Iterator[Finding]:
                 f"the data has {each.rows} rows, but a step trains on {groups} groups: a row is played more than once "
                 f"a step; lower buffer.groups_per_step to {each.rows} or less"
             )
+        if each.evaluation_tasks < (asked := config.evaluation.tasks):
+            yield Finding(
+                f"evaluation.tasks={asked}, but {each.name} has only {each.evaluation_tasks} rows to evaluate on, and the "
+                "intervals are as wide as these allow; lower evaluation.tasks, or give more by evaluation.options"
+            )
 
 
 def of_memory(

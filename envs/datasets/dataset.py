@@ -109,8 +109,15 @@ class Dataset(TextEnv):
         for index in map(int, env._chosen_R):
             row, where = env._rows[index], env._rows.where(index)
             env._schema.messages(row, where)
-            if env._schema.answer is not None and env._schema.truth(row) is None:
+            if env._schema.answer is None:
+                continue
+            if (truth := env._schema.truth(row)) is None:
                 raise DataError(f"{where}: column {env._schema.answer!r} holds no answer")
+            if not (first := env._rewards[0]).can_give(truth):
+                raise DataError(
+                    f"{where}: column {env._schema.answer!r} holds {truth!r}, which the reward {first.kind!r} does not "
+                    "count as right itself: no answer could be; correct the row, or choose another reward"
+                )
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Info]:
         super().reset(seed=seed)

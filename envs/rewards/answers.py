@@ -21,20 +21,20 @@ _SAID = re.compile(r"answer\s*(?:is|:)?\s*\**\(?([A-Za-z])\)?(?![A-Za-z0-9])", r
 def exact(completion: str, truth: Any, *, ignore_case: bool = True) -> float:
     """1 where the answer is the right one, apart from spaces around and between its words."""
     said = _plain(answer_in(completion), ignore_case)
-    return float(any(said == _plain(str(each), ignore_case) for each in _several(truth)))
+    return float(any(said == _plain(str(each), ignore_case) for each in several(truth)))
 
 
 def contains(completion: str, truth: Any, *, ignore_case: bool = True) -> float:
     """1 where the right answer stands in what was said, as whole words."""
     said = _plain(completion, ignore_case)
-    wanted = (re.escape(_plain(str(each), ignore_case)) for each in _several(truth))
+    wanted = (re.escape(_plain(str(each), ignore_case)) for each in several(truth))
     return float(any(each and re.search(rf"(?<!\w){each}(?!\w)", said) for each in wanted))
 
 
 def number(completion: str, truth: Any, *, tolerance: float = 0.0) -> float:
     """1 where the last number said is the last number of the truth (GSM8K's "... #### 42"), within a tolerance."""
     said = last_number(answer_in(completion))
-    wanted = (last_number(str(each)) for each in _several(truth))
+    wanted = (last_number(str(each)) for each in several(truth))
     if said is None:
         return 0.0
     return float(any(each is not None and abs(said - each) <= Decimal(str(tolerance)) for each in wanted))
@@ -42,14 +42,14 @@ def number(completion: str, truth: Any, *, tolerance: float = 0.0) -> float:
 
 def choice(completion: str, truth: Any) -> float:
     """1 where the letter that was chosen is the right one: what "the answer is" names, else the last letter alone."""
-    right = {_LETTER.search(str(each).strip().upper()) for each in _several(truth)}
+    right = {_LETTER.search(str(each).strip().upper()) for each in several(truth)}
     return float(chosen_letter(completion) in {each[1] for each in right if each})
 
 
 def regex(completion: str, truth: Any, *, pattern: str | None = None) -> float:
     """1 where a pattern matches: the option's, else the row's answer. Its group 1 is compared with the truth."""
     if pattern is None:
-        return float(any(re.search(str(each), completion) is not None for each in _several(truth)))
+        return float(any(re.search(str(each), completion) is not None for each in several(truth)))
     found = re.search(pattern, completion)
     if found is None or not found.re.groups or truth is None:
         return float(found is not None)
@@ -88,7 +88,7 @@ def _plain(text: str, ignore_case: bool) -> str:
     return joined.casefold() if ignore_case else joined
 
 
-def _several(truth: Any) -> list[Any]:
+def several(truth: Any) -> list[Any]:
     """The answers that are right. A list in JSON, as tables hold it, is one."""
     if isinstance(truth, str) and truth.startswith("["):
         try:

@@ -36,6 +36,7 @@ KINDS: dict[str, Callable[..., float]] = {
     "model": reward_model,
 }
 _UNBOUNDED = ("model",)
+_REPEATED = ("exact", "number", "choice", "contains")  # which a repetition of the right answer satisfies
 _NEEDS = {"math": ("math_verify", "math"), "judge": ("openai", "judge")}  # kind -> (module, extra)
 _OWN = ("kind", "weight", "name", "cost")
 
@@ -112,6 +113,15 @@ class Reward:
         if not math.isfinite(number):
             raise ValueError(f"{self.kind} returned {number}; a reward has to be a finite number")
         return number
+
+    def can_give(self, truth: Any) -> bool:
+        """Whether some answer is right where this is: for kinds that compare the two, one that repeats it."""
+        if self.kind not in _REPEATED:
+            return True
+        said = [
+            f"the answer is {each}" if self.kind == "choice" else str(each) for each in answers.several(truth)
+        ]
+        return any(text.strip() and KINDS[self.kind](text, truth, **self.options) for text in said)
 
     def _called(self, said: Said) -> Any:
         """A user's function, called as its parameters say: Manta's, verl's or TRL's way."""

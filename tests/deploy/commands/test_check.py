@@ -211,6 +211,9 @@ def test_rows_disk_and_host_that_do_not_suffice_are_said() -> None:
     assert few.data[0].evaluation_tasks == 20 and few.data[0].passes == 200 * 64 / 50
     assert "50 rows, but a step trains on 64 groups" in next(of_job(config, few)).text
     assert list(of_job(config, JobSize.of(config, [(7473, 1319)]))) == []
+    asked = config.evaluation.tasks
+    assert "has only 7 rows to evaluate on" in next(of_job(config, JobSize.of(config, [(7473, 7)]))).text
+    assert list(of_job(config, JobSize.of(config, [(7473, asked)]))) == []
     use = DiskUse.of(config, facts, few)
     assert use.checkpoint == 12 * QWEN3_06B.parameters and use.checkpoints == 3 * use.checkpoint
     assert "the disk has 1 GiB free" in next(of_disk(config, use, GIB)).text
