@@ -11,6 +11,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# cpu, or gpu for torch and vLLM with CUDA.
+PACKAGES ?= cpu
+LIST := requirements/$(PACKAGES).txt
 # The wheel without CUDA. Where pip is configured to find it, that is used; elsewhere PyTorch's own index.
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -21,13 +24,14 @@ help:
 setup: $(STAMP)
 	@:
 
-$(STAMP): requirements/cpu.txt pyproject.toml
+$(STAMP): $(LIST) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 		{ echo "make setup needs Python 3.11, found $$($(PYTHON) --version) as '$(PYTHON)'; say make PYTHON=..." >&2; exit 1; }
-	@echo "setting up $(VENV): $$(grep -c == requirements/cpu.txt) packages, a minute or two the first time"
+	@echo "setting up $(VENV): $$(grep -c == $(LIST)) packages, a minute or two the first time"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install --no-deps $(TORCH) 2>/dev/null || $(PIP) install --no-deps --index-url $(TORCH_INDEX) $(TORCH)
-	@$(PIP) install --no-deps -r requirements/cpu.txt
+	@test $(PACKAGES) != cpu || $(PIP) install --no-deps $(TORCH) 2>/dev/null || \
+		$(PIP) install --no-deps --index-url $(TORCH_INDEX) $(TORCH)
+	@$(PIP) install --no-deps -r $(LIST)
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 	@echo "$(VENV) is ready"

@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from deploy.commands import evaluate, label, look, models, rewards
+from deploy.commands import evaluate, jobs, label, look, models, rewards
 from deploy.commands.evaluate import Memory, Trust
 from deploy.commands.look import EnvOptions, Overrides
-from deploy.report.console import errors, one_line, output, standard_streams, use_utf8, without_colours, write
+from deploy.report.console import errors, one_line, output, standard_streams, use_utf8, write
 from deploy.run.mistakes import mistakes
 
 app = typer.Typer(
@@ -65,6 +65,14 @@ def train(
     local: Annotated[
         bool, typer.Option("--local", help="Run everything in this process, without Ray.")
     ] = False,
+    retries: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="How often the driver may be started again, in the folder of --run-dir or --resume, after it was "
+            "killed or ended by an error.",
+        ),
+    ] = 0,
     trust: Trust = False,
 ) -> None:
     """Train from a recipe, or continue a run.
@@ -81,48 +89,17 @@ def train(
     manta train --resume runs/frozen_lake-20260101-120000 steps=200
 
     manta train rloo --replay runs/frozen_lake-20260101-120000
+
+    manta train my_recipe.toml --run-dir /shared/runs/mine --retries 3
     """
+    from deploy.run.retries import is_retried, require_folder, supervise
+
+    if retries and not is_retried():
+        folder = require_folder(run_dir, resume)
+        raise typer.Exit(supervise(folder, retries, lambda text: write(errors(), f"note: {text}")))
     from deploy.run.launch import TrainRequest, launch
 
     launch(TrainRequest(recipe, overrides or (), resume, run_dir, output_dir, replay, local, trust), console)
-
-
-@app.command()
-def submit(
-    recipe: Annotated[
-        str, typer.Argument(help="A .toml file, or the name of a recipe that ships with Manta.")
-    ],
-    overrides: Overrides = None,
-    address: Annotated[str, typer.Option(help="URL of the cluster's dashboard.")] = "http://127.0.0.1:8265",
-    output_dir: Annotated[
-        Path, typer.Option(help="Folder in which the run folder is created; a path on the cluster.")
-    ] = Path("runs"),
-    working_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder to upload, with the modules that the recipe names; the job runs in it."),
-    ] = None,
-    py_modules: Annotated[
-        list[Path] | None, typer.Option(help="Package folder or wheel to upload; may be repeated.")
-    ] = None,
-    wait: Annotated[bool, typer.Option(help="Follow the job and exit with its status.")] = True,
-) -> None:
-    """Submit a training run to a Ray cluster as a job.
-
-    Example:
-    manta submit frozen_lake rollout.workers=8 --address http://cluster:8265 --output-dir /shared/runs
-    """
-    from deploy.commands.submit import follow, succeeded
-    from deploy.commands.submit import submit as submit_job
-
-    client, job = submit_job(
-        recipe, overrides or (), address, output_dir.resolve(), working_dir, py_modules or ()
-    )
-    write(console, f"submitted {job} to {address}")
-    if wait:
-        for text in follow(client, job):
-            write(console, without_colours(text), end="")
-        if not succeeded(client, job):
-            raise typer.Exit(1)
 
 
 @app.command()
@@ -199,6 +176,7 @@ def demos(
     write(console, f"{outcome}\nwrote {out}")
 
 
+app.add_typer(jobs.app)
 app.add_typer(evaluate.app)
 app.add_typer(label.app)
 app.add_typer(look.app)

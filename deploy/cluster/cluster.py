@@ -94,7 +94,7 @@ class RayRuntime:
             for path in filter(None, (self._path, self._teacher)):
                 await asyncio.to_thread(fetch_on_nodes, config, path)
             self._limits = await asyncio.to_thread(time_limits, config, self._path)
-        self._budget = Budget(supervision)
+        self._budget = Budget(supervision, folder=self.run_folder)
         self._learner_lost = loss_to_come()
         self._engines = EngineGroups(config)
         build = replay_buffer_builder(config, self.run_folder)

@@ -14,7 +14,7 @@ from deploy.cluster.janitor import TAG, ray_folder
 from deploy.cluster.node_room import claims, fits, shown
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
-from deploy.config.resources import demand, replicas_elsewhere
+from deploy.config.resources import demand, replica_claims, replicas_elsewhere
 
 
 def connect(config: RunConfig, temporary: Path | None = None) -> None:
@@ -60,34 +60,69 @@ def _init(what: str, remedy: str, **options: Any) -> None:
 def require_capacity(config: RunConfig) -> None:
     """ConfigError if the cluster has too few resources for the run, in all or on single nodes.
 
-    The message lists the missing ones, or what each node has free.
+    The message lists the missing ones, or what each node has free. A cluster that may grow is asked for them and has
+    `capacity_timeout_seconds`.
     """
-    wanted = demand(config)
     deadline = time.monotonic() + config.cluster.capacity_timeout_seconds
-    while True:
-        held = ray.cluster_resources()
-        missing = {
-            name: amount - held.get(name, 0.0)
-            for name, amount in wanted.items()
-            if amount > held.get(name, 0.0)
-        }
-        if not missing and not (crowded := _crowded(config)):
-            return
-        if time.monotonic() > deadline or _fixed_size(config):
-            if not missing:
-                raise ConfigError(crowded)
-            lacking = ", ".join(f"{amount:g} {name}" for name, amount in missing.items())
-            asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
-            lower = "lower rollout.workers or rollout.cpus_per_worker"
-            if replicas := replicas_elsewhere(config):
-                lower += (
-                    f", the resources of each of {replicas} replicas (env.host.cpus_per_replica, env.host.resources) "
-                    "or their number (rollout.concurrent_groups * rollout.group_size a worker)"
-                )
-            raise ConfigError(
-                f"the cluster is too small: {lacking} missing (the run asks for {asked}); {lower}, or add nodes"
-            )
-        time.sleep(0.5)
+    with _Room(config) as room:
+        while lack := _lack(config):
+            if _fixed_size(config) or time.monotonic() > deadline:
+                raise ConfigError(lack)
+            if room.found():
+                return
+
+
+class _Room:
+    """A placement group of all that a run reserves, from the first time that it is asked for to the end of the context.
+
+    Ray's autoscaler sees what it lacks, beside what others use, and adds nodes for it.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._group: Any = None
+
+    def __enter__(self) -> _Room:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._group is not None:
+            ray.util.remove_placement_group(self._group)
+
+    def found(self) -> bool:
+        """Wait for a moment; whether the cluster has reserved everything."""
+        if self._group is None:
+            self._group = ray.util.placement_group(_bundles(self._config))
+            self._ready = self._group.ready()
+        return bool(ray.wait([self._ready], timeout=0.5)[0])
+
+
+def _bundles(config: RunConfig) -> list[dict[str, float]]:
+    """What each actor of a run reserves."""
+    held = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    each = [(claim.count, claim.each) for claim in claims(config, held)]
+    each.append((replicas_elsewhere(config), replica_claims(config)))
+    bundles = [{name: amount for name, amount in claim.items() if amount} for _, claim in each]
+    return [bundle for bundle, (count, _) in zip(bundles, each, strict=True) if bundle for _ in range(count)]
+
+
+def _lack(config: RunConfig) -> str:
+    """The message of what the cluster lacks for a run, as it is now; empty if it has room."""
+    wanted, held = demand(config), ray.cluster_resources()
+    missing = {
+        name: amount - held.get(name, 0.0) for name, amount in wanted.items() if amount > held.get(name, 0.0)
+    }
+    if not missing:
+        return _crowded(config)
+    lacking = ", ".join(f"{amount:g} {name}" for name, amount in missing.items())
+    asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+    lower = "lower rollout.workers or rollout.cpus_per_worker"
+    if replicas := replicas_elsewhere(config):
+        lower += (
+            f", the resources of each of {replicas} replicas (env.host.cpus_per_replica, env.host.resources) "
+            "or their number (rollout.concurrent_groups * rollout.group_size a worker)"
+        )
+    return f"the cluster is too small: {lacking} missing (the run asks for {asked}); {lower}, or add nodes"
 
 
 def _crowded(config: RunConfig) -> str:

@@ -27,6 +27,7 @@ class EngineGroups:
     def __init__(self, config: RunConfig) -> None:
         rollout = config.rollout
         self._cpus, self._gpus = rollout.cpus_per_worker, rollout.gpus_per_worker
+        self._own = dict(rollout.resources_per_worker)
         self._groups: dict[str, Any] = {}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         engine = config.engine
@@ -44,11 +45,12 @@ class EngineGroups:
     def options(self, worker: str) -> dict[str, Any]:
         """Resources and placement of a worker's actor."""
         if self._gpus <= 1:
-            return {"num_cpus": self._cpus, "num_gpus": self._gpus}
+            return {"num_cpus": self._cpus, "num_gpus": self._gpus, "resources": self._own}
         placed = PlacementGroupSchedulingStrategy(self._group(worker), 0)
         # The GPUs of an engine over several nodes are claimed by vLLM's own workers.
         gpus = 0 if self.spanning else self._gpus
-        return {"num_cpus": self._cpus, "num_gpus": gpus, "scheduling_strategy": placed}
+        claims = {"num_cpus": self._cpus, "num_gpus": gpus, "resources": self._own}
+        return claims | {"scheduling_strategy": placed}
 
     def release(self, worker: str) -> None:
         """Free the group of a worker that has left for good."""
@@ -67,11 +69,11 @@ class EngineGroups:
         return self._groups[name]
 
     def _made(self) -> Any:
-        cpus = {"CPU": self._cpus} if self._cpus else {}
+        first = ({"CPU": self._cpus} if self._cpus else {}) | self._own
         if not self.spanning:
-            return ray.util.placement_group([{**cpus, "GPU": self._gpus}], strategy="STRICT_PACK")
+            return ray.util.placement_group([{**first, "GPU": self._gpus}], strategy="STRICT_PACK")
         others = [{"GPU": 1.0} for _ in range(round(self._gpus) - 1)]
-        return ray.util.placement_group([{**cpus, "GPU": 1.0}, *others], strategy="PACK")
+        return ray.util.placement_group([{**first, "GPU": 1.0}, *others], strategy="PACK")
 
 
 def _first(worker: str) -> str:

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deploy.cluster.actor_member import Hear, actor, awaited
 from deploy.config.config import RunConfig
-from deploy.config.resources import learner_gpus
+from deploy.config.resources import rank_claims
 from deploy.config.supervise import PartLost, SupervisionSettings, TimeLimits, brief, place, within
 from learner.parallel.ranks import Ranks
 from learner.training.actors import Build, FollowerActor, LearnerActor
@@ -148,8 +148,8 @@ class LearnerPart:
 
     async def _options(self, limit: float, size: int) -> list[dict[str, Any]]:
         """Resources and placement of each rank's actor."""
-        claims = {"CPU": self._config.cluster.learner_cpus, "GPU": learner_gpus(self._config)}
-        options: dict[str, Any] = {"num_cpus": claims["CPU"], "num_gpus": claims["GPU"]}
+        claims, own = rank_claims(self._config), self._config.cluster.learner_resources
+        options: dict[str, Any] = {"num_cpus": claims["CPU"], "num_gpus": claims["GPU"], "resources": own}
         if self._config.learner.model.device == "cpu":
             # Read by the C library when the process starts.
             options["runtime_env"] = {"env_vars": {n: os.environ.get(n, v) for n, v in KEEPS_MEMORY.items()}}

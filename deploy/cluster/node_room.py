@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import floor
 
 from deploy.config.config import RunConfig
-from deploy.config.resources import learner_gpus
+from deploy.config.resources import rank_claims, worker_claims
 
 Resources = Mapping[str, float]
 
@@ -45,12 +45,11 @@ class Claim:
 def claims(config: RunConfig, nodes: Sequence[Resources]) -> list[Claim]:
     """What workers and ranks claim: an engine on one node where the largest node has its GPUs, else GPU by GPU."""
     rollout, gpus = config.rollout, config.rollout.gpus_per_worker
-    worker = Claim("rollout worker", rollout.workers, {"CPU": rollout.cpus_per_worker, "GPU": gpus})
+    worker = Claim("rollout worker", rollout.workers, worker_claims(config))
     if spans_nodes(gpus, nodes):
         pieces = round(gpus)
         worker = Claim("rollout worker", rollout.workers * pieces, {"GPU": 1.0}, pieces)
-    rank = {"CPU": config.cluster.learner_cpus, "GPU": learner_gpus(config)}
-    return [worker, Claim("learner rank", config.learner.ranks, rank)]
+    return [worker, Claim("learner rank", config.learner.ranks, rank_claims(config))]
 
 
 def spans_nodes(gpus: float, nodes: Sequence[Resources]) -> bool:
@@ -95,7 +94,8 @@ def _units(amount: float) -> int:
 
 
 def _listed(resources: Resources) -> str:
-    said = [f"{resources[name]:g} {name}" for name in ("GPU", "CPU") if resources.get(name)]
+    own = [name for name in resources if ":" not in name and "memory" not in name and name != "CPU"]
+    said = [f"{resources[name]:g} {name}" for name in [*sorted(own), "CPU"] if resources.get(name)]
     return " and ".join(said) or "no GPU or CPU"
 
 

@@ -18,6 +18,7 @@ from deploy.config.evaluation import EvaluationSettings
 from deploy.config.guards import DEFAULTS, Guard
 from deploy.config.supervise import SupervisionSettings
 from deploy.config.trackers import OwnTracker
+from envs.hosting.host import CustomResources
 from learner.settings import LearnerSettings
 from learner.stages.settings import AnyStage
 from rollout.agents.agent import AgentSettings
@@ -98,6 +99,11 @@ class ClusterSettings(Settings):
         description="custom Ray resources that the replay buffer reserves, as in {storage_node = 0.01}: it is placed "
         "on a node that has them, and restored on another one that has them if that node is lost. Needs a copy "
         "(buffer.copy_to). Empty: the driver's node",
+    )
+    learner_resources: CustomResources = Field(
+        {},
+        description="custom Ray resources reserved per learner rank, as in {learner = 1}: it is placed only on a node "
+        "that offers them",
     )
     dashboard_port: int = Field(
         0, ge=0, le=65535, description="port of the dashboard of a local Ray; 0: no dashboard"

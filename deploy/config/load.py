@@ -31,6 +31,7 @@ MOVABLE = (
     "rollout.workers",
     "rollout.cpus_per_worker",
     "rollout.gpus_per_worker",
+    "rollout.resources_per_worker",
     "steps",  # more of them
 )
 

@@ -22,16 +22,9 @@ class Reservation:
 
 def reservations(config: RunConfig) -> list[Reservation]:
     """The actors of a run that reserve resources: workers, the learner's ranks, replicas that are actors."""
-    rollout = config.rollout
     found = [
-        Reservation(
-            "rollout worker",
-            rollout.workers,
-            {"CPU": rollout.cpus_per_worker, "GPU": rollout.gpus_per_worker},
-        ),
-        Reservation(
-            "learner", config.learner.ranks, {"CPU": config.cluster.learner_cpus, "GPU": learner_gpus(config)}
-        ),
+        Reservation("rollout worker", config.rollout.workers, worker_claims(config)),
+        Reservation("learner", config.learner.ranks, rank_claims(config)),
     ]
     if config.cluster.buffer_resources:
         found.append(Reservation("replay buffer", 1, config.cluster.buffer_resources))
@@ -46,6 +39,18 @@ def demand(config: RunConfig) -> dict[str, float]:
     names = dict.fromkeys(name for each in reserved for name in each.each)
     wanted = {name: round(sum(each.total(name) for each in reserved), 4) for name in names}
     return {name: amount for name, amount in wanted.items() if amount or name == "CPU"}
+
+
+def worker_claims(config: RunConfig) -> dict[str, float]:
+    """What each rollout worker reserves, by Ray's names."""
+    rollout = config.rollout
+    return {"CPU": rollout.cpus_per_worker, "GPU": rollout.gpus_per_worker} | rollout.resources_per_worker
+
+
+def rank_claims(config: RunConfig) -> dict[str, float]:
+    """What each rank of the learner reserves, by Ray's names."""
+    cluster = config.cluster
+    return {"CPU": cluster.learner_cpus, "GPU": learner_gpus(config)} | cluster.learner_resources
 
 
 def replica_claims(config: RunConfig) -> dict[str, float]:

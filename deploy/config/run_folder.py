@@ -7,10 +7,11 @@ RUN/checkpoints/      the learner's states               RUN/evaluations/    row
 RUN/metrics.jsonl     one row a step                     RUN/summary.json, RUN/report.html   at the end
 RUN/advantages/       advantages of trained tokens, a file a version
 RUN/copy/             the copy of a replay buffer's state, where that lies on a local disk; RUN/buffer.lock, where not
-RUN/turns/            turns of unfinished groups         RUN/logs/       of a local Ray, once the run has ended
+RUN/turns/            turns of unfinished groups         RUN/logs/       of all nodes
 RUN/driver.lock, roster.json, wanted.json                the driver's process, the run's parts, a wanted scale
 RUN/notices.log       warnings of all parts, a line each RUN/labels/     what people said of its episodes
 RUN/failure.log       the traceback of the failure that ended the run: of an episode, or of a user's own part
+RUN/state.json, losses.jsonl, driver.log                 the driver's last word, losses of parts, its console
 RUN/sessions.json     the time of each session: a run that was stopped and resumed has several
 """
 

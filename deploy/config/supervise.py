@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +18,7 @@ from rollout.wire.process_info import ProcessInfo
 
 T = TypeVar("T")
 
+LOSSES = "losses.jsonl"  # in the run folder: one line for each loss of a part
 _OVERRUN_SECONDS = 2.0
 
 
@@ -68,10 +72,14 @@ class PartFailed(RuntimeError):
 
 @dataclass
 class Budget:
-    """Restart budget of each part within the window; `spend` raises PartFailed beyond it."""
+    """Restart budget of each part within the window; `spend` raises PartFailed beyond it.
+
+    folder: the run's, where every loss is noted in LOSSES; None: nowhere.
+    """
 
     settings: SupervisionSettings
     clock: Callable[[], float] = time.monotonic
+    folder: Path | None = None
     _losses: dict[str, deque[float]] = field(default_factory=dict)
     total: Counter[str] = field(default_factory=Counter)
 
@@ -80,6 +88,8 @@ class Budget:
         losses = self._losses.setdefault(part, deque())
         losses.append(now)
         self.total[part] += 1
+        if self.folder is not None:
+            note_loss(self.folder, part, where, error)
         while losses[0] < now - self.settings.restart_window_seconds:
             losses.popleft()
         if len(losses) > self.settings.max_restarts:
@@ -88,6 +98,18 @@ class Budget:
                 f"(supervision.max_restarts={self.settings.max_restarts}); {place(where)}; "
                 f"the last error: {brief(error)}"
             ) from error
+
+
+def note_loss(folder: Path, part: str, where: ProcessInfo | None, error: BaseException) -> None:
+    """Append a loss to LOSSES in the run's folder; a full disk loses the line, not the run."""
+    told = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "part": part,
+        "where": place(where),
+        "error": brief(error),
+    }
+    with suppress(OSError), (folder / LOSSES).open("a", encoding="utf-8") as log:
+        log.write(json.dumps(told) + "\n")
 
 
 def place(where: ProcessInfo | None) -> str:

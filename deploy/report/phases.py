@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -15,9 +15,13 @@ def since_command() -> float:
 
 
 class Phases:
-    """Seconds by phase. A phase entered several times at once counts its time once."""
+    """Seconds by phase. A phase entered several times at once counts its time once.
 
-    def __init__(self) -> None:
+    entered: called with the name of each phase that begins.
+    """
+
+    def __init__(self, entered: Callable[[str], None] = lambda phase: None) -> None:
+        self._tell = entered
         self._ended: dict[str, float] = {}
         self._open: dict[str, tuple[int, float]] = {}  # number of current entries, and the start
 
@@ -26,6 +30,7 @@ class Phases:
         """Add the duration of the block to the phase."""
         entered, began = self._open.get(phase, (0, time.perf_counter()))
         self._open[phase] = entered + 1, began
+        self._tell(phase)
         try:
             yield
         finally:

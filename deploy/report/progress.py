@@ -10,7 +10,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -63,11 +64,15 @@ class Phase:
 class Progress:
     """The display of one run. All methods are called from the driver's thread.
 
-    Without a terminal a second thread prints the current activity after PLAIN_SECONDS without a line.
+    Without a terminal a second thread prints the current activity after PLAIN_SECONDS without a line. log: a file that
+    gets every plain line, with or without a terminal.
     """
 
-    def __init__(self, total_steps: int, title: str, console: Console | None = None) -> None:
+    def __init__(
+        self, total_steps: int, title: str, console: Console | None = None, log: Path | None = None
+    ) -> None:
         self._console = console or door.output()
+        self._log = log
         self._total_steps = total_steps
         self._title = title
         self._rows: deque[Row] = deque(maxlen=SHOWN_STEPS)
@@ -129,14 +134,17 @@ class Progress:
         """Print one permanent line."""
         if self._live:
             door.write(self._console, text, wrap=True)
-        else:
-            self.plain_line(text)
+        self.plain_line(text)
 
     def plain_line(self, text: str) -> None:
-        """Print a line with the run's clock, unless there is a live display."""
+        """Print a line with the run's clock, unless there is a live display; the log gets it in any case."""
+        line = f"[{time.monotonic() - self._began:7.1f} s] {text.rstrip()}"
+        if self._log is not None:
+            # A full disk pauses a run and does not end it.
+            with suppress(OSError), self._log.open("a", encoding="utf-8", errors="backslashreplace") as log:
+                log.write(door.visible(line) + "\n")
         if not self._live:
-            clock = f"[{time.monotonic() - self._began:7.1f} s] "
-            door.write(self._console, clock + text.rstrip())
+            door.write(self._console, line)
             self._said = time.monotonic()
 
     def silent_seconds(self) -> float:

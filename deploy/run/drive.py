@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,15 @@ from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.supervise import PartFailed, PartLost
 from deploy.report.console import Console, errors, write
-from deploy.report.phases import Startup
+from deploy.report.phases import Phases, Startup
 from deploy.report.progress import Progress
 from deploy.run.failure_log import failures_kept_in
 from deploy.run.finished import print_outcome
-from deploy.run.interrupt import Stopped, interruptible
+from deploy.run.interrupt import INTERRUPTED, Stopped, interruptible
+from deploy.run.state import DRIVER_LOG, Recorded
 from deploy.run.train import Training
 from learner.training.checkpoint import newest_version
 from rollout.buffer.state_place import check_state, copy_of
-
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,22 @@ def run(asked: Drive) -> dict[str, Any]:
                 _connect(config, alone, temporary)
         if not resume or config != run_folder.open_existing(folder):
             run_folder.store(config, folder)  # of one that is resumed: it goes on elsewhere, from now on
-        try:
-            with failures_kept_in(folder):
-                return _train(config, folder, asked.console, resume, local, startup)
-        except (PartFailed, PartLost, LearnerLost) as failure:
-            # A loss comes here only where nothing can go on, as in the start.
-            raise PartFailed(_kept(str(failure), temporary, folder)) from failure.__cause__
+        with _logs_kept(folder, alone), Recorded(folder) as record:
+            try:
+                with failures_kept_in(folder):
+                    return _train(asked, local, Phases(record.enter))
+            except (PartFailed, PartLost, LearnerLost) as failure:
+                # A loss comes here only where nothing can go on, as in the start.
+                raise PartFailed(_kept(str(failure), temporary, folder)) from failure.__cause__
+
+
+def _logs_kept(folder: Path, alone: bool) -> AbstractContextManager[None]:
+    """The logs of a cluster's nodes in the run's folder; those of a local Ray are moved there when it ends."""
+    if alone:
+        return nullcontext()
+    from deploy.cluster.node_logs import logs_kept_in
+
+    return logs_kept_in(folder, lambda text: write(errors(), text))
 
 
 def _check_buffer(config: RunConfig, folder: Path, resume: bool) -> None:
@@ -124,11 +134,12 @@ def _require_unchanged(folder: Path, resume: bool, stored: RunConfig | None) -> 
         raise ConfigError(f"{folder}: its configuration was changed meanwhile; say it again")
 
 
-def _train(
-    config: RunConfig, folder: Path, console: Console, resume: bool, local: bool, startup: Startup
-) -> dict[str, Any]:
-    with Progress(config.steps, f"{config.name}  {folder}", console) as progress:
+def _train(asked: Drive, local: bool, phases: Phases) -> dict[str, Any]:
+    config, folder, startup = asked.config, asked.folder, asked.startup
+    title = f"{config.name}  {folder}"
+    with Progress(config.steps, title, asked.console, folder / DRIVER_LOG) as progress:
         ring: Runtime
+        exporters: list[Any] = []
         if config.replay is not None:
             from deploy.run.replay import ReplayRuntime
 
@@ -139,9 +150,12 @@ def _train(
             ring = LocalRuntime(config, folder, startup=startup, say=progress.say)
         else:
             from deploy.cluster.cluster import RayRuntime
+            from deploy.cluster.exporter import RayMetrics
 
+            exporters = [RayMetrics()]
             ring = RayRuntime(config, folder, say=progress.say, startup=startup)
-        return asyncio.run(interruptible(Training(config, ring, progress, startup).run(resume)))
+        training = Training(config, ring, progress, startup, phases, exporters)
+        return asyncio.run(interruptible(training.run(asked.resume)))
 
 
 def _kept(text: str, temporary: Path | None, folder: Path) -> str:

@@ -15,6 +15,7 @@ from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+INTERRUPTED = 130  # exit status of a run that was told to stop: what a shell reports for Ctrl-C
 _LOOK_SECONDS = 0.5
 
 
@@ -53,8 +54,11 @@ async def interruptible(work: Coroutine[Any, Any, T]) -> T:
     told = asyncio.Event()
 
     def stop() -> None:
-        told.set()
-        task.cancel()
+        if (
+            not told.is_set()
+        ):  # told twice, as by Ray and by `--retries`: the end that is under way is not cut short
+            told.set()
+            task.cancel()
 
     request = _request.get()
     if request is not None:

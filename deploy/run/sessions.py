@@ -37,7 +37,7 @@ class Sessions:
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / FILE
-        self._all = [*(_read(self._file) or _read(folder / OLD_FILE)), Session()]
+        self._all = [*past_sessions(folder), Session()]
 
     def record(self, seconds: Mapping[str, float], tokens_generated: int) -> None:
         """Store what the present session has taken up to now, in place of what it had before.
@@ -60,6 +60,11 @@ class Sessions:
             "seconds": {phase: round(value, 2) for phase, value in seconds.items()},
             "tokens_generated": sum(session.tokens_generated for session in self._all),
         }
+
+
+def past_sessions(folder: Path) -> list[Session]:
+    """The sessions of a run, oldest first; the last one may be under way."""
+    return _read(folder / FILE) or _read(folder / OLD_FILE)
 
 
 def _read(file: Path) -> list[Session]:

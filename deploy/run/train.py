@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +47,7 @@ class Training:
     progress: Progress
     startup: Startup = field(default_factory=Startup)
     phases: Phases = field(default_factory=Phases)
+    trackers: Sequence[Any] = ()  # besides the recipe's
     _reports: Reporter = field(init=False)
     _sessions: Sessions = field(init=False)
     _trackers: Trackers = field(init=False)
@@ -60,7 +61,7 @@ class Training:
         folder = self.ring.run_folder
         self._reports = Reporter(folder, self.progress.say)
         self._sessions = Sessions(folder)
-        self._trackers = Trackers(self.config.trackers, self.progress.say)
+        self._trackers = Trackers([*self.config.trackers, *self.trackers], self.progress.say)
         self._trackers.tell("on_run_start", self.config.model_dump(mode="json"), folder)
         self._evaluations = Evaluations(
             self.config, self.ring, self.progress, self._trackers, self.startup, self.phases

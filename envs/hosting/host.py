@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
 import gymnasium as gym
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from envs.adapters import TextAdapter
 from envs.base import Info, Observation, Snapshots
@@ -23,6 +23,18 @@ from envs.user_functions import awaited
 Env = gym.Env[Any, str]  # observations are text or chat messages, actions text: see envs.base
 Outcome = tuple[Observation, float, bool, bool, Info]  # as gymnasium.Env.step returns it
 Amount = Annotated[float, Field(ge=0.0001)]  # of a resource; Ray's resolution
+
+
+def _custom(resources: dict[str, float]) -> dict[str, float]:
+    if known := sorted({"CPU", "GPU", "memory", "object_store_memory"} & set(resources)):
+        raise ValueError(
+            f"resources are custom resources of the cluster's nodes, and {known[0]} is built into Ray; CPUs and GPUs "
+            "have options of their own"
+        )
+    return resources
+
+
+CustomResources = Annotated[dict[str, Amount], AfterValidator(_custom)]  # by the names that nodes offer
 
 CLOSE_SECONDS = 2.0  # limit for an environment to close
 _STATELESS = (TextAdapter, OrderEnforcing, PassiveEnvChecker)  # wrappers without state after reset
@@ -48,7 +60,7 @@ class HostSettings(BaseModel):
         ge=0,
         description="CPUs reserved on the Ray cluster per replica; fractions allowed. Only with where='ray'",
     )
-    resources: dict[str, Amount] = Field(
+    resources: CustomResources = Field(
         default_factory=dict,
         description="custom Ray resources reserved per replica, as in {cpu_node = 0.01}; a replica is placed "
         "only on a node that offers them. Only with where='ray'",
@@ -77,11 +89,6 @@ class HostSettings(BaseModel):
             raise ValueError(
                 f"cpus_per_replica and resources are claimed from a Ray cluster, but where={self.where!r}; "
                 "use where='ray', or omit them"
-            )
-        if known := sorted({"CPU", "GPU", "memory", "object_store_memory"} & set(self.resources)):
-            raise ValueError(
-                f"resources are custom resources of the cluster's nodes, and {known[0]} is built into Ray; "
-                "for CPUs use cpus_per_replica"
             )
         return self
 

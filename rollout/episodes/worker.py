@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
+from envs.hosting.host import CustomResources
 from rollout.agents.agent import Agent
 from rollout.buffer.failures import cause_of
 from rollout.buffer.replay_store import EpisodeRow
@@ -69,6 +70,11 @@ class RolloutSettings(BaseModel):
         0.0,
         ge=0,
         description="GPUs reserved on the Ray cluster per worker; fractions allowed. 0 runs the engine on CPU",
+    )
+    resources_per_worker: CustomResources = Field(
+        default_factory=dict,
+        description="custom Ray resources reserved per worker, as in {rollout = 1}: it is placed only on a node that "
+        "offers them, such as a group of nodes for rollouts",
     )
     group_size: int = Field(
         8, gt=0, description="episodes played of each task; group-relative advantages compare them"

@@ -151,15 +151,13 @@ def main() -> None:
 
     train = drive._train
 
-    def trained(
-        config: RunConfig, folder: Path, console: Any, resume: bool, local: bool, startup: Any
-    ) -> dict[str, Any]:
+    def trained(asked: drive.Drive, local: bool, phases: Any) -> dict[str, Any]:
         hosting = importlib.import_module("deploy.run.local" if local else "deploy.cluster.cluster")
         ring = "LocalRuntime" if local else "RayRuntime"
         learning = importlib.import_module("deploy.run.in_process") if local else hosting
         learning.build_learner = learner
         setattr(hosting, ring, partial(getattr(hosting, ring), engine_factory=engine))
-        return train(config, folder, console, resume, local, startup)
+        return train(asked, local, phases)
 
     drive._train = trained
     cli.main()

@@ -45,7 +45,7 @@ def test_a_run_claims_a_replica_for_every_episode_that_is_played_at_once() -> No
         (["env.host.where=process", "env.host.cpus_per_replica=2"], "where='process'; use where='ray'"),
         (
             ["env.host.where=ray", "env.host.resources={CPU=1}"],
-            "CPU is built into Ray; for CPUs use cpus_per_replica",
+            "CPU is built into Ray; CPUs and GPUs have options of their own",
         ),
         (["env.host.where=ray", "env.host.resources={cpu_node=0.00001}"], "env.host.resources.cpu_node"),
     ],
