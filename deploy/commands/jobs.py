@@ -26,6 +26,30 @@ Target = Annotated[
 ]
 
 
+WorkingDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder to upload, with the modules that the recipe names; the job runs in it."),
+]
+PyModules = Annotated[
+    list[Path] | None, typer.Option(help="Package folder or wheel to upload; may be repeated.")
+]
+EnvVar = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="Environment variable of the job and all its processes; NAME alone sends its value here. May be repeated. "
+        "Whoever may see the cluster's dashboard may see it.",
+    ),
+]
+RuntimeEnvFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with Ray's runtime environment, YAML or JSON: packages that uv, pip or conda install for the job, "
+        "and all other fields. The options above add to it."
+    ),
+]
+
+
 @app.command()
 def submit(
     recipe: Annotated[
@@ -41,28 +65,10 @@ def submit(
         Path | None,
         typer.Option(help="Run folder on the cluster: created if absent, resumed if it holds the same run."),
     ] = None,
-    working_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder to upload, with the modules that the recipe names; the job runs in it."),
-    ] = None,
-    py_modules: Annotated[
-        list[Path] | None, typer.Option(help="Package folder or wheel to upload; may be repeated.")
-    ] = None,
-    env_var: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="Environment variable of the job and all its processes; NAME alone sends its value here. May be "
-            "repeated. Whoever may see the cluster's dashboard may see it.",
-        ),
-    ] = None,
-    runtime_env: Annotated[
-        Path | None,
-        typer.Option(
-            help="File with Ray's runtime environment, YAML or JSON: packages that uv, pip or conda install for the "
-            "job, and all other fields. The options above add to it."
-        ),
-    ] = None,
+    working_dir: WorkingDir = None,
+    py_modules: PyModules = None,
+    env_var: EnvVar = None,
+    runtime_env: RuntimeEnvFile = None,
     retries: Annotated[
         int,
         typer.Option(

@@ -15,7 +15,7 @@ from deploy.commands.cluster_jobs import ADDRESS, ask, connect, find, follow, ru
 from deploy.config import run_folder
 from deploy.config.config_errors import ConfigError
 from deploy.run.part_logs import driver_log, part_log
-from deploy.run.state import FAILED, KILLED, Failure, RunState, is_driven, run_state
+from deploy.run.state import FAILED, KILLED, Failure, RunState, run_state
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -137,7 +137,7 @@ def _stop_here(folder: Path, seconds: float) -> None:
         raise ConfigError(f"the driver of {folder} runs on {state.driver.host}: {job}")
     os.kill(state.driver.pid, signal.SIGTERM)
     deadline = time.monotonic() + seconds
-    while is_driven(folder):
+    while (driver := run_state(folder).driver) and driver.alive:
         if time.monotonic() > deadline:
             raise ConfigError(f"{folder} has not ended {seconds:g} s after SIGTERM to pid {state.driver.pid}")
         time.sleep(_LOOK_SECONDS)
