@@ -53,6 +53,7 @@ class RayHead:
     metrics: str  # of its exporter
     agent: str  # of its node
     environment: dict[str, str]
+    folder: Path  # of its sockets and logs
 
 
 @contextmanager
@@ -95,7 +96,7 @@ def _start(
     with (temporary / "start.log").open("ab") as log:
         started = subprocess.Popen(command, env=started_with, stdout=log, stderr=log, start_new_session=True)
     urls = [f"http://127.0.0.1:{each}" for each in (dashboard, metrics, agent)]
-    return started, RayHead(urls[0], f"127.0.0.1:{port}", *urls[1:], environment())
+    return started, RayHead(urls[0], f"127.0.0.1:{port}", *urls[1:], environment(), temporary)
 
 
 def _answers(head: RayHead, started: subprocess.Popen[bytes]) -> bool:

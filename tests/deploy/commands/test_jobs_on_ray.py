@@ -202,6 +202,15 @@ def test_the_dashboard_shows_what_rays_exporter_serves(cluster: RayHead, tmp_pat
     assert float(served["ray_manta_loss"].split()[-1]) == pytest.approx(row["loss"])
 
 
+def test_prometheus_is_told_of_every_node(cluster: RayHead) -> None:
+    scraped = yaml.safe_load((ROOT / "deploy" / "monitoring" / "prometheus.yaml").read_text(encoding="utf-8"))
+    ((file,),) = [each["file_sd_configs"][0]["files"] for each in scraped["scrape_configs"][:1]]
+    found = cluster.folder / Path(file).relative_to("/tmp/ray")
+    until(found.exists, 60, "the list of nodes")
+    targets = [target for each in json.loads(found.read_text(encoding="utf-8")) for target in each["targets"]]
+    assert cluster.metrics.removeprefix("http://") in targets
+
+
 def test_the_probes_of_the_pods_are_answered(cluster: RayHead) -> None:
     job = yaml.safe_load((ROOT / "deploy" / "kubernetes" / "rayjob.yaml").read_text(encoding="utf-8"))
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
