@@ -26,8 +26,12 @@ _RAY_SAYS = "Running entrypoint for job "  # before the output, with the job's i
 _INTERPRETER = ("uv", "pip", "conda", "py_executable", "image_uri")
 
 
-def connect(address: str) -> JobSubmissionClient:
-    """A client of the cluster's dashboard. ConfigError if none answers, or it wants a token."""
+def connect(address: str | None) -> JobSubmissionClient:
+    """A client of the cluster's dashboard, by default that of `default_address`.
+
+    ConfigError if none answers, or it wants a token.
+    """
+    address = address or default_address()
     # Ray's client sends its token only if RAY_AUTH_MODE says so, which is read at the first import of Ray.
     token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path("~/.ray/auth_token"))
     with suppress(RuntimeError):  # a user without a home folder has no token file
@@ -47,6 +51,11 @@ def connect(address: str) -> JobSubmissionClient:
         raise ConfigError(
             f"the Ray cluster at {address} requires a token; put it into RAY_AUTH_TOKEN or {token_file}"
         ) from error
+
+
+def default_address() -> str:
+    """The dashboard that Ray's own commands take, else that of this machine."""
+    return os.environ.get("RAY_API_SERVER_ADDRESS") or ADDRESS
 
 
 def find(client: JobSubmissionClient, target: str) -> JobDetails:
@@ -109,10 +118,10 @@ def _tail(client: JobSubmissionClient, job: str) -> Iterator[str]:
     with asyncio.Runner() as runner:
         chunks = client.tail_job_logs(job)
         try:
-            while True:
-                yield runner.run(anext(chunks))
-        except StopAsyncIteration:
-            return
+            while (text := runner.run(anext(chunks, None))) is not None:
+                yield text
+        finally:
+            runner.run(chunks.aclose())
 
 
 def succeeded(client: JobSubmissionClient, job: str) -> bool:
@@ -135,14 +144,14 @@ def stop(client: JobSubmissionClient, job: str, seconds: float) -> None:
 
 
 def ask(client: JobSubmissionClient, job: JobDetails, *command: str) -> str | None:
-    """What a `manta` command says on the cluster, by a small job of its own; None where it fails.
+    """What a `manta` command with `--here` says on the cluster, by a small job of its own; None where it fails.
 
     The run's folder lies on the cluster's file system, which this machine may not see. ConfigError if the cluster does
     not run the small job within ASK_SECONDS.
     """
     environment = {name: value for name, value in (job.runtime_env or {}).items() if name in _INTERPRETER}
     manta = list(takewhile(lambda word: word != "train", shlex.split(job.entrypoint)))
-    asked = client.submit_job(entrypoint=shlex.join([*manta, *command]), runtime_env=environment)
+    asked = client.submit_job(entrypoint=shlex.join([*manta, *command, "--here"]), runtime_env=environment)
     deadline = time.monotonic() + ASK_SECONDS
     while not (status := client.get_job_status(asked)).is_terminal():
         if time.monotonic() > deadline:

@@ -16,14 +16,16 @@ console = output()
 Address = Annotated[
     str | None,
     typer.Option(
-        envvar="RAY_API_SERVER_ADDRESS",
-        show_envvar=False,
-        help="URL of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265.",
+        help="URL of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265."
     ),
 ]
 Target = Annotated[
-    str, typer.Argument(metavar="RUN", help="Run folder, here or on the cluster; or the id of its job.")
+    str,
+    typer.Argument(
+        metavar="RUN", help="Run folder, here or, with --address, on the cluster; or the id of its job."
+    ),
 ]
+Here = Annotated[bool, typer.Option("--here", hidden=True, help="Ask no cluster.")]
 
 
 WorkingDir = Annotated[
@@ -84,7 +86,7 @@ def submit(
 
     manta submit mine.toml --working-dir . --env-var HF_TOKEN --runtime-env uv.yaml --retries 3
     """
-    from deploy.commands.cluster_jobs import ADDRESS, follow, succeeded
+    from deploy.commands.cluster_jobs import default_address, follow, succeeded
     from deploy.commands.submit import submit as submit_job
     from deploy.config.config_errors import ConfigError
 
@@ -95,7 +97,7 @@ def submit(
     client, job = submit_job(
         recipe,
         overrides or (),
-        address or ADDRESS,
+        address,
         (output_dir or Path("runs")).resolve(),
         working_dir,
         py_modules or (),
@@ -104,7 +106,10 @@ def submit(
         retries,
         run_dir and run_dir.resolve(),
     )
-    write(console, f"submitted {job} to {address or ADDRESS}; see manta status {job}, manta stop {job}")
+    write(
+        console,
+        f"submitted {job} to {address or default_address()}; see manta status {job}, manta stop {job}",
+    )
     if wait:
         for text in follow(client, job):
             write(console, without_colours(text), end="")
@@ -120,6 +125,7 @@ def status(
         bool,
         typer.Option("--json", help="Print one JSON object, for scripts (docs/clusters.md has its fields)."),
     ] = False,
+    here: Here = False,
 ) -> None:
     """Show the state of a run: phase, step, success, workers, restarts, the last notice, a failure.
 
@@ -130,7 +136,7 @@ def status(
     """
     from deploy.commands.status import described, state_of
 
-    state = state_of(run, address)
+    state = state_of(run, address, here)
     write(console, state.model_dump_json(indent=2) if as_json else described(state))
 
 
@@ -145,6 +151,7 @@ def logs(
         ),
     ] = "",
     follow: Annotated[bool, typer.Option(help="Go on until the run has ended.")] = False,
+    here: Here = False,
 ) -> None:
     """Show the log of a run's driver, or of one of its parts.
 
@@ -155,7 +162,7 @@ def logs(
     """
     from deploy.commands.status import log_of
 
-    for text in log_of(run, address, part, follow):
+    for text in log_of(run, address, part, follow, here):
         write(console, without_colours(text), end="")
 
 

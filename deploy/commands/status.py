@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.commands.cluster_jobs import ADDRESS, ask, connect, find, follow, run_of, stop
+from deploy.commands.cluster_jobs import ask, connect, find, follow, run_of, stop
 from deploy.config import run_folder
 from deploy.config.config_errors import ConfigError
 from deploy.run.part_logs import driver_log, part_log
@@ -25,17 +25,22 @@ _LOOK_SECONDS = 0.5
 _PHASES = {"PENDING": "pending", "RUNNING": "starting", "STOPPED": "stopped", "SUCCEEDED": "finished"}
 
 
-def state_of(target: str, address: str | None) -> RunState:
-    """The state of a run: of a folder of this machine, or of a job on the cluster."""
-    if address is None and Path(target).is_dir():
+def state_of(target: str, address: str | None, here: bool = False) -> RunState:
+    """The state of a run: of a folder of this machine, or of a job on the cluster. here: no cluster is asked."""
+    if here or _lies_here(target, address):
         return run_state(Path(target))
-    client = connect(address or ADDRESS)
+    client = connect(address)
     job = find(client, target)
     state = _of_job(client, job)
     state.job, state.job_status = str(job.submission_id), job.status.name
     if state.phase == KILLED and state.job_status == "RUNNING":
         state.phase = "restarting"
     return state
+
+
+def _lies_here(target: str, address: str | None) -> bool:
+    """Whether a folder of this machine is meant: no cluster is named, and there is such a folder."""
+    return address is None and Path(target).is_dir()
 
 
 def _of_job(client: JobSubmissionClient, job: JobDetails) -> RunState:
@@ -79,13 +84,13 @@ def described(state: RunState) -> str:
     return "\n".join(f"{name:9} {value}" for name, value in lines.items() if value)
 
 
-def log_of(target: str, address: str | None, part: str, following: bool) -> Iterator[str]:
+def log_of(target: str, address: str | None, part: str, following: bool, here: bool = False) -> Iterator[str]:
     """Yield the text of a log: the driver's, or a part's. following: go on until the run has ended."""
-    if address is None and Path(target).is_dir():
+    if here or _lies_here(target, address):
         folder = Path(target)
         yield from _read(folder, part_log(folder, part) if part else driver_log(folder), following)
         return
-    client = connect(address or ADDRESS)
+    client = connect(address)
     job = find(client, target)
     identity, run = str(job.submission_id), run_of(job)
     if not part:
@@ -113,10 +118,10 @@ def _read(folder: Path, file: Path, following: bool) -> Iterator[str]:
 
 def stop_run(target: str, address: str | None, seconds: float) -> str:
     """Stop a run in order and wait for its end; returns what to say of it."""
-    if address is None and Path(target).is_dir():
+    if _lies_here(target, address):
         _stop_here(Path(target), seconds)
         return f"stopped; go on with: manta train --resume {shlex.quote(target)}"
-    client = connect(address or ADDRESS)
+    client = connect(address)
     job = find(client, target)
     if job.status.is_terminal():
         raise ConfigError(f"job {job.submission_id} has ended already: {job.status.name.lower()}")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.commands.cluster_jobs import connect
+from deploy.commands.cluster_jobs import connect, default_address
 from deploy.commands.runtime_env import parents, recipe_within, require_sent, runtime_env
 from deploy.config import run_folder
 from deploy.config.config_errors import ConfigError
@@ -31,7 +31,7 @@ LONGEST_STOP_SECONDS = 120
 def submit(
     recipe: str,
     overrides: Sequence[str],
-    address: str,
+    address: str | None,
     runs: Path,
     working_dir: Path | None = None,
     py_modules: Sequence[Path] = (),
@@ -71,7 +71,9 @@ def submit(
                 entrypoint=shlex.join(arguments), runtime_env=content, submission_id=_id(name)
             )
         except (RuntimeError, ValueError) as error:  # ValueError: a folder that is too large to send
-            raise ConfigError(f"the Ray cluster at {address} refused the job: {error}") from error
+            raise ConfigError(
+                f"the Ray cluster at {address or default_address()} refused the job: {error}"
+            ) from error
     return client, job
 
 

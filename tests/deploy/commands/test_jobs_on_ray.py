@@ -17,6 +17,8 @@ import pytest
 import yaml
 
 from deploy.assembly.build import start_engine
+from deploy.commands.status import state_of
+from deploy.config import run_folder
 from deploy.report.metrics import read_metrics
 from tests.deploy.ray_head import ROOT, RayHead, ray_head
 from tests.deploy.small_run import RECIPE, assert_balanced, configured, same_bits, train, trained_rows
@@ -75,7 +77,9 @@ def status(cluster: RayHead, target: str, *more: str) -> dict[str, Any]:
     return told
 
 
-def test_an_own_environment_in_a_folder_is_submitted_and_told(cluster: RayHead, tmp_path: Path) -> None:
+def test_an_own_environment_in_a_folder_is_submitted_and_told(
+    cluster: RayHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "higher.py").write_text(OWN, encoding="utf-8")
     runs = ("--output-dir", str(tmp_path / "runs"))
@@ -98,6 +102,9 @@ def test_an_own_environment_in_a_folder_is_submitted_and_told(cluster: RayHead, 
     assert told == status(cluster, str(run), "--address", cluster.url)
     assert (told["phase"], told["step"], told["steps"], told["job_status"]) == ("finished", 1, 1, "SUCCEEDED")
     assert told["job"] == job and told["failure"] is None and told["restarts"] == {"driver": 0}
+    with monkeypatch.context() as elsewhere:  # a machine that does not see the folder: the cluster reads it
+        elsewhere.setattr(run_folder, "exists", lambda folder: False)
+        assert state_of(job, cluster.url).model_dump(mode="json") == told
     assert "step 1/1" in manta(cluster, "logs", job) and "step 1/1" in manta(cluster, "logs", str(run))
 
 
