@@ -36,12 +36,9 @@ def environment() -> dict[str, str]:
     names = [name for name in os.environ if name.startswith("RAY_") and name != "RAY_worker_niceness"]
     kept = {name: value for name, value in os.environ.items() if name not in (*names, "MANTA_RUN")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
-    return kept | {
-        "PATH": path,
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
+    # Ray asks for a token where the user's home has one; this cluster is on loopback.
+    own = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
+    return kept | own | {"PATH": path, "PYTHONPATH": str(ROOT)}
 
 
 @dataclass(frozen=True)
