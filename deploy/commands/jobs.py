@@ -28,6 +28,14 @@ Target = Annotated[
 Here = Annotated[bool, typer.Option("--here", hidden=True, help="Ask no cluster.")]
 
 
+OutputDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder in which the run folder is created; a path on the cluster. Default: runs."),
+]
+RunDir = Annotated[
+    Path | None,
+    typer.Option(help="Run folder on the cluster: created if absent, resumed if it holds the same run."),
+]
 WorkingDir = Annotated[
     Path | None,
     typer.Option(help="Folder to upload, with the modules that the recipe names; the job runs in it."),
@@ -59,14 +67,8 @@ def submit(
     ],
     overrides: Overrides = None,
     address: Address = None,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder in which the run folder is created; a path on the cluster. Default: runs."),
-    ] = None,
-    run_dir: Annotated[
-        Path | None,
-        typer.Option(help="Run folder on the cluster: created if absent, resumed if it holds the same run."),
-    ] = None,
+    output_dir: OutputDir = None,
+    run_dir: RunDir = None,
     working_dir: WorkingDir = None,
     py_modules: PyModules = None,
     env_var: EnvVar = None,
