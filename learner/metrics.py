@@ -192,10 +192,10 @@ UPDATE = MetricGroup(
             "`nonfinite_batches`, so that a stored row has 0",
         ),
         Metric(
-            "idle_step",
-            "optimizer steps",
-            "Optimizer steps left out because the gradient was zero everywhere",
-            _TRAINED,
+            "idle_step", "optimizer steps", "Steps left out, their gradient was zero everywhere", _TRAINED
+        ),
+        Metric(
+            "router_balance", "no unit", "Load-balancing loss of the routers", "`router_balance` is above 0"
         ),
         Metric("entropy", _NATS, "Entropy of the policy's distribution at each token", _SCORED),
         Metric(

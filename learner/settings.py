@@ -68,6 +68,13 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
         default=False,
         description="recompute activations in the backward pass: less memory, about a third more time",
     )
+    router_balance: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="coefficient of the load-balancing loss of a mixture of experts, over all tokens of an optimizer "
+        "step; costs a forward pass more. 0: none, as the engine's routing is what is trained on; published "
+        "configurations pretrain with 0.001",
+    )
     sum_gradients: Literal["row", "step"] | None = Field(
         default=None,
         description="when several ranks sum their gradients. row: after every packed row, each rank keeping its "

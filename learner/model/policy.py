@@ -23,6 +23,7 @@ from learner.model.narrow import Narrow
 from learner.model.perception import picture_inputs
 from learner.model.recompute import recompute_layers
 from learner.model.reward_head import classifier_files
+from learner.model.router_balance import RouterBalance
 from learner.model.saving import stored_shapes, weight_files, whole_files
 from learner.model.shared_files import Folder, write_together
 from learner.parallel.auxiliary import AuxiliaryModule
@@ -84,6 +85,10 @@ class Policy:
         if products and (self.adapter or self.sharded is None):
             masters = self.model if self.adapter is None else self.adapter
             self._narrow = Narrow(self.model, products, masters.parameters())
+        self.balance: RouterBalance | None = None
+        if settings.router_balance:
+            with as_model_error(f"model {settings.path!r} "):
+                self.balance = RouterBalance(self.model, settings.router_balance)
         if settings.gradient_checkpointing:  # with the casts, so that copies of weights are made again
             with as_model_error(f"model {settings.path!r} "):
                 recompute_layers(self.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from learner.algorithm.corrections import ratios
 from learner.algorithm.regularizers import divergence
 from learner.data.batch import Batch, MicroBatch, level
 from learner.model.policy import Policy
+from learner.model.router_balance import RouterBalance
 from learner.parallel.ranks import ALONE, Ranks
 from learner.training.metric_reduce import Means, Part, Ratios, Statistic
 from learner.training.optim import Optimizer, subnormals_as_zero
@@ -154,7 +156,7 @@ def optimizer_step(
 ) -> dict[str, float]:
     """The same for any loss of a micro-batch."""
     optimizer.zero_grad()
-    loss, means = accumulate(policy, batch, loss_of)
+    loss, means = accumulate(policy, batch, loss_of, policy.balance)
     report = optimizer.step(finite=math.isfinite(loss) and agree())
     made = {
         "loss": loss,
@@ -168,23 +170,36 @@ def optimizer_step(
 
 @subnormals_as_zero()
 def accumulate(
-    policy: Policy, batch: Batch, loss_of: Callable[[MicroBatch], tuple[Tensor, Stats]]
+    policy: Policy,
+    batch: Batch,
+    loss_of: Callable[[MicroBatch], tuple[Tensor, Stats]],
+    balance: RouterBalance | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Forward and backward over every micro-batch: the loss, and its statistics as means, over all ranks.
 
     The loss is the sum over all sampled tokens of `loss_of` (of a row on the policy's device: loss [N], statistics)
-    times the token's weight, which was set for the WHOLE batch, skipped sequences and other ranks' included.
+    times the token's weight, which was set for the WHOLE batch, skipped sequences and other ranks' included; and that
+    of the `balance` of a mixture of experts, which the statistics then have as "router_balance".
     """
-    total = torch.zeros((), device=policy.device)
+    total, balanced = torch.zeros(2, device=policy.device)
     means = Means()
+    if balance is not None:
+        rows = level(batch.micro_batches, policy.ranks)
+        balance.count(rows, lambda micro: policy.hidden(micro.to(policy.device)), policy.ranks)
     for micro in policy.passes(level(batch.micro_batches, policy.ranks)):
         on_device = micro.to(policy.device)
-        loss_N, stats = loss_of(on_device)
+        with balance.watching() if balance else nullcontext([]) as logits:
+            loss_N, stats = loss_of(on_device)
         loss = (loss_N * on_device.weights_N).sum()
+        if balance is not None:
+            part = balance.of(on_device, logits)
+            loss, balanced = loss + balance.coefficient * part, balanced + part.detach()
         loss.backward()
         total = total + loss.detach()
         means.add(stats)
-    return policy.ranks.sums({"loss": float(total)})["loss"], means.values(policy.ranks)
+    summed = policy.ranks.sums({"loss": float(total), "router_balance": float(balanced)})
+    loss_of_all = summed.pop("loss")
+    return loss_of_all, means.values(policy.ranks) | (summed if balance else {})
 
 
 def merged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -24,7 +24,12 @@ class Teacher:
     def __init__(self, settings: DistillSettings, model: ModelSettings, ranks: Ranks = ALONE) -> None:
         self.settings = settings
         own = model.model_copy(
-            update={"path": settings.teacher, "lora": None, "gradient_checkpointing": False}
+            update={
+                "path": settings.teacher,
+                "lora": None,
+                "gradient_checkpointing": False,
+                "router_balance": 0.0,
+            }
         )
         self.policy = frozen(Policy(own, ranks))
 

@@ -1,0 +1,102 @@
+"""The load-balancing loss of a mixture of experts, over all tokens of an optimizer step.
+
+With E experts, f_e the tokens that are routed to expert e and P_e the sum of the router's probabilities for it, both
+over all layers and tokens and divided by their number,
+
+    loss = E * sum over e of f_e * P_e              Fedus et al. 2021 (Switch Transformers), equations 4 to 6
+
+as transformers computes it. A token that several sequences share counts for each of them. The f_e have no gradient, and
+those of the whole step are counted first, by a forward pass of their own: how tokens are packed into rows, and how rows
+are divided over ranks, then changes nothing (Qiu et al. 2025 show what a loss of single micro-batches does instead).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from learner.data.batch import MicroBatch
+from learner.model.logprobs import wide
+from learner.parallel.ranks import Ranks
+
+
+class RouterBalance:
+    """The loss of a model's routers, with the gradient of `coefficient` times it.
+
+    ValueError for a model of whose routers transformers does not record the logits.
+    """
+
+    def __init__(self, model: PreTrainedModel, coefficient: float) -> None:
+        recorded = getattr(model.base_model, "_can_record_outputs", None) or {}
+        if "router_logits" not in recorded:
+            raise ValueError(
+                "has no routers of experts whose logits are known; set learner.model.router_balance=0"
+            )
+        recorder = recorded["router_logits"]
+        self.coefficient = coefficient
+        self._chosen = int(model.config.get_text_config().num_experts_per_tok)
+        self._place = int(recorder.index)
+        self._logits: list[Tensor] | None = None  # [T, E] of each router in turn, while a row is watched
+        for module in model.modules():
+            if isinstance(module, recorder.target_class):
+                module.register_forward_hook(self._note)
+        self._routed_E = torch.zeros(0)  # f of this step
+        self._tokens = 0.0  # of this step, once for each layer
+
+    @torch.no_grad()
+    def count(self, rows: Iterable[MicroBatch], compute: Callable[[MicroBatch], Any], ranks: Ranks) -> None:
+        """Count what the rows of a step route where. compute: a forward pass; ranks compute rows together."""
+        counts_E, tokens = np.zeros(1), 0.0
+        for row in rows:
+            with self.watching() as logits:
+                compute(row)
+            weights_T = _sequences_through(row)
+            for logits_TE in logits:
+                chosen_TK = _probabilities(logits_TE).topk(self._chosen).indices.cpu()
+                weights = weights_T.repeat_interleave(self._chosen)
+                found_E = torch.bincount(chosen_TK.flatten(), weights, logits_TE.shape[1])
+                counts_E = counts_E + found_E.numpy()
+                tokens += float(weights_T.sum())
+        summed = ranks.sums({"tokens": tokens} | {str(e): float(n) for e, n in enumerate(counts_E)})
+        self._tokens = max(summed.pop("tokens"), 1.0)
+        self._routed_E = torch.tensor(list(summed.values()), dtype=torch.float64) / self._tokens
+
+    @contextmanager
+    def watching(self) -> Iterator[list[Tensor]]:
+        """Collect the routers' logits of a row's forward pass; what is recomputed for a backward pass is left out."""
+        self._logits = found = list[Tensor]()
+        try:
+            yield found
+        finally:
+            self._logits = None
+
+    def of(self, row: MicroBatch, logits: Iterable[Tensor]) -> Tensor:
+        """The row's part of the loss, with gradient: the parts of all rows of all ranks are added up."""
+        weights_T, parts = _sequences_through(row), []
+        for logits_TE in logits:
+            probabilities_TE = _probabilities(logits_TE)
+            summed_E = weights_T.to(probabilities_TE) @ probabilities_TE
+            parts.append(len(summed_E) * (self._routed_E.to(summed_E) @ summed_E))
+        return torch.stack(parts).sum() / self._tokens
+
+    def _note(self, router: nn.Module, given: Any, found: Any) -> None:
+        if self._logits is not None:
+            self._logits.append(found[self._place])
+
+
+def _probabilities(logits_TE: Tensor) -> Tensor:
+    return logits_TE.softmax(-1, dtype=wide(logits_TE))
+
+
+def _sequences_through(row: MicroBatch) -> Tensor:
+    """How many sequences go through each token of a row, float64 [T]; none through that of an idle row."""
+    if not len(row.weights_N):
+        return torch.zeros(row.tree.tokens, dtype=torch.float64)
+    counts_T = np.bincount(np.concatenate(row.tree.paths_B), minlength=row.tree.tokens)
+    return torch.from_numpy(counts_T.astype(np.float64))
