@@ -64,9 +64,10 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
         description="most logits (tokens x vocabulary) held in memory at once. Lower it if the learner runs "
         "out of memory; results do not change",
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: bool | Literal["selective"] = Field(
         default=False,
-        description="recompute activations in the backward pass: less memory, about a third more time",
+        description="recompute activations in the backward pass. true: of whole layers, least memory and about a "
+        'third more time. "selective": of what lies between matrix products and attention, whose results are kept',
     )
     router_balance: float = Field(
         default=0.0,

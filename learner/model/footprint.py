@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -26,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.data.prefix_tree import PrefixTree
 from learner.model.attention import hidden_states
+from learner.model.recompute import KEPT
 from learner.model.saved_tensors import SavedTensors
 
 _ATTENTION = "manta_footprint"
@@ -46,19 +48,25 @@ class Shape:
 class Saved:
     """Bytes that autograd saves between forward and backward.
 
-    per_token: by the whole model; of it `layer_per_token` by the largest layer, whose input is `input_per_token`.
+    per_token: by the whole model; of it `layer_per_token` by the largest layer, whose input is `input_per_token` and
+    whose products and attention give `kept_per_token`.
     """
 
     per_token: float
     layer_per_token: float
     input_per_token: float
+    kept_per_token: float
 
-    def row(self, tokens: int, layers: int, checkpointing: bool) -> int:
-        """Bytes of a row. checkpointing: layers keep their input, and one at a time is computed again."""
+    def row(self, tokens: int, layers: int, checkpointing: bool | str) -> int:
+        """Bytes of a row.
+
+        checkpointing: layers keep their input ("selective": and what products give), and are computed again one by one.
+        """
         if not checkpointing:
             return round(tokens * self.per_token)
         outside = self.per_token - layers * self.layer_per_token
-        return round(tokens * (max(outside, 0.0) + layers * self.input_per_token + self.layer_per_token))
+        kept = self.input_per_token + (self.kept_per_token if checkpointing == "selective" else 0.0)
+        return round(tokens * (max(outside, 0.0) + layers * kept + self.layer_per_token))
 
 
 def blank_model(config: PretrainedConfig, trusted: bool = False) -> PreTrainedModel:
@@ -115,32 +123,51 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _saved(model: PreTrainedModel, tokens: int) -> tuple[int, int, int]:
-    """Bytes saved of a row: by the model, by its largest layer, and that layer's input."""
-    layers: list[tuple[int, int]] = []  # saved, input
-    saved = SavedTensors(without=model.parameters())
+class _Kept(TorchDispatchMode):
+    """Counts the bytes of results that selective recomputation keeps."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in KEPT:
+            results = found if isinstance(found, tuple) else (found,)
+            self.nbytes += sum(each.nbytes for each in results if isinstance(each, Tensor))
+        return found
+
+
+def _saved(model: PreTrainedModel, tokens: int) -> tuple[int, int, int, int]:
+    """Bytes of a row: saved by the model, by its largest layer; that layer's input, and what its products give."""
+    layers: list[tuple[int, int, int]] = []  # saved, input, given by products
+    saved, kept = SavedTensors(without=model.parameters()), _Kept()
     hooks = []
     for layer in _layers(model):
-        before: list[int] = []
-        hooks.append(layer.register_forward_pre_hook(_noting(before, saved)))
-        hooks.append(layer.register_forward_hook(_measuring(before, saved, layers)))
+        before: list[tuple[int, int]] = []
+        hooks.append(layer.register_forward_pre_hook(_noting(before, saved, kept)))
+        hooks.append(layer.register_forward_hook(_measuring(before, saved, kept, layers)))
     ids_T, places_1T = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens)[None]
-    with saved:
+    with saved, kept:
         last_TD = hidden_states(model, ids_T, PrefixTree.apart([tokens]), position_ids=places_1T)
     for hook in hooks:
         hook.remove()
     del last_TD  # the graph lives until here
-    return saved.nbytes, *max(layers, default=(0, 0))
+    return saved.nbytes, *max(layers, default=(0, 0, 0))
 
 
-def _noting(before: list[int], saved: SavedTensors) -> Callable[[nn.Module, Any], None]:
-    return lambda layer, inputs: before.append(saved.nbytes)
+def _noting(
+    before: list[tuple[int, int]], saved: SavedTensors, kept: _Kept
+) -> Callable[[nn.Module, Any], None]:
+    return lambda layer, inputs: before.append((saved.nbytes, kept.nbytes))
 
 
 def _measuring(
-    before: list[int], saved: SavedTensors, layers: list[tuple[int, int]]
+    before: list[tuple[int, int]], saved: SavedTensors, kept: _Kept, layers: list[tuple[int, int, int]]
 ) -> Callable[[nn.Module, Any, Any], None]:
-    return lambda layer, inputs, output: layers.append((saved.nbytes - before.pop(), inputs[0].nbytes))
+    def measure(layer: nn.Module, inputs: Any, output: Any) -> None:
+        saved_before, kept_before = before.pop()
+        layers.append((saved.nbytes - saved_before, inputs[0].nbytes, kept.nbytes - kept_before))
+
+    return measure
 
 
 class _Fused(torch.autograd.Function):
@@ -148,8 +175,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty_like(query)
-        normalizer = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+        out, normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
         ctx.save_for_backward(query, key, value, out, normalizer)
         return out
 

@@ -91,7 +91,7 @@ class Policy:
                 self.balance = RouterBalance(self.model, settings.router_balance)
         if settings.gradient_checkpointing:  # with the casts, so that copies of weights are made again
             with as_model_error(f"model {settings.path!r} "):
-                recompute_layers(self.model)
+                recompute_layers(self.model, settings.gradient_checkpointing == "selective")
 
     @classmethod
     def restored(cls, settings: ModelSettings, folder: Path, ranks: Ranks = ALONE) -> Policy:

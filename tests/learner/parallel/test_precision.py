@@ -21,6 +21,7 @@ from tests.learner.ranked import plain
 from tests.learner.together import together
 
 ROWS = 4
+ADAPTER = {"lora": {"rank": 2}, "gradient_checkpointing": "selective"}
 UNIT = 2.0**-24  # relative error of one float32 sum
 
 
@@ -61,7 +62,7 @@ def seen(ranks: Ranks, folder: Path, model: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "model", [{}, {"gradient_checkpointing": True}, {"sum_gradients": "step"}, {"lora": {"rank": 2}}], ids=str
+    "model", [{}, {"gradient_checkpointing": True}, {"sum_gradients": "step"}, ADAPTER], ids=str
 )
 def test_bfloat16_ranks_differ_by_the_order_of_float32_sums_alone(tiny: Path, model: dict[str, Any]) -> None:
     (one,) = together(1, seen, tiny, model)

@@ -79,7 +79,11 @@ CASES: list[Any] = [
         2,
         {},
     ),
-    ({"advantage": {"kind": "gdpo", "weights": {"goal": 1.0, "form": 0.5}}, "loss": {"kind": "gspo"}}, 1, {}),
+    (
+        {"advantage": {"kind": "gdpo", "weights": {"goal": 1.0, "form": 0.5}}, "loss": {"kind": "gspo"}},
+        1,
+        {"gradient_checkpointing": "selective"},
+    ),
     (
         CRITIC | {"aggregation": "sequence", "constraints": [RISK]},
         2,
