@@ -75,14 +75,13 @@ class _Divergence(torch.autograd.Function):
             vocab_chunk,
         )
         own = Head(hidden_TD, weight_VD, bias_V)
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            normalizers = tuple(log_normalizer(*each, temperature, vocab_chunk) for each in (own, other))
-            kl_T = torch.zeros(len(hidden_TD), dtype=wide(hidden_TD), device=hidden_TD.device)
-            for own_TC, other_TC in _logprobs(ctx, own, normalizers):
-                said_TC, apart_TC = (own_TC, own_TC - other_TC)
-                if direction == "forward":
-                    said_TC, apart_TC = other_TC, -apart_TC
-                kl_T += (said_TC.exp() * apart_TC).sum(1)
+        normalizers = tuple(log_normalizer(*each, temperature, vocab_chunk) for each in (own, other))
+        kl_T = torch.zeros(len(hidden_TD), dtype=wide(hidden_TD), device=hidden_TD.device)
+        for own_TC, other_TC in _logprobs(ctx, own, normalizers):
+            said_TC, apart_TC = (own_TC, own_TC - other_TC)
+            if direction == "forward":
+                said_TC, apart_TC = other_TC, -apart_TC
+            kl_T += (said_TC.exp() * apart_TC).sum(1)
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, kl_T, *normalizers)
         return kl_T
 

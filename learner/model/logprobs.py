@@ -74,10 +74,9 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         vocab_chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            target_T, normalizer_T, entropy_T = _online_softmax(
-                hidden_TD, weight_VD, bias_V, targets_T, temperature, vocab_chunk
-            )
+        target_T, normalizer_T, entropy_T = _online_softmax(
+            hidden_TD, weight_VD, bias_V, targets_T, temperature, vocab_chunk
+        )
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_T, normalizer_T, entropy_T)
         ctx.temperature, ctx.vocab_chunk = temperature, vocab_chunk
         ctx.set_materialize_grads(False)
@@ -109,16 +108,15 @@ def head_gradients(
     hidden_grad_TD = torch.zeros_like(hidden_TD, dtype=accumulated)
     weight_grad_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
     bias_grad_V = torch.empty_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
-    with torch.autocast(hidden_TD.device.type, enabled=False):
-        for chunk, grad_TC in zip(chunks(weight_VD, ctx.vocab_chunk), grads, strict=True):
-            if ctx.temperature != 1.0:
-                grad_TC /= ctx.temperature
-            if bias_grad_V is not None:
-                bias_grad_V[chunk] = grad_TC.sum(0)
-            narrow_TC = grad_TC.to(hidden_TD.dtype)
-            hidden_grad_TD += _gradient(narrow_TC, weight_VD[chunk].to(hidden_TD.dtype), accumulated)
-            if weight_grad_VD is not None:
-                weight_grad_VD[chunk] = _gradient(narrow_TC.T, hidden_TD, accumulated)
+    for chunk, grad_TC in zip(chunks(weight_VD, ctx.vocab_chunk), grads, strict=True):
+        if ctx.temperature != 1.0:
+            grad_TC /= ctx.temperature
+        if bias_grad_V is not None:
+            bias_grad_V[chunk] = grad_TC.sum(0)
+        narrow_TC = grad_TC.to(hidden_TD.dtype)
+        hidden_grad_TD += _gradient(narrow_TC, weight_VD[chunk].to(hidden_TD.dtype), accumulated)
+        if weight_grad_VD is not None:
+            weight_grad_VD[chunk] = _gradient(narrow_TC.T, hidden_TD, accumulated)
     return hidden_grad_TD.to(hidden_TD.dtype), weight_grad_VD, bias_grad_V
 
 
