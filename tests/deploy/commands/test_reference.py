@@ -10,6 +10,7 @@ from random import Random
 import pytest
 import torch
 import typer
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
@@ -23,6 +24,7 @@ from deploy.config.load import load_config
 from deploy.report.metrics import read_metrics, stage_folder
 from learner.algorithm.preferences import DpoLoss, Pairs, bradley_terry
 from learner.metrics import STAGES
+from learner.training.checkpoint import latest
 from rollout.engines.engine import Engine
 from rollout.engines.scripted_engine import ScriptedEngine
 from tests.deploy.command import Manta, command
@@ -144,6 +146,20 @@ async def _talker(config: RunConfig, name: str, path: str) -> Engine:
     return ScriptedEngine(load_tokenizer(path), say, name=name, record=False)
 
 
+def _with_experts(folder: Path) -> Path:
+    """A mixture of experts with the tokenizer of the run in `folder / "critic"`."""
+    found = latest(folder / "critic")
+    assert found is not None
+    tokenizer = load_tokenizer(str(found / "model"))
+    shape = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1, "num_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_experts_per_tok": 2}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen3MoeConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **shape, **heads, **ends)
+    Qwen3MoeForCausalLM(config).save_pretrained(folder / "experts")
+    tokenizer.save_pretrained(folder / "experts")
+    return folder / "experts"
+
+
 def test_every_metric_that_a_run_writes_is_in_the_page_and_every_one_of_the_page_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +197,12 @@ def test_every_metric_that_a_run_writes_is_in_the_page_and_every_one_of_the_page
     of_turns = ("advantage={kind='turns'}", "critic={kind='turns'}")
     turns = [f"learner.algorithm.{section}" for section in of_turns]
     train(configured("steps=1", "evaluation.tasks=0", *turns), tmp_path / "turns")
-    runs = ("critic", "tools", "taught", "turns")
+    routed = ("tiny=", f"learner.model.path={_with_experts(tmp_path)}", "learner.model.router_balance=0.1")
+    train(
+        configured("steps=1", "evaluation.tasks=0", "learner.model.dtype=float32", *routed),
+        tmp_path / "routed",
+    )
+    runs = ("critic", "tools", "taught", "turns", "routed")
     written = {name for run in runs for row in read_metrics(tmp_path / run) for name in row}
     page = _page("metrics.md")
     declared = {metric.name: metric for metric in METRICS}
