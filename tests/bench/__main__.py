@@ -56,7 +56,7 @@ class Bound:
 
 
 BOUNDS = (
-    Bound("rollout", "ratio", "tokens/s of a rollout worker, of those of bare vLLM", "at least", 0.85),
+    Bound("rollout", "ratio", "tokens/s of a rollout worker, of those of bare vLLM", "at least", 0.9),
     Bound("learner", "ratio", "tokens/s of the learner, of those of a bare loop", "at least", 0.90),
     Bound("packing", "ratio", "learner's tokens/s on unequal lengths, of a padded loop's", "at least", 1.5),
     Bound(

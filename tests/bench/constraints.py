@@ -1,11 +1,13 @@
 """A task whose best reward breaks a rule, learned without and with a limit: what it is held at, what that costs.
 
-    python -m tests.bench.constraints [--seeds 3] [--steps 60] [--folder DIR] [--figure FILE.svg]
+    python -m tests.bench.constraints [--seeds 3] [--steps 400] [--folder DIR] [--figure FILE.svg]
 
 One of nine jobs is offered, of gain 1, 2 or 3 and of risk 0, 1 or 2, each as often; the policy takes or leaves it. The
 reward is the gain of a job that is taken, the cost is its risk. Whoever takes all has the most reward, 2, at a risk of
-1; the limit is 0.25. A tiny model, fine-tuned to take half of the jobs, learns by Dr. GRPO with plain transformers.
-Needs neither Ray nor vLLM; what is there already is not run again. Prints Markdown.
+1; the limit is 0.25. A tiny model, fine-tuned to take half of the jobs, learns by Dr. GRPO with plain transformers. A
+divergence from that model is penalized, whose gradient (k3's, of KL(reference, policy)) keeps both answers alive: a
+policy that has stopped trying one of them learns nothing from its price until the price is far too high. Needs neither
+Ray nor vLLM; what is there already is not run again. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -29,10 +31,10 @@ LIMIT = 0.25
 JOBS = list(product((1, 2, 3), (0, 1, 2)))  # gain, risk
 UPDATES: dict[str, dict[str, Any] | None] = {
     "none": None,
-    "dual ascent": {"kind": "dual", "rate": 0.1},
-    "PID": {"kind": "pid", "kp": 1.0, "ki": 0.1, "kd": 1.0},
+    "dual ascent": {"kind": "dual", "rate": 0.05},
+    "PID": {"kind": "pid", "kp": 1.0, "ki": 0.05, "kd": 1.0},
 }
-LAST = 30  # steps that are counted: their weights no longer move in one direction
+LAST = 100  # steps that are counted: their weights no longer move in one direction
 
 
 def gain(completion: str, row: dict[str, Any]) -> float:
@@ -78,7 +80,7 @@ def run(update: dict[str, Any] | None, seed: int, steps: int, run_dir: Path) -> 
         "scratch",
         seed=seed,
         steps=steps,
-        tiny={"layers": 2, "width": 32, "heads": 2, "mlp": 64, "words": ["take", "leave", "gain", "risk"]},
+        tiny={"layers": 2, "width": 64, "heads": 2, "mlp": 128, "words": ["take", "leave", "gain", "risk"]},
         env={"id": "dataset", "options": {"path": str(jobs), "rewards": rewards}},
         stages=[
             {
@@ -96,10 +98,12 @@ def run(update: dict[str, Any] | None, seed: int, steps: int, run_dir: Path) -> 
             "rollout.max_turns": 1,
             "rollout.context_tokens": 64,
             "sampling.max_tokens": 1,
-            "buffer.groups_per_step": 9,
+            "buffer.groups_per_step": 18,
             "buffer.max_lag": 0,
-            "learner.optim.learning_rate": 1e-3,
+            "learner.optim.learning_rate": 5e-4,
             "learner.algorithm.advantage": {"kind": "grpo", "divide": False},
+            "learner.algorithm.kl": {"coefficient": 0.2},
+            "learner.algorithm.skip_zero_advantage": False,
             "learner.algorithm.constraints": [limit] if update else [],
         },
     )
@@ -139,7 +143,7 @@ def draw(file: Path, found: dict[str, list[list[dict[str, float]]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.constraints", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--folder", type=Path, default=Path("runs/constraints"))
     parser.add_argument("--figure", type=Path)
     asked = parser.parse_args()
