@@ -52,8 +52,8 @@ def of_job(config: RunConfig, size: JobSize) -> Iterator[Finding]:
             )
         if each.evaluation_tasks < (asked := config.evaluation.tasks):
             yield Finding(
-                f"evaluation.tasks={asked}, but {each.name} has only {each.evaluation_tasks} rows to evaluate on, and the "
-                "intervals are as wide as these allow; lower evaluation.tasks, or give more by evaluation.options"
+                f"evaluation.tasks={asked}, but {each.name} has only {each.evaluation_tasks} rows to evaluate on, and "
+                "the intervals are as wide as these allow; lower evaluation.tasks, or give more by evaluation.options"
             )
 
 

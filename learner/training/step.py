@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -188,7 +188,8 @@ def accumulate(
         balance.count(rows, lambda micro: policy.hidden(micro.to(policy.device)), policy.ranks)
     for micro in policy.passes(level(batch.micro_batches, policy.ranks)):
         on_device = micro.to(policy.device)
-        with balance.watching() if balance else nullcontext([]) as logits:
+        watched: AbstractContextManager[list[Tensor]] = balance.watching() if balance else nullcontext([])
+        with watched as logits:
             loss_N, stats = loss_of(on_device)
         loss = (loss_N * on_device.weights_N).sum()
         if balance is not None:
