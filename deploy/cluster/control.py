@@ -15,7 +15,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from deploy.config.config_errors import ConfigError
 from deploy.config.run_folder import LOCK, read_json, writing
@@ -33,13 +33,8 @@ def driving(folder: Path) -> Iterator[None]:
         lock_file = (folder / LOCK).open("a+", encoding="utf-8")
     with lock_file as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _WITHOUT_LOCKS:  # then the log of the replay buffer's copy fences a second run
-                yield
-                return
-            if not isinstance(error, BlockingIOError):
-                raise
+            _lock(lock, fcntl.LOCK_EX)
+        except BlockingIOError:
             lock.seek(0)
             raise ConfigError(
                 f"{folder} is being driven already ({lock.read().strip()}): stop that one first"
@@ -53,6 +48,15 @@ def driving(folder: Path) -> Iterator[None]:
         yield
 
 
+def _lock(file: TextIO, kind: int) -> None:
+    """Lock a file, or raise BlockingIOError. Where a file system has no locks, a second run is fenced by its copy."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+
+
 def _is_file_of(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
@@ -64,7 +68,7 @@ def is_driven(folder: Path) -> bool:
     """Whether a driver holds the run right now."""
     try:
         with (folder / LOCK).open("r", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _lock(lock, fcntl.LOCK_SH)
     except FileNotFoundError:
         return False
     except BlockingIOError:

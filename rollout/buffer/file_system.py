@@ -112,7 +112,7 @@ def _locks(path: Path) -> str:
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EACCES):
                     continue
-            return "a lock on its files excludes nobody"
+            return "a lock on its files does not exclude a second one"
     return ""
 
 

@@ -6,7 +6,7 @@ names     contains every object that was created before this process last create
 get       returns an object that was created, by its name, even if `names` does not have it yet
 
 A folder has the first by link(2), which the server of a network file system executes, and the second because a client
-that has changed a folder reads it anew. S3 has all three (If-None-Match). What has not the first is refused.
+that has changed a folder reads it again. S3 has all three (If-None-Match). Storage without the first is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Objects(Protocol):
     """Objects under one base; a name is FOLDER/FILE or FILE."""
 
     def create(self, name: str, data: bytes) -> None:
-        """Store an object durably. FileExistsError if there is one of this name, another OSError if nobody knows."""
+        """Store an object durably. FileExistsError if there is one of this name, another OSError if that is unknown."""
         ...
 
     def put(self, name: str, data: bytes) -> None:

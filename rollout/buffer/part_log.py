@@ -4,9 +4,9 @@
     changes    what the writer has done since the part before
     snapshot   the whole state; parts before it, except claims, may be removed
 
-Every part is created exclusively under the next number, whoever writes it. A superseded writer therefore fails at its
-next part, whose number the other's claim has, and not before: what it appended until then, the other has read. A part
-is acknowledged once it is created. No clock, no lease that runs out and no order of reads and writes is involved.
+Every writer creates its parts exclusively, under the next number. A superseded writer therefore fails at its next part,
+whose number the other's claim has, and not before: what it appended until then, the other has read. A part is
+acknowledged once it is created. No clock, no lease that runs out and no order of reads and writes is involved.
 
 Two rules keep that so while old parts are removed. Claims stay, so that the number of a superseded writer's next part
 is taken for good. And a claim counts only if no part has a higher number: one that was created late, at the number of
@@ -168,7 +168,7 @@ def read(objects: Objects) -> list[Part]:
         parts, lacking = _up_to(objects, newest)
         if lacking is None:
             return parts
-        if (newest, lacking) == before:  # nobody is at work, who might have removed it
+        if (newest, lacking) == before:  # no writer is at work that might have removed it
             raise damaged(_name(lacking), "it is missing, or does not follow the part before it")
         before = newest, lacking
     raise LedgerError(f"the copy's log changes faster than it can be read ({_TRIES} tries); stop its writer")

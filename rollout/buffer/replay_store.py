@@ -68,6 +68,7 @@ class ReplayStore:
     ) -> None:
         self._run_folder = run_folder or folder
         self._copy = copy
+        self._fetch: Callable[[Collection[int]], None] = copy.fetch if copy else lambda segments: None
         self.settings = settings
         self._total = None if total_steps is None else total_steps * settings.groups_per_step
         self.disk_space = DiskSpace(folder, settings.min_free_mib, probe)
@@ -259,7 +260,9 @@ class ReplayStore:
         sampled, under the same condition. All others are reissued: same group id and task, next attempt.
         """
         buffer = self._empty_buffer(version)
-        complete, waiting, reissue = roll_back(self._ledger.since(version), version, buffer, self._groups)
+        stored = self._ledger.since(version)
+        self._fetch({each.location.segment for each in stored if each.location is not None})
+        complete, waiting, reissue = roll_back(stored, version, buffer, self._groups)
         rewritten = self._journal.rewrite(waiting, up_to=version)
         self._ledger.rollback(version, complete, waiting, reissue, rewritten.first, new_driver)
         self._journal.adopt(rewritten)
@@ -267,6 +270,7 @@ class ReplayStore:
         self._new.forget()
         self._leases = Leases(self._ledger.evicted(), self._ledger.losses())
         self._leases.waiting, self._leases.reissue = waiting, reissue
+        self._fetch(self._needed_segments())
 
     def archive(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
         """Store rows that are not trained on (evaluations) under RUN/evaluations/NAME; a repeated call does nothing."""

@@ -74,10 +74,11 @@ class StateCopy:
 
     def fetch(self, segments: Collection[int]) -> None:
         """Bring these whole segments into the folder, if they are in the copy."""
-        for number in segments:
-            path = segment_path(self._folder / "groups", number)
-            if path.name in self._whole and not path.exists():
-                path.write_bytes(self._copies[0].get(f"groups/{path.name}"))
+        with _reaching():
+            for number in segments:
+                path = segment_path(self._folder / "groups", number)
+                if path.name in self._whole and not path.exists():
+                    path.write_bytes(self._copies[0].get(f"groups/{path.name}"))
 
     def ship(self, open_segment: int | None) -> None:
         """Return when everything done so far is in the copy. Raises Fenced; CopyUnreachable: call it again."""

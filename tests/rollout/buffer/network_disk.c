@@ -1,5 +1,5 @@
 // A library for LD_PRELOAD: files below $NETWORK_DISK behave as on a network file system.
-//   NETWORK_HOW   type: statfs says NFS | locks: they are refused | free: locks exclude nobody | memory: it is not shared
+//   NETWORK_HOW   type: statfs says NFS | locks: they are refused | free: locks do not exclude each other | memory: it is not shared
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

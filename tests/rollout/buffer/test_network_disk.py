@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 FLAWS = {
     "type": "it is on a network file system (NFS)",
     "locks": "its files cannot be locked (No locks available)",
-    "free": "a lock on its files excludes nobody",
+    "free": "a lock on its files does not exclude a second one",
     "memory": "its files cannot be shared memory (No such device)",
 }
 # Opens the run's replay buffer, plays, and is killed without a word to anybody.

@@ -215,7 +215,7 @@ def test_a_store_of_objects_keeps_the_copy_as_a_folder_does(tmp_path: Path) -> N
         MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
-def test_storage_that_excludes_nobody_is_refused_in_one_line(
+def test_storage_without_exclusive_creation_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Careless(MemoryFileSystem):  # type: ignore[misc]
