@@ -1,11 +1,13 @@
 """Faults, really injected, and what they cost. Bounded: about an hour and a half for everything.
 
-    python -m tests.faults [resumes] [real] [elastic] [matrix] [damage] [soak] [--rounds N] [--kills N] [--out FILE]
+    python -m tests.faults [resumes] [real] [elastic] [matrix] [damage] [ledger] [soak] [--rounds N] [--kills N]
+                           [--out FILE]
 
 matrix    every part x signal x moment on several raylets, --rounds times each
 resumes   --kills times kill -9 of the whole job at lag 0, each followed by a resume
 real      the worker killed, its engine killed and frozen, everything killed, with the real vLLM
 elastic   2 -> 4 -> 1 workers by `manta scale` while the run goes on
+ledger    --kills times the node of the ledger lost, with its disk, on two nodes of 8 pretended GPUs
 damage    every file of a killed run damaged, one at a time, and the run resumed; --only names files
 soak      --minutes at full rate: what each part holds in memory and open files; only when it is named
 
@@ -23,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from deploy.report.console import errors, output, write
-from tests.faults import damage, elastic, matrix, real, resumes, soak
+from tests.faults import damage, elastic, ledger, matrix, real, resumes, soak
 
-NAMES = ("resumes", "real", "elastic", "matrix", "damage")
+NAMES = ("resumes", "real", "elastic", "matrix", "damage", "ledger")
 LONG = ("soak",)
 
 
@@ -39,7 +41,9 @@ def main() -> int:
         "names", nargs="*", metavar="NAME", help=f"of: {', '.join(NAMES + LONG)}; none: all but the last"
     )
     parser.add_argument("--rounds", type=int, default=3, help="injections of each kind")
-    parser.add_argument("--kills", type=int, default=20, help="kills of the whole job")
+    parser.add_argument(
+        "--kills", type=int, default=20, help="kills of the whole job, losses of the ledger's node"
+    )
     parser.add_argument("--minutes", type=float, default=120, help="of the soak")
     parser.add_argument("--only", default="", help="kinds of the matrix, or files, whose name contains this")
     parser.add_argument("--folder", type=Path, help="keep the runs here")
@@ -82,6 +86,11 @@ def main() -> int:
             report["damage"] = asdict(damaged)
             write(output(), str(damaged))
             sound &= damaged.sound
+        if "ledger" in (asked.names or NAMES):
+            recovered = ledger.run(folder / "ledger" / "run", asked.kills, say=say)
+            report["ledger"] = asdict(recovered)
+            write(output(), str(recovered))
+            sound &= recovered.sound
         if "soak" in asked.names:
             soaked = soak.run(folder / "soak", asked.minutes, say=say)
             report["soak"] = asdict(soaked)

@@ -22,7 +22,7 @@ from typing import Any
 
 from tests.faults.run import Accounts, Driver, accounts, children, command_of, until
 
-KILL, STOP = signal.SIGKILL, signal.SIGSTOP
+KILL, STOP, TERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM  # TERM: the notice of a preemption
 GROUPS_PER_STEP = 4
 RECOVERY_SECONDS = 180.0
 FROZEN_SECONDS = 4.0
@@ -64,7 +64,8 @@ class Kind:
 
 PARTS = ("rollout", "environment", "replay buffer", "learner", "rank", "driver", "node")
 MOMENTS = ("random", "sync", "checkpoint")
-KINDS = tuple(Kind(*each) for each in itertools.product(PARTS, (KILL, STOP), MOMENTS))
+NOTICES = tuple(Kind("rollout", TERM, moment) for moment in MOMENTS)
+KINDS = tuple(Kind(*each) for each in itertools.product(PARTS, (KILL, STOP), MOMENTS)) + NOTICES
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ class Outcome:
 
 
 class Raylets:
-    """A head and some worker nodes, all on this machine."""
+    """A head and some worker nodes, all on this machine. has: what each worker node has beside one CPU."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, **has: Any) -> None:
         from ray.cluster_utils import Cluster
 
         health = {
@@ -93,6 +94,7 @@ class Raylets:
             initialize_head=True,
             head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": health},
         )
+        self._has = has
         self._nodes = [self._add() for _ in range(workers)]
 
     @property
@@ -100,7 +102,7 @@ class Raylets:
         return str(self._cluster.address)
 
     def _add(self) -> Any:
-        return self._cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        return self._cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20, **self._has)
 
     def has(self, node: str) -> bool:
         """Whether this is one of the worker nodes."""
@@ -289,14 +291,14 @@ def run(
     return outcomes, accounts(driver, GROUPS_PER_STEP), status
 
 
-def finish(driver: Driver) -> int:
+def finish(driver: Driver, seconds: float = RECOVERY_SECONDS) -> int:
     """Let the stopped run go on to an end that is near, so that nothing is left in flight."""
     stored = driver.folder / "config.json"
     config = json.loads(stored.read_text(encoding="utf-8"))
     config["steps"] = max(row["version"] for row in driver.consumed()) + 10
     stored.write_text(json.dumps(config), encoding="utf-8")
     driver.start(stored=True)
-    return driver.wait(RECOVERY_SECONDS)
+    return driver.wait(seconds)
 
 
 def table(outcomes: Sequence[Outcome]) -> list[str]:

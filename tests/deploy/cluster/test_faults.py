@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from deploy.cluster.janitor import GRACE_SECONDS, TAG
-from tests.faults import matrix, resumes
-from tests.faults.matrix import KILL, STOP, Kind
+from tests.faults import ledger, matrix, resumes
+from tests.faults.matrix import KILL, STOP, TERM, Kind
 from tests.faults.run import Driver, until
 
 pytestmark = pytest.mark.slow
@@ -29,6 +29,7 @@ def test_the_whole_job_killed_again_and_again_ends_where_the_uninterrupted_one_d
 @pytest.mark.rare  # the whole of it: make faults ARGS=matrix
 def test_parts_that_die_or_freeze_lose_nothing(tmp_path: Path) -> None:
     kinds = [
+        Kind("rollout", TERM, "random"),
         Kind("rollout", STOP, "sync"),
         Kind("replay buffer", KILL, "random"),
         Kind("learner", KILL, "checkpoint"),
@@ -36,8 +37,16 @@ def test_parts_that_die_or_freeze_lose_nothing(tmp_path: Path) -> None:
     # One rank: a lost one of several is test_ring_ranks's matter, and starting them is most of the time.
     outcomes, books, status = matrix.run(tmp_path / "run", kinds, overrides=["learner.ranks=1"])
     assert [outcome.error for outcome in outcomes] == [""] * len(kinds)
+    assert outcomes[0].tokens_again == 0, "a worker that is told beforehand leaves no turn behind"
     assert books.sound, books
     assert status == 0
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("losses", [1, pytest.param(20, marks=[pytest.mark.rare, pytest.mark.timeout(3600)])])
+def test_the_node_of_the_ledger_lost_with_its_disk_loses_nothing(losses: int, tmp_path: Path) -> None:
+    result = ledger.run(tmp_path / "run", losses)
+    assert result.sound, result
 
 
 def _tagged(folder: Path) -> list[int]:
