@@ -26,7 +26,8 @@ class BufferPart:
     """The replay buffer's actor: Ray restarts it (max_restarts) and repeats its pending calls (max_task_retries).
 
     cluster: has the limit for an answer, and the resources that its node must have. noticed: receives the actor's
-    notices. `lost` fails with PartFailed when Ray cannot restart it.
+    notices. note: called with the process and the error of every loss. `lost` fails with PartFailed when Ray cannot
+    restart it.
     """
 
     def __init__(
@@ -36,8 +37,9 @@ class BufferPart:
         cluster: ClusterSettings,
         say: Callable[[str], None],
         noticed: Noticed,
+        note: Callable[[ProcessInfo | None, BaseException], None],
     ) -> None:
-        self._settings, self._say, self._noticed = supervision, say, noticed
+        self._settings, self._say, self._noticed, self._note = supervision, say, noticed, note
         self._seconds = cluster.start_timeout_seconds
         self.where: ProcessInfo | None = None
         self.lost = loss_to_come()
@@ -70,6 +72,7 @@ class BufferPart:
                     await self.within(notices.remote(), self._settings.heartbeat_timeout_seconds),
                 )
                 if where != self.where:  # it died and came back between two heartbeats
+                    self._note(self.where, PartLost("it came back between two heartbeats"))
                     self.where = where
                     self._say(f"the replay buffer was lost and has restarted from disk ({place(where)})")
             except (PartLost, RayActorError) as error:
@@ -81,6 +84,7 @@ class BufferPart:
     async def _is_back(self, loss: Exception) -> bool:
         """Wait until Ray has restarted the actor; beyond max_restarts, or without an answer, the run stops."""
         self._say(f"the replay buffer is lost ({brief(loss)}); it restarts from disk")
+        self._note(self.where, loss)
         try:
             await self.find()
         except (PartLost, RayActorError) as error:

@@ -43,7 +43,7 @@ from deploy.cluster.native import NOTHING, native_publisher
 from deploy.cluster.step_ahead import StepAhead
 from deploy.cluster.watchdog import Watchdog
 from deploy.config.config import RunConfig
-from deploy.config.supervise import Budget, PartLost, brief, within
+from deploy.config.supervise import Budget, PartLost, brief, note_loss, within
 from deploy.report.noticed import Noticed
 from deploy.report.phases import Startup
 from learner.parallel.ranks import RankLost
@@ -98,7 +98,8 @@ class RayRuntime:
         self._learner_lost = loss_to_come()
         self._engines = EngineGroups(config)
         build = replay_buffer_builder(config, self.run_folder)
-        self._buffer = BufferPart(build, supervision, config.cluster, self._say, self._noticed)
+        note = partial(note_loss, self.run_folder, "replay buffer")
+        self._buffer = BufferPart(build, supervision, config.cluster, self._say, self._noticed, note)
         found = asyncio.create_task(self._find_buffer())
         self._hearts = [found]
         self._fleet = Fleet(
