@@ -37,6 +37,7 @@ def require_consistent(config: RunConfig) -> None:
         _uniform_groups,
         _discount,
         _replay,
+        _routers,
         _ranks,
         _updates,
         _critic,
@@ -204,6 +205,13 @@ def _replay(config: RunConfig) -> None:
 
 
 # Optimization ------------------------------------------------------------------------------------------------------
+
+
+def _routers(config: RunConfig) -> None:
+    if config.tiny is not None and config.learner.model.router_balance:
+        raise ValueError(
+            "learner.model.router_balance is for a mixture of experts, which a tiny model is not; use 0"
+        )
 
 
 def _ranks(config: RunConfig) -> None:

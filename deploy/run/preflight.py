@@ -31,6 +31,7 @@ from envs.child_process import find_program
 from envs.hosting.host import HostSettings
 from envs.tools.tool import ToolRefused
 from learner.model.lora import planned
+from learner.model.router_balance import require_routers
 from learner.model.tiny import build_tiny
 from learner.model.tiny_vision import tiny_processor
 from learner.stages.settings import (
@@ -91,7 +92,7 @@ class Preflight:
         if path and (self._model or self._architecture is not None):
             yield lambda: check_trainable(path, self.architecture)
             yield lambda: check_context(path, config.rollout.context_tokens, self.architecture)
-            yield lambda: check_divided(config, self.architecture)
+            yield lambda: check_architecture(config, self.architecture)
         if self._model:
             yield lambda: self.chat
             if self._data:
@@ -282,18 +283,18 @@ def check_context(path: str, context_tokens: int, architecture: PretrainedConfig
             f"model {path}: its family {config.model_type} states no max_position_embeddings, so it is unknown whether "
             f"rollout.context_tokens={context_tokens} fits; choose a pure attention model"
         )
-    positions = config.max_position_embeddings
-    if positions < context_tokens:
+    if (positions := config.max_position_embeddings) < context_tokens:
         raise ConfigError(
             f"model {path} has {positions} positions, but rollout.context_tokens={context_tokens} "
             "(manta eval: --context-tokens); lower it"
         )
 
 
-def check_divided(config: RunConfig, architecture: PretrainedConfig) -> None:
-    """Require a model that the engine's parallel sizes divide."""
+def check_architecture(config: RunConfig, architecture: PretrainedConfig) -> None:
+    """Require a model that the engine's parallel sizes divide, and routers if their balance is learned."""
     try:
         require_divisible(config, architecture)
+        require_routers(architecture, config.learner.model)
     except ValueError as error:
         raise ConfigError(f"model {config.learner.model.path}: {error}") from error
 

@@ -180,6 +180,7 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
             "prefers groups whose rewards differ",
         ),
         (["learner.ranks=33"], "have at least as many groups as ranks"),
+        (["learner.model.router_balance=0.1"], "is for a mixture of experts"),
         (["learner.ranks=2", "learner.sharded_over=3"], "does not divide learner.ranks=2"),
         (
             ["algorithm=ppo", "learner.ranks=2", "learner.model.lora.rank=4"],

@@ -8,10 +8,10 @@ import pytest
 from transformers import AutoConfig
 
 from deploy.config.config_errors import ConfigError
-from deploy.run.preflight import check_divided
+from deploy.run.preflight import check_architecture
 from rollout.engines.vllm_start import VllmSettings
 from tests.deploy.small_run import configured
-from tests.qwen3 import QWEN3_8B
+from tests.qwen3 import QWEN3_8B, QWEN3_30B_A3B
 
 IPC = ("weights.transfer=ipc", "rollout.gpus_per_worker=0.5", "learner.model.device=cuda")
 EXPERTS = (
@@ -67,11 +67,11 @@ def test_a_model_that_is_not_divided_evenly_is_refused(
     config = configured("tiny=", f"learner.model.path={tmp_path}", *overrides)
     if named:
         with pytest.raises(ConfigError, match=f"^model {tmp_path}: .*{named}"):
-            check_divided(config, architecture)
+            check_architecture(config, architecture)
     else:
-        check_divided(config, architecture)
+        check_architecture(config, architecture)
     mixture = AutoConfig.for_model("qwen3_moe")
-    check_divided(
+    check_architecture(
         configured("tiny=", f"learner.model.path={tmp_path}", "engine.expert_parallel=true"), mixture
     )
 
@@ -119,3 +119,10 @@ def test_how_much_coarser_an_engine_rounds_is_two_to_the_bits_of_precision_that_
 ) -> None:
     # bfloat16 has 8 bits of precision, e4m3 has 4, e2m1 has 2.
     assert VllmSettings(args=args).coarseness == coarseness
+
+
+def test_a_balance_of_routers_needs_routers() -> None:
+    config = configured("tiny=", "learner.model.path=mixture", "learner.model.router_balance=0.001")
+    check_architecture(config, AutoConfig.for_model(**QWEN3_30B_A3B.config()))
+    with pytest.raises(ConfigError, match=r"has no routers of experts .*router_balance=0$"):
+        check_architecture(config, AutoConfig.for_model(**QWEN3_8B.config()))
