@@ -22,7 +22,7 @@ import struct
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, Self
 
@@ -55,21 +55,23 @@ class Part:
     snapshot: int | None
     before: str  # checksum of the part before; empty for the first
     facts: dict[str, Any]
-    body: bytes
+    body: bytes = b""  # of one that was read
     checksum: str = ""
 
-    def encoded(self) -> bytes:
-        """Its bytes: magic, length of the header, header as JSON, body, checksum of all of that."""
-        fields = {
-            name: getattr(self, name) for name in ("number", "kind", "writer", "snapshot", "before", "facts")
-        }
-        header = json.dumps({"version": VERSION} | fields).encode()
-        told = b"".join((_MAGIC, _LENGTH.pack(len(header)), header, self.body))
-        return told + blake3(told).digest(length=_CHECKSUM_BYTES)
+    def sealed(self, *bodies: bytes) -> tuple[Self, bytes]:
+        """Itself with its checksum, and its bytes: magic, length of the header, header as JSON, bodies, checksum."""
+        fields = ("number", "kind", "writer", "snapshot", "before", "facts")
+        header = json.dumps({"version": VERSION} | {name: getattr(self, name) for name in fields}).encode()
+        begin = b"".join((_MAGIC, _LENGTH.pack(len(header)), header))
+        hasher = blake3()
+        for each in (begin, *bodies):
+            hasher.update(each)
+        digest = hasher.digest(length=_CHECKSUM_BYTES)
+        return replace(self, checksum=digest.hex()), b"".join((begin, *bodies, digest))
 
     @classmethod
     def decoded(cls, data: bytes, name: str) -> Self:
-        """Raises LedgerError for other bytes than `encoded` made."""
+        """Read its bytes. Raises LedgerError for others than `sealed` made."""
         told, digest = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
         if not told.startswith(_MAGIC) or blake3(told).digest(length=_CHECKSUM_BYTES) != digest:
             raise damaged(name, "its checksum does not match")
@@ -101,7 +103,7 @@ class PartLog:
             parts = read(objects)
             number = parts[-1].number + 1 if parts else 0
             snapshot, before = (parts[-1].snapshot, parts[-1].checksum) if parts else (None, "")
-            made, data = _sealed(Part(number, "claim", writer, snapshot, before, {}, b""))
+            made, data = Part(number, "claim", writer, snapshot, before, {}).sealed()
             if _create(objects, number, data) and max(_numbers(objects), default=-1) <= number:
                 log = cls(objects, writer, [*parts, made])
                 log._remove_leftovers()
@@ -115,14 +117,15 @@ class PartLog:
         """Whether the outcome of every part is known."""
         return self._unsure is None
 
-    def append(self, kind: Kind, facts: dict[str, Any], body: bytes) -> None:
+    def append(self, kind: Kind, facts: dict[str, Any], *bodies: bytes) -> None:
         """Append a part; it is durable on return. Raises Fenced.
 
         After another OSError its outcome is unknown: call `settle` until it returns, before anything else.
         """
         number = self._last.number + 1
         snapshot = number if kind == "snapshot" else self._last.snapshot
-        self._unsure = _sealed(Part(number, kind, self._writer, snapshot, self._last.checksum, facts, body))
+        part = Part(number, kind, self._writer, snapshot, self._last.checksum, facts)
+        self._unsure = part.sealed(*bodies)
         self.settle()
 
     def settle(self) -> None:
@@ -198,11 +201,6 @@ def _up_to(objects: Objects, newest: int) -> tuple[list[Part], int | None]:
     begin = next((at for at, part in enumerate(parts) if part.number == parts[-1].snapshot), 0)
     wrong = (other.number for one, other in pairwise(parts) if other.before != one.checksum)
     return parts[begin:], next(wrong, None)
-
-
-def _sealed(part: Part) -> tuple[Part, bytes]:
-    data = part.encoded()
-    return Part.decoded(data, _name(part.number)), data
 
 
 def _create(objects: Objects, number: int, data: bytes) -> bool:

@@ -123,7 +123,7 @@ class StateCopy:
         removed = sorted(self._shipped.keys() - sizes.keys())
         facts = {"statements": len(told), "files": files, "removed": removed, "digest": _digest(self._db)}
         self._under_way = _Shipment(sizes, len(self._recorded))
-        self._log.append("changes", facts, b"".join(bodies))
+        self._log.append("changes", facts, *bodies)
         self._parts, self._bytes = self._parts + 1, self._bytes + sum(map(len, bodies))
         self._settle()
 
@@ -135,7 +135,7 @@ class StateCopy:
         bodies = [ledger, *(_read(self._folder / name, 0, size) for name, size in sizes.items())]
         facts = {"ledger": len(ledger), "files": files, "digest": _digest(self._db)}
         self._under_way = _Shipment(sizes, len(self._recorded))
-        self._log.append("snapshot", facts, b"".join(bodies))
+        self._log.append("snapshot", facts, *bodies)
         self._settle()
         self._parts, self._bytes, self._started = 0, 0, True
         # Readers may be on other hosts, where a log of the ledger that is in use would be of no help.

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from deploy.assembly.build import replay_buffer_builder
 from deploy.config.config_errors import ConfigError
 from deploy.config.load import moved
 from deploy.run.drive import _check_buffer
+from deploy.run.local import LocalRuntime
+from rollout.buffer.part_log import Fenced
 from rollout.buffer.state_copy import StateCopy
 from tests.deploy.small_run import (
+    Row,
     Stopped,
     assert_balanced,
     configured,
@@ -49,6 +54,27 @@ def test_a_run_that_loses_its_disk_ends_where_the_undisturbed_one_does(
 
     assert played(copied) == played(reference)
     assert not list((tmp_path / "there").iterdir())  # a run that ended leaves nothing on its disk
+
+
+def test_a_run_that_is_started_a_second_time_stops_with_one_line_and_the_second_goes_on(
+    tmp_path: Path,
+) -> None:
+    config = configured("buffer.copy_to=run", f"buffer.local_dir={tmp_path / 'local'}")
+    folder = tmp_path / "run"
+
+    class Superseded(LocalRuntime):
+        async def step(self, number: int, *arguments: Any, **named: Any) -> Row:
+            row = await super().step(number, *arguments, **named)
+            if number == 2:  # another driver, on a host that does not see the lock of this one
+                await replay_buffer_builder(config, folder)().close()
+            return row
+
+    with pytest.raises(
+        Fenced, match=r"^another replay buffer has taken over this run \(pid .*stop one of the two runs$"
+    ):
+        train(config, folder, ring_type=Superseded)
+    train(config, folder, resume=True)
+    assert_balanced(folder, config)
 
 
 def test_a_replay_buffer_that_may_be_placed_anywhere_needs_a_copy(tmp_path: Path) -> None:
