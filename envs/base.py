@@ -12,6 +12,7 @@ which the model does not see:
     reset_context  true: the context is cleared, and a new segment begins with these messages
     continue_turn  true: the content is appended to the agent's last turn, which continues from there
     max_tokens     upper bound on the tokens of the next turn, within the limit of the recipe
+    opponent       true: the other seat of a game is to move, which another policy of the run plays
 
 Keys of `info` that Manta reads:
 
@@ -46,7 +47,7 @@ Info = dict[str, Any]
 Split = Literal["all", "train", "heldout"]
 Instance = TypeVar("Instance")
 
-DIRECTIONS = ("tools", "reset_context", "continue_turn", "max_tokens")
+DIRECTIONS = ("tools", "reset_context", "continue_turn", "max_tokens", "opponent")
 RENAMED_DIRECTIONS = {"forget": "reset_context", "go_on": "continue_turn"}  # refused with the new name
 _END_KEYS = ("terminated", "truncated", "success", "malformed")  # of `ended` in an info
 HELD_OUT = 8  # one of this many instances is held out
@@ -68,6 +69,11 @@ def messages_of(observation: Observation) -> list[Message]:
     for old in RENAMED_DIRECTIONS.keys() & observation[0].keys():
         raise ValueError(f"the key {old!r} of a message is called {RENAMED_DIRECTIONS[old]!r} now")
     return [dict(message) for message in observation]
+
+
+def for_opponent(text: str) -> list[Message]:
+    """An observation of the seat that another policy of the run plays."""
+    return [{"role": "user", "content": text, "opponent": True}]
 
 
 def as_number(value: Any, what: str) -> float:

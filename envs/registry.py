@@ -56,6 +56,7 @@ _OURS: dict[str, str | _Factory] = {
     "dataset": "envs.datasets.dataset:Dataset",
     "frozen_lake": "envs.builtin.frozen_lake:FrozenLake",
     "household": "envs.builtin.household:Household",
+    "locks": "envs.builtin.locks:Locks",
     "memory_corridor": "envs.builtin.memory_corridor:MemoryCorridor",
     "patches": "envs.builtin.patches:Patches",
     "personal": "envs.builtin.personal:Personal",
@@ -69,7 +70,9 @@ _PLAYERS = {  # every module of envs.builtin has one
     if isinstance(entry, str) and entry.startswith("envs.builtin.")
 }
 # A step takes microseconds and waits for nothing: waking another thread for it would take longer.
-_IMMEDIATE = frozenset({"frozen_lake", "household", "memory_corridor", "personal", "twenty_questions"})
+_IMMEDIATE = frozenset(
+    {"frozen_lake", "household", "locks", "memory_corridor", "personal", "twenty_questions"}
+)
 
 
 def register(env_id: str, factory: _Factory) -> None:

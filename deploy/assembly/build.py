@@ -32,6 +32,7 @@ from rollout.chat.end_tokens import end_tokens
 from rollout.chat.perception import Perception
 from rollout.engines.engine import Engine, EngineStart, Sampling, derive_seed
 from rollout.episodes.mixture import TaskMixture
+from rollout.episodes.opponents import Opponents
 from rollout.episodes.pool import EnvironmentPool, Hosting, Start
 from rollout.episodes.tasks import TaskStream
 from rollout.episodes.worker import GroupBuffer, Player, RolloutWorker
@@ -250,6 +251,7 @@ async def start_engine(config: RunConfig, name: str, path: str) -> Engine:
             adapter=sent_adapter(config, path),
             perception=perception,
             trust_remote_code=trusted,
+            policy=config.policy,
         )
     )
 
@@ -263,32 +265,46 @@ def replica_start(*hosts: HostSettings) -> Start:
     return RemoteEnv.start
 
 
-async def build_worker(
-    config: RunConfig, path: str, engine_factory: EngineFactory, name: str, replay_buffer: GroupBuffer
-) -> RolloutWorker:
-    """Start an engine and build the rollout worker over it. path: the model's, as `model_path` returns it."""
-    folder = fetch(path)
-    engine = await engine_factory(config, name, folder)
-    chat = load_chat(folder, config.rollout.context_tokens, config.learner.model.trust_remote_code)
+def agents_of(config: RunConfig, engine: Engine, chat: Chat) -> tuple[dict[EnvironmentKey, Player], Agent]:
+    """Who plays a run's environments on an engine, and who plays all others. All share the engine's clock."""
     clock = BusyClock()
 
     def agent(sampling: Sampling, settings: AgentSettings) -> Agent:
         return Agent(engine, chat, sampling, config.rollout.context_tokens, settings, clock)
 
-    hosting: dict[EnvironmentKey, Hosting] = {}
     players: dict[EnvironmentKey, Player] = {}
     for each in all_environments(config):
-        hosting |= dict.fromkeys(each.keys, Hosting(each.host, each.agent.parts, each.reward))
         players |= dict.fromkeys(each.keys, Player(agent(each.sampling, each.agent), each.limits))
+    return players, agent(config.sampling, config.agent)
+
+
+async def build_worker(
+    config: RunConfig,
+    path: str,
+    engine_factory: EngineFactory,
+    name: str,
+    replay_buffer: GroupBuffer,
+    opponents: Opponents | None = None,
+) -> RolloutWorker:
+    """Start an engine and build the rollout worker over it. path: the model's, as `model_path` returns it."""
+    folder = fetch(path)
+    engine = await engine_factory(config, name, folder)
+    chat = load_chat(folder, config.rollout.context_tokens, config.learner.model.trust_remote_code)
+    players, usual = agents_of(config, engine, chat)
+    hosting: dict[EnvironmentKey, Hosting] = {}
+    for each in all_environments(config):
+        hosting |= dict.fromkeys(each.keys, Hosting(each.host, each.agent.parts, each.reward))
     start = replica_start(*(each.host for each in config.environments))
     pool = EnvironmentPool(parts=config.agent.parts, start=start, chat=chat, hosting=hosting)
-    usual = agent(config.sampling, config.agent)
+    settings, seed = config.rollout, config.seed
     return RolloutWorker(
-        name, engine, usual, replay_buffer, config.rollout, config.seed, pool, players, config.policy
+        name, engine, usual, replay_buffer, settings, seed, pool, players, config.policy, opponents
     )
 
 
-def replay_buffer_builder(config: RunConfig, run_folder: Path) -> Callable[[], ReplayBuffer]:
+def replay_buffer_builder(
+    config: RunConfig, run_folder: Path, owner: Owner | None = None
+) -> Callable[[], ReplayBuffer]:
     """A function that opens the run's replay buffer from its ledger and segments on disk, or from their copy.
 
     It holds no configuration, so that a process that unpickles it does not import torch. LedgerError if the run folder
@@ -296,4 +312,4 @@ def replay_buffer_builder(config: RunConfig, run_folder: Path) -> Callable[[], R
     """
     copy = copy_of(run_folder, config.buffer.copy_to)
     over = partial(ReplayBuffer.over, run_folder, training_tasks(config), config.buffer, config.steps)
-    return partial(over, config.seed, Owner(config.policy), copy)
+    return partial(over, config.seed, owner or Owner(config.policy), copy)

@@ -95,7 +95,7 @@ class _Page:
         explained = table_.get("description", "").partition("\n\n")[0]
         if explained and ("kind" in table_["properties"] or not about):
             yield f"{prose(sentence(explained))}\n\n"
-        defaults = _defaults(table_, usual)
+        defaults = _defaults(table_, usual or None)  # a table of names is empty: the defaults are the class's
         if id(table_) in self.written:
             yield from self._as_before(table_, defaults)
             return
@@ -136,6 +136,8 @@ class _Page:
             return "not set"
         if not self.classes(option):
             return code(value_text(value))
+        if value == {} and _named(option):
+            return code("{}")
         if isinstance(value, list):
             return "below" if value else code("[]")
         return f"kind {code(value['kind'])}" if "kind" in value else ""
@@ -143,7 +145,7 @@ class _Page:
     def _type(self, node: Schema) -> str:
         """The type of an option's value with its bounds."""
         if self.classes(node):
-            return "list of tables" if _is_list(node) else "section"
+            return "tables by name" if _named(node) else "list of tables" if _is_list(node) else "section"
         if "const" in node:
             return code(value_text(node["const"]))
         if "enum" in node:
@@ -167,6 +169,7 @@ class _Page:
         inner = [*node.get("oneOf", ()), *node.get("anyOf", ())]
         if isinstance(node.get("items"), dict):
             inner.append(node["items"])
+        inner += _named(node)
         return [each for one in inner for each in self.classes(one)]
 
 
@@ -205,6 +208,11 @@ def _short(entry: Schema, by_kind: dict[str, Schema]) -> Schema:
 
 def _is_list(node: Schema) -> bool:
     return node.get("type") == "array" or any(map(_is_list, node.get("anyOf", ())))
+
+
+def _named(node: Schema) -> list[Schema]:
+    """The values of a table whose keys are names of the user's own; empty for others."""
+    return list(node.get("patternProperties", {}).values())
 
 
 def _listed(node: Schema) -> str:

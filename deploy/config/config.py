@@ -16,12 +16,14 @@ from deploy.config.environments import (
 )
 from deploy.config.evaluation import EvaluationSettings
 from deploy.config.guards import DEFAULTS, Guard
+from deploy.config.policy_settings import PolicySettings
 from deploy.config.supervise import SupervisionSettings
 from deploy.config.trackers import OwnTracker
 from envs.hosting.host import CustomResources
 from learner.settings import LearnerSettings
 from learner.stages.settings import AnyStage
 from rollout.agents.agent import AgentSettings
+from rollout.buffer.league import LeagueSettings
 from rollout.buffer.replay_store import BufferSettings
 from rollout.engines.engine import Sampling
 from rollout.engines.settings import EngineSettings
@@ -226,6 +228,14 @@ class RunConfig(Settings):
         DEFAULTS,
         description="bounds on metrics; a guard warns or stops the run when its metric is out of bounds. A "
         "guard here replaces the default for its metric",
+    )
+    policies: dict[Annotated[str, Field(pattern=NAME)], PolicySettings] = Field(
+        default_factory=dict,
+        description="policies that learn at once, by their names; none: the run trains one policy",
+    )
+    league: LeagueSettings | None = Field(
+        None,
+        description="past versions of the run's policies as opponents in games; not set: policies do not meet",
     )
     envs: tuple[NamedEnvSettings, ...] = Field(
         (), description="environments that are trained on at once, in place of env; each group plays one"

@@ -13,6 +13,7 @@ from deploy.config import suites
 from deploy.config.derived import longest_episode
 from deploy.config.engine_checks import require_engine
 from deploy.config.guards import DEFAULTS
+from deploy.config.policies import require_policies
 from learner.algorithm.algorithm import TurnCriticSettings
 from learner.algorithm.corrections import LagMask
 from learner.algorithm.estimators import ReinforceAdvantage
@@ -47,6 +48,7 @@ def require_consistent(config: RunConfig) -> None:
         _overlong,
         _guards,
         require_engine,
+        require_policies,
     ):
         check(config)
 

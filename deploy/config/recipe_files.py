@@ -58,7 +58,7 @@ def with_algorithm(tree: Nested, name: str, source: str) -> Nested:
         )
     for option in OF_ALGORITHM:
         tree = _without(tree, option)
-    return _merged(tree, tomllib.loads(presets[name].read_text(encoding="utf-8")))
+    return merged(tree, tomllib.loads(presets[name].read_text(encoding="utf-8")))
 
 
 def first_line(name: str, *, algorithm: bool = False) -> str:
@@ -110,7 +110,7 @@ def _over(base: Nested, layer: Nested, name: str) -> Nested:
         tree = _without(tree, option)
     if isinstance(own.get("algorithm"), str):
         tree = with_algorithm(tree, own.pop("algorithm"), f"recipe {name}")
-    return _merged(tree, own)
+    return merged(tree, own)
 
 
 def _cleared(said: Any, name: str) -> Sequence[str]:
@@ -121,7 +121,7 @@ def _cleared(said: Any, name: str) -> Sequence[str]:
     )
 
 
-def _merged(base: Nested, changes: Nested) -> Nested:
+def merged(base: Nested, changes: Nested) -> Nested:
     """Merge sections of both trees; a section with another `kind` or `id` is replaced."""
     return base | {name: _replaced(base.get(name), value) for name, value in changes.items()}
 
@@ -130,7 +130,7 @@ def _replaced(old: Any, new: Any) -> Any:
     """The value of an option or a section that both trees may have."""
     if isinstance(old, dict) and isinstance(new, dict):
         other = any(key in new and new[key] != old.get(key) for key in ("kind", "id"))
-        return new if other else _merged(old, new)
+        return new if other else merged(old, new)
     if isinstance(old, list) and isinstance(new, dict) and new.keys() <= set(map(str, range(len(old)))):
         return [_replaced(entry, new.get(str(place), entry)) for place, entry in enumerate(old)]
     return new

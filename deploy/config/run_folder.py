@@ -12,6 +12,7 @@ RUN/driver.lock, roster.json, wanted.json                the driver's process, t
 RUN/notices.log       warnings of all parts, a line each RUN/labels/     what people said of its episodes
 RUN/failure.log       the traceback of the failure that ended the run: of an episode, or of a user's own part
 RUN/state.json, losses.jsonl, driver.log                 the driver's last word, losses of parts, its console
+RUN/versions/         versions that may be met as opponents  RUN/policies/    such a folder for each of several policies
 RUN/sessions.json     the time of each session: a run that was stopped and resumed has several
 """
 

@@ -21,6 +21,7 @@ from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.environments import Environment, environment_named
 from deploy.config.own_parts import own_parts
+from deploy.config.policies import configurations, is_several
 from deploy.config.suites import all_environments
 from envs import registry
 from rollout.agents.settings import PartSettings
@@ -45,6 +46,8 @@ def executed(config: RunConfig) -> list[str]:
     cluster, whose nodes execute code of one another; the code of a model's repository. Each entry has all arguments.
     Nothing is imported.
     """
+    if is_several(config):
+        return [*_once(entry for own in configurations(config).values() for entry in executed(own))]
     environments = all_environments(config)
     return [
         *_once(entry for each in environments for entry in _environment(each)),

@@ -64,12 +64,19 @@ class Phase:
 class Progress:
     """The display of one run. All methods are called from the driver's thread.
 
-    Without a terminal a second thread prints the current activity after PLAIN_SECONDS without a line. log: a file that
-    gets every plain line, with or without a terminal.
+    prefix: begins the lines of one of several that share a console; there is no live display then. Without a terminal
+    a second thread prints the current activity after PLAIN_SECONDS without a line. log: a file that gets every plain
+    line, with or without a terminal.
     """
 
     def __init__(
-        self, total_steps: int, title: str, console: Console | None = None, log: Path | None = None
+        self,
+        total_steps: int,
+        title: str,
+        console: Console | None = None,
+        log: Path | None = None,
+        *,
+        prefix: str = "",
     ) -> None:
         self._console = console or door.output()
         self._log = log
@@ -79,7 +86,9 @@ class Progress:
         self._began = time.monotonic()
         self.bars = Bars(self._console)
         self._steps_bar: int | None = None
-        self._live = LiveDisplay(self._console, self._parts) if self._console.is_terminal else None
+        self._prefix = prefix and f"{prefix}: "
+        live = self._console.is_terminal and not prefix
+        self._live = LiveDisplay(self._console, self._parts) if live else None
         self.doing = "starting"
         self._said = self._began  # when the last plain line was written
         self._over = threading.Event()
@@ -138,7 +147,7 @@ class Progress:
 
     def plain_line(self, text: str) -> None:
         """Print a line with the run's clock, unless there is a live display; the log gets it in any case."""
-        line = f"[{time.monotonic() - self._began:7.1f} s] {text.rstrip()}"
+        line = f"[{time.monotonic() - self._began:7.1f} s] {self._prefix}{text.rstrip()}"
         if self._log is not None:
             # A full disk pauses a run and does not end it.
             with suppress(OSError), self._log.open("a", encoding="utf-8", errors="backslashreplace") as log:

@@ -24,6 +24,7 @@ from deploy.cluster.janitor import (
 from deploy.config import run_folder
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
+from deploy.config.policies import configurations, is_several
 from deploy.config.supervise import PartFailed, PartLost
 from deploy.report.console import Console, errors, write
 from deploy.report.phases import Phases, Startup
@@ -31,6 +32,7 @@ from deploy.report.progress import Progress
 from deploy.run.failure_log import failures_kept_in
 from deploy.run.finished import print_outcome
 from deploy.run.interrupt import INTERRUPTED, Stopped, interruptible
+from deploy.run.several import folder_of_policy, train_several
 from deploy.run.state import DRIVER_LOG, Recorded
 from deploy.run.train import Training
 from learner.training.checkpoint import newest_version
@@ -72,6 +74,7 @@ def run(asked: Drive) -> dict[str, Any]:
     """
     config, folder, resume, startup = asked.config, asked.folder, asked.resume, asked.startup
     local = asked.local or config.replay is not None
+    _require_whole(config, local)
     alone = local or not config.cluster.joins  # nothing of the run is on another machine
     run_folder.make(folder)
     with driving(folder), run_folder.removed_unless_begun(folder):
@@ -109,7 +112,11 @@ def _logs_kept(folder: Path, alone: bool) -> AbstractContextManager[None]:
 
 
 def _check_buffer(config: RunConfig, folder: Path, resume: bool) -> None:
-    check_state(folder, config.buffer, newest_version(folder) if resume else None)
+    """Check the state of the replay buffer of each policy."""
+    for name, own in configurations(config).items():
+        place = folder_of_policy(folder, name) if is_several(config) else folder
+        if place.is_dir():
+            check_state(place, own.buffer, newest_version(place) if resume else None)
     if config.cluster.buffer_resources and not copy_of(folder, config.buffer.copy_to):
         raise ConfigError(
             f"cluster.buffer_resources may place the replay buffer on another node, but {folder} has its state without "
@@ -126,6 +133,18 @@ def _connect(config: RunConfig, alone: bool, temporary: Path | None) -> None:
     require_capacity(config)
 
 
+def _require_whole(config: RunConfig, local: bool) -> None:
+    """Refuse what several policies and leagues cannot do."""
+    if config.policy in config.policies:
+        raise ConfigError(
+            f"policy {config.policy!r} is one of several: train them together, or go on with the run of all of them"
+        )
+    if not local and (config.league is not None or config.policies):
+        raise ConfigError(
+            "a recipe with the sections league or policies is trained in one process: add --local (local=True)"
+        )
+
+
 def _require_unchanged(folder: Path, resume: bool, stored: RunConfig | None) -> None:
     """What was looked at before the folder was ours is still so."""
     if not resume and run_folder.exists(folder):
@@ -136,6 +155,8 @@ def _require_unchanged(folder: Path, resume: bool, stored: RunConfig | None) -> 
 
 def _train(asked: Drive, local: bool, phases: Phases) -> dict[str, Any]:
     config, folder, startup = asked.config, asked.folder, asked.startup
+    if is_several(config):
+        return asyncio.run(interruptible(train_several(config, folder, asked.console, asked.resume, phases)))
     title = f"{config.name}  {folder}"
     with Progress(config.steps, title, asked.console, folder / DRIVER_LOG) as progress:
         ring: Runtime

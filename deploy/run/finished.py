@@ -18,7 +18,9 @@ SUMMARY = "summary.json"
 def told_finished(config: RunConfig, folder: Path, console: Console) -> bool:
     """Whether the run has nothing left to do; then its outcome is printed, and how it could go on."""
     summary = _stored(folder)
-    if summary is None or summary.get("steps") != config.steps or not (folder / "report.html").is_file():
+    reports = [folder / "policies" / name for name in config.policies] or [folder]
+    written = all((each / "report.html").is_file() for each in reports)
+    if summary is None or summary.get("steps") != config.steps or not written:
         return False
     more = f"manta train --resume {shlex.quote(str(folder))} steps={2 * config.steps}"
     write(console, f"finished already: {config.steps} of {config.steps} steps are made; to go on: {more}")
@@ -27,7 +29,15 @@ def told_finished(config: RunConfig, folder: Path, console: Console) -> bool:
 
 
 def print_outcome(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """What a run came to, in all, of each of several environments and on each suite, and where its report lies."""
+    """What a run came to, in all, of each of several environments and on each suite, and where its report lies.
+
+    Of several policies, one after the other.
+    """
+    for name, own in summary.get("policies", {}).items():
+        write(console, f"policy {name}")
+        print_outcome(own, folder / "policies" / name, console)
+    if "policies" in summary:
+        return
     parts = summary.get("environments", {}) | summary.get("suites", {})
     for of, figures in {"": summary, **parts}.items():
         for when in WHEN:

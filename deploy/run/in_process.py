@@ -10,7 +10,7 @@ from deploy.assembly.runtime import LearnerLost, Row
 from deploy.assembly.stage_data import stage_data
 from deploy.config.config import RunConfig
 from learner.training.checkpoint import newest
-from learner.training.loop import LearnerLoop, Place, Source
+from learner.training.loop import LearnerLoop, Place, Published, Source
 
 
 class LearnerHere:
@@ -27,7 +27,9 @@ class LearnerHere:
         """The folder of the base model, made and compared with its checksums once."""
         return model_path(self._config, self.run_folder)
 
-    def start_learner(self, source: Source, place: Place, resume: bool) -> int:
+    def start_learner(
+        self, source: Source, place: Place, resume: bool, published: Published | None = None
+    ) -> int:
         """Build the learner, from the run's newest checkpoint where it goes on with one; returns its version."""
         config, folder = self._config, self.run_folder
         learner = build_learner(config, self.path, teacher=teacher_path(config, folder))
@@ -37,7 +39,14 @@ class LearnerHere:
         learner.keep_advantages(folder)
         seconds, keep = config.cluster.step_timeout_seconds, config.checkpoint.keep
         self._learner = LearnerLoop(
-            learner, source, place, config.engine.dtype, seconds, keep, policy=config.policy
+            learner,
+            source,
+            place,
+            config.engine.dtype,
+            seconds,
+            keep,
+            policy=config.policy,
+            published=published,
         )
         return learner.version
 

@@ -106,6 +106,7 @@ def train(
 def _trained(config: RunConfig, folder: Path | None, local: bool, resume: bool, quiet: bool) -> Path:
     """Check the configuration, run it, and return its folder."""
     from deploy.config.config_checks import config_warnings
+    from deploy.config.policies import configurations
     from deploy.run import drive, preflight
 
     if resume:
@@ -120,7 +121,8 @@ def _trained(config: RunConfig, folder: Path | None, local: bool, resume: bool, 
         raise ConfigError(
             f"local=True uses no Ray, but cluster.address={config.cluster.address!r}; leave one away"
         )
-    preflight.check(config)
+    for own in configurations(config).values():
+        preflight.check(own)
     if not quiet:
         for doubt in config_warnings(config):
             write(errors(), f"note: {doubt}")

@@ -11,6 +11,7 @@ from deploy.config import run_folder
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.load import load_config, moved
+from deploy.config.policies import configurations
 from deploy.config.trust import executed, require_trust
 from deploy.report.console import Console, errors, write
 from deploy.report.phases import Startup, since_command
@@ -82,7 +83,8 @@ def _begin(asked: TrainRequest, console: Console) -> None:
     config = _wanted(asked)
     _require_local(config, asked)
     with startup.timed("preflight"):
-        preflight.check(config)
+        for own in configurations(config).values():
+            preflight.check(own)
     for doubt in config_warnings(config):
         write(errors(), f"note: {doubt}")
     parent = asked.run_dir.parent if asked.run_dir else asked.output_dir or RUNS

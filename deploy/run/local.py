@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from deploy.assembly.build import (
     replay_buffer_builder,
     start_engine,
 )
+from deploy.assembly.league import League
 from deploy.assembly.runtime import Row, first_failure, waited_for
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
@@ -45,7 +47,11 @@ def _place_inline(arrays: Sequence[ByteArray]) -> tuple[Handle, Any]:
 
 
 class LocalRuntime(LearnerHere):
-    """Every part of a run as plain objects of this process."""
+    """Every part of a run as plain objects of this process; of one policy, where the run has several (several.py).
+
+    league: the policies that it meets; None: its own versions, if the recipe has a league. met: called with each
+    version that is published; returns when all policies of the run have published it.
+    """
 
     def __init__(
         self,
@@ -54,6 +60,8 @@ class LocalRuntime(LearnerHere):
         engine_factory: EngineFactory = start_engine,
         startup: Startup | None = None,
         say: Callable[[str], None] = print,
+        league: League | None = None,
+        met: Callable[[int], Awaitable[None]] | None = None,
     ) -> None:
         if config.weights.transfer != "object_store":
             raise ConfigError(
@@ -69,6 +77,8 @@ class LocalRuntime(LearnerHere):
             )
         super().__init__(config, run_folder)
         self._engine_factory = engine_factory
+        self._league = league or League.alone(config, run_folder)
+        self._met = met
         self._noticed = Noticed(run_folder, say)
         self._startup = startup or Startup()
         self._workers: list[RolloutWorker] = []
@@ -86,18 +96,23 @@ class LocalRuntime(LearnerHere):
             loop.call_soon_threadsafe(self._noticed.hear, "", [text])
 
         self._started.enter_context(Notices(tell))
-        self._replay_buffer = replay_buffer_builder(config, self.run_folder)()
+        self._replay_buffer = replay_buffer_builder(
+            config, self.run_folder, self._league.owner(config.policy)
+        )()
         self._started.push_async_callback(self._replay_buffer.close)
         for index in range(config.rollout.workers):
             name = f"rollout-{index}"
             with self._startup.timed("engines"):
-                worker = await build_worker(config, path, self._engine_factory, name, self._replay_buffer)
+                opponents = self._league.opponents(config.policy, self._engine_factory, name)
+                factory, buffer = self._engine_factory, self._replay_buffer
+                worker = await build_worker(config, path, factory, name, buffer, opponents)
             self._started.push_async_callback(worker.engine.close)
             self._started.push_async_callback(worker.close)
             self._workers.append(worker)
         place = write_memory if config.engine.placement.maps_weights else _place_inline
         with self._startup.timed("learner"):
-            version = self.start_learner(self._replay_buffer, place, resume)
+            keep = partial(self._league.keep, config.policy)
+            version = self.start_learner(self._replay_buffer, place, resume, keep)
         if resume:
             await self._replay_buffer.rollback(version, new_driver=True)
         return version
@@ -106,6 +121,8 @@ class LocalRuntime(LearnerHere):
         update = await self._learner.publish_weights()
         reports = await asyncio.gather(*(worker.sync(update) for worker in self._workers))
         await self._learner.unpin_weights(update.version, update.handle)
+        if self._met is not None and update.version >= 0:
+            await self._met(update.version)
         return sync_metrics(reports)
 
     async def evaluate(self, tasks: Sequence[Task], name: str, plan: EvaluationPlan) -> list[EpisodeRow]:

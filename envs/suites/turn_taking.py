@@ -13,7 +13,8 @@ ends a game over one of the agent's, that is malformed and unpaid, too.
 Opponents: "random" plays any legal move. "module:function" is called with its seat's observation, its legal moves as
 texts (None if the game does not list them) and a numpy.random.Generator, and returns a move. "http://..." is a server
 with a past version of the policy, or another model (envs/suites/policy_opponent.py). An invalid move of an opponent is
-an error, never a win.
+an error, never a win. "policy": another policy of the run, or a past version of the same (docs/leagues.md), for games
+that list legal moves; a move of it that is none of them is replaced by a random one.
 Self-play: with "self" the agent plays both seats. The reward belongs to the seat that moved first, and `info["seat"]`
 names the player of every move; the learner flips the sign of the second player's advantages. To keep the game zero-sum,
 an invalid move loses the game for its player, and a game cut by `max_turns` is a draw (0.5).
@@ -27,14 +28,14 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from envs.base import MAX_DRAWS, Info, TalkSpace, TextEnv, text_space
+from envs.base import MAX_DRAWS, Info, Observation, TalkSpace, TextEnv, for_opponent, text_space
 from envs.suites.policy_opponent import PolicyOpponent
 from envs.user_functions import load_function
 
 MAX_REPLIES = 1000  # moves of others between two moves of the agent
 MAX_MOVE = 1 << 13  # characters
 ILLEGAL, UNREADABLE = "illegal", "That is no move."
-SELF, RANDOM = "self", "random"
+SELF, RANDOM, POLICY = "self", "random", "policy"
 
 MoveStatus = Literal["fine", "illegal", "unreadable"]
 Opponent = Callable[[str, list[str] | None, np.random.Generator], str]
@@ -93,8 +94,8 @@ def moves_at_random(observation: str, moves: list[str] | None, rng: np.random.Ge
 
 
 def _load_opponent(opponent: str) -> Opponent | None:
-    """The opponent's function; None in self-play."""
-    if opponent == SELF:
+    """The opponent's function; None in self-play, and where another policy is asked."""
+    if opponent in (SELF, POLICY):
         return None
     if opponent.startswith(("http://", "https://")):
         return PolicyOpponent(opponent)
@@ -132,12 +133,15 @@ class TurnGame(TextEnv):
         self._game = game
         self._fixed = seat
         self._opponent = _load_opponent(opponent)
+        self._plays_itself = opponent == SELF
+        self._meets_policy = opponent == POLICY
         self.nondeterministic = isinstance(self._opponent, PolicyOpponent)
         self._opponent_name = opponent
         self._max_turns = max_turns
         self._opening = opening
         self._seat = 0
         self._turns = 0
+        self._told: set[int] = set()  # seats that have seen the opening
         self._shown: str | None = None  # the last observation; None while no game runs
 
     @property
@@ -145,7 +149,7 @@ class TurnGame(TextEnv):
         """The seat that receives the reward."""
         return self._seat
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Info]:
         super().reset(seed=seed)
         self._turns = 0
         for _ in range(MAX_DRAWS):
@@ -157,17 +161,20 @@ class TurnGame(TextEnv):
         else:
             raise RuntimeError(f"{self._game.name} always ends before seat {self._seat} has a turn")
         self._shown = self._game.observation(self._game.to_move)
-        return self._opening + self._shown, {}
+        self._told.clear()
+        opened = self._shown if self._meets_policy else self._opening + self._shown
+        return self._directed(opened), {}
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
+    def step(self, action: str) -> tuple[Any, float, bool, bool, Info]:
         if self._shown is None:
             raise RuntimeError("step() was called without a running game; call reset() first")
-        move = action.strip()
-        status = self._game.check_move(move) if len(move) <= MAX_MOVE else "unreadable"
         mover = self._game.to_move
+        by_policy = self._meets_policy and mover != self._seat
+        move = self._legal(action.strip()) if by_policy else action.strip()
+        status = self._game.check_move(move) if len(move) <= MAX_MOVE else "unreadable"
         if status == "unreadable":
             return self._end(UNREADABLE, GameResult(0.0, at_fault=True), mover)
-        self._turns += 1
+        self._turns += not by_policy
         if status == "fine":
             self._game.play(move)
             if (own := self._game.result(mover)) and own.at_fault:
@@ -177,14 +184,29 @@ class TurnGame(TextEnv):
                 return self._end(self._game.observation(self._seat), result, mover)
             self._shown = self._game.observation(self._game.to_move)
         observation = self._shown if status == "fine" else f"{ILLEGAL}\n{self._shown}"
-        if self._turns >= self._max_turns:
-            return self._end(observation, GameResult(0.0 if self._opponent else 0.5, truncated=True), mover)
-        return observation, 0.0, False, False, self._seat_info(mover)
+        if self._turns >= self._max_turns and not by_policy:
+            unfinished = 0.5 if self._plays_itself else 0.0
+            return self._end(observation, GameResult(unfinished, truncated=True), mover)
+        return self._directed(observation), 0.0, False, False, self._seat_info(mover)
 
     def _choose_seat(self) -> int:
-        if self._opponent is None:
+        if self._plays_itself:
             return self._game.to_move
         return int(self.np_random.integers(self._game.seats)) if self._fixed is None else self._fixed
+
+    def _directed(self, observation: str) -> Observation:
+        """An observation for whoever is to move; between policies each is told the rules with its first one."""
+        if not self._meets_policy:
+            return observation
+        mover = self._game.to_move
+        text = observation if mover in self._told else self._opening + observation
+        self._told.add(mover)
+        return text if mover == self._seat else for_opponent(text)
+
+    def _legal(self, move: str) -> str:
+        """The move of another policy, or a random legal one in the place of what is no move."""
+        moves = self._game.legal_moves()
+        return move if moves and move in moves else moves_at_random("", moves, self.np_random)
 
     def _others_move(self) -> None:
         """Play the others until it is the agent's turn or the game is over for its seat."""
@@ -209,7 +231,7 @@ class TurnGame(TextEnv):
 
     def _seat_info(self, mover: int) -> Info:
         """In self-play, who made the move: 0 for the seat that is paid, 1 for the other."""
-        return {"seat": int(mover != self._seat)} if self._opponent is None else {}
+        return {"seat": int(mover != self._seat)} if self._plays_itself else {}
 
     def _end(self, observation: str, result: GameResult, mover: int) -> tuple[str, float, bool, bool, Info]:
         self._shown = None

@@ -48,6 +48,7 @@ _LAST_WORDS_SECONDS = 10.0  # from a rank's failure until that is told
 Place = Callable[[Sequence[ByteArray]], tuple[Handle, Any]]
 # Tells all other ranks one of `Follower`'s verbs and its words; gives what will be their answers, from rank 1 on.
 Tell = Callable[..., Sequence[Awaitable[Any]]]
+Published = Callable[[WeightUpdate], object]
 T = TypeVar("T")
 
 
@@ -71,7 +72,7 @@ class LearnerLoop:
     """Joins a `Learner` to a source of groups and a place for weights. All calls come from one event loop.
 
     `native` is for vLLM's own transfers, which send the live parameters and need no place. `tell` reaches other ranks.
-    `policy` is the name that versions are published under.
+    `policy` is the name that versions are published under. `published` is called with each before others hear of it.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class LearnerLoop:
         native: Publisher | None = None,
         tell: Tell = lambda *verb: (),
         policy: str = POLICY,
+        published: Published | None = None,
     ) -> None:
         self._learner = learner
         self._source = source
@@ -94,6 +96,7 @@ class LearnerLoop:
         self._keep = keep_checkpoints
         self._native = native
         self._policy = policy
+        self._published = published
         self._tell = tell
         self._last: Row | None = None  # of the step that made the present version
         self._saved: tuple[Path, int] | None = None  # the last checkpoint: the same is not written twice
@@ -164,6 +167,8 @@ class LearnerLoop:
                 self._snapshot = await self._take_snapshot(self._staging, delta)
             if self._placed is None:
                 self._placed = _Offer(*await to_its_end(self._put, self._snapshot))
+                if self._published is not None and version >= 0:
+                    await to_its_end(self._published, self._placed.update)
                 self._offers.append(self._placed)
             self._placed.pins += 1
             return self._placed.update

@@ -189,6 +189,11 @@ class Agent:
     ) -> SampledTurn | ContextOverflow:
         """Sample one turn and add it to the conversation. Raises EngineFailed."""
         messages = messages_of(observation)
+        if messages[0].get("opponent"):
+            raise ChatError(
+                f"turn {conversation.turn}: the environment asks for the move of an opponent, but nobody of this run "
+                "plays that seat; add the section league, or choose another opponent of the environment"
+            )
         if conversation.ids and self._forgets(messages[0]):
             conversation.open_segment()
         self._require_told(conversation, messages[0])

@@ -58,7 +58,8 @@ INSERT INTO groups (group_id, attempt, env_id, env_options, seed, policy, oppone
     issue_version, state)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'issued')
 ON CONFLICT (group_id) DO UPDATE SET attempt = excluded.attempt, worker = excluded.worker, lane = excluded.lane,
-    issue_version = excluded.issue_version, state = 'issued'
+    issue_version = excluded.issue_version, opponent = excluded.opponent,
+    opponent_version = excluded.opponent_version, state = 'issued'
 """
 _COMPLETE = """
 UPDATE groups SET state = 'complete', max_version = ?, segment = ?, "offset" = ?, length = ?, checksum = ?,

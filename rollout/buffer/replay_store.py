@@ -78,7 +78,7 @@ class ReplayStore:
         self._segments = SegmentWriter(self._groups, settings.segment_mib * 2**20, first, durable)
         self._ledger = Ledger(folder / LEDGER, record=not durable)
         self._reuse = Reuse(settings.reuse, seed, self._ledger.db, self._groups)
-        self._new = NewGroups(owner, settings.curriculum, task_of, self._ledger.db)
+        self._new = NewGroups(owner, settings.curriculum, task_of, seed, self._ledger.db)
         self._next_id = self._ledger.next_group_id()
         self._scheduler = self._empty_buffer(self._ledger.buffer_version)
         if copy is not None:
@@ -317,7 +317,7 @@ class ReplayStore:
         if self._scheduler.outstanding >= self._scheduler.capacity:
             return None
         if (slot := leases.next_reissue(worker, self.version)) is not None:
-            return slot
+            return self._new.again(slot)
         begun = self.version * self.settings.groups_per_step + self._scheduler.outstanding
         if self._total is not None and begun >= self._total:
             return None

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from rollout.wire.adapter import AdapterSpec
+from rollout.wire.policies import POLICY
 from rollout.wire.trajectory import Float32Array, Int32Array
 from rollout.wire.weights import SyncReport, WeightManifest, WeightUpdate
 
@@ -83,6 +84,7 @@ class EngineStart:
     adapter: AdapterSpec | None = None  # versions are such adapters for the weights of `model`
     perception: Perception | None = None  # of a model with vision
     trust_remote_code: bool = False  # code in the model's folder may be executed
+    policy: str = POLICY  # of the run, whose versions it is to hold
 
 
 @dataclass(frozen=True, slots=True)

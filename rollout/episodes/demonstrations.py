@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from envs.base import Observation
+from envs.base import Observation, messages_of
 from envs.code_lines import describe_error
 from envs.hosting.host import EnvironmentFailed
 from envs.user_functions import awaited
@@ -98,8 +98,10 @@ class Demonstrator:
     async def turn(
         self, conversation: Conversation, observation: Observation
     ) -> SampledTurn | ContextOverflow:
+        messages = messages_of(observation)
+        messages[0].pop("opponent", None)  # the player moves for both seats of a game
         self._engine.observation = observation
-        return await self._agent.turn(conversation, observation)
+        return await self._agent.turn(conversation, messages)
 
 
 class _PlayerEngine:

@@ -27,6 +27,7 @@ from envs.tools.tool_env import call_outcomes
 from rollout.agents.agent import Actor, ContextOverflow, Conversation, SampledTurn
 from rollout.chat.chat import ChatError
 from rollout.engines.engine import EngineFailed
+from rollout.episodes.opponents import Opposing
 from rollout.episodes.pool import environment_call
 from rollout.episodes.resume import EpisodeState, Restart, pack_snapshot, restore_environment
 from rollout.wire.trajectory import COST, EndReason, PartialEpisode, Slot, Task, Trajectory, Turn, TurnEnd
@@ -52,6 +53,9 @@ class EpisodeSpec:
     worker: str = ""
     evaluation: bool = False  # agent parts do not learn from it
     own_process: bool = False  # a worker was lost while it was played: its environment gets its own process
+    opposing: Opposing | None = (
+        None  # who plays the other seat; None: the environment has none, or plays it itself
+    )
 
     @property
     def task(self) -> Task:

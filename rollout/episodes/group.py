@@ -7,7 +7,7 @@ import logging
 from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
-from envs.hosting.host import EnvironmentFailed
+from envs.hosting.host import EnvironmentFailed, Replica
 from rollout.agents.agent import Actor
 from rollout.engines.engine import derive_seed
 from rollout.episodes.episode import (
@@ -19,6 +19,7 @@ from rollout.episodes.episode import (
     finished,
     run_episode,
 )
+from rollout.episodes.opponents import OpposedReplica, Opposing
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.resume import CannotResume, Restart
 from rollout.wire.trajectory import EndReason, Group, PartialEpisode, Slot, Trajectory
@@ -26,6 +27,8 @@ from rollout.wire.trajectory import EndReason, Group, PartialEpisode, Slot, Traj
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+_OPPONENT = -1  # in the place of a sibling's index, in the seed of the opponent
 
 
 async def run_group(
@@ -39,16 +42,28 @@ async def run_group(
     listener: EpisodeListener | None = None,
     resume_from: Mapping[int, PartialEpisode] | None = None,
     own_process: bool = False,
+    opponent: Actor | None = None,
 ) -> Group:
     """Play `size` siblings: the same instance of the task, different sampling. resume_from: durable turns by index.
 
     A sibling's sampling depends on (run seed, group id, index) only, not on the attempt: with a deterministic engine a
     reissued group repeats itself, independent of scheduling. If `listener` halts it, siblings may be CANCELLED, and the
-    group is not complete. own_process: give each environment its own process.
+    group is not complete. own_process: give each environment its own process. opponent: plays the other seat, with
+    the same randomness against all siblings: what they earn differs by their own moves.
     """
     listener, resume_from = listener or NullListener(), resume_from or {}
+    opposing = None
+    if opponent is not None:
+        opposing = Opposing(opponent, derive_seed(run_seed, slot.group_id, _OPPONENT))
     specs = [
-        EpisodeSpec(slot, index, derive_seed(run_seed, slot.group_id, index), worker, own_process=own_process)
+        EpisodeSpec(
+            slot,
+            index,
+            derive_seed(run_seed, slot.group_id, index),
+            worker,
+            own_process=own_process,
+            opposing=opposing,
+        )
         for index in range(size)
     ]
     playing = (play(spec, pool, agent, limits, listener, resume_from.get(spec.index)) for spec in specs)
@@ -106,8 +121,9 @@ async def _on_a_replica(
     except EnvironmentFailed as error:
         return failed(spec, error)
     reusable = False
+    played_on: Replica = replica if spec.opposing is None else OpposedReplica(replica, spec.opposing)
     try:
-        trajectory = await run_episode(replica, agent, spec, limits, listener, resume_from)
+        trajectory = await run_episode(played_on, agent, spec, limits, listener, resume_from)
         reusable = trajectory.end_reason is not EndReason.FAILED
     except CannotResume as reason:
         reusable = reason.why is Restart.NONDETERMINISTIC

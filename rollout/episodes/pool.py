@@ -19,6 +19,7 @@ from envs.hosting.host import ClusterFull, Env, EnvironmentFailed, HostSettings,
 from envs.hosting.subprocess_env import SubprocessEnv
 from rollout.agents.settings import PartSettings, evaluated, wrapping
 from rollout.chat.chat import Chat
+from rollout.engines.engine import EngineDied
 from rollout.episodes.reward import OwnReward, rewarded
 from rollout.external.external_env import PROGRAM, ForeignAgents
 from rollout.wire.trajectory import EnvironmentKey, Task, Trajectory
@@ -57,6 +58,8 @@ def environment_call(task: Task, what: str) -> Iterator[None]:
     """
     try:
         yield
+    except EngineDied:  # of an opponent, which plays inside the environment
+        raise
     except Exception as error:
         said = str(error) if isinstance(error, EnvironmentFailed) else describe_error(error)
         raise EnvironmentFailed(f"{task.env_id} (seed {task.seed}) failed in {what}: {said}") from error

@@ -28,6 +28,7 @@ from rollout.engines.engine import Engine, EngineDied
 from rollout.episodes.episode import EpisodeLimits, EpisodeSpec
 from rollout.episodes.evaluation import ONCE, EvaluationPlan, evaluation_specs
 from rollout.episodes.group import concurrently, play, run_group
+from rollout.episodes.opponents import Opponents, opposed
 from rollout.episodes.pool import EnvironmentPool
 from rollout.episodes.recorder import Recorder
 from rollout.episodes.rollout_metrics import RecordingListener, RolloutMetrics
@@ -144,7 +145,8 @@ class RolloutWorker:
     """Engine, agents and environments of one worker. Agents use the engine; the host of the worker syncs it.
 
     players: of single environments, whose tasks have these ids and options; `agent` and the limits of `settings` are
-    those of all others. All agents share the engine's clock. policy: the name of the one that the engine holds.
+    those of all others. All agents share the engine's clock. policy: the name of the one
+    that the engine holds. opponents: who plays the other seat of its games.
     """
 
     def __init__(
@@ -158,9 +160,11 @@ class RolloutWorker:
         pool: EnvironmentPool | None = None,
         players: Mapping[EnvironmentKey, Player] | None = None,
         policy: str = POLICY,
+        opponents: Opponents | None = None,
     ) -> None:
         self.name = name
         self.policy = policy
+        self._opponents = opponents
         self.engine = engine
         self._engine_clock = agent.engine_clock
         self._others = Player(agent, settings.limits)
@@ -286,8 +290,10 @@ class RolloutWorker:
         }
 
     async def close(self) -> None:
-        """Close the idle environment replicas; the host of the worker closes the engine."""
+        """Close the idle environment replicas and the opponents' engines; the host of the worker closes its own."""
         await self._pool.close()
+        if self._opponents is not None:
+            await self._opponents.close()
 
     def _player(self, task: Task) -> Player:
         return self._players.get(task.environment, self._others)
@@ -310,22 +316,10 @@ class RolloutWorker:
             self._reserving.discard(reserving)
 
     async def _play_groups(self, worker_loop: int) -> None:
-        settings = self._settings
         while not self._listener.halted and (assignment := await self._reserve(worker_loop)):
-            agent, limits = self._player(assignment.slot.task)
             try:
-                group = await run_group(
-                    assignment.slot,
-                    self._pool,
-                    agent,
-                    settings.group_size,
-                    limits,
-                    self._run_seed,
-                    self.name,
-                    self._listener,
-                    {} if assignment.turns is None else restore_turns(assignment.turns),
-                    own_process=assignment.losses > 0,
-                )
+                async with opposed(assignment.slot, self._opponents) as opponent:
+                    group = await self._play_group(assignment, opponent)
             except Exception as error:
                 if not assignment.losses or isinstance(error, EngineDied):
                     raise
@@ -339,6 +333,22 @@ class RolloutWorker:
                 self._groups["superseded"] += 1  # another worker plays it, and commits it
             # After the call: if it is cancelled, the turns must still be recorded.
             self._recorder.forget(assignment.slot)
+
+    async def _play_group(self, assignment: Assignment, opponent: Agent | None) -> Group:
+        agent, limits = self._player(assignment.slot.task)
+        return await run_group(
+            assignment.slot,
+            self._pool,
+            agent,
+            self._settings.group_size,
+            limits,
+            self._run_seed,
+            self.name,
+            self._listener,
+            {} if assignment.turns is None else restore_turns(assignment.turns),
+            own_process=assignment.losses > 0,
+            opponent=opponent,
+        )
 
     async def _give_up(self, slot: Slot, error: Exception) -> None:
         """Drop a group with which a worker was lost before, and which would crash this one too."""

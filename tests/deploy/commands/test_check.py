@@ -37,7 +37,10 @@ def manta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 def test_a_shipped_recipe_is_sound(manta: Manta, recipe: str) -> None:
     code, out, err = manta("check", recipe, "evaluation.tasks=2", *LEFT_OPEN.get(recipe, []))
     assert (code, err) == (0, "") and "refused" not in out
-    assert "learner" in out and "KV cache of an engine" in out
+    assert "learner" in out
+    assert ("KV cache of an engine" in out) == (
+        recipe != "locks"
+    )  # whose many small engines are transformers
 
 
 @pytest.mark.parametrize(("recipe", "model"), GPU.items())

@@ -132,6 +132,31 @@ def test_alone_a_move_that_is_none_loses_for_the_seat_that_made_it_and_is_no_suc
             env.step("1")
 
 
+def test_a_policy_is_asked_for_the_other_seats_moves_and_each_is_told_the_rules_once() -> None:
+    game = Counting(left=7)
+    env = TurnGame(game, seat=1, opponent="policy", opening="Rules.\n", max_turns=3)
+    asked: list[Any] = [env.reset(seed=0)[0]]
+    for move in ("3", "1", "nonsense", "1"):
+        observation, reward, over, _, info = env.step(move)
+        asked.append(observation)
+        if over:
+            break
+    assert asked[0] == [{"role": "user", "content": "Rules.\nseat 0: 7 left", "opponent": True}]
+    assert asked[1] == "Rules.\nseat 1: 4 left"
+    assert asked[2] == [{"role": "user", "content": "seat 0: 3 left", "opponent": True}]
+    # "nonsense" was replaced by a legal move: the game is over, or it left enough for the agent to take one.
+    taken = [int(move) for _, move in game.log]
+    assert taken[:2] == [3, 1] and taken[2] in (1, 2, 3) and game.log[2][0] == 0
+    assert (over, reward) == (taken[2] > 1, float(taken[2] == 2))
+    assert info == ({"success": taken[2] == 2} if over else {})
+
+
+def test_a_policys_moves_are_no_turns_of_the_agent() -> None:
+    env = TurnGame(Counting(left=9), seat=0, opponent="policy", max_turns=2)
+    env.reset(seed=0)
+    assert [env.step("1")[3] for _ in range(3)] == [False, False, True]
+
+
 def test_no_move_an_illegal_one_and_one_the_game_ends_over_are_told_apart() -> None:
     env, _ = begun(Counting(left=2), seat=0)
     assert env.step("take it all")[1:] == (0.0, True, False, {"success": False, "malformed": True})
