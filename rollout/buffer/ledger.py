@@ -174,11 +174,6 @@ class Ledger:
         return self._db
 
     @property
-    def unsynced(self) -> bool:
-        """Whether an `issue` may still be lost with the machine."""
-        return self._unsynced
-
-    @property
     def buffer_version(self) -> int:
         """Weight version of the engines, set by `release` and `rollback`."""
         return self._meta("buffer_version")

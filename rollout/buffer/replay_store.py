@@ -73,8 +73,7 @@ class ReplayStore:
         self._total = None if total_steps is None else total_steps * settings.groups_per_step
         self.disk_space = DiskSpace(folder, settings.min_free_mib, probe)
         self._groups = folder / "groups"
-        first = 0 if copy is None else copy.next_segment
-        durable = copy is None
+        first, durable = (0, True) if copy is None else (copy.next_segment, False)
         self._segments = SegmentWriter(self._groups, settings.segment_mib * 2**20, first, durable)
         self._ledger = Ledger(folder / LEDGER, record=not durable)
         self._reuse = Reuse(settings.reuse, seed, self._ledger.db, self._groups)
@@ -83,9 +82,9 @@ class ReplayStore:
         self._scheduler = self._empty_buffer(self._ledger.buffer_version)
         if copy is not None:
             copy.follow(self._ledger)
-            copy.fetch(self._needed_segments())
         self._leases = Leases(self._ledger.evicted(), self._ledger.losses())
         load(self._ledger.since(self.version), self._scheduler, self._leases)
+        self._fetch(self._needed_segments())
         self._failures = FailureWindow(settings.max_failed_share, self._ledger.recent_episodes(WINDOW))
         begin, attempts = self._ledger.journal_from, self._leases.attempts
         self._journal = Journal(folder / "turns", begin, attempts, durable=durable)
@@ -301,8 +300,6 @@ class ReplayStore:
     def _empty_buffer(self, version: int) -> StalenessScheduler[CompleteGroup]:
         return StalenessScheduler(self.settings.groups_per_step, self.settings.max_lag, version)
 
-    # Issuing ---------------------------------------------------------------------------------------------------------
-
     def _next_slot(self, worker: str, worker_loop: int) -> Slot | None:
         leases = self._leases
         if (slot := leases.of_loop(worker, worker_loop)) is not None:
@@ -397,4 +394,7 @@ class ReplayStore:
             remove_oldest(self._groups, limit, self._needed_segments() | {self._segments.open_segment})
 
     def _needed_segments(self) -> set[int]:
-        return self._ledger.segments_in_use() | self._reuse.segments_in_use(self.version)
+        # A step's groups may be trained before it is released: the checkpoint was written while engines loaded.
+        steps = [*self._scheduler.taken(self.version), *self._scheduler.taken(self.version + 1)]
+        held = {group.location.segment for _, group in steps}
+        return held | self._ledger.segments_in_use() | self._reuse.segments_in_use(self.version)

@@ -69,8 +69,7 @@ class StateCopy:
     def follow(self, ledger: Ledger) -> None:
         """Ship this ledger from now on; one that the copy does not have yet as a snapshot, first of all."""
         assert isinstance(ledger.db, RecordingConnection)
-        self._ledger, self._recorded = ledger, ledger.db.recorded
-        self._db = ledger.db
+        self._db, self._recorded = ledger.db, ledger.db.recorded
 
     def fetch(self, segments: Collection[int]) -> None:
         """Bring these whole segments into the folder, if they are in the copy."""
@@ -85,8 +84,7 @@ class StateCopy:
         with _reaching():
             self._settle()
             sizes = self._sizes()
-            # An issue alone waits for the next part, as it would for the disk.
-            if self._started and (sizes != self._shipped or (self._recorded and not self._ledger.unsynced)):
+            if self._started and (sizes != self._shipped or self._recorded):
                 self._ship_changes(sizes)
             self._ship_whole(open_segment)
             if not self._started or self._parts >= SNAPSHOT_PARTS or self._bytes >= SNAPSHOT_BYTES:

@@ -251,11 +251,8 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
         fate = self.fates[data.draw(st.sampled_from(self.ids("issued")))]
-        try:
-            self.call(data, lambda: self.store.drop(fate.slot, DropReason.FAILED, "no route to host"))
-            fate.state, fate.turns = "dropped", {}
-        except StaleSlot:  # the call was under way when its group's issue was lost with the machine
-            assert self.fates.get(fate.slot.group_id) is not fate
+        self.call(data, lambda: self.store.drop(fate.slot, DropReason.FAILED, "no route to host"))
+        fate.state, fate.turns = "dropped", {}
 
     @rule(data=st.data(), worker=st.sampled_from(WORKERS))
     def reassign(self, data: st.DataObject, worker: str) -> None:
