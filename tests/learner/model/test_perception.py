@@ -72,7 +72,7 @@ class Rig:
                 inputs["mm_token_type_ids"] = (ids == self.placeholder).int()
         logits = self.plain(input_ids=ids, **inputs).logits[0]
         logits[:, self.placeholder] = -torch.inf
-        return logits[:-1].log_softmax(-1)[-3:].gather(1, ids[0, -3:, None])[:, 0].numpy()
+        return logits[:-1].float().log_softmax(-1)[-3:].gather(1, ids[0, -3:, None])[:, 0].numpy()
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -180,3 +180,23 @@ def test_a_model_that_reads_text_alone_refuses_pictures(tiny: Path) -> None:
     )
     with pytest.raises(ModelError, match="takes text only, but group 3, episode 1 has pictures"):
         blind.score(row, 1.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_as_close_as_transformers_is_in_it_and_the_tower_learns(
+    family: str, tmp_path: Path
+) -> None:
+    rig = Rig(family, tmp_path)
+    sequences = [rig.sequence(seed, (picture(seed),) if seed % 2 else ()) for seed in range(8)]
+    exact_N = np.concatenate([rig.alone(sequence) for sequence in sequences])
+    rig.plain = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, attn_implementation="eager", dtype=torch.bfloat16
+    ).eval()
+    theirs_N = np.concatenate([rig.alone(sequence) for sequence in sequences])
+    policy = Policy(ModelSettings(path=str(tmp_path), dtype="bfloat16", gradient_checkpointing=True))
+    logprobs_N, _ = policy.score(row_of(sequences), 1.0)
+    apart = np.abs(logprobs_N.detach().numpy() - exact_N).mean()
+    assert 0 < apart < 3 * np.abs(theirs_N - exact_N).mean()
+    logprobs_N.sum().backward()
+    learned = {name for name, p in policy.model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any("vis" in name for name in learned) and any("language" in name for name in learned)
