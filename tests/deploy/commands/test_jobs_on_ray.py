@@ -24,7 +24,7 @@ from tests.deploy.ray_head import ROOT, RayHead, ray_head
 from tests.deploy.small_run import RECIPE, assert_balanced, configured, same_bits, train, trained_rows
 from tests.faults.run import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.rare, pytest.mark.timeout(600)]
 PLAIN = 'engine={kind="transformers"}'
 LESS = ("evaluation.tasks=0", "stages.0.source.episodes=8", "rollout.cpus_per_worker=0.5", PLAIN)
 OWN = """
