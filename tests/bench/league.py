@@ -1,8 +1,9 @@
 """Leagues: two policies that learn from games against each other's past, and one that learns from its own.
 
-    python -m tests.bench.league [--seeds 3] [--steps 60] [--games 512] [--folder DIR]
+    python -m tests.bench.league [--seeds 3] [--steps 40] [--games 512] [--folder DIR]
 
-The game is `locks`, by tiny models that were shown a player who knows half the keys; plain transformers sample.
+The game is `locks`, by tiny models that were shown little of a player who errs half the time; plain transformers
+sample.
 
 roles      a keeper and an opener, each a policy of one run, prioritized fictitious self-play. Each policy's first and
            last version play the past versions of the other: how often do they win?
@@ -159,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.league", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help="of: roles, league; none: both")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--games", type=int, default=512, help="of each comparison")
     parser.add_argument("--folder", type=Path, default=Path("runs/league"))
     asked = parser.parse_args()
