@@ -107,7 +107,10 @@ def test_a_suites_ids_are_those_of_its_prefix_and_splits_are_an_option(
     suite = Suite("Here-", "here", "tests", "tests.envs.suite_of_here:lake", "a suite")
     assert registry.suite_ids(suite) == ("Here-Lake",)
     monkeypatch.setattr(registry, "SUITES", (suite,))
-    assert all(map(registry.has_splits, here()))
+    without = ("locks",)  # its tasks differ by chance alone: none is worth holding out
+    assert all(map(registry.has_splits, set(here()) - {*without})) and not any(
+        map(registry.has_splits, without)
+    )
     assert not any(map(registry.has_splits, ("Here-Lake", "FrozenLake-v1", "tests.envs.bad:Sound")))
 
 
