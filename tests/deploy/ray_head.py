@@ -87,7 +87,7 @@ def _start(
     started_with = environment()
     if grows is not None:
         scaled = temporary / "autoscaling.yaml"
-        scaled.write_text(json.dumps(_autoscaling(cpus, grows)), encoding="utf-8")
+        scaled.write_text(json.dumps(_autoscaling(cpus, grows, f"127.0.0.1:{port}")), encoding="utf-8")
         command.append(f"--autoscaling-config={scaled}")
         started_with |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     with (temporary / "start.log").open("ab") as log:
@@ -118,13 +118,13 @@ def _end(started: subprocess.Popen[bytes]) -> None:
     started.wait(10)
 
 
-def _autoscaling(cpus: int, grows: Mapping[str, Any]) -> dict[str, Any]:
+def _autoscaling(cpus: int, grows: Mapping[str, Any], address: str) -> dict[str, Any]:
     """The configuration of Ray's autoscaler whose nodes are processes of this machine."""
     head = {"resources": {"CPU": cpus}, "node_config": {}, "max_workers": 0}
     commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
     return {
         "cluster_name": "pretended",
-        "provider": {"type": "fake_multinode"},
+        "provider": {"type": "fake_multinode", "gcs_address": address, "disable_node_updaters": True},
         "available_node_types": {**grows, "ray.head.default": head},
         "head_node_type": "ray.head.default",
         "max_workers": sum(kind["max_workers"] for kind in grows.values()),
