@@ -32,7 +32,7 @@ Found = tuple[str, int, Row]  # file, line or row number in it from 1, row
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 SAMPLES = Path(__file__).with_name("samples")
-_SAMPLE = "sample:"
+SAMPLE = "sample:"  # of a file that ships with Manta
 _SCHEMA = pa.schema([("file", pa.string()), ("line", pa.int64()), ("row", pa.large_string())])
 _BATCH = 4096  # rows held while the file is made
 _FORMAT = "1"  # of the file of rows: a file of another format is written again
@@ -91,8 +91,8 @@ def open_rows(path: str) -> Rows:
 
 def data_files(path: str) -> list[Path]:
     """The files that a path means, in order of their names; none for a hub id. "sample:NAME" is a file of Manta's."""
-    if path.startswith(_SAMPLE):
-        path = str(SAMPLES / f"{path.removeprefix(_SAMPLE)}.jsonl")
+    if path.startswith(SAMPLE):
+        path = str(SAMPLES / f"{path.removeprefix(SAMPLE)}.jsonl")
     here = Path(path).expanduser()
     if here.is_file():
         if here.suffix not in SUFFIXES:

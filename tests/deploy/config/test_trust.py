@@ -150,6 +150,12 @@ def test_a_run_of_ones_own_recipe_goes_on_without_being_asked(
     assert driven == [True] * 3
 
 
+def test_data_that_ships_with_manta_is_no_code() -> None:
+    assert executed(load_config("smollm2_sums", [])) == []
+    own = load_config("smollm2_sums", ["env.options.rewards=sample:sums"])
+    assert executed(own) == ['env.options.rewards="sample:sums"']
+
+
 def test_a_plain_run_asks_for_nothing() -> None:
     for recipe in ("frozen_lake", "rloo", RECIPE):
         assert executed(load_config(recipe)) == []
