@@ -7,25 +7,25 @@ goes on with the run in its folder.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from deploy.config.config_errors import ConfigError
 from deploy.run.interrupt import INTERRUPTED
+from envs.child_process import die_with_parent
 
 ATTEMPT = "MANTA_ATTEMPT"  # set for the driver of a supervised run, and removed by it
 MISTAKE = 2  # exit status of a user's mistake
 LONGEST_WAIT_SECONDS = 60.0
 # What a run says of itself: the next driver would come to the same.
 VERDICTS = ("GuardTripped", "TooManyFailures", "OwnPartError")
-_PR_SET_PDEATHSIG = 1
 _LOOK_SECONDS = 0.2
 
 
@@ -106,15 +106,9 @@ class _Told:
 
     def run(self, command: Sequence[str], attempt: int) -> int:
         """The exit status of the child, negative for a signal. It does not outlive this process."""
-        parent = os.getpid()
-
-        def ends_with_parent() -> None:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # it ended before the call
-                os._exit(INTERRUPTED)
-
         environment = os.environ | {ATTEMPT: str(attempt + 1)}
-        self._child = subprocess.Popen(command, env=environment, preexec_fn=ends_with_parent)
+        bound = partial(die_with_parent, os.getpid(), signal.SIGTERM)
+        self._child = subprocess.Popen(command, env=environment, preexec_fn=bound)
         if self.stopped:  # told between the two lines above
             self._child.terminate()
         return self._child.wait()

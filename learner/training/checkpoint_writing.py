@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from learner.training.checkpoint import (
     version_of,
     without_tensors,
 )
+from rollout.wire.whole_file import sync
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -89,7 +89,7 @@ class Saving:
                 state = sealed(self._state, partial)
                 (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
                 for path in [*partial.rglob("*"), partial]:
-                    _sync(path)
+                    sync(path)
         if self._lead:
             self._replace(partial)
         return self.folder
@@ -98,7 +98,7 @@ class Saving:
         root = self.folder.parent
         replaced = _put_away(self.folder)  # the same version again, after going back to an earlier one
         partial.rename(self.folder)
-        _sync(root)
+        sync(root)
         shutil.rmtree(replaced, ignore_errors=True)
         best = best_version(self._target)
         for old in complete(root)[: -self._keep]:
@@ -138,11 +138,3 @@ def _put_away(folder: Path) -> Path:
     if folder.exists():
         folder.rename(going)
     return going
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -183,10 +183,10 @@ def accumulate(
     """
     total, balanced = torch.zeros(2, device=policy.device)
     means = Means()
+    rows = list(level(batch.micro_batches, policy.ranks))
     if balance is not None:
-        rows = level(batch.micro_batches, policy.ranks)
         balance.count(rows, lambda micro: policy.hidden(micro.to(policy.device)), policy.ranks)
-    for micro in policy.passes(level(batch.micro_batches, policy.ranks)):
+    for micro in policy.passes(rows):
         on_device = micro.to(policy.device)
         watched: AbstractContextManager[list[Tensor]] = balance.watching() if balance else nullcontext([])
         with watched as logits:

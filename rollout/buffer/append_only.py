@@ -13,6 +13,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from rollout.wire.whole_file import sync
+
 CORRUPT = ".corrupt"  # suffix of a file that was set aside
 
 
@@ -129,7 +131,7 @@ class NumberedFiles:
         self._file = FileIO(self.path(self._number), "xb")
         self._size = 0
         if self._durable:
-            sync_names(self._folder)
+            sync(self._folder)  # the name, which the file's own sync does not keep
         self._write(self._header)
 
     def _end(self) -> None:
@@ -144,15 +146,6 @@ class NumberedFiles:
             written = self._file.write(left)
             self._size += written
             left = left[written:]
-
-
-def sync_names(folder: Path) -> None:
-    """Make the names in a folder survive a crash of the machine; a file's own sync keeps only its bytes."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def numbered(folder: Path, stem: str, suffix: str) -> list[tuple[int, Path]]:

@@ -22,8 +22,8 @@ from typing import Any, Protocol
 import fsspec
 from fsspec.spec import AbstractFileSystem
 
-from rollout.buffer.append_only import sync_names
 from rollout.buffer.ledger_checks import LedgerError
+from rollout.wire.whole_file import sync
 
 _PROBE = "copy/probe"
 
@@ -96,7 +96,7 @@ class FolderObjects:
                 aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
-        sync_names(path.parent)
+        sync(path.parent)
 
 
 class RemoteObjects:

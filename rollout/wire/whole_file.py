@@ -1,4 +1,4 @@
-"""Small files that are replaced whole: a reader finds the old content or the new, never a part."""
+"""Small files that are replaced whole: a reader finds the old content or the new, never a part; what is durable."""
 
 from __future__ import annotations
 
@@ -16,3 +16,12 @@ def replace_file(path: Path, content: str | bytes, several: bool = False) -> Non
     aside = path.with_name(f".{path.name}{writer}.part")
     aside.write_bytes(content.encode() if isinstance(content, str) else content)
     aside.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, survive a crash of the machine: neither keeps the other."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
