@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.assembly.build import EngineFactory, agents_of, fetch, load_chat
+from deploy.assembly.build import EngineFactory, agents_of, build_worker, fetch, load_chat
 from deploy.config.config import RunConfig
 from deploy.config.policies import opponents_of
 from learner.training.checkpoint import versions
 from rollout.buffer.league import LeagueSettings
 from rollout.buffer.new_groups import Owner
 from rollout.episodes.opponents import Opponents, Seat
+from rollout.episodes.worker import GroupBuffer, RolloutWorker
 from rollout.wire.kept_versions import KeptVersions
 from rollout.wire.weights import WeightUpdate
 
@@ -57,6 +58,18 @@ class League:
         oldest = min([*versions(member.folder), update.version])
         lag = max(each.config.buffer.max_lag for each in self._members.values())
         member.kept.keep_only(needed(league, range(max(0, oldest - lag), update.version + 1)))
+
+    async def build_worker(
+        self,
+        config: RunConfig,
+        path: str,
+        engine_factory: EngineFactory,
+        name: str,
+        replay_buffer: GroupBuffer,
+    ) -> RolloutWorker:
+        """A rollout worker of the policy `config` is of, with its opponents; see `build_worker`."""
+        opponents = self.opponents(config.policy, engine_factory, name)
+        return await build_worker(config, path, engine_factory, name, replay_buffer, opponents)
 
     def opponents(self, policy: str, engine_factory: EngineFactory, worker: str) -> Opponents | None:
         """Who plays the other seats for a worker of this policy; None without a league."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,6 +14,13 @@ from rollout.wire.metrics import Row
 from rollout.wire.trajectory import Task
 
 T = TypeVar("T")
+
+# Called with each version that a policy publishes; returns when all policies of the run have published it.
+Met = Callable[[int], Awaitable[None]]
+
+
+async def alone(version: int) -> None:
+    """`Met` of a run's only policy."""
 
 
 class LearnerLost(RuntimeError):

@@ -22,14 +22,10 @@ from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError
 
-from deploy.assembly.build import (
-    EngineFactory,
-    build_worker,
-    replay_buffer_builder,
-    start_engine,
-)
+from deploy.assembly.build import EngineFactory, replay_buffer_builder, start_engine
+from deploy.assembly.league import League
 from deploy.assembly.models import build_learner, model_path, teacher_path
-from deploy.assembly.runtime import LearnerLost, Row, first_failure, loss_to_come, waited_for
+from deploy.assembly.runtime import LearnerLost, Met, Row, alone, first_failure, loss_to_come, waited_for
 from deploy.assembly.stage_data import gather
 from deploy.assembly.time_limits import time_limits
 from deploy.cluster.actor_member import ActorMember, actor, awaited
@@ -40,6 +36,7 @@ from deploy.cluster.fleet import Fleet
 from deploy.cluster.learner_part import LearnerPart
 from deploy.cluster.model_nodes import fetch_on_nodes
 from deploy.cluster.native import NOTHING, native_publisher
+from deploy.cluster.offers import Offers
 from deploy.cluster.step_ahead import StepAhead
 from deploy.cluster.watchdog import Watchdog
 from deploy.config.config import RunConfig
@@ -62,7 +59,11 @@ T = TypeVar("T")
 
 
 class RayRuntime:
-    """Every part of a run as an actor; the methods are those of `deploy.assembly.runtime.Ring`."""
+    """Every part of a run as an actor, of one policy where it has several; the methods are those of `Runtime`.
+
+    league: the policies that it meets; None: its own versions, if the recipe has a league. met: see several.py.
+    asked_in: the folder in which `manta scale` leaves its requests, if it is not the run's own.
+    """
 
     def __init__(
         self,
@@ -71,10 +72,15 @@ class RayRuntime:
         engine_factory: EngineFactory = start_engine,
         say: Callable[[str], None] = print,
         startup: Startup | None = None,
+        league: League | None = None,
+        met: Met = alone,
+        asked_in: Path | None = None,
     ) -> None:
         self.run_folder = run_folder.resolve()
         self._config = config
         self._engine_factory = engine_factory
+        self._league, self._met = league or League.alone(config, self.run_folder), met
+        self._asked_in = asked_in or self.run_folder
         self._say = say
         self._noticed = Noticed(self.run_folder, say)
         self._startup = startup or Startup()
@@ -96,8 +102,9 @@ class RayRuntime:
             self._limits = await asyncio.to_thread(time_limits, config, self._path)
         self._budget = Budget(supervision, folder=self.run_folder)
         self._learner_lost = loss_to_come()
+        self._offers = Offers(self._learner_up, self._any_apart, self._lost_touch, self._limits.publish)
         self._engines = EngineGroups(config)
-        build = replay_buffer_builder(config, self.run_folder)
+        build = replay_buffer_builder(config, self.run_folder, self._league.owner(config.policy))
         note = partial(note_loss, self.run_folder, "replay buffer")
         self._buffer = BufferPart(build, supervision, config.cluster, self._say, self._noticed, note)
         found = asyncio.create_task(self._find_buffer())
@@ -125,7 +132,7 @@ class RayRuntime:
         await found
         if resume:
             await self._of_buffer("rollback", version, new_driver=True)
-        watchdog = Watchdog(self, self.run_folder, supervision, self._say)
+        watchdog = Watchdog(self, self.run_folder, supervision, self._say, self._asked_in)
         watching = self._buffer.watch(), self._watch_learner(), watchdog.run()
         self._hearts += [asyncio.create_task(each) for each in watching]
         return version
@@ -155,6 +162,7 @@ class RayRuntime:
                 RemoteReplayBuffer(self._buffer_handle),
                 self._limits,
                 native if self._native else None,
+                partial(self._league.keep, config.policy),
             )
         with self._startup.timed("learner"):
             version = await self._learner.start(self.run_folder, load)
@@ -173,7 +181,7 @@ class RayRuntime:
 
     def _handle(self, name: str) -> Any:
         if name not in self._handles:
-            build = partial(build_worker, self._engines.config, self._path, self._engine_factory)
+            build = partial(self._league.build_worker, self._engines.config, self._path, self._engine_factory)
             made = actor(RolloutActor, GROUPS, **self._engines.options(name))
             self._handles[name] = made.remote(name, self._buffer_handle, build)
         return self._handles[name]
@@ -181,6 +189,14 @@ class RayRuntime:
     def _launch(self, name: str) -> ActorMember:
         handle, hear = self._handle(name), self._noticed.hear
         return ActorMember(name, handle, self._native, self._startup, hear, self._apart)
+
+    async def _learner_up(self) -> Any:
+        """Rank 0's actor, once the learner is up. PartLost where it does not come back in time."""
+        await within(self._limits.start, self._learning.wait(), "the learner (restart)")
+        return self._lead
+
+    def _any_apart(self) -> bool:
+        return any(self._apart(str(member.get("node", ""))) for member in self._fleet.roster())
 
     def _apart(self, node: str) -> bool:
         # Engines over several nodes open a version on each of them, which one node's memory does not allow.
@@ -211,10 +227,12 @@ class RayRuntime:
             limit = self._limits.publish + self._limits.sync
             publish = self._lead.publish_native.remote
             return dict(await self._of_learner("the weight sync", publish, limit))
-        async with self._borrowed() as update:
+        async with self._offers.borrowed() as update:
             if then is not None:
                 self._steps.begin(then)
             reports = await self._fleet.publish(update)
+        if update.version >= 0:
+            await self._met(update.version)
         if not self._published.is_set():
             self._published.set()
             await self._fleet.ready()
@@ -336,38 +354,13 @@ class RayRuntime:
             yield NOTHING
             return
         await self._published.wait()
-        async with self._borrowed() as update:
+        async with self._offers.borrowed() as update:
             yield update
 
-    @asynccontextmanager
-    async def _borrowed(self) -> AsyncIterator[WeightUpdate]:
-        update = await self._offer()
-        try:
-            yield update
-        finally:
-            self._lead.unpin_weights.remote(
-                update.version, update.handle
-            )  # whether it hears this is of no account
-
-    async def _offer(self) -> WeightUpdate:
-        limit = self._limits.publish
-        deadline = time.monotonic() + limit
-        while True:
-            try:
-                await within(self._limits.start, self._learning.wait(), "the learner (restart)")
-                delta = any(self._apart(str(member.get("node", ""))) for member in self._fleet.roster())
-                offered = self._lead.publish_weights.remote(delta)
-                update: WeightUpdate = await self._within("the learner's weights", offered, limit)
-                return update
-            except (RayActorError, RankLost) as error:
-                # Of ranks that lost touch with one another every process may live: no heartbeat would say so.
-                if isinstance(error, RankLost) and self._learner and not self._learner_lost.done():
-                    self._learner_lost.set_exception(LearnerLost(self._learner.loss_message(error)))
-                if time.monotonic() > deadline:
-                    raise PartLost(
-                        f"the learner offered no weights within {limit:g} s: {brief(error)}"
-                    ) from error
-                await asyncio.sleep(0.5)
+    def _lost_touch(self, error: RankLost) -> None:
+        # Of ranks that lost touch with one another every process may live: no heartbeat would say so.
+        if self._learner and not self._learner_lost.done():
+            self._learner_lost.set_exception(LearnerLost(self._learner.loss_message(error)))
 
     async def _watch_learner(self) -> None:
         assert self._learner is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import ray
 from ray._private.state import available_resources_per_node
 
 from deploy.cluster.janitor import TAG, ray_folder
-from deploy.cluster.node_room import claims, fits, shown
+from deploy.cluster.node_room import Claim, claims, fits, joined_claims, shown
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.resources import demand, replica_claims, replicas_elsewhere
@@ -57,16 +58,17 @@ def _init(what: str, remedy: str, **options: Any) -> None:
         raise ConfigError(f"{what}: {said}; {remedy}") from error
 
 
-def require_capacity(config: RunConfig) -> None:
+def require_capacity(configs: Sequence[RunConfig]) -> None:
     """ConfigError if the cluster has too few resources for the run, in all or on single nodes.
 
-    The message lists the missing ones, or what each node has free. A cluster that may grow is asked for them and has
-    `capacity_timeout_seconds`.
+    configs: of each of the run's policies. The message lists the missing ones, or what each node has free. A cluster
+    that may grow is asked for them and has `capacity_timeout_seconds`.
     """
-    deadline = time.monotonic() + config.cluster.capacity_timeout_seconds
-    with _Room(config) as room:
-        while lack := _lack(config):
-            if _fixed_size(config) or time.monotonic() > deadline:
+    cluster = configs[0].cluster
+    deadline = time.monotonic() + cluster.capacity_timeout_seconds
+    with _Room(configs) as room:
+        while lack := _lack(configs):
+            if not cluster.joins or time.monotonic() > deadline:
                 raise ConfigError(lack)
             if room.found():
                 return
@@ -78,8 +80,8 @@ class _Room:
     Ray's autoscaler sees what it lacks, beside what others use, and adds nodes for it.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
+    def __init__(self, configs: Sequence[RunConfig]) -> None:
+        self._configs = configs
         self._group: Any = None
 
     def __enter__(self) -> _Room:
@@ -92,7 +94,8 @@ class _Room:
     def found(self) -> bool:
         """Wait for a moment; whether the cluster has reserved everything."""
         if self._group is None:
-            self._group = ray.util.placement_group(_bundles(self._config))
+            bundles = [bundle for config in self._configs for bundle in _bundles(config)]
+            self._group = ray.util.placement_group(bundles)
             self._ready = self._group.ready()
         return bool(ray.wait([self._ready], timeout=0.5)[0])
 
@@ -106,18 +109,18 @@ def _bundles(config: RunConfig) -> list[dict[str, float]]:
     return [bundle for bundle, (count, _) in zip(bundles, each, strict=True) if bundle for _ in range(count)]
 
 
-def _lack(config: RunConfig) -> str:
+def _lack(configs: Sequence[RunConfig]) -> str:
     """The message of what the cluster lacks for a run, as it is now; empty if it has room."""
-    wanted, held = demand(config), ray.cluster_resources()
+    wanted, held = demand(*configs), ray.cluster_resources()
     missing = {
         name: amount - held.get(name, 0.0) for name, amount in wanted.items() if amount > held.get(name, 0.0)
     }
     if not missing:
-        return _crowded(config)
+        return _crowded(configs)
     lacking = ", ".join(f"{amount:g} {name}" for name, amount in missing.items())
     asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
     lower = "lower rollout.workers or rollout.cpus_per_worker"
-    if replicas := replicas_elsewhere(config):
+    if replicas := sum(map(replicas_elsewhere, configs)):
         lower += (
             f", the resources of each of {replicas} replicas (env.host.cpus_per_replica, env.host.resources) "
             "or their number (rollout.concurrent_groups * rollout.group_size a worker)"
@@ -125,19 +128,27 @@ def _lack(config: RunConfig) -> str:
     return f"the cluster is too small: {lacking} missing (the run asks for {asked}); {lower}, or add nodes"
 
 
-def _crowded(config: RunConfig) -> str:
-    """The message that workers and ranks do not fit onto the nodes as these are now; empty if they do."""
+def _crowded(configs: Sequence[RunConfig]) -> str:
+    """The message that workers and ranks do not fit onto the nodes as these are now; empty if they do.
+
+    Of policies that claim differently each is looked at as if it were alone.
+    """
     free = available_resources_per_node()
     nodes = [
         (str(node["NodeManagerAddress"]), free.get(node["NodeID"], {}))
         for node in ray.nodes()
         if node["Alive"]
     ]
-    worker, rank = claims(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-    if fits([resources for _, resources in nodes], worker, rank):
-        return ""
+    held = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for worker, rank in joined_claims(configs, held):
+        if not fits([resources for _, resources in nodes], worker, rank):
+            return _no_room(worker, rank, shown(nodes))
+    return ""
+
+
+def _no_room(worker: Claim, rank: Claim, free: str) -> str:
     return (
-        f"the cluster has no room for the run node by node: asked are {worker}, and {rank}; free are {shown(nodes)}; "
+        f"the cluster has no room for the run node by node: asked are {worker}, and {rank}; free are {free}; "
         "lower rollout.workers, rollout.gpus_per_worker with the engine's parallel sizes, or learner.ranks, or add "
         "nodes"
     )
@@ -145,7 +156,7 @@ def _crowded(config: RunConfig) -> str:
 
 def require_room(config: RunConfig, workers: int) -> None:
     """ConfigError for more rollout workers than a cluster of fixed size has room for; the message has the maximum."""
-    if not _fixed_size(config):
+    if config.cluster.joins:  # an autoscaled cluster may grow: its capacity is awaited
         return
     held = ray.cluster_resources()
 
@@ -159,8 +170,3 @@ def require_room(config: RunConfig, workers: int) -> None:
         raise ConfigError(
             f"{workers} rollout workers requested, but this machine has room for {most}; ask for fewer"
         )
-
-
-def _fixed_size(config: RunConfig) -> bool:
-    # A local Ray never grows; an autoscaled cluster may, so its capacity is awaited.
-    return not config.cluster.joins

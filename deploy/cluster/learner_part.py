@@ -24,6 +24,7 @@ from deploy.config.supervise import PartLost, SupervisionSettings, TimeLimits, b
 from learner.parallel.ranks import Ranks
 from learner.training.actors import Build, FollowerActor, LearnerActor
 from learner.training.learner import Learner
+from learner.training.loop import Published
 from learner.training.publish import Publisher
 from rollout.buffer.actors import RemoteReplayBuffer
 from rollout.wire.process_info import ProcessInfo
@@ -50,12 +51,14 @@ class LearnerPart:
         replay_buffer: RemoteReplayBuffer,
         limits: TimeLimits,
         make_native: Callable[[Learner], Publisher] | None = None,
+        published: Published | None = None,
     ) -> None:
         self._config = config
         self._build = build
         self._replay_buffer = replay_buffer
         self._limits = limits
         self._make_native = make_native
+        self._published = published
         self._room: Any = None
         self._handles: list[Any] = []
         self.where: dict[str, ProcessInfo] = {}  # process of each rank, by name
@@ -78,7 +81,7 @@ class LearnerPart:
         followers = [actor(FollowerActor, **each).remote(*common) for each in options[1:]]
         keep = self._config.checkpoint.keep
         lead = actor(LearnerActor, **options[0]).remote(
-            *common, keep, self._make_native, followers, self._config.policy
+            *common, keep, self._make_native, followers, self._config.policy, self._published
         )
         self._handles = [lead, *followers]
         joins: list[Callable[[], Ranks]] = [Ranks]

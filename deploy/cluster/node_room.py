@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 
 from deploy.config.config import RunConfig
@@ -40,6 +40,22 @@ class Claim:
                 f"{_counted(self.count // self.pieces, self.part)}, each {self.pieces} GPU over several nodes"
             )
         return f"{_counted(self.count, self.part)}, each {_listed(self.each)} on one node"
+
+
+def joined_claims(configs: Sequence[RunConfig], nodes: Sequence[Resources]) -> list[tuple[Claim, Claim]]:
+    """What workers and ranks of each policy claim; policies that claim alike, together."""
+    found: list[tuple[Claim, Claim]] = []
+    for pair in (claims(config, nodes) for config in configs):
+        alike = next((each for each in found if [_kind(c) for c in each] == [_kind(c) for c in pair]), None)
+        if alike is not None:
+            found.remove(alike)
+            pair = [replace(c, count=c.count + d.count) for c, d in zip(pair, alike, strict=True)]
+        found.append((pair[0], pair[1]))
+    return found
+
+
+def _kind(claim: Claim) -> tuple[dict[str, float], int]:
+    return claim.each, claim.pieces
 
 
 def claims(config: RunConfig, nodes: Sequence[Resources]) -> list[Claim]:

@@ -28,13 +28,22 @@ class Supervised(Protocol):
 
 
 class Watchdog:
-    """At every heartbeat: apply `manta scale`, write the roster, report a full disk and missing progress."""
+    """At every heartbeat: apply `manta scale`, write the roster, report a full disk and missing progress.
+
+    folder: where the roster and stacks are written. asked_in: where requests of `manta scale` lie, if elsewhere.
+    """
 
     def __init__(
-        self, ring: Supervised, folder: Path, settings: SupervisionSettings, say: Callable[[str], None]
+        self,
+        ring: Supervised,
+        folder: Path,
+        settings: SupervisionSettings,
+        say: Callable[[str], None],
+        asked_in: Path | None = None,
     ) -> None:
         self._ring = ring
         self._folder = folder
+        self._asked_in = asked_in or folder
         self._settings = settings
         self._say = say
         self._wanted: int | None = None
@@ -57,7 +66,7 @@ class Watchdog:
 
     def _follow(self) -> None:
         try:
-            wanted = wanted_workers(self._folder)
+            wanted = wanted_workers(self._asked_in)
             if wanted is not None and wanted != self._wanted:
                 self._wanted = wanted
                 self._ring.scale(wanted)

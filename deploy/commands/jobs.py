@@ -149,7 +149,8 @@ def logs(
     part: Annotated[
         str,
         typer.Option(
-            help="Part of the run whose own log is shown, such as rollout-0 or learner; default: the driver."
+            help="Part of the run whose own log is shown, such as rollout-0, learner, or with several policies "
+            "keeper/rollout-0; default: the driver."
         ),
     ] = "",
     follow: Annotated[bool, typer.Option(help="Go on until the run has ended.")] = False,

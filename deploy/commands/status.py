@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING
 
 from deploy.commands.cluster_jobs import ask, connect, find, follow, run_of, stop
@@ -81,7 +82,9 @@ def described(state: RunState) -> str:
         "updated": state.updated,
         "report": state.paths.get("report"),
     }
-    return "\n".join(f"{name:9} {value}" for name, value in lines.items() if value)
+    told = "\n".join(f"{name:9} {value}" for name, value in lines.items() if value)
+    policies = (f"\npolicy {name}\n{indent(described(each), '  ')}" for name, each in state.policies.items())
+    return told + "".join(policies)
 
 
 def log_of(target: str, address: str | None, part: str, following: bool, here: bool = False) -> Iterator[str]:

@@ -72,10 +72,10 @@ def opponents_of(config: RunConfig) -> tuple[str, ...]:
 def require_policies(config: RunConfig) -> None:
     """Check the policies of a run, and who plays the other seats. ValueError for the first contradiction."""
     league = config.league
-    if league is not None and config.weights.transfer != "object_store":
+    if (league is not None or config.policies) and config.weights.transfer != "object_store":
         raise ValueError(
-            f"weights.transfer={config.weights.transfer!r} keeps no past versions, which the section league needs as "
-            "opponents; use object_store"
+            f"weights.transfer={config.weights.transfer!r} keeps no past versions and joins engines to one learner; "
+            "with the sections league or policies use object_store"
         )
     for each in config.environments:
         if each.options.get("opponent") == PLAYED_BY_POLICY and league is None and config.steps:

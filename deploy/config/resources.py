@@ -33,9 +33,12 @@ def reservations(config: RunConfig) -> list[Reservation]:
     return found
 
 
-def demand(config: RunConfig) -> dict[str, float]:
-    """The resources of all actors of a run together, by Ray's names; one of which none is asked for is left out."""
-    reserved = reservations(config)
+def demand(*configs: RunConfig) -> dict[str, float]:
+    """The resources of all actors of a run together, by Ray's names; one of which none is asked for is left out.
+
+    configs: of each of its policies.
+    """
+    reserved = [each for config in configs for each in reservations(config)]
     names = dict.fromkeys(name for each in reserved for name in each.each)
     wanted = {name: round(sum(each.total(name) for each in reserved), 4) for name in names}
     return {name: amount for name, amount in wanted.items() if amount or name == "CPU"}

@@ -35,7 +35,7 @@ from deploy.config.trust import executed, remember
 from deploy.config.version import VERSION
 from rollout.wire.whole_file import replace_file
 
-CONFIG_FILE, LOCK = "config.json", "driver.lock"
+CONFIG_FILE, LOCK, POLICIES = "config.json", "driver.lock", "policies"
 VERSION_KEY = "manta_version"  # in config.json: the version of Manta that wrote the file
 FIRST_TO_SAY = "0.2"  # the first version that stores its number
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
@@ -124,6 +124,11 @@ def store(config: RunConfig, folder: Path) -> None:
     written = {VERSION_KEY: VERSION} | config.model_dump(mode="json")
     replace_file(folder / CONFIG_FILE, json.dumps(written, indent=2, ensure_ascii=False))
     remember(folder, executed(config))
+
+
+def of_policy(run: Path, name: str) -> Path:
+    """The folder of one of a run's several policies."""
+    return run / POLICIES / name
 
 
 def exists(folder: Path) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,16 @@ from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.policies import configurations, is_several
 from deploy.config.supervise import PartFailed, PartLost
+from deploy.config.trackers import Tracker
 from deploy.report.console import Console, errors, write
 from deploy.report.phases import Phases, Startup
 from deploy.report.progress import Progress
 from deploy.run.failure_log import failures_kept_in
 from deploy.run.finished import print_outcome
 from deploy.run.interrupt import INTERRUPTED, Stopped, interruptible
-from deploy.run.several import folder_of_policy, train_several
+from deploy.run.local import LocalRuntime
+from deploy.run.replay import ReplayRuntime
+from deploy.run.several import train_several
 from deploy.run.state import DRIVER_LOG, Recorded
 from deploy.run.train import Training
 from learner.training.checkpoint import newest_version
@@ -74,7 +79,10 @@ def run(asked: Drive) -> dict[str, Any]:
     """
     config, folder, resume, startup = asked.config, asked.folder, asked.resume, asked.startup
     local = asked.local or config.replay is not None
-    _require_whole(config, local)
+    if config.policy in config.policies:
+        raise ConfigError(
+            f"policy {config.policy!r} is one of several: train them together, or go on with the run of all of them"
+        )
     alone = local or not config.cluster.joins  # nothing of the run is on another machine
     run_folder.make(folder)
     with driving(folder), run_folder.removed_unless_begun(folder):
@@ -114,7 +122,7 @@ def _logs_kept(folder: Path, alone: bool) -> AbstractContextManager[None]:
 def _check_buffer(config: RunConfig, folder: Path, resume: bool) -> None:
     """Check the state of the replay buffer of each policy."""
     for name, own in configurations(config).items():
-        place = folder_of_policy(folder, name) if is_several(config) else folder
+        place = run_folder.of_policy(folder, name) if is_several(config) else folder
         if place.is_dir():
             check_state(place, own.buffer, newest_version(place) if resume else None)
     if config.cluster.buffer_resources and not copy_of(folder, config.buffer.copy_to):
@@ -130,19 +138,7 @@ def _connect(config: RunConfig, alone: bool, temporary: Path | None) -> None:
     from deploy.cluster.connect import connect, require_capacity
 
     connect(config, temporary)
-    require_capacity(config)
-
-
-def _require_whole(config: RunConfig, local: bool) -> None:
-    """Refuse what several policies and leagues cannot do."""
-    if config.policy in config.policies:
-        raise ConfigError(
-            f"policy {config.policy!r} is one of several: train them together, or go on with the run of all of them"
-        )
-    if not local and (config.league is not None or config.policies):
-        raise ConfigError(
-            "a recipe with the sections league or policies is trained in one process: add --local (local=True)"
-        )
+    require_capacity(list(configurations(config).values()))
 
 
 def _require_unchanged(folder: Path, resume: bool, stored: RunConfig | None) -> None:
@@ -155,26 +151,25 @@ def _require_unchanged(folder: Path, resume: bool, stored: RunConfig | None) -> 
 
 def _train(asked: Drive, local: bool, phases: Phases) -> dict[str, Any]:
     config, folder, startup = asked.config, asked.folder, asked.startup
+    make_ring: Callable[..., Runtime] = LocalRuntime
+    exporter: Callable[[], Tracker] | None = None
+    if not local:
+        from deploy.cluster.cluster import RayRuntime
+        from deploy.cluster.exporter import RayMetrics
+
+        make_ring, exporter = partial(RayRuntime, asked_in=folder), RayMetrics
     if is_several(config):
-        return asyncio.run(interruptible(train_several(config, folder, asked.console, asked.resume, phases)))
+        several = train_several(
+            config, folder, asked.console, asked.resume, phases, make_ring=make_ring, exporter=exporter
+        )
+        return asyncio.run(interruptible(several))
     title = f"{config.name}  {folder}"
     with Progress(config.steps, title, asked.console, folder / DRIVER_LOG) as progress:
-        ring: Runtime
-        exporters: list[Any] = []
         if config.replay is not None:
-            from deploy.run.replay import ReplayRuntime
-
-            ring = ReplayRuntime(config, folder)
-        elif local:
-            from deploy.run.local import LocalRuntime
-
-            ring = LocalRuntime(config, folder, startup=startup, say=progress.say)
+            ring: Runtime = ReplayRuntime(config, folder)
         else:
-            from deploy.cluster.cluster import RayRuntime
-            from deploy.cluster.exporter import RayMetrics
-
-            exporters = [RayMetrics()]
-            ring = RayRuntime(config, folder, say=progress.say, startup=startup)
+            ring = make_ring(config, folder, startup=startup, say=progress.say)
+        exporters = [] if exporter is None else [exporter()]
         training = Training(config, ring, progress, startup, phases, exporters)
         return asyncio.run(interruptible(training.run(asked.resume)))
 

@@ -17,14 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deploy.assembly.build import (
-    EngineFactory,
-    build_worker,
-    replay_buffer_builder,
-    start_engine,
-)
+from deploy.assembly.build import EngineFactory, replay_buffer_builder, start_engine
 from deploy.assembly.league import League
-from deploy.assembly.runtime import Row, first_failure, waited_for
+from deploy.assembly.runtime import Met, Row, alone, first_failure, waited_for
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.report.noticed import Noticed
@@ -49,8 +44,7 @@ def _place_inline(arrays: Sequence[ByteArray]) -> tuple[Handle, Any]:
 class LocalRuntime(LearnerHere):
     """Every part of a run as plain objects of this process; of one policy, where the run has several (several.py).
 
-    league: the policies that it meets; None: its own versions, if the recipe has a league. met: called with each
-    version that is published; returns when all policies of the run have published it.
+    league: the policies that it meets; None: its own versions, if the recipe has a league. met: see several.py.
     """
 
     def __init__(
@@ -61,7 +55,7 @@ class LocalRuntime(LearnerHere):
         startup: Startup | None = None,
         say: Callable[[str], None] = print,
         league: League | None = None,
-        met: Callable[[int], Awaitable[None]] | None = None,
+        met: Met = alone,
     ) -> None:
         if config.weights.transfer != "object_store":
             raise ConfigError(
@@ -103,9 +97,8 @@ class LocalRuntime(LearnerHere):
         for index in range(config.rollout.workers):
             name = f"rollout-{index}"
             with self._startup.timed("engines"):
-                opponents = self._league.opponents(config.policy, self._engine_factory, name)
                 factory, buffer = self._engine_factory, self._replay_buffer
-                worker = await build_worker(config, path, factory, name, buffer, opponents)
+                worker = await self._league.build_worker(config, path, factory, name, buffer)
             self._started.push_async_callback(worker.engine.close)
             self._started.push_async_callback(worker.close)
             self._workers.append(worker)
@@ -121,7 +114,7 @@ class LocalRuntime(LearnerHere):
         update = await self._learner.publish_weights()
         reports = await asyncio.gather(*(worker.sync(update) for worker in self._workers))
         await self._learner.unpin_weights(update.version, update.handle)
-        if self._met is not None and update.version >= 0:
+        if update.version >= 0:
             await self._met(update.version)
         return sync_metrics(reports)
 

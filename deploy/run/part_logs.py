@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deploy.cluster.control import read_roster
+from deploy.cluster.control import ROSTER, read_roster
+from deploy.config import run_folder
 from deploy.config.config_errors import ConfigError
 from deploy.run.state import DRIVER_LOG
 
@@ -23,8 +24,18 @@ def driver_log(folder: Path) -> Path:
 
 
 def part_log(folder: Path, part: str) -> Path:
-    """The log of a part, by its name in the roster: where its process writes it, else as kept in the run."""
+    """The log of a part, by its name in the roster: where its process writes it, else as kept in the run.
+
+    Of a run with several policies the policy's name comes first: keeper/rollout-0.
+    """
     places = {each["part"]: Path(each["log"]) for each in read_roster(folder) if each.get("log")}
+    for policy in sorted((folder / run_folder.POLICIES).glob(f"*/{ROSTER}")):
+        name = policy.parent.name
+        places |= {
+            f"{name}/{each['part']}": Path(each["log"])
+            for each in read_roster(policy.parent)
+            if each.get("log")
+        }
     if part not in places:
         named = f"; it has {', '.join(places)}" if places else ""
         raise ConfigError(f"{folder} has no part {part} with a log{named}")

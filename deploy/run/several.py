@@ -1,11 +1,11 @@
-"""A run of several policies in one process: a driver and a ring for each, which cross a line together.
+"""A run of several policies: one process drives a ring of each, which cross a line together.
 
     RUN/policies/NAME    what a run of one policy leaves, of each: ledger, rows, checkpoints, metrics, report
     RUN/summary.json     the summary of each, by its name
 
-Each policy is driven as a run of one policy is (train.py, local.py). Before the slots of a step are released, all wait
-until every policy has published the version that the step made: so the versions of all are of the same steps, and a
-group that is issued at a version may meet that version of any policy. The first failure ends all of them.
+Each policy is driven as a run of one policy is (train.py), in this process or on Ray. Before the slots of a step are
+released, all wait until every policy has published the version that the step made: so the versions of all are of the
+same steps, and a group that is issued at a version may meet that version of any policy. The first failure ends all.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from typing import Any
 
 from deploy.assembly.build import EngineFactory, start_engine
 from deploy.assembly.league import League, Member
+from deploy.assembly.runtime import Runtime
 from deploy.config import run_folder
 from deploy.config.config import RunConfig
 from deploy.config.policies import configurations
+from deploy.config.trackers import Tracker
 from deploy.report.console import Console
 from deploy.report.phases import Phases, Startup
 from deploy.report.progress import Progress
@@ -31,13 +33,6 @@ from deploy.run.state import DRIVER_LOG
 from deploy.run.train import Training
 from learner.training.checkpoint import CheckpointError, complete, version_of, whole
 from rollout.wire.whole_file import replace_file
-
-POLICIES = "policies"
-
-
-def folder_of_policy(run: Path, name: str) -> Path:
-    """The folder of one of a run's policies."""
-    return run / POLICIES / name
 
 
 class Line:
@@ -57,14 +52,20 @@ class Line:
         if version <= self._crossed:  # a learner that was lost makes its steps again
             return
         self._here[policy] = version
+        try:
+            await self._all_here(version)
+        finally:
+            self._here.pop(policy, None)  # a learner that is lost while it waits comes again
+
+    async def _all_here(self, version: int) -> None:
         if self._here.keys() == self._policies:
             if len(set(self._here.values())) > 1:
                 raise RuntimeError(f"the run's policies stand at different versions: {self._here}")
             self._here, self._crossed = {}, version
             changed, self._changed = self._changed, asyncio.Event()
             changed.set()
-            return
-        await self._changed.wait()
+        else:
+            await self._changed.wait()
 
 
 async def train_several(
@@ -74,14 +75,15 @@ async def train_several(
     resume: bool,
     phases: Phases | None = None,
     engine_factory: EngineFactory = start_engine,
-    stopping: Callable[[str, LocalRuntime], None] = lambda name, ring: None,
+    make_ring: Callable[..., Runtime] = LocalRuntime,
+    exporter: Callable[[], Tracker] | None = None,
 ) -> dict[str, Any]:
     """Drive all policies to the end of the run; returns the summary of each, by name. Raises the first failure.
 
-    stopping: called with each policy's ring before it starts, for tests.
+    make_ring: LocalRuntime, or RayRuntime. exporter: makes a tracker for each policy besides the recipe's.
     """
     configs = configurations(config)
-    folders = {name: folder_of_policy(folder, name) for name in configs}
+    folders = {name: run_folder.of_policy(folder, name) for name in configs}
     resumed = resume and all(map(run_folder.exists, folders.values()))
     if resumed:
         go_back_to_common_version(folders)
@@ -95,11 +97,17 @@ async def train_several(
         with Progress(
             own.steps, f"{own.name}  {folders[name]}", console, folder / DRIVER_LOG, prefix=name
         ) as progress:
-            ring = LocalRuntime(
-                own, folders[name], engine_factory, startup, progress.say, league, partial(line.cross, name)
+            ring = make_ring(
+                own,
+                folders[name],
+                engine_factory,
+                startup=startup,
+                say=progress.say,
+                league=league,
+                met=partial(line.cross, name),
             )
-            stopping(name, ring)
-            return await Training(own, ring, progress, startup).run(resumed)
+            trackers = [] if exporter is None else [exporter()]
+            return await Training(own, ring, progress, startup, trackers=trackers).run(resumed)
 
     try:
         with (phases or Phases()).timed("training"):
@@ -107,7 +115,10 @@ async def train_several(
                 driven = {name: group.create_task(drive(name), name=f"policy {name}") for name in configs}
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
-    summary = {POLICIES: {name: task.result() for name, task in driven.items()}, "steps": config.steps}
+    summary = {
+        run_folder.POLICIES: {name: task.result() for name, task in driven.items()},
+        "steps": config.steps,
+    }
     replace_file(folder / "summary.json", json.dumps(summary, indent=2))
     return summary
 

@@ -24,6 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deploy.cluster.control import is_driven, read_roster, wanted_workers
 from deploy.config import run_folder
+from deploy.config.config import RunConfig
+from deploy.config.policies import is_several
 from deploy.config.supervise import LOSSES, brief
 from deploy.report.evaluation import WHEN, Evaluation
 from deploy.report.metrics import METRICS_FILE, read_metrics
@@ -99,6 +101,7 @@ class RunState(BaseModel):
     job: str = Field("", description="id of the Ray job of the last session; empty without one")
     job_status: str = Field("", description="what Ray says of that job; empty where no cluster was asked")
     paths: dict[str, str] = Field({}, description="files and folders of the run that exist, by name")
+    policies: dict[str, RunState] = Field({}, description="the same of each of several policies, by its name")
 
     @property
     def ended(self) -> bool:
@@ -164,12 +167,14 @@ def run_state(folder: Path) -> RunState:
     rows, driven = read_metrics(folder), is_driven(folder)
     last = rows[-1] if rows else {}
     phase = str(told.get("phase", KILLED))
+    phase = phase if driven or phase in ENDED else KILLED
+    policies = _policies(folder, config, phase)
     driver = {"host": told.get("host", ""), "pid": told.get("pid", 0), "alive": driven}
     return RunState(
         run=str(folder.resolve()),
         name=config.name,
-        phase=phase if driven or phase in ENDED else KILLED,
-        step=int(last.get("step", 0)),
+        phase=phase,
+        step=min((each.step for each in policies.values()), default=int(last.get("step", 0))),
         steps=config.steps,
         success=_finite(last.get("success")),
         reward=_finite(last.get("reward")),
@@ -183,7 +188,17 @@ def run_state(folder: Path) -> RunState:
         driver=Driver(**driver) if told else None,
         job=str(told.get("job", "")),
         paths=dict(_paths(folder.resolve())),
+        policies=policies,
     )
+
+
+def _policies(folder: Path, config: RunConfig, phase: str) -> dict[str, RunState]:
+    """The states of a run's policies, which share its driver: they are in its phase."""
+    if not is_several(config):
+        return {}
+    folders = {name: run_folder.of_policy(folder, name) for name in config.policies}
+    there = {name: each for name, each in folders.items() if run_folder.exists(each)}
+    return {name: run_state(each).model_copy(update={"phase": phase}) for name, each in there.items()}
 
 
 def _evaluations(folder: Path) -> dict[str, float]:

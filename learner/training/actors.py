@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError
 from learner.parallel.ranks import RankLost, Ranks, Rendezvous
 from learner.training.follower import Follower
 from learner.training.learner import Learner
-from learner.training.loop import LearnerLoop, Row, Source, Tell
+from learner.training.loop import LearnerLoop, Published, Row, Source, Tell
 from learner.training.publish import Publisher
 from rollout.wire.actors import put_object
 from rollout.wire.notices import collected
@@ -29,7 +29,8 @@ Join = Callable[[], Ranks]  # meets the other ranks
 class LearnerActor:
     """Rank 0, which is all there is of most learners. `followers` are the actors of the other ranks, in order.
 
-    `make_native(learner)` gives it vLLM's own transfer, for a run whose weights travel that way.
+    `make_native(learner)` gives it vLLM's own transfer, for a run whose weights travel that way. `published` is called
+    with each version before engines are offered it.
     """
 
     def __init__(
@@ -42,13 +43,14 @@ class LearnerActor:
         make_native: Callable[[Learner], Publisher] | None = None,
         followers: Sequence[Any] = (),
         policy: str = POLICY,
+        published: Published | None = None,
     ) -> None:
         self._build = build
         self._replay_buffer = replay_buffer
         self._settings = engine_dtype, take_seconds, keep_checkpoints
         self._make_native = make_native
         self._tell = _teller(followers)
-        self._policy = policy
+        self._policy, self._published = policy, published
         self._notices = collected()
 
     async def open(self, ranks: int, seconds: float) -> str:
@@ -61,7 +63,14 @@ class LearnerActor:
         self._learner = _started(self._build, run_folder, resume, join)
         native = self._make_native(self._learner) if self._make_native else None
         self._loop = LearnerLoop(
-            self._learner, self._replay_buffer, put_object, *self._settings, native, self._tell, self._policy
+            self._learner,
+            self._replay_buffer,
+            put_object,
+            *self._settings,
+            native,
+            self._tell,
+            self._policy,
+            self._published,
         )
         return _here(), self._learner.version
 

@@ -5,8 +5,8 @@
 The game is `locks`, by tiny models that were shown little of a player who errs half the time; plain transformers
 sample.
 
-roles      a keeper and an opener, each a policy of one run, prioritized fictitious self-play. Each policy's first and
-           last version play the past versions of the other: how often do they win?
+roles      a keeper and an opener, each a policy of one run with its own learning rate, and uniform fictitious
+           self-play. Each policy's first and last version play all past versions of the other: how often do they win?
 league     one policy of both seats, prioritized fictitious self-play against its own past versions; beside it, from the
            same start and for as many steps, plain self-play against the latest version. Both are tested against the
            scripted players of both seats, whom neither ever met.
@@ -40,6 +40,17 @@ from rollout.wire.trajectory import Slot, Task
 from tests.bench.runs import run_here
 
 ROLES = ("keeper", "opener")
+# An answer that wins always leaves nothing to learn from, and soon the other knows it: a policy stays near its start,
+# the keeper moves less than the opener can follow, and both meet the whole past.
+ROLES_LEARN = {
+    "league.sampler": "uniform",
+    "league.keep": 16,
+    "league.engines": 12,
+    "learner.algorithm.kl": {"coefficient": 0.1},
+    "learner.algorithm.skip_zero_advantage": False,
+    "learner.algorithm.epochs": 2,
+}
+RATES = {"keeper": 5e-4, "opener": 2e-3}
 SELF = {"league.latest_share": 1.0}
 FIRST_GAME = 1_000_000  # seeds from here on are games of the comparison
 AT_ONCE = 32
@@ -105,8 +116,11 @@ def recipe(seed: int, steps: int, games: int, **changes: Any) -> RunConfig:
 def roles(seed: int, steps: int, games: int, folder: Path) -> list[str]:
     """Lines of the table of two policies that learn at once."""
     run = folder / f"roles-{seed}"
-    seats = {role: {"env": {"options": {"seat": role}}} for role in ROLES}
-    config = recipe(seed, steps, games, policies=seats)
+    policies = {
+        role: {"env": {"options": {"seat": role}}, "learner": {"optim": {"learning_rate": RATES[role]}}}
+        for role in ROLES
+    }
+    config = recipe(seed, steps, games, policies=policies, **ROLES_LEARN)
     run_here(config, run)
     members = {role: Member(of_policy(config, role), run / "policies" / role) for role in ROLES}
     league = League(members)

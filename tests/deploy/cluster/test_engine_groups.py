@@ -68,9 +68,9 @@ class Shown:
 
 
 def test_what_fits_in_sum_but_not_on_single_nodes_is_refused_in_one_line(nodes: None) -> None:
-    require_capacity(_config(5, 2))
+    require_capacity([_config(5, 2)])
     with pytest.raises(ConfigError) as refused:
-        require_capacity(_config(5, 3, "cluster.capacity_timeout_seconds=1"))
+        require_capacity([_config(5, 3, "cluster.capacity_timeout_seconds=1")])
     said = str(refused.value)
     assert "\n" not in said
     assert "asked are 3 rollout workers, each 5 GPU and 0.5 CPU on one node, and 1 learner rank" in said
@@ -104,7 +104,7 @@ def test_a_group_that_no_node_has_room_for_is_waited_for_with_a_limit(nodes: Non
 
 def test_an_engine_larger_than_a_node_claims_gpu_by_gpu_for_vllms_own_workers(nodes: None) -> None:
     config = _config(12, 1)
-    require_capacity(config)
+    require_capacity([config])
     groups = EngineGroups(config)
     asyncio.run(groups.reserve(1, 60))
     assert groups.spanning

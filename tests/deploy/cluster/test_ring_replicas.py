@@ -90,9 +90,9 @@ def cluster() -> Iterator[None]:
 def test_a_cluster_too_small_for_the_replicas_is_refused(cluster: None) -> None:
     from deploy.cluster.connect import require_capacity
 
-    require_capacity(configured(*ON_RAY))
+    require_capacity([configured(*ON_RAY)])
     with pytest.raises(ConfigError) as refused:
-        require_capacity(configured(*ON_RAY, "rollout.group_size=12"))
+        require_capacity([configured(*ON_RAY, "rollout.group_size=12")])
     said = str(refused.value)
     assert "too small: 2 CPU, 5 cpu_node missing (the run asks for 4 CPU, 6 cpu_node)" in said
     assert "the resources of each of 12 replicas (env.host.cpus_per_replica, env.host.resources)" in said

@@ -23,7 +23,7 @@ from deploy.report.metrics import read_metrics
 from deploy.run.drive import Drive, run
 from deploy.run.finished import told_finished
 from deploy.run.local import LocalRuntime
-from deploy.run.several import Line, folder_of_policy, train_several
+from deploy.run.several import Line, train_several
 from learner.training.checkpoint import versions
 from rollout.buffer.segments import read_rows
 from rollout.wire.kept_versions import KeptVersions
@@ -54,16 +54,18 @@ def trained(
         run_folder.create(config, folder)
     torch.set_num_threads(1)
 
-    def stopping(name: str, ring: LocalRuntime) -> None:
-        if stop is not None and name == stop[0]:
+    def make_ring(own: RunConfig, *given: Any, **named: Any) -> LocalRuntime:
+        ring = LocalRuntime(own, *given, **named)
+        if stop is not None and own.policy == stop[0]:
             _stop(ring, stop[1])
+        return ring
 
     console = Console(file=io.StringIO())
-    return asyncio.run(train_several(config, folder, console, resume, stopping=stopping))
+    return asyncio.run(train_several(config, folder, console, resume, make_ring=make_ring))
 
 
 def folders(run: Path) -> list[Path]:
-    return [folder_of_policy(run, name) for name in POLICIES]
+    return [run_folder.of_policy(run, name) for name in POLICIES]
 
 
 @pytest.fixture(scope="module")
@@ -186,10 +188,8 @@ def test_a_mistake_in_policies_is_told_in_one_line(overrides: list[str], message
     assert "\n" not in str(raised.value)
 
 
-def test_what_runs_in_one_process_is_refused_on_ray_and_one_policy_of_several_alone(tmp_path: Path) -> None:
+def test_one_policy_of_several_is_not_trained_alone(tmp_path: Path) -> None:
     config = configured(*TWO)
-    with pytest.raises(ConfigError, match="is trained in one process: add --local"):
-        run(Drive(config, tmp_path / "run", Console(file=io.StringIO())))
     with pytest.raises(ConfigError, match="policy 'keeper' is one of several: train them together"):
         run(Drive(of_policy(config, "keeper"), tmp_path / "run", Console(file=io.StringIO()), local=True))
 
