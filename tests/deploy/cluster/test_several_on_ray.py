@@ -27,7 +27,7 @@ from rollout.wire.metrics import Row
 from tests.deploy.run.test_several import POLICIES, TWO, assert_same, configured, folders, trained
 from tests.deploy.small_run import ledger
 
-ON_RAY = ("cluster.learner_cpus=0.5", "rollout.cpus_per_worker=0.5")
+ON_RAY = ("cluster.learner_cpus=0.25", "rollout.cpus_per_worker=0.25")
 
 pytestmark = pytest.mark.slow
 
