@@ -5,9 +5,9 @@ The constants of processes were measured on CPUs (docs/performance.md); vLLM's w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
@@ -81,6 +81,14 @@ class ModelFacts:
         )
 
 
+class Opponent(NamedTuple):
+    """A policy that plays the other seat of games: its name, its configuration, its model."""
+
+    name: str
+    config: RunConfig
+    model: ModelFacts
+
+
 @dataclass(frozen=True, slots=True)
 class Cache:
     """The KV cache of one engine, on each of its devices."""
@@ -125,12 +133,15 @@ class MemoryPlan:
     traffic: Traffic  # between the learner's ranks
 
     @classmethod
-    def of(cls, run: RunConfig, model: ModelFacts, gpu_bytes: int) -> MemoryPlan:
-        """Plan a run; gpu_bytes: memory of one GPU."""
+    def of(
+        cls, run: RunConfig, model: ModelFacts, gpu_bytes: int, opponents: Sequence[Opponent] = ()
+    ) -> MemoryPlan:
+        """Plan a run; gpu_bytes: memory of one GPU. opponents: the policies whose versions its workers load."""
         run = _settled(run, model, gpu_bytes)
         sent = sent_bytes(run, model)
         cache = None if run.replay else _cache(run, model, gpu_bytes)
-        return cls(tuple(_processes(run, model, cache, sent)), cache, sent, _traffic(run, model))
+        met = [amount for each in opponents for amount in _opposing(run, each, gpu_bytes)]
+        return cls(tuple(_processes(run, model, cache, sent, met)), cache, sent, _traffic(run, model))
 
     def process(self, name: str) -> Process:
         """The processes of this name."""
@@ -180,7 +191,9 @@ def row_bytes(tokens: int) -> int:
     return _ROW_BYTES * tokens
 
 
-def _processes(run: RunConfig, model: ModelFacts, cache: Cache | None, sent: int) -> Iterator[Process]:
+def _processes(
+    run: RunConfig, model: ModelFacts, cache: Cache | None, sent: int, met: Sequence[Amount]
+) -> Iterator[Process]:
     learner, on_gpu = run.learner, run.learner.model.device == "cuda"
     device = learner_amounts(
         learner,
@@ -203,7 +216,7 @@ def _processes(run: RunConfig, model: ModelFacts, cache: Cache | None, sent: int
         sent if run.weights.delta and run.cluster.joins else 0
     )  # by a worker on another node than the learner
     version = [Amount("the version that deltas are applied to", held, on_host=True)] if held else []
-    amounts = (itself, *version, *_engine(run, model, cache))
+    amounts = (itself, *version, *_engine(run, model, cache), *met)
     yield Process("rollout worker", run.rollout.workers, amounts, run.rollout.gpus_per_worker > 0)
     kept = Amount("groups that are played or waiting", row_bytes(stored_tokens(run)), on_host=True)
     yield Process("replay buffer", 1, (Amount("the process itself", _BUFFER_PROCESS, on_host=True), kept))
@@ -211,6 +224,18 @@ def _processes(run: RunConfig, model: ModelFacts, cache: Cache | None, sent: int
     if sent:
         weights = Amount("a version of the weights", sent, on_host=True)
         yield Process("object store, on every node", 1, (weights,))
+
+
+def _opposing(run: RunConfig, opponent: Opponent, gpu_bytes: int) -> Iterator[Amount]:
+    """What a worker's engines of an opponent's versions hold, at most as many as it may have."""
+    name, other, model = opponent
+    assert run.league is not None
+    count = run.league.engines
+    amounts = list(_engine(other, model, _cache(other, model, gpu_bytes)))
+    for on_host in (False, True):
+        held = sum(each.nbytes for each in amounts if each.on_host == on_host)
+        if held:
+            yield Amount(f"versions of {name} in {count} engines", count * held, on_host=on_host)
 
 
 def _engine(run: RunConfig, model: ModelFacts, cache: Cache | None) -> Iterator[Amount]:

@@ -13,7 +13,8 @@ from learner.training.memory_estimate import Amount, row_tokens
 
 def show(checked: Checked, console: Console) -> int:
     """Print what was found; returns the exit status, 1 for a recipe that a run would refuse."""
-    name = checked.config.name
+    config = checked.config
+    name = f"{config.name}, policy {config.policy}" if config.policies else config.name
     if checked.memory is None:
         write(console, f"{name}: memory is not told, since the model's configuration is not known here")
     else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,11 @@ import psutil
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PretrainedConfig
 
-from deploy.assembly.memory_plan import GIB, MemoryPlan, ModelFacts
+from deploy.assembly.memory_plan import GIB, MemoryPlan, ModelFacts, Opponent
 from deploy.assembly.models import tiny_architecture
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
+from deploy.config.policies import configurations, opponents_of
 from deploy.config.resources import demand
 from deploy.run.findings import Finding, of_disk, of_job, of_memory, of_recipe
 from deploy.run.job_size import Counts, DiskUse, JobSize, Node, nodes, row_counts
@@ -66,18 +67,28 @@ class Checked:
         return any(each.certain for each in self.findings)
 
 
-def check_recipe(config: RunConfig, machine: Machine, config_json: Path | None = None) -> Checked:
-    """Check a configuration. config_json: that of a model which is not on this machine. ConfigError if it is broken."""
+def check_recipe(config: RunConfig, machine: Machine, config_json: Path | None = None) -> list[Checked]:
+    """Check a configuration, of several policies that of each. config_json: of a model which is not on this machine.
+
+    ConfigError if that is broken.
+    """
     given = None if config_json is None else _read(config_json)
+    own = list(configurations(config).values())
+    return [_check(each, machine, given, own) for each in own]
+
+
+def _check(
+    config: RunConfig, machine: Machine, given: PretrainedConfig | None, policies: Sequence[RunConfig]
+) -> Checked:
     no_model, (rows, no_data) = _absent_model(config, given is not None), _rows(config)
     preflight = Preflight(config, model=no_model is None, data=no_data is None, architecture=given)
     findings = [each for each in (no_model, no_data) if each is not None]
     findings += [Finding(each, certain=True) for each in _refusals(preflight)]
     size = JobSize.of(config, rows)
-    memory, of_its_memory = None, [*_cores(config)]
+    memory, of_its_memory = None, [*_cores(config, policies)]
     if (architecture := _architecture(preflight, config, no_model is None, given)) is not None:
         try:
-            memory = _memory(config, architecture, size, machine)
+            memory = _memory(config, architecture, size, machine, _opponents(config, given, policies))
         except ValueError as error:  # an adapter of layers that there are not, an actor too large for a node
             of_its_memory.append(Finding(str(error), certain=True))
         else:
@@ -86,11 +97,29 @@ def check_recipe(config: RunConfig, machine: Machine, config_json: Path | None =
     return Checked(config, size, memory, tuple(sorted(said, key=lambda each: not each.certain)))
 
 
+def _opponents(
+    config: RunConfig, given: PretrainedConfig | None, policies: Sequence[RunConfig]
+) -> Iterator[Opponent]:
+    """The policies whose versions a policy meets, as far as their models are known here."""
+    for other in policies if config.league is not None else ():
+        if other.policy not in opponents_of(config):
+            continue
+        described = given is not None
+        here = _absent_model(other, described) is None
+        preflight = Preflight(other, model=here, data=False, architecture=given)
+        if (architecture := _architecture(preflight, other, here, given)) is not None:
+            yield Opponent(other.policy, other, ModelFacts.of(architecture, other))
+
+
 def _memory(
-    config: RunConfig, architecture: PretrainedConfig, size: JobSize, machine: Machine
+    config: RunConfig,
+    architecture: PretrainedConfig,
+    size: JobSize,
+    machine: Machine,
+    opponents: Iterator[Opponent],
 ) -> MemoryOfRun:
     model = ModelFacts.of(architecture, config)
-    plan = MemoryPlan.of(config, model, machine.gpu_bytes)
+    plan = MemoryPlan.of(config, model, machine.gpu_bytes, list(opponents))
     placed = nodes(config, plan, machine.gpus_per_node)
     return MemoryOfRun(model, plan, DiskUse.of(config, model, size), tuple(placed))
 
@@ -167,8 +196,8 @@ def _architecture(
     return preflight.architecture if here else None
 
 
-def _cores(config: RunConfig) -> Iterator[Finding]:
-    wanted, cores = demand(config)["CPU"], len(os.sched_getaffinity(0))
+def _cores(config: RunConfig, policies: Sequence[RunConfig]) -> Iterator[Finding]:
+    wanted, cores = demand(*policies)["CPU"], len(os.sched_getaffinity(0))
     if _is_for_here(config) and wanted > cores:
         yield Finding(
             f"the run reserves {wanted:g} CPUs, but this machine has {cores}; lower rollout.workers, "

@@ -6,12 +6,16 @@ import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from transformers import AutoConfig
 
-from deploy.assembly.memory_plan import GIB, MemoryPlan, ModelFacts
+from deploy.assembly.memory_plan import GIB, MemoryPlan, ModelFacts, Opponent
+from deploy.assembly.models import tiny_architecture, tiny_tokenizer
+from deploy.config.config import RunConfig
 from deploy.config.load import load_config
+from deploy.config.policies import of_policy
 from deploy.config.recipe_files import recipe_names
 from deploy.run.findings import of_disk, of_job, of_memory, of_recipe
 from deploy.run.job_size import DiskUse, JobSize, nodes
@@ -54,6 +58,28 @@ def test_a_recipe_for_gpus_is_sound(manta: Manta, tmp_path: Path, recipe: str, m
     assert f"model Qwen/Qwen3-{'8B' if model is QWEN3_8B else '0.6B'} is not on this machine" in looks[0]
     assert "openai/gsm8k:main:train" in looks[1]
     assert "node 1" in out and "node 2" not in out
+
+
+def test_each_of_several_policies_is_told_with_the_engines_of_those_it_meets(manta: Manta) -> None:
+    policies = ['policies.keeper={env={options={seat="keeper"}}, tiny={layers=1}}', "policies.opener={}"]
+    config = load_config("locks", ["league.engines=3", *policies])
+    opener, keeper = (_tiny_facts(of_policy(config, name)) for name in ("opener", "keeper"))
+    assert keeper.shape.parameters < opener.shape.parameters
+    plan = MemoryPlan.of(of_policy(config, "keeper"), keeper, GIB, [Opponent("opener", config, opener)])
+    held = {each.what: each.nbytes for each in plan.process("rollout worker").amounts}
+    assert held["versions of opener in 3 engines"] == 3 * 4 * opener.shape.parameters, "float32"
+    small = ["evaluation.tasks=2", "cluster.learner_cpus=0.25", "rollout.cpus_per_worker=0.25"]
+    code, out, _ = manta("check", "locks", "league.engines=3", *small, *policies)
+    assert code == 0
+    assert "locks, policy keeper:" in out and "locks, policy opener:" in out
+    assert "versions of opener in 3 engines" in out and "versions of keeper in 3 engines" in out
+
+
+def _tiny_facts(config: RunConfig) -> ModelFacts:
+    with TemporaryDirectory() as folder:
+        architecture = tiny_architecture(config, tiny_tokenizer(config, Path(folder)))
+    assert architecture is not None
+    return ModelFacts.of(architecture, config)
 
 
 def test_a_model_that_is_not_here_is_one_line_and_the_rest_is_checked(manta: Manta) -> None:
