@@ -76,6 +76,12 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
         "step; costs a forward pass more. 0: none, as the engine's routing is what is trained on; published "
         "configurations pretrain with 0.001",
     )
+    router_replay: bool = Field(
+        default=False,
+        description="of a mixture of experts, compute every token with the experts that the engine chose for it while "
+        "sampling, which are then stored with it. They differ from the learner's by rounding; false is right for any "
+        "other model. Costs layers x experts a token bytes for every token (twice that beyond 256 experts)",
+    )
     sum_gradients: Literal["row", "step"] | None = Field(
         default=None,
         description="when several ranks sum their gradients. row: after every packed row, each rank keeping its "
@@ -85,6 +91,11 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
     lora: LoraSettings | None = Field(
         default=None, description="train a low-rank adapter (LoRA) instead of all weights"
     )
+
+    @property
+    def beside(self) -> ModelSettings:
+        """Settings of another model that is computed beside the policy, and routes by itself."""
+        return self.model_copy(update={"router_replay": False})
 
 
 class LearnerSettings(BaseModel, extra="forbid", frozen=True):

@@ -251,6 +251,7 @@ async def start_engine(config: RunConfig, name: str, path: str) -> Engine:
             adapter=sent_adapter(config, path),
             perception=perception,
             trust_remote_code=trusted,
+            routing=config.learner.model.router_replay,
             policy=config.policy,
         )
     )

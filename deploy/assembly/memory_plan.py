@@ -18,6 +18,7 @@ from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from learner.model.footprint import Saved, Shape, blank_model, saved_by, shape_of
 from learner.model.lora import chosen_layers
+from learner.model.router_replay import routing_bytes
 from learner.parallel.traffic import Traffic
 from learner.training.memory_estimate import (
     Amount,
@@ -56,6 +57,7 @@ class ModelFacts:
     tied_head: int  # entries of a head that is the embedding too; 0 where it is a matrix of its own
     adapter: int = 0  # parameters of a low-rank adapter
     adapted: int = 0  # entries of the matrices that it changes
+    routed: int = 0  # bytes of the experts that are stored with every token
     teacher: int = 0  # parameters of a teacher that is distilled; 0: none, or its configuration is not here
 
     @classmethod
@@ -77,6 +79,7 @@ class ModelFacts:
             tied_head=int(text.vocab_size) * int(text.hidden_size) if text.tie_word_embeddings else 0,
             adapter=adapter,
             adapted=adapted,
+            routed=routing_bytes(architecture) if run.learner.model.router_replay else 0,
             teacher=_teacher(run),
         )
 
@@ -186,9 +189,9 @@ def stored_tokens(run: RunConfig) -> int:
     return slots * run.rollout.group_size * run.rollout.context_tokens
 
 
-def row_bytes(tokens: int) -> int:
+def row_bytes(model: ModelFacts, tokens: int) -> int:
     """Bytes of so many stored tokens."""
-    return _ROW_BYTES * tokens
+    return (_ROW_BYTES + model.routed) * tokens
 
 
 def _processes(
@@ -218,7 +221,7 @@ def _processes(
     version = [Amount("the version that deltas are applied to", held, on_host=True)] if held else []
     amounts = (itself, *version, *_engine(run, model, cache), *met)
     yield Process("rollout worker", run.rollout.workers, amounts, run.rollout.gpus_per_worker > 0)
-    kept = Amount("groups that are played or waiting", row_bytes(stored_tokens(run)), on_host=True)
+    kept = Amount("groups that are played or waiting", row_bytes(model, stored_tokens(run)), on_host=True)
     yield Process("replay buffer", 1, (Amount("the process itself", _BUFFER_PROCESS, on_host=True), kept))
     yield Process("driver", 1, (started,))
     if sent:
@@ -247,6 +250,9 @@ def _engine(run: RunConfig, model: ModelFacts, cache: Cache | None) -> Iterator[
         return
     yield Amount("KV cache", cache.nbytes)
     yield Amount("vLLM's processes", _VLLM_PROCESSES, on_host=True)
+    if model.routed:
+        held = max(cache.nbytes, 0) // cache.token_bytes * model.routed
+        yield Amount("experts of the tokens in the KV cache", held, on_host=True)
     if on_gpu:
         yield Amount("vLLM's activations, graphs, context", _VLLM_WORKING)
         return

@@ -214,6 +214,10 @@ def _routers(config: RunConfig) -> None:
         raise ValueError(
             "learner.model.router_balance is for a mixture of experts, which a tiny model is not; use 0"
         )
+    if config.tiny is not None and config.learner.model.router_replay:
+        raise ValueError(
+            "learner.model.router_replay is for a mixture of experts, which a tiny model is not; use false"
+        )
 
 
 def _ranks(config: RunConfig) -> None:

@@ -21,7 +21,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 def require_engine(config: RunConfig) -> None:
     """Run every check. ValueError for the first contradiction."""
-    for check in (_device, _parallel, _precision, _adapters, _transfer):
+    for check in (_device, _parallel, _precision, _routing, _adapters, _transfer):
         check(config)
 
 
@@ -54,6 +54,24 @@ def _parallel(config: RunConfig) -> None:
             f"an engine of {' * '.join(said) or 'engine.tensor_parallel_size=1'} runs on {engine.placement.gpus} "
             f"GPUs, but a worker claims rollout.gpus_per_worker={gpus:g}; use "
             f"rollout.gpus_per_worker={engine.placement.gpus}"
+        )
+
+
+def _routing(config: RunConfig) -> None:
+    """An engine that records the experts of tokens where they are replayed."""
+    engine = config.engine
+    if not config.learner.model.router_replay:
+        return
+    if not engine.placement.tells_routing:
+        raise ValueError(
+            f"engine.kind={engine.kind!r} does not say which experts it chose, which learner.model.router_replay=true "
+            "replays; use vllm or transformers"
+        )
+    if isinstance(engine, VllmSettings) and engine.pipeline_parallel_size > 1:
+        raise ValueError(
+            "vLLM does not say which experts it chose in engine.pipeline_parallel_size="
+            f"{engine.pipeline_parallel_size} parts, which learner.model.router_replay=true replays; use 1 and "
+            "engine.tensor_parallel_size"
         )
 
 

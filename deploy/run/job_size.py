@@ -100,7 +100,7 @@ class DiskUse:
         heads = head_bytes(config.stages, model.width, model.vocabulary)
         one = checkpoint_bytes(config.learner, model.shape, model.adapter, heads)
         count = min(config.checkpoint.keep, 1 + config.steps // config.checkpoint.every_steps) + 1
-        rows = row_bytes(size.processed) * size.steps
+        rows = row_bytes(model, size.processed) * size.steps
         if config.buffer.disk_gib is not None:
             rows = min(rows, int(config.buffer.disk_gib * 2**30))
         return cls(one, one * count, rows)

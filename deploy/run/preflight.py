@@ -32,6 +32,7 @@ from envs.hosting.host import HostSettings
 from envs.tools.tool import ToolRefused
 from learner.model.lora import planned
 from learner.model.router_balance import require_routers
+from learner.model.router_replay import require_replayable
 from learner.model.tiny import build_tiny
 from learner.model.tiny_vision import tiny_processor
 from learner.stages.settings import (
@@ -291,10 +292,11 @@ def check_context(path: str, context_tokens: int, architecture: PretrainedConfig
 
 
 def check_architecture(config: RunConfig, architecture: PretrainedConfig) -> None:
-    """Require a model that the engine's parallel sizes divide, and routers if their balance is learned."""
+    """Require a model that the engine's parallel sizes divide, and routers if they are balanced or replayed."""
     try:
         require_divisible(config, architecture)
         require_routers(architecture, config.learner.model)
+        require_replayable(architecture, config.learner.model)
     except ValueError as error:
         raise ConfigError(f"model {config.learner.model.path}: {error}") from error
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import chain, groupby, repeat
+from itertools import chain, groupby, repeat, takewhile
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 from learner.data.prefix_tree import PrefixTree, divided
 from learner.parallel.ranks import Ranks
 from rollout.wire.images import images_in
-from rollout.wire.trajectory import Float32Array, Int32Array, Trajectory, Turn
+from rollout.wire.trajectory import Float32Array, Int32Array, Trajectory, Turn, UInt8Array
 
 NOT_SAMPLED = -1  # in versions_T: a token that was not sampled
 
@@ -47,6 +47,8 @@ class TokenSequence:
     # Further values of sampled tokens, by the names of MicroBatch's optional tensors without their _N.
     columns: Mapping[str, Float32Array] = field(default_factory=dict)
     pictures: SequencePictures | None = None  # None: text only
+    # [I, B] bytes of the experts that the engine chose for its first I inputs; None: the model routes all of them.
+    routed_IB: UInt8Array | None = None
 
     @property
     def num_sampled(self) -> int:
@@ -64,8 +66,8 @@ class TokenSequence:
 
     @property
     def kind(self) -> tuple[str, ...]:
-        """Sequences of different pictures are not the same however alike their tokens are."""
-        return self.pictures.images if self.pictures else ()
+        """Sequences of different kinds share nothing: of other pictures, or only one of them with stored experts."""
+        return ("" if self.routed_IB is None else "routed", *(self.pictures.images if self.pictures else ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,8 @@ class MicroBatch:
     teacher_logprobs_N: Tensor | None = None  # float32; the teacher's, in distillation
     values_N: Tensor | None = None  # float32; the critic's before the first update on the batch
     value_targets_N: Tensor | None = None  # float32
+    routed_TB: Tensor | None = None  # uint8, bytes of the experts that the engine chose; None: of no token
+    routed_T: Tensor | None = None  # bool, tokens for which it did; None: all
     pictures_B: tuple[SequencePictures | None, ...] = ()  # of every sequence; empty if none has pictures
     # Weight version -> number of scored tokens that it sampled; on the host, without a device synchronization.
     tokens_by_version: Mapping[int, int] = field(default_factory=dict)
@@ -182,7 +186,16 @@ def _sequence(
         weight=weight,
         columns={name: _spread(column_N, sampled_T) for name, column_N in columns.items()},
         pictures=pictures,
+        routed_IB=_routed(steps),
     )
+
+
+def _routed(steps: Sequence[Turn]) -> UInt8Array | None:
+    """The experts of the segment's inputs, up to the first turn that was sampled without recording them."""
+    stored = takewhile(lambda rows_XB: rows_XB is not None, (step.routed_experts for step in steps))
+    known = [rows_XB for rows_XB in stored if rows_XB is not None]
+    # The first row is of the token before the segment.
+    return np.concatenate(known)[1:] if known else None
 
 
 def _spread(values_N: Float32Array, sampled_T: NDArray[np.bool_]) -> Float32Array:
@@ -217,7 +230,7 @@ def rows_of(sequences: Sequence[TokenSequence], tokens_per_row: int, share: bool
     """
     if not share:
         return arrange([s.num_inputs for s in sequences], tokens_per_row)
-    parts = divided([s.inputs_T for s in sequences], [s.kind for s in sequences], tokens_per_row)
+    parts = divided(*_shared_by(sequences), tokens_per_row)
     rows = arrange([size for _, size in parts], tokens_per_row)
     return [[item for part in row for item in parts[part][0]] for row in rows]
 
@@ -255,7 +268,7 @@ def row_of(sequences: Sequence[TokenSequence], share: bool = True) -> MicroBatch
     share: compute what sequences have in common once. Without it they lie end to end; the results are the same.
     """
     tree = (
-        PrefixTree.of([s.inputs_T for s in sequences], [s.kind for s in sequences])
+        PrefixTree.of(*_shared_by(sequences))
         if share
         else PrefixTree.apart([s.num_inputs for s in sequences])
     )
@@ -287,11 +300,33 @@ def row_of(sequences: Sequence[TokenSequence], share: bool = True) -> MicroBatch
         pictures_B=tuple(s.pictures for s in sequences) if any(s.pictures for s in sequences) else (),
         tokens_by_version=dict(zip(versions.tolist(), counts.tolist(), strict=True)),
         weights_N=_float32(np.repeat([s.weight for s in sequences], numbers_B)),
+        **_row_routing(sequences, tree),
         **{
             f"{name}_N": _float32(scored(s.columns[name][1:] for s in sequences))
             for name in sequences[0].columns
         },
     )
+
+
+def _shared_by(
+    sequences: Sequence[TokenSequence],
+) -> tuple[list[Int32Array], list[tuple[str, ...]], list[UInt8Array | None]]:
+    """What sequences must have in common to be computed once: tokens, pictures and experts."""
+    return [s.inputs_T for s in sequences], [s.kind for s in sequences], [s.routed_IB for s in sequences]
+
+
+def _row_routing(sequences: Sequence[TokenSequence], tree: PrefixTree) -> dict[str, Tensor]:
+    """The optional tensors of a row's stored experts."""
+    size = max((s.routed_IB.shape[1] for s in sequences if s.routed_IB is not None), default=0)
+    if not size:
+        return {}
+    routed_TB, known_T = np.zeros((tree.tokens, size), np.uint8), np.zeros(tree.tokens, bool)
+    for item, shared in tree.brought:
+        if (routed_IB := sequences[item].routed_IB) is not None:
+            brought = tree.paths_B[item][shared : len(routed_IB)]
+            routed_TB[brought], known_T[brought] = routed_IB[shared:], True
+    found = {"routed_TB": torch.from_numpy(routed_TB)}
+    return found if known_T.all() else found | {"routed_T": torch.from_numpy(known_T)}
 
 
 def _different(

@@ -20,7 +20,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from rollout.wire.trajectory import Int32Array
+from rollout.wire.trajectory import Int32Array, UInt8Array
 
 # Shorter prefixes, such as a token that begins every text, are computed again: sharing them would save less than the
 # attention over one more segment costs.
@@ -40,9 +40,18 @@ class PrefixTree:
     brought: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, ids_B: Sequence[Int32Array], kinds_B: Sequence[Hashable]) -> PrefixTree:
-        """The tree of these sequences. Only sequences of equal kinds share tokens."""
-        order, shared = _sorted(ids_B, kinds_B)
+    def of(
+        cls,
+        ids_B: Sequence[Int32Array],
+        kinds_B: Sequence[Hashable],
+        routed_B: Sequence[UInt8Array | None] | None = None,
+    ) -> PrefixTree:
+        """The tree of these sequences. Only sequences of equal kinds share tokens.
+
+        routed_B: [I, B] what tokens are computed by beside their ids, of the first I of each; tokens up to the first
+        difference are shared.
+        """
+        order, shared = _sorted(ids_B, kinds_B, routed_B)
         lengths = [len(ids_B[item]) for item in order]
         trees = _trees(shared)
         # Large trees first: equal ones become neighbors, which packed attention computes together.
@@ -90,14 +99,17 @@ class PrefixTree:
 
 
 def divided(
-    ids_B: Sequence[Int32Array], kinds_B: Sequence[Hashable], most: int
+    ids_B: Sequence[Int32Array],
+    kinds_B: Sequence[Hashable],
+    routed_B: Sequence[UInt8Array | None] | None,
+    most: int,
 ) -> list[tuple[list[int], int]]:
     """Divide sequences into parts, each with the number of its different tokens: at most `most` if it can be cut.
 
     Parts are whole trees. A larger tree is cut between its branches such that the fewest tokens, those above the cuts,
-    are in two parts. A sequence that is longer than `most` is a part of its own.
+    are in two parts. A sequence that is longer than `most` is a part of its own. routed_B: as in `PrefixTree.of`.
     """
-    order, shared = _sorted(ids_B, kinds_B)
+    order, shared = _sorted(ids_B, kinds_B, routed_B)
     lengths = [len(ids_B[item]) for item in order]
     parts = []
     for tree in _trees(shared):
@@ -108,7 +120,9 @@ def divided(
     return parts
 
 
-def _sorted(ids_B: Sequence[Int32Array], kinds_B: Sequence[Hashable]) -> tuple[list[int], list[int]]:
+def _sorted(
+    ids_B: Sequence[Int32Array], kinds_B: Sequence[Hashable], routed_B: Sequence[UInt8Array | None] | None
+) -> tuple[list[int], list[int]]:
     """Numbers of the sequences in lexicographic order, and how many tokens each shares with the one before it."""
     known: dict[Hashable, int] = {}
     kinds = [known.setdefault(kind, len(known)) for kind in kinds_B]
@@ -119,6 +133,8 @@ def _sorted(ids_B: Sequence[Int32Array], kinds_B: Sequence[Hashable]) -> tuple[l
         one, other = order[place - 1], order[place]
         if kinds[one] == kinds[other]:
             depth = len(ids_B[one]) if texts[one] == texts[other] else _common(ids_B[one], ids_B[other])
+            if routed_B is not None:
+                depth = _common_routing(routed_B[one], routed_B[other], depth)
             shared[place] = depth if depth >= LEAST_SHARED or depth == len(ids_B[other]) else 0
     return order, shared
 
@@ -135,6 +151,17 @@ def _common(one_T: Int32Array, other_T: Int32Array) -> int:
     differs_T = one_T[:size] != other_T[:size]
     place = int(differs_T.argmax()) if size else 0
     return place if size and differs_T[place] else size
+
+
+def _common_routing(one_IB: UInt8Array | None, other_IB: UInt8Array | None, depth: int) -> int:
+    """How many of the first `depth` tokens, which are equal, have equal routing or none."""
+    if one_IB is None or other_IB is None:  # of one kind: neither has any
+        return depth
+    size = min(len(one_IB), len(other_IB), depth)
+    differs_I = (one_IB[:size] != other_IB[:size]).any(-1)
+    if differs_I.any():
+        return int(differs_I.argmax())
+    return depth if len(one_IB) == len(other_IB) else size
 
 
 def _cut(lengths: Sequence[int], shared: Sequence[int], most: int) -> list[tuple[int, int]]:

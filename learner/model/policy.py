@@ -24,6 +24,7 @@ from learner.model.perception import picture_inputs
 from learner.model.recompute import recompute_layers
 from learner.model.reward_head import classifier_files
 from learner.model.router_balance import RouterBalance
+from learner.model.router_replay import RouterReplay
 from learner.model.saving import stored_shapes, weight_files, whole_files
 from learner.model.shared_files import Folder, write_together
 from learner.parallel.auxiliary import AuxiliaryModule
@@ -89,6 +90,10 @@ class Policy:
         if settings.router_balance:
             with as_model_error(f"model {settings.path!r} "):
                 self.balance = RouterBalance(self.model, settings.router_balance)
+        self.replay: RouterReplay | None = None
+        if settings.router_replay:
+            with as_model_error(f"model {settings.path!r} "):
+                self.replay = RouterReplay(self.model)
         if settings.gradient_checkpointing:  # with the casts, so that copies of weights are made again
             with as_model_error(f"model {settings.path!r} "):
                 recompute_layers(self.model, settings.gradient_checkpointing == "selective")
@@ -108,8 +113,8 @@ class Policy:
         return policy
 
     def twin(self) -> Policy:
-        """A copy of this policy."""
-        other = Policy(self.settings, self.ranks, examined=True)
+        """A copy of this policy that routes by itself."""
+        other = Policy(self.settings.beside, self.ranks, examined=True)
         other.model.load_state_dict(self.model.state_dict())
         return other
 
@@ -342,12 +347,17 @@ class Policy:
 
     def _plain_rows(self, ids_T: Tensor, count: int, length: int) -> Tensor:
         """Final hidden states [T, D] of `count` texts of `length` tokens, without pictures."""
+        if self.replay is not None:
+            self.replay.follow(None)
         tree = PrefixTree.apart([length] * count)
         places_T = torch.arange(length, device=self.device).repeat(count)
         return self._hidden(ids_T, tree, position_ids=places_T[None])
 
     def _scored(self, micro: MicroBatch) -> Tensor:
         """Hidden states of the row's pairs, [M, D]."""
+        if self.replay is not None:
+            with as_model_error():
+                self.replay.follow(micro)
         beside = {"position_ids": micro.position_ids_T[None]} | self._perceived(micro)
         hidden_TD = self._hidden(micro.input_ids_T, micro.tree, **beside)
         return hidden_TD.index_select(0, micro.score_index_M)

@@ -21,7 +21,7 @@ def critic_of(
     def trunk(name: str) -> Policy:
         if stored is None:
             return policy.twin()
-        return Policy.restored(policy.settings, stored / name, policy.ranks)
+        return Policy.restored(policy.settings.beside, stored / name, policy.ranks)
 
     critic: Critic
     if isinstance(settings, SharedCriticSettings):

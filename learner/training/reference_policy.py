@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from torch import Tensor
@@ -33,7 +33,7 @@ class Reference:
     """Frozen weights; nothing is loaded before they are asked for."""
 
     def __init__(self, settings: ModelSettings, ranks: Ranks = ALONE) -> None:
-        self._settings = settings
+        self._settings = settings.beside
         self._ranks = ranks
         self._path: Path | None = None
         self._policy: Policy | None = None
@@ -53,7 +53,8 @@ class Reference:
                 self._adapter = policy.adapter.read(self._found())
             except ValueError as error:
                 raise CheckpointError(f"the reference policy is broken: {error}") from error
-        with policy.adapter.holding(self._adapter):
+        routing = nullcontext() if policy.replay is None else policy.replay.off()
+        with policy.adapter.holding(self._adapter), routing:
             yield policy
 
     def copy(self, policy: Policy) -> None:

@@ -23,7 +23,7 @@ class Teacher:
 
     def __init__(self, settings: DistillSettings, model: ModelSettings, ranks: Ranks = ALONE) -> None:
         self.settings = settings
-        own = model.model_copy(
+        own = model.beside.model_copy(
             update={
                 "path": settings.teacher,
                 "lora": None,

@@ -8,11 +8,12 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.policies import POLICY
-from rollout.wire.trajectory import Float32Array, Int32Array
+from rollout.wire.trajectory import Float32Array, Int32Array, UInt8Array
 from rollout.wire.weights import SyncReport, WeightManifest, WeightUpdate
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class Completion:
     logprobs: Float32Array  # [A] of the distribution sampled from (temperature included), nats
     versions: Int32Array  # [A] weight version that sampled each token
     finish_reason: FinishReason
+    # uint8 [C-1, B]: the bytes of the experts of every token of prompt and answer but the last (`as_bytes`)
+    routed_experts: UInt8Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class EngineStart:
     adapter: AdapterSpec | None = None  # versions are such adapters for the weights of `model`
     perception: Perception | None = None  # of a model with vision
     trust_remote_code: bool = False  # code in the model's folder may be executed
+    routing: bool = False  # completions are to have their routed experts; of a mixture of experts
     policy: str = POLICY  # of the run, whose versions it is to hold
 
 
@@ -96,6 +100,7 @@ class Placement:
     maps_weights: bool = False  # it maps them from shared memory; else it reads them within its process
     concurrent_requests: int = 16  # useful number of requests at once
     transfers: tuple[str, ...] = ("object_store",)  # supported values of weights.transfer
+    tells_routing: bool = False  # it can record the experts of tokens
     half_adapters: bool = False  # on GPUs it multiplies adapters in half precision only
 
     def unfit(self, gpus_per_worker: float) -> str:
@@ -170,6 +175,19 @@ class NativeTransfer(Protocol):
     async def begin_update(self, manifest: WeightManifest) -> None: ...
     async def receive(self, update_info: Any) -> None: ...
     async def finish_update(self, manifest: WeightManifest) -> SyncReport: ...
+
+
+def as_bytes(experts_CLK: NDArray[np.uint8 | np.uint16] | None) -> UInt8Array | None:
+    """Bytes of the experts of tokens, as they are stored: uint8 [C, B] from numbers [C, L, K].
+
+    uint16 for models of more than 256 experts, else uint8. L counts all layers: those without experts have zeros. The
+    K experts of a layer are in any order.
+    """
+    return (
+        None
+        if experts_CLK is None
+        else np.ascontiguousarray(experts_CLK.reshape(len(experts_CLK), -1)).view(np.uint8)
+    )
 
 
 def derive_seed(*parts: int) -> int:

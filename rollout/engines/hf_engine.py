@@ -29,9 +29,10 @@ from rollout.engines.engine import (
     derive_seed,
     require_finite,
 )
+from rollout.engines.hf_routing import RoutingRecorder
 from rollout.engines.settings import TransformersSettings
 from rollout.wire.model_folder import ModelDamaged, pretrained, token_count
-from rollout.wire.trajectory import Float32Array
+from rollout.wire.trajectory import Float32Array, UInt8Array
 from rollout.wire.weights import (
     ByteArray,
     SyncReport,
@@ -50,13 +51,15 @@ async def start(start: EngineStart, settings: TransformersSettings) -> HfEngine:
         name=start.name,
         dtype=settings.dtype,
         trusted=start.trust_remote_code,
+        routing=start.routing,
     )
 
 
 class HfEngine:
     """One model on CPU. A request with a seed is reproducible: it depends on prompt, sampling and weights only.
 
-    tokens: ids from this one on are never sampled, since no token has them. `version` is -1 until the first sync or
+    tokens: ids from this one on are never sampled, since no token has them. routing: completions have the experts of
+    their tokens; ValueError for a model without. `version` is -1 until the first sync or
     `adopt_loaded`.
     """
 
@@ -68,6 +71,7 @@ class HfEngine:
         name: str = "hf",
         perception: Perception | None = None,
         tokens: int | None = None,
+        routing: bool = False,
     ) -> None:
         self.name = name
         self.version = -1
@@ -75,6 +79,7 @@ class HfEngine:
         self._stop = frozenset(stop_token_ids)
         self._perception = perception
         self._tokens = tokens
+        self._routing = RoutingRecorder(model) if routing else None
         # A tied head appears once, under the embedding's name, as in a checkpoint.
         self._weights: dict[str, Tensor] = revert_weight_conversion(model, dict(model.named_parameters()))
         self._base: dict[str, Tensor] = {}  # matrices that an adapter changes, without it
@@ -88,6 +93,7 @@ class HfEngine:
         name: str = "hf",
         dtype: str = "float32",
         trusted: bool = False,
+        routing: bool = False,
     ) -> Self:
         """Load a checkpoint folder. ModelDamaged for files that cannot be read.
 
@@ -100,7 +106,7 @@ class HfEngine:
             tokens = token_count(path)
         except (ValueError, RuntimeError, SafetensorError) as error:
             raise ModelDamaged(f"model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
-        return cls(model, stop_token_ids, name=name, perception=perception, tokens=tokens)
+        return cls(model, stop_token_ids, name=name, perception=perception, tokens=tokens, routing=routing)
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
@@ -115,11 +121,14 @@ class HfEngine:
         ids: list[int] = []
         logprobs: list[float] = []
         versions: list[int] = []
+        routed: list[UInt8Array] = []
         new, cache = list(prompt_ids), None
         beside = self._perceived(prompt_ids, images)
         finish: FinishReason = "length"
         while len(ids) < sampling.max_tokens:
             logits_V, cache = self._forward(new, cache, **beside)
+            if self._routing is not None:
+                routed.append(self._routing.taken())
             token, logprob = _sample(logits_V, sampling, random)
             ids.append(token)
             logprobs.append(logprob)
@@ -134,6 +143,7 @@ class HfEngine:
             np.array(logprobs, dtype=np.float32),
             np.array(versions, dtype=np.int32),
             finish,
+            np.concatenate(routed) if routed else None,
         )
 
     async def score(self, token_ids: Sequence[int]) -> Float32Array:

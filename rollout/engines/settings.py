@@ -34,7 +34,7 @@ class TransformersSettings(BaseModel):
 
     @property
     def placement(self) -> Placement:
-        return Placement(device="cpu")
+        return Placement(device="cpu", tells_routing=True)
 
     def require_here(self) -> None:
         """Do nothing: transformers is always installed."""

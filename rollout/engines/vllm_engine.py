@@ -30,6 +30,7 @@ from rollout.engines.engine import (
     EngineStart,
     Generates,
     Sampling,
+    as_bytes,
     require_finite,
 )
 from rollout.engines.vllm_start import VllmSettings, prepare_process, start_llm
@@ -58,6 +59,7 @@ async def start(start: EngineStart, settings: VllmSettings) -> VllmEngine:
         adapter=start.adapter,
         perception=start.perception,
         trusted=start.trust_remote_code,
+        routing=start.routing,
     )
 
 
@@ -104,13 +106,14 @@ class VllmEngine:
         adapters: Mapping[str, Path] = MappingProxyType({}),
         perception: Perception | None = None,
         trusted: bool = False,
+        routing: bool = False,
     ) -> VllmEngine:
         """Start the engine's processes (about 20 s on two cores); they end with this process and the loop's thread.
 
         adapter: versions are such adapters for the weights of `model`. adapters: folders of adapters to serve side by
         side, by name (`generate`, `with_adapter`); only one of the two may be given. ValueError if the model lacks a
         layer of an adapter. perception: of a model with vision. trusted: code that comes with the model may be
-        executed.
+        executed. routing: completions have the experts of their tokens; of a mixture of experts.
         """
         if adapter and adapters:
             raise ValueError(
@@ -131,7 +134,15 @@ class VllmEngine:
             )
         with ending_with_us(forked):
             llm = start_llm(
-                model, context_tokens, settings, on_gpu, transfer, specs, perception is not None, trusted
+                model,
+                context_tokens,
+                settings,
+                on_gpu,
+                transfer,
+                specs,
+                perception is not None,
+                trusted,
+                routing,
             )
         core = CoreProcess(name, *llm.engine_core.resources.engine_manager.processes)
         names = adapter.names if adapter else names
@@ -179,7 +190,8 @@ class VllmEngine:
         versions = np.empty(len(token_ids), dtype=np.int32)
         for span in completion.weight_versions:
             versions[span.start : span.end] = int(span.version)
-        return Completion(token_ids, np.asarray(chosen, dtype=np.float32), versions, completion.finish_reason)
+        logprobs, routed = np.asarray(chosen, dtype=np.float32), as_bytes(completion.routed_experts)
+        return Completion(token_ids, logprobs, versions, completion.finish_reason, routed)
 
     async def score(self, token_ids: Sequence[int], *, adapter: str | None = None) -> Float32Array:
         """[T-1] logprob of every token after the first, at temperature 1; adapter: as of `generate`."""

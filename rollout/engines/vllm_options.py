@@ -78,6 +78,7 @@ _DECIDED: dict[str, str] = {
     "enable_tower_connector_lora enable_mixed_moe_lora_format enable_moe_shared_loras max_lora_cls_labels": _ADAPTER,
     "runner convert pooler_config skip_tokenizer_init enable_prompt_embeds tokens_only diffusion_config "
     "io_processor_plugin": _GENERATES,
+    "enable_return_routed_experts aux_output_config": "use learner.model.router_replay",
     "quantization_config": "name a quantization of weights while they are loaded: engine.args.quantization",
 }
 DECIDED = {name: why for names, why in _DECIDED.items() for name in names.split()}

@@ -136,6 +136,7 @@ class VllmSettings(BaseModel):
             maps_weights=True,  # its processes are separate
             concurrent_requests=self.max_num_seqs,
             transfers=("object_store", "nccl", "ipc"),
+            tells_routing=True,
             half_adapters=True,
         )
 
@@ -183,15 +184,17 @@ def start_llm(
     adapters: Sequence[AdapterSpec] = (),
     sees: bool = False,
     trusted: bool = False,
+    routing: bool = False,
 ) -> Any:
     """Start vLLM's processes, after `prepare_process`, and return its AsyncLLM.
 
     transfer: the weight-transfer backend: Manta's ("manta"), or vLLM's "nccl" and "ipc" on GPUs. adapters: room for
     as many at once, of their ranks and layers. sees: the model has vision, and vLLM's processor of pictures needs the
-    tokenizer. trusted: code that comes with the model may be executed.
+    tokenizer. trusted: code that comes with the model may be executed. routing: requests return the experts of tokens.
     """
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from rollout.engines import vllm_adapter
@@ -221,10 +224,14 @@ def start_llm(
         "worker_extension_cls": "rollout.engines.vllm_weights.WorkerExtension",
         "disable_log_stats": True,
         "logits_processors": _logits_processors(model, trusted),
+        "enable_return_routed_experts": routing and on_gpu,
     }
     low_rank = vllm_adapter.arguments(adapters) if adapters else {}
     arguments = AsyncEngineArgs(**(ours | memory | low_rank | as_vllm_takes(settings.args)))
-    return AsyncLLM.from_engine_args(arguments)
+    config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    # vLLM refuses it for its model runner on CPUs, which vllm_routing_cpu.py extends.
+    config.aux_output_config.enable_return_routed_experts = routing
+    return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
 
 
 def as_vllm_takes(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,17 @@ from rollout.engines.engine import EngineFailed
 from rollout.episodes.opponents import Opposing
 from rollout.episodes.pool import environment_call
 from rollout.episodes.resume import EpisodeState, Restart, pack_snapshot, restore_environment
-from rollout.wire.trajectory import COST, EndReason, PartialEpisode, Slot, Task, Trajectory, Turn, TurnEnd
+from rollout.wire.trajectory import (
+    COST,
+    EndReason,
+    PartialEpisode,
+    Slot,
+    Task,
+    Trajectory,
+    Turn,
+    TurnEnd,
+    UInt8Array,
+)
 
 _LARGEST = float(np.finfo(np.float32).max)  # of a reward
 
@@ -293,7 +303,19 @@ def _turn(
         engine_seconds=sampled_turn.engine_seconds,
         seat=seat,
         named_rewards=None if named is None else json.dumps(named),
+        routed_experts=_routed(sampled_turn),
     )
+
+
+def _routed(sampled_turn: SampledTurn) -> UInt8Array | None:
+    """The experts of the token before each of the turn's, bytes [P+A, B]; zeros before the first of a segment."""
+    routed = sampled_turn.completion.routed_experts
+    if routed is None:
+        return None
+    tokens = len(sampled_turn.prompt_ids) + len(sampled_turn.completion.token_ids)
+    own = routed[-tokens:]
+    # A copy: the rows of all tokens before the turn's are let go.
+    return np.concatenate([np.zeros((tokens - len(own), routed.shape[1]), np.uint8), own])
 
 
 def _trajectory(

@@ -27,7 +27,7 @@ from rollout.wire.trajectory import (
     TurnEnd,
 )
 
-VERSION = b"4"
+VERSION = b"5"
 _REUSE = b"manta.reuse"  # metadata of a batch that a learner step reuses
 
 SCHEMA = pa.schema(
@@ -60,6 +60,7 @@ SCHEMA = pa.schema(
         ("success", pa.bool_()),
         ("error", pa.string()),
         ("worker", pa.string()),
+        ("routed_experts", pa.large_binary()),
     ],
     metadata={b"manta.schema": VERSION},
 )
@@ -126,7 +127,7 @@ def restore_turns(rows: pa.RecordBatch) -> dict[int, PartialEpisode]:
     """
     require_version(rows.schema, "record batch")
     plain = {name: rows.column(name).to_pylist() for name in (*_PLAIN, "attempt", "snapshot")}
-    lists = {name: _views(rows.column(name)) for name in _LISTS}
+    lists = _arrays(rows)
     kept: dict[int, list[int]] = {}  # by episode: its rows, one a turn
     by_turn = sorted(range(rows.num_rows), key=lambda row: (plain["attempt"][row], plain["turn"][row]))
     for row in by_turn:
@@ -159,7 +160,7 @@ def decode(batch: pa.RecordBatch) -> Group:
         raise ValueError("a record batch without rows holds no group")
     slot = _slot({name: batch.column(name)[0].as_py() for name in _SLOT})
     plain = {name: batch.column(name).to_pylist() for name in _PLAIN}
-    lists = {name: _views(batch.column(name)) for name in _LISTS}
+    lists = _arrays(batch)
     by_episode = groupby(range(batch.num_rows), key=plain["episode"].__getitem__)
     trajectories = tuple(_trajectory(slot, plain, lists, list(rows)) for _, rows in by_episode)
     return Group(slot, trajectories, int(batch.schema.metadata.get(_REUSE, 0)))
@@ -230,7 +231,8 @@ def _partial_episode(
 def _turns(plain: dict[str, list[Any]], lists: dict[str, list[Any]], rows: list[int]) -> tuple[Turn, ...]:
     return tuple(
         Turn(
-            **{name: plain[name][row] for name in _TURN_PLAIN}, **{name: lists[name][row] for name in _LISTS}
+            **{name: plain[name][row] for name in _TURN_PLAIN},
+            **{name: column[row] for name, column in lists.items()},
         )
         for row in rows
     )
@@ -252,6 +254,7 @@ def _turn_columns(turns: Sequence[Turn]) -> dict[str, Any]:
         "finish_reason": [turn.finish_reason for turn in turns],
         "env_seconds": np.asarray([turn.env_seconds for turn in turns], dtype=np.float32),
         "engine_seconds": np.asarray([turn.engine_seconds for turn in turns], dtype=np.float32),
+        "routed_experts": _binary([turn.routed_experts for turn in turns]),
     }
 
 
@@ -283,6 +286,36 @@ def _lists(arrays: Sequence[np.ndarray[Any, Any]], value_type: pa.DataType) -> p
         np.concatenate(arrays, out=np.frombuffer(memory, dtype), casting="same_kind")
     values = pa.Array.from_buffers(value_type, count, [None, memory])
     return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), values)
+
+
+def _arrays(rows: pa.RecordBatch) -> dict[str, list[Any]]:
+    """The columns of arrays, by name: read-only views, one a row."""
+    arrays: dict[str, list[Any]] = {name: _views(rows.column(name)) for name in _LISTS}
+    tokens = (
+        len(prompt) + len(action)
+        for prompt, action in zip(arrays["prompt_ids"], arrays["action_ids"], strict=True)
+    )
+    routed = rows.column("routed_experts")
+    arrays["routed_experts"] = [
+        np.frombuffer(value.as_buffer(), np.uint8).reshape(count, -1) if value.is_valid and count else None
+        for value, count in zip(routed, tokens, strict=True)
+    ]
+    return arrays
+
+
+def _binary(arrays: Sequence[np.ndarray[Any, Any] | None]) -> pa.LargeBinaryArray:
+    """The bytes of arrays, one value an array; null where there is none."""
+    present = [array for array in arrays if array is not None]
+    if not present:
+        return pa.nulls(len(arrays), pa.large_binary())
+    offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
+    np.cumsum([0 if array is None else array.nbytes for array in arrays], out=offsets[1:])
+    memory = pa.allocate_buffer(int(offsets[-1]))
+    np.concatenate([array.reshape(-1) for array in present], out=np.frombuffer(memory, np.uint8))
+    valid = pa.array([array is not None for array in arrays]).buffers()[1]
+    return pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(arrays), [valid, pa.py_buffer(offsets), memory]
+    )
 
 
 def _views(column: pa.ListArray) -> list[np.ndarray[Any, Any]]:

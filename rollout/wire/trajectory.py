@@ -21,6 +21,7 @@ from rollout.wire.policies import POLICY, Opponent
 
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
+UInt8Array = NDArray[np.uint8]
 COST = "costs/"  # begins the names of costs among a turn's named numbers
 EnvironmentKey = tuple[str, str]  # id and options of an environment, as in its tasks
 
@@ -134,6 +135,9 @@ class Turn:
     engine_seconds: float = 0.0
     seat: int | None = None  # which player moved in self-play: 0 whom rewards are for, 1 the other
     named_rewards: str | None = None  # JSON, name -> number: components of the reward; costs as "costs/NAME"
+    # [P+A, B] bytes of the experts that the engine chose for the token BEFORE each of these, which is what the token is
+    # predicted from (`rollout.engines.engine.as_bytes`); zeros for the first of a segment. None: none were recorded.
+    routed_experts: UInt8Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

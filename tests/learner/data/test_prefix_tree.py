@@ -71,7 +71,9 @@ def test_only_sequences_of_one_kind_share_tokens() -> None:
     sequences = _arrays("abc", "abc", "abd")
     tree = PrefixTree.of(sequences, [("one",), ("other",), ("one",)])
     assert tree.tokens == 4 + 3
-    assert sorted(len(part) for part, _ in divided(sequences, [("one",), ("other",), ("one",)], 10)) == [1, 2]
+    assert sorted(
+        len(part) for part, _ in divided(sequences, [("one",), ("other",), ("one",)], None, 10)
+    ) == [1, 2]
 
 
 def test_a_short_prefix_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +89,7 @@ def test_a_short_prefix_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> No
 def test_parts_are_whole_sequences_within_the_limit_cut_at_the_least_cost(
     sequences: list[Int32Array], most: int
 ) -> None:
-    parts = divided(sequences, [()] * len(sequences), most)
+    parts = divided(sequences, [()] * len(sequences), None, most)
     assert sorted(item for part, _ in parts for item in part) == list(range(len(sequences)))
     for part, size in parts:
         inside = [sequences[item] for item in part]

@@ -30,12 +30,15 @@ def int32_arrays(length: st.SearchStrategy[int] | int) -> st.SearchStrategy[np.n
 @st.composite
 def steps(draw: st.DrawFn) -> Turn:
     sampled = draw(st.integers(0, 4))
+    prompt_ids = draw(int32_arrays(st.integers(0, 4)))
+    tokens = len(prompt_ids) + sampled
+    routed = arrays(np.uint8, (tokens, draw(st.integers(1, 3)))) if tokens else st.none()
     return Turn(
         turn=draw(counts),
         segment=draw(counts),
         observation=draw(texts),
         action=draw(texts),
-        prompt_ids=draw(int32_arrays(st.integers(0, 4))),
+        prompt_ids=prompt_ids,
         action_ids=draw(int32_arrays(sampled)),
         behavior_logprobs=draw(arrays(np.float32, sampled, elements=float32s)),
         versions=draw(int32_arrays(sampled)),
@@ -45,6 +48,7 @@ def steps(draw: st.DrawFn) -> Turn:
         named_rewards=draw(st.none() | texts),
         env_seconds=draw(float32s),
         engine_seconds=draw(float32s),
+        routed_experts=draw(st.none() | routed),
     )
 
 
@@ -73,7 +77,7 @@ def groups(draw: st.DrawFn) -> Group:
 def plain(value: object) -> object:
     """Values that compare with ==, arrays with their type and their bits."""
     if isinstance(value, np.ndarray):
-        return value.dtype.str, value.tobytes()
+        return value.dtype.str, value.shape, value.tobytes()
     if isinstance(value, tuple):
         return tuple(map(plain, value))
     if isinstance(value, Group | Trajectory | Turn):
@@ -132,6 +136,6 @@ def test_rows_of_another_version_are_refused_in_one_line(
     group_of: Callable[..., Group], metadata: dict[bytes, bytes] | None
 ) -> None:
     batch = encode(group_of(Slot(4, 0, Task.of("count", 1), 0))).replace_schema_metadata(metadata)
-    with pytest.raises(SchemaError, match="reads version 4") as raised:
+    with pytest.raises(SchemaError, match="reads version 5") as raised:
         decode(batch)
     assert "\n" not in str(raised.value)
