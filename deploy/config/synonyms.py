@@ -60,6 +60,9 @@ _THEIRS: dict[tuple[str, ...], str] = {
     "hf_checkpoint actor_model",
     ("learner.model.dtype", "engine.dtype"): "dtype bf16 fp16 torch_dtype precision model_dtype",
     ("learner.model.device",): "device",
+    ("learner.model.router_replay",): "enable_rollout_routing_replay use_rollout_routing_replay use_routing_replay "
+    "enable_return_routed_experts moe_router_replay",
+    ("learner.model.router_balance",): "router_aux_loss_coef moe_aux_loss_coeff aux_loss_coef",
     ("learner.model.gradient_checkpointing",): "use_gradient_checkpointing enable_gradient_checkpointing "
     "activation_checkpointing recompute_granularity gradient_checkpointing_enable",
     ("learner.model.lora.rank",): "lora_rank lora_r r",

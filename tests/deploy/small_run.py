@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.numpy import load_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from deploy.assembly.build import EngineFactory, load_chat, load_tokenizer
 from deploy.assembly.runtime import Runtime
@@ -23,6 +24,7 @@ from deploy.config.load import load_config
 from deploy.report.progress import Progress
 from deploy.run.local import LocalRuntime
 from deploy.run.train import Training
+from learner.model.tokenizer import build_tokenizer
 from learner.training.checkpoint import MODEL, OPTIMIZER, latest
 from rollout.buffer.segments import read_rows
 from rollout.engines.engine import Engine
@@ -38,9 +40,21 @@ def configured(*overrides: str) -> RunConfig:
     return load_config(RECIPE, overrides)
 
 
+def with_experts(folder: Path) -> Path:
+    """Write a mixture of experts with the tokens of the small run."""
+    tokenizer = build_tokenizer(folder / "experts", ("left", "down", "right", "up"))
+    shape = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1, "num_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_experts_per_tok": 2}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen3MoeConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **shape, **heads, **ends)
+    Qwen3MoeForCausalLM(config).save_pretrained(folder / "experts")
+    return folder / "experts"
+
+
 async def hf_engine(config: RunConfig, name: str, path: str) -> Engine:
     """The tiny model itself: what is sampled depends on prompt, seed and weights alone."""
-    return HfEngine.load(path, load_chat(path).stops, name=name)
+    stops, routing = load_chat(path).stops, config.learner.model.router_replay
+    return HfEngine.load(path, stops, name=name, routing=routing)
 
 
 def late_engine(seed: int) -> EngineFactory:

@@ -10,7 +10,6 @@ from random import Random
 import pytest
 import torch
 import typer
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
@@ -24,11 +23,10 @@ from deploy.config.load import load_config
 from deploy.report.metrics import read_metrics, stage_folder
 from learner.algorithm.preferences import DpoLoss, Pairs, bradley_terry
 from learner.metrics import STAGES
-from learner.training.checkpoint import latest
 from rollout.engines.engine import Engine
 from rollout.engines.scripted_engine import ScriptedEngine
 from tests.deploy.command import Manta, command
-from tests.deploy.small_run import configured, train
+from tests.deploy.small_run import configured, train, with_experts
 
 FOLDER = Path(__file__).parents[3] / "docs" / "reference"
 # An environment that names a reward and a cost, and a tool: what neither a plain run nor a critic's writes.
@@ -146,20 +144,6 @@ async def _talker(config: RunConfig, name: str, path: str) -> Engine:
     return ScriptedEngine(load_tokenizer(path), say, name=name, record=False)
 
 
-def _with_experts(folder: Path) -> Path:
-    """A mixture of experts with the tokenizer of the run in `folder / "critic"`."""
-    found = latest(folder / "critic")
-    assert found is not None
-    tokenizer = load_tokenizer(str(found / "model"))
-    shape = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1, "num_experts": 4}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_experts_per_tok": 2}
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = Qwen3MoeConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **shape, **heads, **ends)
-    Qwen3MoeForCausalLM(config).save_pretrained(folder / "experts")
-    tokenizer.save_pretrained(folder / "experts")
-    return folder / "experts"
-
-
 def test_every_metric_that_a_run_writes_is_in_the_page_and_every_one_of_the_page_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +181,7 @@ def test_every_metric_that_a_run_writes_is_in_the_page_and_every_one_of_the_page
     of_turns = ("advantage={kind='turns'}", "critic={kind='turns'}")
     turns = [f"learner.algorithm.{section}" for section in of_turns]
     train(configured("steps=1", "evaluation.tasks=0", *turns), tmp_path / "turns")
-    routed = ("tiny=", f"learner.model.path={_with_experts(tmp_path)}", "learner.model.router_balance=0.1")
+    routed = ("tiny=", f"learner.model.path={with_experts(tmp_path)}", "learner.model.router_balance=0.1")
     train(
         configured("steps=1", "evaluation.tasks=0", "learner.model.dtype=float32", *routed),
         tmp_path / "routed",

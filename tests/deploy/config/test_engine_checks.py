@@ -121,8 +121,11 @@ def test_how_much_coarser_an_engine_rounds_is_two_to_the_bits_of_precision_that_
     assert VllmSettings(args=args).coarseness == coarseness
 
 
-def test_a_balance_of_routers_needs_routers() -> None:
-    config = configured("tiny=", "learner.model.path=mixture", "learner.model.router_balance=0.001")
+@pytest.mark.parametrize(
+    ("option", "value", "off"), [("router_balance", "0.001", "0"), ("router_replay", "true", "false")]
+)
+def test_what_is_done_with_routers_needs_routers(option: str, value: str, off: str) -> None:
+    config = configured("tiny=", "learner.model.path=mixture", f"learner.model.{option}={value}")
     check_architecture(config, AutoConfig.for_model(**QWEN3_30B_A3B.config()))
-    with pytest.raises(ConfigError, match=r"has no routers of experts .*router_balance=0$"):
+    with pytest.raises(ConfigError, match=rf"has no routers of experts.*{option}={off}$"):
         check_architecture(config, AutoConfig.for_model(**QWEN3_8B.config()))

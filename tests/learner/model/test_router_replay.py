@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from learner.model.policy import ModelError, Policy
 from learner.parallel.ranks import ALONE, Ranks
 from learner.settings import ModelSettings
 from learner.training.step import Stats, accumulate
+from rollout.wire.model_folder import token_count
 from tests.families import build_family
 from tests.learner.ranked import plain
 from tests.learner.together import together
@@ -111,46 +113,34 @@ def replayed(
 
 
 def _expected(folder: Path) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """The same by transformers, each text alone; the choice is forced by a router whose other experts score nothing."""
+    """The same by transformers, each text alone: experts are given the stored choice, and its weights by formula."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    forced: dict[int, Tensor] = {}
+    tokens = token_count(str(folder))  # no other ids are sampled
+    stored: dict[int, Tensor] = {}
 
-    def force(layer: int, block: Any) -> None:
-        gate, kind = block.gate, model.config.model_type
+    def given(layer: int, gate: Any, hidden_TD: Tensor) -> tuple[Tensor, ...]:
+        logits_TK = torch.nn.functional.linear(hidden_TD, gate.weight).gather(1, stored[layer])
+        if model.config.model_type == "deepseek_v3":
+            weights_TK = logits_TK.sigmoid()
+            scale = model.config.routed_scaling_factor / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+            return hidden_TD, stored[layer], weights_TK * scale
+        # Probabilities of the chosen, normalized: a softmax over their logits alone.
+        return hidden_TD, stored[layer], logits_TK.softmax(-1)
 
-        def experts_before(module: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden_TD, chosen_TK = given[0], forced[layer]
-            logits_TE = torch.nn.functional.linear(hidden_TD.float(), gate.weight.float())
-            if kind == "deepseek_v3":
-                weights_TK = logits_TE.sigmoid().gather(1, chosen_TK)
-                weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-                return hidden_TD, chosen_TK, weights_TK * model.config.routed_scaling_factor
-            # Normalized probabilities of the chosen are a softmax over their logits alone.
-            return hidden_TD, chosen_TK, logits_TE.gather(1, chosen_TK).softmax(-1)
-
-        block.experts.register_forward_pre_hook(experts_before)
-
-    for name, module in model.named_modules():
-        if match := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts", name):
-            force(int(match[1]), model.get_submodule(name.removesuffix(".experts")))
+    for name, _ in model.named_modules():
+        if match := re.fullmatch(r"(model\.layers\.(\d+)\.mlp)\.experts", name):
+            block = model.get_submodule(match[1])
+            told = partial(given, int(match[2]), block.gate)
+            block.experts.register_forward_pre_hook(lambda _, args, told=told: told(args[0]))
     scored, total = [], torch.zeros(())
     for ids, experts in zip(TEXTS, _drawn(), strict=True):
-        forced.update({layer: torch.from_numpy(experts[:, layer]).long() for layer in range(LAYERS)})
-        logits_TV = model(torch.tensor([ids[:-1]])).logits[0, :, : _tokens(folder)]
-        logprobs_N = logits_TV.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        stored.update({layer: torch.from_numpy(experts[:, layer]).long() for layer in range(LAYERS)})
+        logprobs_TV = model(torch.tensor([ids[:-1]])).logits[0, :, :tokens].log_softmax(-1)
+        logprobs_N = logprobs_TV.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         scored.append(logprobs_N.detach().numpy())
         total = total - logprobs_N.sum()
     total.backward()
     return scored, {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def _tokens(folder: Path) -> int:
-    """Ids that are sampled: those of the tokenizer."""
-    from rollout.wire.model_folder import token_count
-
-    found = token_count(str(folder))
-    assert found is not None
-    return found
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from envs.hosting.host import InProcessEnv
 from rollout.agents.agent import Agent
-from rollout.engines.engine import EngineFailed
+from rollout.engines.engine import Completion, EngineFailed
 from rollout.engines.scripted_engine import ScriptedEngine
 from rollout.episodes.episode import EpisodeLimits, EpisodeSpec, run_episode
 from rollout.wire.trajectory import EndReason, Slot, Task, Trajectory
@@ -58,6 +59,35 @@ def test_trained_ids_are_the_engines_ids(orders: Any, agent_of: AgentOf, engine:
         assert step.versions.tolist() == [4] * len(step.action_ids)
         history = [*request.prompt_ids, *step.action_ids.tolist()]
     assert {step.prompt_ids.dtype for step in steps} == {np.dtype(np.int32)}
+
+
+class RoutedEngine(ScriptedEngine):
+    """Says of every token but the last its place in the context, and which request computed it."""
+
+    async def generate(self, prompt_ids: Any, *given: Any) -> Completion:
+        completion = await super().generate(prompt_ids, *given)
+        tokens = len(prompt_ids) + len(completion.token_ids) - 1
+        told = np.stack([np.arange(tokens), np.full(tokens, len(self.requests))], 1).astype(np.uint8)
+        return replace(completion, routed_experts=told)
+
+
+@pytest.mark.parametrize("memory", ["all", "last"])
+def test_each_token_has_the_experts_of_the_one_before_it_as_they_were_when_it_was_sampled(
+    orders: Any, agent_of: AgentOf, tokenizer: PreTrainedTokenizerFast, memory: str
+) -> None:
+    engine = RoutedEngine(tokenizer, lambda prompt, rng: rng.choice(["left", "right"]))
+    turns = played(orders.make("count"), agent_of(engine, memory=memory)).turns
+    expected: list[list[int]] = []
+    for turn in turns:
+        begins = turn.turn == 0 or memory == "last"  # the turn's first token is the segment's
+        first = 0 if begins else len(expected)
+        number = turn.turn + 1
+        tokens = range(first, first + len(turn.prompt_ids) + len(turn.action_ids))
+        rows = [[place - 1, number] if place else [0, 0] for place in tokens]
+        assert turn.routed_experts is not None
+        assert turn.routed_experts.tolist() == rows
+        expected += rows
+    assert len(turns) == 3
 
 
 @pytest.mark.parametrize(
