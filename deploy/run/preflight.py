@@ -31,8 +31,7 @@ from envs.child_process import find_program
 from envs.hosting.host import HostSettings
 from envs.tools.tool import ToolRefused
 from learner.model.lora import planned
-from learner.model.router_balance import require_routers
-from learner.model.router_replay import require_replayable
+from learner.model.router_replay import require_routers
 from learner.model.tiny import build_tiny
 from learner.model.tiny_vision import tiny_processor
 from learner.stages.settings import (
@@ -296,7 +295,6 @@ def check_architecture(config: RunConfig, architecture: PretrainedConfig) -> Non
     try:
         require_divisible(config, architecture)
         require_routers(architecture, config.learner.model)
-        require_replayable(architecture, config.learner.model)
     except ValueError as error:
         raise ConfigError(f"model {config.learner.model.path}: {error}") from error
 

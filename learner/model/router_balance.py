@@ -19,19 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from learner.data.batch import MicroBatch
-from learner.model.footprint import blank_model
 from learner.model.logprobs import wide
 from learner.parallel.ranks import Ranks
-from learner.settings import ModelSettings
-
-
-def require_routers(config: PretrainedConfig, settings: ModelSettings) -> None:
-    """ValueError for a balance of routers that a model of this configuration has not; no weights are read."""
-    if settings.router_balance:
-        RouterBalance(blank_model(config, settings.trust_remote_code), settings.router_balance)
 
 
 class RouterBalance:

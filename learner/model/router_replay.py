@@ -25,6 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from learner.data.batch import MicroBatch
 from learner.model.footprint import blank_model
+from learner.model.router_balance import RouterBalance
 from learner.settings import ModelSettings
 
 _EXPERTS = re.compile(r"(.*\blayers\.(\d+)\..*)\.experts")
@@ -34,8 +35,10 @@ _EXPERTS = re.compile(r"(.*\blayers\.(\d+)\..*)\.experts")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def require_replayable(config: PretrainedConfig, settings: ModelSettings) -> None:
-    """ValueError for a replay by routers that a model of this configuration has not; no weights are read."""
+def require_routers(config: PretrainedConfig, settings: ModelSettings) -> None:
+    """ValueError for routers to balance or replay that a model of this configuration has not; no weights are read."""
+    if settings.router_balance:
+        RouterBalance(blank_model(config, settings.trust_remote_code), settings.router_balance)
     if settings.router_replay:
         RouterReplay(blank_model(config, settings.trust_remote_code))
 

@@ -33,9 +33,9 @@ from rollout.engines.engine import (
     as_bytes,
     require_finite,
 )
+from rollout.engines.vllm_checkpoint import checkpoint_names, require_layers
 from rollout.engines.vllm_start import VllmSettings, prepare_process, start_llm
 from rollout.wire.adapter import AdapterSpec
-from rollout.wire.model_folder import pretrained
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import SyncReport, WeightManifest, WeightMismatch, WeightUpdate
 
@@ -125,13 +125,7 @@ class VllmEngine:
         from rollout.engines.vllm_process import CoreProcess, ending_with_us, unlink_shared_memory
 
         names = checkpoint_names(model, trusted)
-        if missing := [layer for spec in specs for layer in spec.missing_from(names)]:
-            advice = (
-                "use learner.model.lora.sync='merged'" if adapter else "give the base that it was trained on"
-            )
-            raise ValueError(
-                f"{name}: model {model} has no tensor {missing[0]}.weight, which the adapter changes; {advice}"
-            )
+        require_layers(name, model, names, specs, learned=adapter is not None)
         with ending_with_us(forked):
             llm = start_llm(
                 model,
@@ -386,21 +380,3 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # no deep copy per request: these are never changed
         )
-
-
-def checkpoint_names(model: str, trusted: bool = False) -> list[str]:
-    """Tensor names of a whole version of this model, derived from its architecture; a tied tensor appears once.
-
-    The files of weights are not read, since they may contain a tied head too. trusted: code that comes with the model
-    may be executed.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.core_model_loading import revert_weight_conversion
-
-    config = pretrained(AutoConfig, model, trusted)
-    sees = getattr(config, "vision_config", None) is not None
-    kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    with torch.device("meta"):
-        skeleton = kind.from_config(config, trust_remote_code=trusted)
-    return list(revert_weight_conversion(skeleton, dict(skeleton.named_parameters())))

@@ -228,9 +228,11 @@ def start_llm(
     }
     low_rank = vllm_adapter.arguments(adapters) if adapters else {}
     arguments = AsyncEngineArgs(**(ours | memory | low_rank | as_vllm_takes(settings.args)))
+    if on_gpu or not routing:
+        return AsyncLLM.from_engine_args(arguments)
+    # Asked for here, as vLLM refuses it for its model runner on CPUs, which vllm_routing_cpu.py extends.
     config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
-    # vLLM refuses it for its model runner on CPUs, which vllm_routing_cpu.py extends.
-    config.aux_output_config.enable_return_routed_experts = routing
+    config.aux_output_config.enable_return_routed_experts = True
     return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
 
 

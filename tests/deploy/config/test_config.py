@@ -181,27 +181,6 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
         ),
         (["learner.ranks=33"], "have at least as many groups as ranks"),
         (["learner.model.router_balance=0.1"], "is for a mixture of experts"),
-        (["learner.model.router_replay=true"], "is for a mixture of experts"),
-        (
-            [
-                "tiny=",
-                "learner.model.path=a/mixture",
-                "learner.model.router_replay=true",
-                "engine.kind=mine:Engine",
-            ],
-            "engine.kind='mine:Engine' does not say which experts it chose",
-        ),
-        (
-            [
-                *("tiny=", "learner.model.path=a/mixture", "learner.model.router_replay=true"),
-                *(
-                    "engine.pipeline_parallel_size=2",
-                    "rollout.gpus_per_worker=2",
-                    "learner.model.device=cuda",
-                ),
-            ],
-            "does not say which experts it chose in engine.pipeline_parallel_size=2 parts",
-        ),
         (["learner.ranks=2", "learner.sharded_over=3"], "does not divide learner.ranks=2"),
         (
             ["algorithm=ppo", "learner.ranks=2", "learner.model.lora.rank=4"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,23 @@ def test_what_is_done_with_routers_needs_routers(option: str, value: str, off: s
     check_architecture(config, AutoConfig.for_model(**QWEN3_30B_A3B.config()))
     with pytest.raises(ConfigError, match=rf"has no routers of experts.*{option}={off}$"):
         check_architecture(config, AutoConfig.for_model(**QWEN3_8B.config()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["learner.model.path="], "is for a mixture of experts, which a tiny model is not"),
+        (
+            ["tiny=", "engine.kind=mine:Engine"],
+            "engine.kind='mine:Engine' does not say which experts it chose",
+        ),
+        (
+            ["tiny=", "engine.pipeline_parallel_size=2", "rollout.gpus_per_worker=2"],
+            "vLLM does not say which experts it chose in engine.pipeline_parallel_size=2 parts",
+        ),
+    ],
+)
+def test_routing_is_replayed_of_engines_that_say_it(changes: list[str], message: str) -> None:
+    replayed = ("learner.model.path=mixture", "learner.model.router_replay=true")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        configured(*replayed, *changes)

@@ -23,7 +23,7 @@ from learner.training.learner import Learner
 from learner.training.publish import take_snapshot
 from rollout.engines.engine import Sampling
 from rollout.engines.hf_engine import HfEngine
-from rollout.engines.vllm_engine import checkpoint_names
+from rollout.engines.vllm_checkpoint import checkpoint_names
 from rollout.wire.model_folder import token_count
 from rollout.wire.trajectory import Group
 from rollout.wire.weights import WeightUpdate, inline

@@ -18,7 +18,7 @@ from learner.model.tiny import build_tiny
 from learner.settings import ModelSettings
 from learner.training.publish import take_snapshot
 from rollout.engines.hf_engine import HfEngine
-from rollout.engines.vllm_engine import checkpoint_names
+from rollout.engines.vllm_checkpoint import checkpoint_names
 from rollout.wire.weights import WeightUpdate, inline
 from tests.smollm2 import FOLDER, needs_smollm2
 

@@ -30,7 +30,8 @@ from learner.model.tokenizer import build_tokenizer
 from learner.settings import ModelSettings
 from learner.training.publish import take_snapshot
 from rollout.engines.hf_engine import HfEngine
-from rollout.engines.vllm_engine import VllmEngine, checkpoint_names
+from rollout.engines.vllm_checkpoint import checkpoint_names
+from rollout.engines.vllm_engine import VllmEngine
 from rollout.engines.vllm_native import LiveSource, NativePublisher, TransferFailed
 from rollout.engines.vllm_start import VllmSettings
 from rollout.wire.weights import SyncReport, WeightMismatch
