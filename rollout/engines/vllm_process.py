@@ -40,7 +40,7 @@ from vllm.v1.executor.multiproc_executor import WorkerProc
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from envs.child_process import die_with_parent
-from rollout.engines import vllm_adapter_cpu, vllm_fork_server, vllm_routing_cpu
+from rollout.engines import vllm_adapter_cpu, vllm_fork_server
 from rollout.engines.engine import EngineDied
 from rollout.engines.vllm_fork_server import CurrentEnvironment
 
@@ -93,7 +93,9 @@ def _engine_core(
         _wait_asleep()
         vllm_adapter_cpu.multiply_by_adapter()
         if vllm_config.aux_output_config.enabled:
-            vllm_routing_cpu.record_routing()
+            from rollout.engines.vllm_routing_cpu import record_routing  # which imports what workers need
+
+            record_routing()
         # The core has no threads yet when it starts its workers, so that forking is safe and saves the imports.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         if vllm_config.parallel_config.world_size == 1:
