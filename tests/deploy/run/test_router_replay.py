@@ -12,7 +12,13 @@ from tests.deploy.small_run import Stopped, configured, same_bits, train, traine
 
 def test_a_resumed_run_replays_what_it_has_stored(tmp_path: Path) -> None:
     mixture = ("tiny=", "learner.model.dtype=float32", f"learner.model.path={with_experts(tmp_path)}")
-    config = configured("steps=3", "evaluation.tasks=0", *mixture, "learner.model.router_replay=true")
+    config = configured(
+        "steps=3",
+        "evaluation.tasks=0",
+        *mixture,
+        "learner.model.router_replay=true",
+        "engine.kind=transformers",
+    )
     train(config, tmp_path / "whole")
     with pytest.raises(Stopped):
         train(config, tmp_path / "resumed", stop_after=2)
