@@ -5,7 +5,8 @@ over all layers and tokens and divided by their number,
 
     loss = E * sum over e of f_e * P_e              Fedus et al. 2021 (Switch Transformers), equations 4 to 6
 
-as transformers computes it. A token that several sequences share counts for each of them. The f_e have no gradient, and
+as transformers computes it; f_e are of the routers' own choice, also where another is replayed (router_replay.py). A
+token that several sequences share counts for each of them. The f_e have no gradient, and
 those of the whole step are counted first, by a forward pass of their own: how tokens are packed into rows, and how rows
 are divided over ranks, then changes nothing (Qiu et al. 2025 show what a loss of single micro-batches does instead).
 """
