@@ -132,11 +132,6 @@ def recorded(source: DatasetSource, option: str) -> Iterator[list[Conversation]]
         raise ConfigError(f"{option}: {error}") from None
 
 
-def _unrouted(episode: Trajectory) -> Trajectory:
-    """The episode without the experts that its tokens were sampled with: by another model than the one that learns."""
-    return replace(episode, turns=tuple(replace(turn, routed_experts=None) for turn in episode.turns))
-
-
 def past_episodes(source: RunSource, option: str) -> Iterator[pa.RecordBatch]:
     """The groups of a finished run, one by one, with those of their episodes that the source asks for.
 
@@ -155,7 +150,7 @@ def past_episodes(source: RunSource, option: str) -> Iterator[pa.RecordBatch]:
         episodes = tuple(islice(wanted, None if most is None else most - found))
         found += len(episodes)
         if episodes:
-            yield encode(replace(group, trajectories=tuple(map(_unrouted, episodes))))
+            yield encode(replace(group, trajectories=tuple(map(Trajectory.unrouted, episodes))))
         if found == most:
             return
     if not found:

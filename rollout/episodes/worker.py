@@ -386,7 +386,7 @@ class RolloutWorker:
         async with gate:
             trajectory = await play(spec, self._pool, agent, limits, self._metrics)
         self._note_end(trajectory)
-        return trajectory
+        return trajectory.unrouted()
 
     def _note_end(self, trajectory: Trajectory) -> None:
         self._metrics.ended(trajectory)

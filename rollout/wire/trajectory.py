@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -216,6 +216,10 @@ class Trajectory:
     def num_sampled(self) -> int:
         """Tokens sampled over the whole episode."""
         return sum(len(turn.action_ids) for turn in self.turns)
+
+    def unrouted(self) -> Trajectory:
+        """The episode without its tokens' experts: it is not learned from, or by another model than sampled it."""
+        return replace(self, turns=tuple(replace(turn, routed_experts=None) for turn in self.turns))
 
 
 @dataclass(frozen=True, slots=True)

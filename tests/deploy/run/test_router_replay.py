@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from deploy.report.metrics import read_metrics
+from rollout.buffer.segments import read_rows
 from tests.deploy.small_run import Stopped, configured, same_bits, train, trained_rows, with_experts
 
 
@@ -14,7 +15,7 @@ def test_a_resumed_run_replays_what_it_has_stored(tmp_path: Path) -> None:
     mixture = ("tiny=", "learner.model.dtype=float32", f"learner.model.path={with_experts(tmp_path)}")
     config = configured(
         "steps=3",
-        "evaluation.tasks=0",
+        "evaluation.tasks=2",
         *mixture,
         "learner.model.router_replay=true",
         "engine.kind=transformers",
@@ -34,3 +35,6 @@ def test_a_resumed_run_replays_what_it_has_stored(tmp_path: Path) -> None:
         assert all(len(pair) == 2 and max(pair) < 4 for pair in pairs)
     assert len({row["routed_experts"] for row in rows}) > 3
     assert len(read_metrics(tmp_path / "resumed")) == 3
+    evaluated, *_ = (tmp_path / "whole" / "evaluations").glob("*/segment-*.arrows")
+    experts_of_turns = read_rows(evaluated.parent)["routed_experts"]
+    assert experts_of_turns.null_count == len(experts_of_turns) > 0, "nothing is learned from an evaluation"

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from learner.data.batch import Batch, MicroBatch, TokenSequence, pack, row_of
 from learner.model.policy import ModelError, Policy
+from learner.model.router_replay import routing_bytes
 from learner.parallel.ranks import ALONE, Ranks
 from learner.settings import ModelSettings
 from learner.training.step import Stats, accumulate
@@ -23,6 +24,7 @@ from rollout.wire.model_folder import token_count
 from tests.families import build_family
 from tests.learner.ranked import plain
 from tests.learner.together import together
+from tests.qwen3 import QWEN3_8B, QWEN3_30B_A3B
 
 LAYERS, EXPERTS, CHOSEN = 3, 8, 2
 FIELDS: dict[str, dict[str, Any]] = {
@@ -214,6 +216,12 @@ def test_the_reference_of_an_adapter_routes_by_itself(tmp_path: Path) -> None:
         torch.testing.assert_close(alone, policy.twin().score(row, 1.0)[0])
         assert (replaying - alone).abs().max() > 1e-3
         torch.testing.assert_close(policy.score(row, 1.0)[0], replaying)
+
+
+def test_what_a_token_costs_is_known_before_a_run() -> None:
+    assert routing_bytes(AutoConfig.for_model(**QWEN3_30B_A3B.config())) == 48 * 8
+    assert routing_bytes(AutoConfig.for_model("qwen3_moe", num_experts=512, num_hidden_layers=2)) == 2 * 8 * 2
+    assert routing_bytes(AutoConfig.for_model(**QWEN3_8B.config())) == 0
 
 
 def test_what_cannot_be_replayed_is_refused_in_one_line(tiny: Path, tmp_path: Path) -> None:
