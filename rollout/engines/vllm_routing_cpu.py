@@ -55,5 +55,5 @@ def _batch(runner: Any) -> SimpleNamespace:
     return SimpleNamespace(
         req_ids=batch.req_ids,
         query_start_loc_np=np.cumsum([0, *(scheduled[request] for request in batch.req_ids)]),
-        num_computed_tokens_np=batch.num_computed_tokens_cpu,
+        num_computed_tokens_np=batch.num_computed_tokens_cpu[: batch.num_reqs].copy(),
     )
