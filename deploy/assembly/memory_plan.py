@@ -132,7 +132,7 @@ class MemoryPlan:
 
     processes: tuple[Process, ...]
     cache: Cache | None
-    version_bytes: int  # of a version in the object store of every node
+    version_bytes: int  # of versions in the memory of every node, beside those of processes
     traffic: Traffic  # between the learner's ranks
 
     @classmethod
@@ -144,7 +144,8 @@ class MemoryPlan:
         sent = sent_bytes(run, model)
         cache = None if run.replay else _cache(run, model, gpu_bytes)
         met = [amount for each in opponents for amount in _opposing(run, each, gpu_bytes)]
-        return cls(tuple(_processes(run, model, cache, sent, met)), cache, sent, _traffic(run, model))
+        stored = sent * (2 if _holds(run) else 1)
+        return cls(tuple(_processes(run, model, cache, sent, met)), cache, stored, _traffic(run, model))
 
     def process(self, name: str) -> Process:
         """The processes of this name."""
@@ -215,18 +216,21 @@ def _processes(
     if run.replay:
         return
     itself = Amount("the process itself", _WORKER_PROCESS, on_host=True)
-    held = (
-        sent if run.weights.delta and run.cluster.joins else 0
-    )  # by a worker on another node than the learner
-    version = [Amount("the version that deltas are applied to", held, on_host=True)] if held else []
-    amounts = (itself, *version, *_engine(run, model, cache), *met)
+    amounts = (itself, *_engine(run, model, cache), *met)
     yield Process("rollout worker", run.rollout.workers, amounts, run.rollout.gpus_per_worker > 0)
     kept = Amount("groups that are played or waiting", row_bytes(model, stored_tokens(run)), on_host=True)
     yield Process("replay buffer", 1, (Amount("the process itself", _BUFFER_PROCESS, on_host=True), kept))
     yield Process("driver", 1, (started,))
     if sent:
-        weights = Amount("a version of the weights", sent, on_host=True)
-        yield Process("object store, on every node", 1, (weights,))
+        stored = [Amount("a version of the weights", sent, on_host=True)]
+        if _holds(run):
+            stored.append(Amount("the version that deltas are applied to", sent, on_host=True))
+        yield Process("object store, on every node", 1, tuple(stored))
+
+
+def _holds(run: RunConfig) -> bool:
+    """Whether the workers of another node than the learner's hold a version together."""
+    return run.weights.delta and run.cluster.joins
 
 
 def _opposing(run: RunConfig, opponent: Opponent, gpu_bytes: int) -> Iterator[Amount]:

@@ -149,7 +149,8 @@ class WeightSyncSettings(Settings):
     delta: bool = Field(
         True,
         description="send workers on other nodes than the learner only the words that a step has changed, where those "
-        "are fewer bytes; such a worker holds a copy of the version in its node's memory. Engines load the same bytes",
+        "are fewer bytes; the workers of such a node hold one copy of the version in its memory. Engines load the same "
+        "bytes",
     )
     sync_timeout_seconds: float = Field(
         120.0,

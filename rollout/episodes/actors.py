@@ -18,11 +18,13 @@ from rollout.engines.engine import NativeTransfer
 from rollout.episodes.evaluation import EvaluationPlan, as_groups, evaluation_row
 from rollout.episodes.loop_watch import LoopWatch
 from rollout.episodes.worker import RolloutWorker
-from rollout.wire.delta import HeldVersion
+from rollout.wire.actors import node_file
+from rollout.wire.held_version import HeldVersion
 from rollout.wire.notices import collected
 from rollout.wire.process_info import ProcessInfo, here, stacks
 from rollout.wire.schema import encode
 from rollout.wire.trajectory import Task
+from rollout.wire.verdicts import Verdicts
 from rollout.wire.weights import SyncReport, WeightManifest, WeightUpdate
 
 BuildWorker = Callable[[str, Any], Awaitable[RolloutWorker]]
@@ -48,7 +50,7 @@ class RolloutActor:
         self._replay_buffer = RemoteReplayBuffer(replay_buffer)
         self._build = build
         self._worker: RolloutWorker | None = None
-        self._held = HeldVersion()
+        self._held, self._verdicts = HeldVersion(node_file("versions")), Verdicts(node_file("verdicts"))
         self._leaving: asyncio.Task[None] | None = None
         # An asyncio actor is made on its event loop.
         loop = asyncio.get_running_loop()
@@ -102,11 +104,14 @@ class RolloutActor:
         return [evaluation_row(trajectory, plan.majority) for trajectory in trajectories]
 
     async def sync(self, update: WeightUpdate, hold: bool = False) -> SyncReport:
-        """Load one version and verify it. hold: from a copy in this node's memory, to which deltas are applied."""
+        """Load one version and verify it. hold: from this node's copy, to which deltas are applied."""
         worker = self._started()
-        if hold:
-            update = await asyncio.to_thread(self._held.receive, update)
-        return await worker.sync(update)
+        if not hold:
+            return await worker.sync(await asyncio.to_thread(self._verdicts.verified, update))
+        try:
+            return await worker.sync(await asyncio.to_thread(self._held.receive, update))
+        finally:
+            self._held.loaded()
 
     # A sync in steps, for vLLM's native transfers: `NativePublisher` drives them.
 

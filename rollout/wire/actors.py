@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from pathlib import Path
 
 import ray
+import ray._private.worker
 
 from rollout.wire.time_limits import NETWORK, limit
 from rollout.wire.weights import ByteArray, Handle, joined, parts
@@ -38,3 +40,10 @@ def open_object(address: str, sizes: Sequence[int]) -> list[ByteArray]:
     reference = ray.cloudpickle.loads(base64.b64decode(packed))
     # The pull from another node is within this wait.
     return parts(ray.get(reference, timeout=limit(_GET_SECONDS, sum(sizes), NETWORK)), sizes)
+
+
+def node_file(name: str) -> Path:
+    """A file of this node's actors alone, which ends with Ray's session."""
+    # Ray has no other way to ask for its folder. Nodes that share a machine share the folder, but not the store.
+    folder = Path(ray._private.worker._global_node.get_session_dir_path())
+    return folder / f"manta-{name}-{ray.get_runtime_context().get_node_id()}"

@@ -9,14 +9,11 @@ not of the delta.
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
-
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rollout.wire.weights import ByteArray, Delta, MemoryFile, TensorSpec, WeightMismatch, WeightUpdate, parts
+from rollout.wire.weights import ByteArray, TensorSpec, WeightMismatch
 
 _PIECE = 1 << 18  # words compared at a time: what is read again is still in the processor's cache
 _MOST_CHANGED = 1 / 4  # of a tensor's words; a float32 step changes nearly all
@@ -76,50 +73,6 @@ def _decompressed(difference: ByteArray, most: int) -> ByteArray:
         return np.frombuffer(_ZSTD.decompress(difference[head:].data, size), np.uint8)
     except OSError:  # of pyarrow, for what zstd refuses
         return np.empty(0, dtype=np.uint8)
-
-
-class HeldVersion:
-    """The bytes of the version that a worker holds, in memory that its engine's processes map.
-
-    A delta is applied to them. A version without one, or with one to another base (after a missed version, or after
-    the learner has gone back to a checkpoint), is copied whole from its own handle.
-    """
-
-    def __init__(self) -> None:
-        self._digest = ""  # of the version held; empty before the first, and while one is being written
-        self._file: MemoryFile | None = None
-        self._whole: ByteArray = np.empty(0, dtype=np.uint8)
-
-    def receive(self, update: WeightUpdate) -> WeightUpdate:
-        """Fetch a version into this memory; returns it with a handle there. Blocks: call it in a thread.
-
-        Raises WeightMismatch for a payload of another form than the manifest's. The contents are verified by the engine
-        that opens the handle, as of any version (`WeightUpdate.verify`).
-        """
-        base, self._digest = self._digest, ""
-        if update.delta is not None and update.delta.base == base:
-            self._apply(update, update.delta)
-        else:
-            self._copy(update)
-        self._digest = update.manifest.digest
-        assert self._file is not None, "the first version is copied whole"
-        return replace(update, handle=self._file.handle, delta=None)
-
-    def _apply(self, update: WeightUpdate, delta: Delta) -> None:
-        manifest = update.manifest
-        held = parts(self._whole, manifest.sizes)
-        differences = delta.handle.open(delta.sizes)
-        for difference, own, spec in zip(differences, held, manifest.tensors, strict=True):
-            apply(difference, own, spec, update.version)
-
-    def _copy(self, update: WeightUpdate) -> None:
-        size = update.manifest.nbytes
-        if self._file is None or self._whole.nbytes != size:
-            self._file = MemoryFile("manta-held-weights")
-            os.truncate(self._file.path, size)
-            self._whole = np.memmap(self._file.path, dtype=np.uint8, mode="r+")
-        for own, (_, array) in zip(parts(self._whole, update.manifest.sizes), update.tensors(), strict=True):
-            own[:] = array
 
 
 def _words(array: ByteArray, word_bytes: int) -> NDArray[np.unsignedinteger]:

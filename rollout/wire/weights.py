@@ -163,6 +163,7 @@ class WeightUpdate:
     manifest: WeightManifest
     handle: Handle
     delta: Delta | None = None
+    verified: bool = False  # the bytes of this handle, by a process of this node
 
     @property
     def version(self) -> int:
@@ -203,7 +204,12 @@ class WeightUpdate:
             yield spec, arrays[position]
 
     def verify(self) -> None:
-        """Compare every tensor's bytes with its checksum; WeightMismatch names the first that differs."""
+        """Compare every tensor's bytes with its checksum; WeightMismatch names the first that differs.
+
+        Returns at once if another process of this node has done so for this very memory (verdicts.py).
+        """
+        if self.verified:
+            return
         for spec, array in self.tensors():
             if checksum(array) != spec.checksum:
                 raise WeightMismatch(

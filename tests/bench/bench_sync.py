@@ -70,9 +70,9 @@ async def _measure(config: RunConfig, path: str) -> list[SyncReport]:
         await engine.close()
 
 
-def _deltas(path: str) -> dict[str, float]:
+def _deltas(path: str, folder: Path) -> dict[str, float]:
     """Bytes of versions in bfloat16, and of those of their deltas; the first version has none."""
-    sent = list(follow(Policy(ModelSettings(path=path)), DELTAS, RATE))[1:]
+    sent = list(follow(Policy(ModelSettings(path=path)), DELTAS, RATE, folder))[1:]
     shares = [each.delta_bytes / each.whole_bytes for each in sent]
     return {
         "whole_mb": round(sent[0].whole_bytes / 1e6, 3),
@@ -91,7 +91,7 @@ def main() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         path = model_path(config, Path(name))
         reports = asyncio.run(_measure(config, path))
-        deltas = _deltas(str(FOLDER) if FOLDER.is_dir() else path)
+        deltas = _deltas(str(FOLDER) if FOLDER.is_dir() else path, Path(name))
     stalls = [1e3 * report.seconds_stalled for report in reports]
     return {
         "stall_ms": round(statistics.median(stalls), 1),

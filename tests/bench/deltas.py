@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from learner.model.policy import Policy
 from learner.training.optim import Optimizer
 from learner.training.publish import Snapshot, Staging, take_snapshot
 from learner.training.step import PolicyObjective, train_step
-from rollout.wire.delta import HeldVersion
+from rollout.wire.held_version import HeldVersion
 from rollout.wire.weights import Delta, WeightUpdate, inline
 
 _ANSWERS, _TOKENS, _SAMPLED_EVERY = 8, 4, 5
@@ -34,23 +35,23 @@ class Sent:
     delta_bytes: int  # those of the whole where there is no delta
     exact: bool  # the bytes that the worker holds are those that torch casts, and pass their checksums
     publish_s: float  # cast, compare, hash and probe, by the learner
-    receive_s: float  # decompress and apply, by the worker
+    receive_s: float  # decompress, apply and verify, by the worker
 
 
-def follow(policy: Policy, steps: int, rate: float) -> Iterator[Sent]:
-    """Publish version 0 and those of so many steps to one worker that holds each."""
+def follow(policy: Policy, steps: int, rate: float, folder: Path) -> Iterator[Sent]:
+    """Publish version 0 and those of so many steps to one worker that holds each; folder: an empty one."""
     optimizer = Optimizer(policy.parameters(), OptimSettings(learning_rate=rate))
     objective = PolicyObjective(AlgorithmSettings())
-    staging, worker = Staging(), HeldVersion()
+    staging, worker = Staging(), HeldVersion(folder / "versions")
     for version in range(steps + 1):
         began = time.perf_counter()
         snapshot = take_snapshot(policy, version, "bfloat16", staging=staging, delta=True)
         taken = time.perf_counter()
         update = worker.receive(_offered(snapshot))
         received = time.perf_counter()
-        update.verify()
         whole = snapshot.manifest.nbytes
         sent = sum(each.nbytes for each in snapshot.differences) if snapshot.base else whole
+        worker.loaded()
         yield Sent(version, whole, sent, _is_cast(policy, update), taken - began, received - taken)
         if version % _SAMPLED_EVERY == 0:
             batch = pack(_answers(policy, version), 4096, policy.context)

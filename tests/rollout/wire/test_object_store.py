@@ -38,14 +38,16 @@ import numpy as np
 from ray.cluster_utils import Cluster
 from ray.experimental import get_object_locations
 from rollout.wire.actors import put_object
-from rollout.wire.delta import HeldVersion, encoded
+from rollout.wire.actors import node_file
+from rollout.wire.delta import encoded
+from rollout.wire.held_version import HeldVersion
 from rollout.wire.weights import Delta, Probe, TensorSpec, WeightManifest, WeightUpdate, checksum
 
 class Worker:
-    def __init__(self): self.held = HeldVersion()
+    def __init__(self): self.held = HeldVersion(node_file("versions"))
     def sync(self, update):
         received = self.held.receive(update)
-        received.verify()
+        self.held.loaded()
         return [array.sum(dtype=int).item() for _, array in received.tensors()]
 
 def manifest(version, arrays):
