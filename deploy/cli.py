@@ -114,14 +114,8 @@ def scale(
     """
     from deploy.cluster.control import ask_workers
     from deploy.config import run_folder
-    from deploy.config.config_errors import ConfigError
 
-    config = run_folder.open_existing(run)
-    if config.weights.transfer != "object_store":
-        raise ConfigError(
-            f"weights.transfer={config.weights.transfer!r} joins engines and learner for good: "
-            "stop the run and resume it with another rollout.workers"
-        )
+    run_folder.open_existing(run)
     ask_workers(run, workers)
     write(console, f"asked for {workers} rollout workers; who serves: {run / 'roster.json'}")
 

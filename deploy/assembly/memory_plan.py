@@ -153,9 +153,7 @@ class MemoryPlan:
 
 
 def sent_bytes(run: RunConfig, model: ModelFacts) -> int:
-    """Bytes of a weight version in the host's memory; none where GPUs send it to one another."""
-    if run.weights.transfer != "object_store":
-        return 0
+    """Bytes of a weight version in the host's memory, where engines join even if GPUs send the next ones."""
     lora = run.learner.model.lora
     numbers = model.adapter if lora and lora.sync == "adapter" else model.shape.parameters
     return numbers * SIZES[run.engine.dtype]

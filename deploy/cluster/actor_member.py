@@ -38,15 +38,14 @@ def _forwarded(method: str) -> Any:
 class ActorMember:
     """`deploy.cluster.member.Member` over an actor's handle.
 
-    native: the learner sends weights to the engines itself, by vLLM's own transfer. hear: receives the worker's
-    notices, with every heartbeat and at the end. apart: whether weights go to a node as deltas.
+    hear: receives the worker's notices, with every heartbeat and at the end. apart: whether weights go to a node as
+    deltas.
     """
 
     def __init__(
         self,
         name: str,
         handle: Any,
-        native: bool = False,
         startup: Startup | None = None,
         hear: Hear | None = None,
         apart: Callable[[str], bool] = lambda node: False,
@@ -56,7 +55,6 @@ class ActorMember:
         self._heard = 0
         self._startup = startup or Startup()
         self._handle = handle
-        self._native = native
         self._apart = apart
         self._node = ""
 
@@ -71,8 +69,6 @@ class ActorMember:
         return where
 
     async def sync(self, update: WeightUpdate) -> SyncReport:
-        if self._native:
-            return SyncReport(self.name, update.version, 0, 0.0, 0.0, 0.0)
         report: SyncReport = await self._handle.sync.remote(update, self._apart(self._node))
         return report
 

@@ -35,7 +35,7 @@ from deploy.cluster.engine_groups import EngineGroups
 from deploy.cluster.fleet import Fleet
 from deploy.cluster.learner_part import LearnerPart
 from deploy.cluster.model_nodes import fetch_on_nodes
-from deploy.cluster.native import NOTHING, native_publisher
+from deploy.cluster.native import DirectSync, native_publisher
 from deploy.cluster.offers import Offers
 from deploy.cluster.step_ahead import StepAhead
 from deploy.cluster.watchdog import Watchdog
@@ -53,7 +53,7 @@ from rollout.episodes.evaluation import EvaluationPlan
 from rollout.wire.metrics import joined
 from rollout.wire.partition import StepTorn
 from rollout.wire.trajectory import Task
-from rollout.wire.weights import WeightUpdate
+from rollout.wire.weights import SyncReport, WeightUpdate
 
 T = TypeVar("T")
 
@@ -84,7 +84,8 @@ class RayRuntime:
         self._say = say
         self._noticed = Noticed(self.run_folder, say)
         self._startup = startup or Startup()
-        self._native = config.weights.transfer != "object_store"  # its workers are those of the start
+        self._native = config.weights.transfer != "object_store"
+        self._direct = DirectSync(self._native, say)
         self._buffer: BufferPart | None = None
         self._learner: LearnerPart | None = None
         self._handles: dict[str, Any] = {}  # of rollout actors, by name
@@ -152,9 +153,7 @@ class RayRuntime:
     async def _start_learner(self, load: bool) -> int:
         config = self._config
         if self._learner is None:
-            names = [f"rollout-{seat}" for seat in range(config.rollout.workers)] if self._native else []
-            workers = {name: self._handle(name) for name in names}
-            native = partial(native_publisher, config, self._limits.sync, workers)
+            native = partial(native_publisher, config, self._limits.sync)
             build = partial(build_learner, config, self._path, teacher=self._teacher)
             self._learner = LearnerPart(
                 config,
@@ -179,16 +178,11 @@ class RayRuntime:
         assert self._learner is not None
         return self._learner.lead
 
-    def _handle(self, name: str) -> Any:
-        if name not in self._handles:
-            build = partial(self._league.build_worker, self._engines.config, self._path, self._engine_factory)
-            made = actor(RolloutActor, GROUPS, **self._engines.options(name))
-            self._handles[name] = made.remote(name, self._buffer_handle, build)
-        return self._handles[name]
-
     def _launch(self, name: str) -> ActorMember:
-        handle, hear = self._handle(name), self._noticed.hear
-        return ActorMember(name, handle, self._native, self._startup, hear, self._apart)
+        build = partial(self._league.build_worker, self._engines.config, self._path, self._engine_factory)
+        made = actor(RolloutActor, GROUPS, **self._engines.options(name))
+        handle = self._handles[name] = made.remote(name, self._buffer_handle, build)
+        return ActorMember(name, handle, self._startup, self._noticed.hear, self._apart)
 
     async def _learner_up(self) -> Any:
         """Rank 0's actor, once the learner is up. PartLost where it does not come back in time."""
@@ -222,21 +216,25 @@ class RayRuntime:
 
         then: the step that is begun as soon as the version lies where engines load it.
         """
-        if self._native:
-            await self._fleet.ready()
-            limit = self._limits.publish + self._limits.sync
-            publish = self._lead.publish_native.remote
-            return dict(await self._of_learner("the weight sync", publish, limit))
+        if (sent := await self._direct.sync(self._fleet, self._send)) is not None:
+            await self._met(sent[0].version)
+            return sync_metrics(sent)
         async with self._offers.borrowed() as update:
             if then is not None:
                 self._steps.begin(then)
             reports = await self._fleet.publish(update)
+        self._direct.begin()
         if update.version >= 0:
             await self._met(update.version)
         if not self._published.is_set():
             self._published.set()
             await self._fleet.ready()
         return sync_metrics(reports)
+
+    async def _send(self, names: Sequence[str]) -> list[SyncReport]:
+        send = partial(self._lead.publish_native.remote, {name: self._handles[name] for name in names})
+        limit = self._limits.publish + self._limits.sync
+        return list(await self._of_learner("the weight sync", send, limit))
 
     async def evaluate(self, tasks: Sequence[Task], name: str, plan: EvaluationPlan) -> list[EpisodeRow]:
         limit = self._config.evaluation.timeout_seconds
@@ -350,9 +348,6 @@ class RayRuntime:
     @asynccontextmanager
     async def _lend(self) -> AsyncIterator[WeightUpdate]:
         """The published version, for a member that joins; before the first there is nothing to join with."""
-        if self._native:
-            yield NOTHING
-            return
         await self._published.wait()
         async with self._offers.borrowed() as update:
             yield update

@@ -5,8 +5,7 @@ Plain asyncio over `Member`s, which are Ray actors or objects of this process.
     index       the number of a worker; its successive members are rollout-1, rollout-1.1, rollout-1.2
     admitted    a member that holds the current version, proved by checksums and probe; only such members sample
     lost        a member that died, raised, or did not answer a heartbeat in time: it is killed, its groups are
-    reassigned,
-                and the index starts its next member within the restart budget
+                reassigned, and the index starts its next member within the restart budget
 
 Publishing waits for every admitted member or for its loss, so a step never waits for a lost one.
 """
@@ -18,12 +17,12 @@ import itertools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from deploy.assembly.runtime import first_failure
 from deploy.cluster.distributed_evaluation import evaluate_on
-from deploy.cluster.member import Member, beat, explained
+from deploy.cluster.member import Entry, Member, beat, explained
 from deploy.config.supervise import (
     Budget,
     PartFailed,
@@ -36,30 +35,10 @@ from deploy.config.supervise import (
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.episodes.evaluation import ONCE, EvaluationPlan
 from rollout.wire.metrics import Row
-from rollout.wire.process_info import ProcessInfo
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightMismatch, WeightUpdate
 
 T = TypeVar("T")
-
-
-@dataclass
-class _Entry:
-    """A member and its state."""
-
-    member: Member
-    failed: asyncio.Future[None]
-    where: ProcessInfo | None = None
-    state: str = "starting"
-    version: int = -1
-    run: asyncio.Future[None] | None = None
-    loading: bool = False  # a version
-    counters: Row = field(default_factory=dict)  # the last known ones
-
-    def lose(self, error: BaseException) -> None:
-        if not self.failed.done():
-            self.failed.set_exception(error)
-            self.failed.exception()  # retrieved: possibly no task waits for it
 
 
 class Fleet:
@@ -94,7 +73,7 @@ class Fleet:
         self.budget = budget or Budget(settings)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._keepers: dict[int, asyncio.Task[None]] = {}
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, Entry] = {}
         self._wanted = 0
         self._version = -1
         self._weights = asyncio.Lock()  # the version does not advance while a member is admitted to it
@@ -145,6 +124,26 @@ class Fleet:
             reports = await asyncio.gather(*(self._sync(entry, update) for entry in members))
         return [report for report in reports if report is not None]
 
+    async def hand_over(
+        self, send: Callable[[Sequence[str]], Awaitable[list[SyncReport]]]
+    ) -> list[SyncReport]:
+        """Have serving members get the next version from `send`, which is called with their names.
+
+        Raises what it raises; which members hold the version is then unknown.
+        """
+        async with self._weights:
+            entries = [entry for entry in self._entries.values() if entry.state == "serving"]
+            for entry in entries:
+                entry.loading = True
+            try:
+                reports = await send([entry.member.name for entry in entries])
+            finally:
+                for entry in entries:
+                    entry.loading = False
+            for entry, report in zip(entries, reports, strict=True):
+                entry.version = self._version = report.version
+        return reports
+
     def play(self) -> None:
         """Start playing groups on all members, also on later ones."""
         self._playing = True
@@ -171,7 +170,7 @@ class Fleet:
     async def counters(self) -> Row:
         """Sums of counters over all members, ended ones included (their last known values)."""
 
-        async def ask(entry: _Entry) -> None:
+        async def ask(entry: Entry) -> None:
             try:
                 told = within(
                     self._settings.heartbeat_timeout_seconds, entry.member.counters(), entry.member.name
@@ -215,7 +214,7 @@ class Fleet:
     async def _keep(self, index: int) -> None:
         for life in itertools.count():
             name = f"rollout-{index}" + (f".{life}" if life else "")
-            entry = _Entry(self._launch(name), asyncio.get_running_loop().create_future())
+            entry = Entry(self._launch(name), asyncio.get_running_loop().create_future())
             self._entries[index] = entry
             try:
                 await self._live(index, entry)
@@ -228,7 +227,7 @@ class Fleet:
                 if not await self._replace(index, entry, error):
                     return
 
-    async def _live(self, index: int, entry: _Entry) -> None:
+    async def _live(self, index: int, entry: Entry) -> None:
         member = entry.member
         try:
             entry.where = await self._or_lost(
@@ -243,7 +242,7 @@ class Fleet:
             entry.lose(error)  # raised in other waits for this member too, such as a sync
             raise
 
-    async def _work(self, index: int, entry: _Entry) -> None:
+    async def _work(self, index: int, entry: Entry) -> None:
         await self._admit(entry)
         played = 0
 
@@ -266,7 +265,7 @@ class Fleet:
                 if entry.run.done():
                     entry.run.result()
 
-    async def _watch(self, entry: _Entry) -> None:
+    async def _watch(self, entry: Entry) -> None:
         settings, member = self._settings, entry.member
         while True:
             await asyncio.sleep(settings.heartbeat_interval_seconds)
@@ -278,14 +277,14 @@ class Fleet:
                 entry.lose(await explained(error, member))
                 return
 
-    async def _loaded(self, entry: _Entry, update: WeightUpdate, what: str) -> SyncReport:
+    async def _loaded(self, entry: Entry, update: WeightUpdate, what: str) -> SyncReport:
         entry.loading = True
         try:
             return await within(self._limits.sync, entry.member.sync(update), what)
         finally:
             entry.loading = False
 
-    async def _admit(self, entry: _Entry) -> None:
+    async def _admit(self, entry: Entry) -> None:
         entry.state = "syncing"
         while True:
             async with self._lend() as update:
@@ -297,7 +296,7 @@ class Fleet:
                     break
         self._wake()
 
-    async def _sync(self, entry: _Entry, update: WeightUpdate) -> SyncReport | None:
+    async def _sync(self, entry: Entry, update: WeightUpdate) -> SyncReport | None:
         member = entry.member
         what = f"{member.name} (sync to version {update.version})"
         try:
@@ -311,7 +310,7 @@ class Fleet:
         entry.version = report.version
         return report
 
-    async def _replace(self, index: int, entry: _Entry, error: Exception) -> bool:
+    async def _replace(self, index: int, entry: Entry, error: Exception) -> bool:
         member, where = entry.member, entry.where
         entry.state = "lost"
         self._forget(entry)
@@ -331,7 +330,7 @@ class Fleet:
             return False
         return True
 
-    async def _leave(self, index: int, entry: _Entry) -> None:
+    async def _leave(self, index: int, entry: Entry) -> None:
         """Scale this index down: running turns finish, other work is reassigned."""
         member = entry.member
         entry.state = "leaving"
@@ -343,7 +342,7 @@ class Fleet:
             del self._entries[index]
             self._left(member.name)
 
-    async def _end(self, entry: _Entry) -> None:
+    async def _end(self, entry: Entry) -> None:
         member = entry.member
         if entry.state in ("serving", "leaving"):
             try:
@@ -356,7 +355,7 @@ class Fleet:
         self._forget(entry)
         await self._quietly(member.kill(), member)
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: Entry) -> None:
         self._retired.update(entry.counters)
         entry.counters = {}
         if entry.run is not None:
@@ -379,7 +378,7 @@ class Fleet:
             self.failed.set_exception(error)
         self._wake()
 
-    async def _or_lost(self, entry: _Entry, pending: Coroutine[Any, Any, T]) -> T:
+    async def _or_lost(self, entry: Entry, pending: Coroutine[Any, Any, T]) -> T:
         """Await an answer; raises the member's error if it is lost meanwhile."""
         return await first_failure(asyncio.ensure_future(pending), [entry.failed])
 

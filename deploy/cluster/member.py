@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from deploy.config.supervise import PartLost, within
@@ -36,6 +38,25 @@ class Member(Protocol):
     async def stacks(self) -> str: ...
     async def close(self) -> None: ...
     async def kill(self) -> None: ...
+
+
+@dataclass
+class Entry:
+    """A member and its state."""
+
+    member: Member
+    failed: asyncio.Future[None]
+    where: ProcessInfo | None = None
+    state: str = "starting"
+    version: int = -1
+    run: asyncio.Future[None] | None = None
+    loading: bool = False  # a version
+    counters: Row = field(default_factory=dict)  # the last known ones
+
+    def lose(self, error: BaseException) -> None:
+        if not self.failed.done():
+            self.failed.set_exception(error)
+            self.failed.exception()  # retrieved: possibly no task waits for it
 
 
 async def beat(member: Member, seconds: float, more: Callable[[], float]) -> None:

@@ -144,7 +144,8 @@ class WeightSyncSettings(Settings):
     transfer: Literal["object_store", "nccl", "ipc"] = Field(
         "object_store",
         description="how weights reach the engines. object_store: through Ray's shared memory, on any "
-        "hardware. nccl and ipc: between GPUs; the set of workers is then fixed",
+        "hardware. nccl and ipc: between GPUs, to workers that serve a version already; the first version of a worker "
+        "comes through the object store, and so does one whose transfer has failed",
     )
     delta: bool = Field(
         True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from rollout.wire.actors import put_object
 from rollout.wire.notices import collected
 from rollout.wire.policies import POLICY
 from rollout.wire.process_info import ProcessInfo, here, stacks
-from rollout.wire.weights import Handle, WeightUpdate
+from rollout.wire.weights import Handle, SyncReport, WeightUpdate
 
 Build = Callable[[Ranks], Learner]  # makes the learner where the actor runs
 Join = Callable[[], Ranks]  # meets the other ranks
@@ -89,8 +89,8 @@ class LearnerActor:
     async def unpin_weights(self, version: int, handle: Handle) -> None:
         await self._loop.unpin_weights(version, handle)
 
-    async def publish_native(self) -> Row:
-        return await self._loop.publish_native()
+    async def publish_native(self, workers: Mapping[str, Any]) -> list[SyncReport]:
+        return await self._loop.publish_native(workers)
 
     async def save(self, run_folder: Path) -> None:
         await self._loop.save(run_folder)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from rollout.wire.partition import Partition
 from rollout.wire.policies import POLICY
 from rollout.wire.schema import decode
 from rollout.wire.trajectory import DropReason
-from rollout.wire.weights import ByteArray, Delta, Handle, SyncReport, WeightUpdate
+from rollout.wire.weights import ByteArray, Delta, Handle, SyncReport, TransferStuck, WeightUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -186,10 +186,11 @@ class LearnerLoop:
             if self._placed is not None and not self._placed.pins:
                 self._placed = None
 
-    async def publish_native(self) -> Row:
-        """Send the present version by vLLM's own transfer; returns when all engines have proved that they hold it.
+    async def publish_native(self, workers: Mapping[str, Any]) -> list[SyncReport]:
+        """Send the present version by vLLM's own transfer; returns when these engines have proved that they hold it.
 
-        It is gathered layer by layer while it is sent: the other ranks take part.
+        workers: handles of their actors, by name. It is gathered layer by layer while it is sent: the other ranks take
+        part. Raises TransferFailed, after which the version can be published otherwise, and RankLost.
         """
         if self._native is None:
             raise RuntimeError(
@@ -199,9 +200,13 @@ class LearnerLoop:
             snapshot = await self._take_snapshot(None)
             async with self._weights:
                 others = [asyncio.ensure_future(answer) for answer in self._tell("send")]
-                reports = await self._native.publish(snapshot)
-                await asyncio.gather(*others)
-            return sync_metrics(reports)
+                try:
+                    return list(await self._native.publish(snapshot, workers))
+                except TransferStuck as error:
+                    others = []  # they wait for this rank
+                    raise RankLost(str(error)) from error
+                finally:
+                    await asyncio.gather(*others)
 
     async def begin_stage(self, index: int, batches: Sequence[pa.RecordBatch]) -> tuple[int, int]:
         """Begin a stage on these groups; returns the steps that are made and how many there are in all."""

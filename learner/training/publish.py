@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,12 +37,13 @@ class Snapshot:
 
 
 class Publisher(Protocol):
-    """Sends the live parameters to every engine itself and returns when all of them have proved that they hold them.
+    """Sends the live parameters to engines itself and returns when all of them have proved that they hold them.
 
-    The snapshot it is given has no bytes: copies on the host would be made for nothing.
+    The snapshot it is given has no bytes: copies on the host would be made for nothing. workers: handles of the
+    engines' actors, by name. Raises TransferFailed and TransferStuck, once all tensors were taken from the parameters.
     """
 
-    async def publish(self, snapshot: Snapshot) -> Sequence[SyncReport]: ...
+    async def publish(self, snapshot: Snapshot, workers: Mapping[str, Any]) -> Sequence[SyncReport]: ...
 
 
 class Staging:

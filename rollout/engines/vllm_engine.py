@@ -55,7 +55,7 @@ async def start(start: EngineStart, settings: VllmSettings) -> VllmEngine:
         start.context_tokens,
         settings,
         on_gpu=start.on_gpu,
-        transfer="manta" if start.transfer == "object_store" else start.transfer,
+        transfer=start.transfer,
         adapter=start.adapter,
         perception=start.perception,
         trusted=start.trust_remote_code,
@@ -88,7 +88,7 @@ class VllmEngine:
         self._beside: dict[str, Any] = {}  # LoRA requests of the adapters that are served side by side
         self._request_ids = itertools.count()
         self._params: dict[tuple[float, float, int], Any] = {}  # of requests without a seed
-        self._transfer_ready = False
+        self._updating = False  # a version was begun, and neither finished nor given up
         self._paused_at = 0.0
 
     @classmethod
@@ -101,7 +101,7 @@ class VllmEngine:
         settings: VllmSettings,
         *,
         on_gpu: bool = False,
-        transfer: str = "manta",
+        transfer: str = "object_store",
         adapter: AdapterSpec | None = None,
         adapters: Mapping[str, Path] = MappingProxyType({}),
         perception: Perception | None = None,
@@ -132,7 +132,6 @@ class VllmEngine:
                 context_tokens,
                 settings,
                 on_gpu,
-                transfer,
                 specs,
                 perception is not None,
                 trusted,
@@ -200,20 +199,15 @@ class VllmEngine:
         """Replace the weights in flight and verify names, checksums, version and probe. Raises EngineDied.
 
         After a WeightMismatch before loading began, the engine serves the old weights. After a later one it stays
-        paused: an engine with half a version must not sample.
+        paused: an engine with half a version must not sample. A native transfer that has failed may precede it.
         """
         began = time.perf_counter()
         update.manifest.require_names(self._weight_names, self.name)
-        # Hash while generation runs. The worker then maps the same bytes.
-        await asyncio.to_thread(update.verify)
-        sync = self._sync_adapter if update.manifest.adapter else self._sync_weights
-        report = await sync(update)
+        await asyncio.to_thread(update.verify)  # while generation runs
+        report = await (self._sync_adapter if update.manifest.adapter else self._sync_weights)(update)
         return replace(report, seconds=time.perf_counter() - began)
 
     async def _sync_weights(self, update: WeightUpdate) -> SyncReport:
-        if not self._transfer_ready:
-            await self.open_transfer({})
-            self._transfer_ready = True
         await self.begin_update(update.manifest)
         await self._loaded(update, self.receive({"update": update.to_plain()}))
         await self._loaded(update, self._finish(update.version))
@@ -241,30 +235,44 @@ class VllmEngine:
     # The steps of a sync, one by one: vLLM's native transfers (vllm_native.py) drive them from the learner.
 
     async def open_transfer(self, init_info: dict[str, Any]) -> None:
-        """Prepare to receive, once; init_info: of the transfer backend."""
+        """Join a group of engines that receive together; init_info: `vllm_weights._Init`. Raises CallFailed."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        await self._asked(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info)))
+        await self._done(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info)))
 
     async def begin_update(self, manifest: WeightManifest) -> None:
         """Check the tensors' names, then pause generation with its requests kept. WeightMismatch before the pause."""
         manifest.require_names(self._weight_names, self.name)
-        await self._pause()
+        if self._updating:  # given up by the sender
+            await self._asked(self._llm.finish_weight_update())
+        else:
+            await self._pause()
+        self._updating = True
         await self._asked(self._llm.start_weight_update())
 
     async def receive(self, update_info: Any) -> None:
-        """Load tensors; a version may come in several parts. An error leaves the engine paused."""
+        """Load tensors; a version may come in several parts. An error leaves the engine paused. Raises CallFailed."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._asked(self._llm.update_weights(WeightTransferUpdateRequest(update_info)))
+        await self._done(self._llm.update_weights(WeightTransferUpdateRequest(update_info)))
 
     async def finish_update(self, manifest: WeightManifest) -> SyncReport:
         """Resume generation with the new version and verify it by the probe. Raises WeightMismatch."""
         await self._finish(manifest.version)
         return await self._serve(manifest)
 
-    def _finish(self, version: int) -> Coroutine[Any, Any, Any]:
-        return self._asked(self._llm.finish_weight_update(weight_version=str(version)))
+    async def _finish(self, version: int) -> None:
+        self._updating = False
+        await self._done(self._llm.finish_weight_update())
+        await self._asked(self._llm.update_weight_version(str(version)))
+
+    async def _done(self, call: Coroutine[Any, Any, Any]) -> None:
+        """Await a call of an update. Raises CallFailed with the first failure of vLLM's workers."""
+        from rollout.engines.vllm_process import CallFailed
+
+        await self._asked(call)
+        if failed := next(filter(None, await self._asked(self._llm.collective_rpc("update_failure"))), ""):
+            raise CallFailed(f"{self.name}: {failed}")
 
     async def _pause(self) -> None:
         self._paused_at = time.perf_counter()

@@ -5,13 +5,16 @@
 "nccl" is for engines on separate GPUs, "ipc" for engines of one GPU each that share the learner's. A sync ends with the
 same proof as one through the object store (names, version, probe), except for checksums: the tensors never leave device
 memory, so that only the probe verifies their content.
+
+The engines of a transfer are a group, which is made again when others are to take part. A transfer that fails leaves
+the group: its engines may hold half a version, until one comes by a handle (vllm_weights.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -22,13 +25,18 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_open_port
 
-from rollout.wire.weights import SyncReport, TensorSpec, WeightManifest, WeightMismatch
+from rollout.wire.weights import (
+    SyncReport,
+    TensorSpec,
+    TransferFailed,
+    TransferStuck,
+    WeightManifest,
+    WeightMismatch,
+)
 
 NamedWeights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 
-
-class TransferFailed(RuntimeError):
-    """An engine could not take part in a transfer; the message names it."""
+_LEAVE_SECONDS = 30.0  # for a transfer to end whose group was left
 
 
 class Versioned(Protocol):
@@ -39,17 +47,31 @@ class Versioned(Protocol):
 
 
 class LiveSource(WeightSource):
-    """The learner's current parameters, cast one at a time to the dtypes of the manifest (`specs`)."""
+    """The learner's current parameters, cast one at a time to the dtypes of the manifest (`specs`).
+
+    Other ranks of the learner gather them together with this one, all of them: `rest` takes what a transfer left.
+    """
 
     def __init__(self, named_weights: NamedWeights) -> None:
         self.specs: tuple[TensorSpec, ...] = ()
         self._named_weights = named_weights
+        self._under_way: Iterator[tuple[str, torch.Tensor]] | None = None
+
+    def open(self, specs: tuple[TensorSpec, ...]) -> None:
+        """Be the source of one transfer."""
+        self.specs, self._under_way = specs, iter(self._named_weights())
+
+    def rest(self) -> None:
+        """Take the tensors that the transfer has not taken."""
+        for _ in self._under_way or ():
+            pass
 
     def metadata(self) -> list[ParamMeta]:
         return [ParamMeta(spec.name, getattr(torch, spec.dtype), spec.shape) for spec in self.specs]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for meta, (name, tensor) in zip(self.metadata(), self._named_weights(), strict=True):
+        assert self._under_way is not None, "opened for the transfer"
+        for meta, (name, tensor) in zip(self.metadata(), self._under_way, strict=True):
             yield name, tensor.detach().to(meta.dtype)
 
 
@@ -79,7 +101,7 @@ class Round:
 
 
 class EngineCalls:
-    """vLLM's weight-sync client over rollout actors: four blocking calls, each to all engines at once.
+    """vLLM's weight-sync client over rollout actors: four blocking calls, each to all engines of a group at once.
 
     vLLM calls from the transfer's threads; the actor calls run on the learner's event loop. A failed call ends the
     round at once, since with nccl the transfer's main thread may then wait for a peer forever.
@@ -87,9 +109,13 @@ class EngineCalls:
 
     round: Round  # of the version under way, set before the transfer starts
 
-    def __init__(self, workers: dict[str, Any], gpus_per_engine: int) -> None:
-        self._workers = workers
+    def __init__(
+        self, native: str, workers: Mapping[str, Any], gpus_per_engine: int, receive_seconds: float
+    ) -> None:
+        self.workers = dict(workers)
+        self._native = native
         self._gpus_per_engine = gpus_per_engine
+        self._receive_seconds = receive_seconds
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         def join(position: int, worker: Any) -> Any:
@@ -98,7 +124,9 @@ class EngineCalls:
                 "rank_offset" in own
             ):  # each engine counts its ranks from 0; together they follow the learner's 0
                 own["rank_offset"] += position * self._gpus_per_engine
-            return worker.open_transfer.remote(own)
+            return worker.open_transfer.remote(
+                {"native": self._native, "info": own, "seconds": self._receive_seconds}
+            )
 
         self._all("join the transfer of", join)
 
@@ -123,7 +151,7 @@ class EngineCalls:
         current.doing = doing
         current.calls = {
             name: asyncio.ensure_future(call(position, worker))
-            for position, (name, worker) in enumerate(self._workers.items())
+            for position, (name, worker) in enumerate(self.workers.items())
         }
         await asyncio.wait(current.calls.values(), return_when=asyncio.FIRST_EXCEPTION)
         for name, answer in current.calls.items():
@@ -137,58 +165,98 @@ class EngineCalls:
 class NativePublisher:
     """Publishes the learner's live parameters (`learner.training.publish.Publisher`), GPU to GPU.
 
-    workers: handles of rollout actors by name. address: of the learner's host. After an error the engines stay paused,
-    and the transfer's thread may hang in a collective: the run must end its actors.
+    address: of the learner's host. receive_seconds: a transfer of one version takes at most; engines then leave the
+    group by themselves. sync_timeout_seconds: all of a sync.
     """
 
     def __init__(
         self,
         transfer: Literal["nccl", "ipc"],
         named_weights: NamedWeights,
-        workers: dict[str, Any],
         gpus_per_engine: int,
         address: str,
+        receive_seconds: float,
         sync_timeout_seconds: float,
     ) -> None:
         self._transfer = transfer
-        self._engines = EngineCalls(workers, gpus_per_engine)
         self._source = LiveSource(named_weights)
-        self._world_size = 1 + len(workers) * gpus_per_engine
+        self._gpus_per_engine = gpus_per_engine
         self._address = address
+        self._receive_seconds = receive_seconds
         self._sync_timeout_seconds = sync_timeout_seconds
-        self._trainer: Any = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+        self._engines: EngineCalls | None = None  # of the present group
+        self._trainer: Any = None  # vLLM's, for this group, once all have joined
+        self._thread = _one_thread()
 
-    async def publish(self, snapshot: Versioned) -> Sequence[SyncReport]:
-        """Send the parameters to every engine. WeightMismatch, TransferFailed and TimeoutError name the engine."""
+    async def publish(self, snapshot: Versioned, workers: Mapping[str, Any]) -> Sequence[SyncReport]:
+        """Send the parameters to every engine; workers: handles of their rollout actors, by name.
+
+        Raises WeightMismatch, and TransferFailed with the engine's name: the group is then left, and the next call
+        makes another one. Raises TransferStuck where the learner's GPU does not let go of it.
+        """
+        if self._engines is None or list(self._engines.workers) != list(workers):
+            await self._leave()
+            self._engines = EngineCalls(self._transfer, workers, self._gpus_per_engine, self._receive_seconds)
         current = self._engines.round = Round(snapshot.manifest)
-        sending = self._thread.submit(self._send, snapshot.manifest)
+        self._source.open(snapshot.manifest.tensors)
+        sending = self._thread.submit(self._send, self._engines)
         sending.add_done_callback(lambda _: current.loop.call_soon_threadsafe(current.over.set))
         try:
             await asyncio.wait_for(current.over.wait(), self._sync_timeout_seconds)
         except TimeoutError:
-            raise TimeoutError(current.overdue(self._sync_timeout_seconds)) from None
+            current.failure = TransferFailed(current.overdue(self._sync_timeout_seconds))
         finally:
             current.close()
-        if current.failure:
+        if current.failure is None and (error := sending.exception()):
+            current.failure = TransferFailed(f"the learner could not send: {error}")
+            current.failure.__cause__ = error
+        if current.failure is not None:
+            await self._give_up(sending, current.failure)
             raise current.failure
-        sending.result()
         return current.reports
 
-    def _send(self, manifest: WeightManifest) -> None:
-        self._source.specs = manifest.tensors
+    async def _give_up(self, sending: Future[None], failure: Exception) -> None:
+        """Leave the group, and take part to the end in what the learner's ranks gather."""
+        joined = self._trainer is not None
+        await self._leave()
+        ended, _ = await asyncio.wait([asyncio.wrap_future(sending)], timeout=_LEAVE_SECONDS)
+        for each in ended:
+            each.exception()  # the failure is known
+        if not ended and joined:
+            raise TransferStuck(f"the learner's GPU does not let go of a transfer: {failure}") from failure
+        if not ended:  # it waits for engines to join, and has no tensor yet
+            self._thread.shutdown(wait=False)
+            self._thread = _one_thread()
+        await asyncio.to_thread(self._source.rest)
+
+    async def _leave(self) -> None:
+        trainer, self._trainer, self._engines = self._trainer, None, None
+        if trainer is not None:
+            await asyncio.to_thread(trainer.shutdown)  # ends collective calls under way
+
+    def _send(self, engines: EngineCalls) -> None:
         if self._trainer is None:
-            self._trainer = self._open(max(spec.nbytes for spec in manifest.tensors))
+            trainer = self._open(engines)
+            if engines.round.over.is_set():
+                trainer.shutdown()
+                raise TransferFailed("the engines have joined too late")
+            self._trainer = trainer
         self._trainer.send_weights()  # calls start, update and finish of EngineCalls
 
-    def _open(self, largest_bytes: int) -> Any:
+    def _open(self, engines: EngineCalls) -> Any:
         if self._transfer == "nccl":
-            info = NCCLTrainerInitInfo(self._address, get_open_port(), self._world_size, rank=0)
+            ranks = 1 + len(engines.workers) * self._gpus_per_engine
+            info = NCCLTrainerInitInfo(self._address, get_open_port(), ranks, rank=0)
         else:
             # Packed: one buffer is shared instead of a cast copy of the whole model. No tensor may exceed it.
-            size = max(largest_bytes, IPCTrainerInitInfo.packed_buffer_size_bytes)
+            largest = max(spec.nbytes for spec in self._source.specs)
+            size = max(largest, IPCTrainerInitInfo.packed_buffer_size_bytes)
             info = IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=size, rank=0)
-        return WeightTransferTrainerFactory.trainer_init(info, client=self._engines, source=self._source)
+        return WeightTransferTrainerFactory.trainer_init(info, client=engines, source=self._source)
+
+
+def _one_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
 
 
 def _named(name: str, doing: str, error: BaseException) -> Exception:

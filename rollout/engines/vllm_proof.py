@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from rollout.wire.weights import WeightMismatch
@@ -35,9 +40,9 @@ _VECTOR_PARAMETERS = (
 class LayerProof:
     """Compares results of the published tensors with results of the model's layers.
 
-    It covers plain linear layers, the embedding, the head, biases and the weights of normalizations, if this process
-    has all of one. Experts in one tensor, convolutions, and layers that tensor parallelism divides are verified by the
-    probe's logprobs only.
+    Of a layer that tensor parallelism divides, every process compares its share. The proof covers plain linear layers,
+    the embedding, the head, biases and the weights of normalizations. Experts in one tensor, convolutions, and divided
+    layers whose loader computes what it copies are verified by the probe's logprobs only.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,16 +50,35 @@ class LayerProof:
         mapper = getattr(model, "hf_to_vllm_mapper", None)  # only families whose names differ have one
         self._rename = None if mapper is None else mapper.get_rename_mapper().map_name
         self._fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", None) or {}
-        self._seen: dict[
-            str, tuple[str, tuple[Tensor, ...]]
-        ] = {}  # by vLLM's name: published name, possible results
+        self._embedding = next(
+            (name for name, module in model.named_modules() if type(module) is VocabParallelEmbedding), ""
+        )
+        # vLLM's names that may be a parameter's: of the rest nothing is computed.
+        self._wanted = {
+            name
+            for module_name, module in model.named_modules()
+            for parameter in _compared(module)
+            for names in self._sources(module_name, module, parameter)
+            for name in names
+        }
+        self._whole: dict[str, tuple[str, Tensor]] = {}  # by vLLM's name: published name and tensor
+        self._renamed: dict[str, str] = {}  # of these, from the published name
+        # By vLLM's name: results of what its loader copied, by the place in the parameter.
+        self._shares: dict[str, dict[int, Tensor]] = {}
+
+    def see(self, name: str, tensor: Tensor) -> None:
+        """Note a published tensor, whole, on its way into the model."""
+        renamed = self._rename(name) if self._rename else name
+        if renamed in self._wanted and tensor.ndim in (1, 2):
+            self._whole[renamed] = name, tensor
+            self._renamed[name] = renamed
 
     @torch.no_grad()
-    def see(self, name: str, tensor: Tensor) -> None:
-        """Note a published tensor on its way into the model."""
-        renamed = self._rename(name) if self._rename else name
-        if renamed is not None and tensor.ndim in (1, 2):
-            self._seen[renamed] = name, _expected(tensor)
+    def copied(self, name: str, part: Tensor) -> None:
+        """Note that the share of a published tensor was copied to a part of a parameter."""
+        if name in self._renamed and part.ndim in (1, 2) and part.numel():
+            shares = self._shares.setdefault(self._renamed[name], {})
+            shares[int(part.storage_offset())] = _result(part)
 
     @torch.no_grad()
     def check(self, version: int) -> int:
@@ -62,75 +86,102 @@ class LayerProof:
         proved = 0
         for module_name, module in self._model.named_modules():
             for parameter, rows in _responses(module):
-                published = self._published(module_name, module, parameter)
+                names = self._published(module_name, module, parameter)
                 # Families that publish queries, keys and values as one tensor interleave them by heads; vLLM does not.
-                rearranged = isinstance(module, QKVParallelLinear) and len(published) == 1
-                proved += self._compare(version, published, rows, rearranged)
+                rearranged = isinstance(module, QKVParallelLinear) and len(names) == 1
+                divided = getattr(module, "tp_size", 1) > 1
+                proved += self._compare(version, names, rows, divided, rearranged)
         return proved
 
-    def _published(
-        self, module_name: str, module: nn.Module, parameter: str
-    ) -> list[tuple[str, tuple[Tensor, ...]]]:
-        """The published tensors of a module's parameter: one, several that it fuses, in order, or none."""
+    def _sources(self, module_name: str, module: nn.Module, parameter: str) -> list[list[str]]:
+        """Names under which a module's parameter may be published: one, several that it fuses, in order."""
         parent, _, own = module_name.rpartition(".")
-        whole = [f"{module_name}.{parameter}"]
-        if whole[0] not in self._seen:
-            whole = [f"{parent}.{name}.{parameter}".lstrip(".") for name in self._fused.get(own, [])]
-        if not whole and isinstance(module, ParallelLMHead):
-            whole = [f"{self._embedding()}.{parameter}"]  # a tied head
-        return [self._seen[name] for name in whole] if all(name in self._seen for name in whole) else []
+        fused = [f"{parent}.{name}.{parameter}".lstrip(".") for name in self._fused.get(own, [])]
+        sources = [[f"{module_name}.{parameter}"], fused]
+        if isinstance(module, ParallelLMHead):
+            sources.append([f"{self._embedding}.{parameter}"])  # a tied head
+        return sources
 
-    def _embedding(self) -> str:
-        return next(
-            name for name, module in self._model.named_modules() if type(module) is VocabParallelEmbedding
-        )
+    def _published(self, module_name: str, module: nn.Module, parameter: str) -> list[str]:
+        """The names under which it was published; none if it was not."""
+        for names in self._sources(module_name, module, parameter):
+            if names and all(name in self._whole for name in names):
+                return names
+        return []
 
-    def _compare(
-        self, version: int, published: list[tuple[str, tuple[Tensor, ...]]], rows: _Rows, rearranged: bool
-    ) -> int:
+    def _compare(self, version: int, names: list[str], rows: _Rows, divided: bool, rearranged: bool) -> int:
         proved = start = 0
-        for name, candidates in published:
+        for renamed in names:
+            name, tensor = self._whole[renamed]
+            share = self._share(renamed)
+            if share is not None and not divided and share.shape[-1] != tensor.shape[0]:
+                share = None  # a part of what this layer has
+            candidates = _expected(tensor) if share is None else (share,)
             stop = start + candidates[0].shape[-1]
             found = rows(start, stop)  # a vocabulary may be padded behind them
             if found.shape == candidates[0].shape:
-                _require_one(version, name, candidates, found, rearranged)
+                _require_one(version, name, candidates, found, rearranged and share is None)
                 proved += 1
             start = stop
         return proved
 
+    def _share(self, renamed: str) -> Tensor | None:
+        """The result of what was copied of a tensor; None if its loader computes what it copies."""
+        copied = self._shares.get(renamed)
+        return torch.cat([copied[place] for place in sorted(copied)], -1) if copied else None
+
+
+def _result(tensor: Tensor) -> Tensor:
+    """The result of a layer's rows with this tensor."""
+    return tensor.clone() if tensor.ndim == 1 else linear(_vectors(tensor.shape[1], tensor), tensor)
+
 
 def _expected(tensor: Tensor) -> tuple[Tensor, ...]:
     """Possible results of a layer with this tensor; some families store square matrices transposed."""
-    if tensor.ndim == 1:
-        return (tensor.clone(),)
-    vectors_KD = _vectors(tensor.shape[1], tensor)
-    ways = (tensor, tensor.T) if tensor.shape[0] == tensor.shape[1] else (tensor,)
-    return tuple(linear(vectors_KD, matrix) for matrix in ways)
+    square = tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
+    return (_result(tensor), _result(tensor.T)) if square else (_result(tensor),)
+
+
+def _compared(module: nn.Module) -> list[str]:
+    """Names of a module's parameters that are compared: vectors, and the matrix of a plain layer."""
+    vectors = [
+        name
+        for name, tensor in module.named_parameters(recurse=False)
+        if tensor.ndim == 1 and tensor.numel() and name in _VECTOR_PARAMETERS
+    ]
+    return [*vectors, *(["weight"] if _width(module) else [])]
+
+
+def _width(module: nn.Module) -> int:
+    """Columns of the matrix that this process has of a plain layer; 0 for other modules."""
+    layer: Any = module
+    if isinstance(module, VocabParallelEmbedding):
+        return int(module.embedding_dim)
+    if not isinstance(module, LinearBase) or type(module.quant_method) is not UnquantizedLinearMethod:
+        return 0
+    return int(layer.input_size_per_partition if isinstance(module, RowParallelLinear) else layer.input_size)
 
 
 def _responses(module: nn.Module) -> Iterator[tuple[str, _Rows]]:
     """A module's vectors, and the products of its matrix with the fixed vectors, by parameter name."""
-    if getattr(module, "tp_size", 1) > 1:
-        return
-    for name, tensor in module.named_parameters(recurse=False):
-        if tensor.ndim == 1 and tensor.numel() and name in _VECTOR_PARAMETERS:
-            yield name, partial(_part, tensor)
     layer: Any = module
-    if isinstance(module, VocabParallelEmbedding):
-        width = module.embedding_dim
-    elif isinstance(module, LinearBase) and type(module.quant_method) is UnquantizedLinearMethod:
-        width = layer.input_size  # whole here; not every kind of layer has the size of its part
-    else:
-        return
-    vectors_KD = _vectors(width, layer.weight)
-    if hasattr(module, "cpu_linear"):  # computes with a packed copy
-        yield "weight", partial(_part, layer.quant_method.apply(layer, vectors_KD))
-    elif layer.weight.ndim == 2 and layer.weight.shape[1] == width:
-        yield "weight", lambda start, stop: linear(vectors_KD, layer.weight[start:stop])
+    width = _width(module)
+    for name in _compared(module):
+        tensor = getattr(module, name)
+        if name != "weight" or not width:
+            yield name, partial(_part, tensor)
+        elif hasattr(module, "cpu_linear"):  # computes with a packed copy
+            yield name, partial(_part, layer.quant_method.apply(layer, _vectors(width, tensor)))
+        elif tensor.ndim == 2 and tensor.shape[1] == width:
+            yield name, partial(_product, tensor)
 
 
 def _part(whole: Tensor, start: int, stop: int) -> Tensor:
     return whole[..., start:stop]
+
+
+def _product(matrix: Tensor, start: int, stop: int) -> Tensor:
+    return _result(matrix[start:stop])
 
 
 def _vectors(width: int, like: Tensor) -> Tensor:

@@ -179,7 +179,6 @@ def start_llm(
     context_tokens: int,
     settings: VllmSettings,
     on_gpu: bool,
-    transfer: str,
     adapters: Sequence[AdapterSpec] = (),
     sees: bool = False,
     trusted: bool = False,
@@ -187,9 +186,9 @@ def start_llm(
 ) -> Any:
     """Start vLLM's processes, after `prepare_process`, and return its AsyncLLM.
 
-    transfer: the weight-transfer backend: Manta's ("manta"), or vLLM's "nccl" and "ipc" on GPUs. adapters: room for
-    as many at once, of their ranks and layers. sees: the model has vision, and vLLM's processor of pictures needs the
-    tokenizer. trusted: code that comes with the model may be executed. routing: requests return the experts of tokens.
+    adapters: room for as many at once, of their ranks and layers. sees: the model has vision, and vLLM's processor of
+    pictures needs the tokenizer. trusted: code that comes with the model may be executed. routing: requests return the
+    experts of tokens.
     """
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -219,7 +218,7 @@ def start_llm(
         "skip_tokenizer_init": not sees,
         "generation_config": "vllm",  # no sampling defaults from the model's folder
         "logprobs_mode": "processed_logprobs",  # of the distribution sampled from, temperature included
-        "weight_transfer_config": WeightTransferConfig(backend=transfer),
+        "weight_transfer_config": WeightTransferConfig(backend="manta"),
         "worker_extension_cls": "rollout.engines.vllm_weights.WorkerExtension",
         "disable_log_stats": True,
         "logits_processors": _logits_processors(model, trusted),

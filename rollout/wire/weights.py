@@ -33,6 +33,14 @@ class WeightMismatch(RuntimeError):
     """An engine does not hold what the learner published; the message names the tensor or the probe."""
 
 
+class TransferFailed(RuntimeError):
+    """An engine could not take part in a transfer from GPU to GPU; the message names it."""
+
+
+class TransferStuck(RuntimeError):
+    """The learner cannot end a transfer that has failed, and must start again."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor of a version, by its Hugging Face checkpoint name."""

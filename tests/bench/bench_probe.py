@@ -186,9 +186,9 @@ def spoil_loading(worker: Any, fault: str, seed: int) -> None:
     kept: dict[str, Tensor] = getattr(model, "_loaded_before", {})
 
     def wrong(weights: Iterator[tuple[str, Tensor]]) -> Any:
-        new = {name: tensor.clone() for name, tensor in weights}
+        new = dict(weights)  # as they lie in the version's memory
         instead = spoilt(fault, new, kept, seed) if fault != "correct" else {}
-        model._loaded_before = kept if instead else new
+        model._loaded_before = kept if instead else {name: tensor.clone() for name, tensor in new.items()}
         left_out = set(instead) if fault == "dropped" else set()
         return load(model, [(n, instead.get(n, tensor)) for n, tensor in new.items() if n not in left_out])
 

@@ -10,13 +10,22 @@ from typing import Any
 import pytest
 
 from deploy.cluster.fleet import Fleet
+from deploy.cluster.native import DirectSync
 from deploy.config.supervise import PartFailed, SupervisionSettings, TimeLimits
 from deploy.report.evaluation import Evaluation
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.episodes.evaluation import EvaluationPlan
 from rollout.wire.process_info import ProcessInfo
 from rollout.wire.trajectory import EndReason, Task
-from rollout.wire.weights import Handle, Probe, SyncReport, WeightManifest, WeightMismatch, WeightUpdate
+from rollout.wire.weights import (
+    Handle,
+    Probe,
+    SyncReport,
+    TransferFailed,
+    WeightManifest,
+    WeightMismatch,
+    WeightUpdate,
+)
 
 QUICK = SupervisionSettings(
     heartbeat_interval_seconds=0.01,
@@ -212,6 +221,54 @@ def test_a_member_is_never_admitted_with_a_version_that_was_replaced_meanwhile()
             assert {member.version for member in fleet.serving} == {version}  # type: ignore[attr-defined]
         await fleet.ready()
         assert {member.version for member in fleet.serving} == {5}  # type: ignore[attr-defined]
+
+    play(script)
+
+
+def test_members_that_are_sent_a_version_serve_it_and_one_that_joins_meanwhile_is_lent_it() -> None:
+    async def script(world: World, fleet: Fleet) -> None:
+        async def send(names: Sequence[str]) -> list[SyncReport]:
+            fleet.scale(3)  # the third loads version 0 while version 1 is on its way
+            await until(lambda: world.members["rollout-2"].version == 0 if len(world.members) > 2 else False)
+            world.version = 1
+            for name in names:
+                world.members[name].version = 1
+            return [SyncReport(name, 1, 0, 0.0, 0.0, 0.0) for name in names]
+
+        fleet.scale(2)
+        await fleet.ready()
+        reports = await fleet.hand_over(send)
+        assert [report.engine for report in reports] == ["rollout-0", "rollout-1"]
+        await fleet.ready()
+        assert [member.version for member in fleet.serving] == [1, 1, 1]  # type: ignore[attr-defined]
+        assert [row["version"] for row in fleet.roster()] == [1, 1, 1]
+
+    play(script)
+
+
+def test_a_transfer_that_fails_costs_a_way_and_no_worker() -> None:
+    async def script(world: World, fleet: Fleet) -> None:
+        async def fail(names: Sequence[str]) -> list[SyncReport]:
+            raise TransferFailed("rollout-1 could not load weight version 1")
+
+        async def succeed(names: Sequence[str]) -> list[SyncReport]:
+            return [SyncReport(name, 2, 0, 0.0, 0.0, 0.0) for name in names]
+
+        direct = DirectSync(True, world.said.append)
+        fleet.scale(2)
+        await fleet.ready()
+        assert await direct.sync(fleet, succeed) is None, "nothing was published yet"
+        direct.begin()
+        assert await direct.sync(fleet, fail) is None
+        assert world.said == [
+            "rollout-1 could not load weight version 1; this version goes through the object store"
+        ]
+        assert await direct.sync(fleet, succeed) is None, "members may hold half a version"
+        await fleet.publish(update(1))
+        direct.begin()
+        assert await direct.sync(fleet, succeed) is not None
+        assert await direct.sync(fleet, succeed) is not None, "the next one too"
+        assert {member.name for member in fleet.serving} == {"rollout-0", "rollout-1"}
 
     play(script)
 

@@ -164,7 +164,7 @@ def test_vllm_is_told_whether_to_trust_it(model: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(AsyncLLM, "from_engine_args", lambda given: arguments.append(given) or start())
     for trusted in (True, False):
         with pytest.raises(Started):
-            vllm_start.start_llm(str(model), 64, VllmSettings(), True, "manta", trusted=trusted)
+            vllm_start.start_llm(str(model), 64, VllmSettings(), True, trusted=trusted)
     assert [each.trust_remote_code for each in arguments] == [True, False]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class Receiver:
         self._learner = learner
         self.received: list[tuple[str, bytes]] = []
 
-    async def publish(self, snapshot: Snapshot) -> list[Any]:
+    async def publish(self, snapshot: Snapshot, workers: Mapping[str, Any]) -> list[Any]:
         """The tensors, whose names and shapes the snapshot has said."""
         assert not snapshot.arrays
         specs = snapshot.manifest.tensors
@@ -107,7 +108,7 @@ def sent(ranks: Ranks, folder: Path) -> Any:
         loop = LearnerLoop(
             learner, nothing, lambda arrays: (inline(arrays), nothing), "bfloat16", 1.0, 2, receiver
         )
-        await loop.publish_native()
+        await loop.publish_native({})
         update = await loop.publish_weights()
         return receiver.received, [(spec.name, array.tobytes()) for spec, array in update.tensors()]
 

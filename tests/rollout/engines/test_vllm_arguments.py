@@ -158,7 +158,7 @@ def test_vllm_is_started_with_the_recipes_arguments(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(AsyncLLM, "from_engine_args", lambda arguments: arguments)
     args = {"max_num_batched_tokens": 64, "compilation_config": {"cudagraph_mode": "FULL"}, "block_size": 16}
     settings = VllmSettings(tensor_parallel_size=2, pipeline_parallel_size=2, args=args)
-    gpu, cpu = (start_llm(str(tmp_path), 64, settings, on_gpu, "manta") for on_gpu in (True, False))
+    gpu, cpu = (start_llm(str(tmp_path), 64, settings, on_gpu) for on_gpu in (True, False))
     assert (gpu.max_num_batched_tokens, gpu.block_size, cpu.block_size) == (64, 16, 16)
     assert (gpu.tensor_parallel_size, gpu.pipeline_parallel_size) == (2, 2)
     assert isinstance(gpu.compilation_config, CompilationConfig)

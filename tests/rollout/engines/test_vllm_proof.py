@@ -10,12 +10,15 @@ from rollout.engines.vllm_proof import LayerProof
 from rollout.wire.weights import WeightMismatch
 
 
+@pytest.mark.parametrize("copied", [True, False], ids=["as copied", "as published"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_value_of_a_vector_that_is_another_is_refused_by_name(dtype: torch.dtype) -> None:
+def test_one_value_of_a_vector_that_is_another_is_refused_by_name(dtype: torch.dtype, copied: bool) -> None:
     model = nn.ModuleDict({"norm": nn.LayerNorm(64, dtype=dtype)})
     proof = LayerProof(model)
     for name, tensor in model.named_parameters():
-        proof.see(name, tensor)
+        proof.see(name, torch.zeros_like(tensor) if copied else tensor.clone())
+        if copied:
+            proof.copied(name, tensor)
     assert proof.check(3) == 2
     weight = model["norm"].weight
     with torch.no_grad():
