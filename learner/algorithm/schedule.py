@@ -47,6 +47,12 @@ class OptimSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
         le=1,
         description="learning rate at the end of a falling schedule, as a fraction of the peak",
     )
+    offload: bool = Field(
+        default=False,
+        description="keep AdamW's moments in host memory, 8 bytes a parameter, instead of on the GPU. Every update moves "
+        "them there and back, 16 bytes a parameter. Results and checkpoints do not change. On a CPU there is nothing "
+        "to gain",
+    )
 
 
 def learning_rate(settings: OptimSettings, step: int, total_steps: int | None = None) -> float:

@@ -117,12 +117,28 @@ class Stored(Protocol):
 
 def laid_out(stored: Stored, like: Tensor) -> Tensor:
     """Read a tensor, laid out and on the device as `like` is: of a sharded one the own rows."""
+    own = _own_rows(stored, like).to(like.device)
     if not isinstance(like, DTensor):
-        return stored[...].to(like.device)
-    begin, end = own_range(like)
-    own = stored.rows(begin, end).to(like.device)
+        return own
     mesh, placements = like.device_mesh, like.placements
     return DTensor.from_local(own, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def laid_out_on_host(stored: Stored, like: Tensor) -> Tensor:
+    """As `laid_out`, in host memory."""
+    found = zeros_on_host(like)
+    local(found).copy_(_own_rows(stored, like))
+    return found
+
+
+def zeros_on_host(like: Tensor) -> Tensor:
+    """Zeros in host memory, laid out as `like` is, sharded where it is; pinned where it is on a GPU."""
+    # A sharded tensor keeps its mesh and placements; its own part alone is on the host.
+    return torch.zeros_like(like.detach(), device="cpu", pin_memory=like.device.type == "cuda")
+
+
+def _own_rows(stored: Stored, like: Tensor) -> Tensor:
+    return stored.rows(*own_range(like)) if isinstance(like, DTensor) else stored[...]
 
 
 def of_first_copy(tensor: DTensor) -> bool:

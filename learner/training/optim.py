@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from learner.algorithm.schedule import OptimSettings, learning_rate
-from learner.parallel.shards import gathered, laid_out, local
+from learner.parallel.shards import gathered, laid_out, laid_out_on_host, local
+from learner.training.host_moments import HostMoments, room_of_a_part
 
 
 @contextmanager
@@ -68,6 +69,7 @@ class Optimizer:
             eps=settings.eps,
             fused=True,
         )
+        self._host_moments = HostMoments(self._adamw) if settings.offload else None
 
     def zero_grad(self) -> None:
         """Forget every gradient: the next backward pass hands its own over, where zeros would have to be added to."""
@@ -90,7 +92,7 @@ class Optimizer:
             torch._foreach_mul_(self._gradients, self.settings.max_grad_norm / norm)
         for group in self._adamw.param_groups:
             group["lr"] = rate
-        self._adamw.step()
+        (self._host_moments or self._adamw).step()
         self.steps += 1
         return StepReport(norm, rate, applied=True)
 
@@ -99,7 +101,9 @@ class Optimizer:
         return float(gathered(nn.utils.get_total_norm(self._gradients)))
 
     def moments_to_come(self) -> list[Tensor]:
-        """Room for the moments that the first step will make; nothing where they are there."""
+        """Room for the moments that the first step will have on the device; nothing where they are there."""
+        if self._host_moments is not None:
+            return room_of_a_part(self._parameters)
         return [torch.empty_like(p) for p in self._parameters for _ in range(0 if self._adamw.state else 2)]
 
     @torch.no_grad()
@@ -145,14 +149,14 @@ class Optimizer:
         The leaves of "moments" are tensors of a file, of which this rank reads the rows that it needs.
         """
         parameters = [p for group in self._adamw.param_groups for p in group["params"]]
-        moments = {
-            int(place): {
-                name: laid_out(stored, parameters[int(place)]) if stored.ndim else stored[...]
+        read = laid_out if self._host_moments is None else laid_out_on_host
+        self._adamw.state.clear()
+        for place, entry in state["moments"].items():
+            parameter = parameters[int(place)]
+            self._adamw.state[parameter] = {
+                name: read(stored, parameter) if stored.ndim else stored[...].to(parameter.device)
                 for name, stored in entry.items()
             }
-            for place, entry in state["moments"].items()
-        }
-        self._adamw.load_state_dict(self._adamw.state_dict() | {"state": moments})
         self.steps = int(state["steps"])
 
 

@@ -55,12 +55,19 @@ def float64() -> Iterator[None]:
 SFT = SftSettings(episodes_per_step=4, epochs=2, optim=OptimSettings(learning_rate=1e-2))
 
 
-def built(ranks: Ranks, tiny: Path, recipe: dict[str, Any], stage: AnyStage = SFT, **model: Any) -> Learner:
+def built(
+    ranks: Ranks,
+    tiny: Path,
+    recipe: dict[str, Any],
+    stage: AnyStage = SFT,
+    offload: bool = False,
+    **model: Any,
+) -> Learner:
     if "distill" in recipe:
         recipe = recipe | {"distill": {"teacher": str(tiny), **recipe["distill"]}}
     settings = {
         "model": {"path": str(tiny), **model},
-        "optim": {"learning_rate": 1e-2, "max_grad_norm": 0.3, "weight_decay": 0.1},
+        "optim": {"learning_rate": 1e-2, "max_grad_norm": 0.3, "weight_decay": 0.1, "offload": offload},
         "algorithm": recipe,
         "tokens_per_microbatch": LIMIT,
     }

@@ -197,6 +197,25 @@ def test_a_checkpoint_is_continued_by_any_number_of_ranks(
     assert {path.name for path in newest.iterdir()} == {"model", "critic"} | files
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_moments_in_host_memory_change_neither_numbers_nor_files(
+    size: int, tiny: Path, tmp_path: Path
+) -> None:
+    recipe = {"advantage": GAE, "critic": {"optim": {"learning_rate": 0.03, "offload": True}}}
+    cases = [(tmp_path / "plain", CRITIC, {}), (tmp_path / "offloaded", recipe, {"offload": True})]
+    plain, offloaded = (together(size, saved, tiny, of, run, model)[0] for run, of, model in cases)
+    files = [latest(run) for run, *_ in cases]
+    assert None not in files
+    states = [{p.name: p.read_bytes() for p in f.glob("*.safetensors*")} for f in files if f is not None]
+    assert states[0] == states[1] and len(states[0]) == 2
+    for what in ("parameters", "moments"):
+        _same(offloaded[what], plain[what])
+    # Either continues from the other's checkpoint.
+    swapped = zip(cases, reversed(cases), strict=True)
+    one, other = (together(size, resumed, tiny, of, run, model)[0] for (_, of, model), (run, *_) in swapped)
+    assert one["metrics"] == other["metrics"]
+
+
 ILQL = IlqlSettings(
     episodes_per_step=4,
     epochs=2,

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from learner.algorithm.schedule import OptimSettings, learning_rate
+from learner.training import host_moments
 from learner.training.optim import Optimizer, subnormals_as_zero
 
 
@@ -67,6 +68,32 @@ def test_a_gradient_of_zero_is_no_step() -> None:
         report = optimizer.step()
         assert report.idle == torch.equal(parameter, before) == (gradient == 0.0)
     assert optimizer.steps == 1
+
+
+def test_moments_in_host_memory_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_moments, "PART", 64)  # several parts, the last one of another length
+
+    def moved(offload: bool) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        random = torch.Generator().manual_seed(0)
+        parameters = [
+            nn.Parameter(torch.randn(shape, generator=random)) for shape in ((37, 11), (5,), (1, 1))
+        ]
+        settings = OptimSettings(learning_rate=0.1, weight_decay=0.2, max_grad_norm=1.0, offload=offload)
+        optimizer = Optimizer(parameters, settings)
+        for step in range(3):
+            optimizer.zero_grad()
+            for parameter in parameters if step else parameters[:2]:  # no row reached the last one
+                parameter.grad = torch.randn(parameter.shape, generator=random)
+            assert optimizer.step().applied
+        return [parameter.detach() for parameter in parameters], optimizer.state_dict()
+
+    (plain, state), (offloaded, on_host) = moved(False), moved(True)
+    assert all(map(torch.equal, plain, offloaded))
+    assert on_host.keys() == state.keys() and on_host["steps"] == state["steps"] == 3
+    assert on_host["moments"].keys() == state["moments"].keys()
+    for place, moments in state["moments"].items():
+        assert on_host["moments"][place].keys() == moments.keys()
+        assert all(torch.equal(on_host["moments"][place][name], moments[name]) for name in moments)
 
 
 def test_schedules_rise_hold_and_fall() -> None:
