@@ -253,6 +253,7 @@ async def start_engine(config: RunConfig, name: str, path: str) -> Engine:
             trust_remote_code=trusted,
             routing=config.learner.model.router_replay,
             policy=config.policy,
+            sleeps=config.cluster.colocate == "turns",
         )
     )
 

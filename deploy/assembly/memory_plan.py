@@ -22,6 +22,7 @@ from learner.model.router_replay import routing_bytes
 from learner.parallel.traffic import Traffic
 from learner.training.memory_estimate import (
     Amount,
+    away_amount,
     head_bytes,
     host_amounts,
     host_share,
@@ -39,7 +40,7 @@ _BUFFER_PROCESS = int(0.16 * GIB)  # Python with Ray and Arrow
 _TORCH_PROCESS = int(0.5 * GIB)  # with torch and transformers: driver, a learner's rank
 _WORKER_PROCESS = int(0.7 * GIB)  # with vLLM's client too
 _VLLM_PROCESSES = int(1.7 * GIB)  # vLLM's own two processes on a CPU
-_VLLM_WORKING = 3 * GIB  # on a GPU: activations, CUDA graphs, the context
+VLLM_WORKING = 3 * GIB  # on a GPU: activations, CUDA graphs, the context
 _ROW_BYTES = 16  # of a stored token: id, logprob, version, text
 
 
@@ -206,9 +207,12 @@ def _processes(
         run.rollout.context_tokens,
         model.teacher,
     )
-    device += stage_amounts(run.stages, model.width, model.vocabulary, learner.shards)
+    trained = model.adapter or model.shape.parameters // learner.shards
+    offloaded = 8 * trained if learner.optim.offload else 0
+    device += stage_amounts(run.stages, model.width, model.vocabulary, learner.shards, offloaded)
     heads = head_bytes(run.stages, model.width, model.vocabulary)
     host = host_amounts(learner, model.shape, model.adapter, sent, heads)
+    host += [away_amount(device)] if run.cluster.colocate == "turns" else []
     started = Amount("the process itself", _TORCH_PROCESS, on_host=True)
     yield Process("learner", learner.ranks, (started, *device, *host), on_gpu)
     if run.replay:
@@ -256,7 +260,7 @@ def _engine(run: RunConfig, model: ModelFacts, cache: Cache | None) -> Iterator[
         held = max(cache.nbytes, 0) // cache.token_bytes * model.routed
         yield Amount("experts of the tokens in the KV cache", held, on_host=True)
     if on_gpu:
-        yield Amount("vLLM's activations, graphs, context", _VLLM_WORKING)
+        yield Amount("vLLM's activations, graphs, context", VLLM_WORKING)
         return
     if model.tied_head:
         yield Amount("head, packed once more", size * model.tied_head)
@@ -271,7 +275,7 @@ def _cache(run: RunConfig, model: ModelFacts, gpu_bytes: int) -> Cache | None:
     heads = -(-model.key_heads // engine.tensor_parallel_size)
     held = model.cached_numbers // model.key_heads * heads // engine.pipeline_parallel_size
     weights = size * model.shape.parameters // engine.shards
-    left = int(engine.memory_fraction * gpu_bytes) - weights - _VLLM_WORKING
+    left = int(engine.memory_fraction * gpu_bytes) - weights - VLLM_WORKING
     asked = engine.kv_cache_bytes(on_gpu)
     return Cache(left if asked is None else asked, size * held)
 

@@ -79,8 +79,8 @@ class Runtime(Protocol):
         """Make up to `steps` steps of the stage; fewer at its end."""
         ...
 
-    async def publish(self) -> Row:
-        """Bring the learner's version to every engine."""
+    async def publish(self, saves: bool = False) -> Row:
+        """Bring the learner's version to every engine. saves: a checkpoint of it is asked for next."""
         ...
 
     async def evaluate(self, tasks: Sequence[Task], name: str, plan: EvaluationPlan) -> list[EpisodeRow]:
@@ -95,12 +95,13 @@ class Runtime(Protocol):
         ...
 
     async def step(
-        self, number: int, before_publish: Awaitable[object] | None = None, ahead: bool = False
+        self, number: int, before_publish: Awaitable[object] | None = None, saves: bool = False
     ) -> Row:
         """Learner step `number`, published and released. Raises LearnerLost, and what stops the run.
 
-        before_publish: what still needs the version before, such as an evaluation; its error is raised. ahead: the
-        learner may go on with the next step while engines load this one's weights; it is asked for next.
+        before_publish: what still needs the version before, such as an evaluation; its error is raised. saves: a
+        checkpoint of the version is asked for next; without it the next step is, and the learner may begin it while
+        engines load this one's weights.
         """
         ...
 

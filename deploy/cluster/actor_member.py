@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
+from deploy.config.supervise import PartLost, brief, within
 from deploy.report.phases import Startup
 from rollout.episodes.actors import BESIDE
 from rollout.wire.process_info import ProcessInfo
@@ -24,6 +26,17 @@ def actor(cls: type, groups: dict[str, int] | None = None, **options: Any) -> An
 async def awaited(reference: Any) -> Any:
     """A Ray reference as a coroutine, for asyncio's functions."""
     return await reference
+
+
+async def stacks_of(handles: Mapping[str, Any]) -> dict[str, str]:
+    """Stack traces of actors by name; an error text for those that do not answer."""
+    told = {}
+    for name, handle in handles.items():
+        try:
+            told[name] = await within(5.0, awaited(handle.stacks.remote()), name)
+        except (PartLost, RayActorError) as error:
+            told[name] = brief(error)
+    return told
 
 
 def _forwarded(method: str) -> Any:
@@ -58,8 +71,8 @@ class ActorMember:
         self._apart = apart
         self._node = ""
 
-    run, evaluate, stop, drain, counters, stacks = map(
-        _forwarded, ("run", "evaluate", "stop", "drain", "counters", "stacks")
+    run, evaluate, stop, drain, counters, stacks, sleep = map(
+        _forwarded, ("run", "evaluate", "stop", "drain", "counters", "stacks", "sleep")
     )
 
     async def start(self) -> ProcessInfo:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,10 +28,11 @@ from deploy.assembly.models import build_learner, model_path, teacher_path
 from deploy.assembly.runtime import LearnerLost, Met, Row, alone, first_failure, loss_to_come, waited_for
 from deploy.assembly.stage_data import gather
 from deploy.assembly.time_limits import time_limits
-from deploy.cluster.actor_member import ActorMember, actor, awaited
+from deploy.assembly.turns import Turns, sleep_level, step_in_turn
+from deploy.cluster.actor_member import ActorMember, actor, awaited, stacks_of
 from deploy.cluster.buffer_part import BufferPart
 from deploy.cluster.connect import require_room
-from deploy.cluster.engine_groups import EngineGroups
+from deploy.cluster.engine_groups import EngineGroups, placed
 from deploy.cluster.fleet import Fleet
 from deploy.cluster.learner_part import LearnerPart
 from deploy.cluster.model_nodes import fetch_on_nodes
@@ -40,7 +41,7 @@ from deploy.cluster.offers import Offers
 from deploy.cluster.step_ahead import StepAhead
 from deploy.cluster.watchdog import Watchdog
 from deploy.config.config import RunConfig
-from deploy.config.supervise import Budget, PartLost, brief, note_loss, within
+from deploy.config.supervise import Budget, note_loss, within
 from deploy.report.noticed import Noticed
 from deploy.report.phases import Startup
 from learner.parallel.ranks import RankLost
@@ -93,6 +94,7 @@ class RayRuntime:
         self._learning = asyncio.Event()  # the learner is up
         self._hearts: list[asyncio.Task[None]] = []
         self._steps = StepAhead(self._train)
+        self._turns: Turns | None = None  # of engines and learner, where they share GPUs
 
     async def start(self, resume: bool) -> int:
         config, supervision = self._config, self._config.supervision
@@ -110,6 +112,9 @@ class RayRuntime:
         self._buffer = BufferPart(build, supervision, config.cluster, self._say, self._noticed, note)
         found = asyncio.create_task(self._find_buffer())
         self._hearts = [found]
+        if config.cluster.colocate == "turns":
+            move = [partial(self._move, verb) for verb in ("onload", "offload")]
+            self._turns = Turns(lambda: self._fleet.sleep(sleep_level(config)), *move)
         self._fleet = Fleet(
             self._launch,
             self._lend,
@@ -120,15 +125,19 @@ class RayRuntime:
             self._budget,
             lost=self._hand_on,
             left=self._engines.release,
+            turn=self._turns.starting if self._turns else nullcontext,
         )
         # Before the learner's ranks, which are smaller and would break up nodes that engines need whole.
         await self._engines.reserve(config.rollout.workers, config.cluster.start_timeout_seconds)
         # A run stopped before its first checkpoint has none to load: it starts over in its folder.
         load = resume and newest(self.run_folder) is not None
-        if not (shared := config.weights.transfer == "ipc"):
+        if self._turns is not None:  # before ranks, of which two would fit on one GPU
+            names = [f"rollout-{seat}" for seat in range(config.rollout.workers)]
+            await placed(map(self._handle, names), config.cluster.start_timeout_seconds)
+        elif config.weights.transfer != "ipc":
             self._fleet.scale(config.rollout.workers)
         version = await first_failure(asyncio.create_task(self._start_learner(load)), [found])
-        if shared:  # of one GPU an engine takes what the learner has left
+        if config.weights.transfer == "ipc":  # of one GPU an engine takes what the learner has left
             self._fleet.scale(config.rollout.workers)
         await found
         if resume:
@@ -178,11 +187,15 @@ class RayRuntime:
         assert self._learner is not None
         return self._learner.lead
 
+    def _handle(self, name: str) -> Any:
+        if name not in self._handles:
+            build = partial(self._league.build_worker, self._engines.config, self._path, self._engine_factory)
+            made = actor(RolloutActor, GROUPS, **self._engines.options(name))
+            self._handles[name] = made.remote(name, self._buffer_handle, build)
+        return self._handles[name]
+
     def _launch(self, name: str) -> ActorMember:
-        build = partial(self._league.build_worker, self._engines.config, self._path, self._engine_factory)
-        made = actor(RolloutActor, GROUPS, **self._engines.options(name))
-        handle = self._handles[name] = made.remote(name, self._buffer_handle, build)
-        return ActorMember(name, handle, self._startup, self._noticed.hear, self._apart)
+        return ActorMember(name, self._handle(name), self._startup, self._noticed.hear, self._apart)
 
     async def _learner_up(self) -> Any:
         """Rank 0's actor, once the learner is up. PartLost where it does not come back in time."""
@@ -196,9 +209,9 @@ class RayRuntime:
         # Engines over several nodes open a version on each of them, which one node's memory does not allow.
         return self._learner is not None and self._learner.apart(node) and not self._engines.spanning
 
-    # The driver's verbs -------------------------------------------------------------------------------------------
-
     async def begin_stage(self, index: int) -> tuple[int, int]:
+        if self._turns is not None:
+            await self._turns.learner()
         rows = demonstrate.options(num_cpus=0).remote(partial(gather, self._config, index, self._path))
         begun = self._lead.begin_stage.remote(index, rows)
         made, steps = await self._within(f"the data of stage {index}", begun)
@@ -211,7 +224,7 @@ class RayRuntime:
         )
         return rows
 
-    async def publish(self, then: int | None = None) -> Row:
+    async def publish(self, saves: bool = False, then: int | None = None) -> Row:
         """Every serving member holds the learner's version, or is lost; the first time every wanted member serves.
 
         then: the step that is begun as soon as the version lies where engines load it.
@@ -219,7 +232,16 @@ class RayRuntime:
         if (sent := await self._direct.sync(self._fleet, self._send)) is not None:
             await self._met(sent[0].version)
             return sync_metrics(sent)
+        if self._turns is not None:
+            await self._turns.learner()
+            if saves:
+                copy = partial(self._lead.copy.remote, self.run_folder)
+                await self._of_learner("the checkpoint's copy", copy, self._limits.save)
         async with self._offers.borrowed() as update:
+            if self._turns is not None:
+                await self._turns.engines()
+                if not self._published.is_set():
+                    self._fleet.scale(self._config.rollout.workers)
             if then is not None:
                 self._steps.begin(then)
             reports = await self._fleet.publish(update)
@@ -244,47 +266,49 @@ class RayRuntime:
         self._fleet.play()
 
     async def step(
-        self, number: int, before_publish: Awaitable[object] | None = None, ahead: bool = False
+        self, number: int, before_publish: Awaitable[object] | None = None, saves: bool = False
     ) -> Row:
         began = time.perf_counter()
-        row = await self._steps.made(number)
-        waited = await self._watched(waited_for(before_publish))
+        if self._turns is None:
+            row = await self._steps.made(number)
+            waited = await self._watched(waited_for(before_publish))
+        else:
+            groups = RemoteReplayBuffer(self._buffer_handle), self._config.cluster.step_timeout_seconds
+            made = step_in_turn(self._turns, number, *groups, self._train, self.publish, before_publish)
+            row, waited = await self._watched(made)
         trained = time.perf_counter()
-        published = await self._watched(self.publish(number + 1 if ahead else None))
+        published = await self._watched(self.publish(saves, None if saves or self._turns else number + 1))
         await self._watched(self._of_buffer("release", number))
         ended = time.perf_counter()
         times = {"publish_s": ended - trained, "step_s": ended - began}
         return joined(row, waited, published, times, {"workers": float(len(self._fleet.serving))})
 
-    async def _train(self, number: int) -> Row:
+    async def _train(self, number: int, others: bool = True) -> Row:
         # The learner waits one step_timeout_seconds for its groups and names the missing ones; the step has another.
         limit = 2 * self._config.cluster.step_timeout_seconds
-        train = partial(self._lead.train.remote, number)
+        train = partial(self._lead.train.remote, number, others)
         return dict(await self._of_learner("the learner's step", train, limit))
+
+    async def _move(self, verb: str) -> None:
+        await self._of_learner(
+            f"the learner ({verb})", getattr(self._lead, verb).remote, self._limits.publish
+        )
 
     async def recover(self, loss: LearnerLost) -> int:
         self._steps.forget()
         self._learning.clear()
         await self._fleet.pause()
-        version = await self._restarted(loss)
+        assert self._learner is not None
+        if self._turns is not None:
+            self._fleet.lose_joining(f"its first version was the learner's that is lost: {loss}")
+            await self._turns.new_learner()
+        again = partial(self._start_learner, load=True)
+        version = await self._learner.restarted(loss, self._budget, self._say, again)
         self._learner_lost = loss_to_come()
         self._hearts.append(asyncio.create_task(self._watch_learner()))
         await self._of_buffer("rollback", version)
         await self._watched(self.publish())
         return version
-
-    async def _restarted(self, loss: LearnerLost) -> int:
-        """Start the learner again, as often as its budget allows: a node that is being lost may be given its actors."""
-        part = self._learner
-        assert part is not None
-        while True:
-            self._budget.spend("learner", part.where.get("learner"), loss)
-            self._say(f"{loss}; it starts again from its newest checkpoint")
-            part.kill()
-            try:
-                return await self._start_learner(load=True)
-            except (RayActorError, PartLost, RankLost) as error:
-                loss = LearnerLost(part.loss_message(error))
 
     async def save(self) -> None:
         save = partial(self._lead.save.remote, self.run_folder)
@@ -322,14 +346,8 @@ class RayRuntime:
 
     async def stacks(self) -> dict[str, str]:
         """What every part is doing; those that do not say are named so."""
-        told = await self._fleet.stacks()
         learner = self._learner.handles if self._learner else {}
-        for name, handle in {"replay buffer": self._buffer_handle, **learner}.items():
-            try:
-                told[name] = await within(5.0, awaited(handle.stacks.remote()), name)
-            except (PartLost, RayActorError) as error:
-                told[name] = brief(error)
-        return told
+        return await self._fleet.stacks() | await stacks_of({"replay buffer": self._buffer_handle, **learner})
 
     async def close(self) -> None:
         """Let the engines stop their processes and the ledger close, then end the actors."""

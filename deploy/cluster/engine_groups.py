@@ -9,6 +9,7 @@ A worker's group is kept over its restarts, so that a replacement never waits fo
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 import ray
@@ -17,8 +18,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from deploy.cluster.actor_member import awaited
 from deploy.cluster.node_room import spans_nodes
 from deploy.config.config import RunConfig
+from deploy.config.resources import worker_gpus
 from deploy.config.supervise import within
 from rollout.engines.vllm_start import VllmSettings
+from rollout.episodes.actors import BESIDE
 
 
 class EngineGroups:
@@ -26,7 +29,7 @@ class EngineGroups:
 
     def __init__(self, config: RunConfig) -> None:
         rollout = config.rollout
-        self._cpus, self._gpus = rollout.cpus_per_worker, rollout.gpus_per_worker
+        self._cpus, self._gpus = rollout.cpus_per_worker, worker_gpus(config)
         self._own = dict(rollout.resources_per_worker)
         self._groups: dict[str, Any] = {}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -74,6 +77,12 @@ class EngineGroups:
             return ray.util.placement_group([{**first, "GPU": self._gpus}], strategy="STRICT_PACK")
         others = [{"GPU": 1.0} for _ in range(round(self._gpus) - 1)]
         return ray.util.placement_group([{**first, "GPU": 1.0}, *others], strategy="PACK")
+
+
+async def placed(workers: Iterable[Any], limit: float) -> None:
+    """Wait until the actors of workers have their places, before engines start. PartLost after so many seconds."""
+    answers = [worker.standing.options(concurrency_group=BESIDE).remote() for worker in workers]
+    await within(limit, asyncio.gather(*map(awaited, answers)), "a place for the rollout workers")
 
 
 def _first(worker: str) -> str:

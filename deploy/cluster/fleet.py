@@ -15,14 +15,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
-from deploy.assembly.runtime import first_failure
 from deploy.cluster.distributed_evaluation import evaluate_on
-from deploy.cluster.member import Entry, Member, beat, explained
+from deploy.cluster.entry import Entry
+from deploy.cluster.member import Member, beat, explained, stacks_of
 from deploy.config.supervise import (
     Budget,
     PartFailed,
@@ -33,12 +33,11 @@ from deploy.config.supervise import (
     within,
 )
 from rollout.buffer.replay_store import EpisodeRow
+from rollout.engines.engine import SleepLevel
 from rollout.episodes.evaluation import ONCE, EvaluationPlan
 from rollout.wire.metrics import Row
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightMismatch, WeightUpdate
-
-T = TypeVar("T")
 
 
 class Fleet:
@@ -46,7 +45,8 @@ class Fleet:
 
     launch: makes a member by name; lend: provides the current version for the time of a block; reassign: tells the
     replay buffer that a worker has left; lost: that it was lost, with the error; left: told that a worker has ended and
-    is not replaced; say: prints a message for the user.
+    is not replaced; turn: held while a member starts, which may have to wait for its turn on a shared device; say:
+    prints a message for the user.
     `failed` is a future that ends with the error that stops the run.
     """
 
@@ -61,12 +61,14 @@ class Fleet:
         budget: Budget | None = None,
         lost: Callable[[str, str], Awaitable[int]] | None = None,
         left: Callable[[str], None] = lambda worker: None,
+        turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> None:
         self._launch = launch
         self._lend = lend
         self._reassign = reassign
         self._reassign_lost = lost or (lambda worker, error: reassign(worker))
         self._left = left
+        self._turn = turn
         self._settings = settings
         self._limits = limits
         self._say = say
@@ -144,6 +146,18 @@ class Fleet:
                 entry.version = self._version = report.version
         return reports
 
+    async def sleep(self, level: SleepLevel) -> None:
+        """Have the engine of every serving member give up its memory until the next version, or end the member."""
+        members = [entry for entry in self._entries.values() if entry.state == "serving" and not entry.asleep]
+        limits = self._limits.sync, self._settings.drain_timeout_seconds
+        await asyncio.gather(*(entry.sleep(level, *limits) for entry in members))
+
+    def lose_joining(self, why: str) -> None:
+        """Lose every member that is starting or loading its first version."""
+        for entry in self._entries.values():
+            if entry.state in ("starting", "syncing"):
+                entry.lose(PartLost(why))
+
     def play(self) -> None:
         """Start playing groups on all members, also on later ones."""
         self._playing = True
@@ -187,16 +201,7 @@ class Fleet:
 
     async def stacks(self) -> dict[str, str]:
         """Stack traces of every member; an error text for those that do not answer."""
-
-        async def ask(member: Member) -> str:
-            try:
-                return await within(5.0, member.stacks(), member.name)
-            except Exception as error:
-                return brief(error)
-
-        members = [entry.member for entry in self._entries.values()]
-        told = await asyncio.gather(*(ask(member) for member in members))
-        return {member.name: text for member, text in zip(members, told, strict=True)}
+        return await stacks_of([entry.member for entry in self._entries.values()])
 
     async def close(self) -> None:
         """Close every member, and kill those that do not answer."""
@@ -230,20 +235,23 @@ class Fleet:
     async def _live(self, index: int, entry: Entry) -> None:
         member = entry.member
         try:
-            entry.where = await self._or_lost(
-                entry, within(self._limits.start, member.start(), f"{member.name} (start)")
-            )
-            heart = asyncio.create_task(self._watch(entry))
-            try:
-                await self._or_lost(entry, self._work(index, entry))
-            finally:
-                heart.cancel()
+            async with AsyncExitStack() as turn:
+                await turn.enter_async_context(self._turn())
+                entry.where = await entry.or_lost(
+                    within(self._limits.start, member.start(), f"{member.name} (start)")
+                )
+                heart = asyncio.create_task(self._watch(entry))
+                try:
+                    await entry.or_lost(self._work(index, entry, turn))
+                finally:
+                    heart.cancel()
         except Exception as error:
             entry.lose(error)  # raised in other waits for this member too, such as a sync
             raise
 
-    async def _work(self, index: int, entry: Entry) -> None:
+    async def _work(self, index: int, entry: Entry, turn: AsyncExitStack) -> None:
         await self._admit(entry)
+        await turn.aclose()
         played = 0
 
         def unwanted() -> bool:
@@ -280,7 +288,9 @@ class Fleet:
     async def _loaded(self, entry: Entry, update: WeightUpdate, what: str) -> SyncReport:
         entry.loading = True
         try:
-            return await within(self._limits.sync, entry.member.sync(update), what)
+            report = await within(self._limits.sync, entry.member.sync(update), what)
+            entry.asleep = False
+            return report
         finally:
             entry.loading = False
 
@@ -298,9 +308,9 @@ class Fleet:
 
     async def _sync(self, entry: Entry, update: WeightUpdate) -> SyncReport | None:
         member = entry.member
-        what = f"{member.name} (sync to version {update.version})"
+        what = f"{member.name} ({'wake and ' if entry.asleep else ''}sync to version {update.version})"
         try:
-            report = await self._or_lost(entry, self._loaded(entry, update, what))
+            report = await entry.or_lost(self._loaded(entry, update, what))
         except WeightMismatch:
             raise
         except Exception as error:
@@ -315,6 +325,7 @@ class Fleet:
         entry.state = "lost"
         self._forget(entry)
         await self._quietly(member.kill(), member)
+        entry.killed.set()
         groups = await self._reassign_lost(member.name, brief(error))
         self._say(f"{member.name} is lost ({brief(error)}); {groups} groups are reassigned")
         if index >= self._wanted:
@@ -377,10 +388,6 @@ class Fleet:
         if not self.failed.done():
             self.failed.set_exception(error)
         self._wake()
-
-    async def _or_lost(self, entry: Entry, pending: Coroutine[Any, Any, T]) -> T:
-        """Await an answer; raises the member's error if it is lost meanwhile."""
-        return await first_failure(asyncio.ensure_future(pending), [entry.failed])
 
     async def _until(self, holds: Callable[[], bool], also: asyncio.Future[Any] | None = None) -> None:
         """Wait until a condition holds. also: rechecks it when done. Raises the error that stops the run."""

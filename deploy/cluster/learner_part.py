@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from deploy.assembly.runtime import LearnerLost
 from deploy.cluster.actor_member import Hear, actor, awaited
 from deploy.config.config import RunConfig
-from deploy.config.resources import rank_claims
-from deploy.config.supervise import PartLost, SupervisionSettings, TimeLimits, brief, place, within
-from learner.parallel.ranks import Ranks
+from deploy.config.resources import rank_claims, rank_gpus
+from deploy.config.supervise import Budget, PartLost, SupervisionSettings, TimeLimits, brief, place, within
+from learner.parallel.ranks import RankLost, Ranks
 from learner.training.actors import Build, FollowerActor, LearnerActor
 from learner.training.learner import Learner
 from learner.training.loop import Published
@@ -100,6 +101,19 @@ class LearnerPart:
         self.where = dict(zip(self._names, (where for where, _ in started), strict=True))
         return int(started[0][1])
 
+    async def restarted(
+        self, loss: Exception, budget: Budget, say: Callable[[str], None], start: Callable[[], Awaitable[int]]
+    ) -> int:
+        """Start all ranks again, as often as the budget allows: a node that is being lost may be given its actors."""
+        while True:
+            budget.spend("learner", self.where.get("learner"), loss)
+            say(f"{loss}; it starts again from its newest checkpoint")
+            self.kill()
+            try:
+                return await start()
+            except (RayActorError, PartLost, RankLost) as error:
+                loss = LearnerLost(self.loss_message(error))
+
     async def lost(self, settings: SupervisionSettings, hear: Hear) -> str:
         """Send heartbeats until a rank does not answer; returns the message with its name, process and error.
 
@@ -151,7 +165,8 @@ class LearnerPart:
 
     async def _options(self, limit: float, size: int) -> list[dict[str, Any]]:
         """Resources and placement of each rank's actor."""
-        claims, own = rank_claims(self._config), self._config.cluster.learner_resources
+        claims = rank_claims(self._config) | {"GPU": rank_gpus(self._config)}
+        own = self._config.cluster.learner_resources
         options: dict[str, Any] = {"num_cpus": claims["CPU"], "num_gpus": claims["GPU"], "resources": own}
         if self._config.learner.model.device == "cpu":
             # Read by the C library when the process starts.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
-from deploy.config.supervise import PartLost, within
+from deploy.config.supervise import PartLost, brief, within
 from rollout.buffer.replay_store import EpisodeRow
+from rollout.engines.engine import SleepLevel
 from rollout.episodes.evaluation import EvaluationPlan
 from rollout.wire.metrics import Row
 from rollout.wire.process_info import ProcessInfo
@@ -21,6 +21,8 @@ _WHY_SECONDS = 2.0
 class Member(Protocol):
     """A rollout worker. Calls raise the worker's error, or an error that it is dead. `kill` also ends a frozen one.
 
+    sleep: its engine gives up its memory until the next sync.
+
     standing: how long the worker's event loop has been blocked, and in which line of code; empty if it is not.
     """
 
@@ -28,6 +30,7 @@ class Member(Protocol):
 
     async def start(self) -> ProcessInfo: ...
     async def sync(self, update: WeightUpdate) -> SyncReport: ...
+    async def sleep(self, level: SleepLevel) -> None: ...
     async def run(self) -> None: ...
     async def evaluate(self, tasks: Sequence[Task], name: str, plan: EvaluationPlan) -> list[EpisodeRow]: ...
     async def ping(self) -> None: ...
@@ -38,25 +41,6 @@ class Member(Protocol):
     async def stacks(self) -> str: ...
     async def close(self) -> None: ...
     async def kill(self) -> None: ...
-
-
-@dataclass
-class Entry:
-    """A member and its state."""
-
-    member: Member
-    failed: asyncio.Future[None]
-    where: ProcessInfo | None = None
-    state: str = "starting"
-    version: int = -1
-    run: asyncio.Future[None] | None = None
-    loading: bool = False  # a version
-    counters: Row = field(default_factory=dict)  # the last known ones
-
-    def lose(self, error: BaseException) -> None:
-        if not self.failed.done():
-            self.failed.set_exception(error)
-            self.failed.exception()  # retrieved: possibly no task waits for it
 
 
 async def beat(member: Member, seconds: float, more: Callable[[], float]) -> None:
@@ -82,3 +66,16 @@ async def explained(error: Exception, member: Member) -> Exception:
     except Exception:  # any error: the loss is reported in any case
         told = "its other threads do not answer either: its process was stopped, or a call into C holds the interpreter"
     return PartLost(f"{error}: {told or 'its event loop runs, but its engine does not answer'}")
+
+
+async def stacks_of(members: Sequence[Member]) -> dict[str, str]:
+    """Stack traces of members by name; an error text for those that do not answer."""
+
+    async def ask(member: Member) -> str:
+        try:
+            return await within(5.0, member.stacks(), member.name)
+        except Exception as error:
+            return brief(error)
+
+    told = await asyncio.gather(*(ask(member) for member in members))
+    return {member.name: text for member, text in zip(members, told, strict=True)}

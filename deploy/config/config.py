@@ -107,6 +107,12 @@ class ClusterSettings(Settings):
         description="custom Ray resources reserved per learner rank, as in {learner = 1}: it is placed only on a node "
         "that offers them",
     )
+    colocate: Literal["turns"] | None = Field(
+        None,
+        description="turns: engines and the learner's ranks share GPUs, one of either on each, and have all of its "
+        "memory in turns: engines sleep while the learner learns, whose state is in host memory while they play. Needs "
+        "buffer.max_lag=0. Not set: they have GPUs of their own, or parts of one (weights.transfer='ipc')",
+    )
     dashboard_port: int = Field(
         0, ge=0, le=65535, description="port of the dashboard of a local Ray; 0: no dashboard"
     )

@@ -5,6 +5,7 @@ A check raises ValueError with one line: the options, their values, and values t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rollout.engines.vllm_start import VllmSettings
@@ -21,7 +22,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 def require_engine(config: RunConfig) -> None:
     """Run every check. ValueError for the first contradiction."""
-    for check in (_device, _parallel, _precision, _routing, _adapters, _transfer):
+    for check in (_device, _parallel, _precision, _routing, _adapters, _transfer, _turns):
         check(config)
 
 
@@ -167,3 +168,69 @@ def _transfer(config: RunConfig) -> None:
             "weights.transfer='ipc' shares a GPU with the learner, whose growth vLLM would count as its own; set "
             "engine.kv_cache_gib"
         )
+
+
+def _turns(config: RunConfig) -> None:
+    """Engines and learner that have a GPU in turns."""
+    if config.cluster.colocate is None:
+        return
+    turns = f"cluster.colocate={config.cluster.colocate!r}"
+    for met, why in _against_turns(config):
+        if met:
+            raise ValueError(f"{turns} {why}")
+
+
+def _against_turns(config: RunConfig) -> Iterator[tuple[bool, str]]:
+    """What contradicts turns, and how to say it."""
+    engine, gpus, ranks = config.engine, config.rollout.gpus_per_worker, config.learner.ranks
+    sleeps, on_cuda = engine.placement.sleeps, config.learner.model.device == "cuda"
+    several = bool(config.policies) or config.league is not None
+    yield (
+        config.replay is not None,
+        "is between engines and a learner, but a replay has no engines; leave it out",
+    )
+    yield (
+        config.buffer.max_lag > 0,
+        f"is synchronous, as engines do not play while the learner learns, but buffer.max_lag={config.buffer.max_lag}; "
+        "use buffer.max_lag=0, or GPUs of their own for engines and learner",
+    )
+    yield (
+        config.weights.transfer != "object_store",
+        f"has the learner away while engines load, but weights.transfer={config.weights.transfer!r} sends its live "
+        "parameters; use 'object_store'",
+    )
+    yield (
+        several,
+        (
+            "is for a run of one policy that meets no past versions: their engines would hold memory in the learner's "
+            "turn; leave it out"
+        ),
+    )
+    yield (
+        sleeps is None,
+        f"needs an engine that can sleep, which engine.kind={engine.kind!r} is not; use 'vllm' on GPUs",
+    )
+    yield (
+        sleeps == "on_gpus" and not gpus,
+        "needs rollout.gpus_per_worker=1: vLLM's sleep mode unmaps memory of CUDA, and does nothing on a CPU; use "
+        "engine.kind='transformers' to try turns on CPUs",
+    )
+    yield (
+        bool(gpus) and not (gpus == engine.placement.gpus == 1),
+        f"is for engines of one whole GPU each, but rollout.gpus_per_worker={gpus:g} and the engine's parallel sizes "
+        f"make {engine.placement.gpus}; use 1 for both",
+    )
+    yield (
+        bool(gpus) != on_cuda,
+        (
+            f"shares GPUs, but learner.model.device={config.learner.model.device!r} and "
+            f"rollout.gpus_per_worker={gpus:g}; use 'cuda' and 1"
+        ),
+    )
+    yield (
+        ranks > config.rollout.workers,
+        (
+            f"puts each rank on the GPU of an engine, but learner.ranks={ranks} exceeds "
+            f"rollout.workers={config.rollout.workers}; have as many workers"
+        ),
+    )

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from deploy.config.config import RunConfig
 
+# What the actors of an engine and of a rank that take turns on a GPU claim of it: no two of a kind fit on one.
+_ENGINES_PART, _RANKS_PART = 0.6, 0.4
+
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
@@ -50,6 +53,18 @@ def worker_claims(config: RunConfig) -> dict[str, float]:
     return {"CPU": rollout.cpus_per_worker, "GPU": rollout.gpus_per_worker} | rollout.resources_per_worker
 
 
+def worker_gpus(config: RunConfig) -> float:
+    """GPUs that a worker's actor claims; of one that it has in turns with a rank a part."""
+    gpus = config.rollout.gpus_per_worker
+    return gpus * _ENGINES_PART if config.cluster.colocate == "turns" else gpus
+
+
+def rank_gpus(config: RunConfig) -> float:
+    """GPUs that a rank's actor claims; of one that it has in turns with an engine a part."""
+    takes_turns = config.cluster.colocate == "turns" and config.learner.model.device == "cuda"
+    return _RANKS_PART if takes_turns else learner_gpus(config)
+
+
 def rank_claims(config: RunConfig) -> dict[str, float]:
     """What each rank of the learner reserves, by Ray's names."""
     cluster = config.cluster
@@ -72,8 +87,11 @@ def replicas_elsewhere(config: RunConfig) -> int:
 
 
 def learner_gpus(config: RunConfig) -> float:
-    """GPUs of a rank: one; with "ipc", which shares a GPU's memory, the part of that GPU that engines leave free."""
-    if config.learner.model.device != "cuda":
+    """GPUs of a rank: one; with "ipc", which shares a GPU's memory, the part of that GPU that engines leave free.
+
+    None, where it has that of an engine in turns.
+    """
+    if config.learner.model.device != "cuda" or config.cluster.colocate == "turns":
         return 0
     shared = config.weights.transfer == "ipc"
     return 1 - config.rollout.workers * config.rollout.gpus_per_worker if shared else 1

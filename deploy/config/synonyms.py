@@ -71,6 +71,9 @@ _THEIRS: dict[tuple[str, ...], str] = {
     _of_optim("learning_rate"): "lr actor_lr actor_learning_rate policy_lr max_lr",
     ("learner.algorithm.critic.optim.learning_rate",): "critic_lr critic_learning_rate value_lr",
     _of_optim("weight_decay"): "wd",
+    _of_optim("offload"): "optimizer_offload offload_optimizer adam_offload cpu_offload",
+    ("cluster.colocate",): "colocate_all colocate_all_models colocated vllm_mode hybrid_engine free_cache_engine "
+    "vllm_enable_sleep enable_sleep_mode vllm_enable_sleep_mode",
     _of_optim("betas"): "adam_betas adam_beta1 adam_beta2 beta1 beta2",
     _of_optim("eps"): "adam_epsilon adam_eps",
     _of_optim("max_grad_norm"): "grad_clip max_norm clip_grad gradient_clipping grad_norm clip_grad_norm "

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from deploy.assembly.memory_plan import GIB, MemoryPlan, ModelFacts
+from deploy.assembly.memory_plan import GIB, VLLM_WORKING, MemoryPlan, ModelFacts
 from deploy.config.config import RunConfig
 from deploy.config.config_checks import config_warnings
 from deploy.config.processor import multiplies_bfloat16
@@ -189,10 +189,12 @@ def _learner_gpu(config: RunConfig, plan: MemoryPlan, gpu_bytes: int, always: in
     if config.weights.transfer == "ipc" and not config.replay:
         engines = config.rollout.workers * plan.process("rollout worker").peak(on_host=False)
         room, shared = gpu_bytes - engines, f", beside engines of {engines / GIB:.3g} GiB"
+    if config.cluster.colocate == "turns":
+        room, shared = gpu_bytes - VLLM_WORKING, f", beside sleeping engines of {VLLM_WORKING / GIB:.3g} GiB"
     peak = learner.peak(on_host=False)
     remedy = (
         "raise learner.ranks, train an adapter (learner.model.lora), lower learner.tokens_per_microbatch, or set "
-        "learner.model.gradient_checkpointing = true"
+        "learner.optim.offload = true or learner.model.gradient_checkpointing = true"
     )
     if peak > room:
         yield Finding(

@@ -20,6 +20,7 @@ from typing import Any
 from deploy.assembly.build import EngineFactory, replay_buffer_builder, start_engine
 from deploy.assembly.league import League
 from deploy.assembly.runtime import Met, Row, alone, first_failure, waited_for
+from deploy.assembly.turns import Turns, sleep_level, step_in_turn
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.report.noticed import Noticed
@@ -27,6 +28,7 @@ from deploy.report.phases import Startup
 from deploy.run.in_process import LearnerHere
 from learner.training.loop import sync_metrics
 from rollout.buffer.replay_store import EpisodeRow
+from rollout.engines.engine import sleeping
 from rollout.episodes.evaluation import EvaluationPlan, as_groups, evaluation_row
 from rollout.episodes.loop_watch import LoopWatch
 from rollout.episodes.worker import RolloutWorker
@@ -75,6 +77,9 @@ class LocalRuntime(LearnerHere):
         self._met = met
         self._noticed = Noticed(run_folder, say)
         self._startup = startup or Startup()
+        self._turns: Turns | None = None  # of engines and learner, where they share a device
+        if config.cluster.colocate == "turns":
+            self._turns = Turns(self._sleep, lambda: self._learner.onload(), lambda: self._learner.offload())
         self._workers: list[RolloutWorker] = []
         self._runs: list[asyncio.Task[None]] = []
         self._started = (
@@ -83,7 +88,6 @@ class LocalRuntime(LearnerHere):
 
     async def start(self, resume: bool) -> int:
         config = self._config
-        path = self.path
         loop = asyncio.get_running_loop()
 
         def tell(text: str) -> None:
@@ -94,14 +98,8 @@ class LocalRuntime(LearnerHere):
             config, self.run_folder, self._league.owner(config.policy)
         )()
         self._started.push_async_callback(self._replay_buffer.close)
-        for index in range(config.rollout.workers):
-            name = f"rollout-{index}"
-            with self._startup.timed("engines"):
-                factory, buffer = self._engine_factory, self._replay_buffer
-                worker = await self._league.build_worker(config, path, factory, name, buffer)
-            self._started.push_async_callback(worker.engine.close)
-            self._started.push_async_callback(worker.close)
-            self._workers.append(worker)
+        if self._turns is None:
+            await self._start_workers()
         place = write_memory if config.engine.placement.maps_weights else _place_inline
         with self._startup.timed("learner"):
             keep = partial(self._league.keep, config.policy)
@@ -110,8 +108,32 @@ class LocalRuntime(LearnerHere):
             await self._replay_buffer.rollback(version, new_driver=True)
         return version
 
-    async def publish(self) -> Row:
+    async def _start_workers(self) -> None:
+        config, buffer = self._config, self._replay_buffer
+        for index in range(config.rollout.workers):
+            name = f"rollout-{index}"
+            with self._startup.timed("engines"):
+                factory = self._engine_factory
+                worker = await self._league.build_worker(config, self.path, factory, name, buffer)
+            self._started.push_async_callback(worker.engine.close)
+            self._started.push_async_callback(worker.close)
+            self._workers.append(worker)
+
+    async def begin_stage(self, index: int) -> tuple[int, int]:
+        if self._turns is not None:
+            await self._turns.learner()
+        return await super().begin_stage(index)
+
+    async def publish(self, saves: bool = False) -> Row:
+        if self._turns is not None:
+            await self._turns.learner()
+            if saves:
+                await self._learner.copy(self.run_folder)
         update = await self._learner.publish_weights()
+        if self._turns is not None:
+            await self._turns.engines()
+            if not self._workers:
+                await self._start_workers()
         reports = await asyncio.gather(*(worker.sync(update) for worker in self._workers))
         await self._learner.unpin_weights(update.version, update.handle)
         if update.version >= 0:
@@ -134,19 +156,28 @@ class LocalRuntime(LearnerHere):
         self._runs = [asyncio.create_task(worker.run(), name=worker.name) for worker in self._workers]
 
     async def step(
-        self, number: int, before_publish: Awaitable[object] | None = None, ahead: bool = False
+        self, number: int, before_publish: Awaitable[object] | None = None, saves: bool = False
     ) -> Row:
-        return await first_failure(asyncio.create_task(self._step(number, before_publish)), self._runs)
+        return await first_failure(asyncio.create_task(self._step(number, before_publish, saves)), self._runs)
 
-    async def _step(self, number: int, before_publish: Awaitable[object] | None) -> Row:
+    async def _step(self, number: int, before_publish: Awaitable[object] | None, saves: bool) -> Row:
         began = time.perf_counter()
-        row = await self._learner.train(number)
-        waited = await waited_for(before_publish)
+        if self._turns is None:
+            row = await self._learner.train(number)
+            waited = await waited_for(before_publish)
+        else:
+            buffer, seconds = self._replay_buffer, self._config.cluster.step_timeout_seconds
+            words = number, buffer, seconds, self._learner.train, self.publish, before_publish
+            row, waited = await step_in_turn(self._turns, *words)
         trained = time.perf_counter()
-        published = await self.publish()
+        published = await self.publish(saves)
         await self._replay_buffer.release(number)
         ended = time.perf_counter()
         return joined(row, waited, published, {"publish_s": ended - trained, "step_s": ended - began})
+
+    async def _sleep(self) -> None:
+        level = sleep_level(self._config)
+        await asyncio.gather(*(sleeping(worker.engine).sleep(level) for worker in self._workers))
 
     async def counters(self) -> Row:
         rows = [worker.counters() for worker in self._workers]

@@ -35,7 +35,7 @@ class ReplayRuntime(LearnerHere):
         self._history = _history(self._config)
         return self.start_learner(self._history, _nowhere, resume)
 
-    async def publish(self) -> Row:
+    async def publish(self, saves: bool = False) -> Row:
         return {}
 
     async def evaluate(self, tasks: Sequence[Task], name: str, plan: EvaluationPlan) -> list[EpisodeRow]:
@@ -45,7 +45,7 @@ class ReplayRuntime(LearnerHere):
         pass
 
     async def step(
-        self, number: int, before_publish: Awaitable[object] | None = None, ahead: bool = False
+        self, number: int, before_publish: Awaitable[object] | None = None, saves: bool = False
     ) -> Row:
         began = time.perf_counter()
         row = await self._learner.train(number)

@@ -75,7 +75,7 @@ class Training:
             base = await self._base(new and newest(folder) is None)
             if new:
                 await self._stages(next_stage(folder) if resume else 0)
-            await self._publish()
+            await self._publish(saves=new)
             before = await self._begin(new)
             await self._steps(version)
             after = await self._evaluations.play("after", self.config.steps) if self.config.steps else before
@@ -102,10 +102,10 @@ class Training:
             await self.ring.close()
             await asyncio.to_thread(self._trackers.close)
 
-    async def _publish(self) -> None:
+    async def _publish(self, saves: bool = False) -> None:
         """The first version for the engines, or the first after the stages."""
         with self.phases.timed("engines"), self.startup.timed("publish"):
-            await self.ring.publish()
+            await self.ring.publish(saves)
         self._serving = True
 
     async def _base(self, untouched: bool) -> Results:
@@ -191,9 +191,8 @@ class Training:
             if self._evaluations.missing(version):  # the run was stopped while it was under way
                 evaluating = asyncio.ensure_future(self._evaluations.play(step_name(version), version))
             for step in range(version + 1, self.config.steps + 1):
-                # A checkpoint is of the version that the learner stands at.
-                ahead = step < self.config.steps and not self._saves(step)
-                row = await self.ring.step(step, evaluating, ahead)
+                # A checkpoint is of the version that the learner stands at; the last step has one.
+                row = await self.ring.step(step, evaluating, self._saves(step))
                 evaluating = None
                 self._require_fresh(row)
                 counters = await self.ring.counters()

@@ -49,9 +49,9 @@ class OptimSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
     )
     offload: bool = Field(
         default=False,
-        description="keep AdamW's moments in host memory, 8 bytes a parameter, instead of on the GPU. Every update moves "
-        "them there and back, 16 bytes a parameter. Results and checkpoints do not change. On a CPU there is nothing "
-        "to gain",
+        description="keep AdamW's moments, 8 bytes a parameter, in host memory instead of on the GPU. Every update "
+        "moves them there and back, 16 bytes a parameter. Results and checkpoints do not change. On a CPU there is "
+        "nothing to gain",
     )
 
 

@@ -18,6 +18,10 @@ class BatchRefused(RuntimeError):
     """A batch cannot be trained on (its numbers, advantages, loss or a gradient); the learner's state is unchanged."""
 
 
+class GroupsRefused(RuntimeError):
+    """A step's groups cannot be learned from: set them aside, and ask for the step again when others were played."""
+
+
 def require_groups(groups: Sequence[Group], compares: str | None = None, ranks: Ranks = ALONE) -> None:
     """BatchRefused for behavior logprobs that are not finite and for groups without siblings.
 

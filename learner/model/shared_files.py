@@ -83,7 +83,7 @@ class SharedFile:
         return sum(planned.nbytes for planned in self.tensors.values())
 
     def write(self, folder: Path, lead: bool) -> list[Block]:
-        """Write the own rows, and the lead the header; the rows are let go of. Returns the blocks that it has written.
+        """Write the own rows, and the lead the header; returns the blocks that it has written.
 
         Other ranks write the same file meanwhile.
         """
@@ -95,7 +95,7 @@ class SharedFile:
                 os.ftruncate(descriptor, len(header) + self.nbytes)
                 blocks.append(_write(descriptor, 0, header))
             for name in sorted(self.own):
-                rows = self.own.pop(name)
+                rows = self.own[name]
                 planned = self.tensors[name]
                 for begin, end in _cut(rows, planned.block_numbers):
                     part = rows.numbers[begin - rows.start : end - rows.start]

@@ -9,6 +9,7 @@ A file may have checksums of its blocks beside it (FILE.blocks, see shared_files
 
 from __future__ import annotations
 
+import ctypes
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -93,7 +94,7 @@ class StoredTensor:
         """Read these rows into new memory. OSError if the file ends before them, Changed if a block is another."""
         shape = (end - begin, *self.shape[1:]) if self.shape else ()
         tensor = torch.empty(shape, dtype=self.dtype)
-        room = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+        room = memory_of(tensor)
         first = self.start + begin * self.row_bytes
         with self.file.open("rb", buffering=0) as stream:
             if not self.blocks:
@@ -111,6 +112,12 @@ class StoredTensor:
     def row_bytes(self) -> int:
         """Bytes of an entry of the first dimension."""
         return prod(self.shape[1:]) * self.dtype.itemsize
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on a CPU, while it lives. Unlike `numpy()` it leaves the storage resizable."""
+    array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    return memoryview(array).cast("B")
 
 
 def _read(stream: RawIOBase, first: int, room: memoryview) -> None:

@@ -80,8 +80,8 @@ class LearnerActor:
     async def advance_stage(self, steps: int) -> list[Row]:
         return await self._loop.advance_stage(steps)
 
-    async def train(self, step: int) -> Row:
-        return await self._loop.train(step)
+    async def train(self, step: int, others: bool = True) -> Row:
+        return await self._loop.train(step, others)
 
     async def publish_weights(self, delta: bool = False) -> WeightUpdate:
         return await self._loop.publish_weights(delta)
@@ -97,6 +97,15 @@ class LearnerActor:
 
     async def landed(self) -> None:
         await self._loop.landed()
+
+    async def copy(self, run_folder: Path) -> None:
+        await self._loop.copy(run_folder)
+
+    async def offload(self) -> int:
+        return await self._loop.offload()
+
+    async def onload(self) -> int:
+        return await self._loop.onload()
 
     async def ping(self) -> None:
         """Answers while the event loop does; a step runs in a thread beside it."""

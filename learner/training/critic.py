@@ -10,8 +10,9 @@ turn_critic.py; critics.py makes the one that a recipe names.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -118,6 +119,9 @@ class Critic(Protocol):
     def load(self, folder: Path) -> None:
         """Take over what was written beside the trunk, which the critic was made with."""
 
+    def held(self) -> Iterator[Tensor]:
+        """What of it lies on the device from one step to the next."""
+
 
 class OwnCritic:
     """A second model and a head on it. The trunk becomes its own; `total_steps` are its optimizer's."""
@@ -169,6 +173,10 @@ class OwnCritic:
 
     def load(self, folder: Path) -> None:
         self.head.load(folder)
+
+    def held(self) -> Iterator[Tensor]:
+        modules = self.trunk.model.parameters(), self.head.linear.parameters()
+        return chain(*modules, self.optimizer.held())
 
     def _values(self, micro: MicroBatch) -> Tensor:
         return self.head(self.trunk.hidden(micro))
@@ -245,6 +253,9 @@ class SharedCritic:
 
     def load(self, folder: Path) -> None:
         self.head.load(folder)
+
+    def held(self) -> Iterator[Tensor]:
+        return chain(self.head.linear.parameters(), self.optimizer.held())
 
     def _loss(self, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, Stats]:
         values_N = self.head(hidden_ND.detach() if self.settings.detach else hidden_ND)

@@ -19,6 +19,7 @@ import torch
 from learner.data.batch_checks import BatchRefused
 from learner.parallel.ranks import RankLost, touching
 from learner.training.checkpoint_writing import DiskFull, Saving
+from learner.training.device_state import DeviceState
 from learner.training.learner import Learner
 from learner.training.loop import Source, begin_stage, to_its_end
 from learner.training.publish import take_snapshot
@@ -34,11 +35,13 @@ class Follower:
 
     def __init__(self, learner: Learner, source: Source, engine_dtype: str, take_seconds: float) -> None:
         self._learner = learner
+        self._state = DeviceState(learner)
         self._source = source
         self._engine_dtype = engine_dtype
         self._take_seconds = take_seconds
         self._batches: Sequence[pa.RecordBatch] = ()
-        self._landing: asyncio.Task[None] | None = None  # of the last checkpoint
+        self._copied: Saving | None = None  # a checkpoint that is not on disk yet
+        self._landing: asyncio.Task[None] | None = None  # of the last one
 
     async def take(self, version: int) -> None:
         """Fetch the own share of the step after `version`."""
@@ -73,16 +76,29 @@ class Follower:
         dtype = getattr(torch, self._engine_dtype)
         await self._do(deque, self._learner.policy.named_weights(dtype), 0)
 
-    async def save(self, run_folder: Path) -> None:
-        """Copy the own part of a checkpoint, once the one before is written; it is written meanwhile."""
+    async def copy(self, run_folder: Path) -> None:
+        """Copy the own part of a checkpoint, once the one before is written."""
         if self._landing is not None:
             await asyncio.wait([self._landing])
-        saving = await self._do(self._learner.begin_save, run_folder)
-        self._landing = asyncio.create_task(self._land(saving))
+        self._copied = await self._do(self._learner.begin_save, run_folder)
+
+    async def land(self) -> None:
+        """Write the copy, meanwhile."""
+        assert self._copied is not None, "rank 0 says `copy` first"
+        self._landing = asyncio.create_task(self._land(self._copied))
+
+    async def offload(self) -> None:
+        """Take the own state to host memory."""
+        await self._do(self._state.offload)
+
+    async def onload(self) -> None:
+        """Bring it back."""
+        await self._do(self._state.onload)
 
     async def _land(self, saving: Saving) -> None:
         try:
             await self._do(saving.land)
+            self._copied = None
         except (OSError, DiskFull, RankLost) as error:  # which rank 0 hears as well
             logger.warning("the own part of a checkpoint was not written: %s", error)
 

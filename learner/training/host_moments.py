@@ -1,5 +1,4 @@
-"""AdamW whose moments lie in host memory, after ZeRO-Offload (Ren et al. 2021): the update takes them to the device part
-by part.
+"""AdamW with its moments in host memory, after ZeRO-Offload (Ren et al. 2021): an update moves them part by part.
 
     host memory   first and second moments, float32, pinned beside a GPU
     device        parameters and gradients; of the moments one part, while it is updated

@@ -35,14 +35,7 @@ from learner.training.memory_dry_run import rehearse, settle
 from learner.training.optim import Optimizer
 from learner.training.reference_policy import Reference
 from learner.training.stage_run import Stages
-from learner.training.step import (
-    PolicyObjective,
-    merged,
-    not_finite,
-    sizes,
-    train_step,
-    use_threads,
-)
+from learner.training.step import PolicyObjective, merged, not_finite, sizes, train_step, use_threads
 from learner.training.teacher import Teacher
 from rollout.wire.metrics import joined
 from rollout.wire.trajectory import EnvironmentKey, Float32Array, Group
@@ -144,6 +137,11 @@ class Learner:
         taught = None if self._teacher is None else self._teacher.policy
         self.settings = settle(self.policy, self.settings, longest, taught)
         rehearse(self.policy, self.optimizer, self.settings, longest, self._temperature, self._critic_steps)
+
+    def held(self) -> Iterator[Tensor]:
+        """What lies on its device from one step to the next, gradients and what engines need aside."""
+        parts = (self.optimizer, self._critic, self._reference, self._teacher)
+        return chain(self.policy.model.parameters(), *(part.held() for part in parts if part is not None))
 
     @property
     def published_version(self) -> int:

@@ -7,6 +7,8 @@
     unpin_weights    let go of what was put                          buffer.release: new groups may start
     save             copy what a checkpoint holds; it is written while the next step is made
     landed           wait until it is on disk
+    copy             what `save` copies, for a `save` that comes when the state is away
+    offload, onload  take the state to host memory while engines have the device, and back
 
 Of several ranks this is rank 0's: it alone is asked, and tells the others (follower.py) what to do with it, one thing
 at a time. So all do the same in the same order.
@@ -28,9 +30,10 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from learner.data.batch_checks import MOST_REFUSED, BatchRefused
+from learner.data.batch_checks import MOST_REFUSED, BatchRefused, GroupsRefused
 from learner.parallel.ranks import RankLost, touching
 from learner.training.checkpoint_writing import Saving
+from learner.training.device_state import DeviceState
 from learner.training.learner import Learner
 from learner.training.publish import Publisher, Snapshot, Staging, take_snapshot
 from rollout.wire.metrics import Row, joined
@@ -89,6 +92,7 @@ class LearnerLoop:
         published: Published | None = None,
     ) -> None:
         self._learner = learner
+        self._state = DeviceState(learner)
         self._source = source
         self._place = place
         self._engine_dtype = engine_dtype
@@ -98,7 +102,9 @@ class LearnerLoop:
         self._policy = policy
         self._published = published
         self._tell = tell
+        self._waited: tuple[int, Row] = (-1, {})  # a step, and what it has waited for so far
         self._last: Row | None = None  # of the step that made the present version
+        self._copied: tuple[tuple[Path, int], Saving] | None = None  # of a checkpoint that is not on disk yet
         self._saved: tuple[Path, int] | None = None  # the last checkpoint: the same is not written twice
         self._landing: asyncio.Task[None] | None = None  # it is on its way to disk, or arrived unheard
         self._torn = False  # a step began and did not end: the parameters are no version's
@@ -115,20 +121,22 @@ class LearnerLoop:
     def version(self) -> int:
         return self._learner.version
 
-    async def train(self, step: int) -> Row:
+    async def train(self, step: int, others: bool = True) -> Row:
         """Learner step number `step`: the version becomes `step`. Returns its metrics; asked again, the same ones.
 
-        A batch that can not be learned from is set aside, and the step takes another one. Raises ValueError where the
-        learner stands elsewhere, BatchRefused when that does not help, and what the source's take raises.
+        A batch that can not be learned from is set aside, and the step takes another one; with `others=False`, while
+        nobody plays any, GroupsRefused is raised instead. Raises ValueError where the learner stands elsewhere,
+        BatchRefused when other batches do not help, and what the source's take raises.
         """
         async with self._training:
             if self.version == step and self._last is not None:
                 return dict(self._last)
             if self.version + 1 != step:
                 raise ValueError(f"step {step} was asked of a learner that stands at version {self.version}")
-            waited = {"wait_s": 0.0, "nonfinite_batches": 0.0}
-            refused = ""
-            while waited["nonfinite_batches"] <= MOST_REFUSED:
+            if self._waited[0] != step:
+                self._waited = step, {"wait_s": 0.0, "nonfinite_batches": 0.0}
+            waited = self._waited[1]
+            while True:
                 began = time.perf_counter()
                 # It waits for the step's groups to come together; the others' shares are there when it has its own.
                 batches = await self._source.take(self.version, self._take_seconds, self._learner.ranks.share)
@@ -138,13 +146,17 @@ class LearnerLoop:
                     async with self._weights:
                         return await self._together(("step", step), self._step, batches, waited)
                 except BatchRefused as error:
-                    refused = str(error)
                     logger.warning("step %d: %s; its groups are set aside and others taken", step, error)
-                    await self._source.discard(self.version, DropReason.NONFINITE)
                     waited["nonfinite_batches"] += 1
-            raise BatchRefused(
-                f"step {step}: none of {MOST_REFUSED + 1} batches in a row could be learned from; last: {refused}"
-            )
+                    again = waited["nonfinite_batches"] <= MOST_REFUSED
+                    if again and not others:
+                        raise GroupsRefused(f"step {step}: {error}") from error
+                    await self._source.discard(self.version, DropReason.NONFINITE)
+                    if not again:
+                        raise BatchRefused(
+                            f"step {step}: none of {MOST_REFUSED + 1} batches in a row could be learned from; last: "
+                            f"{error}"
+                        ) from error
 
     async def publish_weights(self, delta: bool = False) -> WeightUpdate:
         """The present version, put where engines can load it until each call was answered by an `unpin_weights`.
@@ -217,7 +229,7 @@ class LearnerLoop:
     async def advance_stage(self, steps: int) -> list[Row]:
         """Make up to `steps` steps of the stage; fewer at its end."""
         async with self._weights:
-            self._saved = None
+            self._saved = self._copied = None
             return await self._together(("advance_stage", steps), self._learner.advance_stage, steps)
 
     async def save(self, run_folder: Path) -> None:
@@ -227,17 +239,47 @@ class LearnerLoop:
         """
         async with self._saving:
             await self._arrival()
+            version, staged = self.version, self._learner.stages.open
+            if self._saved == (run_folder, version):
+                return
+            saving = await self._copy(run_folder)
+            await asyncio.gather(*self._tell("land"))
+            self._saved = run_folder, version
+            self._landing = asyncio.create_task(self._land(saving, None if staged else version))
+
+    async def copy(self, run_folder: Path) -> None:
+        """Copy what a checkpoint of this version holds once the one before is written; `save` then takes this."""
+        async with self._saving:
+            if self._saved == (run_folder, self.version):
+                return
+            if self._landing is not None:  # whether it found room is for `save` to say
+                await asyncio.wait([self._landing])
+            await self._copy(run_folder)
+
+    async def _copy(self, run_folder: Path) -> Saving:
+        """The copy of this version, which is kept until it is on disk."""
+        if self._copied is None or self._copied[0] != (run_folder, self.version):
             # "issued" is where the task stream stands: group ids are its positions.
             cursor = await self._source.counts()
             async with self._weights:
                 self._require_whole()
-                version, staged = self.version, self._learner.stages.open
-                if self._saved == (run_folder, version):
-                    return
                 begin = partial(self._learner.begin_save, run_folder, cursor, self._keep)
-                saving = await self._together(("save", run_folder), begin)
-                self._saved = run_folder, version
-            self._landing = asyncio.create_task(self._land(saving, None if staged else version))
+                saving = await self._together(("copy", run_folder), begin)
+                self._copied = (run_folder, self.version), saving
+        return self._copied[1]
+
+    async def offload(self) -> int:
+        """Take the learner's state to host memory, so that engines may have its device; returns rank 0's bytes.
+
+        Until `onload` it gives out versions and checkpoints only that were published or copied before.
+        """
+        async with self._weights:
+            return await self._together(("offload",), self._state.offload)
+
+    async def onload(self) -> int:
+        """Bring the state back; returns rank 0's bytes."""
+        async with self._weights:
+            return await self._together(("onload",), self._state.onload)
 
     async def landed(self) -> None:
         """Wait until the last checkpoint is on disk and the groups it contains are trained for good. Raises DiskFull.
@@ -252,6 +294,7 @@ class LearnerLoop:
             await to_its_end(touching, self._learner.ranks, saving.land)
             if version is not None:
                 await self._source.checkpointed(version)
+            self._copied = None
         except BaseException:
             self._saved = None
             raise
@@ -293,6 +336,7 @@ class LearnerLoop:
             raise RuntimeError(
                 f"the learner's step after version {self.version} failed on its way: start it again from a checkpoint"
             )
+        self._state.require_here()
 
     async def _take_snapshot(self, staging: Staging | None, delta: bool = False) -> Snapshot:
         """Without a staging buffer the snapshot has no bytes."""

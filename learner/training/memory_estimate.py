@@ -3,6 +3,7 @@
     P parameters, T trained ones, R ranks that they are sharded over, N tokens of the largest row
     on the device   4 P / R weights, 4 T / R gradients, 8 T / R moments, what autograd saves of N tokens, logits
     on the host     the bytes that engines are sent; at times copies: while loading, publishing, saving
+    moments         on the host instead, with `optim.offload`; on the device the part that is updated
 
 `memory_dry_run` tries the same on the device itself, when the learner starts.
 """
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 import psutil
 
 from learner.algorithm.algorithm import OwnCriticSettings, TurnCriticSettings
+from learner.algorithm.schedule import OptimSettings
 from learner.data.batch import longest_row
 from learner.model.footprint import Saved, Shape
 from learner.settings import LearnerSettings
-from learner.stages.settings import AnyStage, IlqlSettings
+from learner.stages.settings import AnyStage, IlqlSettings, OwnStage
+from learner.training.host_moments import PART
 
 _WIDE = 4  # bytes of a float32
 _HALF = 2  # of a bfloat16
@@ -30,7 +33,7 @@ _LOGIT_BLOCKS = 4  # logits, probabilities, their gradient, and a cast of it
 class Amount:
     """Memory of one process. on_host: the host's, also where the process computes on a GPU; at_times: not always.
 
-    lead: of rank 0 alone.
+    lead: of rank 0 alone; moves: to host memory, in the engines' turn of a device that is shared in turns.
     """
 
     what: str
@@ -38,6 +41,7 @@ class Amount:
     on_host: bool = False
     at_times: bool = False
     lead: bool = False
+    moves: bool = False
 
 
 def row_tokens(settings: LearnerSettings, longest: int) -> int:
@@ -46,10 +50,11 @@ def row_tokens(settings: LearnerSettings, longest: int) -> int:
 
 
 def state_bytes(settings: LearnerSettings, shape: Shape, adapter: int) -> int:
-    """Weights, gradients and moments of a rank: what it holds in any case."""
+    """Weights, gradients and moments of a rank on its device: what it holds in any case."""
+    numbers = 2 if settings.optim.offload else 4  # of each trained parameter
     if adapter:  # whole on every rank
-        return _base_bytes(settings) * shape.parameters // settings.shards + 4 * _WIDE * adapter
-    return 4 * _WIDE * shape.parameters // settings.shards
+        return _base_bytes(settings) * shape.parameters // settings.shards + numbers * _WIDE * adapter
+    return numbers * _WIDE * shape.parameters // settings.shards
 
 
 def _base_bytes(settings: LearnerSettings) -> int:
@@ -75,10 +80,12 @@ def learner_amounts(
     ranks = settings.shards
     base = _base_bytes(settings) * shape.parameters // ranks
     own = _WIDE * adapter or base  # of what is trained
-    found = [Amount(f"parameters, {'bfloat16' if _base_bytes(settings) == _HALF else 'float32'}", base)]
+    on_gpu = settings.model.device == "cuda"
+    stored = "bfloat16" if _base_bytes(settings) == _HALF else "float32"
+    found = [Amount(f"parameters, {stored}", base, moves=True)]
     if adapter:
-        found.append(Amount("the adapter, float32", own))
-    found += [Amount("gradients, float32", own), Amount("AdamW's moments, float32", 2 * own)]
+        found.append(Amount("the adapter, float32", own, moves=True))
+    found += [Amount("gradients, float32", own), *_moments("AdamW's moments", own, settings.optim, on_gpu)]
     if ranks > 1:
         gathered = shape.outside_layers + 2 * shape.largest_layer
         size = _HALF if settings.model.dtype == "bfloat16" else _WIDE
@@ -100,17 +107,27 @@ def learner_amounts(
     block = max(settings.model.logit_block // max(tokens, 1), 8) * tokens
     found.append(Amount("logits, a block at a time", _LOGIT_BLOCKS * _WIDE * block))
     if settings.algorithm.needs_reference:
-        found.append(Amount("reference policy, float32", own))
+        found.append(Amount("reference policy, float32", own, moves=not adapter))
     if teacher:
-        found.append(Amount("teacher, float32", _WIDE * teacher // ranks))
-    if isinstance(settings.algorithm.critic, OwnCriticSettings):
-        found.append(Amount("critic with gradients and moments", 4 * _WIDE * shape.parameters // ranks))
-    if isinstance(settings.algorithm.critic, TurnCriticSettings):
-        size = 5 * _WIDE * shape.parameters // ranks
-        found.append(Amount("critic with gradients, moments and a slow copy", size))
+        found.append(Amount("teacher, float32", _WIDE * teacher // ranks, moves=True))
+    critic, size = settings.algorithm.critic, _WIDE * shape.parameters // ranks
+    if isinstance(critic, OwnCriticSettings | TurnCriticSettings):
+        slow = isinstance(critic, TurnCriticSettings)
+        found.append(Amount("critic and its slow copy" if slow else "critic", (1 + slow) * size, moves=True))
+        found.append(Amount("the critic's gradients", size))
+        found += _moments("the critic's moments", size, critic.optim, on_gpu)
     if adapted:
         merged = _WIDE * adapted // max(shape.layers, 1)
         found.append(Amount("merged matrices of a layer, while publishing", merged, at_times=True))
+    return found
+
+
+def _moments(what: str, trained_bytes: int, optim: OptimSettings, on_gpu: bool) -> list[Amount]:
+    """AdamW's two moments of trained parameters with so many bytes, and where they lie."""
+    found = [Amount(f"{what}, float32", 2 * trained_bytes, on_host=optim.offload, moves=not optim.offload)]
+    if optim.offload and on_gpu:
+        part = 2 * min(trained_bytes, _WIDE * PART)
+        found.append(Amount(f"{what}, the part that is updated", part, at_times=True))
     return found
 
 
@@ -144,10 +161,17 @@ def host_share(ranks: int) -> int:
     return psutil.virtual_memory().total // ranks
 
 
-def stage_amounts(stages: Sequence[AnyStage], width: int, vocabulary: int, ranks: int) -> list[Amount]:
-    """What stages hold on each rank's device besides, while they go on; width: of the model's hidden states."""
+def stage_amounts(
+    stages: Sequence[AnyStage], width: int, vocabulary: int, ranks: int, offloaded: int = 0
+) -> list[Amount]:
+    """What stages hold on each rank's device besides, while they go on; width: of the model's hidden states.
+
+    offloaded: bytes of the moments that reinforcement learning has in host memory, and a stage by its own choice.
+    """
     found = []
     for index, stage in enumerate(stages):
+        if offloaded and not isinstance(stage, OwnStage) and not stage.optim.offload:
+            found.append(Amount(f"AdamW's moments in stage {index}, float32", offloaded, at_times=True))
         if isinstance(stage, IlqlSettings):
             actions, state = stage.head_parameters(width, vocabulary)
             numbers = 4 * (actions + state) + actions  # weights, gradients, two moments; a slow copy
@@ -160,6 +184,12 @@ def head_bytes(stages: Sequence[AnyStage], width: int, vocabulary: int) -> int:
     """Value heads in a stage's checkpoint, float32: weights, two moments, a slow copy; of the stage with the most."""
     heads = [each.head_parameters(width, vocabulary) for each in stages if isinstance(each, IlqlSettings)]
     return max((_WIDE * (3 * (actions + state) + actions) for actions, state in heads), default=0)
+
+
+def away_amount(device: Sequence[Amount]) -> Amount:
+    """What of the amounts on a rank's device lies in host memory while engines have the device; the room is kept."""
+    moved = sum(each.nbytes for each in device if each.moves)
+    return Amount("room for what moves while engines have the GPU", moved, on_host=True)
 
 
 def host_amounts(

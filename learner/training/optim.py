@@ -106,6 +106,11 @@ class Optimizer:
             return room_of_a_part(self._parameters)
         return [torch.empty_like(p) for p in self._parameters for _ in range(0 if self._adamw.state else 2)]
 
+    def held(self) -> list[Tensor]:
+        """The moments that lie on the parameters' device."""
+        states = [] if self._host_moments is not None else self._adamw.state.values()
+        return [moment for state in states for moment in state.values() if moment.ndim]
+
     @torch.no_grad()
     def keep(self) -> Callable[[], None]:
         """What puts parameters and moments back, to the bit, as they are now: host memory holds a copy of both."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from learner.model.policy import Policy
+from learner.model.tensor_files import memory_of
 from learner.training.probe import probe_of
 from rollout.wire.delta import encoded
 from rollout.wire.weights import (
@@ -76,7 +77,7 @@ def write(array: ByteArray, tensor: torch.Tensor, dtype: torch.dtype) -> None:
 def write_compared(array: ByteArray, tensor: torch.Tensor, dtype: torch.dtype) -> ByteArray:
     """As `write`; returns the difference to what was overwritten, or the part where that is no longer."""
     cast = tensor.to(device="cpu", dtype=dtype).contiguous()
-    new: ByteArray = cast.view(-1).view(torch.uint8).numpy()
+    new: ByteArray = np.frombuffer(memory_of(cast), dtype=np.uint8)
     difference = encoded(array, new, dtype.itemsize)
     array[:] = new
     return array if difference is None else difference

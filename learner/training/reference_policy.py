@@ -64,6 +64,10 @@ class Reference:
         elif self._policy is None:
             self._policy = frozen(policy.twin())
 
+    def held(self) -> list[Tensor]:
+        """Its weights, which lie on the device; those of an adapter are few and stay."""
+        return [] if self._policy is None else list(self._policy.model.parameters())
+
     def keep(self, run: Path, policy: Policy) -> None:
         """Write the weights of version 0 into the run, whole or not at all. A collective call."""
         partial = run / f".partial-{_FOLDER}"

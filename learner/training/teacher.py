@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor
 
 from learner.algorithm.distillation import DistillSettings, signal
 from learner.data.batch import MicroBatch
@@ -32,6 +34,10 @@ class Teacher:
             }
         )
         self.policy = frozen(Policy(own, ranks))
+
+    def held(self) -> Iterator[Tensor]:
+        """Its weights, which lie on the device."""
+        return self.policy.model.parameters()
 
     def judge(
         self, examples: Sequence[Example], score: Callable[[Sequence[Example], Policy], list[Float32Array]]

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,10 @@ class TurnCritic:
                 local(parameter).copy_(value)
 
         return put_back
+
+    def held(self) -> Iterator[Tensor]:
+        models = self.trunk.model.parameters(), self.slow_trunk.model.parameters()
+        return chain(*models, self.heads.parameters(), self.slow_heads.parameters(), self.optimizer.held())
 
     def load(self, folder: Path) -> None:
         for name, heads in self._head_files.items():

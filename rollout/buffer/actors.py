@@ -87,6 +87,9 @@ class RemoteReplayBuffer:
         batches: list[pa.RecordBatch] = await self._actor.take.remote(version, timeout_s, share)
         return batches
 
+    async def gather(self, version: int, timeout_s: float) -> None:
+        await self._actor.gather.remote(version, timeout_s)
+
     async def discard(self, version: int, reason: DropReason) -> None:
         await self._actor.discard.remote(version, reason)
 

@@ -140,10 +140,7 @@ class ReplayBuffer:
         return None
 
     async def record_turns(self, batch: pa.RecordBatch) -> None:
-        """Store finished turns of unfinished groups; returns when they are durable.
-
-        Rows of groups and attempts without a lease are ignored.
-        """
+        """Store finished turns; returns when they are durable. Those of attempts without a lease are ignored."""
         await self._join_commit(lambda pending: pending.turns.append(batch))
 
     async def add(self, slot: Slot, batch: pa.RecordBatch, episodes: Sequence[EpisodeRow]) -> None:
@@ -201,6 +198,10 @@ class ReplayBuffer:
                     await changed.wait()
             except TimeoutError:
                 continue  # the limit may have moved: the disk was full meanwhile
+
+    async def gather(self, version: int, timeout_s: float) -> None:
+        """Wait as `take` does, without the groups: the learner takes them later, and gets these."""
+        await self.take(version, timeout_s)
 
     async def discard(self, version: int, reason: DropReason) -> None:
         """Drop the groups that the step after `version` has taken and cannot train on; it may take others."""

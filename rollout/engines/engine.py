@@ -89,6 +89,7 @@ class EngineStart:
     trust_remote_code: bool = False  # code in the model's folder may be executed
     routing: bool = False  # completions are to have their routed experts; of a mixture of experts
     policy: str = POLICY  # of the run, whose versions it is to hold
+    sleeps: bool = False  # it will be told to sleep
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ class Placement:
     transfers: tuple[str, ...] = ("object_store",)  # supported values of weights.transfer
     tells_routing: bool = False  # it can record the experts of tokens
     half_adapters: bool = False  # on GPUs it multiplies adapters in half precision only
+    sleeps: Literal["anywhere", "on_gpus"] | None = None  # where it is a `SleepingEngine`
 
     def unfit(self, gpus_per_worker: float) -> str:
         """Say why an engine cannot run with so many GPUs per worker; empty if it can."""
@@ -175,6 +177,30 @@ class NativeTransfer(Protocol):
     async def begin_update(self, manifest: WeightManifest) -> None: ...
     async def receive(self, update_info: Any) -> None: ...
     async def finish_update(self, manifest: WeightManifest) -> SyncReport: ...
+
+
+SleepLevel = Literal[1, 2]
+
+
+@runtime_checkable
+class SleepingEngine(Protocol):
+    """An engine that gives up its memory between two versions, to a learner on the same device (cluster.colocate).
+
+    The levels are vLLM's: 1 keeps the weights in host memory, 2 discards them. The KV cache is discarded by both.
+    """
+
+    async def sleep(self, level: SleepLevel) -> None:
+        """Give up weights and KV cache. Requests under way fail: there should be none."""
+
+    async def wake(self) -> None:
+        """Have memory for both again. A `sync`, which calls this first, must follow: until then requests fail."""
+
+
+def sleeping(engine: Engine) -> SleepingEngine:
+    """The engine as one that can sleep; RuntimeError if it cannot."""
+    if not isinstance(engine, SleepingEngine):
+        raise RuntimeError(f"{engine.name} cannot sleep: leave cluster.colocate out")
+    return engine
 
 
 def as_bytes(experts_CLK: NDArray[np.uint8 | np.uint16] | None) -> UInt8Array | None:

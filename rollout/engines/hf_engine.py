@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -26,6 +26,7 @@ from rollout.engines.engine import (
     EngineStart,
     FinishReason,
     Sampling,
+    SleepLevel,
     derive_seed,
     require_finite,
 )
@@ -80,9 +81,14 @@ class HfEngine:
         self._perception = perception
         self._tokens = tokens
         self._routing = RoutingRecorder(model) if routing else None
+        for parameter in model.parameters():
+            if not parameter.untyped_storage().resizable():  # it is of a file's mapping
+                parameter.data = parameter.data.clone()
         # A tied head appears once, under the embedding's name, as in a checkpoint.
         self._weights: dict[str, Tensor] = revert_weight_conversion(model, dict(model.named_parameters()))
         self._base: dict[str, Tensor] = {}  # matrices that an adapter changes, without it
+        self._asleep = False  # until the first sync after it woke up
+        self._kept: list[Tensor] = []  # weights of an engine that sleeps at level 1
 
     @classmethod
     def load(
@@ -111,6 +117,7 @@ class HfEngine:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
     ) -> Completion:
+        self._require_weights()
         context = self._model.config.get_text_config().max_position_embeddings
         if len(prompt_ids) + sampling.max_tokens > context:
             raise EngineFailed(
@@ -147,6 +154,7 @@ class HfEngine:
         )
 
     async def score(self, token_ids: Sequence[int]) -> Float32Array:
+        self._require_weights()
         ids_T = torch.tensor(token_ids)
         with torch.no_grad():
             logprobs_TV = self._model(ids_T[None]).logits[0, :-1].float().log_softmax(-1)
@@ -161,9 +169,11 @@ class HfEngine:
         self._require_shapes(update.manifest, shapes)
         update.verify()
         stalled = time.perf_counter()
+        if self._asleep:
+            await self.wake()
         self._load(update)
         self._prove(update)
-        self.version = update.version
+        self.version, self._asleep = update.version, False
         seconds_stalled = time.perf_counter() - stalled
         probe = update.manifest.probe
         difference = probe.check(self.name, self.version, await self.score(probe.token_ids))
@@ -174,6 +184,36 @@ class HfEngine:
         """Give the loaded weights this version number. Raises WeightsNotFinite."""
         require_finite(self.name, await self.score(FINITE_PROBE))
         self.version = version
+
+    async def sleep(self, level: SleepLevel) -> None:
+        """Free the parameters' memory; each request has a KV cache of its own, which ends with it."""
+        if self._asleep:
+            return
+        parameters = list(self._model.parameters())
+        if level == 1:
+            self._kept = [parameter.detach().clone() for parameter in parameters]
+        for storage in _storages(parameters):
+            storage.resize_(0)
+        self._asleep = True
+
+    @torch.no_grad()
+    async def wake(self) -> None:
+        """Allocate the parameters' memory again: what it holds is undefined, or what it was before level 1."""
+        for parameter in self._model.parameters():
+            storage = parameter.untyped_storage()
+            storage.resize_(max(storage.nbytes(), parameter.nbytes))
+        for parameter, kept in zip(self._model.parameters() if self._kept else (), self._kept, strict=True):
+            parameter.copy_(kept)
+        self._kept = []
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory that the parameters take now."""
+        return sum(storage.nbytes() for storage in _storages(self._model.parameters()))
+
+    def _require_weights(self) -> None:
+        if self._asleep:
+            raise EngineFailed(f"{self.name} sleeps: it has no weights before its next version")
 
     async def ping(self) -> None:
         pass  # it runs in the caller's process
@@ -273,6 +313,11 @@ class HfEngine:
                     f"{self.name}: version {update.version}: the model computes with another {spec.name} than was "
                     "received"
                 )
+
+
+def _storages(parameters: Iterable[Tensor]) -> list[UntypedStorage]:
+    """The storages of parameters, each once."""
+    return list({each.untyped_storage()._cdata: each.untyped_storage() for each in parameters}.values())
 
 
 def _followed(beside: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from zlib import crc32
 import numpy as np
 
 from rollout.chat.chat import Chat
-from rollout.engines.engine import Completion, EngineDied, EngineFailed, Sampling, derive_seed
+from rollout.engines.engine import Completion, EngineDied, EngineFailed, Sampling, SleepLevel, derive_seed
 from rollout.wire.trajectory import Float32Array
 from rollout.wire.weights import SyncReport, WeightUpdate
 
@@ -62,12 +62,15 @@ class ScriptedEngine:
         self._latency = latency
         self._record = record
         self._closed = False
+        self.asleep = False
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
     ) -> Completion:
         if self._closed:
             raise EngineFailed(f"{self.name}: a request came after close()")
+        if self.asleep:
+            raise EngineFailed(f"{self.name}: a request came while it sleeps")
         await (self._latency() if self._latency else sleep(0))
         shown = (crc32(image.encode()) for image in images)
         seed = derive_seed(sampling.seed or 0, self.version, hash(tuple(prompt_ids)), *shown)
@@ -93,6 +96,7 @@ class ScriptedEngine:
     async def sync(self, update: WeightUpdate) -> SyncReport:
         """Adopt the version without loading anything."""
         began = time.perf_counter()
+        await self.wake()
         self.version = update.version
         return SyncReport(
             self.name, self.version, len(update.manifest.tensors), 0.0, time.perf_counter() - began, 0.0
@@ -100,6 +104,14 @@ class ScriptedEngine:
 
     async def adopt_loaded(self, version: int) -> None:
         self.version = version
+
+    async def sleep(self, level: SleepLevel) -> None:
+        """Refuse requests from here on."""
+        self.asleep = True
+
+    async def wake(self) -> None:
+        """Answer again."""
+        self.asleep = False
 
     async def ping(self) -> None:
         if self._closed:

@@ -34,7 +34,7 @@ class TransformersSettings(BaseModel):
 
     @property
     def placement(self) -> Placement:
-        return Placement(device="cpu", tells_routing=True)
+        return Placement(device="cpu", tells_routing=True, sleeps="anywhere")
 
     def require_here(self) -> None:
         """Do nothing: transformers is always installed."""

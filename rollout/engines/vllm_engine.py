@@ -30,6 +30,7 @@ from rollout.engines.engine import (
     EngineStart,
     Generates,
     Sampling,
+    SleepLevel,
     as_bytes,
     require_finite,
 )
@@ -60,6 +61,7 @@ async def start(start: EngineStart, settings: VllmSettings) -> VllmEngine:
         perception=start.perception,
         trusted=start.trust_remote_code,
         routing=start.routing,
+        sleeps=start.sleeps,
     )
 
 
@@ -90,6 +92,7 @@ class VllmEngine:
         self._params: dict[tuple[float, float, int], Any] = {}  # of requests without a seed
         self._updating = False  # a version was begun, and neither finished nor given up
         self._paused_at = 0.0
+        self._asleep = False  # until the first sync after it woke up
 
     @classmethod
     async def start(
@@ -107,13 +110,15 @@ class VllmEngine:
         perception: Perception | None = None,
         trusted: bool = False,
         routing: bool = False,
+        sleeps: bool = False,
     ) -> VllmEngine:
         """Start the engine's processes (about 20 s on two cores); they end with this process and the loop's thread.
 
         adapter: versions are such adapters for the weights of `model`. adapters: folders of adapters to serve side by
         side, by name (`generate`, `with_adapter`); only one of the two may be given. ValueError if the model lacks a
         layer of an adapter. perception: of a model with vision. trusted: code that comes with the model may be
-        executed. routing: completions have the experts of their tokens; of a mixture of experts.
+        executed. routing: completions have the experts of their tokens; of a mixture of experts. sleeps: it will be
+        told to sleep, on a GPU.
         """
         if adapter and adapters:
             raise ValueError(
@@ -136,6 +141,7 @@ class VllmEngine:
                 perception is not None,
                 trusted,
                 routing,
+                sleeps,
             )
         core = CoreProcess(name, *llm.engine_core.resources.engine_manager.processes)
         names = adapter.names if adapter else names
@@ -204,6 +210,8 @@ class VllmEngine:
         began = time.perf_counter()
         update.manifest.require_names(self._weight_names, self.name)
         await asyncio.to_thread(update.verify)  # while generation runs
+        if self._asleep:
+            await self.wake()
         report = await (self._sync_adapter if update.manifest.adapter else self._sync_weights)(update)
         return replace(report, seconds=time.perf_counter() - began)
 
@@ -280,6 +288,7 @@ class VllmEngine:
 
     async def _serve(self, manifest: WeightManifest) -> SyncReport:
         self.version = int(await self._asked(self._llm.get_weight_version()))
+        self._asleep = False
         await self._asked(self._llm.resume_generation())
         stalled = time.perf_counter() - self._paused_at
         logprobs = await self.score(manifest.probe.token_ids)
@@ -292,6 +301,15 @@ class VllmEngine:
         require_finite(self.name, await self.score(FINITE_PROBE))
         await self._asked(self._llm.update_weight_version(str(version)))
         self.version = version
+
+    async def sleep(self, level: SleepLevel) -> None:
+        """Pause vLLM's scheduler, empty its caches and unmap its memory: its sleep mode."""
+        self._asleep = True
+        await self._asked(self._llm.sleep(level, mode="abort"))
+
+    async def wake(self) -> None:
+        """Map memory for weights and KV cache again; requests are refused until a sync."""
+        await self._asked(self._llm.wake_up())
 
     async def ping(self) -> None:
         """Round trip to vLLM's core and its workers, which answer between two steps."""
@@ -313,8 +331,9 @@ class VllmEngine:
             self._llm.output_processor.propagate_error(EngineDeadError())
         # No grace period: a worker on CPU never stops by itself, and vLLM would kill it after 5 s.
         await asyncio.to_thread(self._llm.shutdown, 0.0)
-        # vLLM shuts down again when it is collected, which may happen during the interpreter's exit.
-        self._llm.shutdown = lambda timeout=None: None
+        self._llm.shutdown = lambda timeout=None: (
+            None
+        )  # which vLLM calls again, perhaps in the interpreter's exit
 
     async def _asked(self, call: Coroutine[Any, Any, T]) -> T:
         from rollout.engines.vllm_process import CallFailed
@@ -340,8 +359,9 @@ class VllmEngine:
     ) -> Any:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        # The type "token" is the output of vLLM's renderer: nothing is left to tokenize, which saves every request a
-        # detour through a thread.
+        if self._asleep:
+            raise EngineFailed(f"{self.name} sleeps: it has no weights before its next version")
+        # The type "token" is the output of vLLM's renderer: nothing is left to tokenize, in a thread for each request.
         prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(token_ids)}
         if images:
             prompt = vllm_images.prompt(self._perception, token_ids, images)
@@ -357,9 +377,7 @@ class VllmEngine:
                 raise await self._core.death() from error
             raise EngineFailed(f"{self.name}: vLLM failed on a request: {error.__cause__!r}") from error
         if not outputs:
-            raise EngineFailed(
-                f"{self.name}: vLLM returned no output for a request of {len(token_ids)} tokens"
-            )
+            raise EngineFailed(f"{self.name}: vLLM gave no output for a request of {len(token_ids)} tokens")
         if images:
             vllm_images.require_same(token_ids, outputs[-1].prompt_token_ids, images)
         return outputs[-1]

@@ -71,6 +71,7 @@ _DECIDED: dict[str, str] = {
     "enable_elastic_ep elastic_ep_max_dp_size enable_fault_tolerance fault_tolerance_config "
     "ray_workers_use_nsight": _PLACED,
     "weight_transfer_config": "use weights.transfer",
+    "enable_sleep_mode": "an engine sleeps where a learner shares its GPU in turns; use cluster.colocate",
     "worker_cls worker_extension_cls": "Manta's own receives and proves new weights in vLLM's workers",
     "generation_config override_generation_config logits_processors watermark_config return_sampling_mask": _SAMPLED,
     "logprobs_mode max_logprobs": "stored logprobs are those of the distribution that tokens are sampled from",

@@ -137,6 +137,7 @@ class VllmSettings(BaseModel):
             concurrent_requests=self.max_num_seqs,
             transfers=("object_store", "nccl", "ipc"),
             half_adapters=True,
+            sleeps="on_gpus",
         )
 
     def require_here(self) -> None:
@@ -183,12 +184,13 @@ def start_llm(
     sees: bool = False,
     trusted: bool = False,
     routing: bool = False,
+    sleeps: bool = False,
 ) -> Any:
     """Start vLLM's processes, after `prepare_process`, and return its AsyncLLM.
 
     adapters: room for as many at once, of their ranks and layers. sees: the model has vision, and vLLM's processor of
     pictures needs the tokenizer. trusted: code that comes with the model may be executed. routing: requests return the
-    experts of tokens.
+    experts of tokens. sleeps: its memory can be unmapped and mapped again, which vLLM does on GPUs alone.
     """
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -221,6 +223,7 @@ def start_llm(
         "weight_transfer_config": WeightTransferConfig(backend="manta"),
         "worker_extension_cls": "rollout.engines.vllm_weights.WorkerExtension",
         "disable_log_stats": True,
+        "enable_sleep_mode": sleeps,
         "logits_processors": _logits_processors(model, trusted),
         "enable_return_routed_experts": routing and on_gpu,
     }

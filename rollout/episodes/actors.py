@@ -14,7 +14,7 @@ import ray._private.worker
 
 from rollout.buffer.actors import RemoteReplayBuffer
 from rollout.buffer.replay_store import EpisodeRow
-from rollout.engines.engine import NativeTransfer
+from rollout.engines.engine import NativeTransfer, SleepLevel, sleeping
 from rollout.episodes.evaluation import EvaluationPlan, as_groups, evaluation_row
 from rollout.episodes.loop_watch import LoopWatch
 from rollout.episodes.worker import RolloutWorker
@@ -112,6 +112,10 @@ class RolloutActor:
             return await worker.sync(await asyncio.to_thread(self._held.receive, update))
         finally:
             self._held.loaded()
+
+    async def sleep(self, level: SleepLevel) -> None:
+        """Have the engine give up its memory until the next `sync`."""
+        await sleeping(self._started().engine).sleep(level)
 
     # A sync in steps, for vLLM's native transfers: `NativePublisher` drives them.
 

@@ -103,13 +103,13 @@ def _stop(ring: Any, after: int) -> None:
     step, done = ring.step, 0
 
     async def step_or_stop(
-        number: int, before_publish: Awaitable[object] | None = None, ahead: bool = False
+        number: int, before_publish: Awaitable[object] | None = None, saves: bool = False
     ) -> Row:
         nonlocal done
         if done == after:
             raise Stopped
         done += 1
-        row: Row = await step(number, before_publish, ahead)
+        row: Row = await step(number, before_publish, saves)
         return row
 
     ring.step = step_or_stop

@@ -90,10 +90,10 @@ def test_what_two_ranks_began_one_ends(tmp_path: Path) -> None:
         ring = _ring(config, folder, engine)
         step = ring.step
 
-        async def looked_at(number: int, before_publish: Any = None, ahead: bool = False) -> Any:
+        async def looked_at(number: int, before_publish: Any = None, saves: bool = False) -> Any:
             pids = [part["pid"] for part in ring.roster() if "learner" in part["part"]]
             started_with.append([Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in pids])
-            return await step(number, before_publish, ahead)
+            return await step(number, before_publish, saves)
 
         ring.step = looked_at
         return ring
@@ -126,13 +126,13 @@ def test_a_rank_that_is_lost_takes_the_others_back_to_the_checkpoint(tmp_path: P
 
         ring._start_learner = started
 
-        async def struck(number: int, before_publish: Any = None, ahead: bool = False) -> Any:
+        async def struck(number: int, before_publish: Any = None, saves: bool = False) -> Any:
             pids = {part["part"]: part["pid"] for part in ring.roster() if "learner" in part["part"]}
             if len(seen) in hits:
                 await ring.landed()  # a checkpoint on its way would be none
                 os.kill(pids["learner-1"], hits[len(seen)])
             seen.append((number, pids))
-            return await step(number, before_publish, ahead)
+            return await step(number, before_publish, saves)
 
         ring.step = struck
         return ring

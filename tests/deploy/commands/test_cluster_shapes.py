@@ -31,6 +31,11 @@ SHAPES: list[tuple[str, Qwen3, list[str]]] = [
         [*PAIRS, "rollout.workers=2", "learner.model.lora.rank=32"],
     ),
     ("Qwen3-32B, one node: 4 ranks, 2 engines of 2 GPUs", QWEN3_32B, [*PAIRS, "rollout.workers=2"]),
+    (
+        "Qwen3-32B, one node: the same, moments in host memory",
+        QWEN3_32B,
+        [*PAIRS, "rollout.workers=2", "learner.optim.offload=true"],
+    ),
     ("Qwen3-32B, four nodes: 16 ranks, 8 engines of 2 GPUs", QWEN3_32B, [*PAIRS, "learner.ranks=16"]),
     ("Qwen3-30B-A3B, four nodes: 16 ranks, 8 engines of 2 GPUs", QWEN3_30B_A3B, [*PAIRS, "learner.ranks=16"]),
     (
