@@ -19,6 +19,13 @@ STEP = MetricGroup(
         ),
         Metric("publish_s", "s", "Time from the trained version to its proof by every engine; 0 in a replay"),
         Metric(
+            "onload_s",
+            "s",
+            "Time in which engines fall asleep and the learner's state returns to the device; the way back is part of "
+            "`publish_s`",
+            "engines and learner take turns (`cluster.colocate`)",
+        ),
+        Metric(
             "workers",
             "rollout workers",
             "Rollout workers that serve",

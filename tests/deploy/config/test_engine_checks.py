@@ -15,6 +15,7 @@ from tests.deploy.small_run import configured
 from tests.qwen3 import QWEN3_8B, QWEN3_30B_A3B
 
 IPC = ("weights.transfer=ipc", "rollout.gpus_per_worker=0.5", "learner.model.device=cuda")
+TURNS = ("cluster.colocate=turns", "rollout.gpus_per_worker=1", "learner.model.device=cuda")
 EXPERTS = (
     "tiny=",
     "learner.model.path=mixture",
@@ -44,6 +45,19 @@ EXPERTS = (
         (["engine.dtype=float32", "engine.args.kv_cache_dtype=fp8"], "use engine.dtype='bfloat16'"),
         (IPC, "set engine.kv_cache_gib"),
         (["engine.tensor_parallel_size=4"], "does not divide the model's 2 attention heads"),
+        ([*TURNS, "buffer.max_lag=1"], "buffer.max_lag=1; use buffer.max_lag=0"),
+        ([*TURNS, "weights.transfer=nccl"], "sends its live parameters; use 'object_store'"),
+        ([*TURNS, "league.keep=2", "policies.one={}", "policies.two={}"], "meets no past versions"),
+        (["cluster.colocate=turns"], "vLLM's sleep mode unmaps memory of CUDA, and does nothing on a CPU"),
+        ([*TURNS, "rollout.gpus_per_worker=0.5"], "one whole GPU each, but rollout.gpus_per_worker=0.5"),
+        (
+            [*TURNS, "rollout.gpus_per_worker=2", "engine.tensor_parallel_size=2"],
+            "one whole GPU each, but rollout.gpus_per_worker=2",
+        ),
+        ([*TURNS, "learner.model.device=cpu"], "learner.model.device='cpu' and rollout.gpus_per_worker=1"),
+        ([*TURNS, "learner.ranks=2"], "learner.ranks=2 exceeds rollout.workers=1"),
+        ([*TURNS, "engine={kind='own:engine'}"], "engine.kind='own:engine' is not"),
+        (["engine.args.enable_sleep_mode=true"], "use cluster.colocate"),
     ],
 )  # fmt: skip
 def test_contradictions_of_engines_are_refused(overrides: list[str], named: str) -> None:
