@@ -1,10 +1,11 @@
-"""A ring of Ray, vLLM and the learner that share one GPU, for each way to send weights.
+"""A ring of Ray, vLLM and the learner that share one GPU, for each way to share it.
 
     python -m tests.bench.gpu_ring [--tiny]
 
-Four steps of `smollm2_sums`, where `make llm` has been run, else of `frozen_lake`. `ipc` hands the engine's process the
-learner's memory, `object_store` goes through the host. `--tiny` is a rehearsal on a CPU: `frozen_lake`, by the object
-store alone. Prints JSON: figures of the last step.
+Four steps of `smollm2_sums`, where `make llm` has been run, else of `frozen_lake`. `ipc`: side by side; the learner
+hands the engine's process its memory. `turns`: one holds the memory at a time; weights go through the host. `--tiny` is a
+rehearsal on a CPU: `frozen_lake`, with the object store, and in turns with the transformers engine. Prints JSON:
+figures of the last step.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from tests.smollm2 import FOLDER
 
 STEPS = 4
 FIGURES = ("step_s", "publish_s", "sync_stall_ms", "behavior_gap", "probe_difference")
-ON_GPU = [
-    "learner.model.device=cuda",
-    "rollout.gpus_per_worker=0.5",
-    "engine.memory_fraction=0.4",
-]
+TURNS = ["cluster.colocate=turns", "buffer.max_lag=0"]
+ON_GPU = {
+    "ipc": ["rollout.gpus_per_worker=0.5", "engine.memory_fraction=0.4", "weights.transfer=ipc"],
+    "turns": [*TURNS, "rollout.gpus_per_worker=1", "engine.memory_fraction=0.8"],
+}
+ON_CPU = {
+    "object_store": [],
+    "turns": [*TURNS, "engine={kind='transformers'}", "buffer.groups_per_step=4", "rollout.group_size=4"],
+}
 
 
 def ring(recipe: str, run: Path, overrides: list[str]) -> dict[str, Any]:
@@ -41,12 +46,12 @@ def ring(recipe: str, run: Path, overrides: list[str]) -> dict[str, Any]:
 def main(tiny: bool) -> dict[str, Any]:
     """The figures of each way."""
     real = not tiny and (FOLDER / "config.json").is_file()
-    ways = ["object_store"] if tiny else ["object_store", "ipc"]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
-        for way in ways:
-            on_gpu = [] if tiny else [*ON_GPU, f"weights.transfer={way}"]
-            figures = ring("smollm2_sums" if real else "frozen_lake", Path(name) / way, on_gpu)
+        for way, overrides in (ON_CPU if tiny else ON_GPU).items():
+            device = [] if tiny else ["learner.model.device=cuda"]
+            recipe = "smollm2_sums" if real else "frozen_lake"
+            figures = ring(recipe, Path(name) / way, [*device, *overrides])
             found |= {f"{way}_{figure}": value for figure, value in figures.items()}
     return found
 
