@@ -3,8 +3,8 @@
     python -m tests.bench.gpu_ring [--tiny]
 
 Four steps of `smollm2_sums`, where `make llm` has been run, else of `frozen_lake`. `ipc`: side by side; the learner
-hands the engine's process its memory. `turns`: one holds the memory at a time; weights go through the host. `--tiny` is a
-rehearsal on a CPU: `frozen_lake`, with the object store, and in turns with the transformers engine. Prints JSON:
+hands the engine's process its memory. `turns`: one holds the memory at a time; weights go through the host. `--tiny`
+is a rehearsal on a CPU: `frozen_lake`, with the object store, and in turns with the transformers engine. Prints JSON:
 figures of the last step.
 """
 
