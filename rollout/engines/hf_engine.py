@@ -196,14 +196,13 @@ class HfEngine:
             storage.resize_(0)
         self._asleep = True
 
-    @torch.no_grad()
     async def wake(self) -> None:
         """Allocate the parameters' memory again: what it holds is undefined, or what it was before level 1."""
         for parameter in self._model.parameters():
             storage = parameter.untyped_storage()
             storage.resize_(max(storage.nbytes(), parameter.nbytes))
         for parameter, kept in zip(self._model.parameters() if self._kept else (), self._kept, strict=True):
-            parameter.copy_(kept)
+            parameter.detach().copy_(kept)
         self._kept = []
 
     @property

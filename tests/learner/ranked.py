@@ -22,6 +22,7 @@ from learner.parallel.shards import gathered
 from learner.settings import LearnerSettings, ModelSettings
 from learner.stages.settings import AnyStage, SftSettings
 from learner.training.checkpoint import newest
+from learner.training.device_state import DeviceState
 from learner.training.learner import Learner
 from learner.training.publish import take_snapshot
 from rollout.wire.schema import as_reused, decode, encode
@@ -158,6 +159,26 @@ def resumed(ranks: Ranks, tiny: Path, recipe: dict[str, Any], run: Path, model: 
         "bytes": sum(array.nbytes for array in snapshot.arrays),
         "metrics": metrics,
     }
+
+
+def parted(ranks: Ranks, tiny: Path, recipe: dict[str, Any], model: dict[str, Any], away: bool) -> Found:
+    """What two steps and a snapshot leave; away: the state went to host memory and came back before each of them."""
+    made = built(ranks, tiny, recipe, **model)
+    state, moved = DeviceState(made), []
+
+    def leave() -> None:
+        if away:
+            held = state.device_bytes
+            moved.append(held > 0 and state.offload() == held and state.device_bytes == 0)
+            moved.append(state.onload() == held == state.device_bytes)
+
+    for step in range(2):
+        leave()
+        metrics = made.step(own(ranks, groups_of(step)))
+    leave()
+    snapshot = take_snapshot(made.policy, made.version, "bfloat16")
+    found = {"metrics": metrics, "parameters": plain(made.policy.parameters()), "moved": all(moved)}
+    return found | {"manifest": snapshot.manifest}
 
 
 def staged(ranks: Ranks, tiny: Path, run: Path, stage: AnyStage) -> Found:

@@ -21,6 +21,7 @@ from tests.learner.ranked import (
     Found,
     beyond_floats,
     divided,
+    parted,
     refused,
     resumed,
     saved,
@@ -214,6 +215,28 @@ def test_moments_in_host_memory_change_neither_numbers_nor_files(
     swapped = zip(cases, reversed(cases), strict=True)
     one, other = (together(size, resumed, tiny, of, run, model)[0] for (_, of, model), (run, *_) in swapped)
     assert one["metrics"] == other["metrics"]
+
+
+KL: dict[str, Any] = {"kl": {"coefficient": 0.3}, "skip_zero_advantage": False}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    ("recipe", "model"),
+    [
+        (CRITIC | KL | {"distill": {"coefficient": 0.5}}, {"dtype": "bfloat16"}),
+        (TURNS, {"offload": True}),
+        (SHARED | KL, MERGED),
+    ],
+)
+def test_a_state_that_was_away_goes_on_as_one_that_stayed(
+    size: int, recipe: dict[str, Any], model: dict[str, Any], tiny: Path
+) -> None:
+    stayed, *_ = together(size, parted, tiny, recipe, model, False)
+    went, *others = together(size, parted, tiny, recipe, model, True)
+    assert all(each["moved"] for each in (went, *others))
+    _same(went["parameters"], stayed["parameters"])
+    assert (went["metrics"], went["manifest"]) == (stayed["metrics"], stayed["manifest"])
 
 
 ILQL = IlqlSettings(

@@ -15,7 +15,7 @@ from learner.model.policy import Policy
 from learner.model.tiny import build_tiny
 from learner.settings import LoraSettings, ModelSettings
 from learner.training.publish import take_snapshot
-from rollout.engines.engine import Completion, EngineFailed, Sampling
+from rollout.engines.engine import Completion, EngineFailed, Sampling, SleepLevel
 from rollout.engines.hf_engine import HfEngine, _nucleus
 from rollout.wire.weights import WeightMismatch, WeightUpdate, inline
 
@@ -120,6 +120,33 @@ def test_an_adapter_alone_makes_the_engine_the_learner_version_after_version(rig
     with pytest.raises(WeightMismatch, match=r"layers\.7"):
         asyncio.run(rig.engine.sync(WeightUpdate(elsewhere, update.handle)))
     assert rig.engine.version == 2
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_engine_that_slept_samples_what_it_would_have(rig: Rig, level: SleepLevel) -> None:
+    wanted = Sampling(max_tokens=12, seed=8)
+
+    async def run() -> None:
+        if level == 1:  # the next version is an adapter for weights that are kept
+            lora = LoraSettings(rank=2, targets=("k_proj", "down_proj"), sync="adapter")
+            rig.policy = Policy(rig.policy.settings.model_copy(update={"lora": lora}))
+        await rig.engine.sync(rig.published(1))
+        rig.perturb()
+        update = rig.published(2)
+        await rig.engine.sync(update)
+        stayed, held = await rig.engine.generate(PROMPT, wanted), rig.engine.weight_bytes
+        await rig.engine.sleep(level)
+        await rig.engine.sleep(level)  # asked again, it sleeps on
+        assert rig.engine.weight_bytes == 0 < held
+        with pytest.raises(EngineFailed, match=r"^hf sleeps: "):
+            await rig.engine.generate(PROMPT, wanted)
+        await rig.engine.sync(update)
+        assert rig.engine.weight_bytes == held
+        slept = await rig.engine.generate(PROMPT, wanted)
+        assert slept.token_ids.tolist() == stayed.token_ids.tolist()
+        assert slept.logprobs.tolist() == stayed.logprobs.tolist() and set(slept.versions) == {2}
+
+    asyncio.run(run())
 
 
 def test_a_sync_between_two_tokens_shows_in_the_versions(rig: Rig) -> None:
