@@ -155,9 +155,8 @@ class RayRuntime:
     async def _of_buffer(self, method: str, *arguments: Any, limit: float | None = None, **named: Any) -> Any:
         """What a method of the replay buffer answers."""
         assert self._buffer is not None
-        return await self._buffer.within(
-            getattr(self._buffer.handle, method).remote(*arguments, **named), limit
-        )
+        answer = getattr(self._buffer.handle, method).remote(*arguments, **named)
+        return await self._buffer.within(answer, limit)
 
     async def _start_learner(self, load: bool) -> int:
         config = self._config
@@ -219,10 +218,8 @@ class RayRuntime:
 
     async def advance_stage(self, steps: int) -> list[Row]:
         limit = steps * self._config.cluster.step_timeout_seconds
-        rows: list[Row] = await self._within(
-            "steps of a stage", self._lead.advance_stage.remote(steps), limit
-        )
-        return rows
+        made = self._lead.advance_stage.remote(steps)
+        return list(await self._within("steps of a stage", made, limit))
 
     async def publish(self, saves: bool = False, then: int | None = None) -> Row:
         """Every serving member holds the learner's version, or is lost; the first time every wanted member serves.
@@ -236,7 +233,7 @@ class RayRuntime:
             await self._turns.learner()
             if saves:
                 copy = partial(self._lead.copy.remote, self.run_folder)
-                await self._of_learner("the checkpoint's copy", copy, self._limits.save)
+                await self._of_learner("the learner (copy)", copy, self._limits.save)
         async with self._offers.borrowed() as update:
             if self._turns is not None:
                 await self._turns.engines()
@@ -259,8 +256,8 @@ class RayRuntime:
         return list(await self._of_learner("the weight sync", send, limit))
 
     async def evaluate(self, tasks: Sequence[Task], name: str, plan: EvaluationPlan) -> list[EpisodeRow]:
-        limit = self._config.evaluation.timeout_seconds
-        return await within(limit, self._fleet.evaluate(tasks, name, plan), f"evaluation {name!r}")
+        rows, limit = self._fleet.evaluate(tasks, name, plan), self._config.evaluation.timeout_seconds
+        return await within(limit, rows, f"evaluation {name!r}")
 
     def begin_rollouts(self) -> None:
         self._fleet.play()

@@ -132,17 +132,9 @@ class VllmEngine:
         names = checkpoint_names(model, trusted)
         require_layers(name, model, names, specs, learned=adapter is not None)
         with ending_with_us(forked):
-            llm = start_llm(
-                model,
-                context_tokens,
-                settings,
-                on_gpu,
-                specs,
-                perception is not None,
-                trusted,
-                routing,
-                sleeps,
-            )
+            sees = perception is not None
+            words = on_gpu, specs, sees, trusted, routing, sleeps
+            llm = start_llm(model, context_tokens, settings, *words)
         core = CoreProcess(name, *llm.engine_core.resources.engine_manager.processes)
         names = adapter.names if adapter else names
         engine = cls(llm, core, name, stop_token_ids, names, settings, perception)
