@@ -188,10 +188,10 @@ def start_llm(
 ) -> Any:
     """Start vLLM's processes, after `prepare_process`, and return its AsyncLLM.
 
-    adapters: room for as many at once, of their ranks and layers. sees: the model has vision, and vLLM's processor of
-    pictures needs the tokenizer. trusted: code that comes with the model may be executed. routing: requests return the
-    experts of tokens. sleeps: its memory can be unmapped and mapped again, which vLLM does on GPUs alone.
-    """
+            adapters: room for as many at once, of their ranks and layers. sees: the model has vision, and vLLM's processor of
+        pictures needs the tokenizer. trusted: code that comes with the model may be executed. routing: requests return the
+        experts of tokens. sleeps: its memory can be unmapped and mapped again, which vLLM does on GPUs alone.
+        """
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
@@ -199,9 +199,8 @@ def start_llm(
 
     from rollout.engines import vllm_adapter
 
-    memory: dict[str, Any] = (
-        {"gpu_memory_utilization": settings.memory_fraction} if on_gpu else {"block_size": _CPU_BLOCK_TOKENS}
-    )
+    share, block = {"gpu_memory_utilization": settings.memory_fraction}, {"block_size": _CPU_BLOCK_TOKENS}
+    memory: dict[str, Any] = {**(share if on_gpu else block)}
     if cache_bytes := settings.kv_cache_bytes(on_gpu):
         memory["kv_cache_memory_bytes"] = cache_bytes
     ours: dict[str, Any] = {
