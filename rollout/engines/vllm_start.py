@@ -199,10 +199,6 @@ def start_llm(
 
     from rollout.engines import vllm_adapter
 
-    share, block = {"gpu_memory_utilization": settings.memory_fraction}, {"block_size": _CPU_BLOCK_TOKENS}
-    memory: dict[str, Any] = {**(share if on_gpu else block)}
-    if cache_bytes := settings.kv_cache_bytes(on_gpu):
-        memory["kv_cache_memory_bytes"] = cache_bytes
     ours: dict[str, Any] = {
         "model": model,
         "trust_remote_code": trusted,
@@ -227,13 +223,21 @@ def start_llm(
         "enable_return_routed_experts": routing and on_gpu,
     }
     low_rank = vllm_adapter.arguments(adapters) if adapters else {}
-    arguments = AsyncEngineArgs(**(ours | memory | low_rank | as_vllm_takes(settings.args)))
+    arguments = AsyncEngineArgs(
+        **(ours | _memory(settings, on_gpu) | low_rank | as_vllm_takes(settings.args))
+    )
     if on_gpu or not routing:
         return AsyncLLM.from_engine_args(arguments)
     # Asked for here, as vLLM refuses it for its model runner on CPUs, which vllm_routing_cpu.py extends.
     config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
     config.aux_output_config.enable_return_routed_experts = True
     return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+
+
+def _memory(settings: VllmSettings, on_gpu: bool) -> dict[str, Any]:
+    share, block = {"gpu_memory_utilization": settings.memory_fraction}, {"block_size": _CPU_BLOCK_TOKENS}
+    cache_bytes = settings.kv_cache_bytes(on_gpu)
+    return {**(share if on_gpu else block), **({"kv_cache_memory_bytes": cache_bytes} if cache_bytes else {})}
 
 
 def as_vllm_takes(args: Mapping[str, Any]) -> dict[str, Any]:
