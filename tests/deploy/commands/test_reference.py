@@ -177,7 +177,8 @@ def test_every_metric_that_a_run_writes_is_in_the_page_and_every_one_of_the_page
     train(with_critic, tmp_path / "critic")
     train(with_tools, tmp_path / "tools", _talker)
     taught = f"learner.algorithm.distill={{teacher={str(tmp_path / 'critic')!r}}}"
-    train(configured("steps=1", "evaluation.tasks=0", taught), tmp_path / "taught")
+    shared = ("cluster.colocate=turns", "engine.kind=transformers")
+    train(configured("steps=1", "evaluation.tasks=0", taught, *shared), tmp_path / "taught")
     of_turns = ("advantage={kind='turns'}", "critic={kind='turns'}")
     turns = [f"learner.algorithm.{section}" for section in of_turns]
     train(configured("steps=1", "evaluation.tasks=0", *turns), tmp_path / "turns")
