@@ -287,9 +287,8 @@ class RayRuntime:
         return dict(await self._of_learner("the learner's step", train, limit))
 
     async def _move(self, verb: str) -> None:
-        await self._of_learner(
-            f"the learner ({verb})", getattr(self._lead, verb).remote, self._limits.publish
-        )
+        call = getattr(self._lead, verb).remote
+        await self._of_learner(f"the learner ({verb})", call, self._limits.publish)
 
     async def recover(self, loss: LearnerLost) -> int:
         self._steps.forget()

@@ -85,8 +85,6 @@ class Fleet:
         self._round = 0
         self._retired: Counter[str] = Counter()  # counters of members that have ended
 
-    # Size ---------------------------------------------------------------------------------------------------------
-
     @property
     def playing(self) -> bool:
         return self._playing
@@ -115,8 +113,6 @@ class Fleet:
             | ({} if s.where is None else asdict(s.where))
             for _, s in sorted(self._entries.items())
         ]
-
-    # Work ---------------------------------------------------------------------------------------------------------
 
     async def publish(self, update: WeightUpdate) -> list[SyncReport]:
         """Sync every serving member to `update`, or lose it. WeightMismatch stops the run."""
@@ -213,8 +209,6 @@ class Fleet:
         if self.failed.done() and not self.failed.cancelled():
             self.failed.exception()  # retrieved: it was raised in every wait
         self.failed.cancel()
-
-    # One index ----------------------------------------------------------------------------------------------------
 
     async def _keep(self, index: int) -> None:
         for life in itertools.count():

@@ -188,10 +188,10 @@ def start_llm(
 ) -> Any:
     """Start vLLM's processes, after `prepare_process`, and return its AsyncLLM.
 
-            adapters: room for as many at once, of their ranks and layers. sees: the model has vision, and vLLM's processor of
-        pictures needs the tokenizer. trusted: code that comes with the model may be executed. routing: requests return the
-        experts of tokens. sleeps: its memory can be unmapped and mapped again, which vLLM does on GPUs alone.
-        """
+    adapters: room for as many at once, of their ranks and layers. sees: the model has vision, and vLLM's processor of
+    pictures needs the tokenizer. trusted: code that comes with the model may be executed. routing: requests return the
+    experts of tokens. sleeps: its memory can be unmapped and mapped again, which vLLM does on GPUs alone.
+    """
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
