@@ -66,7 +66,13 @@ def _routing(config: RunConfig) -> None:
     if not engine.placement.tells_routing:
         raise ValueError(
             f"engine.kind={engine.kind!r} does not say which experts it chose, which learner.model.router_replay=true "
-            "replays; use transformers"
+            "replays; use vllm or transformers"
+        )
+    if isinstance(engine, VllmSettings) and engine.pipeline_parallel_size > 1:
+        raise ValueError(
+            "vLLM does not say which experts it chose in engine.pipeline_parallel_size="
+            f"{engine.pipeline_parallel_size} parts, which learner.model.router_replay=true replays; use 1 and "
+            "engine.tensor_parallel_size"
         )
 
 

@@ -136,6 +136,7 @@ class VllmSettings(BaseModel):
             maps_weights=True,  # its processes are separate
             concurrent_requests=self.max_num_seqs,
             transfers=("object_store", "nccl", "ipc"),
+            tells_routing=True,
             half_adapters=True,
             sleeps="on_gpus",
         )

@@ -140,8 +140,7 @@ def test_how_much_coarser_an_engine_rounds_is_two_to_the_bits_of_precision_that_
     ("option", "value", "off"), [("router_balance", "0.001", "0"), ("router_replay", "true", "false")]
 )
 def test_what_is_done_with_routers_needs_routers(option: str, value: str, off: str) -> None:
-    mixture = ("tiny=", "learner.model.path=mixture", "engine.kind=transformers")
-    config = configured(*mixture, f"learner.model.{option}={value}")
+    config = configured("tiny=", "learner.model.path=mixture", f"learner.model.{option}={value}")
     check_architecture(config, AutoConfig.for_model(**QWEN3_30B_A3B.config()))
     with pytest.raises(ConfigError, match=rf"has no routers of experts.*{option}={off}$"):
         check_architecture(config, AutoConfig.for_model(**QWEN3_8B.config()))
@@ -155,7 +154,10 @@ def test_what_is_done_with_routers_needs_routers(option: str, value: str, off: s
             ["tiny=", "engine.kind=mine:Engine"],
             "engine.kind='mine:Engine' does not say which experts it chose",
         ),
-        (["tiny="], "engine.kind='vllm' does not say which experts it chose"),
+        (
+            ["tiny=", "engine.pipeline_parallel_size=2", "rollout.gpus_per_worker=2"],
+            "vLLM does not say which experts it chose in engine.pipeline_parallel_size=2 parts",
+        ),
     ],
 )
 def test_routing_is_replayed_of_engines_that_say_it(changes: list[str], message: str) -> None:
