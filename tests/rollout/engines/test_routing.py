@@ -31,7 +31,7 @@ from tests.families import build_family
 CONTEXT, LAYERS, CHOSEN = 192, 3, 3
 # Prompts longer than a step are computed in parts.
 VLLM = VllmSettings(
-    dtype="float32", kv_cache_gib=0.25, max_num_seqs=4, args={"max_num_batched_tokens": 48, "block_size": 16}
+    dtype="float32", kv_cache_gib=0.25, max_num_seqs=4, args={"max_num_batched_tokens": 48, "block_size": 32}
 )
 ENGINES = [
     pytest.param(TransformersSettings(), id="transformers"),
