@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from math import inf
 
 import torch
 from torch import Tensor
@@ -55,6 +56,11 @@ class Ilql:
                 "a stage of kind 'ilql' learns values of one player; an episode of self-play has two"
             )
         steps = settings.steps(len(self._examples))
+        if settings.warmup_steps >= steps:
+            raise BatchRefused(
+                f"warmup_steps={settings.warmup_steps} leaves the policy none of the stage's steps, which are {steps}; "
+                "lower it, or raise epochs"
+            )
         self._make_heads()
         self._optimizer = learner.optimizer(settings.optim, steps)
         self._value_optimizer = learner.optimizer(settings.value_optim, steps, of=[self._q, self._v])
@@ -64,6 +70,7 @@ class Ilql:
     def advance(self, step: int) -> Row:
         """One optimizer step on the next `episodes_per_step` episodes of the epoch; its last step may have fewer."""
         examples = self._epochs.chosen(step, self._examples)
+        self._imitates = step < self._settings.warmup_steps
         self._set_targets(self._learner.share(examples))
         row = self._optimizer.step(examples, self._loss, beside={"value": self._value_optimizer})
         if not row["skipped_step"]:
@@ -100,7 +107,8 @@ class Ilql:
         expectile_N = expectile_loss(slow_N - v_N, settings.expectile)
         cql_N = conservative_loss(q_logprobs_2N).sum(0)
         advantages_N = slow_N - v_N.detach()
-        weights_N = advantage_weights(advantages_N, settings.temperature, settings.weight_limit)
+        temperature = inf if self._imitates else settings.temperature
+        weights_N = advantage_weights(advantages_N, temperature, settings.weight_limit)
         policy_N = advantage_weighted_loss(logprobs_N, weights_N)
         values_N = td_N + expectile_N + settings.cql * cql_N
         statistics = {

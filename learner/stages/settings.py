@@ -189,6 +189,12 @@ class IlqlSettings(EpisodeSettings, extra="forbid", frozen=True):
         description="of the policy's weights exp(advantage / temperature), in units of the reward; smaller: greedier",
     )
     weight_limit: float = Field(default=20.0, ge=1, description="largest of these weights")
+    warmup_steps: int = Field(
+        default=0,
+        ge=0,
+        description="first steps, in which values are learned and the policy imitates all tokens alike: weights of "
+        "values that are not yet learned teach noise",
+    )
 
     def head_parameters(self, width: int, vocabulary: int) -> tuple[int, int]:
         """Parameters of the two action values and of the state value, on hidden states of this width."""

@@ -4,8 +4,8 @@
 
 The task is the household's third level: commands in several rooms. A tiny model has imitated a scripted player that
 errs 30% of the time, and goes on from there by the recipe's own GRPO, and by the preset `archer`. A step plays 16
-groups of 8 episodes, sampled by plain transformers; those that ArCHer plays while its policy waits for the critic count
-as well. Needs neither Ray nor vLLM; what is there already is not run again. Prints Markdown.
+groups of 8 episodes, sampled by vLLM; those that ArCHer plays while its policy waits for the critic count
+as well. Needs no Ray; what is there already is not run again. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ DEMONSTRATIONS, ERROR_RATE, GROUPS, SIBLINGS = 4096, 0.3, 16, 8
 ENOUGH = 0.8
 TASK = {"level": 3, "max_turns": 16, "split": "train", "instructions": False}
 PLAYED: dict[str, Any] = {
-    "engine": {"kind": "transformers"},
     "env.options": TASK,
     "evaluation.tasks": 256,
     "evaluation.options": {"split": "heldout"},

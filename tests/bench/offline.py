@@ -5,10 +5,10 @@
 frozen_lake, household   the episodes are those of the task's scripted player, which errs 60% of the time
 stitching                a row of doors that no episode has crossed from end to end (tests/deploy/run/locks.py)
 
-For one seed all methods have the same episodes, and each makes about as many optimizer steps: values are learned by a
-model that has imitated first, since weights of values that are not yet learned teach noise. Held-out tasks are played
-by the plain transformers engine, sampled and greedily. Needs neither Ray nor vLLM; what is there already is not run
-again. Prints Markdown.
+For one seed all methods have the same episodes. Imitation of all and of the successful makes as many optimizer steps;
+values are learned longer, by a model that has imitated first, and move the policy in the last third of their steps:
+what a reward says is learned later than a move. Held-out tasks are played by the plain transformers engine, sampled and
+greedily. Needs neither Ray nor vLLM; what is there already is not run again. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from deploy.report.statistics import wilson_interval
 from tests.bench.runs import exported, run_here
 from tests.deploy.run.test_ilql_runs import ILQL, IMITATED, doors
 
-EPISODES, ERROR_RATE, PER_STEP = 4096, 0.6, 16
-EPOCHS, FIRST = 5, 2  # passes over the episodes; those of them that imitate before values are learned
+EPISODES, ERROR_RATE, PER_STEP = 2048, 0.6, 16
+EPOCHS = 5  # passes of imitation over all episodes
+FIRST, VALUED = 2, 24  # passes that imitate before values are learned; those that learn them
 SUCCESSFUL = {
     "frozen_lake": 0.43,
     "household": 0.24,
@@ -44,8 +45,9 @@ VALUES = {
     "expectile": 0.8,
     "cql": 0.01,
     "target_rate": 0.1,
-    "temperature": 0.1,
-    "value_coefficient": 10.0,
+    "temperature": 0.05,
+    "value_coefficient": 30.0,
+    "warmup_steps": 2000,
 }
 METHODS = {"imitation": "all", "filtered": "the successful alone", "ilql": "all, by their values"}
 TASKS = (*SUCCESSFUL, "stitching")
@@ -60,7 +62,7 @@ def stage(task: str, method: str) -> dict[str, Any]:
         source["min_reward"] = 1.0
         return made | {"epochs": round(EPOCHS / SUCCESSFUL[task])}
     if method == "ilql":
-        return made | {"kind": "ilql", "epochs": EPOCHS - FIRST, "value_optim": OPTIM, **VALUES}
+        return made | {"kind": "ilql", "epochs": VALUED, "value_optim": OPTIM, **VALUES}
     return made | {"epochs": FIRST if method == "begun" else EPOCHS}
 
 

@@ -198,6 +198,39 @@ def test_the_slow_copy_goes_its_share_of_the_way(tiny: Path, stories: list[Episo
         torch.testing.assert_close(followed, 0.75 * old + 0.25 * online.detach())
 
 
+def test_the_policy_imitates_all_tokens_alike_until_the_warmup_ends_and_values_are_learned_meanwhile(
+    tiny: Path, plain: PreTrainedModel, stories: list[Episode]
+) -> None:
+    groups = [group([story], place) for place, story in enumerate(stories)]
+    with float64():
+        learner = _learner(tiny, warmup_steps=1, epochs=2, target_rate=1e-12)
+        learner.begin_stage(0, groups)
+        q, slow, v = _modules(learner)
+        _shaken(q, slow, v)
+        model = with_weights(plain, learner.policy.model.state_dict())
+        copies = Plain(model, q, slow, v, detach=False)
+        # A copy's losses with the weights undone are -log pi, the loss of imitation.
+        losses = [policy for story in stories for policy, _ in copies.losses(story)]
+        told = torch.stack(
+            [loss / weight for loss, weight in zip(losses, copies.weights, strict=True)]
+        ).mean()
+        told.backward()
+        warm, after = learner.advance_stage(2)
+    assert warm["policy_loss"] == pytest.approx(told.item(), abs=1e-6)
+    assert (warm["policy_weight"], warm["effective_samples"]) == (1.0, 1.0)
+    weight = sum(copies.weights) / len(copies.weights)
+    assert after["policy_weight"] == pytest.approx(weight, abs=1e-6) and abs(weight - 1) > 1e-2
+    assert warm["td_loss"] > 0 and warm["value_grad_norm"] >= 0
+
+
+def test_a_warmup_as_long_as_the_stage_is_refused(tiny: Path, stories: list[Episode]) -> None:
+    learner = _learner(tiny, warmup_steps=1)
+    with pytest.raises(
+        BatchRefused, match="warmup_steps=1 leaves the policy none of the stage's steps, which are 1"
+    ):
+        learner.begin_stage(0, [group([story], place) for place, story in enumerate(stories)])
+
+
 def test_a_game_of_two_sides_is_refused(tiny: Path, stories: list[Episode]) -> None:
     game = group([stories[0]], 0)
     (episode,) = game.trajectories
