@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +68,16 @@ class League:
         name: str,
         replay_buffer: GroupBuffer,
     ) -> RolloutWorker:
-        """A rollout worker of the policy `config` is of, with its opponents; see `build_worker`."""
+        """A rollout worker of the policy `config` is of, with engines of its opponents; see `build_worker`."""
         opponents = self.opponents(config.policy, engine_factory, name)
-        return await build_worker(config, path, engine_factory, name, replay_buffer, opponents)
+        worker = await build_worker(config, path, engine_factory, name, replay_buffer, opponents)
+        async with AsyncExitStack() as unfinished:
+            unfinished.push_async_callback(worker.engine.close)
+            unfinished.push_async_callback(worker.close)
+            if opponents is not None:
+                await opponents.begin(opponents_of(config))
+            unfinished.pop_all()
+        return worker
 
     def opponents(self, policy: str, engine_factory: EngineFactory, worker: str) -> Opponents | None:
         """Who plays the other seats for a worker of this policy; None without a league."""

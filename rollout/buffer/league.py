@@ -74,7 +74,7 @@ class LeagueSettings(BaseModel):
     engines: int = Field(
         4,
         gt=0,
-        description="most engines of opponents that one worker holds for each policy; groups against other versions "
+        description="engines of opponents that one worker starts for each policy; groups against other versions "
         "wait for one. Each takes the memory of an engine",
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -107,7 +107,7 @@ class Opponents:
     """The opponents of one worker's episodes. All calls come from one event loop.
 
     start: starts an engine of a policy, by its name and the number of the engine. versions: what may be loaded. most:
-    engines for each policy. Groups get their opponents in the order in which they ask.
+    engines for each policy, which `begin` starts. Groups get their opponents in the order in which they ask.
     """
 
     def __init__(
@@ -123,6 +123,12 @@ class Opponents:
         self._first = asyncio.Lock()  # the caller that is served next
         self._left = asyncio.Event()
         self._uses = 0
+
+    async def begin(self, policies: Iterable[str]) -> None:
+        """Start all engines of these policies: later, while episodes wait, a start would block the event loop."""
+        for name in policies:
+            for number in range(self._most):
+                self._seats[name].append(await self._start(name, number))
 
     @asynccontextmanager
     async def playing(self, opponent: Opponent, task: Task) -> AsyncIterator[Agent]:
@@ -146,13 +152,13 @@ class Opponents:
 
     async def _seat(self, opponent: Opponent) -> Seat:
         seats = self._seats[opponent.policy]
+        if not seats:
+            raise RuntimeError(f"{opponent} is met, but no engine of {opponent.policy} was started")
         while True:
             self._left.clear()
             for seat in seats:
                 if seat.version == opponent.version:
                     return seat
-            if len(seats) < self._most:
-                seats.append(await self._start(opponent.policy, len(seats)))
             if idle := [seat for seat in seats if not seat.users]:
                 return await self._load(min(idle, key=lambda seat: seat.used), opponent)
             await self._left.wait()

@@ -87,6 +87,7 @@ async def played(league: League, member: Member, match: Match, games: int) -> Ra
     players, others = agents_of(config, engine, load_chat(path, config.rollout.context_tokens))
     opponents = league.opponents(match.own.policy, start_engine, "match")
     assert opponents is not None
+    await opponents.begin({each.policy for each in match.against})
     pool, env = EnvironmentPool(), config.environments[0]
     gate = asyncio.Semaphore(AT_ONCE)
 

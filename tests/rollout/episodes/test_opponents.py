@@ -159,6 +159,7 @@ def opponents(folder: Path, most: int) -> tuple[Opponents, list[Loading]]:
 def test_each_group_meets_its_version_on_few_engines(tmp_path: Path) -> None:
     async def play() -> None:
         everyone, engines = opponents(tmp_path, most=2)
+        await everyone.begin(["solver"])
         playing, largest = 0, 0
 
         async def group(number: int) -> None:
@@ -183,6 +184,7 @@ def test_each_group_meets_its_version_on_few_engines(tmp_path: Path) -> None:
 def test_versions_that_are_loaded_are_not_loaded_again(tmp_path: Path) -> None:
     async def play() -> list[list[int]]:
         everyone, engines = opponents(tmp_path, most=2)
+        await everyone.begin(["solver"])
         for number in (0, 1, 0, 1, 2, 1, 2):
             async with everyone.playing(Opponent("solver", number), TASK):
                 pass
@@ -193,6 +195,8 @@ def test_versions_that_are_loaded_are_not_loaded_again(tmp_path: Path) -> None:
 
 def test_an_opponent_that_is_not_what_the_slot_names_ends_the_run(tmp_path: Path) -> None:
     async def meet(slot: Slot, who: Opponents | None) -> None:
+        if who is not None:
+            await who.begin(["solver"])
         async with opposed(slot, who):
             pass
 
