@@ -35,8 +35,6 @@ from deploy.report.progress import Progress
 from deploy.run.failure_log import failures_kept_in
 from deploy.run.finished import print_outcome
 from deploy.run.interrupt import INTERRUPTED, Stopped, interruptible
-from deploy.run.local import LocalRuntime
-from deploy.run.replay import ReplayRuntime
 from deploy.run.several import train_several
 from deploy.run.state import DRIVER_LOG, Recorded
 from deploy.run.train import Training
@@ -151,9 +149,13 @@ def _require_unchanged(folder: Path, resume: bool, stored: RunConfig | None) -> 
 
 def _train(asked: Drive, local: bool, phases: Phases) -> dict[str, Any]:
     config, folder, startup = asked.config, asked.folder, asked.startup
-    make_ring: Callable[..., Runtime] = LocalRuntime
+    make_ring: Callable[..., Runtime]
     exporter: Callable[[], Tracker] | None = None
-    if not local:
+    if local:
+        from deploy.run.local import LocalRuntime
+
+        make_ring = LocalRuntime
+    else:
         from deploy.cluster.cluster import RayRuntime
         from deploy.cluster.exporter import RayMetrics
 
@@ -166,6 +168,8 @@ def _train(asked: Drive, local: bool, phases: Phases) -> dict[str, Any]:
     title = f"{config.name}  {folder}"
     with Progress(config.steps, title, asked.console, folder / DRIVER_LOG) as progress:
         if config.replay is not None:
+            from deploy.run.replay import ReplayRuntime
+
             ring: Runtime = ReplayRuntime(config, folder)
         else:
             ring = make_ring(config, folder, startup=startup, say=progress.say)

@@ -4,8 +4,9 @@
 
 The base answers in any taste: it imitates a player of `personal` that errs always, and nobody says anything. It answers
 the same questions twice for each of four people, who prefer one of the two answers, or none. Their pairs, a file each,
-train an adapter each by DPO. One engine then holds all adapters, and answers new questions of every person with each
-adapter and without one, all of it at once. What is there already is not run again. Prints Markdown. Needs vLLM.
+train an adapter each by ORPO, which imitates the better answer too: DPO on them unlearns how to answer. One engine
+then holds all adapters, and answers new questions of every person with each adapter and without one, all of it at once.
+What is there already is not run again. Prints Markdown. Needs vLLM.
 """
 
 from __future__ import annotations
@@ -143,10 +144,10 @@ def adapter_of(pairs: Path, model: Path, seed: int) -> Path:
     stage = {
         "kind": "preference",
         "source": {"kind": "dataset", "path": str(pairs)},
-        "loss": {"kind": "dpo", "beta": 0.1},
+        "loss": {"kind": "orpo", "weight": 1.0},
         "pairs_per_step": 16,
         "epochs": 8,
-        "optim": {"learning_rate": 5e-3, "schedule": "linear", "warmup_steps": 5},
+        "optim": {"learning_rate": 3e-3, "schedule": "linear", "warmup_steps": 5},
     }
     config = load_recipe(
         "personal",
