@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import pytest
@@ -101,14 +101,18 @@ def orders() -> Orders:
 @pytest.fixture
 def agent_of(chat: Chat) -> Callable[..., Agent]:
     def make(
-        engine: Engine, max_tokens: int = 8, context_tokens: int = 512, min_new_tokens: int = 1
+        engine: Engine,
+        max_tokens: int = 8,
+        context_tokens: int = 512,
+        min_new_tokens: int = 1,
+        memory: Literal["full", "last"] = "full",
     ) -> Agent:
         return Agent(
             engine,
             chat,
             Sampling(max_tokens=max_tokens),
             context_tokens,
-            AgentSettings(min_new_tokens=min_new_tokens),
+            AgentSettings(min_new_tokens=min_new_tokens, memory=memory),
         )
 
     return make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -150,7 +151,8 @@ def test_vllm_is_told_whether_to_trust_it(model: Path, monkeypatch: pytest.Monke
     def start(*given: Any, **named: Any) -> Any:
         raise Started
 
-    monkeypatch.setattr(vllm_engine, "start_llm", lambda *given: told.append(given[-1]) or start())
+    place = [*inspect.signature(vllm_engine.start_llm).parameters].index("trusted")
+    monkeypatch.setattr(vllm_engine, "start_llm", lambda *given: told.append(given[place]) or start())
     for trusted in (True, False):
         begin = EngineStart("rollout-0", str(model), (0,), 64, trust_remote_code=trusted)
         monkeypatch.setattr(vllm_engine, "checkpoint_names", lambda model, trusted: [])

@@ -71,7 +71,7 @@ class RoutedEngine(ScriptedEngine):
         return replace(completion, routed_experts=told)
 
 
-@pytest.mark.parametrize("memory", ["all", "last"])
+@pytest.mark.parametrize("memory", ["full", "last"])
 def test_each_token_has_the_experts_of_the_one_before_it_as_they_were_when_it_was_sampled(
     orders: Any, agent_of: AgentOf, tokenizer: PreTrainedTokenizerFast, memory: str
 ) -> None:
