@@ -101,9 +101,14 @@ def test_workers_die_join_and_leave_while_weights_are_sent_to_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "native_publisher", direct_publisher)
-    small = "rollout.cpus_per_worker=0.25", "cluster.learner_cpus=0.25"  # three workers and the learner on two cores
+    small = (
+        "rollout.cpus_per_worker=0.25",
+        "cluster.learner_cpus=0.25",
+    )  # three workers and the learner on two cores
     # A checkpoint after every step: no step is begun ahead, so that who joins between two steps finds their version.
-    config = configured("steps=8", "rollout.workers=2", "checkpoint.every_steps=1", "evaluation.tasks=0", *small)
+    config = configured(
+        "steps=8", "rollout.workers=2", "checkpoint.every_steps=1", "evaluation.tasks=0", *small
+    )
     config = config.model_copy(update={"weights": config.weights.model_copy(update={"transfer": "ipc"})})
     made: list[Shaken] = []
 
