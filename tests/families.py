@@ -7,6 +7,7 @@ and the ids of control tokens. As published too, the vocabulary has more rows th
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,11 @@ def build_family(family: str, tie: bool, folder: Path, **fields: Any) -> int:
         stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
         save_file(stored, file, metadata={"format": "pt"})
     return tokens
+
+
+@torch.no_grad()
+def shake(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Add a little noise to a model's parameters, the same every time: the next version of a policy."""
+    for place, parameter in enumerate(parameters):
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(place))
+        parameter.add_(noise, alpha=0.02)

@@ -28,14 +28,9 @@ def part_log(folder: Path, part: str) -> Path:
 
     Of a run with several policies the policy's name comes first: keeper/rollout-0.
     """
-    places = {each["part"]: Path(each["log"]) for each in read_roster(folder) if each.get("log")}
-    for policy in sorted((folder / run_folder.POLICIES).glob(f"*/{ROSTER}")):
-        name = policy.parent.name
-        places |= {
-            f"{name}/{each['part']}": Path(each["log"])
-            for each in read_roster(policy.parent)
-            if each.get("log")
-        }
+    places = _logs(folder)
+    for roster in sorted((folder / run_folder.POLICIES).glob(f"*/{ROSTER}")):
+        places |= _logs(roster.parent, f"{roster.parent.name}/")
     if part not in places:
         named = f"; it has {', '.join(places)}" if places else ""
         raise ConfigError(f"{folder} has no part {part} with a log{named}")
@@ -47,3 +42,8 @@ def part_log(folder: Path, part: str) -> Path:
     raise ConfigError(
         f"the log of {part} is {log} on its own host, and has not been copied to {folder / 'logs'}"
     )
+
+
+def _logs(folder: Path, prefix: str = "") -> dict[str, Path]:
+    """Where the parts of a roster write their logs, by name."""
+    return {f"{prefix}{each['part']}": Path(each["log"]) for each in read_roster(folder) if each.get("log")}

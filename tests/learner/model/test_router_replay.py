@@ -22,6 +22,7 @@ from learner.settings import ModelSettings
 from learner.training.step import Stats, accumulate
 from rollout.wire.model_folder import token_count
 from tests.families import build_family
+from tests.learner.model.test_router_balance import TEXTS
 from tests.learner.ranked import plain
 from tests.learner.together import together
 from tests.qwen3 import QWEN3_8B, QWEN3_30B_A3B
@@ -55,13 +56,6 @@ FIELDS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
 }
-TEXTS = [
-    [*range(3, 15), 7, 9, 4],
-    [*range(3, 15), 5, 5],
-    [*range(3, 15), 7, 9, 8, 6],
-    [9, 8, 7, 6, 5],
-    [4, 4],
-]
 
 
 def _build(family: str, folder: Path) -> None:

@@ -26,7 +26,7 @@ from rollout.engines.vllm_start import VllmSettings
 from rollout.wire.schema import decode, encode
 from rollout.wire.trajectory import EndReason, Group, Slot, Task, Trajectory, Turn
 from rollout.wire.weights import WeightUpdate, write_memory
-from tests.families import build_family
+from tests.families import build_family, shake
 
 CONTEXT, LAYERS, CHOSEN = 192, 3, 3
 # Prompts longer than a step are computed in parts.
@@ -90,10 +90,7 @@ def _chosen(folder: Path, ids: list[int]) -> np.ndarray:
 def test_every_token_comes_with_the_experts_it_was_computed_by(settings: Any, tmp_path: Path) -> None:
     _build(tmp_path / "model")
     policy = Policy(ModelSettings(path=str(tmp_path / "model")))
-    with torch.no_grad():
-        for place, parameter in enumerate(policy.parameters()):
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(place))
-            parameter.add_(noise, alpha=0.02)
+    shake(policy.parameters())
     policy.save(tmp_path / "moved")
     snapshot = take_snapshot(policy, 1, "float32")
     handle, alive = write_memory(snapshot.arrays)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from transformers import PreTrainedModel
 
 from learner.model.policy import Policy
@@ -21,7 +20,7 @@ from rollout.engines.vllm_engine import VllmEngine
 from rollout.engines.vllm_start import VllmSettings, _logits_processors
 from rollout.engines.vllm_vocabulary import PROCESSOR
 from rollout.wire.weights import WeightUpdate, write_memory
-from tests.families import build_family
+from tests.families import build_family, shake
 from tests.learner.model.test_families import IDS, chosen, logits, plain, prefer_padding
 
 CONTEXT = 192
@@ -85,10 +84,7 @@ def test_greedy_or_drawn_alone_or_together_only_tokens_are_sampled(rig: Rig) -> 
 @pytest.mark.timeout(300)
 def test_a_head_that_is_tied_and_stored_follows_its_embedding(rig: Rig) -> None:
     policy = Policy(ModelSettings(path=str(rig.folder)))
-    with torch.no_grad():
-        for place, parameter in enumerate(policy.parameters()):
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(place))
-            parameter.add_(noise, alpha=0.02)
+    shake(policy.parameters())
     before = rig.loop.run_until_complete(rig.engine.score(IDS))
     snapshot = take_snapshot(policy, 1, "float32")
     handle, alive = write_memory(snapshot.arrays)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from learner.model.policy import Policy
 from learner.settings import ModelSettings
@@ -16,7 +15,7 @@ from rollout.engines.engine import Sampling
 from rollout.engines.vllm_engine import VllmEngine
 from rollout.engines.vllm_start import VllmSettings
 from rollout.wire.weights import WeightUpdate, write_memory
-from tests.families import PUBLISHED, build_family
+from tests.families import PUBLISHED, build_family, shake
 from tests.learner.model.test_families import IDS, chosen, logits, plain, prefer_padding
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -39,10 +38,7 @@ def test_vllm_follows_the_learner_and_samples_tokens_only(family: str, tie: bool
     tokens = build_family(family, tie, tmp_path / "model")
     prefer_padding(tmp_path / "model")
     policy = Policy(ModelSettings(path=str(tmp_path / "model")))
-    with torch.no_grad():
-        for place, parameter in enumerate(policy.parameters()):
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(place))
-            parameter.add_(noise, alpha=0.02)
+    shake(policy.parameters())
     policy.save(tmp_path / "moved")
     snapshot = take_snapshot(policy, 1, "float32")
     handle, alive = write_memory(snapshot.arrays)
