@@ -28,8 +28,8 @@ class LoraSettings(BaseModel, extra="forbid", frozen=True):
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear",
         min_length=1,
-        description='linear layers that are adapted, by name ("q_proj"); "all-linear" adapts every one except '
-        "the output head",
+        description='linear layers and experts that are adapted, by name ("q_proj", "gate_up_proj"); "all-linear" '
+        "adapts every one except the output head and routers",
     )
     sync: Literal["merged", "adapter"] = Field(
         default="merged",

@@ -229,7 +229,7 @@ def sent_adapter(config: RunConfig, path: str) -> AdapterSpec | None:
     lora = config.learner.model.lora
     if lora is None or lora.sync != "adapter":
         return None
-    from learner.model.lora import planned
+    from learner.model.lora_targets import planned
 
     return planned(path, lora, config.learner.model.trust_remote_code)
 

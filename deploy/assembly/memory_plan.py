@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from deploy.assembly.build import fetch
@@ -17,7 +16,7 @@ from deploy.assembly.models import model_of
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from learner.model.footprint import Saved, Shape, blank_model, saved_by, shape_of
-from learner.model.lora import chosen_layers
+from learner.model.lora_targets import sizes
 from learner.model.router_replay import routing_bytes
 from learner.parallel.traffic import Traffic
 from learner.training.memory_estimate import (
@@ -68,7 +67,8 @@ class ModelFacts:
         heads = int(text.num_attention_heads)
         key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
         width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-        adapter, adapted = _adapter(model, run)
+        lora = run.learner.model.lora
+        adapter, adapted = (0, 0) if lora is None else sizes(model, lora)
         return cls(
             family=str(architecture.model_type),
             shape=shape_of(model),
@@ -295,13 +295,3 @@ def _teacher(run: RunConfig) -> int:
         return parameters_in(folder, run.learner.model.trust_remote_code)
     except (ConfigError, OSError, ValueError):  # preflight says what is wrong with it
         return 0
-
-
-def _adapter(model: nn.Module, run: RunConfig) -> tuple[int, int]:
-    """Parameters of the recipe's adapter, and entries of the matrices that it changes."""
-    lora = run.learner.model.lora
-    if lora is None:
-        return 0, 0
-    layers: list[Any] = [model.get_submodule(name) for name in chosen_layers(model, lora.targets)]
-    factors = sum(lora.rank * (layer.in_features + layer.out_features) for layer in layers)
-    return factors, sum(layer.weight.numel() for layer in layers)

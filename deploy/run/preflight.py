@@ -30,7 +30,7 @@ from envs.base import Observation
 from envs.child_process import find_program
 from envs.hosting.host import HostSettings
 from envs.tools.tool import ToolRefused
-from learner.model.lora import planned
+from learner.model.lora_targets import planned
 from learner.model.router_replay import require_routers
 from learner.model.tiny import build_tiny
 from learner.model.tiny_vision import tiny_processor

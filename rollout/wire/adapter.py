@@ -18,24 +18,38 @@ CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """The matrices W that an adapter changes, by the names of their layers in the checkpoint (without ".weight")."""
+    """The matrices W that an adapter changes, by the names of their layers in the checkpoint (without ".weight").
+
+    experts: parameters of transformers' modules of experts, which no engine takes an adapter of.
+    """
 
     rank: int
     alpha: int
     layers: tuple[str, ...]
+    experts: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, folder: Path) -> AdapterSpec:
-        """Read an adapter's folder. ValueError, one line, for one that names no layers in full, as `config` does."""
+        """Read an adapter's folder, to serve it.
+
+        ValueError, one line, for one that names no layers in full, as `config` does, or that changes experts.
+        """
         file = folder / CONFIG_FILE
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
             layers = stored["target_modules"]
             if not isinstance(layers, list):
                 raise TypeError(f"target_modules is {layers!r:.80}, not a list of layers")
-            return cls(int(stored["r"]), int(stored["lora_alpha"]), tuple(map(str, layers)))
+            experts = stored.get("target_parameters")
+            found = cls(int(stored["r"]), int(stored["lora_alpha"]), tuple(map(str, layers)))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} describes no adapter that Manta wrote ({error!r})") from error
+        if experts:
+            raise ValueError(
+                f"{file}: the adapter changes experts ({experts[0]}), which engines do not serve beside their model; "
+                "serve the merged model, which is written around it"
+            )
+        return found
 
     @property
     def scale(self) -> float:
@@ -59,7 +73,8 @@ class AdapterSpec:
 
     def config(self) -> dict[str, Any]:
         """Content of adapter_config.json."""
-        return {
+        beside = {"target_parameters": list(self.experts)} if self.experts else {}
+        return beside | {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "r": self.rank,

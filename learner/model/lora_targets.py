@@ -1,0 +1,109 @@
+"""What a low-rank adapter changes: the layers and experts of a model that `learner.model.lora.targets` selects."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from learner.model.footprint import blank_model
+from learner.settings import LoraSettings
+from rollout.wire.adapter import AdapterSpec
+from rollout.wire.model_folder import pretrained
+
+_EXPERTS = ".experts"  # transformers' name of a layer's experts
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What an adapter changes: linear layers, and parameters of experts [E, V, D], by their dotted names."""
+
+    layers: tuple[str, ...]
+    experts: tuple[str, ...]
+
+
+def chosen(model: PreTrainedModel, settings: LoraSettings) -> Chosen:
+    """The linear layers and experts that `settings.targets` selects; head and routers are never among them.
+
+    ValueError, which lists what can be adapted, for a target that is none, and for "all-linear" with matrices that are
+    neither (GPT-2 has layers of its own kind); and for experts in an adapter that is sent alone.
+    """
+    head, targets = model.get_output_embeddings(), settings.targets
+    linear = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    ]
+    experts, beyond = _other_matrices(model)
+    kinds = sorted({_kind(name) for name in (*linear, *experts)})
+    if targets == "all-linear" and beyond:
+        advice = (
+            f"name the layers to adapt, if these suffice: learner.model.lora.targets={json.dumps(kinds)}"
+            if kinds
+            else "choose another model, or train without learner.model.lora"
+        )
+        raise ValueError(
+            f"learner.model.lora.targets: all-linear would leave out {', '.join(beyond)}, which cannot be adapted: "
+            f"they are neither linear layers nor experts; {advice}"
+        )
+    if not isinstance(targets, str):
+        for target in targets:
+            if target not in kinds or target in beyond:
+                also = " everywhere" if target in kinds else ""
+                raise ValueError(
+                    f"learner.model.lora.targets: {target!r} is no linear layer{also} that can be adapted; choose "
+                    f"from: {', '.join(kind for kind in kinds if kind not in beyond) or 'none in this model'}"
+                )
+        linear = [name for name in linear if _kind(name) in targets]
+        experts = [name for name in experts if _kind(name) in targets]
+    if experts and settings.sync == "adapter":
+        raise ValueError(
+            f"learner.model.lora.sync='adapter' cannot send the adapters of experts ({_kind(experts[0])}); use "
+            "learner.model.lora.sync='merged', or targets without them"
+        )
+    return Chosen(tuple(linear), tuple(experts))
+
+
+def planned(path: str, settings: LoraSettings, trusted: bool = False) -> AdapterSpec:
+    """The adapter of a model's checkpoint, without reading its weights. ValueError as in `chosen`.
+
+    trusted: code that comes with the model may be executed.
+    """
+    found = chosen(blank_model(pretrained(AutoConfig, path, trusted), trusted), settings)
+    return AdapterSpec(settings.rank, settings.alpha, found.layers, found.experts)
+
+
+def sizes(model: PreTrainedModel, settings: LoraSettings) -> tuple[int, int]:
+    """Parameters of the adapter, and entries of the matrices that it changes."""
+    found = chosen(model, settings)
+    matrices = [model.get_parameter(f"{layer}.weight") for layer in found.layers]
+    matrices += [model.get_parameter(name) for name in found.experts]
+    factors = sum(settings.rank * sum(each.shape[-2:]) * each.shape[:-2].numel() for each in matrices)
+    return factors, sum(each.numel() for each in matrices)
+
+
+def _other_matrices(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Matrices that are neither linear layers nor embeddings: experts' by name, and the kinds of all others.
+
+    Beside experts stands their router, which is never adapted.
+    """
+    experts, routers, beyond = list[str](), set[str](), set[str]()
+    for name, module in model.named_modules():
+        if name.endswith(_EXPERTS):
+            experts += [f"{name}.{each}" for each in _matrices(module, 3)]
+            block = name.removesuffix(_EXPERTS)
+            routers |= {f"{block}.{each}" for each, _ in model.get_submodule(block).named_children()}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Embedding) and name not in routers:
+            beyond |= {_kind(name) if each == "weight" else each for each in _matrices(module, 2)}
+    return experts, sorted(beyond)
+
+
+def _matrices(module: nn.Module, least: int) -> list[str]:
+    """Names of a module's own parameters of at least so many dimensions; a bias is no matrix."""
+    own = module.named_parameters(recurse=False)
+    return [name for name, tensor in own if tensor.ndim >= least and not name.endswith("bias")]
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]

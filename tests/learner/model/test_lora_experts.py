@@ -1,0 +1,191 @@
+"""An adapter of experts: what it changes is what PEFT's own computes, and what engines are given."""
+
+from __future__ import annotations
+
+import json
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GptOssConfig
+
+from learner.data.batch import Batch, TokenSequence, pack
+from learner.model.lora import Adapter
+from learner.model.lora_targets import planned
+from learner.model.policy import ModelError, Policy
+from learner.parallel.ranks import ALONE, Ranks
+from learner.settings import LoraSettings, ModelSettings
+from learner.training.step import accumulate
+from rollout.wire.adapter import AdapterSpec
+from tests.families import build_family
+from tests.learner.ranked import plain
+from tests.learner.together import together
+
+IDS = list(range(3, 30))
+LORA: dict[str, Any] = {"rank": 3, "alpha": 5}
+TEXTS = [IDS[:12], IDS[3:9], IDS[7:20], IDS[11:16]]
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-MoE of two layers."""
+    folder = tmp_path_factory.mktemp("sparse")
+    build_family("Qwen3-30B-A3B", False, folder, num_hidden_layers=2)
+    return folder
+
+
+def _policy(folder: Path, ranks: Ranks = ALONE, **model: Any) -> Policy:
+    """One whose adapter has learned something: B is no longer zeros."""
+    policy = Policy(ModelSettings.model_validate({"path": str(folder), "lora": LORA} | model), ranks)
+    _learn(policy.parameters())
+    return policy
+
+
+@torch.no_grad()
+def _learn(parameters: Any) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for parameter in parameters:
+        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+
+
+def _logprobs(model: torch.nn.Module) -> np.ndarray:
+    with torch.no_grad():
+        logprobs_TV = model.eval()(torch.tensor([IDS])).logits[0].float().log_softmax(-1)
+    return logprobs_TV[:-1].gather(1, torch.tensor(IDS)[1:, None])[:, 0].numpy()
+
+
+def _plain(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def test_all_linear_adapts_every_matrix_of_experts_and_no_router(sparse: Path) -> None:
+    spec = planned(str(sparse), LoraSettings(**LORA))
+    assert spec.experts == tuple(
+        f"model.layers.{layer}.mlp.experts.{name}_proj" for layer in (0, 1) for name in ("gate_up", "down")
+    )
+    assert {layer.rpartition(".")[2] for layer in spec.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    trained = {id(parameter) for parameter in _policy(sparse).parameters()}
+    assert len(trained) == 2 * 2 * (4 + 2)
+    with pytest.raises(ValueError, match="'gate' is no linear layer that can be adapted"):
+        planned(str(sparse), LoraSettings(targets=("gate",)))
+
+
+def test_a_name_of_dense_layers_and_of_experts_means_both(tmp_path: Path) -> None:
+    build_family("Qwen3-30B-A3B", False, tmp_path, num_hidden_layers=2, mlp_only_layers=[0])
+    spec = planned(str(tmp_path), LoraSettings(targets=("down_proj",)))
+    assert (spec.layers, spec.experts) == (
+        ("model.layers.0.mlp.down_proj",),
+        ("model.layers.1.mlp.experts.down_proj",),
+    )
+
+
+def test_merged_experts_and_peft_s_own_score_as_the_policy_does(sparse: Path, tmp_path: Path) -> None:
+    policy = _policy(sparse)
+    shapes, merged = dict(policy.weight_shapes()), dict(policy.named_weights())
+    stored = load_file(sparse / "model.safetensors")
+    assert merged.keys() == stored.keys() and list(shapes) == list(merged)
+    assert {name: tensor.shape for name, tensor in merged.items()} == shapes
+    changed = {name for name, tensor in merged.items() if not torch.equal(tensor, stored[name].float())}
+    assert changed == {name for name in stored if name.endswith("_proj.weight")}
+    policy.save(tmp_path)
+    expected = policy.score_ids(IDS)
+    assert np.abs(expected - _logprobs(_plain(sparse))).mean() > 0.01
+    np.testing.assert_allclose(expected, _logprobs(_plain(tmp_path)), atol=2e-5)
+    theirs = PeftModel.from_pretrained(_plain(sparse), str(tmp_path / "adapter"))
+    np.testing.assert_allclose(expected, _logprobs(theirs), atol=2e-5)
+    again = Policy.restored(policy.settings, tmp_path)
+    np.testing.assert_array_equal(again.score_ids(IDS), expected)
+
+
+def test_experts_stored_the_other_way_round_are_merged_as_peft_merges_them(tmp_path: Path) -> None:
+    small = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "head_dim": 8,
+    }
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = GptOssConfig(**small, **heads, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0)
+    ours, theirs = (AutoModelForCausalLM.from_config(config).float() for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    adapter = Adapter(ours, LoraSettings(**LORA))
+    _learn(adapter.parameters())
+    merged = dict(adapter.merged(ours.named_parameters()))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter.spec.config()))
+    save_file({n: t.contiguous() for n, t in adapter.tensors()}, tmp_path / "adapter_model.safetensors")
+    whole = PeftModel.from_pretrained(theirs, str(tmp_path)).merge_and_unload()
+    for name, tensor in whole.named_parameters():
+        torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_gradients_of_an_expert_s_adapter_are_those_of_its_matrices(sparse: Path) -> None:
+    """By the chain rule: d/dB of W + s B A is s dW A^T, that of A is s B^T dW."""
+    policy = _policy(sparse)
+    ids = torch.tensor([IDS])
+    model = policy.model
+    loss = model(ids).logits.float().square().mean()
+    loss.backward()
+    whole = _plain(sparse)
+    weights = dict(policy.adapter.merged(model.named_parameters())) if policy.adapter else {}
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            parameter.copy_(weights[name])
+    whole(ids).logits.float().square().mean().backward()
+    scale, rank = LORA["alpha"] / LORA["rank"], LORA["rank"]
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    for wrapped, name in ((experts, "down_proj"), (experts.base_layer, "gate_up_proj")):
+        a, b = wrapped.lora_A.default.weight, wrapped.lora_B.default.weight
+        gradient_EVD = whole.get_submodule("model.layers.1.mlp.experts").get_parameter(name).grad
+        assert gradient_EVD is not None
+        for expert, gradient_VD in enumerate(gradient_EVD):
+            rows, columns = slice(rank * expert, rank * (expert + 1)), slice(expert, None, len(gradient_EVD))
+            a_RD, b_VR = a[rows], b[:, columns]
+            torch.testing.assert_close(a.grad[rows], scale * b_VR.T @ gradient_VD, atol=1e-7, rtol=1e-4)
+            torch.testing.assert_close(b.grad[:, columns], scale * gradient_VD @ a_RD.T, atol=1e-7, rtol=1e-4)
+
+
+def test_an_adapter_of_experts_is_not_sent_or_served_alone(sparse: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"sync='adapter' cannot send the adapters of experts .*'merged'"):
+        _policy(sparse, lora=LORA | {"sync": "adapter"})
+    assert not planned(str(sparse), LoraSettings(targets=("q_proj",), sync="adapter")).experts
+    _policy(sparse).save(tmp_path)
+    with pytest.raises(ValueError, match=r"changes experts .*do not serve"):
+        AdapterSpec.read(tmp_path / "adapter")
+
+
+def _sequence(ids: list[int]) -> TokenSequence:
+    """One whose last four tokens were sampled."""
+    count = len(ids)
+    return TokenSequence(
+        token_ids_T=np.asarray(ids, np.int32),
+        sampled_T=np.arange(count) >= count - 4,
+        behavior_logprobs_T=np.zeros(count, np.float32),
+        advantages_T=np.ones(count, np.float32),
+        versions_T=np.zeros(count, np.int32),
+    )
+
+
+def _scored(ranks: Ranks, folder: Path, model: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """Gradients of texts that are dealt to the ranks, and what is published."""
+    policy = _policy(folder, ranks, **model)
+    batch: Batch = pack([_sequence(ids) for ids in TEXTS[ranks.rank :: ranks.size]], 16, policy.context)
+    accumulate(policy, batch, lambda micro: (policy.score(micro, 1.0)[0], {}))
+    return plain(p.grad for p in policy.parameters()), [
+        tensor.numpy() for _, tensor in policy.named_weights()
+    ]
+
+
+@pytest.mark.parametrize("recompute", [False, "selective"])
+def test_ranks_learn_and_publish_what_one_does(sparse: Path, recompute: bool | str) -> None:
+    model = {"gradient_checkpointing": recompute}
+    expected = _scored(ALONE, sparse, model)
+    for found in together(2, _scored, sparse, model):
+        for ours, alone in zip(found, expected, strict=True):
+            for left, right in zip_longest(ours, alone):
+                np.testing.assert_allclose(left, right, atol=1e-5)
