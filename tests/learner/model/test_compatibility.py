@@ -83,6 +83,22 @@ def test_a_family_of_attention_alone_and_a_linear_head_is_fit(kind: str, options
     require_compatible(built(kind, options, register()))
 
 
+def test_experts_that_rounding_chooses_between_are_no_leak() -> None:
+    model = built("mixtral", EXPERTS, register())
+    generator = torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def round_anew(router: Any, given: Any) -> None:
+        """Every expert is as good as any other, but for an error as small as that of rounding."""
+        router.weight[:] = router.weight[0] * (
+            1 + 1e-6 * torch.randn(router.weight.shape, generator=generator)
+        )
+
+    for layer in model.base_model.layers:
+        layer.mlp.gate.register_forward_pre_hook(round_anew)
+    require_compatible(model)
+
+
 @pytest.mark.parametrize(("kind", "options"), LEAK, ids=[kind for kind, _ in LEAK])
 def test_a_family_whose_tokens_meet_outside_of_attention_is_refused(
     kind: str, options: dict[str, Any]
