@@ -138,6 +138,20 @@ class LearnerSettings(BaseModel, extra="forbid", frozen=True):
         "ranks. Results do not change",
     )
 
+    context_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        description="consecutive ranks that compute one packed row together, each a slice of its tokens (Ulysses), for "
+        "rows whose activations do not fit on one GPU. A divisor of ranks and of the model's attention heads. These "
+        "ranks take the same groups, so that ranks / context_parallel_size rows are computed at a time. 1: every rank "
+        "computes rows of its own. Results do not change",
+    )
+
+    @property
+    def shares(self) -> int:
+        """Parts that the groups of a step are divided into: ranks that compute a row together have one."""
+        return self.ranks // self.context_parallel_size
+
     @property
     def shards(self) -> int:
         """Parts that parameters are divided into."""

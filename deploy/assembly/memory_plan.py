@@ -27,6 +27,7 @@ from learner.training.memory_estimate import (
     host_share,
     learner_amounts,
     settled,
+    slices_exchanged,
     stage_amounts,
 )
 from rollout.engines.vllm_start import VllmSettings
@@ -72,7 +73,7 @@ class ModelFacts:
         return cls(
             family=str(architecture.model_type),
             shape=shape_of(model),
-            saved=saved_by(architecture, run.learner.model.dtype),
+            saved=saved_by(architecture, run.learner.model.dtype, run.learner.context_parallel_size),
             cached_numbers=2 * int(text.num_hidden_layers) * key_heads * width,
             key_heads=key_heads,
             width=int(text.hidden_size),
@@ -180,7 +181,12 @@ def _traffic(run: RunConfig, model: ModelFacts) -> Traffic:
     """What the learner's ranks exchange."""
     learner, sizes = run.learner, (SIZES[run.learner.model.dtype], SIZES[run.engine.dtype])
     once = learner.model.sum_gradients == "step"
-    return Traffic.of(model.shape.parameters, learner.ranks, *sizes, once, learner.shards, model.adapter)
+    exchanged = (
+        0 if model.saved is None else slices_exchanged(learner, model.saved, run.rollout.context_tokens)
+    )
+    return Traffic.of(
+        model.shape.parameters, learner.ranks, *sizes, once, learner.shards, model.adapter, exchanged
+    )
 
 
 def stored_tokens(run: RunConfig) -> int:

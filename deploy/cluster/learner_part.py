@@ -91,8 +91,9 @@ class LearnerPart:
             device = self._config.learner.model.device
             # Ranks wait for one another while one of them writes a checkpoint, too.
             seconds = max(self._config.cluster.step_timeout_seconds, self._limits.save)
-            over = self._config.learner.sharded_over
-            joins = [partial(Ranks.join, rank, size, address, device, seconds, over) for rank in range(size)]
+            settings = self._config.learner
+            words = size, address, device, seconds, settings.sharded_over, settings.context_parallel_size
+            joins = [partial(Ranks.join, rank, *words) for rank in range(size)]
         starts = [
             within(limit, awaited(handle.start.remote(run_folder, load, join)), f"the {name} (start)")
             for name, handle, join in zip(self._names, self._handles, joins, strict=True)

@@ -222,10 +222,16 @@ def _routers(config: RunConfig) -> None:
 
 def _ranks(config: RunConfig) -> None:
     ranks, groups = config.learner.ranks, config.buffer.groups_per_step
-    if ranks > groups:
+    if ranks % (together := config.learner.context_parallel_size):
         raise ValueError(
-            f"learner.ranks={ranks} exceeds buffer.groups_per_step={groups}, and a group is not divided over ranks; "
-            "have at least as many groups as ranks"
+            f"learner.context_parallel_size={together} does not divide learner.ranks={ranks}: every rank computes a "
+            "slice of a row; use a divisor"
+        )
+    if (shares := config.learner.shares) > groups:
+        said = f"learner.ranks={ranks}" + (f" in groups of {together}" if together > 1 else "")
+        raise ValueError(
+            f"{said} exceeds buffer.groups_per_step={groups}, and a group is not divided over ranks; "
+            f"have at least {shares} groups a step"
         )
     if (over := config.learner.sharded_over) is not None and ranks % over:
         raise ValueError(
@@ -247,12 +253,13 @@ def _ranks(config: RunConfig) -> None:
 
 
 def _updates(config: RunConfig) -> None:
-    minibatches, ranks = config.learner.algorithm.minibatches, config.learner.ranks
+    minibatches, shares = config.learner.algorithm.minibatches, config.learner.shares
     episodes = config.buffer.groups_per_step * config.rollout.group_size
-    if minibatches > episodes // ranks:
+    if minibatches > episodes // shares:
+        over = "learner.ranks" if config.learner.ranks == shares else "learner.ranks / context_parallel_size"
         raise ValueError(
             f"learner.algorithm.minibatches={minibatches} exceeds the episodes of a step on one rank: {episodes} "
-            f"(buffer.groups_per_step * rollout.group_size) over learner.ranks={ranks}; use {episodes // ranks} or "
+            f"(buffer.groups_per_step * rollout.group_size) over {over}={shares}; use {episodes // shares} or "
             "fewer"
         )
 

@@ -28,6 +28,7 @@ MOVABLE = (
     "buffer.local_dir",
     "learner.ranks",
     "learner.sharded_over",
+    "learner.context_parallel_size",
     "learner.threads",
     "learner.model.sum_gradients",
     "learner.model.gradient_checkpointing",

@@ -111,6 +111,8 @@ _THEIRS: dict[tuple[str, ...], str] = {
     "micro_train_batch_size_per_gpu gradient_accumulation_steps train_micro_batch_size",
     ("learner.ranks",): "num_gpus n_gpus n_gpus_per_node num_gpus_per_node world_size nproc_per_node dp_size "
     "actor_num_gpus_per_node policy_num_gpus_per_node num_learners",
+    ("learner.context_parallel_size",): "context_parallel_degree cp_size ulysses_sequence_parallel_size "
+    "sequence_parallel_size sp_size ulysses_size ring_attn_size context_parallel",
     ("evaluation.tasks",): "eval_batch_size val_batch_size num_eval_episodes num_eval eval_num_examples",
     ("evaluation.samples",): "val_n num_samples_per_task repeats eval_repeats eval_n_samples val_kwargs_n",
     ("evaluation.every_steps",): "test_freq eval_steps eval_freq eval_interval eval_every val_interval val_period",

@@ -95,16 +95,18 @@ def of_disk(config: RunConfig, use: DiskUse, free_bytes: int | None) -> Iterator
 
 
 def _batch(config: RunConfig) -> Iterator[Finding]:
-    groups, ranks = config.buffer.groups_per_step, config.learner.ranks
-    if groups % ranks:
+    groups, learner = config.buffer.groups_per_step, config.learner
+    shares = learner.shares
+    if groups % shares:
+        over = "learner.ranks" if learner.ranks == shares else "learner.ranks / context_parallel_size"
         yield Finding(
-            f"buffer.groups_per_step={groups} is not divisible by learner.ranks={ranks}: some ranks wait for others; "
-            f"use {groups // ranks * ranks} or {(groups // ranks + 1) * ranks}"
+            f"buffer.groups_per_step={groups} is not divisible by {over}={shares}: some ranks wait for others; "
+            f"use {groups // shares * shares} or {(groups // shares + 1) * shares}"
         )
     episodes, parts = groups * config.rollout.group_size, config.learner.algorithm.minibatches
-    if episodes // ranks % parts:
+    if episodes // shares % parts:
         yield Finding(
-            f"{episodes // ranks} episodes a rank are not divisible by learner.algorithm.minibatches={parts}: "
+            f"{episodes // shares} episodes a rank are not divisible by learner.algorithm.minibatches={parts}: "
             "optimizer steps differ in their number of episodes"
         )
     slots = groups * (config.buffer.max_lag + 1)

@@ -67,7 +67,7 @@ def rows_of_rank(config: RunConfig, size: JobSize) -> int:
     """Most packed rows of a step that a rank of the learner computes: as many as its share of the tokens fills."""
     updates = config.learner.algorithm.epochs
     tokens = row_tokens(config.learner, config.rollout.context_tokens)
-    return updates * -(-size.processed // (tokens * config.learner.ranks))
+    return updates * -(-size.processed // (tokens * config.learner.shares))
 
 
 def row_counts(environment: Environment) -> Counts:

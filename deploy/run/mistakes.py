@@ -7,7 +7,7 @@ def mistakes() -> tuple[type[Exception], ...]:
     """Their types. Imported when one is caught, so that `manta --help` does not wait for them."""
     from deploy.config.config_errors import ConfigError
     from envs.registry import EnvironmentUnknown
-    from learner.model.policy import ModelError
+    from learner.model.loading import ModelError
     from learner.training.checkpoint import CheckpointError
     from rollout.buffer.history import HistoryError
     from rollout.buffer.ledger_checks import LedgerError

@@ -30,6 +30,7 @@ from envs.base import Observation
 from envs.child_process import find_program
 from envs.hosting.host import HostSettings
 from envs.tools.tool import ToolRefused
+from learner.model.attention import require_slices
 from learner.model.lora_targets import planned
 from learner.model.router_replay import require_routers
 from learner.model.tiny import build_tiny
@@ -122,8 +123,8 @@ class Preflight:
     @cached_property
     def architecture(self) -> PretrainedConfig:
         """The model's configuration."""
-        trusted = self._config.learner.model.trust_remote_code
-        return self._architecture or loaded(AutoConfig, self.folder, trusted)
+        model = self._config.learner.model
+        return self._architecture or loaded(AutoConfig, self.folder, model.trust_remote_code)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -255,10 +256,8 @@ def first_observation(
 def check_program(options: dict[str, Any]) -> None:
     """Require valid options of a foreign agent, and its command."""
     command = ProgramOptions.read(options).command
-    if command and find_program(command[0]) is None:
-        raise ConfigError(
-            f"env.options.command: program {command[0]!r} not found; install it or give its path"
-        )
+    if command and find_program(name := command[0]) is None:
+        raise ConfigError(f"env.options.command: program {name!r} not found; install it or give its path")
 
 
 def check_model(named: str) -> str:
@@ -291,10 +290,11 @@ def check_context(path: str, context_tokens: int, architecture: PretrainedConfig
 
 
 def check_architecture(config: RunConfig, architecture: PretrainedConfig) -> None:
-    """Require a model that the engine's parallel sizes divide, and routers if they are balanced or replayed."""
+    """Require a model that the parallel sizes divide, and routers if they are balanced or replayed."""
     try:
         require_divisible(config, architecture)
         require_routers(architecture, config.learner.model)
+        require_slices(architecture, config.learner.context_parallel_size)
     except ValueError as error:
         raise ConfigError(f"model {config.learner.model.path}: {error}") from error
 
@@ -388,8 +388,7 @@ def _tiny(config: RunConfig) -> PreTrainedTokenizerBase:
 def loaded(auto: Any, path: str, trusted: bool = False, named: str = "") -> Any:
     """Load with a transformers Auto class from `path`. ConfigError if that fails.
 
-    trusted: code that comes with the model may be executed. named: the model's name in the error, if it differs from
-    path.
+    trusted: code that comes with the model may be executed. named: the model's name in the error, where it is not path.
     """
     try:
         return pretrained(auto, path, trusted)

@@ -82,6 +82,18 @@ class PrefixTree:
             brought=tuple((item, shared) for item, _, shared in sequences),
         )
 
+    def padded(self, tokens: int) -> PrefixTree:
+        """The same with a sequence of so many tokens behind all others, which shares nothing."""
+        if not tokens:
+            return self
+        begin, end = self.tokens, self.tokens + tokens
+        return PrefixTree(
+            segments_S3=np.concatenate([self.segments_S3, np.array([[begin, end, end]], np.int32)]),
+            depths_T=np.concatenate([self.depths_T, np.arange(tokens, dtype=np.int32)]),
+            paths_B=(*self.paths_B, np.arange(begin, end)),
+            brought=(*self.brought, (len(self.paths_B), 0)),
+        )
+
     @property
     def tokens(self) -> int:
         """T: different tokens."""

@@ -20,15 +20,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from learner.data.prefix_tree import PrefixTree
 from learner.model.attention_blocks import RowAttention
 from learner.model.tree_attention import tree_attention
+from learner.parallel.context import ContextGroup
 
 NAME = "manta_packed"
 
 _VARLEN_MAX_HEAD_DIM = 256
+# Frequencies of rotary positions that depend on the largest position of what is computed at once.
+_ROPE_OF_ROWS = frozenset(("dynamic", "longrope"))
 # Arguments of some families that change the formula; ignoring one would train a different model.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
 
@@ -52,13 +55,38 @@ def register() -> str:
     return NAME
 
 
-def hidden_states(model: PreTrainedModel, ids_T: Tensor, tree: PrefixTree, **beside: Tensor) -> Tensor:
+def require_slices(config: PretrainedConfig, size: int) -> None:
+    """ValueError, one line, for a model of whose rows `size` ranks cannot compute a slice each."""
+    text, option = config.get_text_config(), f"learner.context_parallel_size={size}"
+    if size == 1:
+        return
+    if (heads := int(text.num_attention_heads)) % size:
+        raise ValueError(
+            f"has {heads} attention heads, which {option} does not divide; use a divisor of both"
+        )
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = {str(each.get("rope_type")) for each in (rope, *rope.values()) if isinstance(each, dict)}
+    if found := sorted(kinds & _ROPE_OF_ROWS):
+        raise ValueError(
+            f"has rotary positions of type {found[0]!r}, which depend on the row's largest one: a slice does not know "
+            f"it; use learner.context_parallel_size=1 instead of {size}"
+        )
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    ids_T: Tensor,
+    tree: PrefixTree,
+    context: ContextGroup | None = None,
+    **beside: Tensor,
+) -> Tensor:
     """Final hidden states [T, D] of a packed row, without the logits of the whole row.
 
-    beside: positions, and inputs of the vision tower.
+    beside: positions, and inputs of the vision tower. context: ranks that compute the row together; ids, positions and
+    hidden states are then of the own slice, the tree of the whole row.
     """
     found: Tensor = model.base_model(
-        input_ids=ids_T[None], use_cache=False, row_attention=RowAttention(tree), **beside
+        input_ids=ids_T[None], use_cache=False, row_attention=RowAttention(tree, context), **beside
     ).last_hidden_state[0]
     return found
 
@@ -80,6 +108,9 @@ def packed_attention(
     query [1, H, T, D]; key, value [1, K, T, D] with H a multiple of K; row_attention: of the row's prefix tree (None:
     one sequence). Returns ([1, T, H, D], None). Dropout is never applied: the learner's logprobs must be those of the
     model that sampled. ValueError for more than one row, a mask, or an argument that would change the formula.
+
+    Where ranks compute the row together, T are the tokens of the own slice, given and returned; attention itself is of
+    the whole row and the own heads.
     """
     unsupported = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if unsupported or attention_mask is not None or query.shape[0] != 1:
@@ -92,12 +123,21 @@ def packed_attention(
     if query.dtype != value.dtype:  # some families rotate query and key in float32
         query, key = query.to(value.dtype), key.to(value.dtype)
     row = row_attention or RowAttention(PrefixTree.apart([query.shape[2]]))
+    if row.context.size == 1:
+        return _attended(query, key, value, row, scaling, sliding_window), None
+    query, key, value = row.context.own_heads(query, key, value)
+    return row.context.own_tokens(_attended(query, key, value, row, scaling, sliding_window)), None
+
+
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, row: RowAttention, scale: float | None, window: int | None
+) -> Tensor:
+    """[1, T, H, D] of a whole row."""
     if _fits_varlen(query) and not row.tree.forked:
         borders = row.borders(query.device)
-        return _varlen(query, key, value, borders, row.longest, scaling, sliding_window)[None], None
+        return _varlen(query, key, value, borders, row.longest, scale, window)[None]
     query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
-    blocks = row.blocks(sliding_window, query)
-    return tree_attention(query_THD, key_TKD, value_TKD, blocks, scaling)[None], None
+    return tree_attention(query_THD, key_TKD, value_TKD, row.blocks(window, query), scale)[None]
 
 
 def _fits_varlen(query: Tensor) -> bool:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from learner.data.prefix_tree import Int64Array, PrefixTree
+from learner.parallel.context import ContextGroup
 
 LONG = 64  # tokens of a segment that is worth a block of its own in a row with forks
 TILE = 32  # queries of a tile
@@ -108,8 +109,10 @@ class Blocks:
 class RowAttention:
     """How the tokens of one row attend to each other: made once for a pass, asked by every layer."""
 
-    def __init__(self, tree: PrefixTree) -> None:
+    def __init__(self, tree: PrefixTree, context: ContextGroup | None = None) -> None:
+        """context: the ranks of which each has a slice of the row's tokens; None: this one has all."""
         self.tree = tree
+        self.context = context or ContextGroup()
         self._blocks: dict[tuple[int | None, torch.dtype], Blocks] = {}
         self._borders: Tensor | None = None
 

@@ -27,8 +27,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.data.prefix_tree import PrefixTree
 from learner.model.attention import hidden_states
+from learner.model.attention_blocks import RowAttention
 from learner.model.recompute import KEPT
 from learner.model.saved_tensors import SavedTensors
+from learner.parallel.context import ContextGroup
 
 _ATTENTION = "manta_footprint"
 _TOKENS = 32  # of the shorter of two rows that are compared
@@ -46,16 +48,18 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """Bytes that autograd saves between forward and backward.
+    """Bytes that autograd saves between forward and backward, for each token that a rank computes.
 
     per_token: by the whole model; of it `layer_per_token` by the largest layer, whose input is `input_per_token` and
-    whose products and attention give `kept_per_token`.
+    whose products and attention give `kept_per_token`. exchanged_per_token: bytes that come from other ranks in a
+    forward pass, where they compute a row together.
     """
 
     per_token: float
     layer_per_token: float
     input_per_token: float
     kept_per_token: float
+    exchanged_per_token: float = 0.0
 
     def row(self, tokens: int, layers: int, checkpointing: bool | str) -> int:
         """Bytes of a row.
@@ -85,25 +89,26 @@ def shape_of(model: PreTrainedModel) -> Shape:
     return Shape(total, total - sum(layers), max(layers, default=0), len(layers))
 
 
-def saved_by(config: PretrainedConfig, dtype: str) -> Saved | None:
+def saved_by(config: PretrainedConfig, dtype: str, together: int = 1) -> Saved | None:
     """What the learner's forward pass of a text row saves of its tokens, found by one with fake tensors.
 
-    dtype: of `learner.model`, in which everything is computed. Attention is counted as fused kernels save it. None
-    where it cannot be told: a vision tower saves what pictures make it, and some families read values in their pass.
+    dtype: of `learner.model`, in which everything is computed. Attention is counted as fused kernels save it.
+    together: ranks that compute a row together. None where it cannot be told: a vision tower saves what pictures make
+    it, and some families read values in their pass.
     """
     if getattr(config, "vision_config", None) is not None:
         return None
     try:
-        return _saved_by(config, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        return _saved_by(config, torch.bfloat16 if dtype == "bfloat16" else torch.float32, together)
     except RuntimeError:  # what fake tensors cannot compute
         return None
 
 
-def _saved_by(config: PretrainedConfig, dtype: torch.dtype) -> Saved:
+def _saved_by(config: PretrainedConfig, dtype: torch.dtype, together: int) -> Saved:
     AttentionInterface.register(_ATTENTION, _fused_attention)
     with FakeTensorMode():
         model = _model(config, dtype=dtype, attn_implementation=_ATTENTION).eval()
-        short, long = (_saved(model, tokens) for tokens in (_TOKENS, 2 * _TOKENS))
+        short, long = (_saved(model, tokens, together) for tokens in (_TOKENS, 2 * _TOKENS))
     return Saved(*((more - less) / _TOKENS for less, more in zip(short, long, strict=True)))
 
 
@@ -136,8 +141,20 @@ class _Kept(TorchDispatchMode):
         return found
 
 
-def _saved(model: PreTrainedModel, tokens: int) -> tuple[int, int, int, int]:
-    """Bytes of a row: saved by the model, by its largest layer; that layer's input, and what its products give."""
+class _Counted(ContextGroup):
+    """The shapes of an exchange, and the bytes that others would send; nobody else is there."""
+
+    nbytes = 0.0
+
+    def exchange(self, x: Tensor) -> Tensor:
+        self.nbytes += x.nbytes * (self.size - 1) / self.size
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _saved(model: PreTrainedModel, tokens: int, together: int) -> tuple[float, ...]:
+    """Bytes of a slice of so many tokens: saved by the model, by its largest layer; that layer's input, what its
+    products give, and what is exchanged.
+    """
     layers: list[tuple[int, int, int]] = []  # saved, input, given by products
     saved, kept = SavedTensors(without=model.parameters()), _Kept()
     hooks = []
@@ -146,12 +163,13 @@ def _saved(model: PreTrainedModel, tokens: int) -> tuple[int, int, int, int]:
         hooks.append(layer.register_forward_pre_hook(_noting(before, saved, kept)))
         hooks.append(layer.register_forward_hook(_measuring(before, saved, kept, layers)))
     ids_T, places_1T = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens)[None]
+    tree, context = PrefixTree.apart([together * tokens]), _Counted(size=together)
     with saved, kept:
-        last_TD = hidden_states(model, ids_T, PrefixTree.apart([tokens]), position_ids=places_1T)
+        last_TD = hidden_states(model, ids_T, tree, context, position_ids=places_1T)
     for hook in hooks:
         hook.remove()
     del last_TD  # the graph lives until here
-    return saved.nbytes, *max(layers, default=(0, 0, 0))
+    return saved.nbytes, *max(layers, default=(0, 0, 0)), context.nbytes
 
 
 def _noting(
@@ -185,9 +203,19 @@ class _Fused(torch.autograd.Function):
 
 
 def _fused_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    *,
+    row_attention: RowAttention,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Like `learner.model.attention.packed_attention`, without a product."""
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    out: Tensor = _Fused.apply(query, key, value)
-    return out.transpose(1, 2), None
+    query, key, context = query.to(value.dtype), key.to(value.dtype), row_attention.context
+    if context.size == 1:
+        out: Tensor = _Fused.apply(query, key, value)
+        return out.transpose(1, 2), None
+    out = _Fused.apply(*context.own_heads(query, key, value))
+    return context.own_tokens(out.transpose(1, 2)), None

@@ -155,7 +155,7 @@ def examine(model: PreTrainedModel, folder: Path, named: str, ranks: Ranks) -> N
             said = str(error)
         del short
         trim()
-    if message := next(filter(None, ranks.gather(said)), ""):
+    if message := next(filter(None, ranks.gather(said, everyone=True)), ""):
         raise ModelError(message)
 
 
@@ -173,7 +173,8 @@ def fill(
         apart = _fill(model, folder, named, device)
     except ModelError as found:
         error = found
-    said = ranks.gather([str(error) if error else "", isinstance(error, FilesChanged), apart])
+    found_by = [str(error) if error else "", isinstance(error, FilesChanged), apart]
+    said = ranks.gather(found_by, everyone=True)
     if message := next((text for text, *_ in said if text), ""):
         raise (FilesChanged if any(changed for _, changed, _ in said) else ModelError)(message) from error
     if any(apart for *_, apart in said):

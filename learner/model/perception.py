@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from learner.data.batch import MicroBatch, SequencePictures
+from learner.model.loading import ModelError
 from learner.settings import ModelSettings
 from rollout.wire.images import png_of
 from rollout.wire.model_folder import pretrained
@@ -45,6 +46,21 @@ def picture_inputs(
     if ranks > 1 or settings.lora:
         raise ValueError(f"{is_one}; use learner.ranks=1 and no learner.model.lora")
     return PictureInputs(model, folder, settings.trust_remote_code)
+
+
+def inputs_beside(micro: MicroBatch, pictures: PictureInputs | None, named: str) -> dict[str, Tensor]:
+    """The model's inputs of a row besides ids; pictures: None for a model that takes text alone.
+
+    named: the model in errors. ModelError for pictures that it does not take.
+    """
+    positions = {"position_ids": micro.position_ids_T[None]}
+    if pictures is not None:
+        return positions | pictures.inputs(micro)
+    if shown := next(filter(None, micro.pictures_B), None):
+        raise ModelError(
+            f"model {named!r} takes text only, but {shown.where} has pictures; choose a vision model"
+        )
+    return positions
 
 
 class PictureInputs:

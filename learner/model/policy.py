@@ -13,14 +13,15 @@ from transformers.core_model_loading import dot_natural_key, revert_weight_conve
 
 from learner.data.batch import MicroBatch
 from learner.data.prefix_tree import PrefixTree
-from learner.model.attention import hidden_states
+from learner.data.row_slice import RowSlice
+from learner.model.attention import hidden_states, require_slices
 from learner.model.divergence import Head, Opposite, divergence
 from learner.model.linear import use_onednn
-from learner.model.loading import ModelError, as_model_error, blank, examine, fill, freeze_in, layer_of
+from learner.model.loading import as_model_error, blank, examine, fill, freeze_in, layer_of
 from learner.model.logprobs import token_logprobs, wide
 from learner.model.lora import Adapter
 from learner.model.narrow import Narrow
-from learner.model.perception import picture_inputs
+from learner.model.perception import inputs_beside, picture_inputs
 from learner.model.recompute import recompute_layers
 from learner.model.reward_head import classifier_files
 from learner.model.router_balance import RouterBalance
@@ -28,6 +29,7 @@ from learner.model.router_replay import RouterReplay
 from learner.model.saving import stored_shapes, weight_files, whole_files
 from learner.model.shared_files import Folder, write_together
 from learner.parallel.auxiliary import AuxiliaryModule
+from learner.parallel.context import ContextGroup
 from learner.parallel.ranks import ALONE, Ranks
 from learner.parallel.shards import gathered, shard, sum_whole
 from learner.settings import ModelSettings
@@ -61,6 +63,8 @@ class Policy:
         self._files = companions(folder)
         with as_model_error():
             self.picture_inputs = picture_inputs(self.model, str(folder), settings, ranks.size)
+        with as_model_error(f"model {settings.path!r} "):
+            require_slices(self.model.config, ranks.context.size)
         with as_model_error(f"model {settings.path!r}: "):
             self._tokens = token_count(str(folder))
         # The model as it is stored: layers that are replaced below are tested to compute the same.
@@ -89,7 +93,7 @@ class Policy:
         self.balance: RouterBalance | None = None
         if settings.router_balance:
             with as_model_error(f"model {settings.path!r} "):
-                self.balance = RouterBalance(self.model, settings.router_balance)
+                self.balance = RouterBalance(self.model, settings.router_balance, ranks.context)
         self.replay: RouterReplay | None = None
         if settings.router_replay:
             with as_model_error(f"model {settings.path!r} "):
@@ -169,12 +173,14 @@ class Policy:
 
     def hidden(self, micro: MicroBatch) -> Tensor:
         """Final hidden states before each scored token of a packed row, [N, D] with gradients."""
-        return micro.expanded(self._whole(lambda: self._scored(micro)))
+        part = RowSlice.of(micro, self.ranks.context)
+        return part.expanded(self._whole(lambda: self._scored(part.own)))
 
     def score(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Logprob of each sampled token and entropy of its distribution: float32 [N] each, with gradients."""
-        logprobs_M, entropy_M, *_ = self._read(micro, temperature, None)
-        return micro.expanded(logprobs_M), micro.expanded(entropy_M)
+        part = RowSlice.of(micro, self.ranks.context)
+        logprobs_M, entropy_M, *_ = self._read(part.own, temperature, None)
+        return part.expanded(logprobs_M), part.expanded(entropy_M)
 
     def read(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """The results of `score` and `hidden` from one pass."""
@@ -184,16 +190,21 @@ class Policy:
         self, micro: MicroBatch, temperature: float, against: Opposite | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The results of `read`, and the divergence from what it is compared with, [N]."""
-        *found, kl_M = self._read(micro, temperature, against)
-        logprobs_N, entropy_N, hidden_ND = map(micro.expanded, found)
-        return logprobs_N, entropy_N, hidden_ND, None if kl_M is None else micro.expanded(kl_M)
+        part = RowSlice.of(micro, self.ranks.context)
+        *found, kl_M = self._read(part.own, temperature, against)
+        logprobs_N, entropy_N, hidden_ND = map(part.expanded, found)
+        return logprobs_N, entropy_N, hidden_ND, None if kl_M is None else part.expanded(kl_M)
 
     @torch.no_grad()
     def head(self, micro: MicroBatch) -> Head:
-        """What this policy, a constant, says at the row's pairs; on several ranks each holds a copy of the head."""
+        """What this policy, a constant, says at the row's pairs (those of the own slice, where ranks share a row).
+
+        On several ranks each holds a copy of the head.
+        """
+        part = RowSlice.of(micro, self.ranks.context)
 
         def once() -> Head:
-            own = Head(self._scored(micro), self._head.weight, self._sampled_bias())
+            own = Head(self._scored(part.own), self._head.weight, self._sampled_bias())
             return own if self.sharded is None else own._replace(weight_VD=own.weight_VD.clone())
 
         return self._whole(once)
@@ -339,9 +350,11 @@ class Policy:
             return narrow.use(compute, wide and not self.rounds_always)
         return self.sharded.use(lambda: narrow.use(compute))
 
-    def _hidden(self, ids_T: Tensor, tree: PrefixTree, **beside: Tensor) -> Tensor:
-        """Final hidden states [T, D] of a packed row. beside: positions, and inputs of the vision tower."""
-        hidden_TD = hidden_states(self.model, ids_T, tree, **beside)
+    def _hidden(
+        self, ids_T: Tensor, tree: PrefixTree, context: ContextGroup | None = None, **beside: Tensor
+    ) -> Tensor:
+        """Final hidden states [T, D] of a packed row: see `hidden_states`."""
+        hidden_TD = hidden_states(self.model, ids_T, tree, context, **beside)
         # Some families normalize to float32; the head's product has the hidden state's type.
         return hidden_TD.to(self._head.weight.dtype)
 
@@ -354,23 +367,13 @@ class Policy:
         return self._hidden(ids_T, tree, position_ids=places_T[None])
 
     def _scored(self, micro: MicroBatch) -> Tensor:
-        """Hidden states of the row's pairs, [M, D]."""
+        """Hidden states of the pairs of a row, or of the own slice of one: [M, D]."""
         if self.replay is not None:
             with as_model_error():
                 self.replay.follow(micro)
-        beside = {"position_ids": micro.position_ids_T[None]} | self._perceived(micro)
-        hidden_TD = self._hidden(micro.input_ids_T, micro.tree, **beside)
+        beside = inputs_beside(micro, self.picture_inputs, self.settings.path)
+        hidden_TD = self._hidden(micro.input_ids_T, micro.tree, self.ranks.context, **beside)
         return hidden_TD.index_select(0, micro.score_index_M)
-
-    def _perceived(self, micro: MicroBatch) -> dict[str, Tensor]:
-        if self.picture_inputs is not None:
-            return self.picture_inputs.inputs(micro)
-        if pictures := next(filter(None, micro.pictures_B), None):
-            raise ModelError(
-                f"model {self.settings.path!r} takes text only, but {pictures.where} has pictures; choose a vision "
-                "model"
-            )
-        return {}
 
     def _sampled_bias(self) -> Tensor | None:
         """Bias of the logits of sampled tokens.

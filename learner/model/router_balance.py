@@ -8,7 +8,8 @@ over all layers and tokens and divided by their number,
 as transformers computes it; f_e are of the routers' own choice, also where another is replayed (router_replay.py). A
 token that several sequences share counts for each of them. The f_e have no gradient, and
 those of the whole step are counted first, by a forward pass of their own: how tokens are packed into rows, and how rows
-are divided over ranks, then changes nothing (Qiu et al. 2025 show what a loss of single micro-batches does instead).
+and their slices are divided over ranks, then changes nothing (Qiu et al. 2025 show what a loss of single micro-batches
+does instead).
 """
 
 from __future__ import annotations
@@ -24,16 +25,20 @@ from transformers import PreTrainedModel
 
 from learner.data.batch import MicroBatch
 from learner.model.logprobs import wide
+from learner.parallel.context import ContextGroup
 from learner.parallel.ranks import Ranks
 
 
 class RouterBalance:
     """The loss of a model's routers, with the gradient of `coefficient` times it.
 
-    ValueError for a model of whose routers transformers does not record the logits.
+    context: the ranks that compute a row together. ValueError for a model of whose routers transformers does not record
+    the logits.
     """
 
-    def __init__(self, model: PreTrainedModel, coefficient: float) -> None:
+    def __init__(
+        self, model: PreTrainedModel, coefficient: float, context: ContextGroup | None = None
+    ) -> None:
         recorded = getattr(model.base_model, "_can_record_outputs", None) or {}
         if "router_logits" not in recorded:
             raise ValueError(
@@ -41,6 +46,7 @@ class RouterBalance:
             )
         recorder = recorded["router_logits"]
         self.coefficient = coefficient
+        self._context = context or ContextGroup()
         self._chosen = int(model.config.get_text_config().num_experts_per_tok)
         self._place = int(recorder.index)
         self._logits: list[Tensor] | None = None  # [T, E] of each router in turn, while a row is watched
@@ -57,14 +63,15 @@ class RouterBalance:
         for row in rows:
             with self.watching() as logits:
                 compute(row)
-            weights_T = _sequences_through(row)
+            weights_T = self._sequences_through(row)
             for logits_TE in logits:
                 chosen_TK = _probabilities(logits_TE).topk(self._chosen).indices.cpu()
                 weights = weights_T.repeat_interleave(self._chosen)
                 found_E = torch.bincount(chosen_TK.flatten(), weights, logits_TE.shape[1])
                 counts_E = counts_E + found_E.numpy()
                 tokens += float(weights_T.sum())
-        summed = ranks.sums({"tokens": tokens} | {str(e): float(n) for e, n in enumerate(counts_E)})
+        own = {"tokens": tokens} | {str(e): float(n) for e, n in enumerate(counts_E)}
+        summed = ranks.sums(own, sliced=True)
         self._tokens = max(summed.pop("tokens"), 1.0)
         self._routed_E = torch.tensor(list(summed.values()), dtype=torch.float64) / self._tokens
 
@@ -78,13 +85,20 @@ class RouterBalance:
             self._logits = None
 
     def of(self, row: MicroBatch, logits: Iterable[Tensor]) -> Tensor:
-        """The row's part of the loss, with gradient: the parts of all rows of all ranks are added up."""
-        weights_T, parts = _sequences_through(row), []
+        """The part of the own slice of a row, with gradient: the parts of all rows of all ranks are added up."""
+        weights_T, parts = self._sequences_through(row), []
         for logits_TE in logits:
             probabilities_TE = _probabilities(logits_TE)
             summed_E = weights_T.to(probabilities_TE) @ probabilities_TE
             parts.append(len(summed_E) * (self._routed_E.to(summed_E) @ summed_E))
         return torch.stack(parts).sum() / self._tokens
+
+    def _sequences_through(self, row: MicroBatch) -> Tensor:
+        """How many sequences go through each token of the own slice, float64; none through that of an idle row."""
+        tokens = row.tree.tokens
+        paths = np.concatenate(row.tree.paths_B) if len(row.weights_N) else np.zeros(0, np.int64)
+        counts_T = np.bincount(paths, minlength=tokens + self._context.lacking(tokens))
+        return self._context.own(torch.from_numpy(counts_T.astype(np.float64)))
 
     def _note(self, router: nn.Module, given: Any, found: Any) -> None:
         if self._logits is not None:
@@ -93,11 +107,3 @@ class RouterBalance:
 
 def _probabilities(logits_TE: Tensor) -> Tensor:
     return logits_TE.softmax(-1, dtype=wide(logits_TE))
-
-
-def _sequences_through(row: MicroBatch) -> Tensor:
-    """How many sequences go through each token of a row, float64 [T]; none through that of an idle row."""
-    if not len(row.weights_N):
-        return torch.zeros(row.tree.tokens, dtype=torch.float64)
-    counts_T = np.bincount(np.concatenate(row.tree.paths_B), minlength=row.tree.tokens)
-    return torch.from_numpy(counts_T.astype(np.float64))

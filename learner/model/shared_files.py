@@ -226,7 +226,8 @@ def write_together(folders: Mapping[str, Folder], root: Path, ranks: Ranks) -> N
                 blocks.append([(b.begin, b.end, b.digest) for b in file.write(root / path, lead)])
     except (OSError, SafetensorError) as error:
         failed = failed or error
-    said = ranks.gather([failed and [getattr(failed, "errno", None), str(failed)], blocks])
+    own = [failed and [getattr(failed, "errno", None), str(failed)], blocks]
+    said = ranks.gather(own, everyone=True)
     for other, _ in said:
         if other:
             raise failed or OSError(other[0], other[1])

@@ -15,12 +15,12 @@ from learner.parallel.shards import Stored, laid_out, local, shard
 class AuxiliaryModule:
     """The module, called as it is. On several ranks every call and every change of its state is collective.
 
-    All ranks must make it with the same values.
+    All ranks must make it with the same values. Ranks of a context group call it with the same, of whole rows.
     """
 
     def __init__(self, module: nn.Module, ranks: Ranks, device: torch.device) -> None:
         self.module = module
-        self._sharded = None if ranks.size == 1 else shard(module, ranks)
+        self._sharded = None if ranks.size == 1 else shard(module, ranks, alike=ranks.context.size)
         if self._sharded is None:  # shards are moved one by one
             module.to(device)
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from learner.parallel.context import ContextGroup
 from rollout.wire.partition import Partition
 
 T = TypeVar("T")
@@ -36,7 +37,7 @@ class Ranks:
 
     mesh: the ranks that parameters are sharded over, all or as many as a node has; copies: the ranks that hold the same
     part as this one, None where no other does. group: through which they gather; None: the default one. aside: another,
-    for a thread beside the learner's own.
+    for a thread beside the learner's own. context: the neighbors that compute the same rows, which have one share.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Ranks:
         group: dist.ProcessGroup | None = None,
         aside: dist.ProcessGroup | None = None,
         copies: dist.ProcessGroup | None = None,
+        context: ContextGroup | None = None,
     ) -> None:
         self.rank, self.size, self.mesh, self.copies = rank, size, mesh, copies
+        self.context = context or ContextGroup()
         self._group, self._aside = group, aside
 
     @property
@@ -58,10 +61,18 @@ class Ranks:
 
     @classmethod
     def join(
-        cls, rank: int, size: int, address: str, device: str, seconds: float, sharded_over: int | None = None
+        cls,
+        rank: int,
+        size: int,
+        address: str,
+        device: str,
+        seconds: float,
+        sharded_over: int | None = None,
+        context: int = 1,
     ) -> Ranks:
         """Join the others at `address`, host:port of rank 0's `Rendezvous`. seconds: limit of this and every later
         wait. sharded_over: consecutive ranks that parameters are sharded over, a divisor of `size`; None: all.
+        context: consecutive ranks that compute one row together, a divisor too.
 
         RankLost if not all join in time.
         """
@@ -74,7 +85,8 @@ class Ranks:
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
             aside = dist.new_group(backend="gloo", timeout=limit)
             mesh, copies = _meshes(device, size, sharded_over or size)
-            ranks = cls(rank, size, mesh, aside=aside, copies=copies)
+            neighbors = _context_group(rank, context, limit)
+            ranks = cls(rank, size, mesh, aside=aside, copies=copies, context=neighbors)
             ranks.gather("here")
         except RuntimeError as error:  # the type of torch's and gloo's errors
             raise RankLost(
@@ -85,12 +97,20 @@ class Ranks:
 
     @property
     def share(self) -> Partition:
-        """The own share of a step's groups."""
-        return Partition(self.rank, self.size)
+        """The own share of a step's groups; the ranks of a context group have the same one."""
+        together = self.context.size
+        return Partition(self.rank // together, self.size // together, together)
 
-    def gather(self, words: Any) -> list[Any]:
-        """Gather a JSON value of every rank, in order of rank; floats arrive exactly. RankLost if one is silent."""
-        return [words] if self.size == 1 else touching(self, self._gather, words)
+    def gather(self, words: Any, everyone: bool = False) -> list[Any]:
+        """Gather a JSON value of every share, in order; floats arrive exactly. RankLost if a rank is silent.
+
+        Ranks of a context group have the same share, and say the same of it: the first one's is taken. everyone: that
+        of each rank, for what ranks find by themselves, such as a file that one cannot read.
+        """
+        if self.size == 1:
+            return [words]
+        said = touching(self, self._gather, words)
+        return said if everyone else said[:: self.context.size]
 
     def _gather(self, words: Any) -> list[Any]:
         own = torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8)
@@ -105,14 +125,17 @@ class Ranks:
             json.loads(text[:length].numpy().tobytes()) for text, length in zip(said, lengths, strict=True)
         ]
 
-    def sums(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        """Sum each named number over all ranks; a rank may lack some names."""
-        said = self.gather(dict(numbers))
+    def sums(self, numbers: Mapping[str, float], sliced: bool = False) -> dict[str, float]:
+        """Sum each named number over all shares; a rank may lack some names.
+
+        sliced: over all ranks; the numbers are of the own slices of rows.
+        """
+        said = self.gather(dict(numbers), everyone=sliced)
         names = dict.fromkeys(name for each in said for name in each)
         return {name: sum(each[name] for each in said if name in each) for name in names}
 
     def most(self, count: int) -> int:
-        """Maximum of a count over all ranks."""
+        """Maximum of a count over all shares."""
         return max(self.gather(count))
 
 
@@ -126,6 +149,14 @@ def _meshes(device: str, size: int, within: int) -> tuple[DeviceMesh, dist.Proce
     # PEFT knows by this name that a layer computes with its whole weight, however it is stored.
     both = init_device_mesh(device, (size // within, within), mesh_dim_names=("copies", "fsdp"))
     return both["fsdp"], both.get_group("copies")
+
+
+def _context_group(rank: int, size: int, limit: timedelta) -> ContextGroup:
+    """The neighbors that compute one row together."""
+    if size == 1:
+        return ContextGroup()
+    own, _ = dist.new_subgroups(size, timeout=limit)
+    return ContextGroup(rank % size, size, own)
 
 
 def touching(ranks: Ranks, function: Callable[..., T], *args: Any) -> T:

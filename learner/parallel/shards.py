@@ -61,10 +61,11 @@ class Whole(nn.Module):
         self.set_requires_gradient_sync(now)  # type: ignore[operator]  # an FSDPModule, as above
 
 
-def shard(model: nn.Module, ranks: Ranks, compute: torch.dtype | None = None) -> Whole:
+def shard(model: nn.Module, ranks: Ranks, compute: torch.dtype | None = None, alike: int = 1) -> Whole:
     """Shard the parameters over all ranks, in place, layer by layer, on the mesh's device. A collective call.
 
-    compute: the type of gathered tensors; None: their own.
+    compute: the type of gathered tensors; None: their own. alike: ranks that compute the same of the same row, whose
+    gradients count once.
     """
     whole = Whole(model)
     # What layers are given keeps its type, as on one rank: angles of positions are float32 in some families.
@@ -80,7 +81,7 @@ def shard(model: nn.Module, ranks: Ranks, compute: torch.dtype | None = None) ->
         sharded = fully_shard(module, mesh=ranks.mesh, reshard_after_forward=True, mp_policy=policy)
         assert isinstance(sharded, FSDPModule)
         # Weights of tokens are set over the whole batch, so gradients are summed. Gloo has no other reduction.
-        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_gradient_divide_factor(float(alike))
         sharded.set_force_sum_reduction_for_comms(True)
         if ranks.copies is not None:
             sharded.set_all_reduce_hook(partial(dist.all_reduce, group=ranks.copies))

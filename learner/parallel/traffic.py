@@ -7,6 +7,9 @@ With P parameters and R ranks, sharded over S of them, each rank receives, and s
     gradients       P sums in float32, after each row or once an optimizer step
     a version       P weights in the engines' type, gathered a layer at a time to be published
 
+Where C of the ranks compute a row together (context.py), tokens and heads of its slices travel too, for every attention
+of the forward and of the backward pass (and of the forward pass again, where activations are recomputed).
+
 An adapter's gradients are whole on every rank and summed once an optimizer step (an all-reduce: 2 (R - 1) / R of them);
 its base has none, and is gathered to be published merged.
 
@@ -43,22 +46,23 @@ class Traffic:
         once: bool = False,
         shards: int | None = None,
         adapter: int = 0,
+        slices: int = 0,
     ) -> Traffic:
         """product_bytes: of a weight as products take it; engine_bytes: of one as engines do.
 
         once: gradients are summed once an optimizer step; shards: ranks that a parameter is sharded over, None: all.
-        adapter: its parameters, where one is trained.
+        adapter: its parameters, where one is trained; slices: bytes of a row's slices that come from other ranks.
         """
         shards = shards or ranks
         copies, own = ranks // shards, parameters // shards
         if adapter:
             gathered = product_bytes * own * (shards - 1)
             sums = 2 * _SUM * adapter * (ranks - 1) // ranks
-            return cls(row=2 * gathered, sums=sums, version=gathered, across=0)
+            return cls(row=2 * gathered + slices, sums=sums, version=gathered, across=0)
         across = 2 * _SUM * own * (copies - 1) // copies
         sums = _SUM * own * (shards - 1) + across
         return cls(
-            row=2 * product_bytes * own * (shards - 1) + (0 if once else sums),
+            row=2 * product_bytes * own * (shards - 1) + (0 if once else sums) + slices,
             sums=sums if once else 0,
             version=engine_bytes * own * (shards - 1),
             across=across,

@@ -125,9 +125,12 @@ class Learner:
         return joined(row, described, shares, limits, {"version": float(self.version)})
 
     def keep_advantages(self, run: Path) -> None:
-        """From here on, store the advantages of every step in the run's folder, where the settings say so."""
-        if self.settings.store_advantages:
-            self._advantages = AdvantageLog(run, self.version, self.ranks.rank)
+        """From here on, store the advantages of every step in the run's folder, where the settings say so.
+
+        Of ranks with the same share the first one does.
+        """
+        if self.settings.store_advantages and not self.ranks.context.rank:
+            self._advantages = AdvantageLog(run, self.version, self.ranks.share.rank)
 
     def rehearse(self, longest: int) -> None:
         """Fail now where a step of the largest row would not fit into memory, by what memory_dry_run.py tries.
@@ -214,7 +217,7 @@ class Learner:
                 cursor = self._load(run, folder)
             except (checkpoint.CheckpointError, Changed, FilesChanged) as changed:
                 error = str(changed)
-            broken = next(filter(None, self.ranks.gather(error)), "")
+            broken = next(filter(None, self.ranks.gather(error, everyone=True)), "")
             if not broken:
                 return cursor
             if not self.ranks.rank:

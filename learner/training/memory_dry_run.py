@@ -15,7 +15,8 @@ import torch
 
 from learner.data.batch import Batch, MicroBatch, longest_row
 from learner.model.footprint import saved_by, shape_of
-from learner.model.policy import ModelError, Policy
+from learner.model.loading import ModelError
+from learner.model.policy import Policy
 from learner.model.saved_tensors import SavedTensors
 from learner.settings import LearnerSettings
 from learner.training.critics import critic_of
@@ -74,9 +75,10 @@ def settle(
         own = torch.cuda.get_device_properties(policy.device).total_memory
     else:
         own = host_share(ranks.size)
-    saved = saved_by(policy.model.config, settings.model.dtype)
+    saved = saved_by(policy.model.config, settings.model.dtype, ranks.context.size)
     shape, beside = shape_of(policy.model), 0 if teacher is None else shape_of(teacher.model).parameters
-    found = settled(settings, shape, 0, 0, saved, longest, min(ranks.gather(own)), beside)
+    least = min(ranks.gather(own, everyone=True))
+    found = settled(settings, shape, 0, 0, saved, longest, least, beside)
     policy.settings = found.model
     return found
 

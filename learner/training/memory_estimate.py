@@ -1,6 +1,6 @@
 """What a learner will hold in memory, from its settings and the shape of its model; nothing is loaded.
 
-    P parameters, T trained ones, R ranks that they are sharded over, N tokens of the largest row
+    P parameters, T trained ones, R ranks that they are sharded over, N tokens of the largest row, or of a slice of it
     on the device   4 P / R weights, 4 T / R gradients, 8 T / R moments, what autograd saves of N tokens, logits
     on the host     the bytes that engines are sent; at times copies: while loading, publishing, saving
     moments         on the host instead, with `optim.offload`; on the device the part that is updated
@@ -47,6 +47,17 @@ class Amount:
 def row_tokens(settings: LearnerSettings, longest: int) -> int:
     """Input tokens of the largest packed row; longest: tokens of the longest sequence."""
     return len(longest_row(longest, settings.tokens_per_microbatch).input_ids_T)
+
+
+def slice_tokens(settings: LearnerSettings, longest: int) -> int:
+    """Of these, the tokens that one rank computes."""
+    return -(-row_tokens(settings, longest) // settings.context_parallel_size)
+
+
+def slices_exchanged(settings: LearnerSettings, saved: Saved, longest: int) -> int:
+    """Bytes that a rank receives of the largest row's other slices, for attention, forward and backward."""
+    passes = 3 if settings.model.gradient_checkpointing else 2
+    return round(passes * saved.exchanged_per_token * slice_tokens(settings, longest))
 
 
 def state_bytes(settings: LearnerSettings, shape: Shape, adapter: int) -> int:
@@ -99,7 +110,7 @@ def learner_amounts(
         whole = not settings.model.gradient_checkpointing
         cast = shape.parameters if whole else shape.outside_layers + shape.largest_layer
         found.append(Amount("weights cast for products", _HALF * cast))
-    tokens = row_tokens(settings, longest)
+    tokens, whole_row = slice_tokens(settings, longest), row_tokens(settings, longest)
     if saved is not None:
         held = saved.row(tokens, shape.layers, settings.model.gradient_checkpointing)
         found.append(Amount(f"activations of {tokens:,} tokens", held))
@@ -111,6 +122,9 @@ def learner_amounts(
     if teacher:
         found.append(Amount("teacher, float32", _WIDE * teacher // ranks, moves=True))
     critic, size = settings.algorithm.critic, _WIDE * shape.parameters // ranks
+    if critic is not None and saved is not None and tokens < whole_row:
+        seen = 2 * round(whole_row * saved.input_per_token)
+        found.append(Amount("last hidden states of a whole row for values, and their gradients", seen))
     if isinstance(critic, OwnCriticSettings | TurnCriticSettings):
         slow = isinstance(critic, TurnCriticSettings)
         found.append(Amount("critic and its slow copy" if slow else "critic", (1 + slow) * size, moves=True))

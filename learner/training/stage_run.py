@@ -267,11 +267,11 @@ def _stage_of(settings: AnyStage) -> Stage:
 
 def dealt(examples: Sequence[Example], ranks: Ranks) -> list[Example]:
     """The part of a step's episodes that is this rank's."""
-    if ranks.size == 1:
+    share = ranks.share
+    if share.ranks == 1:
         return list(examples)
     sizes = [work([each.token_ids_T for each in example.sequences()]) for example in examples]
-    shares = deal(sizes, ranks.size)
-    return [examples[place] for place in shares[ranks.rank]]
+    return [examples[place] for place in deal(sizes, share.ranks)[share.rank]]
 
 
 def _require_same(run: StageRun, stored: Mapping[str, Any]) -> None:

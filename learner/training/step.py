@@ -181,7 +181,7 @@ def accumulate(
     times the token's weight, which was set for the WHOLE batch, skipped sequences and other ranks' included; and that
     of the `balance` of a mixture of experts, which the statistics then have as "router_balance".
     """
-    total, balanced = torch.zeros(2, device=policy.device)
+    taught, balanced = torch.zeros(2, device=policy.device)
     means = Means()
     rows = list(level(batch.micro_batches, policy.ranks))
     if balance is not None:
@@ -192,15 +192,18 @@ def accumulate(
         with watched as logits:
             loss_N, stats = loss_of(on_device)
         loss = (loss_N * on_device.weights_N).sum()
+        taught = taught + loss.detach()
         if balance is not None:
             part = balance.of(on_device, logits)
             loss, balanced = loss + balance.coefficient * part, balanced + part.detach()
         loss.backward()
-        total = total + loss.detach()
         means.add(stats)
-    summed = policy.ranks.sums({"loss": float(total), "router_balance": float(balanced)})
-    loss_of_all = summed.pop("loss")
-    return loss_of_all, means.values(policy.ranks) | (summed if balance else {})
+    found, ranks = means.values(policy.ranks), policy.ranks
+    of_all = ranks.sums({"loss": float(taught)})["loss"]
+    if balance is not None:
+        found |= ranks.sums({"router_balance": float(balanced)}, sliced=True)
+        of_all += balance.coefficient * found["router_balance"]
+    return of_all, found
 
 
 def merged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -18,13 +18,17 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplying by it loses nothing mo
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """Share of one of `ranks` learner processes; the default is the whole step."""
+    """Share number `rank` of `ranks` equal ones; the default is the whole step.
+
+    readers: learner processes that take this share, which compute its rows together.
+    """
 
     rank: int = 0
     ranks: int = 1
+    readers: int = 1
 
     def of(self, batches: Sequence[pa.RecordBatch]) -> list[pa.RecordBatch]:
-        """Select this rank's groups, in the step's order; a group is never divided."""
+        """Select the share's groups, in the step's order; a group is never divided."""
         sizes = [work(_texts(batch)) for batch in batches] if self.ranks > 1 else [1.0] * len(batches)
         return [batches[index] for index in deal(sizes, self.ranks)[self.rank]]
 

@@ -20,7 +20,7 @@ from deploy.run.failure_log import failures_kept_in
 from envs import registry
 from envs.base import as_number
 from envs.builtin.frozen_lake import FrozenLake
-from learner.model.policy import ModelError
+from learner.model.loading import ModelError
 from rollout.buffer.failures import TooManyFailures
 from rollout.engines.engine import Engine
 from rollout.engines.scripted_engine import ScriptedEngine

@@ -18,19 +18,26 @@ Work = Callable[..., Any]
 
 
 def together(
-    size: int, work: Work, *args: Any, seconds: float = SECONDS, over: int | None = None
+    size: int,
+    work: Work,
+    *args: Any,
+    seconds: float = SECONDS,
+    over: int | None = None,
+    context: int = 1,
 ) -> list[Any]:
     """What `work(ranks, *args)` gives on each rank, in order; the first failure is raised with its traceback.
 
-    seconds: limit of any wait; over: ranks that parameters are sharded over, None: all.
+    seconds: limit of any wait; over: ranks that parameters are sharded over, None: all; context: those that share rows.
     """
-    context = multiprocessing.get_context("forkserver")  # which has imported everything once
-    context.set_forkserver_preload(["learner.training.learner", "rollout.wire.schema"])
+    start = multiprocessing.get_context("forkserver")  # which has imported everything once
+    start.set_forkserver_preload(["learner.training.learner", "rollout.wire.schema"])
     rendezvous = Rendezvous("127.0.0.1", size, seconds)
-    pipes = [context.Pipe(duplex=False) for _ in range(size)]
+    pipes = [start.Pipe(duplex=False) for _ in range(size)]
     processes = [
-        context.Process(
-            target=_rank, args=(rank, size, rendezvous.address, said, work, args, seconds, over), daemon=True
+        start.Process(
+            target=_rank,
+            args=(rank, size, rendezvous.address, said, work, args, seconds, over, context),
+            daemon=True,
         )
         for rank, (_, said) in enumerate(pipes)
     ]
@@ -66,11 +73,12 @@ def _rank(
     args: tuple[Any, ...],
     seconds: float,
     over: int | None,
+    context: int,
 ) -> None:
     torch.set_num_threads(1)
     prefix_tree.LEAST_SHARED = 1  # as in the tests' own process: siblings have few tokens in common
     try:
-        ranks = ALONE if size == 1 else Ranks.join(rank, size, address, "cpu", seconds, over)
+        ranks = ALONE if size == 1 else Ranks.join(rank, size, address, "cpu", seconds, over, context)
         answer = True, work(ranks, *args)
     except BaseException:  # whatever it is, it is told
         answer = False, traceback.format_exc()

@@ -83,6 +83,16 @@ def test_two_ranks_train_and_every_group_is_accounted_for(tmp_path: Path) -> Non
     _assert_trained(tmp_path / "run")
 
 
+@pytest.mark.rare
+def test_two_ranks_that_share_rows_go_on_with_rows_of_their_own(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    together = moved(RANKS, ["learner.context_parallel_size=2"])
+    with pytest.raises(Stopped):
+        train(together, folder, late_engine(0), ring_type=_ring, stop_after=2)
+    train(RANKS, folder, late_engine(0), ring_type=_ring, resume=True)
+    _assert_trained(folder)
+
+
 def test_what_two_ranks_began_one_ends(tmp_path: Path) -> None:
     folder, started_with = tmp_path / "run", []
 

@@ -16,6 +16,11 @@ PAGE = Path(__file__).resolve().parents[3] / "docs" / "gpus.md"
 ROWS = [(7_473, 1_319)]  # of the recipe's data: training, held out
 PAIRS = ["rollout.workers=8", "rollout.gpus_per_worker=2", "engine.tensor_parallel_size=2"]
 LORA = ["learner.ranks=1", "learner.model.lora.rank=32", "rollout.workers=7"]
+LONG = [
+    "rollout.context_tokens=131072",
+    "learner.tokens_per_microbatch=131072",
+    "buffer.groups_per_step=16",
+]
 SHAPES: list[tuple[str, Qwen3, list[str]]] = [
     ("Qwen3-8B, one node: 4 ranks, 4 engines", QWEN3_8B, []),
     ("Qwen3-8B, four nodes: 16 ranks, 16 engines", QWEN3_8B, ["learner.ranks=16", "rollout.workers=16"]),
@@ -38,6 +43,11 @@ SHAPES: list[tuple[str, Qwen3, list[str]]] = [
     ),
     ("Qwen3-32B, four nodes: 16 ranks, 8 engines of 2 GPUs", QWEN3_32B, [*PAIRS, "learner.ranks=16"]),
     ("Qwen3-30B-A3B, four nodes: 16 ranks, 8 engines of 2 GPUs", QWEN3_30B_A3B, [*PAIRS, "learner.ranks=16"]),
+    (
+        "Qwen3-32B, rows of 131,072 tokens, four nodes: 16 ranks, eight to a row, 8 engines of 2 GPUs",
+        QWEN3_32B,
+        [*PAIRS, "learner.ranks=16", "learner.context_parallel_size=8", *LONG],
+    ),
     (
         "Qwen3-30B-A3B, four nodes: 16 ranks, sharded over 8, 8 engines of 2 GPUs",
         QWEN3_30B_A3B,

@@ -179,7 +179,8 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
             ],
             "prefers groups whose rewards differ",
         ),
-        (["learner.ranks=33"], "have at least as many groups as ranks"),
+        (["learner.ranks=33"], "have at least 33 groups a step"),
+        (["learner.ranks=66", "learner.context_parallel_size=2"], "have at least 33 groups a step"),
         (["learner.model.router_balance=0.1"], "is for a mixture of experts"),
         (["learner.ranks=2", "learner.sharded_over=3"], "does not divide learner.ranks=2"),
         (

@@ -11,7 +11,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from learner.model.attention import register
 from learner.model.compatibility import IncompatibleModel, require_compatible
-from learner.model.policy import ModelError, Policy
+from learner.model.loading import ModelError
+from learner.model.policy import Policy
 from learner.settings import ModelSettings
 
 SHAPE = {

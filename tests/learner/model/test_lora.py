@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from learner.algorithm.schedule import OptimSettings
 from learner.model.linear import _OneDnnLinear
+from learner.model.loading import ModelError
 from learner.model.lora_targets import planned
-from learner.model.policy import ModelError, Policy
+from learner.model.policy import Policy
 from learner.settings import LearnerSettings, LoraSettings
 from learner.stages.settings import SftSettings
 from learner.training.learner import Learner

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from learner.data.batch import Batch, TokenSequence, pack
+from learner.model.loading import ModelError
 from learner.model.lora import Adapter
 from learner.model.lora_targets import planned
-from learner.model.policy import ModelError, Policy
+from learner.model.policy import Policy
 from learner.parallel.ranks import ALONE, Ranks
 from learner.settings import LoraSettings, ModelSettings
 from learner.training.step import accumulate

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from learner.model.policy import ModelError, Policy
+from learner.model.loading import ModelError
+from learner.model.policy import Policy
 from learner.settings import LearnerSettings, LoraSettings, ModelSettings
 from learner.training.learner import Learner
 from rollout.wire.model_folder import ModelMissing, pretrained

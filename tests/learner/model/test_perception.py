@@ -12,8 +12,9 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
 from learner.data.batch import MicroBatch, SequencePictures, TokenSequence, row_of, sequences_of
+from learner.model.loading import ModelError
 from learner.model.perception import RowMismatch
-from learner.model.policy import ModelError, Policy
+from learner.model.policy import Policy
 from learner.settings import ModelSettings
 from learner.training.publish import take_snapshot
 from rollout.engines.hf_engine import HfEngine

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForC
 
 from learner.data.batch import longest_row
 from learner.model.linear import _OneDnnLinear, use_onednn
-from learner.model.policy import ModelError, Policy
+from learner.model.loading import ModelError
+from learner.model.policy import Policy
 from learner.model.tiny import build_tiny
 from learner.settings import ModelSettings
 from learner.training.publish import take_snapshot

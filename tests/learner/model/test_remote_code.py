@@ -20,7 +20,8 @@ from deploy.config.config_errors import ConfigError
 from deploy.config.trust import executed, executed_by_evaluation
 from deploy.run.evaluate import Conditions, evaluate_checkpoint
 from deploy.run.preflight import check
-from learner.model.policy import ModelError, Policy
+from learner.model.loading import ModelError
+from learner.model.policy import Policy
 from learner.settings import LearnerSettings, ModelSettings
 from learner.training.learner import Learner
 from learner.training.publish import take_snapshot

@@ -14,7 +14,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func as of_qwen3
 
 from learner.data.batch import Batch, MicroBatch, TokenSequence, pack
-from learner.model.policy import ModelError, Policy
+from learner.model.loading import ModelError
+from learner.model.policy import Policy
 from learner.parallel.ranks import ALONE, Ranks
 from learner.settings import ModelSettings
 from learner.training.step import Stats, accumulate
@@ -58,7 +59,7 @@ def _build(family: str, folder: Path) -> None:
 def balanced(ranks: Ranks, folder: Path, tokens_per_row: int, model: dict[str, Any]) -> tuple[Any, ...]:
     """Loss, balance and gradients of the texts, dealt to the ranks in turn, with no other loss."""
     policy = Policy(ModelSettings(path=str(folder), router_balance=COEFFICIENT, **model), ranks)
-    own = [_sequence(ids) for ids in TEXTS[ranks.rank :: ranks.size]]
+    own = [_sequence(ids) for ids in TEXTS[ranks.share.rank :: ranks.share.ranks]]
     batch: Batch = pack(own, tokens_per_row, policy.context)
 
     def loss_of(micro: MicroBatch) -> tuple[Tensor, Stats]:
@@ -82,22 +83,24 @@ def _expected(folder: Path) -> tuple[float, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("family", "size", "tokens_per_row", "model"),
+    ("family", "size", "context", "tokens_per_row", "model"),
     [
-        ("qwen3_moe", 1, 1000, {}),
-        ("qwen3_moe", 1, 20, {"gradient_checkpointing": True}),
-        ("mixtral", 1, 20, {}),
-        ("qwen3_moe", 2, 20, {"sum_gradients": "step"}),
-        ("mixtral", 2, 1000, {}),
+        ("qwen3_moe", 1, 1, 1000, {}),
+        ("qwen3_moe", 1, 1, 20, {"gradient_checkpointing": True}),
+        ("mixtral", 1, 1, 20, {}),
+        ("qwen3_moe", 2, 1, 20, {"sum_gradients": "step"}),
+        ("mixtral", 2, 1, 1000, {}),
+        ("qwen3_moe", 4, 2, 20, {"gradient_checkpointing": True}),
     ],
 )
 def test_the_loss_is_that_of_all_tokens_of_a_step(
-    family: str, size: int, tokens_per_row: int, model: dict[str, Any], tmp_path: Path
+    family: str, size: int, context: int, tokens_per_row: int, model: dict[str, Any], tmp_path: Path
 ) -> None:
     _build(family, tmp_path)
     value, expected = _expected(tmp_path)
     assert any("gate" in name for name in expected)
-    for loss, balance, gradients in together(size, balanced, tmp_path, tokens_per_row, model):
+    found = together(size, balanced, tmp_path, tokens_per_row, model, context=context)
+    for loss, balance, gradients in found:
         assert balance == pytest.approx(value, rel=1e-5)
         assert loss == pytest.approx(COEFFICIENT * value, rel=1e-5)
         for name, wanted in expected.items():

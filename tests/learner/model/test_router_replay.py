@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from learner.data.batch import Batch, MicroBatch, TokenSequence, pack, row_of
-from learner.model.policy import ModelError, Policy
+from learner.model.loading import ModelError
+from learner.model.policy import Policy
 from learner.model.router_replay import routing_bytes
 from learner.parallel.ranks import ALONE, Ranks
 from learner.settings import ModelSettings

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import Qwen3ForCausalLM
 
 from learner.algorithm.schedule import OptimSettings
-from learner.model.tiny import build_tiny
+from learner.model.tiny import build_tiny, tiny_config
 from learner.model.tokenizer import build_tokenizer
 from learner.parallel.ranks import RankLost, Ranks
 from learner.stages.settings import AnyStage, IlqlSettings, KtoSettings, RewardModelSettings
@@ -53,6 +55,7 @@ TURNS: dict[str, Any] = {
 RISK: dict[str, Any] = {"name": "risk", "limit": 0.5, "update": {"kind": "dual", "rate": 0.5}}
 # (recipe, learner steps, settings of the model); UNTIED stands for a model whose head is a matrix of its own
 UNTIED = "untied"
+WINDOWS = "windows"  # for one whose second layer has a sliding window
 CASES: list[Any] = [
     ({"advantage": {"kind": "grpo"}}, 1, {}),
     ({"advantage": {"kind": "reinforce_pp"}, "constraints": [RISK]}, 2, {}),
@@ -98,6 +101,7 @@ CASES: list[Any] = [
         3,
         {"lora": {"rank": 2, "alpha": 8}},
     ),
+    ({"advantage": {"kind": "grpo"}}, 1, {"path": WINDOWS, "gradient_checkpointing": True}),
 ]
 
 
@@ -115,10 +119,18 @@ def _packed(metrics: dict[str, float]) -> dict[str, float]:
 def cases(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """The cases, with a folder for the model that is no fixture of others."""
     folder = tmp_path_factory.mktemp(UNTIED)
-    shape = {"layers": 1, "width": 32, "heads": 2, "mlp": 48, "context": 128}
+    shape = {"layers": 1, "width": 32, "heads": 4, "mlp": 48, "context": 128}
     build_tiny(folder, build_tokenizer(folder), **shape, tie=False, seed=2)
+    windows = tmp_path_factory.mktemp(WINDOWS)
+    tokenizer = build_tokenizer(windows)
+    config = tiny_config(tokenizer, 2, 32, heads=4, head_width=8, mlp=40, context=128, tie=True)
+    config.update({"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1})
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(windows)
+    tokenizer.save_pretrained(windows)
+    folders = {UNTIED: folder, WINDOWS: windows}
     return [
-        (recipe, steps, model | ({"path": str(folder)} if model.get("path") == UNTIED else {}))
+        (recipe, steps, model | ({"path": str(folders[model["path"]])} if "path" in model else {}))
         for recipe, steps, model in CASES
     ]
 
@@ -130,11 +142,20 @@ def alone(tiny: Path, cases: list[Any]) -> list[Found]:
     return found
 
 
-@pytest.mark.parametrize(("size", "over", "every"), [(2, None, 1), (4, None, 2), (4, 2, 2)])
+@pytest.mark.parametrize(
+    ("size", "over", "context", "every"),
+    [(2, None, 1, 1), (4, None, 1, 2), (4, 2, 1, 2), (2, None, 2, 1), (4, 2, 2, 2), (4, None, 4, 3)],
+)
 def test_a_step_of_several_ranks_is_that_of_one(
-    size: int, over: int | None, every: int, tiny: Path, cases: list[Any], alone: list[Found]
+    size: int,
+    over: int | None,
+    context: int,
+    every: int,
+    tiny: Path,
+    cases: list[Any],
+    alone: list[Found],
 ) -> None:
-    by_rank = together(size, stepped, tiny, cases[::every], over=over)
+    by_rank = together(size, stepped, tiny, cases[::every], over=over, context=context)
     fewer = False
     for case, expected in enumerate(alone[::every]):
         found = [of_rank[case] for of_rank in by_rank]
@@ -145,17 +166,20 @@ def test_a_step_of_several_ranks_is_that_of_one(
             assert [_packed(row) for row in each["fine_tuned"]] == rows
             for what in ("gradients", "parameters", "critic"):
                 _same(each[what], expected[what], atol=1e-6)
-    assert fewer, "no rank ever had fewer rows than another"
+    assert fewer or context == size, "no rank ever had fewer rows than another"
 
 
 LORA = {"rank": 4, "alpha": 8}
 MERGED = {"lora": LORA, "dtype": "bfloat16"}
 ADAPTER = {"lora": LORA | {"sync": "adapter"}}
 HYBRID = 4  # ranks, sharded over two at a time
+SLICED = 3  # stands for two ranks that compute every row together
 
 
-def _over(size: int) -> int | None:
-    return 2 if size == HYBRID else None
+def _met(size: int, work: Any, *args: Any) -> list[Found]:
+    if size == SLICED:
+        return together(2, work, *args, context=2)
+    return together(size, work, *args, over=2 if size == HYBRID else None)
 
 
 @pytest.mark.parametrize(
@@ -170,14 +194,17 @@ def _over(size: int) -> int | None:
         (2, 1, SHARED, MERGED),
         (1, HYBRID, SHARED, MERGED),
         (1, 2, SHARED, ADAPTER),
+        (SLICED, 1, CRITIC, {}),
+        (1, SLICED, TURNS, {}),
+        (HYBRID, SLICED, SHARED, MERGED),
     ],
 )
 def test_a_checkpoint_is_continued_by_any_number_of_ranks(
     before: int, after: int, recipe: dict[str, Any], model: dict[str, Any], tiny: Path, tmp_path: Path
 ) -> None:
-    wrote, *_ = together(before, saved, tiny, recipe, tmp_path, model, over=_over(before))
-    same, *_ = together(before, resumed, tiny, recipe, tmp_path, model, over=_over(before))
-    other, *rest = together(after, resumed, tiny, recipe, tmp_path, model, over=_over(after))
+    wrote, *_ = _met(before, saved, tiny, recipe, tmp_path, model)
+    same, *_ = _met(before, resumed, tiny, recipe, tmp_path, model)
+    other, *rest = _met(after, resumed, tiny, recipe, tmp_path, model)
     assert same["cursor"] == other["cursor"] == {"step": 1}
     steps = 1 if recipe is TURNS else 2  # without learned values of turns no action is better than another
     assert same["steps"] == other["steps"] == wrote["steps"] == steps

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
+from learner.model.footprint import saved_by
 from learner.model.tiny import build_tiny
 from learner.parallel.ranks import Ranks
 from learner.parallel.traffic import Traffic
@@ -19,8 +20,8 @@ from tests.learner.together import together
 
 def counted(
     ranks: Ranks, folder: Path, dtype: str, sums: str, over: int, rank: int
-) -> tuple[float, int, int, int]:
-    """Bytes that a step brought to this rank, its rows, and the parameters of the model and of its adapter.
+) -> tuple[float, int, int, int, int]:
+    """Bytes that a step brought to this rank, its rows, its tokens, and the parameters of the model and of its adapter.
 
     rank: of the adapter; 0: all weights are trained.
     """
@@ -36,39 +37,48 @@ def counted(
 
         setattr(dist, name, watched)
 
+    watch("all_to_all_single", (ranks.context.size - 1) / ranks.context.size)
     watch("all_gather_single", (over - 1) / over)
     watch("reduce_scatter_single", (over - 1) / over)
     together = ranks.size if rank else copies
     watch("all_reduce", 2 * (together - 1) / together)
     lora = {"lora": {"rank": rank}} if rank else {}
     learner = built(ranks, folder, {}, dtype=dtype, sum_gradients=sums, **lora)
-    share = own(ranks, groups_of(3))
+    share, tokens = own(ranks, groups_of(3)), list[int]()
+    embedding = learner.policy.model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, given, found: tokens.append(given[0].numel()))
     received.clear()
     learner.step(share)
     parameters = sum(parameter.numel() for parameter in learner.policy.model.parameters())
     adapter = sum(parameter.numel() for parameter in learner.policy.parameters()) if rank else 0
-    return sum(received), max(ranks.gather(rows(share))), parameters - adapter, adapter
+    return sum(received), max(ranks.gather(rows(share))), sum(tokens), parameters - adapter, adapter
 
 
 @pytest.mark.parametrize(
-    ("ranks", "over", "dtype", "sums", "rank"),
+    ("ranks", "over", "context", "dtype", "sums", "rank"),
     [
-        (2, 2, "float32", "row", 0),
-        (2, 2, "bfloat16", "row", 0),
-        (2, 2, "bfloat16", "step", 0),
-        (4, 2, "bfloat16", "row", 0),
-        (4, 2, "float32", "step", 0),
-        (4, 2, "bfloat16", "row", 8),
+        (2, 2, 1, "float32", "row", 0),
+        (2, 2, 1, "bfloat16", "row", 0),
+        (2, 2, 1, "bfloat16", "step", 0),
+        (4, 2, 1, "bfloat16", "row", 0),
+        (4, 2, 1, "float32", "step", 0),
+        (4, 2, 1, "bfloat16", "row", 8),
+        (4, 4, 2, "bfloat16", "step", 0),
+        (4, 2, 4, "float32", "row", 8),
     ],
 )
 def test_the_bytes_of_a_step_are_those_that_are_told(
-    ranks: int, over: int, dtype: str, sums: str, rank: int, tiny: Path, tmp_path: Path
+    ranks: int, over: int, context: int, dtype: str, sums: str, rank: int, tiny: Path, tmp_path: Path
 ) -> None:
-    shape = {"layers": 3, "width": 64, "heads": 2, "mlp": 96, "context": 128}
+    shape = {"layers": 3, "width": 64, "heads": 4, "head_width": 16, "mlp": 96, "context": 128}
     build_tiny(tmp_path, AutoTokenizer.from_pretrained(tiny), **shape)
     size = {"float32": 4, "bfloat16": 2}[dtype]
-    for received, count, *numbers in together(ranks, counted, tmp_path, dtype, sums, over, rank, over=over):
-        told = Traffic.of(numbers[0], ranks, size, 2, sums == "step", over, adapter=numbers[1])
+    saved = saved_by(AutoConfig.from_pretrained(tmp_path), dtype, context)
+    assert saved is not None
+    args = tmp_path, dtype, sums, over, rank
+    for received, count, tokens, *numbers in together(ranks, counted, *args, over=over, context=context):
+        slices = round(2 * saved.exchanged_per_token * tokens / count)
+        told = Traffic.of(numbers[0], ranks, size, 2, sums == "step", over, numbers[1], slices)
         assert count > 1
         # Rows that no two ranks divide are padded.
         assert received == pytest.approx(told.step(count, updates=1) - told.version, rel=0.02)

@@ -20,7 +20,7 @@ from learner.algorithm.schedule import OptimSettings
 from learner.data.batch import MicroBatch, longest_row
 from learner.data.batch_checks import BatchRefused
 from learner.data.batch_stats import describe
-from learner.model.policy import ModelError
+from learner.model.loading import ModelError
 from learner.settings import LearnerSettings, ModelSettings
 from learner.stages.settings import SftSettings
 from learner.training.critic import OwnCritic
