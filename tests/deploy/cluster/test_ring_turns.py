@@ -67,6 +67,7 @@ def _struck(config: RunConfig, folder: Path, engine: EngineFactory) -> Any:
     return ring
 
 
+@pytest.mark.rare
 def test_parts_that_are_killed_in_the_others_turn_change_nothing(reference: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(TURNS, folder, ring_type=_struck)

@@ -152,7 +152,7 @@ def test_a_checkpoint_is_evaluated_on_an_environment_by_its_name(run: Path) -> N
     assert run_folder.open_existing(run) == configured(*TWO)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_actors_change_nothing_about_a_run_of_several(run: Path, tmp_path: Path) -> None:
     import ray
 

@@ -16,7 +16,7 @@ from learner.algorithm.schedule import OptimSettings
 from learner.model.tiny import build_tiny, tiny_config
 from learner.model.tokenizer import build_tokenizer
 from learner.parallel.ranks import RankLost, Ranks
-from learner.stages.settings import AnyStage, IlqlSettings, KtoSettings, RewardModelSettings
+from learner.stages.settings import IlqlSettings, KtoSettings, RewardModelSettings
 from learner.training.checkpoint import latest
 from tests.learner.ranked import (
     SFT,
@@ -31,7 +31,7 @@ from tests.learner.ranked import (
     stepped,
     without_logprobs,
 )
-from tests.learner.together import together
+from tests.learner.together import in_turn, together
 
 GAE: dict[str, Any] = {"kind": "gae", "gamma": 0.9, "lam": 0.8}
 CRITIC: dict[str, Any] = {"advantage": GAE, "critic": {"optim": {"learning_rate": 0.03}}}
@@ -183,30 +183,42 @@ def _met(size: int, work: Any, *args: Any) -> list[Found]:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "recipe", "model"),
+    ("before", "after", "cases"),
     [
-        (2, 1, CRITIC, {}),
-        (1, 2, CRITIC, {}),
-        (2, 1, SHARED, {}),
-        (2, 1, TURNS, {}),
-        (HYBRID, 2, CRITIC, {}),
-        (1, HYBRID, SHARED, {}),
-        (2, 1, SHARED, MERGED),
-        (1, HYBRID, SHARED, MERGED),
-        (1, 2, SHARED, ADAPTER),
-        (SLICED, 1, CRITIC, {}),
-        (1, SLICED, TURNS, {}),
-        (HYBRID, SLICED, SHARED, MERGED),
+        (2, 1, [(CRITIC, {}), (SHARED, {}), (TURNS, {}), (SHARED, MERGED)]),
+        (1, 2, [(CRITIC, {}), (SHARED, ADAPTER)]),
+        (HYBRID, 2, [(CRITIC, {})]),
+        (1, HYBRID, [(SHARED, {}), (SHARED, MERGED)]),
+        (SLICED, 1, [(CRITIC, {})]),
+        (1, SLICED, [(TURNS, {})]),
+        (HYBRID, SLICED, [(SHARED, MERGED)]),
     ],
 )
 def test_a_checkpoint_is_continued_by_any_number_of_ranks(
-    before: int, after: int, recipe: dict[str, Any], model: dict[str, Any], tiny: Path, tmp_path: Path
+    before: int, after: int, cases: list[Any], tiny: Path, tmp_path: Path
 ) -> None:
-    wrote, *_ = _met(before, saved, tiny, recipe, tmp_path, model)
-    same, *_ = _met(before, resumed, tiny, recipe, tmp_path, model)
-    other, *rest = _met(after, resumed, tiny, recipe, tmp_path, model)
+    runs = [tmp_path / str(place) for place in range(len(cases))]
+    each = [(tiny, recipe, run, model) for (recipe, model), run in zip(cases, runs, strict=True)]
+    wrote, *_ = _met(before, in_turn, saved, each)
+    same, *_ = _met(before, in_turn, resumed, each)
+    by_rank = _met(after, in_turn, resumed, each)
+    for place, case in enumerate(cases):
+        found = [of_rank[place] for of_rank in by_rank]
+        _continued(*case, runs[place], wrote[place], same[place], *found)
+
+
+def _continued(
+    recipe: dict[str, Any],
+    model: dict[str, Any],
+    run: Path,
+    wrote: Found,
+    same: Found,
+    other: Found,
+    *rest: Found,
+) -> None:
+    """same: as many ranks as wrote the checkpoint; other, rest: the first of as many as went on, and the others."""
     assert same["cursor"] == other["cursor"] == {"step": 1}
-    steps = 1 if recipe is TURNS else 2  # without learned values of turns no action is better than another
+    steps = 1 if recipe == TURNS else 2  # without learned values of turns no action is better than another
     assert same["steps"] == other["steps"] == wrote["steps"] == steps
     for what in ("parameters", "moments"):
         _same(same[what], wrote[what])
@@ -219,7 +231,7 @@ def test_a_checkpoint_is_continued_by_any_number_of_ranks(
     np.testing.assert_allclose(other["probe"], same["probe"], atol=1e-5)
     assert other["bytes"] == same["bytes"] > 0
     assert all(each["bytes"] == 0 for each in rest)
-    newest = latest(tmp_path)
+    newest = latest(run)
     assert newest is not None
     files = {"optimizer.safetensors", "optimizer.safetensors.blocks", "state.json"}
     assert {path.name for path in newest.iterdir()} == {"model", "critic"} | files
@@ -230,40 +242,41 @@ def test_moments_in_host_memory_change_neither_numbers_nor_files(
     size: int, tiny: Path, tmp_path: Path
 ) -> None:
     recipe = {"advantage": GAE, "critic": {"optim": {"learning_rate": 0.03, "offload": True}}}
-    cases = [(tmp_path / "plain", CRITIC, {}), (tmp_path / "offloaded", recipe, {"offload": True})]
-    plain, offloaded = (together(size, saved, tiny, of, run, model)[0] for run, of, model in cases)
-    files = [latest(run) for run, *_ in cases]
+    plain, offloaded = (
+        (tiny, CRITIC, tmp_path / "plain", {}),
+        (tiny, recipe, tmp_path / "off", {"offload": True}),
+    )
+    wrote, *_ = together(size, in_turn, saved, [plain, offloaded])
+    files = [latest(run) for _, _, run, _ in (plain, offloaded)]
     assert None not in files
     states = [{p.name: p.read_bytes() for p in f.glob("*.safetensors*")} for f in files if f is not None]
     assert states[0] == states[1] and len(states[0]) == 2
     for what in ("parameters", "moments"):
-        _same(offloaded[what], plain[what])
+        _same(wrote[1][what], wrote[0][what])
     # Either continues from the other's checkpoint.
-    swapped = zip(cases, reversed(cases), strict=True)
-    one, other = (together(size, resumed, tiny, of, run, model)[0] for (_, of, model), (run, *_) in swapped)
+    swapped = [(*plain[:2], offloaded[2], plain[3]), (*offloaded[:2], plain[2], offloaded[3])]
+    one, other = together(size, in_turn, resumed, swapped)[0]
     assert one["metrics"] == other["metrics"]
 
 
 KL: dict[str, Any] = {"kl": {"coefficient": 0.3}, "skip_zero_advantage": False}
 
 
+AWAY: list[Any] = [
+    (CRITIC | KL | {"distill": {"coefficient": 0.5}}, {"dtype": "bfloat16"}),
+    (TURNS, {"offload": True}),
+    (SHARED | KL, MERGED),
+]
+
+
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize(
-    ("recipe", "model"),
-    [
-        (CRITIC | KL | {"distill": {"coefficient": 0.5}}, {"dtype": "bfloat16"}),
-        (TURNS, {"offload": True}),
-        (SHARED | KL, MERGED),
-    ],
-)
-def test_a_state_that_was_away_goes_on_as_one_that_stayed(
-    size: int, recipe: dict[str, Any], model: dict[str, Any], tiny: Path
-) -> None:
-    stayed, *_ = together(size, parted, tiny, recipe, model, False)
-    went, *others = together(size, parted, tiny, recipe, model, True)
-    assert all(each["moved"] for each in (went, *others))
-    _same(went["parameters"], stayed["parameters"])
-    assert (went["metrics"], went["manifest"]) == (stayed["metrics"], stayed["manifest"])
+def test_a_state_that_was_away_goes_on_as_one_that_stayed(size: int, tiny: Path) -> None:
+    cases = [(tiny, recipe, model, away) for recipe, model in AWAY for away in (False, True)]
+    for found in together(size, in_turn, parted, cases):
+        for stayed, went in zip(found[::2], found[1::2], strict=True):
+            assert went["moved"]
+            _same(went["parameters"], stayed["parameters"])
+            assert (went["metrics"], went["manifest"]) == (stayed["metrics"], stayed["manifest"])
 
 
 ILQL = IlqlSettings(
@@ -279,17 +292,15 @@ KTO = KtoSettings(episodes_per_step=4, epochs=2, optim=OptimSettings(learning_ra
 REWARD = RewardModelSettings(pairs_per_step=1, epochs=2, optim=OptimSettings(learning_rate=1e-2))
 
 
-@pytest.mark.parametrize("stage", [SFT, KTO, REWARD, ILQL], ids=["sft", "kto", "reward_model", "ilql"])
-def test_a_stage_is_continued_from_its_checkpoint_by_any_number_of_ranks(
-    stage: AnyStage, tiny: Path, tmp_path: Path
-) -> None:
-    whole, *_ = together(2, staged, tiny, tmp_path, stage)
-    same, *_ = together(2, staged, tiny, tmp_path, stage)
-    other, *_ = together(1, staged, tiny, tmp_path, stage)
-    assert (whole["begun"], same["begun"], other["begun"]) == (0, 2, 2)
-    assert same["metrics"] == whole["metrics"][2:] and len(same["metrics"]) > 2
-    _same(same["parameters"], whole["parameters"])
-    _same(other["parameters"], whole["parameters"], atol=1e-5)
+def test_a_stage_is_continued_from_its_checkpoint_by_any_number_of_ranks(tiny: Path, tmp_path: Path) -> None:
+    cases = [(tiny, tmp_path / stage.kind, stage) for stage in (SFT, KTO, REWARD, ILQL)]
+    of_two, again = (together(2, in_turn, staged, cases)[0] for _ in range(2))
+    (of_one,) = together(1, in_turn, staged, cases)
+    for whole, same, other in zip(of_two, again, of_one, strict=True):
+        assert (whole["begun"], same["begun"], other["begun"]) == (0, 2, 2)
+        assert same["metrics"] == whole["metrics"][2:] and len(same["metrics"]) > 2
+        _same(same["parameters"], whole["parameters"])
+        _same(other["parameters"], whole["parameters"], atol=1e-5)
 
 
 def test_ranks_of_unequal_shares_make_the_same_optimizer_steps(tiny: Path) -> None:

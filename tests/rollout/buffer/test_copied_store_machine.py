@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
@@ -86,4 +87,9 @@ class CopiedStoreMachine(StoreMachine):
 
 
 TestCopiedStoreMachine = CopiedStoreMachine.TestCase
-TestCopiedStoreMachine.settings = settings(max_examples=20, stateful_step_count=40)
+TestCopiedStoreMachine.settings = settings(max_examples=6, stateful_step_count=40)
+
+
+@pytest.mark.rare
+class TestCopiedStoreMachineAtLength(TestCopiedStoreMachine):  # type: ignore[misc, valid-type]
+    settings = settings(max_examples=40, stateful_step_count=40)
