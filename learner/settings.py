@@ -36,6 +36,12 @@ class LoraSettings(BaseModel, extra="forbid", frozen=True):
         description="what is sent to the engines. merged: full weights with the adapter added. adapter: only "
         "the adapter, which is much smaller to send but adds work to every sampled token",
     )
+    quantize_base: Literal["nf4"] | None = Field(
+        default=None,
+        description="store the frozen linear layers, except the output head, in fewer bits (QLoRA). nf4: 4-bit "
+        "NormalFloat with double quantization, 4.13 bits a weight, dequantized for every product: a quarter of the "
+        'memory of bfloat16, and a slower step. Not set: the type of products. Needs sync="merged"',
+    )
 
 
 class ModelSettings(BaseModel, extra="forbid", frozen=True):

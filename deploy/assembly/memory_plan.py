@@ -22,6 +22,7 @@ from learner.parallel.traffic import Traffic
 from learner.training.memory_estimate import (
     Amount,
     away_amount,
+    base_bytes,
     head_bytes,
     host_amounts,
     host_share,
@@ -180,12 +181,12 @@ def _settled(run: RunConfig, model: ModelFacts, gpu_bytes: int) -> RunConfig:
 def _traffic(run: RunConfig, model: ModelFacts) -> Traffic:
     """What the learner's ranks exchange."""
     learner, sizes = run.learner, (SIZES[run.learner.model.dtype], SIZES[run.engine.dtype])
-    once = learner.model.sum_gradients == "step"
+    once, base = learner.model.sum_gradients == "step", base_bytes(learner, model.shape)
     exchanged = (
         0 if model.saved is None else slices_exchanged(learner, model.saved, run.rollout.context_tokens)
     )
     return Traffic.of(
-        model.shape.parameters, learner.ranks, *sizes, once, learner.shards, model.adapter, exchanged
+        model.shape.parameters, learner.ranks, *sizes, once, learner.shards, model.adapter, exchanged, base
     )
 
 

@@ -238,13 +238,6 @@ def _ranks(config: RunConfig) -> None:
             f"learner.sharded_over={over} does not divide learner.ranks={ranks}: every copy of the model has as many "
             "ranks; use a divisor, or leave it out to shard over all"
         )
-    critic = config.learner.algorithm.critic
-    adapted = ranks > 1 and config.learner.model.lora is not None
-    if adapted and critic is not None and critic.kind != "shared":
-        raise ValueError(
-            f"a critic with a model of its own does not train an adapter (learner.model.lora) on several ranks, but "
-            f"learner.ranks={ranks}; use critic.kind='shared', learner.ranks=1, or train all weights"
-        )
     if ranks > 1 and config.weights.transfer == "ipc":
         raise ValueError(
             f"weights.transfer='ipc' sends within one GPU, but learner.ranks={ranks} have one each; use 'nccl', "

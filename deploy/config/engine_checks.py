@@ -127,6 +127,11 @@ def _adapters(config: RunConfig) -> None:
     lora = config.learner.model.lora
     if lora is None or lora.sync == "merged":
         return
+    if lora.quantize_base:
+        raise ValueError(
+            f"learner.model.lora.sync='adapter' sends no base, and the engines' own is not the one in "
+            f"learner.model.lora.quantize_base={lora.quantize_base!r} that the adapter is trained on; use sync='merged'"
+        )
     if config.weights.transfer != "object_store":
         raise ValueError(
             f"learner.model.lora.sync='adapter' cannot be sent by weights.transfer={config.weights.transfer!r}, "

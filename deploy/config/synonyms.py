@@ -68,6 +68,7 @@ _THEIRS: dict[tuple[str, ...], str] = {
     ("learner.model.lora.rank",): "lora_rank lora_r r",
     ("learner.model.lora.alpha",): "lora_alpha",
     ("learner.model.lora.targets",): "target_modules lora_target_modules",
+    ("learner.model.lora.quantize_base",): "load_in_4bit bnb_4bit_quant_type quantization_bit qlora use_qlora",
     _of_optim("learning_rate"): "lr actor_lr actor_learning_rate policy_lr max_lr",
     ("learner.algorithm.critic.optim.learning_rate",): "critic_lr critic_learning_rate value_lr",
     _of_optim("weight_decay"): "wd",

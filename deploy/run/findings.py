@@ -194,9 +194,12 @@ def _learner_gpu(config: RunConfig, plan: MemoryPlan, gpu_bytes: int, always: in
     if config.cluster.colocate == "turns":
         room, shared = gpu_bytes - VLLM_WORKING, f", beside sleeping engines of {VLLM_WORKING / GIB:.3g} GiB"
     peak = learner.peak(on_host=False)
+    adapter = "train an adapter (learner.model.lora)"
+    if config.learner.model.lora is not None:
+        adapter = "quantize the adapter's base (learner.model.lora.quantize_base)"
     remedy = (
-        "raise learner.ranks, train an adapter (learner.model.lora), lower learner.tokens_per_microbatch, or set "
-        "learner.optim.offload = true or learner.model.gradient_checkpointing = true"
+        f"raise learner.ranks, {adapter}, lower learner.tokens_per_microbatch, or set learner.optim.offload = true or "
+        "learner.model.gradient_checkpointing = true"
     )
     if peak > room:
         yield Finding(

@@ -38,12 +38,15 @@ _TOKENS = 32  # of the shorter of two rows that are compared
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Numbers of parameters; a tied one counts once."""
+    """Numbers of parameters; a tied one counts once. linear: of the matrices of linear layers, the head aside."""
 
     parameters: int
     outside_layers: int  # embedding, last normalization, head
     largest_layer: int
     layers: int
+    linear: int = 0
+    largest_layer_linear: int = 0
+    largest_linear: int = 0  # of one matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +88,17 @@ def blank_model(config: PretrainedConfig, trusted: bool = False) -> PreTrainedMo
 def shape_of(model: PreTrainedModel) -> Shape:
     """Count the parameters of a model of any device."""
     layers = [_count(module) for module in _layers(model)]
-    total = _count(model)
-    return Shape(total, total - sum(layers), max(layers, default=0), len(layers))
+    total, head = _count(model), model.get_output_embeddings()
+    linear = _matrices(model, head)
+    return Shape(
+        parameters=total,
+        outside_layers=total - sum(layers),
+        largest_layer=max(layers, default=0),
+        layers=len(layers),
+        linear=sum(linear),
+        largest_layer_linear=max((sum(_matrices(layer, head)) for layer in _layers(model)), default=0),
+        largest_linear=max(linear, default=0),
+    )
 
 
 def saved_by(config: PretrainedConfig, dtype: str, together: int = 1) -> Saved | None:
@@ -122,6 +134,11 @@ def _model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers that are sharded and recomputed one by one."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _matrices(module: nn.Module, head: nn.Module | None) -> list[int]:
+    linear = [each for each in module.modules() if isinstance(each, nn.Linear) and each is not head]
+    return [each.weight.numel() for each in linear]
 
 
 def _count(module: nn.Module) -> int:

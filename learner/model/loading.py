@@ -3,6 +3,7 @@
     blank        the architecture: parameters on the meta device, buffers where they are computed
     excerpt      its first layers alone, on which a model is examined before any rank has its share
     fill         parameters from the files, sharded ones the rank's own rows only
+    load         all of that: sharded over the ranks, or quantized
 
 Host memory holds the own part of the parameters and one layer of the files.
 """
@@ -13,9 +14,10 @@ import ctypes
 import gc
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,11 @@ from transformers.utils import logging
 
 from learner.model.attention import NAME, register
 from learner.model.compatibility import require_compatible
+from learner.model.nf4 import quantize_layers
 from learner.model.source import local_model
 from learner.model.tensor_files import Changed, StoredTensor, stored_tensors
 from learner.parallel.ranks import ALONE, Ranks
-from learner.parallel.shards import local
+from learner.parallel.shards import Whole, local, shard
 from learner.settings import ModelSettings
 from rollout.wire.model_folder import code_refused, pretrained
 
@@ -159,18 +162,42 @@ def examine(model: PreTrainedModel, folder: Path, named: str, ranks: Ranks) -> N
         raise ModelError(message)
 
 
+def load(
+    model: PreTrainedModel, folder: Path, settings: ModelSettings, products: torch.dtype | None, ranks: Ranks
+) -> Whole | None:
+    """Fill a blank model from its folder, as `fill` does, and shard it over several ranks; returns the sharded root.
+
+    products: the type of gathered tensors, None: their own. A base in NF4 (`learner.model.nf4`) is quantized layer by
+    layer as it is read, on every rank alike: blocks do not end where rows of ranks do, so that its bytes are sharded.
+    """
+    device, quantized = torch.device(settings.device), settings.lora and settings.lora.quantize_base
+    if not quantized:
+        sharded = None if ranks.size == 1 else shard(model, ranks, products)
+        fill(model, folder, settings.path, device, ranks)
+        return sharded
+    quantize = partial(quantize_layers, model, model.get_output_embeddings())
+    fill(model, folder, settings.path, device, ranks, quantize)
+    trim()
+    return None if ranks.size == 1 else shard(model, ranks, products)
+
+
 def fill(
-    model: PreTrainedModel, folder: Path, named: str, device: torch.device, ranks: Ranks = ALONE
+    model: PreTrainedModel,
+    folder: Path,
+    named: str,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    after_layer: Callable[[], None] = lambda: None,
 ) -> None:
     """Fill a blank model's parameters from a folder, sharded ones with the own rows; a collective call.
 
-    named: the model's name in errors. ModelError, one line and the same on all ranks, for files that are broken or
-    incomplete, whose shapes are others, or with numbers that are not finite.
+    named: the model's name in errors. after_layer: called when a layer has been read. ModelError, one line and the same
+    on all ranks, for files that are broken or incomplete, whose shapes are others, or with numbers that are not finite.
     """
     error: ModelError | None = None
     apart: list[str] = []  # tied parameters of which the files hold two
     try:
-        apart = _fill(model, folder, named, device)
+        apart = _fill(model, folder, named, device, after_layer)
     except ModelError as found:
         error = found
     found_by = [str(error) if error else "", isinstance(error, FilesChanged), apart]
@@ -184,10 +211,12 @@ def fill(
         )
 
 
-def _fill(model: PreTrainedModel, folder: Path, named: str, device: torch.device) -> list[str]:
+def _fill(
+    model: PreTrainedModel, folder: Path, named: str, device: torch.device, after_layer: Callable[[], None]
+) -> list[str]:
     try:
         stored = stored_tensors(folder)
-        missing = _convert(model, stored, device)
+        missing = _convert(model, stored, device, after_layer)
     except Changed as error:
         raise FilesChanged(str(error)) from error
     except _UNREADABLE as error:
@@ -205,7 +234,12 @@ def _fill(model: PreTrainedModel, folder: Path, named: str, device: torch.device
     return apart
 
 
-def _convert(model: PreTrainedModel, stored: Mapping[str, StoredTensor], device: torch.device) -> set[str]:
+def _convert(
+    model: PreTrainedModel,
+    stored: Mapping[str, StoredTensor],
+    device: torch.device,
+    after_layer: Callable[[], None],
+) -> set[str]:
     """Read and convert to transformers' own form, layer by layer; returns the names that the files did not have."""
     options = LoadStateDictConfig(
         dtype=next(model.parameters()).dtype,
@@ -227,6 +261,7 @@ def _convert(model: PreTrainedModel, stored: Mapping[str, StoredTensor], device:
                 missing.discard(name)
             else:
                 raise ValueError(f"{name} cannot be converted: {error.strip().splitlines()[-1]}")
+        after_layer()
     needless = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     return {name for name in missing if not any(pattern.search(name) for pattern in needless)}
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from learner.model.lora_targets import chosen
+from learner.model.nf4 import as_matrices
 from learner.model.shared_files import Folder, file_of
 from learner.settings import LoraSettings
 from rollout.wire.adapter import CONFIG_FILE, TENSOR_FILE, AdapterSpec
@@ -41,6 +42,7 @@ class Adapter:
         from peft.tuners.lora import LoraLayer
 
         self.settings = settings
+        self._model = model
         found = chosen(model, settings)
         self.spec = AdapterSpec(settings.rank, settings.alpha, found.layers, found.experts)
         config = LoraConfig(
@@ -76,9 +78,10 @@ class Adapter:
     def merged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Merge the adapter into the model's whole parameters: W + alpha / rank * B A, in the adapter's type.
 
-        Adapted matrices are new tensors, detached; the base is never changed. Names are those of the base model.
+        Adapted matrices are new tensors, detached; the base is never changed. Names are those of the base model. A base
+        in NF4 (`learner.model.nf4`) counts as the matrices that it computes with.
         """
-        for name, tensor in tensors:
+        for name, tensor in as_matrices(self._model, tensors):
             own = self.base_name(name)
             if own in self._adapted:
                 yield own, self._sum(self._adapted[own][1], tensor.detach())

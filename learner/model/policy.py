@@ -17,10 +17,11 @@ from learner.data.row_slice import RowSlice
 from learner.model.attention import hidden_states, require_slices
 from learner.model.divergence import Head, Opposite, divergence
 from learner.model.linear import use_onednn
-from learner.model.loading import as_model_error, blank, examine, fill, freeze_in, layer_of
+from learner.model.loading import as_model_error, blank, examine, freeze_in, layer_of, load
 from learner.model.logprobs import token_logprobs, wide
 from learner.model.lora import Adapter
 from learner.model.narrow import Narrow
+from learner.model.nf4 import blank_matrices
 from learner.model.perception import inputs_beside, picture_inputs
 from learner.model.recompute import recompute_layers
 from learner.model.reward_head import classifier_files
@@ -31,7 +32,7 @@ from learner.model.shared_files import Folder, write_together
 from learner.parallel.auxiliary import AuxiliaryModule
 from learner.parallel.context import ContextGroup
 from learner.parallel.ranks import ALONE, Ranks
-from learner.parallel.shards import gathered, shard, sum_whole
+from learner.parallel.shards import gathered, sum_whole
 from learner.settings import ModelSettings
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.model_folder import companions, token_count, write_companions
@@ -78,8 +79,7 @@ class Policy:
         products = torch.bfloat16 if settings.dtype == "bfloat16" else None
         if settings.lora and products:
             freeze_in(self.model, products)
-        self.sharded = None if ranks.size == 1 else shard(self.model, ranks, products)
-        fill(self.model, folder, settings.path, self.device, ranks)
+        self.sharded = load(self.model, folder, settings, products, ranks)
         with as_model_error(f"model {settings.path!r}: "):
             self.adapter = Adapter(self.model, settings.lora) if settings.lora else None
         if settings.lora:  # whose layers are linear ones too
@@ -282,7 +282,7 @@ class Policy:
 
     def weight_shapes(self) -> Iterator[tuple[str, torch.Size]]:
         """The names and shapes of `named_weights`; nothing is gathered."""
-        parameters = dict(self.model.named_parameters())
+        parameters = blank_matrices(self.model)
         if (adapter := self.adapter) is not None:
             of_base = {adapter.base_name(name): parameter for name, parameter in parameters.items()}
             parameters = {name: parameter for name, parameter in of_base.items() if name is not None}

@@ -1,4 +1,7 @@
-"""A module that learns beside the policy, such as a value head: whole on one rank, sharded over several."""
+"""A module that learns beside the policy, such as a value head: whole on one rank, sharded over several.
+
+Beside an adapter it is whole on every rank, as the adapter is: one optimizer moves both.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from learner.parallel.ranks import Ranks
-from learner.parallel.shards import Stored, laid_out, local, shard
+from learner.parallel.shards import Stored, laid_out, local, shard, sum_whole
 
 
 class AuxiliaryModule:
     """The module, called as it is. On several ranks every call and every change of its state is collective.
 
-    All ranks must make it with the same values. Ranks of a context group call it with the same, of whole rows.
+    All ranks must make it with the same values. Ranks of a context group call it with the same, of whole rows. whole:
+    every rank holds all of it, and sums gradients by `sum_gradients`.
     """
 
-    def __init__(self, module: nn.Module, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, ranks: Ranks, device: torch.device, whole: bool = False) -> None:
         self.module = module
-        self._sharded = None if ranks.size == 1 else shard(module, ranks, alike=ranks.context.size)
+        self._ranks, self._whole = ranks, whole
+        sharded = ranks.size > 1 and not whole
+        self._sharded = shard(module, ranks, alike=ranks.context.size) if sharded else None
         if self._sharded is None:  # shards are moved one by one
             module.to(device)
 
@@ -33,6 +39,14 @@ class AuxiliaryModule:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Its parameters, always in the same order."""
         return self.module.parameters()
+
+    def sum_gradients(self) -> None:
+        """Sum the gradients over the ranks, after the backward pass of all rows, which does so for sharded ones."""
+        if self._whole:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            sum_whole(gradients, self._ranks)
+            for gradient in gradients:  # ranks of a context group have the same
+                gradient /= self._ranks.context.size
 
     def follow(self, other: AuxiliaryModule, rate: float) -> None:
         """Move towards a module of the same shape: see `follow`."""
@@ -50,6 +64,10 @@ class AuxiliaryModule:
 
 @torch.no_grad()
 def follow(slow: nn.Module, fast: nn.Module, rate: float) -> None:
-    """Move each parameter towards that of a module of the same shape, by a share of the way: Polyak averaging."""
+    """Move each parameter towards that of a module of the same shape, by a share of the way: Polyak averaging.
+
+    What does not learn is the same in both.
+    """
     for own, followed in zip(slow.parameters(), fast.parameters(), strict=True):
-        local(own).lerp_(local(followed), rate)
+        if followed.requires_grad:
+            local(own).lerp_(local(followed), rate)

@@ -11,7 +11,7 @@ Where C of the ranks compute a row together (context.py), tokens and heads of it
 of the forward and of the backward pass (and of the forward pass again, where activations are recomputed).
 
 An adapter's gradients are whole on every rank and summed once an optimizer step (an all-reduce: 2 (R - 1) / R of them);
-its base has none, and is gathered to be published merged.
+its base has none, and is gathered to be published merged; in NF4 it is gathered as it is stored.
 
 Where S < R, a sum of gradients is exchanged between the C = R / S ranks that hold the same part, too: 2 (C - 1) / C of
 P / S sums.
@@ -47,16 +47,19 @@ class Traffic:
         shards: int | None = None,
         adapter: int = 0,
         slices: int = 0,
+        base_bytes: int | None = None,
     ) -> Traffic:
         """product_bytes: of a weight as products take it; engine_bytes: of one as engines do.
 
         once: gradients are summed once an optimizer step; shards: ranks that a parameter is sharded over, None: all.
         adapter: its parameters, where one is trained; slices: bytes of a row's slices that come from other ranks.
+        base_bytes: of an adapter's base as it is stored; None: as products take it.
         """
         shards = shards or ranks
         copies, own = ranks // shards, parameters // shards
         if adapter:
-            gathered = product_bytes * own * (shards - 1)
+            base = product_bytes * parameters if base_bytes is None else base_bytes
+            gathered = base // shards * (shards - 1)
             sums = 2 * _SUM * adapter * (ranks - 1) // ranks
             return cls(row=2 * gathered + slices, sums=sums, version=gathered, across=0)
         across = 2 * _SUM * own * (copies - 1) // copies

@@ -47,14 +47,15 @@ def value_loss(values_N: Tensor, old_N: Tensor, targets_N: Tensor, clip: float |
 
 
 class ValueHead:
-    """A linear layer from hidden states to values, in float32; on several ranks it lies over all of them."""
+    """A linear layer from hidden states to values, in float32; on several ranks it lies over all of them, or whole."""
 
-    def __init__(self, trunk: Policy) -> None:
+    def __init__(self, trunk: Policy, whole: bool = False) -> None:
         self.ranks = trunk.ranks
         self.linear = nn.Linear(trunk.width, 1, device=trunk.device)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-        self._module = AuxiliaryModule(self.linear, self.ranks, trunk.device)
+        self._module = AuxiliaryModule(self.linear, self.ranks, trunk.device, whole)
+        self.sum_gradients = self._module.sum_gradients
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """Values, float32 [N]."""
@@ -129,7 +130,7 @@ class OwnCritic:
     def __init__(self, settings: OwnCriticSettings, trunk: Policy, total_steps: int | None = None) -> None:
         self.settings = settings
         self.trunk = trunk
-        self.head = ValueHead(trunk)
+        self.head = ValueHead(trunk, whole=trunk.adapter is not None)
         learning = [*trunk.model.base_model.parameters(), *self.head.linear.parameters()]
         self.optimizer = Optimizer(learning, settings.optim, total_steps)
 
@@ -153,13 +154,11 @@ class OwnCritic:
             example.episode = replace(example.episode, values=Values(before_N1[:, 0], float(after_1[0])))
 
     def step(self, batch: Batch) -> Row:
-        self.optimizer.zero_grad()
-        loss, means = accumulate(self.trunk, batch, self._loss)
+        loss, means = self._gradients(batch)
         return joined(means, _moved(self.optimizer, math.isfinite(loss)))
 
     def step_with(self, policy_step: PolicyStep, batch: Batch, whole: Batch) -> Row:
-        self.optimizer.zero_grad()
-        loss, means = accumulate(self.trunk, whole, self._loss)
+        loss, means = self._gradients(whole)
         finite = math.isfinite(loss) and math.isfinite(self.optimizer.grad_norm())
         row = policy_step(batch, agree=lambda: finite)
         return joined(row, means, _moved(self.optimizer, finite=not row["skipped_step"]))
@@ -177,6 +176,12 @@ class OwnCritic:
     def held(self) -> Iterator[Tensor]:
         modules = self.trunk.model.parameters(), self.head.linear.parameters()
         return chain(*modules, self.optimizer.held())
+
+    def _gradients(self, batch: Batch) -> tuple[float, Row]:
+        self.optimizer.zero_grad()
+        found = accumulate(self.trunk, batch, self._loss)
+        self.head.sum_gradients()
+        return found
 
     def _values(self, micro: MicroBatch) -> Tensor:
         return self.head(self.trunk.hidden(micro))

@@ -1,7 +1,9 @@
 """What a learner will hold in memory, from its settings and the shape of its model; nothing is loaded.
 
     P parameters, T trained ones, R ranks that they are sharded over, N tokens of the largest row, or of a slice of it
+    L of P, the matrices of linear layers
     on the device   4 P / R weights, 4 T / R gradients, 8 T / R moments, what autograd saves of N tokens, logits
+                    of an adapter's base in bfloat16 2 P / R, and in NF4 2 (P - L) / R + 0.516 L / R
     on the host     the bytes that engines are sent; at times copies: while loading, publishing, saving
     moments         on the host instead, with `optim.offload`; on the device the part that is updated
 
@@ -19,6 +21,7 @@ from learner.algorithm.algorithm import OwnCriticSettings, TurnCriticSettings
 from learner.algorithm.schedule import OptimSettings
 from learner.data.batch import longest_row
 from learner.model.footprint import Saved, Shape
+from learner.model.nf4 import BITS, dequantizing_bytes
 from learner.settings import LearnerSettings
 from learner.stages.settings import AnyStage, IlqlSettings, OwnStage
 from learner.training.host_moments import PART
@@ -64,12 +67,24 @@ def state_bytes(settings: LearnerSettings, shape: Shape, adapter: int) -> int:
     """Weights, gradients and moments of a rank on its device: what it holds in any case."""
     numbers = 2 if settings.optim.offload else 4  # of each trained parameter
     if adapter:  # whole on every rank
-        return _base_bytes(settings) * shape.parameters // settings.shards + numbers * _WIDE * adapter
+        return base_bytes(settings, shape) // settings.shards + numbers * _WIDE * adapter
     return numbers * _WIDE * shape.parameters // settings.shards
 
 
-def _base_bytes(settings: LearnerSettings) -> int:
-    """Of a weight that is stored: of an adapter's frozen base in the type of the products."""
+def base_bytes(settings: LearnerSettings, shape: Shape) -> int:
+    """Of all weights as they are stored: an adapter's frozen base in the type of the products, or in NF4."""
+    return _stored_bytes(settings, shape.parameters, shape.linear)
+
+
+def _stored_bytes(settings: LearnerSettings, numbers: int, linear: int) -> int:
+    """Of so many weights, of which `linear` are matrices of linear layers."""
+    lora = settings.model.lora
+    narrow = linear if lora is not None and lora.quantize_base else 0
+    return _stored_size(settings) * (numbers - narrow) + round(BITS / 8 * narrow)
+
+
+def _stored_size(settings: LearnerSettings) -> int:
+    """Bytes of a weight that is not quantized."""
     frozen = settings.model.lora is not None and settings.model.dtype == "bfloat16"
     return _HALF if frozen else _WIDE
 
@@ -89,11 +104,12 @@ def learner_amounts(
     where it cannot be told. longest: tokens of the longest sequence; teacher: parameters of one that is distilled.
     """
     ranks = settings.shards
-    base = _base_bytes(settings) * shape.parameters // ranks
+    base = base_bytes(settings, shape) // ranks
     own = _WIDE * adapter or base  # of what is trained
     on_gpu = settings.model.device == "cuda"
-    stored = "bfloat16" if _base_bytes(settings) == _HALF else "float32"
-    found = [Amount(f"parameters, {stored}", base, moves=True)]
+    stored = "bfloat16" if _stored_size(settings) == _HALF else "float32"
+    quantized = settings.model.lora is not None and settings.model.lora.quantize_base
+    found = [Amount(f"parameters, {'NF4 and ' if quantized else ''}{stored}", base, moves=True)]
     if adapter:
         found.append(Amount("the adapter, float32", own, moves=True))
     found += [Amount("gradients, float32", own), *_moments("AdamW's moments", own, settings.optim, on_gpu)]
@@ -101,15 +117,19 @@ def learner_amounts(
         gathered = shape.outside_layers + 2 * shape.largest_layer
         size = _HALF if settings.model.dtype == "bfloat16" else _WIDE
         # Weights and their gradients in the type of the products, and the sums over ranks in float32.
-        found.append(
-            Amount("gathered layers, embedding and head", (size if adapter else 2 * size + _WIDE) * gathered)
-        )
+        whole = (2 * size + _WIDE) * gathered
+        if adapter:
+            whole = _stored_bytes(settings, gathered, 2 * shape.largest_layer_linear)
+        found.append(Amount("gathered layers, embedding and head", whole))
         if settings.model.sum_gradients == "step" and not adapter:
             found.append(Amount("whole gradients until they are summed, float32", _WIDE * shape.parameters))
     elif settings.model.dtype == "bfloat16" and not adapter:
         whole = not settings.model.gradient_checkpointing
         cast = shape.parameters if whole else shape.outside_layers + shape.largest_layer
         found.append(Amount("weights cast for products", _HALF * cast))
+    if quantized:
+        working = dequantizing_bytes(shape.largest_linear, _stored_size(settings))
+        found.append(Amount("a matrix, dequantized", working))
     tokens, whole_row = slice_tokens(settings, longest), row_tokens(settings, longest)
     if saved is not None:
         held = saved.row(tokens, shape.layers, settings.model.gradient_checkpointing)
@@ -133,6 +153,13 @@ def learner_amounts(
     if adapted:
         merged = _WIDE * adapted // max(shape.layers, 1)
         found.append(Amount("merged matrices of a layer, while publishing", merged, at_times=True))
+    if quantized:
+        # Every rank quantizes all of it, before there is anything else.
+        whole = base_bytes(settings, shape) + _stored_size(settings) * shape.largest_layer
+        beyond = whole - sum(each.nbytes for each in found if not each.at_times and not each.on_host)
+        found.append(
+            Amount("the whole base, while it is quantized: beyond the rest", max(beyond, 0), at_times=True)
+        )
     return found
 
 

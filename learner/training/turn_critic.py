@@ -58,8 +58,9 @@ class TurnCritic:
         self.trunk, self.slow_trunk = trunk, frozen(slow)
         heads = TwoStateValues(trunk.width, 2 * trunk.width, torch.Generator().manual_seed(0))
         copy = deepcopy(heads).requires_grad_(False)
-        self.heads = AuxiliaryModule(heads, trunk.ranks, trunk.device)
-        self.slow_heads = AuxiliaryModule(copy, trunk.ranks, trunk.device)
+        whole = trunk.adapter is not None
+        self.heads = AuxiliaryModule(heads, trunk.ranks, trunk.device, whole)
+        self.slow_heads = AuxiliaryModule(copy, trunk.ranks, trunk.device, whole)
         learning = [*trunk.model.base_model.parameters(), *self.heads.parameters()]
         self.optimizer = Optimizer(learning, settings.optim, total_steps)
         self._learned: Row = {}  # metrics of what the last `look` learned
@@ -163,6 +164,7 @@ class TurnCritic:
         batch = pack(sequences, tokens_per_row, self.trunk.context + 1)
         self.optimizer.zero_grad()
         loss, means = accumulate(self.trunk, batch, self._loss)
+        self.heads.sum_gradients()
         report = self.optimizer.step(finite=math.isfinite(loss))
         row = means | {"value_grad_norm": report.grad_norm, "value_skipped_step": float(not report.finite)}
         if not report.finite:

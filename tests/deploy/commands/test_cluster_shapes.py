@@ -31,6 +31,11 @@ SHAPES: list[tuple[str, Qwen3, list[str]]] = [
     ),
     ("Qwen3-8B, adapter of rank 32, one node: 1 rank, 7 engines", QWEN3_8B, LORA),
     (
+        "Qwen3-32B, adapter of rank 32, base in NF4, one node: 1 rank, 3 engines of 2 GPUs",
+        QWEN3_32B,
+        [*PAIRS, *LORA, "rollout.workers=3", "learner.model.lora.quantize_base=nf4"],
+    ),
+    (
         "Qwen3-32B, adapter of rank 32, one node: 4 ranks, 2 engines of 2 GPUs",
         QWEN3_32B,
         [*PAIRS, "rollout.workers=2", "learner.model.lora.rank=32"],

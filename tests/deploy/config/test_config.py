@@ -136,6 +136,7 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
             ["learner.model.lora.sync=adapter", "rollout.gpus_per_worker=1"],
             "needs engine.dtype='bfloat16' or 'float16' on GPUs",
         ),
+        (["learner.model.lora.sync=adapter", "learner.model.lora.quantize_base=nf4"], "use sync='merged'"),
         (["sampling.max_tokens=40"], "rollout.context_tokens=40"),
         (["rollout.context_tokens=32"], "rollout.context_tokens=32 must exceed"),
         ([CHECKPOINT], "exactly one"),
@@ -183,10 +184,6 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(override: str, n
         (["learner.ranks=66", "learner.context_parallel_size=2"], "have at least 33 groups a step"),
         (["learner.model.router_balance=0.1"], "is for a mixture of experts"),
         (["learner.ranks=2", "learner.sharded_over=3"], "does not divide learner.ranks=2"),
-        (
-            ["algorithm=ppo", "learner.ranks=2", "learner.model.lora.rank=4"],
-            "use critic.kind='shared', learner.ranks=1",
-        ),
         (
             [
                 "learner.ranks=2",

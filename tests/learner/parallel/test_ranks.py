@@ -102,6 +102,9 @@ CASES: list[Any] = [
         {"lora": {"rank": 2, "alpha": 8}},
     ),
     ({"advantage": {"kind": "grpo"}}, 1, {"path": WINDOWS, "gradient_checkpointing": True}),
+    (SHARED, 2, {"lora": {"rank": 2, "alpha": 8, "quantize_base": "nf4"}}),
+    (CRITIC, 1, {"lora": {"rank": 2, "alpha": 8}}),
+    (TURNS, 1, {"lora": {"rank": 2, "alpha": 8, "quantize_base": "nf4"}}),
 ]
 
 
@@ -172,6 +175,7 @@ def test_a_step_of_several_ranks_is_that_of_one(
 LORA = {"rank": 4, "alpha": 8}
 MERGED = {"lora": LORA, "dtype": "bfloat16"}
 ADAPTER = {"lora": LORA | {"sync": "adapter"}}
+QUANTIZED = {"lora": LORA | {"quantize_base": "nf4"}, "dtype": "bfloat16"}
 HYBRID = 4  # ranks, sharded over two at a time
 SLICED = 3  # stands for two ranks that compute every row together
 
@@ -185,9 +189,9 @@ def _met(size: int, work: Any, *args: Any) -> list[Found]:
 @pytest.mark.parametrize(
     ("before", "after", "cases"),
     [
-        (2, 1, [(CRITIC, {}), (SHARED, {}), (TURNS, {}), (SHARED, MERGED)]),
+        (2, 1, [(CRITIC, {}), (SHARED, {}), (TURNS, {}), (SHARED, MERGED), (CRITIC, QUANTIZED)]),
         (1, 2, [(CRITIC, {}), (SHARED, ADAPTER)]),
-        (HYBRID, 2, [(CRITIC, {})]),
+        (HYBRID, 2, [(CRITIC, {}), (SHARED, QUANTIZED)]),
         (1, HYBRID, [(SHARED, {}), (SHARED, MERGED)]),
         (SLICED, 1, [(CRITIC, {})]),
         (1, SLICED, [(TURNS, {})]),
@@ -266,6 +270,7 @@ AWAY: list[Any] = [
     (CRITIC | KL | {"distill": {"coefficient": 0.5}}, {"dtype": "bfloat16"}),
     (TURNS, {"offload": True}),
     (SHARED | KL, MERGED),
+    (SHARED | KL, QUANTIZED),
 ]
 
 
