@@ -81,7 +81,7 @@ def test_every_linear_layer_but_the_head_is_quantized_and_an_eighth_of_float32(t
     linear = {n for n, each in plain.named_modules() if isinstance(each, nn.Linear) and n != "lm_head"}
     assert {name.removesuffix(".weight").replace(".base_layer", "") for name in stored} == linear
     frozen = sum(p.nbytes for p in policy.model.parameters() if not p.requires_grad)
-    assert base_bytes(settings, shape_of(plain)) == pytest.approx(frozen, rel=2e-4)
+    assert base_bytes(settings, shape_of(plain)) == pytest.approx(frozen, abs=8 * len(stored))
     matrices = sum(policy.model.get_parameter(name).nbytes for name in stored)
     assert shape_of(plain).linear * 4 / matrices == pytest.approx(32 / 4.127, rel=2e-3)
 
