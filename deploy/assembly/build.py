@@ -31,6 +31,7 @@ from rollout.chat.chat import Chat
 from rollout.chat.end_tokens import end_tokens
 from rollout.chat.perception import Perception
 from rollout.engines.engine import Engine, EngineStart, Sampling, derive_seed
+from rollout.engines.vllm_start import VllmSettings, gpu_bytes
 from rollout.episodes.mixture import TaskMixture
 from rollout.episodes.opponents import Opponents
 from rollout.episodes.pool import EnvironmentPool, Hosting, Start
@@ -240,7 +241,12 @@ async def start_engine(config: RunConfig, name: str, path: str) -> Engine:
     tokenizer = load_tokenizer(path, trusted)
     with _files_of(path):
         perception, ends = Perception.load(path, trusted), end_tokens(path)
-    return await config.engine.start(
+    engine = config.engine
+    if config.weights.transfer == "ipc" and isinstance(engine, VllmSettings) and engine.kv_cache_gib is None:
+        from deploy.assembly.shared_gpu import beside_learner  # it imports what learns
+
+        engine = beside_learner(config, path, gpu_bytes())
+    return await engine.start(
         EngineStart(
             name,
             path,

@@ -42,7 +42,9 @@ _TORCH_PROCESS = int(0.5 * GIB)  # with torch and transformers: driver, a learne
 _WORKER_PROCESS = int(0.7 * GIB)  # with vLLM's client too
 _VLLM_PROCESSES = int(1.7 * GIB)  # vLLM's own two processes on a CPU
 VLLM_WORKING = 3 * GIB  # on a GPU: activations, CUDA graphs, the context
+_UNTOLD = 0.05  # of a GPU that engines share with the learner: what an estimate leaves out
 _ROW_BYTES = 16  # of a stored token: id, logprob, version, text
+_STARTED = Amount("the process itself", _TORCH_PROCESS, on_host=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +147,12 @@ class MemoryPlan:
         """Plan a run; gpu_bytes: memory of one GPU. opponents: the policies whose versions its workers load."""
         run = _settled(run, model, gpu_bytes)
         sent = sent_bytes(run, model)
-        cache = None if run.replay else _cache(run, model, gpu_bytes)
+        learner = _learner(run, model, sent)
+        cache = None if run.replay else _cache(run, model, gpu_bytes, learner.peak(on_host=False))
         met = [amount for each in opponents for amount in _opposing(run, each, gpu_bytes)]
         stored = sent * (2 if _holds(run) else 1)
-        return cls(tuple(_processes(run, model, cache, sent, met)), cache, stored, _traffic(run, model))
+        processes = learner, *_others(run, model, cache, sent, met)
+        return cls(processes, cache, stored, _traffic(run, model))
 
     def process(self, name: str) -> Process:
         """The processes of this name."""
@@ -201,9 +205,7 @@ def row_bytes(model: ModelFacts, tokens: int) -> int:
     return (_ROW_BYTES + model.routed) * tokens
 
 
-def _processes(
-    run: RunConfig, model: ModelFacts, cache: Cache | None, sent: int, met: Sequence[Amount]
-) -> Iterator[Process]:
+def _learner(run: RunConfig, model: ModelFacts, sent: int) -> Process:
     learner, on_gpu = run.learner, run.learner.model.device == "cuda"
     device = learner_amounts(
         learner,
@@ -220,8 +222,12 @@ def _processes(
     heads = head_bytes(run.stages, model.width, model.vocabulary)
     host = host_amounts(learner, model.shape, model.adapter, sent, heads)
     host += [away_amount(device)] if run.cluster.colocate == "turns" else []
-    started = Amount("the process itself", _TORCH_PROCESS, on_host=True)
-    yield Process("learner", learner.ranks, (started, *device, *host), on_gpu)
+    return Process("learner", learner.ranks, (_STARTED, *device, *host), on_gpu)
+
+
+def _others(
+    run: RunConfig, model: ModelFacts, cache: Cache | None, sent: int, met: Sequence[Amount]
+) -> Iterator[Process]:
     if run.replay:
         return
     itself = Amount("the process itself", _WORKER_PROCESS, on_host=True)
@@ -229,7 +235,7 @@ def _processes(
     yield Process("rollout worker", run.rollout.workers, amounts, run.rollout.gpus_per_worker > 0)
     kept = Amount("groups that are played or waiting", row_bytes(model, stored_tokens(run)), on_host=True)
     yield Process("replay buffer", 1, (Amount("the process itself", _BUFFER_PROCESS, on_host=True), kept))
-    yield Process("driver", 1, (started,))
+    yield Process("driver", 1, (_STARTED,))
     if sent:
         stored = [Amount("a version of the weights", sent, on_host=True)]
         if _holds(run):
@@ -256,9 +262,7 @@ def _opposing(run: RunConfig, opponent: Opponent, gpu_bytes: int) -> Iterator[Am
 
 def _engine(run: RunConfig, model: ModelFacts, cache: Cache | None) -> Iterator[Amount]:
     engine, on_gpu = run.engine, run.rollout.gpus_per_worker > 0
-    size = SIZES[engine.dtype]
-    spans = engine.shards if on_gpu and isinstance(engine, VllmSettings) else 1
-    yield Amount(f"weights, {engine.dtype}", size * model.shape.parameters // spans)
+    yield Amount(f"weights, {engine.dtype}", engine_weights(run, model))
     if not isinstance(engine, VllmSettings) or cache is None:
         return
     yield Amount("KV cache", cache.nbytes)
@@ -270,10 +274,18 @@ def _engine(run: RunConfig, model: ModelFacts, cache: Cache | None) -> Iterator[
         yield Amount("vLLM's activations, graphs, context", VLLM_WORKING)
         return
     if model.tied_head:
-        yield Amount("head, packed once more", size * model.tied_head)
+        yield Amount("head, packed once more", SIZES[engine.dtype] * model.tied_head)
 
 
-def _cache(run: RunConfig, model: ModelFacts, gpu_bytes: int) -> Cache | None:
+def engine_weights(run: RunConfig, model: ModelFacts) -> int:
+    """Bytes of the weights that an engine has on each of its devices."""
+    engine, on_gpu = run.engine, run.rollout.gpus_per_worker > 0
+    spans = engine.shards if on_gpu and isinstance(engine, VllmSettings) else 1
+    return SIZES[engine.dtype] * model.shape.parameters // spans
+
+
+def _cache(run: RunConfig, model: ModelFacts, gpu_bytes: int, learner_bytes: int = 0) -> Cache | None:
+    """learner_bytes: what the learner holds at most on its GPU, which the engines of "ipc" share."""
     engine, on_gpu = run.engine, run.rollout.gpus_per_worker > 0
     if not isinstance(engine, VllmSettings):
         return None
@@ -281,8 +293,10 @@ def _cache(run: RunConfig, model: ModelFacts, gpu_bytes: int) -> Cache | None:
     # A key head is not divided: with more devices than heads some hold the same one.
     heads = -(-model.key_heads // engine.tensor_parallel_size)
     held = model.cached_numbers // model.key_heads * heads // engine.pipeline_parallel_size
-    weights = size * model.shape.parameters // engine.shards
-    left = int(engine.memory_fraction * gpu_bytes) - weights - VLLM_WORKING
+    own = int(engine.memory_fraction * gpu_bytes)
+    if run.weights.transfer == "ipc":
+        own = (int((1 - _UNTOLD) * gpu_bytes) - learner_bytes) // run.rollout.workers
+    left = own - engine_weights(run, model) - VLLM_WORKING
     asked = engine.kv_cache_bytes(on_gpu)
     return Cache(left if asked is None else asked, size * held)
 

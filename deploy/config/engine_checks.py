@@ -174,11 +174,6 @@ def _transfer(config: RunConfig) -> None:
             "weights.transfer='ipc' needs engines of one GPU each that share the learner's: keep rollout.workers * "
             "rollout.gpus_per_worker below 1 and engine.tensor_parallel_size at 1, or use 'nccl'"
         )
-    if transfer == "ipc" and isinstance(config.engine, VllmSettings) and config.engine.kv_cache_gib is None:
-        raise ValueError(
-            "weights.transfer='ipc' shares a GPU with the learner, whose growth vLLM would count as its own; set "
-            "engine.kv_cache_gib"
-        )
 
 
 def _turns(config: RunConfig) -> None:

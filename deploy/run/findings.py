@@ -214,11 +214,11 @@ def _cache(config: RunConfig, plan: MemoryPlan) -> Iterator[Finding]:
     assert cache is not None and isinstance(engine, VllmSettings)
     context = config.rollout.context_tokens
     fits = cache.sequences(context)
-    remedy = (
-        "raise engine.memory_fraction or engine.tensor_parallel_size"
-        if config.rollout.gpus_per_worker and engine.kv_cache_gib is None
-        else "raise engine.kv_cache_gib"
-    )
+    remedy = "raise engine.kv_cache_gib"
+    if config.rollout.gpus_per_worker and engine.kv_cache_gib is None:
+        remedy = "raise engine.memory_fraction or engine.tensor_parallel_size"
+        if config.weights.transfer == "ipc":
+            remedy = "lower learner.tokens_per_microbatch, or give engines GPUs of their own"
     if fits < 1:
         yield Finding(
             f"the engine's KV cache of {max(cache.nbytes, 0) / GIB:.3g} GiB does not hold one sequence of "

@@ -67,14 +67,14 @@ class VllmSettings(BaseModel):
         0.85,
         gt=0,
         le=1,
-        description="fraction of a GPU's memory that the engine may use, weights and KV cache. Lower it where "
-        "a learner shares the GPU",
+        description="fraction of a GPU's memory that the engine may use, weights and KV cache. Derived where "
+        "a learner shares the GPU (weights.transfer=ipc) and kv_cache_gib is not set",
     )
     kv_cache_gib: float | None = Field(
         None,
         gt=0,
         description="size of the KV cache, GiB. Not set: 1 on a CPU; on a GPU what memory_fraction leaves beside "
-        "the weights. Set it where a learner shares the GPU, whose growth would be counted as the engine's",
+        "the weights, and with weights.transfer=ipc what the learner leaves at its estimated peak (manta check)",
     )
     threads: int = Field(1, gt=0, description="compute threads of an engine on CPU")
     enforce_eager: bool | None = Field(
@@ -233,6 +233,13 @@ def start_llm(
     config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
     config.aux_output_config.enable_return_routed_experts = True
     return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+
+
+def gpu_bytes() -> int:
+    """Memory of this process's GPU, as vLLM finds it: without a context of CUDA."""
+    from vllm.platforms import current_platform
+
+    return int(current_platform.get_device_total_memory())
 
 
 def _memory(settings: VllmSettings, on_gpu: bool) -> dict[str, Any]:

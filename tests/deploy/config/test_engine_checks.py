@@ -43,7 +43,6 @@ EXPERTS = (
         (["engine.data_parallel_size=2", "rollout.gpus_per_worker=2"], "raise rollout.workers instead"),
         (["engine.dtype=float16", "engine.args.quantization=fp8"], "use engine.dtype='bfloat16'"),
         (["engine.dtype=float32", "engine.args.kv_cache_dtype=fp8"], "use engine.dtype='bfloat16'"),
-        (IPC, "set engine.kv_cache_gib"),
         (["engine.tensor_parallel_size=4"], "does not divide the model's 2 attention heads"),
         ([*TURNS, "buffer.max_lag=1"], "buffer.max_lag=1; use buffer.max_lag=0"),
         ([*TURNS, "weights.transfer=nccl"], "sends its live parameters; use 'object_store'"),
