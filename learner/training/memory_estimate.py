@@ -141,15 +141,15 @@ def learner_amounts(
         found.append(Amount("reference policy, float32", own, moves=not adapter))
     if teacher:
         found.append(Amount("teacher, float32", _WIDE * teacher // ranks, moves=True))
-    critic, size = settings.algorithm.critic, _WIDE * shape.parameters // ranks
+    critic, size = settings.algorithm.critic, base + (own if adapter else 0)
     if critic is not None and saved is not None and tokens < whole_row:
         seen = 2 * round(whole_row * saved.input_per_token)
         found.append(Amount("last hidden states of a whole row for values, and their gradients", seen))
     if isinstance(critic, OwnCriticSettings | TurnCriticSettings):
         slow = isinstance(critic, TurnCriticSettings)
         found.append(Amount("critic and its slow copy" if slow else "critic", (1 + slow) * size, moves=True))
-        found.append(Amount("the critic's gradients", size))
-        found += _moments("the critic's moments", size, critic.optim, on_gpu)
+        found.append(Amount("the critic's gradients", own))
+        found += _moments("the critic's moments", own, critic.optim, on_gpu)
     if adapted:
         merged = _WIDE * adapted // max(shape.layers, 1)
         found.append(Amount("merged matrices of a layer, while publishing", merged, at_times=True))
@@ -276,6 +276,6 @@ def checkpoint_bytes(settings: LearnerSettings, shape: Shape, adapter: int, head
     critic = settings.algorithm.critic
     own = isinstance(critic, OwnCriticSettings | TurnCriticSettings)
     slow = isinstance(critic, TurnCriticSettings)
-    weights = shape.parameters * (1 + own + slow) + adapter
-    moments = 2 * ((adapter or shape.parameters) + own * shape.parameters)
+    weights = (shape.parameters + adapter) * (1 + own + slow)
+    moments = 2 * (adapter or shape.parameters) * (1 + own)
     return _WIDE * (weights + moments) + heads
