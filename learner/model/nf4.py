@@ -193,7 +193,8 @@ class Nf4Linear(nn.Linear):
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.dtype = layer.weight.dtype  # that products have, too
         self.weight = nn.Parameter(quantize(layer.weight), requires_grad=False)
-        self.bias = None if layer.bias is None else layer.bias.requires_grad_(False)
+        self.bias = layer.bias
+        self.requires_grad_(False)
 
     @property
     def shape(self) -> torch.Size:
