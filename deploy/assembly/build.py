@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from deploy.assembly.fetching import fetch
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.environments import Environment
@@ -39,7 +40,7 @@ from rollout.episodes.tasks import TaskStream
 from rollout.episodes.worker import GroupBuffer, Player, RolloutWorker
 from rollout.external.external_env import PROGRAM
 from rollout.wire.adapter import AdapterSpec
-from rollout.wire.model_folder import ModelDamaged, ModelMissing, pretrained
+from rollout.wire.model_folder import ModelMissing, pretrained
 from rollout.wire.trajectory import EnvironmentKey, Task
 
 if TYPE_CHECKING:
@@ -71,25 +72,6 @@ def load_chat(path: str, context_tokens: int | None = None, trusted: bool = Fals
     with _files_of(path):
         perception, ends = Perception.load(path, trusted), end_tokens(path)
     return Chat(tokenizer, perception, ends, context_tokens)
-
-
-def fetch(named: str, whole: bool = False, download: bool = True) -> str:
-    """The folder of a model on this machine, fetched first if it is not here. ConfigError, one line, if it cannot be.
-
-    whole: require all files of a folder too, as of everything that is fetched. download: from the hub; False: only what
-    is in its cache.
-    """
-    # The hub's client, and readers of weights: not every process needs them.
-    from learner.model.completeness import require_whole
-    from learner.model.source import local_model
-
-    try:
-        folder = local_model(named, download)
-        if whole:
-            require_whole(folder, named)
-    except (ModelMissing, ModelDamaged) as error:
-        raise ConfigError(str(error)) from error
-    return str(folder)
 
 
 @contextmanager

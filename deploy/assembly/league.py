@@ -7,7 +7,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.assembly.build import EngineFactory, agents_of, build_worker, fetch, load_chat
+from deploy.assembly.build import EngineFactory, agents_of, build_worker, load_chat
+from deploy.assembly.fetching import fetch
 from deploy.config.config import RunConfig
 from deploy.config.policies import opponents_of
 from learner.training.checkpoint import versions

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from transformers import AutoConfig, PretrainedConfig
 
-from deploy.assembly.build import fetch
+from deploy.assembly.fetching import fetch
 from deploy.assembly.models import model_of
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError

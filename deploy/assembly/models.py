@@ -10,7 +10,7 @@ from pathlib import Path
 from blake3 import blake3
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from deploy.assembly.build import fetch
+from deploy.assembly.fetching import fetch
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.environments import environment_names
@@ -31,7 +31,7 @@ _SOURCE = "@"  # key of the model's own name in that file; no file is called so
 
 
 def model_path(config: RunConfig, run_folder: Path) -> str:
-    """The name of the base model from which any node gets its folder (`build.fetch`): a path, or an id with a commit.
+    """The name of the base model from which any node gets its folder (`fetch`): a path, or an id with a commit.
 
     A tiny model is first built in the run folder, any other fetched to this machine. A run continues with the commit
     that it began with. ConfigError for a model that cannot be fetched, and for one whose tokenizer or configuration has

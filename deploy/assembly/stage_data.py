@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from deploy.assembly.build import environment_seed, fetch, load_chat
+from deploy.assembly.build import environment_seed, load_chat
+from deploy.assembly.fetching import fetch
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from envs import registry

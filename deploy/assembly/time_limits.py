@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.assembly.build import fetch
+from deploy.assembly.fetching import fetch
 from deploy.assembly.memory_plan import SIZES, parameters_in
 from deploy.config.config import RunConfig
 from deploy.config.supervise import TimeLimits

@@ -8,7 +8,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deploy.assembly.build import fetch
+from deploy.assembly.fetching import fetch
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.resources import learner_gpus

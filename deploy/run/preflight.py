@@ -14,8 +14,9 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from deploy.assembly.build import fetch, probe_environment
+from deploy.assembly.build import probe_environment
 from deploy.assembly.conversations import try_conversations
+from deploy.assembly.fetching import fetch
 from deploy.assembly.models import model_of, tiny_tokenizer
 from deploy.assembly.stage_data import past_episodes, recorded
 from deploy.assembly.suites import suites_of

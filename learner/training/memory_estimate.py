@@ -113,23 +113,7 @@ def learner_amounts(
     if adapter:
         found.append(Amount("the adapter, float32", own, moves=True))
     found += [Amount("gradients, float32", own), *_moments("AdamW's moments", own, settings.optim, on_gpu)]
-    if ranks > 1:
-        gathered = shape.outside_layers + 2 * shape.largest_layer
-        size = _HALF if settings.model.dtype == "bfloat16" else _WIDE
-        # Weights and their gradients in the type of the products, and the sums over ranks in float32.
-        whole = (2 * size + _WIDE) * gathered
-        if adapter:
-            whole = _stored_bytes(settings, gathered, 2 * shape.largest_layer_linear)
-        found.append(Amount("gathered layers, embedding and head", whole))
-        if settings.model.sum_gradients == "step" and not adapter:
-            found.append(Amount("whole gradients until they are summed, float32", _WIDE * shape.parameters))
-    elif settings.model.dtype == "bfloat16" and not adapter:
-        whole = not settings.model.gradient_checkpointing
-        cast = shape.parameters if whole else shape.outside_layers + shape.largest_layer
-        found.append(Amount("weights cast for products", _HALF * cast))
-    if quantized:
-        working = dequantizing_bytes(shape.largest_linear, _stored_size(settings))
-        found.append(Amount("a matrix, dequantized", working))
+    found += _product_amounts(settings, shape, adapter)
     tokens, whole_row = slice_tokens(settings, longest), row_tokens(settings, longest)
     if saved is not None:
         held = saved.row(tokens, shape.layers, settings.model.gradient_checkpointing)
@@ -141,15 +125,10 @@ def learner_amounts(
         found.append(Amount("reference policy, float32", own, moves=not adapter))
     if teacher:
         found.append(Amount("teacher, float32", _WIDE * teacher // ranks, moves=True))
-    critic, size = settings.algorithm.critic, base + (own if adapter else 0)
-    if critic is not None and saved is not None and tokens < whole_row:
+    if settings.algorithm.critic is not None and saved is not None and tokens < whole_row:
         seen = 2 * round(whole_row * saved.input_per_token)
         found.append(Amount("last hidden states of a whole row for values, and their gradients", seen))
-    if isinstance(critic, OwnCriticSettings | TurnCriticSettings):
-        slow = isinstance(critic, TurnCriticSettings)
-        found.append(Amount("critic and its slow copy" if slow else "critic", (1 + slow) * size, moves=True))
-        found.append(Amount("the critic's gradients", own))
-        found += _moments("the critic's moments", own, critic.optim, on_gpu)
+    found += _critic_amounts(settings, base + (own if adapter else 0), own)
     if adapted:
         merged = _WIDE * adapted // max(shape.layers, 1)
         found.append(Amount("merged matrices of a layer, while publishing", merged, at_times=True))
@@ -161,6 +140,41 @@ def learner_amounts(
             Amount("the whole base, while it is quantized: beyond the rest", max(beyond, 0), at_times=True)
         )
     return found
+
+
+def _product_amounts(settings: LearnerSettings, shape: Shape, adapter: int) -> list[Amount]:
+    """Weights as products take them, beside those that are stored, and whole gradients."""
+    found, bfloat16 = list[Amount](), settings.model.dtype == "bfloat16"
+    if settings.shards > 1:
+        gathered = shape.outside_layers + 2 * shape.largest_layer
+        # Weights and their gradients in the type of the products, and the sums over ranks in float32.
+        nbytes = (2 * (_HALF if bfloat16 else _WIDE) + _WIDE) * gathered
+        if adapter:
+            nbytes = _stored_bytes(settings, gathered, 2 * shape.largest_layer_linear)
+        found.append(Amount("gathered layers, embedding and head", nbytes))
+        if settings.model.sum_gradients == "step" and not adapter:
+            found.append(Amount("whole gradients until they are summed, float32", _WIDE * shape.parameters))
+    elif bfloat16 and not adapter:
+        whole = not settings.model.gradient_checkpointing
+        cast = shape.parameters if whole else shape.outside_layers + shape.largest_layer
+        found.append(Amount("weights cast for products", _HALF * cast))
+    if settings.model.lora is not None and settings.model.lora.quantize_base:
+        working = dequantizing_bytes(shape.largest_linear, _stored_size(settings))
+        found.append(Amount("a matrix, dequantized", working))
+    return found
+
+
+def _critic_amounts(settings: LearnerSettings, model: int, trained: int) -> list[Amount]:
+    """Of a critic with a model of its own; bytes of the model and of what is trained of it."""
+    critic = settings.algorithm.critic
+    if not isinstance(critic, OwnCriticSettings | TurnCriticSettings):
+        return []
+    slow = isinstance(critic, TurnCriticSettings)
+    return [
+        Amount("critic and its slow copy" if slow else "critic", (1 + slow) * model, moves=True),
+        Amount("the critic's gradients", trained),
+        *_moments("the critic's moments", trained, critic.optim, settings.model.device == "cuda"),
+    ]
 
 
 def _moments(what: str, trained_bytes: int, optim: OptimSettings, on_gpu: bool) -> list[Amount]:

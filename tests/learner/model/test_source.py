@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import import_utils
 
-from deploy.assembly.build import fetch, load_chat
+from deploy.assembly.build import load_chat
+from deploy.assembly.fetching import fetch
 from deploy.assembly.models import model_path
 from deploy.config.config_errors import ConfigError
 from deploy.run.preflight import check, check_model, check_tokenizer
