@@ -198,7 +198,8 @@ def _learner_gpu(config: RunConfig, plan: MemoryPlan, gpu_bytes: int, always: in
     if config.learner.model.lora is not None:
         adapter = "quantize the adapter's base (learner.model.lora.quantize_base)"
     remedy = (
-        f"raise learner.ranks, {adapter}, lower learner.tokens_per_microbatch, or set learner.optim.offload = true or "
+        f"raise learner.ranks (with learner.context_parallel_size if rows are too long), {adapter}, lower "
+        "learner.tokens_per_microbatch, or set learner.optim.offload = true or "
         "learner.model.gradient_checkpointing = true"
     )
     if peak > room:

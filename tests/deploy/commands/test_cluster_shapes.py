@@ -77,3 +77,21 @@ def test_the_table_holds_what_is_told(name: str, model: Qwen3, overrides: list[s
     ]
     row = f"| {name} | {' | '.join(figures)} |"
     assert row in PAGE.read_text(encoding="utf-8"), row
+
+
+def test_a_long_row_is_too_much_for_a_gpu_alone() -> None:
+    plans = []
+    for together in (1, 8):
+        overrides = [*PAIRS, "learner.ranks=16", f"learner.context_parallel_size={together}", *LONG]
+        config = load_config("qwen3_8b_gsm8k", overrides)
+        facts = ModelFacts.of(AutoConfig.for_model(**QWEN3_32B.config()), config)
+        plans.append(MemoryPlan.of(config, facts, 80 * GIB))
+    alone, shared = plans
+    peak = alone.process("learner").peak(on_host=False)
+    slices = shared.traffic.row - alone.traffic.row
+    # A layer: 64 heads and 8 key heads of 128, each way, in bfloat16; the forward pass twice.
+    by_hand = 3 * 64 * 2 * 128 * (64 + 8) * 131_071 * 7 / 8**2 * 2
+    assert slices == pytest.approx(by_hand, rel=1e-3)
+    page = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert f"takes {peak / GIB:.0f} GiB on a GPU alone" in page
+    assert f"receives for it, {slices / GIB:.0f} GiB are of other slices" in page

@@ -92,7 +92,7 @@ def replayed(
     """Logprobs of each text of this rank, and gradients of the mean of all; texts are dealt to ranks in turn."""
     policy = Policy(ModelSettings(path=str(folder), router_replay=True, **model), ranks)
     experts = _drawn()
-    numbers = range(len(TEXTS))[ranks.rank :: ranks.size]
+    numbers = range(len(TEXTS))[ranks.share.rank :: ranks.share.ranks]
     own = [_sequence(TEXTS[number], experts[number]) for number in numbers]
     alone = [row_of([sequence]) for sequence in own]
     most = ranks.most(len(own))
@@ -141,25 +141,33 @@ def _expected(folder: Path) -> tuple[list[np.ndarray], dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("family", "size", "tokens_per_row", "share", "model"),
+    ("family", "size", "context", "tokens_per_row", "share", "model"),
     [
-        ("qwen3_moe", 1, 1000, True, {}),
-        ("qwen3_moe", 1, 20, False, {"gradient_checkpointing": True}),
-        ("qwen3_moe", 1, 20, True, {"gradient_checkpointing": "selective"}),
-        ("dense_between", 1, 20, True, {}),
-        ("mixtral", 1, 1000, True, {}),
-        ("deepseek_v3", 1, 1000, True, {}),
-        ("qwen3_moe", 2, 20, True, {"sum_gradients": "step", "gradient_checkpointing": True}),
-        ("qwen3_moe", 2, 1000, False, {}),
+        ("qwen3_moe", 1, 1, 1000, True, {}),
+        ("qwen3_moe", 1, 1, 20, False, {"gradient_checkpointing": True}),
+        ("qwen3_moe", 1, 1, 20, True, {"gradient_checkpointing": "selective"}),
+        ("dense_between", 1, 1, 20, True, {}),
+        ("mixtral", 1, 1, 1000, True, {}),
+        ("deepseek_v3", 1, 1, 1000, True, {}),
+        ("qwen3_moe", 2, 1, 20, True, {"sum_gradients": "step", "gradient_checkpointing": True}),
+        ("qwen3_moe", 2, 1, 1000, False, {}),
+        ("qwen3_moe", 4, 4, 20, True, {"gradient_checkpointing": "selective"}),
+        ("deepseek_v3", 2, 2, 1000, True, {}),
     ],
 )
 def test_stored_experts_compute_what_transformers_computes_with_them(
-    family: str, size: int, tokens_per_row: int, share: bool, model: dict[str, Any], tmp_path: Path
+    family: str,
+    size: int,
+    context: int,
+    tokens_per_row: int,
+    share: bool,
+    model: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     _build(family, tmp_path)
     logprobs, expected = _expected(tmp_path)
     assert any(name.endswith("gate.weight") and np.abs(g).max() > 0 for name, g in expected.items())
-    answers = together(size, replayed, tmp_path, tokens_per_row, share, model)
+    answers = together(size, replayed, tmp_path, tokens_per_row, share, model, context=context)
     for scored, gradients in answers:
         for number, found in scored.items():
             np.testing.assert_allclose(found, logprobs[number], atol=2e-5)
