@@ -137,7 +137,7 @@ def taught(ranks: Ranks, loss: str) -> dict[str, float]:
     """Metrics of an optimizer step of the real model, on siblings of one long prefix."""
     policy = Policy(ModelSettings(path=str(FOLDER)), ranks)
     optimizer = Optimizer(policy.parameters(), OptimSettings(learning_rate=1e-5))
-    sequences = [replace(each, weight=1 / 500) for each in _sequences([400, 350, 300, 200], 150, 40_000)]
+    sequences = [replace(each, weight=1 / 190) for each in _sequences([120, 100, 90, 80], 50, 40_000)]
     settings = AlgorithmSettings.model_validate({"loss": {"kind": loss}})
     batch = pack(sequences, 4096, policy.context)
     return train_step(policy, optimizer, batch, PolicyObjective(settings), temperature=1.0)

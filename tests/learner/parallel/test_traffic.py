@@ -42,7 +42,9 @@ def counted(
     watch("reduce_scatter_single", (over - 1) / over)
     together = ranks.size if lora else copies
     watch("all_reduce", 2 * (together - 1) / together)
-    learner = built(ranks, folder, {}, dtype=dtype, sum_gradients=sums, **({"lora": lora} if lora else {}))
+    recipe = {"skip_zero_advantage": False}  # every row is computed
+    chosen = {"lora": lora} if lora else {}
+    learner = built(ranks, folder, recipe, dtype=dtype, sum_gradients=sums, **chosen)
     share, tokens = own(ranks, groups_of(3)), list[int]()
     embedding = learner.policy.model.get_input_embeddings()
     embedding.register_forward_hook(lambda module, given, found: tokens.append(given[0].numel()))
