@@ -16,7 +16,7 @@ from deploy.assembly.models import model_of
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from learner.model.footprint import Saved, Shape, blank_model, saved_by, shape_of
-from learner.model.lora_targets import sizes
+from learner.model.lora_targets import NO_ADAPTER, Sizes
 from learner.model.router_replay import routing_bytes
 from learner.parallel.traffic import Traffic
 from learner.training.memory_estimate import (
@@ -59,8 +59,7 @@ class ModelFacts:
     width: int  # of the hidden states
     vocabulary: int  # rows of the head
     tied_head: int  # entries of a head that is the embedding too; 0 where it is a matrix of its own
-    adapter: int = 0  # parameters of a low-rank adapter
-    adapted: int = 0  # entries of the matrices that it changes
+    lora: Sizes = NO_ADAPTER  # of a low-rank adapter
     routed: int = 0  # bytes of the experts that are stored with every token
     teacher: int = 0  # parameters of a teacher that is distilled; 0: none, or its configuration is not here
 
@@ -72,7 +71,6 @@ class ModelFacts:
         key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
         width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
         lora = run.learner.model.lora
-        adapter, adapted = (0, 0) if lora is None else sizes(model, lora)
         return cls(
             family=str(architecture.model_type),
             shape=shape_of(model),
@@ -82,8 +80,7 @@ class ModelFacts:
             width=int(text.hidden_size),
             vocabulary=int(text.vocab_size),
             tied_head=int(text.vocab_size) * int(text.hidden_size) if text.tie_word_embeddings else 0,
-            adapter=adapter,
-            adapted=adapted,
+            lora=NO_ADAPTER if lora is None else Sizes.of(model, lora),
             routed=routing_bytes(architecture) if run.learner.model.router_replay else 0,
             teacher=_teacher(run),
         )
@@ -162,7 +159,7 @@ class MemoryPlan:
 def sent_bytes(run: RunConfig, model: ModelFacts) -> int:
     """Bytes of a weight version in the host's memory, where engines join even if GPUs send the next ones."""
     lora = run.learner.model.lora
-    numbers = model.adapter if lora and lora.sync == "adapter" else model.shape.parameters
+    numbers = model.lora.adapter if lora and lora.sync == "adapter" else model.shape.parameters
     return numbers * SIZES[run.engine.dtype]
 
 
@@ -172,8 +169,6 @@ def _settled(run: RunConfig, model: ModelFacts, gpu_bytes: int) -> RunConfig:
     learner = settled(
         run.learner,
         model.shape,
-        model.adapter,
-        model.adapted,
         model.saved,
         run.rollout.context_tokens,
         gpu_bytes if on_gpu else host_share(run.learner.ranks),
@@ -190,7 +185,14 @@ def _traffic(run: RunConfig, model: ModelFacts) -> Traffic:
         0 if model.saved is None else slices_exchanged(learner, model.saved, run.rollout.context_tokens)
     )
     return Traffic.of(
-        model.shape.parameters, learner.ranks, *sizes, once, learner.shards, model.adapter, exchanged, base
+        model.shape.parameters,
+        learner.ranks,
+        *sizes,
+        once,
+        learner.shards,
+        model.lora.adapter,
+        exchanged,
+        base,
     )
 
 
@@ -210,17 +212,16 @@ def _learner(run: RunConfig, model: ModelFacts, sent: int) -> Process:
     device = learner_amounts(
         learner,
         model.shape,
-        model.adapter,
-        model.adapted,
+        model.lora,
         model.saved,
         run.rollout.context_tokens,
         model.teacher,
     )
-    trained = model.adapter or model.shape.parameters // learner.shards
+    trained = model.lora.adapter or model.shape.parameters // learner.shards
     offloaded = 8 * trained if learner.optim.offload else 0
     device += stage_amounts(run.stages, model.width, model.vocabulary, learner.shards, offloaded)
     heads = head_bytes(run.stages, model.width, model.vocabulary)
-    host = host_amounts(learner, model.shape, model.adapter, sent, heads)
+    host = host_amounts(learner, model.shape, model.lora.adapter, sent, heads)
     host += [away_amount(device)] if run.cluster.colocate == "turns" else []
     return Process("learner", learner.ranks, (_STARTED, *device, *host), on_gpu)
 

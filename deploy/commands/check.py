@@ -34,7 +34,7 @@ def show(checked: Checked, console: Console) -> int:
 def _model(checked: Checked, memory: MemoryOfRun) -> str:
     model, lora = memory.model, checked.config.learner.model.lora
     whole = f"{model.family}, {model.shape.parameters:,} parameters"
-    return whole if lora is None else f"{whole}, {model.adapter:,} of a low-rank adapter are trained"
+    return whole if lora is None else f"{whole}, {model.lora.adapter:,} of a low-rank adapter are trained"
 
 
 def _memory(memory: MemoryOfRun) -> Iterator[list[Cell]]:

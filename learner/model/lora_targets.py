@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
@@ -73,13 +74,24 @@ def planned(path: str, settings: LoraSettings, trusted: bool = False) -> Adapter
     return AdapterSpec(settings.rank, settings.alpha, found.layers, found.experts)
 
 
-def sizes(model: PreTrainedModel, settings: LoraSettings) -> tuple[int, int]:
-    """Parameters of the adapter, and entries of the matrices that it changes."""
-    found = chosen(model, settings)
-    matrices = [model.get_parameter(f"{layer}.weight") for layer in found.layers]
-    matrices += [model.get_parameter(name) for name in found.experts]
-    factors = sum(settings.rank * sum(each.shape[-2:]) * each.shape[:-2].numel() for each in matrices)
-    return factors, sum(each.numel() for each in matrices)
+class Sizes(NamedTuple):
+    """Parameters of an adapter, entries of the matrices that it changes, and of those of experts among them."""
+
+    adapter: int = 0
+    adapted: int = 0
+    experts: int = 0
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, settings: LoraSettings) -> Sizes:
+        """Count those of a model of any device. ValueError as in `chosen`."""
+        found = chosen(model, settings)
+        experts = [model.get_parameter(name) for name in found.experts]
+        matrices = [model.get_parameter(f"{layer}.weight") for layer in found.layers] + experts
+        factors = sum(settings.rank * sum(each.shape[-2:]) * each.shape[:-2].numel() for each in matrices)
+        return cls(factors, *(sum(each.numel() for each in some) for some in (matrices, experts)))
+
+
+NO_ADAPTER = Sizes()
 
 
 def _other_matrices(model: PreTrainedModel) -> tuple[list[str], list[str]]:

@@ -78,7 +78,7 @@ def settle(
     saved = saved_by(policy.model.config, settings.model.dtype, ranks.context.size)
     shape, beside = shape_of(policy.model), 0 if teacher is None else shape_of(teacher.model).parameters
     least = min(ranks.gather(own, everyone=True))
-    found = settled(settings, shape, 0, 0, saved, longest, least, beside)
+    found = settled(settings, shape, saved, longest, least, beside)
     policy.settings = found.model
     return found
 

@@ -21,6 +21,7 @@ from learner.algorithm.algorithm import OwnCriticSettings, TurnCriticSettings
 from learner.algorithm.schedule import OptimSettings
 from learner.data.batch import longest_row
 from learner.model.footprint import Saved, Shape
+from learner.model.lora_targets import NO_ADAPTER, Sizes
 from learner.model.nf4 import BITS, dequantizing_bytes
 from learner.settings import LearnerSettings
 from learner.stages.settings import AnyStage, IlqlSettings, OwnStage
@@ -92,18 +93,17 @@ def _stored_size(settings: LearnerSettings) -> int:
 def learner_amounts(
     settings: LearnerSettings,
     shape: Shape,
-    adapter: int,
-    adapted: int,
+    lora: Sizes,
     saved: Saved | None,
     longest: int,
     teacher: int = 0,
 ) -> list[Amount]:
     """What each rank holds on its device.
 
-    adapter: parameters of a low-rank adapter, 0 without one; adapted: entries of the matrices it changes. saved: None
-    where it cannot be told. longest: tokens of the longest sequence; teacher: parameters of one that is distilled.
+    lora: of a low-rank adapter, zeros without one. saved: None where it cannot be told. longest: tokens of the longest
+    sequence; teacher: parameters of one that is distilled.
     """
-    ranks = settings.shards
+    ranks, adapter = settings.shards, lora.adapter
     base = base_bytes(settings, shape) // ranks
     own = _WIDE * adapter or base  # of what is trained
     on_gpu = settings.model.device == "cuda"
@@ -113,7 +113,7 @@ def learner_amounts(
     if adapter:
         found.append(Amount("the adapter, float32", own, moves=True))
     found += [Amount("gradients, float32", own), *_moments("AdamW's moments", own, settings.optim, on_gpu)]
-    found += _product_amounts(settings, shape, adapter)
+    found += _product_amounts(settings, shape, lora)
     tokens, whole_row = slice_tokens(settings, longest), row_tokens(settings, longest)
     if saved is not None:
         held = saved.row(tokens, shape.layers, settings.model.gradient_checkpointing)
@@ -129,8 +129,8 @@ def learner_amounts(
         seen = 2 * round(whole_row * saved.input_per_token)
         found.append(Amount("last hidden states of a whole row for values, and their gradients", seen))
     found += _critic_amounts(settings, base + (own if adapter else 0), own)
-    if adapted:
-        merged = _WIDE * adapted // max(shape.layers, 1)
+    if adapter:
+        merged = _WIDE * lora.adapted // max(shape.layers, 1)
         found.append(Amount("merged matrices of a layer, while publishing", merged, at_times=True))
     if quantized:
         # Every rank quantizes all of it, before there is anything else.
@@ -142,8 +142,9 @@ def learner_amounts(
     return found
 
 
-def _product_amounts(settings: LearnerSettings, shape: Shape, adapter: int) -> list[Amount]:
+def _product_amounts(settings: LearnerSettings, shape: Shape, lora: Sizes) -> list[Amount]:
     """Weights as products take them, beside those that are stored, and whole gradients."""
+    adapter = lora.adapter
     found, bfloat16 = list[Amount](), settings.model.dtype == "bfloat16"
     if settings.shards > 1:
         gathered = shape.outside_layers + 2 * shape.largest_layer
@@ -158,6 +159,10 @@ def _product_amounts(settings: LearnerSettings, shape: Shape, adapter: int) -> l
         whole = not settings.model.gradient_checkpointing
         cast = shape.parameters if whole else shape.outside_layers + shape.largest_layer
         found.append(Amount("weights cast for products", _HALF * cast))
+    if lora.experts:  # kept for the backward pass, unless they are made again
+        once = settings.model.gradient_checkpointing
+        entries = lora.experts // max(shape.layers, 1) if once else lora.experts
+        found.append(Amount("experts' weights with their adapters", _stored_size(settings) * entries))
     if settings.model.lora is not None and settings.model.lora.quantize_base:
         working = dequantizing_bytes(shape.largest_linear, _stored_size(settings))
         found.append(Amount("a matrix, dequantized", working))
@@ -189,8 +194,6 @@ def _moments(what: str, trained_bytes: int, optim: OptimSettings, on_gpu: bool) 
 def settled(
     settings: LearnerSettings,
     shape: Shape,
-    adapter: int,
-    adapted: int,
     saved: Saved | None,
     longest: int,
     device_bytes: int,
@@ -206,7 +209,7 @@ def settled(
     for choice in ("step", "row"):
         model = settings.model.model_copy(update={"sum_gradients": choice})
         found[choice] = settings.model_copy(update={"model": model})
-    amounts = learner_amounts(found["step"], shape, adapter, adapted, saved, longest, teacher)
+    amounts = learner_amounts(found["step"], shape, NO_ADAPTER, saved, longest, teacher)
     fits = saved is not None and sum(each.nbytes for each in amounts) <= _ROOM * device_bytes
     return found["step" if settings.ranks > 1 and fits else "row"]
 

@@ -155,8 +155,8 @@ def test_an_adapters_size_is_what_arithmetic_says() -> None:
     inner, keys = model.heads * model.head_width, model.key_heads * model.head_width
     sides = [(model.width, inner), (model.width, keys), (model.width, keys), (inner, model.width)]
     sides += [(model.width, model.mlp), (model.width, model.mlp), (model.mlp, model.width)]
-    assert facts.adapter == model.layers * sum(32 * (i + o) for i, o in sides)
-    assert facts.adapted == model.layers * sum(i * o for i, o in sides)
+    assert facts.lora.adapter == model.layers * sum(32 * (i + o) for i, o in sides)
+    assert facts.lora.adapted == model.layers * sum(i * o for i, o in sides)
 
 
 def test_the_value_heads_of_a_stage_are_what_arithmetic_says() -> None:

@@ -40,6 +40,11 @@ SHAPES: list[tuple[str, Qwen3, list[str]]] = [
         QWEN3_32B,
         [*PAIRS, "rollout.workers=2", "learner.model.lora.rank=32"],
     ),
+    (
+        "Qwen3-30B-A3B, adapter of rank 8 with experts, one node: 4 ranks, 2 engines of 2 GPUs",
+        QWEN3_30B_A3B,
+        [*PAIRS, "rollout.workers=2", "learner.model.lora.rank=8"],
+    ),
     ("Qwen3-32B, one node: 4 ranks, 2 engines of 2 GPUs", QWEN3_32B, [*PAIRS, "rollout.workers=2"]),
     (
         "Qwen3-32B, one node: the same, moments in host memory",

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from learner.data.batch import Batch, TokenSequence, pack
 from learner.model.loading import ModelError
 from learner.model.lora import Adapter
-from learner.model.lora_targets import planned
+from learner.model.lora_targets import Sizes, planned
 from learner.model.policy import Policy
+from learner.model.saved_tensors import SavedTensors
 from learner.parallel.ranks import ALONE, Ranks
 from learner.settings import LoraSettings, ModelSettings
 from learner.training.step import accumulate
@@ -149,6 +150,22 @@ def test_gradients_of_an_expert_s_adapter_are_those_of_its_matrices(sparse: Path
             a_RD, b_VR = a[rows], b[:, columns]
             torch.testing.assert_close(a.grad[rows], scale * b_VR.T @ gradient_VD, atol=1e-7, rtol=1e-4)
             torch.testing.assert_close(b.grad[:, columns], scale * gradient_VD @ a_RD.T, atol=1e-7, rtol=1e-4)
+
+
+def test_what_a_row_keeps_is_what_the_estimate_counts(sparse: Path) -> None:
+    """W + s B A of every layer's experts, in float32; recomputed layers keep none of it."""
+    tokens = pack([_sequence(IDS)], 64, 64).micro_batches[0]
+    kept = {}
+    for recompute in (False, "selective"):
+        for targets in ("all-linear", ("q_proj", "k_proj", "v_proj", "o_proj")):
+            policy = _policy(sparse, lora=LORA | {"targets": targets}, gradient_checkpointing=recompute)
+            saved = SavedTensors(policy.model.parameters())
+            with saved:
+                policy.score(tokens, 1.0)
+            kept[recompute, targets == "all-linear"] = saved.nbytes
+    size = 4 * Sizes.of(_plain(sparse), LoraSettings(**LORA)).experts
+    assert size <= kept[False, True] - kept[False, False] < 1.2 * size  # beside it A and B, turned
+    assert kept["selective", True] - kept["selective", False] < 0.1 * size
 
 
 def test_an_adapter_of_experts_is_not_sent_or_served_alone(sparse: Path, tmp_path: Path) -> None:
