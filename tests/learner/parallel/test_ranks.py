@@ -127,7 +127,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     windows = tmp_path_factory.mktemp(WINDOWS)
     tokenizer = build_tokenizer(windows)
     config = tiny_config(tokenizer, 2, 32, heads=4, head_width=8, mlp=40, context=128, tie=True)
-    config.update({"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1})
+    kinds = ["full_attention", "sliding_attention"]
+    config.update({"use_sliding_window": True, "sliding_window": 3, "layer_types": kinds})
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).save_pretrained(windows)
     tokenizer.save_pretrained(windows)
