@@ -88,6 +88,13 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
         "sampling, which are then stored with it. They differ from the learner's by rounding; false is right for any "
         "other model. Costs layers x experts a token bytes for every token (twice that beyond 256 experts)",
     )
+    expert_parallel: bool = Field(
+        default=False,
+        description="of a mixture of experts over several ranks, leave every expert on the rank that holds it and send "
+        "it the tokens (all-to-all), instead of gathering all experts for every packed row. `manta check` says what "
+        "either way exchanges. The ranks that parameters are sharded over must divide the number of experts. Results "
+        "differ by rounding alone",
+    )
     sum_gradients: Literal["row", "step"] | None = Field(
         default=None,
         description="when several ranks sum their gradients. row: after every packed row, each rank keeping its "
@@ -162,3 +169,8 @@ class LearnerSettings(BaseModel, extra="forbid", frozen=True):
     def shards(self) -> int:
         """Parts that parameters are divided into."""
         return self.sharded_over or self.ranks
+
+    @property
+    def travels(self) -> bool:
+        """Whether experts stay on their ranks, and tokens travel to them."""
+        return self.model.expert_parallel and self.shards > 1

@@ -18,7 +18,7 @@ from deploy.config.config_errors import ConfigError
 from learner.model.footprint import Saved, Shape, blank_model, saved_by, shape_of
 from learner.model.lora_targets import NO_ADAPTER, Sizes
 from learner.model.router_replay import routing_bytes
-from learner.parallel.traffic import Traffic
+from learner.parallel.traffic import Traffic, Travel
 from learner.training.memory_estimate import (
     Amount,
     away_amount,
@@ -28,6 +28,7 @@ from learner.training.memory_estimate import (
     host_share,
     learner_amounts,
     settled,
+    slice_tokens,
     slices_exchanged,
     stage_amounts,
 )
@@ -184,6 +185,10 @@ def _traffic(run: RunConfig, model: ModelFacts) -> Traffic:
     exchanged = (
         0 if model.saved is None else slices_exchanged(learner, model.saved, run.rollout.context_tokens)
     )
+    experts, travel = model.shape.experts, Travel()
+    if learner.travels:
+        sent = experts.sent * experts.layers * slice_tokens(learner, run.rollout.context_tokens)
+        travel = Travel(experts.parameters, sent, bool(learner.model.gradient_checkpointing))
     return Traffic.of(
         model.shape.parameters,
         learner.ranks,
@@ -193,6 +198,7 @@ def _traffic(run: RunConfig, model: ModelFacts) -> Traffic:
         model.lora.adapter,
         exchanged,
         base,
+        travel,
     )
 
 

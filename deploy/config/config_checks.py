@@ -210,13 +210,15 @@ def _replay(config: RunConfig) -> None:
 
 
 def _routers(config: RunConfig) -> None:
-    if config.tiny is not None and config.learner.model.router_balance:
+    model = config.learner.model
+    for option, off in (("router_balance", "0"), ("router_replay", "false"), ("expert_parallel", "false")):
+        if config.tiny is not None and getattr(model, option):
+            raise ValueError(
+                f"learner.model.{option} is for a mixture of experts, which a tiny model is not; use {off}"
+            )
+    if model.expert_parallel and config.learner.ranks == 1:
         raise ValueError(
-            "learner.model.router_balance is for a mixture of experts, which a tiny model is not; use 0"
-        )
-    if config.tiny is not None and config.learner.model.router_replay:
-        raise ValueError(
-            "learner.model.router_replay is for a mixture of experts, which a tiny model is not; use false"
+            "learner.model.expert_parallel divides experts over ranks, but learner.ranks=1; use more ranks, or false"
         )
 
 

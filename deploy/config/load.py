@@ -31,6 +31,7 @@ MOVABLE = (
     "learner.context_parallel_size",
     "learner.threads",
     "learner.model.sum_gradients",
+    "learner.model.expert_parallel",
     "learner.model.gradient_checkpointing",
     "rollout.workers",
     "rollout.cpus_per_worker",

@@ -45,8 +45,9 @@ _THEIRS: dict[tuple[str, ...], str] = {
     ("engine.pipeline_parallel_size",): "pp pp_size pipeline_model_parallel_size "
     "inference_engine_pipeline_parallel_size",
     ("engine.data_parallel_size",): "dp_size inference_engine_data_parallel_size",
-    ("engine.expert_parallel",): "enable_expert_parallel ep ep_size expert_parallel_size "
-    "inference_engine_expert_parallel_size",
+    ("engine.expert_parallel",): "inference_engine_expert_parallel_size",
+    ("engine.expert_parallel", "learner.model.expert_parallel"): "enable_expert_parallel ep ep_size "
+    "expert_parallel_size",
     ("engine.args",): "engine_kwargs vllm_kwargs engine_args vllm_engine_kwargs engine_init_kwargs vllm_config",
     ("engine.memory_fraction",): "gpu_memory_utilization vllm_gpu_memory_utilization mem_fraction_static",
     ("engine.enforce_eager",): "eager vllm_enforce_eager",
@@ -62,6 +63,7 @@ _THEIRS: dict[tuple[str, ...], str] = {
     ("learner.model.device",): "device",
     ("learner.model.router_replay",): "enable_rollout_routing_replay use_rollout_routing_replay use_routing_replay "
     "enable_return_routed_experts moe_router_replay",
+    ("learner.model.expert_parallel",): "expert_model_parallel_size expert_parallel_degree",
     ("learner.model.router_balance",): "router_aux_loss_coef moe_aux_loss_coeff aux_loss_coef",
     ("learner.model.gradient_checkpointing",): "use_gradient_checkpointing enable_gradient_checkpointing "
     "activation_checkpointing recompute_granularity gradient_checkpointing_enable",

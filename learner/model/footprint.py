@@ -31,9 +31,20 @@ from learner.model.attention_blocks import RowAttention
 from learner.model.recompute import KEPT
 from learner.model.saved_tensors import SavedTensors
 from learner.parallel.context import ContextGroup
+from learner.parallel.experts import experts_in
 
 _ATTENTION = "manta_footprint"
 _TOKENS = 32  # of the shorter of two rows that are compared
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Numbers of a mixture of experts; of another model they are zero."""
+
+    parameters: int = 0  # of all experts
+    largest: int = 0  # of those of the layer with the most
+    layers: int = 0  # with experts
+    sent: int = 0  # numbers by which a token is sent to its experts in a layer: width x chosen experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,8 @@ class Shape:
     linear: int = 0
     largest_layer_linear: int = 0
     largest_linear: int = 0  # of one matrix
+    experts: Experts = Experts()
+    largest_beside: int = 0  # of the largest layer, its experts left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +101,8 @@ def blank_model(config: PretrainedConfig, trusted: bool = False) -> PreTrainedMo
 def shape_of(model: PreTrainedModel) -> Shape:
     """Count the parameters of a model of any device."""
     layers = [_count(module) for module in _layers(model)]
+    own = [sum(map(_count, experts_in(module).values())) for module in _layers(model)]
+    beside = (whole - experts for whole, experts in zip(layers, own, strict=True))
     total, head = _count(model), model.get_output_embeddings()
     linear = _matrices(model, head)
     return Shape(
@@ -98,7 +113,14 @@ def shape_of(model: PreTrainedModel) -> Shape:
         linear=sum(linear),
         largest_layer_linear=max((sum(_matrices(layer, head)) for layer in _layers(model)), default=0),
         largest_linear=max(linear, default=0),
+        experts=_experts(model.config, own) if any(own) else Experts(),
+        largest_beside=max(beside, default=0),
     )
+
+
+def _experts(config: PretrainedConfig, by_layer: list[int]) -> Experts:
+    text, mixed = config.get_text_config(), [count for count in by_layer if count]
+    return Experts(sum(mixed), max(mixed), len(mixed), int(text.hidden_size) * int(text.num_experts_per_tok))
 
 
 def saved_by(config: PretrainedConfig, dtype: str, together: int = 1) -> Saved | None:

@@ -172,13 +172,14 @@ def load(
     """
     device, quantized = torch.device(settings.device), settings.lora and settings.lora.quantize_base
     if not quantized:
-        sharded = None if ranks.size == 1 else shard(model, ranks, products)
+        with as_model_error(f"model {settings.path!r} "):
+            sharded = shard(model, ranks, products, expert_parallel=settings.expert_parallel)
         fill(model, folder, settings.path, device, ranks)
         return sharded
     quantize = partial(quantize_layers, model, model.get_output_embeddings())
     fill(model, folder, settings.path, device, ranks, quantize)
     trim()
-    return None if ranks.size == 1 else shard(model, ranks, products)
+    return shard(model, ranks, products)
 
 
 def fill(

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from learner.model.footprint import blank_model
-from learner.settings import LoraSettings
+from learner.settings import LoraSettings, ModelSettings
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.model_folder import pretrained
 
@@ -63,6 +63,22 @@ def chosen(model: PreTrainedModel, settings: LoraSettings) -> Chosen:
             "learner.model.lora.sync='merged', or targets without them"
         )
     return Chosen(tuple(linear), tuple(experts))
+
+
+def require_plain_experts(model: PreTrainedModel, settings: ModelSettings) -> None:
+    """ValueError where tokens travel to experts that an adapter changes: every rank has A and B of all of them."""
+    if not settings.expert_parallel or settings.lora is None:
+        return
+    if settings.lora.quantize_base:
+        raise ValueError(
+            "stores its base in fewer bits, and gathers experts then; set learner.model.expert_parallel=false, or "
+            "leave out learner.model.lora.quantize_base"
+        )
+    if experts := chosen(model, settings.lora).experts:
+        raise ValueError(
+            f"trains an adapter of experts ({_kind(experts[0])}), to which tokens cannot travel; choose "
+            "learner.model.lora.targets without them, or set learner.model.expert_parallel=false"
+        )
 
 
 def planned(path: str, settings: LoraSettings, trusted: bool = False) -> AdapterSpec:

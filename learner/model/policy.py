@@ -20,6 +20,7 @@ from learner.model.linear import use_onednn
 from learner.model.loading import as_model_error, blank, examine, freeze_in, layer_of, load
 from learner.model.logprobs import token_logprobs, wide
 from learner.model.lora import Adapter
+from learner.model.lora_targets import require_plain_experts
 from learner.model.narrow import Narrow
 from learner.model.nf4 import blank_matrices
 from learner.model.perception import inputs_beside, picture_inputs
@@ -66,6 +67,7 @@ class Policy:
             self.picture_inputs = picture_inputs(self.model, str(folder), settings, ranks.size)
         with as_model_error(f"model {settings.path!r} "):
             require_slices(self.model.config, ranks.context.size)
+            require_plain_experts(self.model, settings)
         with as_model_error(f"model {settings.path!r}: "):
             self._tokens = token_count(str(folder))
         # The model as it is stored: layers that are replaced below are tested to compute the same.
@@ -90,16 +92,11 @@ class Policy:
         if products and (self.adapter or self.sharded is None):
             masters = self.model if self.adapter is None else self.adapter
             self._narrow = Narrow(self.model, products, masters.parameters())
-        self.balance: RouterBalance | None = None
-        if settings.router_balance:
-            with as_model_error(f"model {settings.path!r} "):
-                self.balance = RouterBalance(self.model, settings.router_balance, ranks.context)
-        self.replay: RouterReplay | None = None
-        if settings.router_replay:
-            with as_model_error(f"model {settings.path!r} "):
-                self.replay = RouterReplay(self.model)
-        if settings.gradient_checkpointing:  # with the casts, so that copies of weights are made again
-            with as_model_error(f"model {settings.path!r} "):
+        with as_model_error(f"model {settings.path!r} "):
+            balance = settings.router_balance
+            self.balance = RouterBalance(self.model, balance, ranks.context) if balance else None
+            self.replay = RouterReplay(self.model) if settings.router_replay else None
+            if settings.gradient_checkpointing:  # with the casts, so that copies of weights are made again
                 recompute_layers(self.model, settings.gradient_checkpointing == "selective")
 
     @classmethod
@@ -168,6 +165,8 @@ class Policy:
             if self.sharded is not None and self.settings.sum_gradients == "step":
                 self.sharded.sum_gradients(now=number == len(listed))
             yield row
+        if self.sharded is not None:
+            self.sharded.finish_gradients()
         if self.adapter is not None:
             sum_whole((p.grad for p in self.adapter.parameters() if p.grad is not None), self.ranks)
 

@@ -25,8 +25,7 @@ class AuxiliaryModule:
     def __init__(self, module: nn.Module, ranks: Ranks, device: torch.device, whole: bool = False) -> None:
         self.module = module
         self._ranks, self._whole = ranks, whole
-        sharded = ranks.size > 1 and not whole
-        self._sharded = shard(module, ranks, alike=ranks.context.size) if sharded else None
+        self._sharded = None if whole else shard(module, ranks, alike=ranks.context.size)
         if self._sharded is None:  # shards are moved one by one
             module.to(device)
 

@@ -6,6 +6,8 @@ are float32; with bfloat16 the gathered tensors are bfloat16.
 
 Hybrid sharding (Zhang et al. 2022, MiCS): groups of ranks hold a whole model each. What a group has summed is summed
 over the groups too, by the ranks that hold the same part.
+
+Experts of a mixture may be left out of the gathering: see experts.py.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from learner.parallel.experts import ExpertParallel
 from learner.parallel.ranks import Ranks
 
 T = TypeVar("T")
@@ -38,9 +41,10 @@ class Whole(nn.Module):
     is this module around the model, and its forward runs the caller's function.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, experts: ExpertParallel | None = None) -> None:
         super().__init__()
         self.model = model
+        self._experts = experts
 
     def forward(self, compute: Callable[[], T]) -> T:
         """Return compute(); its tensors with gradients trigger the gathering in the backward pass."""
@@ -60,14 +64,31 @@ class Whole(nn.Module):
         """
         self.set_requires_gradient_sync(now)  # type: ignore[operator]  # an FSDPModule, as above
 
+    def finish_gradients(self) -> None:
+        """Sum what backward passes leave to be summed once an optimizer step. A collective call."""
+        if self._experts is not None:
+            self._experts.sum_over_copies()
 
-def shard(model: nn.Module, ranks: Ranks, compute: torch.dtype | None = None, alike: int = 1) -> Whole:
-    """Shard the parameters over all ranks, in place, layer by layer, on the mesh's device. A collective call.
 
-    compute: the type of gathered tensors; None: their own. alike: ranks that compute the same of the same row, whose
-    gradients count once.
+def shard(
+    model: nn.Module,
+    ranks: Ranks,
+    compute: torch.dtype | None = None,
+    *,
+    alike: int = 1,
+    expert_parallel: bool = False,
+) -> Whole | None:
+    """Shard the parameters over all ranks, in place, layer by layer, on the mesh's device; None on one rank.
+
+    A collective call. compute: the type of gathered tensors; None: their own. alike: ranks that compute the same of the
+    same row, whose gradients count once. expert_parallel: experts are not gathered, tokens travel; ValueError for a
+    model without any, and for experts that the ranks cannot divide.
     """
-    whole = Whole(model)
+    if ranks.size == 1:
+        return None
+    experts = ExpertParallel(model, ranks, compute) if expert_parallel else None
+    apart = None if experts is None else set(experts.parameters())
+    whole = Whole(model, experts)
     # What layers are given keeps its type, as on one rank: angles of positions are float32 in some families.
     policy = MixedPrecisionPolicy(
         param_dtype=compute,
@@ -78,7 +99,9 @@ def shard(model: nn.Module, ranks: Ranks, compute: torch.dtype | None = None, al
     for module in (*layers, whole):
         # The root frees its tensors after the forward pass too: after one without a backward pass (a probe, a
         # reference) they would stay whole, and stale after an optimizer step.
-        sharded = fully_shard(module, mesh=ranks.mesh, reshard_after_forward=True, mp_policy=policy)
+        sharded = fully_shard(
+            module, mesh=ranks.mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=apart
+        )
         assert isinstance(sharded, FSDPModule)
         # Weights of tokens are set over the whole batch, so gradients are summed. Gloo has no other reduction.
         sharded.set_gradient_divide_factor(float(alike))

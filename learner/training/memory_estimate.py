@@ -115,6 +115,8 @@ def learner_amounts(
     found += [Amount("gradients, float32", own), *_moments("AdamW's moments", own, settings.optim, on_gpu)]
     found += _product_amounts(settings, shape, lora)
     tokens, whole_row = slice_tokens(settings, longest), row_tokens(settings, longest)
+    if settings.travels:
+        found += _experts(settings, shape, adapter, tokens)
     if saved is not None:
         held = saved.row(tokens, shape.layers, settings.model.gradient_checkpointing)
         found.append(Amount(f"activations of {tokens:,} tokens", held))
@@ -147,14 +149,16 @@ def _product_amounts(settings: LearnerSettings, shape: Shape, lora: Sizes) -> li
     adapter = lora.adapter
     found, bfloat16 = list[Amount](), settings.model.dtype == "bfloat16"
     if settings.shards > 1:
-        gathered = shape.outside_layers + 2 * shape.largest_layer
+        layer = shape.largest_beside if settings.travels else shape.largest_layer
+        gathered = shape.outside_layers + 2 * layer
         # Weights and their gradients in the type of the products, and the sums over ranks in float32.
         nbytes = (2 * (_HALF if bfloat16 else _WIDE) + _WIDE) * gathered
         if adapter:
             nbytes = _stored_bytes(settings, gathered, 2 * shape.largest_layer_linear)
         found.append(Amount("gathered layers, embedding and head", nbytes))
         if settings.model.sum_gradients == "step" and not adapter:
-            found.append(Amount("whole gradients until they are summed, float32", _WIDE * shape.parameters))
+            summed = shape.parameters - (shape.experts.parameters if settings.travels else 0)
+            found.append(Amount("whole gradients until they are summed, float32", _WIDE * summed))
     elif bfloat16 and not adapter:
         whole = not settings.model.gradient_checkpointing
         cast = shape.parameters if whole else shape.outside_layers + shape.largest_layer
@@ -180,6 +184,24 @@ def _critic_amounts(settings: LearnerSettings, model: int, trained: int) -> list
         Amount("the critic's gradients", trained),
         *_moments("the critic's moments", trained, critic.optim, settings.model.device == "cuda"),
     ]
+
+
+def _experts(settings: LearnerSettings, shape: Shape, adapter: int, tokens: int) -> list[Amount]:
+    """What a rank holds besides where tokens travel to experts; routers give every rank as many."""
+    size, recomputed = _product_bytes(settings), settings.model.gradient_checkpointing
+    experts, ranks = shape.experts, settings.shards
+    found = [Amount("tokens on their way to experts and back", 2 * size * experts.sent * tokens)]
+    if adapter:  # stored in the type of the products, and without gradients
+        return found
+    cast = experts.largest if recomputed else experts.parameters
+    if size == _HALF:
+        found.append(Amount("own experts cast for products", size * cast // ranks))
+    return [*found, Amount("gradients of a layer's own experts", (size + _WIDE) * experts.largest // ranks)]
+
+
+def _product_bytes(settings: LearnerSettings) -> int:
+    """Of a number as products take it."""
+    return _HALF if settings.model.dtype == "bfloat16" else _WIDE
 
 
 def _moments(what: str, trained_bytes: int, optim: OptimSettings, on_gpu: bool) -> list[Amount]:

@@ -31,6 +31,7 @@ class Teacher:
                 "lora": None,
                 "gradient_checkpointing": False,
                 "router_balance": 0.0,
+                "expert_parallel": False,
             }
         )
         self.policy = frozen(Policy(own, ranks))

@@ -21,6 +21,7 @@ LONG = [
     "learner.tokens_per_microbatch=131072",
     "buffer.groups_per_step=16",
 ]
+TRAVEL = "learner.model.expert_parallel=true"
 SHAPES: list[tuple[str, Qwen3, list[str]]] = [
     ("Qwen3-8B, one node: 4 ranks, 4 engines", QWEN3_8B, []),
     ("Qwen3-8B, four nodes: 16 ranks, 16 engines", QWEN3_8B, ["learner.ranks=16", "rollout.workers=16"]),
@@ -62,6 +63,16 @@ SHAPES: list[tuple[str, Qwen3, list[str]]] = [
         "Qwen3-30B-A3B, four nodes: 16 ranks, sharded over 8, 8 engines of 2 GPUs",
         QWEN3_30B_A3B,
         [*PAIRS, "learner.ranks=16", "learner.sharded_over=8"],
+    ),
+    (
+        "Qwen3-30B-A3B, four nodes: 16 ranks, expert parallel, 8 engines of 2 GPUs",
+        QWEN3_30B_A3B,
+        [*PAIRS, "learner.ranks=16", TRAVEL],
+    ),
+    (
+        "Qwen3-30B-A3B, four nodes: 16 ranks, sharded over 8, expert parallel, 8 engines of 2 GPUs",
+        QWEN3_30B_A3B,
+        [*PAIRS, "learner.ranks=16", "learner.sharded_over=8", TRAVEL],
     ),
 ]
 

@@ -145,6 +145,26 @@ def test_what_is_done_with_routers_needs_routers(option: str, value: str, off: s
         check_architecture(config, AutoConfig.for_model(**QWEN3_8B.config()))
 
 
+def test_experts_that_ranks_cannot_divide_are_refused_before_a_run() -> None:
+    ranks = ("buffer.groups_per_step=12", "learner.ranks=12", "learner.model.expert_parallel=true")
+    mixture = AutoConfig.for_model(**QWEN3_30B_A3B.config())
+    config = configured("tiny=", "learner.model.path=mixture", *ranks)
+    with pytest.raises(
+        ConfigError, match=r"has 128 experts in model\.layers\.0\.mlp\.experts, which 12 ranks do not"
+    ):
+        check_architecture(config, mixture)
+    adapted = configured(
+        "tiny=", "learner.model.path=mixture", *ranks, "learner.sharded_over=4", "learner.model.lora.rank=4"
+    )
+    with pytest.raises(ConfigError, match=r"trains an adapter of experts .*\.expert_parallel=false$"):
+        check_architecture(adapted, mixture)
+    with pytest.raises(ConfigError, match=r"no experts .*set learner\.model\.expert_parallel=false$"):
+        check_architecture(config, AutoConfig.for_model(**QWEN3_8B.config()))
+    check_architecture(
+        configured("tiny=", "learner.model.path=mixture", *ranks, "learner.sharded_over=4"), mixture
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -91,6 +91,7 @@ def _expected(folder: Path) -> tuple[float, dict[str, Any]]:
         ("qwen3_moe", 2, 1, 20, {"sum_gradients": "step"}),
         ("mixtral", 2, 1, 1000, {}),
         ("qwen3_moe", 4, 2, 20, {"gradient_checkpointing": True}),
+        ("mixtral", 4, 2, 20, {"expert_parallel": True, "gradient_checkpointing": True}),
     ],
 )
 def test_the_loss_is_that_of_all_tokens_of_a_step(

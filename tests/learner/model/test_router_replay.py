@@ -153,6 +153,8 @@ def _expected(folder: Path) -> tuple[list[np.ndarray], dict[str, Any]]:
         ("qwen3_moe", 2, 1, 1000, False, {}),
         ("qwen3_moe", 4, 4, 20, True, {"gradient_checkpointing": "selective"}),
         ("deepseek_v3", 2, 2, 1000, True, {}),
+        ("qwen3_moe", 2, 1, 20, True, {"expert_parallel": True, "gradient_checkpointing": "selective"}),
+        ("deepseek_v3", 4, 2, 1000, True, {"expert_parallel": True}),
     ],
 )
 def test_stored_experts_compute_what_transformers_computes_with_them(

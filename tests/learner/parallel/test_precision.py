@@ -17,12 +17,14 @@ from learner.model.policy import Policy
 from learner.parallel.ranks import Ranks
 from learner.settings import ModelSettings
 from learner.training.step import Stats, accumulate
+from tests.families import build_family
 from tests.learner.ranked import plain
 from tests.learner.together import together
 
 ROWS = 4
 ADAPTER = {"lora": {"rank": 2}, "gradient_checkpointing": "selective"}
 UNIT = 2.0**-24  # relative error of one float32 sum
+HALF = 2.0**-8  # of one number that is rounded to bfloat16
 
 
 def _row(number: int) -> MicroBatch:
@@ -76,6 +78,22 @@ def test_bfloat16_ranks_differ_by_the_order_of_float32_sums_alone(tiny: Path, mo
             for own, other, size_of in zip(found["gradients"], one["gradients"], one["sizes"], strict=True):
                 assert own.dtype == np.float32
                 assert np.all(np.abs(own - other) <= 2 * (ROWS - 1) * UNIT * size_of)
+
+
+@pytest.mark.parametrize("model", [{}, {"gradient_checkpointing": True}], ids=str)
+def test_gradients_of_experts_that_stay_differ_by_one_rounding_of_each(
+    tmp_path: Path, model: dict[str, Any]
+) -> None:
+    build_family("Qwen3-30B-A3B", False, tmp_path)
+    (one,) = together(1, seen, tmp_path, model)
+    for size in (2, 4):
+        for found in together(size, seen, tmp_path, model | {"expert_parallel": True}):
+            assert found["types"] == one["types"]
+            assert found["loss"] == pytest.approx(one["loss"], rel=2 * (ROWS - 1) * UNIT)
+            for own, other, size_of in zip(found["gradients"], one["gradients"], one["sizes"], strict=True):
+                # Of experts the rows of all ranks are added first, and rounded to bfloat16 then.
+                bound = 2 * HALF if own.ndim == 3 else 2 * (ROWS - 1) * UNIT
+                assert np.all(np.abs(own - other) <= bound * size_of)
 
 
 def test_one_rank_in_bfloat16_computes_what_transformers_does_in_it(tiny: Path) -> None:
