@@ -32,12 +32,10 @@ from envs.child_process import find_program
 from envs.hosting.host import HostSettings
 from envs.tools.tool import ToolRefused
 from learner.model.attention import require_slices
-from learner.model.footprint import blank_model
-from learner.model.lora_targets import planned, require_plain_experts
+from learner.model.lora_targets import planned, require_travel
 from learner.model.router_replay import require_routers
 from learner.model.tiny import build_tiny
 from learner.model.tiny_vision import tiny_processor
-from learner.parallel.experts import require_divisible_experts
 from learner.stages.settings import (
     AnyStage,
     DatasetSource,
@@ -294,15 +292,11 @@ def check_context(path: str, context_tokens: int, architecture: PretrainedConfig
 
 def check_architecture(config: RunConfig, architecture: PretrainedConfig) -> None:
     """Require a model that the parallel sizes divide, and routers if they are balanced or replayed."""
-    model = config.learner.model
     try:
         require_divisible(config, architecture)
-        require_routers(architecture, model)
+        require_routers(architecture, config.learner.model)
         require_slices(architecture, config.learner.context_parallel_size)
-        if model.expert_parallel:
-            blank = blank_model(architecture, model.trust_remote_code)
-            require_divisible_experts(blank, config.learner.shards)
-            require_plain_experts(blank, model)
+        require_travel(architecture, config.learner.model, config.learner.shards)
     except ValueError as error:
         raise ConfigError(f"model {config.learner.model.path}: {error}") from error
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from learner.model.footprint import blank_model
+from learner.parallel.experts import require_divisible_experts
 from learner.settings import LoraSettings, ModelSettings
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.model_folder import pretrained
@@ -63,6 +64,14 @@ def chosen(model: PreTrainedModel, settings: LoraSettings) -> Chosen:
             "learner.model.lora.sync='merged', or targets without them"
         )
     return Chosen(tuple(linear), tuple(experts))
+
+
+def require_travel(config: PretrainedConfig, settings: ModelSettings, ranks: int) -> None:
+    """ValueError where tokens are to travel to experts and cannot; no weights are read."""
+    if settings.expert_parallel:
+        model = blank_model(config, settings.trust_remote_code)
+        require_divisible_experts(model, ranks)
+        require_plain_experts(model, settings)
 
 
 def require_plain_experts(model: PreTrainedModel, settings: ModelSettings) -> None:
