@@ -25,6 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from learner.data.batch import MicroBatch
 from learner.model.footprint import blank_model
+from learner.model.lora_targets import require_travel
 from learner.model.router_balance import RouterBalance
 from learner.settings import ModelSettings
 
@@ -35,8 +36,12 @@ _EXPERTS = re.compile(r"(.*\blayers\.(\d+)\..*)\.experts")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def require_routers(config: PretrainedConfig, settings: ModelSettings) -> None:
-    """ValueError for routers to balance or replay that a model of this configuration has not; no weights are read."""
+def require_routers(config: PretrainedConfig, settings: ModelSettings, shards: int) -> None:
+    """ValueError for routers to balance or replay that a model of this configuration has not; no weights are read.
+
+    And for experts that tokens are to travel to and cannot; shards: ranks that have a part of them.
+    """
+    require_travel(config, settings, shards)
     if settings.router_balance:
         RouterBalance(blank_model(config, settings.trust_remote_code), settings.router_balance)
     if settings.router_replay:
