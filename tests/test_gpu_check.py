@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from deploy.config.load import load_config
+from deploy.run.preflight import check
 from tests.bench import gpu_attention
 from tests.bench.gpu_check import CHECKS, Check, Outcome, run, unmet, verdict
+from tests.bench.gpu_ring import ON_CPU, ON_GPU, overrides
 
 BOUNDED = Check("some", "a ratio", "nothing", 1, at_least={"ratio": 1.0}, at_most={"error": 0.1})
 
@@ -35,3 +38,14 @@ def test_a_check_is_told_in_a_line(outcome: Outcome, said: str) -> None:
 def test_a_check_whose_packages_lack_is_left_out() -> None:
     found = run(Check("some", "nothing", "nothing", 1, needs=("no_such_package",)), on_gpu=False)
     assert found.left_out == "no_such_package not installed"
+
+
+def test_the_rings_are_accepted_as_they_are_asked_for() -> None:
+    """The rehearsed ones by all checks of a run; those on a GPU by what needs none."""
+    for way in ON_CPU:
+        check(load_config("frozen_lake", overrides("frozen_lake", way, tiny=True)))
+    for recipe in ("frozen_lake", "smollm2_sums"):
+        for way in ON_GPU:
+            config = load_config(recipe, overrides(recipe, way, tiny=False))
+            for stage in config.stages:
+                assert stage.optim.warmup_steps == 0

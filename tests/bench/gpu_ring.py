@@ -33,11 +33,24 @@ ON_CPU = {
 }
 
 
-def ring(recipe: str, run: Path, overrides: list[str]) -> dict[str, Any]:
+# A short run: the stage of frozen_lake has few steps then, and no room to warm up; what it samples may all be lost,
+# and is trained nevertheless.
+SMALL = [f"steps={STEPS}", "evaluation.tasks=0", "learner.algorithm.skip_zero_advantage=false"]
+OF_RECIPE = {
+    "frozen_lake": ["stages.0.source.episodes=64", "stages.0.optim.warmup_steps=0"],
+    "smollm2_sums": ["buffer.groups_per_step=8"],
+}
+
+
+def overrides(recipe: str, way: str, tiny: bool) -> list[str]:
+    """What a ring changes of its recipe."""
+    device = ON_CPU[way] if tiny else ["learner.model.device=cuda", *ON_GPU[way]]
+    return [*SMALL, *OF_RECIPE[recipe], *device]
+
+
+def ring(recipe: str, run: Path, changes: list[str]) -> dict[str, Any]:
     """Figures of a run's last step."""
-    small = [f"steps={STEPS}", "evaluation.tasks=0"]
-    small += ["stages.0.source.episodes=64"] if recipe == "frozen_lake" else ["buffer.groups_per_step=8"]
-    command = [sys.executable, "-m", "deploy.cli", "train", recipe, "--run-dir", str(run), *small, *overrides]
+    command = [sys.executable, "-m", "deploy.cli", "train", recipe, "--run-dir", str(run), *changes]
     subprocess.run(command, check=True, stdout=sys.stderr)
     *_, last = read_metrics(run)
     return {name: last[name] for name in FIGURES}
@@ -47,11 +60,10 @@ def main(tiny: bool) -> dict[str, Any]:
     """The figures of each way."""
     real = not tiny and (FOLDER / "config.json").is_file()
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        for way, overrides in (ON_CPU if tiny else ON_GPU).items():
-            device = [] if tiny else ["learner.model.device=cuda"]
-            recipe = "smollm2_sums" if real else "frozen_lake"
-            figures = ring(recipe, Path(name) / way, [*device, *overrides])
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:  # logs may still be copied
+        recipe = "smollm2_sums" if real else "frozen_lake"
+        for way in ON_CPU if tiny else ON_GPU:
+            figures = ring(recipe, Path(name) / way, overrides(recipe, way, tiny))
             found |= {f"{way}_{figure}": value for figure, value in figures.items()}
     return found
 
