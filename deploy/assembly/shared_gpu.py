@@ -16,15 +16,22 @@ from deploy.config.config_errors import ConfigError
 from rollout.engines.vllm_start import VllmSettings
 from rollout.wire.model_folder import pretrained
 
+UNTOLD = (
+    "weights.transfer='ipc': what the learner's activations take beside the engines cannot be told for this model; set "
+    "engine.kv_cache_gib"
+)
+
 
 def beside_learner(run: RunConfig, path: str, gpu_bytes: int) -> VllmSettings:
     """The engine's settings with its share of a GPU of so many bytes. path: of the model's folder.
 
-    ConfigError where the learner leaves no room for one sequence.
+    ConfigError where the learner leaves no room for one sequence, or what it holds cannot be told.
     """
     engine = run.engine
     assert isinstance(engine, VllmSettings)
     model = ModelFacts.of(pretrained(AutoConfig, path, run.learner.model.trust_remote_code), run)
+    if model.saved is None:
+        raise ConfigError(UNTOLD)
     plan = MemoryPlan.of(run, model, gpu_bytes)
     cache, weights = plan.cache, engine_weights(run, model)
     assert cache is not None

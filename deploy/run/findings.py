@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from deploy.assembly.memory_plan import GIB, VLLM_WORKING, MemoryPlan, ModelFacts
+from deploy.assembly.shared_gpu import UNTOLD
 from deploy.config.config import RunConfig
 from deploy.config.config_checks import config_warnings
 from deploy.config.processor import multiplies_bfloat16
@@ -74,7 +75,7 @@ def of_memory(
                 "take a smaller model"
             )
     if plan.cache is not None:
-        yield from _cache(config, plan)
+        yield from _cache(config, plan, told=model.saved is not None)
 
 
 def of_disk(config: RunConfig, use: DiskUse, free_bytes: int | None) -> Iterator[Finding]:
@@ -194,11 +195,13 @@ def _learner_gpu(config: RunConfig, plan: MemoryPlan, gpu_bytes: int, always: in
     if config.cluster.colocate == "turns":
         room, shared = gpu_bytes - VLLM_WORKING, f", beside sleeping engines of {VLLM_WORKING / GIB:.3g} GiB"
     peak = learner.peak(on_host=False)
-    adapter = "train an adapter (learner.model.lora)"
-    if config.learner.model.lora is not None:
-        adapter = "quantize the adapter's base (learner.model.lora.quantize_base)"
+    model, adapter = config.learner.model, ""
+    if model.lora is None:
+        adapter = "train an adapter (learner.model.lora), "
+    elif not (model.lora.quantize_base or model.lora.sync == "adapter" or model.expert_parallel):
+        adapter = "quantize the adapter's base (learner.model.lora.quantize_base), "
     remedy = (
-        f"raise learner.ranks (with learner.context_parallel_size if rows are too long), {adapter}, lower "
+        f"raise learner.ranks (with learner.context_parallel_size if rows are too long), {adapter}lower "
         "learner.tokens_per_microbatch, or set learner.optim.offload = true or "
         "learner.model.gradient_checkpointing = true"
     )
@@ -210,9 +213,13 @@ def _learner_gpu(config: RunConfig, plan: MemoryPlan, gpu_bytes: int, always: in
         )
 
 
-def _cache(config: RunConfig, plan: MemoryPlan) -> Iterator[Finding]:
+def _cache(config: RunConfig, plan: MemoryPlan, told: bool) -> Iterator[Finding]:
+    """told: what the learner's activations take is known."""
     cache, engine = plan.cache, config.engine
     assert cache is not None and isinstance(engine, VllmSettings)
+    if config.weights.transfer == "ipc" and engine.kv_cache_gib is None and not told:
+        yield Finding(UNTOLD, certain=True)
+        return
     context = config.rollout.context_tokens
     fits = cache.sequences(context)
     remedy = "raise engine.kv_cache_gib"

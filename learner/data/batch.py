@@ -23,6 +23,8 @@ from learner.parallel.ranks import Ranks
 from rollout.wire.images import images_in
 from rollout.wire.trajectory import Float32Array, Int32Array, Trajectory, Turn, UInt8Array
 
+_WORDS = 16  # different tokens of a row that stands for others; every vocabulary has as many
+
 NOT_SAMPLED = -1  # in versions_T: a token that was not sampled
 
 
@@ -341,11 +343,12 @@ def _different(
 
 
 def longest_row(longest: int, tokens_per_microbatch: int) -> MicroBatch:
-    """The row of the largest memory: full of sequences of `longest` tokens, all sampled except the first of each."""
-    sampled_T = np.arange(longest) > 0
-    zeros_T = np.zeros(longest, np.float32)
-    ids_T = np.zeros(longest, np.int32)
-    sequence = TokenSequence(ids_T, sampled_T, zeros_T, zeros_T, ids_T)
+    """The row of the largest memory: full of sequences of `longest` tokens, all sampled except the first of each.
+
+    Tokens differ, so that a router does not send all of them to the same experts.
+    """
+    places_T, zeros_T = np.arange(longest, dtype=np.int32), np.zeros(longest, np.float32)
+    sequence = TokenSequence(places_T % _WORDS, places_T > 0, zeros_T, zeros_T, np.zeros_like(places_T))
     return row_of([sequence] * max(1, tokens_per_microbatch // sequence.num_inputs), share=False)
 
 

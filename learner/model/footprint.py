@@ -34,6 +34,7 @@ from learner.parallel.context import ContextGroup
 from learner.parallel.experts import experts_in
 
 _ATTENTION = "manta_footprint"
+_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # experts of a token, by family
 _TOKENS = 32  # of the shorter of two rows that are compared
 
 
@@ -120,7 +121,8 @@ def shape_of(model: PreTrainedModel) -> Shape:
 
 def _experts(config: PretrainedConfig, by_layer: list[int]) -> Experts:
     text, mixed = config.get_text_config(), [count for count in by_layer if count]
-    return Experts(sum(mixed), max(mixed), len(mixed), int(text.hidden_size) * int(text.num_experts_per_tok))
+    chosen = next(filter(None, (getattr(text, name, None) for name in _CHOSEN)), 0)
+    return Experts(sum(mixed), max(mixed), len(mixed), int(text.hidden_size) * int(chosen))
 
 
 def saved_by(config: PretrainedConfig, dtype: str, together: int = 1) -> Saved | None:

@@ -10,12 +10,11 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from learner.model.footprint import blank_model
+from learner.model.routers import EXPERTS, routers_in
 from learner.parallel.experts import require_divisible_experts
 from learner.settings import LoraSettings, ModelSettings
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.model_folder import pretrained
-
-_EXPERTS = ".experts"  # transformers' name of a layer's experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +31,10 @@ def chosen(model: PreTrainedModel, settings: LoraSettings) -> Chosen:
     ValueError, which lists what can be adapted, for a target that is none, and for "all-linear" with matrices that are
     neither (GPT-2 has layers of its own kind); and for experts in an adapter that is sent alone.
     """
-    head, targets = model.get_output_embeddings(), settings.targets
+    left = {model.get_output_embeddings(), *routers_in(model)}
+    targets = settings.targets
     linear = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module not in left
     ]
     experts, beyond = _other_matrices(model)
     kinds = sorted({_kind(name) for name in (*linear, *experts)})
@@ -120,18 +120,13 @@ NO_ADAPTER = Sizes()
 
 
 def _other_matrices(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """Matrices that are neither linear layers nor embeddings: experts' by name, and the kinds of all others.
-
-    Beside experts stands their router, which is never adapted.
-    """
-    experts, routers, beyond = list[str](), set[str](), set[str]()
+    """Matrices that are neither linear layers, embeddings nor routers: experts' by name, and the kinds of others."""
+    experts, beyond, routers = list[str](), set[str](), routers_in(model)
     for name, module in model.named_modules():
-        if name.endswith(_EXPERTS):
-            experts += [f"{name}.{each}" for each in _matrices(module, 3)]
-            block = name.removesuffix(_EXPERTS)
-            routers |= {f"{block}.{each}" for each, _ in model.get_submodule(block).named_children()}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Embedding) and name not in routers:
+        if _kind(name) == EXPERTS:
+            own = _matrices(module, 3)
+            experts += [f"{name}.{each}" for each in own]
+        elif not isinstance(module, nn.Linear | nn.Embedding) and module not in routers:
             beyond |= {_kind(name) if each == "weight" else each for each in _matrices(module, 2)}
     return experts, sorted(beyond)
 

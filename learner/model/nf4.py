@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from learner.model.routers import routers_in
+
 BLOCK = 64  # numbers with one scale
 SCALES = 256  # scales with one scale
 BITS = 4 + 8 / BLOCK + 32 / (BLOCK * SCALES)  # of a number
@@ -225,10 +227,14 @@ class _Product(torch.autograd.Function):
 
 
 def quantize_layers(model: nn.Module, leave: nn.Module | None) -> None:
-    """Replace the linear layers that have numbers, except `leave`, by ones in NF4. ValueError as in `quantize`."""
+    """Replace the linear layers that have numbers, except `leave` and routers, by ones in NF4.
+
+    ValueError as in `quantize`.
+    """
+    left = {leave, *routers_in(model)}
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear or child is leave or child.weight.is_meta:
+            if type(child) is not nn.Linear or child in left or child.weight.is_meta:
                 continue
             try:
                 parent.register_module(name, Nf4Linear(child))

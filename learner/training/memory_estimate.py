@@ -165,7 +165,7 @@ def _product_amounts(settings: LearnerSettings, shape: Shape, lora: Sizes) -> li
         found.append(Amount("weights cast for products", _HALF * cast))
     if lora.experts:  # kept for the backward pass, unless they are made again
         once = settings.model.gradient_checkpointing
-        entries = lora.experts // max(shape.layers, 1) if once else lora.experts
+        entries = lora.experts // max(shape.experts.layers, 1) if once else lora.experts
         found.append(Amount("experts' weights with their adapters", _stored_size(settings) * entries))
     if settings.model.lora is not None and settings.model.lora.quantize_base:
         working = dequantizing_bytes(shape.largest_linear, _stored_size(settings))

@@ -12,13 +12,15 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GptOssConfig
 
 from learner.data.batch import Batch, TokenSequence, pack
 from learner.model.loading import ModelError
 from learner.model.lora import Adapter
-from learner.model.lora_targets import Sizes, planned
+from learner.model.lora_targets import Sizes, chosen, planned
 from learner.model.policy import Policy
+from learner.model.routers import routers_in
 from learner.model.saved_tensors import SavedTensors
 from learner.parallel.ranks import ALONE, Ranks
 from learner.settings import LoraSettings, ModelSettings
@@ -30,6 +32,10 @@ from tests.learner.together import together
 
 IDS = list(range(3, 30))
 LORA: dict[str, Any] = {"rank": 3, "alpha": 5}
+MORE: dict[str, dict[str, Any]] = {
+    "afmoe": {"num_dense_layers": 1, "head_dim": 8},
+    "jamba": {"mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1},
+}
 TEXTS = [IDS[:12], IDS[3:9], IDS[7:20], IDS[11:16]]
 
 
@@ -75,6 +81,23 @@ def test_all_linear_adapts_every_matrix_of_experts_and_no_router(sparse: Path) -
     assert len(trained) == 2 * 2 * (4 + 2)
     with pytest.raises(ValueError, match="'gate' is no linear layer that can be adapted"):
         planned(str(sparse), LoraSettings(targets=("gate",)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "routers"), [("phimoe", "router"), ("afmoe", "router.gate"), ("jamba", "router")]
+)
+def test_routers_that_are_linear_layers_are_left_as_they_are(kind: str, routers: str) -> None:
+    small = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    mixed = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = CONFIG_MAPPING[kind](**small, **heads, **mixed, **MORE.get(kind, {}))
+    model = AutoModelForCausalLM.from_config(config)
+    found = chosen(model, LoraSettings(targets=("q_proj", "gate_up_proj")))
+    assert found.experts and found.layers
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    named = {name for name in linear if name.endswith(f".{routers}")}
+    left = {name for name, module in model.named_modules() if module in routers_in(model)}
+    assert named and named <= left and all(routers.partition(".")[0] in name.split(".") for name in left)
 
 
 def test_a_name_of_dense_layers_and_of_experts_means_both(tmp_path: Path) -> None:
