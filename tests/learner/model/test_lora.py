@@ -12,7 +12,7 @@ import torch
 from blake3 import blake3
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import GPT2Config
 
 from learner.algorithm.schedule import OptimSettings
 from learner.model.linear import _OneDnnLinear
@@ -24,6 +24,7 @@ from learner.stages.settings import SftSettings
 from learner.training.learner import Learner
 from learner.training.publish import take_snapshot
 from rollout.wire.trajectory import Group
+from tests.learner.adapted import learn, logprobs, plain
 from tests.learner.staged import learned
 
 Groups = Callable[..., Group]
@@ -47,10 +48,7 @@ def _settings(tiny: Path, **model: Any) -> LearnerSettings:
 def _policy(tiny: Path, **model: Any) -> Policy:
     """One whose adapter has learned something: B is no longer zeros."""
     policy = Policy(_settings(tiny, **model).model)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    learn(policy.parameters())
     return policy
 
 
@@ -62,22 +60,11 @@ def _base(policy: Policy) -> dict[str, str]:
     }
 
 
-def _logprobs(model: torch.nn.Module) -> np.ndarray:
-    """Of IDS, by the model alone: no packing, no oneDNN."""
-    with torch.no_grad():
-        logprobs_TV = model.eval()(torch.tensor([IDS])).logits[0].float().log_softmax(-1)
-    return logprobs_TV[:-1].gather(1, torch.tensor(IDS)[1:, None])[:, 0].numpy()
-
-
-def _plain(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-
-
 def test_a_new_adapter_changes_nothing(tiny: Path) -> None:
     before = torch.get_rng_state()
     policy = Policy(_settings(tiny).model)
     assert torch.equal(torch.get_rng_state(), before), "its random A must not move anyone's randomness"
-    np.testing.assert_allclose(policy.score_ids(IDS), _logprobs(_plain(tiny)), atol=1e-5)
+    np.testing.assert_allclose(policy.score_ids(IDS), logprobs(plain(tiny), IDS), atol=1e-5)
     layer = policy.model.get_submodule("model.layers.0.self_attn.q_proj")
     assert type(layer.base_layer) is type(layer.lora_A["default"]) is _OneDnnLinear
 
@@ -116,15 +103,15 @@ def test_merged_weights_are_base_plus_product_and_score_the_same(tiny: Path, tmp
             assert np.abs(expected - stored[name].numpy()).max() > 1e-3
         np.testing.assert_allclose(tensor.numpy(), expected, atol=1e-6, err_msg=name)
     policy.save(tmp_path)
-    np.testing.assert_allclose(policy.score_ids(IDS), _logprobs(_plain(tmp_path)), atol=1e-5)
-    assert np.abs(policy.score_ids(IDS) - _logprobs(_plain(tiny))).mean() > 0.01
+    np.testing.assert_allclose(policy.score_ids(IDS), logprobs(plain(tmp_path), IDS), atol=1e-5)
+    assert np.abs(policy.score_ids(IDS) - logprobs(plain(tiny), IDS)).mean() > 0.01
 
 
 def test_the_adapter_alone_is_what_peft_reads(tiny: Path, tmp_path: Path) -> None:
     policy = _policy(tiny, lora={"rank": 3, "alpha": 5, "targets": ["v_proj", "up_proj"]})
     policy.save(tmp_path)
-    theirs = PeftModel.from_pretrained(_plain(tiny), str(tmp_path / "adapter"))
-    np.testing.assert_allclose(policy.score_ids(IDS), _logprobs(theirs), atol=1e-5)
+    theirs = PeftModel.from_pretrained(plain(tiny), str(tmp_path / "adapter"))
+    np.testing.assert_allclose(policy.score_ids(IDS), logprobs(theirs, IDS), atol=1e-5)
 
 
 @pytest.mark.parametrize("sync", ["merged", "adapter"])

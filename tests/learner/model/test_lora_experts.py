@@ -27,7 +27,8 @@ from learner.settings import LoraSettings, ModelSettings
 from learner.training.step import accumulate
 from rollout.wire.adapter import AdapterSpec
 from tests.families import build_family
-from tests.learner.ranked import plain
+from tests.learner.adapted import learn, logprobs, plain
+from tests.learner.ranked import plain as arrays
 from tests.learner.together import together
 
 IDS = list(range(3, 30))
@@ -50,25 +51,8 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _policy(folder: Path, ranks: Ranks = ALONE, **model: Any) -> Policy:
     """One whose adapter has learned something: B is no longer zeros."""
     policy = Policy(ModelSettings.model_validate({"path": str(folder), "lora": LORA} | model), ranks)
-    _learn(policy.parameters())
+    learn(policy.parameters())
     return policy
-
-
-@torch.no_grad()
-def _learn(parameters: Any) -> None:
-    generator = torch.Generator().manual_seed(5)
-    for parameter in parameters:
-        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-
-
-def _logprobs(model: torch.nn.Module) -> np.ndarray:
-    with torch.no_grad():
-        logprobs_TV = model.eval()(torch.tensor([IDS])).logits[0].float().log_softmax(-1)
-    return logprobs_TV[:-1].gather(1, torch.tensor(IDS)[1:, None])[:, 0].numpy()
-
-
-def _plain(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
 def test_all_linear_adapts_every_matrix_of_experts_and_no_router(sparse: Path) -> None:
@@ -119,10 +103,10 @@ def test_merged_experts_and_peft_s_own_score_as_the_policy_does(sparse: Path, tm
     assert changed == {name for name in stored if name.endswith("_proj.weight")}
     policy.save(tmp_path)
     expected = policy.score_ids(IDS)
-    assert np.abs(expected - _logprobs(_plain(sparse))).mean() > 0.01
-    np.testing.assert_allclose(expected, _logprobs(_plain(tmp_path)), atol=2e-5)
-    theirs = PeftModel.from_pretrained(_plain(sparse), str(tmp_path / "adapter"))
-    np.testing.assert_allclose(expected, _logprobs(theirs), atol=2e-5)
+    assert np.abs(expected - logprobs(plain(sparse), IDS)).mean() > 0.01
+    np.testing.assert_allclose(expected, logprobs(plain(tmp_path), IDS), atol=2e-5)
+    theirs = PeftModel.from_pretrained(plain(sparse), str(tmp_path / "adapter"))
+    np.testing.assert_allclose(expected, logprobs(theirs, IDS), atol=2e-5)
     again = Policy.restored(policy.settings, tmp_path)
     np.testing.assert_array_equal(again.score_ids(IDS), expected)
 
@@ -140,7 +124,7 @@ def test_experts_stored_the_other_way_round_are_merged_as_peft_merges_them(tmp_p
     ours, theirs = (AutoModelForCausalLM.from_config(config).float() for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     adapter = Adapter(ours, LoraSettings(**LORA))
-    _learn(adapter.parameters())
+    learn(adapter.parameters())
     merged = dict(adapter.merged(ours.named_parameters()))
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter.spec.config()))
     save_file({n: t.contiguous() for n, t in adapter.tensors()}, tmp_path / "adapter_model.safetensors")
@@ -156,7 +140,7 @@ def test_gradients_of_an_expert_s_adapter_are_those_of_its_matrices(sparse: Path
     model = policy.model
     loss = model(ids).logits.float().square().mean()
     loss.backward()
-    whole = _plain(sparse)
+    whole = plain(sparse)
     weights = dict(policy.adapter.merged(model.named_parameters())) if policy.adapter else {}
     with torch.no_grad():
         for name, parameter in whole.named_parameters():
@@ -186,7 +170,7 @@ def test_what_a_row_keeps_is_what_the_estimate_counts(sparse: Path) -> None:
             with saved:
                 policy.score(tokens, 1.0)
             kept[recompute, targets == "all-linear"] = saved.nbytes
-    size = 4 * Sizes.of(_plain(sparse), LoraSettings(**LORA)).experts
+    size = 4 * Sizes.of(plain(sparse), LoraSettings(**LORA)).experts
     assert size <= kept[False, True] - kept[False, False] < 1.2 * size  # beside it A and B, turned
     assert kept["selective", True] - kept["selective", False] < 0.1 * size
 
@@ -217,7 +201,7 @@ def _scored(ranks: Ranks, folder: Path, model: dict[str, Any]) -> tuple[list[Any
     policy = _policy(folder, ranks, **model)
     batch: Batch = pack([_sequence(ids) for ids in TEXTS[ranks.rank :: ranks.size]], 16, policy.context)
     accumulate(policy, batch, lambda micro: (policy.score(micro, 1.0)[0], {}))
-    return plain(p.grad for p in policy.parameters()), [
+    return arrays(p.grad for p in policy.parameters()), [
         tensor.numpy() for _, tensor in policy.named_weights()
     ]
 
