@@ -97,6 +97,7 @@ class Shaken(RayRuntime):
         os.kill(member["pid"], signal.SIGKILL)
 
 
+@pytest.mark.rare
 def test_workers_die_join_and_leave_while_weights_are_sent_to_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

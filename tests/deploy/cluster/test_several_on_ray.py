@@ -95,6 +95,7 @@ def test_a_lost_learner_is_replaced_and_all_policies_end_with_the_same_bits(
     assert_same(local, tmp_path / "run")
 
 
+@pytest.mark.rare
 def test_policies_one_version_behind_train_and_drop_all_that_was_issued(
     cluster: None, tmp_path: Path
 ) -> None:

@@ -40,7 +40,7 @@ def demonstrations(config: RunConfig, folder: Path) -> list[Trajectory]:
     return [episode for batch in rows for episode in decode(batch).trajectories]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_values_stitch_a_path_that_no_demonstration_has_gone(tmp_path: Path) -> None:
     config = doors(ILQL)
     check(config)
