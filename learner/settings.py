@@ -106,6 +106,11 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
     )
 
     @property
+    def quantized(self) -> bool:
+        """Whether an adapter's frozen base is stored in few bits."""
+        return self.lora is not None and self.lora.quantize_base is not None
+
+    @property
     def beside(self) -> ModelSettings:
         """Settings of another model that is computed beside the policy, and routes by itself."""
         return self.model_copy(update={"router_replay": False})
@@ -164,6 +169,11 @@ class LearnerSettings(BaseModel, extra="forbid", frozen=True):
     def shares(self) -> int:
         """Parts that the groups of a step are divided into: ranks that compute a row together have one."""
         return self.ranks // self.context_parallel_size
+
+    @property
+    def shares_option(self) -> str:
+        """What `shares` is called where a number of groups does not fit it."""
+        return "learner.ranks" if self.context_parallel_size == 1 else "learner.ranks / context_parallel_size"
 
     @property
     def shards(self) -> int:

@@ -248,14 +248,14 @@ def _ranks(config: RunConfig) -> None:
 
 
 def _updates(config: RunConfig) -> None:
-    minibatches, shares = config.learner.algorithm.minibatches, config.learner.shares
+    learner, minibatches = config.learner, config.learner.algorithm.minibatches
+    shares = learner.shares
     episodes = config.buffer.groups_per_step * config.rollout.group_size
     if minibatches > episodes // shares:
-        over = "learner.ranks" if config.learner.ranks == shares else "learner.ranks / context_parallel_size"
         raise ValueError(
             f"learner.algorithm.minibatches={minibatches} exceeds the episodes of a step on one rank: {episodes} "
-            f"(buffer.groups_per_step * rollout.group_size) over {over}={shares}; use {episodes // shares} or "
-            "fewer"
+            f"(buffer.groups_per_step * rollout.group_size) over {learner.shares_option}={shares}; use "
+            f"{episodes // shares} or fewer"
         )
 
 

@@ -99,10 +99,9 @@ def _batch(config: RunConfig) -> Iterator[Finding]:
     groups, learner = config.buffer.groups_per_step, config.learner
     shares = learner.shares
     if groups % shares:
-        over = "learner.ranks" if learner.ranks == shares else "learner.ranks / context_parallel_size"
         yield Finding(
-            f"buffer.groups_per_step={groups} is not divisible by {over}={shares}: some ranks wait for others; "
-            f"use {groups // shares * shares} or {(groups // shares + 1) * shares}"
+            f"buffer.groups_per_step={groups} is not divisible by {learner.shares_option}={shares}: some ranks wait "
+            f"for others; use {groups // shares * shares} or {(groups // shares + 1) * shares}"
         )
     episodes, parts = groups * config.rollout.group_size, config.learner.algorithm.minibatches
     if episodes // shares % parts:

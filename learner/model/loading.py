@@ -170,7 +170,7 @@ def load(
     products: the type of gathered tensors, None: their own. A base in NF4 (`learner.model.nf4`) is quantized layer by
     layer as it is read, on every rank alike: blocks do not end where rows of ranks do, so that its bytes are sharded.
     """
-    device, quantized = torch.device(settings.device), settings.lora and settings.lora.quantize_base
+    device, quantized = torch.device(settings.device), settings.quantized
     if not quantized:
         with as_model_error(f"model {settings.path!r} "):
             sharded = shard(model, ranks, products, expert_parallel=settings.expert_parallel)

@@ -79,8 +79,7 @@ def base_bytes(settings: LearnerSettings, shape: Shape) -> int:
 
 def _stored_bytes(settings: LearnerSettings, numbers: int, linear: int) -> int:
     """Of so many weights, of which `linear` are matrices of linear layers."""
-    lora = settings.model.lora
-    narrow = linear if lora is not None and lora.quantize_base else 0
+    narrow = linear if settings.model.quantized else 0
     return _stored_size(settings) * (numbers - narrow) + round(BITS / 8 * narrow)
 
 
@@ -108,7 +107,7 @@ def learner_amounts(
     own = _WIDE * adapter or base  # of what is trained
     on_gpu = settings.model.device == "cuda"
     stored = "bfloat16" if _stored_size(settings) == _HALF else "float32"
-    quantized = settings.model.lora is not None and settings.model.lora.quantize_base
+    quantized = settings.model.quantized
     found = [Amount(f"parameters, {'NF4 and ' if quantized else ''}{stored}", base, moves=True)]
     if adapter:
         found.append(Amount("the adapter, float32", own, moves=True))
@@ -167,7 +166,7 @@ def _product_amounts(settings: LearnerSettings, shape: Shape, lora: Sizes) -> li
         once = settings.model.gradient_checkpointing
         entries = lora.experts // max(shape.experts.layers, 1) if once else lora.experts
         found.append(Amount("experts' weights with their adapters", _stored_size(settings) * entries))
-    if settings.model.lora is not None and settings.model.lora.quantize_base:
+    if settings.model.quantized:
         working = dequantizing_bytes(shape.largest_linear, _stored_size(settings))
         found.append(Amount("a matrix, dequantized", working))
     return found

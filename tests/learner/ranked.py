@@ -17,6 +17,8 @@ from learner.algorithm.schedule import OptimSettings
 from learner.data.batch import rows_of
 from learner.data.batch_checks import BatchRefused
 from learner.data.prepare import Example
+from learner.model.loading import ModelError
+from learner.model.policy import Policy
 from learner.parallel.ranks import Ranks
 from learner.parallel.shards import gathered
 from learner.settings import LearnerSettings, ModelSettings
@@ -192,6 +194,15 @@ def staged(ranks: Ranks, tiny: Path, run: Path, stage: AnyStage) -> Found:
         made.save(run)
     metrics += made.advance_stage(steps)
     return {"begun": begun, "metrics": metrics, "parameters": plain(made.policy.parameters())}
+
+
+def model_refused(ranks: Ranks, folder: Path, model: dict[str, Any]) -> str:
+    """What a rank says to a model that it cannot train; empty where it can."""
+    try:
+        Policy(ModelSettings.model_validate({"path": str(folder)} | model), ranks)
+    except ModelError as error:
+        return str(error)
+    return ""
 
 
 def refused(

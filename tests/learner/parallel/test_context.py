@@ -19,7 +19,6 @@ from learner.data.batch import TokenSequence, longest_row, pack, row_of
 from learner.data.row_slice import RowSlice
 from learner.model.attention import require_slices
 from learner.model.footprint import saved_by
-from learner.model.loading import ModelError
 from learner.model.policy import Policy
 from learner.model.saved_tensors import SavedTensors
 from learner.model.tiny import build_tiny
@@ -28,6 +27,7 @@ from learner.parallel.ranks import Ranks
 from learner.settings import ModelSettings
 from learner.training.optim import Optimizer
 from learner.training.step import PolicyObjective, train_step
+from tests.learner.ranked import model_refused
 from tests.learner.together import together
 from tests.smollm2 import FOLDER, needs_smollm2
 
@@ -101,17 +101,9 @@ def test_a_rank_holds_its_part_of_a_rows_activations(
                 assert alone / size < found < 1.2 * alone / size
 
 
-def refused(ranks: Ranks, folder: Path) -> str:
-    try:
-        Policy(ModelSettings(path=str(folder)), ranks)
-    except ModelError as error:
-        return str(error)
-    return ""
-
-
 def test_heads_that_the_ranks_do_not_divide_are_refused(tmp_path: Path, tiny: Path) -> None:
     build_tiny(tmp_path, AutoTokenizer.from_pretrained(tiny), layers=1, width=32, heads=3, mlp=32)
-    said = together(2, refused, tmp_path, context=2)
+    said = together(2, model_refused, tmp_path, {}, context=2)
     assert said[0] == said[1] and said[0].endswith(
         "has 3 attention heads, which learner.context_parallel_size=2 does not divide; use a divisor of both"
     )

@@ -11,13 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from learner.model.loading import ModelError
-from learner.model.policy import Policy
 from learner.parallel.experts import ExpertParallel, experts_in
 from learner.parallel.ranks import Ranks
-from learner.settings import ModelSettings
 from tests.families import build_family
-from tests.learner.ranked import plain, resumed, saved, stepped
+from tests.learner.ranked import model_refused, plain, resumed, saved, stepped
 from tests.learner.together import together
 
 EXPERTS, CHOSEN, WIDTH = 8, 2, 16
@@ -174,19 +171,11 @@ def test_a_checkpoint_is_continued_with_experts_elsewhere(
     np.testing.assert_allclose(other["probe"], same["probe"], atol=1e-5)
 
 
-def refused(ranks: Ranks, folder: Path) -> str:
-    try:
-        Policy(ModelSettings(path=str(folder), expert_parallel=True), ranks)
-    except ModelError as error:
-        return str(error)
-    return ""
-
-
 def test_experts_that_cannot_be_divided_are_refused_by_all_ranks(tiny: Path, tmp_path: Path) -> None:
     build_family("Qwen3-30B-A3B", False, tmp_path, num_experts=5)
     for folder, message in (
         (tiny, "has no experts"),
         (tmp_path, "has 5 experts in model.layers.0.mlp.experts"),
     ):
-        first, second = together(2, refused, folder)
+        first, second = together(2, model_refused, folder, {"expert_parallel": True})
         assert first == second and message in first and "\n" not in first

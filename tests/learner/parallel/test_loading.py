@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from learner.model.loading import ModelError
 from learner.model.policy import Policy
 from learner.model.tensor_files import StoredTensor, stored_tensors
 from learner.parallel.ranks import Ranks
 from learner.parallel.shards import gathered
 from learner.settings import ModelSettings
 from tests.families import build_family
+from tests.learner.ranked import model_refused
 from tests.learner.together import together
 
 # A vocabulary of a prime number of rows and three experts: no number of ranks divides them.
@@ -63,14 +63,6 @@ def test_every_rank_reads_its_own_rows_once(size: int, family: str, folders: dic
     assert sum(counted for _, counted, _ in found) == sum(each.shape[0] * each.row_bytes for each in stored)
 
 
-def refused(ranks: Ranks, folder: Path) -> str:
-    try:
-        Policy(ModelSettings(path=str(folder)), ranks)
-    except ModelError as error:
-        return str(error)
-    return ""
-
-
 def test_what_one_rank_finds_is_said_by_all(tiny: Path, tmp_path: Path) -> None:
     for file in tiny.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -78,6 +70,6 @@ def test_what_one_rank_finds_is_said_by_all(tiny: Path, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     stored[name][-1, -1] = torch.nan  # of the last rank's part alone
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    first, second = together(2, refused, tmp_path)
+    first, second = together(2, model_refused, tmp_path, {})
     assert first == second
     assert "\n" not in first and "not finite" in first
