@@ -82,6 +82,7 @@ def begun(ranks: Ranks, folder: Path, run: Path) -> dict[str, float]:
         saving = learner.begin_save(run)
         blocked = time.perf_counter() - began
         saving.land()
+        del saving  # as a learner lets go of it: the next copy takes its memory
         found |= {f"{save}_blocked_s": blocked, f"{save}_save_s": time.perf_counter() - began}
     return found
 
