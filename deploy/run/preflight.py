@@ -33,7 +33,7 @@ from envs.hosting.host import HostSettings
 from envs.tools.tool import ToolRefused
 from learner.model.attention import require_slices
 from learner.model.lora_targets import planned
-from learner.model.router_replay import require_routers
+from learner.model.mixtures import require_mixture_of
 from learner.model.tiny import build_tiny
 from learner.model.tiny_vision import tiny_processor
 from learner.stages.settings import (
@@ -294,7 +294,7 @@ def check_architecture(config: RunConfig, architecture: PretrainedConfig) -> Non
     """Require a model that the parallel sizes divide, and routers if they are balanced or replayed."""
     try:
         require_divisible(config, architecture)
-        require_routers(architecture, config.learner.model, config.learner.shards)
+        require_mixture_of(architecture, config.learner.model, config.learner.shards)
         require_slices(architecture, config.learner.context_parallel_size)
     except ValueError as error:
         raise ConfigError(f"model {config.learner.model.path}: {error}") from error

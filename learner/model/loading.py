@@ -172,8 +172,7 @@ def load(
     """
     device, quantized = torch.device(settings.device), settings.quantized
     if not quantized:
-        with as_model_error(f"model {settings.path!r} "):
-            sharded = shard(model, ranks, products, expert_parallel=settings.expert_parallel)
+        sharded = shard(model, ranks, products, expert_parallel=settings.expert_parallel)
         fill(model, folder, settings.path, device, ranks)
         return sharded
     quantize = partial(quantize_layers, model, model.get_output_embeddings())

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from learner.model.footprint import blank_model
-from learner.model.routers import EXPERTS, routers_in
-from learner.parallel.experts import require_divisible_experts
-from learner.settings import LoraSettings, ModelSettings
+from learner.model.routers import routers_in
+from learner.parallel.experts import experts_in
+from learner.settings import LoraSettings
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.model_folder import pretrained
 
@@ -66,30 +66,6 @@ def chosen(model: PreTrainedModel, settings: LoraSettings) -> Chosen:
     return Chosen(tuple(linear), tuple(experts))
 
 
-def require_travel(config: PretrainedConfig, settings: ModelSettings, ranks: int) -> None:
-    """ValueError where tokens are to travel to experts and cannot; no weights are read."""
-    if settings.expert_parallel:
-        model = blank_model(config, settings.trust_remote_code)
-        require_divisible_experts(model, ranks)
-        require_plain_experts(model, settings)
-
-
-def require_plain_experts(model: PreTrainedModel, settings: ModelSettings) -> None:
-    """ValueError where tokens travel to experts that an adapter changes: every rank has A and B of all of them."""
-    if not settings.expert_parallel or settings.lora is None:
-        return
-    if settings.lora.quantize_base:
-        raise ValueError(
-            "stores its base in fewer bits, and gathers experts then; set learner.model.expert_parallel=false, or "
-            "leave out learner.model.lora.quantize_base"
-        )
-    if experts := chosen(model, settings.lora).experts:
-        raise ValueError(
-            f"trains an adapter of experts ({_kind(experts[0])}), to which tokens cannot travel; choose "
-            "learner.model.lora.targets without them, or set learner.model.expert_parallel=false"
-        )
-
-
 def planned(path: str, settings: LoraSettings, trusted: bool = False) -> AdapterSpec:
     """The adapter of a model's checkpoint, without reading its weights. ValueError as in `chosen`.
 
@@ -121,11 +97,10 @@ NO_ADAPTER = Sizes()
 
 def _other_matrices(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """Matrices that are neither linear layers, embeddings nor routers: experts' by name, and the kinds of others."""
-    experts, beyond, routers = list[str](), set[str](), routers_in(model)
+    experts, beyond, routers, mixed = list[str](), set[str](), routers_in(model), experts_in(model)
     for name, module in model.named_modules():
-        if _kind(name) == EXPERTS:
-            own = _matrices(module, 3)
-            experts += [f"{name}.{each}" for each in own]
+        if name in mixed:
+            experts += [f"{name}.{each}" for each in _matrices(module, 3)]
         elif not isinstance(module, nn.Linear | nn.Embedding) and module not in routers:
             beyond |= {_kind(name) if each == "weight" else each for each in _matrices(module, 2)}
     return experts, sorted(beyond)

@@ -20,7 +20,7 @@ from learner.model.linear import use_onednn
 from learner.model.loading import as_model_error, blank, examine, freeze_in, layer_of, load
 from learner.model.logprobs import token_logprobs, wide
 from learner.model.lora import Adapter
-from learner.model.lora_targets import require_plain_experts
+from learner.model.mixtures import require_mixture
 from learner.model.narrow import Narrow
 from learner.model.nf4 import blank_matrices
 from learner.model.perception import inputs_beside, picture_inputs
@@ -67,7 +67,7 @@ class Policy:
             self.picture_inputs = picture_inputs(self.model, str(folder), settings, ranks.size)
         with as_model_error(f"model {settings.path!r} "):
             require_slices(self.model.config, ranks.context.size)
-            require_plain_experts(self.model, settings)
+            require_mixture(self.model, settings, ranks.shards)
         with as_model_error(f"model {settings.path!r}: "):
             self._tokens = token_count(str(folder))
         # The model as it is stored: layers that are replaced below are tested to compute the same.

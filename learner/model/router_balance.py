@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.output_capturing import OutputRecorder
 
 from learner.data.batch import MicroBatch
 from learner.model.logprobs import wide
@@ -29,22 +30,23 @@ from learner.parallel.context import ContextGroup
 from learner.parallel.ranks import Ranks
 
 
+def recorder_of(model: PreTrainedModel) -> OutputRecorder | None:
+    """Where transformers finds the logits of the model's routers; None: it does not record them."""
+    recorded: dict[str, OutputRecorder] = getattr(model.base_model, "_can_record_outputs", None) or {}
+    return recorded.get("router_logits")
+
+
 class RouterBalance:
     """The loss of a model's routers, with the gradient of `coefficient` times it.
 
-    context: the ranks that compute a row together. ValueError for a model of whose routers transformers does not record
-    the logits.
+    context: the ranks that compute a row together.
     """
 
     def __init__(
         self, model: PreTrainedModel, coefficient: float, context: ContextGroup | None = None
     ) -> None:
-        recorded = getattr(model.base_model, "_can_record_outputs", None) or {}
-        if "router_logits" not in recorded:
-            raise ValueError(
-                "has no routers of experts whose logits are known; set learner.model.router_balance=0"
-            )
-        recorder = recorded["router_logits"]
+        recorder = recorder_of(model)
+        assert recorder is not None
         self.coefficient = coefficient
         self._context = context or ContextGroup()
         self._chosen = int(model.config.get_text_config().num_experts_per_tok)

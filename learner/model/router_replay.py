@@ -19,33 +19,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from learner.data.batch import MicroBatch
-from learner.model.footprint import blank_model
-from learner.model.lora_targets import require_travel
-from learner.model.router_balance import RouterBalance
-from learner.settings import ModelSettings
+from learner.parallel.experts import experts_in
 
-_EXPERTS = re.compile(r"(.*\blayers\.(\d+)\..*)\.experts")
-
-
+_IN_LAYER = re.compile(r".*\blayers\.(\d+)\..*")
 # Fields of configurations that count experts, by family.
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-def require_routers(config: PretrainedConfig, settings: ModelSettings, shards: int) -> None:
-    """ValueError for routers to balance or replay that a model of this configuration has not; no weights are read.
-
-    And for experts that tokens are to travel to and cannot; shards: ranks that have a part of them.
-    """
-    require_travel(config, settings, shards)
-    if settings.router_balance:
-        RouterBalance(blank_model(config, settings.trust_remote_code), settings.router_balance)
-    if settings.router_replay:
-        RouterReplay(blank_model(config, settings.trust_remote_code))
 
 
 def routing_bytes(config: PretrainedConfig) -> int:
@@ -56,25 +39,28 @@ def routing_bytes(config: PretrainedConfig) -> int:
     return int(text.num_hidden_layers) * int(text.num_experts_per_tok) * width if experts else 0
 
 
+def blocks_of(model: nn.Module) -> dict[str, int]:
+    """The blocks of layers that hold experts and their router, by name, and the layer of each."""
+    blocks = (name.rpartition(".")[0] for name in experts_in(model))
+    found = ((block, _IN_LAYER.fullmatch(block)) for block in blocks)
+    return {block: int(match[1]) for block, match in found if match}
+
+
 class RouterReplay:
-    """The stored choice in the place of the routers' own. ValueError for a model without experts.
+    """The stored choice in the place of the routers' own.
 
     The row is kept until the next one: layers that are recomputed in its backward pass choose as in its forward pass.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()
-        found = (_EXPERTS.fullmatch(name) for name, _ in model.named_modules())
-        blocks = {match[1]: int(match[2]) for match in found if match}
-        if not blocks:
-            raise ValueError("has no routers of experts; set learner.model.router_replay=false")
         self._layers = int(config.num_hidden_layers)
         self._chosen = int(config.num_experts_per_tok)
         self._width = routing_bytes(model.config) // (self._layers * self._chosen)
         self._off = False
         self._bytes_TLKW: Tensor | None = None  # of the row's numbers of experts; None: the routers choose
         self._known_T1: Tensor | None = None  # tokens whose choice is stored; None: all
-        for name, layer in blocks.items():
+        for name, layer in blocks_of(model).items():
             block = model.get_submodule(name)
             block.forward = partial(self._routed, block.forward, layer)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-EXPERTS = "experts"  # transformers' name of a layer's experts
-_ROUTERS = ("gate", "router")  # of what stands beside them and chooses
+from learner.parallel.experts import experts_in
+
+_NAMES = ("gate", "router")  # transformers' names of what stands beside experts and chooses
 
 
 def routers_in(model: nn.Module) -> set[nn.Module]:
     """Modules that choose experts, with all that they are made of; in some families they are linear layers."""
-    beside = (dict(block.named_children()) for block in model.modules())
-    found = (
-        each for children in beside if EXPERTS in children for each in map(children.get, _ROUTERS) if each
-    )
+    blocks = (model.get_submodule(name.rpartition(".")[0]) for name in experts_in(model))
+    found = (child for block in blocks for name, child in block.named_children() if name in _NAMES)
     return {part for router in found for part in router.modules()}

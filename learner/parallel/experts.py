@@ -26,47 +26,36 @@ from torch.nn.functional import pad
 
 from learner.parallel.ranks import Ranks
 
-# What transformers' decorator of classes of experts (`use_experts_implementation`) gives them. Their forward takes
-# (hidden states [T, D], chosen experts [T, K], their weights [T, K]), and every parameter has a row for each expert.
+_EXPERTS = "experts"  # transformers' name of a layer's experts, in every family
+# What its decorator of classes of experts (`use_experts_implementation`) gives them, which most families use. Their
+# forward takes (hidden states [T, D], chosen experts [T, K], their weights [T, K]).
 _DECORATED = "is_concatenated"
 
 
 def experts_in(model: nn.Module) -> dict[str, Any]:
     """The modules of experts by name, one for each layer that has them."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, _DECORATED)}
+    return {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == _EXPERTS}
 
 
-def require_divisible_experts(model: nn.Module, ranks: int) -> None:
-    """ValueError for a model without experts, and for experts that so many ranks cannot divide."""
-    found = experts_in(model)
-    if not found:
-        raise ValueError(
-            "has no experts that tokens could travel to; set learner.model.expert_parallel=false"
-        )
-    for name, module in found.items():
-        own, everything = list(module.parameters(recurse=False)), list(module.parameters())
-        if len(own) < len(everything) or {len(parameter) for parameter in own} != {module.num_experts}:
-            raise ValueError(
-                f"keeps the experts of {name} in another form than a row of each parameter for every expert; set "
-                "learner.model.expert_parallel=false"
-            )
-        if module.num_experts % ranks:
-            raise ValueError(
-                f"has {module.num_experts} experts in {name}, which {ranks} ranks do not divide; set "
-                "learner.sharded_over (or learner.ranks) to a divisor, or learner.model.expert_parallel=false"
-            )
+def rows_by_expert(experts: Any) -> bool:
+    """Whether such a module is given the chosen experts, and each of its parameters has a row for every expert."""
+    own, everything = list(experts.parameters(recurse=False)), list(experts.parameters())
+    return (
+        hasattr(experts, _DECORATED)
+        and len(own) == len(everything)
+        and {len(parameter) for parameter in own} == {experts.num_experts}
+    )
 
 
 class ExpertParallel:
     """The experts of a model, of which this rank holds its part and computes with no other.
 
-    compute: the type that weights are cast to for products; None: their own. ValueError as in
-    `require_divisible_experts`.
+    compute: the type that weights are cast to for products; None: their own. Every module is as `rows_by_expert` asks,
+    and the ranks divide its experts.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks, compute: torch.dtype | None) -> None:
         assert ranks.mesh is not None, "one rank has all experts"
-        require_divisible_experts(model, ranks.mesh.size())
         self._copies = ranks.copies
         self._modules = list(experts_in(model).values())
         for module in self._modules:

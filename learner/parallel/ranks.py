@@ -96,6 +96,11 @@ class Ranks:
         return ranks
 
     @property
+    def shards(self) -> int:
+        """Parts that parameters are divided into."""
+        return 1 if self.mesh is None else self.mesh.size()
+
+    @property
     def share(self) -> Partition:
         """The own share of a step's groups; the ranks of a context group have the same one."""
         together = self.context.size

@@ -81,8 +81,7 @@ def shard(
     """Shard the parameters over all ranks, in place, layer by layer, on the mesh's device; None on one rank.
 
     A collective call. compute: the type of gathered tensors; None: their own. alike: ranks that compute the same of the
-    same row, whose gradients count once. expert_parallel: experts are not gathered, tokens travel; ValueError for a
-    model without any, and for experts that the ranks cannot divide.
+    same row, whose gradients count once. expert_parallel: experts are not gathered, tokens travel (`ExpertParallel`).
     """
     if ranks.size == 1:
         return None
