@@ -63,7 +63,7 @@ def _fault(model: PreTrainedModel, head: nn.Linear) -> str:
     ids_T = torch.arange(count) % vocabulary
     after_T = torch.arange(count, count + min(_AFTER, context)) % vocabulary
     with _Choices() as by_us:
-        (alone_TD,) = _hidden(model, [ids_T])
+        alone_TD = _alone(model, ids_T)
     with _Choices(by_us.made):
         logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0]
     apart = _apart(head(alone_TD), logits_TV)
@@ -74,13 +74,13 @@ def _fault(model: PreTrainedModel, head: nn.Linear) -> str:
         )
     # Beside a sequence that shares all but its last token, and behind one that shares nothing.
     rows = [ids_T, torch.cat([ids_T[:-1], after_T])[:context], after_T]
+    tree = _tree(rows)
     with _Choices() as together:
-        packed = _hidden(model, rows)
-    paths = _tree(rows).paths_B
+        packed = _hidden(model, rows, tree)
     alone = []
-    for row_T, path_T in zip(rows, paths, strict=True):
+    for row_T, path_T in zip(rows, tree.paths_B, strict=True):
         with _Choices([indices[torch.from_numpy(path_T)] for indices in together.made]):
-            alone += _hidden(model, [row_T])
+            alone.append(_alone(model, row_T))
     leaks = [_apart(*pair) for pair in zip(packed, alone, strict=True)]
     if not all(apart <= _LEAK_TOLERANCE for apart in leaks):
         return (
@@ -90,9 +90,14 @@ def _fault(model: PreTrainedModel, head: nn.Linear) -> str:
     return ""
 
 
-def _hidden(model: PreTrainedModel, sequences: Sequence[Tensor]) -> list[Tensor]:
+def _alone(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
+    """Final hidden states [T, D] of a sequence in a row of its own."""
+    (found,) = _hidden(model, [ids_T], _tree([ids_T]))
+    return found
+
+
+def _hidden(model: PreTrainedModel, sequences: Sequence[Tensor], tree: PrefixTree) -> list[Tensor]:
     """Final hidden states [T, D] of each of these sequences, computed in one row."""
-    tree = _tree(sequences)
     ids_T = torch.zeros(tree.tokens, dtype=torch.int64)
     for sequence_T, path_T in zip(sequences, tree.paths_B, strict=True):
         ids_T[path_T] = sequence_T
