@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
 from learner.data.batch import MicroBatch
 from learner.data.prefix_tree import PrefixTree
@@ -17,23 +15,22 @@ from learner.data.row_slice import RowSlice
 from learner.model.attention import hidden_states, require_slices
 from learner.model.divergence import Head, Opposite, divergence
 from learner.model.linear import use_onednn
-from learner.model.loading import as_model_error, blank, examine, freeze_in, layer_of, load
-from learner.model.logprobs import token_logprobs, wide
+from learner.model.loading import as_model_error, blank, examine, freeze_in, load
+from learner.model.logprobs import token_logprobs
 from learner.model.lora import Adapter
 from learner.model.mixtures import require_mixture
 from learner.model.narrow import Narrow
-from learner.model.nf4 import blank_matrices
 from learner.model.perception import inputs_beside, picture_inputs
 from learner.model.recompute import recompute_layers
 from learner.model.reward_head import classifier_files
 from learner.model.router_balance import RouterBalance
 from learner.model.router_replay import RouterReplay
-from learner.model.saving import stored_shapes, weight_files, whole_files
+from learner.model.saving import named_weights, weight_files, weight_shapes
 from learner.model.shared_files import Folder, write_together
 from learner.parallel.auxiliary import AuxiliaryModule
 from learner.parallel.context import ContextGroup
 from learner.parallel.ranks import ALONE, Ranks
-from learner.parallel.shards import gathered, sum_whole
+from learner.parallel.shards import sum_whole
 from learner.settings import ModelSettings
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.model_folder import companions, token_count, write_companions
@@ -263,36 +260,12 @@ class Policy:
         return self.settings.dtype == "bfloat16" and stored
 
     def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Every weight by its Hugging Face checkpoint name, detached; a tied head is not repeated.
+        """Every weight by its Hugging Face checkpoint name, layer by layer: see `learner.model.saving`."""
+        return named_weights(self.model, self.adapter, dtype)
 
-        They come layer by layer, in the order of names. On several ranks each gathers one layer at a time, and all must
-        take all of them. dtype: cast to it before they are gathered. With an adapter these are the merged weights.
-        """
-        parameters = dict(self.model.named_parameters())
-        for _, names in groupby(sorted(parameters, key=dot_natural_key), key=layer_of):
-            own = ((name, parameters[name].detach()) for name in names)
-            yield from self._stored(self._whole_layer(own, dtype))
-
-    def _whole_layer(self, own: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> dict[str, Tensor]:
-        if self.adapter is None:
-            return {name: gathered(tensor.to(dtype or tensor.dtype)) for name, tensor in own}
-        merged = self.adapter.merged((name, gathered(tensor)) for name, tensor in own)
-        return {name: tensor.to(dtype or wide(tensor)) for name, tensor in merged}
-
-    def weight_shapes(self) -> Iterator[tuple[str, torch.Size]]:
+    def weight_shapes(self) -> list[tuple[str, torch.Size]]:
         """The names and shapes of `named_weights`; nothing is gathered."""
-        parameters = blank_matrices(self.model)
-        if (adapter := self.adapter) is not None:
-            of_base = {adapter.base_name(name): parameter for name, parameter in parameters.items()}
-            parameters = {name: parameter for name, parameter in of_base.items() if name is not None}
-        return iter(stored_shapes(self.model, parameters).items())
-
-    def _stored(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors under the names and in the form of a checkpoint's files; they are let go of one by one."""
-        found = revert_weight_conversion(self.model, tensors)
-        tensors.clear()
-        for name in list(found):
-            yield name, found.pop(name)
+        return weight_shapes(self.model, self.adapter)
 
     def published(
         self, dtype: torch.dtype
@@ -304,7 +277,7 @@ class Policy:
         if self.adapter is not None and self.adapter.settings.sync == "adapter":
             shapes = [(name, tensor.shape) for name, tensor in self.adapter.tensors()]
             return self.adapter.spec, shapes, self.adapter.tensors()
-        return None, list(self.weight_shapes()), self.named_weights(dtype)
+        return None, self.weight_shapes(), self.named_weights(dtype)
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder: the weights, and unchanged copies of the model's other files.
@@ -315,15 +288,9 @@ class Policy:
 
     def folders(self) -> dict[str, Folder]:
         """What `save` writes, by folder, as it is now: a copy in host memory. A collective call."""
-        lead, whole = not self.ranks.rank, self.named_weights()
-        beside = self._reward_head.state() if self._reward_head else {}
-        found = {}
-        if self.adapter is not None:
-            files = whole_files(self.weight_shapes(), whole, beside, lead)
-            found[_ADAPTER] = self.adapter.folder(lead)
-        else:
-            tensors = dict(self.model.named_parameters()) | self._stored_buffers()
-            files = weight_files(self.model, tensors, whole, beside, lead)
+        lead, beside = not self.ranks.rank, self._reward_head.state() if self._reward_head else {}
+        files = weight_files(self.model, self.adapter, beside, lead)
+        found = {} if self.adapter is None else {_ADAPTER: self.adapter.folder(lead)}
         found[""] = Folder(files, self._write_beside)
         if self.device.type == "cuda":  # the copies were begun
             torch.cuda.synchronize(self.device)
@@ -331,11 +298,6 @@ class Policy:
 
     def _write_beside(self, folder: Path) -> None:
         write_companions(self._files, folder)
-
-    def _stored_buffers(self) -> dict[str, Tensor]:
-        """Buffers that are part of a checkpoint."""
-        state = self.model.state_dict()
-        return {name: buffer for name, buffer in self.model.named_buffers() if name in state}
 
     @property
     def _head(self) -> nn.Linear:
