@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
@@ -142,7 +143,7 @@ def saved_by(config: PretrainedConfig, dtype: str, together: int = 1) -> Saved |
 
 def _saved_by(config: PretrainedConfig, dtype: torch.dtype, together: int) -> Saved:
     AttentionInterface.register(_ATTENTION, _fused_attention)
-    with FakeTensorMode():
+    with FakeTensorMode(), _GroupedProducts():
         model = _model(config, dtype=dtype, attn_implementation=_ATTENTION).eval()
         short, long = (_saved(model, tokens, together) for tokens in (_TOKENS, 2 * _TOKENS))
     return Saved(*((more - less) / _TOKENS for less, more in zip(short, long, strict=True)))
@@ -180,6 +181,15 @@ class _Kept(TorchDispatchMode):
             results = found if isinstance(found, tuple) else (found,)
             self.nbytes += sum(each.nbytes for each in results if isinstance(each, Tensor))
         return found
+
+
+class _GroupedProducts(TorchFunctionMode):
+    """Products of experts by transformers' operator: torch knows the shapes of its own one in bfloat16 alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._grouped_mm:
+            return torch.ops.transformers.grouped_mm_fallback(*args, kwargs["offs"])
+        return func(*args, **(kwargs or {}))
 
 
 class _Counted(ContextGroup):

@@ -14,6 +14,7 @@ from learner.data.batch import longest_row
 from learner.model.footprint import blank_model, saved_by, shape_of
 from learner.model.policy import Policy
 from learner.settings import ModelSettings
+from tests.families import build_family
 from tests.qwen3 import QWEN3_06B, QWEN3_8B, Qwen3
 from tests.smollm2 import FOLDER, needs_smollm2
 
@@ -55,10 +56,16 @@ def _activations(folder: Path, tokens: int, **model: Any) -> int:
 
 
 @pytest.mark.parametrize("model", [{}, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"])
-def test_what_a_row_saves_is_told_without_weights(tiny: Path, model: dict[str, Any]) -> None:
-    saved = saved_by(AutoConfig.from_pretrained(tiny), model.get("dtype", "float32"))
-    real = _activations(tiny, 96, **model)
-    assert saved.row(96, 2, checkpointing=False) == pytest.approx(real, rel=0.05)
+@pytest.mark.parametrize("mixed", [False, True], ids=["dense", "mixture"])
+def test_what_a_row_saves_is_told_without_weights(
+    tiny: Path, tmp_path: Path, mixed: bool, model: dict[str, Any]
+) -> None:
+    if mixed:
+        build_family("Qwen3-30B-A3B", False, tmp_path)
+    folder = tmp_path if mixed else tiny
+    saved = saved_by(AutoConfig.from_pretrained(folder), model.get("dtype", "float32"))
+    real = _activations(folder, 96, **model)
+    assert saved is not None and saved.row(96, 2, checkpointing=False) == pytest.approx(real, rel=0.05)
     checkpointed = saved.row(96, 2, checkpointing=True)
     assert 0.4 < checkpointed / real < 0.75  # one of two layers, and the inputs of both
 
