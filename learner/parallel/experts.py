@@ -1,6 +1,6 @@
 """Expert parallelism: the experts of a mixture stay on the ranks that hold them, and tokens travel to them.
 
-With E experts in a layer and S ranks that parameters are sharded over, rank s holds experts s E / S to (s + 1) E / S:
+With E experts in a layer and S ranks that parameters are sharded over, rank s holds F = E / S experts, from s F on:
 
     forward     tokens, sorted by expert -> all-to-all -> products on the owner -> all-to-all -> weighted sum at home
     backward    gradients of the same, by the same two exchanges in reverse
@@ -92,14 +92,15 @@ class _OwnExperts(nn.Module):
         """What the module would compute with all experts, [T, D]; the names of the arguments are transformers'."""
         hidden_TD, experts_TK, weights_TK = hidden_states, top_k_index, top_k_weights
         tokens, chosen = experts_TK.shape
-        # S = T K pairs of a token and one of its experts, sorted by expert, and with that by the rank that has it
-        order_S = experts_TK.flatten().argsort(stable=True)
-        place_S = torch.empty_like(order_S)
-        place_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-        sent, received, own_R = self._routes(experts_TK)
-        given_RD = _Exchange.apply(hidden_TD[order_S // chosen], sent, received, self._group)
-        found_SD = _Exchange.apply(self._computed(given_RD, own_R), received, sent, self._group)
-        weighted_TKD = found_SD[place_S].view(tokens, chosen, hidden_TD.shape[1]) * weights_TK[..., None]
+        # A = T K rows go out, a token for one of its experts each, sorted by expert and with that by the rank that has
+        # it; I rows come in.
+        order_A = experts_TK.flatten().argsort(stable=True)
+        place_A = torch.empty_like(order_A)
+        place_A[order_A] = torch.arange(len(order_A), device=order_A.device)
+        sent, received, own_I = self._routes(experts_TK)
+        given_ID = _Exchange.apply(hidden_TD[order_A // chosen], sent, received, self._group)
+        found_AD = _Exchange.apply(self._computed(given_ID, own_I), received, sent, self._group)
+        weighted_TKD = found_AD[place_A].view(tokens, chosen, hidden_TD.shape[1]) * weights_TK[..., None]
         return weighted_TKD.sum(1).to(hidden_TD.dtype)
 
     def forward(self, *given: Tensor) -> Tensor:
@@ -108,47 +109,47 @@ class _OwnExperts(nn.Module):
         return found
 
     def _routes(self, experts_TK: Tensor) -> tuple[list[int], list[int], Tensor]:
-        """Rows that go to each rank and come from each, and the own expert of every row that comes, int64 [R]."""
+        """Rows that go to each rank and come from each, and the own expert of every row that comes, int64 [I]."""
         ranks, own = self._group.size(), self.module.num_experts
-        sent_NE = torch.bincount(experts_TK.flatten(), minlength=ranks * own).view(ranks, own)
-        received_NE = torch.empty_like(sent_NE)
-        dist.all_to_all_single(received_NE, sent_NE, group=self._group)
-        sent, received = torch.stack([sent_NE, received_NE]).sum(2).tolist()
-        own_NE = torch.arange(own, device=sent_NE.device).expand(ranks, own)
+        sent_SF = torch.bincount(experts_TK.flatten(), minlength=ranks * own).view(ranks, own)
+        received_SF = torch.empty_like(sent_SF)
+        dist.all_to_all_single(received_SF, sent_SF, group=self._group)
+        sent, received = torch.stack([sent_SF, received_SF]).sum(2).tolist()
+        own_SF = torch.arange(own, device=sent_SF.device).expand(ranks, own)
         rows = sum(received)
-        return sent, received, own_NE.flatten().repeat_interleave(received_NE.flatten(), output_size=rows)
+        return sent, received, own_SF.flatten().repeat_interleave(received_SF.flatten(), output_size=rows)
 
-    def _computed(self, given_RD: Tensor, own_R: Tensor) -> Tensor:
-        """What the own experts make of rows [R, D], one expert each. Their routers' weights are applied at home."""
+    def _computed(self, given_ID: Tensor, own_I: Tensor) -> Tensor:
+        """What the own experts make of rows [I, D], one expert each. Their routers' weights are applied at home."""
         weights = {}
         for name, parameter in self.module.named_parameters():
             assert isinstance(parameter, DTensor)
             weights[f"module.{name}"] = parameter.to_local().to(self._compute or parameter.dtype)
-        rows = len(own_R)
+        rows = len(own_I)
         if not rows:
             # Kernels of grouped products need not take none. A row of zeros, left out below, adds to no gradient.
-            given_RD, own_R = pad(given_RD, (0, 0, 0, 1)), own_R.new_zeros(1)
-        alone_R1 = torch.ones(len(own_R), 1, dtype=given_RD.dtype, device=given_RD.device)
-        found_RD: Tensor = functional_call(self, weights, (given_RD, own_R[:, None], alone_R1))
-        return found_RD[:rows]
+            given_ID, own_I = pad(given_ID, (0, 0, 0, 1)), own_I.new_zeros(1)
+        alone_I1 = torch.ones(len(own_I), 1, dtype=given_ID.dtype, device=given_ID.device)
+        found_ID: Tensor = functional_call(self, weights, (given_ID, own_I[:, None], alone_I1))
+        return found_ID[:rows]
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all of rows: `sent` of them to each rank, in order, and `received` from each. [S, D] to [R, D]."""
+    """All-to-all of rows: `sent` of them to each rank, in order, and `received` from each. [A, D] to [I, D]."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows_SD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+        ctx: Any, rows_AD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
     ) -> Tensor:
         ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _exchanged(rows_SD, sent, received, group)
+        return _exchanged(rows_AD, sent, received, group)
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchanged(grad_RD, ctx.received, ctx.sent, ctx.group), None, None, None
+    def backward(ctx: Any, grad_ID: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchanged(grad_ID, ctx.received, ctx.sent, ctx.group), None, None, None
 
 
-def _exchanged(rows_SD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    found_RD = rows_SD.new_empty(sum(received), rows_SD.shape[1])
-    dist.all_to_all_single(found_RD, rows_SD.contiguous(), received, sent, group)
-    return found_RD
+def _exchanged(rows_AD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    found_ID = rows_AD.new_empty(sum(received), rows_AD.shape[1])
+    dist.all_to_all_single(found_ID, rows_AD.contiguous(), received, sent, group)
+    return found_ID

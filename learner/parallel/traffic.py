@@ -18,7 +18,7 @@ row sends each token to K experts and gets it back, in the type of the products:
 the layer is recomputed, 4 or 6 times K x width a token and layer. This holds where routers give every rank as many
 tokens; a rank with more receives more.
 
-Where S < R, a sum of gradients is exchanged between the C = R / S ranks that hold the same part, too: 2 (C - 1) / C of
+Where S < R, a sum of gradients is exchanged between the R / S ranks that hold the same part, too: 2 (R - S) / R of
 P / S sums.
 """
 
