@@ -62,7 +62,7 @@ class ModelFacts:
     tied_head: int  # entries of a head that is the embedding too; 0 where it is a matrix of its own
     lora: Sizes = NO_ADAPTER  # of a low-rank adapter
     routed: int = 0  # bytes of the experts that are stored with every token
-    teacher: int = 0  # parameters of a teacher that is distilled; 0: none, or its configuration is not here
+    teacher: Shape | None = None  # of one that is distilled; None also where its configuration is not here
 
     @classmethod
     def of(cls, architecture: PretrainedConfig, run: RunConfig) -> ModelFacts:
@@ -308,18 +308,18 @@ def _cache(run: RunConfig, model: ModelFacts, gpu_bytes: int, learner_bytes: int
     return Cache(left if asked is None else asked, size * held)
 
 
-def parameters_in(folder: str, trusted: bool) -> int:
-    """Parameters of the model in a folder, by its configuration alone."""
-    return shape_of(blank_model(pretrained(AutoConfig, folder, trusted), trusted)).parameters
+def shape_in(folder: str, trusted: bool) -> Shape:
+    """Of the model in a folder, by its configuration alone."""
+    return shape_of(blank_model(pretrained(AutoConfig, folder, trusted), trusted))
 
 
-def _teacher(run: RunConfig) -> int:
-    """Parameters of the recipe's teacher, by the configuration on this machine."""
+def _teacher(run: RunConfig) -> Shape | None:
+    """Of the recipe's teacher, by the configuration on this machine."""
     distill = run.learner.algorithm.distill
     if distill is None:
-        return 0
+        return None
     try:
         folder = fetch(model_of(distill.teacher), download=False)
-        return parameters_in(folder, run.learner.model.trust_remote_code)
+        return shape_in(folder, run.learner.model.trust_remote_code)
     except (ConfigError, OSError, ValueError):  # preflight says what is wrong with it
-        return 0
+        return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deploy.assembly.fetching import fetch
-from deploy.assembly.memory_plan import SIZES, parameters_in
+from deploy.assembly.memory_plan import SIZES, shape_in
 from deploy.config.config import RunConfig
 from deploy.config.supervise import TimeLimits
 from rollout.wire.time_limits import DISK, MEMORY, NETWORK, limit
@@ -31,4 +31,4 @@ def limits_for(config: RunConfig, parameters: int) -> TimeLimits:
 
 def time_limits(config: RunConfig, path: str) -> TimeLimits:
     """The limits of a run; path: of its model, as `model_path` returns it."""
-    return limits_for(config, parameters_in(fetch(path), config.learner.model.trust_remote_code))
+    return limits_for(config, shape_in(fetch(path), config.learner.model.trust_remote_code).parameters)

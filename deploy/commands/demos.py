@@ -22,7 +22,7 @@ from deploy.commands.export import fresh_folder
 from deploy.report.console import Console
 from deploy.report.evaluation import Evaluation
 from deploy.report.progress import Progress
-from deploy.run.preflight import loaded
+from deploy.run.model_checks import loaded
 from envs import registry
 from learner.model.tokenizer import build_tokenizer
 from rollout.agents.agent import AgentSettings

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deploy.commands.export import fresh_folder
 from deploy.config.config_errors import ConfigError
-from deploy.run.preflight import check_model
+from deploy.run.model_checks import check_model
 from learner.model.source import FILES, write_gguf
 from rollout.wire.model_folder import ModelDamaged, ModelMissing, files
 

@@ -229,6 +229,10 @@ def _ranks(config: RunConfig) -> None:
             f"learner.context_parallel_size={together} does not divide learner.ranks={ranks}: every rank computes a "
             "slice of a row; use a divisor"
         )
+    if config.tiny is not None and config.tiny.heads % together:
+        raise ValueError(
+            f"learner.context_parallel_size={together} does not divide tiny.heads={config.tiny.heads}; use a divisor"
+        )
     if (shares := config.learner.shares) > groups:
         said = f"learner.ranks={ranks}" + (f" in groups of {together}" if together > 1 else "")
         raise ValueError(

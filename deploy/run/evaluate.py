@@ -30,15 +30,8 @@ from deploy.report.noticed import Noticed
 from deploy.report.transcripts import write_episodes
 from deploy.run.conditions import Conditions as Conditions
 from deploy.run.failure_log import failures_kept_in
-from deploy.run.preflight import (
-    check_context,
-    check_ends,
-    check_engine,
-    check_model,
-    check_tokenizer,
-    first_observation,
-    loaded,
-)
+from deploy.run.model_checks import check_context, check_ends, check_model, check_tokenizer, loaded
+from deploy.run.preflight import check_engine, first_observation
 from deploy.run.quiet import output_kept_in
 from deploy.run.served import is_server, play_served, served_model
 from envs.hosting.host import HostSettings

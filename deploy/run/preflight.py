@@ -12,29 +12,34 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from deploy.assembly.build import probe_environment
 from deploy.assembly.conversations import try_conversations
-from deploy.assembly.fetching import fetch
-from deploy.assembly.models import model_of, tiny_tokenizer
+from deploy.assembly.models import tiny_tokenizer
 from deploy.assembly.stage_data import past_episodes, recorded
 from deploy.assembly.suites import suites_of
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
-from deploy.config.engine_checks import require_divisible
 from deploy.config.environments import Environment
 from deploy.config.own_parts import check_own_parts
 from deploy.run import replay
+from deploy.run.model_checks import (
+    check_architecture,
+    check_context,
+    check_ends,
+    check_lora,
+    check_model,
+    check_teacher,
+    check_tokenizer,
+    check_trainable,
+    loaded,
+)
 from envs import registry
 from envs.base import Observation
 from envs.child_process import find_program
 from envs.hosting.host import HostSettings
 from envs.tools.tool import ToolRefused
-from learner.model.attention import require_slices
-from learner.model.lora_targets import planned
-from learner.model.mixtures import require_mixture_of
-from learner.model.tiny import build_tiny
 from learner.model.tiny_vision import tiny_processor
 from learner.stages.settings import (
     AnyStage,
@@ -48,11 +53,9 @@ from rollout.agents.memory import NotebookSettings
 from rollout.agents.settings import OwnAgentPart, PartSettings
 from rollout.agents.tools import ToolsSettings
 from rollout.chat.chat import Chat
-from rollout.chat.end_tokens import end_tokens
 from rollout.chat.perception import Perception
 from rollout.engines.settings import EngineSettings
 from rollout.external.external_env import PROGRAM, ProgramOptions
-from rollout.wire.model_folder import CodeRefused, companions, pretrained, write_companions
 
 
 def check(config: RunConfig) -> None:
@@ -198,15 +201,6 @@ def check_stages(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
                 registry.player(environment.id)
 
 
-def check_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The teacher of a run that distils one must read the same tokens, as many at once."""
-    if (distill := config.learner.algorithm.distill) is not None:
-        option, folder = "learner.algorithm.distill.teacher", check_model(model_of(distill.teacher))
-        replay.require_same_ids(config, tokenizer, folder, option, distill.teacher)
-        architecture = loaded(AutoConfig, folder, config.learner.model.trust_remote_code)
-        check_context(distill.teacher, config.rollout.context_tokens, architecture)
-
-
 def check_recorded(stage: AnyStage, source: DatasetSource, option: str) -> None:
     """Every row must be a conversation, and of the sort that the stage learns from."""
     for place, row in enumerate(recorded(source, option), start=1):
@@ -261,73 +255,6 @@ def check_program(options: dict[str, Any]) -> None:
         raise ConfigError(f"env.options.command: program {name!r} not found; install it or give its path")
 
 
-def check_model(named: str) -> str:
-    """Fetch a model to this machine and require all of its files; returns its folder."""
-    return fetch(named, whole=True)
-
-
-def check_trainable(path: str, architecture: PretrainedConfig) -> None:
-    """ConfigError for quantized weights, which cannot be trained."""
-    method = getattr(architecture, "quantization_config", None)
-    if method is not None:
-        raise ConfigError(
-            f"model {path}: its weights are quantized and cannot be trained; use the unquantized checkpoint"
-        )
-
-
-def check_context(path: str, context_tokens: int, architecture: PretrainedConfig) -> None:
-    """Require a position of the model for every token of the context."""
-    config = architecture.get_text_config()
-    if not hasattr(config, "max_position_embeddings"):
-        raise ConfigError(
-            f"model {path}: its family {config.model_type} states no max_position_embeddings, so it is unknown whether "
-            f"rollout.context_tokens={context_tokens} fits; choose a pure attention model"
-        )
-    if (positions := config.max_position_embeddings) < context_tokens:
-        raise ConfigError(
-            f"model {path} has {positions} positions, but rollout.context_tokens={context_tokens} "
-            "(manta eval: --context-tokens); lower it"
-        )
-
-
-def check_architecture(config: RunConfig, architecture: PretrainedConfig) -> None:
-    """Require a model that the parallel sizes divide, and routers if they are balanced or replayed."""
-    try:
-        require_divisible(config, architecture)
-        require_mixture_of(architecture, config.learner.model, config.learner.shards)
-        require_slices(architecture, config.learner.context_parallel_size)
-    except ValueError as error:
-        raise ConfigError(f"model {config.learner.model.path}: {error}") from error
-
-
-def check_tokenizer(path: str, trusted: bool = False) -> PreTrainedTokenizerBase:
-    """Require a row of the model for every token; the model may have more rows. Returns the tokenizer.
-
-    The tokenizer is loaded from the files that a checkpoint will contain, written to a scratch folder. Placeholders of
-    pictures and sounds that no text prompt contains may lack a row: some families share a tokenizer.
-    """
-    with TemporaryDirectory(prefix="manta-saved-") as scratch:
-        write_companions(companions(Path(path)), Path(scratch))
-        rows = loaded(AutoConfig, scratch, trusted, path).get_text_config().vocab_size
-        tokenizer: PreTrainedTokenizerBase = loaded(AutoTokenizer, scratch, trusted, path)
-    tokenizer.name_or_path = path
-    special = {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
-    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    beyond = {
-        place: token
-        for token, place in tokenizer.get_vocab().items()
-        if place >= rows
-        and (place not in special or place in used or token in str(tokenizer.chat_template or ""))
-    }
-    if beyond:
-        last = max(beyond)
-        raise ConfigError(
-            f"model {path} has a vocabulary of {rows}, but its tokenizer one of {len(tokenizer)} (token "
-            f"{beyond[last]!r} is id {last}); put the model's own tokenizer into the folder"
-        )
-    return tokenizer
-
-
 def check_prompt(config: RunConfig, environment: Environment, chat: Chat, observation: Observation) -> None:
     """Require that the template renders all messages, and that the first prompt and one token fit into the context."""
     prompt = try_conversations(chat, observation, environment.agent)
@@ -336,21 +263,6 @@ def check_prompt(config: RunConfig, environment: Environment, chat: Chat, observ
             f"the first prompt of {environment.id} has {prompt} tokens, which does not fit into "
             f"rollout.context_tokens={config.rollout.context_tokens}; raise it or shorten the environment's text"
         )
-
-
-def check_lora(config: RunConfig, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Require the layers of the model that are to be adapted. path: of the model's folder, unless it is a tiny one."""
-    lora = config.learner.model.lora
-    if lora is None:
-        return
-    with TemporaryDirectory() as folder:
-        if config.tiny:  # layers have the same names in any size
-            path = folder
-            build_tiny(Path(path), tokenizer, layers=1, width=32, heads=1, mlp=32)
-        try:
-            planned(path, lora, config.learner.model.trust_remote_code)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
 
 
 def check_port(port: int) -> None:
@@ -373,28 +285,6 @@ def _chat(config: RunConfig, path: str, tokenizer: PreTrainedTokenizerBase) -> C
     return Chat(tokenizer, Perception(tiny_processor(tokenizer, pixels)) if pixels else None)
 
 
-def check_ends(path: str) -> tuple[int, ...]:
-    """Read a model's end tokens. ConfigError for unreadable files."""
-    try:
-        return end_tokens(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {path}: {error}") from error
-
-
 def _tiny(config: RunConfig) -> PreTrainedTokenizerBase:
     with TemporaryDirectory() as folder:
         return tiny_tokenizer(config, Path(folder))
-
-
-def loaded(auto: Any, path: str, trusted: bool = False, named: str = "") -> Any:
-    """Load with a transformers Auto class from `path`. ConfigError if that fails.
-
-    trusted: code that comes with the model may be executed. named: the model's name in the error, where it is not path.
-    """
-    try:
-        return pretrained(auto, path, trusted)
-    except CodeRefused as error:
-        raise ConfigError(f"model {named or path}: {error}") from error
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"model {named or path}: {reason} Is it a Hugging Face folder or id?") from error

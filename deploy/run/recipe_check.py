@@ -24,7 +24,8 @@ from deploy.config.resources import demand
 from deploy.run.findings import Finding, of_disk, of_job, of_memory, of_recipe
 from deploy.run.job_size import Counts, DiskUse, JobSize, Node, nodes, row_counts
 from deploy.run.mistakes import mistakes
-from deploy.run.preflight import Preflight, check_model
+from deploy.run.model_checks import check_model
+from deploy.run.preflight import Preflight
 from envs.datasets.files import DataAbsent
 from rollout.wire.model_folder import looks_local
 

@@ -62,6 +62,7 @@ class Shape:
     largest_linear: int = 0  # of one matrix
     experts: Experts = Experts()
     largest_beside: int = 0  # of the largest layer, its experts left out
+    head: int = 0  # of the matrix of the head, which may be the embedding too
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
         largest_linear=max(linear, default=0),
         experts=_experts(model.config, own) if any(own) else Experts(),
         largest_beside=max(beside, default=0),
+        head=0 if head is None else head.weight.numel(),
     )
 
 

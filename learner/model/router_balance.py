@@ -31,9 +31,9 @@ from learner.parallel.ranks import Ranks
 
 
 def recorder_of(model: PreTrainedModel) -> OutputRecorder | None:
-    """Where transformers finds the logits of the model's routers; None: it does not record them."""
-    recorded: dict[str, OutputRecorder] = getattr(model.base_model, "_can_record_outputs", None) or {}
-    return recorded.get("router_logits")
+    """Where transformers finds the logits of the model's routers; None: nowhere, or in several places of a layer."""
+    found = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
+    return found if isinstance(found, OutputRecorder) else None
 
 
 class RouterBalance:

@@ -76,7 +76,7 @@ def settle(
     else:
         own = host_share(ranks.size)
     saved = saved_by(policy.model.config, settings.model.dtype, ranks.context.size)
-    shape, beside = shape_of(policy.model), 0 if teacher is None else shape_of(teacher.model).parameters
+    shape, beside = shape_of(policy.model), None if teacher is None else shape_of(teacher.model)
     least = min(ranks.gather(own, everyone=True))
     found = settled(settings, shape, saved, longest, least, beside)
     policy.settings = found.model

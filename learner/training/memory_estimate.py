@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -95,12 +95,12 @@ def learner_amounts(
     lora: Sizes,
     saved: Saved | None,
     longest: int,
-    teacher: int = 0,
+    teacher: Shape | None = None,
 ) -> list[Amount]:
     """What each rank holds on its device.
 
     lora: of a low-rank adapter, zeros without one. saved: None where it cannot be told. longest: tokens of the longest
-    sequence; teacher: parameters of one that is distilled.
+    sequence; teacher: of one that is distilled.
     """
     ranks, adapter = settings.shards, lora.adapter
     base = base_bytes(settings, shape) // ranks
@@ -124,8 +124,8 @@ def learner_amounts(
     found.append(Amount("logits, a block at a time", _LOGIT_BLOCKS * _WIDE * block))
     if settings.algorithm.needs_reference:
         found.append(Amount("reference policy, float32", own, moves=not adapter))
-    if teacher:
-        found.append(Amount("teacher, float32", _WIDE * teacher // ranks, moves=True))
+    if teacher is not None:
+        found += _teacher_amounts(settings, teacher)
     if settings.algorithm.critic is not None and saved is not None and tokens < whole_row:
         seen = 2 * round(whole_row * saved.input_per_token)
         found.append(Amount("last hidden states of a whole row for values, and their gradients", seen))
@@ -170,6 +170,20 @@ def _product_amounts(settings: LearnerSettings, shape: Shape, lora: Sizes) -> li
         working = dequantizing_bytes(shape.largest_linear, _stored_size(settings))
         found.append(Amount("a matrix, dequantized", working))
     return found
+
+
+def _teacher_amounts(settings: LearnerSettings, teacher: Shape) -> Iterator[Amount]:
+    """Of a frozen model that scores before the policy does. Of a mixture all experts are gathered."""
+    size, several = _product_bytes(settings), settings.shards > 1
+    yield Amount("teacher, float32", _WIDE * teacher.parameters // settings.shards, moves=True)
+    if not several and size == _WIDE:
+        return
+    made = size * (teacher.outside_layers + (1 + several) * teacher.largest_layer)
+    what = "gathered layers" if several else "weights cast for products"
+    yield Amount(f"{what} of the teacher, embedding and head", made, at_times=True)
+    distill = settings.algorithm.distill
+    if distill is not None and distill.divergence != "sampled":
+        yield Amount("the teacher's head, while the policy is compared with it", size * teacher.head)
 
 
 def _critic_amounts(settings: LearnerSettings, model: int, trained: int) -> list[Amount]:
@@ -218,7 +232,7 @@ def settled(
     saved: Saved | None,
     longest: int,
     device_bytes: int,
-    teacher: int = 0,
+    teacher: Shape | None = None,
 ) -> LearnerSettings:
     """The settings with `sum_gradients` said: "step" where whole gradients leave a fifth of a rank's memory free.
 

@@ -17,7 +17,7 @@ from deploy.cluster import connect
 from deploy.cluster.janitor import TAG
 from deploy.commands import envs_command
 from deploy.run import drive
-from deploy.run.preflight import check_tokenizer
+from deploy.run.model_checks import check_tokenizer
 from envs import registry
 from learner.model.tokenizer import build_tokenizer
 from tests.deploy.command import Manta, command

@@ -20,7 +20,7 @@ from deploy.config.recipe_files import recipe_names
 from deploy.run.findings import of_disk, of_job, of_memory, of_recipe
 from deploy.run.job_size import DiskUse, JobSize, nodes
 from tests.deploy.command import Manta, command
-from tests.qwen3 import QWEN3_06B, QWEN3_8B, Qwen3
+from tests.qwen3 import QWEN3_06B, QWEN3_8B, QWEN3_30B_A3B, Qwen3
 from tests.smollm2 import needs_smollm2
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -157,6 +157,21 @@ def test_an_adapters_size_is_what_arithmetic_says() -> None:
     sides += [(model.width, model.mlp), (model.width, model.mlp), (model.mlp, model.width)]
     assert facts.lora.adapter == model.layers * sum(32 * (i + o) for i, o in sides)
     assert facts.lora.adapted == model.layers * sum(i * o for i, o in sides)
+
+
+def test_a_teacher_of_experts_is_gathered_with_all_of_them(tmp_path: Path) -> None:
+    QWEN3_30B_A3B.write(tmp_path)
+    distill = f"learner.algorithm.distill={{teacher={str(tmp_path)!r}, divergence='reverse'}}"
+    config = load_config("qwen3_8b_gsm8k", [distill, "learner.algorithm.skip_zero_advantage=false"])
+    plan = MemoryPlan.of(config, ModelFacts.of(AutoConfig.for_model(**QWEN3_8B.config()), config), 80 * GIB)
+    amounts = {each.what: each.nbytes for each in plan.process("learner").amounts}
+    teacher = QWEN3_30B_A3B
+    assert amounts["teacher, float32"] == teacher.parameters  # 4 bytes over 4 ranks
+    head = teacher.vocabulary * teacher.width
+    outside = 2 * head + teacher.width
+    layer = (teacher.parameters - outside) // teacher.layers
+    assert amounts["gathered layers of the teacher, embedding and head"] == 2 * (outside + 2 * layer)
+    assert amounts["the teacher's head, while the policy is compared with it"] == 2 * head
 
 
 def test_the_value_heads_of_a_stage_are_what_arithmetic_says() -> None:

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig
 
 from deploy.config.config_errors import ConfigError
-from deploy.run.preflight import check_architecture
+from deploy.run.model_checks import check_architecture
 from rollout.engines.vllm_start import VllmSettings
 from tests.deploy.small_run import configured
 from tests.qwen3 import QWEN3_8B, QWEN3_30B_A3B

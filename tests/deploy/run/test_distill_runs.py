@@ -55,21 +55,26 @@ def test_a_teacher_is_a_run_one_of_its_versions_or_a_folder(reference: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("named", "words", "said"),
+    ("named", "overrides", "said"),
     [
-        ("{}@3", "tiny.layers=1", r"has no checkpoint of version 3; stored versions: 2, 4"),
+        ("{}@3", [], r"has no checkpoint of version 3; stored versions: 2, 4"),
         (
             "{}",
-            "tiny.words=['left', 'right']",
+            ["tiny.words=['left', 'right']"],
             r"distill\.teacher: the tokenizer of the tiny model is not that of",
         ),
-        ("{}/nowhere", "tiny.layers=1", r"nowhere: no such folder"),
-        ("{}", "rollout.context_tokens=99", r"has 40 positions, but rollout\.context_tokens=99"),
+        ("{}/nowhere", [], r"nowhere: no such folder"),
+        ("{}", ["rollout.context_tokens=99"], r"has 40 positions, but rollout\.context_tokens=99"),
+        (
+            "{}",
+            ["tiny.heads=4", "learner.ranks=4", "learner.context_parallel_size=4"],
+            r"has 2 attention heads, which learner\.context_parallel_size=4 does not divide",
+        ),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused_in_one_line(
-    named: str, words: str, said: str, reference: Path
+    named: str, overrides: list[str], said: str, reference: Path
 ) -> None:
     with pytest.raises(ValueError, match=said) as refused:
-        check(taught(named.format(reference), words))
+        check(taught(named.format(reference), *overrides))
     assert "\n" not in str(refused.value)

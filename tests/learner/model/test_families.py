@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from deploy.assembly.build import load_chat
-from deploy.run.preflight import check_context, check_model, check_tokenizer, check_trainable, loaded
+from deploy.run.model_checks import check_context, check_model, check_tokenizer, check_trainable, loaded
 from learner.algorithm.schedule import OptimSettings
 from learner.data.batch import MicroBatch, TokenSequence, row_of
 from learner.model.policy import Policy

@@ -21,7 +21,8 @@ from deploy.assembly.build import load_chat
 from deploy.assembly.fetching import fetch
 from deploy.assembly.models import model_path
 from deploy.config.config_errors import ConfigError
-from deploy.run.preflight import check, check_model, check_tokenizer
+from deploy.run.model_checks import check_model, check_tokenizer
+from deploy.run.preflight import check
 from learner.model import source
 from learner.model.policy import Policy
 from learner.model.source import local_model, pinned

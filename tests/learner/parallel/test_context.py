@@ -109,9 +109,14 @@ def test_heads_that_the_ranks_do_not_divide_are_refused(tmp_path: Path, tiny: Pa
     )
 
 
-def test_a_number_that_does_not_divide_the_ranks_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"context_parallel_size=3 does not divide learner\.ranks=4"):
-        load_config("frozen_lake", ["learner.ranks=4", "learner.context_parallel_size=3"])
+@pytest.mark.parametrize(("ranks", "heads"), [(4, 3), (3, 4)])
+def test_a_number_that_does_not_divide_ranks_and_heads_is_refused(ranks: int, heads: int) -> None:
+    divided = r"learner\.ranks=4" if ranks == 4 else r"tiny\.heads=4"
+    with pytest.raises(ConfigError, match=rf"context_parallel_size=3 does not divide {divided}"):
+        load_config(
+            "frozen_lake",
+            [f"learner.ranks={ranks}", f"tiny.heads={heads}", "learner.context_parallel_size=3"],
+        )
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
