@@ -174,22 +174,32 @@ class Policy:
 
     def score(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Logprob of each sampled token and entropy of its distribution: float32 [N] each, with gradients."""
-        part = RowSlice.of(micro, self.ranks.context)
-        logprobs_M, entropy_M, *_ = self._read(part.own, temperature, None)
-        return part.expanded(logprobs_M), part.expanded(entropy_M)
+        return self.compare(micro, temperature, None, hidden=False)[:2]
 
     def read(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """The results of `score` and `hidden` from one pass."""
-        return self.compare(micro, temperature, None)[:3]
+        logprobs_N, entropy_N, hidden_ND, _ = self.compare(micro, temperature, None)
+        assert hidden_ND is not None
+        return logprobs_N, entropy_N, hidden_ND
 
     def compare(
-        self, micro: MicroBatch, temperature: float, against: Opposite | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The results of `read`, and the divergence from what it is compared with, [N]."""
+        self, micro: MicroBatch, temperature: float, against: Opposite | None, hidden: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The results of `read`, and the divergence from what it is compared with, [N].
+
+        hidden: the hidden states of the whole row are wanted, which ranks that share it gather.
+        """
         part = RowSlice.of(micro, self.ranks.context)
-        *found, kl_M = self._read(part.own, temperature, against)
-        logprobs_N, entropy_N, hidden_ND = map(part.expanded, found)
-        return logprobs_N, entropy_N, hidden_ND, None if kl_M is None else part.expanded(kl_M)
+        logprobs_M, entropy_M, hidden_MD, kl_M = self._read(part.own, temperature, against)
+        whole = (hidden_MD if hidden else None, kl_M)
+        hidden_ND, kl_N = (None if each is None else part.expanded(each) for each in whole)
+        return part.expanded(logprobs_M), part.expanded(entropy_M), hidden_ND, kl_N
+
+    @torch.no_grad()
+    def route(self, micro: MicroBatch) -> None:
+        """Compute the own slice of a row, for what watches the model's routers."""
+        own = RowSlice.of(micro, self.ranks.context).own
+        self._whole(lambda: self._scored(own))
 
     @torch.no_grad()
     def head(self, micro: MicroBatch) -> Head:

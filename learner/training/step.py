@@ -130,11 +130,11 @@ def train_step(
 
     def loss_of(micro: MicroBatch) -> tuple[Tensor, Stats]:
         against = None if teacher is None else teacher.against(micro)
-        if auxiliary is None and against is None:
-            return objective(micro, *policy.score(micro, temperature))
-        logprobs_N, entropy_N, hidden_ND, kl_N = policy.compare(micro, temperature, against)
+        logprobs_N, entropy_N, hidden_ND, kl_N = policy.compare(
+            micro, temperature, against, hidden=auxiliary is not None
+        )
         loss_N, stats = objective(micro, logprobs_N, entropy_N)
-        if auxiliary is not None:
+        if auxiliary is not None and hidden_ND is not None:
             beside_N, more = auxiliary(micro, hidden_ND)
             loss_N, stats = loss_N + beside_N, {**stats, **more}
         if teacher is not None and kl_N is not None:
@@ -185,7 +185,7 @@ def accumulate(
     means = Means()
     rows = list(level(batch.micro_batches, policy.ranks))
     if balance is not None:
-        balance.count(rows, lambda micro: policy.hidden(micro.to(policy.device)), policy.ranks)
+        balance.count(rows, lambda micro: policy.route(micro.to(policy.device)), policy.ranks)
     for micro in policy.passes(rows):
         on_device = micro.to(policy.device)
         watched: AbstractContextManager[list[Tensor]] = balance.watching() if balance else nullcontext([])

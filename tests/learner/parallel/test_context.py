@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, Qwen3Config
 
 from deploy.config.config_errors import ConfigError
@@ -27,8 +29,9 @@ from learner.parallel.ranks import Ranks
 from learner.settings import ModelSettings
 from learner.training.optim import Optimizer
 from learner.training.step import PolicyObjective, train_step
-from tests.learner.ranked import model_refused
-from tests.learner.together import together
+from tests.families import build_family
+from tests.learner.ranked import built, groups_of, model_refused, own
+from tests.learner.together import in_turn, together
 from tests.smollm2 import FOLDER, needs_smollm2
 
 TOKENS = 240
@@ -99,6 +102,34 @@ def test_a_rank_holds_its_part_of_a_rows_activations(
                 assert found == pytest.approx(told.row(TOKENS // size, 3, checkpointing=False), rel=0.01)
                 # Key heads are repeated for four ranks, and attention's output is there as heads and as tokens.
                 assert alone / size < found < 1.2 * alone / size
+
+
+def gathered(ranks: Ranks, folder: Path, recipe: dict[str, Any], model: dict[str, Any]) -> set[int]:
+    """The numbers of axes of what ranks gather of the slices of a row, in a step."""
+    axes, all_gather = set[int](), dist.all_gather
+
+    def watched(parts: list[Tensor], own_m: Tensor, **named: Any) -> Any:
+        if own_m.is_floating_point():
+            axes.add(own_m.ndim)
+        return all_gather(parts, own_m, **named)
+
+    learner = built(ranks, folder, recipe, **model)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dist, "all_gather", watched)
+        learner.step(own(ranks, groups_of(0)))
+    return axes
+
+
+def test_hidden_states_of_whole_rows_are_gathered_for_values_alone(tmp_path: Path, tiny: Path) -> None:
+    build_family("Qwen3-30B-A3B", False, tmp_path)
+    whole = {"skip_zero_advantage": False}
+    cases: list[Any] = [
+        (tiny, whole | {"distill": {"divergence": "reverse"}}, {}),
+        (tmp_path, whole, {"router_balance": 0.1}),
+        (tiny, whole | {"advantage": {"kind": "gae"}, "critic": {"kind": "shared"}}, {}),
+    ]
+    for found in together(2, in_turn, gathered, cases, context=2):
+        assert found == [{1}, {1}, {1, 2}]
 
 
 def test_heads_that_the_ranks_do_not_divide_are_refused(tmp_path: Path, tiny: Path) -> None:
