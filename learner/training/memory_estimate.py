@@ -131,6 +131,8 @@ def learner_amounts(
         found.append(Amount("last hidden states of a whole row for values, and their gradients", seen))
     found += _critic_amounts(settings, base + (own if adapter else 0), own)
     if adapter:
+        if settings.ranks > 1:
+            found.append(Amount("the adapter's gradients, while ranks sum them", own, at_times=True))
         merged = _WIDE * lora.adapted // max(shape.layers, 1)
         found.append(Amount("merged matrices of a layer, while publishing", merged, at_times=True))
     if quantized:
@@ -296,10 +298,10 @@ def host_amounts(
     trained = ranks * adapter or shape.parameters  # an adapter is whole on every rank
     found = [Amount("a version for the engines", sent_bytes, on_host=True, lead=True)] if sent_bytes else []
     if settings.algorithm.keeps:
-        numbers = 3 * trained
-        if isinstance(settings.algorithm.critic, TurnCriticSettings):
-            numbers += 4 * shape.parameters
-        kept = _WIDE * numbers // ranks
+        critic = settings.algorithm.critic
+        slow = isinstance(critic, TurnCriticSettings)
+        numbers = 3 + (3 + slow if isinstance(critic, OwnCriticSettings | TurnCriticSettings) else 0)
+        kept = _WIDE * numbers * trained // ranks
         found.append(Amount("copy of weights and moments, in a step", kept, on_host=True, at_times=True))
     outside, layer = shape.outside_layers, shape.largest_layer
     examined, read = _WIDE * (outside + layer), _WIDE * max(outside, layer)

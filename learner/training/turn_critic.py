@@ -98,7 +98,9 @@ class TurnCritic:
 
     def keep(self) -> Callable[[], None]:
         put_back_learning = self.optimizer.keep()
-        slow = [*self.slow_trunk.model.parameters(), *self.slow_heads.parameters()]
+        pairs = zip(self.slow_trunk.model.parameters(), self.trunk.model.parameters(), strict=True)
+        slow = [own for own, followed in pairs if followed.requires_grad]  # others do not move
+        slow += self.slow_heads.parameters()
         copies = [local(parameter.detach()).to("cpu", copy=True) for parameter in slow]
 
         @torch.no_grad()

@@ -11,17 +11,21 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from learner.algorithm.advantages import turn_targets
 from learner.data.batch_checks import BatchRefused
+from learner.model.footprint import shape_of
+from learner.parallel.ranks import ALONE
 from learner.settings import LearnerSettings
 from learner.training.learner import Learner
+from learner.training.memory_estimate import host_amounts
 from learner.training.turn_critic import TurnCritic, correlation
 from rollout.wire.trajectory import Group
-from tests.learner.dense import gradients, segments, with_weights
+from tests.learner.dense import gradients, load, segments, with_weights
 from tests.learner.episodes import group, random_groups
-from tests.learner.ranked import float64
+from tests.learner.ranked import built, float64, groups_of
 from tests.learner.staged import interrupted
 from tests.reference import Episode
 
@@ -273,6 +277,39 @@ def test_correlation_is_numpys() -> None:
     x_M, y_M = np.random.default_rng(0).normal(size=(2, 50))
     assert correlation(x_M, x_M + y_M) == pytest.approx(np.corrcoef(x_M, x_M + y_M)[0, 1])
     assert correlation(x_M, np.ones(50)) == correlation(np.zeros(0), np.zeros(0)) == 0.0
+
+
+class _Copied(TorchDispatchMode):
+    """Bytes of copies that are made of tensors."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.nbytes += found.nbytes if func is torch.ops.aten._to_copy.default else 0
+        return found
+
+
+@pytest.mark.parametrize("model", [{}, {"lora": {"rank": 4}}], ids=["whole", "lora"])
+@pytest.mark.parametrize("critic", [{"kind": "own"}, {"kind": "turns", "trust": 0.0}], ids=["own", "turns"])
+def test_what_a_step_keeps_of_policy_and_critic_is_told(
+    tiny: Path, model: dict[str, Any], critic: dict[str, Any]
+) -> None:
+    advantage = {"kind": "turns" if critic["kind"] == "turns" else "gae"}
+    recipe = {"advantage": advantage, "critic": critic, "epochs": 2}
+    learner = built(ALONE, tiny, recipe, **model)
+    for step in range(2):  # then there are moments: before the first, no turn has a value
+        learner.step(groups_of(step))
+    with (copied := _Copied()):
+        learner._keep()
+    adapter, shape = sum(p.numel() for p in learner.policy.parameters()), shape_of(load(tiny))
+    amounts = host_amounts(learner.settings, shape, adapter if model else 0, 0)
+    (told,) = (each.nbytes for each in amounts if each.what == "copy of weights and moments, in a step")
+    # Heads, whose width a model's is not small against here: weights and two moments; their slow copy.
+    assert learner._critic is not None
+    heads = sum(p.numel() for p in learner._critic.optimizer._parameters) - adapter
+    beside = 4 * heads * (4 if critic["kind"] == "turns" else 3)
+    assert told + beside == pytest.approx(copied.nbytes, rel=0.01)
 
 
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
