@@ -91,9 +91,9 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
     expert_parallel: bool = Field(
         default=False,
         description="of a mixture of experts over several ranks, leave every expert on the rank that holds it and send "
-        "it the tokens (all-to-all), instead of gathering all experts for every packed row. `manta check` says what "
-        "either way exchanges. The ranks that parameters are sharded over must divide the number of experts. Results "
-        "differ by rounding alone",
+        "it the tokens (all-to-all), instead of gathering all experts for every packed row. `manta check` shows the "
+        "bytes exchanged for a row: compare them for true and false. The ranks that parameters are sharded over must "
+        "divide the number of experts. Results differ by rounding alone",
     )
     sum_gradients: Literal["row", "step"] | None = Field(
         default=None,

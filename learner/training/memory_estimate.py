@@ -1,9 +1,9 @@
 """What a learner will hold in memory, from its settings and the shape of its model; nothing is loaded.
 
     P parameters, T trained ones, R ranks that they are sharded over, N tokens of the largest row, or of a slice of it
-    L of P, the matrices of linear layers
+    M of P, the matrices of linear layers
     on the device   4 P / R weights, 4 T / R gradients, 8 T / R moments, what autograd saves of N tokens, logits
-                    of an adapter's base in bfloat16 2 P / R, and in NF4 2 (P - L) / R + 0.516 L / R
+                    of an adapter's base in bfloat16 2 P / R, and in NF4 2 (P - M) / R + 0.516 M / R
     on the host     the bytes that engines are sent; at times copies: while loading, publishing, saving
     moments         on the host instead, with `optim.offload`; on the device the part that is updated
 
