@@ -224,9 +224,8 @@ def _learner(run: RunConfig, model: ModelFacts, sent: int) -> Process:
         model.teacher,
     )
     trained = model.lora.adapter or model.shape.parameters // learner.shards
-    offloaded = 8 * trained if learner.optim.offload else 0
-    device += stage_amounts(run.stages, model.width, model.vocabulary, learner.shards, offloaded)
-    heads = head_bytes(run.stages, model.width, model.vocabulary)
+    device += stage_amounts(learner, run.stages, model.width, model.vocabulary, trained)
+    heads = head_bytes(learner, run.stages, model.width, model.vocabulary)
     host = host_amounts(learner, model.shape, model.lora.adapter, sent, heads)
     host += [away_amount(device)] if run.cluster.colocate == "turns" else []
     return Process("learner", learner.ranks, (_STARTED, *device, *host), on_gpu)

@@ -74,6 +74,7 @@ _THEIRS: dict[tuple[str, ...], str] = {
     _of_optim("learning_rate"): "lr actor_lr actor_learning_rate policy_lr max_lr",
     ("learner.algorithm.critic.optim.learning_rate",): "critic_lr critic_learning_rate value_lr",
     _of_optim("weight_decay"): "wd",
+    _of_optim("moments"): "adam_8bit adam8bit adamw_8bit adamw_bnb_8bit optim_bits use_8bit_adam use_8bit_optimizer",
     _of_optim("offload"): "optimizer_offload offload_optimizer adam_offload cpu_offload",
     ("cluster.colocate",): "colocate_all colocate_all_models colocated vllm_mode hybrid_engine free_cache_engine "
     "vllm_enable_sleep enable_sleep_mode vllm_enable_sleep_mode",

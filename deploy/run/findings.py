@@ -201,7 +201,7 @@ def _learner_gpu(config: RunConfig, plan: MemoryPlan, gpu_bytes: int, always: in
         adapter = "quantize the adapter's base (learner.model.lora.quantize_base), "
     remedy = (
         f"raise learner.ranks (with learner.context_parallel_size if rows are too long), {adapter}lower "
-        "learner.tokens_per_microbatch, or set learner.optim.offload = true or "
+        "learner.tokens_per_microbatch, or set learner.optim.moments = 8bit, learner.optim.offload = true or "
         "learner.model.gradient_checkpointing = true"
     )
     if peak > room:

@@ -97,7 +97,7 @@ class DiskUse:
     @classmethod
     def of(cls, config: RunConfig, model: ModelFacts, size: JobSize) -> DiskUse:
         """The disk that a recipe needs."""
-        heads = head_bytes(config.stages, model.width, model.vocabulary)
+        heads = head_bytes(config.learner, config.stages, model.width, model.vocabulary)
         one = checkpoint_bytes(config.learner, model.shape, model.lora.adapter, heads)
         count = min(config.checkpoint.keep, 1 + config.steps // config.checkpoint.every_steps) + 1
         rows = row_bytes(model, size.processed) * size.steps

@@ -47,11 +47,17 @@ class OptimSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
         le=1,
         description="learning rate at the end of a falling schedule, as a fraction of the peak",
     )
+    moments: Literal["float32", "8bit"] = Field(
+        default="float32",
+        description="data type of AdamW's moments. 8bit: about 2 bytes a parameter instead of 8, by block-wise dynamic "
+        "quantization (Dettmers et al. 2022, as 8-bit Adam in bitsandbytes); vectors and tensors of fewer than 4,096 "
+        "numbers stay in float32. A run may be continued with the other type. On a CPU a step takes longer",
+    )
     offload: bool = Field(
         default=False,
-        description="keep AdamW's moments, 8 bytes a parameter, in host memory instead of on the GPU. Every update "
-        "moves them there and back, 16 bytes a parameter. Results and checkpoints do not change. On a CPU there is "
-        "nothing to gain",
+        description="keep AdamW's moments, 8 bytes a parameter (2 in 8 bits), in host memory instead of on the GPU. "
+        "Every update moves them there and back, 16 bytes a parameter (4). Results and checkpoints do not change. "
+        "On a CPU there is nothing to gain",
     )
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from learner.model.blockwise import dynamic_type, middles, nearest
 from learner.model.routers import routers_in
 
 BLOCK = 64  # numbers with one scale
@@ -59,17 +60,7 @@ NF4 = torch.tensor(
 )
 
 
-def _dynamic_type() -> Tensor:
-    """Its 256 values in order: the seven powers of ten up to 1, the larger ones divided into more parts."""
-    found = [torch.tensor([0.0, 1.0])]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**exponent + 1)
-        centres = 10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
-        found += [centres, -centres]
-    return torch.cat(found).sort().values
-
-
-EIGHT_BITS = _dynamic_type()
+EIGHT_BITS = dynamic_type(signed=True)
 _PAIRS = torch.cartesian_prod(NF4, NF4)  # [256, 2]: the two numbers of a byte
 
 
@@ -84,12 +75,8 @@ class _Tables(NamedTuple):
 
 @cache
 def _tables(device: torch.device) -> _Tables:
-    on_cpu = _Tables(_middles(NF4), EIGHT_BITS, _middles(EIGHT_BITS), _PAIRS)
+    on_cpu = _Tables(middles(NF4), EIGHT_BITS, middles(EIGHT_BITS), _PAIRS)
     return _Tables(*(table.to(device) for table in on_cpu))
-
-
-def _middles(values: Tensor) -> Tensor:
-    return (values[:-1] + values[1:]) / 2
 
 
 class _Parts(NamedTuple):
@@ -140,7 +127,7 @@ def quantize(matrix: Tensor) -> Tensor:
         own_B = numbers_BC.abs().amax(1)
         first, count = begin // BLOCK, len(own_B)
         largest_B[first : first + count] = own_B
-        pairs = _nearest(numbers_BC, own_B, tables.nf4_edges).view(-1, 2)
+        pairs = nearest(numbers_BC, own_B, tables.nf4_edges).view(-1, 2)
         codes = parts.codes[first * BLOCK // 2 : (first + count) * BLOCK // 2]
         codes.copy_(pairs[:, 0] * 16 + pairs[:, 1])
     mean = largest_B.double().mean().float()
@@ -149,7 +136,7 @@ def quantize(matrix: Tensor) -> Tensor:
     parts.mean.copy_(mean)
     centred_SC = _blocks(largest_B - mean, SCALES)
     parts.scales_S.copy_(centred_SC.abs().amax(1))
-    scale_codes = _nearest(centred_SC, parts.scales_S, tables.eight_edges)
+    scale_codes = nearest(centred_SC, parts.scales_S, tables.eight_edges)
     parts.scale_codes_B.copy_(scale_codes.flatten()[: len(largest_B)])
     return stored
 
@@ -157,14 +144,6 @@ def quantize(matrix: Tensor) -> Tensor:
 def _blocks(flat: Tensor, size: int) -> Tensor:
     """[n] -> [blocks, size], the last one filled up with zeros."""
     return pad(flat, (0, -len(flat) % size)).view(-1, size)
-
-
-def _nearest(numbers_BC: Tensor, largest_B: Tensor, edges: Tensor) -> Tensor:
-    """Codes of numbers that are divided by their block's largest: uint8 [B, C]."""
-    # A reciprocal, as bitsandbytes computes it. Of a block of zeros it is infinite: its numbers stay zeros.
-    inverse_B = largest_B.reciprocal()
-    inverse_B = torch.where(torch.isfinite(inverse_B), inverse_B, 0.0)
-    return torch.bucketize(numbers_BC * inverse_B[:, None], edges, out_int32=True).to(torch.uint8)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ Experts of a mixture may be left out of the gathering: see experts.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -134,30 +134,49 @@ def sum_whole(tensors: Iterable[Tensor], ranks: Ranks) -> None:
 class Stored(Protocol):
     """A tensor of a file, of which any rows can be read."""
 
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
     def rows(self, begin: int, end: int) -> Tensor: ...
     def __getitem__(self, index: Any) -> Tensor: ...
 
 
 def laid_out(stored: Stored, like: Tensor) -> Tensor:
-    """Read a tensor, laid out and on the device as `like` is: of a sharded one the own rows."""
-    own = _own_rows(stored, like).to(like.device)
-    if not isinstance(like, DTensor):
-        return own
-    mesh, placements = like.device_mesh, like.placements
-    return DTensor.from_local(own, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    """Read a tensor of as many rows as `like`, laid out and on the device as that is: of a sharded one the own rows."""
+    return _of_all_rows(_own_rows(stored, like).to(like.device), like)
 
 
 def laid_out_on_host(stored: Stored, like: Tensor) -> Tensor:
     """As `laid_out`, in host memory."""
-    found = zeros_on_host(like)
+    found = zeros_on_host(like, stored.shape[1:], stored.dtype)
     local(found).copy_(_own_rows(stored, like))
     return found
 
 
-def zeros_on_host(like: Tensor) -> Tensor:
-    """Zeros in host memory, laid out as `like` is, sharded where it is; pinned where it is on a GPU."""
+def zeros_beside(like: Tensor, row: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros with a row of this shape for each row of `like`, laid out and on the device as that is."""
+    rows = len(local(like)) if like.ndim else 1
+    own = torch.zeros((rows, *row) if like.ndim else (), dtype=dtype, device=like.device)
+    return _of_all_rows(own, like)
+
+
+def zeros_on_host(like: Tensor, row: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As `zeros_beside`, in host memory; pinned where `like` is on a GPU."""
     # A sharded tensor keeps its mesh and placements; its own part alone is on the host.
-    return torch.zeros_like(like.detach(), device="cpu", pin_memory=like.device.type == "cuda")
+    there = like.detach() if like.shape[1:] == torch.Size(row) else zeros_beside(like, row, dtype)
+    return torch.zeros_like(there, dtype=dtype, device="cpu", pin_memory=like.device.type == "cuda")
+
+
+def _of_all_rows(own: Tensor, like: Tensor) -> Tensor:
+    """The tensor whose own rows these are, where `like` is sharded."""
+    if not isinstance(like, DTensor):
+        return own
+    whole = torch.empty((like.shape[0], *own.shape[1:]), device="meta")
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(
+        own, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def _own_rows(stored: Stored, like: Tensor) -> Tensor:

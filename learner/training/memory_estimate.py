@@ -6,6 +6,7 @@
                     of an adapter's base in bfloat16 2 P / R, and in NF4 2 (P - M) / R + 0.516 M / R
     on the host     the bytes that engines are sent; at times copies: while loading, publishing, saving
     moments         on the host instead, with `optim.offload`; on the device the part that is updated
+                    with `optim.moments = "8bit"` 2.03 T / R; a part in float32 while it is updated
 
 `memory_dry_run` tries the same on the device itself, when the learner starts.
 """
@@ -25,11 +26,13 @@ from learner.model.lora_targets import NO_ADAPTER, Sizes
 from learner.model.nf4 import BITS, dequantizing_bytes
 from learner.settings import LearnerSettings
 from learner.stages.settings import AnyStage, IlqlSettings, OwnStage
-from learner.training.host_moments import PART
+from learner.training.eight_bit import AT_ONCE_GPU, BLOCK, WORKING, block_of, number_bytes
+from learner.training.stored_moments import PART
 
 _WIDE = 4  # bytes of a float32
 _HALF = 2  # of a bfloat16
 _ROOM = 0.8  # of a device's memory: what an estimate may fill
+_MANY = 2**12  # rows of a matrix that is not small
 _LOGIT_BLOCKS = 4  # logits, probabilities, their gradient, and a cast of it
 
 
@@ -66,10 +69,25 @@ def slices_exchanged(settings: LearnerSettings, saved: Saved, longest: int) -> i
 
 def state_bytes(settings: LearnerSettings, shape: Shape, adapter: int) -> int:
     """Weights, gradients and moments of a rank on its device: what it holds in any case."""
-    numbers = 2 if settings.optim.offload else 4  # of each trained parameter
+    trained = adapter or shape.parameters
+    own = 2 * _WIDE * trained + _moments_on_device(settings, settings.optim, trained)
     if adapter:  # whole on every rank
-        return base_bytes(settings, shape) // settings.shards + numbers * _WIDE * adapter
-    return numbers * _WIDE * shape.parameters // settings.shards
+        return base_bytes(settings, shape) // settings.shards + own
+    return own // settings.shards
+
+
+def _moment_bytes(settings: LearnerSettings, optim: OptimSettings, numbers: int) -> int:
+    """Of AdamW's two moments of so many trained parameters; the few in vectors are taken for others."""
+    if optim.moments == "float32":
+        return 2 * _WIDE * numbers
+    lora = settings.model.lora
+    # A block of the narrower matrix of an adapter is a row of it. Others are as long as most models' widths allow.
+    block = BLOCK if lora is None else block_of((_MANY, lora.rank))
+    return round(2 * number_bytes(block) * numbers)
+
+
+def _moments_on_device(settings: LearnerSettings, optim: OptimSettings, numbers: int) -> int:
+    return 0 if optim.offload else _moment_bytes(settings, optim, numbers)
 
 
 def base_bytes(settings: LearnerSettings, shape: Shape) -> int:
@@ -105,13 +123,12 @@ def learner_amounts(
     ranks, adapter = settings.shards, lora.adapter
     base = base_bytes(settings, shape) // ranks
     own = _WIDE * adapter or base  # of what is trained
-    on_gpu = settings.model.device == "cuda"
     stored = "bfloat16" if _stored_size(settings) == _HALF else "float32"
     quantized = settings.model.quantized
     found = [Amount(f"parameters, {'NF4 and ' if quantized else ''}{stored}", base, moves=True)]
     if adapter:
         found.append(Amount("the adapter, float32", own, moves=True))
-    found += [Amount("gradients, float32", own), *_moments("AdamW's moments", own, settings.optim, on_gpu)]
+    found += [Amount("gradients, float32", own), *_moments("AdamW's moments", own, settings, settings.optim)]
     found += _product_amounts(settings, shape, lora)
     tokens, whole_row = slice_tokens(settings, longest), row_tokens(settings, longest)
     if settings.travels:
@@ -197,7 +214,7 @@ def _critic_amounts(settings: LearnerSettings, model: int, trained: int) -> list
     return [
         Amount("critic and its slow copy" if slow else "critic", (1 + slow) * model, moves=True),
         Amount("the critic's gradients", trained),
-        *_moments("the critic's moments", trained, critic.optim, settings.model.device == "cuda"),
+        *_moments("the critic's moments", trained, settings, critic.optim),
     ]
 
 
@@ -219,12 +236,15 @@ def _product_bytes(settings: LearnerSettings) -> int:
     return _HALF if settings.model.dtype == "bfloat16" else _WIDE
 
 
-def _moments(what: str, trained_bytes: int, optim: OptimSettings, on_gpu: bool) -> list[Amount]:
+def _moments(what: str, trained_bytes: int, settings: LearnerSettings, optim: OptimSettings) -> list[Amount]:
     """AdamW's two moments of trained parameters with so many bytes, and where they lie."""
-    found = [Amount(f"{what}, float32", 2 * trained_bytes, on_host=optim.offload, moves=not optim.offload)]
-    if optim.offload and on_gpu:
-        part = 2 * min(trained_bytes, _WIDE * PART)
-        found.append(Amount(f"{what}, the part that is updated", part, at_times=True))
+    numbers, coded = trained_bytes // _WIDE, optim.moments == "8bit"
+    held = _moment_bytes(settings, optim, numbers)
+    kind = "8 bits a number" if coded else "float32"
+    found = [Amount(f"{what}, {kind}", held, on_host=optim.offload, moves=not optim.offload)]
+    if settings.model.device == "cuda" and (optim.offload or coded):
+        part = WORKING * min(numbers, AT_ONCE_GPU) if coded else 2 * min(numbers, PART)
+        found.append(Amount(f"{what}, the part that is updated", _WIDE * part, at_times=True))
     return found
 
 
@@ -257,28 +277,38 @@ def host_share(ranks: int) -> int:
 
 
 def stage_amounts(
-    stages: Sequence[AnyStage], width: int, vocabulary: int, ranks: int, offloaded: int = 0
+    settings: LearnerSettings, stages: Sequence[AnyStage], width: int, vocabulary: int, trained: int
 ) -> list[Amount]:
-    """What stages hold on each rank's device besides, while they go on; width: of the model's hidden states.
+    """What stages hold on each rank's device besides, while they go on.
 
-    offloaded: bytes of the moments that reinforcement learning has in host memory, and a stage by its own choice.
+    width: of the model's hidden states; trained: parameters of a rank.
     """
     found = []
+    later = _moments_on_device(settings, settings.optim, trained)
     for index, stage in enumerate(stages):
-        if offloaded and not isinstance(stage, OwnStage) and not stage.optim.offload:
-            found.append(Amount(f"AdamW's moments in stage {index}, float32", offloaded, at_times=True))
+        if not isinstance(stage, OwnStage):
+            more = _moments_on_device(settings, stage.optim, trained) - later
+            beyond = ", beyond those of reinforcement learning" if later else ""
+            if more > 0:
+                found.append(Amount(f"AdamW's moments in stage {index}{beyond}", more, at_times=True))
         if isinstance(stage, IlqlSettings):
-            actions, state = stage.head_parameters(width, vocabulary)
-            numbers = 4 * (actions + state) + actions  # weights, gradients, two moments; a slow copy
-            nbytes = _WIDE * numbers // ranks
+            nbytes = _value_head_bytes(settings, stage, width, vocabulary, gradients=True) // settings.shards
             found.append(Amount(f"value heads of stage {index}, with a slow copy", nbytes, at_times=True))
     return found
 
 
-def head_bytes(stages: Sequence[AnyStage], width: int, vocabulary: int) -> int:
-    """Value heads in a stage's checkpoint, float32: weights, two moments, a slow copy; of the stage with the most."""
-    heads = [each.head_parameters(width, vocabulary) for each in stages if isinstance(each, IlqlSettings)]
-    return max((_WIDE * (3 * (actions + state) + actions) for actions, state in heads), default=0)
+def head_bytes(settings: LearnerSettings, stages: Sequence[AnyStage], width: int, vocabulary: int) -> int:
+    """Value heads in a stage's checkpoint: weights, two moments, a slow copy; of the stage with the most."""
+    heads = (each for each in stages if isinstance(each, IlqlSettings))
+    return max((_value_head_bytes(settings, each, width, vocabulary) for each in heads), default=0)
+
+
+def _value_head_bytes(
+    settings: LearnerSettings, stage: IlqlSettings, width: int, vocabulary: int, gradients: bool = False
+) -> int:
+    actions, state = stage.head_parameters(width, vocabulary)
+    wide = (1 + gradients) * (actions + state) + actions  # a slow copy of action values alone
+    return _WIDE * wide + _moment_bytes(settings, stage.value_optim, actions + state)
 
 
 def away_amount(device: Sequence[Amount]) -> Amount:
@@ -298,10 +328,12 @@ def host_amounts(
     trained = ranks * adapter or shape.parameters  # an adapter is whole on every rank
     found = [Amount("a version for the engines", sent_bytes, on_host=True, lead=True)] if sent_bytes else []
     if settings.algorithm.keeps:
+        kept = _WIDE * trained + _moment_bytes(settings, settings.optim, trained)
         critic = settings.algorithm.critic
-        slow = isinstance(critic, TurnCriticSettings)
-        numbers = 3 + (3 + slow if isinstance(critic, OwnCriticSettings | TurnCriticSettings) else 0)
-        kept = _WIDE * numbers * trained // ranks
+        if isinstance(critic, OwnCriticSettings | TurnCriticSettings):
+            slow = isinstance(critic, TurnCriticSettings)
+            kept += _WIDE * (1 + slow) * trained + _moment_bytes(settings, critic.optim, trained)
+        kept //= ranks
         found.append(Amount("copy of weights and moments, in a step", kept, on_host=True, at_times=True))
     outside, layer = shape.outside_layers, shape.largest_layer
     examined, read = _WIDE * (outside + layer), _WIDE * max(outside, layer)
@@ -330,6 +362,8 @@ def checkpoint_bytes(settings: LearnerSettings, shape: Shape, adapter: int, head
     critic = settings.algorithm.critic
     own = isinstance(critic, OwnCriticSettings | TurnCriticSettings)
     slow = isinstance(critic, TurnCriticSettings)
-    weights = (shape.parameters + adapter) * (1 + own + slow)
-    moments = 2 * (adapter or shape.parameters) * (1 + own)
-    return _WIDE * (weights + moments) + heads
+    weights, trained = (shape.parameters + adapter) * (1 + own + slow), adapter or shape.parameters
+    moments = _moment_bytes(settings, settings.optim, trained)
+    if isinstance(critic, OwnCriticSettings | TurnCriticSettings):
+        moments += _moment_bytes(settings, critic.optim, trained)
+    return _WIDE * weights + moments + heads

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from learner.algorithm.schedule import OptimSettings, learning_rate
-from learner.parallel.shards import gathered, laid_out, laid_out_on_host, local
-from learner.training.host_moments import HostMoments, room_of_a_part
+from learner.parallel.shards import gathered, local
+from learner.training.stored_moments import StoredMoments
 
 
 @contextmanager
@@ -69,7 +69,11 @@ class Optimizer:
             eps=settings.eps,
             fused=True,
         )
-        self._host_moments = HostMoments(self._adamw) if settings.offload else None
+        eight_bit = settings.moments == "8bit"
+        self._moments = StoredMoments(self._adamw, on_host=settings.offload, eight_bit=eight_bit)
+        self._as_stored = not (
+            settings.offload or eight_bit
+        )  # torch's optimizer updates them as they are stored
 
     def zero_grad(self) -> None:
         """Forget every gradient: the next backward pass hands its own over, where zeros would have to be added to."""
@@ -92,7 +96,7 @@ class Optimizer:
             torch._foreach_mul_(self._gradients, self.settings.max_grad_norm / norm)
         for group in self._adamw.param_groups:
             group["lr"] = rate
-        (self._host_moments or self._adamw).step()
+        (self._adamw if self._as_stored else self._moments).step()
         self.steps += 1
         return StepReport(norm, rate, applied=True)
 
@@ -101,14 +105,12 @@ class Optimizer:
         return float(gathered(nn.utils.get_total_norm(self._gradients)))
 
     def moments_to_come(self) -> list[Tensor]:
-        """Room for the moments that the first step will have on the device; nothing where they are there."""
-        if self._host_moments is not None:
-            return room_of_a_part(self._parameters)
-        return [torch.empty_like(p) for p in self._parameters for _ in range(0 if self._adamw.state else 2)]
+        """Room for the moments that the first step will have on the device, beside those that are there."""
+        return self._moments.to_come(self._parameters)
 
     def held(self) -> list[Tensor]:
         """The moments that lie on the parameters' device."""
-        states = [] if self._host_moments is not None else self._adamw.state.values()
+        states = [] if self.settings.offload else self._adamw.state.values()
         return [moment for state in states for moment in state.values() if moment.ndim]
 
     @torch.no_grad()
@@ -151,17 +153,15 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the stored state of an optimizer over the same parameters, keeping own settings.
 
+        Moments become what these say: those in float32 are quantized, or those in eight bits dequantized.
+
         The leaves of "moments" are tensors of a file, of which this rank reads the rows that it needs.
         """
         parameters = [p for group in self._adamw.param_groups for p in group["params"]]
-        read = laid_out if self._host_moments is None else laid_out_on_host
         self._adamw.state.clear()
         for place, entry in state["moments"].items():
             parameter = parameters[int(place)]
-            self._adamw.state[parameter] = {
-                name: read(stored, parameter) if stored.ndim else stored[...].to(parameter.device)
-                for name, stored in entry.items()
-            }
+            self._adamw.state[parameter] = self._moments.read(entry, parameter)
         self.steps = int(state["steps"])
 
 

@@ -26,6 +26,7 @@ from learner.stages.settings import AnyStage, SftSettings
 from learner.training.checkpoint import newest
 from learner.training.device_state import DeviceState
 from learner.training.learner import Learner
+from learner.training.optim import StepReport
 from learner.training.publish import take_snapshot
 from rollout.wire.schema import as_reused, decode, encode
 from rollout.wire.trajectory import Group, Turn
@@ -64,13 +65,20 @@ def built(
     recipe: dict[str, Any],
     stage: AnyStage = SFT,
     offload: bool = False,
+    moments: str = "float32",
     **model: Any,
 ) -> Learner:
     if "distill" in recipe:
         recipe = recipe | {"distill": {"teacher": str(tiny), **recipe["distill"]}}
     settings = {
         "model": {"path": str(tiny), **model},
-        "optim": {"learning_rate": 1e-2, "max_grad_norm": 0.3, "weight_decay": 0.1, "offload": offload},
+        "optim": {
+            "learning_rate": 1e-2,
+            "max_grad_norm": 0.3,
+            "weight_decay": 0.1,
+            "moments": moments,
+            "offload": offload,
+        },
         "algorithm": recipe,
         "tokens_per_microbatch": LIMIT,
     }
@@ -206,23 +214,30 @@ def model_refused(ranks: Ranks, folder: Path, model: dict[str, Any]) -> str:
 
 
 def refused(
-    ranks: Ranks, tiny: Path, recipe: dict[str, Any], spoilt: dict[str, Any]
+    ranks: Ranks, tiny: Path, recipe: dict[str, Any], spoilt: dict[str, Any], moments: str
 ) -> tuple[str, int, bool]:
     """What a learner says to a batch of which one episode is spoilt; optimizer steps it made before; is it what it was?
 
     spoilt: what is changed in each of the episode's turns.
     """
-    made = built(ranks, tiny, recipe)
+    made = built(ranks, tiny, recipe, moments=moments)
     made.step(own(ranks, groups_of(1)))
     before, drawn = _moved(made), made._rng.bit_generator.state
     applied: list[int] = []
-    made.optimizer._adamw.register_step_post_hook(lambda *_: applied.append(1))
+    step = made.optimizer.step
+
+    def counted(finite: bool = True) -> StepReport:
+        report = step(finite)
+        applied.extend([1] * report.applied)
+        return report
+
+    vars(made.optimizer)["step"] = counted
     groups = groups_of(0)
     *others, last = groups[3].trajectories
-    steps = tuple(
-        replace(step, **{name: change(step) for name, change in spoilt.items()}) for step in last.turns
+    turns = tuple(
+        replace(turn, **{name: change(turn) for name, change in spoilt.items()}) for turn in last.turns
     )
-    groups[3] = replace(groups[3], trajectories=(*others, replace(last, turns=steps)))
+    groups[3] = replace(groups[3], trajectories=(*others, replace(last, turns=turns)))
     try:
         made.step(own(ranks, groups))
     except BatchRefused as error:

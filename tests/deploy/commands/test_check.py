@@ -19,6 +19,8 @@ from deploy.config.policies import of_policy
 from deploy.config.recipe_files import recipe_names
 from deploy.run.findings import of_disk, of_job, of_memory, of_recipe
 from deploy.run.job_size import DiskUse, JobSize, nodes
+from learner.model.footprint import blank_model
+from learner.training.optim import Optimizer
 from tests.deploy.command import Manta, command
 from tests.qwen3 import QWEN3_06B, QWEN3_8B, QWEN3_30B_A3B, Qwen3
 from tests.smollm2 import needs_smollm2
@@ -137,6 +139,28 @@ def test_memory_is_what_arithmetic_says() -> None:
     assert node.host_bytes == pytest.approx((4 * 3 + 2 + 2) * weights + (5 * 0.5 + 4 * 2.4) * GIB, rel=0.01)
     halves = nodes(config, plan, 4)
     assert [each.gpus for each in halves] == [4, 4]
+
+
+def test_moments_in_eight_bits_are_a_byte_and_a_256th_of_a_scale_a_number() -> None:
+    overrides = ["learner.optim.moments=8bit", "stages=[{kind='sft', source={kind='player'}}]"]
+    config, facts = load_config("qwen3_8b_gsm8k", overrides), _facts("qwen3_8b_gsm8k")
+    amounts = {
+        each.what: each.nbytes for each in MemoryPlan.of(config, facts, 80 * GIB).process("learner").amounts
+    }
+    # What is stored of each parameter of the model, of which no rank's rows end within a block.
+    model = blank_model(AutoConfig.for_model(**GPU["qwen3_8b_gsm8k"].config()))
+    optimizer = Optimizer(model.parameters(), config.learner.optim)
+    stored = sum(each.nbytes for each in optimizer.moments_to_come()[:-1])
+    assert amounts["AdamW's moments, 8 bits a number"] == pytest.approx(stored / 4, rel=1e-4)
+    assert stored / 8 < QWEN3_8B.parameters * 0.26
+    # 16 million numbers at a time: both moments in float32, and one while it is quantized.
+    assert amounts["AdamW's moments, the part that is updated"] == 2**24 * 16
+    assert amounts["copy of weights and moments, while saving"] == pytest.approx(
+        QWEN3_8B.parameters + stored / 4, rel=1e-4
+    )
+    # The stage has its own optimizer, whose moments are float32.
+    beyond = amounts["AdamW's moments in stage 0, beyond those of reinforcement learning"]
+    assert beyond == pytest.approx(2 * QWEN3_8B.parameters - stored / 4, rel=1e-4)
 
 
 def test_an_engine_larger_than_a_node_takes_the_next_ones_too() -> None:

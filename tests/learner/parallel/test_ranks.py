@@ -52,6 +52,11 @@ TURNS: dict[str, Any] = {
         "optim": {"learning_rate": 0.03},
     },
 }
+CODED: dict[str, Any] = {
+    "advantage": GAE,
+    "critic": {"optim": {"learning_rate": 0.03, "moments": "8bit"}},
+}
+EIGHT_BIT = {"moments": "8bit"}
 RISK: dict[str, Any] = {"name": "risk", "limit": 0.5, "update": {"kind": "dual", "rate": 0.5}}
 # (recipe, learner steps, settings of the model); UNTIED stands for a model whose head is a matrix of its own
 UNTIED = "untied"
@@ -105,6 +110,7 @@ CASES: list[Any] = [
     (SHARED, 2, {"lora": {"rank": 2, "alpha": 8, "quantize_base": "nf4"}}),
     (CRITIC, 1, {"lora": {"rank": 2, "alpha": 8}}),
     (TURNS, 1, {"lora": {"rank": 2, "alpha": 8, "quantize_base": "nf4"}}),
+    (CODED, 3, EIGHT_BIT),
 ]
 
 
@@ -198,9 +204,20 @@ def _met(size: int, work: Any, *args: Any) -> list[Found]:
 @pytest.mark.parametrize(
     ("before", "after", "cases"),
     [
-        (2, 1, [(CRITIC, {}), (SHARED, {}), (TURNS, {}), (SHARED, MERGED), (CRITIC, QUANTIZED)]),
+        (
+            2,
+            1,
+            [
+                (CRITIC, {}),
+                (SHARED, {}),
+                (TURNS, {}),
+                (SHARED, MERGED),
+                (CRITIC, QUANTIZED),
+                (CODED, EIGHT_BIT),
+            ],
+        ),
         (1, 2, [(CRITIC, {}), (SHARED, ADAPTER)]),
-        (HYBRID, 2, [(CRITIC, {}), (SHARED, QUANTIZED)]),
+        (HYBRID, 2, [(CRITIC, {}), (SHARED, QUANTIZED), (CODED, EIGHT_BIT)]),
         (1, HYBRID, [(SHARED, {}), (SHARED, MERGED)]),
         (SLICED, 1, [(CRITIC, {})]),
         (1, SLICED, [(TURNS, {})]),
@@ -250,23 +267,24 @@ def _continued(
     assert {path.name for path in newest.iterdir()} == {"model", "critic"} | files
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("size", "moments"), [(1, "float32"), (2, "float32"), (2, "8bit")])
 def test_moments_in_host_memory_change_neither_numbers_nor_files(
-    size: int, tiny: Path, tmp_path: Path
+    size: int, moments: str, tiny: Path, tmp_path: Path
 ) -> None:
-    recipe = {"advantage": GAE, "critic": {"optim": {"learning_rate": 0.03, "offload": True}}}
-    plain, offloaded = (
-        (tiny, CRITIC, tmp_path / "plain", {}),
-        (tiny, recipe, tmp_path / "off", {"offload": True}),
-    )
-    wrote, *_ = together(size, in_turn, saved, [plain, offloaded])
-    files = [latest(run) for _, _, run, _ in (plain, offloaded)]
+    cases = []
+    for offload in (False, True):
+        critic = {"optim": {"learning_rate": 0.03, "moments": moments, "offload": offload}}
+        model = {"moments": moments, "offload": offload}
+        cases.append((tiny, {"advantage": GAE, "critic": critic}, tmp_path / str(offload), model))
+    wrote, *_ = together(size, in_turn, saved, cases)
+    files = [latest(run) for _, _, run, _ in cases]
     assert None not in files
     states = [{p.name: p.read_bytes() for p in f.glob("*.safetensors*")} for f in files if f is not None]
     assert states[0] == states[1] and len(states[0]) == 2
     for what in ("parameters", "moments"):
         _same(wrote[1][what], wrote[0][what])
     # Either continues from the other's checkpoint.
+    plain, offloaded = cases
     swapped = [(*plain[:2], offloaded[2], plain[3]), (*offloaded[:2], plain[2], offloaded[3])]
     one, other = together(size, in_turn, resumed, swapped)[0]
     assert one["metrics"] == other["metrics"]
@@ -278,6 +296,7 @@ KL: dict[str, Any] = {"kl": {"coefficient": 0.3}, "skip_zero_advantage": False}
 AWAY: list[Any] = [
     (CRITIC | KL | {"distill": {"coefficient": 0.5}}, {"dtype": "bfloat16"}),
     (TURNS, {"offload": True}),
+    (CODED, EIGHT_BIT),
     (SHARED | KL, MERGED),
     (SHARED | KL, QUANTIZED),
 ]
@@ -327,24 +346,29 @@ def test_ranks_of_unequal_shares_make_the_same_optimizer_steps(tiny: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("recipe", "spoilt", "message"),
+    ("recipe", "spoilt", "moments", "message"),
     [
         (
             {},
             {"behavior_logprobs": without_logprobs},
+            "float32",
             r"^group 3, episode 2: its behavior logprobs are not finite$",
         ),
-        (
-            {"advantage": {"kind": "grpo", "divide": False}, "minibatches": 3, "epochs": 2},
-            {"reward": beyond_floats},
-            r"^an optimizer step is not finite: loss .*grad_norm (inf|nan)$",
+        *(
+            (
+                {"advantage": {"kind": "grpo", "divide": False}, "minibatches": 3, "epochs": 2},
+                {"reward": beyond_floats},
+                moments,
+                r"^an optimizer step is not finite: loss .*grad_norm (inf|nan)$",
+            )
+            for moments in ("float32", "8bit")
         ),
     ],
 )
 def test_a_batch_that_is_spoilt_on_one_rank_is_refused_by_all(
-    recipe: dict[str, Any], spoilt: dict[str, Any], message: str, tiny: Path
+    recipe: dict[str, Any], spoilt: dict[str, Any], moments: str, message: str, tiny: Path
 ) -> None:
-    said = together(2, refused, tiny, recipe, spoilt)
+    said = together(2, refused, tiny, recipe, spoilt, moments)
     assert said[0] == said[1]
     assert re.match(message, said[0][0]) and said[0][2]
     assert bool(said[0][1]) == ("minibatches" in recipe), "what an update before it moved was put back"

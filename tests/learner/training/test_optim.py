@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from learner.algorithm.schedule import OptimSettings, learning_rate
-from learner.training import host_moments
+from learner.training import stored_moments
 from learner.training.optim import Optimizer, subnormals_as_zero
 
 
@@ -70,19 +70,26 @@ def test_a_gradient_of_zero_is_no_step() -> None:
     assert optimizer.steps == 1
 
 
-def test_moments_in_host_memory_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_moments, "PART", 64)  # several parts, the last one of another length
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+def test_moments_in_host_memory_change_no_bit(
+    moments: Literal["float32", "8bit"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in ("PART", "AT_ONCE_CPU"):
+        monkeypatch.setattr(stored_moments, part, 64)  # several parts, the last one of another length
 
     def moved(offload: bool) -> tuple[list[torch.Tensor], dict[str, Any]]:
         random = torch.Generator().manual_seed(0)
         parameters = [
-            nn.Parameter(torch.randn(shape, generator=random)) for shape in ((37, 11), (5,), (1, 1))
+            nn.Parameter(torch.randn(shape, generator=random))
+            for shape in ((37, 11), (5,), (129, 48), (1, 1))
         ]
-        settings = OptimSettings(learning_rate=0.1, weight_decay=0.2, max_grad_norm=1.0, offload=offload)
+        settings = OptimSettings(
+            learning_rate=0.1, weight_decay=0.2, max_grad_norm=1.0, moments=moments, offload=offload
+        )
         optimizer = Optimizer(parameters, settings)
         for step in range(3):
             optimizer.zero_grad()
-            for parameter in parameters if step else parameters[:2]:  # no row reached the last one
+            for parameter in parameters if step else parameters[:-1]:  # no row reached the last one
                 parameter.grad = torch.randn(parameter.shape, generator=random)
             assert optimizer.step().applied
         return [parameter.detach() for parameter in parameters], optimizer.state_dict()
