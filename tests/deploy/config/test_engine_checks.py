@@ -158,6 +158,15 @@ def test_experts_that_ranks_cannot_divide_are_refused_before_a_run() -> None:
     )
     with pytest.raises(ConfigError, match=r"trains an adapter of experts .*\.expert_parallel=false$"):
         check_architecture(adapted, mixture)
+    quantized = configured(
+        "tiny=",
+        "learner.model.path=mixture",
+        *ranks,
+        "learner.sharded_over=4",
+        "learner.model.lora={rank=4, quantize_base='nf4', targets=['q_proj']}",
+    )
+    with pytest.raises(ConfigError, match=r"stores its base in fewer bits, .*leave out .*\.quantize_base$"):
+        check_architecture(quantized, mixture)
     with pytest.raises(ConfigError, match=r"no experts .*set learner\.model\.expert_parallel=false$"):
         check_architecture(config, AutoConfig.for_model(**QWEN3_8B.config()))
     check_architecture(

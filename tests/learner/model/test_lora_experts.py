@@ -199,18 +199,31 @@ def _sequence(ids: list[int]) -> TokenSequence:
 def _scored(ranks: Ranks, folder: Path, model: dict[str, Any]) -> tuple[list[Any], list[Any]]:
     """Gradients of texts that are dealt to the ranks, and what is published."""
     policy = _policy(folder, ranks, **model)
-    batch: Batch = pack([_sequence(ids) for ids in TEXTS[ranks.rank :: ranks.size]], 16, policy.context)
+    own = TEXTS[ranks.share.rank :: ranks.share.ranks]
+    batch: Batch = pack([_sequence(ids) for ids in own], 16, policy.context)
     accumulate(policy, batch, lambda micro: (policy.score(micro, 1.0)[0], {}))
     return arrays(p.grad for p in policy.parameters()), [
         tensor.numpy() for _, tensor in policy.named_weights()
     ]
 
 
-@pytest.mark.parametrize("recompute", [False, "selective"])
-def test_ranks_learn_and_publish_what_one_does(sparse: Path, recompute: bool | str) -> None:
-    model = {"gradient_checkpointing": recompute}
+NF4 = {"lora": LORA | {"quantize_base": "nf4"}}
+
+
+@pytest.mark.parametrize(
+    ("size", "over", "context", "model"),
+    [
+        (2, None, 1, {"gradient_checkpointing": "selective"}),
+        (2, None, 2, {}),
+        (4, 2, 2, NF4 | {"gradient_checkpointing": True}),
+    ],
+    ids=str,
+)
+def test_ranks_learn_and_publish_what_one_does(
+    sparse: Path, size: int, over: int | None, context: int, model: dict[str, Any]
+) -> None:
     expected = _scored(ALONE, sparse, model)
-    for found in together(2, _scored, sparse, model):
+    for found in together(size, _scored, sparse, model, over=over, context=context):
         for ours, alone in zip(found, expected, strict=True):
             for left, right in zip_longest(ours, alone):
                 np.testing.assert_allclose(left, right, atol=1e-5)

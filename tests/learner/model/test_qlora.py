@@ -23,6 +23,7 @@ from learner.settings import LearnerSettings, ModelSettings
 from learner.training.learner import Learner
 from learner.training.memory_estimate import base_bytes
 from learner.training.publish import take_snapshot
+from tests.families import build_family
 from tests.learner.conftest import GroupOf
 
 NF4 = {"rank": 4, "alpha": 8, "quantize_base": "nf4"}
@@ -53,10 +54,15 @@ def _learned(policy: Policy) -> Policy:
     [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "gradient_checkpointing": "selective"}],
     ids=["float32", "bfloat16", "recomputed"],
 )
+@pytest.mark.parametrize("mixed", [False, True], ids=["dense", "mixture"])
 def test_it_is_an_adapter_on_the_dequantized_model_to_the_bit(
-    tiny: Path, tmp_path: Path, model: dict[str, Any]
+    tiny: Path, tmp_path_factory: pytest.TempPathFactory, mixed: bool, model: dict[str, Any]
 ) -> None:
-    quantized = Policy(_settings(tiny, NF4, **model))
+    folder, tmp_path = tiny, tmp_path_factory.mktemp("dequantized")
+    if mixed:
+        folder = tmp_path_factory.mktemp("mixture")
+        build_family("Qwen3-30B-A3B", False, folder)
+    quantized = Policy(_settings(folder, NF4, **model))
     quantized.save(tmp_path)  # B is zeros: the base that it computes with
     policies = [_learned(quantized), _learned(Policy(_settings(tmp_path, PLAIN, **model)))]
     row, found = longest_row(20, 60), []
@@ -67,7 +73,8 @@ def test_it_is_an_adapter_on_the_dequantized_model_to_the_bit(
         found.append((logprobs_N.detach(), gradients, take_snapshot(policy, 0, "bfloat16").manifest))
     (logprobs_N, gradients, manifest), (want_N, want, expected) = found
     assert torch.equal(logprobs_N, want_N)
-    assert len(gradients) == 28 and all(map(torch.equal, gradients, want))
+    # Two layers: seven matrices each, or four and two of experts.
+    assert len(gradients) == 2 * 2 * (6 if mixed else 7) and all(map(torch.equal, gradients, want))
     assert manifest == expected, "checksums of the merged weights, the probe, and its tolerance"
 
 

@@ -141,12 +141,12 @@ def _packed(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if name != "tokens_processed"}
 
 
-@pytest.mark.parametrize(("size", "over"), [(2, None), (4, 2)])
+@pytest.mark.parametrize(("size", "over", "context"), [(2, None, 1), (4, 2, 1), (4, 2, 2), (4, 2, 4)])
 def test_a_step_whose_tokens_travel_is_that_of_one_rank(
-    size: int, over: int | None, mixture: Path, alone: list[Any]
+    size: int, over: int | None, context: int, mixture: Path, alone: list[Any]
 ) -> None:
     cases = [(recipe, steps, model | ON) for recipe, steps, model in CASES]
-    for of_rank in together(size, stepped, mixture, cases, over=over):
+    for of_rank in together(size, stepped, mixture, cases, over=over, context=context):
         for found, expected in zip(of_rank, alone, strict=True):
             assert _packed(found["metrics"]) == pytest.approx(_packed(expected["metrics"]), abs=1e-6)
             _near(found["gradients"], expected["gradients"], 1e-6)
