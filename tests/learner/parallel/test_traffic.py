@@ -99,6 +99,7 @@ EXPERTS: dict[str, Any] = {"dtype": "bfloat16", "expert_parallel": True}
         (2, 2, 1, EXPERTS | {"gradient_checkpointing": True, "sum_gradients": "step"}),
         (4, 2, 1, EXPERTS | {"gradient_checkpointing": "selective"}),
         (4, 4, 1, EXPERTS | {"dtype": "float32", "sum_gradients": "step"}),
+        (4, 2, 2, EXPERTS | {"sum_gradients": "step"}),
         (2, 2, 1, EXPERTS | {"lora": {"rank": 8, "targets": ("q_proj",)}}),
     ],
 )
