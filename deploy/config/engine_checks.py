@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rollout.engines.vllm_start import VllmSettings
+from rollout.wire.model_folder import expert_count
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from deploy.config.config import RunConfig
 
 _CPU_EXPERT_MULTIPLE = 32  # of vLLM's kernels for experts on CPUs
-# Fields of configurations that count experts, by family.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def require_engine(config: RunConfig) -> None:
@@ -80,7 +79,7 @@ def require_divisible(config: RunConfig, architecture: PretrainedConfig) -> None
     """ValueError for a model that the engine's parallel sizes do not divide."""
     engine, text = config.engine, architecture.get_text_config()
     if isinstance(engine, VllmSettings):
-        experts = any(getattr(text, name, None) for name in _EXPERTS)
+        experts = expert_count(architecture) > 0
         _divided(engine, int(text.num_attention_heads), int(text.num_hidden_layers), experts)
         if experts and not config.rollout.gpus_per_worker:
             wide = int(getattr(text, "moe_intermediate_size", None) or text.intermediate_size)

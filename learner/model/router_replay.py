@@ -25,16 +25,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from learner.data.batch import MicroBatch
 from learner.parallel.experts import experts_in
+from rollout.wire.model_folder import expert_count
 
 _IN_LAYER = re.compile(r".*\blayers\.(\d+)\..*")
-# Fields of configurations that count experts, by family.
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def routing_bytes(config: PretrainedConfig) -> int:
     """Bytes of a token's stored experts, B; 0 for a model without experts."""
-    text = config.get_text_config()
-    experts = next(filter(None, (getattr(text, name, None) for name in _COUNTS)), 0)
+    text, experts = config.get_text_config(), expert_count(config)
     width = 2 if experts > 256 else 1
     return int(text.num_hidden_layers) * int(text.num_experts_per_tok) * width if experts else 0
 

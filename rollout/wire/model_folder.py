@@ -18,6 +18,7 @@ COMPANIONS = (
     *("*.txt", "*.model", "*.tiktoken", "vocab.*"),  # vocabularies
 )
 _WEIGHTS = ("*.index.json", "adapter_config.json")  # describe the weights, which are written separately
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # fields of configurations, by family
 _WIDE = ("dtype", "torch_dtype")
 
 
@@ -92,6 +93,12 @@ def token_count(folder: str) -> int | None:
         return 1 + max(ids)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: broken file ({error})") from error
+
+
+def expert_count(config: Any) -> int:
+    """Experts of a layer, by the configuration of a mixture in transformers; 0 of another model."""
+    text = config.get_text_config()
+    return next((int(count) for name in _EXPERTS if (count := getattr(text, name, None))), 0)
 
 
 def write_companions(files: Mapping[str, bytes], folder: Path) -> None:
