@@ -63,6 +63,12 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
         "either case. Not set in a recipe for CPUs whose model is a checkpoint: bfloat16 where the processor "
         "multiplies it, as `manta doctor` says",
     )
+    float8: bool = Field(
+        default=False,
+        description="multiply in 8-bit floating point in the linear layers, except the output head and routers: e4m3 "
+        "forward, e5m2 for gradients, one scale a tensor found at every use. Needs dtype bfloat16, in which all else "
+        "is computed, and a GPU of compute capability 8.9 or later (Ada, Hopper); not with lora. On a CPU it is slow",
+    )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="device that the learner computes on")
     logit_block: int = Field(
         default=2**25,
@@ -104,6 +110,18 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
     lora: LoraSettings | None = Field(
         default=None, description="train a low-rank adapter (LoRA) instead of all weights"
     )
+
+    def require_consistent(self) -> None:
+        """ValueError, one line, for options that exclude each other."""
+        if self.float8 and self.dtype != "bfloat16":
+            raise ValueError(
+                f"learner.model.float8=true multiplies numbers of dtype bfloat16; set learner.model.dtype, now "
+                f"{self.dtype!r}, to 'bfloat16'"
+            )
+        if self.float8 and self.lora is not None:
+            raise ValueError(
+                "learner.model.float8=true trains all weights; leave out learner.model.lora, or set float8=false"
+            )
 
     @property
     def quantized(self) -> bool:

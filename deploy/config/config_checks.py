@@ -101,6 +101,7 @@ def _environments(config: RunConfig) -> None:
 
 
 def _model(config: RunConfig) -> None:
+    config.learner.model.require_consistent()
     if bool(config.learner.model.path) == (config.tiny is not None):
         raise ValueError(
             "set exactly one of learner.model.path (a checkpoint) and the section tiny (a small random model); the "

@@ -113,7 +113,8 @@ def with_correction(tree: dict[str, Any], config: RunConfig) -> dict[str, Any] |
     algorithm = learner.get("algorithm", {})
     engine = config.engine
     coarser = isinstance(engine, VllmSettings) and engine.coarseness > 1
-    same_type = engine.dtype == config.learner.model.dtype and not coarser
+    model = config.learner.model
+    same_type = engine.dtype == model.dtype and not coarser and not model.float8
     if same_type or not {"proximal", "corrections"}.isdisjoint(algorithm):
         return None
     correction = {"proximal": "learner", "corrections": [{"kind": "tis"}]}

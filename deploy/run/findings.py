@@ -135,14 +135,15 @@ def _types(config: RunConfig) -> Iterator[Finding]:
     corrected = any(part.needs_ratio for part in algorithm.corrections)
     stored = isinstance(config.engine, VllmSettings) and config.engine.coarseness > 1
     if (
-        (engine != learner or stored)
+        (engine != learner or stored or config.learner.model.float8)
         and not corrected
         and algorithm.proximal == "behavior"
         and algorithm.loss.clips
     ):
         ours = "engine.args (quantization, kv_cache_dtype)" if stored else f"engine.dtype={engine!r}"
+        own = "float8=true" if config.learner.model.float8 else f"dtype={learner!r}"
         yield Finding(
-            f"{ours} and learner.model.dtype={learner!r} round differently, and no correction weighs "
+            f"{ours} and learner.model.{own} round differently, and no correction weighs "
             "that: the clip drops tokens for rounding alone; use learner.algorithm.proximal='learner' and "
             "corrections=[{kind='tis'}]"
         )

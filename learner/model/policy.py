@@ -14,6 +14,7 @@ from learner.data.prefix_tree import PrefixTree
 from learner.data.row_slice import RowSlice
 from learner.model.attention import hidden_states, require_slices
 from learner.model.divergence import Head, Opposite, divergence
+from learner.model.float8 import Float8
 from learner.model.linear import use_onednn
 from learner.model.loading import as_model_error, blank, examine, freeze_in, load
 from learner.model.logprobs import token_logprobs
@@ -57,6 +58,8 @@ class Policy:
         self.settings = settings
         self.ranks = ranks
         self.device = torch.device(settings.device)
+        with as_model_error():
+            settings.require_consistent()
         folder, self.model = blank(settings)
         # Read now: the folder may be removed before they are written.
         self._files = companions(folder)
@@ -73,6 +76,10 @@ class Policy:
         # The probe of every weight sync (learner.training.probe), once drawn.
         self.probe_text: tuple[int, ...] = ()
         self._reward_head: AuxiliaryModule | None = None
+        self._float8: Float8 | None = None
+        if settings.float8:
+            with as_model_error():
+                self._float8 = Float8(self.model.base_model, self._head, self.device)
         if not settings.lora:
             self._use_onednn()
         products = torch.bfloat16 if settings.dtype == "bfloat16" else None
@@ -237,7 +244,7 @@ class Policy:
     def score_texts(self, ids_BL: Tensor, widest: bool) -> Float32Array:
         """Logprob of each token after the first of texts of equal length, at temperature 1: float32 [B, L - 1].
 
-        widest: compute in float32 for any type of the learner, unless `rounds_always`.
+        widest: compute in float32 for any type of the learner, unless `rounds_always`, and never in float8.
         """
         count, length = ids_BL.shape
         ids_BL = ids_BL.to(self.device)
@@ -314,7 +321,16 @@ class Policy:
         return self.model.get_output_embeddings()
 
     def _whole(self, compute: Callable[[], T], wide: bool = False) -> T:
-        """Call `compute` with whole parameters in the type of products. wide: in float32, unless `rounds_always`."""
+        """Call `compute` with whole parameters in the type of products.
+
+        wide: in float32, unless `rounds_always`, and never in float8.
+        """
+        if self._float8 is None:
+            return self._gathered(compute, wide)
+        with self._float8.exact(wide):
+            return self._gathered(compute, wide)
+
+    def _gathered(self, compute: Callable[[], T], wide: bool) -> T:
         if (narrow := self._narrow) is None:
             return compute() if self.sharded is None else self.sharded.use(compute)
         if self.sharded is None:

@@ -20,7 +20,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Names of operators whose results are kept: products on any device and in any type, and attention's kernels.
 # Not baddbmm: it adds an adapter's product to the weights of all experts, which are as large as the layer.
-_PRODUCTS = ("mm", "addmm", "bmm", "linear", "_linear_pointwise", "_grouped_mm", "grouped_mm_fallback")
+_PRODUCTS = (
+    "mm",
+    "addmm",
+    "bmm",
+    "linear",
+    "_linear_pointwise",
+    "_grouped_mm",
+    "grouped_mm_fallback",
+    "_scaled_mm_v2",
+)
 _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_efficient_attention_forward",

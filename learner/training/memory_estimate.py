@@ -137,6 +137,9 @@ def learner_amounts(
         held = saved.row(tokens, shape.layers, settings.model.gradient_checkpointing)
         found.append(Amount(f"activations of {tokens:,} tokens", held))
         found.append(Amount("their gradients, a layer at a time", round(tokens * saved.layer_per_token)))
+        if settings.model.float8:  # once as they are and once transposed; an output is bfloat16
+            copies = 2 * shape.largest_linear + round(tokens * saved.kept_per_token)
+            found.append(Amount("matrices of a product in float8", copies))
     block = max(settings.model.logit_block // max(tokens, 1), 8) * tokens
     found.append(Amount("logits, a block at a time", _LOGIT_BLOCKS * _WIDE * block))
     if settings.algorithm.needs_reference:

@@ -19,6 +19,7 @@ ALONE = "rollout.group_size=1"
 UNIFORM = "rollout.dynamic_sampling=true"
 LIMITED = "learner.algorithm.constraints=[{name='risk', limit=1, update={kind='dual', rate=1}}]"
 REUSE = ("buffer.reuse.groups=1", "buffer.reuse.max_lag=3")
+FLOAT8 = ("learner.model.float8=true", "learner.model.dtype=bfloat16")
 FREE = ("learner.algorithm.loss.kind=reinforce",)
 
 
@@ -37,6 +38,8 @@ def guard(metric: str) -> str:
         ([ALONE, ADVANTAGE + "{kind='reinforce_pp', group_baseline=true}"], "'reinforce_pp' without group_baseline"),
         ([ADVANTAGE + "{kind='reinforce_pp', group_baseline=true, gamma=0.9}"], "gamma=0.9 discounts returns of"),
         ([ALONE, UNIFORM], "rollout.group_size=1 leaves"),
+        (["learner.model.float8=true"], "learner.model.dtype, now 'float32', to 'bfloat16'"),
+        ([*FLOAT8, "learner.model.lora={}"], "leave out learner.model.lora, or set float8=false"),
         ([ALONE, UNIFORM, ADVANTAGE + "{kind='reinforce_pp'}"], "rollout.dynamic_sampling .*'reinforce_pp'"),
         ([UNIFORM, ADVANTAGE + "{kind='gdpo', weights={goal=1.0}}"], "may tell such episodes apart; .*'maxrl'"),
         ([UNIFORM, ADVANTAGE + "{kind='gigpo'}"], "rollout.dynamic_sampling"),
@@ -98,6 +101,7 @@ def test_what_would_never_act_is_refused(overrides: list[str], named: str) -> No
             "checkpoint.best_metric='eval_hard_maj@4'",
         ],
         [ALONE, *CRITIC],
+        [*FLOAT8],
         [UNIFORM],
         [UNIFORM, ADVANTAGE + "{kind='rloo'}"],
         [UNIFORM, ADVANTAGE + "{kind='maxrl'}"],

@@ -57,18 +57,19 @@ def test_a_checkpoints_open_types_are_those_that_are_fast(
 
 
 @pytest.mark.parametrize(
-    ("args", "kinds"),
+    ("override", "kinds"),
     [
-        ("{quantization='fp8'}", ["tis"]),
-        ("{kv_cache_dtype='fp8'}", ["tis"]),
-        ("{max_num_batched_tokens=64}", []),
+        ("engine.args={quantization='fp8'}", ["tis"]),
+        ("engine.args={kv_cache_dtype='fp8'}", ["tis"]),
+        ("engine.args={max_num_batched_tokens=64}", []),
+        ("learner.model.float8=true", ["tis"]),
     ],
 )
-def test_an_engine_that_stores_fewer_bits_is_corrected_for(
-    args: str, kinds: list[str], monkeypatch: pytest.MonkeyPatch
+def test_an_engine_or_a_learner_of_fewer_bits_is_corrected_for(
+    override: str, kinds: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(derived, "multiplies_bfloat16", lambda: True)
-    config = load_config("smollm2_sums", (f"engine.args={args}",))
+    config = load_config("smollm2_sums", (override,))
     assert [part.kind for part in config.learner.algorithm.corrections] == kinds
 
 

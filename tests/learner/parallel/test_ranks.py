@@ -296,7 +296,7 @@ KL: dict[str, Any] = {"kl": {"coefficient": 0.3}, "skip_zero_advantage": False}
 AWAY: list[Any] = [
     (CRITIC | KL | {"distill": {"coefficient": 0.5}}, {"dtype": "bfloat16"}),
     (TURNS, {"offload": True}),
-    (CODED, EIGHT_BIT),
+    (CODED, EIGHT_BIT | {"dtype": "bfloat16", "float8": True}),
     (SHARED | KL, MERGED),
     (SHARED | KL, QUANTIZED),
 ]
