@@ -1,4 +1,4 @@
-"""A learner's state to host memory and back, and AdamW with its moments there: seconds, bytes, equality.
+"""A learner's state to host memory and back, AdamW with its moments there or in 8 bits: seconds, bytes, equality.
 
     python -m tests.bench.gpu_offload [--tiny]
 
@@ -31,11 +31,11 @@ def parameters(count: int, width: int, device: str) -> list[nn.Parameter]:
 
 
 def moved(
-    count: int, width: int, device: str, offload: bool
+    count: int, width: int, device: str, **optim: Any
 ) -> tuple[list[nn.Parameter], Optimizer, float, int]:
     """Parameters after some steps, seconds of the last one, and the most bytes that torch held on the device."""
     own = parameters(count, width, device)
-    optimizer = Optimizer(own, OptimSettings(learning_rate=1e-3, weight_decay=0.1, offload=offload))
+    optimizer = Optimizer(own, OptimSettings(learning_rate=1e-3, weight_decay=0.1, **optim))
     seconds = 0.0
     for step in range(STEPS):
         for place, parameter in enumerate(own):
@@ -49,6 +49,13 @@ def moved(
     return own, optimizer, seconds, torch.cuda.max_memory_allocated() if device == "cuda" else 0
 
 
+def _forget(device: str) -> None:
+    """Give freed memory back, and count the most that is held from here on."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def _settled(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -57,13 +64,14 @@ def _settled(device: str) -> None:
 def main(tiny: bool) -> dict[str, Any]:
     """The figures."""
     count, width, device = (3, 64, "cpu") if tiny else (100, 2048, "cuda")
-    plain, _, plain_s, plain_most = moved(count, width, device, False)
+    plain, _, plain_s, plain_most = moved(count, width, device)
     kept = [parameter.detach().cpu() for parameter in plain]
     del plain, _
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    own, optimizer, offloaded_s, most = moved(count, width, device, True)
+    _forget(device)
+    *coded, coded_s, coded_most = moved(count, width, device, moments="8bit")
+    del coded
+    _forget(device)
+    own, optimizer, offloaded_s, most = moved(count, width, device, offload=True)
     same = all(torch.equal(a.detach().cpu(), b) for a, b in zip(own, kept, strict=True))
     host, held = HostMemory(), device_bytes(own)
     times = []
@@ -80,7 +88,9 @@ def main(tiny: bool) -> dict[str, Any]:
         "equal": float(same),
         "update_ms": round(1e3 * plain_s, 1),
         "offloaded_update_ms": round(1e3 * offloaded_s, 1),
+        "eight_bit_update_ms": round(1e3 * coded_s, 1),
         "peak_gb": round(plain_most / 1e9, 2),
+        "eight_bit_peak_gb": round(coded_most / 1e9, 2),
         "offloaded_peak_gb": round(most / 1e9, 2),
         "share_left_when_away": round(away / held, 4),
         "first_offload_s": round(times[0][0], 2),
