@@ -52,7 +52,7 @@ def rows() -> list[MicroBatch]:
     sizes = [PIECES] * STEPS + [HELD_OUT]
     ends = np.cumsum(sizes)
     return [
-        pack(sequences[end - size : end], size * LENGTH).micro_batches[0]
+        pack(sequences[end - size : end], size * LENGTH, LENGTH).micro_batches[0]
         for size, end in zip(sizes, ends, strict=True)
     ]
 
