@@ -20,6 +20,7 @@ from deploy.config.recipe_files import recipe_names
 from deploy.run.findings import of_disk, of_job, of_memory, of_recipe
 from deploy.run.job_size import DiskUse, JobSize, nodes
 from learner.model.footprint import blank_model
+from learner.training.memory_estimate import slice_tokens
 from learner.training.optim import Optimizer
 from tests.deploy.command import Manta, command
 from tests.qwen3 import QWEN3_06B, QWEN3_8B, QWEN3_30B_A3B, Qwen3
@@ -161,6 +162,17 @@ def test_moments_in_eight_bits_are_a_byte_and_a_256th_of_a_scale_a_number() -> N
     # The stage has its own optimizer, whose moments are float32.
     beyond = amounts["AdamW's moments in stage 0, beyond those of reinforcement learning"]
     assert beyond == pytest.approx(2 * QWEN3_8B.parameters - stored / 4, rel=1e-4)
+
+
+def test_float8_copies_of_a_product_are_counted() -> None:
+    config, facts = load_config("qwen3_8b_gsm8k", ["learner.model.float8=true"]), _facts("qwen3_8b_gsm8k")
+    amounts = {
+        each.what: each.nbytes for each in MemoryPlan.of(config, facts, 80 * GIB).process("learner").amounts
+    }
+    model, tokens = QWEN3_8B, slice_tokens(config.learner, config.rollout.context_tokens)
+    # Of a product of the MLP, by far the largest: weights, inputs and gradients, as they are and transposed.
+    exact = 2 * (model.width * model.mlp + tokens * (model.width + model.mlp))
+    assert exact < amounts["matrices of a product in float8"] < 3 * exact
 
 
 def test_an_engine_larger_than_a_node_takes_the_next_ones_too() -> None:

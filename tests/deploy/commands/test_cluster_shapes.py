@@ -52,7 +52,17 @@ SHAPES: list[tuple[str, Qwen3, list[str]]] = [
         QWEN3_32B,
         [*PAIRS, "rollout.workers=2", "learner.optim.offload=true"],
     ),
+    (
+        "Qwen3-32B, one node: the same, moments in 8 bits",
+        QWEN3_32B,
+        [*PAIRS, "rollout.workers=2", "learner.optim.moments=8bit"],
+    ),
     ("Qwen3-32B, four nodes: 16 ranks, 8 engines of 2 GPUs", QWEN3_32B, [*PAIRS, "learner.ranks=16"]),
+    (
+        "Qwen3-32B, four nodes: the same, moments in 8 bits",
+        QWEN3_32B,
+        [*PAIRS, "learner.ranks=16", "learner.optim.moments=8bit"],
+    ),
     ("Qwen3-30B-A3B, four nodes: 16 ranks, 8 engines of 2 GPUs", QWEN3_30B_A3B, [*PAIRS, "learner.ranks=16"]),
     (
         "Qwen3-32B, rows of 131,072 tokens, four nodes: 16 ranks, eight to a row, 8 engines of 2 GPUs",
