@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,12 +14,11 @@ import torch
 from torch import Tensor
 
 from learner.algorithm import constraints
-from learner.algorithm.regularizers import divergence
 from learner.data.advantage_log import AdvantageLog
-from learner.data.batch import Batch, MicroBatch, TokenSequence, pack
-from learner.data.batch_checks import BatchRefused, require_groups, require_rewards
+from learner.data.batch import Batch, TokenSequence, pack
+from learner.data.batch_checks import BatchRefused, require_groups
 from learner.data.batch_stats import describe
-from learner.data.prepare import Example, of_tokens, weighed
+from learner.data.prepare import Example, weighed
 from learner.model.loading import FilesChanged
 from learner.model.policy import Policy
 from learner.model.tensor_files import Changed
@@ -31,6 +29,7 @@ from learner.training import checkpoint
 from learner.training.checkpoint_writing import Saving
 from learner.training.critic import Critic
 from learner.training.critics import critic_of
+from learner.training.experience import ExperienceMaker
 from learner.training.memory_dry_run import rehearse, settle
 from learner.training.optim import Optimizer
 from learner.training.reference_policy import Reference
@@ -38,7 +37,7 @@ from learner.training.stage_run import Stages
 from learner.training.step import PolicyObjective, merged, not_finite, sizes, train_step, use_threads
 from learner.training.teacher import Teacher
 from rollout.wire.metrics import joined
-from rollout.wire.trajectory import EnvironmentKey, Float32Array, Group
+from rollout.wire.trajectory import EnvironmentKey, Group
 
 _MULTIPLIERS = "multipliers"  # what a checkpoint's cursor calls those of the constraints
 
@@ -259,9 +258,8 @@ class Learner:
         self, groups: Sequence[Group], multipliers: constraints.Multipliers
     ) -> tuple[list[Example], list[dict[str, float]]]:
         """What a step learns from, and the metrics of its updates. BatchRefused where one is not finite."""
-        examples = self._with_advantages(groups, multipliers)
-        if self._fixes_proximal:
-            self._fix_proximal(examples)
+        models = self.policy, self._critic, self._reference, self._teacher
+        examples = ExperienceMaker(self.settings, self._temperature, *models).make(groups, multipliers)
         rows: list[dict[str, float]] = []
         for batch, whole in self._batches(examples):
             rows.append(row := self._update(batch, whole))
@@ -297,79 +295,6 @@ class Learner:
             self._rng.bit_generator.state = drawn
 
         return put_back
-
-    def _with_advantages(
-        self, groups: Sequence[Group], multipliers: constraints.Multipliers
-    ) -> list[Example]:
-        """The trainable episodes with all that is known of their tokens before the first update."""
-        algorithm, estimator = self.settings.algorithm, self.settings.algorithm.advantage
-        by_group = [[Example.of(t, algorithm.overlong, g.reuse > 0) for t in g.trainable] for g in groups]
-        examples = [example for siblings in by_group for example in siblings]
-        self._refer(examples)
-        require_rewards(examples, self.ranks)
-        for example in examples if multipliers else ():
-            example.episode = constraints.priced(example.episode, multipliers)
-        if self._critic is not None:
-            wanted = self._temperature if self._fixes_proximal else None
-            self._critic.look(examples, self.settings.tokens_per_microbatch, wanted)
-        episodes = [[example.episode for example in siblings] for siblings in by_group]
-        try:
-            if self._critic is None or self._critic.learns_by_itself:
-                advantages = estimator(episodes, self.ranks)
-            else:
-                advantages, targets = estimator.with_targets(episodes, self.ranks)
-                for example, targets_N in zip(examples, chain.from_iterable(targets), strict=True):
-                    assert example.episode.values is not None
-                    example.columns |= {"values": example.episode.values.before_N, "value_targets": targets_N}
-        except ValueError as error:
-            raise BatchRefused(str(error)) from error
-        for example, advantages_N in zip(examples, chain.from_iterable(advantages), strict=True):
-            example.advantages_N = advantages_N * example.episode.sides_N
-        if self._teacher is not None:  # what a token costs against the teacher is the same for either side
-            self._teacher.judge(examples, self._of_tokens)
-        return examples
-
-    def _refer(self, examples: Sequence[Example]) -> None:
-        """The reference policy's logprobs, and what it takes from rewards."""
-        kl = self.settings.algorithm.kl
-        if self._reference is None:
-            return
-        with self._reference.beside(self.policy) as reference:
-            logprobs = self._of_tokens(examples, reference)
-        for example, reference_N in zip(examples, logprobs, strict=True):
-            example.columns["reference_logprobs"] = reference_N
-            if kl is not None and kl.where == "reward":
-                behavior_N = torch.from_numpy(example.behavior_logprobs_N)
-                apart_N = divergence(behavior_N, torch.from_numpy(reference_N), kl.estimator, kl.cap)
-                costs_N = (-kl.coefficient * apart_N).numpy()
-                episode = example.episode  # a token costs the side that said it
-                example.episode = replace(episode, token_rewards_N=costs_N * episode.sides_N)
-
-    @property
-    def _fixes_proximal(self) -> bool:
-        """Whether the learner's own logprobs before the first of several optimizer steps are needed."""
-        return self.settings.algorithm.proximal == "learner" and self.settings.algorithm.updates > 1
-
-    def _fix_proximal(self, examples: Sequence[Example]) -> None:
-        """Those logprobs, unless they came with values. What will be skipped needs none."""
-        if not self.ranks.most(sum("proximal_logprobs" not in example.columns for example in examples)):
-            return
-        skip = self.settings.algorithm.skip_zero_advantage
-        needed = [example for example in examples if example.advantages_N.any() or not skip]
-        found = self._of_tokens(needed, self.policy)
-        for example in examples:
-            example.columns["proximal_logprobs"] = np.zeros(example.trajectory.num_sampled, np.float32)
-        for example, logprobs_N in zip(needed, found, strict=True):
-            example.columns["proximal_logprobs"] = logprobs_N
-
-    def _of_tokens(self, examples: Sequence[Example], policy: Policy) -> list[Float32Array]:
-        """A policy's logprobs of every sampled token."""
-
-        @torch.no_grad()
-        def logprobs(micro: MicroBatch) -> Tensor:
-            return policy.score(micro.to(policy.device), self._temperature)[0]
-
-        return of_tokens(examples, logprobs, self.settings.tokens_per_microbatch, self.ranks)
 
     def _batches(self, examples: Sequence[Example]) -> Iterator[tuple[Batch, Batch]]:
         """Whole episodes in nearly equal parts, one for each optimizer step: what the policy sees, and the critic.
