@@ -50,27 +50,23 @@ class BufferPart:
 
     async def find(self) -> None:
         """Wait until the actor answers, and store where it runs. PartLost if it does not answer in time."""
-        self.where = await self.within(self.handle.ping.remote())
+        self.where = await self.answer("ping")
 
-    async def within(self, answer: Any, limit: float | None = None) -> Any:
-        """Await an answer of the actor; PartLost if it does not come within the limit (seconds)."""
+    async def answer(self, method: str, *arguments: Any, limit: float | None = None, **named: Any) -> Any:
+        """What a method of the actor returns; PartLost if it does not within the limit (seconds)."""
+        answer = getattr(self.handle, method).remote(*arguments, **named)
         return await within(limit or self._seconds, awaited(answer), "the replay buffer")
 
     async def watch(self) -> None:
         """Send heartbeats until the actor is lost for good."""
         # Without retries these calls fail at once while Ray restarts the actor.
         ping, notices = (m.options(max_task_retries=0) for m in (self.handle.ping, self.handle.notices))
+        limit, what = self._settings.heartbeat_timeout_seconds, "the replay buffer (heartbeat)"
         while True:
             await asyncio.sleep(self._settings.heartbeat_interval_seconds)
             try:
-                answer = awaited(ping.remote())
-                where = await within(
-                    self._settings.heartbeat_timeout_seconds, answer, "the replay buffer (heartbeat)"
-                )
-                self._noticed.hear(
-                    "replay buffer",
-                    await self.within(notices.remote(), self._settings.heartbeat_timeout_seconds),
-                )
+                where = await within(limit, awaited(ping.remote()), what)
+                self._noticed.hear("replay buffer", await within(limit, awaited(notices.remote()), what))
                 if where != self.where:  # it died and came back between two heartbeats
                     self._note(self.where, PartLost("it came back between two heartbeats"))
                     self.where = where

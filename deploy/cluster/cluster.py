@@ -14,13 +14,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-
-from ray.exceptions import RayActorError
 
 from deploy.assembly.build import EngineFactory, replay_buffer_builder, start_engine
 from deploy.assembly.league import League
@@ -29,7 +27,7 @@ from deploy.assembly.runtime import LearnerLost, Met, Row, alone, first_failure,
 from deploy.assembly.stage_data import gather
 from deploy.assembly.time_limits import time_limits
 from deploy.assembly.turns import Turns, sleep_level, step_in_turn
-from deploy.cluster.actor_member import ActorMember, actor, awaited, stacks_of
+from deploy.cluster.actor_member import ActorMember, actor, stacks_of
 from deploy.cluster.buffer_part import BufferPart
 from deploy.cluster.connect import require_room
 from deploy.cluster.engine_groups import EngineGroups, placed
@@ -52,7 +50,6 @@ from rollout.buffer.replay_store import EpisodeRow
 from rollout.episodes.actors import GROUPS, RolloutActor, demonstrate
 from rollout.episodes.evaluation import EvaluationPlan
 from rollout.wire.metrics import joined
-from rollout.wire.partition import StepTorn
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightUpdate
 
@@ -87,14 +84,13 @@ class RayRuntime:
         self._startup = startup or Startup()
         self._native = config.weights.transfer != "object_store"
         self._direct = DirectSync(self._native, say)
-        self._buffer: BufferPart | None = None
-        self._learner: LearnerPart | None = None
         self._handles: dict[str, Any] = {}  # of rollout actors, by name
         self._published = asyncio.Event()  # there is a version that engines may be given
         self._learning = asyncio.Event()  # the learner is up
         self._hearts: list[asyncio.Task[None]] = []
         self._steps = StepAhead(self._train)
         self._turns: Turns | None = None  # of engines and learner, where they share GPUs
+        self._started = AsyncExitStack()  # ends the parts that were started, the last one first
 
     async def start(self, resume: bool) -> int:
         config, supervision = self._config, self._config.supervision
@@ -110,11 +106,17 @@ class RayRuntime:
         build = replay_buffer_builder(config, self.run_folder, self._league.owner(config.policy))
         note = partial(note_loss, self.run_folder, "replay buffer")
         self._buffer = BufferPart(build, supervision, config.cluster, self._say, self._noticed, note)
+        self._learner = self._learner_part()
+        self._started.callback(self._learner.close)
+        self._started.push_async_callback(self._buffer.close)
         found = asyncio.create_task(self._find_buffer())
         self._hearts = [found]
         if config.cluster.colocate == "turns":
-            move = [partial(self._move, verb) for verb in ("onload", "offload")]
-            self._turns = Turns(lambda: self._fleet.sleep(sleep_level(config)), *move)
+            self._turns = Turns(
+                lambda: self._fleet.sleep(sleep_level(config)),
+                lambda: self._watched(self._learner.onload()),
+                lambda: self._watched(self._learner.offload()),
+            )
         self._fleet = Fleet(
             self._launch,
             self._lend,
@@ -127,6 +129,8 @@ class RayRuntime:
             left=self._engines.release,
             turn=self._turns.starting if self._turns else nullcontext,
         )
+        self._started.callback(self._engines.close)
+        self._started.push_async_callback(self._fleet.close)
         # Before the learner's ranks, which are smaller and would break up nodes that engines need whole.
         await self._engines.reserve(config.rollout.workers, config.cluster.start_timeout_seconds)
         # A run stopped before its first checkpoint has none to load: it starts over in its folder.
@@ -141,56 +145,34 @@ class RayRuntime:
             self._fleet.scale(config.rollout.workers)
         await found
         if resume:
-            await self._of_buffer("rollback", version, new_driver=True)
+            await self._buffer.answer("rollback", version, new_driver=True)
         watchdog = Watchdog(self, self.run_folder, supervision, self._say, self._asked_in)
         watching = self._buffer.watch(), self._watch_learner(), watchdog.run()
         self._hearts += [asyncio.create_task(each) for each in watching]
         return version
 
     async def _find_buffer(self) -> None:
-        assert self._buffer is not None
         with self._startup.timed("replay buffer"):
             await self._buffer.find()
 
-    async def _of_buffer(self, method: str, *arguments: Any, limit: float | None = None, **named: Any) -> Any:
-        """What a method of the replay buffer answers."""
-        assert self._buffer is not None
-        answer = getattr(self._buffer.handle, method).remote(*arguments, **named)
-        return await self._buffer.within(answer, limit)
+    def _learner_part(self) -> LearnerPart:
+        config = self._config
+        native = partial(native_publisher, config, self._limits.sync) if self._native else None
+        build = partial(build_learner, config, self._path, teacher=self._teacher)
+        keep = partial(self._league.keep, config.policy)
+        return LearnerPart(config, build, RemoteReplayBuffer(self._buffer.handle), self._limits, native, keep)
 
     async def _start_learner(self, load: bool) -> int:
-        config = self._config
-        if self._learner is None:
-            native = partial(native_publisher, config, self._limits.sync)
-            build = partial(build_learner, config, self._path, teacher=self._teacher)
-            self._learner = LearnerPart(
-                config,
-                build,
-                RemoteReplayBuffer(self._buffer_handle),
-                self._limits,
-                native if self._native else None,
-                partial(self._league.keep, config.policy),
-            )
         with self._startup.timed("learner"):
             version = await self._learner.start(self.run_folder, load)
         self._learning.set()
         return version
 
-    @property
-    def _buffer_handle(self) -> Any:
-        assert self._buffer is not None
-        return self._buffer.handle
-
-    @property
-    def _lead(self) -> Any:
-        assert self._learner is not None
-        return self._learner.lead
-
     def _handle(self, name: str) -> Any:
         if name not in self._handles:
             build = partial(self._league.build_worker, self._engines.config, self._path, self._engine_factory)
             made = actor(RolloutActor, GROUPS, **self._engines.options(name))
-            self._handles[name] = made.remote(name, self._buffer_handle, build)
+            self._handles[name] = made.remote(name, self._buffer.handle, build)
         return self._handles[name]
 
     def _launch(self, name: str) -> ActorMember:
@@ -199,27 +181,23 @@ class RayRuntime:
     async def _learner_up(self) -> Any:
         """Rank 0's actor, once the learner is up. PartLost where it does not come back in time."""
         await within(self._limits.start, self._learning.wait(), "the learner (restart)")
-        return self._lead
+        return self._learner.lead
 
     def _any_apart(self) -> bool:
         return any(self._apart(str(member.get("node", ""))) for member in self._fleet.roster())
 
     def _apart(self, node: str) -> bool:
         # Engines over several nodes open a version on each of them, which one node's memory does not allow.
-        return self._learner is not None and self._learner.apart(node) and not self._engines.spanning
+        return self._learner.apart(node) and not self._engines.spanning
 
     async def begin_stage(self, index: int) -> tuple[int, int]:
         if self._turns is not None:
             await self._turns.learner()
         rows = demonstrate.options(num_cpus=0).remote(partial(gather, self._config, index, self._path))
-        begun = self._lead.begin_stage.remote(index, rows)
-        made, steps = await self._within(f"the data of stage {index}", begun)
-        return int(made), int(steps)
+        return await self._watched(self._learner.begin_stage(index, rows))
 
     async def advance_stage(self, steps: int) -> list[Row]:
-        limit = steps * self._config.cluster.step_timeout_seconds
-        made = self._lead.advance_stage.remote(steps)
-        return list(await self._within("steps of a stage", made, limit))
+        return await self._watched(self._learner.advance_stage(steps))
 
     async def publish(self, saves: bool = False, then: int | None = None) -> Row:
         """Every serving member holds the learner's version, or is lost; the first time every wanted member serves.
@@ -232,8 +210,7 @@ class RayRuntime:
         if self._turns is not None:
             await self._turns.learner()
             if saves:
-                copy = partial(self._lead.copy.remote, self.run_folder)
-                await self._of_learner("the learner (copy)", copy, self._limits.save)
+                await self._watched(self._learner.copy(self.run_folder))
         async with self._offers.borrowed() as update:
             if self._turns is not None:
                 await self._turns.engines()
@@ -251,9 +228,7 @@ class RayRuntime:
         return sync_metrics(reports)
 
     async def _send(self, names: Sequence[str]) -> list[SyncReport]:
-        send = partial(self._lead.publish_native.remote, {name: self._handles[name] for name in names})
-        limit = self._limits.publish + self._limits.sync
-        return list(await self._of_learner("the weight sync", send, limit))
+        return await self._watched(self._learner.send({name: self._handles[name] for name in names}))
 
     async def evaluate(self, tasks: Sequence[Task], name: str, plan: EvaluationPlan) -> list[EpisodeRow]:
         rows, limit = self._fleet.evaluate(tasks, name, plan), self._config.evaluation.timeout_seconds
@@ -270,31 +245,23 @@ class RayRuntime:
             row = await self._steps.made(number)
             waited = await self._watched(waited_for(before_publish))
         else:
-            groups = RemoteReplayBuffer(self._buffer_handle), self._config.cluster.step_timeout_seconds
+            groups = RemoteReplayBuffer(self._buffer.handle), self._config.cluster.step_timeout_seconds
             made = step_in_turn(self._turns, number, *groups, self._train, self.publish, before_publish)
             row, waited = await self._watched(made)
         trained = time.perf_counter()
         published = await self._watched(self.publish(saves, None if saves or self._turns else number + 1))
-        await self._watched(self._of_buffer("release", number))
+        await self._watched(self._buffer.answer("release", number))
         ended = time.perf_counter()
         times = {"publish_s": ended - trained, "step_s": ended - began}
         return joined(row, waited, published, times, {"workers": float(len(self._fleet.serving))})
 
     async def _train(self, number: int, others: bool = True) -> Row:
-        # The learner waits one step_timeout_seconds for its groups and names the missing ones; the step has another.
-        limit = 2 * self._config.cluster.step_timeout_seconds
-        train = partial(self._lead.train.remote, number, others)
-        return dict(await self._of_learner("the learner's step", train, limit))
-
-    async def _move(self, verb: str) -> None:
-        call = getattr(self._lead, verb).remote
-        await self._of_learner(f"the learner ({verb})", call, self._limits.publish)
+        return await self._watched(self._learner.train(number, others))
 
     async def recover(self, loss: LearnerLost) -> int:
         self._steps.forget()
         self._learning.clear()
         await self._fleet.pause()
-        assert self._learner is not None
         if self._turns is not None:
             self._fleet.lose_joining(f"its first version was the learner's that is lost: {loss}")
             await self._turns.new_learner()
@@ -302,22 +269,21 @@ class RayRuntime:
         version = await self._learner.restarted(loss, self._budget, self._say, again)
         self._learner_lost = loss_to_come()
         self._hearts.append(asyncio.create_task(self._watch_learner()))
-        await self._of_buffer("rollback", version)
+        await self._buffer.answer("rollback", version)
         await self._watched(self.publish())
         return version
 
     async def save(self) -> None:
-        save = partial(self._lead.save.remote, self.run_folder)
-        await self._of_learner("the checkpoint", save, self._limits.save)
+        await self._watched(self._learner.save(self.run_folder))
 
     async def landed(self) -> None:
-        await self._of_learner("the checkpoint", self._lead.landed.remote, self._limits.save)
+        await self._watched(self._learner.landed())
 
     async def counters(self) -> Row:
         return await self._fleet.counters()
 
     async def counts(self) -> dict[str, int]:
-        return dict(await self._of_buffer("counts"))
+        return dict(await self._buffer.answer("counts"))
 
     @property
     def playing(self) -> bool:
@@ -331,19 +297,19 @@ class RayRuntime:
 
     async def state(self) -> dict[str, Any]:
         """The replay buffer's own words about where the run stands."""
-        return dict(await self._of_buffer("state", limit=60.0))
+        return dict(await self._buffer.answer("state", limit=60.0))
 
     def roster(self) -> list[dict[str, Any]]:
         """Every part of the run: its name, state, host, pid and log."""
-        buffer = self._buffer and self._buffer.where
-        where = ({"replay buffer": buffer} if buffer else {}) | (self._learner.where if self._learner else {})
+        buffer = self._buffer.where
+        where = ({"replay buffer": buffer} if buffer else {}) | self._learner.where
         fixed = [{"part": part, "state": "up"} | asdict(place) for part, place in where.items()]
         return fixed + self._fleet.roster()
 
     async def stacks(self) -> dict[str, str]:
         """What every part is doing; those that do not say are named so."""
-        learner = self._learner.handles if self._learner else {}
-        return await self._fleet.stacks() | await stacks_of({"replay buffer": self._buffer_handle, **learner})
+        fixed = {"replay buffer": self._buffer.handle} | self._learner.handles
+        return await self._fleet.stacks() | await stacks_of(fixed)
 
     async def close(self) -> None:
         """Let the engines stop their processes and the ledger close, then end the actors."""
@@ -351,13 +317,7 @@ class RayRuntime:
         for heart in self._hearts:
             heart.cancel()
         await asyncio.gather(*self._hearts, return_exceptions=True)
-        if hasattr(self, "_fleet"):
-            await self._fleet.close()
-            self._engines.close()
-        if self._buffer is not None:
-            await self._buffer.close()
-        if self._learner is not None:
-            self._learner.close()
+        await self._started.aclose()
 
     @asynccontextmanager
     async def _lend(self) -> AsyncIterator[WeightUpdate]:
@@ -368,11 +328,10 @@ class RayRuntime:
 
     def _lost_touch(self, error: RankLost) -> None:
         # Of ranks that lost touch with one another every process may live: no heartbeat would say so.
-        if self._learner and not self._learner_lost.done():
+        if not self._learner_lost.done():
             self._learner_lost.set_exception(LearnerLost(self._learner.loss_message(error)))
 
     async def _watch_learner(self) -> None:
-        assert self._learner is not None
         lost = self._learner_lost
         how = await self._learner.lost(self._config.supervision, self._noticed.hear)
         if not lost.done():
@@ -380,21 +339,9 @@ class RayRuntime:
 
     async def _hand_on(self, worker: str, lost: str = "") -> int:
         self._handles.pop(worker, None)
-        return int(await self._of_buffer("reassign", worker, lost))
-
-    async def _of_learner(self, what: str, call: Callable[[], Any], limit: float | None = None) -> Any:
-        """An answer of the learner. LearnerLost where it died, froze, or cannot be reached."""
-        try:
-            return await self._watched(self._within(what, call(), limit))
-        except (RayActorError, RankLost, StepTorn) as error:
-            assert self._learner is not None
-            raise LearnerLost(self._learner.loss_message(error)) from error
+        return int(await self._buffer.answer("reassign", worker, lost))
 
     async def _watched(self, pending: Awaitable[T]) -> T:
         # The hearts too: one that stops beating is a fault of ours, and must not go unseen.
-        assert self._buffer is not None
         parts = [self._fleet.failed, self._buffer.lost, self._learner_lost, *self._hearts]
         return await first_failure(asyncio.ensure_future(pending), parts)
-
-    async def _within(self, what: str, pending: Any, limit: float | None = None) -> Any:
-        return await within(limit or self._config.cluster.start_timeout_seconds, awaited(pending), what)

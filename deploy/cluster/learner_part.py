@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from deploy.config.supervise import Budget, PartLost, SupervisionSettings, TimeL
 from learner.parallel.ranks import RankLost, Ranks
 from learner.training.actors import Build, FollowerActor, LearnerActor
 from learner.training.learner import Learner
-from learner.training.loop import Published
+from learner.training.loop import Published, Row
 from learner.training.publish import Publisher
 from rollout.buffer.actors import RemoteReplayBuffer
+from rollout.wire.partition import StepTorn
 from rollout.wire.process_info import ProcessInfo
+from rollout.wire.weights import SyncReport
 
 # glibc's malloc keeps what is freed for the next step. Otherwise every large tensor is memory that the kernel maps,
 # clears page by page and takes back: a fifth of a step on CPUs. One arena, since a step may run in any thread.
@@ -41,6 +43,8 @@ KEEPS_MEMORY = {
 
 class LearnerPart:
     """Rank 0's actor, which receives every call, and the actors of the other ranks, which rank 0 calls.
+
+    Calls raise LearnerLost where a rank died, and PartLost where rank 0 does not answer in time.
 
     The placement group of several ranks is kept over restarts, so that a restart never waits for resources.
     """
@@ -101,6 +105,55 @@ class LearnerPart:
         started = await asyncio.gather(*starts)
         self.where = dict(zip(self._names, (where for where, _ in started), strict=True))
         return int(started[0][1])
+
+    async def begin_stage(self, index: int, rows: Any) -> tuple[int, int]:
+        """Begin a stage; rows: a reference to its data."""
+        what, limit = f"the data of stage {index}", self._config.cluster.start_timeout_seconds
+        made, steps = await self._answer(what, limit, "begin_stage", index, rows)
+        return int(made), int(steps)
+
+    async def advance_stage(self, steps: int) -> list[Row]:
+        """Make up to so many steps of the stage."""
+        limit = steps * self._config.cluster.step_timeout_seconds
+        return list(await self._answer("steps of a stage", limit, "advance_stage", steps))
+
+    async def train(self, number: int, others: bool = True) -> Row:
+        """Make a step; see `LearnerLoop.train`."""
+        # The learner waits one step_timeout_seconds for its groups and names the missing ones; the step has another.
+        limit = 2 * self._config.cluster.step_timeout_seconds
+        return dict(await self._answer("the learner's step", limit, "train", number, others))
+
+    async def send(self, members: Mapping[str, Any]) -> list[SyncReport]:
+        """Send the version to these rollout actors, by name, by vLLM's own transfer."""
+        limit = self._limits.publish + self._limits.sync
+        return list(await self._answer("the weight sync", limit, "publish_native", members))
+
+    async def copy(self, run_folder: Path) -> None:
+        """Copy what a checkpoint of the version will hold."""
+        await self._answer("the learner (copy)", self._limits.save, "copy", run_folder)
+
+    async def save(self, run_folder: Path) -> None:
+        """Begin a checkpoint, once the one before has landed."""
+        await self._answer("the checkpoint", self._limits.save, "save", run_folder)
+
+    async def landed(self) -> None:
+        """Wait until the last checkpoint is on disk."""
+        await self._answer("the checkpoint", self._limits.save, "landed")
+
+    async def onload(self) -> None:
+        """Bring the state back to the device."""
+        await self._answer("the learner (onload)", self._limits.publish, "onload")
+
+    async def offload(self) -> None:
+        """Move the state to host memory."""
+        await self._answer("the learner (offload)", self._limits.publish, "offload")
+
+    async def _answer(self, what: str, limit: float, method: str, *arguments: Any) -> Any:
+        """What a method of rank 0 returns within the limit, seconds."""
+        try:
+            return await within(limit, awaited(getattr(self.lead, method).remote(*arguments)), what)
+        except (RayActorError, RankLost, StepTorn) as error:
+            raise LearnerLost(self.loss_message(error)) from error
 
     async def restarted(
         self, loss: Exception, budget: Budget, say: Callable[[str], None], start: Callable[[], Awaitable[int]]

@@ -68,7 +68,7 @@ def _kill_before(ring: RayRuntime, number: int) -> None:
         nonlocal killed
         if asked == number and not killed:
             killed = True
-            ray.kill(ring._lead)
+            ray.kill(ring._learner.lead)
         return await step(asked, *given)
 
     ring.step = killed_before  # type: ignore[method-assign]
