@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,13 +31,15 @@ async def awaited(reference: Any) -> Any:
 
 async def stacks_of(handles: Mapping[str, Any]) -> dict[str, str]:
     """Stack traces of actors by name; an error text for those that do not answer."""
-    told = {}
-    for name, handle in handles.items():
+
+    async def ask(name: str, handle: Any) -> str:
         try:
-            told[name] = await within(5.0, awaited(handle.stacks.remote()), name)
+            return str(await within(5.0, awaited(handle.stacks.remote()), name))
         except (PartLost, RayActorError) as error:
-            told[name] = brief(error)
-    return told
+            return brief(error)
+
+    told = await asyncio.gather(*(ask(*each) for each in handles.items()))
+    return dict(zip(handles, told, strict=True))
 
 
 def _forwarded(method: str) -> Any:
@@ -71,8 +74,8 @@ class ActorMember:
         self._apart = apart
         self._node = ""
 
-    run, evaluate, stop, drain, counters, stacks, sleep = map(
-        _forwarded, ("run", "evaluate", "stop", "drain", "counters", "stacks", "sleep")
+    run, evaluate, stop, drain, counters, sleep = map(
+        _forwarded, ("run", "evaluate", "stop", "drain", "counters", "sleep")
     )
 
     async def start(self) -> ProcessInfo:

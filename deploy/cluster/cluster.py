@@ -309,7 +309,7 @@ class RayRuntime:
     async def stacks(self) -> dict[str, str]:
         """What every part is doing; those that do not say are named so."""
         fixed = {"replay buffer": self._buffer.handle} | self._learner.handles
-        return await self._fleet.stacks() | await stacks_of(fixed)
+        return await stacks_of(self._handles | fixed)
 
     async def close(self) -> None:
         """Let the engines stop their processes and the ledger close, then end the actors."""

@@ -22,7 +22,7 @@ from typing import Any
 
 from deploy.cluster.distributed_evaluation import evaluate_on
 from deploy.cluster.entry import Entry
-from deploy.cluster.member import Member, beat, explained, stacks_of
+from deploy.cluster.member import Member
 from deploy.config.supervise import (
     Budget,
     PartFailed,
@@ -92,7 +92,11 @@ class Fleet:
     @property
     def serving(self) -> list[Member]:
         """Members that hold the current version."""
-        return [entry.member for entry in self._entries.values() if entry.state == "serving"]
+        return [entry.member for entry in self._serving]
+
+    @property
+    def _serving(self) -> list[Entry]:
+        return [entry for entry in self._entries.values() if entry.state == "serving"]
 
     def scale(self, wanted: int) -> None:
         """Start members up to `wanted`, or drain the last ones; returns at once."""
@@ -118,8 +122,8 @@ class Fleet:
         """Sync every serving member to `update`, or lose it. WeightMismatch stops the run."""
         async with self._weights:
             self._version = update.version
-            members = [entry for entry in self._entries.values() if entry.state == "serving"]
-            reports = await asyncio.gather(*(self._sync(entry, update) for entry in members))
+            syncs = (entry.sync(update, self._limits.sync) for entry in self._serving)
+            reports = await asyncio.gather(*syncs)
         return [report for report in reports if report is not None]
 
     async def hand_over(
@@ -130,7 +134,7 @@ class Fleet:
         Raises what it raises; which members hold the version is then unknown.
         """
         async with self._weights:
-            entries = [entry for entry in self._entries.values() if entry.state == "serving"]
+            entries = self._serving
             for entry in entries:
                 entry.loading = True
             try:
@@ -144,9 +148,8 @@ class Fleet:
 
     async def sleep(self, level: SleepLevel) -> None:
         """Have the engine of every serving member give up its memory until the next version, or end the member."""
-        members = [entry for entry in self._entries.values() if entry.state == "serving" and not entry.asleep]
         limits = self._limits.sync, self._settings.drain_timeout_seconds
-        await asyncio.gather(*(entry.sleep(level, *limits) for entry in members))
+        await asyncio.gather(*(entry.sleep(level, *limits) for entry in self._serving if not entry.asleep))
 
     def lose_joining(self, why: str) -> None:
         """Lose every member that is starting or loading its first version."""
@@ -163,13 +166,8 @@ class Fleet:
     async def pause(self) -> None:
         """Stop playing on all members, with groups unfinished: the learner has gone back to a checkpoint."""
         self._playing = False
-        stopping = [s for s in self._entries.values() if s.state == "serving"]
         limit = self._settings.drain_timeout_seconds
-        stops = (within(limit, each.member.stop(), each.member.name) for each in stopping)
-        outcomes = await asyncio.gather(*stops, return_exceptions=True)
-        for entry, outcome in zip(stopping, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
-                entry.lose(outcome)
+        await asyncio.gather(*(entry.stop(limit) for entry in self._serving))
 
     async def evaluate(
         self, tasks: Sequence[Task], name: str, plan: EvaluationPlan = ONCE
@@ -179,25 +177,12 @@ class Fleet:
 
     async def counters(self) -> Row:
         """Sums of counters over all members, ended ones included (their last known values)."""
-
-        async def ask(entry: Entry) -> None:
-            try:
-                told = within(
-                    self._settings.heartbeat_timeout_seconds, entry.member.counters(), entry.member.name
-                )
-                entry.counters = await told
-            except Exception as error:
-                entry.lose(await explained(error, entry.member))
-
-        await asyncio.gather(*(ask(s) for s in self._entries.values() if s.state == "serving"))
+        limit = self._settings.heartbeat_timeout_seconds
+        await asyncio.gather(*(entry.count(limit) for entry in self._serving))
         total: Counter[str] = Counter(self._retired)
         for entry in self._entries.values():
             total.update(entry.counters)
         return dict(total)
-
-    async def stacks(self) -> dict[str, str]:
-        """Stack traces of every member; an error text for those that do not answer."""
-        return await stacks_of([entry.member for entry in self._entries.values()])
 
     async def close(self) -> None:
         """Close every member, and kill those that do not answer."""
@@ -234,7 +219,7 @@ class Fleet:
                 entry.where = await entry.or_lost(
                     within(self._limits.start, member.start(), f"{member.name} (start)")
                 )
-                heart = asyncio.create_task(self._watch(entry))
+                heart = asyncio.create_task(entry.watch(self._settings, self._limits.load))
                 try:
                     await entry.or_lost(self._work(index, entry, turn))
                 finally:
@@ -267,52 +252,17 @@ class Fleet:
                 if entry.run.done():
                     entry.run.result()
 
-    async def _watch(self, entry: Entry) -> None:
-        settings, member = self._settings, entry.member
-        while True:
-            await asyncio.sleep(settings.heartbeat_interval_seconds)
-            try:
-                await beat(
-                    member, settings.heartbeat_timeout_seconds, lambda: entry.loading * self._limits.load
-                )
-            except Exception as error:
-                entry.lose(await explained(error, member))
-                return
-
-    async def _loaded(self, entry: Entry, update: WeightUpdate, what: str) -> SyncReport:
-        entry.loading = True
-        try:
-            report = await within(self._limits.sync, entry.member.sync(update), what)
-            entry.asleep = False
-            return report
-        finally:
-            entry.loading = False
-
     async def _admit(self, entry: Entry) -> None:
         entry.state = "syncing"
         while True:
             async with self._lend() as update:
-                report = await self._loaded(entry, update, f"{entry.member.name} (sync)")
+                report = await entry.load(update, self._limits.sync, "sync")
             async with self._weights:
                 if report.version == self._version or self._version < 0:
                     self._version, entry.version = report.version, report.version
                     entry.state = "serving"
                     break
         self._wake()
-
-    async def _sync(self, entry: Entry, update: WeightUpdate) -> SyncReport | None:
-        member = entry.member
-        what = f"{member.name} ({'wake and ' if entry.asleep else ''}sync to version {update.version})"
-        try:
-            report = await entry.or_lost(self._loaded(entry, update, what))
-        except WeightMismatch:
-            raise
-        except Exception as error:
-            entry.lose(error)
-            entry.state = "lost"
-            return None
-        entry.version = report.version
-        return report
 
     async def _replace(self, index: int, entry: Entry, error: Exception) -> bool:
         member, where = entry.member, entry.where

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from deploy.config.supervise import PartLost, brief, within
+from deploy.config.supervise import PartLost, within
 from rollout.buffer.replay_store import EpisodeRow
 from rollout.engines.engine import SleepLevel
 from rollout.episodes.evaluation import EvaluationPlan
@@ -38,7 +37,6 @@ class Member(Protocol):
     async def stop(self) -> None: ...
     async def drain(self) -> None: ...
     async def counters(self) -> Row: ...
-    async def stacks(self) -> str: ...
     async def close(self) -> None: ...
     async def kill(self) -> None: ...
 
@@ -66,16 +64,3 @@ async def explained(error: Exception, member: Member) -> Exception:
     except Exception:  # any error: the loss is reported in any case
         told = "its other threads do not answer either: its process was stopped, or a call into C holds the interpreter"
     return PartLost(f"{error}: {told or 'its event loop runs, but its engine does not answer'}")
-
-
-async def stacks_of(members: Sequence[Member]) -> dict[str, str]:
-    """Stack traces of members by name; an error text for those that do not answer."""
-
-    async def ask(member: Member) -> str:
-        try:
-            return await within(5.0, member.stacks(), member.name)
-        except Exception as error:
-            return brief(error)
-
-    told = await asyncio.gather(*(ask(member) for member in members))
-    return {member.name: text for member, text in zip(members, told, strict=True)}

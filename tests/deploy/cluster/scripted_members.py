@@ -103,9 +103,6 @@ class Scripted:
         await self._lives()
         return {"turns": 1.0}
 
-    async def stacks(self) -> str:
-        return "here"
-
     async def close(self) -> None:
         await self._lives()
 
