@@ -2,15 +2,13 @@
 
 Weights are replaced in flight: generation is paused with its requests kept, the tensors are loaded, generation resumes.
 An engine that was started for an adapter (vllm_adapter.py) keeps its checkpoint's weights and replaces the adapter
-only. Prompts have the weight version as cache salt, so that a prefix computed by one version is never used by a request
-that starts under another. Every wait for vLLM ends when its engine core does (vllm_process.py).
+only. What is asked of it is in vllm_requests.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import itertools
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
@@ -19,9 +17,6 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
-from rollout.engines import vllm_images
 from rollout.engines.engine import (
     FINITE_PROBE,
     Completion,
@@ -31,10 +26,10 @@ from rollout.engines.engine import (
     Generates,
     Sampling,
     SleepLevel,
-    as_bytes,
     require_finite,
 )
 from rollout.engines.vllm_checkpoint import checkpoint_names, require_layers
+from rollout.engines.vllm_requests import Requests
 from rollout.engines.vllm_start import VllmSettings, prepare_process, start_llm
 from rollout.wire.adapter import AdapterSpec
 from rollout.wire.trajectory import Float32Array
@@ -82,14 +77,11 @@ class VllmEngine:
         self.name = name
         self._llm = llm
         self._core = core
-        self._stop = list(stop_token_ids)
         self._weight_names = frozenset(weight_names)
         self._settings = settings
-        self._perception = perception
+        self._requests = Requests(llm, core, name, stop_token_ids, settings.seeded, perception)
         self._adapter: Any = None  # LoRA request of prompts, once an adapter was loaded
         self._beside: dict[str, Any] = {}  # LoRA requests of the adapters that are served side by side
-        self._request_ids = itertools.count()
-        self._params: dict[tuple[float, float, int], Any] = {}  # of requests without a seed
         self._updating = False  # a version was begun, and neither finished nor given up
         self._paused_at = 0.0
         self._asleep = False  # until the first sync after it woke up
@@ -169,29 +161,13 @@ class VllmEngine:
 
         adapter: one of those served side by side; without one it is the policy. Requests of all of them share batches.
         """
-        lora = self._lora(adapter)
-        output = await self._finished(prompt_ids, self._sampling_params(sampling), images, lora)
-        completion = output.outputs[0]
-        if completion.finish_reason not in ("stop", "length") or completion.weight_versions is None:
-            raise EngineFailed(f"{self.name}: a request ended with {completion.finish_reason!r}")
-        token_ids = np.asarray(completion.token_ids, dtype=np.int32)
-        chosen = [
-            rank[token].logprob for rank, token in zip(completion.logprobs, completion.token_ids, strict=True)
-        ]
-        versions = np.empty(len(token_ids), dtype=np.int32)
-        for span in completion.weight_versions:
-            versions[span.start : span.end] = int(span.version)
-        logprobs, routed = np.asarray(chosen, dtype=np.float32), as_bytes(completion.routed_experts)
-        return Completion(token_ids, logprobs, versions, completion.finish_reason, routed)
+        self._require_weights()
+        return await self._requests.sample(prompt_ids, sampling, images, self.version, self._lora(adapter))
 
     async def score(self, token_ids: Sequence[int], *, adapter: str | None = None) -> Float32Array:
         """[T-1] logprob of every token after the first, at temperature 1; adapter: as of `generate`."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        output = await self._finished(token_ids, params, lora=self._lora(adapter))
-        ranks = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
-        return np.asarray([rank[token].logprob for rank, token in ranks], dtype=np.float32)
+        self._require_weights()
+        return await self._requests.score(token_ids, self.version, self._lora(adapter))
 
     async def sync(self, update: WeightUpdate) -> SyncReport:
         """Replace the weights in flight and verify names, checksums, version and probe. Raises EngineDied.
@@ -337,6 +313,10 @@ class VllmEngine:
             await self.ping()
             raise
 
+    def _require_weights(self) -> None:
+        if self._asleep:
+            raise EngineFailed(f"{self.name} sleeps: it has no weights before its next version")
+
     def _lora(self, adapter: str | None) -> Any:
         """The LoRA request of a prompt; the policy's without a name."""
         if adapter is None:
@@ -345,56 +325,3 @@ class VllmEngine:
             have = ", ".join(self._beside) or "none"
             raise ValueError(f"{self.name} serves no adapter {adapter!r}; it was started with: {have}")
         return self._beside[adapter]
-
-    async def _finished(
-        self, token_ids: Sequence[int], params: Any, images: Sequence[str] = (), lora: Any = None
-    ) -> Any:
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-        if self._asleep:
-            raise EngineFailed(f"{self.name} sleeps: it has no weights before its next version")
-        # The type "token" is the output of vLLM's renderer: nothing is left to tokenize, in a thread for each request.
-        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(token_ids)}
-        if images:
-            prompt = vllm_images.prompt(self._perception, token_ids, images)
-        prompt["cache_salt"] = str(self.version)
-        request = f"{self.name}-{next(self._request_ids)}"
-        try:
-            generating = self._llm.generate(prompt, params, request, lora_request=lora)
-            outputs = [out async for out in generating]
-        except EngineDeadError as error:
-            raise await self._core.death() from error
-        except EngineGenerateError as error:
-            if self._llm.errored:
-                raise await self._core.death() from error
-            raise EngineFailed(f"{self.name}: vLLM failed on a request: {error.__cause__!r}") from error
-        if not outputs:
-            raise EngineFailed(f"{self.name}: vLLM gave no output for a request of {len(token_ids)} tokens")
-        if images:
-            vllm_images.require_same(token_ids, outputs[-1].prompt_token_ids, images)
-        return outputs[-1]
-
-    def _sampling_params(self, sampling: Sampling) -> Any:
-        if self._settings.seeded and sampling.seed is not None:
-            return self._new_params(sampling, sampling.seed)
-        key = (sampling.temperature, sampling.top_p, sampling.max_tokens)
-        if key not in self._params:
-            self._params[key] = self._new_params(sampling, None)
-        return self._params[key]
-
-    def _new_params(self, sampling: Sampling, seed: int | None) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_tokens,
-            seed=None if seed is None else seed % 2**63,
-            stop_token_ids=self._stop,
-            logprobs=0,
-            logit_bias=vllm_images.never_sampled(self._perception),
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,  # no deep copy per request: these are never changed
-        )
