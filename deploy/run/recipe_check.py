@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -74,22 +75,44 @@ def check_recipe(config: RunConfig, machine: Machine, config_json: Path | None =
     ConfigError if that is broken.
     """
     given = None if config_json is None else _read(config_json)
-    own = list(configurations(config).values())
-    return [_check(each, machine, given, own) for each in own]
+    policies = [_Policy(each, given) for each in configurations(config).values()]
+    return [_check(each, machine, policies) for each in policies]
 
 
-def _check(
-    config: RunConfig, machine: Machine, given: PretrainedConfig | None, policies: Sequence[RunConfig]
-) -> Checked:
-    no_model, (rows, no_data) = _absent_model(config, given is not None), _rows(config)
-    preflight = Preflight(config, model=no_model is None, data=no_data is None, architecture=given)
-    findings = [each for each in (no_model, no_data) if each is not None]
-    findings += [Finding(each, certain=True) for each in _refusals(preflight)]
-    size = JobSize.of(config, rows)
-    memory, of_its_memory = None, [*_cores(config, policies)]
-    if (architecture := _architecture(preflight, config, no_model is None, given)) is not None:
+class _Policy:
+    """A policy of the recipe; what its own check and those of policies that meet it need is found once."""
+
+    def __init__(self, config: RunConfig, given: PretrainedConfig | None) -> None:
+        self.config = config
+        self._given = given
+        self.no_model = _absent_model(config, given is not None)
+        self.rows, self.no_data = _rows(config)
+        here = self.no_model is None
+        self.preflight = Preflight(config, model=here, data=self.no_data is None, architecture=given)
+
+    @cached_property
+    def architecture(self) -> PretrainedConfig | None:
+        """The model's configuration; None where it is not known."""
+        if self._given is None and self.config.tiny is not None:
+            return tiny_architecture(self.config, self.preflight.tokenizer)
+        known = self._given is not None or self.no_model is None
+        return self.preflight.architecture if known else None
+
+    @cached_property
+    def facts(self) -> ModelFacts | None:
+        """What the memory plan needs of it. ValueError for an adapter of layers that there are not."""
+        return None if self.architecture is None else ModelFacts.of(self.architecture, self.config)
+
+
+def _check(policy: _Policy, machine: Machine, policies: Sequence[_Policy]) -> Checked:
+    config = policy.config
+    findings = [each for each in (policy.no_model, policy.no_data) if each is not None]
+    findings += [Finding(each, certain=True) for each in _refusals(policy.preflight)]
+    size = JobSize.of(config, policy.rows)
+    memory, of_its_memory = None, [*_cores(config, [each.config for each in policies])]
+    if policy.architecture is not None:
         try:
-            memory = _memory(config, architecture, size, machine, _opponents(config, given, policies))
+            memory = _memory(policy, size, machine, policies)
         except ValueError as error:  # an adapter of layers that there are not, an actor too large for a node
             of_its_memory.append(Finding(str(error), certain=True))
         else:
@@ -98,29 +121,17 @@ def _check(
     return Checked(config, size, memory, tuple(sorted(said, key=lambda each: not each.certain)))
 
 
-def _opponents(
-    config: RunConfig, given: PretrainedConfig | None, policies: Sequence[RunConfig]
-) -> Iterator[Opponent]:
-    """The policies whose versions a policy meets, as far as their models are known here."""
-    for other in policies if config.league is not None else ():
-        if other.policy not in opponents_of(config):
-            continue
-        described = given is not None
-        here = _absent_model(other, described) is None
-        preflight = Preflight(other, model=here, data=False, architecture=given)
-        if (architecture := _architecture(preflight, other, here, given)) is not None:
-            yield Opponent(other.policy, other, ModelFacts.of(architecture, other))
-
-
-def _memory(
-    config: RunConfig,
-    architecture: PretrainedConfig,
-    size: JobSize,
-    machine: Machine,
-    opponents: Iterator[Opponent],
-) -> MemoryOfRun:
-    model = ModelFacts.of(architecture, config)
-    plan = MemoryPlan.of(config, model, machine.gpu_bytes, list(opponents))
+def _memory(policy: _Policy, size: JobSize, machine: Machine, policies: Sequence[_Policy]) -> MemoryOfRun:
+    config, model = policy.config, policy.facts
+    assert model is not None
+    met = () if config.league is None else opponents_of(config)
+    # As far as their models are known here.
+    opponents = [
+        Opponent(other.config.policy, other.config, other.facts)
+        for other in policies
+        if other.config.policy in met and other.facts is not None
+    ]
+    plan = MemoryPlan.of(config, model, machine.gpu_bytes, opponents)
     placed = nodes(config, plan, machine.gpus_per_node)
     return MemoryOfRun(model, plan, DiskUse.of(config, model, size), tuple(placed))
 
@@ -185,16 +196,6 @@ def _read(config_json: Path) -> PretrainedConfig:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"--config-json {config_json}: {reason}") from error
     return read
-
-
-def _architecture(
-    preflight: Preflight, config: RunConfig, here: bool, given: PretrainedConfig | None
-) -> PretrainedConfig | None:
-    if given is not None:
-        return given
-    if config.tiny is not None:
-        return tiny_architecture(config, preflight.tokenizer)
-    return preflight.architecture if here else None
 
 
 def _cores(config: RunConfig, policies: Sequence[RunConfig]) -> Iterator[Finding]:

@@ -78,7 +78,7 @@ class Dataset(TextEnv):
         first = int(self._chosen_R[0])
         self._schema = Schema.of(
             self._rows[first],
-            self._rows.where(first),
+            _data(path, heldout_path, split),  # not the row's place: the same of every split of the data
             prompt=prompt,
             answer=answer,
             images=images,
@@ -159,6 +159,10 @@ class Dataset(TextEnv):
         self._talk += since
 
 
+def _data(path: str, heldout_path: str | None, split: Split) -> str:
+    return heldout_path if heldout_path and split == "heldout" else path
+
+
 def _selected(
     path: str,
     heldout_path: str | None,
@@ -167,7 +171,7 @@ def _selected(
     order_by: str | None = None,
 ) -> tuple[Rows, NDArray[np.int64]]:
     """The rows of a split and the indices of those that fit, in order. DataError where none is left."""
-    rows = open_rows(heldout_path if heldout_path and split == "heldout" else path)
+    rows = open_rows(_data(path, heldout_path, split))
     part = None if split == "all" or heldout_path is not None else split
     chosen = _chosen(rows, part, where) if order_by is None else _ordered(rows, part, where, order_by)
     if not len(chosen):

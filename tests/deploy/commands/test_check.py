@@ -63,7 +63,9 @@ def test_a_recipe_for_gpus_is_sound(manta: Manta, tmp_path: Path, recipe: str, m
     assert "node 1" in out and "node 2" not in out
 
 
-def test_each_of_several_policies_is_told_with_the_engines_of_those_it_meets(manta: Manta) -> None:
+def test_each_of_several_policies_is_told_with_the_engines_of_those_it_meets(
+    manta: Manta, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policies = ['policies.keeper={env={options={seat="keeper"}}, tiny={layers=1}}', "policies.opener={}"]
     config = load_config("locks", ["league.engines=3", *policies])
     opener, keeper = (_tiny_facts(of_policy(config, name)) for name in ("opener", "keeper"))
@@ -72,8 +74,10 @@ def test_each_of_several_policies_is_told_with_the_engines_of_those_it_meets(man
     held = {each.what: each.nbytes for each in plan.process("rollout worker").amounts}
     assert held["versions of opener in 3 engines"] == 3 * 4 * opener.shape.parameters, "float32"
     small = ["evaluation.tasks=2", "cluster.learner_cpus=0.25", "rollout.cpus_per_worker=0.25"]
+    of, read = ModelFacts.of, list[str]()
+    monkeypatch.setattr(ModelFacts, "of", lambda model, run: read.append(run.policy) or of(model, run))
     code, out, _ = manta("check", "locks", "league.engines=3", *small, *policies)
-    assert code == 0
+    assert code == 0 and sorted(read) == ["keeper", "opener"], "once each, though both meet the other"
     assert "locks, policy keeper:" in out and "locks, policy opener:" in out
     assert "versions of opener in" in out and "versions of keeper in" in out  # the table breaks lines
 
@@ -91,6 +95,12 @@ def test_a_model_that_is_not_here_is_one_line_and_the_rest_is_checked(manta: Man
     assert "rows, of which" in out and "tokens sampled a step" in out
     code, out, _ = manta("check", "smollm2_sums", "learner.model.path=./nothing", "evaluation.tasks=2")
     assert code == 1 and "./nothing: no such folder" in out
+
+
+def test_a_column_that_no_split_has_is_told_once(manta: Manta) -> None:
+    absent = "learner.model.path=nobody/nothing", "evaluation.tasks=2"
+    code, out, _ = manta("check", "smollm2_sums", "env.options.answer=sum", *absent)
+    assert code == 1 and out.count("there is no column 'sum'") == 1
 
 
 @pytest.mark.parametrize(

@@ -208,8 +208,8 @@ def test_every_row_is_played_once_before_any_is_played_again(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("rows", "options", "told"),
     [
-        ([{"q": "a"}], {}, "rows.jsonl:1: no column of the usual names .* its columns: q"),
-        ([{"prompt": "a"}], {"prompt": "qestion"}, "rows.jsonl:1: there is no column 'qestion'"),
+        ([{"q": "a"}], {}, "rows.jsonl: no column of the usual names .* its columns: q"),
+        ([{"prompt": "a"}], {"prompt": "qestion"}, "rows.jsonl: there is no column 'qestion'"),
         ([{"prompt": "a"}], {"template": "{b}"}, "there is no column 'b'"),
         (
             [GOOD, {"prompt": "", "answer": "b"}],
