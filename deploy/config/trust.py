@@ -24,7 +24,7 @@ from deploy.config.own_parts import own_parts
 from deploy.config.policies import configurations, is_several
 from deploy.config.suites import all_environments
 from envs import registry
-from envs.datasets.files import SAMPLE
+from envs.datasets.files import FILE_OPTIONS, SAMPLE
 from rollout.agents.settings import PartSettings
 from rollout.agents.tools import ToolsSettings
 from rollout.engines.settings import EngineSettings, OwnEngineSettings
@@ -38,10 +38,6 @@ _NUMBERS = (bool, int, float)
 _DANGEROUS_OPTIONS = ("allow_unsafe", "executable")
 _SHOWN_CHARACTERS = 160  # of one entry in an error
 _SHOWN_ENTRIES = 5
-_FILES = (
-    "path",
-    "heldout_path",
-)  # options of the environment over files, which read them and execute nothing
 
 
 def executed(config: RunConfig) -> list[str]:
@@ -91,7 +87,7 @@ def executed_options(env_id: str, options: Mapping[str, Any], name: str) -> list
     """The options of an environment that execute code or reach a server. name: of the section."""
     if env_id == PROGRAM:
         return [_entry(name, options)] if options else []
-    files = {f"{name}.{each}" for each in _FILES} if env_id == "dataset" else set()
+    files = {f"{name}.{each}" for each in FILE_OPTIONS} if env_id == "dataset" else set()
     return [
         _entry(where, value)
         for where, value in _leaves(options, name)

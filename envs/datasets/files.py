@@ -33,6 +33,7 @@ Found = tuple[str, int, Row]  # file, line or row number in it from 1, row
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 SAMPLES = Path(__file__).with_name("samples")
 SAMPLE = "sample:"  # of a file that ships with Manta
+FILE_OPTIONS = ("path", "heldout_path")  # of the environment: names of data, which is read and never executed
 _SCHEMA = pa.schema([("file", pa.string()), ("line", pa.int64()), ("row", pa.large_string())])
 _BATCH = 4096  # rows held while the file is made
 _FORMAT = "1"  # of the file of rows: a file of another format is written again
