@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from deploy.config.timestamps import timestamp
 from rollout.wire.process_info import ProcessInfo
 
 T = TypeVar("T")
@@ -103,7 +104,7 @@ class Budget:
 def note_loss(folder: Path, part: str, where: ProcessInfo | None, error: BaseException) -> None:
     """Append a loss to LOSSES in the run's folder; a full disk loses the line, not the run."""
     told = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": timestamp(),
         "part": part,
         "where": place(where),
         "error": brief(error),

@@ -5,7 +5,6 @@ RUN/sessions.json    one entry a session: when it began, seconds by phase, token
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from deploy.config.config_errors import ConfigError
+from deploy.config.timestamps import timestamp
 from rollout.wire.whole_file import replace_file
 
 FILE = "sessions.json"
@@ -24,7 +24,7 @@ OLD_FILE = "sittings.json"  # its name in runs of before 0.3
 class Session(BaseModel):
     """From a start of the driver to its end, or as far as was recorded of it."""
 
-    began: str = Field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    began: str = Field(default_factory=timestamp)
     seconds: dict[str, float] = {}
     tokens_generated: int = 0
 

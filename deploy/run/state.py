@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -27,6 +26,7 @@ from deploy.config import run_folder
 from deploy.config.config import RunConfig
 from deploy.config.policies import is_several
 from deploy.config.supervise import LOSSES, brief
+from deploy.config.timestamps import timestamp
 from deploy.report.evaluation import WHEN, Evaluation
 from deploy.report.metrics import METRICS_FILE, read_metrics
 from deploy.report.noticed import FILE as NOTICES
@@ -143,7 +143,7 @@ class Recorded:
         self._store("evaluating" if phase.startswith(_EVALUATION) else _PHASES.get(phase, phase))
 
     def _store(self, phase: str, failure: dict[str, str] | None = None) -> None:
-        told = self._told | {"phase": phase, "since": _iso(time.time()), "failure": failure}
+        told = self._told | {"phase": phase, "since": timestamp(), "failure": failure}
         with suppress(OSError):
             replace_file(self._folder / STATE, json.dumps(told, indent=1))
 
@@ -179,7 +179,7 @@ def run_state(folder: Path) -> RunState:
         success=_finite(last.get("success")),
         reward=_finite(last.get("reward")),
         evaluations=_evaluations(folder),
-        workers=_workers(folder, config.rollout.workers, driven),
+        workers=_workers(folder, config.workers, driven),
         restarts=_restarts(folder),
         notice=_last_line(folder / NOTICES),
         failure=told.get("failure"),
@@ -247,11 +247,7 @@ def _last_line(file: Path) -> str:
 
 
 def _changed(file: Path) -> str:
-    return _iso(file.stat().st_mtime) if file.exists() else ""
-
-
-def _iso(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+    return timestamp(file.stat().st_mtime) if file.exists() else ""
 
 
 def _finite(value: float | None) -> float | None:
