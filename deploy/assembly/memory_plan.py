@@ -236,9 +236,10 @@ def _others(
 ) -> Iterator[Process]:
     if run.replay:
         return
-    itself = Amount("the process itself", _WORKER_PROCESS, on_host=True)
-    amounts = (itself, *_engine(run, model, cache), *met)
-    yield Process("rollout worker", run.rollout.workers, amounts, run.rollout.gpus_per_worker > 0)
+    if run.workers:
+        itself = Amount("the process itself", _WORKER_PROCESS, on_host=True)
+        amounts = (itself, *_engine(run, model, cache), *met)
+        yield Process("rollout worker", run.workers, amounts, run.rollout.gpus_per_worker > 0)
     kept = Amount("groups that are played or waiting", row_bytes(model, stored_tokens(run)), on_host=True)
     yield Process("replay buffer", 1, (Amount("the process itself", _BUFFER_PROCESS, on_host=True), kept))
     yield Process("driver", 1, (_STARTED,))

@@ -132,17 +132,17 @@ class RayRuntime:
         self._started.callback(self._engines.close)
         self._started.push_async_callback(self._fleet.close)
         # Before the learner's ranks, which are smaller and would break up nodes that engines need whole.
-        await self._engines.reserve(config.rollout.workers, config.cluster.start_timeout_seconds)
+        await self._engines.reserve(config.workers, config.cluster.start_timeout_seconds)
         # A run stopped before its first checkpoint has none to load: it starts over in its folder.
         load = resume and newest(self.run_folder) is not None
         if self._turns is not None:  # before ranks, of which two would fit on one GPU
-            names = [f"rollout-{seat}" for seat in range(config.rollout.workers)]
+            names = [f"rollout-{seat}" for seat in range(config.workers)]
             await placed(map(self._handle, names), config.cluster.start_timeout_seconds)
         elif config.weights.transfer != "ipc":
-            self._fleet.scale(config.rollout.workers)
+            self._fleet.scale(config.workers)
         version = await first_failure(asyncio.create_task(self._start_learner(load)), [found])
         if config.weights.transfer == "ipc":  # of one GPU an engine takes what the learner has left
-            self._fleet.scale(config.rollout.workers)
+            self._fleet.scale(config.workers)
         await found
         if resume:
             await self._buffer.answer("rollback", version, new_driver=True)
@@ -215,7 +215,7 @@ class RayRuntime:
             if self._turns is not None:
                 await self._turns.engines()
                 if not self._published.is_set():
-                    self._fleet.scale(self._config.rollout.workers)
+                    self._fleet.scale(self._config.workers)
             if then is not None:
                 self._steps.begin(then)
             reports = await self._fleet.publish(update)

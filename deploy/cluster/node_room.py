@@ -60,11 +60,11 @@ def _kind(claim: Claim) -> tuple[dict[str, float], int]:
 
 def claims(config: RunConfig, nodes: Sequence[Resources]) -> list[Claim]:
     """What workers and ranks claim: an engine on one node where the largest node has its GPUs, else GPU by GPU."""
-    rollout, gpus = config.rollout, config.rollout.gpus_per_worker
-    worker = Claim("rollout worker", rollout.workers, worker_claims(config))
+    gpus = config.rollout.gpus_per_worker
+    worker = Claim("rollout worker", config.workers, worker_claims(config))
     if spans_nodes(gpus, nodes):
         pieces = round(gpus)
-        worker = Claim("rollout worker", rollout.workers * pieces, {"GPU": 1.0}, pieces)
+        worker = Claim("rollout worker", config.workers * pieces, {"GPU": 1.0}, pieces)
     return [worker, Claim("learner rank", config.learner.ranks, rank_claims(config))]
 
 

@@ -254,3 +254,8 @@ class RunConfig(Settings):
         """The environments of the run, in the recipe's order: that of `env`, or those of `envs`."""
         limits, options = self.rollout.limits, self.evaluation.options
         return environments_of(self.env, self.envs, RunSettings(self.agent, self.sampling, limits, options))
+
+    @property
+    def workers(self) -> int:
+        """The rollout workers that the run starts: none where it makes stages only, and evaluates nothing."""
+        return self.rollout.workers if self.steps or self.evaluation.evaluates else 0

@@ -26,7 +26,7 @@ class Reservation:
 def reservations(config: RunConfig) -> list[Reservation]:
     """The actors of a run that reserve resources: workers, the learner's ranks, replicas that are actors."""
     found = [
-        Reservation("rollout worker", config.rollout.workers, worker_claims(config)),
+        Reservation("rollout worker", config.workers, worker_claims(config)),
         Reservation("learner", config.learner.ranks, rank_claims(config)),
     ]
     if config.cluster.buffer_resources:
@@ -83,7 +83,7 @@ def replica_claims(config: RunConfig) -> dict[str, float]:
 def replicas_elsewhere(config: RunConfig) -> int:
     """The number of environment replicas that are actors: one for each concurrent episode."""
     elsewhere = any(each.host.where == "ray" for each in config.environments)
-    return config.rollout.workers * config.rollout.episodes if elsewhere else 0
+    return config.workers * config.rollout.episodes if elsewhere else 0
 
 
 def learner_gpus(config: RunConfig) -> float:

@@ -189,7 +189,7 @@ def _gpus(config: RunConfig) -> Iterator[Finding]:
 def _learner_gpu(config: RunConfig, plan: MemoryPlan, gpu_bytes: int, always: int) -> Iterator[Finding]:
     learner, room = plan.process("learner"), gpu_bytes
     shared = ""
-    if config.weights.transfer == "ipc" and not config.replay:
+    if config.weights.transfer == "ipc" and config.workers and not config.replay:
         engines = config.rollout.workers * plan.process("rollout worker").peak(on_host=False)
         room, shared = gpu_bytes - engines, f", beside engines of {engines / GIB:.3g} GiB"
     if config.cluster.colocate == "turns":

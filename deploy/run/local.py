@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
@@ -110,7 +111,7 @@ class LocalRuntime(LearnerHere):
 
     async def _start_workers(self) -> None:
         config, buffer = self._config, self._replay_buffer
-        for index in range(config.rollout.workers):
+        for index in range(config.workers):
             name = f"rollout-{index}"
             with self._startup.timed("engines"):
                 factory = self._engine_factory
@@ -180,8 +181,10 @@ class LocalRuntime(LearnerHere):
         await asyncio.gather(*(sleeping(worker.engine).sleep(level) for worker in self._workers))
 
     async def counters(self) -> Row:
-        rows = [worker.counters() for worker in self._workers]
-        return {key: sum(row[key] for row in rows) for key in rows[0]}
+        total: Counter[str] = Counter()
+        for worker in self._workers:
+            total.update(worker.counters())
+        return dict(total)
 
     async def counts(self) -> dict[str, int]:
         return await self._replay_buffer.counts()

@@ -15,6 +15,7 @@ from deploy.assembly.runtime import Row
 from deploy.assembly.stage_data import gather, past_episodes
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
+from deploy.config.resources import reservations
 from deploy.report.metrics import read_metrics, stage_folder
 from deploy.run.local import LocalRuntime
 from deploy.run.preflight import check
@@ -157,6 +158,17 @@ def test_a_run_may_be_its_stages_alone_over_files_of_conversations_and_of_pairs(
     assert (preference[0]["reward_accuracy"], preference[-1]["reward_accuracy"]) == (0.0, 1.0)
     assert [each.name for each in (tmp_path / "run" / "checkpoints").iterdir()] == ["version-00000000"]
     assert summary["success_after"] == summary["success_before"]
+
+
+def test_a_run_that_plays_nothing_starts_no_engine(tmp_path: Path) -> None:
+    config = configured("steps=0", "evaluation.tasks=0", f"stages=[{{kind='sft', {PLAYED}}}]")
+    assert [each.count for each in reservations(config) if each.part == "rollout worker"] == [0]
+    summary = train(config, tmp_path / "run", engine=unwanted)
+    assert (tmp_path / "run" / "checkpoints" / "version-00000000").is_dir() and summary["steps"] == 0
+
+
+async def unwanted(*given: Any) -> Any:
+    raise AssertionError(f"an engine was started: {given}")
 
 
 @needs_smollm2
