@@ -125,7 +125,6 @@ class RayRuntime:
             self._limits,
             self._say,
             self._budget,
-            lost=self._hand_on,
             left=self._engines.release,
             turn=self._turns.starting if self._turns else nullcontext,
         )
@@ -337,7 +336,7 @@ class RayRuntime:
         if not lost.done():
             lost.set_exception(LearnerLost(how))
 
-    async def _hand_on(self, worker: str, lost: str = "") -> int:
+    async def _hand_on(self, worker: str, lost: str) -> int:
         self._handles.pop(worker, None)
         return int(await self._buffer.answer("reassign", worker, lost))
 

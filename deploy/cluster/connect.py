@@ -160,13 +160,13 @@ def require_room(config: RunConfig, workers: int) -> None:
         return
     held = ray.cluster_resources()
 
-    def fits(count: int) -> bool:
+    def has_room(count: int) -> bool:
         rollout = config.rollout.model_copy(update={"workers": count})
         wanted = demand(config.model_copy(update={"rollout": rollout}))
         return all(amount <= held.get(name, 0.0) for name, amount in wanted.items())
 
-    if not fits(workers):
-        most = next((count for count in range(workers, 0, -1) if fits(count)), 0)
+    if not has_room(workers):
+        most = next((count for count in range(workers, 0, -1) if has_room(count)), 0)
         raise ConfigError(
             f"{workers} rollout workers requested, but this machine has room for {most}; ask for fewer"
         )

@@ -44,9 +44,9 @@ class Fleet:
     """The rollout workers of a run. All calls come from one event loop.
 
     launch: makes a member by name; lend: provides the current version for the time of a block; reassign: tells the
-    replay buffer that a worker has left; lost: that it was lost, with the error; left: told that a worker has ended and
-    is not replaced; turn: held while a member starts, which may have to wait for its turn on a shared device; say:
-    prints a message for the user.
+    replay buffer that a worker has left, with the error of one that was lost, and returns the number of its groups;
+    left: told that a worker has ended and is not replaced; turn: held while a member starts, which may have to wait for
+    its turn on a shared device; say: prints a message for the user.
     `failed` is a future that ends with the error that stops the run.
     """
 
@@ -54,19 +54,17 @@ class Fleet:
         self,
         launch: Callable[[str], Member],
         lend: Callable[[], AbstractAsyncContextManager[WeightUpdate]],
-        reassign: Callable[[str], Awaitable[int]],
+        reassign: Callable[[str, str], Awaitable[int]],
         settings: SupervisionSettings,
         limits: TimeLimits,
         say: Callable[[str], None],
         budget: Budget | None = None,
-        lost: Callable[[str, str], Awaitable[int]] | None = None,
         left: Callable[[str], None] = lambda worker: None,
         turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> None:
         self._launch = launch
         self._lend = lend
         self._reassign = reassign
-        self._reassign_lost = lost or (lambda worker, error: reassign(worker))
         self._left = left
         self._turn = turn
         self._settings = settings
@@ -270,7 +268,7 @@ class Fleet:
         self._forget(entry)
         await self._quietly(member.kill(), member)
         entry.killed.set()
-        groups = await self._reassign_lost(member.name, brief(error))
+        groups = await self._reassign(member.name, brief(error))
         self._say(f"{member.name} is lost ({brief(error)}); {groups} groups are reassigned")
         if index >= self._wanted:
             del self._entries[index]
@@ -290,7 +288,7 @@ class Fleet:
         member = entry.member
         entry.state = "leaving"
         await self._quietly(within(self._settings.drain_timeout_seconds, member.drain(), member.name), member)
-        groups = await self._reassign(member.name)
+        groups = await self._reassign(member.name, "")
         self._say(f"{member.name} has left; {groups} groups are reassigned")
         await self._end(entry)
         if self._entries.get(index) is entry:

@@ -85,7 +85,7 @@ class LocalRuntime(LearnerHere):
         self._runs: list[asyncio.Task[None]] = []
         self._started = (
             AsyncExitStack()
-        )  # what close() stops, the youngest first: start() may fail on its way
+        )  # what close() stops, the last one first: start() may fail on its way
 
     async def start(self, resume: bool) -> int:
         config = self._config

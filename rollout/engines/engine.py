@@ -222,6 +222,12 @@ def derive_seed(*parts: int) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
+def require_awake(name: str, asleep: bool) -> None:
+    """Raise EngineFailed for a request to an engine that sleeps, or has woken up without a version."""
+    if asleep:
+        raise EngineFailed(f"{name} sleeps: it has no weights before its next version")
+
+
 FINITE_PROBE = tuple(range(8))  # tokens that are scored once, to check that logprobs are finite
 
 

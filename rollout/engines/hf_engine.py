@@ -28,6 +28,7 @@ from rollout.engines.engine import (
     Sampling,
     SleepLevel,
     derive_seed,
+    require_awake,
     require_finite,
 )
 from rollout.engines.hf_routing import RoutingRecorder
@@ -117,7 +118,7 @@ class HfEngine:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, images: Sequence[str] = ()
     ) -> Completion:
-        self._require_weights()
+        require_awake(self.name, self._asleep)
         context = self._model.config.get_text_config().max_position_embeddings
         if len(prompt_ids) + sampling.max_tokens > context:
             raise EngineFailed(
@@ -154,7 +155,7 @@ class HfEngine:
         )
 
     async def score(self, token_ids: Sequence[int]) -> Float32Array:
-        self._require_weights()
+        require_awake(self.name, self._asleep)
         ids_T = torch.tensor(token_ids)
         with torch.no_grad():
             logprobs_TV = self._model(ids_T[None]).logits[0, :-1].float().log_softmax(-1)
@@ -209,10 +210,6 @@ class HfEngine:
     def weight_bytes(self) -> int:
         """Memory that the parameters take now."""
         return sum(storage.nbytes() for storage in _storages(self._model.parameters()))
-
-    def _require_weights(self) -> None:
-        if self._asleep:
-            raise EngineFailed(f"{self.name} sleeps: it has no weights before its next version")
 
     async def ping(self) -> None:
         pass  # it runs in the caller's process

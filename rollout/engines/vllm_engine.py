@@ -21,11 +21,11 @@ from rollout.engines.engine import (
     FINITE_PROBE,
     Completion,
     EngineDied,
-    EngineFailed,
     EngineStart,
     Generates,
     Sampling,
     SleepLevel,
+    require_awake,
     require_finite,
 )
 from rollout.engines.vllm_checkpoint import checkpoint_names, require_layers
@@ -161,12 +161,12 @@ class VllmEngine:
 
         adapter: one of those served side by side; without one it is the policy. Requests of all of them share batches.
         """
-        self._require_weights()
+        require_awake(self.name, self._asleep)
         return await self._requests.sample(prompt_ids, sampling, images, self.version, self._lora(adapter))
 
     async def score(self, token_ids: Sequence[int], *, adapter: str | None = None) -> Float32Array:
         """[T-1] logprob of every token after the first, at temperature 1; adapter: as of `generate`."""
-        self._require_weights()
+        require_awake(self.name, self._asleep)
         return await self._requests.score(token_ids, self.version, self._lora(adapter))
 
     async def sync(self, update: WeightUpdate) -> SyncReport:
@@ -299,9 +299,8 @@ class VllmEngine:
             self._llm.output_processor.propagate_error(EngineDeadError())
         # No grace period: a worker on CPU never stops by itself, and vLLM would kill it after 5 s.
         await asyncio.to_thread(self._llm.shutdown, 0.0)
-        self._llm.shutdown = lambda timeout=None: (
-            None
-        )  # which vLLM calls again, perhaps in the interpreter's exit
+        # vLLM calls it again, perhaps in the interpreter's exit.
+        self._llm.shutdown = lambda timeout=None: None
 
     async def _asked(self, call: Coroutine[Any, Any, T]) -> T:
         from rollout.engines.vllm_process import CallFailed
@@ -312,10 +311,6 @@ class VllmEngine:
             # vLLM's errors of a failed call and of a dead worker look alike.
             await self.ping()
             raise
-
-    def _require_weights(self) -> None:
-        if self._asleep:
-            raise EngineFailed(f"{self.name} sleeps: it has no weights before its next version")
 
     def _lora(self, adapter: str | None) -> Any:
         """The LoRA request of a prompt; the policy's without a name."""

@@ -140,8 +140,9 @@ class World:
     async def lend(self) -> AsyncIterator[WeightUpdate]:
         yield update(self.version)
 
-    async def reassign(self, worker: str) -> int:
-        assert self.members[worker].killed.is_set() or self.members[worker].drained
+    async def reassign(self, worker: str, lost: str) -> int:
+        member = self.members[worker]
+        assert member.killed.is_set() if lost else member.drained
         self.reassigned.append(worker)
         return 3
 

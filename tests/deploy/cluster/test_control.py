@@ -148,6 +148,13 @@ def test_missing_progress_is_noticed_and_all_stacks_are_kept(tmp_path: Path) -> 
     )
 
 
+def test_stacks_that_cannot_be_written_are_said_and_the_run_goes_on(tmp_path: Path) -> None:
+    def script(said: list[str]) -> Any:
+        yield lambda: any(": 1 of 2 groups; " in line and "could not be written: " in line for line in said)
+
+    cared_for(tmp_path / "gone", FakeRing(), script)
+
+
 def test_a_pause_is_said_once_and_is_no_missing_progress(tmp_path: Path) -> None:
     ring = FakeRing()
 
