@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.assembly.runtime import loss_to_come
-from deploy.cluster.actor_member import actor, awaited
+from deploy.cluster.ray_actors import actor, awaited
 from deploy.config.config import ClusterSettings
 from deploy.config.supervise import PartFailed, PartLost, SupervisionSettings, brief, place, within
 from deploy.report.noticed import Noticed

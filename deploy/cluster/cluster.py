@@ -27,7 +27,7 @@ from deploy.assembly.runtime import LearnerLost, Met, Row, alone, first_failure,
 from deploy.assembly.stage_data import gather
 from deploy.assembly.time_limits import time_limits
 from deploy.assembly.turns import Turns, sleep_level, step_in_turn
-from deploy.cluster.actor_member import ActorMember, actor, stacks_of
+from deploy.cluster.actor_member import ActorMember
 from deploy.cluster.buffer_part import BufferPart
 from deploy.cluster.connect import require_room
 from deploy.cluster.engine_groups import EngineGroups, placed
@@ -36,6 +36,7 @@ from deploy.cluster.learner_part import LearnerPart
 from deploy.cluster.model_nodes import fetch_on_nodes
 from deploy.cluster.native import DirectSync, native_publisher
 from deploy.cluster.offers import Offers
+from deploy.cluster.ray_actors import actor, stacks_of
 from deploy.cluster.step_ahead import StepAhead
 from deploy.cluster.watchdog import Watchdog
 from deploy.config.config import RunConfig

@@ -15,8 +15,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from deploy.cluster.actor_member import awaited
 from deploy.cluster.node_room import spans_nodes
+from deploy.cluster.ray_actors import awaited
 from deploy.config.config import RunConfig
 from deploy.config.resources import worker_gpus
 from deploy.config.supervise import within

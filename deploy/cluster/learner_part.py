@@ -18,10 +18,11 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deploy.assembly.runtime import LearnerLost
-from deploy.cluster.actor_member import Hear, actor, awaited
+from deploy.cluster.ray_actors import actor, awaited
 from deploy.config.config import RunConfig
 from deploy.config.resources import rank_claims, rank_gpus
 from deploy.config.supervise import Budget, PartLost, SupervisionSettings, TimeLimits, brief, place, within
+from deploy.report.noticed import Hear
 from learner.parallel.ranks import RankLost, Ranks
 from learner.training.actors import Build, FollowerActor, LearnerActor
 from learner.training.learner import Learner

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
-from deploy.cluster.actor_member import awaited
+from deploy.cluster.ray_actors import awaited
 from deploy.config.supervise import PartLost, brief, within
 from learner.parallel.ranks import RankLost
 from rollout.wire.weights import WeightUpdate

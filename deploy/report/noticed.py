@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from deploy.report.console import one_line
 from rollout.wire.notices import MOST, kind
 
 FILE = "notices.log"
+Hear = Callable[[str, Sequence[str]], None]  # called with the name of a part and its notices
 
 
 class Noticed:

@@ -20,7 +20,7 @@ import ray
 
 from deploy.assembly.build import build_worker
 from deploy.assembly.models import model_path
-from deploy.cluster.actor_member import actor
+from deploy.cluster.ray_actors import actor
 from deploy.config.config import RunConfig
 from rollout.buffer.actors import RemoteReplayBuffer, ReplayBufferActor
 from rollout.buffer.replay_buffer import ReplayBuffer

@@ -12,11 +12,11 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
-from deploy.cluster.actor_member import actor
 from deploy.cluster.cluster import RayRuntime
 from deploy.cluster.connect import require_capacity
 from deploy.cluster.engine_groups import EngineGroups
 from deploy.cluster.fleet import Fleet
+from deploy.cluster.ray_actors import actor
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from rollout.engines.vllm_start import VllmSettings
