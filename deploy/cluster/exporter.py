@@ -12,6 +12,7 @@ from typing import Any
 from ray.util.metrics import Gauge
 
 from deploy.config.declared_metrics import EVALUATIONS, METRICS
+from deploy.config.evaluation import prefix
 
 PREFIX = "manta_"
 _ABOUT = {metric.name: metric.about for metric in (*METRICS, *EVALUATIONS.metrics)}
@@ -20,7 +21,8 @@ _ABOUT = {metric.name: metric.about for metric in (*METRICS, *EVALUATIONS.metric
 class RayMetrics:
     """A tracker (deploy/config/trackers.py) whose rows become gauges of the node that the driver runs on.
 
-    Exported are metrics whose names Prometheus allows: not those of single environments, which have a slash.
+    Exported are metrics whose names Prometheus allows: not those of single environments, which have a slash, nor of
+    suites whose names have a dash.
     """
 
     kind = "Ray's exporter"
@@ -41,9 +43,11 @@ class RayMetrics:
         self._set(row)
 
     def on_eval(self, name: str, row: dict[str, Any]) -> None:
+        suite, _, _ = name.rpartition("/")
+        said = {"reward": row["mean_reward"]}
         if row["successes"] is not None:
-            self._set({"eval_success": row["successes"] / row["episodes"]})
-        self._set({"eval_reward": row["mean_reward"]})
+            said["success"] = row["successes"] / row["episodes"]
+        self._set({prefix(suite) + metric: value for metric, value in said.items()})
 
     def on_run_end(self, summary: dict[str, Any] | None) -> None:
         """Do nothing: the last values stay until the driver's process ends."""

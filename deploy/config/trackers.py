@@ -2,7 +2,7 @@
 
     on_run_start(config, folder)   the configuration as plain JSON, and the run's folder
     on_step(row)                   the row of metrics.jsonl; a step repeated after a loss of the learner comes twice
-    on_eval(name, row)             "before" or "after", and the results of the evaluation
+    on_eval(name, row)             "before", "after" or "step-00000010" ("SUITE/before" of a suite), and the results
     on_run_end(summary)            as in summary.json; None if the run was stopped or failed
 
 They are called in the driver, one after the other, in a thread of their own: a slow tracker delays nothing. The first
