@@ -79,10 +79,14 @@ class Entry:
         self.version = report.version
         return report
 
+    async def recount(self, limit: float) -> None:
+        """Update its counters within the limit, seconds."""
+        self.counters = await within(limit, self.member.counters(), self.member.name)
+
     async def count(self, limit: float) -> None:
         """Update its counters, or lose it."""
         try:
-            self.counters = await within(limit, self.member.counters(), self.member.name)
+            await self.recount(limit)
         except Exception as error:
             self.lose(await explained(error, self.member))
 

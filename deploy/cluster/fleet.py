@@ -39,6 +39,8 @@ from rollout.wire.metrics import Row
 from rollout.wire.trajectory import Task
 from rollout.wire.weights import SyncReport, WeightMismatch, WeightUpdate
 
+_LAST_COUNT_SECONDS = 2.0  # for a member that is ended to say what it has sampled
+
 
 class Fleet:
     """The rollout workers of a run. All calls come from one event loop.
@@ -298,10 +300,7 @@ class Fleet:
     async def _end(self, entry: Entry) -> None:
         member = entry.member
         if entry.state in ("serving", "leaving"):
-            try:
-                entry.counters = await within(2.0, member.counters(), member.name)
-            except Exception as error:
-                self._say(f"{member.name} did not end cleanly: {brief(error)}")
+            await self._quietly(entry.recount(_LAST_COUNT_SECONDS), member)
             await self._quietly(
                 within(self._settings.drain_timeout_seconds, member.close(), member.name), member
             )
