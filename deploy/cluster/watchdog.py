@@ -105,10 +105,10 @@ class Watchdog:
         stacks = await self._ring.stacks()
         path = self._folder / f"stacks-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         text = "".join(f"==== {part}\n{told}\n" for part, told in stacks.items())
-        where = f"all stacks are in {path}"
+        limit = self._settings.progress_timeout_seconds
         try:
             path.write_text(f"{state}\n{self._ring.roster()}\n\n{text}", encoding="utf-8")
         except OSError as error:  # a full disk does not stop the run
-            where = f"{path} could not be written: {error.strerror}"
-        late = self._settings.progress_timeout_seconds
-        self._say(f"no turn and no step for {late:g} s: {state['missing']}; {where}")
+            self._say(f"{path} could not be written: {error.strerror}; no progress: {state['missing']}")
+        else:
+            self._say(f"no turn and no step for {limit:g} s: {state['missing']}; all stacks are in {path}")
