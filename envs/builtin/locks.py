@@ -4,7 +4,7 @@ Observation: "keeper" for the keeper, who is asked for a lock; "opener: iron" fo
 Action: the keeper's is a lock, one of `LOCKS` or "chance"; the opener's a key, one of `KEYS`.
 Reward: 1 for the opener if the key fits, else 1 for the keeper; 0 for the other seat, and for text that is no lock or
 key. Each lock has one key, always the same (`KEY_OF`). The key of "chance" is drawn from the seed: nobody can know it,
-so a keeper who always says "chance" wins two games in three, and teaches an opener nothing.
+so a keeper who always says "chance" wins five games in six, and teaches an opener nothing.
 Horizon: one turn of each seat. An answer of another policy that is no lock or key is replaced by a random one.
 Opponents: "scripted": a keeper who draws one of `LOCKS`, an opener who knows every key. "policy": another policy of the
 run, or a past version of the same, see docs/leagues.md.
@@ -24,7 +24,7 @@ LOCKS = (
     *("iron", "copper", "silver", "gold", "tin", "lead"),
     *("zinc", "nickel", "bronze", "brass", "steel", "chrome"),
 )
-KEYS = ("red", "green", "blue")
+KEYS = ("red", "green", "blue", "white", "black", "yellow")
 KEY_OF = {lock: KEYS[place % len(KEYS)] for place, lock in enumerate(LOCKS)}
 CHANCE = "chance"
 CHOICES = (*LOCKS, CHANCE)
