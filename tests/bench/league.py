@@ -2,8 +2,7 @@
 
     python -m tests.bench.league [--seeds 3] [--steps 40] [--games 512] [--folder DIR]
 
-The game is `locks`, by tiny models that were shown little of a player who errs half the time; plain transformers
-sample.
+The game is `locks`, by tiny models that were shown a player who takes one key in three wrong; plain transformers sample.
 
 roles      a keeper and an opener, each a policy of one run with its own learning rate, and uniform fictitious
            self-play. Each policy's first and last version play all past versions of the other: how often do they win?
