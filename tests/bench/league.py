@@ -49,7 +49,7 @@ ROLES_LEARN = {
     "learner.algorithm.skip_zero_advantage": False,
     "learner.algorithm.epochs": 2,
 }
-RATES = {"keeper": 5e-4, "opener": 2e-3}
+RATES = {"keeper": 2e-4, "opener": 2e-3}
 SELF = {"league.latest_share": 1.0}
 FIRST_GAME = 1_000_000  # seeds from here on are games of the comparison
 AT_ONCE = 32
