@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from learner.model.blockwise import dynamic_type, middles, nearest
+from learner.model.blockwise import Edges, dynamic_type, nearest
 from learner.model.routers import routers_in
 
 BLOCK = 64  # numbers with one scale
@@ -67,16 +67,17 @@ _PAIRS = torch.cartesian_prod(NF4, NF4)  # [256, 2]: the two numbers of a byte
 class _Tables(NamedTuple):
     """What codes stand for, and the middles between neighbours, on one device."""
 
-    nf4_edges: Tensor
+    nf4_edges: Edges
     eight: Tensor
-    eight_edges: Tensor
+    eight_edges: Edges
     pairs: Tensor
 
 
 @cache
 def _tables(device: torch.device) -> _Tables:
-    on_cpu = _Tables(middles(NF4), EIGHT_BITS, middles(EIGHT_BITS), _PAIRS)
-    return _Tables(*(table.to(device) for table in on_cpu))
+    return _Tables(
+        Edges.of(NF4, device), EIGHT_BITS.to(device), Edges.of(EIGHT_BITS, device), _PAIRS.to(device)
+    )
 
 
 class _Parts(NamedTuple):

@@ -26,25 +26,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from learner.model.blockwise import dynamic_type, middles, nearest
+from learner.model.blockwise import Edges, dynamic_type, nearest
 
 BLOCK = 256  # most numbers with one scale
 _LEAST_BLOCK = 8  # numbers
 _LEAST = 4096  # numbers of a tensor
 _SCALE = 4  # bytes
 AT_ONCE_CPU, AT_ONCE_GPU = 2**20, 2**24  # numbers that are updated at a time: of a CPU, what its cache holds
-WORKING = 4  # float32 and int32 numbers for each of them: both moments, and one while it is quantized
+WORKING = 5  # float32 and int32 numbers for each of them: both moments, and three while one is quantized
 
 
 class _Table(NamedTuple):
     values: Tensor
-    edges: Tensor
+    edges: Edges
 
 
 @cache
 def _table(signed: bool, device: torch.device) -> _Table:
     values = dynamic_type(signed)
-    return _Table(values.to(device), middles(values).to(device))
+    return _Table(values.to(device), Edges.of(values, device))
 
 
 def block_of(shape: Sequence[int]) -> int:

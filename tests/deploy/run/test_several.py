@@ -37,7 +37,7 @@ SMALL = (
     "league.every_versions=1", "league.keep=3", "league.latest_share=0.25",
 )  # fmt: skip
 TWO = (
-    'policies.keeper={share=1, env={options={seat="keeper"}}, learner={optim={learning_rate=1e-3}}}',
+    'policies.keeper={share=1, env={options={seat="keeper"}}, learner={optim={learning_rate=5e-4}}}',
     'policies.opener={share=2, env={options={seat="opener"}}}',
 )
 
@@ -111,7 +111,7 @@ def test_each_policy_has_its_own_learner_versions_and_metrics(uninterrupted: Pat
         assert {0, 4, 5, 6} <= set(kept.versions)
         assert {kept.open(version).manifest.policy for version in kept.versions} == {name}
         assert versions(folder) == [4, 6]
-    assert rates == [1e-3, 2e-3]
+    assert rates == [5e-4, 1e-3]
     summary = json.loads((uninterrupted / "summary.json").read_text(encoding="utf-8"))
     assert set(summary["policies"]) == set(POLICIES) and summary["steps"] == 6
     said = io.StringIO()
