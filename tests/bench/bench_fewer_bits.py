@@ -92,15 +92,15 @@ def weights(policy: Policy) -> Tensor:
 def main() -> None:
     """Each case, and how it moved the weights in relation to the first."""
     start = weights(Policy(ModelSettings(path=str(FOLDER)), examined=True))
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, float] = {}
     first = None
     for name, (model, optim) in CASES.items():
-        found[name], after = learned(model, optim)
+        figures, after = learned(model, optim)
         moved = after.sub_(start)
         first = moved if first is None else first
-        found[name]["cosine with the first one's way"] = float(
-            cosine_similarity(moved.double(), first.double(), dim=0)
-        )
+        cosine = float(cosine_similarity(moved.double(), first.double(), dim=0))
+        figures["cosine with the first one's way"] = cosine
+        found |= {f"{name}: {figure}": value for figure, value in figures.items()}
     print(json.dumps(found))
 
 

@@ -2,7 +2,8 @@
 
     python -m tests.bench.league [--seeds 3] [--steps 40] [--games 512] [--folder DIR]
 
-The game is `locks`, by tiny models that were shown a player who takes one key in three wrong; plain transformers sample.
+The game is `locks`, by tiny models that were shown a player who takes one key in three wrong; plain transformers
+sample.
 
 roles      a keeper and an opener, each a policy of one run with its own learning rate, and uniform fictitious
            self-play. Each policy's first and last version play all past versions of the other: how often do they win?
