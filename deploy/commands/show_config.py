@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from textwrap import wrap
 from typing import Any
 
@@ -72,7 +72,9 @@ def _difference(value: Any, default: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Convert settings and tuples of them to tables and lists."""
+    """Convert settings, also in tables and tuples, to tables and lists."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
     return [plain(each) for each in value] if isinstance(value, list | tuple) else value

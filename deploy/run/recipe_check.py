@@ -190,6 +190,8 @@ def _rows(config: RunConfig) -> tuple[list[Counts], Finding | None]:
 
 
 def _read(config_json: Path) -> PretrainedConfig:
+    if not config_json.exists():
+        raise ConfigError(f"--config-json {config_json}: there is no such file; give the model's config.json")
     try:
         read: PretrainedConfig = AutoConfig.from_pretrained(str(config_json), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tomllib
+
 import pytest
 
 from deploy.config.version import VERSION
@@ -20,5 +22,7 @@ def test_version_recipes_and_a_resolved_recipe_are_shown(manta: Manta) -> None:
     assert code == 0 and "frozen_lake" in out and "dr_grpo" in out and "The main job" in out
     code, out, _ = manta("config", RECIPE, "steps=7")
     assert code == 0 and "steps = 7  # no default\n" in out
+    code, out, _ = manta("config", "locks", "policies.a.env.options.seat=keeper", "policies.b.share=1")
+    assert code == 0 and tomllib.loads(out)["policies"]["a"]["env"]["options"]["seat"] == "keeper"
     code, out, err = manta("config", RECIPE, "rollout.sise=7")
     assert (code, out) == (2, "") and "unknown option rollout.sise" in err
