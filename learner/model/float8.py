@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import ScalingType, linear, pad, scaled_mm
 
+from learner.model.linear import plain_layers
 from learner.model.routers import routers_in
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
@@ -40,10 +41,9 @@ class Float8:
             raise ValueError(f"learner.model.float8: {name} multiplies no float8 numbers; set it to false")
         self.off = False  # whether layers compute in bfloat16, at the moment
         left = {leave, *routers_in(model)}
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear and child not in left and _fits(child):
-                    parent.register_module(name, _Float8Linear(child, self))
+        for _, parent, name, layer in plain_layers(model):
+            if layer not in left and _fits(layer):
+                parent.register_module(name, _Float8Linear(layer, self))
 
     @contextmanager
     def exact(self, wanted: bool) -> Iterator[None]:

@@ -46,10 +46,19 @@ def use_onednn(module: nn.Module, leave: nn.Module | None = None) -> None:
     least = 0 if os.environ.get(PATH) else _LEAST_WEIGHTS
     for cache in _KERNEL_CACHES:
         os.environ.setdefault(cache, str(_KERNELS))
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child is not leave and child.weight.numel() >= least:
-                parent.register_module(name, _OneDnnLinear(child))
+    for _, parent, name, layer in plain_layers(module):
+        if layer is not leave and layer.weight.numel() >= least:
+            parent.register_module(name, _OneDnnLinear(layer))
+
+
+def plain_layers(module: nn.Module) -> list[tuple[str, nn.Module, str, nn.Linear]]:
+    """The plain linear layers below `module`, each with its parent's path, its parent and its name."""
+    return [
+        (path, parent, name, child)
+        for path, parent in module.named_modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear
+    ]
 
 
 def _onednn_wanted() -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from learner.model.blockwise import Edges, dynamic_type, nearest
+from learner.model.linear import plain_layers
 from learner.model.routers import routers_in
 
 BLOCK = 64  # numbers with one scale
@@ -212,14 +213,13 @@ def quantize_layers(model: nn.Module, leave: nn.Module | None) -> None:
     ValueError as in `quantize`.
     """
     left = {leave, *routers_in(model)}
-    for path, parent in list(model.named_modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear or child in left or child.weight.is_meta:
-                continue
-            try:
-                parent.register_module(name, Nf4Linear(child))
-            except ValueError as error:
-                raise ValueError(f"{path}.{name}.weight has {error}; use other files") from error
+    for path, parent, name, layer in plain_layers(model):
+        if layer in left or layer.weight.is_meta:
+            continue
+        try:
+            parent.register_module(name, Nf4Linear(layer))
+        except ValueError as error:
+            raise ValueError(f"{path}.{name}.weight has {error}; use other files") from error
 
 
 def as_matrices(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
