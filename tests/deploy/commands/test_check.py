@@ -164,8 +164,9 @@ def test_moments_in_eight_bits_are_a_byte_and_a_256th_of_a_scale_a_number() -> N
     stored = sum(each.nbytes for each in optimizer.moments_to_come()[:-1])
     assert amounts["AdamW's moments, 8 bits a number"] == pytest.approx(stored / 4, rel=1e-4)
     assert stored / 8 < QWEN3_8B.parameters * 0.26
-    # 16 million numbers at a time: both moments in float32, and one while it is quantized.
-    assert amounts["AdamW's moments, the part that is updated"] == 2**24 * 16
+    # 16 million numbers at a time: both moments in float32, and of one that is quantized the scaled numbers, what they
+    # are looked up by and their codes, of four bytes each.
+    assert amounts["AdamW's moments, the part that is updated"] == 2**24 * 20
     assert amounts["copy of weights and moments, while saving"] == pytest.approx(
         QWEN3_8B.parameters + stored / 4, rel=1e-4
     )
