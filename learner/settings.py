@@ -69,6 +69,12 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
         "forward, e5m2 for gradients, one scale a tensor found at every use. Needs dtype bfloat16, in which all else "
         "is computed, and a GPU of compute capability 8.9 or later (Ada, Hopper); not with lora. On a CPU it is slow",
     )
+    compile: bool = Field(
+        default=False,
+        description="compile the layers with torch.compile: what lies between matrix products becomes few kernels. "
+        "The first rows take a minute longer. Needs a C++ compiler, on GPUs also triton; not for mixtures of experts. "
+        "Results differ by rounding alone",
+    )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="device that the learner computes on")
     logit_block: int = Field(
         default=2**25,
@@ -121,6 +127,11 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
         if self.float8 and self.lora is not None:
             raise ValueError(
                 "learner.model.float8=true trains all weights; leave out learner.model.lora, or set float8=false"
+            )
+        if self.compile and self.quantized:
+            raise ValueError(
+                "learner.model.compile=true does not compile a base in few bits; leave out "
+                "learner.model.lora.quantize_base, or set compile=false"
             )
 
     @property

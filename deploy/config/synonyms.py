@@ -61,6 +61,7 @@ _THEIRS: dict[tuple[str, ...], str] = {
     "hf_checkpoint actor_model",
     ("learner.model.dtype", "engine.dtype"): "dtype bf16 fp16 torch_dtype precision model_dtype",
     ("learner.model.float8",): "fp8 use_fp8 fp8_training fp8_recipe enable_fp8",
+    ("learner.model.compile",): "torch_compile use_torch_compile enable_compile compile_model enable_torch_compile",
     ("learner.model.device",): "device",
     ("learner.model.router_replay",): "enable_rollout_routing_replay use_rollout_routing_replay use_routing_replay "
     "enable_return_routed_experts moe_router_replay",

@@ -91,6 +91,7 @@ def hidden_states(
     return found
 
 
+@torch.compiler.disable  # a compiled layer calls it as it is
 def packed_attention(
     module: nn.Module,
     query: Tensor,

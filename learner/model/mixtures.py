@@ -14,7 +14,7 @@ from learner.settings import ModelSettings
 
 def require_mixture_of(config: PretrainedConfig, settings: ModelSettings, shards: int) -> None:
     """As `require_mixture`, of a model of this configuration."""
-    if settings.expert_parallel or settings.router_balance or settings.router_replay:
+    if settings.expert_parallel or settings.router_balance or settings.router_replay or settings.compile:
         require_mixture(blank_model(config, settings.trust_remote_code), settings, shards)
 
 
@@ -30,6 +30,8 @@ def require_mixture(model: PreTrainedModel, settings: ModelSettings, shards: int
         raise ValueError(
             "has no routers of experts whose logits are known; set learner.model.router_balance=0"
         )
+    if settings.compile and blocks_of(model):
+        raise ValueError("is a mixture of experts, which is not compiled; set learner.model.compile=false")
     if settings.router_replay and not blocks_of(model):
         raise ValueError("has no routers of experts; set learner.model.router_replay=false")
 

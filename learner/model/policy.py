@@ -13,6 +13,7 @@ from learner.data.batch import MicroBatch
 from learner.data.prefix_tree import PrefixTree
 from learner.data.row_slice import RowSlice
 from learner.model.attention import hidden_states, require_slices
+from learner.model.compiled import compile_layers
 from learner.model.divergence import Head, Opposite, divergence
 from learner.model.float8 import Float8
 from learner.model.linear import use_onednn
@@ -92,6 +93,9 @@ class Policy:
             self._use_onednn()
         if self.sharded is None:  # buffers, and an adapter
             nn.Module.to(self.model, self.device)  # the subclass's `to` is untyped
+        with as_model_error(f"model {settings.path!r} "):
+            if settings.compile:
+                compile_layers(self.model, self.device)
         self._narrow: Narrow | None = None
         if products and (self.adapter or self.sharded is None):
             masters = self.model if self.adapter is None else self.adapter
