@@ -141,7 +141,14 @@ def _packed(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if name != "tokens_processed"}
 
 
-@pytest.mark.parametrize(("size", "over", "context"), [(2, None, 1), (4, 2, 1), (4, 2, 2), (4, 2, 4)])
+@pytest.mark.parametrize(
+    ("size", "over", "context"),
+    [
+        (2, None, 1),
+        (4, 2, 4),
+        *(pytest.param(4, 2, context, marks=pytest.mark.rare) for context in (1, 2)),
+    ],
+)
 def test_a_step_whose_tokens_travel_is_that_of_one_rank(
     size: int, over: int | None, context: int, mixture: Path, alone: list[Any]
 ) -> None:
