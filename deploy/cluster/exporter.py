@@ -33,6 +33,7 @@ class RayMetrics:
 
     def __init__(self) -> None:
         self._gauges: dict[str, Gauge] = {}
+        self._values: dict[str, float] = {}
         self._tags: dict[str, str] = {}
 
     def on_run_start(self, config: dict[str, Any], folder: Path) -> None:
@@ -50,12 +51,14 @@ class RayMetrics:
         self._set({prefix(suite) + metric: value for metric, value in said.items()})
 
     def on_run_end(self, summary: dict[str, Any] | None) -> None:
-        """Do nothing: the last values stay until the driver's process ends."""
+        """The last values stay until the driver's process ends."""
+        self._set({})
 
     def _set(self, row: Mapping[str, float]) -> None:
-        for name, value in row.items():
-            if name.isidentifier():
-                if name not in self._gauges:
-                    about = _ABOUT.get(name, name)
-                    self._gauges[name] = Gauge(PREFIX + name, about, tag_keys=("run",))
-                self._gauges[name].set(value, self._tags)
+        """Set these values, and those before them again: Ray sends each once, and what a busy node misses is lost."""
+        self._values |= {name: value for name, value in row.items() if name.isidentifier()}
+        for name, value in self._values.items():
+            if name not in self._gauges:
+                about = _ABOUT.get(name, name)
+                self._gauges[name] = Gauge(PREFIX + name, about, tag_keys=("run",))
+            self._gauges[name].set(value, self._tags)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,17 +10,36 @@ import pytest
 from deploy.cluster import exporter
 
 
-def test_a_suite_has_gauges_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: dict[str, float] = {}
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What was set."""
+    found: dict[str, float] = {}
 
     class Gauge:
         def __init__(self, name: str, about: str, tag_keys: tuple[str, ...]) -> None:
             self._name = name
 
         def set(self, value: float, tags: dict[str, str]) -> None:
-            shown[self._name] = value
+            found[self._name] = value
 
     monkeypatch.setattr(exporter, "Gauge", Gauge)
+    return found
+
+
+def test_what_a_node_has_missed_is_set_again(shown: dict[str, float], tmp_path: Path) -> None:
+    metrics = exporter.RayMetrics()
+    metrics.on_run_start({"steps": 9}, tmp_path)
+    metrics.on_eval("before", _result(successes=3))
+    shown.clear()
+    metrics.on_step({"loss": 0.5, "success/level-1": 1.0})
+    once = {"manta_steps": 9.0, "manta_eval_success": 0.75, "manta_eval_reward": 2.0, "manta_loss": 0.5}
+    assert shown == once
+    shown.clear()
+    metrics.on_run_end(None)
+    assert shown == once
+
+
+def test_a_suite_has_gauges_of_its_own(shown: dict[str, float]) -> None:
     metrics = exporter.RayMetrics()
     metrics.on_eval("before", _result(successes=3))
     metrics.on_eval("hard/before", _result(successes=1))

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
+from zipfile import ZipFile
 
 import pytest
 import yaml
@@ -128,6 +130,35 @@ def test_the_same_through_a_runtime_environment(cluster: RayHead, tmp_path: Path
     rows = trained_rows(tmp_path / "runs" / job_of(said))
     assert all("Whose?" in row["observation"] and row["success"] is not True for row in rows)
     assert {row["success"] for row in rows if row["end_reason"]} == {False}
+
+
+def test_packages_are_installed_by_uv_for_a_job(cluster: RayHead, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "higher.py").write_text(OWN, encoding="utf-8")
+    (tmp_path / "mine" / "small.toml").write_bytes(Path(RECIPE).read_bytes())
+    packed = {
+        "judges.py": "def verdict(action):\n    return True\n",
+        "judges-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: judges\nVersion: 1.0\n",
+        "judges-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with ZipFile(tmp_path / "judges-1.0-py3-none-any.whl", "w") as wheel:
+        for name, text in packed.items():
+            wheel.writestr(name, text)
+        wheel.writestr("judges-1.0.dist-info/RECORD", "".join(f"{name},,\n" for name in packed))
+    asked = {
+        "packages": ["judges==1.0"],
+        "uv_pip_install_options": ["--no-index", f"--find-links={tmp_path}"],
+    }
+    (tmp_path / "env.yaml").write_text(
+        yaml.safe_dump({"working_dir": str(tmp_path / "mine"), "uv": asked}), encoding="utf-8"
+    )
+    said = manta(
+        cluster, "submit", str(tmp_path / "mine" / "small.toml"), *ENV, PLAIN, "rollout.cpus_per_worker=0.5",
+        "--runtime-env", str(tmp_path / "env.yaml"), "--output-dir", str(tmp_path / "runs"),
+    )  # fmt: skip
+    rows = trained_rows(tmp_path / "runs" / job_of(said))
+    assert {row["success"] for row in rows if row["end_reason"]} == {True}  # as the package judges
+    assert find_spec("judges") is None  # it is the job's alone
 
 
 def test_a_job_whose_driver_is_killed_goes_on_exactly(cluster: RayHead, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def test_fifty_deltas_of_a_random_model_are_exact(tiny: Path, tmp_path: Path) ->
 
 @needs_smollm2
 @pytest.mark.rare
+@pytest.mark.timeout(900)
 def test_fifty_deltas_of_a_pretrained_model_are_exact_and_a_small_part_of_it(tmp_path: Path) -> None:
     _require_exact(Policy(ModelSettings(path=str(FOLDER))), 0.1, tmp_path)
 
