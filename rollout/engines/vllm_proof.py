@@ -8,8 +8,9 @@ only: for fixed random vectors its result must equal that of the published matri
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from rollout.wire.weights import WeightMismatch
+
+logger = logging.getLogger(__name__)
 
 _VECTORS = 4
 # Allowed mean difference of two products, relative to their mean magnitude. Both are summed in float32 and rounded
@@ -42,7 +45,8 @@ class LayerProof:
 
     Of a layer that tensor parallelism divides, every process compares its share. The proof covers plain linear layers,
     the embedding, the head, biases and the weights of normalizations. Experts in one tensor, convolutions, and divided
-    layers whose loader computes what it copies are verified by the probe's logprobs only.
+    layers whose loader computes what it copies are verified by the probe's logprobs only. So is a family whose tensors
+    are published under names that fit no layer, of which a note is logged, once in a process.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -61,6 +65,7 @@ class LayerProof:
             for names in self._sources(module_name, module, parameter)
             for name in names
         }
+        self._seen = False  # whether any tensor was published through `see`; vLLM's own transfers do not
         self._whole: dict[str, tuple[str, Tensor]] = {}  # by vLLM's name: published name and tensor
         self._renamed: dict[str, str] = {}  # of these, from the published name
         # By vLLM's name: results of what its loader copied, by the place in the parameter.
@@ -68,6 +73,7 @@ class LayerProof:
 
     def see(self, name: str, tensor: Tensor) -> None:
         """Note a published tensor, whole, on its way into the model."""
+        self._seen = True
         renamed = self._rename(name) if self._rename else name
         if renamed in self._wanted and tensor.ndim in (1, 2):
             self._whole[renamed] = name, tensor
@@ -83,14 +89,18 @@ class LayerProof:
     @torch.no_grad()
     def check(self, version: int) -> int:
         """Raise WeightMismatch, naming the tensor, if a layer's result differs; returns how many were compared."""
-        proved = 0
+        proved, unproved = 0, list[str]()
         for module_name, module in self._model.named_modules():
             for parameter, rows in _responses(module):
                 names = self._published(module_name, module, parameter)
                 # Families that publish queries, keys and values as one tensor interleave them by heads; vLLM does not.
                 rearranged = isinstance(module, QKVParallelLinear) and len(names) == 1
                 divided = getattr(module, "tp_size", 1) > 1
-                proved += self._compare(version, names, rows, divided, rearranged)
+                compared = self._compare(version, names, rows, divided, rearranged)
+                proved += compared
+                unproved += [] if compared else [f"{module_name}.{parameter}"]
+        if unproved and self._seen:
+            _note(len(unproved), unproved[0])
         return proved
 
     def _sources(self, module_name: str, module: nn.Module, parameter: str) -> list[list[str]]:
@@ -129,6 +139,16 @@ class LayerProof:
         """The result of what was copied of a tensor; None if its loader computes what it copies."""
         copied = self._shares.get(renamed)
         return torch.cat([copied[place] for place in sorted(copied)], -1) if copied else None
+
+
+@cache  # once in a process: every sync finds the same
+def _note(count: int, first: str) -> None:
+    logger.warning(
+        "%d parameters of the model's layers, the first %s, fit no published tensor: they are proved by the probe's "
+        "logprobs alone",
+        count,
+        first,
+    )
 
 
 def _result(tensor: Tensor) -> Tensor:

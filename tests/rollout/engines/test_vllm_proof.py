@@ -25,3 +25,17 @@ def test_one_value_of_a_vector_that_is_another_is_refused_by_name(dtype: torch.d
         weight[5] = torch.nextafter(weight[5], torch.tensor(2.0, dtype=dtype))
     with pytest.raises(WeightMismatch, match=r"version 3: a layer computes with another norm\.weight"):
         proof.check(3)
+
+
+def test_layers_that_no_published_name_fits_are_noted_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleDict({"norm": nn.LayerNorm(64)})
+    for _ in range(2):  # two syncs
+        proof = LayerProof(model)
+        for name, tensor in model.named_parameters():
+            proof.see(f"transformer.{name}", tensor.clone())
+        assert proof.check(3) == 0
+    assert LayerProof(model).check(3) == 0  # nothing was published through it: no name is at fault
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(
+        "2 parameters of the model's layers, the first norm.weight, fit no published tensor"
+    )
