@@ -88,7 +88,7 @@ class Preflight:
         """Each raises an error for the user."""
         config, path = self._config, self._config.learner.model.path
         yield lambda: check_own_parts(config)
-        if config.replay is None:
+        if config.replay is None and (config.workers or config.league is not None):
             yield lambda: check_engine(config.engine, config.rollout.gpus_per_worker > 0)
         if self._data:
             yield lambda: self.observations

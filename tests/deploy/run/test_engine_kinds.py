@@ -15,7 +15,7 @@ from deploy.config.config_errors import ConfigError
 from deploy.config.trust import executed, executed_by_evaluation
 from deploy.run import drive
 from deploy.run.evaluate import conditions_of, evaluate_checkpoint
-from deploy.run.preflight import check_engine
+from deploy.run.preflight import check, check_engine
 from rollout.engines.vllm_start import VllmSettings
 from tests.deploy.command import Manta, command
 from tests.deploy.small_run import RECIPE, assert_balanced, configured, same_bits, train
@@ -66,6 +66,20 @@ def test_transformers_needs_no_vllm_and_samples_the_same_run_again(
     train_with_own(config, tmp_path / "again")
     assert_balanced(tmp_path / "once", config)
     assert same_bits(tmp_path / "once", tmp_path / "again")
+
+
+@pytest.mark.parametrize(("steps", "tasks"), [(0, 0), (0, 2), (1, 0)])
+def test_vllm_is_asked_for_only_where_an_engine_starts(
+    steps: int, tasks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    stages = "stages=[{kind='sft', source={kind='player', episodes=4}}]"
+    config = configured(stages, f"steps={steps}", f"evaluation.tasks={tasks}", "engine={kind='vllm'}")
+    if not steps + tasks:
+        check(config)
+        return
+    with pytest.raises(ConfigError, match="vLLM is not installed here"):
+        check(config)
 
 
 @pytest.mark.parametrize(
