@@ -12,7 +12,6 @@ of demonstrations, a sequence's tokens from the first one that has none, and tex
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,8 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from learner.data.batch import MicroBatch
 from learner.parallel.experts import experts_in
 from rollout.wire.model_folder import expert_count
-
-_IN_LAYER = re.compile(r".*\blayers\.(\d+)\..*")
+from rollout.wire.module_names import layer_number
 
 
 def routing_bytes(config: PretrainedConfig) -> int:
@@ -40,8 +38,7 @@ def routing_bytes(config: PretrainedConfig) -> int:
 def blocks_of(model: nn.Module) -> dict[str, int]:
     """The blocks of layers that hold experts and their router, by name, and the layer of each."""
     blocks = (name.rpartition(".")[0] for name in experts_in(model))
-    found = ((block, _IN_LAYER.fullmatch(block)) for block in blocks)
-    return {block: int(match[1]) for block, match in found if match}
+    return {block: layer for block in blocks if (layer := layer_number(block)) is not None}
 
 
 class RouterReplay:

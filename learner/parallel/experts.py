@@ -25,8 +25,8 @@ from torch.func import functional_call
 from torch.nn.functional import pad
 
 from learner.parallel.ranks import Ranks
+from rollout.wire.module_names import names_experts
 
-_EXPERTS = "experts"  # transformers' name of a layer's experts, in every family
 # What its decorator of classes of experts (`use_experts_implementation`) gives them, which most families use. Their
 # forward takes (hidden states [T, D], chosen experts [T, K], their weights [T, K]).
 _DECORATED = "is_concatenated"
@@ -34,7 +34,7 @@ _DECORATED = "is_concatenated"
 
 def experts_in(model: nn.Module) -> dict[str, Any]:
     """The modules of experts by name, one for each layer that has them."""
-    return {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == _EXPERTS}
+    return {name: module for name, module in model.named_modules() if names_experts(name)}
 
 
 def rows_by_expert(experts: Any) -> bool:

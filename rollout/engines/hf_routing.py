@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rollout.engines.engine import as_bytes
+from rollout.wire.module_names import layer_number, names_experts
 from rollout.wire.trajectory import UInt8Array
-
-_EXPERTS = re.compile(r".*\blayers\.(\d+)\..*\.experts")
 
 
 class RoutingRecorder:
@@ -25,9 +23,10 @@ class RoutingRecorder:
         self._step: dict[int, Tensor] = {}  # by layer: [T, K] of the pass under way
         self._width = 0
         for name, module in model.named_modules():
-            if match := _EXPERTS.fullmatch(name):
+            layer = layer_number(name)
+            if names_experts(name) and layer is not None:
                 self._width = max(self._width, int(module.num_experts))
-                module.register_forward_pre_hook(self._note_for(int(match[1])))
+                module.register_forward_pre_hook(self._note_for(layer))
         if not self._width:
             raise ValueError("the model has no experts whose routing can be recorded")
 
