@@ -5,7 +5,7 @@ from __future__ import annotations
 from deploy.commands.markdown import GENERATED, code, link, prose, sentence, table
 from deploy.config.declared_metrics import EVALUATIONS
 from deploy.config.declared_metrics import GROUPS as RUN_GROUPS
-from learner.metrics import STAGES
+from learner.stage_metrics import STAGES
 from rollout.wire.metrics import Metric, MetricGroup
 
 GROUPS = (*RUN_GROUPS, EVALUATIONS, STAGES)

@@ -8,13 +8,13 @@ updated after the ledger, and a call returns after both. A failed call has chang
 from __future__ import annotations
 
 import logging
-import sqlite3
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 
+from rollout.buffer.commit import FinishedGroup, accepted, write
 from rollout.buffer.disk_space import DiskSpace, free_bytes
 from rollout.buffer.failures import WINDOW, FailureWindow, TooManyFailures
 from rollout.buffer.journal import Journal, rows_of
@@ -27,7 +27,6 @@ from rollout.buffer.scheduler import StalenessScheduler
 from rollout.buffer.segments import (
     CompleteGroup,
     CorruptSegment,
-    Location,
     ReusedGroup,
     SegmentWriter,
     remove_oldest,
@@ -42,8 +41,6 @@ from rollout.wire.trajectory import Assignment, DropReason, Slot, StaleSlot, Tas
 __all__ = ["BufferSettings", "EpisodeRow", "FinishedGroup", "ReplayStore", "TooManyFailures"]
 
 log = logging.getLogger(__name__)
-
-FinishedGroup = tuple[Slot, pa.RecordBatch, Sequence[EpisodeRow]]  # a group to be committed
 
 
 class ReplayStore:
@@ -160,11 +157,11 @@ class ReplayStore:
         Raises OutOfDiskSpace, OSError or sqlite3.Error, having changed nothing.
         """
         self.disk_space.require()
-        new, answers = self._accepted(finished)
+        new, answers = accepted(finished, self._leases, self._ledger)
         attempts = {at: lease.slot.attempt for at, lease in self._leases.playing.items() if at not in new}
         rows = [kept for batch in turns if (kept := rows_of(batch, attempts)) is not None]
         before = self._segments.open_segment
-        locations = self._write(rows, new)
+        locations = write(rows, new, self._ledger, self._segments, self._journal)
         for group_id, (slot, batch, episodes) in new.items():
             self._scheduler.add(group_id, CompleteGroup(slot, locations[group_id], batch))
             self._failures.count((row.end_reason, row.error) for row in episodes)
@@ -323,42 +320,6 @@ class ReplayStore:
     def _end(self, group_ids: Collection[int]) -> None:
         self._leases.end(group_ids)
         self._journal.finish(group_ids)
-
-    def _accepted(
-        self, finished: Sequence[FinishedGroup]
-    ) -> tuple[dict[int, FinishedGroup], list[StaleSlot | None]]:
-        new: dict[int, FinishedGroup] = {}
-        answers: list[StaleSlot | None] = []
-        for group in finished:
-            slot = group[0]
-            if self._leases.is_current(slot):
-                new.setdefault(slot.group_id, group)
-                answers.append(None)
-            else:
-                newest = self._ledger.attempt_and_state(slot.group_id)
-                stored = newest in [(slot.attempt, state) for state in ("complete", "taken", "trained")]
-                answers.append(None if stored else StaleSlot.of(slot))
-        return new, answers
-
-    def _write(self, rows: Sequence[pa.RecordBatch], groups: dict[int, FinishedGroup]) -> dict[int, Location]:
-        if rows:
-            self._ledger.sync()  # no turn on disk without its group
-        marks = self._segments.mark(), self._journal.mark()
-        try:
-            locations = {group_id: self._segments.append(batch) for group_id, (_, batch, _) in groups.items()}
-            written = self._journal.append(rows)
-            if locations:
-                self._segments.sync()
-            if written:
-                self._journal.sync()
-            if locations:
-                self._ledger.complete([(slot, locations[at], rows) for at, (slot, _, rows) in groups.items()])
-        except (OSError, sqlite3.Error):
-            self._segments.rewind(marks[0])
-            self._journal.rewind(marks[1])
-            raise
-        self._journal.keep(written)
-        return locations
 
     def _read(
         self, version: int, groups: Sequence[tuple[int, CompleteGroup]], reused: Sequence[ReusedGroup]

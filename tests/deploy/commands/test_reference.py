@@ -22,7 +22,7 @@ from deploy.config.declared_metrics import METRICS
 from deploy.config.load import load_config
 from deploy.report.metrics import read_metrics, stage_folder
 from learner.algorithm.preferences import DpoLoss, Pairs, bradley_terry
-from learner.metrics import STAGES
+from learner.stage_metrics import STAGES
 from rollout.engines.engine import Engine
 from rollout.engines.scripted_engine import ScriptedEngine
 from tests.deploy.command import Manta, command
