@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import ScalingType, linear, pad, scaled_mm
+from torch.nn.functional import ScalingType, linear, scaled_mm
 
 from learner.model.linear import plain_layers
 from learner.model.routers import routers_in
@@ -26,6 +26,28 @@ _MULTIPLE = 16  # of the sizes of matrices that a GPU multiplies
 _LEAST_CAPABILITY = (8, 9)  # of GPUs with such products: Ada and Hopper
 _AT_ONCE = 2**24  # numbers that are float32 meanwhile
 _LEAST_SCALE = 1e-12  # of a tensor of zeros
+
+
+def copied_bytes(tokens: int, rows: int, columns: int) -> int:
+    """Most bytes of copies at once in a pass of so many tokens through a layer [V, D] and back: float8, float32 a part.
+
+    Inputs, gradients and results, which are bfloat16, are not counted.
+    """
+    x, weight, gradient = tokens * columns, rows * columns, tokens * rows
+
+    def made(numbers: int) -> int:
+        """While a matrix becomes float8."""
+        return numbers + 4 * min(numbers, _AT_ONCE)
+
+    return max(
+        made(x),
+        x + made(weight),
+        made(gradient),
+        gradient + made(weight),
+        gradient + 2 * weight,  # as it is and transposed
+        gradient + made(x),
+        2 * gradient + 2 * x,
+    )
 
 
 class Float8:
@@ -85,27 +107,30 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight_VD = ctx.saved_tensors
-        grad_TV, x_TD = (_whole_multiple(each.flatten(0, -2)) for each in (grad, x))
-        gradient, x_grad, weight_grad_VD = _Scaled(grad_TV, BACKWARD), None, None
+        # Tokens are padded with rows of zeros, up to what a GPU sums over.
+        gradient, x_grad, weight_grad_VD = _Scaled(grad.flatten(0, -2), BACKWARD, _MULTIPLE), None, None
         if ctx.needs_input_grad[0]:
             x_grad_TD = _product(gradient, _Scaled(weight_VD, FORWARD).transposed())
             x_grad = x_grad_TD[: x[..., 0].numel()].view(x.shape)
         if ctx.needs_input_grad[1]:
-            weight_grad_VD = _product(gradient.transposed(), _Scaled(x_TD, FORWARD).transposed())
+            x8 = _Scaled(x.flatten(0, -2), FORWARD, _MULTIPLE)
+            weight_grad_VD = _product(gradient.transposed(), x8.transposed())
         return x_grad, weight_grad_VD
 
 
 class _Scaled:
-    """A matrix as float8 numbers and what to multiply them by."""
+    """A matrix as float8 numbers and what to multiply them by. multiple: of its rows, padded with zeros."""
 
-    def __init__(self, matrix: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, matrix: Tensor, dtype: torch.dtype, multiple: int = 1) -> None:
         least, most = matrix.aminmax()
         largest = torch.maximum(most, -least).float()
         # Numbers that are not finite stay that: a step with such a gradient is refused.
         self.scale = (largest / torch.finfo(dtype).max).clamp(min=_LEAST_SCALE)
-        self.numbers = torch.empty_like(matrix, dtype=dtype, memory_format=torch.contiguous_format)
-        rows = max(_AT_ONCE // matrix.shape[1], 1)
-        for wide, stored in zip(matrix.split(rows), self.numbers.split(rows), strict=True):
+        own, columns = matrix.shape
+        self.numbers = torch.empty(own + -own % multiple, columns, dtype=dtype, device=matrix.device)
+        self.numbers[own:].zero_()
+        rows = max(_AT_ONCE // columns, 1)
+        for wide, stored in zip(matrix.split(rows), self.numbers[:own].split(rows), strict=True):
             stored.copy_(wide.float().div_(self.scale))
 
     def transposed(self) -> _Scaled:
@@ -119,8 +144,3 @@ def _product(left: _Scaled, right: _Scaled) -> Tensor:
     """left @ right.T in bfloat16: [M, K], [N, K] -> [M, N]."""
     one = ScalingType.TensorWise
     return scaled_mm(left.numbers, right.numbers.t(), left.scale, one, right.scale, one)
-
-
-def _whole_multiple(matrix_TN: Tensor) -> Tensor:
-    """With rows of zeros, up to what a GPU sums over."""
-    return pad(matrix_TN, (0, 0, 0, -len(matrix_TN) % _MULTIPLE))

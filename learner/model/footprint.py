@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class Shape:
     linear: int = 0
     largest_layer_linear: int = 0
     largest_linear: int = 0  # of one matrix
+    sides: tuple[tuple[int, int], ...] = ()  # rows and columns that matrices of linear layers have
     experts: Experts = Experts()
     largest_beside: int = 0  # of the largest layer, its experts left out
     head: int = 0  # of the matrix of the head, which may be the embedding too
@@ -107,15 +109,19 @@ def shape_of(model: PreTrainedModel) -> Shape:
     own = [sum(map(_count, experts_in(module).values())) for module in _layers(model)]
     beside = (whole - experts for whole, experts in zip(layers, own, strict=True))
     total, head = _count(model), model.get_output_embeddings()
-    linear = _matrices(model, head)
+    sides = _matrices(model, head)
+    linear = [*map(prod, sides)]
     return Shape(
         parameters=total,
         outside_layers=total - sum(layers),
         largest_layer=max(layers, default=0),
         layers=len(layers),
         linear=sum(linear),
-        largest_layer_linear=max((sum(_matrices(layer, head)) for layer in _layers(model)), default=0),
+        largest_layer_linear=max(
+            (sum(map(prod, _matrices(layer, head))) for layer in _layers(model)), default=0
+        ),
         largest_linear=max(linear, default=0),
+        sides=tuple(sorted(set(sides))),
         experts=_experts(model.config, own) if any(own) else Experts(),
         largest_beside=max(beside, default=0),
         head=0 if head is None else head.weight.numel(),
@@ -163,9 +169,10 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _matrices(module: nn.Module, head: nn.Module | None) -> list[int]:
+def _matrices(module: nn.Module, head: nn.Module | None) -> list[tuple[int, int]]:
+    """Rows and columns of the matrices of linear layers."""
     linear = [each for each in module.modules() if isinstance(each, nn.Linear) and each is not head]
-    return [each.weight.numel() for each in linear]
+    return [(each.out_features, each.in_features) for each in linear]
 
 
 def _count(module: nn.Module) -> int:

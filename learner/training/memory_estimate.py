@@ -22,6 +22,7 @@ from learner.algorithm.algorithm import OwnCriticSettings, TurnCriticSettings
 from learner.algorithm.schedule import OptimSettings
 from learner.data.batch import longest_row
 from learner.model.footprint import Saved, Shape
+from learner.model.float8 import copied_bytes
 from learner.model.lora_targets import NO_ADAPTER, Sizes
 from learner.model.nf4 import BITS, dequantizing_bytes
 from learner.settings import LearnerSettings
@@ -137,9 +138,9 @@ def learner_amounts(
         held = saved.row(tokens, shape.layers, settings.model.gradient_checkpointing)
         found.append(Amount(f"activations of {tokens:,} tokens", held))
         found.append(Amount("their gradients, a layer at a time", round(tokens * saved.layer_per_token)))
-        if settings.model.float8:  # once as they are and once transposed; an output is bfloat16
-            copies = 2 * shape.largest_linear + round(tokens * saved.kept_per_token)
-            found.append(Amount("matrices of a product in float8", copies))
+    if settings.model.float8:
+        copies = max((copied_bytes(tokens, *each) for each in shape.sides), default=0)
+        found.append(Amount("matrices of a product in float8", copies))
     block = max(settings.model.logit_block // max(tokens, 1), 8) * tokens
     found.append(Amount("logits, a block at a time", _LOGIT_BLOCKS * _WIDE * block))
     if settings.algorithm.needs_reference:

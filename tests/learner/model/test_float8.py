@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from learner.data.batch import longest_row
-from learner.model.float8 import Float8
+from learner.model import float8
+from learner.model.float8 import Float8, copied_bytes
 from learner.model.loading import ModelError
 from learner.model.policy import Policy
 from learner.settings import ModelSettings
 from learner.training.probe import probe_of
+from tests.learner.held import Held
 
 Array = np.ndarray[Any, np.dtype[Any]]
 HALF = {"dtype": "bfloat16"}
@@ -59,6 +61,25 @@ def test_products_are_those_of_rounded_matrices(tokens: int) -> None:
         np.testing.assert_allclose(found.detach().double().numpy(), expected, rtol=0, atol=atol)
     off = np.abs(x8 @ weight8.T - x_TD @ weight.T).max()
     assert off > 4 * np.abs(x8 @ weight8.T + bias - out[0].detach().double().numpy()).max() or tokens == 1
+
+
+@pytest.mark.parametrize("at_once", [2**24, 2**11])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns"), [(256, 64, 96), (256, 128, 32), (16, 256, 320), (96, 96, 96)]
+)
+def test_copies_take_the_bytes_that_are_told(
+    tokens: int, rows: int, columns: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(float8, "_AT_ONCE", at_once)
+    model = nn.Sequential(nn.Linear(columns, rows, bias=False)).bfloat16()
+    Float8(model, None, torch.device("cpu"))
+    for short in (0, 5):  # tokens that a GPU does not sum over as they are
+        x = torch.randn(1, tokens - short, columns).bfloat16().requires_grad_()
+        gradient = torch.randn(1, tokens - short, rows).bfloat16()
+        with Held(but=torch.bfloat16) as held:  # which inputs and results are
+            model(x).backward(gradient)
+        told = copied_bytes(tokens, rows, columns)
+        assert 0.95 * told <= held.most + 32 * short * (rows + columns) // 16 and held.most <= told + 64
 
 
 def _settings(folder: Path, **model: Any) -> ModelSettings:

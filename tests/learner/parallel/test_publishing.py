@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
@@ -12,9 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from learner.model.loading import layer_of
 from learner.model.policy import Policy
@@ -26,38 +22,8 @@ from learner.training.loop import LearnerLoop
 from learner.training.publish import Snapshot, take_snapshot
 from rollout.wire.weights import inline
 from tests.families import build_family
+from tests.learner.held import Held
 from tests.learner.together import together
-
-
-class Held(TorchDispatchMode):
-    """Counts the bytes of storages that operations make, while they live: `most` at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most, self._now, self._known = 0, 0, set[int]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {
-            each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)
-        }
-        for each in tree_leaves(result):
-            if isinstance(each, Tensor) and not each.is_meta:
-                self._hold(each.untyped_storage(), given)
-        return result
-
-    def _hold(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        key = storage._cdata
-        if key in self._known or key in given:
-            return
-        self._known.add(key)
-        self._now += storage.nbytes()
-        self.most = max(self.most, self._now)
-        weakref.finalize(storage, self._free, key, storage.nbytes())
-
-    def _free(self, key: int, nbytes: int) -> None:
-        self._known.discard(key)
-        self._now -= nbytes
 
 
 def published(ranks: Ranks, folder: Path) -> tuple[Any, int, int, int]:
