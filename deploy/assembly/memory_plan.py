@@ -223,10 +223,9 @@ def _learner(run: RunConfig, model: ModelFacts, sent: int) -> Process:
         run.rollout.context_tokens,
         model.teacher,
     )
-    trained = model.lora.adapter or model.shape.parameters // learner.shards
-    device += stage_amounts(learner, run.stages, model.width, model.vocabulary, trained)
-    heads = head_bytes(learner, run.stages, model.width, model.vocabulary)
-    host = host_amounts(learner, model.shape, model.lora.adapter, sent, heads)
+    device += stage_amounts(learner, run.stages, model.width, model.vocabulary, model.shape, model.lora)
+    heads = head_bytes(run.stages, model.width, model.vocabulary)
+    host = host_amounts(learner, model.shape, model.lora, sent, heads)
     host += [away_amount(device)] if run.cluster.colocate == "turns" else []
     return Process("learner", learner.ranks, (_STARTED, *device, *host), on_gpu)
 

@@ -64,7 +64,7 @@ def of_memory(
     """What does not fit. host_bytes: memory free on this machine; None for a run elsewhere."""
     learner = plan.process("learner")
     if learner.on_gpu:
-        always = state_bytes(config.learner, model.shape, model.lora.adapter)
+        always = state_bytes(config.learner, model.shape, model.lora)
         yield from _learner_gpu(config, plan, gpu_bytes, always)
     if host_bytes is not None:
         needed = sum(each.host_bytes(each.count, lead=True) for each in plan.processes)

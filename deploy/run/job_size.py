@@ -97,8 +97,8 @@ class DiskUse:
     @classmethod
     def of(cls, config: RunConfig, model: ModelFacts, size: JobSize) -> DiskUse:
         """The disk that a recipe needs."""
-        heads = head_bytes(config.learner, config.stages, model.width, model.vocabulary)
-        one = checkpoint_bytes(config.learner, model.shape, model.lora.adapter, heads)
+        heads = head_bytes(config.stages, model.width, model.vocabulary)
+        one = checkpoint_bytes(config.learner, model.shape, model.lora, heads)
         count = min(config.checkpoint.keep, 1 + config.steps // config.checkpoint.every_steps) + 1
         rows = row_bytes(model, size.processed) * size.steps
         if config.buffer.disk_gib is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 from torch import nn
@@ -76,20 +78,31 @@ def planned(path: str, settings: LoraSettings, trusted: bool = False) -> Adapter
 
 
 class Sizes(NamedTuple):
-    """Parameters of an adapter, entries of the matrices that it changes, and of those of experts among them."""
+    """Parameters of an adapter, entries of the matrices that it changes, and of those of experts among them.
+
+    shapes: how many of its own matrices have which shape.
+    """
 
     adapter: int = 0
     adapted: int = 0
     experts: int = 0
+    shapes: tuple[tuple[tuple[int, int], int], ...] = ()
 
     @classmethod
     def of(cls, model: PreTrainedModel, settings: LoraSettings) -> Sizes:
         """Count those of a model of any device. ValueError as in `chosen`."""
-        found = chosen(model, settings)
+        found, shapes = chosen(model, settings), Counter[tuple[int, int]]()
+        layers = [model.get_parameter(f"{layer}.weight") for layer in found.layers]
         experts = [model.get_parameter(name) for name in found.experts]
-        matrices = [model.get_parameter(f"{layer}.weight") for layer in found.layers] + experts
-        factors = sum(settings.rank * sum(each.shape[-2:]) * each.shape[:-2].numel() for each in matrices)
-        return cls(factors, *(sum(each.numel() for each in some) for some in (matrices, experts)))
+        for name, matrix in zip((*found.layers, *found.experts), (*layers, *experts), strict=True):
+            rows, columns = matrix.shape[-2:]
+            if getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False):
+                rows, columns = columns, rows  # experts [E, D, V]
+            rank = settings.rank * matrix.shape[:-2].numel()  # of all experts together
+            shapes.update([(rank, columns), (rows, rank)])
+        factors = sum(count * prod(shape) for shape, count in shapes.items())
+        adapted, of_experts = (sum(each.numel() for each in some) for some in ([*layers, *experts], experts))
+        return cls(factors, adapted, of_experts, tuple(shapes.items()))
 
 
 NO_ADAPTER = Sizes()

@@ -15,25 +15,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import psutil
 
 from learner.algorithm.algorithm import OwnCriticSettings, TurnCriticSettings
 from learner.algorithm.schedule import OptimSettings
 from learner.data.batch import longest_row
-from learner.model.footprint import Saved, Shape
 from learner.model.float8 import copied_bytes
+from learner.model.footprint import Saved, Shape
 from learner.model.lora_targets import NO_ADAPTER, Sizes
 from learner.model.nf4 import BITS, dequantizing_bytes
 from learner.settings import LearnerSettings
 from learner.stages.settings import AnyStage, IlqlSettings, OwnStage
-from learner.training.eight_bit import AT_ONCE_GPU, BLOCK, WORKING, block_of, number_bytes
+from learner.training.eight_bit import AT_ONCE_GPU, WORKING, block_of, number_bytes
 from learner.training.stored_moments import PART
 
 _WIDE = 4  # bytes of a float32
 _HALF = 2  # of a bfloat16
 _ROOM = 0.8  # of a device's memory: what an estimate may fill
-_MANY = 2**12  # rows of a matrix that is not small
 _LOGIT_BLOCKS = 4  # logits, probabilities, their gradient, and a cast of it
 
 
@@ -68,27 +68,31 @@ def slices_exchanged(settings: LearnerSettings, saved: Saved, longest: int) -> i
     return round(passes * saved.exchanged_per_token * slice_tokens(settings, longest))
 
 
-def state_bytes(settings: LearnerSettings, shape: Shape, adapter: int) -> int:
+def state_bytes(settings: LearnerSettings, shape: Shape, lora: Sizes) -> int:
     """Weights, gradients and moments of a rank on its device: what it holds in any case."""
-    trained = adapter or shape.parameters
-    own = 2 * _WIDE * trained + _moments_on_device(settings, settings.optim, trained)
-    if adapter:  # whole on every rank
+    trained = lora.adapter or shape.parameters
+    own = 2 * _WIDE * trained + _moments_on_device(settings.optim, trained, lora)
+    if lora.adapter:  # whole on every rank
         return base_bytes(settings, shape) // settings.shards + own
     return own // settings.shards
 
 
-def _moment_bytes(settings: LearnerSettings, optim: OptimSettings, numbers: int) -> int:
-    """Of AdamW's two moments of so many trained parameters; the few in vectors are taken for others."""
+def _moment_bytes(optim: OptimSettings, numbers: int, lora: Sizes = NO_ADAPTER) -> int:
+    """Of AdamW's two moments of an adapter, or else of so many trained parameters.
+
+    In eight bits these are taken for matrices of as long blocks as most models' widths allow; vectors are few.
+    """
     if optim.moments == "float32":
         return 2 * _WIDE * numbers
-    lora = settings.model.lora
-    # A block of the narrower matrix of an adapter is a row of it. Others are as long as most models' widths allow.
-    block = BLOCK if lora is None else block_of((_MANY, lora.rank))
-    return round(2 * number_bytes(block) * numbers)
+    if lora.adapter:
+        return sum(
+            round(2 * count * prod(each) * number_bytes(block_of(each))) for each, count in lora.shapes
+        )
+    return round(2 * number_bytes() * numbers)
 
 
-def _moments_on_device(settings: LearnerSettings, optim: OptimSettings, numbers: int) -> int:
-    return 0 if optim.offload else _moment_bytes(settings, optim, numbers)
+def _moments_on_device(optim: OptimSettings, numbers: int, lora: Sizes = NO_ADAPTER) -> int:
+    return 0 if optim.offload else _moment_bytes(optim, numbers, lora)
 
 
 def base_bytes(settings: LearnerSettings, shape: Shape) -> int:
@@ -129,7 +133,10 @@ def learner_amounts(
     found = [Amount(f"parameters, {'NF4 and ' if quantized else ''}{stored}", base, moves=True)]
     if adapter:
         found.append(Amount("the adapter, float32", own, moves=True))
-    found += [Amount("gradients, float32", own), *_moments("AdamW's moments", own, settings, settings.optim)]
+    found += [
+        Amount("gradients, float32", own),
+        *_moments("AdamW's moments", own, settings, settings.optim, lora),
+    ]
     found += _product_amounts(settings, shape, lora)
     tokens, whole_row = slice_tokens(settings, longest), row_tokens(settings, longest)
     if settings.travels:
@@ -150,7 +157,7 @@ def learner_amounts(
     if settings.algorithm.critic is not None and saved is not None and tokens < whole_row:
         seen = 2 * round(whole_row * saved.input_per_token)
         found.append(Amount("last hidden states of a whole row for values, and their gradients", seen))
-    found += _critic_amounts(settings, base + (own if adapter else 0), own)
+    found += _critic_amounts(settings, base + (own if adapter else 0), own, lora)
     if adapter:
         if settings.ranks > 1:
             found.append(Amount("the adapter's gradients, while ranks sum them", own, at_times=True))
@@ -209,7 +216,7 @@ def _teacher_amounts(settings: LearnerSettings, teacher: Shape) -> Iterator[Amou
         yield Amount("the teacher's head, while the policy is compared with it", size * teacher.head)
 
 
-def _critic_amounts(settings: LearnerSettings, model: int, trained: int) -> list[Amount]:
+def _critic_amounts(settings: LearnerSettings, model: int, trained: int, lora: Sizes) -> list[Amount]:
     """Of a critic with a model of its own; bytes of the model and of what is trained of it."""
     critic = settings.algorithm.critic
     if not isinstance(critic, OwnCriticSettings | TurnCriticSettings):
@@ -218,7 +225,7 @@ def _critic_amounts(settings: LearnerSettings, model: int, trained: int) -> list
     return [
         Amount("critic and its slow copy" if slow else "critic", (1 + slow) * model, moves=True),
         Amount("the critic's gradients", trained),
-        *_moments("the critic's moments", trained, settings, critic.optim),
+        *_moments("the critic's moments", trained, settings, critic.optim, lora),
     ]
 
 
@@ -240,14 +247,17 @@ def _product_bytes(settings: LearnerSettings) -> int:
     return _HALF if settings.model.dtype == "bfloat16" else _WIDE
 
 
-def _moments(what: str, trained_bytes: int, settings: LearnerSettings, optim: OptimSettings) -> list[Amount]:
+def _moments(
+    what: str, trained_bytes: int, settings: LearnerSettings, optim: OptimSettings, lora: Sizes
+) -> list[Amount]:
     """AdamW's two moments of trained parameters with so many bytes, and where they lie."""
     numbers, coded = trained_bytes // _WIDE, optim.moments == "8bit"
-    held = _moment_bytes(settings, optim, numbers)
+    held = _moment_bytes(optim, numbers, lora)
     kind = "8 bits a number" if coded else "float32"
     found = [Amount(f"{what}, {kind}", held, on_host=optim.offload, moves=not optim.offload)]
     if settings.model.device == "cuda" and (optim.offload or coded):
-        part = WORKING * min(numbers, AT_ONCE_GPU) if coded else 2 * min(numbers, PART)
+        largest = max((prod(each) for each, _ in lora.shapes), default=numbers)
+        part = WORKING * min(largest, AT_ONCE_GPU) if coded else 2 * min(largest, PART)
         found.append(Amount(f"{what}, the part that is updated", _WIDE * part, at_times=True))
     return found
 
@@ -281,38 +291,39 @@ def host_share(ranks: int) -> int:
 
 
 def stage_amounts(
-    settings: LearnerSettings, stages: Sequence[AnyStage], width: int, vocabulary: int, trained: int
+    settings: LearnerSettings,
+    stages: Sequence[AnyStage],
+    width: int,
+    vocabulary: int,
+    shape: Shape,
+    lora: Sizes,
 ) -> list[Amount]:
-    """What stages hold on each rank's device besides, while they go on.
-
-    width: of the model's hidden states; trained: parameters of a rank.
-    """
+    """What stages hold on each rank's device besides, while they go on. width: of the model's hidden states."""
     found = []
-    later = _moments_on_device(settings, settings.optim, trained)
+    trained = lora.adapter or shape.parameters // settings.shards
+    later = _moments_on_device(settings.optim, trained, lora)
     for index, stage in enumerate(stages):
         if not isinstance(stage, OwnStage):
-            more = _moments_on_device(settings, stage.optim, trained) - later
+            more = _moments_on_device(stage.optim, trained, lora) - later
             beyond = ", beyond those of reinforcement learning" if later else ""
             if more > 0:
                 found.append(Amount(f"AdamW's moments in stage {index}{beyond}", more, at_times=True))
         if isinstance(stage, IlqlSettings):
-            nbytes = _value_head_bytes(settings, stage, width, vocabulary, gradients=True) // settings.shards
+            nbytes = _value_head_bytes(stage, width, vocabulary, gradients=True) // settings.shards
             found.append(Amount(f"value heads of stage {index}, with a slow copy", nbytes, at_times=True))
     return found
 
 
-def head_bytes(settings: LearnerSettings, stages: Sequence[AnyStage], width: int, vocabulary: int) -> int:
+def head_bytes(stages: Sequence[AnyStage], width: int, vocabulary: int) -> int:
     """Value heads in a stage's checkpoint: weights, two moments, a slow copy; of the stage with the most."""
     heads = (each for each in stages if isinstance(each, IlqlSettings))
-    return max((_value_head_bytes(settings, each, width, vocabulary) for each in heads), default=0)
+    return max((_value_head_bytes(each, width, vocabulary) for each in heads), default=0)
 
 
-def _value_head_bytes(
-    settings: LearnerSettings, stage: IlqlSettings, width: int, vocabulary: int, gradients: bool = False
-) -> int:
+def _value_head_bytes(stage: IlqlSettings, width: int, vocabulary: int, gradients: bool = False) -> int:
     actions, state = stage.head_parameters(width, vocabulary)
     wide = (1 + gradients) * (actions + state) + actions  # a slow copy of action values alone
-    return _WIDE * wide + _moment_bytes(settings, stage.value_optim, actions + state)
+    return _WIDE * wide + _moment_bytes(stage.value_optim, actions + state)
 
 
 def away_amount(device: Sequence[Amount]) -> Amount:
@@ -322,22 +333,22 @@ def away_amount(device: Sequence[Amount]) -> Amount:
 
 
 def host_amounts(
-    settings: LearnerSettings, shape: Shape, adapter: int, sent_bytes: int, heads: int = 0
+    settings: LearnerSettings, shape: Shape, lora: Sizes, sent_bytes: int, heads: int = 0
 ) -> list[Amount]:
     """What ranks hold in the host's memory besides.
 
     sent_bytes: of a version, as engines receive it; heads: the `head_bytes` of the stages.
     """
     ranks = settings.shards
-    trained = ranks * adapter or shape.parameters  # an adapter is whole on every rank
+    trained = lora.adapter or shape.parameters
     found = [Amount("a version for the engines", sent_bytes, on_host=True, lead=True)] if sent_bytes else []
     if settings.algorithm.keeps:
-        kept = _WIDE * trained + _moment_bytes(settings, settings.optim, trained)
+        kept = _WIDE * trained + _moment_bytes(settings.optim, trained, lora)
         critic = settings.algorithm.critic
         if isinstance(critic, OwnCriticSettings | TurnCriticSettings):
             slow = isinstance(critic, TurnCriticSettings)
-            kept += _WIDE * (1 + slow) * trained + _moment_bytes(settings, critic.optim, trained)
-        kept //= ranks
+            kept += _WIDE * (1 + slow) * trained + _moment_bytes(critic.optim, trained, lora)
+        kept //= 1 if lora.adapter else ranks  # an adapter is whole on every rank
         found.append(Amount("copy of weights and moments, in a step", kept, on_host=True, at_times=True))
     outside, layer = shape.outside_layers, shape.largest_layer
     examined, read = _WIDE * (outside + layer), _WIDE * max(outside, layer)
@@ -345,20 +356,20 @@ def host_amounts(
         Amount("first layers, examined before loading", examined, on_host=True, at_times=True, lead=True)
     )
     found.append(Amount("a layer of the files, while loading", read, on_host=True, at_times=True))
-    copied = checkpoint_bytes(settings, shape, adapter, heads) // (1 if adapter else ranks)
+    copied = checkpoint_bytes(settings, shape, lora, heads) // (1 if lora.adapter else ranks)
     found.append(
         Amount(
             "copy of weights and moments, while saving",
             copied,
             on_host=True,
             at_times=True,
-            lead=bool(adapter),  # merged weights come whole
+            lead=bool(lora.adapter),  # merged weights come whole
         )
     )
     return found
 
 
-def checkpoint_bytes(settings: LearnerSettings, shape: Shape, adapter: int, heads: int = 0) -> int:
+def checkpoint_bytes(settings: LearnerSettings, shape: Shape, lora: Sizes, heads: int = 0) -> int:
     """Size of the largest checkpoint: float32 weights (with an adapter merged, and the adapter), and moments.
 
     heads: the `head_bytes` of the stages, which the checkpoints of a stage have besides.
@@ -366,8 +377,9 @@ def checkpoint_bytes(settings: LearnerSettings, shape: Shape, adapter: int, head
     critic = settings.algorithm.critic
     own = isinstance(critic, OwnCriticSettings | TurnCriticSettings)
     slow = isinstance(critic, TurnCriticSettings)
-    weights, trained = (shape.parameters + adapter) * (1 + own + slow), adapter or shape.parameters
-    moments = _moment_bytes(settings, settings.optim, trained)
+    trained = lora.adapter or shape.parameters
+    weights = (shape.parameters + lora.adapter) * (1 + own + slow)
+    moments = _moment_bytes(settings.optim, trained, lora)
     if isinstance(critic, OwnCriticSettings | TurnCriticSettings):
-        moments += _moment_bytes(settings, critic.optim, trained)
+        moments += _moment_bytes(critic.optim, trained, lora)
     return _WIDE * weights + moments + heads

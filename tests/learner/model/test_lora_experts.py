@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GptOssConfig
 
+from learner.algorithm.schedule import OptimSettings
 from learner.data.batch import Batch, TokenSequence, pack
+from learner.model.footprint import blank_model, shape_of
 from learner.model.loading import ModelError
 from learner.model.lora import Adapter
 from learner.model.lora_targets import Sizes, chosen, planned
@@ -23,7 +25,9 @@ from learner.model.policy import Policy
 from learner.model.routers import routers_in
 from learner.model.saved_tensors import SavedTensors
 from learner.parallel.ranks import ALONE, Ranks
-from learner.settings import LoraSettings, ModelSettings
+from learner.settings import LearnerSettings, LoraSettings, ModelSettings
+from learner.training.memory_estimate import learner_amounts
+from learner.training.optim import Optimizer
 from learner.training.step import accumulate
 from rollout.wire.adapter import AdapterSpec
 from tests.families import build_family
@@ -131,6 +135,28 @@ def test_experts_stored_the_other_way_round_are_merged_as_peft_merges_them(tmp_p
     whole = PeftModel.from_pretrained(theirs, str(tmp_path)).merge_and_unload()
     for name, tensor in whole.named_parameters():
         torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "dense"])
+@pytest.mark.parametrize("rank", [3, 16, 200])
+def test_moments_of_an_adapter_in_eight_bits_are_told_to_the_byte(kind: str, rank: int) -> None:
+    small = {"vocab_size": 40, "hidden_size": 96, "intermediate_size": 144, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 48, "pad_token_id": 0}
+    mixed = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 80}
+    config = CONFIG_MAPPING["qwen3" if kind == "dense" else kind](
+        **small, **heads, **({} if kind == "dense" else mixed)
+    )
+    settings = LoraSettings(rank=rank)
+    shape, sizes = shape_of(blank_model(config)), Sizes.of(blank_model(config), settings)
+    adapter = Adapter(AutoModelForCausalLM.from_config(config).float(), settings)
+    optimizer = Optimizer(adapter.parameters(), OptimSettings(moments="8bit"))
+    *stored, _ = optimizer.moments_to_come()  # the last one is a part that is updated
+    learner = LearnerSettings(
+        model=ModelSettings(path="model", lora=settings), optim=OptimSettings(moments="8bit")
+    )
+    amounts = {each.what: each.nbytes for each in learner_amounts(learner, shape, sizes, None, 64)}
+    assert sizes.adapter == sum(parameter.numel() for parameter in adapter.parameters())
+    assert amounts["AdamW's moments, 8 bits a number"] == sum(each.nbytes for each in stored)
 
 
 def test_gradients_of_an_expert_s_adapter_are_those_of_its_matrices(sparse: Path) -> None:

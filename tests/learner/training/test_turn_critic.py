@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from learner.algorithm.advantages import turn_targets
 from learner.data.batch_checks import BatchRefused
 from learner.model.footprint import shape_of
+from learner.model.lora_targets import Sizes
 from learner.parallel.ranks import ALONE
 from learner.settings import LearnerSettings
 from learner.training.learner import Learner
@@ -303,7 +304,7 @@ def test_what_a_step_keeps_of_policy_and_critic_is_told(
     with (copied := _Copied()):
         learner._keep()
     adapter, shape = sum(p.numel() for p in learner.policy.parameters()), shape_of(load(tiny))
-    amounts = host_amounts(learner.settings, shape, adapter if model else 0, 0)
+    amounts = host_amounts(learner.settings, shape, Sizes(adapter if model else 0), 0)
     (told,) = (each.nbytes for each in amounts if each.what == "copy of weights and moments, in a step")
     # Heads, whose width a model's is not small against here: weights and two moments; their slow copy.
     assert learner._critic is not None
