@@ -24,6 +24,7 @@ from learner.training.memory_estimate import (
     away_amount,
     base_bytes,
     head_bytes,
+    hidden_exchanged,
     host_amounts,
     host_share,
     learner_amounts,
@@ -180,25 +181,25 @@ def _settled(run: RunConfig, model: ModelFacts, gpu_bytes: int) -> RunConfig:
 
 def _traffic(run: RunConfig, model: ModelFacts) -> Traffic:
     """What the learner's ranks exchange."""
-    learner, sizes = run.learner, (SIZES[run.learner.model.dtype], SIZES[run.engine.dtype])
-    once, base = learner.model.sum_gradients == "step", base_bytes(learner, model.shape)
-    exchanged = (
-        0 if model.saved is None else slices_exchanged(learner, model.saved, run.rollout.context_tokens)
-    )
+    learner, longest = run.learner, run.rollout.context_tokens
     experts, travel = model.shape.experts, Travel()
     if learner.travels:
-        sent = experts.sent * experts.layers * slice_tokens(learner, run.rollout.context_tokens)
-        travel = Travel(experts.parameters, sent, bool(learner.model.gradient_checkpointing))
+        sent = experts.sent * experts.layers * slice_tokens(learner, longest)
+        travel = Travel(experts.parameters, sent)
     return Traffic.of(
         model.shape.parameters,
         learner.ranks,
-        *sizes,
-        once,
+        SIZES[learner.model.dtype],
+        SIZES[run.engine.dtype],
+        learner.model.sum_gradients == "step",
         learner.shards,
         model.lora.adapter,
-        exchanged,
-        base,
+        0 if model.saved is None else slices_exchanged(learner, model.saved, longest),
+        base_bytes(learner, model.shape),
         travel,
+        recomputed=bool(learner.model.gradient_checkpointing),
+        hidden=hidden_exchanged(learner, model.width, longest),
+        teacher=0 if model.teacher is None else model.teacher.parameters,
     )
 
 

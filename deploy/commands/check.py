@@ -9,6 +9,7 @@ from deploy.report.console import Cell, Console, write, write_table
 from deploy.run.job_size import Node, rows_of_rank
 from deploy.run.recipe_check import Checked, MemoryOfRun
 from learner.training.memory_estimate import Amount, row_tokens
+from learner.training.step_passes import passes_of
 
 
 def show(checked: Checked, console: Console) -> int:
@@ -93,11 +94,18 @@ def _figures(checked: Checked) -> Iterator[list[Cell]]:
 
 def _exchanged(checked: Checked, memory: MemoryOfRun) -> str:
     sent, rows = memory.plan.traffic, rows_of_rank(checked.config, checked.size)
-    updates = checked.config.learner.algorithm.updates
-    sums = f"{updates:,} sums of gradients of {_gib(sent.sums)} GiB, " if sent.sums else ""
+    passes = passes_of(checked.config.learner, rows)
+    parts = [
+        (passes.trained, "rows", sent.row),
+        (passes.scored, "rows that are only scored", sent.scored),
+        (passes.taught, "rows that the teacher scores", sent.taught),
+        (passes.valued, "times the hidden states of a row for values", sent.hidden),
+        (passes.summed, "sums of gradients", sent.sums),
+    ]
+    said = [f"{count:,} {what} of {_gib(each)} GiB" for count, what, each in parts if count and each]
     across = f"; of a sum of gradients {_gib(sent.across)} GiB come from other copies" if sent.across else ""
-    each = f"{rows:,} rows of {_gib(sent.row)} GiB, {sums}and {_gib(sent.version)} GiB to publish{across}"
-    return f"each receives at most {_gib(sent.step(rows, updates))} GiB a step: {each}"
+    listed = f"{', '.join(said)}, and {_gib(sent.version)} GiB to publish{across}"
+    return f"each receives at most {_gib(sent.step(passes))} GiB a step: {listed}"
 
 
 def _node(node: Node) -> str:

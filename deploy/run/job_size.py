@@ -64,10 +64,9 @@ class JobSize:
 
 
 def rows_of_rank(config: RunConfig, size: JobSize) -> int:
-    """Most packed rows of a step that a rank of the learner computes: as many as its share of the tokens fills."""
-    updates = config.learner.algorithm.epochs
+    """Most packed rows of a step that a rank of the learner has: as many as its share of the tokens fills."""
     tokens = row_tokens(config.learner, config.rollout.context_tokens)
-    return updates * -(-size.processed // (tokens * config.learner.shares))
+    return -(-size.processed // (tokens * config.learner.shares))
 
 
 def row_counts(environment: Environment) -> Counts:

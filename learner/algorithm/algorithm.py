@@ -250,6 +250,11 @@ class AlgorithmSettings(BaseModel, extra="forbid", frozen=True):
         return self.updates > 1 or isinstance(self.critic, TurnCriticSettings)
 
     @property
+    def fixes_proximal(self) -> bool:
+        """Whether the learner's own logprobs before the first of several optimizer steps are needed."""
+        return self.proximal == "learner" and self.updates > 1
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the reference policy (version 0) is kept for its logprobs."""
         return self.kl is not None or any(part.reference for part in self.regularizers)

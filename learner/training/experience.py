@@ -54,12 +54,12 @@ class ExperienceMaker:
         for example in examples if multipliers else ():
             example.episode = constraints.priced(example.episode, multipliers)
         if self.critic is not None:
-            wanted = self.temperature if self._fixes_proximal else None
+            wanted = self.temperature if algorithm.fixes_proximal else None
             self.critic.look(examples, self.settings.tokens_per_microbatch, wanted)
         self._estimate(by_group)
         if self.teacher is not None:  # what a token costs against the teacher is the same for either side
             self.teacher.judge(examples, self._logprobs)
-        if self._fixes_proximal:
+        if algorithm.fixes_proximal:
             self._fix_proximal(examples)
         return examples
 
@@ -95,11 +95,6 @@ class ExperienceMaker:
             raise BatchRefused(str(error)) from error
         for example, advantages_N in zip(examples, chain.from_iterable(advantages), strict=True):
             example.advantages_N = advantages_N * example.episode.sides_N
-
-    @property
-    def _fixes_proximal(self) -> bool:
-        """Whether the learner's own logprobs before the first of several optimizer steps are needed."""
-        return self.settings.algorithm.proximal == "learner" and self.settings.algorithm.updates > 1
 
     def _fix_proximal(self, examples: Sequence[Example]) -> None:
         """Those logprobs, unless they came with values. What will be skipped needs none."""

@@ -63,9 +63,14 @@ def slice_tokens(settings: LearnerSettings, longest: int) -> int:
 
 
 def slices_exchanged(settings: LearnerSettings, saved: Saved, longest: int) -> int:
-    """Bytes that a rank receives of the largest row's other slices, for attention, forward and backward."""
-    passes = 3 if settings.model.gradient_checkpointing else 2
-    return round(passes * saved.exchanged_per_token * slice_tokens(settings, longest))
+    """Bytes that a rank receives of the largest row's other slices, for attention, in a forward pass."""
+    return round(saved.exchanged_per_token * slice_tokens(settings, longest))
+
+
+def hidden_exchanged(settings: LearnerSettings, width: int, longest: int) -> int:
+    """Bytes that a rank receives of the last hidden states of the largest row's other slices, all tokens scored."""
+    others = settings.context_parallel_size - 1
+    return others * slice_tokens(settings, longest) * width * _product_bytes(settings)
 
 
 def state_bytes(settings: LearnerSettings, shape: Shape, lora: Sizes) -> int:
