@@ -48,6 +48,9 @@ class Description:
     has_player: bool
 
 
+PLAYED_BY_POLICY = (
+    "policy"  # value of the option `opponent` of games whose other seat is a policy's (docs/leagues.md)
+)
 _OURS: dict[str, str | _Factory] = {
     "arithmetic": "envs.builtin.arithmetic:Arithmetic",
     "assistant": "envs.builtin.assistant:assistant",
@@ -163,6 +166,16 @@ def is_trusted(env_id: str) -> bool:
 def is_immediate(env_id: str) -> bool:
     """Whether a step of the environment, one of Manta's own, returns at once whatever the action is."""
     return env_id in _IMMEDIATE and isinstance(_OURS[env_id], str)  # else a user's own under this id
+
+
+def may_meet_policy(env_id: str, options: dict[str, Any]) -> bool:
+    """Whether policies of the run may play the other seat. A user's own environment may leave it to them at any time.
+
+    Nothing is imported: it is told by id and options.
+    """
+    of_suite = any(env_id.startswith(each.prefix) for each in SUITES)
+    own = callable(_OURS.get(env_id)) or not (of_suite or is_trusted(env_id))
+    return own or options.get("opponent") == PLAYED_BY_POLICY
 
 
 def has_player(env_id: str) -> bool:

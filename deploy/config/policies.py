@@ -5,18 +5,20 @@ Each policy is trained under a configuration of its own: that of the run with th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 from pydantic import ValidationError
 
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError, explain
+from deploy.config.environments import Environment
 from deploy.config.policy_settings import PolicySettings
 from deploy.config.recipe_files import merged
+from envs import registry
 from rollout.engines.engine import derive_seed
+from rollout.external.external_env import PROGRAM
 from rollout.wire.policies import POLICY
-
-PLAYED_BY_POLICY = "policy"  # value of an environment's option `opponent`
 
 
 def of_policy(config: RunConfig, name: str) -> RunConfig:
@@ -78,11 +80,11 @@ def require_policies(config: RunConfig) -> None:
             "with the sections league or policies use object_store"
         )
     for each in config.environments:
-        if each.options.get("opponent") == PLAYED_BY_POLICY and league is None and config.steps:
+        if each.options.get("opponent") == registry.PLAYED_BY_POLICY and league is None and config.steps:
             raise ValueError(
                 f"{each.section}.options.opponent='policy' is played by policies of the run; add the section league"
             )
-        if each.evaluated.get("opponent") == PLAYED_BY_POLICY and config.evaluation.tasks:
+        if each.evaluated.get("opponent") == registry.PLAYED_BY_POLICY and config.evaluation.tasks:
             raise ValueError(
                 f"{each.evaluation_section}: an evaluation has no opponents of the run; set "
                 "evaluation.options.opponent to another one, or evaluation.tasks=0"
@@ -91,6 +93,22 @@ def require_policies(config: RunConfig) -> None:
         _require_several(config)
         for own in configurations(config).values():
             require_policies(own)
+    if league is not None and (is_several(config) or not config.policies):
+        _require_met([each for own in configurations(config).values() for each in own.environments])
+
+
+def _require_met(environments: Sequence[Environment]) -> None:
+    """Require an environment in which the other seat may be a policy's. ValueError names one."""
+    if any(each.id != PROGRAM and registry.may_meet_policy(each.id, each.options) for each in environments):
+        return
+    first = environments[0]
+    given = first.options.get("opponent")
+    said = "" if given is None else f" with {first.section}.options.opponent={given!r}"
+    raise ValueError(
+        f"the section league has no effect: {first.section}.id={first.id!r}{said} never meets a past version; set "
+        f"{first.section}.options.opponent='policy' in a game that has it (locks, pettingzoo/..., textarena/...), or "
+        "remove the section"
+    )
 
 
 def _require_several(config: RunConfig) -> None:

@@ -173,6 +173,12 @@ def test_a_single_policy_meets_its_own_past_and_keeps_no_more_than_it_can_meet(t
     ("overrides", "message"),
     [
         (["league="], r"env\.options\.opponent='policy' is played by policies of the run; add the section league"),
+        (["env.options.opponent=scripted"], r"no effect: env\.id='locks' with env\.options\.opponent='scripted' never"),
+        (
+            [*TWO, "env.options.opponent=scripted"],
+            r"no effect: env\.id='locks' .*'scripted' never meets a past version; set env\.options\.opponent='policy'",
+        ),
+        (["env.id=frozen_lake", "env.options=", "evaluation.options="], r"no effect: env\.id='frozen_lake' never"),
         (["evaluation.options="], r"an evaluation has no opponents of the run; set evaluation\.options\.opponent"),
         ([*TWO, "buffer.groups_per_step=4"], r"policies\.keeper\.share gives it 1\.33333 of .*=4 groups"),
         ([*TWO, "checkpoint.keep=1"], r"checkpoint\.keep=1 may leave several policies without a version"),
@@ -186,6 +192,15 @@ def test_a_mistake_in_policies_is_told_in_one_line(overrides: list[str], message
     with pytest.raises(ConfigError, match=message) as raised:
         configured(*overrides)
     assert "\n" not in str(raised.value)
+
+
+def test_a_league_needs_one_environment_that_may_meet_it() -> None:
+    games = 'envs=[{name="met", id="locks", options={opponent="policy"}}, {name="other", id="frozen_lake"}]'
+    assert load_config("locks", ["env=", "evaluation.tasks=0", games]).league is not None
+    own = ["env.id=my.games:Game", "env.options=", "evaluation.options="]
+    assert load_config("locks", own).league is not None, (
+        "which may ask for an opponent's move without an option"
+    )
 
 
 def test_one_policy_of_several_is_not_trained_alone(tmp_path: Path) -> None:
