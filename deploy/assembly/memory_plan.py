@@ -37,6 +37,7 @@ from rollout.engines.vllm_start import VllmSettings
 from rollout.wire.model_folder import pretrained
 
 GIB = 2**30
+DRIVER = "driver"  # the process that drives a run, of all policies
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 
 _BUFFER_PROCESS = int(0.16 * GIB)  # Python with Ray and Arrow
@@ -44,7 +45,7 @@ _TORCH_PROCESS = int(0.5 * GIB)  # with torch and transformers: driver, a learne
 _WORKER_PROCESS = int(0.7 * GIB)  # with vLLM's client too
 _VLLM_PROCESSES = int(1.7 * GIB)  # vLLM's own two processes on a CPU
 VLLM_WORKING = 3 * GIB  # on a GPU: activations, CUDA graphs, the context
-_UNTOLD = 0.05  # of a GPU that engines share with the learner: what an estimate leaves out
+UNTOLD_SHARE = 0.05  # of a GPU: what an estimate leaves out
 _ROW_BYTES = 16  # of a stored token: id, logprob, version, text
 _STARTED = Amount("the process itself", _TORCH_PROCESS, on_host=True)
 
@@ -158,6 +159,14 @@ class MemoryPlan:
         return next(each for each in self.processes if each.name == name)
 
 
+def host_bytes(plans: Sequence[MemoryPlan]) -> int:
+    """The host's memory for all processes of a run on one machine, of each of its policies, which share a driver."""
+    processes = [each for plan in plans for each in plan.processes]
+    drivers = [each.host_bytes(1, lead=True) for each in processes if each.name == DRIVER]
+    others = sum(each.host_bytes(each.count, lead=True) for each in processes if each.name != DRIVER)
+    return others + max(drivers, default=0)
+
+
 def sent_bytes(run: RunConfig, model: ModelFacts) -> int:
     """Bytes of a weight version in the host's memory, where engines join even if GPUs send the next ones."""
     lora = run.learner.model.lora
@@ -242,7 +251,7 @@ def _others(
         yield Process("rollout worker", run.workers, amounts, run.rollout.gpus_per_worker > 0)
     kept = Amount("groups that are played or waiting", row_bytes(model, stored_tokens(run)), on_host=True)
     yield Process("replay buffer", 1, (Amount("the process itself", _BUFFER_PROCESS, on_host=True), kept))
-    yield Process("driver", 1, (_STARTED,))
+    yield Process(DRIVER, 1, (_STARTED,))
     if sent:
         stored = [Amount("a version of the weights", sent, on_host=True)]
         if _holds(run):
@@ -260,11 +269,9 @@ def _opposing(run: RunConfig, opponent: Opponent, gpu_bytes: int) -> Iterator[Am
     name, other, model = opponent
     assert run.league is not None
     count = run.league.engines
-    amounts = list(_engine(other, model, _cache(other, model, gpu_bytes)))
-    for on_host in (False, True):
-        held = sum(each.nbytes for each in amounts if each.on_host == on_host)
-        if held:
-            yield Amount(f"versions of {name} in {count} engines", count * held, on_host=on_host)
+    for each in _engine(other, model, _cache(other, model, gpu_bytes)):
+        what = f"versions of {name} in {count} engines: {each.what}"
+        yield Amount(what, count * each.nbytes, on_host=each.on_host)
 
 
 def _engine(run: RunConfig, model: ModelFacts, cache: Cache | None) -> Iterator[Amount]:
@@ -302,7 +309,7 @@ def _cache(run: RunConfig, model: ModelFacts, gpu_bytes: int, learner_bytes: int
     held = model.cached_numbers // model.key_heads * heads // engine.pipeline_parallel_size
     own = int(engine.memory_fraction * gpu_bytes)
     if run.weights.transfer == "ipc":
-        own = (int((1 - _UNTOLD) * gpu_bytes) - learner_bytes) // run.rollout.workers
+        own = (int((1 - UNTOLD_SHARE) * gpu_bytes) - learner_bytes) // run.rollout.workers
     left = own - engine_weights(run, model) - VLLM_WORKING
     asked = engine.kv_cache_bytes(on_gpu)
     return Cache(left if asked is None else asked, size * held)

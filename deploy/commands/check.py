@@ -2,46 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from deploy.assembly.memory_plan import GIB, Process
-from deploy.report.console import Cell, Console, write, write_table
-from deploy.run.job_size import Node, rows_of_rank
-from deploy.run.recipe_check import Checked, MemoryOfRun
+from deploy.assembly.memory_plan import DRIVER, GIB, Process
+from deploy.report.console import Cell, Console, one_line, write, write_table
+from deploy.run.job_size import DiskUse, Node, rows_of_rank
+from deploy.run.recipe_check import Checked, CheckedRun, MemoryOfPolicy
 from learner.training.memory_estimate import Amount, row_tokens
 from learner.training.step_passes import passes_of
 
 
-def show(checked: Checked, console: Console) -> int:
+def show(run: CheckedRun, console: Console) -> int:
     """Print what was found; returns the exit status, 1 for a recipe that a run would refuse."""
+    several = len(run.policies) > 1
+    for checked in run.policies:
+        _show_policy(checked, console, [] if several else _places(run.nodes))
+    if several and run.disk is not None:
+        write(console, f"{run.policies[0].config.name}: all {len(run.policies)} policies together")
+        write_table(console, ("job", "figure"), [["disk", _disk(run.disk)], *_places(run.nodes)])
+    for each in run.findings:  # a line each, whole also in a pipe, so that a script finds it
+        write(console, *(("refused: ", "red") if each.certain else ("look: ", "yellow")), end="")
+        write(console, one_line(each.text))
+    if not run.findings:
+        write(console, "nothing looks wrong")
+    return int(run.refused)
+
+
+def _show_policy(checked: Checked, console: Console, places: Sequence[Sequence[Cell]]) -> None:
+    """places: rows about the nodes, of a run of one policy."""
     config = checked.config
     name = f"{config.name}, policy {config.policy}" if config.policies else config.name
     if checked.memory is None:
         write(console, f"{name}: memory is not told, since the model's configuration is not known here")
     else:
         write(console, f"{name}: {_model(checked, checked.memory)}")
-        write_table(console, ("process", "holds", "GPU, GiB", "host, GiB"), _memory(checked.memory))
-    write_table(console, ("job", "figure"), _figures(checked))
-    rows: list[list[Cell]] = [
-        [("refused", "red") if each.certain else ("look", "yellow"), each.text] for each in checked.findings
-    ]
-    if rows:
-        write_table(console, ("", "finding"), rows)
-    else:
-        write(console, "nothing looks wrong")
-    return int(checked.refused)
+        rows = _memory(checked.memory, bool(config.policies))
+        write_table(console, ("process", "holds", "GPU, GiB", "host, GiB"), rows)
+    write_table(console, ("job", "figure"), [*_figures(checked), *places])
 
 
-def _model(checked: Checked, memory: MemoryOfRun) -> str:
+def _model(checked: Checked, memory: MemoryOfPolicy) -> str:
     model, lora = memory.model, checked.config.learner.model.lora
     whole = f"{model.family}, {model.shape.parameters:,} parameters"
     return whole if lora is None else f"{whole}, {model.lora.adapter:,} of a low-rank adapter are trained"
 
 
-def _memory(memory: MemoryOfRun) -> Iterator[list[Cell]]:
-    """One row an amount, and one with the most at once, of each process."""
+def _memory(memory: MemoryOfPolicy, several: bool) -> Iterator[list[Cell]]:
+    """One row an amount, and one with the most at once, of each process. several: there are other policies."""
     for process in memory.plan.processes:
         name = process.name if process.count == 1 else f"{process.name}, each of {process.count}"
+        name += ", one for all policies" if several and process.name == DRIVER else ""
         for number, amount in enumerate(process.amounts):
             yield [name if number == 0 else "", _what(process, amount), *_columns(process, amount)]
         if len(process.amounts) > 1:
@@ -67,9 +77,11 @@ def _figures(checked: Checked) -> Iterator[list[Cell]]:
     yield ["optimizer steps", f"{size.optimizer_steps:,}, in {size.steps:,} learner steps"]
     for each in size.data:
         name = "data" if len(size.data) == 1 else f"data of {each.name}"
-        played = f"{each.groups:,.0f} are played"
-        rows = "tasks, of which" if each.rows is None else f"{each.rows:,} rows, of which"
-        yield [name, f"{rows} {played}" + ("" if each.passes is None else f": {each.passes:.3g} passes")]
+        played = f"{each.groups:,.0f} tasks are played"
+        if each.rows is not None:
+            passes = "" if each.passes is None else f": {each.passes:.3g} passes"
+            played = f"{each.rows:,} rows, of which {each.groups:,.0f} are played{passes}"
+        yield [name, played]
     samples = config.evaluation.samples
     tasks = sum(each.evaluation_tasks for each in size.data)
     tokens = samples * sum(each.evaluation_tasks * each.longest for each in size.data)
@@ -82,17 +94,13 @@ def _figures(checked: Checked) -> Iterator[list[Cell]]:
         return
     if config.learner.ranks > 1:
         yield ["exchanged by learner ranks", _exchanged(checked, memory)]
-    disk = memory.disk
     if (cache := memory.plan.cache) is not None:
         fits = f"{cache.sequences(config.rollout.context_tokens):,.0f} sequences of full length"
         yield ["KV cache of an engine", f"{fits}, {cache.token_bytes / 1024:.4g} KiB a token"]
-    checkpoints = f"{_gib(disk.checkpoints)} GiB of checkpoints ({_gib(disk.checkpoint)} each)"
-    yield ["disk", f"at most {checkpoints} and {_gib(disk.rows)} GiB of rows"]
-    for number, node in enumerate(memory.nodes, 1):
-        yield [f"node {number}", _node(node)]
+    yield ["disk", f"{_disk(memory.disk)} ({_gib(memory.disk.checkpoint)} GiB a checkpoint)"]
 
 
-def _exchanged(checked: Checked, memory: MemoryOfRun) -> str:
+def _exchanged(checked: Checked, memory: MemoryOfPolicy) -> str:
     sent, rows = memory.plan.traffic, rows_of_rank(checked.config, checked.size)
     passes = passes_of(checked.config.learner, rows)
     parts = [
@@ -106,6 +114,14 @@ def _exchanged(checked: Checked, memory: MemoryOfRun) -> str:
     across = f"; of a sum of gradients {_gib(sent.across)} GiB come from other copies" if sent.across else ""
     listed = f"{', '.join(said)}, and {_gib(sent.version)} GiB to publish{across}"
     return f"each receives at most {_gib(sent.step(passes))} GiB a step: {listed}"
+
+
+def _disk(use: DiskUse) -> str:
+    return f"at most {_gib(use.checkpoints)} GiB of checkpoints and {_gib(use.rows)} GiB of rows"
+
+
+def _places(placed: Sequence[Node]) -> list[list[Cell]]:
+    return [[f"node {number}", _node(node)] for number, node in enumerate(placed, 1)]
 
 
 def _node(node: Node) -> str:

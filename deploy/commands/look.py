@@ -81,7 +81,7 @@ def check(
     from deploy.run.recipe_check import Machine, check_recipe
 
     checked = check_recipe(load_config(recipe, overrides or ()), Machine(gpu_gib, node_gpus), config_json)
-    raise typer.Exit(max(show(each, console) for each in checked))
+    raise typer.Exit(show(checked, console))
 
 
 @app.command()

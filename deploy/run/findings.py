@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from deploy.assembly.memory_plan import GIB, VLLM_WORKING, MemoryPlan, ModelFacts
+from transformers import PretrainedConfig
+
+from deploy.assembly.memory_plan import GIB, UNTOLD_SHARE, VLLM_WORKING, MemoryPlan, ModelFacts
 from deploy.assembly.shared_gpu import UNTOLD
 from deploy.config.config import RunConfig
 from deploy.config.config_checks import config_warnings
@@ -58,38 +60,74 @@ def of_job(config: RunConfig, size: JobSize) -> Iterator[Finding]:
             )
 
 
-def of_memory(
-    config: RunConfig, model: ModelFacts, plan: MemoryPlan, gpu_bytes: int, host_bytes: int | None
-) -> Iterator[Finding]:
-    """What does not fit. host_bytes: memory free on this machine; None for a run elsewhere."""
+def of_memory(config: RunConfig, model: ModelFacts, plan: MemoryPlan, gpu_bytes: int) -> Iterator[Finding]:
+    """What does not fit into the memory of GPUs and of engines."""
     learner = plan.process("learner")
     if learner.on_gpu:
         always = state_bytes(config.learner, model.shape, model.lora)
         yield from _learner_gpu(config, plan, gpu_bytes, always)
-    if host_bytes is not None:
-        needed = sum(each.host_bytes(each.count, lead=True) for each in plan.processes)
-        if needed > host_bytes:
-            yield Finding(
-                f"all processes hold {needed / GIB:.3g} GiB at most, of which this machine has {host_bytes / GIB:.3g} "
-                "GiB free; lower learner.tokens_per_microbatch, set learner.model.gradient_checkpointing = true, or "
-                "take a smaller model"
-            )
     if plan.cache is not None:
         yield from _cache(config, plan, told=model.saved is not None)
 
 
-def of_disk(config: RunConfig, use: DiskUse, free_bytes: int | None) -> Iterator[Finding]:
-    """What the disk has no room for. free_bytes: None for a run elsewhere."""
-    if free_bytes is not None and use.checkpoints > free_bytes:
+def of_shared_rows(
+    config: RunConfig, architecture: PretrainedConfig, plan: MemoryPlan, gpu_bytes: int
+) -> Iterator[Finding]:
+    """Whether ranks of the learner compute a row together that each has room for alone."""
+    learner, together = config.learner, config.learner.context_parallel_size
+    if together == 1 or not plan.process("learner").on_gpu or learner.ranks > config.buffer.groups_per_step:
+        return
+    alone = config.model_copy(update={"learner": learner.model_copy(update={"context_parallel_size": 1})})
+    model = ModelFacts.of(architecture, alone)
+    if model.saved is None:  # what activations take is not told
+        return
+    plan_alone = MemoryPlan.of(alone, model, gpu_bytes)
+    peak, (room, _) = plan_alone.process("learner").peak(on_host=False), _room(alone, plan_alone, gpu_bytes)
+    if peak <= (1 - UNTOLD_SHARE) * room:
+        more = plan.traffic.row - plan_alone.traffic.row
+        yield Finding(
+            f"learner.context_parallel_size={together}, but a rank has room for its rows alone ({peak / GIB:.3g} "
+            f"GiB of {room / GIB:.3g}): together they exchange {more / GIB:.3g} GiB more for a row and have "
+            f"{together} times fewer rows at once; use 1"
+        )
+
+
+def of_host(needed: int, free_bytes: int) -> Iterator[Finding]:
+    """What this machine's memory has no room for, of the processes of all policies."""
+    if needed > free_bytes:
+        yield Finding(
+            f"all processes hold {needed / GIB:.3g} GiB at most, of which this machine has {free_bytes / GIB:.3g} "
+            "GiB free; lower learner.tokens_per_microbatch, set learner.model.gradient_checkpointing = true, or "
+            "take a smaller model"
+        )
+
+
+def of_disk(config: RunConfig, use: DiskUse, free_bytes: int) -> Iterator[Finding]:
+    """What this machine's disk has no room for. use: of all policies."""
+    if use.checkpoints > free_bytes:
         yield Finding(
             f"checkpoints need {use.checkpoints / GIB:.3g} GiB (checkpoint.keep={config.checkpoint.keep}, and one that "
             f"is being written), but the disk has {free_bytes / GIB:.3g} GiB free: the run would pause"
         )
-    elif free_bytes is not None and use.total > free_bytes:
+    elif use.total > free_bytes:
         yield Finding(
             f"checkpoints and all rows need up to {use.total / GIB:.3g} GiB, but the disk has "
             f"{free_bytes / GIB:.3g} GiB free; set buffer.disk_gib"
         )
+
+
+def of_policies(found: Mapping[str, Iterable[Finding]]) -> Iterator[Finding]:
+    """The findings of a run's policies, each once; one that is not about all of them names whom it is about."""
+    about: dict[Finding, list[str]] = {}
+    for policy, findings in found.items():
+        for each in dict.fromkeys(findings):
+            about.setdefault(each, []).append(policy)
+    for each, policies in about.items():
+        if len(policies) == len(found):
+            yield each
+        else:
+            whom = "policy" if len(policies) == 1 else "policies"
+            yield Finding(f"{whom} {', '.join(policies)}: {each.text}", each.certain)
 
 
 # Of the recipe -----------------------------------------------------------------------------------------------------
@@ -186,15 +224,18 @@ def _gpus(config: RunConfig) -> Iterator[Finding]:
 # Of the memory -----------------------------------------------------------------------------------------------------
 
 
-def _learner_gpu(config: RunConfig, plan: MemoryPlan, gpu_bytes: int, always: int) -> Iterator[Finding]:
-    learner, room = plan.process("learner"), gpu_bytes
-    shared = ""
+def _room(config: RunConfig, plan: MemoryPlan, gpu_bytes: int) -> tuple[int, str]:
+    """Bytes of a GPU that a rank of the learner has, and beside what."""
+    if config.cluster.colocate == "turns":
+        return gpu_bytes - VLLM_WORKING, f", beside sleeping engines of {VLLM_WORKING / GIB:.3g} GiB"
     if config.weights.transfer == "ipc" and config.workers and not config.replay:
         engines = config.rollout.workers * plan.process("rollout worker").peak(on_host=False)
-        room, shared = gpu_bytes - engines, f", beside engines of {engines / GIB:.3g} GiB"
-    if config.cluster.colocate == "turns":
-        room, shared = gpu_bytes - VLLM_WORKING, f", beside sleeping engines of {VLLM_WORKING / GIB:.3g} GiB"
-    peak = learner.peak(on_host=False)
+        return gpu_bytes - engines, f", beside engines of {engines / GIB:.3g} GiB"
+    return gpu_bytes, ""
+
+
+def _learner_gpu(config: RunConfig, plan: MemoryPlan, gpu_bytes: int, always: int) -> Iterator[Finding]:
+    (room, shared), peak = _room(config, plan, gpu_bytes), plan.process("learner").peak(on_host=False)
     model, adapter = config.learner.model, ""
     if model.lora is None:
         adapter = "train an adapter (learner.model.lora), "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
 from functools import partial
 
-from deploy.assembly.memory_plan import MemoryPlan, ModelFacts, row_bytes
+from deploy.assembly.memory_plan import DRIVER, MemoryPlan, ModelFacts, Process, row_bytes
 from deploy.config.config import RunConfig
 from deploy.config.derived import longest_episode
 from deploy.config.environments import Environment
@@ -104,6 +105,11 @@ class DiskUse:
             rows = min(rows, int(config.buffer.disk_gib * 2**30))
         return cls(one, one * count, rows)
 
+    @classmethod
+    def together(cls, uses: Sequence[DiskUse]) -> DiskUse:
+        """That of all policies of a run."""
+        return cls(*(sum(column) for column in zip(*map(astuple, uses), strict=True)))
+
     @property
     def total(self) -> int:
         """Checkpoints and rows together."""
@@ -120,61 +126,83 @@ class Node:
     host_bytes: int
 
 
-def nodes(config: RunConfig, plan: MemoryPlan, gpus_per_node: int) -> list[Node]:
-    """Nodes that the actors fit on, the first that has room for each; without GPUs a single one.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Actors:
+    """Actors of one kind, of one policy."""
 
-    An engine of more GPUs than a node has takes several nodes: its actor is on the first. ValueError where nodes have
-    none.
+    name: str
+    reserved: Reservation
+    plan: MemoryPlan  # of the policy
+    process: Process | None  # None: its memory is not told
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of each."""
+        return self.reserved.each.get("GPU", 0.0)
+
+
+def nodes(rings: Sequence[tuple[RunConfig, MemoryPlan]], gpus_per_node: int) -> list[Node]:
+    """Nodes that the actors of all policies of a run fit on, the first that has room for each; without GPUs one.
+
+    rings: of each policy. An engine of more GPUs than a node has takes several nodes: its actor is on the first.
+    ValueError where nodes have none.
     """
+    kinds = sorted(_kinds(rings), key=lambda kind: -kind.gpus)
     left: list[float] = []
-    placed: list[dict[str, int]] = []
-    reserved = {each.part: each for each in reservations(config)}
-    for part, each in sorted(reserved.items(), key=lambda named: -named[1].each.get("GPU", 0.0)):
-        wanted = each.each.get("GPU", 0.0)
-        if wanted and gpus_per_node < 1:
-            raise ValueError(f"a {part} asks for {wanted:g} GPUs, but nodes have none")
-        for _ in range(each.count):
-            place = next((index for index, free in enumerate(left) if free >= wanted - 1e-6), len(left))
+    placed: list[Counter[_Actors]] = []
+    for kind in kinds:
+        if kind.gpus and gpus_per_node < 1:
+            raise ValueError(f"a {kind.name} asks for {kind.gpus:g} GPUs, but nodes have none")
+        for _ in range(kind.reserved.count):
+            place = next((index for index, free in enumerate(left) if free >= kind.gpus - 1e-6), len(left))
             if place == len(left):
                 left.append(float(gpus_per_node))
-                placed.append({})
-            placed[place][part] = placed[place].get(part, 0) + 1
-            left[place] -= wanted
+                placed.append(Counter())
+            placed[place][kind] += 1
+            left[place] -= kind.gpus
             while left[-1] < -1e-6:  # more than a node has: the rest is on the next
                 beyond, left[-1] = -left[-1], 0.0
                 left.append(gpus_per_node - beyond)
-                placed.append({})
-    first = {part: next(n for n, actors in enumerate(placed) if part in actors) for part in reserved}
-    return [
-        _node(
-            actors,
-            reserved,
-            plan,
-            {part for part in actors if first[part] == number},
-            number == 0,
-            round(gpus_per_node - left[number], 4),
-        )
-        for number, actors in enumerate(placed)
-    ]
+                placed.append(Counter())
+    first = {kind: next(n for n, actors in enumerate(placed) if kind in actors) for kind in kinds}
+    unreserved = _unreserved(rings)
+    found = []
+    for number, actors in enumerate(placed):
+        leads = {kind for kind in actors if first[kind] == number}
+        gpus = round(gpus_per_node - left[number], 4)
+        found.append(_node(actors, leads, gpus, 0 if number else unreserved))
+    return found
 
 
-def _node(
-    actors: dict[str, int],
-    reserved: dict[str, Reservation],
-    plan: MemoryPlan,
-    leads: set[str],
-    driven: bool,
-    gpus: float,
-) -> Node:
-    """leads: parts whose first actor is here; driven: what reserves nothing is here; gpus: that are taken here."""
-    processes = {each.name: each for each in plan.processes}
-    host = plan.version_bytes
-    for part, count in actors.items():
-        if part in processes:
-            host += processes[part].host_bytes(count, part in leads)
-    if driven:
-        host += sum(
-            processes[part].host_bytes(1, True) for part in ("driver", "replay buffer") if part in processes
-        )
-    cpus = sum(count * reserved[part].each.get("CPU", 0.0) for part, count in actors.items())
-    return Node(tuple(actors.items()), gpus, round(cpus, 4), host)
+def _kinds(rings: Sequence[tuple[RunConfig, MemoryPlan]]) -> Iterator[_Actors]:
+    for config, plan in rings:
+        processes = {each.name: each for each in plan.processes}
+        for each in reservations(config):
+            name = f"{each.part} of {config.policy}" if len(rings) > 1 else each.part
+            if each.count:
+                yield _Actors(name, each, plan, processes.get(each.part))
+
+
+def _unreserved(rings: Sequence[tuple[RunConfig, MemoryPlan]]) -> int:
+    """The host's memory for what reserves nothing and is on the first node: one driver, and replay buffers."""
+    driver, buffers = 0, 0
+    for config, plan in rings:
+        reserved = {each.part for each in reservations(config)}
+        for each in plan.processes:
+            if each.name == DRIVER:
+                driver = each.host_bytes(1, lead=True)
+            elif each.name == "replay buffer" and each.name not in reserved:
+                buffers += each.host_bytes(1, lead=True)
+    return driver + buffers
+
+
+def _node(actors: Counter[_Actors], leads: set[_Actors], gpus: float, unreserved: int) -> Node:
+    """leads: kinds whose first actor is here; gpus: that are taken here; unreserved: bytes of what reserves nothing."""
+    # Of every policy that has an actor here, the versions too.
+    host = unreserved + sum({id(kind.plan): kind.plan.version_bytes for kind in actors}.values())
+    for kind, count in actors.items():
+        if kind.process is not None:
+            host += kind.process.host_bytes(count, kind in leads)
+    cpus = sum(count * kind.reserved.each.get("CPU", 0.0) for kind, count in actors.items())
+    named = tuple((kind.name, count) for kind, count in actors.items())
+    return Node(named, gpus, round(cpus, 4), host)

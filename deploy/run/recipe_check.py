@@ -16,13 +16,22 @@ import psutil
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PretrainedConfig
 
-from deploy.assembly.memory_plan import GIB, MemoryPlan, ModelFacts, Opponent
+from deploy.assembly.memory_plan import GIB, MemoryPlan, ModelFacts, Opponent, host_bytes
 from deploy.assembly.models import tiny_architecture
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.policies import configurations, opponents_of
 from deploy.config.resources import demand
-from deploy.run.findings import Finding, of_disk, of_job, of_memory, of_recipe
+from deploy.run.findings import (
+    Finding,
+    of_disk,
+    of_host,
+    of_job,
+    of_memory,
+    of_policies,
+    of_recipe,
+    of_shared_rows,
+)
 from deploy.run.job_size import Counts, DiskUse, JobSize, Node, nodes, row_counts
 from deploy.run.mistakes import mistakes
 from deploy.run.model_checks import check_model
@@ -45,22 +54,30 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryOfRun:
-    """What a run holds in memory and on disk, and the nodes that carry it."""
+class MemoryOfPolicy:
+    """What a policy's part of a run holds in memory and on disk."""
 
     model: ModelFacts
     plan: MemoryPlan
     disk: DiskUse
-    nodes: tuple[Node, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What was found. memory: None without the model's configuration."""
+    """What was found of a policy. memory: None without the model's configuration."""
 
     config: RunConfig
     size: JobSize
-    memory: MemoryOfRun | None
+    memory: MemoryOfPolicy | None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRun:
+    """What was found of each policy, and of all together; no nodes and no disk where a policy's memory is not told."""
+
+    policies: tuple[Checked, ...]
+    nodes: tuple[Node, ...]
+    disk: DiskUse | None
     findings: tuple[Finding, ...]
 
     @property
@@ -69,14 +86,21 @@ class Checked:
         return any(each.certain for each in self.findings)
 
 
-def check_recipe(config: RunConfig, machine: Machine, config_json: Path | None = None) -> list[Checked]:
-    """Check a configuration, of several policies that of each. config_json: of a model which is not on this machine.
+def check_recipe(config: RunConfig, machine: Machine, config_json: Path | None = None) -> CheckedRun:
+    """Check a configuration, of several policies each. config_json: of a model which is not on this machine.
 
     ConfigError if that is broken.
     """
     given = None if config_json is None else _read(config_json)
     policies = [_Policy(each, given) for each in configurations(config).values()]
-    return [_check(each, machine, policies) for each in policies]
+    checked = [_check(each, machine, policies) for each in policies]
+    placed, disk, together = _together(checked, machine)
+    found = {
+        policy.config.policy: list(_findings(policy, each, machine))
+        for policy, each in zip(policies, checked, strict=True)
+    }
+    said = dict.fromkeys([*of_policies(found), *together])
+    return CheckedRun(tuple(checked), placed, disk, tuple(sorted(said, key=lambda each: not each.certain)))
 
 
 class _Policy:
@@ -98,32 +122,31 @@ class _Policy:
         known = self._given is not None or self.no_model is None
         return self.preflight.architecture if known else None
 
-    @cached_property
+    @property
     def facts(self) -> ModelFacts | None:
-        """What the memory plan needs of it. ValueError for an adapter of layers that there are not."""
-        return None if self.architecture is None else ModelFacts.of(self.architecture, self.config)
+        """What the memory plan needs of the model; None where that is not known."""
+        return self._read[0]
+
+    @property
+    def misfit(self) -> str:
+        """Why the model cannot be trained as the recipe says, such as an adapter of layers that there are not."""
+        return self._read[1]
+
+    @cached_property
+    def _read(self) -> tuple[ModelFacts | None, str]:
+        if self.architecture is None:
+            return None, ""
+        try:
+            return ModelFacts.of(self.architecture, self.config), ""
+        except ValueError as error:
+            return None, str(error)
 
 
 def _check(policy: _Policy, machine: Machine, policies: Sequence[_Policy]) -> Checked:
-    config = policy.config
-    findings = [each for each in (policy.no_model, policy.no_data) if each is not None]
-    findings += [Finding(each, certain=True) for each in _refusals(policy.preflight)]
-    size = JobSize.of(config, policy.rows)
-    memory, of_its_memory = None, [*_cores(config, [each.config for each in policies])]
-    if policy.architecture is not None:
-        try:
-            memory = _memory(policy, size, machine, policies)
-        except ValueError as error:  # an adapter of layers that there are not, an actor too large for a node
-            of_its_memory.append(Finding(str(error), certain=True))
-        else:
-            of_its_memory += _of_memory(config, memory, machine)
-    said = dict.fromkeys([*findings, *of_recipe(config), *of_job(config, size), *of_its_memory])
-    return Checked(config, size, memory, tuple(sorted(said, key=lambda each: not each.certain)))
-
-
-def _memory(policy: _Policy, size: JobSize, machine: Machine, policies: Sequence[_Policy]) -> MemoryOfRun:
     config, model = policy.config, policy.facts
-    assert model is not None
+    size = JobSize.of(config, policy.rows)
+    if model is None:
+        return Checked(config, size, None)
     met = () if config.league is None else opponents_of(config)
     # As far as their models are known here.
     opponents = [
@@ -132,15 +155,43 @@ def _memory(policy: _Policy, size: JobSize, machine: Machine, policies: Sequence
         if other.config.policy in met and other.facts is not None
     ]
     plan = MemoryPlan.of(config, model, machine.gpu_bytes, opponents)
-    placed = nodes(config, plan, machine.gpus_per_node)
-    return MemoryOfRun(model, plan, DiskUse.of(config, model, size), tuple(placed))
+    return Checked(config, size, MemoryOfPolicy(model, plan, DiskUse.of(config, model, size)))
 
 
-def _of_memory(config: RunConfig, memory: MemoryOfRun, machine: Machine) -> Iterator[Finding]:
-    here = _is_for_here(config)
-    free = psutil.virtual_memory().available + psutil.swap_memory().free
-    yield from of_memory(config, memory.model, memory.plan, machine.gpu_bytes, int(free) if here else None)
-    yield from of_disk(config, memory.disk, shutil.disk_usage(Path.cwd()).free if here else None)
+def _findings(policy: _Policy, checked: Checked, machine: Machine) -> Iterator[Finding]:
+    """What was found of a policy alone."""
+    config = policy.config
+    yield from (each for each in (policy.no_model, policy.no_data) if each is not None)
+    yield from (Finding(each, certain=True) for each in _refusals(policy.preflight))
+    if policy.misfit:
+        yield Finding(policy.misfit, certain=True)
+    yield from of_recipe(config)
+    yield from of_job(config, checked.size)
+    if (memory := checked.memory) is not None:
+        yield from of_memory(config, memory.model, memory.plan, machine.gpu_bytes)
+        assert policy.architecture is not None
+        yield from of_shared_rows(config, policy.architecture, memory.plan, machine.gpu_bytes)
+
+
+def _together(
+    checked: Sequence[Checked], machine: Machine
+) -> tuple[tuple[Node, ...], DiskUse | None, list[Finding]]:
+    """The nodes and the disk of all policies, where their memory is told, and what was found of these."""
+    config, here = checked[0].config, all(_is_for_here(each.config) for each in checked)
+    found = list(_cores([each.config for each in checked])) if here else []
+    told = [(each.config, each.memory) for each in checked if each.memory is not None]
+    if len(told) < len(checked):
+        return (), None, found
+    disk = DiskUse.together([memory.disk for _, memory in told])
+    if here:
+        free = psutil.virtual_memory().available + psutil.swap_memory().free
+        found += of_host(host_bytes([memory.plan for _, memory in told]), int(free))
+        found += of_disk(config, disk, shutil.disk_usage(Path.cwd()).free)
+    try:
+        placed = nodes([(own, memory.plan) for own, memory in told], machine.gpus_per_node)
+    except ValueError as error:  # an actor too large for a node
+        return (), disk, [*found, Finding(str(error), certain=True)]
+    return tuple(placed), disk, found
 
 
 def _refusals(preflight: Preflight) -> list[str]:
@@ -200,9 +251,9 @@ def _read(config_json: Path) -> PretrainedConfig:
     return read
 
 
-def _cores(config: RunConfig, policies: Sequence[RunConfig]) -> Iterator[Finding]:
+def _cores(policies: Sequence[RunConfig]) -> Iterator[Finding]:
     wanted, cores = demand(*policies)["CPU"], len(os.sched_getaffinity(0))
-    if _is_for_here(config) and wanted > cores:
+    if wanted > cores:
         yield Finding(
             f"the run reserves {wanted:g} CPUs, but this machine has {cores}; lower rollout.workers, "
             "rollout.cpus_per_worker or cluster.learner_cpus",

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 from transformers import AutoConfig
 
-from deploy.assembly.memory_plan import GIB, MemoryPlan, ModelFacts, Opponent
+from deploy.assembly.memory_plan import GIB, MemoryPlan, ModelFacts, Opponent, host_bytes
 from deploy.assembly.models import tiny_architecture, tiny_tokenizer
 from deploy.config.config import RunConfig
 from deploy.config.load import load_config
 from deploy.config.policies import of_policy
 from deploy.config.recipe_files import recipe_names
-from deploy.run.findings import of_disk, of_job, of_memory, of_recipe
+from deploy.run.findings import of_disk, of_host, of_job, of_memory, of_recipe, of_shared_rows
 from deploy.run.job_size import DiskUse, JobSize, nodes
 from learner.model.footprint import blank_model
 from learner.training.memory_estimate import slice_tokens
@@ -72,7 +72,8 @@ def test_each_of_several_policies_is_told_with_the_engines_of_those_it_meets(
     assert keeper.shape.parameters < opener.shape.parameters
     plan = MemoryPlan.of(of_policy(config, "keeper"), keeper, GIB, [Opponent("opener", config, opener)])
     held = {each.what: each.nbytes for each in plan.process("rollout worker").amounts}
-    assert held["versions of opener in 3 engines"] == 3 * 4 * opener.shape.parameters, "float32"
+    weights = held["versions of opener in 3 engines: weights, float32"]
+    assert weights == 3 * 4 * opener.shape.parameters
     small = ["evaluation.tasks=2", "cluster.learner_cpus=0.25", "rollout.cpus_per_worker=0.25"]
     of, read = ModelFacts.of, list[str]()
     monkeypatch.setattr(ModelFacts, "of", lambda model, run: read.append(run.policy) or of(model, run))
@@ -80,6 +81,57 @@ def test_each_of_several_policies_is_told_with_the_engines_of_those_it_meets(
     assert code == 0 and sorted(read) == ["keeper", "opener"], "once each, though both meet the other"
     assert "locks, policy keeper:" in out and "locks, policy opener:" in out
     assert "versions of opener in" in out and "versions of keeper in" in out  # the table breaks lines
+
+
+def test_every_amount_of_a_worker_that_meets_policies_has_a_name_of_its_own() -> None:
+    config = load_config("locks", ["engine={kind='vllm'}", "engine.max_num_seqs=8"])
+    facts = _tiny_facts(config)
+    plan = MemoryPlan.of(config, facts, GIB, [Opponent("policy", config, facts)])
+    amounts = plan.process("rollout worker").amounts
+    named = {each.what: each.nbytes for each in amounts}
+    assert len(named) == len(amounts)
+    for what in (f"weights, {config.engine.dtype}", "KV cache", "vLLM's processes"):
+        assert named[f"versions of policy in 12 engines: {what}"] == 12 * named[what]
+
+
+def test_the_memory_of_several_policies_is_summed_with_one_driver() -> None:
+    policies = [
+        "policies.one={}",
+        "policies.two={learner={ranks=3}, rollout={workers=5}}",
+        "checkpoint.keep=2",
+    ]
+    config, facts = load_config("qwen3_8b_gsm8k", policies), _facts("qwen3_8b_gsm8k")
+    rings = [
+        (own, MemoryPlan.of(own, facts, 80 * GIB)) for own in map(partial(of_policy, config), ("one", "two"))
+    ]
+    (one,), (two,) = (nodes([ring], 8) for ring in rings)
+    driver = rings[0][1].process("driver").peak(on_host=True)
+    (together,) = nodes(rings, 16)
+    assert together.host_bytes == one.host_bytes + two.host_bytes - driver
+    assert (together.gpus, together.cpus) == (16, one.cpus + two.cpus)
+    assert ("learner of two", 3) in together.actors and ("rollout worker of one", 4) in together.actors
+    apart = nodes(rings, 8)  # a policy on each: what engines load lies where it has an actor
+    assert [each.gpus for each in apart] == [8, 8]
+    assert sum(each.host_bytes for each in apart) == together.host_bytes
+    whole = host_bytes([plan for _, plan in rings])
+    assert whole == sum(host_bytes([plan]) for _, plan in rings) - driver
+
+
+def test_a_refusal_is_one_line_and_names_a_policy_where_it_is_about_one(
+    manta: Manta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")  # as a narrow terminal, or a pipe
+    small = ["evaluation.tasks=2", "rollout.cpus_per_worker=0.25"]
+    wrong = 'policies.keeper={env={options={seat="keeper", nothing=1}}}'
+    code, out, _ = manta("check", "locks", *small, "cluster.learner_cpus=4000", wrong, "policies.opener={}")
+    refused = [line for line in out.splitlines() if line.startswith("refused: ")]
+    assert code == 1 and len(refused) == 2, refused
+    assert refused[0].startswith(
+        "refused: policy keeper: environment locks has no option 'nothing'; its options: "
+    )
+    assert refused[1].startswith("refused: the run reserves 8000.5 CPUs, but this machine has ")
+    assert refused[1].endswith("rollout.cpus_per_worker or cluster.learner_cpus")
+    assert "locks: all 2 policies together" in out and out.count("node 1") == 1
 
 
 def _tiny_facts(config: RunConfig) -> ModelFacts:
@@ -93,6 +145,8 @@ def test_a_model_that_is_not_here_is_one_line_and_the_rest_is_checked(manta: Man
     code, out, _ = manta("check", "smollm2_sums", "learner.model.path=nobody/nothing", "evaluation.tasks=2")
     assert code == 0 and "memory is not told" in out and "nobody/nothing is not on this machine" in out
     assert "rows, of which" in out and "tokens sampled a step" in out
+    code, out, _ = manta("check", "frozen_lake", "evaluation.tasks=2")
+    assert code == 0 and " tasks are played" in out and "of which" not in out, "every seed is another task"
     code, out, _ = manta("check", "smollm2_sums", "learner.model.path=./nothing", "evaluation.tasks=2")
     assert code == 1 and "./nothing: no such folder" in out
 
@@ -114,14 +168,14 @@ def test_a_column_that_no_split_has_is_told_once(manta: Manta) -> None:
 )
 def test_what_a_run_would_refuse_is_refused(manta: Manta, overrides: list[str], says: str) -> None:
     code, out, _ = manta("check", "frozen_lake", "evaluation.tasks=2", *overrides)
-    assert code == 1 and "refused" in out and says in " ".join(out.split())  # the table breaks lines
+    assert code == 1 and any(line.startswith("refused: ") and says in line for line in out.splitlines())
 
 
 def test_a_context_beyond_the_models_positions_is_refused(manta: Manta, tmp_path: Path) -> None:
     told = QWEN3_06B.write(tmp_path)
     code, out, _ = manta("check", "qwen3_gsm8k", "rollout.context_tokens=50000", "--config-json", str(told))
     assert code == 1
-    assert "has 40960 positions, but rollout.context_tokens=50000" in " ".join(out.split())
+    assert "has 40960 positions, but rollout.context_tokens=50000" in out
     told.write_text("{", encoding="utf-8")
     code, _, err = manta("check", "qwen3_gsm8k", "--config-json", str(told))
     assert code == 2 and "--config-json" in err and err.count("\n") == 1
@@ -143,12 +197,12 @@ def test_memory_is_what_arithmetic_says() -> None:
     # 36 layers of 8 key heads of 128 numbers of 2 bytes, keys and values.
     assert plan.cache is not None and plan.cache.token_bytes == 36 * 8 * 128 * 2 * 2
     assert plan.version_bytes == 2 * weights
-    (node,) = nodes(config, plan, 8)
+    (node,) = nodes([(config, plan)], 8)
     assert (node.gpus, node.cpus) == (8, 64)
     # Every rank copies its part to save it; one of them holds what engines are sent, and so does the object store.
     # The processes themselves: four ranks and the driver with torch, four workers with vLLM's client and processes.
     assert node.host_bytes == pytest.approx((4 * 3 + 2 + 2) * weights + (5 * 0.5 + 4 * 2.4) * GIB, rel=0.01)
-    halves = nodes(config, plan, 4)
+    halves = nodes([(config, plan)], 4)
     assert [each.gpus for each in halves] == [4, 4]
 
 
@@ -190,7 +244,7 @@ def test_an_engine_larger_than_a_node_takes_the_next_ones_too() -> None:
     sizes = ["engine.tensor_parallel_size=8", "rollout.gpus_per_worker=8", "rollout.workers=2"]
     config, facts = load_config("qwen3_8b_gsm8k", sizes), _facts("qwen3_8b_gsm8k")
     plan = MemoryPlan.of(config, facts, 80 * GIB)
-    assert [each.gpus for each in nodes(config, plan, 3)] == [3, 3, 2 + 1, 3, 3, 2 + 1, 2]
+    assert [each.gpus for each in nodes([(config, plan)], 3)] == [3, 3, 2 + 1, 3, 3, 2 + 1, 2]
     # Over 8 GPUs lie an eighth of the weights, and one of 8 key heads of each layer.
     amounts = {each.what: each.nbytes for each in plan.process("rollout worker").amounts}
     assert amounts["weights, bfloat16"] == 2 * QWEN3_8B.parameters // 8
@@ -288,12 +342,47 @@ def test_what_does_not_fit_is_said(
     overrides: list[str], gpu_gib: int, says: str | None, certain: bool
 ) -> None:
     config, facts = load_config("qwen3_gsm8k", overrides), _facts("qwen3_gsm8k")
-    found = list(of_memory(config, facts, MemoryPlan.of(config, facts, gpu_gib * GIB), gpu_gib * GIB, None))
+    found = list(of_memory(config, facts, MemoryPlan.of(config, facts, gpu_gib * GIB), gpu_gib * GIB))
     if says is None:
         assert found == []
     else:
         (match,) = [each for each in found if says in each.text]
         assert match.certain is certain
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fits"),
+    [
+        (["buffer.groups_per_step=128"], True),
+        (["rollout.context_tokens=131072", "learner.tokens_per_microbatch=131072"], False),
+        (
+            ["buffer.groups_per_step=3", "learner.algorithm.minibatches=1"],
+            None,
+        ),  # of more ranks some would wait
+    ],
+)
+def test_ranks_that_share_rows_which_each_has_room_for_are_told(
+    overrides: list[str], fits: bool | None
+) -> None:
+    def told(together: int) -> tuple[RunConfig, MemoryPlan]:
+        shared = ["learner.ranks=4", f"learner.context_parallel_size={together}"]
+        config = load_config("qwen3_8b_gsm8k", [*overrides, *shared])
+        return config, MemoryPlan.of(config, ModelFacts.of(architecture, config), 80 * GIB)
+
+    architecture = AutoConfig.for_model(**QWEN3_8B.config())
+    config, plan = told(2)
+    found = [each.text for each in of_shared_rows(config, architecture, plan, 80 * GIB)]
+    if fits is None:
+        assert found == []
+        return
+    _, alone = told(1)
+    peak = alone.process("learner").peak(on_host=False)
+    assert (peak < 76 * GIB) is fits is bool(found)
+    if fits:
+        more = (plan.traffic.row - alone.traffic.row) / GIB
+        assert f"room for its rows alone ({peak / GIB:.3g} GiB of 80)" in found[0]
+        assert f"exchange {more:.3g} GiB more for a row and have 2 times fewer rows" in found[0] and more > 0
+    assert list(of_shared_rows(*(told(1)[0], architecture, alone), 80 * GIB)) == []
 
 
 def test_rows_disk_and_host_that_do_not_suffice_are_said() -> None:
@@ -309,10 +398,7 @@ def test_rows_disk_and_host_that_do_not_suffice_are_said() -> None:
     assert use.checkpoint == 12 * QWEN3_06B.parameters and use.checkpoints == 3 * use.checkpoint
     assert "the disk has 1 GiB free" in next(of_disk(config, use, GIB)).text
     plan = MemoryPlan.of(config, facts, 80 * GIB)
-    assert any(
-        "of which this machine has 1 GiB" in each.text
-        for each in of_memory(config, facts, plan, 80 * GIB, GIB)
-    )
+    assert "of which this machine has 1 GiB" in next(of_host(host_bytes([plan]), GIB)).text
 
 
 def test_a_worker_with_fewer_gpus_than_its_engine_spans_is_refused(manta: Manta) -> None:

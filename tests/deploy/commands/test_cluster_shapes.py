@@ -94,7 +94,7 @@ def test_the_table_holds_what_is_told(name: str, model: Qwen3, overrides: list[s
     assert facts.shape.parameters == model.parameters
     plan = MemoryPlan.of(config, facts, 80 * GIB)
     learner, rows = plan.process("learner"), rows_of_rank(config, JobSize.of(config, ROWS))
-    sent, most = plan.traffic, max(node.host_bytes for node in nodes(config, plan, 8))
+    sent, most = plan.traffic, max(node.host_bytes for node in nodes([(config, plan)], 8))
     figures = [
         f"{learner.peak(on_host=False) / GIB:.0f}",
         f"{most / GIB:.0f}",
