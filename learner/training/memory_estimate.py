@@ -172,9 +172,9 @@ def learner_amounts(
         # Every rank quantizes all of it, before there is anything else.
         whole = base_bytes(settings, shape) + _stored_size(settings) * shape.largest_layer
         beyond = whole - sum(each.nbytes for each in found if not each.at_times and not each.on_host)
-        found.append(
-            Amount("the whole base, while it is quantized: beyond the rest", max(beyond, 0), at_times=True)
-        )
+        if beyond > 0:
+            what = "the whole base, while it is quantized: beyond the rest"
+            found.append(Amount(what, beyond, at_times=True))
     return found
 
 
