@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from deploy.config import run_folder
 from deploy.config.config import RunConfig
 from deploy.config.config_errors import ConfigError
 from deploy.config.load import load_config
-from deploy.config.policies import of_policy
+from deploy.config.policies import configurations, of_policy, opponents_of
 from deploy.report.metrics import read_metrics
 from deploy.run.drive import Drive, run
 from deploy.run.finished import told_finished
@@ -29,6 +30,7 @@ from rollout.buffer.segments import read_rows
 from rollout.wire.kept_versions import KeptVersions
 from tests.deploy.small_run import Stopped, _stop, ledger, parameters, same_bits, trained_rows
 
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "leagues.md"
 POLICIES = ("keeper", "opener")
 SMALL = (
     "steps=6", "tiny.layers=1", "tiny.width=32", "tiny.mlp=64", "stages.0.source.episodes=192",
@@ -167,6 +169,19 @@ def test_a_single_policy_meets_its_own_past_and_keeps_no_more_than_it_can_meet(t
     # The oldest checkpoint is of 4 when the last version is published, or of 6 if that of 8 has landed by then. Groups
     # that are issued one version before it, or later, meet version 0 and what is newer than the version before that.
     assert kept in ([0, *range(2, 11)], [0, *range(4, 11)])
+
+
+def test_the_recipe_of_the_page_is_whole(tmp_path: Path) -> None:
+    recipe, policies = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[:2]
+    (tmp_path / "my_league.toml").write_text(recipe, encoding="utf-8")
+    few = ["steps=3", "evaluation.tasks=8", "stages.0.source.episodes=64", "league.every_versions=1"]
+    config = load_config(str(tmp_path / "my_league.toml"), few)
+    run(Drive(config, tmp_path / "run", Console(file=io.StringIO()), local=True))
+    assert len(ledger(tmp_path / "run", "SELECT DISTINCT opponent_version FROM groups")) > 1
+    (tmp_path / "two.toml").write_text(recipe + policies, encoding="utf-8")
+    both = configurations(load_config(str(tmp_path / "two.toml"))).values()
+    assert [each.env and each.env.options["seat"] for each in both] == ["keeper", "opener"]
+    assert [opponents_of(each) for each in both] == [("opener",), ("keeper",)]
 
 
 @pytest.mark.parametrize(
