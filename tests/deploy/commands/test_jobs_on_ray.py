@@ -230,15 +230,17 @@ def test_the_dashboard_shows_what_rays_exporter_serves(cluster: RayHead, tmp_pat
                 name = re.match(r"\w+", line)
                 if name and ("ray_node" in line or f'run="{run.name}"' in line):
                     served[name[0]] = line
-        return shown <= served.keys()
+        return shown <= served.keys() and value("step") == 4
+
+    def value(name: str) -> float:
+        return float(served[f"ray_manta_{name}"].split()[-1])
 
     try:
-        until(all_served, 60, "every metric", poll=1.0)
+        until(all_served, 60, "every metric of the last step", poll=1.0)
     except TimeoutError as late:
-        raise AssertionError(f"not served: {sorted(shown - served.keys())}") from late
-    row = read_metrics(run)[-1]
-    assert float(served["ray_manta_step"].split()[-1]) == 4
-    assert float(served["ray_manta_loss"].split()[-1]) == pytest.approx(row["loss"])
+        missing = sorted(shown - served.keys())
+        raise AssertionError(f"not served: {missing}; {served.get('ray_manta_step')}") from late
+    assert value("loss") == pytest.approx(read_metrics(run)[-1]["loss"])
 
 
 def test_prometheus_is_told_of_every_node(cluster: RayHead) -> None:
