@@ -37,7 +37,7 @@ BENCHMARKS = (
     "datasets",
     "sharded",
 )
-ON_REQUEST = ("overlap_real", "nf4", "fewer_bits")  # have no bound
+ON_REQUEST = ("overlap_real", "nf4", "fewer_bits", "compiled")  # have no bound
 LIMIT_S = 600  # several times what any takes on two free cores
 
 
