@@ -1,11 +1,13 @@
 """Model FLOP utilisation of the learner on one GPU, beside a plain transformers loop over the same tokens.
 
-    python -m tests.bench.gpu_learner [--model 8b] [--rounds 5] [--plain-rounds 3] [--peak-tflops 989] [--tiny]
+    python -m tests.bench.gpu_learner [--model 8b] [--also compile float8] [--rounds 5] [--plain-rounds 3]
+                                      [--peak-tflops 989] [--tiny]
 
 A dense Qwen3-shaped model of about 1.7 billion parameters with random weights, or four layers of one of 8 billion; rows
 of 16,384 packed tokens whose sequences have log-normal lengths, three quarters of them sampled; bfloat16 products over
 float32 weights, activation checkpointing where it is needed. Needs torch and transformers, neither Ray nor vLLM.
-`--tiny` is a rehearsal on a CPU. Prints JSON.
+`--also` measures the learner with such an option too, or says why it cannot. `--tiny` is a rehearsal on a CPU. Prints
+JSON.
 
 FLOPs that count, of either way: 6 x the parameters of the layers for each token, 6 x those of the head for each sampled
 one, and 12 x layers x heads x head width for each pair of tokens of which one attends to the other; what is computed
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from learner.algorithm.algorithm import AlgorithmSettings
 from learner.algorithm.schedule import OptimSettings
 from learner.data.batch import NOT_SAMPLED, Batch, TokenSequence, pack
+from learner.model.loading import ModelError
 from learner.model.policy import Policy
 from learner.settings import ModelSettings
 from learner.training.optim import Optimizer
@@ -111,11 +115,10 @@ def flops(shape: dict[str, Any], made: list[TokenSequence]) -> float:
     return 6.0 * (layers * layer * tokens + head) + 12.0 * layers * heads * attended
 
 
-def ours(folder: Path, device: str, batch: Batch, checkpointing: bool) -> Callable[[], None]:
-    settings = ModelSettings(
-        path=str(folder), device=device, dtype="bfloat16", gradient_checkpointing=checkpointing
-    )
-    policy = Policy(settings)
+def ours(folder: Path, device: str, batch: Batch, **options: bool) -> Callable[[], None]:
+    """A learner's step. ModelError for options that this machine has not got."""
+    settings = {"path": str(folder), "device": device, "dtype": "bfloat16"} | options
+    policy = Policy(ModelSettings.model_validate(settings))
     optimizer = Optimizer(policy.parameters(), OptimSettings(learning_rate=1e-6))
     objective = PolicyObjective(AlgorithmSettings())
     return lambda: float(train_step(policy, optimizer, batch, objective, 1.0)["loss"]) and None
@@ -196,6 +199,7 @@ def main() -> dict[str, Any]:
     parser.add_argument("--rows", type=int, default=4, help="packed rows of a step")
     parser.add_argument("--peak-tflops", type=float, default=989.0)
     parser.add_argument("--no-checkpointing", action="store_true", help="keep every activation")
+    parser.add_argument("--also", nargs="*", choices=("compile", "float8"), default=[])
     parser.add_argument("--tiny", action="store_true", help="a rehearsal on the CPU")
     asked = parser.parse_args()
     shape, row, device = (TINY, 512, "cpu") if asked.tiny else (SHAPES[asked.model], 16_384, "cuda")
@@ -206,12 +210,18 @@ def main() -> dict[str, Any]:
         batch = pack(made, row, shape["max_position_embeddings"])
         tokens = sum(s.num_inputs for s in made)
         found: dict[str, Any] = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
-        ways = {
-            "learner": (lambda: ours(folder, device, batch, not asked.no_checkpointing), asked.rounds),
+        own = partial(ours, folder, device, batch, gradient_checkpointing=not asked.no_checkpointing)
+        ways: dict[str, tuple[Callable[[], Callable[[], None]], int]] = {
+            "learner": (own, asked.rounds),
             "plain": (lambda: plain(folder, device, made, row), asked.plain_rounds),
+            **{option: (partial(own, **{option: True}), asked.rounds) for option in asked.also},
         }
         for way, (made_ready, rounds) in ways.items():  # one after the other: each has the memory to itself
-            seconds, peak = measured(made_ready(), rounds, device)
+            try:
+                seconds, peak = measured(made_ready(), rounds, device)
+            except ModelError as error:
+                found[f"{way}_left_out"] = str(error)
+                continue
             found |= {
                 f"{way}_tokens_per_s": round(tokens / seconds),
                 f"{way}_mfu": round(flops(shape, made) / seconds / asked.peak_tflops / 1e12, 4),

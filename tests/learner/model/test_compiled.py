@@ -19,6 +19,7 @@ from learner.model.loading import ModelError
 from learner.model.mixtures import require_mixture_of
 from learner.model.policy import Policy
 from learner.settings import ModelSettings
+from tests.families import PUBLISHED, build_family
 from tests.learner.ranked import stepped
 from tests.learner.together import together
 from tests.smollm2 import FOLDER, needs_smollm2
@@ -89,6 +90,21 @@ def test_layers_alike_are_compiled_once(tiny: Path, graphs: list[GraphModule]) -
         policy.score(longest_row(40, 96), 1.0)
     # The first normalization, attention's inputs, its output's product, all that is behind.
     assert len(graphs) == 4
+
+
+@pytest.mark.rare
+@pytest.mark.parametrize("family", sorted(PUBLISHED))
+def test_published_families_compute_the_same(family: str, tmp_path: Path, graphs: list[GraphModule]) -> None:
+    build_family(family, True, tmp_path)
+    if "num_experts" in PUBLISHED[family]:
+        with pytest.raises(ModelError, match="is a mixture of experts"):
+            _policy(tmp_path, compile=True)
+        return
+    plain, policy = _policy(tmp_path), _policy(tmp_path, compile=True)
+    for tokens in (30, 41, 60):
+        for found, expected in zip(_read(policy, tokens), _read(plain, tokens), strict=True):
+            assert torch.equal(found, expected)
+    assert graphs
 
 
 def compiled_steps(ranks: Any, tiny: Path, cases: list[Any]) -> Any:
