@@ -48,9 +48,8 @@ class Description:
     has_player: bool
 
 
-PLAYED_BY_POLICY = (
-    "policy"  # value of the option `opponent` of games whose other seat is a policy's (docs/leagues.md)
-)
+# Value of the option `opponent` of games whose other seat is a policy's (docs/leagues.md).
+PLAYED_BY_POLICY = "policy"
 _OURS: dict[str, str | _Factory] = {
     "arithmetic": "envs.builtin.arithmetic:Arithmetic",
     "assistant": "envs.builtin.assistant:assistant",
