@@ -61,12 +61,12 @@ def _policy(folder: Path, **model: Any) -> Policy:
     [
         ({}, False),
         (HALF, True),
-        (HALF | {"lora": {"rank": 2}}, "selective"),
-        (HALF | {"float8": True}, "selective"),
+        (HALF | {"lora": {"rank": 2}}, False),
+        (HALF | {"float8": True}, True),
     ],
 )
 def test_layers_compute_the_same_and_rows_of_new_lengths_compile_nothing(
-    tiny: Path, model: dict[str, Any], recomputed: bool | str, graphs: list[GraphModule]
+    tiny: Path, model: dict[str, Any], recomputed: bool, graphs: list[GraphModule]
 ) -> None:
     model = model | {"gradient_checkpointing": recomputed}
     plain, policy = _policy(tiny, **model), _policy(tiny, **model, compile=True)
@@ -142,6 +142,8 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(tiny: Path, monkeypatch:
         require_mixture_of(Qwen3MoeConfig(num_hidden_layers=1), ModelSettings(path="x", compile=True), 1)
     with pytest.raises(ModelError, match=r"leave out learner\.model\.lora\.quantize_base"):
         _policy(tiny, lora={"quantize_base": "nf4"}, compile=True)
+    with pytest.raises(ModelError, match="set it to true or false"):
+        _policy(tiny, gradient_checkpointing="selective", compile=True)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ModelError, match=r"has no C\+\+ compiler 'no-such-compiler'") as error:
         _policy(tiny, compile=True)
