@@ -72,8 +72,8 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
     compile: bool = Field(
         default=False,
         description="compile the layers with torch.compile: what lies between matrix products becomes few kernels. "
-        "The first rows take up to a minute longer. Needs a C++ compiler, on GPUs also triton; not for mixtures of experts, "
-        "nor with selective recomputation. Results differ by rounding alone",
+        "The first rows take up to a minute longer. Needs a C++ compiler, on GPUs also triton; not for mixtures of "
+        "experts, nor with selective recomputation. Results differ by rounding alone",
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="device that the learner computes on")
     logit_block: int = Field(
@@ -130,7 +130,7 @@ class ModelSettings(BaseModel, extra="forbid", frozen=True):
             )
         if self.compile and self.gradient_checkpointing == "selective":
             raise ValueError(
-                "learner.model.gradient_checkpointing='selective' keeps what single operators gave, of which a compiled "
+                "learner.model.gradient_checkpointing='selective' keeps what single operators gave, and a compiled "
                 "layer has others; set it to true or false, or compile=false"
             )
         if self.compile and self.quantized:
