@@ -16,7 +16,8 @@ from importlib.util import find_spec
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from learner.parallel.layers import layers_in
 
 BACKEND = "inductor"
 # Of one function: kinds of layers times uses (with gradients, without, a probe in float32). Beyond it torch compiles
@@ -30,7 +31,7 @@ def compile_layers(model: nn.Module, device: torch.device) -> None:
     ValueError, one line, where nothing can be compiled, and for a model without layers.
     """
     _require_compiler(device)
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_in(model)
     if not layers:
         raise ValueError("has no layers that can be compiled; set learner.model.compile=false")
     limits = torch._dynamo.config

@@ -25,7 +25,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.data.prefix_tree import PrefixTree
 from learner.model.attention import hidden_states
@@ -34,6 +33,7 @@ from learner.model.recompute import KEPT
 from learner.model.saved_tensors import SavedTensors
 from learner.parallel.context import ContextGroup
 from learner.parallel.experts import experts_in
+from learner.parallel.layers import layers_in
 
 _ATTENTION = "manta_footprint"
 _CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # experts of a token, by family
@@ -105,8 +105,8 @@ def blank_model(config: PretrainedConfig, trusted: bool = False) -> PreTrainedMo
 
 def shape_of(model: PreTrainedModel) -> Shape:
     """Count the parameters of a model of any device."""
-    layers = [_count(module) for module in _layers(model)]
-    own = [sum(map(_count, experts_in(module).values())) for module in _layers(model)]
+    layers = [_count(module) for module in layers_in(model)]
+    own = [sum(map(_count, experts_in(module).values())) for module in layers_in(model)]
     beside = (whole - experts for whole, experts in zip(layers, own, strict=True))
     total, head = _count(model), model.get_output_embeddings()
     sides = _matrices(model, head)
@@ -118,7 +118,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
         layers=len(layers),
         linear=sum(linear),
         largest_layer_linear=max(
-            (sum(map(prod, _matrices(layer, head))) for layer in _layers(model)), default=0
+            (sum(map(prod, _matrices(layer, head))) for layer in layers_in(model)), default=0
         ),
         largest_linear=max(linear, default=0),
         sides=tuple(sorted(set(sides))),
@@ -162,11 +162,6 @@ def _model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     model: PreTrainedModel = kind.from_config(deepcopy(config), **options)  # it writes into its configuration
     return model
-
-
-def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that are sharded and recomputed one by one."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _matrices(module: nn.Module, head: nn.Module | None) -> list[tuple[int, int]]:
@@ -218,7 +213,7 @@ def _saved(model: PreTrainedModel, tokens: int, together: int) -> tuple[float, .
     layers: list[tuple[int, int, int]] = []  # saved, input, given by products
     saved, kept = SavedTensors(without=model.parameters()), _Kept()
     hooks = []
-    for layer in _layers(model):
+    for layer in layers_in(model):
         before: list[tuple[int, int]] = []
         hooks.append(layer.register_forward_pre_hook(_noting(before, saved, kept)))
         hooks.append(layer.register_forward_hook(_measuring(before, saved, kept, layers)))

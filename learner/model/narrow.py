@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.func import functional_call
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from learner.parallel.layers import layers_in
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ class Narrow:
     def __init__(self, model: nn.Module, dtype: torch.dtype, parameters: Iterable[nn.Parameter]) -> None:
         self.dtype = dtype
         self.wide = False  # whether parameters are used as they are, at the moment
-        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        layers = layers_in(model)
         cast = {id(parameter) for parameter in parameters}
         for layer in layers:
             layer.forward = _Body(self, layer, layer.forward, cast).compute

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
     noop_context_fn,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from learner.parallel.layers import layers_in
 
 # Names of operators whose results are kept: products on any device and in any type, and attention's kernels.
 # Not baddbmm: it adds an adapter's product to the weights of all experts, which are as large as the layer.
@@ -43,7 +44,7 @@ def recompute_layers(model: nn.Module, selectively: bool) -> None:
 
     transformers' own switch works in training mode alone, which also turns on dropout and router noise.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_in(model)
     if not layers:
         raise ValueError(
             "has no layers that can be recomputed; set learner.model.gradient_checkpointing=false"

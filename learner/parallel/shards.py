@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.parallel.experts import ExpertParallel
+from learner.parallel.layers import layers_in
 from learner.parallel.ranks import Ranks
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ def shard(
         reduce_dtype=None if compute is None else torch.float32,
         cast_forward_inputs=False,
     )
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_in(model)
     for module in (*layers, whole):
         # The root frees its tensors after the forward pass too: after one without a backward pass (a probe, a
         # reference) they would stay whole, and stale after an optimizer step.

@@ -142,7 +142,7 @@ def test_layers_computed_again_are_computed_alike(tmp_path: Path) -> None:
 def test_a_model_without_layers_to_compute_again_is_one_line(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("learner.model.recompute.GradientCheckpointingLayer", torch.nn.Bilinear)
+    monkeypatch.setattr("learner.parallel.layers.GradientCheckpointingLayer", torch.nn.Bilinear)
     with pytest.raises(ModelError, match=r"set learner\.model.gradient_checkpointing=false"):
         Policy(ModelSettings(path=str(tiny), gradient_checkpointing=True))
 
